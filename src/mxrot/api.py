@@ -1,0 +1,182 @@
+"""The package's own functions: what the command line does, for Python.
+
+mxrot.quantize("demo", "duquant++", output="out")
+model = mxrot.load("out")
+mxrot.evaluate(model, text="demo")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mxrot import pipeline
+from mxrot.calibration import load_text, token_windows
+from mxrot.checkpoint import check_exportable, check_output, is_checkpoint, load, quantize_to_folder
+from mxrot.errors import FamilyError
+from mxrot.evaluation import Perplexity, perplexity
+from mxrot.models import find_family, find_model, read_config
+from mxrot.recipe import Recipe, load_recipe
+
+DEFAULT_RECIPE = "duquant++"
+Progress = Callable[[int, int, str], None]
+EVALUATION_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens that pass through a model at once."""
+
+
+def silent(done: int, total: int, what: str) -> None:
+    """A progress that tells nobody."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows, and where they came from."""
+
+    windows: Tensor | None
+    description: dict[str, Any] | None
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def quantize(
+    model: str | Path = "demo",
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    output: str | Path | None = None,
+    *,
+    calib: str = "demo",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> PreTrainedModel | dict[str, Any]:
+    """Quantize a model by its hub id, folder, or `demo`.
+
+    With `output` a checkpoint folder is written and the contents of its run.json come back; without it the
+    quantized model, ready to run on `device`. `samples` and `seq_len` replace the recipe's calibration windows.
+    Errors are those of mxrot.errors, raised before any weight is read where that is possible.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if output is not None:
+        check_exportable(chosen)
+        if not resume:
+            check_output(Path(output), force)
+    folder = find_model(str(model))
+    find_family(read_config(folder), str(model))
+    calibration = calibrate(folder, chosen, calib, samples, seq_len)
+    device = device or default_device()
+    if output is None:
+        result = pipeline.quantize(
+            folder, chosen, windows=calibration.windows, device=device, seed=seed, progress=progress
+        )
+        assert result.model is not None
+        return result.model
+    return quantize_to_folder(
+        folder,
+        chosen,
+        Path(output),
+        base_name=base_name(str(model), folder),
+        windows=calibration.windows,
+        data=calibration.description,
+        device=device,
+        seed=seed,
+        force=force,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def calibrate(
+    folder: Path, recipe: Recipe, calib: str, samples: int | None = None, seq_len: int | None = None
+) -> Calibration:
+    """Calibration windows for a recipe; none for one that needs no data."""
+    if recipe.is_data_free:
+        return Calibration(None, None)
+    text = load_text(calib, "calibration")
+    samples, seq_len = samples or recipe.calibration.samples, seq_len or recipe.calibration.seq_len
+    windows = token_windows(text, load_tokenizer(folder), seq_len, samples, spread=True)
+    description = {
+        "text": text.name,
+        "sha256": text.digest,
+        "windows_asked": samples,
+        "windows": len(windows),
+        "seq_len": seq_len,
+    }
+    return Calibration(windows, description)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; FamilyError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FamilyError(f"{folder}: no tokenizer that transformers reads: {str(error).splitlines()[0]}") from error
+
+
+def base_name(model: str, folder: Path) -> str:
+    """How a model card calls the base model."""
+    return "SmolLM2-135M-Instruct" if model == "demo" else (folder.name if Path(model).exists() else model)
+
+
+def open_model(name: str | Path, device: str | None = None, verify: bool = False) -> tuple[PreTrainedModel, Path]:
+    """A model ready to run, quantized or not, by hub id, folder or `demo`; and its folder."""
+    folder = find_model(str(name))
+    device = device or default_device()
+    if is_checkpoint(folder):
+        return load(folder, device, verify=verify), folder
+    config = read_config(folder)
+    find_family(config, str(name))
+    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FamilyError(f"{name}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from error
+    cast(Any, model).to(device)
+    return model.eval(), folder
+
+
+def evaluate(
+    model: PreTrainedModel | str | Path,
+    text: str | Sequence[str] = "demo",
+    *,
+    tokenizer: Any = None,
+    windows: int | None = None,
+    seq_len: int = 2048,
+    device: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Perplexity]:
+    """Perplexity on each text, by the text's name. A model that is passed itself needs its `tokenizer`."""
+    if not isinstance(model, PreTrainedModel):
+        model, folder = open_model(model, device)
+        tokenizer = tokenizer or load_tokenizer(folder)
+    if tokenizer is None:
+        raise TypeError("evaluate needs the tokenizer of a model that is passed itself")
+    batch = max(1, EVALUATION_TOKENS.get(next(model.parameters()).device.type, 2048) // seq_len)
+    results = {}
+    for spec in [text] if isinstance(text, str) else text:
+        loaded = load_text(spec, "evaluation")
+        results[loaded.name] = perplexity(model, token_windows(loaded, tokenizer, seq_len, windows), batch, progress)
+    return results
+
+
+def generate_text(model: PreTrainedModel, tokenizer: Any, prompt: str, max_tokens: int = 40) -> str:
+    """A greedy continuation of `prompt`, without the prompt."""
+    device = next(model.parameters()).device
+    encoded = tokenizer(prompt, return_tensors="pt").to(device)
+    output = cast(Any, model).generate(
+        **encoded, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return str(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,29 @@
+"""Texts, forward passes with hooks, and the statistics they leave behind."""
+
+from mxrot.calibration.capture import (
+    BlockInputs,
+    advance,
+    first_block_inputs,
+    observe_all_inputs,
+    observe_inputs,
+    watched_inputs,
+)
+from mxrot.calibration.statistics import COLLECTORS, ChannelMaxima, Collector, Hessian, RowSample
+from mxrot.calibration.text import Text, load_text, token_windows
+
+__all__ = [
+    "COLLECTORS",
+    "BlockInputs",
+    "ChannelMaxima",
+    "Collector",
+    "Hessian",
+    "RowSample",
+    "Text",
+    "advance",
+    "first_block_inputs",
+    "load_text",
+    "observe_all_inputs",
+    "observe_inputs",
+    "token_windows",
+    "watched_inputs",
+]

@@ -1,0 +1,123 @@
+"""Run decoder blocks on calibration windows and watch what goes into their linears.
+
+Hooks live in context managers and are gone when they end, whatever happens inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxrot.errors import NumericsError
+from mxrot.models import Family
+
+
+class _StopForwardError(Exception):
+    """Raised by a hook when a forward pass has shown what it was run for."""
+
+
+@dataclass
+class BlockInputs:
+    """What a decoder block is called with, batch by batch."""
+
+    hidden: list[Tensor]
+    """[windows, tokens, hidden_size] each, on the compute device."""
+    arguments: list[dict[str, Any]]
+    """The keyword arguments that go with each batch."""
+
+    @property
+    def windows(self) -> int:
+        return sum(len(batch) for batch in self.hidden)
+
+
+@contextmanager
+def watched_inputs(module: nn.Module, see: Callable[[Tensor], None], stop: bool = False) -> Iterator[None]:
+    """While open, `see` gets the input of every call of `module`; with `stop` the forward pass then ends there."""
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        see(arguments[0])
+        if stop:
+            raise _StopForwardError
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def first_block_inputs(model: PreTrainedModel, family: Family, windows: Tensor, batch_windows: int) -> BlockInputs:
+    """Inputs of the first decoder block for token windows [W, T]; only the embedding has to hold weights."""
+    inputs = BlockInputs([], [])
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        inputs.hidden.append(arguments[0] if arguments else keywords.pop("hidden_states"))
+        inputs.arguments.append(dict(keywords))
+        raise _StopForwardError
+
+    first = model.get_submodule(f"{family.blocks}.0")
+    device = model.get_submodule(family.embedding).weight.device
+    assert isinstance(device, torch.device)
+    handle = first.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        for batch in windows.split(batch_windows):
+            try:
+                model.get_submodule(family.body)(input_ids=batch.to(device), use_cache=False)
+            except _StopForwardError:
+                continue
+    finally:
+        handle.remove()
+    return inputs
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, inputs: BlockInputs, batches: int | None = None) -> Iterator[Tensor]:
+    """Outputs of `block` for the first `batches` batches (all by default); none where a hook stopped the pass."""
+    for hidden, arguments in list(zip(inputs.hidden, inputs.arguments, strict=True))[:batches]:
+        try:
+            output = block(hidden, **arguments)
+        except _StopForwardError:
+            continue
+        yield output[0] if isinstance(output, tuple) else output
+
+
+def observe_inputs(
+    block: nn.Module,
+    linear: str,
+    inputs: BlockInputs,
+    see: Callable[[Tensor], None],
+    batches: int | None = None,
+) -> None:
+    """Show `see` the inputs of one linear of `block`, running the block no further than there."""
+    with watched_inputs(block.get_submodule(linear), see, stop=True):
+        for _ in run_block(block, inputs, batches):
+            pass
+
+
+def observe_all_inputs(
+    block: nn.Module, watchers: Sequence[tuple[str, Callable[[Tensor], None]]], inputs: BlockInputs
+) -> None:
+    """Show each watcher the inputs of its linear, in one pass that ends at the last one listed."""
+    if not watchers:
+        return
+    (linear, see), *rest = watchers
+    if rest:
+        with watched_inputs(block.get_submodule(linear), see):
+            observe_all_inputs(block, rest, inputs)
+    else:
+        observe_inputs(block, linear, inputs, see)
+
+
+def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
+    """Replace the hidden states by the block's outputs. NumericsError with `name` if one is NaN or Inf."""
+    for position, output in enumerate(run_block(block, inputs)):
+        if not torch.isfinite(output).all():
+            raise NumericsError(f"{name}: its output holds NaN or Inf on the calibration text")
+        inputs.hidden[position] = output

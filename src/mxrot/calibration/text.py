@@ -1,0 +1,137 @@
+"""Texts, and the token windows that calibration and evaluation see.
+
+A text is `demo` (the reference manual that comes with the running Python), a file (.txt, .raw, .jsonl, .parquet;
+records by their "text" field), NAME=FILE, or a hub data set (`wikitext2`, `c4`) where `datasets` is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mxrot.errors import ConfigError, DataError
+
+Role = Literal["calibration", "evaluation"]
+_DEMO_CALIBRATION_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class Text:
+    """A named text."""
+
+    name: str
+    content: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its UTF-8 bytes."""
+        return sha256(self.content.encode()).hexdigest()
+
+
+def load_text(spec: str, role: Role) -> Text:
+    """The text that `spec` names. `demo` and hub data sets have a part for each role, without overlap.
+
+    DataError if it does not exist, cannot be read or is empty; ConfigError if a package is missing for it.
+    """
+    name, _, path = spec.rpartition("=") if "=" in spec else ("", "", spec)
+    if path == "demo":
+        return Text(name or "demo", _demo_text(role))
+    if path in _HUB and not Path(path).exists():
+        return Text(name or path, _hub_text(path, role))
+    content = _read_file(Path(path).expanduser())
+    if not content.strip():
+        raise DataError(f"{path}: the text is empty")
+    return Text(name or Path(path).stem, content)
+
+
+def token_windows(text: Text, tokenizer: Any, seq_len: int, limit: int | None, spread: bool = False) -> Tensor:
+    """Windows of `seq_len` tokens without overlap, int64 [W, seq_len]; the tail that fills none is dropped.
+
+    The text is tokenized once, as one string. With a `limit` the first ones are kept, or with `spread` evenly
+    spaced ones. DataError if the text does not fill one window.
+    """
+    if seq_len < 2:
+        raise ConfigError(f"seq_len must be at least 2, got {seq_len}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the number of windows must be positive, got {limit}")
+    ids = torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
+    count = len(ids) // seq_len
+    if count == 0:
+        raise DataError(
+            f"{text.name}: {len(ids)} tokens do not fill one window of {seq_len}; "
+            "give a longer text or a smaller --seq-len"
+        )
+    windows = ids[: count * seq_len].view(count, seq_len)
+    if limit is None or limit >= count:
+        return windows
+    kept = torch.arange(limit) * count // limit if spread else torch.arange(limit)
+    return windows[kept]
+
+
+def _demo_text(role: Role) -> str:
+    """Python's reference manual, each paragraph once, cut into two parts."""
+    from pydoc_data.topics import topics
+
+    paragraphs = dict.fromkeys(p for topic in sorted(topics) for p in topics[topic].split("\n\n") if p.strip())
+    ordered = list(paragraphs)
+    cut = int(len(ordered) * _DEMO_CALIBRATION_SHARE)
+    return "\n\n".join(ordered[:cut] if role == "calibration" else ordered[cut:])
+
+
+def _read_file(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"{path}: no such text file (known names: demo, {', '.join(_HUB)})")
+    try:
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return "\n\n".join(json.loads(line)["text"] for line in lines if line.strip())
+        if path.suffix == ".parquet":
+            _require("datasets", f"reading {path.name}")
+            import pyarrow.parquet
+
+            return "\n\n".join(pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist())
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix or 'text'}: {error}") from error
+
+
+_HUB: dict[str, dict[str, Any]] = {
+    "wikitext2": {
+        "path": "Salesforce/wikitext",
+        "name": "wikitext-2-raw-v1",
+        "splits": {"calibration": "train", "evaluation": "test"},
+    },
+    "c4": {
+        "path": "allenai/c4",
+        "data_files": {
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        "splits": {"calibration": "train", "evaluation": "validation"},
+    },
+}
+
+
+def _hub_text(name: str, role: Role) -> str:
+    _require("datasets", f"the data set {name}")
+    from datasets import load_dataset
+
+    entry = dict(_HUB[name])
+    split = entry.pop("splits")[role]
+    try:
+        records = load_dataset(**entry, split=f"{split}[:2000]" if name == "c4" else split)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: the hub did not give it: {str(error).splitlines()[0]}") from error
+    return "\n\n".join(records["text"])
+
+
+def _require(package: str, purpose: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{purpose} needs the package {package}: pip install 'mxrot[data]'")

@@ -1,0 +1,320 @@
+"""The command line. Thin: it reads options, calls mxrot.api, and prints.
+
+Exit codes: 0 done, 2 bad usage or bad input (one line, no traceback), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from mxrot.errors import ConfigError, MxrotError
+
+
+class _Commands(TyperGroup):
+    """Turns what mxrot raises on purpose, a full disk and an interrupt into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MxrotError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; finished blocks of `quantize` are kept, and --resume goes on from them", 1)
+        except OSError as error:
+            _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="LLMs in MXFP4, with the block rotations that make it accurate.",
+)
+
+Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, or `demo`")]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Recipe name or TOML file")]
+Calib = Annotated[str, typer.Option("--calib", help="Calibration text: demo, a file, NAME=FILE, wikitext2, c4")]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows at most (recipe's)")]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Evaluation windows at most (all)")]
+Texts = Annotated[list[str], typer.Option("--text", help="Evaluation text, may be repeated: as for --calib")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (the GPU if there is one)")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON")]
+Changes = Annotated[list[str], typer.Option("--set", help="Change a recipe key, e.g. transform.sharing=block")]
+
+
+@app.command()
+def quantize(
+    model: Model = "demo",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write")] = Path("mxrot-output"),
+    recipe: RecipeOption = "duquant++",
+    changes: Changes = [],  # noqa: B006 (typer copies it)
+    calib: Calib = "demo",
+    samples: Samples = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks, and go on where a run ended")] = False,
+    json_file: Json = None,
+) -> None:
+    """Quantize a model into a checkpoint folder."""
+    from mxrot import api
+    from mxrot.report import progress_on_stderr, size_line
+
+    chosen = _recipe(recipe, changes)
+    _check_device(device)
+    with progress_on_stderr(f"Quantizing with {chosen.name}") as told:
+        run = api.quantize(
+            model,
+            chosen,
+            output,
+            calib=calib,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            force=force,
+            resume=resume,
+            progress=told,
+        )
+    assert isinstance(run, dict)
+    console = _console()
+    console.print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
+    console.print(size_line(run["size"]))
+    if run["peak_gpu_bytes"] is not None:
+        console.print(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
+    console.print(f'next: mxrot eval {output}    mxrot generate {output} "Once upon a time"')
+    _write_json(json_file, run)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model = "demo",
+    text: Texts = ["demo"],  # noqa: B006
+    windows: Windows = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 2048,
+    device: Device = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the SHA-256 of every file first")] = False,
+    json_file: Json = None,
+) -> None:
+    """Perplexity of a model or a checkpoint."""
+    from mxrot import api
+    from mxrot.pipeline import versions
+    from mxrot.report import perplexity_table, progress_on_stderr
+
+    _check_device(device)
+    started = time.monotonic()
+    opened, folder = api.open_model(model, device, verify)
+    with progress_on_stderr("Evaluating") as told:
+        results = api.evaluate(
+            opened, text, tokenizer=api.load_tokenizer(folder), windows=windows, seq_len=seq_len, progress=told
+        )
+    _console().print(perplexity_table(model, results))
+    table = {
+        "model": model,
+        "perplexity": {name: vars(result) for name, result in results.items()},
+        "tasks": {},
+        "seconds": round(time.monotonic() - started, 2),
+        "versions": versions(),
+    }
+    _write_json(json_file, table)
+
+
+@app.command()
+def compare(
+    model: Model = "demo",
+    recipes: Annotated[str, typer.Option("--recipes", help="Names or files, comma-separated")] = "rtn,duquant++",
+    changes: Changes = [],  # noqa: B006
+    calib: Calib = "demo",
+    samples: Samples = None,
+    text: Texts = ["demo"],  # noqa: B006
+    windows: Windows = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window, for both")] = 2048,
+    seed: Seed = 0,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Quantize a model in memory with several recipes, and compare."""
+    from mxrot.comparison import compare_recipes
+    from mxrot.report import comparison_table, progress_on_stderr
+
+    _check_device(device)
+    chosen = [_recipe(name.strip(), changes) for name in recipes.split(",") if name.strip()]
+    with progress_on_stderr("Comparing") as told:
+        rows = compare_recipes(
+            model,
+            chosen,
+            calib=calib,
+            samples=samples,
+            texts=text,
+            windows=windows,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            progress=told,
+        )
+    _console().print(comparison_table(rows, f"{model}, windows of {seq_len}"))
+    _write_json(json_file, {"rows": [row.as_table() for row in rows]})
+
+
+@app.command()
+def inspect(
+    model: Model = "demo",
+    text: Annotated[str, typer.Option("--text", help="Text to look at the activations on")] = "demo",
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of it")] = 4,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 512,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Outliers of the inputs of each site; for a checkpoint also the error of each linear."""
+    from mxrot import api
+    from mxrot.calibration import load_text, token_windows
+    from mxrot.checkpoint import is_checkpoint
+    from mxrot.evaluation import site_maxima
+    from mxrot.models import find_family
+    from mxrot.report import errors_table, maxima_table, size_line
+
+    _check_device(device)
+    opened, folder = api.open_model(model, device)
+    tokens = token_windows(load_text(text, "evaluation"), api.load_tokenizer(folder), seq_len, windows)
+    sites = site_maxima(opened, find_family(opened.config, model), tokens)
+    console = _console()
+    console.print(maxima_table(sites))
+    result: dict[str, Any] = {"model": model, "sites": [{**vars(site), "ratio": site.ratio} for site in sites]}
+    if is_checkpoint(folder):
+        run = json.loads((folder / "run.json").read_text())
+        console.print(errors_table(run["blocks"]))
+        console.print(size_line(run["size"]))
+        result |= {"blocks": run["blocks"], "size": run["size"]}
+    _write_json(json_file, result)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens at most")] = 60,
+    device: Device = None,
+) -> None:
+    """Continue a prompt, greedily."""
+    from mxrot import api
+
+    _check_device(device)
+    opened, folder = api.open_model(model, device)
+    continuation = api.generate_text(opened, api.load_tokenizer(folder), prompt, max_tokens)
+    _console().print(prompt + continuation, markup=False, highlight=False)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe as TOML")] = None) -> None:
+    """List the built-in recipes, or print one."""
+    from mxrot.recipe import builtin_recipes, load_recipe
+
+    if name is not None:
+        print(load_recipe(name).to_toml(), end="")
+        return
+    from rich.table import Table
+
+    table = Table("recipe", "what it does", "source", title="Recipes", title_justify="left")
+    for known in builtin_recipes():
+        recipe = load_recipe(known)
+        table.add_row(recipe.name, recipe.summary, recipe.source)
+    _console().print(table)
+
+
+@app.command()
+def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:
+    """Quantize the demo model with rtn and duquant++, and show what each costs."""
+    from mxrot.comparison import compare_recipes
+    from mxrot.recipe import load_recipe
+    from mxrot.report import comparison_table, progress_on_stderr
+
+    _check_device(device)
+    with progress_on_stderr("Demo") as told:
+        rows = compare_recipes(
+            "demo",
+            [load_recipe("rtn"), load_recipe("duquant++")],
+            samples=8,
+            windows=16,
+            seq_len=512,
+            seed=seed,
+            device=device,
+            prompt="The three primary colors are",
+            progress=told,
+        )
+    console = _console()
+    console.print(comparison_table(rows, "SmolLM2-135M-Instruct, weights and activations in MXFP4; held-out demo text"))
+    for row in rows:
+        console.print(f"[bold]{row.recipe}[/bold]: {row.extra['generated']}", highlight=False)
+    _write_json(json_file, {"rows": [row.as_table() for row in rows]})
+
+
+def _recipe(name: str, changes: list[str]) -> Any:
+    from mxrot.recipe import load_recipe
+
+    return load_recipe(name).changed(dict(_change(text) for text in changes))
+
+
+def _change(text: str) -> tuple[str, Any]:
+    """A `--set KEY=VALUE`, the value read as TOML where it is that, else as a string."""
+    from mxrot.recipe import tomllib
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text!r}: expected KEY=VALUE")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: not usable here: {str(error).splitlines()[0]}") from error
+
+
+def _console() -> Console:
+    """Standard output; wide enough for a table where it goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _write_json(path: Path | None, table: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Entry point of the command `mxrot`."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    app()
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"mxrot: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Several recipes on one model, side by side and in memory."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mxrot import api, pipeline
+from mxrot.layers import ModelSize, QuantLinear
+from mxrot.models import WeightFiles, build_skeleton, check_linears, find_family, find_model, read_config
+from mxrot.recipe import Recipe
+from mxrot.report import ComparedRow
+
+
+def compare_recipes(
+    model: str,
+    recipes: Sequence[Recipe],
+    *,
+    calib: str = "demo",
+    samples: int | None = None,
+    texts: Sequence[str] = ("demo",),
+    windows: int | None = None,
+    seq_len: int = 2048,
+    seed: int = 0,
+    device: str | None = None,
+    prompt: str | None = None,
+    progress: api.Progress = api.silent,
+) -> list[ComparedRow]:
+    """The model as it is, then quantized by each recipe: perplexity on `texts`, size, seconds to quantize.
+
+    With a `prompt`, each row's `extra["generated"]` is what the model makes of it. One model is in memory at a time.
+    """
+    folder = find_model(model)
+    config = read_config(folder)
+    family = find_family(config, model)
+    for recipe in recipes:
+        check_linears(build_skeleton(config), family, recipe.input_block, recipe.ignore)
+    tokenizer = api.load_tokenizer(folder)
+    device = device or api.default_device()
+    stored = WeightFiles(folder).dtype_of(f"{family.embedding}.weight")
+    rows = []
+    entries: list[Recipe | None] = [None, *recipes]
+    for entry in entries:
+        seconds = None
+        if entry is None:
+            label, (opened, _) = "original", api.open_model(folder, device)
+        else:
+            label, told = entry.name, _labelled(progress, entry.name)
+            calibration = api.calibrate(folder, entry, calib, samples, seq_len)
+            started = time.monotonic()
+            result = pipeline.quantize(
+                folder, entry, windows=calibration.windows, device=device, seed=seed, progress=told
+            )
+            seconds = time.monotonic() - started
+            assert result.model is not None
+            opened = result.model
+        told = _labelled(progress, f"{label}, perplexity")
+        scores = api.evaluate(opened, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        extra = {} if prompt is None else {"generated": _sentence(opened, tokenizer, prompt)}
+        rows.append(ComparedRow(label, model_size(opened, stored), seconds, scores, extra))
+        del opened
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return rows
+
+
+def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
+    """Bytes the model takes in a checkpoint: what is not quantized counts in the type `stored`."""
+    bits = next((m.weights.format.element.bits for m in model.modules() if isinstance(m, QuantLinear)), 4)
+    return ModelSize.of(model.state_dict(), bits, stored.itemsize)
+
+
+def _labelled(progress: api.Progress, label: str) -> api.Progress:
+    def told(done: int, total: int, what: str) -> None:
+        progress(done, total, f"{label} {what}".strip())
+
+    return told
+
+
+def _sentence(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:
+    """The prompt and the first sentence that the model makes of it."""
+    continuation = api.generate_text(model, tokenizer, prompt, max_tokens=32)
+    sentence = re.split(r"(?<=[.!?])\s|\n", continuation.strip(), maxsplit=1)[0]
+    return f"{prompt} {sentence}"

@@ -1,0 +1,53 @@
+"""Where the outliers are: channel maxima of the inputs of every site."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxrot.calibration import ChannelMaxima, watched_inputs
+from mxrot.models import Family
+
+
+@dataclass(frozen=True)
+class SiteMaxima:
+    """How far the largest channel of a site sticks out."""
+
+    site: str
+    """Full name of the first linear of the site."""
+    channels: int
+    largest: float
+    """max |x| over tokens and channels."""
+    channel: int
+    """Where the largest is."""
+    median: float
+    """Median over channels of the channel maxima."""
+
+    @property
+    def ratio(self) -> float:
+        return self.largest / self.median if self.median > 0 else float("inf")
+
+
+@torch.no_grad()
+def site_maxima(model: PreTrainedModel, family: Family, windows: Tensor, batch_windows: int = 1) -> list[SiteMaxima]:
+    """Channel maxima of every site of every decoder block over token windows [W, T]."""
+    device = next(model.parameters()).device
+    collectors: dict[str, ChannelMaxima] = {}
+    with ExitStack() as hooks:
+        for index, block in enumerate(model.get_submodule(family.blocks).children()):
+            for site in family.sites:
+                name = f"{family.block_prefix(index)}.{site.linears[0]}"
+                collectors[name] = ChannelMaxima()
+                hooks.enter_context(watched_inputs(block.get_submodule(site.linears[0]), collectors[name].update))
+        for batch in windows.split(batch_windows):
+            model.get_submodule(family.body)(input_ids=batch.to(device), use_cache=False)
+    return [_describe(name, collector.result()) for name, collector in collectors.items()]
+
+
+def _describe(name: str, maxima: Tensor) -> SiteMaxima:
+    largest, channel = maxima.max(dim=0)
+    return SiteMaxima(name, len(maxima), float(largest), int(channel), float(maxima.median()))

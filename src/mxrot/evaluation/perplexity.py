@@ -1,0 +1,69 @@
+"""Perplexity of a causal language model on token windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxrot.errors import NumericsError
+
+LOGITS_AT_ONCE = 1024
+"""Positions whose logits exist at once; a vocabulary of 128k in float32 takes half a megabyte a position."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean over windows of the mean negative log-likelihood a token."""
+
+    ppl: float
+    nll: float
+    """Mean negative log-likelihood, nats a token."""
+    windows: int
+    tokens: int
+    """Tokens scored: every token of a window but its first."""
+    seq_len: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    windows: Tensor,
+    batch_windows: int = 1,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Perplexity:
+    """Perplexity over token windows [W, T], each on its own, `batch_windows` at a time.
+
+    Log-likelihoods are computed in float32 from the model's own logits. NumericsError if they are not finite.
+    """
+    device = next(model.parameters()).device
+    sums = []
+    scored = 0
+    for batch in windows.split(batch_windows):
+        progress(scored, windows.numel(), "tokens")
+        sums.append(_window_nll(model, batch.to(device)).double().cpu())
+        scored += batch.numel()
+    progress(scored, windows.numel(), "tokens")
+    nll = float(torch.cat(sums).mean())
+    if not math.isfinite(nll):
+        raise NumericsError("the model's logits hold NaN or Inf; perplexity is not defined")
+    return Perplexity(math.exp(nll), nll, len(windows), len(windows) * (windows.shape[1] - 1), windows.shape[1])
+
+
+def _window_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each window, float32 [W]."""
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    total = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
+    positions = ids.shape[1] - 1
+    for start in range(0, positions, LOGITS_AT_ONCE):
+        stop = min(start + LOGITS_AT_ONCE, positions)
+        logits = head(hidden[:, start:stop]).float()
+        targets = ids[:, start + 1 : stop + 1]
+        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).sum(1)
+    return total / positions

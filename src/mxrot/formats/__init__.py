@@ -1,0 +1,27 @@
+"""Number formats: elements, block scales, quantized tensors. Tensors in, tensors out."""
+
+from mxrot.formats.block import as_blocks, encode_blocks, fake_quantize, quantize, round_blocks
+from mxrot.formats.catalog import FORMATS, Format, get_format
+from mxrot.formats.element import Element
+from mxrot.formats.packing import pack_codes, unpack_codes
+from mxrot.formats.qtensor import QTensor
+from mxrot.formats.scale import RULES, BlockScales, ScaleRule, get_rule
+
+__all__ = [
+    "FORMATS",
+    "RULES",
+    "BlockScales",
+    "Element",
+    "Format",
+    "QTensor",
+    "ScaleRule",
+    "as_blocks",
+    "encode_blocks",
+    "fake_quantize",
+    "get_format",
+    "get_rule",
+    "pack_codes",
+    "quantize",
+    "round_blocks",
+    "unpack_codes",
+]

@@ -1,0 +1,210 @@
+"""Element types: what one code of a block means, and how a real number becomes a code.
+
+A code is a small unsigned integer held in uint8. For a floating-point element it is
+sign << (bits - 1) | magnitude, and magnitudes are ordered like the values they stand for;
+for an integer element it is the two's complement of the integer, masked to `bits`.
+
+Encoding rounds to nearest, ties to the even code, and saturates at the largest finite value
+(OCP Microscaling v1.0, section 5.3). The sign of -0.0 is kept where the element has one.
+Both float32 and float64 inputs are rounded once, from the value they hold.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_FLOAT_LAYOUT = {
+    torch.float32: (torch.int32, 23, 0xFF, 127),
+    torch.float64: (torch.int64, 52, 0x7FF, 1023),
+}
+
+
+def binary_exponents(x: Tensor) -> Tensor:
+    """floor(log2 |x|) read from the exponent bits of float32 or float64 `x`; same shape, integer.
+
+    Zeros and subnormals of the input type give the exponent below its smallest normal number
+    (-127 or -1023), Inf and NaN the one above its largest (128 or 1024).
+    """
+    integer, mantissa_bits, mask, bias = _FLOAT_LAYOUT[x.dtype]
+    return ((x.view(integer) >> mantissa_bits) & mask) - bias
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """2^e as float32 for integer e in [-127, 127], exact (2^-127 is a subnormal number)."""
+    e = exponents.to(torch.int32)
+    bits = torch.where(e > -127, (e + 127) << 23, torch.full_like(e, 1 << 22))
+    return bits.view(torch.float32)
+
+
+@dataclass(frozen=True)
+class Element(ABC):
+    """How one code of a block is read and written. Pure: it holds no tensor."""
+
+    name: str
+    """Name in the OCP spelling, lower case."""
+    bits: int
+    """Bits of a code, sign included."""
+
+    @property
+    @abstractmethod
+    def max(self) -> float:
+        """Largest finite magnitude."""
+
+    @property
+    @abstractmethod
+    def mantissa_bits(self) -> int:
+        """Bits behind the leading one of the largest values; the `even` scale rule rounds to them."""
+
+    @property
+    def max_exponent(self) -> int:
+        """floor(log2(max)), the emax of OCP section 6.3."""
+        return math.frexp(self.max)[1] - 1
+
+    @abstractmethod
+    def round(self, y: Tensor) -> Tensor:
+        """Nearest value of float32/float64 `y`, same dtype and shape; Inf saturates, NaN stays NaN."""
+
+    @abstractmethod
+    def encode(self, y: Tensor) -> Tensor:
+        """uint8 codes of float32/float64 `y`, same shape; Inf saturates, NaN has no meaningful code."""
+
+    @abstractmethod
+    def decode_scalar(self, code: int) -> float:
+        """Value of one code; NaN and Inf where the element has such codes."""
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """Value of every code, in code order."""
+        return tuple(self.decode_scalar(code) for code in range(1 << self.bits))
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values of uint8 `codes` in `dtype`, same shape."""
+        table = torch.tensor(self.values, dtype=dtype, device=codes.device)
+        return torch.nn.functional.embedding(codes.to(torch.int32), table[:, None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class FloatElement(Element):
+    """A small IEEE-like float with subnormals: sign, `exponent_bits`, `fraction_bits`."""
+
+    exponent_bits: int
+    fraction_bits: int
+    bias: int
+    """Exponent field minus bias is the exponent of a normal number."""
+    top_codes: tuple[float, ...] = ()
+    """What the topmost magnitude codes mean where they are not numbers, lowest first."""
+
+    @property
+    def mantissa_bits(self) -> int:
+        return self.fraction_bits
+
+    @property
+    def max_code(self) -> int:
+        """Magnitude code of the largest finite value."""
+        return (1 << (self.bits - 1)) - 1 - len(self.top_codes)
+
+    @property
+    def max(self) -> float:
+        return self._magnitude(self.max_code)
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal number."""
+        return 1 - self.bias
+
+    def _magnitude(self, code: int) -> float:
+        field, fraction = code >> self.fraction_bits, code & ((1 << self.fraction_bits) - 1)
+        if field == 0:
+            return math.ldexp(fraction, self.min_exponent - self.fraction_bits)
+        return math.ldexp((1 << self.fraction_bits) + fraction, field - self.bias - self.fraction_bits)
+
+    def decode_scalar(self, code: int) -> float:
+        sign = -1.0 if code >> (self.bits - 1) else 1.0
+        magnitude = code & ((1 << (self.bits - 1)) - 1)
+        if magnitude > self.max_code:
+            return sign * self.top_codes[magnitude - self.max_code - 1]
+        return sign * self._magnitude(magnitude)
+
+    def _steps(self, y: Tensor) -> Tensor:
+        """Distance between neighbouring values around `y`, a power of two, same dtype and shape."""
+        integer, mantissa_bits, mask, _ = _FLOAT_LAYOUT[y.dtype]
+        binade = (y.view(integer) & (mask << mantissa_bits)).view(y.dtype)
+        smallest_normal = math.ldexp(1.0, self.min_exponent)
+        return binade.clamp(min=smallest_normal).mul_(math.ldexp(1.0, -self.fraction_bits))
+
+    def round(self, y: Tensor) -> Tensor:
+        # Saturating first gives the same value, and keeps Inf / Inf away.
+        y = y.clamp(-self.max, self.max)
+        step = self._steps(y)
+        return y.div_(step).round_().mul_(step)
+
+    def encode(self, y: Tensor) -> Tensor:
+        y = y.clamp(-self.max, self.max)
+        exponents = binary_exponents(y).clamp(min=self.min_exponent)
+        # In units of the step, a normal number lies in [2^f, 2^(f+1)]; the upper end carries into the exponent.
+        multiples = (y.abs() / self._steps(y)).round().to(exponents.dtype)
+        magnitude = ((exponents - self.min_exponent) << self.fraction_bits) + multiples
+        negative = torch.signbit(y).to(exponents.dtype)
+        return (magnitude | (negative << (self.bits - 1))).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class IntElement(Element):
+    """Two's complement integers times a fixed power-of-two step, or unsigned integers.
+
+    The most negative code of a signed element is never written, so that the range is symmetric
+    (OCP section 5.3.4 allows that); it is still decoded.
+    """
+
+    step_exponent: int = 0
+    """A code counts steps of 2^step_exponent."""
+    signed: bool = True
+
+    @property
+    def max_code(self) -> int:
+        return (1 << (self.bits - self.signed)) - 1
+
+    @property
+    def mantissa_bits(self) -> int:
+        return self.max_code.bit_length() - 1
+
+    @property
+    def max(self) -> float:
+        return math.ldexp(self.max_code, self.step_exponent)
+
+    def decode_scalar(self, code: int) -> float:
+        wraps = self.signed and code >> (self.bits - 1)
+        return math.ldexp(code - (1 << self.bits) if wraps else code, self.step_exponent)
+
+    def round(self, y: Tensor) -> Tensor:
+        step = math.ldexp(1.0, self.step_exponent)
+        low = -self.max if self.signed else 0.0
+        # Two's complement has one zero: adding 0 turns -0 into it.
+        return (y / step).round_().mul_(step).clamp_(low, self.max).add_(0.0)
+
+    def encode(self, y: Tensor) -> Tensor:
+        steps = (self.round(y) / math.ldexp(1.0, self.step_exponent)).to(torch.int32)
+        return (steps & ((1 << self.bits) - 1)).to(torch.uint8)
+
+
+E2M1 = FloatElement("e2m1", bits=4, exponent_bits=2, fraction_bits=1, bias=1)
+E2M3 = FloatElement("e2m3", bits=6, exponent_bits=2, fraction_bits=3, bias=1)
+E3M2 = FloatElement("e3m2", bits=6, exponent_bits=3, fraction_bits=2, bias=3)
+E4M3 = FloatElement("e4m3", bits=8, exponent_bits=4, fraction_bits=3, bias=7, top_codes=(math.nan,))
+E5M2 = FloatElement(
+    "e5m2",
+    bits=8,
+    exponent_bits=5,
+    fraction_bits=2,
+    bias=15,
+    top_codes=(math.inf, math.nan, math.nan, math.nan),
+)
+INT8 = IntElement("int8", bits=8, step_exponent=-6)
+INT4 = IntElement("int4", bits=4)
+UINT4 = IntElement("uint4", bits=4, signed=False)

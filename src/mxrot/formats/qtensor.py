@@ -1,0 +1,52 @@
+"""A quantized tensor: codes, scales, and the format that says what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxrot.formats.catalog import Format
+from mxrot.formats.packing import pack_codes, unpack_codes
+from mxrot.formats.scale import BlockScales
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Blocks along the last dimension; K is a multiple of `format.block`."""
+
+    codes: Tensor
+    """uint8 [..., K], one code a byte."""
+    scales: BlockScales
+    """One scale a block, stored [..., K / block]."""
+    format: Format
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed codes, scales and zero points; a scalar tensor scale is not counted."""
+        return round(self.codes.numel() * self.format.bits_per_element / 8)
+
+    def packed(self) -> Tensor:
+        """The codes as bytes, [..., K * bits / 8]."""
+        return pack_codes(self.codes, self.format.element.bits)
+
+    @staticmethod
+    def from_packed(packed: Tensor, scales: BlockScales, format: Format) -> QTensor:
+        """The inverse of `packed`."""
+        return QTensor(unpack_codes(packed, format.element.bits), scales, format)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values, [..., K], computed in float32 (float64 if asked for) and cast to `dtype`.
+
+        Exact in float32 for power-of-two scales, but for products outside its range.
+        """
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        values = self.format.element.decode(self.codes, work).unflatten(-1, (-1, self.format.block))
+        if self.scales.zero_points is not None:
+            values = values - self.scales.zero_points.to(work)[..., None]
+        return (values * self.scales.values(work)[..., None]).flatten(-2).to(dtype)

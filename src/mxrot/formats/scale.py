@@ -1,0 +1,253 @@
+"""Block scales: how they are stored, and the rules that choose them.
+
+A rule sees blocks [..., B] and returns one scale a block. On most formats the scale is an E8M0 byte b
+that stands for 2^(b - 127) (OCP Microscaling v1.0, section 5.4.1); 255 would be NaN and is never written.
+Exponents come from the exponent bits of the block maximum, never from a floating-point logarithm.
+
+Which rule quantizes the activations belongs to the runtime that will serve the model, so every accuracy
+is reported under one; weights may use any rule.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxrot.errors import ConfigError
+from mxrot.formats.element import Element, binary_exponents, powers_of_two
+
+E8M0_BIAS = 127
+E8M0_MIN, E8M0_MAX = -127, 127
+_SMALLEST_NORMAL = 2.0**-126
+
+
+@dataclass(frozen=True)
+class ScaleType:
+    """How the scale of one block is stored."""
+
+    name: str
+    bits: int
+    dtype: torch.dtype
+
+
+E8M0 = ScaleType("e8m0", 8, torch.uint8)
+E4M3_SCALE = ScaleType("e4m3", 8, torch.float8_e4m3fn)
+"""NVFP4: an E4M3 number a block, relative to one float32 a tensor."""
+FP16_SCALE = ScaleType("fp16", 16, torch.float16)
+LOG256_LEVELS = ScaleType("log256", 8, torch.float32)
+"""256 levels of log2(scale); kept as the float32 that the level stands for."""
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """The scales of a tensor's blocks, as stored."""
+
+    stored: Tensor
+    """[..., G] in the dtype of the scale type."""
+    type: ScaleType
+    tensor_scale: Tensor | None = None
+    """float32 scalar that multiplies every block scale; None stands for 1."""
+    zero_points: Tensor | None = None
+    """[..., G] uint8 codes that stand for 0; None where the element is signed."""
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The real scale of each block, [..., G] in float32 or float64."""
+        if self.type is E8M0:
+            exponents = self.stored.to(torch.int32) - E8M0_BIAS
+            values = powers_of_two(exponents).to(dtype)
+            values = torch.where(self.stored == 255, math.nan, values)
+        else:
+            values = self.stored.to(dtype)
+        return values if self.tensor_scale is None else values * self.tensor_scale.to(dtype)
+
+
+@dataclass(frozen=True)
+class ScaleRule(ABC):
+    """One way to choose block scales."""
+
+    name: str
+    summary: str
+    dynamic: bool = True
+    """May quantize activations at run time."""
+
+    def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
+        """Does the scale of a block depend on other blocks?"""
+        return False
+
+    def stored_type(self, scale_type: ScaleType) -> ScaleType:
+        """How this rule's scales are stored in a format whose scale type is `scale_type`."""
+        return scale_type
+
+    @property
+    def is_power_of_two(self) -> bool:
+        """Is every scale a power of two?"""
+        return False
+
+    @abstractmethod
+    def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
+        """Scales of float32/float64 `blocks` [..., B]. A block that holds NaN or Inf gets the scale NaN."""
+
+
+def block_maxima(blocks: Tensor) -> Tensor:
+    """max |x| over the last dimension; NaN if there is one."""
+    return blocks.abs().amax(dim=-1)
+
+
+def e8m0_bytes(exponents: Tensor, maxima: Tensor) -> Tensor:
+    """E8M0 bytes of integer exponents, saturating at 2^-127 and 2^127; NaN (255) where `maxima` is not finite."""
+    clamped = exponents.clamp(E8M0_MIN, E8M0_MAX) + E8M0_BIAS
+    return torch.where(maxima.isfinite(), clamped, 255).to(torch.uint8)
+
+
+def floor_exponents(blocks: Tensor, element: Element) -> Tensor:
+    """floor(log2 amax) - emax (OCP section 6.3)."""
+    return binary_exponents(block_maxima(blocks)) - element.max_exponent
+
+
+def even_exponents(blocks: Tensor, element: Element) -> Tensor:
+    """The exponent of amax rounded to the element's mantissa bits (half away from zero), minus emax.
+
+    For E2M1: `floor`, and one more when the mantissa of amax is at least 1.75.
+    """
+    exponents, mantissas = _split(block_maxima(blocks))
+    rounds_to_two = mantissas >= 2 - 2.0 ** -(element.mantissa_bits + 1)
+    return exponents - element.max_exponent + rounds_to_two.to(exponents.dtype)
+
+
+def ceil_exponents(blocks: Tensor, element: Element) -> Tensor:
+    """ceil(log2(amax / max)): the smallest exponent at which nothing saturates."""
+    exponents, mantissas = _split(block_maxima(blocks))
+    exceeds_max = mantissas > math.ldexp(element.max, -element.max_exponent)
+    return exponents - element.max_exponent + exceeds_max.to(exponents.dtype)
+
+
+def _split(maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponents e and mantissas m of maxima = m 2^e, exact; m in [1, 2) unless the E8M0 byte saturates."""
+    exponents = binary_exponents(maxima)
+    return exponents, maxima * powers_of_two(-exponents.clamp(E8M0_MIN, E8M0_MAX)).to(maxima.dtype)
+
+
+def third_exponents(blocks: Tensor, element: Element) -> Tensor:
+    """floor(log2 amax), to be divided by 3: amax lands in [max / 2, max) of E2M1 (FP-Quant, arXiv 2509.23202)."""
+    return binary_exponents(block_maxima(blocks))
+
+
+def least_error_exponents(blocks: Tensor, element: Element) -> Tensor:
+    """Of e-1, e, e+1 around `floor`, the exponent with the least squared error; the smallest of equals."""
+    middle = floor_exponents(blocks, element)
+    candidates = torch.stack([middle - 1, middle, middle + 1]).clamp(E8M0_MIN, E8M0_MAX)
+    # Measured in units of 2^middle: the squares of very small or large blocks would vanish or overflow.
+    unit = candidates[1]
+    relative = blocks / powers_of_two(unit).to(blocks.dtype)[..., None]
+    errors = torch.stack([_squared_error(relative, exponents - unit, element) for exponents in candidates])
+    return candidates.gather(0, errors.argmin(dim=0, keepdim=True)).squeeze(0)
+
+
+def _squared_error(blocks: Tensor, exponents: Tensor, element: Element) -> Tensor:
+    scale = powers_of_two(exponents).to(blocks.dtype)[..., None]
+    return (element.round(blocks / scale).mul_(scale).sub_(blocks)).square_().sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class ExponentRule(ScaleRule):
+    """A rule that picks a power of two."""
+
+    exponents: Callable[[Tensor, Element], Tensor] = floor_exponents
+    """Integer exponents [...] of blocks [..., B]; out-of-range ones saturate."""
+    factor: float | None = None
+    """Constant that multiplies every scale; None stands for 1."""
+
+    @property
+    def is_power_of_two(self) -> bool:
+        return self.factor is None
+
+    def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
+        stored = e8m0_bytes(self.exponents(blocks, element), block_maxima(blocks))
+        factor = None if self.factor is None else blocks.new_full((), self.factor, dtype=torch.float32)
+        return BlockScales(stored, scale_type, tensor_scale=factor)
+
+
+@dataclass(frozen=True)
+class Log256Rule(ScaleRule):
+    """amax / max, its logarithm floored to 256 levels between the smallest and the largest of the tensor.
+
+    This is what the code released with DuQuant++ computes in place of E8M0. No hardware reads it.
+    A tensor whose scales are all equal keeps them as they are.
+    """
+
+    def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
+        return True
+
+    def stored_type(self, scale_type: ScaleType) -> ScaleType:
+        return LOG256_LEVELS
+
+    def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
+        logs = (block_maxima(blocks).float() / element.max).clamp(min=_SMALLEST_NORMAL).log2()
+        if logs.numel() == 0:
+            return BlockScales(logs, LOG256_LEVELS)
+        low, span = logs.min(), logs.max() - logs.min()
+        levels = (255 * (logs - low) / torch.where(span > 0, span, 1.0)).floor().clamp(0, 255)
+        return BlockScales(torch.exp2(low + levels * span / 255), LOG256_LEVELS)
+
+
+@dataclass(frozen=True)
+class AbsMaxRule(ScaleRule):
+    """amax / max, rounded to the scale type."""
+
+    def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
+        return scale_type is E4M3_SCALE
+
+    def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
+        maxima = block_maxima(blocks)
+        scales = maxima / element.max
+        if scale_type is FP16_SCALE:
+            return BlockScales(scales.to(torch.float16), scale_type)
+        largest_scale = torch.finfo(torch.float8_e4m3fn).max
+        peak = maxima.amax() if maxima.numel() else maxima.new_zeros(())
+        tensor_scale = (peak / (element.max * largest_scale)).float()
+        relative = scales / torch.where(tensor_scale > 0, tensor_scale, 1.0).to(scales.dtype)
+        stored = relative.clamp(max=largest_scale).to(torch.float8_e4m3fn)
+        return BlockScales(stored, scale_type, tensor_scale=tensor_scale)
+
+
+@dataclass(frozen=True)
+class MinMaxRule(ScaleRule):
+    """(max - min) / 15 in FP16 and an integer zero point, for unsigned elements; the range always holds 0."""
+
+    def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
+        low, high = blocks.amin(dim=-1).clamp(max=0), blocks.amax(dim=-1).clamp(min=0)
+        stored = ((high - low) / element.max).to(scale_type.dtype)
+        scale = stored.to(blocks.dtype)
+        zero_points = (-low / torch.where(scale > 0, scale, 1.0)).round().clamp(0, element.max)
+        return BlockScales(stored, scale_type, zero_points=zero_points.nan_to_num().to(torch.uint8))
+
+
+RULES: dict[str, ScaleRule] = {
+    rule.name: rule
+    for rule in (
+        ExponentRule("floor", "floor(log2 amax) - emax: OCP, microxcaling, gguf", exponents=floor_exponents),
+        ExponentRule(
+            "even",
+            "floor of amax rounded: compressed-tensors, Quark, vLLM emulation",
+            exponents=even_exponents,
+        ),
+        ExponentRule("rceil", "ceil(log2(amax / max)): FlashInfer, AITER, cuBLAS", exponents=ceil_exponents),
+        ExponentRule("x3", "2^floor(log2 amax) / 3: QuTLASS, FP-Quant", exponents=third_exponents, factor=1 / 3),
+        ExponentRule("mse", "least squared error of three exponents", dynamic=False, exponents=least_error_exponents),
+        Log256Rule("log256", "256 levels of log2(scale): released DuQuant++ code, no hardware"),
+        AbsMaxRule("absmax", "amax / max in the scale's own type"),
+        MinMaxRule("minmax", "(max - min) / 15 and a zero point"),
+    )
+}
+
+
+def get_rule(name: str) -> ScaleRule:
+    """The rule called `name`; ConfigError with the list of known ones."""
+    if name not in RULES:
+        raise ConfigError(f"unknown scale rule {name!r}; known: {', '.join(RULES)}")
+    return RULES[name]

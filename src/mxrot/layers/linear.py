@@ -1,0 +1,144 @@
+"""The quantized linear, and the input transform that the linears of a site share.
+
+The plain path is the definition that faster kernels must reproduce: the transform in float32, the activation
+quantizer on its float32 result, then the product of the quantized input with the dequantized weights.
+Where both operands are exact in bfloat16 the product runs on bfloat16 matrix hardware with a float32 result,
+otherwise in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize, unpack_codes
+from mxrot.transforms.base import BlockTransform, apply_matrices
+
+
+@dataclass(frozen=True)
+class TensorQuantizer:
+    """A format and the rule that picks its scales."""
+
+    format: Format
+    rule: ScaleRule
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the quantized tensor stands for, float32."""
+        return fake_quantize(x, self.format, self.rule)
+
+    @property
+    def is_exact_in_bfloat16(self) -> bool:
+        """Is every quantized value a bfloat16 number?"""
+        return self.rule.is_power_of_two and self.format.element.mantissa_bits < 8
+
+
+class InputTransform(nn.Module):
+    """Holds sqrt(B) T in bfloat16, as a checkpoint does, and applies T."""
+
+    def __init__(self, stored: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(stored, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x T in float32, blocks along the last dimension."""
+        matrices = BlockTransform.from_stored(self.weight).matrices.to(torch.float32)
+        return apply_matrices(x.to(torch.float32), matrices)
+
+
+class QuantLinear(nn.Module):
+    """y = Q(x T) W_q^T + b with W_q kept as packed codes and scales.
+
+    The first linear of a site owns the transform as a submodule under its checkpoint name; the others refer to it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weights: TensorQuantizer,
+        activations: TensorQuantizer | None,
+        bias: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weights, self.activations = weights, activations
+        format = weights.format
+        packed = torch.zeros(out_features, in_features * format.element.bits // 8, dtype=torch.uint8, device=device)
+        scale_dtype = weights.rule.stored_type(format.scale).dtype
+        scales = torch.zeros(out_features, in_features // format.block, dtype=scale_dtype, device=device)
+        self.weight_packed = nn.Parameter(packed, requires_grad=False)
+        self.weight_scale = nn.Parameter(scales, requires_grad=False)
+        self.weight_tensor_scale: nn.Parameter | None = None
+        self.weight_zero_point: nn.Parameter | None = None
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._transform: tuple[InputTransform, ...] = ()
+
+    def own_transform(self, scheme: str, transform: InputTransform) -> None:
+        """Register the site's transform here, under the name it has in a checkpoint."""
+        self.add_module(f"{scheme}_input", transform)
+        self.share_transform(transform)
+
+    def share_transform(self, transform: InputTransform) -> None:
+        """Apply a transform that another linear of the site owns."""
+        self._transform = (transform,)  # in a tuple, so that it is not registered twice
+
+    @property
+    def transform(self) -> InputTransform | None:
+        return self._transform[0] if self._transform else None
+
+    @torch.no_grad()
+    def set_weight(self, weight: QTensor) -> None:
+        """Take over codes and scales [out_features, in_features]."""
+        self.weight_packed.data = weight.packed()
+        self.weight_scale.data = weight.scales.stored
+        if weight.scales.tensor_scale is not None:
+            self.weight_tensor_scale = nn.Parameter(weight.scales.tensor_scale, requires_grad=False)
+        if weight.scales.zero_points is not None:
+            self.weight_zero_point = nn.Parameter(weight.scales.zero_points, requires_grad=False)
+
+    def qtensor(self) -> QTensor:
+        """The weight as codes and scales."""
+        format = self.weights.format
+        scales = BlockScales(
+            self.weight_scale,
+            self.weights.rule.stored_type(format.scale),
+            self.weight_tensor_scale,
+            self.weight_zero_point,
+        )
+        return QTensor(unpack_codes(self.weight_packed, format.element.bits), scales, format)
+
+    def dequantized_weight(self) -> Tensor:
+        """W_q in float32, [out_features, in_features]."""
+        return self.qtensor().dequantize()
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Q(x T) in float32, the shape of `x`."""
+        transformed = x.to(torch.float32) if self.transform is None else self.transform(x)
+        return transformed if self.activations is None else self.activations(transformed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], in the dtype of `x`; sums in float32."""
+        inputs, weight = self.quantized_input(x), self.dequantized_weight()
+        if x.is_cuda and self._runs_in_bfloat16:
+            flat = inputs.to(torch.bfloat16).flatten(0, -2)
+            product = torch.mm(flat, weight.to(torch.bfloat16).t(), out_dtype=torch.float32)
+            product = product.unflatten(0, x.shape[:-1])
+        else:
+            product = F.linear(inputs, weight)
+        if self.bias is not None:
+            product = product + self.bias.to(torch.float32)
+        return product.to(x.dtype)
+
+    @property
+    def _runs_in_bfloat16(self) -> bool:
+        if self.activations is None:
+            return False
+        return self.weights.is_exact_in_bfloat16 and self.activations.is_exact_in_bfloat16
+
+    def extra_repr(self) -> str:
+        inputs = "unquantized" if self.activations is None else self.activations.format.name
+        return f"{self.in_features}, {self.out_features}, weights={self.weights.format.name}, inputs={inputs}"

@@ -1,0 +1,21 @@
+"""Model families, and how to find and read a model. Names and shapes, no numerics."""
+
+from mxrot.models.family import Family, Site, check_linears, value_heads
+from mxrot.models.lookup import find_model
+from mxrot.models.skeleton import FAMILIES, build_skeleton, fill, find_family, read_config, rebuild_rotary
+from mxrot.models.weights import WeightFiles
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Site",
+    "WeightFiles",
+    "build_skeleton",
+    "check_linears",
+    "fill",
+    "find_family",
+    "find_model",
+    "read_config",
+    "rebuild_rotary",
+    "value_heads",
+]

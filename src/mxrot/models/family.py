@@ -1,0 +1,96 @@
+"""What mxrot must know of a model family: names, and which layer feeds which.
+
+A site is the set of linears that read the same input. Families hold no numerics and no tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from mxrot.errors import ConfigError, FamilyError
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears of a decoder block that read the same input; names are relative to the block."""
+
+    name: str
+    """Lower-case letters, digits and underscores; part of tensor names in a checkpoint."""
+    linears: tuple[str, ...]
+    norm: str | None = None
+    """The norm whose output this site reads directly, if there is one: a channel scale can go into its gain."""
+    producer: str | None = None
+    """The linear whose rows are the channels of this site, up to factors that do not mix channels."""
+    producer_is_value: bool = False
+    """The producer is v_proj: under grouped queries one of its rows feeds several channels."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A decoder-only architecture."""
+
+    name: str
+    architectures: tuple[str, ...]
+    """Values of `architectures` in config.json that this record describes."""
+    sites: tuple[Site, ...]
+    """In the order in which a block computes them."""
+    body: str = "model"
+    """The module that turns token ids into the last hidden states."""
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    rotary: str | None = "model.rotary_emb"
+    """Module without weights, rebuilt from the config."""
+
+    def block_prefix(self, index: int) -> str:
+        return f"{self.blocks}.{index}"
+
+    def active_sites(self, index: int, ignore: tuple[str, ...]) -> tuple[Site, ...]:
+        """The sites of block `index` without the linears that a pattern of `ignore` matches; empty ones are gone."""
+        prefix = self.block_prefix(index)
+        kept = []
+        for site in self.sites:
+            linears = tuple(n for n in site.linears if not is_ignored(f"{prefix}.{n}", ignore))
+            if linears:
+                kept.append(Site(site.name, linears, site.norm, site.producer, site.producer_is_value))
+        return tuple(kept)
+
+
+def is_ignored(name: str, ignore: tuple[str, ...]) -> bool:
+    """Does a shell-style pattern match the full name of a linear, or its last part?"""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name.rsplit(".", 1)[-1], pattern) for pattern in ignore)
+
+
+def value_heads(config: Any) -> tuple[int, int]:
+    """Number of value heads and their width."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, width
+
+
+def check_linears(model: nn.Module, family: Family, block_size: int, ignore: tuple[str, ...]) -> None:
+    """Every linear of every decoder block is in a site or ignored, and its inputs fill whole blocks.
+
+    FamilyError names a linear that the family does not know, ConfigError one of an odd size.
+    """
+    known = {linear for site in family.sites for linear in site.linears}
+    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        for name, module in block.named_modules():
+            full = f"{family.block_prefix(index)}.{name}"
+            if not isinstance(module, nn.Linear) or is_ignored(full, ignore):
+                continue
+            if name not in known:
+                raise FamilyError(
+                    f"{full}: family {family.name} knows no such linear (it knows {', '.join(sorted(known))}); "
+                    "list it under `ignore` to leave it as it is"
+                )
+            if module.in_features % block_size:
+                raise ConfigError(
+                    f"{full}: in_features {module.in_features} is not a multiple of the block size {block_size}; "
+                    "list it under `ignore`"
+                )

@@ -1,0 +1,12 @@
+"""Llama: 1, 2, 3 and everything that declares itself LlamaForCausalLM (SmolLM2, TinyLlama, Vicuna, ...)."""
+
+from mxrot.models.family import Family, Site
+
+LLAMA_SITES = (
+    Site("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
+    Site("o", ("self_attn.o_proj",), producer="self_attn.v_proj", producer_is_value=True),
+    Site("gate_up", ("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
+    Site("down", ("mlp.down_proj",), producer="mlp.up_proj"),
+)
+
+LLAMA = Family("llama", ("LlamaForCausalLM",), LLAMA_SITES)

@@ -1,0 +1,75 @@
+"""A model without its weights: every parameter on the meta device, filled in piece by piece."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from mxrot.errors import FamilyError
+from mxrot.models.family import Family
+from mxrot.models.llama import LLAMA
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder; FamilyError if there is none or it cannot be read."""
+    if not (folder / "config.json").is_file():
+        raise FamilyError(f"{folder}: no config.json; expected a model folder in the Hugging Face layout")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FamilyError(f"{folder / 'config.json'}: not a config that transformers reads: {first_line}") from error
+
+
+def find_family(config: Any, where: str) -> Family:
+    """The family of a config; FamilyError if it is not a causal language model, or not one we know."""
+    architectures = tuple(getattr(config, "architectures", None) or ())
+    for family in FAMILIES.values():
+        if set(architectures) & set(family.architectures):
+            return family
+    named = ", ".join(architectures) or "none"
+    causal: set[str] = set()
+    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        causal.update((value,) if isinstance(value, str) else value)
+    if not set(architectures) & causal:
+        raise FamilyError(f"{where}: architectures {named}: not a causal language model")
+    known = ", ".join(architecture for family in FAMILIES.values() for architecture in family.architectures)
+    raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
+
+
+def build_skeleton(config: Any) -> PreTrainedModel:
+    """The model of a config on the meta device, in evaluation mode."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model.eval().requires_grad_(False)
+
+
+def rebuild_rotary(model: PreTrainedModel, family: Family, device: torch.device) -> None:
+    """Replace the rotary embedding, which has buffers but no weights, by a real one on `device`."""
+    if family.rotary is not None:
+        rotary = type(model.get_submodule(family.rotary))(config=model.config)
+        model.set_submodule(family.rotary, rotary.to(device))
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Put real tensors in place of meta ones; FamilyError names what is missing, extra or of the wrong shape."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if expected != found:
+        name = min(name for name, _ in expected.items() ^ found.items())
+        raise FamilyError(
+            f"{where}: tensors do not fit the config: expected {_name(name, expected)}, got {_name(name, found)}"
+        )
+    module.load_state_dict(tensors, assign=True)
+    module.requires_grad_(False)
+
+
+def _name(name: str, shapes: dict[str, tuple[int, ...]]) -> str:
+    return f"{name} {list(shapes[name])}" if name in shapes else f"no {name}"

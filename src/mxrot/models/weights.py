@@ -1,0 +1,109 @@
+"""Read single tensors of a model folder, straight from its safetensors files.
+
+Nothing is unpickled: a folder that holds only .bin or .pt files is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mxrot.errors import FamilyError, NumericsError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+class WeightFiles:
+    """The tensors of one model folder, by name. Opens files as they are needed and keeps no tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file_of = _locate(folder)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({self.folder / file for file in self._file_of.values()})
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type a tensor is stored in, without reading it; FamilyError as for `read`."""
+        with self._open(name) as file:
+            stored = str(file.get_slice(name).get_dtype())
+        if stored not in _DTYPES:
+            raise FamilyError(f"{name}: stored as {stored}; expected one of {', '.join(_DTYPES)}")
+        return _DTYPES[stored]
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor on `device`; FamilyError if it is missing or unreadable, NumericsError on NaN or Inf."""
+        with self._open(name, device) as file:
+            tensor = file.get_tensor(name)
+        if not torch.isfinite(tensor).all():
+            raise NumericsError(f"{name}: the weights hold NaN or Inf; the file {self._file_of[name]} is damaged")
+        return tensor
+
+    @contextmanager
+    def _open(self, name: str, device: torch.device | str = "cpu") -> Iterator[Any]:
+        if name not in self._file_of:
+            raise FamilyError(f"{self.folder}: no tensor {name!r} in its safetensors files; is the download complete?")
+        path = self.folder / self._file_of[name]
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise FamilyError(f"{path}: cannot be read as safetensors ({error})") from error
+
+    def read_under(self, prefix: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """All tensors whose name starts with `prefix` and a dot, by the rest of their names."""
+        dotted = prefix + "."
+        return {name[len(dotted) :]: self.read(name, device) for name in self.names if name.startswith(dotted)}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and, of each weight file, its size, header and last mebibyte.
+
+        Tells models apart without reading all of a large one.
+        """
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in self.files:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(min(header_bytes, size)))
+                file.seek(max(0, size - (1 << 20)))
+                digest.update(file.read())
+        return digest.hexdigest()
+
+
+def _locate(folder: Path) -> dict[str, str]:
+    """File name of each tensor."""
+    if (folder / _INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / _INDEX).read_text())["weight_map"]
+            return {str(name): Path(str(file)).name for name, file in weight_map.items()}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise FamilyError(f"{folder / _INDEX}: not a safetensors index ({error})") from error
+    if (folder / _SINGLE).is_file():
+        try:
+            with safe_open(folder / _SINGLE, framework="pt") as file:
+                return dict.fromkeys(file.keys(), _SINGLE)
+        except (OSError, SafetensorError) as error:
+            raise FamilyError(f"{folder / _SINGLE}: cannot be read as safetensors ({error})") from error
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    hint = f"; {pickled[0]} would have to be unpickled, which mxrot never does" if pickled else ""
+    raise FamilyError(f"{folder}: no {_SINGLE} and no {_INDEX}{hint}")

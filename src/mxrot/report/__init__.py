@@ -1,0 +1,21 @@
+"""What people look at: tables and progress."""
+
+from mxrot.report.progress import progress_on_stderr
+from mxrot.report.tables import (
+    ComparedRow,
+    comparison_table,
+    errors_table,
+    maxima_table,
+    perplexity_table,
+    size_line,
+)
+
+__all__ = [
+    "ComparedRow",
+    "comparison_table",
+    "errors_table",
+    "maxima_table",
+    "perplexity_table",
+    "progress_on_stderr",
+    "size_line",
+]

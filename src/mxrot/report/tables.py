@@ -1,0 +1,107 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from mxrot.evaluation import Perplexity, SiteMaxima
+from mxrot.layers import ModelSize
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One model of a comparison."""
+
+    recipe: str
+    """Name of the recipe; the type of the weights for the model as it was."""
+    size: ModelSize
+    quantize_seconds: float | None
+    perplexity: dict[str, Perplexity]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def as_table(self) -> dict[str, Any]:
+        """The row as `compare --json` writes it."""
+        return {
+            "recipe": self.recipe,
+            "bits_per_weight": self.size.bits_per_weight or 16.0,
+            "transform_bits_per_weight": self.size.transform_bits_per_weight or 0.0,
+            "megabytes": self.size.total_bytes / 1e6,
+            "seconds": self.quantize_seconds,
+            "perplexity": {name: result.ppl for name, result in self.perplexity.items()},
+            **self.extra,
+        }
+
+
+def comparison_table(rows: Sequence[ComparedRow], title: str) -> Table:
+    """Perplexity, size and time of each row."""
+    texts = list(rows[0].perplexity) if rows else []
+    table = Table(title=title, title_justify="left")
+    table.add_column("recipe")
+    for text in texts:
+        table.add_column(f"perplexity, {text}", justify="right")
+    for heading in ("bits a weight", "transforms", "MB", "seconds"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        bits, transforms = row.size.bits_per_weight, row.size.transform_bits_per_weight
+        table.add_row(
+            row.recipe,
+            *(f"{row.perplexity[text].ppl:.2f}" for text in texts),
+            "16" if bits is None else f"{bits:.2f}",
+            f"+{transforms:.3f}" if transforms else "",
+            f"{row.size.total_bytes / 1e6:.1f}",
+            "" if row.quantize_seconds is None else f"{row.quantize_seconds:.1f}",
+        )
+    return table
+
+
+def perplexity_table(model: str, results: dict[str, Perplexity]) -> Table:
+    """One line a text."""
+    table = Table(title=f"Perplexity of {model}", title_justify="left")
+    for heading in ("text", "perplexity", "nats a token", "windows", "tokens scored"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for name, result in results.items():
+        counts = (f"{result.windows} x {result.seq_len}", f"{result.tokens:,}")
+        table.add_row(name, f"{result.ppl:.3f}", f"{result.nll:.4f}", *counts)
+    return table
+
+
+def maxima_table(sites: Sequence[SiteMaxima]) -> Table:
+    """One line a site."""
+    table = Table(title="Inputs: max |x| of a channel over the tokens", title_justify="left")
+    for heading in ("site (its first linear)", "channels", "largest", "at channel", "median", "ratio"):
+        table.add_column(heading, justify="left" if heading.startswith("site") else "right")
+    for site in sites:
+        numbers = (f"{site.channels}", f"{site.largest:.4g}", f"{site.channel}", f"{site.median:.4g}")
+        table.add_row(site.site, *numbers, f"{site.ratio:.1f}")
+    return table
+
+
+def errors_table(blocks: Sequence[dict[str, Any]]) -> Table:
+    """One line a linear, from the `blocks` of a run.json."""
+    table = Table(title="Relative error (Frobenius norm)", title_justify="left")
+    for heading in ("linear", "shape", "weights", "output", "damping"):
+        table.add_column(heading, justify="left" if heading == "linear" else "right")
+    for block in blocks:
+        for linear in block["linears"]:
+            rows, columns = linear["shape"]
+            table.add_row(
+                linear["name"],
+                f"{rows} x {columns}",
+                f"{linear['weight_error']:.4f}",
+                "" if linear["output_error"] is None else f"{linear['output_error']:.4f}",
+                "" if linear["damping"] is None else f"{linear['damping']:g}",
+            )
+    return table
+
+
+def size_line(size: dict[str, Any]) -> str:
+    """One line on the bytes of a checkpoint, from the `size` of a run.json."""
+    weights = (size["code_bytes"] + size["scale_bytes"]) / 1e6
+    return (
+        f"codes and scales {weights:.1f} MB ({size['bits_per_weight']:.3f} bits a weight), "
+        f"transforms {size['transform_bytes'] / 1e6:.2f} MB, everything else {size['other_bytes'] / 1e6:.1f} MB"
+    )

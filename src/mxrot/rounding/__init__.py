@@ -1,0 +1,18 @@
+"""Rounding methods. A method is one class, listed here."""
+
+from mxrot.errors import ConfigError
+from mxrot.rounding.base import Rounded, RoundingMethod
+from mxrot.rounding.gptq import GPTQ
+from mxrot.rounding.rtn import RoundToNearest
+
+METHODS: dict[str, type[RoundingMethod]] = {method.name: method for method in (RoundToNearest, GPTQ)}
+
+
+def get_rounding(name: str) -> type[RoundingMethod]:
+    """The method called `name`; ConfigError with the list of known ones."""
+    if name not in METHODS:
+        raise ConfigError(f"unknown rounding {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "Rounded", "RoundingMethod", "get_rounding"]

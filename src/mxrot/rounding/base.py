@@ -1,0 +1,40 @@
+"""What a rounding method is: real weights in, codes and scales out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mxrot.formats import Format, QTensor, ScaleRule
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Quantized weights and what it took."""
+
+    weight: QTensor
+    damping: float | None = None
+    """Damping of the Hessian that let it factorize, relative to its mean diagonal; None where there was none."""
+
+
+@dataclass(frozen=True)
+class RoundingMethod(ABC):
+    """Rounds the weights of one site. Fields are its options, and its keys in a recipe."""
+
+    name: ClassVar[str]
+    needs_hessian: ClassVar[bool] = False
+
+    def check(self, format: Format, rule: ScaleRule) -> None:
+        """ConfigError if this method cannot round to `format` under `rule`."""
+        return
+
+    @abstractmethod
+    def round(self, weight: Tensor, format: Format, rule: ScaleRule, hessian: Tensor | None, name: str) -> Rounded:
+        """Codes and scales of `weight` [N, K].
+
+        `hessian` [K, K] is the mean of x^T x over the inputs that the linear will really see; None where the
+        method does not need it. NumericsError, with `name`, if a weight is NaN or Inf or a block scale overflows.
+        """

@@ -1,0 +1,20 @@
+"""Round to nearest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mxrot.formats import Format, ScaleRule, quantize
+from mxrot.rounding.base import Rounded, RoundingMethod
+
+
+@dataclass(frozen=True)
+class RoundToNearest(RoundingMethod):
+    """Each weight by itself."""
+
+    name = "rtn"
+
+    def round(self, weight: Tensor, format: Format, rule: ScaleRule, hessian: Tensor | None, name: str) -> Rounded:
+        return Rounded(quantize(weight, format, rule, name))

@@ -1,0 +1,14 @@
+"""Changes to a model's modules: what must be folded where, and the replacement of linears."""
+
+from mxrot.surgery.replace import install_empty_site, install_site, scheme_name, stored_tensors
+from mxrot.surgery.smooth import Weights, fold_into_producer, shareable_scales
+
+__all__ = [
+    "Weights",
+    "fold_into_producer",
+    "install_empty_site",
+    "install_site",
+    "scheme_name",
+    "shareable_scales",
+    "stored_tensors",
+]

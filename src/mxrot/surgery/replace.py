@@ -1,0 +1,72 @@
+"""Put quantized linears in the place of a block's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mxrot.formats import QTensor
+from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
+from mxrot.models import Site
+
+
+def scheme_name(block_index: int, site: Site) -> str:
+    """The name of a site's transform scheme in a checkpoint; [a-z0-9_] only."""
+    return f"layer{block_index}_{site.name}"
+
+
+def install_site(
+    block: nn.Module,
+    scheme: str,
+    site: Site,
+    quantized: dict[str, QTensor],
+    stored_transform: Tensor | None,
+    weights: TensorQuantizer,
+    activations: TensorQuantizer | None,
+) -> None:
+    """Replace the linears of `site` by quantized ones that share one input transform."""
+    install_empty_site(
+        block, scheme, site, None if stored_transform is None else stored_transform, weights, activations
+    )
+    for name in site.linears:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, QuantLinear)
+        linear.set_weight(quantized[name])
+
+
+def install_empty_site(
+    block: nn.Module,
+    scheme: str,
+    site: Site,
+    stored_transform: Tensor | None,
+    weights: TensorQuantizer,
+    activations: TensorQuantizer | None,
+) -> None:
+    """Like `install_site`, with zeros for codes and scales, to be filled from a file.
+
+    The transform belongs to the first linear of the site.
+    """
+    transform = None if stored_transform is None else InputTransform(stored_transform)
+    for position, name in enumerate(site.linears):
+        old = block.get_submodule(name)
+        assert isinstance(old, nn.Linear)
+        new = QuantLinear(old.in_features, old.out_features, weights, activations, old.bias, old.weight.device)
+        if transform is not None and position == 0:
+            new.own_transform(scheme, transform)
+        elif transform is not None:
+            new.share_transform(transform)
+        block.set_submodule(name, new)
+
+
+def stored_tensors(block: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a block as a checkpoint keeps them: quantized ones as they are, all others in `dtype`."""
+    quantized = {
+        f"{name}.{parameter}" if name else parameter
+        for name, module in block.named_modules()
+        if isinstance(module, (QuantLinear, InputTransform))
+        for parameter, _ in module.named_parameters(recurse=False)
+        if parameter != "bias"
+    }
+    return {
+        name: (value if name in quantized else value.to(dtype)).detach() for name, value in block.state_dict().items()
+    }

@@ -1,0 +1,56 @@
+"""Fold per-channel smoothing scales into the layers around a site.
+
+A site reads x; it shall read x / s instead, and its linears use W * s. With `sharing = "block"` the division is
+a diagonal factor of the site's own transform, and nothing here is needed. With `sharing = "site"` it goes into
+whatever makes x: the gain of an RMSNorm, or the rows (and bias) of up_proj or v_proj.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mxrot.errors import ConfigError
+from mxrot.models import Site
+from mxrot.transforms.smoothing import equal_over_groups, per_value_row
+
+Weights = dict[str, Tensor]
+"""float64 weights of the linears of one block, by their names in it."""
+
+
+def shareable_scales(scales: Tensor, site: Site, heads: tuple[int, int]) -> Tensor:
+    """The scales [K] that the producer of the site can take: equal over the query heads of a value head."""
+    return equal_over_groups(scales, *heads) if site.producer_is_value else scales
+
+
+def fold_into_producer(
+    block: nn.Module, site: Site, weights: Weights, scales: Tensor, heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Divide what makes the site's input by `scales` (float64 [K]) and multiply the weights of its readers.
+
+    `weights` is changed in place, and the norm gain or bias in `block`. A norm gain is rounded once, to the
+    checkpoint's `dtype`; the weights are multiplied by the ratio that this rounding left, so that the product
+    stays exact. ConfigError for a site whose input has no such place.
+    """
+    if site.norm is not None:
+        scales = _divide_gain(block.get_submodule(site.norm), scales, dtype)
+    elif site.producer is not None:
+        rows = per_value_row(scales, *heads) if site.producer_is_value else scales
+        weights[site.producer] = weights[site.producer] / rows[:, None]
+        bias = block.get_submodule(site.producer).bias
+        if isinstance(bias, Tensor):
+            bias.data.copy_((bias.double() / rows).to(dtype))
+    else:
+        raise ConfigError(f'site {site.name}: nothing before it can take smoothing scales; use sharing = "block"')
+    for linear in site.linears:
+        weights[linear] = weights[linear] * scales
+
+
+def _divide_gain(norm: nn.Module, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Divide the gain of `norm`; the scales that this has really applied."""
+    assert isinstance(norm.weight, Tensor)
+    gain = norm.weight.double()
+    rounded = (gain / scales).to(dtype).double()
+    applied = torch.where(rounded != 0, gain / torch.where(rounded != 0, rounded, 1.0), scales)
+    norm.weight.data.copy_(rounded)  # last: `gain` is this very tensor in a float64 model
+    return applied

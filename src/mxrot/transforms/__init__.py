@@ -1,0 +1,28 @@
+"""Block transforms and the methods that build them. A method is one class, listed here."""
+
+from mxrot.errors import ConfigError
+from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod, generator_for
+from mxrot.transforms.hadamard import Hadamard, Identity, RandomHadamard, RandomOrthogonal
+from mxrot.transforms.outlier import OutlierRotation
+
+METHODS: dict[str, type[TransformMethod]] = {
+    method.name: method for method in (Identity, Hadamard, RandomHadamard, RandomOrthogonal, OutlierRotation)
+}
+
+
+def get_transform(name: str) -> type[TransformMethod]:
+    """The method called `name`; ConfigError with the list of known ones."""
+    if name not in METHODS:
+        raise ConfigError(f"unknown transform {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+__all__ = [
+    "METHODS",
+    "BlockTransform",
+    "Sharing",
+    "SiteSample",
+    "TransformMethod",
+    "generator_for",
+    "get_transform",
+]

@@ -1,0 +1,135 @@
+"""The outlier-aware rotation of DuQuant++ (arXiv 2604.17789, section 3; DuQuant, arXiv 2406.01721, section 3.2).
+
+One step finds the channel c where |x| peaks, and rotates with R = E_c R~ diag(1, Q) E_c: E_c swaps channels 0
+and c, row 0 of R~ is uniformly 1/sqrt(B) so that the peak spreads evenly over the block, and Q is a random
+orthogonal matrix of the other channels. After n steps the prefix of the product with the smallest peak is kept,
+which may be the empty one. One rotation is enough for MX formats: each block has its own scale, so the variance
+between blocks, for which DuQuant needed a permutation and a second rotation, does not matter.
+
+The search never leaves the device: all blocks take a step at once, and the best prefix is kept by masks. It looks
+at the blocks with the largest peaks only, because no other block can hold the peak before the first step, and
+among those the rotation treats the rest alike.
+
+`score = "error"` keeps the prefix with the least squared error of the run-time quantizer on those blocks instead.
+The remaining options exist for `duquant++-released`: the code released with the paper picks the channel by the
+row index modulo B, scores by max - min, draws Q once, and searches on the mean of the calibration windows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mxrot.errors import ConfigError
+from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod, random_orthogonal
+
+
+def spreading_rotation(size: int) -> Tensor:
+    """R~, float64 [size, size]: orthogonal, its first row uniformly 1/sqrt(size).
+
+    The product G_(size-2) ... G_0 of Givens rotations in the planes (i, i + 1), cos = 1/sqrt(i + 2),
+    sin = sqrt(i + 1)/sqrt(i + 2), with rows and columns 0 and size - 1 swapped at the end.
+    """
+    product = torch.eye(size, dtype=torch.float64)
+    for i in range(size - 1):
+        cos, sin = 1 / math.sqrt(i + 2), math.sqrt(i + 1) / math.sqrt(i + 2)
+        givens = torch.eye(size, dtype=torch.float64)
+        givens[i, i], givens[i, i + 1], givens[i + 1, i], givens[i + 1, i + 1] = cos, -sin, sin, cos
+        product = givens @ product
+    swap = torch.arange(size)
+    swap[0], swap[-1] = size - 1, 0
+    return product[swap][:, swap]
+
+
+@dataclass(frozen=True)
+class OutlierRotation(TransformMethod):
+    """Greedy rotation of the peaks."""
+
+    name = "outlier"
+
+    steps: int = 128
+    """Steps of the search (the paper: 128 or 256)."""
+    score: Literal["peak", "error"] = "peak"
+    """What the kept prefix minimises: the peak, or the squared error of the activation quantizer."""
+    peak: Literal["abs", "range"] = "abs"
+    """max |x| (DuQuant) or max x - min x (released code)."""
+    pivot: Literal["channel", "row"] = "channel"
+    """Which index chooses the channel to swap: its own, or the row's modulo B (released code)."""
+    redraw: bool = True
+    """Draw Q afresh for each step."""
+    sample: Literal["peaks", "mean"] = "peaks"
+    """Search on the blocks with the largest peaks, or on the mean of the calibration windows."""
+    rows: int = 512
+    """Rows a block that the search looks at, the ones with the largest peaks."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.rows < 1:
+            raise ConfigError(f"transform outlier: steps and rows must be positive, got {self.steps} and {self.rows}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.sample})
+
+    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
+        x = self._search_rows(sample, sharing)
+        size = sample.block
+        drawn = random_orthogonal(self.steps if self.redraw else 1, size - 1, generator)
+        mixed = torch.eye(size, dtype=torch.float64).repeat(len(drawn), 1, 1)
+        mixed[:, 1:, 1:] = drawn
+        steps = (spreading_rotation(size) @ mixed).to(x.device)
+        return BlockTransform(self._search(x, steps, sample))
+
+    def _search_rows(self, sample: SiteSample, sharing: Sharing) -> Tensor:
+        """What the search rotates: float32 [1 | G, rows, B]."""
+        if self.sample == "mean":
+            mean = sample.seen["mean"].unflatten(-1, (sample.groups, sample.block))
+            return mean.flatten(0, 1)[None] if sharing == "site" else mean.transpose(0, 1).contiguous()
+        peaks = sample.seen["peaks"]
+        if sharing == "block":
+            return peaks
+        rows = peaks.flatten(0, 1)
+        largest = rows.abs().amax(dim=-1).topk(min(len(rows), self.rows * 8)).indices.sort().values
+        return rows[largest][None]
+
+    def _search(self, x: Tensor, steps: Tensor, sample: SiteSample) -> Tensor:
+        """The best prefix product of each batch entry, float64 [batch, B, B]."""
+        batch, size = x.shape[0], x.shape[-1]
+        product = torch.eye(size, dtype=torch.float64, device=x.device).repeat(batch, 1, 1)
+        best, best_score = product, self._scores(x, sample)
+        channels = torch.arange(size, device=x.device).expand(batch, size)
+        for step in range(self.steps):
+            swap = _swap_with_first(channels, self._pivots(x))
+            rotation = steps[step % len(steps)][swap[:, :, None], swap[:, None, :]]
+            product = product @ rotation
+            x = x @ rotation.to(x.dtype)
+            score = self._scores(x, sample)
+            improved = score < best_score
+            best = torch.where(improved[:, None, None], product, best)
+            best_score = torch.where(improved, score, best_score)
+        return best
+
+    def _pivots(self, x: Tensor) -> Tensor:
+        """The channel to spread, [batch]."""
+        flat = x.abs().flatten(1).argmax(dim=1)
+        size = x.shape[-1]
+        return flat % size if self.pivot == "channel" else (flat // size) % size
+
+    def _scores(self, x: Tensor, sample: SiteSample) -> Tensor:
+        """What is minimised, [batch]."""
+        if self.score == "error":
+            assert sample.fake_quantize is not None
+            return (sample.fake_quantize(x) - x).square().sum(dim=(1, 2))
+        if self.peak == "abs":
+            return x.abs().amax(dim=(1, 2))
+        return x.amax(dim=(1, 2)) - x.amin(dim=(1, 2))
+
+
+def _swap_with_first(channels: Tensor, pivots: Tensor) -> Tensor:
+    """Permutations [batch, B] that exchange channel 0 and the pivot [batch]."""
+    pivot = pivots[:, None]
+    swapped = torch.where(channels == pivot, 0, channels)
+    return torch.where(channels == 0, pivot, swapped)

@@ -1,0 +1,196 @@
+"""What every transform method owes under both sharings."""
+
+from functools import cache
+
+import pytest
+import torch
+from tests.oracles.sample_blocks import bits
+from torch import Tensor
+
+from mxrot.calibration import COLLECTORS
+from mxrot.errors import ConfigError
+from mxrot.formats import get_format
+from mxrot.layers import TensorQuantizer
+from mxrot.transforms import METHODS, BlockTransform, Sharing, SiteSample, generator_for, get_transform
+from mxrot.transforms.base import STORED_DTYPE
+
+BLOCK, GROUPS = 32, 3
+EPSILON = torch.finfo(torch.float64).eps
+
+each = pytest.mark.parametrize(
+    ("name", "sharing"), [(name, sharing) for name in METHODS for sharing in ("site", "block")]
+)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs() -> Tensor:
+    """Two batches [2, windows, tokens, K] with an outlier channel in the first and the last block."""
+    x = random(2, 3, 40, GROUPS * BLOCK, seed=1)
+    x[..., 5] *= 30
+    x[..., -2] *= -80
+    return x.float()
+
+
+@cache
+def fit(name: str, sharing: Sharing, seed: int = 0, site: str = "a.q_proj") -> BlockTransform:
+    return refit(name, sharing, generator_for(seed, site))
+
+
+def refit(name: str, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
+    method = METHODS[name]()
+    collectors = {need: COLLECTORS[need](BLOCK, getattr(method, "rows", 0)) for need in method.needs}
+    for batch in inputs():
+        for collector in collectors.values():
+            collector.update(batch)
+    format = get_format("mxfp4")
+    sample = SiteSample(
+        random(48, GROUPS * BLOCK, seed=2),
+        BLOCK,
+        {need: collector.result() for need, collector in collectors.items()},
+        TensorQuantizer(format, format.rule()),
+    )
+    return method.fit(sample, sharing, generator)
+
+
+def as_dense(transform: BlockTransform) -> Tensor:
+    """The transform of a whole row, [K, K]."""
+    return torch.block_diag(*transform.matrices.expand(GROUPS, BLOCK, BLOCK))
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@each
+def test_shape_and_dtype(name: str, sharing: Sharing) -> None:
+    """One matrix a site; with one a block, a method whose matrices are all equal may still give one."""
+    matrices = fit(name, sharing).matrices
+    assert matrices.dtype == torch.float64
+    assert matrices.shape[1:] == (BLOCK, BLOCK)
+    assert matrices.shape[0] in ((1,) if sharing == "site" else (1, GROUPS))
+
+
+@each
+def test_its_inverse_undoes_it(name: str, sharing: Sharing) -> None:
+    """|T T^-1 - I| of an inverse by LU is bounded by B eps cond(T), times a small constant."""
+    transform = fit(name, sharing)
+    condition = float(torch.linalg.cond(transform.matrices).max())
+    product = transform.matrices @ transform.inverse_transposes.transpose(-1, -2)
+    error = (product - torch.eye(BLOCK, dtype=torch.float64)).abs().max()
+    assert error <= 4 * BLOCK * EPSILON * condition
+
+
+@each
+def test_it_is_orthogonal_where_its_method_says_so(name: str, sharing: Sharing) -> None:
+    transform = fit(name, sharing)
+    gram = transform.matrices @ transform.matrices.transpose(-1, -2)
+    error = float((gram - torch.eye(BLOCK, dtype=torch.float64)).abs().max())
+    # 128 factors, each orthogonal to B eps.
+    assert (error <= 128 * BLOCK * EPSILON) == METHODS[name].orthogonal
+
+
+@each
+def test_the_product_is_unchanged(name: str, sharing: Sharing) -> None:
+    transform, x, weight = fit(name, sharing), random(7, GROUPS * BLOCK), random(11, GROUPS * BLOCK, seed=3)
+    got = transform.apply(x) @ transform.fold(weight).T
+    assert got.dtype == torch.float64
+    assert relative_error(got, x @ weight.T) <= 1e-12
+
+
+@each
+def test_the_product_is_unchanged_by_the_matrices_of_a_checkpoint(name: str, sharing: Sharing) -> None:
+    """Rounding T to bfloat16 costs nothing, because the weights are folded against the rounded one."""
+    applied = fit(name, sharing).as_applied()
+    assert torch.equal(applied.matrices, applied.matrices.to(STORED_DTYPE).double())
+    x, weight = random(7, GROUPS * BLOCK), random(11, GROUPS * BLOCK, seed=3)
+    assert relative_error(applied.apply(x) @ applied.fold(weight).T, x @ weight.T) <= 1e-12
+
+
+@each
+def test_rounding_for_a_checkpoint_twice_is_rounding_once(name: str, sharing: Sharing) -> None:
+    once = fit(name, sharing).as_applied()
+    assert torch.equal(bits(once.as_applied().matrices), bits(once.matrices))
+    # sqrt(B) T to bfloat16, and back: two roundings, each relative to 2^-8 at most.
+    exact = fit(name, sharing).matrices
+    assert ((once.matrices - exact).abs() <= 2.0**-7 * 1.01 * exact.abs()).all()
+
+
+@each
+def test_the_stored_shape(name: str, sharing: Sharing) -> None:
+    transform = fit(name, sharing)
+    stored = transform.to_stored()
+    assert stored.dtype == STORED_DTYPE
+    expected = (BLOCK, BLOCK) if len(transform.matrices) == 1 else (GROUPS, BLOCK, BLOCK)
+    assert stored.shape == expected
+    assert BlockTransform.from_stored(stored).matrices.shape == transform.matrices.shape
+
+
+@each
+def test_it_acts_on_each_block_by_itself(name: str, sharing: Sharing) -> None:
+    transform, x = fit(name, sharing), random(2, 5, GROUPS * BLOCK)
+    assert relative_error(transform.apply(x), x @ as_dense(transform)) <= 1e-14
+    folded = transform.fold(x[0])
+    assert relative_error(folded, x[0] @ torch.linalg.inv(as_dense(transform)).T) <= 1e-12
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_narrow_input_is_transformed_in_float32(name: str, sharing: Sharing, dtype: torch.dtype) -> None:
+    """A sum of B products in float32, of matrices rounded to it: each of the B + 1 roundings is half a unit."""
+    transform, x = fit(name, sharing), random(6, GROUPS * BLOCK).to(dtype)
+    got, dense = transform.apply(x), as_dense(transform)
+    assert got.dtype == torch.float32
+    bound = (BLOCK + 1) * 2.0**-24 * 1.01 * (x.double().abs() @ dense.abs())
+    assert ((got.double() - x.double() @ dense).abs() <= bound).all()
+
+
+@each
+def test_composition_applies_the_first_first(name: str, sharing: Sharing) -> None:
+    first, then = fit("random-orthogonal", "block", seed=5), fit(name, sharing)
+    x, weight = random(7, GROUPS * BLOCK), random(11, GROUPS * BLOCK, seed=3)
+    both = first.compose(then)
+    assert relative_error(both.apply(x), then.apply(first.apply(x))) <= 1e-13
+    assert relative_error(both.fold(weight), then.fold(first.fold(weight))) <= 1e-12
+    if name != "identity":
+        assert relative_error(then.compose(first).apply(x), both.apply(x)) > 0.1
+
+
+@each
+def test_composition_is_associative(name: str, sharing: Sharing) -> None:
+    a, b, c = fit("random-orthogonal", "block"), fit(name, sharing), fit("random-hadamard", "site")
+    left, right = a.compose(b).compose(c), a.compose(b.compose(c))
+    assert relative_error(left.matrices, right.matrices) <= 1e-14
+
+
+@each
+def test_randomness_comes_from_the_seed_and_the_name_alone(name: str, sharing: Sharing) -> None:
+    generator = generator_for(0, "a.q_proj")
+    before = generator.get_state()
+    torch.manual_seed(99)
+    again = refit(name, sharing, generator)
+    assert torch.equal(bits(again.matrices), bits(fit(name, sharing).matrices))
+
+    is_random = not torch.equal(generator.get_state(), before)
+    for other in (fit(name, sharing, seed=1), fit(name, sharing, site="b.q_proj")):
+        assert torch.equal(other.matrices, again.matrices) != is_random
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_random_blocks_of_a_site_differ(name: str) -> None:
+    matrices = fit(name, "block").matrices
+    if len(matrices) > 1:
+        assert all((a - b).abs().max() > 0.1 for a, b in zip(matrices[:-1], matrices[1:], strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_is_registered_under_its_name(name: str) -> None:
+    assert get_transform(name).name == name
+    assert METHODS[name]().needs <= COLLECTORS.keys()
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown transform 'hadamrad'; known: identity, hadamard, "):
+        get_transform("hadamrad")

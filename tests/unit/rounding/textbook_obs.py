@@ -1,0 +1,51 @@
+"""Slow exact twin of GPTQ: the closed form of Optimal Brain Surgeon, with a fresh inverse after every column.
+
+With H the damped Hessian of the columns still open, rounding column j by the error e = w_j - q_j is made up for
+best by w_rest -= e Hinv[j, rest] / Hinv[j, j] (GPTQ, arXiv 2210.17323, equation 2). No Cholesky factor, no lazy
+updates, no blocks but those that choose scales.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import BlockScales, Format, ScaleRule, round_blocks
+
+
+def round_columns(
+    weight: Tensor, hessian: Tensor, damping: float, order: list[int], format: Format, rule: ScaleRule, reached: bool
+) -> Tensor:
+    """The rounded values [N, K] of float64 `weight`, columns taken in `order`.
+
+    With `reached` the scales of a block come from the weights as they are when its first column is taken,
+    else from the weights as they came.
+    """
+    weight, rounded = weight.clone(), torch.zeros_like(weight)
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    scales = rule.choose(weight.unflatten(-1, (-1, format.block)), format.element, format.scale)
+    remaining = list(order)
+    for column in order:
+        group = column // format.block
+        if reached and column % format.block == 0:
+            block = weight[:, None, column : column + format.block]
+            scales_here = rule.choose(block, format.element, format.scale)
+        elif not reached:
+            scales_here = of_group(scales, group)
+        rounded[:, column] = round_column(weight[:, column], scales_here, format)
+        inverse = torch.linalg.inv(damped[remaining][:, remaining])
+        position = remaining.index(column)
+        error = (weight[:, column] - rounded[:, column]) / inverse[position, position]
+        weight[:, remaining] -= error[:, None] * inverse[position]
+        remaining.remove(column)
+    return rounded
+
+
+def of_group(scales: BlockScales, group: int) -> BlockScales:
+    zeros = None if scales.zero_points is None else scales.zero_points[:, group : group + 1]
+    return BlockScales(scales.stored[:, group : group + 1], scales.type, scales.tensor_scale, zeros)
+
+
+def round_column(column: Tensor, scales: BlockScales, format: Format) -> Tensor:
+    """Values of column [N] under scales [N, 1], each row by itself."""
+    return round_blocks(column[:, None, None], scales, format)[:, 0, 0]
