@@ -1,0 +1,169 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.unit.surgery.tiny_llama import VOCABULARY, first_block, tiny_llama
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from mxrot.calibration import BlockInputs, advance, first_block_inputs, observe_all_inputs, observe_inputs
+from mxrot.calibration.capture import run_block, watched_inputs
+from mxrot.errors import NumericsError
+from mxrot.models.llama import LLAMA
+
+LINEARS = [site.linears[0] for site in LLAMA.sites]
+WINDOWS = torch.randint(0, VOCABULARY, (5, 6), generator=torch.Generator().manual_seed(0))
+
+
+def inputs_of(model: LlamaForCausalLM) -> BlockInputs:
+    """Three batches: of 2, 2 and 1 windows."""
+    return first_block_inputs(model, LLAMA, WINDOWS, batch_windows=2)
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(
+        len(hooks)
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    )
+
+
+def plainly_seen(block: nn.Module, inputs: BlockInputs, linear: str) -> list[Tensor]:
+    """Inputs of `linear`, recorded by wrapping its forward, in a full run of the block."""
+    seen: list[Tensor] = []
+    module = block.get_submodule(linear)
+    original = module.forward
+    module.forward = lambda x: (seen.append(x.clone()), original(x))[1]  # type: ignore[method-assign]
+    try:
+        for hidden, arguments in zip(inputs.hidden, inputs.arguments, strict=True):
+            block(hidden, **arguments)
+    finally:
+        module.forward = original  # type: ignore[method-assign]
+    return seen
+
+
+def all_equal(one: list[Tensor], two: list[Tensor]) -> bool:
+    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_the_first_block_sees_the_embeddings() -> None:
+    model = tiny_llama()
+    inputs = inputs_of(model)
+    assert inputs.windows == 5 and [len(batch) for batch in inputs.hidden] == [2, 2, 1]
+    embedded = model.get_submodule("model.embed_tokens")(WINDOWS)
+    assert torch.equal(torch.cat(inputs.hidden), embedded)
+    assert hooks_of(model) == 0
+
+
+def test_only_the_embedding_has_to_hold_weights() -> None:
+    model = tiny_llama(torch.float32)
+    expected = inputs_of(model)
+    model.get_submodule("model.layers").to("meta")
+    model.get_submodule("model.norm").to("meta")
+    assert all_equal(inputs_of(model).hidden, expected.hidden)
+
+
+def test_block_after_block_equals_the_model() -> None:
+    model = tiny_llama()
+    expected = model(WINDOWS, output_hidden_states=True).hidden_states
+    inputs = inputs_of(model)
+    for index, block in enumerate(model.get_submodule("model.layers").children()):
+        advance(block, inputs, f"model.layers.{index}")
+        got = torch.cat(inputs.hidden)
+        if index == 1:  # transformers gives the last one behind the final norm
+            got = model.get_submodule("model.norm")(got)
+        torch.testing.assert_close(got, expected[index + 1], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(expected[1], expected[0])
+
+
+def test_nan_in_an_output_names_the_block() -> None:
+    model = tiny_llama()
+    inputs = inputs_of(model)
+    inputs.hidden[2][0, 1, 0] = torch.nan
+    with pytest.raises(NumericsError, match=r"^model\.layers\.0: its output holds NaN or Inf"):
+        advance(first_block(model), inputs, "model.layers.0")
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+def test_observing_one_linear(linear: str) -> None:
+    model = tiny_llama()
+    block, inputs = first_block(model), inputs_of(model)
+    expected = plainly_seen(block, inputs, linear)
+    seen: list[Tensor] = []
+    observe_inputs(block, linear, inputs, seen.append)
+    assert all_equal(seen, expected) and len(seen) == 3
+    seen.clear()
+    observe_inputs(block, linear, inputs, seen.append, batches=1)
+    assert all_equal(seen, expected[:1])
+    assert hooks_of(model) == 0
+
+
+def test_the_pass_ends_at_the_linear() -> None:
+    model = tiny_llama()
+    block, ran = first_block(model), []
+    with watched_inputs(block.get_submodule("mlp"), ran.append):
+        observe_inputs(block, "self_attn.o_proj", inputs_of(model), lambda x: None)
+    assert not ran
+
+
+def test_observing_all_sites_in_one_pass() -> None:
+    """The same inputs as in plain passes; nothing behind the last linear runs."""
+    model = tiny_llama()
+    block, inputs = first_block(model), inputs_of(model)
+    expected = {linear: plainly_seen(block, inputs, linear) for linear in LINEARS}
+    seen: dict[str, list[Tensor]] = {linear: [] for linear in LINEARS}
+    runs: list[Tensor] = []
+    with watched_inputs(block.get_submodule("input_layernorm"), runs.append):
+        observe_all_inputs(block, [(linear, seen[linear].append) for linear in LINEARS], inputs)
+    assert len(runs) == 3, "one pass a batch"
+    assert all(all_equal(seen[linear], expected[linear]) for linear in LINEARS)
+    assert hooks_of(model) == 0
+
+
+def test_observing_nothing_runs_nothing() -> None:
+    model = tiny_llama()
+    runs: list[Tensor] = []
+    with watched_inputs(first_block(model).get_submodule("input_layernorm"), runs.append):
+        observe_all_inputs(first_block(model), [], inputs_of(model))
+    assert not runs
+
+
+def fail(_: Tensor) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    "observe",
+    [
+        lambda block, inputs: observe_inputs(block, "mlp.down_proj", inputs, fail),
+        lambda block, inputs: observe_all_inputs(block, [(linear, fail) for linear in LINEARS], inputs),
+        lambda block, inputs: observe_all_inputs(
+            block, [(LINEARS[0], lambda x: None), (LINEARS[1], fail), (LINEARS[2], fail)], inputs
+        ),
+    ],
+    ids=["one", "all", "the second"],
+)
+def test_hooks_are_gone_after_an_exception(observe: Callable[[nn.Module, BlockInputs], None]) -> None:
+    model = tiny_llama()
+    inputs = inputs_of(model)
+    with pytest.raises(ZeroDivisionError):
+        observe(first_block(model), inputs)
+    assert hooks_of(model) == 0
+    assert len(list(run_block(first_block(model), inputs))) == 3
+
+
+def test_hooks_are_gone_when_the_embedding_fails() -> None:
+    model = tiny_llama()
+    with pytest.raises(IndexError):
+        first_block_inputs(model, LLAMA, torch.full((1, 3), VOCABULARY), batch_windows=1)
+    assert hooks_of(model) == 0
+
+
+def test_a_watcher_inside_a_with_block_is_gone_behind_it() -> None:
+    linear = nn.Linear(2, 2)
+    seen: list[Tensor] = []
+    with pytest.raises(ZeroDivisionError), watched_inputs(linear, seen.append):
+        linear(torch.ones(1, 2))
+        raise ZeroDivisionError
+    linear(torch.ones(1, 2))
+    assert len(seen) == 1
