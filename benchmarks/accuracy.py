@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mxrot import api, pipeline
-from mxrot.calibration import load_text
+from mxrot.calibration import load_text, token_windows
+from mxrot.evaluation import perplexity
 from mxrot.models import find_model
 from mxrot.recipe import load_recipe
 
@@ -79,21 +81,22 @@ TABLES = {
 def main() -> None:
     options = parse_options()
     device = options.device or api.default_device()
-    texts = [load_text(spec, "evaluation") for spec in options.text]
-    rows = []
-    for run in TABLES[options.table]:
-        if options.only and options.only not in run.label:
-            continue
-        rows.append(measure(run, options, device))
-        print(line(rows[-1]), flush=True)
-    print_table(rows)
-    write_result(rows, texts, options, device)
+    bench = Bench.prepare(options, device)
+    for table in options.table.split(","):
+        rows = []
+        for run in TABLES[table]:
+            if options.only and options.only not in run.label:
+                continue
+            rows.append(measure(run, bench))
+            print(line(rows[-1]), flush=True)
+        print_table(rows)
+        write_result(table, rows, bench)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--table", default="base", choices=sorted(TABLES))
+    parser.add_argument("--table", default="base", help=f"one or more of {', '.join(TABLES)}, comma-separated")
     parser.add_argument("--only", default="", help="only runs whose label contains this")
     parser.add_argument("--text", action="append", help="evaluation text, NAME=FILE; may be repeated (demo)")
     parser.add_argument("--calib", default="demo")
@@ -108,34 +111,60 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def measure(run: Run, options: argparse.Namespace, device: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share: the model, and texts that are tokenized once."""
+
+    options: argparse.Namespace
+    device: str
+    folder: Path
+    texts: dict[str, str]
+    """SHA-256 of each evaluation text, by its name."""
+    windows: dict[str, Tensor]
+    calibration: Tensor
+
+    @staticmethod
+    def prepare(options: argparse.Namespace, device: str) -> Bench:
+        folder = find_model(options.model)
+        tokenizer = api.load_tokenizer(folder)
+        texts = [load_text(spec, "evaluation") for spec in options.text]
+        windows = {text.name: token_windows(text, tokenizer, options.seq_len, options.windows) for text in texts}
+        calib = load_text(options.calib, "calibration")
+        calibration = token_windows(calib, tokenizer, options.seq_len, options.samples, spread=True)
+        digests = {text.name: text.digest for text in texts} | {f"calibration {calib.name}": calib.digest}
+        return Bench(options, device, folder, digests, windows, calibration)
+
+    @property
+    def batch(self) -> int:
+        tokens = api.EVALUATION_TOKENS.get(torch.device(self.device).type, 2048)
+        return max(1, tokens // self.options.seq_len)
+
+
+def measure(run: Run, bench: Bench) -> dict[str, Any]:
     """Every seed of one run."""
     row: dict[str, Any] = {"label": run.label, "recipe": run.recipe, "changes": run.changes, "seeds": []}
-    folder = find_model(options.model)
-    tokenizer = api.load_tokenizer(folder)
     for seed in run.seeds:
         entry: dict[str, Any] = {"seed": seed}
         if run.recipe is None:
-            model, _ = api.open_model(folder, device)
+            model, _ = api.open_model(bench.folder, bench.device)
         else:
             recipe = load_recipe(run.recipe).changed(run.changes)
-            data = api.calibrate(folder, recipe, options.calib, options.samples, options.seq_len)
-            result = pipeline.quantize(folder, recipe, windows=data.windows, device=device, seed=seed)
+            windows = None if recipe.is_data_free else bench.calibration
+            result = pipeline.quantize(bench.folder, recipe, windows=windows, device=bench.device, seed=seed)
             assert result.model is not None
             model = result.model
             entry |= {"quantize_seconds": result.record.seconds, "peak_gpu_bytes": result.record.peak_gpu_bytes}
-            row |= {"recipe_toml": recipe.to_toml(), "calibration": data.description}
+            row |= {"recipe_toml": recipe.to_toml(), "calibration_windows": result.record.windows}
             del result
-        if not options.no_perplexity:
-            scores = api.evaluate(
-                model, options.text, tokenizer=tokenizer, windows=options.windows, seq_len=options.seq_len
-            )
-            entry["perplexity"] = {name: vars(score) for name, score in scores.items()}
+        if not bench.options.no_perplexity:
+            entry["perplexity"] = {
+                name: vars(perplexity(model, windows, bench.batch)) for name, windows in bench.windows.items()
+            }
         row["seeds"].append(entry)
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    if not options.no_perplexity:
+    if not bench.options.no_perplexity:
         first = next(iter(row["seeds"][0]["perplexity"]))
         found = [entry["perplexity"][first]["ppl"] for entry in row["seeds"]]
         mean = sum(found) / len(found)
@@ -162,8 +191,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("\n" + "\n".join(line(row) for row in rows), flush=True)
 
 
-def write_result(rows: list[dict[str, Any]], texts: list[Any], options: argparse.Namespace, device: str) -> None:
-    name = pipeline.device_name(torch.device(device)).lower().replace(" ", "-")
+def write_result(table: str, rows: list[dict[str, Any]], bench: Bench) -> None:
+    options = bench.options
+    name = pipeline.device_name(torch.device(bench.device)).lower().replace(" ", "-")
     result = {
         "command": " ".join(["python", *sys.argv]),
         "commit": _commit(),
@@ -171,13 +201,13 @@ def write_result(rows: list[dict[str, Any]], texts: list[Any], options: argparse
         "device": name,
         "machine": platform.machine(),
         "versions": pipeline.versions(),
-        "texts": {text.name: text.digest for text in texts},
+        "texts": bench.texts,
         "windows": options.windows,
         "seq_len": options.seq_len,
         "rows": rows,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.model.replace('/', '-')}_{options.table}_{name}_{time.strftime('%Y-%m-%d')}.json"
+    path = options.out / f"{options.model.replace('/', '-')}_{table}_{name}_{time.strftime('%Y-%m-%d')}.json"
     path.write_text(json.dumps(result, indent=1, default=str) + "\n")
     print(f"written: {path}", flush=True)
 

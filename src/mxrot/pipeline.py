@@ -36,6 +36,7 @@ from mxrot.calibration import (
     observe_inputs,
 )
 from mxrot.errors import ConfigError, NumericsError
+from mxrot.formats import QTensor
 from mxrot.layers import QuantLinear, TensorQuantizer
 from mxrot.models import (
     Family,
@@ -364,12 +365,7 @@ def _quantize_site(
     folded = {
         linear: weights[linear] if transform is None else transform.fold(weights[linear]) for linear in site.linears
     }
-    rule, format = run.weights.rule, run.weights.format
-    rounded = {
-        linear: run.recipe.rounding.round(folded[linear], format, rule, hessian, f"{prefix}.{linear}")
-        for linear in site.linears
-    }
-    quantized = {linear: result.weight for linear, result in rounded.items()}
+    quantized, damping = _round_site(run, folded, hessian, name)
     stored = None if transform is None else transform.to_stored()
     install_site(block, scheme_name(index, site), site, quantized, stored, run.weights, run.activations)
     return [
@@ -379,10 +375,25 @@ def _quantize_site(
             site.name,
             _relative_error(quantized[linear].dequantize(torch.float64), folded[linear]),
             _output_error(block, linear, weights[linear], rows) if inputs is not None else None,
-            rounded[linear].damping,
+            damping,
         )
         for linear in site.linears
     ]
+
+
+def _round_site(
+    run: _Run, folded: Weights, hessian: Tensor | None, name: str
+) -> tuple[dict[str, QTensor], float | None]:
+    """Round the linears of a site, all at once unless a scale looks at the whole tensor; and the damping used."""
+    rule, format = run.weights.rule, run.weights.format
+    if rule.looks_at_whole_tensor(format.scale):
+        results = {
+            linear: run.recipe.rounding.round(weight, format, rule, hessian, name) for linear, weight in folded.items()
+        }
+        return {linear: result.weight for linear, result in results.items()}, next(iter(results.values())).damping
+    result = run.recipe.rounding.round(torch.cat(list(folded.values())), format, rule, hessian, name)
+    parts = result.weight.split_rows([len(weight) for weight in folded.values()])
+    return dict(zip(folded, parts, strict=True)), result.damping
 
 
 def _fit_transform(

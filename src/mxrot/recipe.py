@@ -6,13 +6,13 @@ the wrong type, and combinations that cannot work are a ConfigError that names t
 
 from __future__ import annotations
 
+import json
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import tomli_w
 
 from mxrot.errors import ConfigError
 from mxrot.formats import get_format
@@ -84,19 +84,30 @@ class Recipe:
     """Shell-style patterns of linears to leave as they are, on the full name or its last part."""
 
     def __post_init__(self) -> None:
-        weights = self.weights.quantizer()
+        weights = self._quantizer("weights", self.weights)
         self.rounding.check(weights.format, weights.rule)
+        measures_error = getattr(self.transform, "score", "") == "error"
         if self.activations is None:
-            self._require(
-                getattr(self.transform, "score", "") != "error", 'transform score = "error" needs activations'
-            )
+            self._require(not measures_error, 'transform score = "error" needs activations')
         else:
-            rule = self.activations.quantizer().rule
+            activations = self._quantizer("activations", self.activations)
+            rule, format = activations.rule, activations.format
             self._require(rule.dynamic, f"activations: rule {rule.name!r} is for weights only")
+            self._require(
+                not measures_error or TRANSFORM_BLOCK % format.block == 0,
+                f'transform score = "error" sees blocks of {TRANSFORM_BLOCK}, and activations in {format.name} '
+                f"have blocks of {format.block}",
+            )
         if self.smoothing is not None:
             self._require(0 <= self.smoothing.alpha <= 1, f"smoothing: alpha {self.smoothing.alpha} is not in [0, 1]")
         self._require(self.calibration.samples >= 1, "calibration: samples must be positive")
         self._require(self.calibration.seq_len >= 2, "calibration: seq_len must be at least 2")
+
+    def _quantizer(self, key: str, choice: QuantizerChoice) -> TensorQuantizer:
+        try:
+            return choice.quantizer()
+        except ConfigError as error:
+            raise ConfigError(f"recipe {self.name}: {key}: {error}") from error
 
     def _require(self, holds: bool, message: str) -> None:
         if not holds:
@@ -136,7 +147,7 @@ class Recipe:
         }
         table["rounding"] = {"method": self.rounding.name, **_plain(self.rounding)}
         table["calibration"] = _plain(self.calibration)
-        return tomli_w.dumps(table)
+        return _write_toml(table)
 
     @staticmethod
     def from_toml(text: str, where: str) -> Recipe:
@@ -155,8 +166,8 @@ class Recipe:
         sharing = _checked(transform.pop("sharing", "site"), Sharing, f"{where}: transform.sharing")
         built: dict[str, Any] = {
             "sharing": sharing,
-            "transform": _build(get_transform(transform.pop("method", "")), transform, f"{where}: transform"),
-            "rounding": _build(get_rounding(rounding.pop("method", "")), rounding, f"{where}: rounding"),
+            "transform": _build_method(get_transform, transform, f"{where}: transform"),
+            "rounding": _build_method(get_rounding, rounding, f"{where}: rounding"),
         }
         for key, kind in _SECTIONS.items():
             if key in rest:
@@ -172,14 +183,19 @@ class Recipe:
         return Recipe(**built)
 
     def changed(self, changes: dict[str, Any]) -> Recipe:
-        """This recipe with some keys set, e.g. {"transform.sharing": "block", "weights.rule": "mse"}."""
+        """This recipe with some keys set, e.g. {"transform.sharing": "block", "weights.rule": "mse"}.
+
+        A new method starts from its own defaults; other keys of its section may be set along with it, in any order.
+        """
         table = tomllib.loads(self.to_toml())
-        for dotted, value in changes.items():
+        for dotted in sorted(changes, key=lambda dotted: not dotted.endswith(".method")):
             *sections, key = dotted.split(".")
             target = table
             for section in sections:
                 target = target.setdefault(section, {})
-            target[key] = value
+                if not isinstance(target, dict):
+                    raise ConfigError(f"recipe {self.name}: unknown key {dotted!r}; {section!r} is not a table")
+            target[key] = changes[dotted]
             if dotted in ("transform.method", "rounding.method"):
                 kept = {"method", "sharing"} & target.keys()
                 table[sections[0]] = {name: target[name] for name in kept}
@@ -219,6 +235,18 @@ def _section(table: dict[str, Any], key: str, where: str, default: dict[str, Any
     return dict(value)
 
 
+def _build_method(find: Callable[[str], type[T]], values: dict[str, Any], where: str) -> T:
+    """An instance of the method that a section names, from the rest of the section."""
+    if "method" not in values:
+        raise ConfigError(f"{where}: 'method' is missing")
+    name = _checked(values.pop("method"), str, f"{where}.method")
+    try:
+        kind = find(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.method: {error}") from error
+    return _build(kind, values, where)
+
+
 def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
     """An instance of a dataclass from a table, with every key and type checked."""
     hints = get_type_hints(kind)
@@ -249,6 +277,19 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if type(value) is not hint:
         raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
+
+
+def _json(value: Any) -> str:
+    # TOML wants every control character escaped; JSON leaves the last one as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _write_toml(table: dict[str, Any]) -> str:
+    """A table of plain values and of one level of such tables; JSON spells strings, numbers and lists the same."""
+    plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    text = "".join(f"{key} = {_json(value)}\n" for key, value in plain.items())
+    sections = (f"\n[{key}]\n{_write_toml(value)}" for key, value in table.items() if isinstance(value, dict))
+    return text + "".join(sections)
 
 
 def _plain(record: Any) -> dict[str, Any]:

@@ -154,9 +154,7 @@ def test_the_same_input_gives_the_same_bits(method: RoundingMethod, format: Form
 
 
 @each
-def test_a_weight_that_is_not_finite_names_the_layer(
-    method: RoundingMethod, format: Format, rule: ScaleRule
-) -> None:
+def test_a_weight_that_is_not_finite_names_the_layer(method: RoundingMethod, format: Format, rule: ScaleRule) -> None:
     H = hessian() if method.needs_hessian else None
     for bad in (torch.nan, torch.inf, -torch.inf):
         weight = weights()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -40,7 +41,7 @@ def load_text(spec: str, role: Role) -> Text:
 
     DataError if it does not exist, cannot be read or is empty; ConfigError if a package is missing for it.
     """
-    name, _, path = spec.rpartition("=") if "=" in spec else ("", "", spec)
+    name, path = _split_name(spec)
     if path == "demo":
         return Text(name or "demo", _demo_text(role))
     if path in _HUB and not Path(path).exists():
@@ -75,12 +76,24 @@ def token_windows(text: Text, tokenizer: Any, seq_len: int, limit: int | None, s
     return windows[kept]
 
 
+def _split_name(spec: str) -> tuple[str, str]:
+    """NAME=FILE in two; no name for a file that has the equals sign in its own path."""
+    if "=" not in spec or Path(spec).expanduser().is_file():
+        return "", spec
+    name, _, path = spec.partition("=")
+    return name, path
+
+
 def _demo_text(role: Role) -> str:
-    """Python's reference manual, each paragraph once, cut into two parts."""
+    """Python's reference manual, each paragraph once (however it is indented), cut into two parts."""
     from pydoc_data.topics import topics
 
-    paragraphs = dict.fromkeys(p for topic in sorted(topics) for p in topics[topic].split("\n\n") if p.strip())
-    ordered = list(paragraphs)
+    paragraphs: dict[str, str] = {}
+    for topic in sorted(topics):
+        for paragraph in topics[topic].split("\n\n"):
+            paragraphs.setdefault(" ".join(paragraph.split()), paragraph)
+    paragraphs.pop("", None)
+    ordered = list(paragraphs.values())
     cut = int(len(ordered) * _DEMO_CALIBRATION_SHARE)
     return "\n\n".join(ordered[:cut] if role == "calibration" else ordered[cut:])
 
@@ -90,8 +103,7 @@ def _read_file(path: Path) -> str:
         raise DataError(f"{path}: no such text file (known names: demo, {', '.join(_HUB)})")
     try:
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return "\n\n".join(json.loads(line)["text"] for line in lines if line.strip())
+            return "\n\n".join(_json_texts(path.read_text(encoding="utf-8")))
         if path.suffix == ".parquet":
             _require("datasets", f"reading {path.name}")
             import pyarrow.parquet
@@ -100,6 +112,21 @@ def _read_file(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix or 'text'}: {error}") from error
+
+
+def _json_texts(content: str) -> Iterator[str]:
+    """The "text" of each line; ValueError names a line that has none."""
+    # Not splitlines(): a JSON string may hold U+2028 and other line breaks as they are.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError(f'line {number} is not an object with a string "text"')
+        yield record["text"]
 
 
 _HUB: dict[str, dict[str, Any]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,16 @@ class QTensor:
     def from_packed(packed: Tensor, scales: BlockScales, format: Format) -> QTensor:
         """The inverse of `packed`."""
         return QTensor(unpack_codes(packed, format.element.bits), scales, format)
+
+    def split_rows(self, rows: list[int]) -> list[QTensor]:
+        """Cut a matrix [sum(rows), K] into matrices of so many rows; all keep its tensor scale."""
+        codes, stored = self.codes.split(rows), self.scales.stored.split(rows)
+        zeros = self.scales.zero_points
+        zero_points = [None] * len(rows) if zeros is None else list(zeros.split(rows))
+        return [
+            QTensor(part, replace(self.scales, stored=scale, zero_points=zero), self.format)
+            for part, scale, zero in zip(codes, stored, zero_points, strict=True)
+        ]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, [..., K], computed in float32 (float64 if asked for) and cast to `dtype`.

@@ -57,7 +57,7 @@ class BlockScales:
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The real scale of each block, [..., G] in float32 or float64."""
-        if self.type is E8M0:
+        if self.type == E8M0:
             exponents = self.stored.to(torch.int32) - E8M0_BIAS
             values = powers_of_two(exponents).to(dtype)
             values = torch.where(self.stored == 255, math.nan, values)
@@ -200,12 +200,12 @@ class AbsMaxRule(ScaleRule):
     """amax / max, rounded to the scale type."""
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
-        return scale_type is E4M3_SCALE
+        return scale_type == E4M3_SCALE
 
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
         maxima = block_maxima(blocks)
         scales = maxima / element.max
-        if scale_type is FP16_SCALE:
+        if scale_type == FP16_SCALE:
             return BlockScales(scales.to(torch.float16), scale_type)
         largest_scale = torch.finfo(torch.float8_e4m3fn).max
         peak = maxima.amax() if maxima.numel() else maxima.new_zeros(())

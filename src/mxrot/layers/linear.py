@@ -124,9 +124,9 @@ class QuantLinear(nn.Module):
         """[..., in_features] to [..., out_features], in the dtype of `x`; sums in float32."""
         inputs, weight = self.quantized_input(x), self.dequantized_weight()
         if x.is_cuda and self._runs_in_bfloat16:
-            flat = inputs.to(torch.bfloat16).flatten(0, -2)
+            flat = inputs.to(torch.bfloat16).reshape(-1, self.in_features)
             product = torch.mm(flat, weight.to(torch.bfloat16).t(), out_dtype=torch.float32)
-            product = product.unflatten(0, x.shape[:-1])
+            product = product.view(*x.shape[:-1], self.out_features)
         else:
             product = F.linear(inputs, weight)
         if self.bias is not None:

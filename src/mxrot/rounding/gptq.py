@@ -115,22 +115,26 @@ def walk_block(
     Returns the rounded values [N, B]. `columns` is updated in place behind `here`; what it holds in `here`
     afterwards is of no use.
     """
-    local = columns[:, here].clone()
     upper = factor[here, here]
-    divisors = torch.where(scales == 0, torch.inf, scales)
-    rounded, errors = torch.empty_like(local), torch.empty_like(local)
-    for j in range(local.shape[1]):
-        column = local[:, j]
-        scaled = column / divisors[:, j]
-        if zeros is None:
-            value = format.element.round(scaled) * scales[:, j]
+    diagonal = upper.diagonal()
+    ratios = upper / diagonal[:, None]
+    # Transposed, so that each step works on contiguous rows; a step is a few short kernels, and their number is
+    # what a GPU waits for.
+    local = columns[:, here].t().contiguous()
+    scale = scales.t().contiguous()
+    divisor = torch.where(scale == 0, torch.inf, scale)
+    zero = None if zeros is None else zeros.t().contiguous()
+    rounded, differences = torch.empty_like(local), torch.empty_like(local)
+    for j in range(len(local)):
+        scaled = local[j] / divisor[j]
+        if zero is None:
+            torch.mul(format.element.round(scaled), scale[j], out=rounded[j])
         else:
-            value = (format.element.round(scaled + zeros[:, j]) - zeros[:, j]) * scales[:, j]
-        error = (column - value) / upper[j, j]
-        local[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
-        rounded[:, j], errors[:, j] = value, error
-    columns[:, here.stop :].addmm_(errors, factor[here, here.stop :], alpha=-1)
-    return rounded
+            torch.mul(format.element.round(scaled + zero[j]) - zero[j], scale[j], out=rounded[j])
+        torch.sub(local[j], rounded[j], out=differences[j])
+        local[j + 1 :].addr_(ratios[j, j + 1 :], differences[j], alpha=-1)
+    columns[:, here.stop :].addmm_((differences / diagonal[:, None]).t(), factor[here, here.stop :], alpha=-1)
+    return rounded.t()
 
 
 def _zero_points(scales: BlockScales) -> Tensor | None:

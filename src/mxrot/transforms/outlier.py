@@ -6,9 +6,9 @@ orthogonal matrix of the other channels. After n steps the prefix of the product
 which may be the empty one. One rotation is enough for MX formats: each block has its own scale, so the variance
 between blocks, for which DuQuant needed a permutation and a second rotation, does not matter.
 
-The search never leaves the device: all blocks take a step at once, and the best prefix is kept by masks. It looks
-at the blocks with the largest peaks only, because no other block can hold the peak before the first step, and
-among those the rotation treats the rest alike.
+The search never leaves the device: all blocks take a step at once, and the best prefix is found when all steps
+are done. It looks at the blocks with the largest peaks only, because no other block can hold the peak before the
+first step, and among those the rotation treats the rest alike.
 
 `score = "error"` keeps the prefix with the least squared error of the run-time quantizer on those blocks instead.
 The remaining options exist for `duquant++-released`: the code released with the paper picks the channel by the
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -27,7 +28,11 @@ from torch import Tensor
 from mxrot.errors import ConfigError
 from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod, random_orthogonal
 
+GROUPS_AT_ONCE = 128
+"""Blocks that are searched together; bounds the memory of the rotations they take."""
 
+
+@cache
 def spreading_rotation(size: int) -> Tensor:
     """R~, float64 [size, size]: orthogonal, its first row uniformly 1/sqrt(size).
 
@@ -80,8 +85,9 @@ class OutlierRotation(TransformMethod):
         drawn = random_orthogonal(self.steps if self.redraw else 1, size - 1, generator)
         mixed = torch.eye(size, dtype=torch.float64).repeat(len(drawn), 1, 1)
         mixed[:, 1:, 1:] = drawn
-        steps = (spreading_rotation(size) @ mixed).to(x.device)
-        return BlockTransform(self._search(x, steps, sample))
+        rotations = conjugated_by_swaps((spreading_rotation(size) @ mixed).to(x.device))
+        found = [self._search(group, rotations, sample) for group in x.split(GROUPS_AT_ONCE)]
+        return BlockTransform(torch.cat(found))
 
     def _search_rows(self, sample: SiteSample, sharing: Sharing) -> Tensor:
         """What the search rotates: float32 [1 | G, rows, B]."""
@@ -95,41 +101,50 @@ class OutlierRotation(TransformMethod):
         largest = rows.abs().amax(dim=-1).topk(min(len(rows), self.rows * 8)).indices.sort().values
         return rows[largest][None]
 
-    def _search(self, x: Tensor, steps: Tensor, sample: SiteSample) -> Tensor:
-        """The best prefix product of each batch entry, float64 [batch, B, B]."""
-        batch, size = x.shape[0], x.shape[-1]
-        product = torch.eye(size, dtype=torch.float64, device=x.device).repeat(batch, 1, 1)
-        best, best_score = product, self._scores(x, sample)
-        channels = torch.arange(size, device=x.device).expand(batch, size)
+    def _search(self, x: Tensor, rotations: Tensor, sample: SiteSample) -> Tensor:
+        """The best prefix product of each batch entry, float64 [batch, B, B].
+
+        `x` [batch, rows, B] is rotated step by step; pivots and scores are written down, and the product of the
+        kept steps is formed at the end.
+        """
+        single = rotations.to(x.dtype)
+        scores, pivots = [], []
         for step in range(self.steps):
-            swap = _swap_with_first(channels, self._pivots(x))
-            rotation = steps[step % len(steps)][swap[:, :, None], swap[:, None, :]]
-            product = product @ rotation
-            x = x @ rotation.to(x.dtype)
-            score = self._scores(x, sample)
-            improved = score < best_score
-            best = torch.where(improved[:, None, None], product, best)
-            best_score = torch.where(improved, score, best_score)
-        return best
+            score, pivot = self._look(x, sample)
+            scores.append(score)
+            pivots.append(pivot)
+            x = x @ single[step % len(single)].index_select(0, pivot)
+        scores.append(self._look(x, sample)[0])
+        kept = torch.stack(scores).argmin(dim=0)
+        steps = torch.arange(self.steps, device=x.device)[:, None]
+        taken = rotations[steps % len(rotations), torch.stack(pivots)]
+        identity = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
+        return ordered_product(torch.where((steps < kept)[..., None, None], taken, identity))
 
-    def _pivots(self, x: Tensor) -> Tensor:
-        """The channel to spread, [batch]."""
-        flat = x.abs().flatten(1).argmax(dim=1)
+    def _look(self, x: Tensor, sample: SiteSample) -> tuple[Tensor, Tensor]:
+        """The score to minimise and the channel to spread next, [batch] each."""
         size = x.shape[-1]
-        return flat % size if self.pivot == "channel" else (flat // size) % size
-
-    def _scores(self, x: Tensor, sample: SiteSample) -> Tensor:
-        """What is minimised, [batch]."""
+        peak, place = x.abs().flatten(1).max(dim=1)
+        pivot = place % size if self.pivot == "channel" else (place // size) % size
         if self.score == "error":
             assert sample.fake_quantize is not None
-            return (sample.fake_quantize(x) - x).square().sum(dim=(1, 2))
-        if self.peak == "abs":
-            return x.abs().amax(dim=(1, 2))
-        return x.amax(dim=(1, 2)) - x.amin(dim=(1, 2))
+            return (sample.fake_quantize(x) - x).square().sum(dim=(1, 2)), pivot
+        return (peak if self.peak == "abs" else x.amax(dim=(1, 2)) - x.amin(dim=(1, 2))), pivot
 
 
-def _swap_with_first(channels: Tensor, pivots: Tensor) -> Tensor:
-    """Permutations [batch, B] that exchange channel 0 and the pivot [batch]."""
-    pivot = pivots[:, None]
-    swapped = torch.where(channels == pivot, 0, channels)
-    return torch.where(channels == 0, pivot, swapped)
+def conjugated_by_swaps(rotations: Tensor) -> Tensor:
+    """E_c R E_c for every c: [n, B, B] to [n, B, B, B], indexed by c second."""
+    size = rotations.shape[-1]
+    swaps = torch.arange(size, device=rotations.device).repeat(size, 1)
+    pivots = torch.arange(size, device=rotations.device)
+    swaps[:, 0] = pivots
+    swaps[pivots, pivots] = 0
+    return rotations[:, swaps[:, :, None], swaps[:, None, :]]
+
+
+def ordered_product(matrices: Tensor) -> Tensor:
+    """matrices[0] @ matrices[1] @ ..., [n, ..., B, B] to [..., B, B], neighbours multiplied first."""
+    while len(matrices) > 1:
+        pairs = matrices[: len(matrices) // 2 * 2]
+        matrices = torch.cat([pairs[0::2] @ pairs[1::2], matrices[len(pairs) :]])
+    return matrices[0]

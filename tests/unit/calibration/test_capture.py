@@ -21,11 +21,7 @@ def inputs_of(model: LlamaForCausalLM) -> BlockInputs:
 
 
 def hooks_of(model: nn.Module) -> int:
-    return sum(
-        len(hooks)
-        for module in model.modules()
-        for hooks in (module._forward_pre_hooks, module._forward_hooks)
-    )
+    return sum(len(hooks) for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks))
 
 
 def plainly_seen(block: nn.Module, inputs: BlockInputs, linear: str) -> list[Tensor]:

@@ -61,7 +61,8 @@ def test_windows_that_cannot_be(seq_len: int, limit: int | None) -> None:
 def test_the_demo_texts_share_no_paragraph() -> None:
     calibration, evaluation = load_text("demo", "calibration"), load_text("demo", "evaluation")
     assert calibration.name == evaluation.name == "demo"
-    parts = [[p.strip() for p in text.content.split("\n\n")] for text in (calibration, evaluation)]
+    # Word for word: the manual repeats some paragraphs with another indentation.
+    parts = [[" ".join(p.split()) for p in text.content.split("\n\n")] for text in (calibration, evaluation)]
     assert all(len(part) == len(set(part)) > 100 for part in parts)
     assert not set(parts[0]) & set(parts[1])
     assert len(calibration.content) > len(evaluation.content) > 50_000

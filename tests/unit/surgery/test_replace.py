@@ -15,7 +15,7 @@ from mxrot.surgery import install_empty_site, install_site, scheme_name, stored_
 from mxrot.transforms import BlockTransform
 from mxrot.transforms.base import random_orthogonal
 
-QKV, O, GATE_UP, DOWN = LLAMA.sites
+QKV, _, GATE_UP, DOWN = LLAMA.sites
 MXFP4 = TensorQuantizer(get_format("mxfp4"), get_format("mxfp4").rule())
 
 

@@ -27,6 +27,13 @@ def test_a_dead_channel_gets_a_finite_positive_scale(alpha: float) -> None:
     assert scales.isfinite().all() and (scales >= SMALLEST).all()
 
 
+def test_a_maximum_below_the_smallest_counts_as_the_smallest() -> None:
+    """alpha = 1/2, so that s = sqrt(amax_x / amax_w)."""
+    got = smoothing_scales(torch.tensor([0.0, SMALLEST / 9, 1.0]), torch.tensor([[1.0, 1.0, 0.0]]), alpha=0.5)
+    expected = torch.tensor([SMALLEST**0.5, SMALLEST**0.5, SMALLEST**-0.5], dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
+
+
 def test_a_nan_input_is_not_hidden() -> None:
     assert smoothing_scales(torch.tensor([torch.nan]), torch.ones(1, 1), 0.5).isnan().all()
 

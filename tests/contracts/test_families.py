@@ -1,0 +1,257 @@
+"""What every model family owes, on a tiny random model of each architecture that it names."""
+
+import re
+from collections import defaultdict
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxrot.errors import ConfigError, FamilyError
+from mxrot.models import FAMILIES, Family, Site, build_skeleton, check_linears, find_family, value_heads
+from mxrot.models.family import is_ignored
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+}
+TINY: dict[str, dict[str, Any]] = {"llama": {"model_type": "llama", **SIZES}}
+"""By family: its model type, and a config of two blocks with grouped queries. A new family needs a line here."""
+
+each = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def config_of(family: Family, **changes: Any) -> Any:
+    settings = {**TINY[family.name], **changes}
+    return transformers.AutoConfig.for_model(
+        settings.pop("model_type"), architectures=[family.architectures[0]], **settings
+    )
+
+
+@cache
+def model_of(family: Family) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(family))
+    return model.eval().requires_grad_(False)
+
+
+def block_of(family: Family) -> nn.Module:
+    return model_of(family).get_submodule(family.block_prefix(1))
+
+
+@cache
+def seen_by_linears(family: Family) -> dict[str, Tensor]:
+    """What each linear of the second block receives in one forward pass: the very tensor."""
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    handles = [
+        block_of(family)
+        .get_submodule(linear)
+        .register_forward_pre_hook(lambda _, arguments, name=linear: seen[name].append(arguments[0]))
+        for site in family.sites
+        for linear in site.linears
+    ]
+    model_of(family)(torch.arange(7)[None])
+    for handle in handles:
+        handle.remove()
+    assert all(len(tensors) == 1 for tensors in seen.values())
+    return {name: tensors[0] for name, tensors in seen.items()}
+
+
+@each
+def test_it_is_found_by_its_architectures(family: Family) -> None:
+    assert FAMILIES[family.name] is family
+    for architecture in family.architectures:
+        assert hasattr(transformers, architecture)
+        config = config_of(family)
+        config.architectures = [architecture]
+        assert find_family(config, "here") is family
+
+
+@pytest.mark.parametrize(
+    ("architectures", "message"),
+    [
+        (
+            ["BloomForCausalLM"],
+            r"^here: architecture BloomForCausalLM is of no known family; known architectures: Llama",
+        ),
+        (["BertForMaskedLM"], r"^here: architectures BertForMaskedLM: not a causal language model"),
+        (None, r"^here: architectures none: not a causal language model"),
+    ],
+    ids=str,
+)
+def test_a_model_of_no_family_is_refused(architectures: list[str] | None, message: str) -> None:
+    config = transformers.BloomConfig(architectures=architectures)
+    with pytest.raises(FamilyError, match=message):
+        find_family(config, "here")
+
+
+def test_no_two_families_claim_an_architecture() -> None:
+    for one, other in combinations(FAMILIES.values(), 2):
+        assert not set(one.architectures) & set(other.architectures)
+
+
+@each
+def test_sites_hold_every_linear_of_a_block_once(family: Family) -> None:
+    listed = [linear for site in family.sites for linear in site.linears]
+    linears = {name for name, module in block_of(family).named_modules() if isinstance(module, nn.Linear)}
+    assert sorted(listed) == sorted(linears)
+    check_linears(model_of(family), family, 32, ())
+
+
+@each
+def test_site_names_can_be_part_of_a_tensor_name(family: Family) -> None:
+    names = [site.name for site in family.sites]
+    assert len(set(names)) == len(names) and all(re.fullmatch(r"[a-z0-9_]+", name) for name in names)
+
+
+@each
+def test_the_modules_around_the_blocks_are_there(family: Family) -> None:
+    model = model_of(family)
+    assert len(list(model.get_submodule(family.blocks).children())) == 2
+    assert family.block_prefix(1) == f"{family.blocks}.1"
+    assert isinstance(model.get_submodule(family.embedding), nn.Embedding)
+    assert isinstance(model.get_submodule(family.head), nn.Linear)
+    assert isinstance(model.get_submodule(family.final_norm).weight, Tensor)
+    if family.rotary is not None:
+        assert not list(model.get_submodule(family.rotary).parameters())
+    body = model.get_submodule(family.body)
+    assert body(torch.arange(3)[None])[0].shape == (1, 3, SIZES["hidden_size"])
+
+
+@each
+def test_the_linears_of_a_site_read_one_tensor_and_sites_do_not_share(family: Family) -> None:
+    seen = seen_by_linears(family)
+    for site in family.sites:
+        assert all(seen[linear] is seen[site.linears[0]] for linear in site.linears)
+    for one, other in combinations(family.sites, 2):
+        mine, theirs = seen[one.linears[0]], seen[other.linears[0]]
+        assert mine is not theirs
+        assert mine.shape != theirs.shape or not torch.equal(mine, theirs)
+
+
+@each
+def test_sites_are_in_the_order_in_which_they_compute(family: Family) -> None:
+    assert list(seen_by_linears(family)) == [linear for site in family.sites for linear in site.linears]
+
+
+@each
+def test_the_norms_and_producers_that_it_names_exist(family: Family) -> None:
+    block = block_of(family)
+    heads, width = value_heads(model_of(family).config)
+    for site in family.sites:
+        channels = block.get_submodule(site.linears[0]).in_features
+        assert site.norm is None or site.producer is None
+        if site.norm is not None:
+            assert block.get_submodule(site.norm).weight.shape == (channels,)
+        if site.producer is not None:
+            rows = heads * width if site.producer_is_value else channels
+            assert block.get_submodule(site.producer).out_features == rows
+            assert site.producer in {linear for other in family.sites for linear in other.linears}
+        assert not site.producer_is_value or site.producer is not None
+
+
+def input_after_doubling(family: Family, site: Site, tensor: Tensor, index: int) -> Tensor:
+    """The site's input when entry `index` of a weight before it is doubled."""
+    kept = tensor[index].clone()
+    after: list[Tensor] = []
+    handle = (
+        block_of(family)
+        .get_submodule(site.linears[0])
+        .register_forward_pre_hook(lambda _, arguments: after.append(arguments[0]))
+    )
+    try:
+        tensor[index] *= 2
+        model_of(family)(torch.arange(7)[None])
+    finally:
+        tensor[index] = kept
+        handle.remove()
+    return after[0]
+
+
+def readers_of(family: Family, site: Site, row: int) -> list[int]:
+    """Channels of the site that row `row` of its norm or producer makes, on its own."""
+    if not site.producer_is_value:
+        return [row]
+    heads, width = value_heads(model_of(family).config)
+    queries = block_of(family).get_submodule(site.linears[0]).in_features // (heads * width)
+    head, channel = divmod(row, width)
+    return [query * width + channel for query in range(head * queries, (head + 1) * queries)]
+
+
+@each
+def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family) -> None:
+    """Doubled, it doubles that channel (of each query head that reads the value head), bit for bit, and no other."""
+    for site in family.sites:
+        source = site.norm or site.producer
+        if source is None:
+            continue
+        before = seen_by_linears(family)[site.linears[0]]
+        for row in (0, 5, 17):
+            expected = before.clone()
+            expected[..., readers_of(family, site, row)] *= 2
+            got = input_after_doubling(family, site, block_of(family).get_submodule(source).weight, row)
+            assert torch.equal(got, expected) and not torch.equal(got, before)
+
+
+@each
+def test_an_odd_size_is_named_and_can_be_ignored(family: Family) -> None:
+    """in_features 100 of the MLP's last linear; a block size of 64 finds the same."""
+    model = build_skeleton(config_of(family, intermediate_size=100))
+    (odd,) = {
+        linear
+        for site in family.sites
+        for linear in site.linears
+        if model.get_submodule(f"{family.block_prefix(0)}.{linear}").in_features == 100
+    }
+    message = rf"^{re.escape(family.block_prefix(0))}\.{re.escape(odd)}: in_features 100 is not a multiple of the "
+    with pytest.raises(ConfigError, match=message + "block size 32; list it under `ignore`"):
+        check_linears(model, family, 32, ())
+    check_linears(model, family, 4, ())
+    for pattern in (odd.rsplit(".", 1)[-1], f"*.{odd}", f"{family.blocks}.*.{odd}"):
+        check_linears(model, family, 32, (pattern,))
+        assert odd not in {linear for site in family.active_sites(0, (pattern,)) for linear in site.linears}
+    with pytest.raises(ConfigError, match=re.escape(f"{family.block_prefix(1)}.{odd}: in_features 100")):
+        check_linears(model, family, 32, (f"{family.block_prefix(0)}.*",))
+
+
+@each
+def test_a_linear_that_it_does_not_know_is_named(family: Family) -> None:
+    model = build_skeleton(config_of(family))
+    block = model.get_submodule(family.block_prefix(1))
+    block.add_module("adapter", nn.Linear(32, 32, device="meta"))
+    with pytest.raises(
+        FamilyError, match=rf"^{re.escape(family.block_prefix(1))}\.adapter: family {family.name} knows"
+    ):
+        check_linears(model, family, 32, ())
+    check_linears(model, family, 32, ("adapter",))
+
+
+@each
+def test_ignored_linears_leave_their_site(family: Family) -> None:
+    assert family.active_sites(0, ()) == family.sites
+    assert family.active_sites(0, ("*",)) == ()
+    site = family.sites[0]
+    first = f"{family.block_prefix(0)}.{site.linears[0]}"
+    kept = family.active_sites(0, (first,))
+    assert kept[0].linears == site.linears[1:] and kept[1:] == family.sites[1:]
+    assert (kept[0].norm, kept[0].producer) == (site.norm, site.producer)
+    assert family.active_sites(1, (first,)) == family.sites
+
+
+def test_patterns_are_shell_style_and_match_case() -> None:
+    name = "model.layers.3.mlp.down_proj"
+    for pattern in (name, "down_proj", "*.down_proj", "model.layers.3.*", "down_*", "model.layers.[34].mlp.*"):
+        assert is_ignored(name, ("other", pattern))
+    for pattern in ("down", "mlp.down_proj", "Down_proj", "model.layers.1*", "layers.3.mlp.down_proj", ""):
+        assert not is_ignored(name, (pattern,))
