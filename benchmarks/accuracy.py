@@ -89,8 +89,9 @@ def main() -> None:
                 continue
             rows.append(measure(run, bench))
             print(line(rows[-1]), flush=True)
+            path = write_result(table, rows, bench)  # after each row: a run that is cut off leaves what it has
         print_table(rows)
-        write_result(table, rows, bench)
+        print(f"written: {path}", flush=True)
 
 
 def parse_options() -> argparse.Namespace:
@@ -191,7 +192,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("\n" + "\n".join(line(row) for row in rows), flush=True)
 
 
-def write_result(table: str, rows: list[dict[str, Any]], bench: Bench) -> None:
+def write_result(table: str, rows: list[dict[str, Any]], bench: Bench) -> Path:
+    """Write what there is; the file's path."""
     options = bench.options
     name = pipeline.device_name(torch.device(bench.device)).lower().replace(" ", "-")
     result = {
@@ -209,7 +211,7 @@ def write_result(table: str, rows: list[dict[str, Any]], bench: Bench) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.model.replace('/', '-')}_{table}_{name}_{time.strftime('%Y-%m-%d')}.json"
     path.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    print(f"written: {path}", flush=True)
+    return path
 
 
 def _commit() -> str:

@@ -137,6 +137,18 @@ def test_the_search_equals_its_slow_twin(options: dict[str, Any], sharing: str) 
     assert any(0 < length < 12 for length in lengths)
 
 
+def test_a_block_is_searched_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many blocks take a step together."""
+    method, x = OutlierRotation(steps=12, rows=20), spiked(2)
+    sample = site(method, x)
+    together = method.fit(sample, "block", torch.Generator().manual_seed(0)).matrices
+    monkeypatch.setattr(outlier, "GROUPS_AT_ONCE", 3)
+    apart = method.fit(sample, "block", torch.Generator().manual_seed(0)).matrices
+    assert (together - apart).abs().max() <= 1e-13
+    alone = method.fit(site(method, x[..., 6 * BLOCK : 7 * BLOCK]), "block", torch.Generator().manual_seed(0))
+    assert (alone.matrices[0] - together[6]).abs().max() <= 1e-13
+
+
 def test_the_best_prefix_may_be_empty() -> None:
     """Rows with every pattern of signs: a rotated column peaks at the sum of its |entries|, which exceeds 1."""
     patterns = torch.tensor(list(product((-1.0, 1.0), repeat=4)))
