@@ -1,6 +1,7 @@
 """What every recipe that comes with mxrot owes."""
 
 import pytest
+import tomllib
 
 from mxrot.errors import ConfigError
 from mxrot.recipe import BUILTIN_FOLDER, Recipe, builtin_recipes, load_recipe
@@ -36,8 +37,6 @@ def test_it_survives_toml_and_back(name: str) -> None:
 @each
 def test_its_file_says_nothing_that_is_ignored(name: str) -> None:
     """Every key of the file is a key of the recipe written out in full, with the value that the file gives."""
-    import tomllib
-
     written = tomllib.loads(builtin_recipes()[name].read_text())
     full = tomllib.loads(load_recipe(name).to_toml())
     for key, value in written.items():

@@ -2,9 +2,10 @@
 
 One step finds the channel c where |x| peaks, and rotates with R = E_c R~ diag(1, Q) E_c: E_c swaps channels 0
 and c, row 0 of R~ is uniformly 1/sqrt(B) so that the peak spreads evenly over the block, and Q is a random
-orthogonal matrix of the other channels. After n steps the prefix of the product with the smallest peak is kept,
-which may be the empty one. One rotation is enough for MX formats: each block has its own scale, so the variance
-between blocks, for which DuQuant needed a permutation and a second rotation, does not matter.
+orthogonal matrix of the other channels (it turns their shares of the peak among themselves, evenly no more).
+After n steps the prefix of the product with the smallest peak is kept, which may be the empty one. One rotation is
+enough for MX formats: each block has its own scale, so the variance between blocks, for which DuQuant needed a
+permutation and a second rotation, does not matter.
 
 The search never leaves the device: all blocks take a step at once, and the best prefix is found when all steps
 are done. It looks at the blocks with the largest peaks only, because no other block can hold the peak before the
