@@ -37,6 +37,7 @@ from mxrot.calibration import (
 )
 from mxrot.errors import ConfigError, NumericsError
 from mxrot.formats import QTensor
+from mxrot.kernels import rotate_quantize
 from mxrot.layers import QuantLinear, TensorQuantizer
 from mxrot.models import (
     Family,
@@ -439,11 +440,14 @@ def _fit_transform(
 def _hessian(run: _Run, block: nn.Module, site: Site, transform: BlockTransform | None, inputs: BlockInputs) -> Tensor:
     """The Hessian of what the site's linears will really see: transformed and quantized inputs."""
     quantizer = run.activations
+    matrices = None if transform is None else transform.matrices.to(torch.float32)
     collector = Hessian(exact_in_bfloat16=quantizer is not None and quantizer.is_exact_in_bfloat16)
 
     def see(x: Tensor) -> None:
-        seen = x.float() if transform is None else transform.apply(x)
-        collector.update(seen if quantizer is None else quantizer(seen))
+        if quantizer is None:
+            collector.update(x.float() if transform is None else transform.apply(x))
+        else:
+            collector.update(rotate_quantize(x, matrices, quantizer.format, quantizer.rule))
 
     observe_inputs(block, site.linears[0], inputs, see)
     return collector.result()

@@ -24,6 +24,8 @@ from mxrot.formats.element import Element, binary_exponents, powers_of_two
 E8M0_BIAS = 127
 E8M0_MIN, E8M0_MAX = -127, 127
 _SMALLEST_NORMAL = 2.0**-126
+_WHOLE = 1 << 23
+"""One more than the largest fraction field of a float32."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class ScaleRule(ABC):
     summary: str
     dynamic: bool = True
     """May quantize activations at run time."""
+    raises_from: Callable[[Element], int] | None = None
+    """For rules whose exponent is floor(log2 amax) - emax or one more: the least fraction field of amax, as a
+    float32, at which it is one more. None for rules of another kind."""
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
         """Does the scale of a block depend on other blocks?"""
@@ -230,13 +235,24 @@ class MinMaxRule(ScaleRule):
 RULES: dict[str, ScaleRule] = {
     rule.name: rule
     for rule in (
-        ExponentRule("floor", "floor(log2 amax) - emax: OCP, microxcaling, gguf", exponents=floor_exponents),
+        ExponentRule(
+            "floor",
+            "floor(log2 amax) - emax: OCP, microxcaling, gguf",
+            raises_from=lambda element: _WHOLE,
+            exponents=floor_exponents,
+        ),
         ExponentRule(
             "even",
             "floor of amax rounded: compressed-tensors, Quark, vLLM emulation",
+            raises_from=lambda element: _WHOLE - (_WHOLE >> (element.mantissa_bits + 1)),
             exponents=even_exponents,
         ),
-        ExponentRule("rceil", "ceil(log2(amax / max)): FlashInfer, AITER, cuBLAS", exponents=ceil_exponents),
+        ExponentRule(
+            "rceil",
+            "ceil(log2(amax / max)): FlashInfer, AITER, cuBLAS",
+            raises_from=lambda element: int((math.ldexp(element.max, -element.max_exponent) - 1) * _WHOLE) + 1,
+            exponents=ceil_exponents,
+        ),
         ExponentRule("x3", "2^floor(log2 amax) / 3: QuTLASS, FP-Quant", exponents=third_exponents, factor=1 / 3),
         ExponentRule("mse", "least squared error of three exponents", dynamic=False, exponents=least_error_exponents),
         Log256Rule("log256", "256 levels of log2(scale): released DuQuant++ code, no hardware"),

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize, unpack_codes
+from mxrot.kernels import multiply, rotate_quantize
 from mxrot.transforms.base import BlockTransform, apply_matrices
 
 
@@ -42,10 +42,13 @@ class InputTransform(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(stored, requires_grad=False)
 
+    def matrices(self) -> Tensor:
+        """T as runtimes apply it, float32 [1 | G, B, B]."""
+        return BlockTransform.from_stored(self.weight).matrices.to(torch.float32)
+
     def forward(self, x: Tensor) -> Tensor:
         """x T in float32, blocks along the last dimension."""
-        matrices = BlockTransform.from_stored(self.weight).matrices.to(torch.float32)
-        return apply_matrices(x.to(torch.float32), matrices)
+        return apply_matrices(x.to(torch.float32), self.matrices())
 
 
 class QuantLinear(nn.Module):
@@ -116,19 +119,15 @@ class QuantLinear(nn.Module):
         return self.qtensor().dequantize()
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Q(x T) in float32, the shape of `x`."""
-        transformed = x.to(torch.float32) if self.transform is None else self.transform(x)
-        return transformed if self.activations is None else self.activations(transformed)
+        """Q(x T), the shape of `x`; float32, or bfloat16 where that holds it exactly."""
+        if self.activations is None:
+            return x.to(torch.float32) if self.transform is None else self.transform(x)
+        matrices = None if self.transform is None else self.transform.matrices()
+        return rotate_quantize(x, matrices, self.activations.format, self.activations.rule)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the dtype of `x`; sums in float32."""
-        inputs, weight = self.quantized_input(x), self.dequantized_weight()
-        if x.is_cuda and self._runs_in_bfloat16:
-            flat = inputs.to(torch.bfloat16).reshape(-1, self.in_features)
-            product = torch.mm(flat, weight.to(torch.bfloat16).t(), out_dtype=torch.float32)
-            product = product.view(*x.shape[:-1], self.out_features)
-        else:
-            product = F.linear(inputs, weight)
+        product = multiply(self.quantized_input(x), self.dequantized_weight(), self._runs_in_bfloat16)
         if self.bias is not None:
             product = product + self.bias.to(torch.float32)
         return product.to(x.dtype)

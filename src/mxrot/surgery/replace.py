@@ -25,9 +25,7 @@ def install_site(
     activations: TensorQuantizer | None,
 ) -> None:
     """Replace the linears of `site` by quantized ones that share one input transform."""
-    install_empty_site(
-        block, scheme, site, None if stored_transform is None else stored_transform, weights, activations
-    )
+    install_empty_site(block, scheme, site, stored_transform, weights, activations)
     for name in site.linears:
         linear = block.get_submodule(name)
         assert isinstance(linear, QuantLinear)

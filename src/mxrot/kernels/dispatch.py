@@ -1,0 +1,42 @@
+"""Which code runs an operation here. The only place that asks about devices and compilers."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import Format, ScaleRule
+from mxrot.formats.element import FloatElement
+from mxrot.kernels.plain import plain_rotate_quantize
+
+
+def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
+    """Q(x T), the shape of `x`: bfloat16 from the Triton kernel where it applies, else float32."""
+    if x.is_cuda and _has_triton() and _kernel_covers(x, format, rule):
+        from mxrot.kernels.rotate_quantize import rotate_quantize as fused
+
+        return fused(x, matrices, format, rule)
+    return plain_rotate_quantize(x, matrices, format, rule)
+
+
+def multiply(inputs: Tensor, weight: Tensor, are_exact_in_bfloat16: bool) -> Tensor:
+    """inputs [..., K] @ weight [N, K]^T in float32; on bfloat16 matrix hardware where both are bfloat16 numbers."""
+    if inputs.is_cuda and are_exact_in_bfloat16:
+        flat = inputs.to(torch.bfloat16).reshape(-1, inputs.shape[-1])
+        product = torch.mm(flat, weight.to(torch.bfloat16).t(), out_dtype=torch.float32)
+        return product.view(*inputs.shape[:-1], len(weight))
+    return torch.nn.functional.linear(inputs.float(), weight)
+
+
+def _kernel_covers(x: Tensor, format: Format, rule: ScaleRule) -> bool:
+    element = format.element
+    fits = isinstance(element, FloatElement) and element.mantissa_bits < 8 and format.block == 32
+    return fits and rule.raises_from is not None and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
