@@ -69,9 +69,10 @@ def quantize(
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if output is not None:
+        output = Path(output).expanduser()
         check_exportable(chosen)
         if not resume:
-            check_output(Path(output), force)
+            check_output(output, force)
     folder = find_model(str(model))
     find_family(read_config(folder), str(model))
     calibration = calibrate(folder, chosen, calib, samples, seq_len)
@@ -85,7 +86,7 @@ def quantize(
     return quantize_to_folder(
         folder,
         chosen,
-        Path(output),
+        output,
         base_name=base_name(str(model), folder),
         windows=calibration.windows,
         data=calibration.description,

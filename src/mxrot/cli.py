@@ -6,8 +6,10 @@ Exit codes: 0 done, 2 bad usage or bad input (one line, no traceback), 1 anythin
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -27,7 +29,10 @@ class _Commands(TyperGroup):
         except MxrotError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted; finished blocks of `quantize` are kept, and --resume goes on from them", 1)
+            kept = "; finished blocks are kept, and --resume goes on from them"
+            _fail("interrupted" + (kept if ctx.invoked_subcommand == "quantize" else ""), 1)
+        except BrokenPipeError:  # the reader of standard output went away, as in `mxrot recipes | head`
+            raise
         except OSError as error:
             _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)
 
@@ -44,14 +49,16 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, or `demo`")]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Recipe name or TOML file")]
-Calib = Annotated[str, typer.Option("--calib", help="Calibration text: demo, a file, NAME=FILE, wikitext2, c4")]
+TEXT = "demo, a file, NAME=FILE, wikitext2, c4"
+Calib = Annotated[str, typer.Option("--calib", metavar="TEXT", help=f"Calibration text: {TEXT}")]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows at most (recipe's)")]
 Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Evaluation windows at most (all)")]
-Texts = Annotated[list[str], typer.Option("--text", help="Evaluation text, may be repeated: as for --calib")]
+Texts = Annotated[list[str], typer.Option("--text", metavar="TEXT", help=f"Evaluation text, repeatable: {TEXT}")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (the GPU if there is one)")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON")]
-Changes = Annotated[list[str], typer.Option("--set", help="Change a recipe key, e.g. transform.sharing=block")]
+CHANGES_HELP = "Change a recipe key, repeatable, e.g. transform.sharing=block"
+Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=CHANGES_HELP)]
 
 
 @app.command()
@@ -74,7 +81,7 @@ def quantize(
     from mxrot.report import progress_on_stderr, size_line
 
     chosen = _recipe(recipe, changes)
-    _check_device(device)
+    _prepare(model, device, json_file)
     with progress_on_stderr(f"Quantizing with {chosen.name}") as told:
         run = api.quantize(
             model,
@@ -114,10 +121,10 @@ def evaluate(
     from mxrot.pipeline import versions
     from mxrot.report import perplexity_table, progress_on_stderr
 
-    _check_device(device)
+    _prepare(model, device, json_file)
     started = time.monotonic()
-    opened, folder = api.open_model(model, device, verify)
     with progress_on_stderr("Evaluating") as told:
+        opened, folder = api.open_model(model, device, verify)
         results = api.evaluate(
             opened, text, tokenizer=api.load_tokenizer(folder), windows=windows, seq_len=seq_len, progress=told
         )
@@ -150,8 +157,8 @@ def compare(
     from mxrot.comparison import compare_recipes
     from mxrot.report import comparison_table, progress_on_stderr
 
-    _check_device(device)
     chosen = [_recipe(name.strip(), changes) for name in recipes.split(",") if name.strip()]
+    _prepare(model, device, json_file)
     with progress_on_stderr("Comparing") as told:
         rows = compare_recipes(
             model,
@@ -172,24 +179,25 @@ def compare(
 @app.command()
 def inspect(
     model: Model = "demo",
-    text: Annotated[str, typer.Option("--text", help="Text to look at the activations on")] = "demo",
+    text: Annotated[str, typer.Option("--text", metavar="TEXT", help="Text to look at the activations on")] = "demo",
     windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of it")] = 4,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 512,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Outliers of the inputs of each site; for a checkpoint also the error of each linear."""
+    """Outliers in the inputs of each site; errors of a checkpoint."""
     from mxrot import api
     from mxrot.calibration import load_text, token_windows
     from mxrot.checkpoint import is_checkpoint
     from mxrot.evaluation import site_maxima
     from mxrot.models import find_family
-    from mxrot.report import errors_table, maxima_table, size_line
+    from mxrot.report import errors_table, maxima_table, progress_on_stderr, size_line
 
-    _check_device(device)
-    opened, folder = api.open_model(model, device)
-    tokens = token_windows(load_text(text, "evaluation"), api.load_tokenizer(folder), seq_len, windows)
-    sites = site_maxima(opened, find_family(opened.config, model), tokens)
+    _prepare(model, device, json_file)
+    with progress_on_stderr("Inspecting") as told:
+        opened, folder = api.open_model(model, device)
+        tokens = token_windows(load_text(text, "evaluation"), api.load_tokenizer(folder), seq_len, windows)
+        sites = site_maxima(opened, find_family(opened.config, model), tokens, progress=told)
     console = _console()
     console.print(maxima_table(sites))
     result: dict[str, Any] = {"model": model, "sites": [{**vars(site), "ratio": site.ratio} for site in sites]}
@@ -211,10 +219,10 @@ def generate(
     """Continue a prompt, greedily."""
     from mxrot import api
 
-    _check_device(device)
+    _prepare(model, device, None)
     opened, folder = api.open_model(model, device)
     continuation = api.generate_text(opened, api.load_tokenizer(folder), prompt, max_tokens)
-    _console().print(prompt + continuation, markup=False, highlight=False)
+    print(prompt + continuation)
 
 
 @app.command()
@@ -228,7 +236,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe a
     from rich.table import Table
 
     table = Table("recipe", "what it does", "source", title="Recipes", title_justify="left")
-    for known in builtin_recipes():
+    for known in sorted(builtin_recipes()):
         recipe = load_recipe(known)
         table.add_row(recipe.name, recipe.summary, recipe.source)
     _console().print(table)
@@ -236,12 +244,12 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe a
 
 @app.command()
 def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:
-    """Quantize the demo model with rtn and duquant++, and show what each costs."""
+    """Quantize the demo model with rtn and duquant++, and compare."""
     from mxrot.comparison import compare_recipes
     from mxrot.recipe import load_recipe
     from mxrot.report import comparison_table, progress_on_stderr
 
-    _check_device(device)
+    _prepare("demo", device, json_file)
     with progress_on_stderr("Demo") as told:
         rows = compare_recipes(
             "demo",
@@ -257,7 +265,7 @@ def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:
     console = _console()
     console.print(comparison_table(rows, "SmolLM2-135M-Instruct, weights and activations in MXFP4; held-out demo text"))
     for row in rows:
-        console.print(f"[bold]{row.recipe}[/bold]: {row.extra['generated']}", highlight=False)
+        print(f"{row.recipe}: {row.extra['generated']}")
     _write_json(json_file, {"rows": [row.as_table() for row in rows]})
 
 
@@ -278,6 +286,17 @@ def _change(text: str) -> tuple[str, Any]:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key, value
+
+
+def _prepare(model: str, device: str | None, json_file: Path | None) -> None:
+    """What can be found wrong at once, before hours of work; and the demo model, which is made at its first use."""
+    _check_device(device)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"--json {json_file}: there is no folder {json_file.parent}")
+    from mxrot.models.lookup import DEMO, demo_folder
+
+    if model == DEMO:
+        demo_folder(announce=lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _check_device(device: str | None) -> None:
@@ -304,10 +323,13 @@ def _write_json(path: Path | None, table: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point of the command `mxrot`."""
-    from transformers.utils import logging
+    # Other packages speak to developers: torchao, where it is installed, warns of extensions it does not need.
+    logging.disable(logging.WARNING)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disable_progress_bar()
     app()
 
 

@@ -60,7 +60,7 @@ def compare_recipes(
             seconds = time.monotonic() - started
             assert result.model is not None
             opened = result.model
-        told = _labelled(progress, f"{label}, perplexity")
+        told = _labelled(progress, f"perplexity of {label}")
         scores = api.evaluate(opened, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
         extra = {} if prompt is None else {"generated": _sentence(opened, tokenizer, prompt)}
         rows.append(ComparedRow(label, model_size(opened, stored), seconds, scores, extra))
@@ -79,7 +79,7 @@ def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
 
 def _labelled(progress: api.Progress, label: str) -> api.Progress:
     def told(done: int, total: int, what: str) -> None:
-        progress(done, total, f"{label} {what}".strip())
+        progress(done, total, f"{label}, {what}")
 
     return told
 

@@ -35,7 +35,7 @@ from mxrot.calibration import (
     observe_all_inputs,
     observe_inputs,
 )
-from mxrot.errors import ConfigError, NumericsError
+from mxrot.errors import ConfigError, FamilyError, NumericsError
 from mxrot.formats import QTensor
 from mxrot.kernels import rotate_quantize
 from mxrot.layers import QuantLinear, TensorQuantizer
@@ -48,6 +48,7 @@ from mxrot.models import (
     fill,
     find_family,
     read_config,
+    read_generation_config,
     rebuild_rotary,
     value_heads,
 )
@@ -176,6 +177,9 @@ def quantize(
     device = torch.device(device)
     config = read_config(folder)
     family = find_family(config, str(folder))
+    if getattr(config, "quantization_config", None) is not None:
+        raise FamilyError(f"{folder}: is quantized already (quantization_config in config.json); give the original")
+    _check_smoothing(recipe, family, config.num_hidden_layers)
     model = build_skeleton(config)
     check_linears(model, family, recipe.input_block, recipe.ignore)
     if windows is None and not recipe.is_data_free:
@@ -211,7 +215,9 @@ def quantize(
             if finished is None:
                 store.save(index, stored_tensors(block, stored_dtype), report)
             block.to("meta")
-    if store is not None:
+    if store is None:
+        read_generation_config(model, folder)
+    else:
         store.save_rest(outer_tensors(files, family))
     progress(len(blocks), len(blocks), "done")
     record.seconds = time.monotonic() - started
@@ -241,6 +247,33 @@ class _Run:
         return None if self.recipe.activations is None else self.recipe.activations.quantizer()
 
 
+def _check_smoothing(recipe: Recipe, family: Family, blocks: int) -> None:
+    """ConfigError unless every site that smoothing names is there, and its scales have a place to go."""
+    if recipe.smoothing is None:
+        return
+    known = [site.name for site in family.sites]
+    for name in recipe.smoothing.skip:
+        if name not in known:
+            raise ConfigError(
+                f"recipe {recipe.name}: smoothing.skip: family {family.name} has no site {name!r}; "
+                f"its sites are {', '.join(known)}"
+            )
+    for site in (site for index in range(blocks) for site in _smoothed_sites(recipe, family, index)):
+        if recipe.sharing == "site" and site.norm is None and site.producer is None:
+            raise ConfigError(
+                f"recipe {recipe.name}: site {site.name!r} of family {family.name} has nothing before it that can "
+                'take smoothing scales; list it under smoothing.skip, or set transform.sharing = "block"'
+            )
+
+
+def _smoothed_sites(recipe: Recipe, family: Family, index: int) -> list[Site]:
+    """Sites of a block that get smoothing scales, with all their linears; none of which nothing is quantized."""
+    if recipe.smoothing is None:
+        return []
+    active = {site.name for site in family.active_sites(index, recipe.ignore)}
+    return [site for site in family.sites if site.name in active and site.name not in recipe.smoothing.skip]
+
+
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The model's own type on a GPU; float32, which holds it exactly and is faster there, on a CPU."""
     return torch.float32 if device.type == "cpu" else stored
@@ -254,12 +287,16 @@ def device_name(device: torch.device) -> str:
 def load_outer(
     model: PreTrainedModel, family: Family, files: WeightFiles, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Load what is outside of the decoder blocks."""
+    """Load what is outside of the decoder blocks. FamilyError names a tensor that is missing or has no place."""
     tensors = outer_tensors(files, family)
-    for name in (family.embedding, family.final_norm, family.head):
+    places = (family.embedding, family.final_norm, family.head)
+    for name in tensors:
+        if not name.startswith(tuple(f"{place}." for place in places)):
+            raise FamilyError(f"{name}: family {family.name} has no place for this tensor")
+    for name in places:
         prefix = name + "."
         own = {key[len(prefix) :]: value.to(device, dtype) for key, value in tensors.items() if key.startswith(prefix)}
-        if name == family.head and not own:
+        if name == family.head and not own and model.config.tie_word_embeddings:
             model.tie_weights()
         else:
             fill(model.get_submodule(name), own, name)
@@ -305,17 +342,18 @@ def _quantize_block(
     tensors = files.read_under(prefix, run.device)
     linears = [linear for site in run.family.sites for linear in site.linears]
     weights: Weights = {name: tensors[f"{name}.weight"].double() for name in linears if f"{name}.weight" in tensors}
-    fill(block, {name: value.to(run.dtype) for name, value in tensors.items()}, prefix)
+    # Through the stored type: a norm of another type would be rounded to it in a checkpoint.
+    fill(block, {name: value.to(run.stored_dtype).to(run.dtype) for name, value in tensors.items()}, prefix)
 
     sites = run.family.active_sites(index, run.recipe.ignore)
-    scales = {} if inputs is None else _smooth_block(run, prefix, block, weights, inputs)
+    scales = {} if inputs is None else _smooth_block(run, index, block, weights, inputs)
     reports = []
     for site in sites:
         reports += _quantize_site(run, index, block, site, weights, scales.get(site.name), inputs)
     return BlockReport(index, round(time.monotonic() - started, 3), reports)
 
 
-def _smooth_block(run: _Run, prefix: str, block: nn.Module, weights: Weights, inputs: BlockInputs) -> dict[str, Tensor]:
+def _smooth_block(run: _Run, index: int, block: nn.Module, weights: Weights, inputs: BlockInputs) -> dict[str, Tensor]:
     """Smoothing scales [K] by site name, from the inputs of the block as it was.
 
     With sharing "site" they are folded here, and what is returned is empty.
@@ -323,7 +361,8 @@ def _smooth_block(run: _Run, prefix: str, block: nn.Module, weights: Weights, in
     smoothing = run.recipe.smoothing
     if smoothing is None:
         return {}
-    sites = [site for site in run.family.sites if site.name not in smoothing.skip]
+    prefix = run.family.block_prefix(index)
+    sites = _smoothed_sites(run.recipe, run.family, index)
     maxima = {site.name: ChannelMaxima() for site in sites}
     observe_all_inputs(block, [(site.linears[0], maxima[site.name].update) for site in sites], inputs)
     heads = value_heads(run.config)

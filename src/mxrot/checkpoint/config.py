@@ -76,7 +76,8 @@ def quantization_config(recipe: Recipe, family: Family, blocks: int, ignored: li
 
 def check_marker(config: dict[str, Any], where: str) -> dict[str, Any]:
     """mxrot's marker in the contents of a config.json; CheckpointError if it is missing or of another version."""
-    marker = (config.get("quantization_config") or {}).get(MARKER)
+    quantization = config.get("quantization_config")
+    marker = quantization.get(MARKER) if isinstance(quantization, dict) else None
     if not isinstance(marker, dict):
         raise CheckpointError(f"{where}: config.json has no {MARKER!r} marker; not a checkpoint written by mxrot")
     if marker.get("format_version") != FORMAT_VERSION:

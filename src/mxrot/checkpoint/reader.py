@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mxrot.checkpoint.config import check_marker
 from mxrot.checkpoint.files import INDEX, sha256_of
 from mxrot.errors import CheckpointError, MxrotError
-from mxrot.models import WeightFiles, build_skeleton, check_linears, find_family, read_config
+from mxrot.models import (
+    WeightFiles,
+    build_skeleton,
+    check_linears,
+    find_family,
+    read_config,
+    read_generation_config,
+)
 from mxrot.pipeline import compute_dtype, load_finished_block, load_outer
 from mxrot.recipe import Recipe
 
@@ -43,12 +50,12 @@ def load(
     """
     folder = Path(folder).expanduser()
     device = torch.device(device)
-    _check_files(folder, verify)
+    check_files(folder, verify)
     try:
         return _load(folder, device, dtype)
     except CheckpointError:
         raise
-    except MxrotError as error:
+    except (MxrotError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
@@ -68,8 +75,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype | None) -> PreT
             _check_tensor(f"{prefix}.{name}", tensor)
         load_finished_block(block, index, tensors, recipe, family, dtype, device)
     load_outer(model, family, files, dtype, device)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    read_generation_config(model, folder)
     return model
 
 
@@ -77,14 +83,14 @@ _STORED_TYPES = {".weight_packed": torch.uint8, ".weight_scale": torch.uint8, "_
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
-    for ending, expected in _STORED_TYPES.items():
-        if name.endswith(ending) and tensor.dtype != expected:
-            raise CheckpointError(f"{name}: expected {expected}, got {tensor.dtype}")
+    expected = next((dtype for ending, dtype in _STORED_TYPES.items() if name.endswith(ending)), None)
+    if tensor.dtype != expected and not (expected is None and tensor.is_floating_point()):
+        raise CheckpointError(f"{name}: expected {expected or 'floating-point numbers'}, got {tensor.dtype}")
     if name.endswith(".weight_scale") and bool((tensor == 255).any()):
         raise CheckpointError(f"{name}: holds the scale NaN (byte 255); the file is damaged")
 
 
-def _check_files(folder: Path, verify: bool) -> None:
+def check_files(folder: Path, verify: bool = False) -> None:
     """CheckpointError unless every file of run.json is there and has its size, and with `verify` its hash."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
@@ -97,6 +103,8 @@ def _check_files(folder: Path, verify: bool) -> None:
         path = folder / Path(name).name
         if not path.is_file():
             raise CheckpointError(f"{path}: is missing")
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise CheckpointError(f"{folder / 'run.json'}: gives no size and SHA-256 of {name}")
         found, wanted = path.stat().st_size, expected["bytes"]
         if path.suffix == ".safetensors" and found != wanted:
             raise CheckpointError(f"{path}: expected {wanted} bytes, got {found}; the file is truncated or altered")

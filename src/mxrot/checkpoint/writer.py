@@ -25,7 +25,8 @@ from torch import Tensor
 from mxrot.checkpoint.card import model_card
 from mxrot.checkpoint.config import check_exportable, quantization_config
 from mxrot.checkpoint.files import INDEX, sha256_of, write_bytes, write_json, write_tensors
-from mxrot.errors import CheckpointError, MxrotError
+from mxrot.checkpoint.reader import check_files
+from mxrot.errors import CheckpointError
 from mxrot.layers import ModelSize
 from mxrot.models import Family, WeightFiles, find_family, read_config
 from mxrot.pipeline import BlockReport, LinearReport, Progress, RunRecord, device_name, quantize, versions
@@ -70,13 +71,10 @@ class PartialCheckpoint:
             if sha256_of(path) != note["sha256"]:
                 return None
             table, named = note["report"], load_file(path)
-        except (OSError, ValueError, KeyError, SafetensorError):
+            linears = [LinearReport(**{**x, "shape": tuple(x["shape"])}) for x in table["linears"]]
+            report = BlockReport(table["index"], table["seconds"], linears)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
-        report = BlockReport(
-            table["index"],
-            table["seconds"],
-            [LinearReport(**{**x, "shape": tuple(x["shape"])}) for x in table["linears"]],
-        )
         self._count(named, self.shard(index + 1))
         prefix = self.family.block_prefix(index) + "."
         return {name[len(prefix) :]: tensor for name, tensor in named.items()}, report
@@ -102,10 +100,9 @@ class PartialCheckpoint:
         metadata = {"total_size": self.size.total_bytes}
         write_json(self.folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))})
 
-    def remove_notes(self) -> None:
-        """Remove what only a resumed run needs."""
-        for path in (*self.folder.glob("block-*.json"), self.folder / _FINGERPRINT):
-            path.unlink(missing_ok=True)
+    def notes(self) -> list[Path]:
+        """Files that only a resumed run needs, what says whose they are last."""
+        return [*self.folder.glob("block-*.json"), self.folder / _FINGERPRINT]
 
 
 def quantize_to_folder(
@@ -134,19 +131,23 @@ def quantize_to_folder(
     if resume and (finished := _finished_run(output, fingerprint)):
         return finished
     check_output(output, force)
+    if source.resolve().is_relative_to(output.resolve()):
+        raise CheckpointError(f"{output}: holds the model that is to be quantized; give another folder")
     partial = output.with_name(output.name + ".partial")
-    _open_partial(partial, fingerprint, resume)
     store = PartialCheckpoint(partial, family, config.num_hidden_layers)
     try:
+        _open_partial(partial, fingerprint, resume)
         result = quantize(source, recipe, windows=windows, device=device, seed=seed, store=store, progress=progress)
         run = _write_around(store, source, recipe, result.record, base_name, data, fingerprint)
+        for note in store.notes():  # only now: until run.json is written, a killed run goes on from them
+            note.unlink()
         _swap(partial, output)
         return run
     except KeyboardInterrupt:
         if not store.finished_blocks:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    except (MxrotError, OSError):
+    except Exception:
         if not resume:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -154,8 +155,11 @@ def quantize_to_folder(
 
 def check_output(output: Path, force: bool) -> None:
     """CheckpointError if `output` is there and not an empty folder, unless `force` replaces it."""
-    if output.is_file():
-        raise CheckpointError(f"{output}: is a file; give a folder")
+    if output.name in ("", ".."):
+        raise CheckpointError(f"{output}: has no name of its own; name the folder to be made")
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path}: is a file; give a folder")
     if output.is_dir() and any(output.iterdir()) and not force:
         raise CheckpointError(f"{output}: exists and is not empty; use --force to replace it, or another folder")
 
@@ -181,7 +185,13 @@ def _finished_run(output: Path, fingerprint: dict[str, Any]) -> dict[str, Any] |
         run = json.loads((output / "run.json").read_text())
     except (OSError, ValueError):
         return None
-    return run if isinstance(run, dict) and run.get("fingerprint") == fingerprint else None
+    if not isinstance(run, dict) or run.get("fingerprint") != fingerprint:
+        return None
+    try:
+        check_files(output)
+    except CheckpointError:
+        return None
+    return run
 
 
 def _open_partial(partial: Path, fingerprint: dict[str, Any], resume: bool) -> None:
@@ -189,6 +199,8 @@ def _open_partial(partial: Path, fingerprint: dict[str, Any], resume: bool) -> N
     try:
         found = json.loads((partial / _FINGERPRINT).read_text())
     except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
         found = None
     if resume and found is not None and found != fingerprint:
         differs = ", ".join(sorted(key for key in fingerprint if found.get(key) != fingerprint[key]))
@@ -199,6 +211,8 @@ def _open_partial(partial: Path, fingerprint: dict[str, Any], resume: bool) -> N
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_json(partial / _FINGERPRINT, fingerprint)
+    for path in partial.glob("*.tmp"):  # a killed run could not tidy up
+        path.unlink()
 
 
 def _write_around(
@@ -226,8 +240,8 @@ def _write_around(
             write_bytes(folder / path.name, path.read_bytes())
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
     write_bytes(folder / "README.md", model_card(base_name, recipe, store.size).encode())
-    store.remove_notes()
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
+    paths = sorted(set(folder.iterdir()) - {*store.notes(), folder / "run.json"})
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
     size = {**vars(store.size), "bits_per_weight": store.size.bits_per_weight, "total_bytes": store.size.total_bytes}
     run = {
         "model": base_name,
@@ -250,7 +264,13 @@ def _swap(partial: Path, output: Path) -> None:
     """Put the finished folder in place; what stood there goes last."""
     old = output.with_name(output.name + ".replaced")
     shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
+    replaces = output.exists()
+    if replaces:
         output.rename(old)
-    partial.rename(output)
+    try:
+        partial.rename(output)
+    except OSError:
+        if replaces:
+            old.rename(output)
+        raise
     shutil.rmtree(old, ignore_errors=True)

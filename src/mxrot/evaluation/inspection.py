@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -33,7 +34,13 @@ class SiteMaxima:
 
 
 @torch.no_grad()
-def site_maxima(model: PreTrainedModel, family: Family, windows: Tensor, batch_windows: int = 1) -> list[SiteMaxima]:
+def site_maxima(
+    model: PreTrainedModel,
+    family: Family,
+    windows: Tensor,
+    batch_windows: int = 1,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[SiteMaxima]:
     """Channel maxima of every site of every decoder block over token windows [W, T]."""
     device = next(model.parameters()).device
     collectors: dict[str, ChannelMaxima] = {}
@@ -43,7 +50,8 @@ def site_maxima(model: PreTrainedModel, family: Family, windows: Tensor, batch_w
                 name = f"{family.block_prefix(index)}.{site.linears[0]}"
                 collectors[name] = ChannelMaxima()
                 hooks.enter_context(watched_inputs(block.get_submodule(site.linears[0]), collectors[name].update))
-        for batch in windows.split(batch_windows):
+        for index, batch in enumerate(windows.split(batch_windows)):
+            progress(index * batch_windows, len(windows), "windows")
             model.get_submodule(family.body)(input_ids=batch.to(device), use_cache=False)
     return [_describe(name, collector.result()) for name, collector in collectors.items()]
 

@@ -2,7 +2,15 @@
 
 from mxrot.models.family import Family, Site, check_linears, value_heads
 from mxrot.models.lookup import find_model
-from mxrot.models.skeleton import FAMILIES, build_skeleton, fill, find_family, read_config, rebuild_rotary
+from mxrot.models.skeleton import (
+    FAMILIES,
+    build_skeleton,
+    fill,
+    find_family,
+    read_config,
+    read_generation_config,
+    rebuild_rotary,
+)
 from mxrot.models.weights import WeightFiles
 
 __all__ = [
@@ -16,6 +24,7 @@ __all__ = [
     "find_family",
     "find_model",
     "read_config",
+    "read_generation_config",
     "rebuild_rotary",
     "value_heads",
 ]

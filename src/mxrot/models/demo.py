@@ -11,9 +11,12 @@ $MXROT_DEMO_GGUF names the GGUF file on a machine where the package is not insta
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -32,11 +35,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MXROT_CACHE") or Path.home() / ".cache" / "mxrot")
 
 
-def demo_folder() -> Path:
-    """The demo model's folder, made at the first call. ConfigError if its package is missing."""
+def demo_folder(announce: Callable[[str], None] = lambda line: None) -> Path:
+    """The demo model's folder, made at the first call, after telling `announce` that this takes a moment.
+
+    ConfigError if its package is missing.
+    """
     folder = cache_folder() / _FOLDER
     if not (folder / "config.json").is_file():
-        _convert(_find_gguf(), folder)
+        gguf = _find_gguf()
+        announce(f"Making the demo model in {folder}: once, about 20 seconds")
+        _convert(gguf, folder)
     return folder
 
 
@@ -67,7 +75,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _write_model(gguf: Path, folder: Path) -> None:
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # progress bars that transformers has no switch for
+        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = source.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "transformers_version"):
         settings.pop(key, None)  # of the GGUF file, not of the model that is written

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mxrot.errors import FamilyError
@@ -23,9 +23,8 @@ def read_config(folder: Path) -> Any:
         raise FamilyError(f"{folder}: no config.json; expected a model folder in the Hugging Face layout")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FamilyError(f"{folder / 'config.json'}: not a config that transformers reads: {first_line}") from error
+    except Exception as error:  # its checks raise many kinds
+        raise FamilyError(f"{folder / 'config.json'}: not a config that transformers reads: {_brief(error)}") from error
 
 
 def find_family(config: Any, where: str) -> Family:
@@ -45,10 +44,24 @@ def find_family(config: Any, where: str) -> Family:
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:
-    """The model of a config on the meta device, in evaluation mode."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a value of the config that nothing checked before
+        raise FamilyError(f"config.json: transformers cannot build this model: {_brief(error)}") from error
     return model.eval().requires_grad_(False)
+
+
+def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Give `model` the generation_config.json of a folder, where there is one; FamilyError if it cannot be read."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as for `read_config`
+        raise FamilyError(f"{path}: not a generation config that transformers reads: {_brief(error)}") from error
 
 
 def rebuild_rotary(model: PreTrainedModel, family: Family, device: torch.device) -> None:
@@ -69,6 +82,11 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
         )
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(False)
+
+
+def _brief(error: Exception) -> str:
+    """The kind of an error of transformers, and its message on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _name(name: str, shapes: dict[str, tuple[int, ...]]) -> str:

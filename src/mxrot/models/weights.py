@@ -20,6 +20,9 @@ from mxrot.errors import FamilyError, NumericsError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_RECOMPUTED = ".rotary_emb.inv_freq"
+"""Tensors that old conversions of Llama hold and no model loads any more; they follow from the config."""
+_SAMPLE = 4096
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -28,7 +31,10 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file_of = _locate(folder)
+        self._file_of = {name: file for name, file in _locate(folder).items() if not name.endswith(_RECOMPUTED)}
+        for path in self.files:
+            if not path.is_file():
+                raise FamilyError(f"{path}: is named in {_INDEX} and missing; is the download complete?")
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -74,7 +80,7 @@ class WeightFiles:
         return {name[len(dotted) :]: self.read(name, device) for name in self.names if name.startswith(dotted)}
 
     def fingerprint(self) -> str:
-        """SHA-256 over config.json and, of each weight file, its size, header and last mebibyte.
+        """SHA-256 over config.json and, of each weight file, its size, header and the first 4 KiB of each tensor.
 
         Tells models apart without reading all of a large one.
         """
@@ -83,11 +89,22 @@ class WeightFiles:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(min(header_bytes, size)))
-                file.seek(max(0, size - (1 << 20)))
-                digest.update(file.read())
+                header = file.read(min(int.from_bytes(file.read(8), "little"), size))
+                digest.update(header)
+                data = file.tell()
+                for start, end in _extents(path, header):
+                    file.seek(data + start)
+                    digest.update(file.read(min(_SAMPLE, end - start)))
         return digest.hexdigest()
+
+
+def _extents(path: Path, header: bytes) -> list[tuple[int, int]]:
+    """Where each tensor of a safetensors file starts and ends, from the end of its header."""
+    try:
+        table = json.loads(header)
+        return sorted((*entry["data_offsets"],) for name, entry in table.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FamilyError(f"{path}: cannot be read as safetensors (its header is no table of tensors)") from error
 
 
 def _locate(folder: Path) -> dict[str, str]:
@@ -96,7 +113,7 @@ def _locate(folder: Path) -> dict[str, str]:
         try:
             weight_map = json.loads((folder / _INDEX).read_text())["weight_map"]
             return {str(name): Path(str(file)).name for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FamilyError(f"{folder / _INDEX}: not a safetensors index ({error})") from error
     if (folder / _SINGLE).is_file():
         try:

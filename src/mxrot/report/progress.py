@@ -1,4 +1,8 @@
-"""Progress of long work, on standard error: a bar with the time to go, or on no terminal a line now and then."""
+"""Progress of long work, on standard error: a bar with the time to go, or on no terminal a line now and then.
+
+Work has phases, each with its own total. A phase begins where the count goes back or the total changes; the
+time to go is that of the phase.
+"""
 
 from __future__ import annotations
 
@@ -23,24 +27,43 @@ def progress_on_stderr(title: str) -> Iterator[Told]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-
-        def told(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"{title}: {what}" if what else title)
-
-        yield told
+        yield _bar_mover(bar, title)
 
 
-def _line_printer(title: str) -> Told:
-    started = last = time.monotonic()
+def _bar_mover(bar: Progress, title: str) -> Told:
+    task = bar.add_task(title, total=None)
+    last = (0, 0)
 
     def told(done: int, total: int, what: str) -> None:
         nonlocal last
-        now = time.monotonic()
-        if now - last < SECONDS_BETWEEN_LINES:
-            return
-        last = now
-        left = f", {(now - started) * (total - done) / done:.0f} s to go" if done else ""
-        print(f"{title}: {done} of {total} ({what}){left}", file=sys.stderr, flush=True)
+        if _is_new_phase(last, (done, total)):
+            bar.reset(task, total=total, completed=done)
+        last = (done, total)
+        bar.update(task, completed=done, description=f"{title}: {what}" if what else title)
 
     return told
+
+
+def _line_printer(title: str) -> Told:
+    """The first call prints, and then the first one after each SECONDS_BETWEEN_LINES."""
+    last = (0, 0)
+    first_done, started, printed = 0, 0.0, float("-inf")
+
+    def told(done: int, total: int, what: str) -> None:
+        nonlocal last, first_done, started, printed
+        now = time.monotonic()
+        if _is_new_phase(last, (done, total)):
+            first_done, started = done, now
+        last = (done, total)
+        if now - printed < SECONDS_BETWEEN_LINES:
+            return
+        printed = now
+        made = done - first_done
+        left = f", {(now - started) * (total - done) / made:.0f} s to go" if made else ""
+        print(f"{title}: {done} of {total}{f' ({what})' if what else ''}{left}", file=sys.stderr, flush=True)
+
+    return told
+
+
+def _is_new_phase(last: tuple[int, int], now: tuple[int, int]) -> bool:
+    return now[0] < last[0] or now[1] != last[1]
