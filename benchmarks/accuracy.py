@@ -29,6 +29,7 @@ from mxrot.calibration import load_text, token_windows
 from mxrot.evaluation import perplexity
 from mxrot.models import find_model
 from mxrot.recipe import load_recipe
+from mxrot.records import device_name, versions
 
 
 @dataclass(frozen=True)
@@ -197,14 +198,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def write_result(table: str, rows: list[dict[str, Any]], bench: Bench) -> Path:
     """Write what there is; the file's path."""
     options = bench.options
-    name = pipeline.device_name(torch.device(bench.device)).lower().replace(" ", "-")
+    name = device_name(torch.device(bench.device)).lower().replace(" ", "-")
     result = {
         "command": " ".join(["python", *sys.argv]),
         "commit": _commit(),
         "model": options.model,
         "device": name,
         "machine": platform.machine(),
-        "versions": pipeline.versions(),
+        "versions": versions(),
         "texts": bench.texts,
         "windows": options.windows,
         "seq_len": options.seq_len,

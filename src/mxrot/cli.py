@@ -118,7 +118,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a model or a checkpoint."""
     from mxrot import api
-    from mxrot.pipeline import versions
+    from mxrot.records import versions
     from mxrot.report import perplexity_table, progress_on_stderr
 
     _prepare(model, device, json_file)

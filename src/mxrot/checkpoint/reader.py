@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from mxrot.assembly import compute_dtype, load_finished_block, load_outer
 from mxrot.checkpoint.config import check_marker
 from mxrot.checkpoint.files import INDEX, sha256_of
 from mxrot.errors import CheckpointError, MxrotError
@@ -21,7 +22,6 @@ from mxrot.models import (
     read_config,
     read_generation_config,
 )
-from mxrot.pipeline import compute_dtype, load_finished_block, load_outer
 from mxrot.recipe import Recipe
 
 

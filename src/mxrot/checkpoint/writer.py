@@ -29,8 +29,9 @@ from mxrot.checkpoint.reader import check_files
 from mxrot.errors import CheckpointError
 from mxrot.layers import ModelSize
 from mxrot.models import Family, WeightFiles, find_family, read_config
-from mxrot.pipeline import BlockReport, LinearReport, Progress, RunRecord, device_name, quantize, versions
+from mxrot.pipeline import Progress, quantize
 from mxrot.recipe import Recipe
+from mxrot.records import BlockReport, LinearReport, RunRecord, device_name, versions
 
 _FINGERPRINT = "fingerprint.json"
 _COPIED = (

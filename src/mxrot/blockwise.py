@@ -1,0 +1,245 @@
+"""Quantize one decoder block: smooth it, then take its sites one after the other.
+
+A site's statistics are taken, its transform fitted, its weights rounded and its linears replaced before the next
+site is looked at. Smoothing scales come first, from one pass over the block as it was, because they must go into
+layers that will be rounded before the site they serve.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxrot.calibration import (
+    COLLECTORS,
+    BlockInputs,
+    ChannelMaxima,
+    Hessian,
+    RowSample,
+    observe_all_inputs,
+    observe_inputs,
+)
+from mxrot.errors import NumericsError
+from mxrot.formats import QTensor
+from mxrot.kernels import rotate_quantize
+from mxrot.layers import QuantLinear, TensorQuantizer
+from mxrot.models import Family, Site, WeightFiles, fill, value_heads
+from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+from mxrot.records import BlockReport, LinearReport
+from mxrot.surgery import Weights, fold_into_producer, install_site, scheme_name, shareable_scales
+from mxrot.transforms import BlockTransform, SiteSample, generator_for
+from mxrot.transforms.smoothing import smoothing_scales
+
+ERROR_ROWS = 512
+"""Calibration tokens on which the output error of each linear is measured."""
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """What stays the same from block to block."""
+
+    recipe: Recipe
+    family: Family
+    config: Any
+    device: torch.device
+    stored_dtype: torch.dtype
+    dtype: torch.dtype
+    seed: int
+
+    @property
+    def weights(self) -> TensorQuantizer:
+        return self.recipe.weights.quantizer()
+
+    @property
+    def activations(self) -> TensorQuantizer | None:
+        return None if self.recipe.activations is None else self.recipe.activations.quantizer()
+
+
+def quantize_block(
+    run: BlockRun, index: int, block: nn.Module, files: WeightFiles, inputs: BlockInputs | None
+) -> BlockReport:
+    """Load one block, and quantize its sites one after the other."""
+    started = time.monotonic()
+    prefix = run.family.block_prefix(index)
+    tensors = files.read_under(prefix, run.device)
+    linears = [linear for site in run.family.sites for linear in site.linears]
+    weights: Weights = {name: tensors[f"{name}.weight"].double() for name in linears if f"{name}.weight" in tensors}
+    # Through the stored type: a norm of another type would be rounded to it in a checkpoint.
+    fill(block, {name: value.to(run.stored_dtype).to(run.dtype) for name, value in tensors.items()}, prefix)
+
+    sites = run.family.active_sites(index, run.recipe.ignore)
+    scales = {} if inputs is None else _smooth_block(run, index, block, weights, inputs)
+    reports = []
+    for site in sites:
+        reports += _quantize_site(run, index, block, site, weights, scales.get(site.name), inputs)
+    return BlockReport(index, round(time.monotonic() - started, 3), reports)
+
+
+def _smooth_block(
+    run: BlockRun, index: int, block: nn.Module, weights: Weights, inputs: BlockInputs
+) -> dict[str, Tensor]:
+    """Smoothing scales [K] by site name, from the inputs of the block as it was.
+
+    With sharing "site" they are folded here, and what is returned is empty.
+    """
+    smoothing = run.recipe.smoothing
+    if smoothing is None:
+        return {}
+    prefix = run.family.block_prefix(index)
+    sites = smoothed_sites(run.recipe, run.family, index)
+    maxima = {site.name: ChannelMaxima() for site in sites}
+    observe_all_inputs(block, [(site.linears[0], maxima[site.name].update) for site in sites], inputs)
+    heads = value_heads(run.config)
+    found = {}
+    for site in sites:
+        seen = maxima[site.name].result()
+        if not torch.isfinite(seen).all():
+            raise NumericsError(f"{prefix}.{site.linears[0]}: its input holds NaN or Inf on the calibration text")
+        scales = smoothing_scales(seen, torch.cat([weights[name] for name in site.linears]), smoothing.alpha)
+        if run.recipe.sharing == "block":
+            found[site.name] = scales
+        else:
+            fold_into_producer(block, site, weights, shareable_scales(scales, site, heads), heads, run.stored_dtype)
+    for name, weight in weights.items():
+        linear = block.get_submodule(name)
+        assert isinstance(linear.weight, Tensor)
+        linear.weight.data.copy_(weight.to(run.stored_dtype))
+    return found
+
+
+def smoothed_sites(recipe: Recipe, family: Family, index: int) -> list[Site]:
+    """Sites of a block that get smoothing scales, with all their linears; none of which nothing is quantized."""
+    if recipe.smoothing is None:
+        return []
+    active = {site.name for site in family.active_sites(index, recipe.ignore)}
+    return [site for site in family.sites if site.name in active and site.name not in recipe.smoothing.skip]
+
+
+def _quantize_site(
+    run: BlockRun,
+    index: int,
+    block: nn.Module,
+    site: Site,
+    weights: Weights,
+    scales: Tensor | None,
+    inputs: BlockInputs | None,
+) -> list[LinearReport]:
+    """Fit the site's transform, round its weights, and put quantized linears in place."""
+    prefix = run.family.block_prefix(index)
+    name = f"{prefix}.{site.linears[0]}"
+    rows = RowSample(ERROR_ROWS)
+    transform = _fit_transform(run, name, block, site, weights, scales, inputs, rows)
+    hessian = None
+    if run.recipe.rounding.needs_hessian:
+        assert inputs is not None
+        hessian = _hessian(run, block, site, transform, inputs)
+
+    folded = {
+        linear: weights[linear] if transform is None else transform.fold(weights[linear]) for linear in site.linears
+    }
+    quantized, damping = _round_site(run, folded, hessian, name)
+    stored = None if transform is None else transform.to_stored()
+    install_site(block, scheme_name(index, site), site, quantized, stored, run.weights, run.activations)
+    return [
+        LinearReport(
+            f"{prefix}.{linear}",
+            (folded[linear].shape[0], folded[linear].shape[1]),
+            site.name,
+            _relative_error(quantized[linear].dequantize(torch.float64), folded[linear]),
+            _output_error(block, linear, weights[linear], rows) if inputs is not None else None,
+            damping,
+        )
+        for linear in site.linears
+    ]
+
+
+def _round_site(
+    run: BlockRun, folded: Weights, hessian: Tensor | None, name: str
+) -> tuple[dict[str, QTensor], float | None]:
+    """Round the linears of a site, all at once unless a scale looks at the whole tensor; and the damping used."""
+    rule, format = run.weights.rule, run.weights.format
+    if rule.looks_at_whole_tensor(format.scale):
+        results = {
+            linear: run.recipe.rounding.round(weight, format, rule, hessian, name) for linear, weight in folded.items()
+        }
+        return {linear: result.weight for linear, result in results.items()}, next(iter(results.values())).damping
+    result = run.recipe.rounding.round(torch.cat(list(folded.values())), format, rule, hessian, name)
+    parts = result.weight.split_rows([len(weight) for weight in folded.values()])
+    return dict(zip(folded, parts, strict=True)), result.damping
+
+
+def _fit_transform(
+    run: BlockRun,
+    name: str,
+    block: nn.Module,
+    site: Site,
+    weights: Weights,
+    scales: Tensor | None,
+    inputs: BlockInputs | None,
+    rows: RowSample,
+) -> BlockTransform | None:
+    """The site's transform as a checkpoint will hold it; None where nothing is applied at run time.
+
+    With `sharing = "block"` it starts with the division by the smoothing scales. `rows` gets the raw inputs.
+    """
+    method = run.recipe.transform
+    collectors = {need: COLLECTORS[need](TRANSFORM_BLOCK, getattr(method, "rows", 0)) for need in sorted(method.needs)}
+    if inputs is not None:
+        inverse = None if scales is None else (1 / scales).to(torch.float32)
+
+        def see(x: Tensor) -> None:
+            if not torch.isfinite(x).all():
+                raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
+            rows.update(x)
+            for collector in collectors.values():
+                collector.update(x if inverse is None else x * inverse)
+
+        observe_inputs(block, site.linears[0], inputs, see, batches=None if collectors else 1)
+    if not run.recipe.has_transform:
+        return None
+    smoothed = torch.cat([weights[linear] for linear in site.linears])
+    if scales is not None:
+        smoothed = smoothed * scales
+    seen = {need: collector.result() for need, collector in collectors.items()}
+    sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, run.activations)
+    transform = method.fit(sample, run.recipe.sharing, generator_for(run.seed, name))
+    if scales is not None:
+        transform = BlockTransform.diagonal(1 / scales, TRANSFORM_BLOCK).compose(transform)
+    return transform.as_applied()
+
+
+def _hessian(
+    run: BlockRun, block: nn.Module, site: Site, transform: BlockTransform | None, inputs: BlockInputs
+) -> Tensor:
+    """The Hessian of what the site's linears will really see: transformed and quantized inputs."""
+    quantizer = run.activations
+    matrices = None if transform is None else transform.matrices.to(torch.float32)
+    collector = Hessian(exact_in_bfloat16=quantizer is not None and quantizer.is_exact_in_bfloat16)
+
+    def see(x: Tensor) -> None:
+        if quantizer is None:
+            collector.update(x.float() if transform is None else transform.apply(x))
+        else:
+            collector.update(rotate_quantize(x, matrices, quantizer.format, quantizer.rule))
+
+    observe_inputs(block, site.linears[0], inputs, see)
+    return collector.result()
+
+
+def _output_error(block: nn.Module, linear: str, weight: Tensor, rows: RowSample) -> float:
+    """Relative error of one installed linear on sampled inputs, against its weights before quantization."""
+    module = block.get_submodule(linear)
+    assert isinstance(module, QuantLinear)
+    x = rows.result()
+    bias = 0 if module.bias is None else module.bias
+    return _relative_error((module(x) - bias).double(), x.double() @ weight.t())
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||; 0 where both are zero."""
+    norm = expected.norm()
+    return float((found - expected).norm() / norm) if norm > 0 else float(found.norm())

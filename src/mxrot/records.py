@@ -1,0 +1,76 @@
+"""What a run writes down about itself."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import transformers
+
+from mxrot.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What quantizing one linear cost."""
+
+    name: str
+    shape: tuple[int, int]
+    site: str
+    weight_error: float
+    """Relative Frobenius error of the transformed weights."""
+    output_error: float | None
+    """Relative Frobenius error of the output on calibration tokens, inputs quantized too; None without data."""
+    damping: float | None
+    """Damping of the Hessian that let it factorize; None without one."""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What quantizing one decoder block cost."""
+
+    index: int
+    seconds: float
+    linears: list[LinearReport]
+
+
+@dataclass
+class RunRecord:
+    """Everything needed to say what a run did, and to do it again."""
+
+    recipe: Recipe
+    seed: int
+    windows: tuple[int, int] | None
+    """Calibration windows and their length; None without data."""
+    device: str
+    versions: dict[str, str]
+    blocks: list[BlockReport] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_gpu_bytes: int | None = None
+
+    def as_table(self) -> dict[str, Any]:
+        """The record as JSON takes it."""
+        table = {key: value for key, value in vars(self).items() if key not in ("recipe", "blocks")}
+        return {"recipe": self.recipe.to_toml(), **table, "blocks": [asdict(block) for block in self.blocks]}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides about a number."""
+    try:
+        own = version("mxrot")
+    except PackageNotFoundError:
+        own = "source"
+    return {
+        "mxrot": own,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU's name, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
