@@ -47,6 +47,8 @@ class Run:
 
 FLOOR = {"weights.rule": "floor", "activations.rule": "floor"}
 BLOCK = {"transform.sharing": "block"}
+ERROR = {"transform.score": "error"}
+SPACED = {"transform.sample": "spaced"}
 SMOOTH = {"smoothing.alpha": 0.6}
 SMOOTH_NOT_O = {**SMOOTH, "smoothing.skip": ["o"]}
 THREE = (0, 1, 2)
@@ -66,7 +68,11 @@ TABLES = {
         Run("smoothing (not o) + hadamard", "hadamard", SMOOTH_NOT_O, **around(37.3, 0.03)),
         Run("duquant++ (site)", "duquant++", seeds=THREE, high=37.6),
         Run("duquant++ (block)", "duquant++", BLOCK, seeds=THREE, high=36.4),
+        Run("duquant++ (block, error of peaks)", "duquant++", {**BLOCK, **ERROR}, seeds=THREE, high=36.4),
+        Run("duquant++ (block, error)", "duquant++", {**BLOCK, **ERROR, **SPACED}, seeds=THREE, high=36.4),
+        Run("duquant++ (site, error)", "duquant++", {**ERROR, **SPACED}, seeds=THREE, high=37.6),
         Run("duquant++-gptq (block)", "duquant++-gptq", seeds=THREE, high=31.0),
+        Run("duquant++-gptq (block, error)", "duquant++-gptq", {**ERROR, **SPACED}, seeds=THREE, high=31.0),
         Run("duquant++-released", "duquant++-released", low=31.0, high=33.5),
         Run("duquant++-released-gptq", "duquant++-released-gptq", low=28.5, high=30.5),
         Run("hadamard", "hadamard"),

@@ -121,6 +121,7 @@ def evaluate(
     from mxrot.records import versions
     from mxrot.report import perplexity_table, progress_on_stderr
 
+    _check_texts(text)
     _prepare(model, device, json_file)
     started = time.monotonic()
     with progress_on_stderr("Evaluating") as told:
@@ -158,6 +159,9 @@ def compare(
     from mxrot.report import comparison_table, progress_on_stderr
 
     chosen = [_recipe(name.strip(), changes) for name in recipes.split(",") if name.strip()]
+    if not chosen:
+        raise ConfigError("--recipes: name at least one")
+    _check_texts(text)
     _prepare(model, device, json_file)
     with progress_on_stderr("Comparing") as told:
         rows = compare_recipes(
@@ -193,10 +197,11 @@ def inspect(
     from mxrot.models import find_family
     from mxrot.report import errors_table, maxima_table, progress_on_stderr, size_line
 
+    loaded = load_text(text, "evaluation")
     _prepare(model, device, json_file)
     with progress_on_stderr("Inspecting") as told:
         opened, folder = api.open_model(model, device)
-        tokens = token_windows(load_text(text, "evaluation"), api.load_tokenizer(folder), seq_len, windows)
+        tokens = token_windows(loaded, api.load_tokenizer(folder), seq_len, windows)
         sites = site_maxima(opened, find_family(opened.config, model), tokens, progress=told)
     console = _console()
     console.print(maxima_table(sites))
@@ -297,6 +302,16 @@ def _prepare(model: str, device: str | None, json_file: Path | None) -> None:
 
     if model == DEMO:
         demo_folder(announce=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _check_texts(texts: list[str]) -> None:
+    """Each is there and has a name of its own; found out before a model is loaded."""
+    from mxrot.calibration import load_text
+
+    names = [load_text(text, "evaluation").name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--text: two texts are called {name!r}; name them, as in NAME=FILE")
 
 
 def _check_device(device: str | None) -> None:

@@ -61,6 +61,22 @@ class PeakBlocks(Collector):
         return self.kept
 
 
+class SpacedBlocks(Collector):
+    """Of each batch rows / 8 evenly spaced tokens, cut into blocks: float32 [G, all of them, B]."""
+
+    def __init__(self, block: int, rows: int) -> None:
+        self.block, self.rows_a_batch = block, max(1, rows // 8)
+        self.kept: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        flat = x.flatten(0, -2)
+        taken = flat[:: max(1, len(flat) // self.rows_a_batch)][: self.rows_a_batch].float()
+        self.kept.append(taken.unflatten(-1, (-1, self.block)).transpose(0, 1))
+
+    def result(self) -> Tensor:
+        return torch.cat(self.kept, dim=1)
+
+
 class MeanWindow(Collector):
     """The mean over windows, token by token: float32 [tokens, K]."""
 
@@ -123,6 +139,7 @@ class Hessian(Collector):
 
 COLLECTORS: dict[str, Callable[[int, int], Collector]] = {
     "peaks": PeakBlocks,
+    "spaced": SpacedBlocks,
     "mean": lambda block, rows: MeanWindow(),
 }
 """Name in `TransformMethod.needs` to a constructor from (block size, rows)."""

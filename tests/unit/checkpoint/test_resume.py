@@ -1,0 +1,262 @@
+"""A run that was killed goes on with --resume and writes the same bytes in the end."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.tiny_model import random_windows, write_tiny_model
+from tests.unit.checkpoint.folders import digests, recipe, without_run, write
+
+from mxrot import pipeline
+from mxrot.checkpoint import files, load, writer
+from mxrot.errors import CheckpointError
+from mxrot.recipe import Recipe
+
+DUQUANT = recipe("duquant++")
+SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mxrot.checkpoint import files, writer
+from tests.unit.checkpoint.folders import recipe, write
+
+victim = sys.argv[3]
+original = files.write_bytes
+
+def write_bytes(path, data):
+    if path.name == victim:
+        path.with_name(path.name + ".tmp").write_bytes(data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(path, data)
+
+files.write_bytes = writer.write_bytes = write_bytes
+write(Path(sys.argv[1]), Path(sys.argv[2]), recipe("duquant++"))
+"""
+
+
+@pytest.fixture
+def quantized_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Indices of blocks that were really quantized, not taken from disk."""
+    seen: list[int] = []
+    original = pipeline.quantize_block
+
+    def spy(run: object, index: int, *rest: object) -> object:
+        seen.append(index)
+        return original(run, index, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "quantize_block", spy)
+    return seen
+
+
+def stopped_after(source: Path, output: Path, chosen: Recipe, blocks: int) -> Path:
+    """The partial folder of a run that was interrupted after so many blocks."""
+
+    def progress(done: int, total: int, what: str) -> None:
+        if done == blocks:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(source, output, chosen, progress=progress)
+    return output.with_name(output.name + ".partial")
+
+
+@pytest.mark.parametrize("victim", [SHARDS[2], "run.json"])
+def test_after_sigkill(source: Path, tmp_path: Path, victim: str) -> None:
+    """Killed in the middle of writing a shard, and of the last file of all."""
+    command = [sys.executable, "-c", _KILLED, str(source), str(tmp_path / "out"), victim]
+    killed = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert (tmp_path / "out.partial" / f"{victim}.tmp").is_file() and not (tmp_path / "out").exists()
+    write(source, tmp_path / "out", DUQUANT, resume=True)
+    write(source, tmp_path / "straight", DUQUANT)
+    assert without_run(digests(tmp_path / "out")) == without_run(digests(tmp_path / "straight"))
+    load(tmp_path / "out", verify=True)
+
+
+@pytest.mark.parametrize("name", ["rtn", "duquant++", "duquant++-gptq"])
+def test_killed_at_every_file(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantized_blocks: list[int], name: str
+) -> None:
+    """What a killed process leaves is what lies there: a copy is taken halfway through each file, and after it."""
+    snapshots: list[Path] = []
+    original = files.write_bytes
+
+    def snapshot(partial: Path) -> None:
+        snapshots.append(tmp_path / f"killed-{len(snapshots)}")
+        shutil.copytree(partial, snapshots[-1].with_name(snapshots[-1].name + ".partial"))
+
+    def write_bytes(path: Path, data: bytes) -> None:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(data[: len(data) // 2])
+        snapshot(path.parent)
+        original(path, data)
+        snapshot(path.parent)
+
+    chosen = recipe(name)
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_bytes", write_bytes)
+        patched.setattr(writer, "write_bytes", write_bytes)
+        write(source, tmp_path / "straight", chosen)
+    expected = without_run(digests(tmp_path / "straight"))
+    assert len(snapshots) == 28
+    done = []
+    for output in snapshots:
+        quantized_blocks.clear()
+        run = write(source, output, chosen, resume=True)
+        assert without_run(digests(output)) == expected
+        assert set(run["files"]) == set(expected)
+        assert not list(tmp_path.glob("killed-*.partial/*.tmp"))
+        done.append(len(quantized_blocks))
+        shutil.rmtree(output)
+    # Files in order: the fingerprint, each block and its note, all the rest. The note makes a block a finished one.
+    assert done == [2] * 5 + [1] * 4 + [0] * 19
+
+
+@pytest.mark.parametrize("name", ["rtn", "duquant++", "duquant++-gptq"])
+@pytest.mark.parametrize("finished", [1, 2])
+def test_finished_blocks_are_not_done_again(
+    source: Path, tmp_path: Path, quantized_blocks: list[int], name: str, finished: int
+) -> None:
+    stopped_after(source, tmp_path / "out", recipe(name), finished)
+    quantized_blocks.clear()
+    write(source, tmp_path / "out", recipe(name), resume=True)
+    assert quantized_blocks == list(range(finished, 2))
+    write(source, tmp_path / "straight", recipe(name))
+    assert without_run(digests(tmp_path / "out")) == without_run(digests(tmp_path / "straight"))
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _change_note(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        note = json.loads(path.read_text())
+        change(note)
+        path.write_text(json.dumps(note))
+
+    return damage
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "truncated shard": (SHARDS[1], _truncate),
+    "empty shard": (SHARDS[1], lambda path: path.write_bytes(b"")),
+    "altered shard": (SHARDS[1], _alter),
+    "missing shard": (SHARDS[1], Path.unlink),
+    "shard of another block": (SHARDS[1], lambda path: shutil.copy(path.with_name(SHARDS[2]), path)),
+    "missing note": ("block-00000.json", Path.unlink),
+    "truncated note": ("block-00000.json", _truncate),
+    "note that is a list": ("block-00000.json", lambda path: path.write_text("[]")),
+    "note of bytes": ("block-00000.json", lambda path: path.write_bytes(b"\xff\xfe")),
+    "note without report": ("block-00000.json", _change_note(lambda note: note.pop("report"))),
+    "note with an unknown field": (
+        "block-00000.json",
+        _change_note(lambda note: note["report"]["linears"][0].update(more=1)),
+    ),
+    "note with a bad shape": (
+        "block-00000.json",
+        _change_note(lambda note: note["report"]["linears"][0].update(shape=None)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_block_is_done_again(
+    source: Path, tmp_path: Path, quantized_blocks: list[int], name: str, damage: Callable[[Path], object]
+) -> None:
+    damage(stopped_after(source, tmp_path / "out", DUQUANT, 2) / name)
+    quantized_blocks.clear()
+    write(source, tmp_path / "out", DUQUANT, resume=True)
+    assert quantized_blocks == [0]
+    write(source, tmp_path / "straight", DUQUANT)
+    assert without_run(digests(tmp_path / "out")) == without_run(digests(tmp_path / "straight"))
+
+
+def test_a_partial_of_another_run_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    partial = stopped_after(source, output, DUQUANT, 1)
+    before = digests(partial)
+    other = write_tiny_model(tmp_path / "other", seed=1)
+
+    def refused(differs: str, model: Path = source, chosen: Recipe = DUQUANT, **options: object) -> None:
+        with pytest.raises(CheckpointError, match=f"belongs to a run with another {differs}; remove it, or start over"):
+            write(model, output, chosen, resume=True, **options)
+        assert digests(partial) == before and not output.exists()
+
+    refused("model", model=other)
+    refused("recipe", chosen=DUQUANT.changed({"smoothing.alpha": 0.5}))
+    refused("seed", seed=1)
+    refused("windows", windows=random_windows(6, 24, seed=9))
+    refused("recipe, seed", chosen=recipe("duquant++", transform__steps=5), seed=1)
+    refused("recipe, windows", chosen=recipe("rtn"))
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "versions", lambda: {"mxrot": "another"})
+        refused("versions")
+    write(source, output, DUQUANT, resume=True)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{"])
+def test_a_partial_that_says_not_whose_it_is_is_discarded(
+    source: Path, tmp_path: Path, quantized_blocks: list[int], content: str | None
+) -> None:
+    partial = stopped_after(source, tmp_path / "out", DUQUANT, 1)
+    if content is None:
+        (partial / "fingerprint.json").unlink()
+    else:
+        (partial / "fingerprint.json").write_text(content)
+    quantized_blocks.clear()
+    write(source, tmp_path / "out", DUQUANT, resume=True)
+    assert quantized_blocks == [0, 1]
+
+
+def test_without_resume_a_stale_partial_is_discarded(
+    source: Path, tmp_path: Path, quantized_blocks: list[int]
+) -> None:
+    partial = stopped_after(source, tmp_path / "out", DUQUANT, 1)
+    (partial / "stale.txt").write_text("old")
+    quantized_blocks.clear()
+    write(source, tmp_path / "out", DUQUANT, seed=1)
+    assert quantized_blocks == [0, 1]
+    assert not partial.exists() and not (tmp_path / "out" / "stale.txt").exists()
+
+
+def test_a_finished_run_is_not_done_again(source: Path, tmp_path: Path, quantized_blocks: list[int]) -> None:
+    first = write(source, tmp_path / "out", DUQUANT)
+    before = digests(tmp_path / "out")
+    quantized_blocks.clear()
+    again = write(source, tmp_path / "out", DUQUANT, resume=True)
+    assert again == json.loads(json.dumps(first)) and quantized_blocks == []
+    assert digests(tmp_path / "out") == before
+
+
+def test_a_finished_run_of_another_kind_is_not_taken_for_this_one(source: Path, tmp_path: Path) -> None:
+    write(source, tmp_path / "out", DUQUANT)
+    before = digests(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="exists and is not empty; use --force"):
+        write(source, tmp_path / "out", DUQUANT, seed=1, resume=True)
+    assert digests(tmp_path / "out") == before
+
+
+def test_a_finished_run_that_lost_a_shard_is_not_finished(
+    source: Path, tmp_path: Path, quantized_blocks: list[int]
+) -> None:
+    write(source, tmp_path / "out", DUQUANT)
+    (tmp_path / "out" / SHARDS[1]).unlink()
+    with pytest.raises(CheckpointError, match="exists and is not empty; use --force"):
+        write(source, tmp_path / "out", DUQUANT, resume=True)
+    write(source, tmp_path / "out", DUQUANT, resume=True, force=True)
+    load(tmp_path / "out", verify=True)

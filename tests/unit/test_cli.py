@@ -1,0 +1,324 @@
+"""The command line on a tiny model: what it writes, what it exits with, and which options it has."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from transformers.utils import logging as transformers_logging
+from typer.testing import CliRunner, Result
+
+from mxrot.cli import app
+from tests.tiny_model import write_tiny_model
+
+HELP = ["-h", "--help"]
+OPTIONS = {
+    "quantize": [
+        *("model", "-o", "--output", "-r", "--recipe", "--set", "--calib", "--samples", "--seq-len", "--seed"),
+        *("--device", "--force", "--resume", "--json"),
+    ],
+    "eval": ["model", "--text", "--windows", "--seq-len", "--device", "--verify", "--json"],
+    "compare": [
+        *("model", "--recipes", "--set", "--calib", "--samples", "--text", "--windows", "--seq-len", "--seed"),
+        *("--device", "--json"),
+    ],
+    "inspect": ["model", "--text", "--windows", "--seq-len", "--device", "--json"],
+    "generate": ["model", "prompt", "--max-tokens", "--device"],
+    "recipes": ["name"],
+    "demo": ["--seed", "--device", "--json"],
+}
+QUICK = ("--set", "transform.steps=4", "--samples", "2", "--seq-len", "32")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A tiny model, a text of 4,000 characters, one of 10, and a checkpoint of the model."""
+    root = tmp_path_factory.mktemp("cli")
+    model = write_tiny_model(root / "tiny")
+    (root / "words.txt").write_text("".join(f"the number {number} follows {number - 1}; " for number in range(140)))
+    (root / "short.txt").write_text("ten bytes.")
+    named = {"model": str(model), "text": str(root / "words.txt"), "short": str(root / "short.txt")}
+    quantized = root / "quantized"
+    run("quantize", named["model"], "-o", str(quantized), "-r", "duquant++", "--calib", named["text"], *QUICK)
+    yield named | {"checkpoint": str(quantized)}
+
+
+@pytest.fixture(autouse=True)
+def without_foreign_progress() -> Iterator[None]:
+    """What `main` does before it hands over to the commands."""
+    transformers_logging.disable_progress_bar()
+    yield
+    transformers_logging.enable_progress_bar()
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def run(*arguments: str) -> Result:
+    """A call that must succeed."""
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def one_line_error(result: Result, code: int) -> str:
+    """The message of a call that must fail with one line; it holds no traceback."""
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("mxrot: error: "), result.stderr
+    return lines[0].removeprefix("mxrot: error: ")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+# What there is
+
+
+def test_commands_and_their_options_are_these() -> None:
+    command = typer.main.get_command(app)
+    found = {
+        name: [spelling for param in sub.params for spelling in (param.opts if param.name != "help" else [])]
+        for name, sub in command.commands.items()  # type: ignore[attr-defined]
+    }
+    assert {name: sorted(options) for name, options in found.items()} == {
+        name: sorted(options) for name, options in OPTIONS.items()
+    }
+
+
+@pytest.mark.parametrize("arguments", [[], *[[name] for name in OPTIONS]], ids=str)
+@pytest.mark.parametrize("spelling", HELP)
+def test_help_has_no_line_cut_short(arguments: list[str], spelling: str) -> None:
+    shown = run(*arguments, spelling).stdout
+    assert "Usage" in shown
+    assert "..." not in shown.split("Options:")[1]
+
+
+def test_no_command_shows_help_and_exits_2() -> None:
+    result = call()
+    assert result.exit_code == 2
+    assert "quantize" in result.output
+
+
+# What it does
+
+
+def test_quantize_writes_a_checkpoint_and_says_what_next(folders: dict[str, str], tmp_path: Path) -> None:
+    out, table = tmp_path / "out", tmp_path / "run.json"
+    result = run("quantize", folders["model"], "-o", str(out), "-r", "rtn", "--json", str(table))
+    assert read_json(table) == read_json(out / "run.json")
+    assert "2 blocks with rtn" in result.stdout
+    assert "4.250 bits a weight" in result.stdout
+    assert f"mxrot eval {out}" in result.stdout
+
+
+def test_quantize_hands_each_option_on(folders: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    where = ("-o", str(out), "--calib", f"words={folders['text']}", "--seed", "7", "--device", "cpu")
+    changes = ("--set", "weights.rule=floor", "--set", 'ignore=["down_proj"]')
+    run("quantize", folders["model"], *where, *QUICK, *changes)
+    record = read_json(out / "run.json")
+    assert record["seed"] == 7
+    assert record["data"]["text"] == "words"
+    assert record["windows"] == [2, 32]
+    assert 'rule = "floor"' in record["recipe"] and "steps = 4" in record["recipe"]
+    assert not [linear for block in record["blocks"] for linear in block["linears"] if "down_proj" in linear["name"]]
+
+
+def test_quantize_force_replaces_and_resume_recognizes(folders: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("quantize", folders["model"], "-o", str(out), "-r", "rtn")
+    run(*command)
+    (out / "mine.txt").write_text("")
+    run(*command, "--resume")
+    assert (out / "mine.txt").exists(), "a finished run was made again"
+    assert "not empty" in one_line_error(call(*command), 2)
+    run(*command, "--force")
+    assert not (out / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("which", ["model", "checkpoint"])
+def test_eval_json(folders: dict[str, str], tmp_path: Path, which: str) -> None:
+    table = tmp_path / "table.json"
+    texts = ("--text", folders["text"], "--text", f"again={folders['text']}")
+    result = run("eval", folders[which], *texts, "--windows", "3", "--seq-len", "64", "--json", str(table))
+    found = read_json(table)
+    assert list(found) == ["model", "perplexity", "tasks", "seconds", "versions"]
+    assert found["model"] == folders[which]
+    assert list(found["perplexity"]) == ["words", "again"]
+    words = found["perplexity"]["words"]
+    assert list(words) == ["ppl", "nll", "windows", "tokens", "seq_len"]
+    assert (words["windows"], words["tokens"], words["seq_len"]) == (3, 3 * 63, 64)
+    assert found["perplexity"]["again"] == words
+    assert f"{words['ppl']:.3f}" in result.stdout
+
+
+def test_compare_json(folders: dict[str, str], tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    text = ("--text", folders["text"], "--calib", folders["text"], "--windows", "4")
+    result = run(
+        *("compare", folders["model"], "--recipes", "rtn, hadamard", "--samples", "2", "--seq-len", "32"),
+        *(*text, "--json", str(table)),
+    )
+    found = read_json(table)
+    assert list(found) == ["rows"]
+    assert [row["recipe"] for row in found["rows"]] == ["original", "rtn", "hadamard"]
+    for row in found["rows"]:
+        assert {"recipe", "bits_per_weight", "seconds", "perplexity"} <= row.keys()
+        assert f"{row['perplexity']['words']:.2f}" in result.stdout
+    assert [row["bits_per_weight"] for row in found["rows"]] == [16.0, 4.25, 4.25]
+    assert [row["seconds"] is None for row in found["rows"]] == [True, False, False]
+
+
+def test_inspect_a_model_and_a_checkpoint(folders: dict[str, str], tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    options = ("--text", folders["text"], "--windows", "2", "--seq-len", "32", "--json", str(table))
+    run("inspect", folders["model"], *options)
+    plain = read_json(table)
+    assert list(plain) == ["model", "sites"]
+    assert len(plain["sites"]) == 2 * 4
+    assert set(plain["sites"][0]) == {"site", "channels", "largest", "channel", "median", "ratio"}
+    shown = run("inspect", folders["checkpoint"], *options).stdout
+    found = read_json(table)
+    assert list(found) == ["model", "sites", "blocks", "size"]
+    assert "model.layers.1.mlp.down_proj" in shown
+    assert f"{found['blocks'][1]['linears'][-1]['output_error']:.4f}" in shown
+
+
+def test_generate_prints_the_prompt_and_a_continuation_unwrapped(folders: dict[str, str]) -> None:
+    prompt = "a word [bold] " * 20
+    shown = run("generate", folders["checkpoint"], prompt, "--max-tokens", "3").stdout
+    assert shown.startswith(prompt) and len(shown) > len(prompt) + 1
+
+
+def test_recipes_lists_all_and_prints_one_that_can_be_read_again(folders: dict[str, str], tmp_path: Path) -> None:
+    from mxrot.recipe import builtin_recipes, load_recipe
+
+    listed = run("recipes").stdout
+    assert all(f" {name} " in listed for name in builtin_recipes())
+    own = tmp_path / "own.toml"
+    own.write_text(run("recipes", "duquant++").stdout)
+    assert load_recipe(own) == load_recipe("duquant++")
+
+
+# How it fails
+
+
+BAD_INPUT = {
+    "no such folder": (("eval", "./nowhere"), "./nowhere: no such model folder"),
+    "not a model": (("eval", "{parent}"), "config.json"),
+    "bad recipe": (("quantize", "{model}", "-r", "nosuch"), "no recipe 'nosuch'"),
+    "bad recipe of compare": (("compare", "{model}", "--recipes", "rtn,nosuch"), "no recipe 'nosuch'"),
+    "no recipe": (("compare", "{model}", "--recipes", ","), "--recipes"),
+    "set without value": (("quantize", "{model}", "--set", "weights"), "--set 'weights'"),
+    "set unknown key": (("quantize", "{model}", "--set", "weights.colour=1"), "unknown key 'colour'"),
+    "set bad value": (("quantize", "{model}", "--set", "transform.steps=few"), "transform.steps"),
+    "set bad rule": (("quantize", "{model}", "--set", "weights.rule=nosuch"), "nosuch"),
+    "two texts of one name": (("eval", "{model}", "--text", "{text}", "--text", "{text}"), "called 'words'"),
+    "no text": (("eval", "{model}", "--text", "nowhere.txt"), "nowhere.txt"),
+    "short text": (("eval", "{model}", "--text", "{short}"), "10 tokens do not fill one window of 2048"),
+    "short calibration": (("quantize", "{model}", "-o", "{out}", "--calib", "{short}"), "10 tokens"),
+    "bad device": (("eval", "{model}", "--device", "abacus"), "--device abacus"),
+    "nowhere for the JSON": (("eval", "{model}", "--json", "nowhere/table.json"), "nowhere/table.json"),
+    "not exportable": (("quantize", "{model}", "-o", "{out}", "-r", "duquant++-released"), "log256"),
+    "output is a file": (("quantize", "{model}", "-o", "{short}", "-r", "rtn"), "is a file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(folders: dict[str, str], tmp_path: Path, case: str) -> None:
+    arguments, expected = BAD_INPUT[case]
+    places = folders | {"out": str(tmp_path / "out"), "parent": str(tmp_path)}
+    message = one_line_error(call(*(argument.format(**places) for argument in arguments)), 2)
+    assert expected in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("quantise",), ("eval", "--colour"), ("eval", "--windows", "0"), ("eval", "--seq-len", "x"), ("generate",)],
+    ids=" ".join,
+)
+def test_bad_usage_exits_2_and_says_which(arguments: tuple[str, ...]) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr and "Error: " in result.stderr
+
+
+def test_full_disk_is_one_line_and_exit_code_1(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mxrot.checkpoint import files
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.Path, "replace", no_space)
+    result = call("quantize", folders["model"], "-o", str(tmp_path / "out"), "-r", "rtn")
+    monkeypatch.undo()
+    assert result.exit_code == 1
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("Quantizing with rtn: ")]
+    assert len(errors) == 1 and "no space left" in errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_json_file_is_one_line_and_exit_code_1(folders: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "table").mkdir()
+    options = ("--windows", "1", "--seq-len", "32", "--text", folders["text"], "--json", str(tmp_path / "table"))
+    result = call("eval", folders["model"], *options)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(f"mxrot: error: {tmp_path / 'table'}: ")
+
+
+# As a process
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mxrot.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_process_keeps_standard_error_to_its_own_lines(folders: dict[str, str]) -> None:
+    process = start("eval", folders["model"], "--text", folders["text"], "--seq-len", "64", "--windows", "2")
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "words" in shown
+    assert [line for line in errors.splitlines() if not line.startswith("Evaluating: ")] == []
+    assert errors.startswith("Evaluating: 0 of 128 (tokens)\n")
+
+
+def test_process_with_bad_model_exits_2_with_one_line() -> None:
+    process = start("eval", "./nowhere")
+    shown, errors = process.communicate(timeout=120)
+    assert (process.returncode, shown) == (2, "")
+    assert errors.count("\n") == 1 and errors.startswith("mxrot: error: ./nowhere: ")
+
+
+def test_interrupt_exits_1_with_one_line_and_keeps_finished_blocks(folders: dict[str, str], tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "deep", num_hidden_layers=60)
+    out = tmp_path / "out"
+    options = ("--samples", "8", "--seq-len", "256", "--set", "transform.steps=512", "--calib", folders["text"])
+    process = start("quantize", str(model), "-o", str(out), *options)
+    first = tmp_path / "out.partial" / "block-00000.json"
+    deadline = time.monotonic() + 120
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    own = [line for line in errors.splitlines() if not line.startswith("Quantizing with duquant++: ")]
+    assert len(own) == 1 and own[0].startswith("mxrot: error: interrupted; finished blocks are kept"), errors
+    assert first.exists() and not out.exists()
