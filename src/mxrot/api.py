@@ -105,7 +105,8 @@ def calibrate(
     if recipe.is_data_free:
         return Calibration(None, None)
     text = load_text(calib, "calibration")
-    samples, seq_len = samples or recipe.calibration.samples, seq_len or recipe.calibration.seq_len
+    samples = recipe.calibration.samples if samples is None else samples
+    seq_len = recipe.calibration.seq_len if seq_len is None else seq_len
     windows = token_windows(text, load_tokenizer(folder), seq_len, samples, spread=True)
     description = {
         "text": text.name,

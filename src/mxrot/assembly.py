@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxrot.errors import FamilyError
-from mxrot.models import Family, WeightFiles, fill, rebuild_rotary
-from mxrot.recipe import Recipe
+from mxrot.errors import CheckpointError, FamilyError
+from mxrot.models import Family, Site, WeightFiles, fill, rebuild_rotary
+from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.surgery import install_empty_site, scheme_name, stored_tensors
 
 
@@ -21,12 +21,14 @@ def load_outer(
     model: PreTrainedModel, family: Family, files: WeightFiles, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Load what is outside of the decoder blocks. FamilyError names a tensor that is missing or has no place."""
+    outside = (family.embedding, family.final_norm, family.head)
+    blocks = (family.block_prefix(index) for index, _ in enumerate(model.get_submodule(family.blocks).children()))
+    known = tuple(f"{place}." for place in (*outside, *blocks))
+    for name in files.names:
+        if not name.startswith(known):
+            raise FamilyError(f"{name}: a model of family {family.name} and this config has no place for this tensor")
     tensors = outer_tensors(files, family)
-    places = (family.embedding, family.final_norm, family.head)
-    for name in tensors:
-        if not name.startswith(tuple(f"{place}." for place in places)):
-            raise FamilyError(f"{name}: family {family.name} has no place for this tensor")
-    for name in places:
+    for name in outside:
         prefix = name + "."
         own = {key[len(prefix) :]: value.to(device, dtype) for key, value in tensors.items() if key.startswith(prefix)}
         if name == family.head and not own and model.config.tie_word_embeddings:
@@ -50,12 +52,17 @@ def load_finished_block(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
-    """Fill a meta `block` with the tensors of a quantized one, by their names in the block."""
+    """Fill a meta `block` with the tensors of a quantized one, by their names in the block.
+
+    CheckpointError or FamilyError names a tensor that is missing, extra or of the wrong shape.
+    """
     weights = recipe.weights.quantizer()
     activations = None if recipe.activations is None else recipe.activations.quantizer()
     for site in family.active_sites(index, recipe.ignore):
         scheme = scheme_name(index, site)
-        stored = tensors.get(f"{site.linears[0]}.{scheme}_input.weight")
+        stored = None
+        if recipe.has_transform:
+            stored = _stored_transform(tensors, f"{site.linears[0]}.{scheme}_input.weight", block, site, recipe)
         install_empty_site(block, scheme, site, stored, weights, activations)
     quantized = stored_tensors(block, torch.int8)
     moved = {
@@ -64,3 +71,17 @@ def load_finished_block(
         if name in quantized
     }
     fill(block, {**tensors, **moved}, f"{family.blocks}.{index}")
+
+
+def _stored_transform(tensors: dict[str, Tensor], name: str, block: nn.Module, site: Site, recipe: Recipe) -> Tensor:
+    """The transform of a site; without this check a model would load without it, and compute garbage."""
+    if name not in tensors:
+        raise CheckpointError(f"{name}: is missing; recipe {recipe.name} has a transform for each site")
+    linear = block.get_submodule(site.linears[0])
+    assert isinstance(linear, nn.Linear)
+    one = (TRANSFORM_BLOCK, TRANSFORM_BLOCK)
+    allowed = [one] if recipe.sharing == "site" else [one, (linear.in_features // TRANSFORM_BLOCK, *one)]
+    found = tuple(tensors[name].shape)
+    if found not in allowed:
+        raise CheckpointError(f"{name}: expected shape {' or '.join(map(str, map(list, allowed)))}, got {list(found)}")
+    return tensors[name]

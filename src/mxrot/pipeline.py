@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_finished_block, load_outer, outer_tensors
@@ -42,8 +42,10 @@ Progress = Callable[[int, int, str], None]
 """Told (blocks done, blocks in all, what is being done)."""
 
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
-"""Tokens that pass through a block at once; fixed, so that sums always run in the same order."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+"""Tokens that pass through a block at once, at most; fixed, so that sums always run in the same order."""
+BATCH_ELEMENTS = 1 << 27
+"""Bounds tokens times the widest activation, so that a large model's temporaries stay near half a gigabyte each."""
 
 
 class BlockStore(Protocol):
@@ -111,7 +113,7 @@ def quantize(
     inputs = None
     if not recipe.is_data_free:
         assert windows is not None
-        batch_windows = max(1, BATCH_TOKENS.get(device.type, 2048) // windows.shape[1])
+        batch_windows = _windows_at_once(model, device, windows.shape[1])
         inputs = first_block_inputs(model, family, windows, batch_windows)
     blocks = list(model.get_submodule(family.blocks).children())
     for index, block in enumerate(blocks):
@@ -138,6 +140,15 @@ def quantize(
     if device.type == "cuda":
         record.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
     return QuantizedModel(None if store else model, record)
+
+
+def _windows_at_once(model: PreTrainedModel, device: torch.device, seq_len: int) -> int:
+    """How many calibration windows pass through a block together."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    inner = [module for module in linears if module is not model.get_output_embeddings()]
+    widest = max(max(linear.in_features, linear.out_features) for linear in inner)
+    tokens = min(BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]), BATCH_ELEMENTS // widest)
+    return max(1, tokens // seq_len)
 
 
 def _check_smoothing(recipe: Recipe, family: Family, blocks: int) -> None:

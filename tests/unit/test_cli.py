@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import typer
+from tests.tiny_model import write_tiny_model
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
 from mxrot.cli import app
-from tests.tiny_model import write_tiny_model
 
 HELP = ["-h", "--help"]
 OPTIONS = {

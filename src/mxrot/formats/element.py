@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ def powers_of_two(exponents: Tensor) -> Tensor:
     e = exponents.to(torch.int32)
     bits = torch.where(e > -127, (e + 127) << 23, torch.full_like(e, 1 << 22))
     return bits.view(torch.float32)
+
+
+def look_up(values: tuple[Any, ...], indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """values[i] for uint8 `indices`, in `dtype`; entries that are tuples add a last dimension."""
+    table = _table(values, dtype, indices.device)
+    return table.index_select(0, indices.reshape(-1).to(torch.int32)).view(*indices.shape, *table.shape[1:])
+
+
+@lru_cache(maxsize=256)
+def _table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A lookup table, kept: making one on a GPU waits for everything before it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -85,8 +99,12 @@ class Element(ABC):
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of uint8 `codes` in `dtype`, same shape."""
-        table = torch.tensor(self.values, dtype=dtype, device=codes.device)
-        return torch.nn.functional.embedding(codes.to(torch.int32), table[:, None]).squeeze(-1)
+        return look_up(self.values, codes, dtype)
+
+    @cached_property
+    def value_pairs(self) -> tuple[tuple[float, float], ...]:
+        """For an element of 4 bits: the values of the low and of the high nibble of every byte."""
+        return tuple((self.values[byte & 15], self.values[byte >> 4]) for byte in range(256))
 
 
 @dataclass(frozen=True)

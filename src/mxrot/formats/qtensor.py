@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats.catalog import Format
+from mxrot.formats.element import look_up
 from mxrot.formats.packing import pack_codes, unpack_codes
 from mxrot.formats.scale import BlockScales
 
@@ -34,6 +35,14 @@ class QTensor:
     def packed(self) -> Tensor:
         """The codes as bytes, [..., K * bits / 8]."""
         return pack_codes(self.codes, self.format.element.bits)
+
+    @staticmethod
+    def dequantize_packed(packed: Tensor, scales: BlockScales, format: Format) -> Tensor:
+        """from_packed(...).dequantize() in float32, bit for bit; 4-bit codes are looked up two at a time."""
+        if format.element.bits != 4 or scales.zero_points is not None:
+            return QTensor.from_packed(packed, scales, format).dequantize()
+        values = look_up(format.element.value_pairs, packed, torch.float32).flatten(-2)
+        return (values.unflatten(-1, (-1, format.block)) * scales.values()[..., None]).flatten(-2)
 
     @staticmethod
     def from_packed(packed: Tensor, scales: BlockScales, format: Format) -> QTensor:

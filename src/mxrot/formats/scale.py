@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError
-from mxrot.formats.element import Element, binary_exponents, powers_of_two
+from mxrot.formats.element import Element, binary_exponents, look_up, powers_of_two
 
 E8M0_BIAS = 127
 E8M0_MIN, E8M0_MAX = -127, 127
+_E8M0_VALUES = (*(2.0 ** (byte - E8M0_BIAS) for byte in range(255)), math.nan)
 _SMALLEST_NORMAL = 2.0**-126
 _WHOLE = 1 << 23
 """One more than the largest fraction field of a float32."""
@@ -59,12 +60,8 @@ class BlockScales:
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The real scale of each block, [..., G] in float32 or float64."""
-        if self.type == E8M0:
-            exponents = self.stored.to(torch.int32) - E8M0_BIAS
-            values = powers_of_two(exponents).to(dtype)
-            values = torch.where(self.stored == 255, math.nan, values)
-        else:
-            values = self.stored.to(dtype)
+        is_byte = self.type == E8M0
+        values = look_up(_E8M0_VALUES, self.stored, dtype) if is_byte else self.stored.to(dtype)
         return values if self.tensor_scale is None else values * self.tensor_scale.to(dtype)
 
 

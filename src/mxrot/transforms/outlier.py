@@ -127,9 +127,11 @@ class OutlierRotation(TransformMethod):
 
     def _look(self, x: Tensor, sample: SiteSample) -> tuple[Tensor, Tensor]:
         """The score to minimise and the channel to spread next, [batch] each."""
-        size = x.shape[-1]
-        peak, place = x.abs().flatten(1).max(dim=1)
-        pivot = place % size if self.pivot == "channel" else (place // size) % size
+        if self.pivot == "channel":
+            peak, pivot = torch.linalg.vector_norm(x, ord=torch.inf, dim=1).max(dim=1)
+        else:
+            peak, row = torch.linalg.vector_norm(x, ord=torch.inf, dim=2).max(dim=1)
+            pivot = row % x.shape[-1]
         if self.score == "error":
             assert sample.fake_quantize is not None
             return (sample.fake_quantize(x) - x).square().sum(dim=(1, 2)), pivot

@@ -1,0 +1,77 @@
+"""Channel maxima of the sites against hooks of the test's own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.tiny_model import random_windows, tiny_config
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from mxrot.evaluation import SiteMaxima, site_maxima
+from mxrot.models import find_family
+
+FIRST_LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(architectures=["LlamaForCausalLM"])).eval()
+
+
+def recorded_inputs(model: LlamaForCausalLM, windows: Tensor) -> dict[str, Tensor]:
+    """Input [tokens, K] of every linear, by its name."""
+    seen: dict[str, list[Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        for window in windows:
+            model(input_ids=window[None])
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(inputs, dim=1).flatten(0, 1) for name, inputs in seen.items()}
+
+
+def test_are_those_of_direct_hooks(model: LlamaForCausalLM) -> None:
+    windows = random_windows(3, 16)
+    expected = recorded_inputs(model, windows)
+    found = site_maxima(model, find_family(model.config, "tiny"), windows)
+    assert [site.site for site in found] == [f"model.layers.{i}.{name}" for i in (0, 1) for name in FIRST_LINEARS]
+    for site in found:
+        maxima = expected[site.site].abs().amax(dim=0)
+        assert site.channels == len(maxima)
+        assert site.largest == float(maxima.max())
+        assert site.channel == int(maxima.argmax())
+        assert site.median == float(maxima.median())
+        assert site.ratio == site.largest / site.median > 1
+
+
+def test_finds_the_channel_that_sticks_out(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].post_attention_layernorm.weight.data[37] = 500.0
+    found = {site.site: site for site in site_maxima(model, find_family(model.config, "tiny"), random_windows(2, 16))}
+    outlier = found["model.layers.1.mlp.gate_proj"]
+    assert outlier.channel == 37
+    assert outlier.ratio > 100
+
+
+def test_leaves_no_hook_behind(model: LlamaForCausalLM) -> None:
+    site_maxima(model, find_family(model.config, "tiny"), random_windows(1, 8))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_tells_its_progress_in_windows(model: LlamaForCausalLM) -> None:
+    told: list[tuple[int, int, str]] = []
+    site_maxima(
+        model, find_family(model.config, "tiny"), random_windows(3, 8), 2, progress=lambda *news: told.append(news)
+    )
+    assert told == [(0, 3, "windows"), (2, 3, "windows")]
+
+
+def test_a_site_without_input_has_an_infinite_ratio() -> None:
+    assert math.isinf(SiteMaxima("site", 4, largest=1.0, channel=0, median=0.0).ratio)

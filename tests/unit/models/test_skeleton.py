@@ -1,0 +1,137 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_model import tiny_config, write_tiny_model
+from transformers import BertConfig, GPT2Config, LlamaForCausalLM
+
+from mxrot.errors import FamilyError
+from mxrot.models import (
+    FAMILIES,
+    build_skeleton,
+    fill,
+    find_family,
+    read_config,
+    read_generation_config,
+    rebuild_rotary,
+)
+from mxrot.models.llama import LLAMA
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def changed_config(folder: Path, target: Path, **changes: Any) -> Path:
+    """A folder with the config of another and some of its values changed."""
+    target.mkdir(exist_ok=True)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_read_config(folder: Path) -> None:
+    config = read_config(folder)
+    assert config.num_hidden_layers == 2 and find_family(config, "x") is LLAMA
+
+
+def test_no_config(tmp_path: Path) -> None:
+    with pytest.raises(FamilyError, match="no config.json; expected a model folder in the Hugging Face layout"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"model_type": "nope"}', b"\xff\xfe\x00"])
+def test_a_broken_config(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(FamilyError, match="config.json: not a config that transformers reads: ") as raised:
+        read_config(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": "two"},
+        {"hidden_size": [64]},
+        {"num_attention_heads": 0},
+        {"hidden_act": "no such thing"},
+        {"vocab_size": -1},
+        {"rope_parameters": {"rope_type": "no such thing", "rope_theta": 1.0}},
+    ],
+    ids=str,
+)
+def test_a_config_with_a_bad_value(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """Wherever transformers trips over it."""
+    with pytest.raises(FamilyError, match=r"config\.json: ") as raised:
+        build_skeleton(read_config(changed_config(folder, tmp_path, **change)))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_causal_language_model(folder: Path, tmp_path: Path) -> None:
+    for config, named in (
+        (BertConfig(architectures=["BertModel"]), "BertModel"),
+        (tiny_config(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+        (tiny_config(), "none"),
+    ):
+        with pytest.raises(FamilyError, match=f"^some/model: architectures {named}: not a causal language model$"):
+            find_family(config, "some/model")
+
+
+def test_an_unknown_family_is_told_what_is_known() -> None:
+    with pytest.raises(FamilyError) as raised:
+        find_family(GPT2Config(architectures=["GPT2LMHeadModel"]), "gpt2")
+    assert str(raised.value).startswith(
+        "gpt2: architecture GPT2LMHeadModel is of no known family; known architectures: "
+    )
+    for family in FAMILIES.values():
+        assert all(architecture in str(raised.value) for architecture in family.architectures)
+
+
+def test_the_skeleton_holds_no_weights(folder: Path) -> None:
+    model = build_skeleton(read_config(folder))
+    assert isinstance(model, LlamaForCausalLM) and not model.training
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters())
+
+
+def test_rebuilt_rotary_is_that_of_an_ordinary_model(folder: Path) -> None:
+    model = build_skeleton(read_config(folder))
+    rebuild_rotary(model, LLAMA, torch.device("cpu"))
+    ordinary = LlamaForCausalLM(tiny_config())
+    assert torch.equal(model.model.rotary_emb.inv_freq, ordinary.model.rotary_emb.inv_freq)
+
+
+def test_fill_takes_tensors_as_they_are(folder: Path) -> None:
+    norm = build_skeleton(read_config(folder)).model.norm
+    value = torch.arange(64, dtype=torch.float64)
+    fill(norm, {"weight": value}, "model.norm")
+    assert norm.weight.data_ptr() == value.data_ptr() and not norm.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, r"expected weight \[64\], got no weight"),
+        ({"weight": torch.ones(32)}, r"expected weight \[64\], got weight \[32\]"),
+        ({"weight": torch.ones(64), "bias": torch.ones(64)}, r"expected no bias, got bias \[64\]"),
+    ],
+)
+def test_fill_names_what_does_not_fit(folder: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
+    norm = build_skeleton(read_config(folder)).model.norm
+    with pytest.raises(FamilyError, match=f"^model.norm: tensors do not fit the config: {message}$"):
+        fill(norm, tensors, "model.norm")
+
+
+def test_generation_config(folder: Path, tmp_path: Path) -> None:
+    model = build_skeleton(read_config(folder))
+    before = model.generation_config
+    read_generation_config(model, tmp_path)
+    assert model.generation_config is before
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    read_generation_config(model, tmp_path)
+    assert model.generation_config.max_new_tokens == 3
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(FamilyError, match="generation_config.json: not a generation config that transformers reads"):
+        read_generation_config(model, tmp_path)

@@ -1,0 +1,89 @@
+"""Progress on no terminal: few lines, each with what a reader needs; and the bar's bookkeeping on one."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from mxrot.report import progress, progress_on_stderr
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time that passes only when a test says so."""
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):  # rich takes these for a terminal
+        monkeypatch.delenv(name, raising=False)
+    return clock
+
+
+def test_first_line_comes_at_once_and_the_next_after_a_while(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_on_stderr("Work") as told:
+        assert capsys.readouterr().err == ""
+        told(0, 100, "first")
+        assert capsys.readouterr().err == "Work: 0 of 100 (first)\n"
+        for done in range(1, 50):
+            clock.now += 0.1
+            told(done, 100, "more")
+        assert capsys.readouterr().err == ""
+        clock.now += 0.2
+        told(50, 100, "more")
+    shown = capsys.readouterr()
+    assert shown.err == "Work: 50 of 100 (more), 5 s to go\n"
+    assert shown.out == ""
+
+
+def test_time_to_go_is_that_of_the_phase(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_on_stderr("Work") as told:
+        told(0, 10, "slow")
+        clock.now += 100
+        told(10, 10, "slow")
+        told(0, 1000, "quick")
+        capsys.readouterr()
+        clock.now += 6
+        told(600, 1000, "quick")
+        assert capsys.readouterr().err == "Work: 600 of 1000 (quick), 4 s to go\n"
+        clock.now += 6
+        told(200, 1000, "again")  # the same total, but the count went back
+        assert capsys.readouterr().err == "Work: 200 of 1000 (again)\n"
+        clock.now += 10
+        told(400, 1000, "again")
+        assert capsys.readouterr().err == "Work: 400 of 1000 (again), 30 s to go\n"
+
+
+def test_what_may_be_empty(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_on_stderr("Work") as told:
+        told(0, 3, "")
+    assert capsys.readouterr().err == "Work: 0 of 3\n"
+
+
+def test_an_error_goes_through(clock: Clock) -> None:
+    with pytest.raises(KeyboardInterrupt), progress_on_stderr("Work") as told:
+        told(0, 3, "")
+        raise KeyboardInterrupt
+
+
+def test_bar_starts_anew_with_each_phase() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with Progress(console=console, auto_refresh=False) as bar:
+        told = progress._bar_mover(bar, "Work")
+        assert bar.tasks[0].total is None
+        told(5, 10, "first")
+        told(10, 10, "first")
+        assert (bar.tasks[0].completed, bar.tasks[0].total, bar.tasks[0].finished) == (10, 10, True)
+        told(0, 10, "second")
+        assert (bar.tasks[0].completed, bar.tasks[0].total, bar.tasks[0].finished) == (0, 10, False)
+        assert bar.tasks[0].description == "Work: second"
+        told(0, 30, "")
+        assert (bar.tasks[0].total, bar.tasks[0].description) == (30, "Work")

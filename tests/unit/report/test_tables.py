@@ -1,0 +1,80 @@
+"""Tables hold the numbers they are given, and nothing wraps."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from rich.console import Console, RenderableType
+
+from mxrot.evaluation import Perplexity, SiteMaxima
+from mxrot.layers import ModelSize
+from mxrot.report import ComparedRow, comparison_table, errors_table, maxima_table, perplexity_table, size_line
+
+PLAIN = ModelSize(other_bytes=269_000_000)
+QUANTIZED = ModelSize(1_000_000, code_bytes=500_000, scale_bytes=31_250, transform_bytes=4_000, other_bytes=2_000_000)
+
+
+def scored(nll: float) -> Perplexity:
+    return Perplexity(math.exp(nll), nll, windows=7, tokens=7 * 63, seq_len=64)
+
+
+def lines(table: RenderableType) -> list[list[str]]:
+    """The cells of each row of a rendered table."""
+    console = Console(width=140, file=io.StringIO(), color_system=None)
+    console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    return [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if line.startswith("│")
+    ]
+
+
+def test_comparison() -> None:
+    rows = [
+        ComparedRow("original", PLAIN, None, {"a": scored(2.0), "b": scored(3.0)}),
+        ComparedRow("duquant++", QUANTIZED, 12.34, {"a": scored(2.5), "b": scored(3.5)}),
+    ]
+    assert lines(comparison_table(rows, "title")) == [
+        ["original", "7.39", "20.09", "16", "", "269.0", ""],
+        ["duquant++", "12.18", "33.12", "4.25", "+0.032", "2.5", "12.3"],
+    ]
+
+
+def test_row_as_json() -> None:
+    row = ComparedRow("rtn", QUANTIZED, 1.5, {"a": scored(2.0)}, {"generated": "text"})
+    assert row.as_table() == {
+        "recipe": "rtn",
+        "bits_per_weight": 4.25,
+        "transform_bits_per_weight": 0.032,
+        "megabytes": 2.53525,
+        "seconds": 1.5,
+        "perplexity": {"a": math.exp(2.0)},
+        "generated": "text",
+    }
+    assert ComparedRow("original", PLAIN, None, {}).as_table()["bits_per_weight"] == 16.0
+
+
+def test_perplexity() -> None:
+    assert lines(perplexity_table("model", {"words": scored(2.0)})) == [["words", "7.389", "2.0000", "7 x 64", "441"]]
+
+
+def test_maxima() -> None:
+    site = SiteMaxima("model.layers.11.mlp.down_proj", 1536, largest=3074.0, channel=1229, median=1.131)
+    assert lines(maxima_table([site])) == [[site.site, "1536", "3074", "1229", "1.131", "2717.9"]]
+
+
+def test_errors_with_and_without_data() -> None:
+    linear = {"name": "model.layers.0.mlp.down_proj", "shape": [576, 1536], "weight_error": 0.11}
+    blocks = [
+        {"linears": [linear | {"output_error": 0.125, "damping": 0.01}]},
+        {"linears": [linear | {"output_error": None, "damping": None}]},
+    ]
+    assert lines(errors_table(blocks)) == [
+        [linear["name"], "576 x 1536", "0.1100", "0.1250", "0.01"],
+        [linear["name"], "576 x 1536", "0.1100", "", ""],
+    ]
+
+
+def test_size_line() -> None:
+    said = size_line({**vars(QUANTIZED), "bits_per_weight": QUANTIZED.bits_per_weight})
+    assert said == ("codes and scales 0.5 MB (4.250 bits a weight), transforms 0.00 MB, everything else 2.0 MB")
