@@ -115,6 +115,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--no-perplexity", action="store_true", help="only quantize, for times")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--commit", default=None, help="what is measured, where there is no git checkout")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     options.text = options.text or ["demo"]
@@ -207,7 +208,7 @@ def write_result(table: str, rows: list[dict[str, Any]], bench: Bench) -> Path:
     name = device_name(torch.device(bench.device)).lower().replace(" ", "-")
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "commit": _commit(),
+        "commit": options.commit or _commit(),
         "model": options.model,
         "device": name,
         "machine": platform.machine(),

@@ -26,15 +26,15 @@ RECIPES = ("rtn", "hadamard")
 
 
 def golden_model(folder: Path) -> Path:
-    """One block with exact weights k * m / 2^16, |k| <= 256, m of 1, 2, 4, ... 128: heavy tails, in float16."""
+    """One block with exact weights k * m / 2^20, |k| < 2^11, m of 1, 2, 4, ... 128: heavy tails, in float16."""
     write_tiny_model(folder, num_hidden_layers=1)
-    generator = torch.Generator().manual_seed(20251)
+    generator = torch.Generator().manual_seed(20252)
     tensors = load_file(folder / "model.safetensors")
     for name in sorted(tensors):
         shape = tensors[name].shape
-        whole = torch.randint(-256, 257, shape, generator=generator)
+        whole = torch.randint(-2047, 2048, shape, generator=generator)
         power = torch.randint(0, 8, shape, generator=generator)
-        tensors[name] = (whole.double() * 2.0 ** (power - 16).double()).to(torch.float16)
+        tensors[name] = (whole.double() * 2.0 ** (power - 20).double()).to(torch.float16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -162,5 +162,5 @@ def test_every_recipe_is_exportable_or_says_why_not(name: str) -> None:
     ids=str,
 )
 def test_formats_that_the_layout_has_no_place_for(changes: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="recipe rtn: (weights|activations): .*compare"):
+    with pytest.raises(ConfigError, match=r"recipe rtn: (weights|activations): .*compare"):
         check_exportable(recipe("rtn", **changes))

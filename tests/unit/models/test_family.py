@@ -49,7 +49,7 @@ def test_an_odd_size_is_named_and_can_be_ignored() -> None:
     )
     check_linears(model, LLAMA, 32, ("down_proj",))
     check_linears(model, LLAMA, 4, ())
-    with pytest.raises(ConfigError, match="model.layers.1.mlp.down_proj"):
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.down_proj"):
         check_linears(model, LLAMA, 32, ("model.layers.0.*",))
 
 

@@ -39,14 +39,14 @@ def test_read_config(folder: Path) -> None:
 
 
 def test_no_config(tmp_path: Path) -> None:
-    with pytest.raises(FamilyError, match="no config.json; expected a model folder in the Hugging Face layout"):
+    with pytest.raises(FamilyError, match=r"no config\.json; expected a model folder in the Hugging Face layout"):
         read_config(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"model_type": "nope"}', b"\xff\xfe\x00"])
 def test_a_broken_config(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(FamilyError, match="config.json: not a config that transformers reads: ") as raised:
+    with pytest.raises(FamilyError, match=r"config\.json: not a config that transformers reads: ") as raised:
         read_config(tmp_path)
     assert "\n" not in str(raised.value)
 
@@ -133,5 +133,5 @@ def test_generation_config(folder: Path, tmp_path: Path) -> None:
     read_generation_config(model, tmp_path)
     assert model.generation_config.max_new_tokens == 3
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(FamilyError, match="generation_config.json: not a generation config that transformers reads"):
+    with pytest.raises(FamilyError, match=r"generation_config\.json: not a generation config that transformers reads"):
         read_generation_config(model, tmp_path)

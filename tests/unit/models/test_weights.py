@@ -99,7 +99,7 @@ def test_an_index_leads_to_no_file_outside(folder: Path, tmp_path: Path) -> None
     inner.mkdir()
     index = {"weight_map": {NORM: "../tiny/model.safetensors"}}
     (inner / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FamilyError, match="inner/model.safetensors: is named in"):
+    with pytest.raises(FamilyError, match=r"inner/model\.safetensors: is named in"):
         WeightFiles(inner)
 
 
@@ -107,11 +107,11 @@ def test_an_index_leads_to_no_file_outside(folder: Path, tmp_path: Path) -> None
 def test_a_file_that_is_not_safetensors(folder: Path, content: bytes) -> None:
     files = WeightFiles(folder)
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(FamilyError, match="model.safetensors: cannot be read as safetensors"):
+    with pytest.raises(FamilyError, match=r"model\.safetensors: cannot be read as safetensors"):
         WeightFiles(folder)
-    with pytest.raises(FamilyError, match="model.safetensors: cannot be read as safetensors"):
+    with pytest.raises(FamilyError, match=r"model\.safetensors: cannot be read as safetensors"):
         files.read(NORM)
-    with pytest.raises(FamilyError, match="model.safetensors: cannot be read as safetensors"):
+    with pytest.raises(FamilyError, match=r"model\.safetensors: cannot be read as safetensors"):
         files.fingerprint()
 
 
