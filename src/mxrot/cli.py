@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -338,6 +339,9 @@ def _write_json(path: Path | None, table: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point of the command `mxrot`."""
+    # Threads that spin while they wait for one another stand still where cores are shared: 25 times as slow beside
+    # one other process. Read when torch is loaded, so no module that this one imports may load it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Other packages speak to developers: torchao, where it is installed, warns of extensions it does not need.
     logging.disable(logging.WARNING)
     if not sys.warnoptions:

@@ -300,6 +300,11 @@ def test_process_keeps_standard_error_to_its_own_lines(folders: dict[str, str]) 
     assert errors.startswith("Evaluating: 0 of 128 (tokens)\n")
 
 
+def test_the_command_starts_without_torch_so_that_threads_can_be_told_how_to_wait() -> None:
+    program = "import sys, mxrot.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
+
+
 def test_process_with_bad_model_exits_2_with_one_line() -> None:
     process = start("eval", "./nowhere")
     shown, errors = process.communicate(timeout=120)

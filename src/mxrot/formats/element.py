@@ -44,9 +44,14 @@ def powers_of_two(exponents: Tensor) -> Tensor:
 
 
 def look_up(values: tuple[Any, ...], indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """values[i] for uint8 `indices`, in `dtype`; entries that are tuples add a last dimension."""
-    table = _table(values, dtype, indices.device)
-    return table.index_select(0, indices.reshape(-1).to(torch.int32)).view(*indices.shape, *table.shape[1:])
+    """values[i] for uint8 `indices`, in `dtype`, same shape."""
+    return _table(values, dtype, indices.device).take(indices.to(torch.int64))
+
+
+def look_up_pairs(pairs: tuple[tuple[float, float], ...], indices: Tensor) -> Tensor:
+    """Both values of pairs[i] for uint8 `indices` [..., n], side by side: float32 [..., 2 n]."""
+    as_words = _table(pairs, torch.float32, indices.device).view(torch.int64).flatten()
+    return as_words.take(indices.to(torch.int64)).view(torch.float32)
 
 
 @lru_cache(maxsize=256)

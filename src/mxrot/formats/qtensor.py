@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats.catalog import Format
-from mxrot.formats.element import look_up
+from mxrot.formats.element import look_up_pairs
 from mxrot.formats.packing import pack_codes, unpack_codes
 from mxrot.formats.scale import BlockScales
 
@@ -41,7 +41,7 @@ class QTensor:
         """from_packed(...).dequantize() in float32, bit for bit; 4-bit codes are looked up two at a time."""
         if format.element.bits != 4 or scales.zero_points is not None:
             return QTensor.from_packed(packed, scales, format).dequantize()
-        values = look_up(format.element.value_pairs, packed, torch.float32).flatten(-2)
+        values = look_up_pairs(format.element.value_pairs, packed)
         return (values.unflatten(-1, (-1, format.block)) * scales.values()[..., None]).flatten(-2)
 
     @staticmethod
