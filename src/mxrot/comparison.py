@@ -17,6 +17,8 @@ from mxrot.models import WeightFiles, build_skeleton, check_linears, find_family
 from mxrot.recipe import Recipe
 from mxrot.report import ComparedRow
 
+_TYPE_NAMES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32", torch.float64: "FP64"}
+
 
 def compare_recipes(
     model: str,
@@ -49,7 +51,7 @@ def compare_recipes(
     for entry in entries:
         seconds = None
         if entry is None:
-            label, (opened, _) = "original", api.open_model(folder, device)
+            label, (opened, _) = _TYPE_NAMES[stored], api.open_model(folder, device)
         else:
             label, told = entry.name, _labelled(progress, entry.name)
             calibration = api.calibrate(folder, entry, calib, samples, seq_len)

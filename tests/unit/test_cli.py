@@ -175,7 +175,7 @@ def test_compare_json(folders: dict[str, str], tmp_path: Path) -> None:
     )
     found = read_json(table)
     assert list(found) == ["rows"]
-    assert [row["recipe"] for row in found["rows"]] == ["original", "rtn", "hadamard"]
+    assert [row["recipe"] for row in found["rows"]] == ["FP16", "rtn", "hadamard"]
     for row in found["rows"]:
         assert {"recipe", "bits_per_weight", "seconds", "perplexity"} <= row.keys()
         assert f"{row['perplexity']['words']:.2f}" in result.stdout

@@ -42,7 +42,7 @@ def test_rows_are_what_the_parts_give_alone(folder: Path, words: str) -> None:
     rows = compare_recipes(str(folder), [load_recipe("rtn"), RECIPE], texts=[words], windows=3, **options)  # type: ignore[arg-type]
     windows = token_windows(load_text(words, "evaluation"), api.load_tokenizer(folder), 32, 3)
     alone = {
-        "original": api.open_model(folder)[0],
+        "FP16": api.open_model(folder)[0],
         "rtn": mxrot.quantize(folder, "rtn"),
         "duquant++": mxrot.quantize(folder, RECIPE, **options),  # type: ignore[arg-type]
     }
@@ -65,7 +65,7 @@ def test_tells_what_it_is_at(folder: Path, words: str) -> None:
         progress=lambda done, total, what: told.append(what),
     )
     assert list(dict.fromkeys(told)) == [
-        "perplexity of original, tokens",
+        "perplexity of FP16, tokens",
         "rtn, model.layers.0",
         "rtn, model.layers.1",
         "rtn, done",

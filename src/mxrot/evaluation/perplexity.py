@@ -14,7 +14,10 @@ from transformers import PreTrainedModel
 from mxrot.errors import NumericsError
 
 LOGITS_AT_ONCE = 1024
-"""Positions whose logits exist at once; a vocabulary of 128k in float32 takes half a megabyte a position."""
+"""Positions, over all windows of a batch, whose logits exist at once.
+
+A vocabulary of 128k in float32 takes half a megabyte a position.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ def _window_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
     head = model.get_output_embeddings()
     total = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
     positions = ids.shape[1] - 1
-    for start in range(0, positions, LOGITS_AT_ONCE):
-        stop = min(start + LOGITS_AT_ONCE, positions)
+    step = max(1, LOGITS_AT_ONCE // len(ids))
+    for start in range(0, positions, step):
+        stop = min(start + step, positions)
         logits = head(hidden[:, start:stop]).float()
         targets = ids[:, start + 1 : stop + 1]
         total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).sum(1)

@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM
 
 from mxrot.errors import NumericsError
 from mxrot.evaluation import Perplexity, perplexity
-from mxrot.evaluation import perplexity as perplexity_function
 
 WINDOWS, LENGTH = 5, 24
 
@@ -85,8 +84,20 @@ def test_does_not_depend_on_how_many_logits_exist_at_once(
 ) -> None:
     windows = random_windows(2, LENGTH)
     whole = perplexity(model, windows)
-    monkeypatch.setitem(perplexity_function.__wrapped__.__globals__, "LOGITS_AT_ONCE", positions)  # type: ignore[attr-defined]
+    monkeypatch.setitem(perplexity.__wrapped__.__globals__, "LOGITS_AT_ONCE", positions)  # type: ignore[attr-defined]
     assert perplexity(model, windows).nll == pytest.approx(whole.nll, abs=tolerance(model, windows))
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 8), (4, 8), (4, 3)])
+def test_logits_at_once_are_limited_over_the_whole_batch(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, batch: int, rows: int
+) -> None:
+    monkeypatch.setitem(perplexity.__wrapped__.__globals__, "LOGITS_AT_ONCE", rows)  # type: ignore[attr-defined]
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.shape[:-1].numel()))
+    perplexity(model, random_windows(4, LENGTH), batch)
+    assert sum(seen) == 4 * (LENGTH - 1)
+    assert max(seen) <= max(rows, batch)
 
 
 def test_is_the_mean_over_windows(model: LlamaForCausalLM) -> None:
