@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from mxrot import pipeline
 from mxrot.calibration import load_text, token_windows
 from mxrot.checkpoint import check_exportable, check_output, is_checkpoint, load, quantize_to_folder
-from mxrot.errors import FamilyError
+from mxrot.errors import ConfigError, FamilyError
 from mxrot.evaluation import Perplexity, perplexity
 from mxrot.models import find_family, find_model, read_config
 from mxrot.recipe import Recipe, load_recipe
@@ -170,6 +170,8 @@ def evaluate(
     results = {}
     for spec in [text] if isinstance(text, str) else text:
         loaded = load_text(spec, "evaluation")
+        if loaded.name in results:
+            raise ConfigError(f"two texts are called {loaded.name!r}; name one as NAME=FILE")
         results[loaded.name] = perplexity(model, token_windows(loaded, tokenizer, seq_len, windows), batch, progress)
     return results
 

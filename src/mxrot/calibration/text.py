@@ -105,7 +105,7 @@ def _read_file(path: Path) -> str:
         if path.suffix == ".jsonl":
             return "\n\n".join(_json_texts(path.read_text(encoding="utf-8")))
         if path.suffix == ".parquet":
-            _require("datasets", f"reading {path.name}")
+            _require("pyarrow", f"reading {path.name}")
             import pyarrow.parquet
 
             return "\n\n".join(pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist())

@@ -109,8 +109,9 @@ def test_records_of_jsonl_are_joined_by_blank_lines(tmp_path: Path) -> None:
 
 
 def test_records_of_parquet_are_joined_by_blank_lines(tmp_path: Path) -> None:
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    pytest.importorskip("datasets")
+    import pyarrow
+    from pyarrow import parquet
+
     file = tmp_path / "c4.parquet"
     parquet.write_table(pyarrow.table({"text": ["one", "two"], "id": [1, 2]}), file)
     assert load_text(str(file), "calibration") == Text("c4", "one\n\ntwo")
