@@ -303,6 +303,8 @@ def _prepare(model: str, device: str | None, json_file: Path | None) -> None:
 
     if model == DEMO:
         demo_folder(announce=lambda line: print(line, file=sys.stderr, flush=True))
+    elif "/" in model and not Path(model).expanduser().exists() and not model.startswith((".", "/", "~")):
+        print(f"Getting {model} from the hub, unless it is here already", file=sys.stderr, flush=True)
 
 
 def _check_texts(texts: list[str]) -> None:
