@@ -148,7 +148,7 @@ def quantize_to_folder(
         if not store.finished_blocks:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    except Exception:
+    except Exception:  # whatever it was, nobody asked to keep a part of the result; it goes on to the caller
         if not resume:
             shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -1,17 +1,17 @@
 """The outlier-aware rotation of DuQuant++ (arXiv 2604.17789, section 3; DuQuant, arXiv 2406.01721, section 3.2).
 
 One step finds the channel c where |x| peaks, and rotates with R = E_c R~ diag(1, Q) E_c: E_c swaps channels 0
-and c, row 0 of R~ is uniformly 1/sqrt(B) so that the peak spreads evenly over the block, and Q is a random
-orthogonal matrix of the other channels (it turns their shares of the peak among themselves, evenly no more).
+and c, row 0 of R~ is uniformly 1/sqrt(B), and Q is a random orthogonal matrix of the other channels. The pivot
+keeps 1/sqrt(B) of the peak; Q then turns the shares of the others, so that they are not even (docs/log.md).
 After n steps the prefix of the product with the smallest peak is kept, which may be the empty one. One rotation is
 enough for MX formats: each block has its own scale, so the variance between blocks, for which DuQuant needed a
 permutation and a second rotation, does not matter.
 
 The search never leaves the device: all blocks take a step at once, and the best prefix is found when all steps
-are done. It looks at the blocks with the largest peaks only, because no other block can hold the peak before the
-first step, and among those the rotation treats the rest alike.
+are done. By default it looks at the tokens with the largest peaks only, because no other can hold the peak before
+the first step; `sample = "spaced"` takes evenly spaced ones.
 
-`score = "error"` keeps the prefix with the least squared error of the run-time quantizer on those blocks instead.
+`score = "error"` keeps the prefix with the least squared error of the run-time quantizer on the same tokens instead.
 The remaining options exist for `duquant++-released`: the code released with the paper picks the channel by the
 row index modulo B, scores by max - min, draws Q once, and searches on the mean of the calibration windows.
 """
