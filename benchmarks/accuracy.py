@@ -49,6 +49,7 @@ FLOOR = {"weights.rule": "floor", "activations.rule": "floor"}
 BLOCK = {"transform.sharing": "block"}
 ERROR = {"transform.score": "error"}
 SPACED = {"transform.sample": "spaced"}
+BOTH = {"transform.score": "error", "transform.sample": "both"}
 SMOOTH = {"smoothing.alpha": 0.6}
 SMOOTH_NOT_O = {**SMOOTH, "smoothing.skip": ["o"]}
 THREE = (0, 1, 2)
@@ -70,9 +71,12 @@ TABLES = {
         Run("duquant++ (block)", "duquant++", BLOCK, seeds=THREE, high=36.4),
         Run("duquant++ (block, error of peaks)", "duquant++", {**BLOCK, **ERROR}, seeds=THREE, high=36.4),
         Run("duquant++ (block, error)", "duquant++", {**BLOCK, **ERROR, **SPACED}, seeds=THREE, high=36.4),
+        Run("duquant++ (block, error of both)", "duquant++", {**BLOCK, **BOTH}, seeds=THREE, high=36.4),
+        Run("duquant++ (block, 64 steps)", "duquant++", {**BLOCK, "transform.steps": 64}, seeds=THREE, high=36.4),
         Run("duquant++ (site, error)", "duquant++", {**ERROR, **SPACED}, seeds=THREE, high=37.6),
         Run("duquant++-gptq (block)", "duquant++-gptq", seeds=THREE, high=31.0),
         Run("duquant++-gptq (block, error)", "duquant++-gptq", {**ERROR, **SPACED}, seeds=THREE, high=31.0),
+        Run("duquant++-gptq (block, error of both)", "duquant++-gptq", BOTH, seeds=THREE, high=31.0),
         Run("duquant++-released", "duquant++-released", low=31.0, high=33.5),
         Run("duquant++-released-gptq", "duquant++-released-gptq", low=28.5, high=30.5),
         Run("hadamard", "hadamard"),

@@ -9,7 +9,7 @@ permutation and a second rotation, does not matter.
 
 The search never leaves the device: all blocks take a step at once, and the best prefix is found when all steps
 are done. By default it looks at the tokens with the largest peaks only, because no other can hold the peak before
-the first step; `sample = "spaced"` takes evenly spaced ones.
+the first step; `sample = "spaced"` takes evenly spaced ones, and "both" both.
 
 `score = "error"` keeps the prefix with the least squared error of the run-time quantizer on the same tokens instead.
 The remaining options exist for `duquant++-released`: the code released with the paper picks the channel by the
@@ -67,9 +67,9 @@ class OutlierRotation(TransformMethod):
     """Which index chooses the channel to swap: its own, or the row's modulo B (released code)."""
     redraw: bool = True
     """Draw Q afresh for each step."""
-    sample: Literal["peaks", "spaced", "mean"] = "peaks"
-    """Search on the tokens with the largest peaks of each block, on evenly spaced tokens, or on the mean of the
-    calibration windows."""
+    sample: Literal["peaks", "spaced", "both", "mean"] = "peaks"
+    """Search on the tokens with the largest peaks of each block, on evenly spaced tokens, on both of these, or on
+    the mean of the calibration windows."""
     rows: int = 512
     """Tokens of each block that the search looks at; with `sample = "spaced"` an eighth of that of each batch."""
 
@@ -79,7 +79,7 @@ class OutlierRotation(TransformMethod):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({self.sample})
+        return frozenset({"peaks", "spaced"} if self.sample == "both" else {self.sample})
 
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
         x = self._search_rows(sample, sharing)
@@ -96,14 +96,14 @@ class OutlierRotation(TransformMethod):
         if self.sample == "mean":
             mean = sample.seen["mean"].unflatten(-1, (sample.groups, sample.block))
             return mean.flatten(0, 1)[None] if sharing == "site" else mean.transpose(0, 1).contiguous()
-        peaks = sample.seen[self.sample]
-        if sharing == "block":
-            return peaks.contiguous()
-        if self.sample == "spaced":
-            return peaks.flatten(0, 1)[None]
-        rows = peaks.flatten(0, 1)
-        largest = rows.abs().amax(dim=-1).topk(min(len(rows), self.rows * 8)).indices.sort().values
-        return rows[largest][None]
+        parts = []
+        if "peaks" in self.needs:
+            peaks = sample.seen["peaks"]
+            parts.append(peaks if sharing == "block" else _largest_rows(peaks, self.rows * 8))
+        if "spaced" in self.needs:
+            spaced = sample.seen["spaced"]
+            parts.append(spaced if sharing == "block" else spaced.flatten(0, 1)[None])
+        return torch.cat(parts, dim=1).contiguous()
 
     def _search(self, x: Tensor, rotations: Tensor, sample: SiteSample) -> Tensor:
         """The best prefix product of each batch entry, float64 [batch, B, B].
@@ -136,6 +136,12 @@ class OutlierRotation(TransformMethod):
             assert sample.fake_quantize is not None
             return (sample.fake_quantize(x) - x).square().sum(dim=(1, 2)), pivot
         return (peak if self.peak == "abs" else x.amax(dim=(1, 2)) - x.amin(dim=(1, 2))), pivot
+
+
+def _largest_rows(blocks: Tensor, count: int) -> Tensor:
+    """Of all rows of `blocks` [G, rows, B] those with the largest max |x|, in their order: [1, <= count, B]."""
+    rows = blocks.flatten(0, 1)
+    return rows[rows.abs().amax(dim=-1).topk(min(len(rows), count)).indices.sort().values][None]
 
 
 def conjugated_by_swaps(rotations: Tensor) -> Tensor:
