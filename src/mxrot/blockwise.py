@@ -19,6 +19,7 @@ from mxrot.calibration import (
     BlockInputs,
     ChannelMaxima,
     Hessian,
+    LargestMagnitude,
     RowSample,
     observe_all_inputs,
     observe_inputs,
@@ -187,18 +188,24 @@ def _fit_transform(
     With `sharing = "block"` it starts with the division by the smoothing scales. `rows` gets the raw inputs.
     """
     method = run.recipe.transform
-    collectors = {need: COLLECTORS[need](TRANSFORM_BLOCK, getattr(method, "rows", 0)) for need in sorted(method.needs)}
+    collectors = {}
     if inputs is not None:
+        rows_wanted = getattr(method, "rows", 0)
+        collectors = {
+            need: COLLECTORS[need](TRANSFORM_BLOCK, rows_wanted, inputs.tokens) for need in sorted(method.needs)
+        }
+        largest = LargestMagnitude()
         inverse = None if scales is None else (1 / scales).to(torch.float32)
 
         def see(x: Tensor) -> None:
-            if not torch.isfinite(x).all():
-                raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
+            largest.update(x)
             rows.update(x)
             for collector in collectors.values():
                 collector.update(x if inverse is None else x * inverse)
 
         observe_inputs(block, site.linears[0], inputs, see, batches=None if collectors else 1)
+        if not torch.isfinite(largest.result()):
+            raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
     if not run.recipe.has_transform:
         return None
     smoothed = torch.cat([weights[linear] for linear in site.linears])

@@ -42,10 +42,10 @@ Progress = Callable[[int, int, str], None]
 """Told (blocks done, blocks in all, what is being done)."""
 
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 131072}
 """Tokens that pass through a block at once, at most; fixed, so that sums always run in the same order."""
-BATCH_ELEMENTS = 1 << 27
-"""Bounds tokens times the widest activation, so that a large model's temporaries stay near half a gigabyte each."""
+BATCH_ELEMENTS = 1 << 28
+"""Bounds tokens times the widest activation, so that a large model's temporaries stay near a gigabyte each."""
 
 
 class BlockStore(Protocol):

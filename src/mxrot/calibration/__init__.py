@@ -8,7 +8,7 @@ from mxrot.calibration.capture import (
     observe_inputs,
     watched_inputs,
 )
-from mxrot.calibration.statistics import COLLECTORS, ChannelMaxima, Collector, Hessian, RowSample
+from mxrot.calibration.statistics import COLLECTORS, ChannelMaxima, Collector, Hessian, LargestMagnitude, RowSample
 from mxrot.calibration.text import Text, load_text, token_windows
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ChannelMaxima",
     "Collector",
     "Hessian",
+    "LargestMagnitude",
     "RowSample",
     "Text",
     "advance",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mxrot.calibration.statistics import LargestMagnitude
 from mxrot.errors import NumericsError
 from mxrot.models import Family
 
@@ -34,6 +35,11 @@ class BlockInputs:
     @property
     def windows(self) -> int:
         return sum(len(batch) for batch in self.hidden)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows together."""
+        return sum(batch.shape[0] * batch.shape[1] for batch in self.hidden)
 
 
 @contextmanager
@@ -117,7 +123,9 @@ def observe_all_inputs(
 
 def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
     """Replace the hidden states by the block's outputs. NumericsError with `name` if one is NaN or Inf."""
+    largest = LargestMagnitude()
     for position, output in enumerate(run_block(block, inputs)):
-        if not torch.isfinite(output).all():
-            raise NumericsError(f"{name}: its output holds NaN or Inf on the calibration text")
+        largest.update(output)
         inputs.hidden[position] = output
+    if not torch.isfinite(largest.result()):
+        raise NumericsError(f"{name}: its output holds NaN or Inf on the calibration text")

@@ -32,7 +32,7 @@ class ChannelMaxima(Collector):
         self.maxima: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        seen = x.abs().flatten(0, -2).amax(dim=0).float()
+        seen = torch.linalg.vector_norm(x.flatten(0, -2), ord=torch.inf, dim=0).float()
         self.maxima = seen if self.maxima is None else torch.maximum(self.maxima, seen)
 
     def result(self) -> Tensor:
@@ -48,13 +48,14 @@ class PeakBlocks(Collector):
         self.kept: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        blocks = x.flatten(0, -2).unflatten(-1, (-1, self.block)).transpose(0, 1)
-        top = self._largest(blocks).float()
-        self.kept = top if self.kept is None else self._largest(torch.cat([self.kept, top], dim=1))
+        top = self._largest(x.flatten(0, -2).unflatten(-1, (-1, self.block))).float()
+        self.kept = top if self.kept is None else self._largest(torch.cat([self.kept, top], dim=1).transpose(0, 1))
 
     def _largest(self, blocks: Tensor) -> Tensor:
-        order = blocks.abs().amax(dim=-1).topk(min(self.rows, blocks.shape[1]), dim=1).indices
-        return torch.take_along_dim(blocks, order[..., None], dim=1)
+        """[tokens, G, B] to [G, <= rows, B]."""
+        maxima = torch.linalg.vector_norm(blocks, ord=torch.inf, dim=-1).t().contiguous()
+        order = maxima.topk(min(self.rows, len(blocks)), dim=1).indices
+        return blocks[order, torch.arange(len(order), device=order.device)[:, None]]
 
     def result(self) -> Tensor:
         assert self.kept is not None
@@ -62,19 +63,34 @@ class PeakBlocks(Collector):
 
 
 class SpacedBlocks(Collector):
-    """Of each batch rows / 8 evenly spaced tokens, cut into blocks: float32 [G, all of them, B]."""
+    """About `rows` evenly spaced ones of `tokens` tokens, cut into blocks: float32 [G, rows, B]."""
 
-    def __init__(self, block: int, rows: int) -> None:
-        self.block, self.rows_a_batch = block, max(1, rows // 8)
+    def __init__(self, block: int, rows: int, tokens: int) -> None:
+        self.block, self.stride = block, max(1, tokens // rows)
+        self.seen = 0
         self.kept: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
         flat = x.flatten(0, -2)
-        taken = flat[:: max(1, len(flat) // self.rows_a_batch)][: self.rows_a_batch].float()
+        taken = flat[-self.seen % self.stride :: self.stride].float()
         self.kept.append(taken.unflatten(-1, (-1, self.block)).transpose(0, 1))
+        self.seen += len(flat)
 
     def result(self) -> Tensor:
         return torch.cat(self.kept, dim=1)
+
+
+class LargestMagnitude(Collector):
+    """max |x| over everything: float32 scalar; NaN where a NaN was seen. Nothing waits for the device until asked."""
+
+    def __init__(self) -> None:
+        self.maxima: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        self.maxima.append(torch.linalg.vector_norm(x.flatten(), ord=torch.inf).float())
+
+    def result(self) -> Tensor:
+        return torch.stack(self.maxima).amax()
 
 
 class MeanWindow(Collector):
@@ -137,9 +153,9 @@ class Hessian(Collector):
         return self.total / self.tokens
 
 
-COLLECTORS: dict[str, Callable[[int, int], Collector]] = {
-    "peaks": PeakBlocks,
+COLLECTORS: dict[str, Callable[[int, int, int], Collector]] = {
+    "peaks": lambda block, rows, tokens: PeakBlocks(block, rows),
     "spaced": SpacedBlocks,
-    "mean": lambda block, rows: MeanWindow(),
+    "mean": lambda block, rows, tokens: MeanWindow(),
 }
-"""Name in `TransformMethod.needs` to a constructor from (block size, rows)."""
+"""Name in `TransformMethod.needs` to a constructor from (block size, rows, tokens that will be seen)."""

@@ -12,6 +12,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -137,5 +138,7 @@ def random_orthogonal(count: int, size: int, generator: torch.Generator) -> Tens
     QR of Gaussian matrices with the signs of R's diagonal moved into Q (Mezzadri, arXiv math-ph/0609050).
     """
     gaussian = torch.randn(count, size, size, dtype=torch.float64, generator=generator)
-    q, r = torch.linalg.qr(gaussian)
+    with ThreadPoolExecutor() as threads:  # LAPACK takes the matrices of a batch one by one
+        factors = list(threads.map(torch.linalg.qr, gaussian.split(16)))
+    q, r = (torch.cat(parts) for parts in zip(*factors, strict=True))
     return q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]

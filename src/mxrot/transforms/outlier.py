@@ -71,7 +71,7 @@ class OutlierRotation(TransformMethod):
     """Search on the tokens with the largest peaks of each block, on evenly spaced tokens, on both of these, or on
     the mean of the calibration windows."""
     rows: int = 512
-    """Tokens of each block that the search looks at; with `sample = "spaced"` an eighth of that of each batch."""
+    """Tokens that the search looks at in each block, of each kind."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rows < 1:

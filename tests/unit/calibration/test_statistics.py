@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxrot.calibration import ChannelMaxima, Hessian, RowSample
-from mxrot.calibration.statistics import COLLECTORS, Collector, MeanWindow, PeakBlocks
+from mxrot.calibration import ChannelMaxima, Hessian, LargestMagnitude, RowSample
+from mxrot.calibration.statistics import COLLECTORS, Collector, MeanWindow, PeakBlocks, SpacedBlocks
 
 BLOCK, GROUPS = 8, 3
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,9 +107,26 @@ def test_the_row_sample_is_of_the_first_batch_alone(rows: int, expected: list[in
     assert torch.equal(got, seen[0].flatten(0, 1)[list(expected)].float())
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 7, 100])
+def test_spaced_blocks_do_not_depend_on_the_batches(stride: int) -> None:
+    seen = batches()
+    tokens = torch.cat([batch.flatten(0, 1) for batch in seen])
+    got = collected(SpacedBlocks(BLOCK, rows=1, tokens=stride), seen)
+    assert torch.equal(got.transpose(0, 1).flatten(1), tokens[::stride].float())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_the_largest_magnitude_shows_what_is_not_finite(bad: float) -> None:
+    seen = batches(torch.bfloat16)
+    assert collected(LargestMagnitude(), seen) == max(batch.abs().amax().float() for batch in seen)
+    seen[0][0, 0, 3] = bad
+    got = collected(LargestMagnitude(), seen)
+    assert got.isnan() if bad != bad else got == torch.inf
+
+
 @pytest.mark.parametrize("name", COLLECTORS)
 def test_every_collector_can_be_made_by_name(name: str) -> None:
-    result = collected(COLLECTORS[name](BLOCK, 4), batches(torch.bfloat16))
+    result = collected(COLLECTORS[name](BLOCK, 4, 10), batches(torch.bfloat16))
     assert result.dtype == torch.float32 and result.isfinite().all()
 
 

@@ -32,7 +32,7 @@ def site(method: OutlierRotation, x: Tensor, block: int = BLOCK) -> SiteSample:
     """What `method` asked for, seen in the batches x."""
     seen = {}
     for need in method.needs:
-        collector = COLLECTORS[need](block, method.rows)
+        collector = COLLECTORS[need](block, method.rows, x[..., 0].numel())
         for batch in x:
             collector.update(batch)
         seen[need] = collector.result()
@@ -93,10 +93,14 @@ def searched_rows(method: OutlierRotation, sample: SiteSample, sharing: str) -> 
         tokens = sample.seen["mean"].double().numpy()
         blocks = tokens.reshape(len(tokens), -1, BLOCK)
         return [blocks.reshape(-1, BLOCK)] if sharing == "site" else list(blocks.transpose(1, 0, 2))
-    peaks = sample.seen["peaks"].double().numpy()
+    kinds = ["peaks", "spaced"] if method.sample == "both" else [method.sample]
+    seen = {kind: sample.seen[kind].double().numpy() for kind in kinds}
     if sharing == "block":
-        return list(peaks)
-    return [slow_search.largest_rows(peaks.reshape(-1, BLOCK), 8 * method.rows)]
+        return list(np.concatenate(list(seen.values()), axis=1))
+    rows = {kind: blocks.reshape(-1, BLOCK) for kind, blocks in seen.items()}
+    if "peaks" in rows:
+        rows["peaks"] = slow_search.largest_rows(rows["peaks"], 8 * method.rows)
+    return [np.concatenate(list(rows.values()))]
 
 
 def score_of(method: OutlierRotation, sample: SiteSample, x: np.ndarray) -> float:
@@ -110,7 +114,7 @@ def score_of(method: OutlierRotation, sample: SiteSample, x: np.ndarray) -> floa
 OPTIONS = [
     {"peak": peak, "pivot": pivot, "redraw": redraw, "sample": sample}
     for peak, pivot, redraw, sample in product(("abs", "range"), ("channel", "row"), (True, False), ("peaks", "mean"))
-] + [{"score": "error"}]
+] + [{"score": "error", "sample": sample} for sample in ("peaks", "spaced", "both")]
 
 
 @pytest.mark.parametrize("sharing", ["site", "block"])
