@@ -58,7 +58,7 @@ def search(x: Matrix, q: list[Matrix], score: Callable[[Matrix], float], pivot: 
     for matrix in q:
         magnitudes = np.abs(x)
         row, channel = np.unravel_index(np.argmax(magnitudes), x.shape)
-        second, first = np.partition(magnitudes.ravel(), -2)[-2:]
+        second, first = np.unique(magnitudes)[-2:]  # a token sampled twice is no tie
         margin = min(margin, float((first - second) / first))
         rotation = step_rotation(matrix, int(channel if pivot == "channel" else row % size))
         x = x @ rotation
