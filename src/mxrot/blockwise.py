@@ -8,6 +8,7 @@ layers that will be rounded before the site they serve.
 from __future__ import annotations
 
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,15 @@ from mxrot.calibration import (
     COLLECTORS,
     BlockInputs,
     ChannelMaxima,
-    Hessian,
     LargestMagnitude,
     RowSample,
+    advance,
     observe_all_inputs,
     observe_inputs,
 )
 from mxrot.errors import NumericsError
 from mxrot.formats import QTensor
-from mxrot.kernels import rotate_quantize
+from mxrot.hessian import OriginalBlock, SiteInputs
 from mxrot.layers import QuantLinear, TensorQuantizer
 from mxrot.models import Family, Site, WeightFiles, fill, value_heads
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
@@ -61,23 +62,48 @@ class BlockRun:
 
 
 def quantize_block(
-    run: BlockRun, index: int, block: nn.Module, files: WeightFiles, inputs: BlockInputs | None
+    run: BlockRun,
+    index: int,
+    block: nn.Module,
+    files: WeightFiles,
+    inputs: BlockInputs | None,
+    originals: BlockInputs | None,
 ) -> BlockReport:
-    """Load one block, and quantize its sites one after the other."""
+    """Load one block, and quantize its sites one after the other.
+
+    `originals` are the block's inputs in the original model, which are replaced by its outputs there; None where
+    rounding does not ask for them.
+    """
     started = time.monotonic()
     prefix = run.family.block_prefix(index)
     tensors = files.read_under(prefix, run.device)
     linears = [linear for site in run.family.sites for linear in site.linears]
     weights: Weights = {name: tensors[f"{name}.weight"].double() for name in linears if f"{name}.weight" in tensors}
-    # Through the stored type: a norm of another type would be rounded to it in a checkpoint.
-    fill(block, {name: value.to(run.stored_dtype).to(run.dtype) for name, value in tensors.items()}, prefix)
+    fill_original(run, block, tensors, prefix)
 
     sites = run.family.active_sites(index, run.recipe.ignore)
     scales = {} if inputs is None else _smooth_block(run, index, block, weights, inputs)
+    original = None if originals is None else OriginalBlock(deepcopy(block), originals)
     reports = []
     for site in sites:
-        reports += _quantize_site(run, index, block, site, weights, scales.get(site.name), inputs)
+        reports += _quantize_site(run, index, block, site, weights, scales.get(site.name), inputs, original)
+    if original is not None:
+        advance(original.block, original.inputs, f"{prefix} of the original model")
     return BlockReport(index, round(time.monotonic() - started, 3), reports)
+
+
+def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str) -> None:
+    """Give a block without weights those of the original model."""
+    # Through the stored type: a norm of another type would be rounded to it in a checkpoint.
+    fill(block, {name: value.to(run.stored_dtype).to(run.dtype) for name, value in tensors.items()}, prefix)
+
+
+def advance_original(run: BlockRun, index: int, block: nn.Module, files: WeightFiles, originals: BlockInputs) -> None:
+    """Replace the inputs of a block in the original model by its outputs; `block` has no weights yet."""
+    prefix = run.family.block_prefix(index)
+    original = deepcopy(block)
+    fill_original(run, original, files.read_under(prefix, run.device), prefix)
+    advance(original, originals, f"{prefix} of the original model")
 
 
 def _smooth_block(
@@ -128,21 +154,27 @@ def _quantize_site(
     weights: Weights,
     scales: Tensor | None,
     inputs: BlockInputs | None,
+    original: OriginalBlock | None,
 ) -> list[LinearReport]:
     """Fit the site's transform, round its weights, and put quantized linears in place."""
     prefix = run.family.block_prefix(index)
     name = f"{prefix}.{site.linears[0]}"
     rows = RowSample(ERROR_ROWS)
     transform = _fit_transform(run, name, block, site, weights, scales, inputs, rows)
-    hessian = None
-    if run.recipe.rounding.needs_hessian:
-        assert inputs is not None
-        hessian = _hessian(run, block, site, transform, inputs)
-
     folded = {
         linear: weights[linear] if transform is None else transform.fold(weights[linear]) for linear in site.linears
     }
-    quantized, damping = _round_site(run, folded, hessian, name)
+    hessian = shift = None
+    if run.recipe.rounding.needs_hessian:
+        assert inputs is not None
+        seen = SiteInputs(block, site, inputs, transform, run.activations)
+        if original is None:
+            hessian = seen.hessian()
+        else:
+            whole = torch.cat([weights[linear] for linear in site.linears])
+            target = run.recipe.rounding.reproduces
+            hessian, shift = seen.hessian_and_shift(original, whole, torch.cat(list(folded.values())), target)
+    quantized, damping = _round_site(run, folded, hessian, shift, name)
     stored = None if transform is None else transform.to_stored()
     install_site(block, scheme_name(index, site), site, quantized, stored, run.weights, run.activations)
     return [
@@ -159,17 +191,20 @@ def _quantize_site(
 
 
 def _round_site(
-    run: BlockRun, folded: Weights, hessian: Tensor | None, name: str
+    run: BlockRun, folded: Weights, hessian: Tensor | None, shift: Tensor | None, name: str
 ) -> tuple[dict[str, QTensor], float | None]:
     """Round the linears of a site, all at once unless a scale looks at the whole tensor; and the damping used."""
     rule, format = run.weights.rule, run.weights.format
+    rows = [len(weight) for weight in folded.values()]
     if rule.looks_at_whole_tensor(format.scale):
+        shifts = [None] * len(rows) if shift is None else list(shift.split(rows))
         results = {
-            linear: run.recipe.rounding.round(weight, format, rule, hessian, name) for linear, weight in folded.items()
+            linear: run.recipe.rounding.round(weight, format, rule, hessian, name, part)
+            for (linear, weight), part in zip(folded.items(), shifts, strict=True)
         }
         return {linear: result.weight for linear, result in results.items()}, next(iter(results.values())).damping
-    result = run.recipe.rounding.round(torch.cat(list(folded.values())), format, rule, hessian, name)
-    parts = result.weight.split_rows([len(weight) for weight in folded.values()])
+    result = run.recipe.rounding.round(torch.cat(list(folded.values())), format, rule, hessian, name, shift)
+    parts = result.weight.split_rows(rows)
     return dict(zip(folded, parts, strict=True)), result.damping
 
 
@@ -212,29 +247,11 @@ def _fit_transform(
     if scales is not None:
         smoothed = smoothed * scales
     seen = {need: collector.result() for need, collector in collectors.items()}
-    sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, run.activations)
+    sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, run.activations, run.weights)
     transform = method.fit(sample, run.recipe.sharing, generator_for(run.seed, name))
     if scales is not None:
         transform = BlockTransform.diagonal(1 / scales, TRANSFORM_BLOCK).compose(transform)
     return transform.as_applied()
-
-
-def _hessian(
-    run: BlockRun, block: nn.Module, site: Site, transform: BlockTransform | None, inputs: BlockInputs
-) -> Tensor:
-    """The Hessian of what the site's linears will really see: transformed and quantized inputs."""
-    quantizer = run.activations
-    matrices = None if transform is None else transform.matrices.to(torch.float32)
-    collector = Hessian(exact_in_bfloat16=quantizer is not None and quantizer.is_exact_in_bfloat16)
-
-    def see(x: Tensor) -> None:
-        if quantizer is None:
-            collector.update(x.float() if transform is None else transform.apply(x))
-        else:
-            collector.update(rotate_quantize(x, matrices, quantizer.format, quantizer.rule))
-
-    observe_inputs(block, site.linears[0], inputs, see)
-    return collector.result()
 
 
 def _output_error(block: nn.Module, linear: str, weight: Tensor, rows: RowSample) -> float:

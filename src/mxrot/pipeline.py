@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_finished_block, load_outer, outer_tensors
-from mxrot.blockwise import BlockRun, quantize_block, smoothed_sites
-from mxrot.calibration import advance, first_block_inputs
+from mxrot.blockwise import BlockRun, advance_original, quantize_block, smoothed_sites
+from mxrot.calibration import BlockInputs, advance, first_block_inputs
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.models import (
     Family,
@@ -110,19 +110,23 @@ def quantize(
         torch.cuda.reset_peak_memory_stats(device)
 
     load_outer(model, family, files, run.dtype, device)
-    inputs = None
+    inputs = originals = None
     if not recipe.is_data_free:
         assert windows is not None
         batch_windows = _windows_at_once(model, device, windows.shape[1])
         inputs = first_block_inputs(model, family, windows, batch_windows)
+        if recipe.rounding.reproduces != "own":
+            originals = BlockInputs(list(inputs.hidden), inputs.arguments)
     blocks = list(model.get_submodule(family.blocks).children())
     for index, block in enumerate(blocks):
         progress(index, len(blocks), family.block_prefix(index))
         finished = store.load(index) if store else None
         if finished is None:
-            report = quantize_block(run, index, block, files, inputs)
+            report = quantize_block(run, index, block, files, inputs, originals)
         else:
             tensors, report = finished
+            if originals is not None:
+                advance_original(run, index, block, files, originals)
             load_finished_block(block, index, tensors, recipe, family, run.dtype, device)
         record.blocks.append(report)
         if inputs is not None and index + 1 < len(blocks):

@@ -86,9 +86,9 @@ class Recipe:
     def __post_init__(self) -> None:
         weights = self._quantizer("weights", self.weights)
         self.rounding.check(weights.format, weights.rule)
-        measures_error = getattr(self.transform, "score", "") == "error"
+        measures_error = getattr(self.transform, "score", "") in ("error", "joint")
         if self.activations is None:
-            self._require(not measures_error, 'transform score = "error" needs activations')
+            self._require(not measures_error, 'transform score = "error" or "joint" needs activations')
         else:
             activations = self._quantizer("activations", self.activations)
             rule, format = activations.rule, activations.format

@@ -90,7 +90,7 @@ def test_it_is_orthogonal_where_its_method_says_so(name: str, sharing: Sharing) 
     gram = transform.matrices @ transform.matrices.transpose(-1, -2)
     error = float((gram - torch.eye(BLOCK, dtype=torch.float64)).abs().max())
     # 128 factors, each orthogonal to B eps.
-    assert (error <= 128 * BLOCK * EPSILON) == METHODS[name].orthogonal
+    assert (error <= 128 * BLOCK * EPSILON) == METHODS[name]().orthogonal
 
 
 @each

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mxrot import blockwise, pipeline
+from mxrot import pipeline
+from mxrot.calibration import Hessian
 from mxrot.errors import ConfigError, FamilyError, MxrotError, NumericsError
 from mxrot.layers import QuantLinear
 from mxrot.models import Site, WeightFiles
@@ -113,9 +114,9 @@ def test_a_block_sees_the_outputs_of_quantized_blocks(
     seen: dict[int, list[Tensor]] = {}
     original = pipeline.quantize_block
 
-    def spy(run: Any, index: int, block: nn.Module, files: WeightFiles, inputs: Any) -> BlockReport:
+    def spy(run: Any, index: int, block: nn.Module, files: WeightFiles, inputs: Any, originals: Any) -> BlockReport:
         seen[index] = [hidden.clone() for hidden in inputs.hidden]
-        return original(run, index, block, files, inputs)
+        return original(run, index, block, files, inputs, originals)
 
     monkeypatch.setattr(pipeline, "quantize_block", spy)
     model = model_of(source, chosen)
@@ -133,13 +134,13 @@ def test_the_hessian_is_that_of_what_each_linear_really_sees(
 ) -> None:
     """Inputs from the quantized linears before it in the same block too, transformed and quantized."""
     hessians: list[Tensor] = []
-    original = blockwise.Hessian.result
+    original = Hessian.result
 
-    def result(self: blockwise.Hessian) -> Tensor:
+    def result(self: Hessian) -> Tensor:
         hessians.append(original(self))
         return hessians[-1]
 
-    monkeypatch.setattr(blockwise.Hessian, "result", result)
+    monkeypatch.setattr(Hessian, "result", result)
     model = model_of(source, chosen)
     firsts = [f"model.layers.{index}.{site.linears[0]}" for index in (0, 1) for site in LLAMA.sites]
     assert len(hessians) == len(firsts)
@@ -170,8 +171,8 @@ def test_progress(source: Path) -> None:
 def test_windows_in_several_batches_are_all_seen(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", {"cpu": 48})
     counts: list[int] = []
-    original = blockwise.Hessian.result
-    monkeypatch.setattr(blockwise.Hessian, "result", lambda self: (counts.append(self.tokens), original(self))[1])
+    original = Hessian.result
+    monkeypatch.setattr(Hessian, "result", lambda self: (counts.append(self.tokens), original(self))[1])
     model_of(source, PLAIN_GPTQ)
     assert counts == [WINDOWS.numel()] * 8
 
@@ -443,18 +444,18 @@ def test_overflowing_activations_name_the_layer(
 
 
 def test_a_hessian_that_cannot_be_factorized_names_the_layer(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = blockwise.Hessian.result
+    original = Hessian.result
     for damage, message in (
         (lambda matrix: matrix - 1e4 * torch.eye(64), "cannot be factorized even with damping"),
         (lambda matrix: matrix * torch.nan, "holds NaN or Inf"),
     ):
         calls: list[int] = []
 
-        def result(self: blockwise.Hessian, damage: Any = damage, calls: list[int] = calls) -> Tensor:
+        def result(self: Hessian, damage: Any = damage, calls: list[int] = calls) -> Tensor:
             calls.append(1)
             return damage(original(self)) if len(calls) == 6 else original(self)
 
-        monkeypatch.setattr(blockwise.Hessian, "result", result)
+        monkeypatch.setattr(Hessian, "result", result)
         with pytest.raises(NumericsError, match=rf"^model\.layers\.1\.self_attn\.o_proj: the Hessian .*{message}"):
             quantize(source, PLAIN_GPTQ, windows=WINDOWS)
 

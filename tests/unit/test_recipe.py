@@ -142,7 +142,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "error of what",
         {k: v for k, v in FULL.items() if k != "activations"},
-        r'^recipe mine: transform score = "error" needs activations',
+        r'^recipe mine: transform score = "error" or "joint" needs activations',
     ),
     (
         "error of blocks that do not fit",

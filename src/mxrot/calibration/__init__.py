@@ -6,6 +6,7 @@ from mxrot.calibration.capture import (
     first_block_inputs,
     observe_all_inputs,
     observe_inputs,
+    paired_inputs,
     watched_inputs,
 )
 from mxrot.calibration.statistics import COLLECTORS, ChannelMaxima, Collector, Hessian, LargestMagnitude, RowSample
@@ -25,6 +26,7 @@ __all__ = [
     "load_text",
     "observe_all_inputs",
     "observe_inputs",
+    "paired_inputs",
     "token_windows",
     "watched_inputs",
 ]

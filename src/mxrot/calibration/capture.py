@@ -121,6 +121,26 @@ def observe_all_inputs(
         observe_inputs(block, linear, inputs, see)
 
 
+def paired_inputs(
+    block: nn.Module, inputs: BlockInputs, original: nn.Module, originals: BlockInputs, modules: Sequence[str]
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Batch by batch, the inputs of `modules` in `block` and in `original`; both run no further than the last one."""
+    for position in range(len(inputs.hidden)):
+        batch = slice(position, position + 1)
+        seen = [
+            _inputs_of(module, modules, BlockInputs(taken.hidden[batch], taken.arguments[batch]))
+            for module, taken in ((block, inputs), (original, originals))
+        ]
+        yield list(zip(*seen, strict=True))
+
+
+def _inputs_of(block: nn.Module, modules: Sequence[str], inputs: BlockInputs) -> list[Tensor]:
+    """Inputs of `modules`, in the order in which they run, for inputs of one batch."""
+    seen: list[Tensor] = []
+    observe_all_inputs(block, [(name, seen.append) for name in modules], inputs)
+    return seen
+
+
 def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
     """Replace the hidden states by the block's outputs. NumericsError with `name` if one is NaN or Inf."""
     largest = LargestMagnitude()

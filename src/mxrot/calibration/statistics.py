@@ -110,6 +110,25 @@ class MeanWindow(Collector):
         return self.total / self.windows
 
 
+class BlockMoments(Collector):
+    """The mean of x_g^T x_g over tokens: float64 [G, B, B]; the products of one batch are summed in float32."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.total: Tensor | None = None
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        blocks = x.flatten(0, -2).float().unflatten(-1, (-1, self.block)).transpose(0, 1)
+        product = (blocks.transpose(1, 2) @ blocks).double()
+        self.total = product if self.total is None else self.total + product
+        self.tokens += blocks.shape[1]
+
+    def result(self) -> Tensor:
+        assert self.total is not None
+        return self.total / self.tokens
+
+
 class RowSample(Collector):
     """About `rows` tokens of the first batch, evenly spaced: float32 [<= rows, K]."""
 
@@ -156,6 +175,7 @@ class Hessian(Collector):
 COLLECTORS: dict[str, Callable[[int, int, int], Collector]] = {
     "peaks": lambda block, rows, tokens: PeakBlocks(block, rows),
     "spaced": SpacedBlocks,
+    "moments": lambda block, rows, tokens: BlockMoments(block),
     "mean": lambda block, rows, tokens: MeanWindow(),
 }
 """Name in `TransformMethod.needs` to a constructor from (block size, rows, tokens that will be seen)."""

@@ -23,6 +23,7 @@ from mxrot.formats.element import Element, binary_exponents, look_up, powers_of_
 
 E8M0_BIAS = 127
 E8M0_MIN, E8M0_MAX = -127, 127
+E8M0_MAX_BYTE = E8M0_MAX + E8M0_BIAS
 _E8M0_VALUES = (*(2.0 ** (byte - E8M0_BIAS) for byte in range(255)), math.nan)
 _SMALLEST_NORMAL = 2.0**-126
 _WHOLE = 1 << 23

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule
-from mxrot.formats.element import FloatElement
-from mxrot.kernels.plain import plain_rotate_quantize
+from mxrot.formats.element import Element, FloatElement
+from mxrot.kernels.plain import RoundedColumns, plain_rotate_quantize, plain_round_columns
 
 
 def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
@@ -29,6 +29,18 @@ def multiply(inputs: Tensor, weight: Tensor, are_exact_in_bfloat16: bool) -> Ten
         product = torch.mm(flat, weight.to(torch.bfloat16).t(), out_dtype=torch.float32)
         return product.view(*inputs.shape[:-1], len(weight))
     return torch.nn.functional.linear(inputs.float(), weight)
+
+
+def round_columns(
+    columns: Tensor, scales: Tensor, upper: Tensor, zeros: Tensor | None, element: Element
+) -> RoundedColumns:
+    """GPTQ over one block of columns, as `plain_round_columns` defines it."""
+    width = columns.shape[1]
+    if columns.is_cuda and _has_triton() and zeros is None and isinstance(element, FloatElement) and width in (16, 32):
+        from mxrot.kernels.round_columns import round_columns as fused
+
+        return fused(columns, scales, upper, element)
+    return plain_round_columns(columns, scales, upper, zeros, element)
 
 
 def _kernel_covers(x: Tensor, format: Format, rule: ScaleRule) -> bool:

@@ -5,7 +5,7 @@ A site is the set of linears that read the same input. Families hold no numerics
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,6 +25,8 @@ class Site:
     """The norm whose output this site reads directly, if there is one: a channel scale can go into its gain."""
     producer: str | None = None
     """The linear whose rows are the channels of this site, up to factors that do not mix channels."""
+    residual: str | None = None
+    """The module whose input is the residual stream that this site's output is added to, if it is."""
     producer_is_value: bool = False
     """The producer is v_proj: under grouped queries one of its rows feeds several channels."""
 
@@ -57,7 +59,7 @@ class Family:
         for site in self.sites:
             linears = tuple(n for n in site.linears if not is_ignored(f"{prefix}.{n}", ignore))
             if linears:
-                kept.append(Site(site.name, linears, site.norm, site.producer, site.producer_is_value))
+                kept.append(replace(site, linears=linears))
         return tuple(kept)
 
 

@@ -4,9 +4,15 @@ from mxrot.models.family import Family, Site
 
 LLAMA_SITES = (
     Site("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
-    Site("o", ("self_attn.o_proj",), producer="self_attn.v_proj", producer_is_value=True),
+    Site(
+        "o",
+        ("self_attn.o_proj",),
+        producer="self_attn.v_proj",
+        producer_is_value=True,
+        residual="input_layernorm",
+    ),
     Site("gate_up", ("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
-    Site("down", ("mlp.down_proj",), producer="mlp.up_proj"),
+    Site("down", ("mlp.down_proj",), producer="mlp.up_proj", residual="post_attention_layernorm"),
 )
 
 LLAMA = Family("llama", ("LlamaForCausalLM",), LLAMA_SITES)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from mxrot.formats import Format, QTensor, ScaleRule
+
+Target = Literal["own", "original", "residual"]
+"""What a quantized linear shall reproduce: its own output on the inputs it will see, that of the original linear in
+the original model, or what the residual stream lacks of the original's."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,28 @@ class RoundingMethod(ABC):
     name: ClassVar[str]
     needs_hessian: ClassVar[bool] = False
 
+    @property
+    def reproduces(self) -> Target:
+        """What the `shift` that it wants leads to."""
+        return "own"
+
     def check(self, format: Format, rule: ScaleRule) -> None:
         """ConfigError if this method cannot round to `format` under `rule`."""
         return
 
     @abstractmethod
-    def round(self, weight: Tensor, format: Format, rule: ScaleRule, hessian: Tensor | None, name: str) -> Rounded:
+    def round(
+        self,
+        weight: Tensor,
+        format: Format,
+        rule: ScaleRule,
+        hessian: Tensor | None,
+        name: str,
+        shift: Tensor | None = None,
+    ) -> Rounded:
         """Codes and scales of `weight` [N, K].
 
         `hessian` [K, K] is the mean of x^T x over the inputs that the linear will really see; None where the
-        method does not need it. NumericsError, with `name`, if a weight is NaN or Inf or a block scale overflows.
+        method does not need it. `shift` [N, K] is the mean of d^T x, with d what the outputs lack of the target;
+        None for the target "own". NumericsError, with `name`, if a weight is NaN or Inf or a block scale overflows.
         """

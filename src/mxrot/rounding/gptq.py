@@ -2,10 +2,19 @@
 
 Columns are rounded one after the other; the error of each is spread over the columns still open, along the
 inverse Hessian of the inputs. A block's scales must be fixed before its first column is rounded:
-`scales = "reached"` takes them from the updated weights when the walk reaches the block, `scales = "fixed"`
-takes all of them from the weights as they came. Only then may `columns = "descending"` walk in order of
+`scales = "reached"` takes them from the updated weights when the walk reaches the block, `scales = "walked"` also
+walks the block under the exponents next to those and keeps what costs each row least in the objective itself
+(sum_j (difference_j / U_jj)^2, the block's own part of it), `scales = "fixed"` takes all of them from the weights
+as they came. Only then may `columns = "descending"` walk in order of
 decreasing diagonal of H, because a block's columns need not be neighbours in that order (codes are put back
 in place afterwards; nothing is shuffled at run time).
+
+`target` says what the quantized linear shall reproduce. "own": what the weights give on the inputs it will really
+see. "original": what the original linear gives in the original model, which makes up for part of the error of
+everything before it (GPTAQ, arXiv 2504.02692; Qronos, 2505.11695). "residual" (ours): where the output is added to
+the residual stream, what is missing there from the original's. With D the difference between target and own
+output, and x the quantized inputs, the quadratic objective has its minimum at W + E[D^T x] (H + d I)^-1; GPTQ then
+starts from there, and nothing else changes.
 
 All arithmetic is float64. With H a multiple of the identity nothing is spread and the codes equal rounding to
 nearest bit for bit (but for a weight of -0, which may come out as +0).
@@ -21,9 +30,13 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError, NumericsError
-from mxrot.formats import BlockScales, Format, ScaleRule, encode_blocks
-from mxrot.rounding.base import Rounded, RoundingMethod
+from mxrot.formats import E8M0_MAX_BYTE, BlockScales, Format, ScaleRule, encode_blocks
+from mxrot.kernels import round_columns
+from mxrot.rounding.base import Rounded, RoundingMethod, Target
 from mxrot.rounding.linalg import inverse_factor
+
+NEIGHBOURS = (0, -1, 1)
+"""Exponents that `scales = "walked"` tries, relative to the rule's; of equals the first is kept."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +48,38 @@ class GPTQ(RoundingMethod):
 
     damping: float = 0.01
     """Added to the diagonal of H, relative to its mean."""
-    scales: Literal["reached", "fixed"] = "reached"
+    scales: Literal["reached", "walked", "fixed"] = "reached"
     columns: Literal["natural", "descending"] = "natural"
+    target: Target = "own"
+
+    @property
+    def reproduces(self) -> Target:
+        return self.target
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < math.inf:
             raise ConfigError(f"rounding gptq: damping must be positive and finite, got {self.damping}")
-        if self.scales == "reached" and self.columns == "descending":
+        if self.scales != "fixed" and self.columns == "descending":
             raise ConfigError('rounding gptq: columns = "descending" needs scales = "fixed"')
 
     def check(self, format: Format, rule: ScaleRule) -> None:
-        if self.scales == "reached" and rule.looks_at_whole_tensor(format.scale):
+        if self.scales != "fixed" and rule.looks_at_whole_tensor(format.scale):
             raise ConfigError(
                 f"rounding gptq: the scale rule {rule.name!r} of {format.name} looks at the whole tensor; "
                 'set scales = "fixed"'
             )
+        if self.scales == "walked" and not rule.is_power_of_two:
+            raise ConfigError(f'rounding gptq: scales = "walked" needs power-of-two scales, not rule {rule.name!r}')
 
-    def round(self, weight: Tensor, format: Format, rule: ScaleRule, hessian: Tensor | None, name: str) -> Rounded:
+    def round(
+        self,
+        weight: Tensor,
+        format: Format,
+        rule: ScaleRule,
+        hessian: Tensor | None,
+        name: str,
+        shift: Tensor | None = None,
+    ) -> Rounded:
         assert hessian is not None
         if not torch.isfinite(weight).all():
             raise NumericsError(
@@ -61,12 +89,16 @@ class GPTQ(RoundingMethod):
         if self.columns == "descending":
             order = hessian.diagonal().argsort(descending=True, stable=True)
         factor, damping = inverse_factor(hessian[order][:, order], self.damping, name)
-        blocks = weight.double().unflatten(-1, (-1, format.block))
+        weight = weight.double()
+        if shift is not None:
+            weight = weight + ((shift[:, order] @ factor.t()) @ factor)[:, order.argsort()]
+        blocks = weight.unflatten(-1, (-1, format.block))
         if self.scales == "fixed":
             scales = rule.choose(blocks, format.element, format.scale)
             rounded = walk_fixed(blocks, factor, scales, order, format)
         else:
-            rounded, scales = walk_reached(blocks, factor, format, rule)
+            offsets = NEIGHBOURS if self.scales == "walked" else NEIGHBOURS[:1]
+            rounded, scales = walk_reached(blocks, factor, format, rule, offsets)
         if not torch.isfinite(scales.values()).all():
             raise NumericsError(
                 f"{name}: a block scale overflows {scales.type.name}; the largest |x| is {weight.abs().max():.3g}"
@@ -83,23 +115,38 @@ def walk_fixed(blocks: Tensor, factor: Tensor, scales: BlockScales, order: Tenso
     for start in range(0, len(order), format.block):
         here = slice(start, start + format.block)
         column_zeros = zeros if zeros is None else zeros[:, group[here]]
-        result[:, here] = walk_block(columns, here, factor, values[:, group[here]], column_zeros, format)
+        upper = factor[here, here]
+        found = round_columns(columns[:, here], values[None, :, group[here]], upper, column_zeros, format.element)
+        result[:, here] = found.values
+        spread(found.differences, columns, here, factor)
     return result[:, order.argsort()].unflatten(-1, (-1, format.block))
 
 
-def walk_reached(blocks: Tensor, factor: Tensor, format: Format, rule: ScaleRule) -> tuple[Tensor, BlockScales]:
-    """GPTQ that chooses the scales of a block when it gets there; values [N, G, B] and the scales [N, G]."""
+def walk_reached(
+    blocks: Tensor, factor: Tensor, format: Format, rule: ScaleRule, offsets: tuple[int, ...]
+) -> tuple[Tensor, BlockScales]:
+    """GPTQ that chooses the scales of a block when it gets there; values [N, G, B] and the scales [N, G].
+
+    `offsets` are the exponents to try, relative to the rule's; (0,) takes the rule's as they are.
+    """
     columns = blocks.flatten(-2).clone()
     result = torch.empty_like(columns)
     chosen = []
     for start in range(0, columns.shape[1], format.block):
         here = slice(start, start + format.block)
         scales = rule.choose(columns[:, None, here], format.element, format.scale)
-        spread = scales.values(torch.float64).expand(-1, format.block)
+        candidates = [shifted(scales, offset) for offset in offsets]
+        values = torch.stack([candidate.values(torch.float64) for candidate in candidates])
         zeros = _zero_points(scales)
         column_zeros = zeros if zeros is None else zeros.expand(-1, format.block)
-        result[:, here] = walk_block(columns, here, factor, spread, column_zeros, format)
-        chosen.append(scales)
+        upper = factor[here, here]
+        wide = values.expand(-1, -1, format.block)
+        found = round_columns(columns[:, here], wide, upper, column_zeros, format.element)
+        result[:, here] = found.values
+        stored = torch.stack([candidate.stored for candidate in candidates])
+        kept = stored.take_along_dim(found.chosen[None, :, None], dim=0)[0]
+        chosen.append(replace(scales, stored=kept))
+        spread(found.differences, columns, here, factor)
     zero_points = None
     if chosen[0].zero_points is not None:
         zero_points = torch.cat([scales.zero_points for scales in chosen if scales.zero_points is not None], dim=1)
@@ -107,34 +154,18 @@ def walk_reached(blocks: Tensor, factor: Tensor, format: Format, rule: ScaleRule
     return result.unflatten(-1, (-1, format.block)), replace(chosen[0], stored=stored, zero_points=zero_points)
 
 
-def walk_block(
-    columns: Tensor, here: slice, factor: Tensor, scales: Tensor, zeros: Tensor | None, format: Format
-) -> Tensor:
-    """Round columns `here` of `columns` [N, K] under column scales [N, B], and spread the errors over the rest.
+def shifted(scales: BlockScales, offset: int) -> BlockScales:
+    """The scales times 2^offset, as far as the exponent goes; only offset 0 for scales that are no E8M0 bytes."""
+    if offset == 0:
+        return scales
+    stored = (scales.stored.to(torch.int16) + offset).clamp(0, E8M0_MAX_BYTE)
+    return replace(scales, stored=torch.where(scales.stored > E8M0_MAX_BYTE, scales.stored, stored.to(torch.uint8)))
 
-    Returns the rounded values [N, B]. `columns` is updated in place behind `here`; what it holds in `here`
-    afterwards is of no use.
-    """
-    upper = factor[here, here]
-    diagonal = upper.diagonal()
-    ratios = upper / diagonal[:, None]
-    # Transposed, so that each step works on contiguous rows; a step is a few short kernels, and their number is
-    # what a GPU waits for.
-    local = columns[:, here].t().contiguous()
-    scale = scales.t().contiguous()
-    divisor = torch.where(scale == 0, torch.inf, scale)
-    zero = None if zeros is None else zeros.t().contiguous()
-    rounded, differences = torch.empty_like(local), torch.empty_like(local)
-    for j in range(len(local)):
-        scaled = local[j] / divisor[j]
-        if zero is None:
-            torch.mul(format.element.round(scaled), scale[j], out=rounded[j])
-        else:
-            torch.mul(format.element.round(scaled + zero[j]) - zero[j], scale[j], out=rounded[j])
-        torch.sub(local[j], rounded[j], out=differences[j])
-        local[j + 1 :].addr_(ratios[j, j + 1 :], differences[j], alpha=-1)
-    columns[:, here.stop :].addmm_((differences / diagonal[:, None]).t(), factor[here, here.stop :], alpha=-1)
-    return rounded.t()
+
+def spread(differences: Tensor, columns: Tensor, here: slice, factor: Tensor) -> None:
+    """Let the columns [N, K] behind `here` make up for the errors [N, B] of the columns in it; in place."""
+    errors = differences / factor[here, here].diagonal()
+    columns[:, here.stop :].addmm_(errors, factor[here, here.stop :], alpha=-1)
 
 
 def _zero_points(scales: BlockScales) -> Tensor | None:

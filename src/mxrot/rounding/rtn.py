@@ -16,5 +16,13 @@ class RoundToNearest(RoundingMethod):
 
     name = "rtn"
 
-    def round(self, weight: Tensor, format: Format, rule: ScaleRule, hessian: Tensor | None, name: str) -> Rounded:
+    def round(
+        self,
+        weight: Tensor,
+        format: Format,
+        rule: ScaleRule,
+        hessian: Tensor | None,
+        name: str,
+        shift: Tensor | None = None,
+    ) -> Rounded:
         return Rounded(quantize(weight, format, rule, name))

@@ -3,10 +3,12 @@
 from mxrot.errors import ConfigError
 from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod, generator_for
 from mxrot.transforms.hadamard import Hadamard, Identity, RandomHadamard, RandomOrthogonal
+from mxrot.transforms.moments import SecondMoment
 from mxrot.transforms.outlier import OutlierRotation
 
 METHODS: dict[str, type[TransformMethod]] = {
-    method.name: method for method in (Identity, Hadamard, RandomHadamard, RandomOrthogonal, OutlierRotation)
+    method.name: method
+    for method in (Identity, Hadamard, RandomHadamard, RandomOrthogonal, OutlierRotation, SecondMoment)
 }
 
 

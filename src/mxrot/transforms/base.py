@@ -99,6 +99,8 @@ class SiteSample:
     """Statistics by the name under which the method asked for them in `needs`."""
     fake_quantize: Callable[[Tensor], Tensor] | None = None
     """The run-time quantizer of the activations."""
+    fake_quantize_weight: Callable[[Tensor], Tensor] | None = None
+    """Rounding the weights to nearest under their rule."""
 
     @property
     def groups(self) -> int:

@@ -12,6 +12,12 @@ are done. By default it looks at the tokens with the largest peaks only, because
 the first step; `sample = "spaced"` takes evenly spaced ones, and "both" both.
 
 `score = "error"` keeps the prefix with the least squared error of the run-time quantizer on the same tokens instead.
+Ours: `score = "joint"` estimates what the rounding of both operands does to the block's output,
+
+    mean over tokens of |(Q(x) - x) W^T|^2 + mean over tokens of |x (Q(W) - W)^T|^2
+
+with the second factors taken through their second moments, and `start = "moments"` begins with the transform of
+mxrot.transforms.moments in place of the identity: a search among the rotations that may follow it.
 The remaining options exist for `duquant++-released`: the code released with the paper picks the channel by the
 row index modulo B, scores by max - min, draws Q once, and searches on the mean of the calibration windows.
 """
@@ -19,6 +25,7 @@ row index modulo B, scores by max - min, draws Q once, and searches on the mean 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -28,6 +35,7 @@ from torch import Tensor
 
 from mxrot.errors import ConfigError
 from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod, random_orthogonal
+from mxrot.transforms.moments import SecondMoment
 
 GROUPS_AT_ONCE = 128
 """Blocks that are searched together; bounds the memory of the rotations they take."""
@@ -52,6 +60,40 @@ def spreading_rotation(size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Operands:
+    """What the search rotates, a batch of blocks at once."""
+
+    x: Tensor
+    """Inputs, float32 [batch, rows, B]."""
+    weights: Tensor | None = None
+    """Rows of the weights, float32 [batch, rows, B]; None where the score does not look at them."""
+    moments: Tensor | None = None
+    """The mean of x^T x over all tokens, [batch, B, B]."""
+
+    def split(self, size: int) -> list[Operands]:
+        """At most `size` blocks each."""
+        if self.weights is None or self.moments is None:
+            return [Operands(x) for x in self.x.split(size)]
+        parts = zip(self.x.split(size), self.weights.split(size), self.moments.split(size), strict=True)
+        return [Operands(x, weights, moments.to(x.dtype)) for x, weights, moments in parts]
+
+    def rotated(self, rotation: Tensor) -> Operands:
+        """After the rotation [batch, B, B], which acts on the weights as it does on the inputs."""
+        x = self.x @ rotation
+        if self.weights is None or self.moments is None:
+            return Operands(x)
+        return Operands(x, self.weights @ rotation, rotation.mT @ self.moments @ rotation)
+
+    def output_error(self, lost: Tensor, quantize_weight: Callable[[Tensor], Tensor]) -> Tensor:
+        """The estimate of the mean squared error of the outputs, [batch], when the inputs lose `lost`."""
+        assert self.weights is not None and self.moments is not None
+        lost_weights = quantize_weight(self.weights) - self.weights
+        weight_moments = self.weights.mT @ self.weights / self.weights.shape[1]
+        of_inputs = ((lost @ weight_moments) * lost).sum(dim=-1).mean(dim=-1)
+        return of_inputs + ((lost_weights @ self.moments) * lost_weights).sum(dim=-1).mean(dim=-1)
+
+
+@dataclass(frozen=True)
 class OutlierRotation(TransformMethod):
     """Greedy rotation of the peaks."""
 
@@ -59,8 +101,9 @@ class OutlierRotation(TransformMethod):
 
     steps: int = 128
     """Steps of the search (the paper: 128 or 256)."""
-    score: Literal["peak", "error"] = "peak"
-    """What the kept prefix minimises: the peak, or the squared error of the activation quantizer."""
+    score: Literal["peak", "error", "joint"] = "peak"
+    """What the kept prefix minimises: the peak, the squared error of the activation quantizer, or the estimated
+    output error of both quantizers."""
     peak: Literal["abs", "range"] = "abs"
     """max |x| (DuQuant) or max x - min x (released code)."""
     pivot: Literal["channel", "row"] = "channel"
@@ -71,25 +114,45 @@ class OutlierRotation(TransformMethod):
     """Search on the tokens with the largest peaks of each block, on evenly spaced tokens, on both of these, or on
     the mean of the calibration windows."""
     rows: int = 512
-    """Tokens that the search looks at in each block, of each kind."""
+    """Tokens that the search looks at in each block, of each kind; as many rows of the weights."""
+    start: Literal["identity", "moments"] = "identity"
+    """What the search begins with."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rows < 1:
             raise ConfigError(f"transform outlier: steps and rows must be positive, got {self.steps} and {self.rows}")
 
     @property
+    def orthogonal(self) -> bool:  # type: ignore[override]
+        return self.start == "identity"
+
+    @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"peaks", "spaced"} if self.sample == "both" else {self.sample})
+        tokens = {"peaks", "spaced"} if self.sample == "both" else {self.sample}
+        looks_at_moments = self.start == "moments" or self.score == "joint"
+        return frozenset(tokens | {"moments"} if looks_at_moments else tokens)
 
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
+        start = SecondMoment().fit(sample, sharing, generator) if self.start == "moments" else None
         x = self._search_rows(sample, sharing)
+        weights = moments = None
+        if self.score == "joint":
+            weights, moments = self._weight_rows(sample, sharing)
+        if start is not None:
+            matrices = start.matrices
+            x = x @ matrices.to(x.dtype)
+            if weights is not None and moments is not None:
+                weights = weights @ start.inverse_transposes.to(x.dtype)
+                moments = matrices.mT @ moments @ matrices
+        operands = Operands(x, weights, moments)
         size = sample.block
         drawn = random_orthogonal(self.steps if self.redraw else 1, size - 1, generator)
         mixed = torch.eye(size, dtype=torch.float64).repeat(len(drawn), 1, 1)
         mixed[:, 1:, 1:] = drawn
         rotations = conjugated_by_swaps((spreading_rotation(size) @ mixed).to(x.device))
-        found = [self._search(group, rotations, sample) for group in x.split(GROUPS_AT_ONCE)]
-        return BlockTransform(torch.cat(found))
+        found = [self._search(group, rotations, sample) for group in operands.split(GROUPS_AT_ONCE)]
+        rotation = BlockTransform(torch.cat(found))
+        return rotation if start is None else start.compose(rotation)
 
     def _search_rows(self, sample: SiteSample, sharing: Sharing) -> Tensor:
         """What the search rotates: float32 [1 | G, rows, B]."""
@@ -105,36 +168,51 @@ class OutlierRotation(TransformMethod):
             parts.append(spaced if sharing == "block" else spaced.flatten(0, 1)[None])
         return torch.cat(parts, dim=1).contiguous()
 
-    def _search(self, x: Tensor, rotations: Tensor, sample: SiteSample) -> Tensor:
+    def _weight_rows(self, sample: SiteSample, sharing: Sharing) -> tuple[Tensor, Tensor]:
+        """Evenly spaced rows of the weights, float32 [1 | G, rows, B], and S_x, float64 [1 | G, B, B]."""
+        stride = max(1, len(sample.weights) // self.rows)
+        rows = sample.weights[::stride].to(torch.float32).unflatten(-1, (-1, sample.block)).transpose(0, 1)
+        moments = sample.seen["moments"]
+        if sharing == "site":
+            return rows.flatten(0, 1)[None], moments.mean(dim=0, keepdim=True)
+        return rows.contiguous(), moments
+
+    def _search(self, operands: Operands, rotations: Tensor, sample: SiteSample) -> Tensor:
         """The best prefix product of each batch entry, float64 [batch, B, B].
 
-        `x` [batch, rows, B] is rotated step by step; pivots and scores are written down, and the product of the
-        kept steps is formed at the end.
+        The operands are rotated step by step; pivots and scores are written down, and the product of the kept
+        steps is formed at the end.
         """
+        x = operands.x
         single = rotations.to(x.dtype)
         scores, pivots = [], []
         for step in range(self.steps):
-            score, pivot = self._look(x, sample)
+            score, pivot = self._look(operands, sample)
             scores.append(score)
             pivots.append(pivot)
-            x = x @ single[step % len(single)].index_select(0, pivot)
-        scores.append(self._look(x, sample)[0])
+            operands = operands.rotated(single[step % len(single)].index_select(0, pivot))
+        scores.append(self._look(operands, sample)[0])
         kept = torch.stack(scores).argmin(dim=0)
         steps = torch.arange(self.steps, device=x.device)[:, None]
         taken = rotations[steps % len(rotations), torch.stack(pivots)]
         identity = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
         return ordered_product(torch.where((steps < kept)[..., None, None], taken, identity))
 
-    def _look(self, x: Tensor, sample: SiteSample) -> tuple[Tensor, Tensor]:
+    def _look(self, operands: Operands, sample: SiteSample) -> tuple[Tensor, Tensor]:
         """The score to minimise and the channel to spread next, [batch] each."""
+        x = operands.x
         if self.pivot == "channel":
             peak, pivot = torch.linalg.vector_norm(x, ord=torch.inf, dim=1).max(dim=1)
         else:
             peak, row = torch.linalg.vector_norm(x, ord=torch.inf, dim=2).max(dim=1)
             pivot = row % x.shape[-1]
-        if self.score == "error":
+        if self.score != "peak":
             assert sample.fake_quantize is not None
-            return (sample.fake_quantize(x) - x).square().sum(dim=(1, 2)), pivot
+            lost = sample.fake_quantize(x) - x
+            if self.score == "error":
+                return lost.square().sum(dim=(1, 2)), pivot
+            assert sample.fake_quantize_weight is not None
+            return operands.output_error(lost, sample.fake_quantize_weight), pivot
         return (peak if self.peak == "abs" else x.amax(dim=(1, 2)) - x.amin(dim=(1, 2))), pivot
 
 

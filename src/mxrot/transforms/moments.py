@@ -1,0 +1,98 @@
+"""Second-moment transforms: WUSH (arXiv 2512.00956), which balances and spreads what both operands carry.
+
+With S_x = E[x_g^T x_g] of a block's inputs and S_w = E[w_g^T w_g] of the weight rows that read it,
+S_x = L_x L_x^T, S_w = L_w L_w^T (Cholesky) and L_w^T L_x = U S V^T (SVD), the transform is
+
+    T = L_x^-T V S^(1/2) H,        T^T S_x T = T^-1 S_w T^-T = H^T S H
+
+with H the orthonormal Hadamard matrix: inputs and weights get the same second moments, their product of traces is
+the least that any invertible T can reach, and H gives every channel the same share.
+
+With `sharing = "site"` one T serves all blocks. Each block counts by what it contributes to the output error of
+an optimal transform of its own: its moments are put on equal traces and weighted by the product of the traces.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxrot.errors import ConfigError
+from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod
+from mxrot.transforms.hadamard import hadamard_matrix
+
+
+@dataclass(frozen=True)
+class SecondMoment(TransformMethod):
+    """Balanced second moments of inputs and weights."""
+
+    name = "moments"
+    orthogonal = False
+
+    damping: float = 0.01
+    """Added to the diagonal of both second moments, relative to its mean."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < math.inf:
+            raise ConfigError(f"transform moments: damping must be positive and finite, got {self.damping}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"moments"})
+
+    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
+        inputs = sample.seen["moments"]
+        weights = weight_moments(sample)
+        if sharing == "site":
+            inputs, weights = shared_moments(inputs, weights)
+        return balancing_transform(inputs, weights, self.damping)
+
+
+def weight_moments(sample: SiteSample) -> Tensor:
+    """S_w of each block: float64 [G, B, B]."""
+    blocks = sample.weights.unflatten(-1, (-1, sample.block)).transpose(0, 1)
+    return blocks.transpose(1, 2) @ blocks / len(sample.weights)
+
+
+def shared_moments(inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """One S_x and one S_w [1, B, B] for all blocks, from those of each [G, B, B]."""
+    input_traces, weight_traces = _traces(inputs), _traces(weights)
+    share = (input_traces * weight_traces).sqrt()
+    ratio = (weight_traces / input_traces).sqrt()
+    ratio = torch.where(share > 0, ratio, torch.zeros_like(ratio))
+    inverse = torch.where(share > 0, 1 / ratio, torch.zeros_like(ratio))
+    return (inputs * ratio).mean(dim=0, keepdim=True), (weights * inverse).mean(dim=0, keepdim=True)
+
+
+def balancing_transform(inputs: Tensor, weights: Tensor, damping: float) -> BlockTransform:
+    """T of the second moments S_x and S_w, both [n, B, B] and symmetric; a block that is dead in either gets H."""
+    size = inputs.shape[-1]
+    rotation = hadamard_matrix(size).to(inputs)
+    lower_x = torch.linalg.cholesky(_damped(inputs, damping))
+    lower_w = torch.linalg.cholesky(_damped(weights, damping))
+    _, singular, right_t = torch.linalg.svd(lower_w.mT @ lower_x)
+    right_t = right_t * _sign_of_largest(right_t)
+    spread = (right_t.mT * singular.sqrt()[:, None, :]) @ rotation
+    found = torch.linalg.solve_triangular(lower_x.mT, spread, upper=True)
+    dead = (_traces(inputs) == 0) | (_traces(weights) == 0)
+    return BlockTransform(torch.where(dead, rotation, found))
+
+
+def _damped(moments: Tensor, damping: float) -> Tensor:
+    mean = _traces(moments) / moments.shape[-1]
+    added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+    return moments + added * torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+
+
+def _traces(moments: Tensor) -> Tensor:
+    """[n, B, B] to [n, 1, 1]."""
+    return moments.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None]
+
+
+def _sign_of_largest(rows: Tensor) -> Tensor:
+    """+-1 for each row [..., n, 1]: singular vectors have no sign of their own, and H mixes them."""
+    largest = rows.abs().argmax(dim=-1, keepdim=True)
+    return rows.gather(-1, largest).sign()
