@@ -78,7 +78,7 @@ TABLES = {
         Run("duquant++-gptq (block, error)", "duquant++-gptq", {**ERROR, **SPACED}, seeds=THREE, high=31.0),
         Run("duquant++-gptq (block, error of both)", "duquant++-gptq", BOTH, seeds=THREE, high=31.0),
         Run("duquant++-released", "duquant++-released", low=31.0, high=33.5),
-        Run("duquant++-released-gptq", "duquant++-released-gptq", low=28.5, high=30.5),
+        Run("duquant++-released-gptq", "duquant++-released-gptq", seeds=THREE, low=28.5, high=30.5),
         Run("hadamard", "hadamard"),
         Run("smoothquant", "smoothquant"),
     ),

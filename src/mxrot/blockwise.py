@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from mxrot.layers import QuantLinear, TensorQuantizer
 from mxrot.models import Family, Site, WeightFiles, fill, value_heads
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.records import BlockReport, LinearReport
+from mxrot.replay import Replays
 from mxrot.surgery import Weights, fold_into_producer, install_site, scheme_name, shareable_scales
 from mxrot.transforms import BlockTransform, SiteSample, generator_for
 from mxrot.transforms.smoothing import smoothing_scales
@@ -51,6 +52,7 @@ class BlockRun:
     stored_dtype: torch.dtype
     dtype: torch.dtype
     seed: int
+    replay: Replays = field(default_factory=Replays)
 
     @property
     def weights(self) -> TensorQuantizer:
@@ -165,15 +167,15 @@ def _quantize_site(
         linear: weights[linear] if transform is None else transform.fold(weights[linear]) for linear in site.linears
     }
     hessian = shift = None
-    if run.recipe.rounding.needs_hessian:
+    wishes = run.recipe.rounding.wishes
+    if wishes.hessian:
         assert inputs is not None
         seen = SiteInputs(block, site, inputs, transform, run.activations)
+        whole = torch.cat([weights[linear] for linear in site.linears])
         if original is None:
-            hessian = seen.hessian()
+            hessian = seen.hessian(whole, wishes)
         else:
-            whole = torch.cat([weights[linear] for linear in site.linears])
-            target = run.recipe.rounding.reproduces
-            hessian, shift = seen.hessian_and_shift(original, whole, torch.cat(list(folded.values())), target)
+            hessian, shift = seen.hessian_and_shift(original, whole, torch.cat(list(folded.values())), wishes)
     quantized, damping = _round_site(run, folded, hessian, shift, name)
     stored = None if transform is None else transform.to_stored()
     install_site(block, scheme_name(index, site), site, quantized, stored, run.weights, run.activations)
@@ -247,7 +249,7 @@ def _fit_transform(
     if scales is not None:
         smoothed = smoothed * scales
     seen = {need: collector.result() for need, collector in collectors.items()}
-    sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, run.activations, run.weights)
+    sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, run.activations, run.weights, run.replay)
     transform = method.fit(sample, run.recipe.sharing, generator_for(run.seed, name))
     if scales is not None:
         transform = BlockTransform.diagonal(1 / scales, TRANSFORM_BLOCK).compose(transform)

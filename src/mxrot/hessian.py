@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mxrot.calibration import BlockInputs, Hessian, observe_inputs, paired_inputs
+from mxrot.calibration import BlockInputs, Hessian, paired_inputs, watched_together
 from mxrot.kernels import rotate_quantize
 from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
-from mxrot.rounding.base import Target
+from mxrot.rounding.base import Wishes
 from mxrot.transforms import BlockTransform
 
 
@@ -33,14 +33,19 @@ class SiteInputs:
     transform: BlockTransform | None
     quantizer: TensorQuantizer | None
 
-    def hessian(self) -> Tensor:
-        """The mean of x^T x, float64 [K, K]."""
-        collector = self._collector()
-        observe_inputs(self.block, self.site.linears[0], self.inputs, lambda x: collector.update(self._seen(x)))
+    def hessian(self, weight: Tensor, wishes: Wishes) -> Tensor:
+        """The mean of x^T x, float64 [K, K]; `weight` [N, K] are the weights that read the untransformed inputs."""
+        collector = self._collector(wishes)
+        single = weight.to(torch.float32)
+        for *residual, x in watched_together(self.block, self.inputs, self._modules(wishes)):
+            seen = self._seen(x)
+            if residual and wishes.relative:
+                seen = seen * _inverse_size(x.float() @ single.t() + residual[0].float())
+            collector.update(seen)
         return collector.result()
 
     def hessian_and_shift(
-        self, original: OriginalBlock, weight: Tensor, folded: Tensor, target: Target
+        self, original: OriginalBlock, weight: Tensor, folded: Tensor, wishes: Wishes
     ) -> tuple[Tensor, Tensor]:
         """The mean of x^T x [K, K], and that of d^T x [N, K]; float64, the products of a batch in float32.
 
@@ -48,29 +53,45 @@ class SiteInputs:
         less its own, plus, with target "residual", what the residual stream lacks before it. `weight` [N, K] are
         the weights that read the original inputs, `folded` those that read the transformed ones.
         """
-        hessian = self._collector()
+        hessian = self._collector(wishes)
         total = torch.zeros(folded.shape, dtype=torch.float64, device=folded.device)
         single, single_folded = weight.to(torch.float32), folded.to(torch.float32)
-        residual = self.site.residual if target == "residual" else None
-        modules = [self.site.linears[0]] if residual is None else [residual, self.site.linears[0]]
+        modules = self._modules(wishes)
         for pairs in paired_inputs(self.block, self.inputs, original.block, original.inputs, modules):
-            x, x_original = pairs[-1]
-            seen = self._seen(x)
+            *residual, (x, x_original) = pairs
+            seen = self._seen(x).flatten(0, -2)
+            wanted = x_original.flatten(0, -2).float() @ single.t()
+            missing = wanted.addmm(seen.float(), single_folded.t(), alpha=-1)
+            if residual:
+                here, there = (stream.flatten(0, -2).float() for stream in residual[0])
+                if wishes.target == "residual":
+                    missing += there - here
+                if wishes.relative:
+                    size = _inverse_size(wanted + there)
+                    seen, missing = seen * size, missing * size
             hessian.update(seen)
-            seen = seen.flatten(0, -2).float()
-            missing = x_original.flatten(0, -2).float() @ single.t()
-            missing.addmm_(seen, single_folded.t(), alpha=-1)
-            if residual is not None:
-                here, there = pairs[0]
-                missing += (there.float() - here.float()).flatten(0, -2)
-            total += missing.t() @ seen
+            total += missing.t() @ seen.float()
         return hessian.result(), total / hessian.tokens
 
-    def _collector(self) -> Hessian:
-        return Hessian(exact_in_bfloat16=self.quantizer is not None and self.quantizer.is_exact_in_bfloat16)
+    def _modules(self, wishes: Wishes) -> list[str]:
+        """The modules whose inputs are looked at; the site's first linear is the last of them."""
+        modules = [self.site.linears[0]]
+        if self.site.residual is not None and (wishes.relative or wishes.target == "residual"):
+            modules.insert(0, self.site.residual)
+        return modules
+
+    def _collector(self, wishes: Wishes) -> Hessian:
+        is_weighted = wishes.relative and self.site.residual is not None
+        is_exact = self.quantizer is not None and self.quantizer.is_exact_in_bfloat16
+        return Hessian(exact_in_bfloat16=is_exact and not is_weighted)
 
     def _seen(self, x: Tensor) -> Tensor:
         if self.quantizer is None:
             return x.float() if self.transform is None else self.transform.apply(x)
         matrices = None if self.transform is None else self.transform.matrices.to(torch.float32)
         return rotate_quantize(x, matrices, self.quantizer.format, self.quantizer.rule)
+
+
+def _inverse_size(stream: Tensor) -> Tensor:
+    """1 / rms of each token [..., 1]: an error counts relative to it, as the norm that reads the stream sees it."""
+    return stream.square().mean(dim=-1, keepdim=True).clamp(min=torch.finfo(stream.dtype).tiny).rsqrt()

@@ -115,7 +115,7 @@ def quantize(
         assert windows is not None
         batch_windows = _windows_at_once(model, device, windows.shape[1])
         inputs = first_block_inputs(model, family, windows, batch_windows)
-        if recipe.rounding.reproduces != "own":
+        if recipe.rounding.wishes.target != "own":
             originals = BlockInputs(list(inputs.hidden), inputs.arguments)
     blocks = list(model.get_submodule(family.blocks).children())
     for index, block in enumerate(blocks):

@@ -116,7 +116,7 @@ class Recipe:
     @property
     def is_data_free(self) -> bool:
         """Does it need no calibration text?"""
-        return self.smoothing is None and not self.transform.needs and not self.rounding.needs_hessian
+        return self.smoothing is None and not self.transform.needs and not self.rounding.wishes.hessian
 
     @property
     def has_transform(self) -> bool:

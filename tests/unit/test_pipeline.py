@@ -268,7 +268,7 @@ def test_the_model_computes_the_same_up_to_rounding(tmp_path: Path, biases: bool
     """
     source = write_tiny_model(tmp_path / "source", attention_bias=biases, mlp_bias=biases)
     changes = {"weights.format": "mxfp8_e4m3", "activations.format": "mxfp8_e4m3"}
-    if chosen.rounding.needs_hessian:
+    if chosen.rounding.wishes.hessian:
         changes["rounding.scales"] = "fixed"
     model, original = model_of(source, chosen.changed(changes)), original_of(source)
     expected = logits(original)

@@ -8,6 +8,7 @@ from mxrot.calibration.capture import (
     observe_inputs,
     paired_inputs,
     watched_inputs,
+    watched_together,
 )
 from mxrot.calibration.statistics import COLLECTORS, ChannelMaxima, Collector, Hessian, LargestMagnitude, RowSample
 from mxrot.calibration.text import Text, load_text, token_windows
@@ -29,4 +30,5 @@ __all__ = [
     "paired_inputs",
     "token_windows",
     "watched_inputs",
+    "watched_together",
 ]

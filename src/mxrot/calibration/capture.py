@@ -125,20 +125,17 @@ def paired_inputs(
     block: nn.Module, inputs: BlockInputs, original: nn.Module, originals: BlockInputs, modules: Sequence[str]
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Batch by batch, the inputs of `modules` in `block` and in `original`; both run no further than the last one."""
-    for position in range(len(inputs.hidden)):
-        batch = slice(position, position + 1)
-        seen = [
-            _inputs_of(module, modules, BlockInputs(taken.hidden[batch], taken.arguments[batch]))
-            for module, taken in ((block, inputs), (original, originals))
-        ]
-        yield list(zip(*seen, strict=True))
+    both = watched_together(block, inputs, modules), watched_together(original, originals, modules)
+    for here, there in zip(*both, strict=True):
+        yield list(zip(here, there, strict=True))
 
 
-def _inputs_of(block: nn.Module, modules: Sequence[str], inputs: BlockInputs) -> list[Tensor]:
-    """Inputs of `modules`, in the order in which they run, for inputs of one batch."""
-    seen: list[Tensor] = []
-    observe_all_inputs(block, [(name, seen.append) for name in modules], inputs)
-    return seen
+def watched_together(block: nn.Module, inputs: BlockInputs, modules: Sequence[str]) -> Iterator[list[Tensor]]:
+    """Batch by batch, the inputs of `modules`, in the order in which they run; the block runs no further."""
+    for hidden, arguments in zip(inputs.hidden, inputs.arguments, strict=True):
+        seen: list[Tensor] = []
+        observe_all_inputs(block, [(name, seen.append) for name in modules], BlockInputs([hidden], [arguments]))
+        yield seen
 
 
 def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:

@@ -1,7 +1,7 @@
 """Rounding methods. A method is one class, listed here."""
 
 from mxrot.errors import ConfigError
-from mxrot.rounding.base import Rounded, RoundingMethod
+from mxrot.rounding.base import Rounded, RoundingMethod, Wishes
 from mxrot.rounding.gptq import GPTQ
 from mxrot.rounding.rtn import RoundToNearest
 
@@ -15,4 +15,4 @@ def get_rounding(name: str) -> type[RoundingMethod]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Rounded", "RoundingMethod", "get_rounding"]
+__all__ = ["METHODS", "Rounded", "RoundingMethod", "Wishes", "get_rounding"]

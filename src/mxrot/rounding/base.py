@@ -16,6 +16,17 @@ the original model, or what the residual stream lacks of the original's."""
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What a rounding method wants to know of the inputs of a site."""
+
+    hessian: bool = False
+    target: Target = "own"
+    """What the `shift` leads to; none for "own"."""
+    relative: bool = False
+    """Where outputs go into the residual stream, count each token's error relative to the size of the stream."""
+
+
+@dataclass(frozen=True)
 class Rounded:
     """Quantized weights and what it took."""
 
@@ -29,12 +40,11 @@ class RoundingMethod(ABC):
     """Rounds the weights of one site. Fields are its options, and its keys in a recipe."""
 
     name: ClassVar[str]
-    needs_hessian: ClassVar[bool] = False
 
     @property
-    def reproduces(self) -> Target:
-        """What the `shift` that it wants leads to."""
-        return "own"
+    def wishes(self) -> Wishes:
+        """Nothing by default."""
+        return Wishes()
 
     def check(self, format: Format, rule: ScaleRule) -> None:
         """ConfigError if this method cannot round to `format` under `rule`."""

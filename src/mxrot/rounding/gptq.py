@@ -32,7 +32,7 @@ from torch import Tensor
 from mxrot.errors import ConfigError, NumericsError
 from mxrot.formats import E8M0_MAX_BYTE, BlockScales, Format, ScaleRule, encode_blocks
 from mxrot.kernels import round_columns
-from mxrot.rounding.base import Rounded, RoundingMethod, Target
+from mxrot.rounding.base import Rounded, RoundingMethod, Target, Wishes
 from mxrot.rounding.linalg import inverse_factor
 
 NEIGHBOURS = (0, -1, 1)
@@ -44,21 +44,25 @@ class GPTQ(RoundingMethod):
     """Error-compensated rounding along the Hessian of the quantized inputs."""
 
     name = "gptq"
-    needs_hessian = True
 
     damping: float = 0.01
     """Added to the diagonal of H, relative to its mean."""
     scales: Literal["reached", "walked", "fixed"] = "reached"
     columns: Literal["natural", "descending"] = "natural"
     target: Target = "own"
+    target_damping: float = 0.01
+    """The same as `damping`, in the regression that leads to the target."""
+    tokens: Literal["equal", "relative"] = "equal"
+    """How much each token counts: as it is, or (where outputs go into the residual stream) relative to its size."""
 
     @property
-    def reproduces(self) -> Target:
-        return self.target
+    def wishes(self) -> Wishes:
+        return Wishes(True, self.target, self.tokens == "relative")
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < math.inf:
-            raise ConfigError(f"rounding gptq: damping must be positive and finite, got {self.damping}")
+        for key in ("damping", "target_damping"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(f"rounding gptq: {key} must be positive and finite, got {getattr(self, key)}")
         if self.scales != "fixed" and self.columns == "descending":
             raise ConfigError('rounding gptq: columns = "descending" needs scales = "fixed"')
 
@@ -91,7 +95,8 @@ class GPTQ(RoundingMethod):
         factor, damping = inverse_factor(hessian[order][:, order], self.damping, name)
         weight = weight.double()
         if shift is not None:
-            weight = weight + ((shift[:, order] @ factor.t()) @ factor)[:, order.argsort()]
+            regression, _ = inverse_factor(hessian, self.target_damping, name)
+            weight = weight + (shift @ regression.t()) @ regression
         blocks = weight.unflatten(-1, (-1, format.block))
         if self.scales == "fixed":
             scales = rule.choose(blocks, format.element, format.scale)

@@ -12,13 +12,14 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from mxrot.replay import Replays
 
 Sharing = Literal["site", "block"]
 
@@ -101,6 +102,8 @@ class SiteSample:
     """The run-time quantizer of the activations."""
     fake_quantize_weight: Callable[[Tensor], Tensor] | None = None
     """Rounding the weights to nearest under their rule."""
+    replay: Replays = field(default_factory=Replays)
+    """Plays back long chains of small operations; shared by the sites of a run."""
 
     @property
     def groups(self) -> int:
@@ -140,7 +143,5 @@ def random_orthogonal(count: int, size: int, generator: torch.Generator) -> Tens
     QR of Gaussian matrices with the signs of R's diagonal moved into Q (Mezzadri, arXiv math-ph/0609050).
     """
     gaussian = torch.randn(count, size, size, dtype=torch.float64, generator=generator)
-    with ThreadPoolExecutor() as threads:  # LAPACK takes the matrices of a batch one by one
-        factors = list(threads.map(torch.linalg.qr, gaussian.split(16)))
-    q, r = (torch.cat(parts) for parts in zip(*factors, strict=True))
+    q, r = torch.linalg.qr(gaussian)
     return q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]

@@ -60,11 +60,13 @@ def weight_moments(sample: SiteSample) -> Tensor:
 def shared_moments(inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """One S_x and one S_w [1, B, B] for all blocks, from those of each [G, B, B]."""
     input_traces, weight_traces = _traces(inputs), _traces(weights)
-    share = (input_traces * weight_traces).sqrt()
-    ratio = (weight_traces / input_traces).sqrt()
-    ratio = torch.where(share > 0, ratio, torch.zeros_like(ratio))
-    inverse = torch.where(share > 0, 1 / ratio, torch.zeros_like(ratio))
-    return (inputs * ratio).mean(dim=0, keepdim=True), (weights * inverse).mean(dim=0, keepdim=True)
+    is_alive = (input_traces > 0) & (weight_traces > 0)
+    ratio = torch.where(is_alive, (weight_traces / input_traces).sqrt(), 0.0)
+    inverse = torch.where(is_alive, (input_traces / weight_traces).sqrt(), 0.0)
+    # The sizes that equal traces have taken away.
+    whole = (torch.where(is_alive, weight_traces, 0.0).sum() / torch.where(is_alive, input_traces, 0.0).sum()).sqrt()
+    whole = torch.where(is_alive.any(), whole, 1.0)
+    return (inputs * ratio).mean(dim=0, keepdim=True) / whole, (weights * inverse).mean(dim=0, keepdim=True) * whole
 
 
 def balancing_transform(inputs: Tensor, weights: Tensor, damping: float) -> BlockTransform:

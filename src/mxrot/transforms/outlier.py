@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -76,6 +76,10 @@ class Operands:
             return [Operands(x) for x in self.x.split(size)]
         parts = zip(self.x.split(size), self.weights.split(size), self.moments.split(size), strict=True)
         return [Operands(x, weights, moments.to(x.dtype)) for x, weights, moments in parts]
+
+    def tensors(self) -> list[Tensor]:
+        """Those that there are, in the order of the fields."""
+        return [tensor for tensor in (self.x, self.weights, self.moments) if tensor is not None]
 
     def rotated(self, rotation: Tensor) -> Operands:
         """After the rotation [batch, B, B], which acts on the weights as it does on the inputs."""
@@ -144,13 +148,18 @@ class OutlierRotation(TransformMethod):
             if weights is not None and moments is not None:
                 weights = weights @ start.inverse_transposes.to(x.dtype)
                 moments = matrices.mT @ moments @ matrices
-        operands = Operands(x, weights, moments)
+        operands = Operands(x.contiguous(), weights, moments)
         size = sample.block
         drawn = random_orthogonal(self.steps if self.redraw else 1, size - 1, generator)
         mixed = torch.eye(size, dtype=torch.float64).repeat(len(drawn), 1, 1)
         mixed[:, 1:, 1:] = drawn
         rotations = conjugated_by_swaps((spreading_rotation(size) @ mixed).to(x.device))
-        found = [self._search(group, rotations, sample) for group in operands.split(GROUPS_AT_ONCE)]
+        quantizers = sample.fake_quantize, sample.fake_quantize_weight
+        search = partial(self._search, sample)
+        found = [
+            sample.replay(("outlier", self, *quantizers), search, rotations, *group.tensors())
+            for group in operands.split(GROUPS_AT_ONCE)
+        ]
         rotation = BlockTransform(torch.cat(found))
         return rotation if start is None else start.compose(rotation)
 
@@ -177,12 +186,13 @@ class OutlierRotation(TransformMethod):
             return rows.flatten(0, 1)[None], moments.mean(dim=0, keepdim=True)
         return rows.contiguous(), moments
 
-    def _search(self, operands: Operands, rotations: Tensor, sample: SiteSample) -> Tensor:
+    def _search(self, sample: SiteSample, rotations: Tensor, *tensors: Tensor) -> Tensor:
         """The best prefix product of each batch entry, float64 [batch, B, B].
 
         The operands are rotated step by step; pivots and scores are written down, and the product of the kept
         steps is formed at the end.
         """
+        operands = Operands(*tensors)
         x = operands.x
         single = rotations.to(x.dtype)
         scores, pivots = [], []

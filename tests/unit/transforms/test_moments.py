@@ -1,0 +1,146 @@
+"""The second-moment transform: the algebra that defines it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxrot.calibration.statistics import BlockMoments
+from mxrot.errors import ConfigError
+from mxrot.transforms.base import BlockTransform, Sharing, SiteSample
+from mxrot.transforms.hadamard import hadamard_matrix
+from mxrot.transforms.moments import SecondMoment, balancing_transform, shared_moments, weight_moments
+
+B, GROUPS = 16, 5
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def uneven(rows: int, seed: int) -> Tensor:
+    """Rows [rows, GROUPS * B] with correlated channels of very different sizes."""
+    sizes = torch.logspace(-2, 2, GROUPS * B, dtype=torch.float64)
+    shuffled = sizes[torch.randperm(GROUPS * B, generator=torch.Generator().manual_seed(seed))]
+    return random(rows, GROUPS * B, seed=seed) @ (random(GROUPS * B, GROUPS * B, seed=seed + 1)) * shuffled
+
+
+def moments_of(rows: Tensor) -> Tensor:
+    blocks = rows.unflatten(-1, (-1, B)).transpose(0, 1)
+    return blocks.mT @ blocks / len(rows)
+
+
+def fitted(x: Tensor, weight: Tensor, sharing: Sharing = "block", damping: float = 0.01) -> BlockTransform:
+    sample = SiteSample(weight, B, {"moments": moments_of(x)})
+    return SecondMoment(damping).fit(sample, sharing, torch.Generator())
+
+
+def damped(moments: Tensor, damping: float) -> Tensor:
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
+    return moments + damping * mean * torch.eye(B, dtype=torch.float64)
+
+
+def traces(transform: BlockTransform, x: Tensor, weight: Tensor) -> Tensor:
+    """tr(T^T S_x T) tr(T^-1 S_w T^-T) of each block."""
+    moved_x = moments_of(transform.apply(x)).diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return moved_x * moments_of(transform.fold(weight)).diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
+
+@pytest.mark.parametrize("damping", [1e-6, 0.01, 0.3])
+def test_inputs_and_weights_get_the_same_spread_out_moments(damping: float) -> None:
+    x, weight = uneven(400, seed=0), uneven(300, seed=10)
+    transform = fitted(x, weight, damping=damping)
+    T, T_inverse = transform.matrices, torch.linalg.inv(transform.matrices)
+    of_x = T.mT @ damped(moments_of(x), damping) @ T
+    of_weight = T_inverse @ damped(moments_of(weight), damping) @ T_inverse.mT
+    scale = of_x.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
+    assert ((of_x - of_weight).abs() <= 1e-7 * scale).all()
+    assert ((of_x.diagonal(dim1=-2, dim2=-1) - scale[..., 0]).abs() <= 1e-7 * scale[..., 0]).all()
+
+
+def test_no_other_transform_has_a_smaller_product_of_traces() -> None:
+    """Against the identity, smoothing with a Hadamard matrix, neighbours of T and random matrices."""
+    x, weight = uneven(400, seed=1), uneven(300, seed=11)
+    best = traces(fitted(x, weight, damping=1e-9), x, weight)
+    found = fitted(x, weight, damping=1e-9).matrices
+    ratio = (weight.square().mean(dim=0) / x.square().mean(dim=0)) ** 0.25
+    smoothing = BlockTransform.diagonal(ratio, B).compose(BlockTransform(hadamard_matrix(B)[None]))
+    others = [BlockTransform.identity(B), smoothing]
+    others += [BlockTransform(found @ (torch.eye(B) + 0.05 * random(B, B, seed=seed))) for seed in range(20)]
+    others += [BlockTransform(random(GROUPS, B, B, seed=seed)) for seed in range(20)]
+    for other in others:
+        assert (traces(other, x, weight) >= best * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("sharing", ["site", "block"])
+def test_sizes_of_inputs_and_weights_cancel(sharing: Sharing) -> None:
+    """Twice the inputs, three times the weights: another balance, the same transform but for its size."""
+    x, weight = uneven(400, seed=2), uneven(300, seed=12)
+    one, other = fitted(x, weight, sharing).matrices, fitted(2 * x, 3 * weight, sharing).matrices
+    torch.testing.assert_close(other, one * (3 / 2) ** 0.5, rtol=1e-6, atol=0)
+
+
+def test_of_one_block_the_site_is_the_block() -> None:
+    x, weight = uneven(400, seed=3)[:, :B], uneven(300, seed=13)[:, :B]
+    torch.testing.assert_close(
+        fitted(x, weight, "site").matrices, fitted(x, weight, "block").matrices, rtol=1e-9, atol=1e-12
+    )
+
+
+def test_a_shared_transform_is_for_the_blocks_that_matter() -> None:
+    """A block a million times smaller in both operands leaves the transform as it is; a dead one does too."""
+    x, weight = uneven(400, seed=4), uneven(300, seed=14)
+    x[:, :B] *= 1e-6
+    weight[:, :B] *= 1e-6
+    without = shared_moments(moments_of(x[:, B:]), moments_of(weight[:, B:]))
+    for factor in (1.0, 0.0):
+        x[:, :B] *= factor
+        inputs, weights = shared_moments(moments_of(x), moments_of(weight))
+        for found, expected in zip((inputs, weights), without, strict=True):
+            torch.testing.assert_close(found * GROUPS, expected * (GROUPS - 1), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("sharing", ["site", "block"])
+def test_a_dead_site_gets_the_hadamard_matrix(sharing: Sharing) -> None:
+    weight = uneven(30, seed=5)
+    for x, w in ((torch.zeros(9, GROUPS * B).double(), weight), (weight, torch.zeros_like(weight))):
+        matrices = fitted(x, w, sharing).matrices
+        assert torch.equal(matrices, hadamard_matrix(B).expand_as(matrices))
+
+
+def test_fewer_tokens_than_channels_are_enough() -> None:
+    transform = fitted(uneven(3, seed=6), uneven(2, seed=16))
+    identity = torch.eye(B, dtype=torch.float64).expand(GROUPS, -1, -1)
+    assert ((transform.matrices @ transform.inverse_transposes.mT - identity).abs() <= 1e-9).all()
+
+
+def test_signs_of_singular_vectors_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = moments_of(uneven(400, seed=7)), moments_of(uneven(300, seed=17))
+    expected = balancing_transform(x, weight, 0.01).matrices
+    svd = torch.linalg.svd
+
+    def flipped(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        left, values, right = svd(matrix)
+        signs = random(*values.shape, seed=0).sign()
+        return left * signs[:, None, :], values, right * signs[:, :, None]
+
+    monkeypatch.setattr(torch.linalg, "svd", flipped)
+    assert torch.equal(balancing_transform(x, weight, 0.01).matrices, expected)
+
+
+def test_the_statistics_are_means_over_all_batches() -> None:
+    batches = [random(2, 7, GROUPS * B, seed=seed).float() for seed in range(3)]
+    collector = BlockMoments(B)
+    for batch in batches:
+        collector.update(batch)
+    expected = moments_of(torch.cat(batches).flatten(0, 1).double())
+    torch.testing.assert_close(collector.result(), expected, rtol=0, atol=1e-6)
+    weight = random(6, GROUPS * B, seed=9)
+    assert torch.equal(weight_moments(SiteSample(weight, B)), moments_of(weight))
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("inf"), float("nan")])
+def test_damping_must_be_positive(damping: float) -> None:
+    with pytest.raises(ConfigError, match="damping must be positive"):
+        SecondMoment(damping)
