@@ -8,6 +8,7 @@ layers that will be rounded before the site they serve.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,13 +86,24 @@ def quantize_block(
 
     sites = run.family.active_sites(index, run.recipe.ignore)
     scales = {} if inputs is None else _smooth_block(run, index, block, weights, inputs)
-    original = None if originals is None else OriginalBlock(deepcopy(block), originals)
+    original = None
+    if originals is not None:
+        originals.known = {name: {} for name in _children_of(sites)}
+        original = OriginalBlock(deepcopy(block), originals)
     reports = []
-    for site in sites:
+    for position, site in enumerate(sites):
         reports += _quantize_site(run, index, block, site, weights, scales.get(site.name), inputs, original)
+        if inputs is not None:
+            for name in _children_of(sites[: position + 1]) - _children_of(sites[position + 1 :]):
+                inputs.known.setdefault(name, {})
     if original is not None:
         advance(original.block, original.inputs, f"{prefix} of the original model")
     return BlockReport(index, round(time.monotonic() - started, 3), reports)
+
+
+def _children_of(sites: Sequence[Site]) -> set[str]:
+    """The direct submodules of a block that hold the linears of `sites`."""
+    return {linear.split(".")[0] for site in sites for linear in site.linears}
 
 
 def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str) -> None:
@@ -240,7 +252,7 @@ def _fit_transform(
             for collector in collectors.values():
                 collector.update(x if inverse is None else x * inverse)
 
-        observe_inputs(block, site.linears[0], inputs, see, batches=None if collectors else 1)
+        observe_inputs(block, site.linears[0], inputs, see, batches=None if collectors else [0])
         if not torch.isfinite(largest.result()):
             raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
     if not run.recipe.has_transform:

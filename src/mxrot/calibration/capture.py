@@ -6,8 +6,9 @@ Hooks live in context managers and are gone when they end, whatever happens insi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class BlockInputs:
     """[windows, tokens, hidden_size] each, on the compute device."""
     arguments: list[dict[str, Any]]
     """The keyword arguments that go with each batch."""
+    known: dict[str, dict[int, Any]] = field(default_factory=dict)
+    """Submodules of the block that will not change any more, with their outputs by batch, as far as they have run.
+    A later pass takes them from here."""
 
     @property
     def windows(self) -> int:
@@ -84,14 +88,46 @@ def first_block_inputs(model: PreTrainedModel, family: Family, windows: Tensor, 
 
 
 @torch.no_grad()
-def run_block(block: nn.Module, inputs: BlockInputs, batches: int | None = None) -> Iterator[Tensor]:
-    """Outputs of `block` for the first `batches` batches (all by default); none where a hook stopped the pass."""
-    for hidden, arguments in list(zip(inputs.hidden, inputs.arguments, strict=True))[:batches]:
+def run_block(block: nn.Module, inputs: BlockInputs, batches: Sequence[int] | None = None) -> Iterator[Tensor]:
+    """Outputs of `block` for the batches at these positions (all by default); none where a hook stopped the pass."""
+    for index in range(len(inputs.hidden)) if batches is None else batches:
         try:
-            output = block(hidden, **arguments)
+            with _known_outputs(block, inputs.known, index):
+                output = block(inputs.hidden[index], **inputs.arguments[index])
         except _StopForwardError:
             continue
         yield output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _known_outputs(block: nn.Module, known: dict[str, dict[int, Any]], index: int) -> Iterator[None]:
+    """While open, submodules that have run on batch `index` give the same again, and others are remembered."""
+    with ExitStack() as stack:
+        for name, outputs in known.items():
+            module = block.get_submodule(name)
+            if index in outputs:
+                stack.enter_context(_answering(module, outputs[index]))
+            else:
+                handle = module.register_forward_hook(partial(_remember, outputs, index))
+                stack.callback(handle.remove)
+        yield
+
+
+def _remember(outputs: dict[int, Any], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    outputs[index] = output
+
+
+@contextmanager
+def _answering(module: nn.Module, output: Any) -> Iterator[None]:
+    """While open, `module` computes nothing and gives `output`."""
+    own = module.__dict__.get("forward")
+    module.forward = lambda *arguments, **keywords: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def observe_inputs(
@@ -99,7 +135,7 @@ def observe_inputs(
     linear: str,
     inputs: BlockInputs,
     see: Callable[[Tensor], None],
-    batches: int | None = None,
+    batches: Sequence[int] | None = None,
 ) -> None:
     """Show `see` the inputs of one linear of `block`, running the block no further than there."""
     with watched_inputs(block.get_submodule(linear), see, stop=True):
@@ -108,7 +144,10 @@ def observe_inputs(
 
 
 def observe_all_inputs(
-    block: nn.Module, watchers: Sequence[tuple[str, Callable[[Tensor], None]]], inputs: BlockInputs
+    block: nn.Module,
+    watchers: Sequence[tuple[str, Callable[[Tensor], None]]],
+    inputs: BlockInputs,
+    batches: Sequence[int] | None = None,
 ) -> None:
     """Show each watcher the inputs of its linear, in one pass that ends at the last one listed."""
     if not watchers:
@@ -116,9 +155,9 @@ def observe_all_inputs(
     (linear, see), *rest = watchers
     if rest:
         with watched_inputs(block.get_submodule(linear), see):
-            observe_all_inputs(block, rest, inputs)
+            observe_all_inputs(block, rest, inputs, batches)
     else:
-        observe_inputs(block, linear, inputs, see)
+        observe_inputs(block, linear, inputs, see, batches)
 
 
 def paired_inputs(
@@ -132,17 +171,21 @@ def paired_inputs(
 
 def watched_together(block: nn.Module, inputs: BlockInputs, modules: Sequence[str]) -> Iterator[list[Tensor]]:
     """Batch by batch, the inputs of `modules`, in the order in which they run; the block runs no further."""
-    for hidden, arguments in zip(inputs.hidden, inputs.arguments, strict=True):
+    for index in range(len(inputs.hidden)):
         seen: list[Tensor] = []
-        observe_all_inputs(block, [(name, seen.append) for name in modules], BlockInputs([hidden], [arguments]))
+        observe_all_inputs(block, [(name, seen.append) for name in modules], inputs, [index])
         yield seen
 
 
 def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
-    """Replace the hidden states by the block's outputs. NumericsError with `name` if one is NaN or Inf."""
+    """Replace the hidden states by the block's outputs, for the next block to take.
+
+    NumericsError with `name` if one is NaN or Inf.
+    """
     largest = LargestMagnitude()
     for position, output in enumerate(run_block(block, inputs)):
         largest.update(output)
         inputs.hidden[position] = output
+    inputs.known = {}
     if not torch.isfinite(largest.result()):
         raise NumericsError(f"{name}: its output holds NaN or Inf on the calibration text")

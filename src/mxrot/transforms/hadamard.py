@@ -71,5 +71,6 @@ class RandomOrthogonal(TransformMethod):
     name = "random-orthogonal"
 
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
-        matrices = random_orthogonal(matrices_wanted(sample, sharing), sample.block, generator)
-        return BlockTransform(matrices.to(sample.device))
+        return BlockTransform(
+            random_orthogonal(matrices_wanted(sample, sharing), sample.block, generator, sample.device)
+        )

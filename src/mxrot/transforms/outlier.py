@@ -150,10 +150,10 @@ class OutlierRotation(TransformMethod):
                 moments = matrices.mT @ moments @ matrices
         operands = Operands(x.contiguous(), weights, moments)
         size = sample.block
-        drawn = random_orthogonal(self.steps if self.redraw else 1, size - 1, generator)
-        mixed = torch.eye(size, dtype=torch.float64).repeat(len(drawn), 1, 1)
+        drawn = random_orthogonal(self.steps if self.redraw else 1, size - 1, generator, sample.device)
+        mixed = torch.eye(size, dtype=torch.float64, device=sample.device).repeat(len(drawn), 1, 1)
         mixed[:, 1:, 1:] = drawn
-        rotations = conjugated_by_swaps((spreading_rotation(size) @ mixed).to(x.device))
+        rotations = conjugated_by_swaps(spreading_rotation(size).to(sample.device) @ mixed)
         quantizers = sample.fake_quantize, sample.fake_quantize_weight
         search = partial(self._search, sample)
         found = [

@@ -89,7 +89,7 @@ def test_observing_one_linear(linear: str) -> None:
     observe_inputs(block, linear, inputs, seen.append)
     assert all_equal(seen, expected) and len(seen) == 3
     seen.clear()
-    observe_inputs(block, linear, inputs, seen.append, batches=1)
+    observe_inputs(block, linear, inputs, seen.append, batches=[0])
     assert all_equal(seen, expected[:1])
     assert hooks_of(model) == 0
 

@@ -6,7 +6,7 @@ import torch
 from tests.oracles.sample_blocks import bits
 
 from mxrot.transforms import BlockTransform, generator_for
-from mxrot.transforms.base import apply_matrices, random_orthogonal
+from mxrot.transforms.base import apply_matrices, orthonormalized, random_orthogonal
 
 
 def test_apply_by_hand() -> None:
@@ -97,6 +97,21 @@ def test_random_orthogonal_matrices_are_orthogonal(size: int) -> None:
     # Without the sign correction LAPACK's diagonal entries lean to one side.
     positive = (q[:, 0, 0] > 0).sum()
     assert 16 <= positive <= 48
+
+
+def test_orthonormalized_is_the_q_of_lapack() -> None:
+    """With R's diagonal positive Q is unique, up to the condition number; and orthogonal for hopeless matrices too."""
+    matrices = torch.randn(200, 31, 31, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    q, r = torch.linalg.qr(matrices)
+    expected = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+    condition = torch.linalg.cond(matrices)
+    found = orthonormalized(matrices)
+    assert ((found - expected).abs().amax(dim=(1, 2)) <= 100 * 2.0**-52 * condition).all()
+    left, _, right = torch.linalg.svd(matrices)
+    singular = left * torch.logspace(0, -11, 31, dtype=torch.float64) @ right
+    for awkward in (matrices, singular, matrices * 1e-30, matrices * 1e30):
+        q = orthonormalized(awkward)
+        assert ((q.mT @ q - torch.eye(31)).abs() <= 100 * 2.0**-52).all()
 
 
 def test_random_orthogonal_matrices_have_the_moments_of_the_haar_measure() -> None:

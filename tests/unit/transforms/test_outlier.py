@@ -61,7 +61,7 @@ def test_the_spreading_rotation(size: int) -> None:
 def test_a_step_without_q_spreads_a_single_peak_evenly(channel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """x = p e_c. Then x E_c = p e_0, x E_c R~ = p/sqrt(B) (1, ..., 1), and E_c moves nothing: |x'| = |p|/sqrt(B)."""
     monkeypatch.setattr(
-        outlier, "random_orthogonal", lambda count, size, _: torch.eye(size).double().repeat(count, 1, 1)
+        outlier, "random_orthogonal", lambda count, size, *_: torch.eye(size).double().repeat(count, 1, 1)
     )
     x = torch.zeros(1, 1, 1, BLOCK)
     x[..., channel] = -24.0
