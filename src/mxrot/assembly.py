@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import CheckpointError, FamilyError
-from mxrot.models import Family, Site, WeightFiles, fill, rebuild_rotary
+from mxrot.models import Family, Site, WeightFiles, build_skeleton, fill, rebuild_rotary
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.surgery import install_empty_site, scheme_name, stored_tensors
 
@@ -36,6 +38,19 @@ def load_outer(
         else:
             fill(model.get_submodule(name), own, name)
     rebuild_rotary(model, family, device)
+
+
+def load_original(
+    config: Any, family: Family, files: WeightFiles, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The whole model as its files hold it, ready to run."""
+    model = build_skeleton(config)
+    load_outer(model, family, files, dtype, device)
+    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        prefix = family.block_prefix(index)
+        tensors = files.read_under(prefix, device)
+        fill(block, {name: value.to(dtype) for name, value in tensors.items()}, prefix)
+    return model
 
 
 def outer_tensors(files: WeightFiles, family: Family) -> dict[str, Tensor]:

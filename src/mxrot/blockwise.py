@@ -37,6 +37,7 @@ from mxrot.replay import Replays
 from mxrot.surgery import Weights, fold_into_producer, install_site, scheme_name, shareable_scales
 from mxrot.transforms import BlockTransform, SiteSample, generator_for
 from mxrot.transforms.smoothing import smoothing_scales
+from mxrot.tuning import Check, tune_block
 
 ERROR_ROWS = 512
 """Calibration tokens on which the output error of each linear is measured."""
@@ -96,9 +97,29 @@ def quantize_block(
         if inputs is not None:
             for name in _children_of(sites[: position + 1]) - _children_of(sites[position + 1 :]):
                 inputs.known.setdefault(name, {})
+    checks = _tune(run, index, block, sites, inputs, original)
     if original is not None:
         advance(original.block, original.inputs, f"{prefix} of the original model")
-    return BlockReport(index, round(time.monotonic() - started, 3), reports)
+    return BlockReport(index, round(time.monotonic() - started, 3), reports, checks)
+
+
+def _tune(
+    run: BlockRun,
+    index: int,
+    block: nn.Module,
+    sites: Sequence[Site],
+    inputs: BlockInputs | None,
+    original: OriginalBlock | None,
+) -> list[Check] | None:
+    """Tune the whole block, where the recipe says so; the losses."""
+    tuning = run.recipe.tuning
+    if tuning is None or tuning.scope != "block" or not sites:
+        return None
+    assert inputs is not None and original is not None
+    inputs.known = {}
+    name = run.family.block_prefix(index)
+    generator = generator_for(run.seed, f"{name} tuning")
+    return tune_block(block, inputs, original.block, original.inputs, sites, tuning, generator, name)
 
 
 def _children_of(sites: Sequence[Site]) -> set[str]:
@@ -184,13 +205,18 @@ def _quantize_site(
         assert inputs is not None
         seen = SiteInputs(block, site, inputs, transform, run.activations)
         whole = torch.cat([weights[linear] for linear in site.linears])
-        if original is None:
+        if original is None or wishes.target == "own":
             hessian = seen.hessian(whole, wishes)
         else:
             hessian, shift = seen.hessian_and_shift(original, whole, torch.cat(list(folded.values())), wishes)
-    quantized, damping = _round_site(run, folded, hessian, shift, name)
+    quantized, damping, remainders = _round_site(run, folded, hessian, shift, name)
     stored = None if transform is None else transform.to_stored()
     install_site(block, scheme_name(index, site), site, quantized, stored, run.weights, run.activations)
+    if run.recipe.tuning is not None:
+        for linear in site.linears:
+            module = block.get_submodule(linear)
+            assert isinstance(module, QuantLinear)
+            module.remainder = remainders[linear].to(torch.bfloat16)
     return [
         LinearReport(
             f"{prefix}.{linear}",
@@ -206,8 +232,11 @@ def _quantize_site(
 
 def _round_site(
     run: BlockRun, folded: Weights, hessian: Tensor | None, shift: Tensor | None, name: str
-) -> tuple[dict[str, QTensor], float | None]:
-    """Round the linears of a site, all at once unless a scale looks at the whole tensor; and the damping used."""
+) -> tuple[dict[str, QTensor], float | None, Weights]:
+    """Round the linears of a site, all at once unless a scale looks at the whole tensor.
+
+    Codes and scales, the damping used, and what rounding took away.
+    """
     rule, format = run.weights.rule, run.weights.format
     rows = [len(weight) for weight in folded.values()]
     if rule.looks_at_whole_tensor(format.scale):
@@ -216,10 +245,15 @@ def _round_site(
             linear: run.recipe.rounding.round(weight, format, rule, hessian, name, part)
             for (linear, weight), part in zip(folded.items(), shifts, strict=True)
         }
-        return {linear: result.weight for linear, result in results.items()}, next(iter(results.values())).damping
+        return (
+            {linear: result.weight for linear, result in results.items()},
+            next(iter(results.values())).damping,
+            {linear: result.remainder for linear, result in results.items()},
+        )
     result = run.recipe.rounding.round(torch.cat(list(folded.values())), format, rule, hessian, name, shift)
     parts = result.weight.split_rows(rows)
-    return dict(zip(folded, parts, strict=True)), result.damping
+    remainders = dict(zip(folded, result.remainder.split(rows), strict=True))
+    return dict(zip(folded, parts, strict=True)), result.damping, remainders
 
 
 def _fit_transform(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxrot.assembly import compute_dtype, load_finished_block, load_outer, outer_tensors
+from mxrot.assembly import compute_dtype, load_finished_block, load_original, load_outer, outer_tensors
 from mxrot.blockwise import BlockRun, advance_original, quantize_block, smoothed_sites
 from mxrot.calibration import BlockInputs, advance, first_block_inputs
 from mxrot.errors import ConfigError, FamilyError
@@ -37,6 +37,8 @@ from mxrot.models import (
 from mxrot.recipe import Recipe
 from mxrot.records import BlockReport, RunRecord, device_name, versions
 from mxrot.surgery import stored_tensors
+from mxrot.transforms import generator_for
+from mxrot.tuning import Keeper, tune_network
 
 Progress = Callable[[int, int, str], None]
 """Told (blocks done, blocks in all, what is being done)."""
@@ -59,6 +61,10 @@ class BlockStore(Protocol):
 
     def save_rest(self, tensors: dict[str, Tensor]) -> None:
         """Keep the tensors outside of the decoder blocks, by their full names."""
+
+    @property
+    def keeper(self) -> Keeper:
+        """Keeps tuning of the whole network until it is done."""
 
 
 @dataclass
@@ -115,12 +121,12 @@ def quantize(
         assert windows is not None
         batch_windows = _windows_at_once(model, device, windows.shape[1])
         inputs = first_block_inputs(model, family, windows, batch_windows)
-        if recipe.rounding.wishes.target != "own":
+        if recipe.looks_at_original:
             originals = BlockInputs(list(inputs.hidden), inputs.arguments)
     blocks = list(model.get_submodule(family.blocks).children())
     for index, block in enumerate(blocks):
         progress(index, len(blocks), family.block_prefix(index))
-        finished = store.load(index) if store else None
+        finished = store.load(index) if store and not recipe.tunes_network else None
         if finished is None:
             report = quantize_block(run, index, block, files, inputs, originals)
         else:
@@ -131,9 +137,22 @@ def quantize(
         record.blocks.append(report)
         if inputs is not None and index + 1 < len(blocks):
             advance(block, inputs, family.block_prefix(index))
-        if store is not None:
+        if store is not None and not recipe.tunes_network:
             if finished is None:
                 store.save(index, stored_tensors(block, stored_dtype), report)
+            block.to("meta")
+    if recipe.tuning is not None and recipe.tunes_network:
+        assert windows is not None
+        inputs = originals = None  # their memory
+        original = load_original(config, family, files, run.dtype, device)
+        keeper = None if store is None else store.keeper
+        generator = generator_for(seed, "tuning")
+        record.tuning = tune_network(
+            model, original, family, windows, recipe.tuning, generator, recipe.ignore, keeper, progress
+        )
+        for index, block in enumerate(blocks if store else []):
+            assert store is not None
+            store.save(index, stored_tensors(block, stored_dtype), record.blocks[index])
             block.to("meta")
     if store is None:
         read_generation_config(model, folder)

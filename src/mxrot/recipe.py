@@ -19,6 +19,7 @@ from mxrot.formats import get_format
 from mxrot.layers import TensorQuantizer
 from mxrot.rounding import RoundingMethod, get_rounding
 from mxrot.transforms import Sharing, TransformMethod, get_transform
+from mxrot.tuning import Tuning
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -80,6 +81,8 @@ class Recipe:
     sharing: Sharing = "site"
     smoothing: Smoothing | None = None
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
+    tuning: Tuning | None = None
+    """What follows the closed form; None for nothing."""
     ignore: tuple[str, ...] = ()
     """Shell-style patterns of linears to leave as they are, on the full name or its last part."""
 
@@ -98,6 +101,9 @@ class Recipe:
                 f'transform score = "error" sees blocks of {TRANSFORM_BLOCK}, and activations in {format.name} '
                 f"have blocks of {format.block}",
             )
+        if self.tuning is not None:
+            self._require(self.activations is not None, "tuning needs quantized activations")
+            self._require(weights.is_exact_in_bfloat16, f"tuning cannot hold {weights.format.name} in bfloat16")
         if self.smoothing is not None:
             self._require(0 <= self.smoothing.alpha <= 1, f"smoothing: alpha {self.smoothing.alpha} is not in [0, 1]")
         self._require(self.calibration.samples >= 1, "calibration: samples must be positive")
@@ -116,7 +122,19 @@ class Recipe:
     @property
     def is_data_free(self) -> bool:
         """Does it need no calibration text?"""
-        return self.smoothing is None and not self.transform.needs and not self.rounding.wishes.hessian
+        looks_at_data = bool(self.transform.needs or self.rounding.wishes.hessian or self.tuning)
+        return self.smoothing is None and not looks_at_data
+
+    @property
+    def looks_at_original(self) -> bool:
+        """Must the original model run beside the quantized one, block by block?"""
+        tunes_blocks = self.tuning is not None and self.tuning.scope == "block"
+        return tunes_blocks or self.rounding.wishes.target != "own"
+
+    @property
+    def tunes_network(self) -> bool:
+        """Does tuning need all blocks at once?"""
+        return self.tuning is not None and self.tuning.scope == "network"
 
     @property
     def has_transform(self) -> bool:
@@ -147,6 +165,8 @@ class Recipe:
         }
         table["rounding"] = {"method": self.rounding.name, **_plain(self.rounding)}
         table["calibration"] = _plain(self.calibration)
+        if self.tuning is not None:
+            table["tuning"] = _plain(self.tuning)
         return _write_toml(table)
 
     @staticmethod
@@ -207,6 +227,7 @@ _SECTIONS: dict[str, type] = {
     "activations": QuantizerChoice,
     "smoothing": Smoothing,
     "calibration": CalibrationChoice,
+    "tuning": Tuning,
 }
 _PLAIN_KEYS: dict[str, Any] = {"name": str, "summary": str, "source": str, "ignore": tuple[str, ...]}
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from mxrot.recipe import Recipe
+from mxrot.tuning import Check
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class BlockReport:
     index: int
     seconds: float
     linears: list[LinearReport]
+    tuning: list[Check] | None = None
+    """Losses of its reconstruction; None where it was not tuned by itself."""
 
 
 @dataclass
@@ -50,11 +53,15 @@ class RunRecord:
     blocks: list[BlockReport] = field(default_factory=list)
     seconds: float = 0.0
     peak_gpu_bytes: int | None = None
+    tuning: list[Check] | None = None
+    """Losses of the distillation; None where the whole network was not tuned."""
 
     def as_table(self) -> dict[str, Any]:
         """The record as JSON takes it."""
-        table = {key: value for key, value in vars(self).items() if key not in ("recipe", "blocks")}
-        return {"recipe": self.recipe.to_toml(), **table, "blocks": [asdict(block) for block in self.blocks]}
+        plain = {key: value for key, value in vars(self).items() if key not in ("recipe", "blocks", "tuning")}
+        tuning = None if self.tuning is None else [asdict(check) for check in self.tuning]
+        blocks = [asdict(block) for block in self.blocks]
+        return {"recipe": self.recipe.to_toml(), **plain, "tuning": tuning, "blocks": blocks}
 
 
 def versions() -> dict[str, str]:

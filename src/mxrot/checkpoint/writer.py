@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ from mxrot.models import Family, WeightFiles, find_family, read_config
 from mxrot.pipeline import Progress, quantize
 from mxrot.recipe import Recipe
 from mxrot.records import BlockReport, LinearReport, RunRecord, device_name, versions
+from mxrot.tuning import Check
 
 _FINGERPRINT = "fingerprint.json"
+_TUNING = "tuning.safetensors"
 _COPIED = (
     "generation_config.json",
     "tokenizer*",
@@ -73,7 +75,8 @@ class PartialCheckpoint:
                 return None
             table, named = note["report"], load_file(path)
             linears = [LinearReport(**{**x, "shape": tuple(x["shape"])}) for x in table["linears"]]
-            report = BlockReport(table["index"], table["seconds"], linears)
+            checks = table["tuning"] and [Check(**check) for check in table["tuning"]]
+            report = BlockReport(table["index"], table["seconds"], linears, checks)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
         self._count(named, self.shard(index + 1))
@@ -97,13 +100,35 @@ class PartialCheckpoint:
         self.weight_map |= dict.fromkeys(named, shard)
         self.size += ModelSize.of(named)
 
+    @property
+    def keeper(self) -> PartialTuning:
+        return PartialTuning(self.folder / _TUNING)
+
     def write_index(self) -> None:
         metadata = {"total_size": self.size.total_bytes}
         write_json(self.folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))})
 
     def notes(self) -> list[Path]:
         """Files that only a resumed run needs, what says whose they are last."""
-        return [*self.folder.glob("block-*.json"), self.folder / _FINGERPRINT]
+        tuning = [path for path in (self.folder / _TUNING,) if path.is_file()]
+        return [*self.folder.glob("block-*.json"), *tuning, self.folder / _FINGERPRINT]
+
+
+@dataclass(frozen=True)
+class PartialTuning:
+    """An unfinished tuning run in a file."""
+
+    path: Path
+
+    def load(self) -> dict[str, Tensor] | None:
+        """None if there is none, or one that cannot be read."""
+        try:
+            return load_file(self.path)
+        except (OSError, SafetensorError):
+            return None
+
+    def save(self, tensors: dict[str, Tensor]) -> None:
+        write_tensors(self.path, tensors)
 
 
 def quantize_to_folder(

@@ -83,6 +83,8 @@ class QuantLinear(nn.Module):
         self.weight_zero_point: nn.Parameter | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._transform: tuple[InputTransform, ...] = ()
+        self.remainder: Tensor | None = None
+        """What rounding took away from each weight, bfloat16 [out_features, in_features]; kept only for tuning."""
 
     def own_transform(self, scheme: str, transform: InputTransform) -> None:
         """Register the site's transform here, under the name it has in a checkpoint."""

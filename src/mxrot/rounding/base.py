@@ -31,6 +31,8 @@ class Rounded:
     """Quantized weights and what it took."""
 
     weight: QTensor
+    remainder: Tensor
+    """What rounding took away from each weight as it found it, float64 [N, K]."""
     damping: float | None = None
     """Damping of the Hessian that let it factorize, relative to its mean diagonal; None where there was none."""
 

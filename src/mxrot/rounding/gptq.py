@@ -100,42 +100,49 @@ class GPTQ(RoundingMethod):
         blocks = weight.unflatten(-1, (-1, format.block))
         if self.scales == "fixed":
             scales = rule.choose(blocks, format.element, format.scale)
-            rounded = walk_fixed(blocks, factor, scales, order, format)
+            rounded, remainder = walk_fixed(blocks, factor, scales, order, format)
         else:
             offsets = NEIGHBOURS if self.scales == "walked" else NEIGHBOURS[:1]
-            rounded, scales = walk_reached(blocks, factor, format, rule, offsets)
+            rounded, remainder, scales = walk_reached(blocks, factor, format, rule, offsets)
         if not torch.isfinite(scales.values()).all():
             raise NumericsError(
                 f"{name}: a block scale overflows {scales.type.name}; the largest |x| is {weight.abs().max():.3g}"
             )
-        return Rounded(encode_blocks(rounded, scales, format), damping)
+        return Rounded(encode_blocks(rounded, scales, format), remainder, damping)
 
 
-def walk_fixed(blocks: Tensor, factor: Tensor, scales: BlockScales, order: Tensor, format: Format) -> Tensor:
-    """GPTQ under given scales, columns in `order` [K]; values [N, G, B] that lie on the grid of the scales."""
+def walk_fixed(
+    blocks: Tensor, factor: Tensor, scales: BlockScales, order: Tensor, format: Format
+) -> tuple[Tensor, Tensor]:
+    """GPTQ under given scales, columns in `order` [K].
+
+    Values [N, G, B] that lie on the grid of the scales, and what rounding took away from each weight [N, K].
+    """
     values, zeros = scales.values(torch.float64), _zero_points(scales)
     group = order // format.block
     columns = blocks.flatten(-2)[:, order]
-    result = torch.empty_like(columns)
+    result, remainder = torch.empty_like(columns), torch.empty_like(columns)
     for start in range(0, len(order), format.block):
         here = slice(start, start + format.block)
         column_zeros = zeros if zeros is None else zeros[:, group[here]]
         upper = factor[here, here]
         found = round_columns(columns[:, here], values[None, :, group[here]], upper, column_zeros, format.element)
-        result[:, here] = found.values
+        result[:, here], remainder[:, here] = found.values, found.differences
         spread(found.differences, columns, here, factor)
-    return result[:, order.argsort()].unflatten(-1, (-1, format.block))
+    back = order.argsort()
+    return result[:, back].unflatten(-1, (-1, format.block)), remainder[:, back]
 
 
 def walk_reached(
     blocks: Tensor, factor: Tensor, format: Format, rule: ScaleRule, offsets: tuple[int, ...]
-) -> tuple[Tensor, BlockScales]:
-    """GPTQ that chooses the scales of a block when it gets there; values [N, G, B] and the scales [N, G].
+) -> tuple[Tensor, Tensor, BlockScales]:
+    """GPTQ that chooses the scales of a block when it gets there.
 
-    `offsets` are the exponents to try, relative to the rule's; (0,) takes the rule's as they are.
+    Values [N, G, B], what rounding took away from each weight [N, K], and the scales [N, G]. `offsets` are the
+    exponents to try, relative to the rule's; (0,) takes the rule's as they are.
     """
     columns = blocks.flatten(-2).clone()
-    result = torch.empty_like(columns)
+    result, remainder = torch.empty_like(columns), torch.empty_like(columns)
     chosen = []
     for start in range(0, columns.shape[1], format.block):
         here = slice(start, start + format.block)
@@ -147,7 +154,7 @@ def walk_reached(
         upper = factor[here, here]
         wide = values.expand(-1, -1, format.block)
         found = round_columns(columns[:, here], wide, upper, column_zeros, format.element)
-        result[:, here] = found.values
+        result[:, here], remainder[:, here] = found.values, found.differences
         stored = torch.stack([candidate.stored for candidate in candidates])
         kept = stored.take_along_dim(found.chosen[None, :, None], dim=0)[0]
         chosen.append(replace(scales, stored=kept))
@@ -156,7 +163,8 @@ def walk_reached(
     if chosen[0].zero_points is not None:
         zero_points = torch.cat([scales.zero_points for scales in chosen if scales.zero_points is not None], dim=1)
     stored = torch.cat([scales.stored for scales in chosen], dim=1)
-    return result.unflatten(-1, (-1, format.block)), replace(chosen[0], stored=stored, zero_points=zero_points)
+    scales = replace(chosen[0], stored=stored, zero_points=zero_points)
+    return result.unflatten(-1, (-1, format.block)), remainder, scales
 
 
 def shifted(scales: BlockScales, offset: int) -> BlockScales:

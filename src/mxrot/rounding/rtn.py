@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule, quantize
@@ -25,4 +26,5 @@ class RoundToNearest(RoundingMethod):
         name: str,
         shift: Tensor | None = None,
     ) -> Rounded:
-        return Rounded(quantize(weight, format, rule, name))
+        quantized = quantize(weight, format, rule, name)
+        return Rounded(quantized, weight.double() - quantized.dequantize(torch.float64))

@@ -1,0 +1,210 @@
+"""The loop that both paths of tuning share: Adam, a learning rate that falls, and a stop by held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mxrot.errors import ConfigError, NumericsError
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to tune rounding and transforms after the closed form."""
+
+    scope: Literal["network", "block"] = "network"
+    """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
+    steps: int = 400
+    """Optimizer steps: in all, or for each block."""
+    batch_windows: int = 4
+    """Calibration windows a step."""
+    offset_rate: float = 4e-3
+    """Peak learning rate of the rounding offsets, in steps between codes."""
+    transform_rate: float = 3e-4
+    """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
+    held_out: float = 0.1
+    """Share of the calibration windows that are never trained on; their loss decides when to stop."""
+    checks: int = 10
+    """How often the held-out loss is looked at, evenly over the steps."""
+    patience: int = 2
+    """Looks in a row without a better held-out loss after which tuning stops."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_windows", "checks", "patience"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
+        if not (0 < self.offset_rate < math.inf and 0 <= self.transform_rate < math.inf):
+            raise ConfigError("tuning: offset_rate must be positive, transform_rate not negative, both finite")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"tuning: held_out {self.held_out} is not between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look at the losses."""
+
+    step: int
+    train: float
+    """Mean since the look before."""
+    held_out: float
+
+
+@dataclass
+class TuningState:
+    """Where a tuning run stands."""
+
+    step: int = 0
+    checks: list[Check] = field(default_factory=list)
+    best: list[Tensor] = field(default_factory=list)
+    """The parameters at the least held-out loss."""
+
+    @property
+    def least(self) -> float:
+        return min((check.held_out for check in self.checks), default=math.inf)
+
+    def stops(self, patience: int) -> bool:
+        """Were the last `patience` looks no better than one before them?"""
+        if len(self.checks) <= patience:
+            return False
+        earlier = min(check.held_out for check in self.checks[:-patience])
+        return all(check.held_out >= earlier for check in self.checks[-patience:])
+
+
+class Keeper(Protocol):
+    """Keeps an unfinished tuning run, so that it can go on after the process has ended."""
+
+    def load(self) -> dict[str, Tensor] | None:
+        """What `save` was given last, or None."""
+
+    def save(self, tensors: dict[str, Tensor]) -> None:
+        """Replace what is kept."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is tuned."""
+
+    groups: Sequence[tuple[Sequence[nn.Parameter], float]]
+    """Parameters with their peak learning rates."""
+    backward: Callable[[Tensor], float]
+    """Adds the gradients of the loss on these windows (positions, int64 [n]), and gives the loss."""
+    held_out_loss: Callable[[], float]
+    settle: Callable[[], None]
+    """Runs after each step."""
+    windows: int
+    """Windows to train on."""
+    name: str
+
+
+def tune(
+    problem: Problem,
+    options: Tuning,
+    generator: torch.Generator,
+    keeper: Keeper | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[Check]:
+    """Minimise; the parameters end at the least held-out loss that was seen, the start included.
+
+    NumericsError with the problem's name if a loss is not finite.
+    """
+    parameters = [parameter for group, _ in problem.groups for parameter in group]
+    optimizer = torch.optim.Adam([{"params": list(group), "lr": rate, "peak": rate} for group, rate in problem.groups])
+    batches = list(window_batches(problem.windows, options, generator))
+    every = max(1, options.steps // options.checks)
+    state = TuningState()
+    if keeper is not None and (kept := keeper.load()):
+        _restore(kept, parameters, optimizer, state)
+    if not state.checks:
+        _look(problem, parameters, state, math.nan)
+    losses: list[float] = []
+    while state.step < options.steps and not state.stops(options.patience):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate_factor(state.step, options.steps)
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(problem.backward(batches[state.step]))
+        if not math.isfinite(losses[-1]):
+            raise NumericsError(f"{problem.name}: the loss of tuning is {losses[-1]} at step {state.step}")
+        optimizer.step()
+        problem.settle()
+        state.step += 1
+        if state.step % every == 0 or state.step == options.steps:
+            _look(problem, parameters, state, sum(losses) / len(losses))
+            losses = []
+            if keeper is not None:
+                keeper.save(_kept(parameters, optimizer, state))
+        progress(state.step, options.steps, problem.name)
+    with torch.no_grad():
+        for parameter, best in zip(parameters, state.best, strict=True):
+            parameter.copy_(best)
+    return state.checks
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """A short linear rise, then a cosine down to a twentieth."""
+    rise = max(1, steps // 20)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def window_batches(windows: int, options: Tuning, generator: torch.Generator) -> Iterator[Tensor]:
+    """For each step the positions of its windows; every window once before any comes again."""
+    size = min(options.batch_windows, windows)
+    left = torch.empty(0, dtype=torch.int64)
+    for _ in range(options.steps):
+        if len(left) < size:
+            left = torch.cat([left, torch.randperm(windows, generator=generator)])
+        yield left[:size]
+        left = left[size:]
+
+
+def _look(problem: Problem, parameters: list[nn.Parameter], state: TuningState, train: float) -> None:
+    loss = problem.held_out_loss()
+    if not math.isfinite(loss):
+        raise NumericsError(f"{problem.name}: the held-out loss of tuning is {loss} at step {state.step}")
+    if loss < state.least:
+        state.best = [parameter.detach().clone() for parameter in parameters]
+    state.checks.append(Check(state.step, train, loss))
+
+
+def _kept(parameters: list[nn.Parameter], optimizer: torch.optim.Adam, state: TuningState) -> dict[str, Tensor]:
+    """Everything that `_restore` needs, as tensors."""
+    looks = [[float(check.step), check.train, check.held_out] for check in state.checks]
+    kept = {"step": torch.tensor(state.step), "checks": torch.tensor(looks, dtype=torch.float64)}
+    for index, (parameter, best) in enumerate(zip(parameters, state.best, strict=True)):
+        kept |= {f"{index}.now": parameter.detach(), f"{index}.best": best}
+        for key, value in optimizer.state[parameter].items():
+            kept[f"{index}.{key}"] = value
+    return kept
+
+
+def _restore(
+    kept: dict[str, Tensor], parameters: list[nn.Parameter], optimizer: torch.optim.Adam, state: TuningState
+) -> None:
+    state.step = int(kept["step"])
+    state.checks = [Check(int(step), train, held_out) for step, train, held_out in kept["checks"].tolist()]
+    keys: Any = ("step", "exp_avg", "exp_avg_sq")
+    for index, parameter in enumerate(parameters):
+        parameter.data.copy_(kept[f"{index}.now"])
+        state.best.append(kept[f"{index}.best"].to(parameter.device))
+        if f"{index}.exp_avg" in kept:
+            optimizer.state[parameter] = {
+                key: kept[f"{index}.{key}"].to("cpu" if key == "step" else parameter.device) for key in keys
+            }
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """While open, operations that have a deterministic form use it; the others go on with a warning."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

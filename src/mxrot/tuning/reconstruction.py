@@ -1,0 +1,93 @@
+"""Block-wise reconstruction: one decoder block on the device, its output made like the original block's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxrot.calibration import BlockInputs
+from mxrot.models import Site
+from mxrot.tuning.loop import Check, Problem, Tuning, deterministic, tune
+from mxrot.tuning.network import lower_precision
+from mxrot.tuning.tunable import TunableBlock
+
+
+def tune_block(
+    block: nn.Module,
+    inputs: BlockInputs,
+    original: nn.Module,
+    originals: BlockInputs,
+    sites: Sequence[Site],
+    options: Tuning,
+    generator: torch.Generator,
+    name: str,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[Check]:
+    """Tune a quantized `block` in place.
+
+    The loss is the mean over tokens of |h - h_original|^2 / |h_original|^2 with h the block's output, the inputs of
+    `block` coming from the quantized blocks before it and those of `original` from the original model.
+    """
+    windows = [(batch, row) for batch, hidden in enumerate(inputs.hidden) for row in range(len(hidden))]
+    held_out = max(1, round(len(windows) * options.held_out))
+    train, test = windows[held_out:], windows[:held_out]
+    device = inputs.hidden[0].device
+    dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
+    block.float()
+    tunable = TunableBlock.of(block, sites)
+    arguments = as_float32(inputs.arguments[0])
+
+    def loss_on(chosen: list[tuple[int, int]]) -> Tensor:
+        hidden, wanted = (torch.stack([kept.hidden[b][row] for b, row in chosen]) for kept in (inputs, originals))
+        with torch.no_grad():
+            expected = _first(original(wanted, **originals.arguments[0])).float()
+        with lower_precision(device):
+            found = _first(block(hidden.float(), **arguments))
+        size = expected.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        return ((found - expected).square().sum(dim=-1) / size).mean()
+
+    def backward(chosen: Tensor) -> float:
+        loss = loss_on([train[position] for position in chosen.tolist()])
+        loss.backward()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        size = options.batch_windows
+        parts = [test[start : start + size] for start in range(0, len(test), size)]
+        losses = [float(loss_on(part)) * len(part) for part in parts]
+        tunable.settle()
+        return sum(losses) / len(test)
+
+    groups: list[tuple[Sequence[nn.Parameter], float]] = [(tunable.offsets(), options.offset_rate)]
+    if options.transform_rate > 0 and tunable.corrections():
+        groups.append((tunable.corrections(), options.transform_rate))
+    else:
+        tunable.fix_transforms()
+    problem = Problem(groups, backward, held_out_loss, tunable.settle, len(train), name)
+    with deterministic(), torch.enable_grad():
+        checks = tune(problem, options, generator, progress=progress)
+    tunable.finish()
+    for key, parameter in block.named_parameters():
+        parameter.data = parameter.data.to(dtypes[key])
+    return checks
+
+
+def as_float32(value: Any) -> Any:
+    """Tensors of floating-point types as float32, in dictionaries, lists and tuples too."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: as_float32(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(as_float32(part) for part in value)
+    return value
+
+
+def _first(output: object) -> Tensor:
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found

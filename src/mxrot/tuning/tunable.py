@@ -1,0 +1,207 @@
+"""The form that quantized linears take while they are tuned: the same function, with parameters that have gradients.
+
+A site has a correction R of its transform, T = T_0 R, which starts as the identity. A linear has an offset for each
+weight, in steps between neighbouring codes, that starts at what rounding took away and moves the weight to the
+neighbour beyond 1/2. A weight never goes further than one code from where it was: rounding is tuned, weights are
+not trained. When T moves, the weights should follow, W' = W'_0 R^-T: their offsets move along by what that changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mxrot.formats import encode_blocks
+from mxrot.formats.element import Element, look_up
+from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
+from mxrot.models import Site
+from mxrot.transforms import BlockTransform
+from mxrot.transforms.base import apply_matrices
+from mxrot.tuning.straight_through import RotateQuantize, RoundToStored, StepTo
+
+LARGEST_OFFSET = 1.0
+SMALLEST_MOVE = 0.49
+"""A weight starts at most this far towards a neighbour, so that the first forward pass is the quantized model's."""
+
+
+class TunableInputs(nn.Module):
+    """Q(x T) of a site, computed once for all its linears."""
+
+    def __init__(self, transform: InputTransform | None, quantizer: TensorQuantizer, device: torch.device) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self._transform = (transform,)  # in a tuple, so that it is not registered here
+        block = 32 if transform is None else transform.weight.shape[-1]
+        start = BlockTransform.identity(block, device).matrices if transform is None else transform.matrices()
+        self.start: Tensor
+        self.register_buffer("start", start.to(device, torch.float32), persistent=False)
+        identity = torch.eye(block, device=device).expand_as(self.start).contiguous()
+        self.correction = nn.Parameter(identity, requires_grad=transform is not None)
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def transform(self) -> InputTransform | None:
+        return self._transform[0]
+
+    def matrices(self) -> Tensor:
+        """T as a checkpoint will hold it, float32 [1 | G, B, B]."""
+        if not self.correction.requires_grad:
+            return self.start
+        with torch.autocast(self.start.device.type, enabled=False):
+            rounded: Tensor = RoundToStored.apply(self.start @ self.correction)
+        return rounded
+
+    def moves(self) -> Tensor | None:
+        """R^-T - I, which W'_0 is multiplied with when T moves; None while it cannot."""
+        if not self.correction.requires_grad:
+            return None
+        inverse, _ = torch.linalg.inv_ex(self.correction)
+        return inverse.mT - torch.eye(inverse.shape[-1], device=inverse.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            quantized: Tensor = RotateQuantize.apply(x, self.matrices(), self.quantizer)
+            self._last = (x, quantized)
+        return self._last[1]
+
+    def forget(self) -> None:
+        """Let go of the last input and its graph."""
+        self._last = None
+
+
+class TunableLinear(nn.Module):
+    """A quantized linear whose codes may move by one."""
+
+    def __init__(self, linear: QuantLinear, inputs: TunableInputs) -> None:
+        super().__init__()
+        quantized = linear.qtensor()
+        self.format = quantized.format
+        element = self.format.element
+        values = quantized.dequantize()
+        scale = quantized.scales.values().repeat_interleave(self.format.block, dim=-1)
+        up, down = neighbour_distances(element, quantized.codes)
+        self.value: Tensor
+        self.up: Tensor
+        self.down: Tensor
+        # Values on a grid of four bits and their distances are bfloat16 numbers; sums and products of them here too.
+        for name, tensor in (("value", values), ("up", up * scale), ("down", down * scale)):
+            self.register_buffer(name, tensor.to(torch.bfloat16), persistent=False)
+        lost = torch.zeros_like(values) if linear.remainder is None else linear.remainder.to(values)
+        distance = torch.where(lost > 0, self.up, self.down).float()
+        start = torch.where(distance > 0, lost / distance, 0.0).clamp(-SMALLEST_MOVE, SMALLEST_MOVE)
+        self.offset = nn.Parameter(start)
+        self.bias = linear.bias
+        self._inputs = (inputs,)  # in a tuple, so that it is not registered twice
+        self._linear = (linear,)
+
+    def weight(self) -> Tensor:
+        """The quantized weights, bfloat16 [N, K]."""
+        inputs = self._inputs[0]
+        offset: Tensor = self.offset
+        moves = inputs.moves()
+        if moves is not None:
+            lost = offset.detach() * torch.where(offset > 0, self.up, self.down)
+            with torch.autocast(moves.device.type, enabled=False):
+                change = apply_matrices(self.value.float() + lost, moves)
+            distance = torch.where(change > 0, self.up, self.down).float()
+            # At the end of the grid there is no neighbour; a quotient of zeros would spoil the gradient.
+            offset = offset + change / torch.where(distance > 0, distance, torch.inf)
+        weight: Tensor = StepTo.apply(offset, self.value, self.up, self.down)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantized = self._inputs[0](x).to(torch.bfloat16)
+        weight = self.weight()
+        if x.device.type == "cpu":
+            product = nn.functional.linear(quantized.float(), weight.float())
+        else:
+            product = nn.functional.linear(quantized, weight).to(x.dtype)
+        return (product if self.bias is None else product + self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep offsets within one code."""
+        self.offset.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
+
+    @torch.no_grad()
+    def finished(self) -> QuantLinear:
+        """The linear with the codes that the tuned weights have."""
+        linear = self._linear[0]
+        old = linear.qtensor()
+        blocks = self.weight().float().unflatten(-1, (-1, self.format.block))
+        linear.set_weight(encode_blocks(blocks, old.scales, self.format))
+        linear.remainder = None
+        return linear
+
+
+@dataclass(frozen=True)
+class TunableBlock:
+    """A decoder block whose quantized linears are tunable for now."""
+
+    block: nn.Module
+    inputs: dict[str, TunableInputs]
+    """By the name of their site."""
+    linears: dict[str, TunableLinear]
+    """By their names in the block."""
+
+    @staticmethod
+    def of(block: nn.Module, sites: Sequence[Site]) -> TunableBlock:
+        """Put tunable linears in the place of quantized ones."""
+        inputs, linears = {}, {}
+        for site in sites:
+            first = block.get_submodule(site.linears[0])
+            assert isinstance(first, QuantLinear) and first.activations is not None
+            device = first.weight_packed.device
+            inputs[site.name] = TunableInputs(first.transform, first.activations, device)
+            for name in site.linears:
+                old = block.get_submodule(name)
+                assert isinstance(old, QuantLinear)
+                linears[name] = TunableLinear(old, inputs[site.name])
+                block.set_submodule(name, linears[name])
+        return TunableBlock(block, inputs, linears)
+
+    def offsets(self) -> list[nn.Parameter]:
+        return [linear.offset for linear in self.linears.values()]
+
+    def corrections(self) -> list[nn.Parameter]:
+        return [site.correction for site in self.inputs.values() if site.correction.requires_grad]
+
+    def fix_transforms(self) -> None:
+        """Leave the transforms as they are."""
+        for site in self.inputs.values():
+            site.correction.requires_grad_(False)
+
+    def settle(self) -> None:
+        """After an optimizer's step: offsets within bounds, and no graph kept."""
+        for linear in self.linears.values():
+            linear.clamp()
+        for site in self.inputs.values():
+            site.forget()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put quantized linears back, with the codes and the transform that tuning has led to."""
+        for site in self.inputs.values():
+            site.forget()
+        matrices = {name: site.matrices().clone() for name, site in self.inputs.items()}
+        finished = {name: linear.finished() for name, linear in self.linears.items()}
+        for name, linear in finished.items():
+            self.block.set_submodule(name, linear)
+        for name, site in self.inputs.items():
+            if site.transform is not None and site.correction.requires_grad:
+                site.transform.weight.data = BlockTransform(matrices[name].double()).to_stored()
+
+
+def neighbour_distances(element: Element, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the next larger and the next smaller value lie from that of each code; 0 where there is none."""
+    values = sorted({value for value in element.values if value == value and abs(value) <= element.max})
+    place = {value: index for index, value in enumerate(values)}
+    up, down = [], []
+    for value in element.values:
+        index = place.get(value)
+        up.append(0.0 if index is None or index + 1 == len(values) else values[index + 1] - values[index])
+        down.append(0.0 if not index else values[index] - values[index - 1])
+    return look_up(tuple(up), codes, torch.float32), look_up(tuple(down), codes, torch.float32)
