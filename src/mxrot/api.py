@@ -24,7 +24,7 @@ from mxrot.evaluation import Perplexity, perplexity
 from mxrot.models import find_family, find_model, read_config
 from mxrot.recipe import Recipe, load_recipe
 
-DEFAULT_RECIPE = "duquant++"
+DEFAULT_RECIPE = "mxrot"
 Progress = Callable[[int, int, str], None]
 EVALUATION_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens that pass through a model at once."""

@@ -66,7 +66,7 @@ Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=C
 def quantize(
     model: Model = "demo",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write")] = Path("mxrot-output"),
-    recipe: RecipeOption = "duquant++",
+    recipe: RecipeOption = "mxrot",
     changes: Changes = [],  # noqa: B006 (typer copies it)
     calib: Calib = "demo",
     samples: Samples = None,

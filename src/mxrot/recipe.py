@@ -205,6 +205,7 @@ class Recipe:
     def changed(self, changes: dict[str, Any]) -> Recipe:
         """This recipe with some keys set, e.g. {"transform.sharing": "block", "weights.rule": "mse"}.
 
+        A section set to "none" is taken out: {"activations": "none"}.
         A new method starts from its own defaults; other keys of its section may be set along with it, in any order.
         """
         table = tomllib.loads(self.to_toml())
@@ -215,6 +216,9 @@ class Recipe:
                 target = target.setdefault(section, {})
                 if not isinstance(target, dict):
                     raise ConfigError(f"recipe {self.name}: unknown key {dotted!r}; {section!r} is not a table")
+            if dotted in _SECTIONS and changes[dotted] == "none":
+                table.pop(dotted, None)
+                continue
             target[key] = changes[dotted]
             if dotted in ("transform.method", "rounding.method"):
                 kept = {"method", "sharing"} & target.keys()

@@ -112,6 +112,7 @@ def test_the_default_dtype_of_torch_changes_nothing(format: Format, rule: ScaleR
 
 # floor, even: rounding keeps the exponent of the block maximum, so the scale comes out again.
 # rceil: the maximum may round down to max / 2; then the scale halves and every code doubles, which is exact.
+# 7.25: as floor, but for maxima from 7.25 up, which become 4 under twice the scale; and 4 keeps it.
 # mse: the old scale has error 0 and is among the three; a smaller one wins only with error 0 too.
 # absmax with FP16 scales: 7 s / 7 is s, exactly, as long as s is a normal FP16 number.
 # Left out: x3, whose largest value 6 * 2^e / 3 is the next power of two; log256, whose levels move with the
@@ -195,6 +196,7 @@ def _largest_scaled_magnitude(format: Format, rule: ScaleRule) -> float:
         "rceil": element.max,
         "x3": 6.0,
         "mse": 4 * binade,
+        "7.25": 7.25,
     }[rule.name]
 
 

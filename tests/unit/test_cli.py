@@ -129,7 +129,7 @@ def test_quantize_hands_each_option_on(folders: dict[str, str], tmp_path: Path) 
     out = tmp_path / "out"
     where = ("-o", str(out), "--calib", f"words={folders['text']}", "--seed", "7", "--device", "cpu")
     changes = ("--set", "weights.rule=floor", "--set", 'ignore=["down_proj"]')
-    run("quantize", folders["model"], *where, *QUICK, *changes)
+    run("quantize", folders["model"], "-r", "duquant++", *where, *QUICK, *changes)
     record = read_json(out / "run.json")
     assert record["seed"] == 7
     assert record["data"]["text"] == "words"
@@ -225,7 +225,7 @@ BAD_INPUT = {
     "no recipe": (("compare", "{model}", "--recipes", ","), "--recipes"),
     "set without value": (("quantize", "{model}", "--set", "weights"), "--set 'weights'"),
     "set unknown key": (("quantize", "{model}", "--set", "weights.colour=1"), "unknown key 'colour'"),
-    "set bad value": (("quantize", "{model}", "--set", "transform.steps=few"), "transform.steps"),
+    "set bad value": (("quantize", "{model}", "-r", "duquant++", "--set", "transform.steps=few"), "transform.steps"),
     "set bad rule": (("quantize", "{model}", "--set", "weights.rule=nosuch"), "nosuch"),
     "two texts of one name": (("eval", "{model}", "--text", "{text}", "--text", "{text}"), "called 'words'"),
     "no text": (("eval", "{model}", "--text", "nowhere.txt"), "nowhere.txt"),
@@ -315,8 +315,8 @@ def test_process_with_bad_model_exits_2_with_one_line() -> None:
 def test_interrupt_exits_1_with_one_line_and_keeps_finished_blocks(folders: dict[str, str], tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "deep", num_hidden_layers=60)
     out = tmp_path / "out"
-    options = ("--samples", "8", "--seq-len", "256", "--set", "transform.steps=512", "--calib", folders["text"])
-    process = start("quantize", str(model), "-o", str(out), *options)
+    options = ("--samples", "8", "--seq-len", "256", "--calib", folders["text"], "--recipe", "duquant++")
+    process = start("quantize", str(model), "-o", str(out), *options, "--set", "transform.steps=512")
     first = tmp_path / "out.partial" / "block-00000.json"
     deadline = time.monotonic() + 120
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:

@@ -63,8 +63,9 @@ class PartialCheckpoint:
         return self.folder / f"block-{index:05d}.json"
 
     @property
-    def finished_blocks(self) -> int:
-        return len(list(self.folder.glob("block-*.json")))
+    def holds_work(self) -> bool:
+        """Is there anything that a resumed run would not do again?"""
+        return any(self.folder.glob("block-*.json")) or self.keeper.path.is_file()
 
     def load(self, index: int) -> tuple[dict[str, Tensor], BlockReport] | None:
         """A block that an earlier run finished. One that cannot be read counts as unfinished."""
@@ -170,7 +171,7 @@ def quantize_to_folder(
         _swap(partial, output)
         return run
     except KeyboardInterrupt:
-        if not store.finished_blocks:
+        if not store.holds_work:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     except Exception:  # whatever it was, nobody asked to keep a part of the result; it goes on to the caller

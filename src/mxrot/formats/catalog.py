@@ -47,7 +47,7 @@ def _is_signed(element: Element) -> bool:
 
 _POWER_OF_TWO_RULES = ("even", "floor", "rceil", "mse", "log256")
 
-MXFP4 = Format("mxfp4", E2M1, 32, E8M0, (*_POWER_OF_TWO_RULES, "x3"), compressed_tensors="mxfp4-pack-quantized")
+MXFP4 = Format("mxfp4", E2M1, 32, E8M0, (*_POWER_OF_TWO_RULES, "x3", "7.25"), compressed_tensors="mxfp4-pack-quantized")
 MXFP6_E2M3 = Format("mxfp6_e2m3", E2M3, 32, E8M0, _POWER_OF_TWO_RULES)
 MXFP6_E3M2 = Format("mxfp6_e3m2", E3M2, 32, E8M0, _POWER_OF_TWO_RULES)
 MXFP8_E4M3 = Format("mxfp8_e4m3", E4M3, 32, E8M0, _POWER_OF_TWO_RULES)

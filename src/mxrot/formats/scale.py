@@ -129,6 +129,12 @@ def ceil_exponents(blocks: Tensor, element: Element) -> Tensor:
     return exponents - element.max_exponent + exceeds_max.to(exponents.dtype)
 
 
+def seven_and_a_quarter_exponents(blocks: Tensor, element: Element) -> Tensor:
+    """ceil(log2(amax / 7.25)) of E2M1, the rule of AutoRound: up to 7.25 the maximum saturates at 6."""
+    exponents, mantissas = _split(block_maxima(blocks))
+    return exponents - element.max_exponent + (mantissas > 7.25 / 4).to(exponents.dtype)
+
+
 def _split(maxima: Tensor) -> tuple[Tensor, Tensor]:
     """Exponents e and mantissas m of maxima = m 2^e, exact; m in [1, 2) unless the E8M0 byte saturates."""
     exponents = binary_exponents(maxima)
@@ -250,6 +256,12 @@ RULES: dict[str, ScaleRule] = {
             "ceil(log2(amax / max)): FlashInfer, AITER, cuBLAS",
             raises_from=lambda element: int((math.ldexp(element.max, -element.max_exponent) - 1) * _WHOLE) + 1,
             exponents=ceil_exponents,
+        ),
+        ExponentRule(
+            "7.25",
+            "ceil(log2(amax / 7.25)): AutoRound, for weights",
+            dynamic=False,
+            exponents=seven_and_a_quarter_exponents,
         ),
         ExponentRule("x3", "2^floor(log2 amax) / 3: QuTLASS, FP-Quant", exponents=third_exponents, factor=1 / 3),
         ExponentRule("mse", "least squared error of three exponents", dynamic=False, exponents=least_error_exponents),

@@ -47,8 +47,8 @@ class StepTo(torch.autograd.Function):
     def forward(ctx: Any, offset: Tensor, value: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """All [N, K]: `value` is where a weight starts, `up` and `down` the distances, not negative."""
         ctx.save_for_backward(offset, up, down)
-        step = torch.where(offset > 0.5, up, torch.zeros((), dtype=up.dtype, device=up.device))
-        return value + torch.where(offset < -0.5, -down, step)
+        # Not value + step: a value of -0 stays one.
+        return torch.where(offset > 0.5, value + up, torch.where(offset < -0.5, value - down, value))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:

@@ -191,7 +191,7 @@ class TunableBlock:
         for name, linear in finished.items():
             self.block.set_submodule(name, linear)
         for name, site in self.inputs.items():
-            if site.transform is not None and site.correction.requires_grad:
+            if site.transform is not None and not torch.equal(matrices[name], site.start):
                 site.transform.weight.data = BlockTransform(matrices[name].double()).to_stored()
 
 

@@ -117,13 +117,23 @@ def test_mse_can_take_each_of_its_three_scales(largest: float, others: float, ex
 
 
 @pytest.mark.parametrize(
-    ("amax", "floor", "even", "rceil"),
-    [(4.0, 0, 0, 0), (6.0, 0, 0, 0), (6.0001, 0, 0, 1), (6.9999, 0, 0, 1), (7.0, 0, 1, 1), (7.999, 0, 1, 1)],
+    ("amax", "floor", "even", "rceil", "quarter"),
+    [
+        (4.0, 0, 0, 0, 0),
+        (6.0, 0, 0, 0, 0),
+        (6.0001, 0, 0, 1, 0),
+        (6.9999, 0, 0, 1, 0),
+        (7.0, 0, 1, 1, 0),
+        (7.25, 0, 1, 1, 0),
+        (7.2501, 0, 1, 1, 1),
+        (7.999, 0, 1, 1, 1),
+        (7.25 * 2**-126, -126, -125, -125, -126),
+    ],
 )
-def test_mxfp4_by_hand(amax: float, floor: int, even: int, rceil: int) -> None:
+def test_mxfp4_by_hand(amax: float, floor: int, even: int, rceil: int, quarter: int) -> None:
     format = FORMATS["mxfp4"]
     block = torch.linspace(-1, 1, 32) * amax
-    for rule, exponent in (("floor", floor), ("even", even), ("rceil", rceil)):
+    for rule, exponent in (("floor", floor), ("even", even), ("rceil", rceil), ("7.25", quarter)):
         assert quantize(block, format, format.rule(rule)).scales.stored.item() - 127 == exponent
 
 

@@ -1,0 +1,140 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mxrot.errors import ConfigError, NumericsError
+from mxrot.tuning.loop import Check, Problem, Tuning, TuningState, rate_factor, tune, window_batches
+
+OPTIONS = Tuning(steps=20, batch_windows=2, offset_rate=0.1, transform_rate=0.0, checks=5, patience=2)
+
+
+class Line:
+    """Least squares in one dimension: windows are points, the held-out loss may be made to rise from a step on."""
+
+    def __init__(self, rises_from: int = 10**6) -> None:
+        self.slope = nn.Parameter(torch.zeros(1))
+        self.steps, self.rises_from = 0, rises_from
+        self.x = torch.linspace(-1, 1, 10)
+
+    def backward(self, chosen: Tensor) -> float:
+        loss = ((self.slope * self.x[chosen] - 2 * self.x[chosen]) ** 2).mean()
+        loss.backward()
+        return float(loss.detach())
+
+    def held_out(self) -> float:
+        return float((self.slope.detach() - 2).abs()) + 10 * max(0, self.steps - self.rises_from)
+
+    def settle(self) -> None:
+        self.steps += 1
+
+    def problem(self) -> Problem:
+        return Problem([([self.slope], 0.1)], self.backward, self.held_out, self.settle, 10, "a line")
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_it_gets_better_and_says_so() -> None:
+    line = Line()
+    checks = tune(line.problem(), OPTIONS, generator())
+    assert [check.step for check in checks] == [0, 4, 8, 12, 16, 20]
+    assert math.isnan(checks[0].train) and checks[0].held_out == 2
+    assert checks[-1].held_out < 1 and checks[-1].train < checks[1].train
+
+
+def test_it_stops_when_the_held_out_loss_rises_and_goes_back() -> None:
+    line = Line(rises_from=6)
+    checks = tune(line.problem(), OPTIONS, generator())
+    assert [check.step for check in checks] == [0, 4, 8, 12]
+    assert abs(float((line.slope.detach() - 2).abs()) - checks[1].held_out) < 1e-6
+
+
+def test_if_nothing_helps_the_start_is_kept() -> None:
+    line = Line(rises_from=0)
+    tune(line.problem(), OPTIONS, generator())
+    assert line.slope.item() == 0
+
+
+class Memory:
+    """A keeper that copies, like a file."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] | None = None
+
+    def load(self) -> dict[str, Tensor] | None:
+        return self.kept
+
+    def save(self, tensors: dict[str, Tensor]) -> None:
+        self.kept = {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def test_a_run_that_was_killed_ends_in_the_same_place() -> None:
+    whole, keeper = Line(), Memory()
+    expected = tune(whole.problem(), OPTIONS, generator())
+    first = Line()
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(first.problem(), OPTIONS, generator(), keeper, stop)
+    second, done = Line(), []
+    found = tune(second.problem(), OPTIONS, generator(), keeper, lambda step, total, what: done.append(step))
+    assert done[0] == 9  # from the look at step 8
+    assert torch.equal(second.slope, whole.slope)
+    assert found[1:] == expected[1:]
+    again = Line()
+    tune(again.problem(), OPTIONS, generator(), keeper)
+    assert again.steps == 0 and torch.equal(again.slope, whole.slope)
+
+
+def test_a_loss_that_is_not_finite_names_the_problem() -> None:
+    line = Line()
+    broken = replace(line.problem(), backward=lambda chosen: math.nan)
+    with pytest.raises(NumericsError, match="a line: the loss of tuning is nan at step 0"):
+        tune(broken, OPTIONS, generator())
+    broken = replace(line.problem(), held_out_loss=lambda: math.inf)
+    with pytest.raises(NumericsError, match="a line: the held-out loss of tuning is inf"):
+        tune(broken, OPTIONS, generator())
+
+
+@pytest.mark.parametrize(("windows", "size"), [(10, 2), (10, 3), (3, 8), (1, 1)])
+def test_every_window_comes_once_before_any_comes_again(windows: int, size: int) -> None:
+    batches = list(window_batches(windows, replace(OPTIONS, steps=30, batch_windows=size), generator()))
+    assert len(batches) == 30 and all(len(batch) == min(size, windows) for batch in batches)
+    counts = torch.zeros(windows)
+    for batch in batches:
+        counts += torch.bincount(batch, minlength=windows)
+        assert counts.max() - counts.min() <= 2
+
+
+def test_the_rate_rises_and_falls() -> None:
+    factors = [rate_factor(step, 100) for step in range(100)]
+    assert factors[0] == 0.2 and max(factors) == 1
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert 0.05 <= factors[-1] < 0.06
+    assert rate_factor(0, 1) == 1
+
+
+def test_when_to_stop() -> None:
+    def state(*losses: float) -> TuningState:
+        return TuningState(checks=[Check(step, 0.0, loss) for step, loss in enumerate(losses)])
+
+    assert not state(3.0).stops(1) and not state(3.0, 2.0).stops(1)
+    assert state(3.0, 2.0, 2.0).stops(1) and not state(3.0, 2.0, 2.5).stops(2)
+    assert state(3.0, 2.0, 2.5, 2.1).stops(2) and not state(3.0, 2.0, 2.5, 1.9).stops(2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"checks": 0}, {"offset_rate": 0.0}, {"transform_rate": -1.0}, {"held_out": 0.0}, {"held_out": 1.0}],
+    ids=str,
+)
+def test_options_that_cannot_work(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=f"tuning: .*{next(iter(wrong))}"):
+        Tuning(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+"""Both paths of tuning, on a model of two blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_model import random_windows, write_tiny_model
+from tests.unit.checkpoint.folders import digests, logits, recipe, without_run, write
+from torch import Tensor
+
+from mxrot import pipeline
+from mxrot.checkpoint import load
+from mxrot.errors import ConfigError
+from mxrot.layers import QuantLinear
+from mxrot.recipe import Recipe
+
+WINDOWS = random_windows(40, 32)
+OPTIONS = {
+    "tuning__steps": 60,
+    "tuning__batch_windows": 8,
+    "tuning__held_out": 0.2,
+    "tuning__offset_rate": 0.01,
+    "tuning__checks": 6,
+}
+
+
+def tuned(scope: str, **changes: Any) -> Recipe:
+    return recipe("mxrot", rounding__method="rtn", tuning__scope=scope, **(OPTIONS | changes))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-3])
+def test_distillation_brings_the_logits_closer(source: Path, rate: float) -> None:
+    result = pipeline.quantize(source, tuned("network", tuning__transform_rate=rate), windows=WINDOWS)
+    checks = result.record.tuning
+    assert checks is not None
+    assert min(check.held_out for check in checks) < 0.9 * checks[0].held_out
+    assert checks[-1].train < 0.8 * checks[0].held_out
+
+
+def test_reconstruction_brings_blocks_closer(source: Path) -> None:
+    result = pipeline.quantize(source, tuned("block", tuning__transform_rate=0.0), windows=WINDOWS)
+    for block in result.record.blocks:
+        assert block.tuning is not None
+        assert min(check.held_out for check in block.tuning) < 0.95 * block.tuning[0].held_out
+
+
+@pytest.mark.parametrize("scope", ["network", "block"])
+def test_a_tuned_model_is_an_ordinary_quantized_one(source: Path, tmp_path: Path, scope: str) -> None:
+    """Reloaded it gives the same bits; a second run too; and nothing of tuning is left in it."""
+    chosen = tuned(scope)
+    model = pipeline.quantize(source, chosen, windows=WINDOWS).model
+    assert model is not None
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert len(linears) == 14 and all(linear.remainder is None for linear in linears)
+    write(source, tmp_path / "one", chosen, windows=WINDOWS)
+    assert torch.equal(logits(load(tmp_path / "one")), logits(model))
+    write(source, tmp_path / "two", chosen, windows=WINDOWS)
+    assert without_run(digests(tmp_path / "one")) == without_run(digests(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(("scope", "at"), [("network", 33), ("block", 1)])
+def test_a_killed_run_goes_on(source: Path, tmp_path: Path, scope: str, at: int) -> None:
+    chosen = tuned(scope)
+    write(source, tmp_path / "whole", chosen, windows=WINDOWS)
+
+    def kill(done: int, total: int, what: str) -> None:
+        if done == at and (what == "distillation") == (scope == "network"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(source, tmp_path / "killed", chosen, windows=WINDOWS, resume=True, progress=kill)
+    kept = {path.name for path in (tmp_path / "killed.partial").iterdir()}
+    assert ("tuning.safetensors" in kept) == (scope == "network")
+    steps: list[int] = []
+
+    def note(done: int, total: int, what: str) -> None:
+        if what == "distillation":
+            steps.append(done)
+
+    write(source, tmp_path / "killed", chosen, windows=WINDOWS, resume=True, progress=note)
+    assert without_run(digests(tmp_path / "killed")) == without_run(digests(tmp_path / "whole"))
+    assert scope == "block" or steps[0] == 31  # from the look at step 30
+
+
+def test_a_seed_decides_about_the_order_of_windows(source: Path) -> None:
+    def codes(seed: int) -> Tensor:
+        model = pipeline.quantize(source, tuned("network"), windows=WINDOWS, seed=seed).model
+        assert model is not None
+        return torch.cat([m.weight_packed.flatten() for m in model.modules() if isinstance(m, QuantLinear)])
+
+    assert torch.equal(codes(0), codes(0)) and not torch.equal(codes(0), codes(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"weights__format": "nvfp4", "weights__rule": "absmax", "rounding__method": "rtn"},
+            "tuning cannot hold nvfp4 in bfloat16",
+        ),
+        ({"tuning__scope": "layer"}, "tuning.scope: 'layer' is not one of network, block"),
+        ({"tuning__steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_what_cannot_be_tuned(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe("mxrot", **({"tuning__scope": "network"} | changes))
+
+
+def test_weights_alone_cannot_be_tuned() -> None:
+    table = """
+name = "w4"
+[weights]
+format = "mxfp4"
+[tuning]
+"""
+    with pytest.raises(ConfigError, match="tuning needs quantized activations"):
+        Recipe.from_toml(table, "w4")

@@ -1,0 +1,158 @@
+"""A block in its tunable form is the quantized block, and comes back as one."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_model import random_windows, write_tiny_model
+from tests.unit.checkpoint.folders import recipe
+from torch import Tensor, nn
+
+from mxrot.formats import FORMATS
+from mxrot.layers import QuantLinear
+from mxrot.models.llama import LLAMA, LLAMA_SITES
+from mxrot.pipeline import quantize
+from mxrot.surgery import stored_tensors
+from mxrot.tuning.tunable import TunableBlock, neighbour_distances
+
+SHORT = {"tuning__scope": "block", "tuning__steps": 1, "tuning__offset_rate": 1e-9, "tuning__transform_rate": 0.0}
+RECIPES = {
+    "block": recipe("mxrot"),
+    "site": recipe("mxrot", transform__sharing="site"),
+    "none": recipe("rtn"),
+    "mxfp6": recipe("mxrot", weights__format="mxfp6_e2m3", activations__format="mxfp6_e2m3"),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def quantized_block(source: Path, name: str) -> nn.Module:
+    chosen = RECIPES[name]
+    windows = None if chosen.is_data_free else random_windows(6, 24)
+    result = quantize(source, chosen, windows=windows)
+    assert result.model is not None
+    return result.model.get_submodule(LLAMA.blocks + ".0")
+
+
+def linear_of(module: nn.Module, name: str) -> QuantLinear:
+    linear = module.get_submodule(name)
+    assert isinstance(linear, QuantLinear)
+    return linear
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_computes_the_same_and_comes_back_as_it_was(source: Path, name: str) -> None:
+    block = quantized_block(source, name)
+    before = {key: value.clone() for key, value in stored_tensors(block, torch.float16).items()}
+    inputs = {
+        linear: torch.randn(3, 5, linear_of(block, linear).in_features, generator=torch.Generator().manual_seed(1))
+        for site in LLAMA_SITES
+        for linear in site.linears
+    }
+    expected = {linear: linear_of(block, linear)(x) for linear, x in inputs.items()}
+    tunable = TunableBlock.of(block, LLAMA_SITES)
+    for linear, x in inputs.items():
+        found = block.get_submodule(linear)(x)
+        assert torch.equal(found, expected[linear]), linear
+    tunable.settle()
+    tunable.finish()
+    after = stored_tensors(block, torch.float16)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def values_of(linear: QuantLinear) -> Tensor:
+    return linear.dequantized_weight()
+
+
+def test_an_offset_beyond_a_half_is_one_code_and_never_two(source: Path) -> None:
+    for offset, steps in ((0.49, 0), (0.51, 1), (-0.51, -1), (5.0, 1), (-5.0, -1)):
+        block = quantized_block(source, "site")
+        name = "mlp.down_proj"
+        before = linear_of(block, name).qtensor()
+        up, down = neighbour_distances(before.format.element, before.codes)
+        scale = before.scales.values().repeat_interleave(32, dim=-1)
+        tunable = TunableBlock.of(block, LLAMA_SITES)
+        tunable.linears[name].offset.data.fill_(offset)
+        tunable.settle()
+        tunable.finish()
+        expected = before.dequantize() + scale * (steps > 0) * up - scale * (steps < 0) * down
+        assert torch.equal(values_of(linear_of(block, name)), expected)
+        assert (expected != before.dequantize()).any() == (steps != 0)
+
+
+@pytest.mark.parametrize("name", ["block", "site", "mxfp6"])
+def test_weights_follow_a_transform_that_moves(source: Path, name: str) -> None:
+    """x T R (W R^-T)^T = x T W^T: with weights that follow, a small R changes the output less than without."""
+    block = quantized_block(source, name)
+    linear = "mlp.gate_proj"
+    x = torch.randn(64, linear_of(block, linear).in_features, generator=torch.Generator().manual_seed(2))
+    expected = linear_of(block, linear)(x)
+    errors = []
+    for follows in (True, False):
+        moved = deepcopy(block)
+        tunable = TunableBlock.of(moved, LLAMA_SITES)
+        site = tunable.inputs["gate_up"]
+        generator = torch.Generator().manual_seed(3)
+        site.correction.data += 0.15 * torch.randn(site.correction.shape, generator=generator) / 32**0.5
+        if not follows:
+            site.moves = lambda: None  # type: ignore[method-assign]
+        tunable.finish()
+        stored = linear_of(moved, linear).transform
+        assert stored is not None and stored.weight.dtype == torch.bfloat16
+        errors.append(float((linear_of(moved, linear)(x) - expected).norm() / expected.norm()))
+    assert errors[0] < errors[1]
+
+
+def test_gradients_reach_every_offset_and_correction(source: Path) -> None:
+    block = quantized_block(source, "block")
+    tunable = TunableBlock.of(block, LLAMA_SITES)
+    total = torch.zeros(())
+    for site in LLAMA_SITES:
+        for linear in site.linears:
+            module = tunable.linears[linear]
+            x = torch.randn(4, module.value.shape[1], generator=torch.Generator().manual_seed(4))
+            total = total + module(x).square().sum()
+    total.backward()
+    for parameter in (*tunable.offsets(), *tunable.corrections()):
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and (parameter.grad != 0).any()
+    tunable.fix_transforms()
+    assert not tunable.corrections()
+
+
+def test_the_input_of_a_site_is_quantized_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mxrot.tuning import straight_through
+
+    calls = []
+    plain = straight_through.rotate_quantize
+    monkeypatch.setattr(straight_through, "rotate_quantize", lambda *a: (calls.append(1), plain(*a))[1])
+    tunable = TunableBlock.of(quantized_block(source, "block"), LLAMA_SITES)
+    x = torch.randn(4, 64)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        tunable.linears[name](x)
+    assert len(calls) == 1
+    tunable.linears["self_attn.q_proj"](x + 1)
+    tunable.settle()
+    tunable.linears["self_attn.q_proj"](x)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_distances_to_neighbours(format: object) -> None:
+    """Exhaustive: from each finite value the next one, and none beyond the ends."""
+    element = format.element  # type: ignore[attr-defined]
+    codes = torch.arange(len(element.values), dtype=torch.uint8)
+    up, down = neighbour_distances(element, codes)
+    finite = sorted({value for value in element.values if abs(value) <= element.max})
+    for value, above, below in zip(element.values, up.tolist(), down.tolist(), strict=True):
+        if not abs(value) <= element.max:
+            continue
+        index = finite.index(value)
+        assert value + above == finite[min(index + 1, len(finite) - 1)]
+        assert value - below == finite[max(index - 1, 0)]
