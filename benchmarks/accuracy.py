@@ -17,11 +17,12 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tables import TABLES, Run
 from torch import Tensor
 
 from mxrot import api, pipeline
@@ -32,65 +33,6 @@ from mxrot.recipe import load_recipe
 from mxrot.records import device_name, versions
 
 
-@dataclass(frozen=True)
-class Run:
-    """One row: a recipe with changes, over seeds; the mean perplexity must lie in [low, high]."""
-
-    label: str
-    recipe: str | None
-    """None is the model as it is."""
-    changes: dict[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
-    low: float = 0.0
-    high: float = float("inf")
-
-
-FLOOR = {"weights.rule": "floor", "activations.rule": "floor"}
-BLOCK = {"transform.sharing": "block"}
-ERROR = {"transform.score": "error"}
-SPACED = {"transform.sample": "spaced"}
-BOTH = {"transform.score": "error", "transform.sample": "both"}
-SMOOTH = {"smoothing.alpha": 0.6}
-SMOOTH_NOT_O = {**SMOOTH, "smoothing.skip": ["o"]}
-THREE = (0, 1, 2)
-
-
-def around(value: float, share: float) -> dict[str, float]:
-    """Bounds `share` below and above `value`."""
-    return {"low": value * (1 - share), "high": value * (1 + share)}
-
-
-TABLES = {
-    "base": (
-        Run("FP16", None, **around(21.77, 0.003)),
-        Run("rtn, even", "rtn", **around(65.5, 0.03)),
-        Run("rtn, floor", "rtn", FLOOR, **around(108.4, 0.03)),
-        Run("smoothing + hadamard", "hadamard", SMOOTH, high=37.3 * 1.03),
-        Run("smoothing (not o) + hadamard", "hadamard", SMOOTH_NOT_O, **around(37.3, 0.03)),
-        Run("duquant++ (site)", "duquant++", seeds=THREE, high=37.6),
-        Run("duquant++ (block)", "duquant++", BLOCK, seeds=THREE, high=36.4),
-        Run("duquant++ (block, error of peaks)", "duquant++", {**BLOCK, **ERROR}, seeds=THREE, high=36.4),
-        Run("duquant++ (block, error)", "duquant++", {**BLOCK, **ERROR, **SPACED}, seeds=THREE, high=36.4),
-        Run("duquant++ (block, error of both)", "duquant++", {**BLOCK, **BOTH}, seeds=THREE, high=36.4),
-        Run("duquant++ (block, 64 steps)", "duquant++", {**BLOCK, "transform.steps": 64}, seeds=THREE, high=36.4),
-        Run("duquant++ (site, error)", "duquant++", {**ERROR, **SPACED}, seeds=THREE, high=37.6),
-        Run("duquant++-gptq (block)", "duquant++-gptq", seeds=THREE, high=31.0),
-        Run("duquant++-gptq (block, error)", "duquant++-gptq", {**ERROR, **SPACED}, seeds=THREE, high=31.0),
-        Run("duquant++-gptq (block, error of both)", "duquant++-gptq", BOTH, seeds=THREE, high=31.0),
-        Run("duquant++-released", "duquant++-released", low=31.0, high=33.5),
-        Run("duquant++-released-gptq", "duquant++-released-gptq", seeds=THREE, low=28.5, high=30.5),
-        Run("hadamard", "hadamard"),
-        Run("smoothquant", "smoothquant"),
-    ),
-    "time": (
-        Run("warm-up", "duquant++"),
-        Run("duquant++", "duquant++", seeds=THREE),
-        Run("duquant++-gptq (block)", "duquant++-gptq", seeds=THREE),
-    ),
-    "smoke": (Run("original", None), Run("rtn", "rtn"), Run("duquant++", "duquant++")),
-}
-
-
 def main() -> None:
     options = parse_options()
     device = options.device or api.default_device()
@@ -98,9 +40,10 @@ def main() -> None:
     for table in options.table.split(","):
         rows = []
         for run in TABLES[table]:
-            if options.only and options.only not in run.label:
+            if options.only and not any(part in run.label for part in options.only.split("|")):
                 continue
             rows.append(measure(run, bench))
+            compare_with_original(rows)
             print(line(rows[-1]), flush=True)
             path = write_result(table, rows, bench)  # after each row: a run that is cut off leaves what it has
         print_table(rows)
@@ -111,7 +54,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--table", default="base", help=f"one or more of {', '.join(TABLES)}, comma-separated")
-    parser.add_argument("--only", default="", help="only runs whose label contains this")
+    parser.add_argument("--only", default="", help="only runs whose label contains one of these, separated by |")
     parser.add_argument("--text", action="append", help="evaluation text, NAME=FILE; may be repeated (demo)")
     parser.add_argument("--calib", default="demo")
     parser.add_argument("--samples", type=int, default=128)
@@ -185,7 +128,24 @@ def measure(run: Run, bench: Bench) -> dict[str, Any]:
         mean = sum(found) / len(found)
         row |= {"mean": mean, "spread": max(found) - min(found), "low": run.low, "high": run.high}
         row["holds"] = run.low <= mean <= run.high
+        row["relative_bound"] = run.relative
     return row
+
+
+def compare_with_original(rows: list[dict[str, Any]]) -> None:
+    """Add to the last row its mean perplexity on each text relative to that of the unquantized model."""
+    original = next((row for row in rows if row["recipe"] is None and "mean" in row), None)
+    if original is None or "mean" not in rows[-1]:
+        return
+    row = rows[-1]
+    row["relative"] = {
+        name: sum(entry["perplexity"][name]["ppl"] for entry in row["seeds"])
+        / len(row["seeds"])
+        / original["seeds"][0]["perplexity"][name]["ppl"]
+        for name in original["seeds"][0]["perplexity"]
+    }
+    second = list(row["relative"].values())[1:2]
+    row["holds"] = row["holds"] and all(value <= row["relative_bound"] for value in second)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -197,6 +157,8 @@ def line(row: dict[str, Any]) -> str:
         bounds = f"{row['low']:.2f} to {row['high']:.2f}" if row["high"] < float("inf") else ""
         verdict = ("ok" if row["holds"] else "MISSED") if bounds else ""
         text += f" {row['mean']:8.3f}  spread {row['spread']:6.3f}  {bounds:18s} {verdict:7s}"
+    if "relative" in row:
+        text += " relative " + " ".join(f"{value:.3f}" for value in row["relative"].values())
     if seconds:
         text += f" quantized in {' '.join(f'{value:.2f}' for value in seconds)} s, peak {max(peaks) / 1e9:.2f} GB"
     return text

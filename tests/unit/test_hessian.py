@@ -1,0 +1,139 @@
+"""Hessian and shift of a site against their definitions, on every token at once."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.tiny_model import random_windows, tiny_config
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from mxrot.calibration import BlockInputs, first_block_inputs
+from mxrot.formats import get_format
+from mxrot.hessian import OriginalBlock, SiteInputs
+from mxrot.layers import TensorQuantizer
+from mxrot.models import Site
+from mxrot.models.llama import LLAMA, LLAMA_SITES
+from mxrot.rounding import Wishes
+from mxrot.transforms.base import BlockTransform, random_orthogonal
+
+FORMAT = get_format("mxfp4")
+QUANTIZER = TensorQuantizer(FORMAT, FORMAT.rule())
+SITES = {site.name: site for site in LLAMA_SITES}
+each_site = pytest.mark.parametrize("site", LLAMA_SITES, ids=lambda site: site.name)
+
+
+class Blocks:
+    """A block and its original with other weights and other inputs, in three batches."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(tiny_config())
+        model.requires_grad_(False)
+        self.block = model.model.layers[0]
+        self.inputs = first_block_inputs(model, LLAMA, random_windows(5, 12), 2)
+        self.original = deepcopy(self.block)
+        for parameter in self.block.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape)
+        moved = [hidden + 0.01 * torch.randn(hidden.shape) for hidden in self.inputs.hidden]
+        self.originals = BlockInputs(moved, self.inputs.arguments)
+
+    def seen(self, name: str, original: bool) -> Tensor:
+        """The inputs [tokens, K] of one submodule, over all batches."""
+        block, inputs = (self.original, self.originals) if original else (self.block, self.inputs)
+        found: list[Tensor] = []
+        handle = block.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+        for hidden, arguments in zip(inputs.hidden, inputs.arguments, strict=True):
+            block(hidden, **arguments)
+        handle.remove()
+        return torch.cat([x.flatten(0, 1) for x in found]).double()
+
+
+@pytest.fixture
+def blocks() -> Blocks:
+    return Blocks()
+
+
+def weight_of(block: nn.Module, site: Site) -> Tensor:
+    return torch.cat([block.get_submodule(name).weight for name in site.linears]).double()  # type: ignore[misc]
+
+
+def site_inputs(blocks: Blocks, site: Site, quantizer: TensorQuantizer | None) -> SiteInputs:
+    transform = BlockTransform(random_orthogonal(1, 32, torch.Generator().manual_seed(1)))
+    return SiteInputs(blocks.block, site, blocks.inputs, transform, quantizer)
+
+
+def quantized(x: Tensor, inputs: SiteInputs) -> Tensor:
+    assert inputs.transform is not None
+    moved = inputs.transform.apply(x.float())
+    return (moved if inputs.quantizer is None else inputs.quantizer(moved)).double()
+
+
+@each_site
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("quantizer", [None, QUANTIZER], ids=["W4A16", "W4A4"])
+def test_the_hessian(blocks: Blocks, site: Site, relative: bool, quantizer: TensorQuantizer | None) -> None:
+    inputs = site_inputs(blocks, site, quantizer)
+    found = inputs.hessian(weight_of(blocks.block, site), Wishes(True, relative=relative))
+    x = quantized(blocks.seen(site.linears[0], original=False), inputs)
+    if relative and site.residual is not None:
+        stream = blocks.seen(site.residual, original=False)
+        stream = stream + blocks.seen(site.linears[0], original=False) @ weight_of(blocks.block, site).T
+        x = x / stream.square().mean(dim=1, keepdim=True).sqrt()
+    torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-5 * float(x.square().mean()))
+
+
+@each_site
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("target", ["original", "residual"])
+def test_hessian_and_shift(blocks: Blocks, site: Site, relative: bool, target: str) -> None:
+    inputs = site_inputs(blocks, site, QUANTIZER)
+    weight = weight_of(blocks.block, site)
+    assert inputs.transform is not None
+    folded = inputs.transform.fold(weight)
+    wishes = Wishes(True, target, relative)  # type: ignore[arg-type]
+    original = OriginalBlock(blocks.original, blocks.originals)
+    hessian, shift = inputs.hessian_and_shift(original, weight, folded, wishes)
+
+    x = quantized(blocks.seen(site.linears[0], original=False), inputs)
+    wanted = blocks.seen(site.linears[0], original=True) @ weight.T
+    missing = wanted - x @ folded.T
+    if site.residual is not None:
+        here, there = (blocks.seen(site.residual, original=original) for original in (False, True))
+        if target == "residual":
+            missing = missing + there - here
+        if relative:
+            size = (wanted + there).square().mean(dim=1, keepdim=True).sqrt()
+            x, missing = x / size, missing / size
+    torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5 * float(x.square().mean()))
+    expected = missing.T @ x / len(x)
+    torch.testing.assert_close(shift, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_nothing_is_missing_where_nothing_has_changed(blocks: Blocks) -> None:
+    """No quantizer, no transform, the same block on the same inputs: the shift is rounding noise."""
+    for site in LLAMA_SITES:
+        inputs = SiteInputs(blocks.block, site, blocks.inputs, None, None)
+        weight = weight_of(blocks.block, site)
+        same = OriginalBlock(deepcopy(blocks.block), replace(blocks.inputs))
+        hessian, shift = inputs.hessian_and_shift(same, weight, weight, Wishes(True, "residual"))
+        assert shift.abs().max() <= 1e-5 * (weight @ hessian).abs().max()
+
+
+def test_what_is_known_of_a_block_is_not_computed_again(blocks: Blocks) -> None:
+    """Attention runs once for each batch, however often what follows it is observed."""
+    calls: list[int] = []
+    handle = blocks.block.self_attn.q_proj.register_forward_pre_hook(lambda module, args: calls.append(1))
+    site, wishes = SITES["gate_up"], Wishes(True)
+    weight = weight_of(blocks.block, site)
+    expected = site_inputs(blocks, site, None).hessian(weight, wishes)
+    assert len(calls) == 3
+    blocks.inputs.known = {"self_attn": {}}
+    for _ in range(3):
+        assert torch.equal(site_inputs(blocks, site, None).hessian(weight, wishes), expected)
+    assert len(calls) == 6
+    handle.remove()
+    assert "forward" not in vars(blocks.block.self_attn)
