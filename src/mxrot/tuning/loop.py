@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,9 +31,12 @@ class Tuning:
     """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
     held_out: float = 0.1
     """Share of the calibration windows that are never trained on; their loss decides when to stop."""
-    checks: int = 10
+    margin: float = 0.1
+    """How far from moving a weight starts at least, in steps between codes. Without one the first gradients move
+    every weight that was rounded from near the middle, and most of that is noise."""
+    checks: int = 20
     """How often the held-out loss is looked at, evenly over the steps."""
-    patience: int = 2
+    patience: int = 4
     """Looks in a row without a better held-out loss after which tuning stops."""
 
     def __post_init__(self) -> None:
@@ -41,6 +45,8 @@ class Tuning:
                 raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
         if not (0 < self.offset_rate < math.inf and 0 <= self.transform_rate < math.inf):
             raise ConfigError("tuning: offset_rate must be positive, transform_rate not negative, both finite")
+        if not 0 < self.margin <= 0.5:
+            raise ConfigError(f"tuning: margin {self.margin} is not above 0 and at most 0.5")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"tuning: held_out {self.held_out} is not between 0 and 1")
 
@@ -202,6 +208,8 @@ def _restore(
 @contextmanager
 def deterministic() -> Iterator[None]:
     """While open, operations that have a deterministic form use it; the others go on with a warning."""
+    # What makes cuBLAS deterministic; it is looked at when an operation runs.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

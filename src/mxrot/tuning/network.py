@@ -73,7 +73,9 @@ def tune_network(
     blocks = list(model.get_submodule(family.blocks).children())
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()
-    tunable = [TunableBlock.of(block, family.active_sites(index, ignore)) for index, block in enumerate(blocks)]
+    tunable = [
+        TunableBlock.of(block, family.active_sites(index, ignore), options.margin) for index, block in enumerate(blocks)
+    ]
     recompute = _activation_bytes(model, options.batch_windows * windows.shape[1]) > CHECKPOINT_BYTES
     student, teacher = Network(model, family, recompute), Network(original, family)
 

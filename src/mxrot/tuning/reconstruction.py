@@ -37,7 +37,7 @@ def tune_block(
     device = inputs.hidden[0].device
     dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
     block.float()
-    tunable = TunableBlock.of(block, sites)
+    tunable = TunableBlock.of(block, sites, options.margin)
     arguments = as_float32(inputs.arguments[0])
 
     def loss_on(chosen: list[tuple[int, int]]) -> Tensor:

@@ -1,9 +1,10 @@
 """The form that quantized linears take while they are tuned: the same function, with parameters that have gradients.
 
 A site has a correction R of its transform, T = T_0 R, which starts as the identity. A linear has an offset for each
-weight, in steps between neighbouring codes, that starts at what rounding took away and moves the weight to the
-neighbour beyond 1/2. A weight never goes further than one code from where it was: rounding is tuned, weights are
-not trained. When T moves, the weights should follow, W' = W'_0 R^-T: their offsets move along by what that changes.
+weight, in steps between neighbouring codes, that starts at what rounding took away (but for a margin) and moves the
+weight to the neighbour beyond 1/2. A weight never goes further than one code from where it was: rounding is tuned,
+weights are not trained. When T moves, the weights should follow, W' = W'_0 R^-T: their offsets move along by what
+that changes.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from mxrot.transforms.base import apply_matrices
 from mxrot.tuning.straight_through import RotateQuantize, RoundToStored, StepTo
 
 LARGEST_OFFSET = 1.0
-SMALLEST_MOVE = 0.49
-"""A weight starts at most this far towards a neighbour, so that the first forward pass is the quantized model's."""
 
 
 class TunableInputs(nn.Module):
     """Q(x T) of a site, computed once for all its linears."""
 
-    def __init__(self, transform: InputTransform | None, quantizer: TensorQuantizer, device: torch.device) -> None:
+    def __init__(
+        self, transform: InputTransform | None, quantizer: TensorQuantizer, readers: int, device: torch.device
+    ) -> None:
         super().__init__()
-        self.quantizer = quantizer
+        self.quantizer, self.readers = quantizer, readers
         self._transform = (transform,)  # in a tuple, so that it is not registered here
         block = 32 if transform is None else transform.weight.shape[-1]
         start = BlockTransform.identity(block, device).matrices if transform is None else transform.matrices()
@@ -41,6 +42,7 @@ class TunableInputs(nn.Module):
         identity = torch.eye(block, device=device).expand_as(self.start).contiguous()
         self.correction = nn.Parameter(identity, requires_grad=transform is not None)
         self._last: tuple[Tensor, Tensor] | None = None
+        self._reads_left = 0
 
     @property
     def transform(self) -> InputTransform | None:
@@ -64,8 +66,11 @@ class TunableInputs(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not x:
             quantized: Tensor = RotateQuantize.apply(x, self.matrices(), self.quantizer)
-            self._last = (x, quantized)
-        return self._last[1]
+            self._last, self._reads_left = (x, quantized), self.readers
+        quantized, self._reads_left = self._last[1], self._reads_left - 1
+        if not self._reads_left:
+            self.forget()  # with recomputation in the backward pass, it would be kept for nothing
+        return quantized
 
     def forget(self) -> None:
         """Let go of the last input and its graph."""
@@ -75,7 +80,7 @@ class TunableInputs(nn.Module):
 class TunableLinear(nn.Module):
     """A quantized linear whose codes may move by one."""
 
-    def __init__(self, linear: QuantLinear, inputs: TunableInputs) -> None:
+    def __init__(self, linear: QuantLinear, inputs: TunableInputs, margin: float) -> None:
         super().__init__()
         quantized = linear.qtensor()
         self.format = quantized.format
@@ -91,7 +96,7 @@ class TunableLinear(nn.Module):
             self.register_buffer(name, tensor.to(torch.bfloat16), persistent=False)
         lost = torch.zeros_like(values) if linear.remainder is None else linear.remainder.to(values)
         distance = torch.where(lost > 0, self.up, self.down).float()
-        start = torch.where(distance > 0, lost / distance, 0.0).clamp(-SMALLEST_MOVE, SMALLEST_MOVE)
+        start = torch.where(distance > 0, lost / distance, 0.0).clamp(margin - 0.5, 0.5 - margin)
         self.offset = nn.Parameter(start)
         self.bias = linear.bias
         self._inputs = (inputs,)  # in a tuple, so that it is not registered twice
@@ -148,18 +153,18 @@ class TunableBlock:
     """By their names in the block."""
 
     @staticmethod
-    def of(block: nn.Module, sites: Sequence[Site]) -> TunableBlock:
-        """Put tunable linears in the place of quantized ones."""
+    def of(block: nn.Module, sites: Sequence[Site], margin: float) -> TunableBlock:
+        """Put tunable linears in the place of quantized ones; `margin` as in `Tuning`."""
         inputs, linears = {}, {}
         for site in sites:
             first = block.get_submodule(site.linears[0])
             assert isinstance(first, QuantLinear) and first.activations is not None
             device = first.weight_packed.device
-            inputs[site.name] = TunableInputs(first.transform, first.activations, device)
+            inputs[site.name] = TunableInputs(first.transform, first.activations, len(site.linears), device)
             for name in site.linears:
                 old = block.get_submodule(name)
                 assert isinstance(old, QuantLinear)
-                linears[name] = TunableLinear(old, inputs[site.name])
+                linears[name] = TunableLinear(old, inputs[site.name], margin)
                 block.set_submodule(name, linears[name])
         return TunableBlock(block, inputs, linears)
 

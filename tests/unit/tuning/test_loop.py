@@ -132,7 +132,16 @@ def test_when_to_stop() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"checks": 0}, {"offset_rate": 0.0}, {"transform_rate": -1.0}, {"held_out": 0.0}, {"held_out": 1.0}],
+    [
+        {"margin": 0.0},
+        {"margin": 0.6},
+        {"steps": 0},
+        {"checks": 0},
+        {"offset_rate": 0.0},
+        {"transform_rate": -1.0},
+        {"held_out": 0.0},
+        {"held_out": 1.0},
+    ],
     ids=str,
 )
 def test_options_that_cannot_work(wrong: dict[str, float]) -> None:

@@ -18,7 +18,7 @@ from mxrot.pipeline import quantize
 from mxrot.surgery import stored_tensors
 from mxrot.tuning.tunable import TunableBlock, neighbour_distances
 
-SHORT = {"tuning__scope": "block", "tuning__steps": 1, "tuning__offset_rate": 1e-9, "tuning__transform_rate": 0.0}
+MARGIN = 0.01
 RECIPES = {
     "block": recipe("mxrot"),
     "site": recipe("mxrot", transform__sharing="site"),
@@ -56,7 +56,7 @@ def test_it_computes_the_same_and_comes_back_as_it_was(source: Path, name: str) 
         for linear in site.linears
     }
     expected = {linear: linear_of(block, linear)(x) for linear, x in inputs.items()}
-    tunable = TunableBlock.of(block, LLAMA_SITES)
+    tunable = TunableBlock.of(block, LLAMA_SITES, MARGIN)
     for linear, x in inputs.items():
         found = block.get_submodule(linear)(x)
         assert torch.equal(found, expected[linear]), linear
@@ -78,7 +78,7 @@ def test_an_offset_beyond_a_half_is_one_code_and_never_two(source: Path) -> None
         before = linear_of(block, name).qtensor()
         up, down = neighbour_distances(before.format.element, before.codes)
         scale = before.scales.values().repeat_interleave(32, dim=-1)
-        tunable = TunableBlock.of(block, LLAMA_SITES)
+        tunable = TunableBlock.of(block, LLAMA_SITES, MARGIN)
         tunable.linears[name].offset.data.fill_(offset)
         tunable.settle()
         tunable.finish()
@@ -97,7 +97,7 @@ def test_weights_follow_a_transform_that_moves(source: Path, name: str) -> None:
     errors = []
     for follows in (True, False):
         moved = deepcopy(block)
-        tunable = TunableBlock.of(moved, LLAMA_SITES)
+        tunable = TunableBlock.of(moved, LLAMA_SITES, MARGIN)
         site = tunable.inputs["gate_up"]
         generator = torch.Generator().manual_seed(3)
         site.correction.data += 0.15 * torch.randn(site.correction.shape, generator=generator) / 32**0.5
@@ -112,7 +112,7 @@ def test_weights_follow_a_transform_that_moves(source: Path, name: str) -> None:
 
 def test_gradients_reach_every_offset_and_correction(source: Path) -> None:
     block = quantized_block(source, "block")
-    tunable = TunableBlock.of(block, LLAMA_SITES)
+    tunable = TunableBlock.of(block, LLAMA_SITES, MARGIN)
     total = torch.zeros(())
     for site in LLAMA_SITES:
         for linear in site.linears:
@@ -132,7 +132,7 @@ def test_the_input_of_a_site_is_quantized_once(source: Path, monkeypatch: pytest
     calls = []
     plain = straight_through.rotate_quantize
     monkeypatch.setattr(straight_through, "rotate_quantize", lambda *a: (calls.append(1), plain(*a))[1])
-    tunable = TunableBlock.of(quantized_block(source, "block"), LLAMA_SITES)
+    tunable = TunableBlock.of(quantized_block(source, "block"), LLAMA_SITES, MARGIN)
     x = torch.randn(4, 64)
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
         tunable.linears[name](x)
@@ -156,3 +156,22 @@ def test_distances_to_neighbours(format: object) -> None:
         index = finite.index(value)
         assert value + above == finite[min(index + 1, len(finite) - 1)]
         assert value - below == finite[max(index - 1, 0)]
+
+
+@pytest.mark.parametrize("margin", [0.01, 0.1, 0.5])
+def test_weights_start_at_what_rounding_took_away_but_for_a_margin(source: Path, margin: float) -> None:
+    block = quantized_block(source, "block")
+    name = "mlp.up_proj"
+    linear = linear_of(block, name)
+    before = linear.qtensor()
+    lost = 0.2 * torch.randn(linear.weight_packed.shape[0], 64, generator=torch.Generator().manual_seed(5))
+    up, down = (
+        d * before.scales.values().repeat_interleave(32, -1)
+        for d in neighbour_distances(before.format.element, before.codes)
+    )
+    linear.remainder = (lost * torch.where(lost > 0, up, down)).to(torch.bfloat16)
+    offset = TunableBlock.of(block, LLAMA_SITES, margin).linears[name].offset.detach()
+    assert offset.abs().max() <= 0.5 - margin
+    has_neighbour = torch.where(lost > 0, up, down) > 0
+    expected = torch.where(has_neighbour, lost, 0.0).clamp(margin - 0.5, 0.5 - margin)
+    torch.testing.assert_close(offset, expected, rtol=0.01, atol=1e-6)
