@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_finished_block, load_original, load_outer, outer_tensors
 from mxrot.blockwise import BlockRun, advance_original, quantize_block, smoothed_sites
-from mxrot.calibration import BlockInputs, advance, first_block_inputs
+from mxrot.calibration import BlockInputs, advance, first_block_inputs, generated_windows
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.models import (
     Family,
@@ -110,6 +110,9 @@ def quantize(
     files = WeightFiles(folder)
     stored_dtype = files.dtype_of(f"{family.embedding}.weight")
     run = BlockRun(recipe, family, config, device, stored_dtype, compute_dtype(stored_dtype, device), seed)
+    if windows is not None and recipe.calibration.generated:
+        progress(0, config.num_hidden_layers, "generating calibration text")
+        windows = torch.cat([windows, _generated(run, files, windows.shape[1])])
     shape = None if windows is None else (windows.shape[0], windows.shape[1])
     record = RunRecord(recipe, seed, shape, device_name(device), versions())
     if device.type == "cuda":
@@ -163,6 +166,13 @@ def quantize(
     if device.type == "cuda":
         record.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
     return QuantizedModel(None if store else model, record)
+
+
+def _generated(run: BlockRun, files: WeightFiles, length: int) -> Tensor:
+    """The windows that the original model writes."""
+    original = load_original(run.config, run.family, files, run.dtype, run.device)
+    generator = generator_for(run.seed, "generated windows")
+    return generated_windows(original, run.recipe.calibration.generated, length, generator)
 
 
 def _windows_at_once(model: PreTrainedModel, device: torch.device, seq_len: int) -> int:

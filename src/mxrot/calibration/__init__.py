@@ -10,6 +10,7 @@ from mxrot.calibration.capture import (
     watched_inputs,
     watched_together,
 )
+from mxrot.calibration.generation import generated_windows
 from mxrot.calibration.statistics import COLLECTORS, ChannelMaxima, Collector, Hessian, LargestMagnitude, RowSample
 from mxrot.calibration.text import Text, load_text, token_windows
 
@@ -24,6 +25,7 @@ __all__ = [
     "Text",
     "advance",
     "first_block_inputs",
+    "generated_windows",
     "load_text",
     "observe_all_inputs",
     "observe_inputs",

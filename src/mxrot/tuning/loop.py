@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from mxrot.errors import ConfigError, NumericsError
+from mxrot.errors import ConfigError, DataError, NumericsError
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,17 @@ def rate_factor(step: int, steps: int) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def split_windows(windows: int, held_out: float) -> tuple[Tensor, Tensor]:
+    """Positions to train on, and evenly spaced ones that are held out, int64; DataError unless both are some."""
+    if windows < 2:
+        raise DataError(f"tuning holds windows out and trains on others: it needs 2, and calibration has {windows}")
+    count = min(max(1, round(windows * held_out)), windows - 1)
+    test = torch.arange(count) * windows // count
+    is_held_out = torch.zeros(windows, dtype=torch.bool)
+    is_held_out[test] = True
+    return (~is_held_out).nonzero().flatten(), test
 
 
 def window_batches(windows: int, options: Tuning, generator: torch.Generator) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mxrot.calibration import BlockInputs, first_block_inputs
 from mxrot.models import Family
-from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, tune
+from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.tunable import TunableBlock, TunableLinear
 
 LOGIT_TOKENS = 2048
@@ -68,8 +68,7 @@ def tune_network(
     """Tune `model`, quantized and on its device, towards `original` on token windows [W, T]; in place."""
     device = model.get_submodule(family.embedding).weight.device
     assert isinstance(device, torch.device)
-    held_out = max(1, round(len(windows) * options.held_out))
-    train, test = windows[held_out:], windows[:held_out]
+    train, test = (windows[part] for part in split_windows(len(windows), options.held_out))
     blocks = list(model.get_submodule(family.blocks).children())
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()

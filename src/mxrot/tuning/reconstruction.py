@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mxrot.calibration import BlockInputs
 from mxrot.models import Site
-from mxrot.tuning.loop import Check, Problem, Tuning, deterministic, tune
+from mxrot.tuning.loop import Check, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
 from mxrot.tuning.tunable import TunableBlock
 
@@ -32,8 +32,7 @@ def tune_block(
     `block` coming from the quantized blocks before it and those of `original` from the original model.
     """
     windows = [(batch, row) for batch, hidden in enumerate(inputs.hidden) for row in range(len(hidden))]
-    held_out = max(1, round(len(windows) * options.held_out))
-    train, test = windows[held_out:], windows[:held_out]
+    train, test = ([windows[i] for i in part.tolist()] for part in split_windows(len(windows), options.held_out))
     device = inputs.hidden[0].device
     dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
     block.float()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mxrot.errors import ConfigError, NumericsError
-from mxrot.tuning.loop import Check, Problem, Tuning, TuningState, rate_factor, tune, window_batches
+from mxrot.errors import ConfigError, DataError, NumericsError
+from mxrot.tuning.loop import Check, Problem, Tuning, TuningState, rate_factor, split_windows, tune, window_batches
 
 OPTIONS = Tuning(steps=20, batch_windows=2, offset_rate=0.1, transform_rate=0.0, checks=5, patience=2)
 
@@ -147,3 +147,16 @@ def test_when_to_stop() -> None:
 def test_options_that_cannot_work(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"tuning: .*{next(iter(wrong))}"):
         Tuning(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("windows", "share", "count"), [(40, 0.1, 4), (2, 0.9, 1), (3, 0.01, 1), (7, 0.5, 4)])
+def test_held_out_windows_are_spread_and_apart(windows: int, share: float, count: int) -> None:
+    train, test = split_windows(windows, share)
+    assert len(test) == count and sorted(torch.cat([train, test]).tolist()) == list(range(windows))
+    gaps = test.diff()
+    assert not len(gaps) or int(gaps.max() - gaps.min()) <= 1
+
+
+def test_one_window_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="it needs 2, and calibration has 1"):
+        split_windows(1, 0.1)

@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_model import random_windows, write_tiny_model
+from tests.unit.checkpoint.folders import recipe
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mxrot import pipeline
+from mxrot.calibration import generated_windows
+from mxrot.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"), eos_token_id=7)
+
+
+@pytest.fixture(scope="module")
+def model(source: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+
+
+def windows(model: PreTrainedModel, count: int = 70, seed: int = 0) -> Tensor:
+    return generated_windows(model, count, 24, torch.Generator().manual_seed(seed))
+
+
+def test_windows_are_full_and_never_end_the_text(model: PreTrainedModel) -> None:
+    found = windows(model)
+    assert found.shape == (70, 24) and found.dtype == torch.int64 and found.device.type == "cpu"
+    assert found.min() >= 0 and found.max() < 256
+    assert (found[:, 1:] != 7).all()
+    assert len(found[:, 0].unique()) > 30 and len(found[:, 1:].unique()) > 100
+
+
+def test_a_seed_gives_the_same_windows_and_leaves_the_callers_random_numbers_alone(model: PreTrainedModel) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    one = windows(model)
+    assert torch.equal(torch.rand(4), expected)
+    assert torch.equal(windows(model), one) and not torch.equal(windows(model, seed=1), one)
+
+
+def test_they_follow_the_model(model: PreTrainedModel) -> None:
+    """The mean log-probability of what it samples is its own mean negative entropy, up to the sampling's noise."""
+    found = windows(model)
+    with torch.no_grad():
+        logits = model(found).logits[:, :-1].log_softmax(dim=-1)
+    logits = logits.clone()
+    logits[..., 7] = -torch.inf
+    logits = logits.log_softmax(dim=-1)
+    drawn = logits.gather(-1, found[:, 1:, None])[..., 0]
+    entropy = -(logits.exp() * logits.nan_to_num(neginf=0.0)).sum(dim=-1)
+    spread = (drawn + entropy).std() / drawn.numel() ** 0.5
+    assert abs(float((drawn + entropy).mean())) < 4 * float(spread)
+
+
+def test_calibration_takes_them_in(source: Path) -> None:
+    given = random_windows(3, 24)
+    result = pipeline.quantize(source, recipe("mxrot", calibration__generated=5), windows=given)
+    assert result.record.windows == (8, 24)
+    without = pipeline.quantize(source, recipe("mxrot"), windows=given)
+    assert without.record.windows == (3, 24)
+
+
+def test_a_negative_number_of_windows() -> None:
+    with pytest.raises(ConfigError, match="generated must not be negative"):
+        recipe("mxrot", calibration__generated=-1)
