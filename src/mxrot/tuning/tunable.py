@@ -41,7 +41,7 @@ class TunableInputs(nn.Module):
         self.register_buffer("start", start.to(device, torch.float32), persistent=False)
         identity = torch.eye(block, device=device).expand_as(self.start).contiguous()
         self.correction = nn.Parameter(identity, requires_grad=transform is not None)
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._reads_left = 0
 
     @property
@@ -63,14 +63,16 @@ class TunableInputs(nn.Module):
         inverse, _ = torch.linalg.inv_ex(self.correction)
         return inverse.mT - torch.eye(inverse.shape[-1], device=inverse.device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Q(x T), and `moves`."""
         if self._last is None or self._last[0] is not x:
-            quantized: Tensor = RotateQuantize.apply(x, self.matrices(), self.quantizer)
-            self._last, self._reads_left = (x, quantized), self.readers
-        quantized, self._reads_left = self._last[1], self._reads_left - 1
+            self._last = x, RotateQuantize.apply(x, self.matrices(), self.quantizer), self.moves()
+            self._reads_left = self.readers
+        _, quantized, moves = self._last
+        self._reads_left -= 1
         if not self._reads_left:
             self.forget()  # with recomputation in the backward pass, it would be kept for nothing
-        return quantized
+        return quantized, moves
 
     def forget(self) -> None:
         """Let go of the last input and its graph."""
@@ -102,11 +104,9 @@ class TunableLinear(nn.Module):
         self._inputs = (inputs,)  # in a tuple, so that it is not registered twice
         self._linear = (linear,)
 
-    def weight(self) -> Tensor:
-        """The quantized weights, bfloat16 [N, K]."""
-        inputs = self._inputs[0]
+    def weight(self, moves: Tensor | None) -> Tensor:
+        """The quantized weights, bfloat16 [N, K]; `moves` as of the site's inputs."""
         offset: Tensor = self.offset
-        moves = inputs.moves()
         if moves is not None:
             lost = offset.detach() * torch.where(offset > 0, self.up, self.down)
             with torch.autocast(moves.device.type, enabled=False):
@@ -118,8 +118,8 @@ class TunableLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        quantized = self._inputs[0](x).to(torch.bfloat16)
-        weight = self.weight()
+        quantized, moves = self._inputs[0](x)
+        quantized, weight = quantized.to(torch.bfloat16), self.weight(moves)
         if x.device.type == "cpu":
             product = nn.functional.linear(quantized.float(), weight.float())
         else:
@@ -136,7 +136,7 @@ class TunableLinear(nn.Module):
         """The linear with the codes that the tuned weights have."""
         linear = self._linear[0]
         old = linear.qtensor()
-        blocks = self.weight().float().unflatten(-1, (-1, self.format.block))
+        blocks = self.weight(self._inputs[0].moves()).float().unflatten(-1, (-1, self.format.block))
         linear.set_weight(encode_blocks(blocks, old.scales, self.format))
         linear.remainder = None
         return linear

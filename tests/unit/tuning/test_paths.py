@@ -125,3 +125,21 @@ format = "mxfp4"
 """
     with pytest.raises(ConfigError, match="tuning needs quantized activations"):
         Recipe.from_toml(table, "w4")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scope", ["network", "block"])
+def test_on_a_gpu_it_gets_better_and_a_seed_gives_the_same_bits(source: Path, scope: str) -> None:
+    def run() -> tuple[Tensor, list[float]]:
+        chosen = tuned(scope, tuning__steps=120)
+        result = pipeline.quantize(source, chosen, windows=random_windows(160, 32), device="cuda")
+        assert result.model is not None
+        linears = [module for module in result.model.modules() if isinstance(module, QuantLinear)]
+        looks = result.record.tuning or result.record.blocks[0].tuning
+        assert looks is not None
+        return torch.cat([m.weight_packed.flatten() for m in linears]), [look.held_out for look in looks]
+
+    one, two = run(), run()
+    assert min(one[1]) < 0.95 * one[1][0]
+    assert torch.equal(one[0], two[0]) and one[1] == two[1]
