@@ -2,10 +2,10 @@
 
     python benchmarks/accuracy.py --text wikitext=wiki.test.raw --calib wiki.train.txt --table base --out results/
 
-A table is a list of runs: a recipe, keys to change, seeds, and the bounds its perplexity must meet. Runs are
-made one after the other in one process; the first is not warmed up by anything, so times are read off the
-repeated `time` table. Prints one line a run as it ends, the table last, and writes JSON with everything that is
-needed to do a run again.
+A table is a list of runs (benchmarks/tables.py): a recipe, keys to change, seeds, and the bounds its perplexity must
+meet. Runs are made one after the other; the first is not warmed up by anything, so times are read off the repeated
+`time` table. With several GPUs each has a process of its own, and runs and seeds are dealt out to them. Prints a line
+for each seed as it ends and the table last, and writes JSON with everything that is needed to do a run again.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
+import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,33 +30,31 @@ from torch import Tensor
 
 from mxrot import api, pipeline
 from mxrot.calibration import load_text, token_windows
+from mxrot.errors import MxrotError
 from mxrot.evaluation import perplexity
 from mxrot.models import find_model
 from mxrot.recipe import load_recipe
-from mxrot.records import device_name, versions
+from mxrot.records import RunRecord, device_name, versions
+
+Entry = dict[str, Any]
+"""What one seed of one run has given."""
 
 
 def main() -> None:
     options = parse_options()
-    device = options.device or api.default_device()
-    bench = Bench.prepare(options, device)
-    for table in options.table.split(","):
-        rows = []
-        for run in TABLES[table]:
-            if options.only and not any(part in run.label for part in options.only.split("|")):
-                continue
-            rows.append(measure(run, bench))
-            compare_with_original(rows)
-            print(line(rows[-1]), flush=True)
-            path = write_result(table, rows, bench)  # after each row: a run that is cut off leaves what it has
-        print_table(rows)
-        print(f"written: {path}", flush=True)
+    if options.part is not None:
+        index, count = map(int, options.part.split("/"))
+        measure_part(options, index, count)
+    elif options.device is None and torch.cuda.device_count() > 1:
+        measure_in_parallel(options, torch.cuda.device_count())
+    else:
+        measure_part(options, 0, 1)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--table", default="base", help=f"one or more of {', '.join(TABLES)}, comma-separated")
+    parser.add_argument("--table", default="base", help=f"one of {', '.join(TABLES)}")
     parser.add_argument("--only", default="", help="only runs whose label contains one of these, separated by |")
     parser.add_argument("--text", action="append", help="evaluation text, NAME=FILE; may be repeated (demo)")
     parser.add_argument("--calib", default="demo")
@@ -62,11 +63,52 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--no-perplexity", action="store_true", help="only quantize, for times")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--part", default=None, help="I/N: every N-th measurement from the I-th on, of all N")
     parser.add_argument("--commit", default=None, help="what is measured, where there is no git checkout")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     options.text = options.text or ["demo"]
     return options
+
+
+def chosen_runs(options: argparse.Namespace) -> list[Run]:
+    """The runs of the table that were asked for."""
+    wanted = options.only.split("|")
+    return [run for run in TABLES[options.table] if any(part in run.label for part in wanted)]
+
+
+def measure_part(options: argparse.Namespace, index: int, count: int) -> None:
+    """Measure what falls to part `index` of `count`, in this process; results are written after each seed."""
+    bench = Bench.prepare(options, options.device or api.default_device())
+    runs = chosen_runs(options)
+    units = [(run, seed) for run in runs for seed in run.seeds][index::count]
+    entries: list[Entry] = []
+    for run, seed in units:
+        entries.append({"label": run.label, "seed": seed} | measure(run, seed, bench))
+        print(line(summary(run, entries[-1:])), flush=True)
+        path = write_result(options, bench.description(), entries, f"part-{index}-of-{count}" if count > 1 else "")
+    if count == 1:
+        print_table(options, entries)
+        print(f"written: {path}", flush=True)
+
+
+def measure_in_parallel(options: argparse.Namespace, gpus: int) -> None:
+    """One process for each GPU, and their results together."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for index in range(gpus):
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(index)}
+            command = [sys.executable, *sys.argv, "--part", f"{index}/{gpus}", "--out", folder]
+            processes.append(subprocess.Popen(command, env=environment))
+        failed = [process.wait() for process in processes]
+        parts = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    if not parts:
+        raise SystemExit(f"no part has measured anything; exit codes {failed}")
+    entries = [entry for part in parts for entry in part["entries"]]
+    description = {key: value for key, value in parts[0].items() if key not in ("rows", "entries")}
+    path = write_result(options, description | {"gpus": gpus}, entries)
+    print_table(options, entries)
+    print(f"written: {path}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -97,95 +139,130 @@ class Bench:
         tokens = api.EVALUATION_TOKENS.get(torch.device(self.device).type, 2048)
         return max(1, tokens // self.options.seq_len)
 
+    def description(self) -> dict[str, Any]:
+        """What was measured, on what, where."""
+        options = self.options
+        return {
+            "commit": options.commit or _commit(),
+            "model": options.model,
+            "device": device_name(torch.device(self.device)).lower().replace(" ", "-"),
+            "machine": platform.machine(),
+            "versions": versions(),
+            "texts": self.texts,
+            "windows": options.windows,
+            "seq_len": options.seq_len,
+        }
 
-def measure(run: Run, bench: Bench) -> dict[str, Any]:
-    """Every seed of one run."""
-    row: dict[str, Any] = {"label": run.label, "recipe": run.recipe, "changes": run.changes, "seeds": []}
-    for seed in run.seeds:
-        entry: dict[str, Any] = {"seed": seed}
-        if run.recipe is None:
-            model, _ = api.open_model(bench.folder, bench.device)
-        else:
-            recipe = load_recipe(run.recipe).changed(run.changes)
-            windows = None if recipe.is_data_free else bench.calibration
-            result = pipeline.quantize(bench.folder, recipe, windows=windows, device=bench.device, seed=seed)
-            assert result.model is not None
-            model = result.model
-            entry |= {"quantize_seconds": result.record.seconds, "peak_gpu_bytes": result.record.peak_gpu_bytes}
-            row |= {"recipe_toml": recipe.to_toml(), "calibration_windows": result.record.windows}
-            del result
-        if not bench.options.no_perplexity:
-            entry["perplexity"] = {
-                name: vars(perplexity(model, windows, bench.batch)) for name, windows in bench.windows.items()
-            }
-        row["seeds"].append(entry)
-        del model
+
+def measure(run: Run, seed: int, bench: Bench) -> Entry:
+    """Quantize and evaluate once; an error is a result too."""
+    try:
+        return _measure(run, seed, bench)
+    except (MxrotError, torch.OutOfMemoryError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _measure(run: Run, seed: int, bench: Bench) -> Entry:
+    entry: Entry = {}
+    if run.recipe is None:
+        model, _ = api.open_model(bench.folder, bench.device)
+    else:
+        recipe = load_recipe(run.recipe).changed(run.changes)
+        windows = None if recipe.is_data_free else bench.calibration
+        result = pipeline.quantize(bench.folder, recipe, windows=windows, device=bench.device, seed=seed)
+        assert result.model is not None
+        model, record = result.model, result.record
+        entry |= {"quantize_seconds": record.seconds, "peak_gpu_bytes": record.peak_gpu_bytes}
+        entry |= {"recipe_toml": recipe.to_toml(), "calibration_windows": record.windows}
+        entry["output_errors"] = output_errors(record)
+        if record.tuning is not None:
+            entry["tuning"] = [vars(check) for check in record.tuning]
     if not bench.options.no_perplexity:
-        first = next(iter(row["seeds"][0]["perplexity"]))
-        found = [entry["perplexity"][first]["ppl"] for entry in row["seeds"]]
-        mean = sum(found) / len(found)
-        row |= {"mean": mean, "spread": max(found) - min(found), "low": run.low, "high": run.high}
-        row["holds"] = run.low <= mean <= run.high
+        entry["perplexity"] = {
+            name: vars(perplexity(model, windows, bench.batch)) for name, windows in bench.windows.items()
+        }
+    return entry
+
+
+def output_errors(record: RunRecord) -> dict[str, float]:
+    """The mean relative output error of the linears of each site."""
+    found: dict[str, list[float]] = {}
+    for block in record.blocks:
+        for linear in block.linears:
+            if linear.output_error is not None:
+                found.setdefault(linear.site, []).append(linear.output_error)
+    return {site: sum(errors) / len(errors) for site, errors in found.items()}
+
+
+def summary(run: Run, entries: list[Entry], original: dict[str, float] | None = None) -> dict[str, Any]:
+    """The row of one run: means over its seeds, and whether they are within bounds.
+
+    `original` is the perplexity of the unquantized model on each text.
+    """
+    row: dict[str, Any] = {"label": run.label, "recipe": run.recipe, "changes": run.changes, "seeds": entries}
+    errors = [entry["error"] for entry in entries if "error" in entry]
+    measured = [entry["perplexity"] for entry in entries if "perplexity" in entry]
+    if errors:
+        row["error"] = errors[0]
+    if errors or not measured:
+        return row
+    means = {name: sum(found[name]["ppl"] for found in measured) / len(measured) for name in measured[0]}
+    first = [found[next(iter(means))]["ppl"] for found in measured]
+    row |= {"means": means, "spread": max(first) - min(first), "low": run.low, "high": run.high}
+    row["holds"] = run.low <= next(iter(means.values())) <= run.high
+    if original is not None:
+        row["relative"] = {name: mean / original[name] for name, mean in means.items()}
         row["relative_bound"] = run.relative
+        row["holds"] &= all(value <= run.relative for value in list(row["relative"].values())[1:])
     return row
 
 
-def compare_with_original(rows: list[dict[str, Any]]) -> None:
-    """Add to the last row its mean perplexity on each text relative to that of the unquantized model."""
-    original = next((row for row in rows if row["recipe"] is None and "mean" in row), None)
-    if original is None or "mean" not in rows[-1]:
-        return
-    row = rows[-1]
-    row["relative"] = {
-        name: sum(entry["perplexity"][name]["ppl"] for entry in row["seeds"])
-        / len(row["seeds"])
-        / original["seeds"][0]["perplexity"][name]["ppl"]
-        for name in original["seeds"][0]["perplexity"]
-    }
-    second = list(row["relative"].values())[1:2]
-    row["holds"] = row["holds"] and all(value <= row["relative_bound"] for value in second)
+def summaries(options: argparse.Namespace, entries: list[Entry]) -> list[dict[str, Any]]:
+    """All rows, in the order of the table."""
+    by_label: dict[str, list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: entry["seed"]):
+        by_label.setdefault(entry["label"], []).append(entry)
+    runs = [run for run in chosen_runs(options) if run.label in by_label]
+    unquantized = next((summary(run, by_label[run.label]) for run in runs if run.recipe is None), {})
+    return [summary(run, by_label[run.label], unquantized.get("means")) for run in runs]
 
 
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
+    text = f"{row['label']:34s}"
+    if "error" in row:
+        return f"{text} FAILED: {row['error']}"
+    if "means" in row:
+        text += "".join(f" {mean:8.3f}" for mean in row["means"].values()) + f"  spread {row['spread']:6.3f}"
+    if "relative" in row:
+        text += "  x " + " ".join(f"{value:.3f}" for value in row["relative"].values())
+    if row.get("high", math.inf) < math.inf:
+        bounds = f"{row['low']:.2f} to {row['high']:.2f}"
+        text += f"  {bounds:18s} {'ok' if row['holds'] else 'MISSED':6s}"
     seconds = [entry["quantize_seconds"] for entry in row["seeds"] if "quantize_seconds" in entry]
     peaks = [entry["peak_gpu_bytes"] or 0 for entry in row["seeds"] if "peak_gpu_bytes" in entry]
-    text = f"{row['label']:28s}"
-    if "mean" in row:
-        bounds = f"{row['low']:.2f} to {row['high']:.2f}" if row["high"] < float("inf") else ""
-        verdict = ("ok" if row["holds"] else "MISSED") if bounds else ""
-        text += f" {row['mean']:8.3f}  spread {row['spread']:6.3f}  {bounds:18s} {verdict:7s}"
-    if "relative" in row:
-        text += " relative " + " ".join(f"{value:.3f}" for value in row["relative"].values())
     if seconds:
-        text += f" quantized in {' '.join(f'{value:.2f}' for value in seconds)} s, peak {max(peaks) / 1e9:.2f} GB"
+        text += f"  {' '.join(f'{value:.2f}' for value in seconds)} s, {max(peaks) / 1e9:.2f} GB"
     return text
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print("\n" + "\n".join(line(row) for row in rows), flush=True)
+def print_table(options: argparse.Namespace, entries: list[Entry]) -> None:
+    print("\n" + "\n".join(line(row) for row in summaries(options, entries)), flush=True)
 
 
-def write_result(table: str, rows: list[dict[str, Any]], bench: Bench) -> Path:
+def write_result(
+    options: argparse.Namespace, description: dict[str, Any], entries: list[Entry], part: str = ""
+) -> Path:
     """Write what there is; the file's path."""
-    options = bench.options
-    name = device_name(torch.device(bench.device)).lower().replace(" ", "-")
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": options.commit or _commit(),
-        "model": options.model,
-        "device": name,
-        "machine": platform.machine(),
-        "versions": versions(),
-        "texts": bench.texts,
-        "windows": options.windows,
-        "seq_len": options.seq_len,
-        "rows": rows,
-    }
+    result = {"command": " ".join(["python", *sys.argv]), **description, "rows": summaries(options, entries)}
+    if part:
+        result["entries"] = entries
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.model.replace('/', '-')}_{table}_{name}_{time.strftime('%Y-%m-%d')}.json"
+    words = [options.model.replace("/", "-"), options.table, description["device"], time.strftime("%Y-%m-%d"), part]
+    path = options.out / ("_".join(filter(None, words)) + ".json")
     path.write_text(json.dumps(result, indent=1, default=str) + "\n")
     return path
 

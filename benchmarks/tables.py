@@ -24,8 +24,6 @@ class Run:
 FLOOR = {"weights.rule": "floor", "activations.rule": "floor"}
 BLOCK = {"transform.sharing": "block"}
 ERROR = {"transform.score": "error"}
-SPACED = {"transform.sample": "spaced"}
-BOTH = {"transform.score": "error", "transform.sample": "both"}
 SMOOTH = {"smoothing.alpha": 0.6}
 SMOOTH_NOT_O = {**SMOOTH, "smoothing.skip": ["o"]}
 THREE = (0, 1, 2)
@@ -95,15 +93,9 @@ TABLES: dict[str, tuple[Run, ...]] = {
         Run("smoothing + hadamard", "hadamard", SMOOTH, high=37.3 * 1.03),
         Run("smoothing (not o) + hadamard", "hadamard", SMOOTH_NOT_O, **around(37.3, 0.03)),
         Run("duquant++ (site)", "duquant++", seeds=THREE, high=37.6),
-        Run("duquant++ (block)", "duquant++", BLOCK, seeds=THREE, high=36.4),
-        Run("duquant++ (block, error of peaks)", "duquant++", {**BLOCK, **ERROR}, seeds=THREE, high=36.4),
-        Run("duquant++ (block, error)", "duquant++", {**BLOCK, **ERROR, **SPACED}, seeds=THREE, high=36.4),
-        Run("duquant++ (block, error of both)", "duquant++", {**BLOCK, **BOTH}, seeds=THREE, high=36.4),
-        Run("duquant++ (block, 64 steps)", "duquant++", {**BLOCK, "transform.steps": 64}, seeds=THREE, high=36.4),
-        Run("duquant++ (site, error)", "duquant++", {**ERROR, **SPACED}, seeds=THREE, high=37.6),
+        Run("duquant++ (block)", "duquant++", {**BLOCK, **ERROR}, seeds=THREE, high=36.4),
+        Run("duquant++ (block, by peak)", "duquant++", BLOCK, seeds=THREE),
         Run("duquant++-gptq (block)", "duquant++-gptq", seeds=THREE, high=31.0),
-        Run("duquant++-gptq (block, error)", "duquant++-gptq", {**ERROR, **SPACED}, seeds=THREE, high=31.0),
-        Run("duquant++-gptq (block, error of both)", "duquant++-gptq", BOTH, seeds=THREE, high=31.0),
         Run("duquant++-released", "duquant++-released", low=31.0, high=33.5),
         Run("duquant++-released-gptq", "duquant++-released-gptq", seeds=THREE, low=28.5, high=30.5),
         Run("hadamard", "hadamard"),
