@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -105,7 +106,7 @@ def measure_in_parallel(options: argparse.Namespace, gpus: int) -> None:
     if not parts:
         raise SystemExit(f"no part has measured anything; exit codes {failed}")
     entries = [entry for part in parts for entry in part["entries"]]
-    description = {key: value for key, value in parts[0].items() if key not in ("rows", "entries")}
+    description = {key: value for key, value in parts[0].items() if key not in ("command", "rows", "entries")}
     path = write_result(options, description | {"gpus": gpus}, entries)
     print_table(options, entries)
     print(f"written: {path}", flush=True)
@@ -257,7 +258,7 @@ def write_result(
     options: argparse.Namespace, description: dict[str, Any], entries: list[Entry], part: str = ""
 ) -> Path:
     """Write what there is; the file's path."""
-    result = {"command": " ".join(["python", *sys.argv]), **description, "rows": summaries(options, entries)}
+    result = {"command": shlex.join(["python", *sys.argv]), **description, "rows": summaries(options, entries)}
     if part:
         result["entries"] = entries
     options.out.mkdir(parents=True, exist_ok=True)

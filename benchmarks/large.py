@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -50,7 +51,7 @@ def main() -> None:
     if peak is not None:
         print(f"peak GPU memory {peak / 1e9:.1f} GB")
     record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": options.commit,
         "device": device_name(device),
         "machine": platform.machine(),

@@ -113,7 +113,7 @@ TABLES: dict[str, tuple[Run, ...]] = {
         mxrot("exponents 7.25", **{"rounding.scales": "reached", "weights.rule": "7.25"}),
         mxrot("static order", **STATIC),
         mxrot("static order, 7.25", **{**STATIC, "weights.rule": "7.25"}),
-        *(mxrot(f"damping {d}", **{"rounding.damping": d}) for d in (0.001, 0.03, 0.1)),
+        *(mxrot(f"damping {d}", **{"rounding.damping": d}) for d in (0.01, 0.03, 0.1, 1.0)),
         *(mxrot(f"target damping {d}", **{"rounding.target_damping": d}) for d in (0.1, 1.0, 10.0, 30.0)),
         *(mxrot(f"moment damping {d}", **{"transform.damping": d}) for d in (0.001, 0.1)),
         mxrot("no transform", **{"transform.method": "identity"}),
