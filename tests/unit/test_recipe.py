@@ -272,3 +272,17 @@ def test_the_block_that_inputs_must_fill(weights: str, activations: str, expecte
     choice = QuantizerChoice(activations) if activations else None
     recipe = Recipe("x", QuantizerChoice(weights), Identity(), RoundToNearest(), activations=choice)
     assert recipe.input_block == expected
+
+
+@pytest.mark.parametrize("section", ["activations", "smoothing", "tuning"])
+def test_a_section_can_be_taken_out(section: str) -> None:
+    base = load_recipe("mxrot-tuned").changed({"smoothing.alpha": 0.5})
+    gone = {section: "none"} | ({"tuning": "none"} if section == "activations" else {})
+    changed = base.changed(gone)
+    assert getattr(base, section) is not None and getattr(changed, section) is None
+    assert changed.changed({}) == changed
+
+
+def test_only_a_section_can_be_taken_out() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'window'"):
+        load_recipe("rtn").changed({"window": "none"})

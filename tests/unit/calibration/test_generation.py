@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mxrot import pipeline
-from mxrot.calibration import generated_windows
+from mxrot.calibration import generated_windows, generation
 from mxrot.errors import ConfigError
 
 
@@ -24,6 +24,23 @@ def model(source: Path) -> PreTrainedModel:
 
 def windows(model: PreTrainedModel, count: int = 70, seed: int = 0) -> Tensor:
     return generated_windows(model, count, 24, torch.Generator().manual_seed(seed))
+
+
+def test_long_windows_are_several_sequences(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "SEQUENCE_TOKENS", 10)
+    monkeypatch.setattr(generation, "SEQUENCES_AT_ONCE", 2)
+    calls = []
+    own = model.generate
+    monkeypatch.setattr(model, "generate", lambda *a, **k: (calls.append(len(a[0])), own(*a, **k))[1])
+    found = windows(model, count=3)
+    assert found.shape == (3, 24) and calls == [2, 2, 2, 2]  # 72 tokens are 8 sequences of 10
+
+
+def test_the_cache_is_bounded(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers, two heads of 16, keys and values in float32: 512 bytes a token."""
+    monkeypatch.setattr(generation, "CACHE_BYTES", {"cpu": 512 * 24 * 5 + 1})
+    assert generation.sequences_at_once(model, 24) == 5
+    assert generation.sequences_at_once(model, 10**6) == 1
 
 
 def test_windows_are_full_and_never_end_the_text(model: PreTrainedModel) -> None:

@@ -1,0 +1,104 @@
+"""The tables of benchmarks/ are recipes that exist, and their rows add up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> Any:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import accuracy
+    finally:
+        sys.path.remove(str(FOLDER))
+    return accuracy
+
+
+def test_every_row_is_a_recipe_and_has_a_name_of_its_own(accuracy: Any) -> None:
+    from mxrot.recipe import load_recipe
+
+    for table, runs in accuracy.TABLES.items():
+        assert len({run.label for run in runs}) == len(runs), table
+        for run in runs:
+            assert run.seeds and (run.recipe is None or load_recipe(run.recipe).changed(run.changes))
+
+
+def entry(label: str, seed: int, *values: float) -> dict[str, Any]:
+    texts = dict(zip(("one", "two"), values, strict=True))
+    return {
+        "label": label,
+        "seed": seed,
+        "quantize_seconds": 1.0,
+        "peak_gpu_bytes": 2e9,
+        "perplexity": {name: {"ppl": value} for name, value in texts.items()},
+    }
+
+
+def options(**changes: Any) -> Namespace:
+    return Namespace(**({"table": "tuned", "only": "", "model": "demo", "out": None} | changes))
+
+
+def test_rows_are_means_over_seeds_relative_to_the_unquantized_model(accuracy: Any) -> None:
+    label = "mxrot-tuned"
+    entries = [entry(label, 2, 26.0, 12.0), entry("FP16", 0, 20.0, 10.0), entry(label, 0, 22.0, 12.5)]
+    original, tuned = accuracy.summaries(options(), entries)
+    assert original["relative"] == {"one": 1.0, "two": 1.0}
+    assert tuned["means"] == {"one": 24.0, "two": 12.25} and tuned["spread"] == 4.0
+    assert tuned["relative"] == {"one": 1.2, "two": 1.225}
+    assert [found["seed"] for found in tuned["seeds"]] == [0, 2]
+    assert not tuned["holds"]  # 24.0 is, 1.225 is not
+    assert "MISSED" in accuracy.line(tuned) and "24.000" in accuracy.line(tuned)
+    entries[0]["perplexity"]["two"]["ppl"] = 11.0
+    assert accuracy.summaries(options(), entries)[1]["holds"]
+
+
+def test_an_error_is_a_result(accuracy: Any) -> None:
+    failed = {"label": "mxrot-tuned", "seed": 0, "error": "NumericsError: layer 3"}
+    row = accuracy.summaries(options(), [failed])[0]
+    assert "FAILED: NumericsError: layer 3" in accuracy.line(row)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_parts_measure_everything_once(
+    accuracy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parts: int
+) -> None:
+    """Dealt out and put together again, the rows are those of one process."""
+
+    class Bench:
+        @staticmethod
+        def prepare(options: Namespace, device: str) -> Bench:
+            return Bench()
+
+        def description(self) -> dict[str, Any]:
+            return {"device": "cpu"}
+
+    def measure(run: Any, seed: int, bench: Bench) -> dict[str, Any]:
+        value = len(run.label) + seed
+        return {"perplexity": {"one": {"ppl": float(value)}, "two": {"ppl": float(value)}}}
+
+    monkeypatch.setattr(accuracy, "Bench", Bench)
+    monkeypatch.setattr(accuracy, "measure", measure)
+    found: list[dict[str, Any]] = []
+    for index in range(parts):
+        accuracy.measure_part(options(table="base", out=tmp_path / str(parts), device=None), index, parts)
+    for path in (tmp_path / str(parts)).glob("*.json"):
+        written = json.loads(path.read_text())
+        found += written.get("entries", []) or [seed for row in written["rows"] for seed in row["seeds"]]
+    wanted = [(run.label, seed) for run in accuracy.TABLES["base"] for seed in run.seeds]
+    assert sorted((e["label"], e["seed"]) for e in found) == sorted(wanted)
+    rows = accuracy.summaries(options(table="base"), found)
+    assert [row["label"] for row in rows] == [run.label for run in accuracy.TABLES["base"]]
+
+
+def test_only_takes_several_parts_of_labels(accuracy: Any) -> None:
+    labels = [run.label for run in accuracy.chosen_runs(options(table="base", only="rtn|released"))]
+    assert labels == ["rtn, even", "rtn, floor", "duquant++-released", "duquant++-released-gptq"]
