@@ -116,6 +116,7 @@ TABLES: dict[str, tuple[Run, ...]] = {
         *(mxrot(f"damping {d}", **{"rounding.damping": d}) for d in (0.01, 0.03, 0.1, 1.0)),
         *(mxrot(f"target damping {d}", **{"rounding.target_damping": d}) for d in (0.1, 1.0, 10.0, 30.0)),
         *(mxrot(f"moment damping {d}", **{"transform.damping": d}) for d in (0.001, 0.1)),
+        *(mxrot(f"condition {c:g}", **{"transform.condition": c}) for c in (8.0, 30.0)),
         mxrot("no transform", **{"transform.method": "identity"}),
         mxrot("hadamard", **{"transform.method": "hadamard"}),
         mxrot("hadamard, smoothing", **{"transform.method": "hadamard", "smoothing.alpha": 0.6}),

@@ -7,6 +7,7 @@ the wrong type, and combinations that cannot work are a ConfigError that names t
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -307,15 +308,18 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _json(value: Any) -> str:
+def _spelled(value: Any) -> str:
+    """A plain value as TOML spells it: as JSON does, but for what JSON has no word for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     # TOML wants every control character escaped; JSON leaves the last one as it is.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _write_toml(table: dict[str, Any]) -> str:
-    """A table of plain values and of one level of such tables; JSON spells strings, numbers and lists the same."""
+    """A table of plain values and of one level of such tables."""
     plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    text = "".join(f"{key} = {_json(value)}\n" for key, value in plain.items())
+    text = "".join(f"{key} = {_spelled(value)}\n" for key, value in plain.items())
     sections = (f"\n[{key}]\n{_write_toml(value)}" for key, value in table.items() if isinstance(value, dict))
     return text + "".join(sections)
 

@@ -34,10 +34,15 @@ class SecondMoment(TransformMethod):
 
     damping: float = 0.01
     """Added to the diagonal of both second moments, relative to its mean."""
+    condition: float = math.inf
+    """Largest ratio of T's singular values; those beyond are brought in from both ends (HiRes, arXiv 2609.34680, caps
+    them at 8)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < math.inf:
             raise ConfigError(f"transform moments: damping must be positive and finite, got {self.damping}")
+        if not self.condition >= 1:
+            raise ConfigError(f"transform moments: condition must be at least 1, got {self.condition}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -48,7 +53,8 @@ class SecondMoment(TransformMethod):
         weights = weight_moments(sample)
         if sharing == "site":
             inputs, weights = shared_moments(inputs, weights)
-        return balancing_transform(inputs, weights, self.damping)
+        found = balancing_transform(inputs, weights, self.damping)
+        return found if math.isinf(self.condition) else conditioned(found, self.condition)
 
 
 def weight_moments(sample: SiteSample) -> Tensor:
@@ -81,6 +87,14 @@ def balancing_transform(inputs: Tensor, weights: Tensor, damping: float) -> Bloc
     found = torch.linalg.solve_triangular(lower_x.mT, spread, upper=True)
     dead = (_traces(inputs) == 0) | (_traces(weights) == 0)
     return BlockTransform(torch.where(dead, rotation, found))
+
+
+def conditioned(transform: BlockTransform, condition: float) -> BlockTransform:
+    """T with singular values clipped to a ratio of `condition` around their geometric mean."""
+    left, singular, right = torch.linalg.svd(transform.matrices)
+    middle = singular.log().mean(dim=-1, keepdim=True).exp()
+    clipped = (singular / middle).clamp(condition**-0.5, condition**0.5) * middle
+    return BlockTransform(left * clipped[:, None, :] @ right)
 
 
 def _damped(moments: Tensor, damping: float) -> Tensor:

@@ -144,3 +144,27 @@ def test_the_statistics_are_means_over_all_batches() -> None:
 def test_damping_must_be_positive(damping: float) -> None:
     with pytest.raises(ConfigError, match="damping must be positive"):
         SecondMoment(damping)
+
+
+def test_singular_values_are_brought_within_a_ratio() -> None:
+    """Around their geometric mean; those within stay, and so do the directions."""
+    x, weight = uneven(400, seed=8), uneven(300, seed=18)
+    free = fitted(x, weight).matrices
+    sample = SiteSample(weight, B, {"moments": moments_of(x)})
+    for condition in (1.0, 8.0, 1e9):
+        capped = SecondMoment(condition=condition).fit(sample, "block", torch.Generator()).matrices
+        before, after = torch.linalg.svdvals(free), torch.linalg.svdvals(capped)
+        middle = before.log().mean(dim=-1, keepdim=True).exp()
+        expected = before.clamp(middle * condition**-0.5, middle * condition**0.5)
+        torch.testing.assert_close(after, expected, rtol=1e-9, atol=0)
+        # The polar factor that is a rotation is the same: T^T T' is symmetric and positive.
+        product = free.mT @ capped
+        torch.testing.assert_close(product, product.mT, rtol=1e-8, atol=1e-10)
+    assert float((torch.linalg.cond(free)).max()) > 8
+    torch.testing.assert_close(capped, free, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("condition", [0.5, float("nan")])
+def test_a_ratio_below_one_is_none(condition: float) -> None:
+    with pytest.raises(ConfigError, match="condition must be at least 1"):
+        SecondMoment(condition=condition)
