@@ -79,7 +79,7 @@ def quantize(
 ) -> None:
     """Quantize a model into a checkpoint folder."""
     from mxrot import api
-    from mxrot.report import progress_on_stderr, size_line
+    from mxrot.report import progress_on_stderr, size_line, tuning_line
 
     chosen = _recipe(recipe, changes)
     _prepare(model, device, json_file)
@@ -101,6 +101,8 @@ def quantize(
     console = _console()
     console.print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
     console.print(size_line(run["size"]))
+    if tuned := tuning_line(run):
+        console.print(tuned)
     if run["peak_gpu_bytes"] is not None:
         console.print(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
     console.print(f'next: mxrot eval {output}    mxrot generate {output} "Once upon a time"')
@@ -196,7 +198,7 @@ def inspect(
     from mxrot.checkpoint import is_checkpoint
     from mxrot.evaluation import site_maxima
     from mxrot.models import find_family
-    from mxrot.report import errors_table, maxima_table, progress_on_stderr, size_line
+    from mxrot.report import errors_table, maxima_table, progress_on_stderr, size_line, tuning_line
 
     loaded = load_text(text, "evaluation")
     _prepare(model, device, json_file)
@@ -211,6 +213,8 @@ def inspect(
         run = json.loads((folder / "run.json").read_text())
         console.print(errors_table(run["blocks"]))
         console.print(size_line(run["size"]))
+        if tuned := tuning_line(run):
+            console.print(tuned)
         result |= {"blocks": run["blocks"], "size": run["size"]}
     _write_json(json_file, result)
 

@@ -8,6 +8,7 @@ from mxrot.report.tables import (
     maxima_table,
     perplexity_table,
     size_line,
+    tuning_line,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "perplexity_table",
     "progress_on_stderr",
     "size_line",
+    "tuning_line",
 ]

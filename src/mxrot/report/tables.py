@@ -105,3 +105,23 @@ def size_line(size: dict[str, Any]) -> str:
         f"codes and scales {weights:.1f} MB ({size['bits_per_weight']:.3f} bits a weight), "
         f"transforms {size['transform_bytes'] / 1e6:.2f} MB, everything else {size['other_bytes'] / 1e6:.1f} MB"
     )
+
+
+def tuning_line(run: dict[str, Any]) -> str:
+    """One line on the losses of tuning, from a run.json; empty where nothing was tuned."""
+    of_blocks = [block["tuning"] for block in run["blocks"] if block.get("tuning")]
+    looks = [run["tuning"]] if run.get("tuning") else of_blocks
+    if not looks:
+        return ""
+    start, end = (sum(choose(look) for look in looks) / len(looks) for choose in (_first_loss, _least_loss))
+    steps = sum(look[-1]["step"] for look in looks)
+    kind = "KL of the logits, nats a token" if run.get("tuning") else "relative squared error, mean over blocks"
+    return f"tuned in {steps} steps: held-out loss {start:.4g} to {end:.4g} ({kind})"
+
+
+def _first_loss(look: list[dict[str, Any]]) -> float:
+    return float(look[0]["held_out"])
+
+
+def _least_loss(look: list[dict[str, Any]]) -> float:
+    return min(float(check["held_out"]) for check in look)

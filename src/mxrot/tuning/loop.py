@@ -56,8 +56,8 @@ class Check:
     """One look at the losses."""
 
     step: int
-    train: float
-    """Mean since the look before."""
+    train: float | None
+    """Mean since the look before; None at the start."""
     held_out: float
 
 
@@ -127,7 +127,7 @@ def tune(
     if keeper is not None and (kept := keeper.load()):
         _restore(kept, parameters, optimizer, state)
     if not state.checks:
-        _look(problem, parameters, state, math.nan)
+        _look(problem, parameters, state, None)
     losses: list[float] = []
     while state.step < options.steps and not state.stops(options.patience):
         for group in optimizer.param_groups:
@@ -144,7 +144,7 @@ def tune(
             losses = []
             if keeper is not None:
                 keeper.save(_kept(parameters, optimizer, state))
-        progress(state.step, options.steps, problem.name)
+        progress(state.step, options.steps, f"{problem.name}, held-out loss {state.least:.4g}")
     with torch.no_grad():
         for parameter, best in zip(parameters, state.best, strict=True):
             parameter.copy_(best)
@@ -181,7 +181,7 @@ def window_batches(windows: int, options: Tuning, generator: torch.Generator) ->
         left = left[size:]
 
 
-def _look(problem: Problem, parameters: list[nn.Parameter], state: TuningState, train: float) -> None:
+def _look(problem: Problem, parameters: list[nn.Parameter], state: TuningState, train: float | None) -> None:
     loss = problem.held_out_loss()
     if not math.isfinite(loss):
         raise NumericsError(f"{problem.name}: the held-out loss of tuning is {loss} at step {state.step}")
@@ -192,7 +192,8 @@ def _look(problem: Problem, parameters: list[nn.Parameter], state: TuningState, 
 
 def _kept(parameters: list[nn.Parameter], optimizer: torch.optim.Adam, state: TuningState) -> dict[str, Tensor]:
     """Everything that `_restore` needs, as tensors."""
-    looks = [[float(check.step), check.train, check.held_out] for check in state.checks]
+    nothing = math.nan
+    looks = [[check.step, nothing if check.train is None else check.train, check.held_out] for check in state.checks]
     kept = {"step": torch.tensor(state.step), "checks": torch.tensor(looks, dtype=torch.float64)}
     for index, (parameter, best) in enumerate(zip(parameters, state.best, strict=True)):
         kept |= {f"{index}.now": parameter.detach(), f"{index}.best": best}
@@ -205,7 +206,10 @@ def _restore(
     kept: dict[str, Tensor], parameters: list[nn.Parameter], optimizer: torch.optim.Adam, state: TuningState
 ) -> None:
     state.step = int(kept["step"])
-    state.checks = [Check(int(step), train, held_out) for step, train, held_out in kept["checks"].tolist()]
+    state.checks = [
+        Check(int(step), None if math.isnan(train) else train, held_out)
+        for step, train, held_out in kept["checks"].tolist()
+    ]
     keys: Any = ("step", "exp_avg", "exp_avg_sq")
     for index, parameter in enumerate(parameters):
         parameter.data.copy_(kept[f"{index}.now"])

@@ -9,7 +9,15 @@ from rich.console import Console, RenderableType
 
 from mxrot.evaluation import Perplexity, SiteMaxima
 from mxrot.layers import ModelSize
-from mxrot.report import ComparedRow, comparison_table, errors_table, maxima_table, perplexity_table, size_line
+from mxrot.report import (
+    ComparedRow,
+    comparison_table,
+    errors_table,
+    maxima_table,
+    perplexity_table,
+    size_line,
+    tuning_line,
+)
 
 PLAIN = ModelSize(other_bytes=269_000_000)
 QUANTIZED = ModelSize(1_000_000, code_bytes=500_000, scale_bytes=31_250, transform_bytes=4_000, other_bytes=2_000_000)
@@ -78,3 +86,14 @@ def test_errors_with_and_without_data() -> None:
 def test_size_line() -> None:
     said = size_line({**vars(QUANTIZED), "bits_per_weight": QUANTIZED.bits_per_weight})
     assert said == ("codes and scales 0.5 MB (4.250 bits a weight), transforms 0.00 MB, everything else 2.0 MB")
+
+
+def test_tuning_line() -> None:
+    def look(*losses: float) -> list[dict[str, object]]:
+        return [{"step": 10 * i, "train": None, "held_out": loss} for i, loss in enumerate(losses)]
+
+    assert tuning_line({"blocks": [{"tuning": None}], "tuning": None}) == ""
+    network = tuning_line({"blocks": [], "tuning": look(0.5, 0.25, 0.3)})
+    assert network == "tuned in 20 steps: held-out loss 0.5 to 0.25 (KL of the logits, nats a token)"
+    blocks = tuning_line({"blocks": [{"tuning": look(0.4, 0.1)}, {"tuning": look(0.2, 0.3)}], "tuning": None})
+    assert blocks == "tuned in 20 steps: held-out loss 0.3 to 0.15 (relative squared error, mean over blocks)"
