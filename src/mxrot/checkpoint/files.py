@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mxrot.errors import DiskFullError
+from mxrot.interrupts import interrupt_waits
 
 INDEX = "model.safetensors.index.json"
 _PIECE = 1 << 24
@@ -43,7 +44,9 @@ def write_json(path: Path, table: dict[str, Any]) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file; the same tensors give the same bytes."""
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    write_bytes(path, save(ordered, metadata={"format": "pt"}))
+    with interrupt_waits():
+        data = save(ordered, metadata={"format": "pt"})
+    write_bytes(path, data)
 
 
 def sha256_of(path: Path) -> str:

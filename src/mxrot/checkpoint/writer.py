@@ -27,6 +27,7 @@ from mxrot.checkpoint.config import check_exportable, quantization_config
 from mxrot.checkpoint.files import INDEX, sha256_of, write_bytes, write_json, write_tensors
 from mxrot.checkpoint.reader import check_files
 from mxrot.errors import CheckpointError
+from mxrot.interrupts import interrupt_waits
 from mxrot.layers import ModelSize
 from mxrot.models import Family, WeightFiles, find_family, read_config
 from mxrot.pipeline import Progress, quantize
@@ -74,7 +75,8 @@ class PartialCheckpoint:
             path = self.folder / self.shard(index + 1)
             if sha256_of(path) != note["sha256"]:
                 return None
-            table, named = note["report"], load_file(path)
+            with interrupt_waits():
+                table, named = note["report"], load_file(path)
             linears = [LinearReport(**{**x, "shape": tuple(x["shape"])}) for x in table["linears"]]
             checks = table["tuning"] and [Check(**check) for check in table["tuning"]]
             report = BlockReport(table["index"], table["seconds"], linears, checks)
@@ -124,7 +126,8 @@ class PartialTuning:
     def load(self) -> dict[str, Tensor] | None:
         """None if there is none, or one that cannot be read."""
         try:
-            return load_file(self.path)
+            with interrupt_waits():
+                return load_file(self.path)
         except (OSError, SafetensorError):
             return None
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mxrot.errors import FamilyError, NumericsError
+from mxrot.interrupts import interrupt_waits
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -49,7 +50,7 @@ class WeightFiles:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The type a tensor is stored in, without reading it; FamilyError as for `read`."""
-        with self._open(name) as file:
+        with interrupt_waits(), self._open(name) as file:
             stored = str(file.get_slice(name).get_dtype())
         if stored not in _DTYPES:
             raise FamilyError(f"{name}: stored as {stored}; expected one of {', '.join(_DTYPES)}")
@@ -57,7 +58,7 @@ class WeightFiles:
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One tensor on `device`; FamilyError if it is missing or unreadable, NumericsError on NaN or Inf."""
-        with self._open(name, device) as file:
+        with interrupt_waits(), self._open(name, device) as file:
             tensor = file.get_tensor(name)
         if not torch.isfinite(tensor).all():
             raise NumericsError(f"{name}: the weights hold NaN or Inf; the file {self._file_of[name]} is damaged")
