@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.errors import ConfigError, DataError, NumericsError
+
+KEEP_SECONDS = 60.0
+"""Between two looks at which an unfinished run is kept, which is four times as large as the weights in float32."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ def tune(
     NumericsError with the problem's name if a loss is not finite.
     """
     parameters = [parameter for group, _ in problem.groups for parameter in group]
+    if not parameters:
+        return []  # every linear is ignored
     optimizer = torch.optim.Adam([{"params": list(group), "lr": rate, "peak": rate} for group, rate in problem.groups])
     batches = list(window_batches(problem.windows, options, generator))
     every = max(1, options.steps // options.checks)
@@ -129,6 +135,7 @@ def tune(
     if not state.checks:
         _look(problem, parameters, state, None)
     losses: list[float] = []
+    kept_at = time.monotonic()
     while state.step < options.steps and not state.stops(options.patience):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate_factor(state.step, options.steps)
@@ -142,8 +149,10 @@ def tune(
         if state.step % every == 0 or state.step == options.steps:
             _look(problem, parameters, state, sum(losses) / len(losses))
             losses = []
-            if keeper is not None:
+            ends = state.step == options.steps or state.stops(options.patience)
+            if keeper is not None and (ends or time.monotonic() - kept_at >= KEEP_SECONDS):
                 keeper.save(_kept(parameters, optimizer, state))
+                kept_at = time.monotonic()
         progress(state.step, options.steps, f"{problem.name}, held-out loss {state.least:.4g}")
     with torch.no_grad():
         for parameter, best in zip(parameters, state.best, strict=True):

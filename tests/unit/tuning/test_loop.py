@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.errors import ConfigError, DataError, NumericsError
+from mxrot.tuning import loop
 from mxrot.tuning.loop import Check, Problem, Tuning, TuningState, rate_factor, split_windows, tune, window_batches
 
 OPTIONS = Tuning(steps=20, batch_windows=2, offset_rate=0.1, transform_rate=0.0, checks=5, patience=2)
@@ -73,7 +74,8 @@ class Memory:
         self.kept = {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def test_a_run_that_was_killed_ends_in_the_same_place() -> None:
+def test_a_run_that_was_killed_ends_in_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "KEEP_SECONDS", 0.0)
     whole, keeper = Line(), Memory()
     expected = tune(whole.problem(), OPTIONS, generator())
     first = Line()
@@ -92,6 +94,21 @@ def test_a_run_that_was_killed_ends_in_the_same_place() -> None:
     again = Line()
     tune(again.problem(), OPTIONS, generator(), keeper)
     assert again.steps == 0 and torch.equal(again.slope, whole.slope)
+
+
+def test_a_short_run_is_kept_once_at_its_end() -> None:
+    for line in (Line(), Line(rises_from=6)):  # with all its steps, and stopped before
+        keeper, saved = Memory(), []
+        keep = keeper.save
+        keeper.save = lambda tensors, keep=keep, saved=saved: (saved.append(int(tensors["step"])), keep(tensors))[1]  # type: ignore[method-assign]
+        checks = tune(line.problem(), OPTIONS, generator(), keeper)
+        assert saved == [checks[-1].step]
+
+
+def test_nothing_to_tune() -> None:
+    line = Line()
+    empty = replace(line.problem(), groups=[([], 0.1)])
+    assert tune(empty, OPTIONS, generator()) == [] and line.steps == 0
 
 
 def test_a_loss_that_is_not_finite_names_the_problem() -> None:

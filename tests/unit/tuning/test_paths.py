@@ -11,11 +11,12 @@ from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import digests, logits, recipe, without_run, write
 from torch import Tensor
 
-from mxrot import pipeline
+from mxrot import blockwise, pipeline
 from mxrot.checkpoint import load
 from mxrot.errors import ConfigError
 from mxrot.layers import QuantLinear
 from mxrot.recipe import Recipe
+from mxrot.tuning import loop
 
 WINDOWS = random_windows(40, 32)
 OPTIONS = {
@@ -68,7 +69,10 @@ def test_a_tuned_model_is_an_ordinary_quantized_one(source: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("scope", "at"), [("network", 33), ("block", 1)])
-def test_a_killed_run_goes_on(source: Path, tmp_path: Path, scope: str, at: int) -> None:
+def test_a_killed_run_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str, at: int
+) -> None:
+    monkeypatch.setattr(loop, "KEEP_SECONDS", 0.0)
     chosen = tuned(scope)
     write(source, tmp_path / "whole", chosen, windows=WINDOWS)
 
@@ -143,3 +147,20 @@ def test_on_a_gpu_it_gets_better_and_a_seed_gives_the_same_bits(source: Path, sc
     one, two = run(), run()
     assert min(one[1]) < 0.95 * one[1][0]
     assert torch.equal(one[0], two[0]) and one[1] == two[1]
+
+
+@pytest.mark.parametrize("scope", ["network", "block"])
+def test_a_model_of_which_everything_is_ignored(source: Path, scope: str) -> None:
+    result = pipeline.quantize(source, tuned(scope, ignore=["*"]), windows=WINDOWS)
+    assert not result.record.tuning and not any(block.tuning for block in result.record.blocks)
+
+
+@pytest.mark.parametrize("name", ["mxrot", "mxrot-tuned"])
+def test_the_last_block_of_the_original_model_is_not_run_for_nothing(
+    source: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    advanced: list[str] = []
+    advance = blockwise.advance
+    monkeypatch.setattr(blockwise, "advance", lambda *a: (advanced.append(a[2]), advance(*a))[1])
+    pipeline.quantize(source, recipe(name, tuning__steps=1) if "tuned" in name else recipe(name), windows=WINDOWS)
+    assert advanced == ["model.layers.0 of the original model"]
