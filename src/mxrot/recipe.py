@@ -92,7 +92,14 @@ class Recipe:
     def __post_init__(self) -> None:
         weights = self._quantizer("weights", self.weights)
         self.rounding.check(weights.format, weights.rule)
-        measures_error = getattr(self.transform, "score", "") in ("error", "joint")
+        score = getattr(self.transform, "score", "")
+        measures_error = score in ("error", "joint")
+        if score == "joint":
+            self._require(
+                TRANSFORM_BLOCK % weights.format.block == 0,
+                f'transform score = "joint" sees blocks of {TRANSFORM_BLOCK}, and weights in {weights.format.name} '
+                f"have blocks of {weights.format.block}",
+            )
         if self.activations is None:
             self._require(not measures_error, 'transform score = "error" or "joint" needs activations')
         else:
@@ -101,7 +108,7 @@ class Recipe:
             self._require(rule.dynamic, f"activations: rule {rule.name!r} is for weights only")
             self._require(
                 not measures_error or TRANSFORM_BLOCK % format.block == 0,
-                f'transform score = "error" sees blocks of {TRANSFORM_BLOCK}, and activations in {format.name} '
+                f'transform score = "{score}" sees blocks of {TRANSFORM_BLOCK}, and activations in {format.name} '
                 f"have blocks of {format.block}",
             )
         if self.tuning is not None:

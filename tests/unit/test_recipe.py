@@ -286,3 +286,16 @@ def test_a_section_can_be_taken_out(section: str) -> None:
 def test_only_a_section_can_be_taken_out() -> None:
     with pytest.raises(ConfigError, match="unknown key 'window'"):
         load_recipe("rtn").changed({"window": "none"})
+
+
+@pytest.mark.parametrize("score", ["error", "joint"])
+@pytest.mark.parametrize("part", ["weights", "activations"])
+def test_a_score_sees_no_longer_blocks_than_the_transform(score: str, part: str) -> None:
+    """Found before anything is loaded; the score of the inputs alone does not look at the weights."""
+    base = load_recipe("duquant++")
+    changes = {"transform.score": score, f"{part}.format": "int4_g128", f"{part}.rule": "absmax"}
+    if (score, part) == ("error", "weights"):
+        assert base.changed(changes).weights.format == "int4_g128"
+        return
+    with pytest.raises(ConfigError, match=f'score = "{score}" sees blocks of 32, and {part} in int4_g128 have'):
+        base.changed(changes)
