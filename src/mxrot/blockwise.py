@@ -56,6 +56,10 @@ class BlockRun:
     seed: int
     replay: Replays = field(default_factory=Replays)
 
+    def is_last(self, index: int) -> bool:
+        """Does no decoder block follow block `index`?"""
+        return bool(index + 1 == self.config.num_hidden_layers)
+
     @property
     def weights(self) -> TensorQuantizer:
         return self.recipe.weights.quantizer()
@@ -75,8 +79,8 @@ def quantize_block(
 ) -> BlockReport:
     """Load one block, and quantize its sites one after the other.
 
-    `originals` are the block's inputs in the original model, which are replaced by its outputs there; None where
-    rounding does not ask for them.
+    `originals` are the block's inputs in the original model, which are replaced by its outputs there, if another block
+    follows; None where neither rounding nor tuning asks for them.
     """
     started = time.monotonic()
     prefix = run.family.block_prefix(index)
@@ -98,7 +102,7 @@ def quantize_block(
             for name in _children_of(sites[: position + 1]) - _children_of(sites[position + 1 :]):
                 inputs.known.setdefault(name, {})
     checks = _tune(run, index, block, sites, inputs, original)
-    if original is not None:
+    if original is not None and not run.is_last(index):
         advance(original.block, original.inputs, f"{prefix} of the original model")
     return BlockReport(index, round(time.monotonic() - started, 3), reports, checks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -85,11 +86,14 @@ class SiteInputs:
         is_exact = self.quantizer is not None and self.quantizer.is_exact_in_bfloat16
         return Hessian(exact_in_bfloat16=is_exact and not is_weighted)
 
+    @cached_property
+    def _matrices(self) -> Tensor | None:
+        return None if self.transform is None else self.transform.matrices.to(torch.float32)
+
     def _seen(self, x: Tensor) -> Tensor:
         if self.quantizer is None:
             return x.float() if self.transform is None else self.transform.apply(x)
-        matrices = None if self.transform is None else self.transform.matrices.to(torch.float32)
-        return rotate_quantize(x, matrices, self.quantizer.format, self.quantizer.rule)
+        return rotate_quantize(x, self._matrices, self.quantizer.format, self.quantizer.rule)
 
 
 def _inverse_size(stream: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from mxrot.recipe import Recipe
 from mxrot.records import BlockReport, RunRecord, device_name, versions
 from mxrot.surgery import stored_tensors
 from mxrot.transforms import generator_for
-from mxrot.tuning import Keeper, tune_network
+from mxrot.tuning import Check, Keeper, tune_network
 
 Progress = Callable[[int, int, str], None]
 """Told (blocks done, blocks in all, what is being done)."""
@@ -134,29 +134,24 @@ def quantize(
             report = quantize_block(run, index, block, files, inputs, originals)
         else:
             tensors, report = finished
-            if originals is not None:
+            if originals is not None and not run.is_last(index):
                 advance_original(run, index, block, files, originals)
             load_finished_block(block, index, tensors, recipe, family, run.dtype, device)
         record.blocks.append(report)
-        if inputs is not None and index + 1 < len(blocks):
+        if inputs is not None and not run.is_last(index):
             advance(block, inputs, family.block_prefix(index))
         if store is not None and not recipe.tunes_network:
             if finished is None:
                 store.save(index, stored_tensors(block, stored_dtype), report)
             block.to("meta")
-    if recipe.tuning is not None and recipe.tunes_network:
+    if recipe.tunes_network:
         assert windows is not None
         inputs = originals = None  # their memory
-        original = load_original(config, family, files, run.dtype, device)
-        keeper = None if store is None else store.keeper
-        generator = generator_for(seed, "tuning")
-        record.tuning = tune_network(
-            model, original, family, windows, recipe.tuning, generator, recipe.ignore, keeper, progress
-        )
-        for index, block in enumerate(blocks if store else []):
-            assert store is not None
-            store.save(index, stored_tensors(block, stored_dtype), record.blocks[index])
-            block.to("meta")
+        record.tuning = _tune_network(run, model, files, windows, store, progress)
+        if store is not None:
+            for index, block in enumerate(blocks):
+                store.save(index, stored_tensors(block, stored_dtype), record.blocks[index])
+                block.to("meta")
     if store is None:
         read_generation_config(model, folder)
     else:
@@ -166,6 +161,24 @@ def quantize(
     if device.type == "cuda":
         record.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
     return QuantizedModel(None if store else model, record)
+
+
+def _tune_network(
+    run: BlockRun,
+    model: PreTrainedModel,
+    files: WeightFiles,
+    windows: Tensor,
+    store: BlockStore | None,
+    progress: Progress,
+) -> list[Check]:
+    """Distill the original model into the quantized one; the losses."""
+    assert run.recipe.tuning is not None
+    original = load_original(run.config, run.family, files, run.dtype, run.device)
+    generator = generator_for(run.seed, "tuning")
+    keeper = None if store is None else store.keeper
+    return tune_network(
+        model, original, run.family, windows, run.recipe.tuning, generator, run.recipe.ignore, keeper, progress
+    )
 
 
 def _generated(run: BlockRun, files: WeightFiles, length: int) -> Tensor:
