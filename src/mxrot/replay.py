@@ -1,8 +1,11 @@
 """Record a chain of small GPU operations once, and play it back for other tensors of the same shapes.
 
-A search takes thousands of operations that run for microseconds and take longer to launch. A CUDA graph launches
-them all at once. On a CPU, and at the first call on a GPU (which loads what the operations need), the function
-just runs; the results are the same bits either way.
+A search, or a step of tuning, takes thousands of operations that run for microseconds and take longer to launch. A
+CUDA graph launches them all at once. On a CPU, and at the first call on a GPU (which loads what the operations need),
+the function just runs; the results are the same bits either way.
+
+A function may also add to gradients that exist before it is recorded. What it reads besides its arguments is read
+again at each playback, so long as it stays where it was.
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ class _Recording:
     output: Tensor
 
     @staticmethod
-    def of(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> _Recording:
+    def of(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], stream: torch.cuda.Stream) -> _Recording:
         inputs = tuple(tensor.clone() for tensor in tensors)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             output = function(*inputs)
         return _Recording(graph, inputs, output)
 
@@ -40,6 +43,7 @@ class Replays:
 
     def __init__(self) -> None:
         self._recorded: dict[Hashable, _Recording | None] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __call__(self, key: Hashable, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """function(*tensors), all on one device.
@@ -51,8 +55,23 @@ class Replays:
         whole = (key, *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
         if whole not in self._recorded:
             self._recorded[whole] = None
-            return function(*tensors)
+            return self._run(function, tensors)
         recording = self._recorded[whole]
         if recording is None:
-            recording = self._recorded[whole] = _Recording.of(function, tensors)
+            recording = self._recorded[whole] = _Recording.of(function, tensors, self._stream(tensors[0].device))
         return recording.play(tensors)
+
+    def _run(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
+        # On the stream of the recording: autograd goes on adding to a gradient on the stream where it began to.
+        stream, current = self._stream(tensors[0].device), torch.cuda.current_stream(tensors[0].device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            output = function(*tensors)
+        current.wait_stream(stream)
+        output.record_stream(current)
+        return output
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]

@@ -35,6 +35,33 @@ def operands(seed: int, rows: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 @each_device
+def test_gradients_are_added_to(device: str) -> None:
+    """At each call as if it had just been run, with what the parameter is by then."""
+    weight = torch.nn.Parameter(operands(9, 8, device)[0])
+    twin = torch.nn.Parameter(weight.detach().clone())
+
+    def learn(parameter: Tensor, x: Tensor) -> Tensor:
+        for _ in range(10):
+            x = torch.tanh(x @ parameter)
+        loss = x.square().sum()
+        loss.backward()
+        return loss.detach()
+
+    replay = Replays()
+    for seed in range(5):
+        x, _ = operands(seed, 4, device)
+        found, expected = replay("step", lambda x: learn(weight, x), x), learn(twin, x)
+        assert weight.grad is not None and twin.grad is not None
+        assert torch.equal(found, expected) and torch.equal(weight.grad, twin.grad) and weight.grad.abs().sum() > 0
+        with torch.no_grad():
+            for parameter in (weight, twin):
+                parameter -= 1e-3 * parameter.grad
+        if seed % 2:
+            weight.grad.zero_()
+            twin.grad.zero_()
+
+
+@each_device
 def test_every_call_gives_what_the_function_gives(device: str) -> None:
     """The first one runs, the second is recorded, later ones are played; shapes and keys are kept apart."""
     replay, kept = Replays(), []

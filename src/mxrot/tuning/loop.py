@@ -106,7 +106,7 @@ class Problem:
     """Adds the gradients of the loss on these windows (positions, int64 [n]), and gives the loss."""
     held_out_loss: Callable[[], float]
     settle: Callable[[], None]
-    """Runs after each step."""
+    """Runs whenever the parameters have changed."""
     windows: int
     """Windows to train on."""
     name: str
@@ -132,6 +132,7 @@ def tune(
     state = TuningState()
     if keeper is not None and (kept := keeper.load()):
         _restore(kept, parameters, optimizer, state)
+        problem.settle()
     if not state.checks:
         _look(problem, parameters, state, None)
     losses: list[float] = []
@@ -139,7 +140,7 @@ def tune(
     while state.step < options.steps and not state.stops(options.patience):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate_factor(state.step, options.steps)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)  # a recorded step adds to where the gradients are
         losses.append(problem.backward(batches[state.step]))
         if not math.isfinite(losses[-1]):
             raise NumericsError(f"{problem.name}: the loss of tuning is {losses[-1]} at step {state.step}")
@@ -157,6 +158,7 @@ def tune(
     with torch.no_grad():
         for parameter, best in zip(parameters, state.best, strict=True):
             parameter.copy_(best)
+    problem.settle()
     return state.checks
 
 
@@ -231,12 +233,17 @@ def _restore(
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """While open, operations that have a deterministic form use it; the others go on with a warning."""
+    """While open, operations use their deterministic form; one that has none raises RuntimeError."""
     # What makes cuBLAS deterministic; it is looked at when an operation runs.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    more: Any = torch.utils.deterministic
+    fills = more.fill_uninitialized_memory
+    # With only warnings attention would not be deterministic: its backward pass asks for this.
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    more.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        more.fill_uninitialized_memory = fills

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from mxrot.calibration import BlockInputs, first_block_inputs
+from mxrot.calibration import first_block_inputs
 from mxrot.models import Family
+from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.tunable import TunableBlock, TunableLinear
 
@@ -30,17 +32,17 @@ class Network:
     family: Family
     recompute: bool = False
 
-    def hidden(self, inputs: BlockInputs, batch: int) -> Tensor:
-        """The states that the head reads."""
-        hidden = inputs.hidden[batch]
+    def forward(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The states that the head reads, [tokens, hidden]."""
         for block in self.model.get_submodule(self.family.blocks).children():
+            output: Any
             if self.recompute:
-                hidden = checkpoint(block, hidden, use_reentrant=False, **inputs.arguments[batch])
+                output = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False, **arguments)
             else:
-                hidden = block(hidden, **inputs.arguments[batch])
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+                output = block(hidden, **arguments)
+            hidden = output[0] if isinstance(output, tuple) else output
         normed: Tensor = self.model.get_submodule(self.family.final_norm)(hidden)
-        return normed
+        return normed.flatten(0, 1)
 
     @property
     def head(self) -> nn.Module:
@@ -78,36 +80,54 @@ def tune_network(
     recompute = _activation_bytes(model, options.batch_windows * windows.shape[1]) > CHECKPOINT_BYTES
     student, teacher = Network(model, family, recompute), Network(original, family)
 
-    def backward(chosen: Tensor) -> float:
-        batch = train[chosen]
-        inputs, wanted = (first_block_inputs(m, family, batch, len(batch)) for m in (model, original))
+    replay = Replays()
+    arguments: dict[int, list[dict[str, Any]]] = {}
+
+    def run(step: Callable[..., Tensor], batch: Tensor) -> Tensor:
+        """step(student's and teacher's first hidden states, arguments of both networks)."""
+        inputs = [first_block_inputs(m, family, batch, len(batch)) for m in (model, original)]
+        # Windows are equally long and have no padding, so these are the same for every batch of a size.
+        ours, theirs = arguments.setdefault(len(batch), [part.arguments[0] for part in inputs])
+
+        def with_arguments(hidden: Tensor, wanted: Tensor) -> Tensor:
+            return step(hidden, wanted, ours, theirs)
+
+        return replay(step.__name__, with_arguments, *(part.hidden[0] for part in inputs))
+
+    def learn(first: Tensor, wanted: Tensor, ours: dict[str, Any], theirs: dict[str, Any]) -> Tensor:
+        """Adds the gradients of the mean divergence, and gives it."""
         with torch.no_grad():
-            expected = teacher.hidden(wanted, 0).flatten(0, 1)
+            expected = teacher.forward(wanted, theirs)
         with lower_precision(device):
-            hidden = student.hidden(inputs, 0).flatten(0, 1)
+            hidden = student.forward(first, ours)
             leaf = hidden.detach().requires_grad_()
             total = torch.zeros((), device=device)
-            pairs = list(zip(expected.split(LOGIT_TOKENS), leaf.split(LOGIT_TOKENS), strict=True))
-            for teacher_part, student_part in pairs:
-                share = len(teacher_part) / len(leaf)
-                loss = divergence(teacher_part, student_part, teacher.head, student.head) * share
+            for parts in zip(expected.split(LOGIT_TOKENS), leaf.split(LOGIT_TOKENS), strict=True):
+                loss = divergence(*parts, teacher.head, student.head) * (len(parts[0]) / len(leaf))
                 loss.backward()
                 total += loss.detach()
         hidden.backward(leaf.grad)
-        return float(total)
+        return total
+
+    def measure(first: Tensor, wanted: Tensor, ours: dict[str, Any], theirs: dict[str, Any]) -> Tensor:
+        """The divergence, summed over tokens."""
+        expected = teacher.forward(wanted, theirs)
+        with lower_precision(device):
+            hidden = student.forward(first, ours)
+            losses = [
+                divergence(*parts, teacher.head, student.head) * len(parts[0])
+                for parts in zip(expected.split(LOGIT_TOKENS), hidden.split(LOGIT_TOKENS), strict=True)
+            ]
+        return torch.stack(losses).sum()
+
+    def backward(chosen: Tensor) -> float:
+        return float(run(learn, train[chosen]))
 
     @torch.no_grad()
     def held_out_loss() -> float:
-        losses = []
-        for batch in test.split(options.batch_windows):
-            inputs, wanted = (first_block_inputs(m, family, batch, len(batch)) for m in (model, original))
-            expected = teacher.hidden(wanted, 0).flatten(0, 1)
-            with lower_precision(device):
-                hidden = student.hidden(inputs, 0).flatten(0, 1)
-                for parts in zip(expected.split(LOGIT_TOKENS), hidden.split(LOGIT_TOKENS), strict=True):
-                    losses.append(divergence(*parts, teacher.head, student.head) * len(parts[0]))
+        losses = [float(run(measure, batch)) for batch in test.split(options.batch_windows)]
         settle()
-        return float(torch.stack(losses).sum()) / test.numel()
+        return sum(losses) / test.numel()
 
     def settle() -> None:
         for block in tunable:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mxrot.calibration import BlockInputs
 from mxrot.models import Site
+from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
 from mxrot.tuning.tunable import TunableBlock
@@ -39,8 +40,13 @@ def tune_block(
     tunable = TunableBlock.of(block, sites, options.margin)
     arguments = as_float32(inputs.arguments[0])
 
-    def loss_on(chosen: list[tuple[int, int]]) -> Tensor:
+    replay = Replays()
+
+    def run(step: Callable[..., Tensor], chosen: list[tuple[int, int]]) -> float:
         hidden, wanted = (torch.stack([kept.hidden[b][row] for b, row in chosen]) for kept in (inputs, originals))
+        return float(replay(step.__name__, step, hidden, wanted))
+
+    def measure(hidden: Tensor, wanted: Tensor) -> Tensor:
         with torch.no_grad():
             expected = _first(original(wanted, **originals.arguments[0])).float()
         with lower_precision(device):
@@ -48,16 +54,19 @@ def tune_block(
         size = expected.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         return ((found - expected).square().sum(dim=-1) / size).mean()
 
-    def backward(chosen: Tensor) -> float:
-        loss = loss_on([train[position] for position in chosen.tolist()])
+    def learn(hidden: Tensor, wanted: Tensor) -> Tensor:
+        loss = measure(hidden, wanted)
         loss.backward()
-        return float(loss.detach())
+        return loss.detach()
+
+    def backward(chosen: Tensor) -> float:
+        return run(learn, [train[position] for position in chosen.tolist()])
 
     @torch.no_grad()
     def held_out_loss() -> float:
         size = options.batch_windows
         parts = [test[start : start + size] for start in range(0, len(test), size)]
-        losses = [float(loss_on(part)) * len(part) for part in parts]
+        losses = [run(measure, part) * len(part) for part in parts]
         tunable.settle()
         return sum(losses) / len(test)
 

@@ -56,6 +56,22 @@ class StepTo(torch.autograd.Function):
         return gradient * torch.where(offset > 0, up, down), None, None, None
 
 
+class InverseTransposed(torch.autograd.Function):
+    """R^-T, from an inverse that was computed before; with the gradient for R."""
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor, inverse: Tensor) -> Tensor:
+        """`matrices` R and `inverse` R^-1, both [G, B, B]."""
+        ctx.save_for_backward(inverse)
+        return inverse.mT.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (inverse,) = ctx.saved_tensors
+        # d(R^-T) = -R^-T dR^T R^-T
+        return -(inverse.mT @ gradient.mT @ inverse.mT), None
+
+
 class RoundToStored(torch.autograd.Function):
     """sqrt(B) T through bfloat16 and back, as a checkpoint keeps T; the gradient passes unchanged."""
 

@@ -21,7 +21,7 @@ from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
 from mxrot.models import Site
 from mxrot.transforms import BlockTransform
 from mxrot.transforms.base import apply_matrices
-from mxrot.tuning.straight_through import RotateQuantize, RoundToStored, StepTo
+from mxrot.tuning.straight_through import InverseTransposed, RotateQuantize, RoundToStored, StepTo
 
 LARGEST_OFFSET = 1.0
 
@@ -41,6 +41,8 @@ class TunableInputs(nn.Module):
         self.register_buffer("start", start.to(device, torch.float32), persistent=False)
         identity = torch.eye(block, device=device).expand_as(self.start).contiguous()
         self.correction = nn.Parameter(identity, requires_grad=transform is not None)
+        self.inverse: Tensor
+        self.register_buffer("inverse", identity.clone(), persistent=False)
         self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._reads_left = 0
 
@@ -60,8 +62,8 @@ class TunableInputs(nn.Module):
         """R^-T - I, which W'_0 is multiplied with when T moves; None while it cannot."""
         if not self.correction.requires_grad:
             return None
-        inverse, _ = torch.linalg.inv_ex(self.correction)
-        return inverse.mT - torch.eye(inverse.shape[-1], device=inverse.device)
+        inverse: Tensor = InverseTransposed.apply(self.correction, self.inverse)
+        return inverse - torch.eye(inverse.shape[-1], device=inverse.device)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Q(x T), and `moves`."""
@@ -180,17 +182,22 @@ class TunableBlock:
             site.correction.requires_grad_(False)
 
     def settle(self) -> None:
-        """After an optimizer's step: offsets within bounds, and no graph kept."""
+        """After parameters have changed: offsets within bounds, inverses of the corrections, no graph kept."""
         for linear in self.linears.values():
             linear.clamp()
         for site in self.inputs.values():
             site.forget()
+        moving = [site for site in self.inputs.values() if site.correction.requires_grad]
+        if moving:
+            # Here and not where it is needed, because a CUDA graph could not hold it, and for all sites at once.
+            inverse, _ = torch.linalg.inv_ex(torch.cat([site.correction.detach() for site in moving]))
+            for site, part in zip(moving, inverse.split([len(site.correction) for site in moving]), strict=True):
+                site.inverse.copy_(part)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Put quantized linears back, with the codes and the transform that tuning has led to."""
-        for site in self.inputs.values():
-            site.forget()
+        self.settle()
         matrices = {name: site.matrices().clone() for name, site in self.inputs.items()}
         finished = {name: linear.finished() for name, linear in self.linears.items()}
         for name, linear in finished.items():

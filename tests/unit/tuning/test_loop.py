@@ -23,13 +23,14 @@ class Line:
     def backward(self, chosen: Tensor) -> float:
         loss = ((self.slope * self.x[chosen] - 2 * self.x[chosen]) ** 2).mean()
         loss.backward()
+        self.steps += 1
         return float(loss.detach())
 
     def held_out(self) -> float:
         return float((self.slope.detach() - 2).abs()) + 10 * max(0, self.steps - self.rises_from)
 
     def settle(self) -> None:
-        self.steps += 1
+        self.settled = float(self.slope.detach())
 
     def problem(self) -> Problem:
         return Problem([([self.slope], 0.1)], self.backward, self.held_out, self.settle, 10, "a line")
@@ -58,7 +59,7 @@ def test_it_stops_when_the_held_out_loss_rises_and_goes_back() -> None:
 def test_if_nothing_helps_the_start_is_kept() -> None:
     line = Line(rises_from=0)
     tune(line.problem(), OPTIONS, generator())
-    assert line.slope.item() == 0
+    assert line.slope.item() == 0 == line.settled
 
 
 class Memory:
@@ -94,6 +95,7 @@ def test_a_run_that_was_killed_ends_in_the_same_place(monkeypatch: pytest.Monkey
     again = Line()
     tune(again.problem(), OPTIONS, generator(), keeper)
     assert again.steps == 0 and torch.equal(again.slope, whole.slope)
+    assert again.settled == float(again.slope.detach())
 
 
 def test_a_short_run_is_kept_once_at_its_end() -> None:

@@ -8,7 +8,7 @@ from mxrot.formats import get_format
 from mxrot.kernels import plain_rotate_quantize
 from mxrot.layers import TensorQuantizer
 from mxrot.transforms.base import BlockTransform, apply_matrices
-from mxrot.tuning.straight_through import RotateQuantize, RoundToStored, StepTo
+from mxrot.tuning.straight_through import InverseTransposed, RotateQuantize, RoundToStored, StepTo
 
 FORMAT = get_format("mxfp4")
 QUANTIZER = TensorQuantizer(FORMAT, FORMAT.rule())
@@ -48,6 +48,19 @@ def test_rounding_to_what_is_stored() -> None:
     assert (found == expected).double().mean() > 0.99
     (found * 3).sum().backward()
     assert ours.grad is not None and (ours.grad == 3).all()
+
+
+def test_the_gradient_of_an_inverse_that_is_there_already() -> None:
+    matrices, weight = torch.eye(8).double() + 0.2 * random(3, 8, 8, seed=0).double(), random(3, 8, 8, seed=1).double()
+    ours, theirs = matrices.clone().requires_grad_(), matrices.clone().requires_grad_()
+    inverse = torch.linalg.inv(matrices)
+    found = InverseTransposed.apply(ours, inverse)
+    (found * weight).sum().backward()
+    expected = torch.linalg.inv(theirs).mT
+    (expected * weight).sum().backward()
+    assert ours.grad is not None and theirs.grad is not None
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_a_step_to_a_neighbour() -> None:
