@@ -174,6 +174,12 @@ def _tune_network(
     """Distill the original model into the quantized one; the losses."""
     assert run.recipe.tuning is not None
     original = load_original(run.config, run.family, files, run.dtype, run.device)
+    if run.recipe.tuning.generated:
+        progress(0, run.recipe.tuning.steps, "generating text to tune on")
+        written = generated_windows(
+            original, run.recipe.tuning.generated, windows.shape[1], generator_for(run.seed, "windows to tune on")
+        )
+        windows = torch.cat([windows, written])
     generator = generator_for(run.seed, "tuning")
     keeper = None if store is None else store.keeper
     return tune_network(

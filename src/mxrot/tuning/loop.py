@@ -27,12 +27,16 @@ class Tuning:
     """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
     steps: int = 400
     """Optimizer steps: in all, or for each block."""
+    generated: int = 0
+    """Windows that the original model writes for tuning alone, besides those of the calibration; for the network."""
     batch_windows: int = 4
     """Calibration windows a step."""
     offset_rate: float = 4e-3
     """Peak learning rate of the rounding offsets, in steps between codes."""
     transform_rate: float = 3e-4
     """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
+    decay: float = 0.0
+    """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
     held_out: float = 0.1
     """Share of the calibration windows that are never trained on; their loss decides when to stop."""
     margin: float = 0.1
@@ -49,6 +53,13 @@ class Tuning:
                 raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
         if not (0 < self.offset_rate < math.inf and 0 <= self.transform_rate < math.inf):
             raise ConfigError("tuning: offset_rate must be positive, transform_rate not negative, both finite")
+        if self.generated < 0 or (self.generated and self.scope == "block"):
+            raise ConfigError(
+                f'tuning: generated {self.generated} must not be negative, nor above 0 with scope "block", '
+                "which sees the windows of the calibration only (calibration.generated)"
+            )
+        if not 0 <= self.decay < math.inf:
+            raise ConfigError(f"tuning: decay {self.decay} is negative or not finite")
         if not 0 < self.margin <= 0.5:
             raise ConfigError(f"tuning: margin {self.margin} is not above 0 and at most 0.5")
         if not 0 < self.held_out < 1:
@@ -97,11 +108,21 @@ class Keeper(Protocol):
 
 
 @dataclass(frozen=True)
+class Group:
+    """Parameters that are learned alike."""
+
+    parameters: Sequence[nn.Parameter]
+    rate: float
+    """Peak learning rate."""
+    decay: float = 0.0
+    """By how much of the way back to its start a parameter is drawn at each step, in learning rates."""
+
+
+@dataclass(frozen=True)
 class Problem:
     """What is tuned."""
 
-    groups: Sequence[tuple[Sequence[nn.Parameter], float]]
-    """Parameters with their peak learning rates."""
+    groups: Sequence[Group]
     backward: Callable[[Tensor], float]
     """Adds the gradients of the loss on these windows (positions, int64 [n]), and gives the loss."""
     held_out_loss: Callable[[], float]
@@ -123,10 +144,11 @@ def tune(
 
     NumericsError with the problem's name if a loss is not finite.
     """
-    parameters = [parameter for group, _ in problem.groups for parameter in group]
+    parameters = [parameter for group in problem.groups for parameter in group.parameters]
     if not parameters:
         return []  # every linear is ignored
-    optimizer = torch.optim.Adam([{"params": list(group), "lr": rate, "peak": rate} for group, rate in problem.groups])
+    optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in problem.groups])
+    starts = [[p.detach().clone() for p in group.parameters] if group.decay else [] for group in problem.groups]
     batches = list(window_batches(problem.windows, options, generator))
     every = max(1, options.steps // options.checks)
     state = TuningState()
@@ -138,13 +160,15 @@ def tune(
     losses: list[float] = []
     kept_at = time.monotonic()
     while state.step < options.steps and not state.stops(options.patience):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate_factor(state.step, options.steps)
+        for group, settings in zip(problem.groups, optimizer.param_groups, strict=True):
+            settings["lr"] = group.rate * rate_factor(state.step, options.steps)
         optimizer.zero_grad(set_to_none=False)  # a recorded step adds to where the gradients are
         losses.append(problem.backward(batches[state.step]))
         if not math.isfinite(losses[-1]):
             raise NumericsError(f"{problem.name}: the loss of tuning is {losses[-1]} at step {state.step}")
         optimizer.step()
+        for group, settings, start in zip(problem.groups, optimizer.param_groups, starts, strict=True):
+            _draw_back(group.parameters, start, settings["lr"] * group.decay)
         problem.settle()
         state.step += 1
         if state.step % every == 0 or state.step == options.steps:
@@ -160,6 +184,12 @@ def tune(
             parameter.copy_(best)
     problem.settle()
     return state.checks
+
+
+@torch.no_grad()
+def _draw_back(parameters: Sequence[nn.Parameter], starts: Sequence[Tensor], share: float) -> None:
+    for parameter, start in zip(parameters, starts, strict=False):  # without decay there are no starts
+        parameter.lerp_(start, share)
 
 
 def rate_factor(step: int, steps: int) -> float:

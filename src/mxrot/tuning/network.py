@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mxrot.calibration import first_block_inputs
 from mxrot.models import Family
 from mxrot.replay import Replays
-from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
+from mxrot.tuning.loop import Check, Group, Keeper, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.tunable import TunableBlock, TunableLinear
 
 LOGIT_TOKENS = 2048
@@ -134,10 +134,10 @@ def tune_network(
             block.settle()
 
     offsets = [parameter for block in tunable for parameter in block.offsets()]
-    groups: list[tuple[Sequence[nn.Parameter], float]] = [(offsets, options.offset_rate)]
+    groups = [Group(offsets, options.offset_rate, options.decay)]
     corrections = [p for block in tunable for p in block.corrections()]
     if options.transform_rate > 0 and corrections:
-        groups.append((corrections, options.transform_rate))
+        groups.append(Group(corrections, options.transform_rate))
     else:
         for block in tunable:
             block.fix_transforms()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mxrot.calibration import BlockInputs
 from mxrot.models import Site
 from mxrot.replay import Replays
-from mxrot.tuning.loop import Check, Problem, Tuning, deterministic, split_windows, tune
+from mxrot.tuning.loop import Check, Group, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
 from mxrot.tuning.tunable import TunableBlock
 
@@ -70,9 +70,9 @@ def tune_block(
         tunable.settle()
         return sum(losses) / len(test)
 
-    groups: list[tuple[Sequence[nn.Parameter], float]] = [(tunable.offsets(), options.offset_rate)]
+    groups = [Group(tunable.offsets(), options.offset_rate, options.decay)]
     if options.transform_rate > 0 and tunable.corrections():
-        groups.append((tunable.corrections(), options.transform_rate))
+        groups.append(Group(tunable.corrections(), options.transform_rate))
     else:
         tunable.fix_transforms()
     problem = Problem(groups, backward, held_out_loss, tunable.settle, len(train), name)

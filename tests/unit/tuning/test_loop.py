@@ -7,7 +7,17 @@ from torch import Tensor, nn
 
 from mxrot.errors import ConfigError, DataError, NumericsError
 from mxrot.tuning import loop
-from mxrot.tuning.loop import Check, Problem, Tuning, TuningState, rate_factor, split_windows, tune, window_batches
+from mxrot.tuning.loop import (
+    Check,
+    Group,
+    Problem,
+    Tuning,
+    TuningState,
+    rate_factor,
+    split_windows,
+    tune,
+    window_batches,
+)
 
 OPTIONS = Tuning(steps=20, batch_windows=2, offset_rate=0.1, transform_rate=0.0, checks=5, patience=2)
 
@@ -15,7 +25,8 @@ OPTIONS = Tuning(steps=20, batch_windows=2, offset_rate=0.1, transform_rate=0.0,
 class Line:
     """Least squares in one dimension: windows are points, the held-out loss may be made to rise from a step on."""
 
-    def __init__(self, rises_from: int = 10**6) -> None:
+    def __init__(self, rises_from: int = 10**6, decay: float = 0.0) -> None:
+        self.decay = decay
         self.slope = nn.Parameter(torch.zeros(1))
         self.steps, self.rises_from = 0, rises_from
         self.x = torch.linspace(-1, 1, 10)
@@ -33,7 +44,7 @@ class Line:
         self.settled = float(self.slope.detach())
 
     def problem(self) -> Problem:
-        return Problem([([self.slope], 0.1)], self.backward, self.held_out, self.settle, 10, "a line")
+        return Problem([Group([self.slope], 0.1, self.decay)], self.backward, self.held_out, self.settle, 10, "a line")
 
 
 def generator() -> torch.Generator:
@@ -62,6 +73,15 @@ def test_if_nothing_helps_the_start_is_kept() -> None:
     assert line.slope.item() == 0 == line.settled
 
 
+def test_parameters_are_drawn_back_to_where_they_started() -> None:
+    free, drawn, tight = Line(), Line(decay=0.5), Line(decay=10.0)
+    for line in (free, drawn, tight):
+        line.slope.data.fill_(1.0)
+        tune(line.problem(), replace(OPTIONS, steps=200), generator())
+    assert 1.0 < tight.slope.item() < drawn.slope.item() < free.slope.item()
+    assert abs(free.slope.item() - 2) < 0.01 and tight.slope.item() < 1.2
+
+
 class Memory:
     """A keeper that copies, like a file."""
 
@@ -75,11 +95,12 @@ class Memory:
         self.kept = {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def test_a_run_that_was_killed_ends_in_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_run_that_was_killed_ends_in_the_same_place(monkeypatch: pytest.MonkeyPatch, decay: float) -> None:
     monkeypatch.setattr(loop, "KEEP_SECONDS", 0.0)
-    whole, keeper = Line(), Memory()
+    whole, keeper = Line(decay=decay), Memory()
     expected = tune(whole.problem(), OPTIONS, generator())
-    first = Line()
+    first = Line(decay=decay)
 
     def stop(done: int, total: int, what: str) -> None:
         if done == 10:
@@ -87,12 +108,12 @@ def test_a_run_that_was_killed_ends_in_the_same_place(monkeypatch: pytest.Monkey
 
     with pytest.raises(KeyboardInterrupt):
         tune(first.problem(), OPTIONS, generator(), keeper, stop)
-    second, done = Line(), []
+    second, done = Line(decay=decay), []
     found = tune(second.problem(), OPTIONS, generator(), keeper, lambda step, total, what: done.append(step))
     assert done[0] == 9  # from the look at step 8
     assert torch.equal(second.slope, whole.slope)
     assert found == expected
-    again = Line()
+    again = Line(decay=decay)
     tune(again.problem(), OPTIONS, generator(), keeper)
     assert again.steps == 0 and torch.equal(again.slope, whole.slope)
     assert again.settled == float(again.slope.detach())
@@ -109,7 +130,7 @@ def test_a_short_run_is_kept_once_at_its_end() -> None:
 
 def test_nothing_to_tune() -> None:
     line = Line()
-    empty = replace(line.problem(), groups=[([], 0.1)])
+    empty = replace(line.problem(), groups=[Group([], 0.1)])
     assert tune(empty, OPTIONS, generator()) == [] and line.steps == 0
 
 

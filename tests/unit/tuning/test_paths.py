@@ -113,6 +113,9 @@ def test_a_seed_decides_about_the_order_of_windows(source: Path) -> None:
         ),
         ({"tuning__scope": "layer"}, "tuning.scope: 'layer' is not one of network, block"),
         ({"tuning__steps": 0}, "steps must be at least 1"),
+        ({"tuning__generated": -1}, "generated -1 must not be negative"),
+        ({"tuning__generated": 1, "tuning__scope": "block"}, "generated 1 must not be .* above 0 with scope"),
+        ({"tuning__decay": -1.0}, "decay -1.0 is negative"),
     ],
 )
 def test_what_cannot_be_tuned(changes: dict[str, Any], message: str) -> None:
@@ -164,3 +167,12 @@ def test_the_last_block_of_the_original_model_is_not_run_for_nothing(
     monkeypatch.setattr(blockwise, "advance", lambda *a: (advanced.append(a[2]), advance(*a))[1])
     pipeline.quantize(source, recipe(name, tuning__steps=1) if "tuned" in name else recipe(name), windows=WINDOWS)
     assert advanced == ["model.layers.0 of the original model"]
+
+
+def test_tuning_takes_in_what_the_original_writes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    tune_network = pipeline.tune_network
+    monkeypatch.setattr(pipeline, "tune_network", lambda *a: (seen.append(a[3]), tune_network(*a))[1])
+    result = pipeline.quantize(source, tuned("network", tuning__generated=7, tuning__steps=2), windows=WINDOWS)
+    assert result.record.windows == (40, 32)
+    assert seen[0].shape == (47, 32) and torch.equal(seen[0][:40], WINDOWS)
