@@ -110,9 +110,14 @@ def quantize(
     files = WeightFiles(folder)
     stored_dtype = files.dtype_of(f"{family.embedding}.weight")
     run = BlockRun(recipe, family, config, device, stored_dtype, compute_dtype(stored_dtype, device), seed)
+    given = 0 if windows is None else len(windows)
+    if recipe.calibration.generated or recipe.tunes_network:
+        _check_memory(model, run)
     if windows is not None and recipe.calibration.generated:
         progress(0, config.num_hidden_layers, "generating calibration text")
-        windows = torch.cat([windows, _generated(run, files, windows.shape[1])])
+        original = load_original(config, family, files, run.dtype, device)
+        windows = with_generated(original, windows, given, recipe.calibration.generated, seed, "calibration")
+        del original
     shape = None if windows is None else (windows.shape[0], windows.shape[1])
     record = RunRecord(recipe, seed, shape, device_name(device), versions())
     if device.type == "cuda":
@@ -147,7 +152,7 @@ def quantize(
     if recipe.tunes_network:
         assert windows is not None
         inputs = originals = None  # their memory
-        record.tuning = _tune_network(run, model, files, windows, store, progress)
+        record.tuning = _tune_network(run, model, files, windows, given, store, progress)
         if store is not None:
             for index, block in enumerate(blocks):
                 store.save(index, stored_tensors(block, stored_dtype), record.blocks[index])
@@ -168,30 +173,49 @@ def _tune_network(
     model: PreTrainedModel,
     files: WeightFiles,
     windows: Tensor,
+    given: int,
     store: BlockStore | None,
     progress: Progress,
 ) -> list[Check]:
-    """Distill the original model into the quantized one; the losses."""
-    assert run.recipe.tuning is not None
+    """Distill the original model into the quantized one; the losses. `given` of the windows came from the text."""
+    options = run.recipe.tuning
+    assert options is not None
     original = load_original(run.config, run.family, files, run.dtype, run.device)
-    if run.recipe.tuning.generated:
-        progress(0, run.recipe.tuning.steps, "generating text to tune on")
-        written = generated_windows(
-            original, run.recipe.tuning.generated, windows.shape[1], generator_for(run.seed, "windows to tune on")
-        )
-        windows = torch.cat([windows, written])
+    if options.generated:
+        progress(0, options.steps, "generating text to tune on")
+        windows = with_generated(original, windows, given, options.generated, run.seed, "tuning")
     generator = generator_for(run.seed, "tuning")
     keeper = None if store is None else store.keeper
-    return tune_network(
-        model, original, run.family, windows, run.recipe.tuning, generator, run.recipe.ignore, keeper, progress
+    return tune_network(model, original, run.family, windows, options, generator, run.recipe.ignore, keeper, progress)
+
+
+def with_generated(
+    original: PreTrainedModel, windows: Tensor, given: int, each: float, seed: int, purpose: str
+) -> Tensor:
+    """`windows` [W, T], and after them what `original` writes: `each` windows for every one of the `given`."""
+    generator = generator_for(seed, f"windows for {purpose}")
+    return torch.cat([windows, generated_windows(original, max(1, round(each * given)), windows.shape[1], generator)])
+
+
+def _check_memory(model: PreTrainedModel, run: BlockRun) -> None:
+    """ConfigError if the device cannot hold the whole original model."""
+    free = free_memory(run.device)
+    needed = sum(parameter.numel() for parameter in model.parameters()) * run.dtype.itemsize
+    if free is None or needed < free:
+        return
+    remedies = {
+        "calibration.generated = 0": run.recipe.calibration.generated > 0,
+        'tuning.scope = "block"': run.recipe.tunes_network,
+    }
+    raise ConfigError(
+        f"recipe {run.recipe.name} runs the whole original model on {run.device}: that takes {needed / 1e9:.1f} GB, "
+        f"and {free / 1e9:.1f} GB are free; set {' and '.join(key for key, helps in remedies.items() if helps)}"
     )
 
 
-def _generated(run: BlockRun, files: WeightFiles, length: int) -> Tensor:
-    """The windows that the original model writes."""
-    original = load_original(run.config, run.family, files, run.dtype, run.device)
-    generator = generator_for(run.seed, "generated windows")
-    return generated_windows(original, run.recipe.calibration.generated, length, generator)
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None where that cannot be told."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _windows_at_once(model: PreTrainedModel, device: torch.device, seq_len: int) -> int:

@@ -65,8 +65,9 @@ class CalibrationChoice:
     """Windows at most; a shorter text gives fewer."""
     seq_len: int = 2048
     """Tokens a window."""
-    generated: int = 0
-    """Windows more that the original model writes itself; it must fit on the device as a whole for that."""
+    generated: float = 0.0
+    """Windows that the original model writes itself, for each one of the text; it must fit on the device as a whole
+    for that."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ class Recipe:
         if self.smoothing is not None:
             self._require(0 <= self.smoothing.alpha <= 1, f"smoothing: alpha {self.smoothing.alpha} is not in [0, 1]")
         self._require(self.calibration.samples >= 1, "calibration: samples must be positive")
-        self._require(self.calibration.generated >= 0, "calibration: generated must not be negative")
+        self._require(
+            0 <= self.calibration.generated < math.inf, "calibration: generated must be finite and not negative"
+        )
         self._require(self.calibration.seq_len >= 2, "calibration: seq_len must be at least 2")
 
     def _quantizer(self, key: str, choice: QuantizerChoice) -> TensorQuantizer:

@@ -27,8 +27,9 @@ class Tuning:
     """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
     steps: int = 400
     """Optimizer steps: in all, or for each block."""
-    generated: int = 0
-    """Windows that the original model writes for tuning alone, besides those of the calibration; for the network."""
+    generated: float = 0.0
+    """Windows that the original model writes for tuning alone, for each one of the calibration text; only with scope
+    "network"."""
     batch_windows: int = 4
     """Calibration windows a step."""
     offset_rate: float = 4e-3
@@ -53,9 +54,9 @@ class Tuning:
                 raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
         if not (0 < self.offset_rate < math.inf and 0 <= self.transform_rate < math.inf):
             raise ConfigError("tuning: offset_rate must be positive, transform_rate not negative, both finite")
-        if self.generated < 0 or (self.generated and self.scope == "block"):
+        if not 0 <= self.generated < math.inf or (self.generated and self.scope == "block"):
             raise ConfigError(
-                f'tuning: generated {self.generated} must not be negative, nor above 0 with scope "block", '
+                f'tuning: generated {self.generated} must be finite and not negative, and 0 with scope "block", '
                 "which sees the windows of the calibration only (calibration.generated)"
             )
         if not 0 <= self.decay < math.inf:

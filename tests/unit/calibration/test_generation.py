@@ -76,12 +76,32 @@ def test_they_follow_the_model(model: PreTrainedModel) -> None:
 
 def test_calibration_takes_them_in(source: Path) -> None:
     given = random_windows(3, 24)
-    result = pipeline.quantize(source, recipe("mxrot", calibration__generated=5), windows=given)
-    assert result.record.windows == (8, 24)
-    without = pipeline.quantize(source, recipe("mxrot"), windows=given)
+    result = pipeline.quantize(source, recipe("mxrot", calibration__generated=1.5), windows=given)
+    assert result.record.windows == (7, 24)
+    without = pipeline.quantize(source, recipe("mxrot", calibration__generated=0.0), windows=given)
     assert without.record.windows == (3, 24)
 
 
 def test_a_negative_number_of_windows() -> None:
-    with pytest.raises(ConfigError, match="generated must not be negative"):
-        recipe("mxrot", calibration__generated=-1)
+    with pytest.raises(ConfigError, match="generated must be finite and not negative"):
+        recipe("mxrot", calibration__generated=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"calibration__generated": 1.0}, "set calibration.generated = 0$"),
+        (
+            {"calibration__generated": 1.0, "tuning__scope": "network"},
+            'set calibration.generated = 0 and tuning.scope = "block"$',
+        ),
+        ({"calibration__generated": 0.0, "tuning__scope": "network"}, 'set tuning.scope = "block"$'),
+    ],
+)
+def test_a_model_that_does_not_fit_as_a_whole(
+    source: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, float | str], remedy: str
+) -> None:
+    """It is said before a block is quantized, with what to set instead."""
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
+    with pytest.raises(ConfigError, match=f"0.0 GB are free; {remedy}"):
+        pipeline.quantize(source, recipe("mxrot", **changes), windows=random_windows(3, 24))

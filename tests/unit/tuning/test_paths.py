@@ -25,6 +25,7 @@ OPTIONS = {
     "tuning__held_out": 0.2,
     "tuning__offset_rate": 0.01,
     "tuning__checks": 6,
+    "calibration__generated": 0.0,
 }
 
 
@@ -113,8 +114,8 @@ def test_a_seed_decides_about_the_order_of_windows(source: Path) -> None:
         ),
         ({"tuning__scope": "layer"}, "tuning.scope: 'layer' is not one of network, block"),
         ({"tuning__steps": 0}, "steps must be at least 1"),
-        ({"tuning__generated": -1}, "generated -1 must not be negative"),
-        ({"tuning__generated": 1, "tuning__scope": "block"}, "generated 1 must not be .* above 0 with scope"),
+        ({"tuning__generated": -1.0}, "generated -1.0 must be finite and not negative"),
+        ({"tuning__generated": 1.0, "tuning__scope": "block"}, "generated 1.0 must be .* 0 with scope"),
         ({"tuning__decay": -1.0}, "decay -1.0 is negative"),
     ],
 )
@@ -165,7 +166,7 @@ def test_the_last_block_of_the_original_model_is_not_run_for_nothing(
     advanced: list[str] = []
     advance = blockwise.advance
     monkeypatch.setattr(blockwise, "advance", lambda *a: (advanced.append(a[2]), advance(*a))[1])
-    pipeline.quantize(source, recipe(name, tuning__steps=1) if "tuned" in name else recipe(name), windows=WINDOWS)
+    pipeline.quantize(source, recipe(name, **({"tuning__steps": 1} if "tuned" in name else {})), windows=WINDOWS)
     assert advanced == ["model.layers.0 of the original model"]
 
 
@@ -173,6 +174,6 @@ def test_tuning_takes_in_what_the_original_writes(source: Path, monkeypatch: pyt
     seen: list[Tensor] = []
     tune_network = pipeline.tune_network
     monkeypatch.setattr(pipeline, "tune_network", lambda *a: (seen.append(a[3]), tune_network(*a))[1])
-    result = pipeline.quantize(source, tuned("network", tuning__generated=7, tuning__steps=2), windows=WINDOWS)
+    result = pipeline.quantize(source, tuned("network", tuning__generated=0.2, tuning__steps=2), windows=WINDOWS)
     assert result.record.windows == (40, 32)
-    assert seen[0].shape == (47, 32) and torch.equal(seen[0][:40], WINDOWS)
+    assert seen[0].shape == (48, 32) and torch.equal(seen[0][:40], WINDOWS)
