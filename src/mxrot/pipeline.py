@@ -114,7 +114,7 @@ def quantize(
     if recipe.calibration.generated or recipe.tunes_network:
         _check_memory(model, run)
     if windows is not None and recipe.calibration.generated:
-        progress(0, config.num_hidden_layers, "generating calibration text")
+        progress(0, 1, "generating calibration text")
         original = load_original(config, family, files, run.dtype, device)
         windows = with_generated(original, windows, given, recipe.calibration.generated, seed, "calibration")
         del original
@@ -182,7 +182,7 @@ def _tune_network(
     assert options is not None
     original = load_original(run.config, run.family, files, run.dtype, run.device)
     if options.generated:
-        progress(0, options.steps, "generating text to tune on")
+        progress(0, 1, "generating text to tune on")
         windows = with_generated(original, windows, given, options.generated, run.seed, "tuning")
     generator = generator_for(run.seed, "tuning")
     keeper = None if store is None else store.keeper

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule
 from mxrot.formats.element import Element, FloatElement
-from mxrot.kernels.plain import RoundedColumns, plain_rotate_quantize, plain_round_columns
+from mxrot.kernels.plain import (
+    RoundedColumns,
+    WeightGradients,
+    WeightMoves,
+    plain_divergence,
+    plain_moved_weights,
+    plain_moved_weights_gradients,
+    plain_rotate_quantize,
+    plain_round_columns,
+)
 
 
 def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
@@ -41,6 +50,41 @@ def round_columns(
 
         return fused(columns, scales, upper, element)
     return plain_round_columns(columns, scales, upper, zeros, element)
+
+
+def moved_weights(offset: Tensor, moves: WeightMoves, element: Element) -> Tensor:
+    """Tunable weights for these offsets, as `plain_moved_weights` defines them."""
+    if _moves_on_gpu(offset, moves, element):
+        from mxrot.kernels.moved_weights import moved_weights as fused
+
+        return fused(offset, moves, element)  # type: ignore[arg-type]
+    return plain_moved_weights(offset, moves, element)
+
+
+def moved_weights_gradients(
+    gradient: Tensor, offset: Tensor, moves: WeightMoves, element: Element, wants_exponent: bool
+) -> WeightGradients:
+    """Gradients of what moves tunable weights, as `plain_moved_weights_gradients` defines them."""
+    if _moves_on_gpu(offset, moves, element):
+        from mxrot.kernels.moved_weights import moved_weights_gradients as fused
+
+        return fused(gradient, offset, moves, element, wants_exponent)  # type: ignore[arg-type]
+    return plain_moved_weights_gradients(gradient, offset, moves, element, wants_exponent)
+
+
+def divergence(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(expected || found) of each row of logits, and its gradient, as `plain_divergence` defines them."""
+    if found.is_cuda and _has_triton() and expected.stride(-1) == found.stride(-1) == 1:
+        from mxrot.kernels.divergence import divergence as fused
+
+        return fused(expected, found)
+    return plain_divergence(expected, found)
+
+
+def _moves_on_gpu(offset: Tensor, moves: WeightMoves, element: Element) -> bool:
+    blocks = 32 * moves.scales.shape[1] == offset.shape[1]
+    fits = moves.follow is None or moves.follow.shape[-1] == 32
+    return offset.is_cuda and _has_triton() and isinstance(element, FloatElement) and blocks and fits
 
 
 def _kernel_covers(x: Tensor, format: Format, rule: ScaleRule) -> bool:

@@ -16,14 +16,10 @@ from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule
 from mxrot.formats.element import FloatElement
+from mxrot.kernels.arithmetic import power_of_two, round_to_element
 
 BLOCK = tl.constexpr(32)
 ROWS = 128
-
-
-@triton.jit
-def _power_of_two(exponents):
-    return tl.where(exponents > -127, (exponents + 127) << 23, 1 << 22).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -59,16 +55,9 @@ def _rotate_quantize(
     exponents = (bits >> 23) - 127 - max_exponent + ((bits & 0x7FFFFF) >= raises_from).to(tl.int32)
     exponents = tl.minimum(tl.maximum(exponents, -127), 127)
 
-    scaled = x * _power_of_two(-exponents)[:, None]
-    magnitude = tl.minimum(tl.abs(scaled), largest)
-    binade = (magnitude.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    step = tl.maximum(binade, smallest_normal) * fraction_step
-    inverse_step = ((254 << 23) - step.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    # Adding and taking away 2^23 rounds to an integer, ties to even.
-    rounded = ((magnitude * inverse_step + 8388608.0) - 8388608.0) * step
-    sign = scaled.to(tl.int32, bitcast=True) & -0x80000000
-    signed = (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    values = signed * _power_of_two(exponents)[:, None]
+    scaled = x * power_of_two(-exponents)[:, None]
+    rounded = round_to_element(scaled, smallest_normal, fraction_step, largest)
+    values = rounded * power_of_two(exponents)[:, None]
     values = tl.where((bits < 0x7F800000)[:, None], values, float("nan"))
     tl.store(out_pointer + rows[:, None] * out_stride + place, values.to(tl.bfloat16), mask=inside)
 

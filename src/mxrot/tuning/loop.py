@@ -36,6 +36,8 @@ class Tuning:
     """Peak learning rate of the rounding offsets, in steps between codes."""
     transform_rate: float = 3e-4
     """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
+    exponent_rate: float = 0.0
+    """Peak learning rate of the exponents of weight scales, in binades; 0 leaves them as they are."""
     decay: float = 0.0
     """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
     held_out: float = 0.1
@@ -52,8 +54,11 @@ class Tuning:
         for key in ("steps", "batch_windows", "checks", "patience"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
-        if not (0 < self.offset_rate < math.inf and 0 <= self.transform_rate < math.inf):
-            raise ConfigError("tuning: offset_rate must be positive, transform_rate not negative, both finite")
+        rates = self.offset_rate, self.transform_rate, self.exponent_rate
+        if not (self.offset_rate > 0 and all(0 <= rate < math.inf for rate in rates)):
+            raise ConfigError(
+                "tuning: offset_rate must be positive, transform_rate and exponent_rate not negative, all finite"
+            )
         if not 0 <= self.generated < math.inf or (self.generated and self.scope == "block"):
             raise ConfigError(
                 f'tuning: generated {self.generated} must be finite and not negative, and 0 with scope "block", '

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from mxrot.calibration import first_block_inputs
 from mxrot.models import Family
 from mxrot.replay import Replays
-from mxrot.tuning.loop import Check, Group, Keeper, Problem, Tuning, deterministic, split_windows, tune
-from mxrot.tuning.tunable import TunableBlock, TunableLinear
+from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
+from mxrot.tuning.straight_through import Divergence
+from mxrot.tuning.tunable import TunableBlock, TunableLinear, parameter_groups
 
 LOGIT_TOKENS = 2048
 """Positions whose logits exist at once."""
@@ -51,9 +52,10 @@ class Network:
 
 def divergence(teacher: Tensor, student: Tensor, teacher_head: nn.Module, student_head: nn.Module) -> Tensor:
     """The mean of KL(teacher || student) in nats a token, for hidden states [tokens, hidden]; float32."""
-    expected = torch.log_softmax(teacher_head(teacher).float(), dim=-1)
-    found = torch.log_softmax(student_head(student).float(), dim=-1)
-    return torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True) / len(teacher)
+    with torch.no_grad():
+        expected = teacher_head(teacher)
+    mean: Tensor = Divergence.apply(student_head(student), expected)
+    return mean
 
 
 def tune_network(
@@ -133,14 +135,7 @@ def tune_network(
         for block in tunable:
             block.settle()
 
-    offsets = [parameter for block in tunable for parameter in block.offsets()]
-    groups = [Group(offsets, options.offset_rate, options.decay)]
-    corrections = [p for block in tunable for p in block.corrections()]
-    if options.transform_rate > 0 and corrections:
-        groups.append(Group(corrections, options.transform_rate))
-    else:
-        for block in tunable:
-            block.fix_transforms()
+    groups = parameter_groups(tunable, options)
     problem = Problem(groups, backward, held_out_loss, settle, len(train), "distillation")
     with deterministic(), torch.enable_grad():
         checks = tune(problem, options, generator, keeper, progress)
@@ -158,5 +153,5 @@ def lower_precision(device: torch.device) -> AbstractContextManager[object]:
 
 def _activation_bytes(model: PreTrainedModel, tokens: int) -> float:
     """About what a backward pass keeps: each linear's input and output, twice for what lies between them."""
-    weights = [module.value for module in model.modules() if isinstance(module, TunableLinear)]
+    weights = [module.offset for module in model.modules() if isinstance(module, TunableLinear)]
     return tokens * sum(8.0 * sum(weight.shape) for weight in weights)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from mxrot.calibration import BlockInputs
 from mxrot.models import Site
 from mxrot.replay import Replays
-from mxrot.tuning.loop import Check, Group, Problem, Tuning, deterministic, split_windows, tune
+from mxrot.tuning.loop import Check, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
-from mxrot.tuning.tunable import TunableBlock
+from mxrot.tuning.tunable import TunableBlock, parameter_groups
 
 
 def tune_block(
@@ -70,11 +70,7 @@ def tune_block(
         tunable.settle()
         return sum(losses) / len(test)
 
-    groups = [Group(tunable.offsets(), options.offset_rate, options.decay)]
-    if options.transform_rate > 0 and tunable.corrections():
-        groups.append(Group(tunable.corrections(), options.transform_rate))
-    else:
-        tunable.fix_transforms()
+    groups = parameter_groups([tunable], options)
     problem = Problem(groups, backward, held_out_loss, tunable.settle, len(train), name)
     with deterministic(), torch.enable_grad():
         checks = tune(problem, options, generator, progress=progress)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxrot.kernels import rotate_quantize
+from mxrot.formats.element import Element
+from mxrot.kernels import WeightMoves, divergence, moved_weights, moved_weights_gradients, rotate_quantize
 from mxrot.layers import TensorQuantizer
 
 
@@ -36,24 +38,42 @@ class RotateQuantize(torch.autograd.Function):
         return of_x, of_matrices, None
 
 
-class StepTo(torch.autograd.Function):
-    """The value of each weight after a step to a neighbouring code, or none.
+class MoveWeights(torch.autograd.Function):
+    """Weights where their offsets, a moving transform and moving exponents take them, rounded to their grid again.
 
-    offset > 1/2 takes the next larger code, offset < -1/2 the next smaller one. The gradient is that of
-    value + offset * (distance to the neighbour on that side).
+    The gradients are those of `mxrot.kernels.plain_moved_weights_gradients`.
     """
 
     @staticmethod
-    def forward(ctx: Any, offset: Tensor, value: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """All [N, K]: `value` is where a weight starts, `up` and `down` the distances, not negative."""
-        ctx.save_for_backward(offset, up, down)
-        # Not value + step: a value of -0 stays one.
-        return torch.where(offset > 0.5, value + up, torch.where(offset < -0.5, value - down, value))
+    def forward(
+        ctx: Any, offset: Tensor, follow: Tensor | None, exponent: Tensor | None, start: WeightMoves, element: Element
+    ) -> Tensor:
+        """bfloat16 [N, K]; `exponent` float32 [N, K/32] counts from the scales of `start`, and is rounded."""
+        scales = start.scales if exponent is None else start.scales * torch.exp2(exponent.round())
+        ctx.moves, ctx.element = replace(start, scales=scales, follow=follow), element
+        ctx.save_for_backward(offset)
+        return moved_weights(offset, ctx.moves, element)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        offset, up, down = ctx.saved_tensors
-        return gradient * torch.where(offset > 0, up, down), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (offset,) = ctx.saved_tensors
+        found = moved_weights_gradients(gradient, offset, ctx.moves, ctx.element, ctx.needs_input_grad[2])
+        return found.offset, found.follow, found.exponent, None, None
+
+
+class Divergence(torch.autograd.Function):
+    """The mean over rows of KL(expected || found), for logits [M, V]."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, expected: Tensor) -> Tensor:
+        losses, gradient = divergence(expected, found)
+        ctx.save_for_backward(gradient)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (of_rows,) = ctx.saved_tensors
+        return of_rows * (gradient / len(of_rows)).to(of_rows.dtype), None
 
 
 class InverseTransposed(torch.autograd.Function):

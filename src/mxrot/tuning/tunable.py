@@ -1,27 +1,29 @@
 """The form that quantized linears take while they are tuned: the same function, with parameters that have gradients.
 
 A site has a correction R of its transform, T = T_0 R, which starts as the identity. A linear has an offset for each
-weight, in steps between neighbouring codes, that starts at what rounding took away (but for a margin) and moves the
-weight to the neighbour beyond 1/2. A weight never goes further than one code from where it was: rounding is tuned,
-weights are not trained. When T moves, the weights should follow, W' = W'_0 R^-T: their offsets move along by what
-that changes.
+weight, in steps between neighbouring codes, that starts at what rounding took away (but for a margin). Where it leads
+is rounded again, so beyond 1/2 the weight has moved to its neighbour. No offset goes further than one code: rounding
+is tuned, weights are not trained. When T moves, the weights follow, W' = W'_0 R^-T, before they are rounded. A block
+of weights may have an offset of its scale's exponent, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mxrot.formats import encode_blocks
 from mxrot.formats.element import Element, look_up
+from mxrot.formats.scale import E8M0_MAX_BYTE
+from mxrot.kernels import WeightMoves
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
 from mxrot.models import Site
 from mxrot.transforms import BlockTransform
-from mxrot.transforms.base import apply_matrices
-from mxrot.tuning.straight_through import InverseTransposed, RotateQuantize, RoundToStored, StepTo
+from mxrot.tuning.loop import Group, Tuning
+from mxrot.tuning.straight_through import InverseTransposed, MoveWeights, RotateQuantize, RoundToStored
 
 LARGEST_OFFSET = 1.0
 
@@ -58,23 +60,23 @@ class TunableInputs(nn.Module):
             rounded: Tensor = RoundToStored.apply(self.start @ self.correction)
         return rounded
 
-    def moves(self) -> Tensor | None:
-        """R^-T - I, which W'_0 is multiplied with when T moves; None while it cannot."""
+    def follow(self) -> Tensor | None:
+        """R^-T, which W'_0 is multiplied with when T moves; None while it cannot."""
         if not self.correction.requires_grad:
             return None
-        inverse: Tensor = InverseTransposed.apply(self.correction, self.inverse)
-        return inverse - torch.eye(inverse.shape[-1], device=inverse.device)
+        transposed: Tensor = InverseTransposed.apply(self.correction, self.inverse)
+        return transposed
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Q(x T), and `moves`."""
+        """Q(x T), and `follow`."""
         if self._last is None or self._last[0] is not x:
-            self._last = x, RotateQuantize.apply(x, self.matrices(), self.quantizer), self.moves()
+            self._last = x, RotateQuantize.apply(x, self.matrices(), self.quantizer), self.follow()
             self._reads_left = self.readers
-        _, quantized, moves = self._last
+        _, quantized, follow = self._last
         self._reads_left -= 1
         if not self._reads_left:
             self.forget()  # with recomputation in the backward pass, it would be kept for nothing
-        return quantized, moves
+        return quantized, follow
 
     def forget(self) -> None:
         """Let go of the last input and its graph."""
@@ -82,64 +84,61 @@ class TunableInputs(nn.Module):
 
 
 class TunableLinear(nn.Module):
-    """A quantized linear whose codes may move by one."""
+    """A quantized linear whose codes and exponents may move."""
 
     def __init__(self, linear: QuantLinear, inputs: TunableInputs, margin: float) -> None:
         super().__init__()
         quantized = linear.qtensor()
         self.format = quantized.format
         element = self.format.element
-        values = quantized.dequantize()
-        scale = quantized.scales.values().repeat_interleave(self.format.block, dim=-1)
-        up, down = neighbour_distances(element, quantized.codes)
-        self.value: Tensor
-        self.up: Tensor
-        self.down: Tensor
-        # Values on a grid of four bits and their distances are bfloat16 numbers; sums and products of them here too.
-        for name, tensor in (("value", values), ("up", up * scale), ("down", down * scale)):
-            self.register_buffer(name, tensor.to(torch.bfloat16), persistent=False)
+        values, scales = quantized.dequantize(), quantized.scales.values()
+        wide = scales.repeat_interleave(self.format.block, dim=-1)
+        # Values on a grid of four bits and their distances are bfloat16 numbers.
+        up, down = ((d * wide).to(torch.bfloat16) for d in neighbour_distances(element, quantized.codes))
+        self.start = WeightMoves(values.to(torch.bfloat16), up, down, scales)
         lost = torch.zeros_like(values) if linear.remainder is None else linear.remainder.to(values)
-        distance = torch.where(lost > 0, self.up, self.down).float()
+        distance = torch.where(lost > 0, up, down).float()
         start = torch.where(distance > 0, lost / distance, 0.0).clamp(margin - 0.5, 0.5 - margin)
         self.offset = nn.Parameter(start)
+        self.exponent = nn.Parameter(torch.zeros_like(scales))
         self.bias = linear.bias
         self._inputs = (inputs,)  # in a tuple, so that it is not registered twice
         self._linear = (linear,)
 
-    def weight(self, moves: Tensor | None) -> Tensor:
-        """The quantized weights, bfloat16 [N, K]; `moves` as of the site's inputs."""
-        offset: Tensor = self.offset
-        if moves is not None:
-            lost = offset.detach() * torch.where(offset > 0, self.up, self.down)
-            with torch.autocast(moves.device.type, enabled=False):
-                change = apply_matrices(self.value.float() + lost, moves)
-            distance = torch.where(change > 0, self.up, self.down).float()
-            # At the end of the grid there is no neighbour; a quotient of zeros would spoil the gradient.
-            offset = offset + change / torch.where(distance > 0, distance, torch.inf)
-        weight: Tensor = StepTo.apply(offset, self.value, self.up, self.down)
+    def weight(self, follow: Tensor | None) -> Tensor:
+        """The quantized weights, bfloat16 [N, K]; `follow` as of the site's inputs."""
+        exponent = self.exponent if self.exponent.requires_grad else None
+        with torch.autocast(self.offset.device.type, enabled=False):
+            weight: Tensor = MoveWeights.apply(self.offset, follow, exponent, self.start, self.format.element)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        quantized, moves = self._inputs[0](x)
-        quantized, weight = quantized.to(torch.bfloat16), self.weight(moves)
+        """[..., K] to [..., N]: on a CPU in the type of `x`, else bfloat16, which the next operations read faster."""
+        quantized, follow = self._inputs[0](x)
+        quantized, weight = quantized.to(torch.bfloat16), self.weight(follow)
         if x.device.type == "cpu":
-            product = nn.functional.linear(quantized.float(), weight.float())
+            product = nn.functional.linear(quantized.float(), weight.float()).to(x.dtype)
         else:
-            product = nn.functional.linear(quantized, weight).to(x.dtype)
-        return (product if self.bias is None else product + self.bias).to(x.dtype)
+            product = nn.functional.linear(quantized, weight)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep offsets within one code."""
+        """Keep offsets within one code, and exponents within one."""
         self.offset.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
+        if self.exponent.requires_grad:
+            self.exponent.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
 
     @torch.no_grad()
     def finished(self) -> QuantLinear:
         """The linear with the codes that the tuned weights have."""
         linear = self._linear[0]
-        old = linear.qtensor()
-        blocks = self.weight(self._inputs[0].moves()).float().unflatten(-1, (-1, self.format.block))
-        linear.set_weight(encode_blocks(blocks, old.scales, self.format))
+        scales = linear.qtensor().scales
+        if self.exponent.requires_grad:
+            stored = scales.stored.to(torch.int32) + self.exponent.round().to(torch.int32)
+            scales = replace(scales, stored=stored.clamp(0, E8M0_MAX_BYTE).to(torch.uint8))
+        blocks = self.weight(self._inputs[0].follow()).float().unflatten(-1, (-1, self.format.block))
+        linear.set_weight(encode_blocks(blocks, scales, self.format))
         linear.remainder = None
         return linear
 
@@ -176,6 +175,14 @@ class TunableBlock:
     def corrections(self) -> list[nn.Parameter]:
         return [site.correction for site in self.inputs.values() if site.correction.requires_grad]
 
+    def exponents(self) -> list[nn.Parameter]:
+        return [linear.exponent for linear in self.linears.values() if linear.exponent.requires_grad]
+
+    def fix_exponents(self) -> None:
+        """Leave the exponents as they are."""
+        for linear in self.linears.values():
+            linear.exponent.requires_grad_(False)
+
     def fix_transforms(self) -> None:
         """Leave the transforms as they are."""
         for site in self.inputs.values():
@@ -205,6 +212,21 @@ class TunableBlock:
         for name, site in self.inputs.items():
             if site.transform is not None and not torch.equal(matrices[name], site.start):
                 site.transform.weight.data = BlockTransform(matrices[name].double()).to_stored()
+
+
+def parameter_groups(blocks: Sequence[TunableBlock], options: Tuning) -> list[Group]:
+    """What is learned at which rate; what has none is left as it is."""
+    groups = [Group([p for block in blocks for p in block.offsets()], options.offset_rate, options.decay)]
+    for block in blocks:
+        if not options.transform_rate:
+            block.fix_transforms()
+        if not options.exponent_rate:
+            block.fix_exponents()
+    corrections = [parameter for block in blocks for parameter in block.corrections()]
+    exponents = [parameter for block in blocks for parameter in block.exponents()]
+    groups.append(Group(corrections, options.transform_rate))
+    groups.append(Group(exponents, options.exponent_rate))
+    return [group for group in groups if group.parameters]
 
 
 def neighbour_distances(element: Element, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,22 @@
 """Forward what a deployed model computes, backward as if nothing were rounded."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from mxrot.formats import get_format
-from mxrot.kernels import plain_rotate_quantize
+from mxrot.kernels import WeightMoves, plain_rotate_quantize
 from mxrot.layers import TensorQuantizer
 from mxrot.transforms.base import BlockTransform, apply_matrices
-from mxrot.tuning.straight_through import InverseTransposed, RotateQuantize, RoundToStored, StepTo
+from mxrot.tuning.straight_through import (
+    Divergence,
+    InverseTransposed,
+    MoveWeights,
+    RotateQuantize,
+    RoundToStored,
+)
 
 FORMAT = get_format("mxfp4")
 QUANTIZER = TensorQuantizer(FORMAT, FORMAT.rule())
@@ -63,10 +71,42 @@ def test_the_gradient_of_an_inverse_that_is_there_already() -> None:
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_a_step_to_a_neighbour() -> None:
-    offset = torch.tensor([-0.9, -0.5, -0.2, 0.0, 0.3, 0.5, 0.51]).requires_grad_()
-    value, up, down = torch.full((7,), 2.0), torch.full((7,), 1.0), torch.full((7,), 0.5)
-    found = StepTo.apply(offset, value, up, down)
-    assert found.tolist() == [1.5, 2, 2, 2, 2, 2, 3]
-    found.sum().backward()
-    assert offset.grad is not None and offset.grad.tolist() == [0.5, 0.5, 0.5, 0.5, 1, 1, 1]
+def starts(offset: Tensor) -> WeightMoves:
+    """The value 2 of E2M1 under a scale of 1: 3 is next, 1.5 before it."""
+    ones = torch.ones_like(offset)
+    return WeightMoves(
+        (2 * ones).bfloat16(), ones.bfloat16(), (0.5 * ones).bfloat16(), torch.ones(len(offset), offset.shape[1] // 32)
+    )
+
+
+def test_an_offset_beyond_a_half_is_the_neighbour() -> None:
+    offset = torch.tensor([-0.9, -0.6, -0.2, 0.0, 0.3, 0.49, 0.51, 1.0]).repeat(4)[None].requires_grad_()
+    found = MoveWeights.apply(offset, None, None, starts(offset.detach()), FORMAT.element)
+    assert found[0, :8].tolist() == [1.5, 1.5, 2, 2, 2, 2, 3, 3]
+    found.float().sum().backward()
+    assert offset.grad is not None and offset.grad[0, :8].tolist() == [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1]
+
+
+def test_an_exponent_beyond_a_half_doubles_the_scale() -> None:
+    exponent = torch.tensor([[-0.6], [0.4], [0.6]]).requires_grad_()
+    offset = torch.full((3, 32), 0.3).requires_grad_()
+    found = MoveWeights.apply(offset, None, exponent, starts(offset.detach()), FORMAT.element)
+    assert found[:, 0].tolist() == [2, 2, 2]  # 2.3 on the grids of 1/2, 1 and 2
+    found.float().sum().backward()
+    # ln 2 times what rounding added, which is -0.3 thirty-two times
+    assert exponent.grad is not None
+    torch.testing.assert_close(exponent.grad, torch.full((3, 1), -0.3 * 32 * math.log(2)))
+
+
+def test_the_divergence_and_its_gradient() -> None:
+    expected, found = random(5, 40, seed=0), random(5, 40, seed=1).requires_grad_()
+    twin = found.detach().clone().requires_grad_()
+    ours = Divergence.apply(found, expected)
+    theirs = torch.nn.functional.kl_div(
+        twin.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    torch.testing.assert_close(ours, theirs)
+    (3 * ours).backward()
+    (3 * theirs).backward()
+    assert found.grad is not None and twin.grad is not None
+    torch.testing.assert_close(found.grad, twin.grad, rtol=1e-4, atol=1e-7)

@@ -16,7 +16,8 @@ from mxrot.layers import QuantLinear
 from mxrot.models.llama import LLAMA, LLAMA_SITES
 from mxrot.pipeline import quantize
 from mxrot.surgery import stored_tensors
-from mxrot.tuning.tunable import TunableBlock, neighbour_distances
+from mxrot.tuning.loop import Tuning
+from mxrot.tuning.tunable import TunableBlock, neighbour_distances, parameter_groups
 
 MARGIN = 0.01
 RECIPES = {
@@ -56,6 +57,7 @@ def test_it_computes_the_same_and_comes_back_as_it_was(source: Path, name: str) 
         for linear in site.linears
     }
     expected = {linear: linear_of(block, linear)(x) for linear, x in inputs.items()}
+    values = {linear: values_of(linear_of(block, linear)) for linear in inputs}
     tunable = TunableBlock.of(block, LLAMA_SITES, MARGIN)
     for linear, x in inputs.items():
         found = block.get_submodule(linear)(x)
@@ -64,7 +66,9 @@ def test_it_computes_the_same_and_comes_back_as_it_was(source: Path, name: str) 
     tunable.finish()
     after = stored_tensors(block, torch.float16)
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    # Codes may turn from -0 to 0.
+    assert all(torch.equal(before[key], after[key]) for key in before if not key.endswith("weight_packed"))
+    assert all(torch.equal(values_of(linear_of(block, linear)), values[linear]) for linear in values)
 
 
 def values_of(linear: QuantLinear) -> Tensor:
@@ -102,7 +106,7 @@ def test_weights_follow_a_transform_that_moves(source: Path, name: str) -> None:
         generator = torch.Generator().manual_seed(3)
         site.correction.data += 0.15 * torch.randn(site.correction.shape, generator=generator) / 32**0.5
         if not follows:
-            site.moves = lambda: None  # type: ignore[method-assign]
+            site.follow = lambda: None  # type: ignore[method-assign]
         tunable.finish()
         stored = linear_of(moved, linear).transform
         assert stored is not None and stored.weight.dtype == torch.bfloat16
@@ -117,13 +121,39 @@ def test_gradients_reach_every_offset_and_correction(source: Path) -> None:
     for site in LLAMA_SITES:
         for linear in site.linears:
             module = tunable.linears[linear]
-            x = torch.randn(4, module.value.shape[1], generator=torch.Generator().manual_seed(4))
+            module.offset.data.fill_(0.3)  # without anything to round, an exponent would have no gradient
+            x = torch.randn(4, module.offset.shape[1], generator=torch.Generator().manual_seed(4))
             total = total + module(x).square().sum()
     total.backward()
-    for parameter in (*tunable.offsets(), *tunable.corrections()):
+    for parameter in (*tunable.offsets(), *tunable.corrections(), *tunable.exponents()):
         assert parameter.grad is not None and parameter.grad.isfinite().all() and (parameter.grad != 0).any()
-    tunable.fix_transforms()
-    assert not tunable.corrections()
+
+
+def test_what_has_no_rate_is_left_as_it_is(source: Path) -> None:
+    for transform, exponent in ((0.0, 0.0), (1e-3, 0.0), (0.0, 1e-3), (1e-3, 2e-3)):
+        tunable = TunableBlock.of(quantized_block(source, "block"), LLAMA_SITES, MARGIN)
+        rates = Tuning(offset_rate=0.01, transform_rate=transform, exponent_rate=exponent)
+        groups = parameter_groups([tunable], rates)
+        assert [group.rate for group in groups] == [0.01, *(rate for rate in (transform, exponent) if rate)]
+        assert [len(group.parameters) for group in groups] == [7] + [4] * (transform > 0) + [7] * (exponent > 0)
+
+
+def test_an_exponent_that_has_moved_is_in_the_result(source: Path) -> None:
+    """Up by one where it is beyond a half; the weights are rounded on the coarser grid."""
+    block = quantized_block(source, "block")
+    name = "mlp.down_proj"
+    before = deepcopy(linear_of(block, name)).qtensor()
+    tunable = TunableBlock.of(block, LLAMA_SITES, MARGIN)
+    exponent = tunable.linears[name].exponent
+    exponent.data[::2] = 0.7
+    exponent.data[1::2] = 0.3
+    tunable.finish()
+    after = linear_of(block, name).qtensor()
+    moved = after.scales.stored.int() - before.scales.stored.int()
+    assert (moved[::2] == 1).all() and (moved[1::2] == 0).all()
+    assert torch.equal(after.dequantize()[1::2], before.dequantize()[1::2])
+    coarse = after.scales.values().repeat_interleave(32, dim=-1)[::2]
+    assert (after.dequantize()[::2] - before.dequantize()[::2]).abs().max() <= coarse.max() / 2
 
 
 def test_the_input_of_a_site_is_quantized_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
