@@ -31,10 +31,11 @@ from torch import Tensor
 
 from mxrot import api, pipeline
 from mxrot.calibration import load_text, token_windows
+from mxrot.checkpoint import quantize_to_folder
 from mxrot.errors import MxrotError
 from mxrot.evaluation import perplexity
 from mxrot.models import find_model
-from mxrot.recipe import load_recipe
+from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import RunRecord, device_name, versions
 
 Entry = dict[str, Any]
@@ -63,6 +64,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=None)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--no-perplexity", action="store_true", help="only quantize, for times")
+    parser.add_argument("--reload", action="store_true", help="quantize again into a checkpoint, and measure that too")
     parser.add_argument("--device", default=None)
     parser.add_argument("--part", default=None, help="I/N: every N-th measurement from the I-th on, of all N")
     parser.add_argument("--commit", default=None, help="what is measured, where there is no git checkout")
@@ -185,7 +187,28 @@ def _measure(run: Run, seed: int, bench: Bench) -> Entry:
         entry["perplexity"] = {
             name: vars(perplexity(model, windows, bench.batch)) for name, windows in bench.windows.items()
         }
+        if bench.options.reload and run.recipe is not None:
+            del model
+            entry["reloaded"] = reloaded_perplexity(bench, recipe, seed)
     return entry
+
+
+def reloaded_perplexity(bench: Bench, recipe: Recipe, seed: int) -> dict[str, float]:
+    """Of a checkpoint that is written by a second run with the same seed, and loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint"
+        quantize_to_folder(
+            bench.folder,
+            recipe,
+            path,
+            base_name=bench.options.model,
+            windows=None if recipe.is_data_free else bench.calibration,
+            data=None,
+            device=bench.device,
+            seed=seed,
+        )
+        model, _ = api.open_model(path, bench.device)
+        return {name: perplexity(model, windows, bench.batch).ppl for name, windows in bench.windows.items()}
 
 
 def output_errors(record: RunRecord) -> dict[str, float]:
@@ -212,12 +235,18 @@ def summary(run: Run, entries: list[Entry], original: dict[str, float] | None = 
         return row
     means = {name: sum(found[name]["ppl"] for found in measured) / len(measured) for name in measured[0]}
     first = [found[next(iter(means))]["ppl"] for found in measured]
-    row |= {"means": means, "spread": max(first) - min(first), "low": run.low, "high": run.high}
-    row["holds"] = run.low <= next(iter(means.values())) <= run.high
+    row |= {"means": means, "spread": max(first) - min(first), "bounds": [run.low, run.high]}
+    row["holds"] = run.low <= next(iter(means.values())) <= (math.inf if run.high is None else run.high)
     if original is not None:
         row["relative"] = {name: mean / original[name] for name, mean in means.items()}
         row["relative_bound"] = run.relative
-        row["holds"] &= all(value <= run.relative for value in list(row["relative"].values())[1:])
+        bound = math.inf if run.relative is None else run.relative
+        row["holds"] &= all(value <= bound for value in list(row["relative"].values())[1:])
+    reloaded = [(entry["reloaded"], entry["perplexity"]) for entry in entries if "reloaded" in entry]
+    if reloaded:
+        row["reloads"] = all(
+            abs(value - here[name]["ppl"]) < 5e-5 for again, here in reloaded for name, value in again.items()
+        )
     return row
 
 
@@ -240,9 +269,10 @@ def line(row: dict[str, Any]) -> str:
         text += "".join(f" {mean:8.3f}" for mean in row["means"].values()) + f"  spread {row['spread']:6.3f}"
     if "relative" in row:
         text += "  x " + " ".join(f"{value:.3f}" for value in row["relative"].values())
-    if row.get("high", math.inf) < math.inf:
-        bounds = f"{row['low']:.2f} to {row['high']:.2f}"
-        text += f"  {bounds:18s} {'ok' if row['holds'] else 'MISSED':6s}"
+    if row.get("bounds", [0.0, None])[1] is not None:
+        text += "  {:.2f} to {:.2f}".format(*row["bounds"]) + f"  {'ok' if row['holds'] else 'MISSED':6s}"
+    if "reloads" in row:
+        text += "  reloads as it was" if row["reloads"] else "  RELOADS AS ANOTHER MODEL"
     seconds = [entry["quantize_seconds"] for entry in row["seeds"] if "quantize_seconds" in entry]
     peaks = [entry["peak_gpu_bytes"] or 0 for entry in row["seeds"] if "peak_gpu_bytes" in entry]
     if seconds:

@@ -102,3 +102,11 @@ def test_parts_measure_everything_once(
 def test_only_takes_several_parts_of_labels(accuracy: Any) -> None:
     labels = [run.label for run in accuracy.chosen_runs(options(table="base", only="rtn|released"))]
     assert labels == ["rtn, even", "rtn, floor", "duquant++-released", "duquant++-released-gptq"]
+
+
+def test_a_checkpoint_that_reloads_as_another_model_is_seen(accuracy: Any) -> None:
+    for found, reloads in ((24.00001, True), (24.001, False)):
+        again = entry("mxrot-tuned", 0, 24.0, 12.0) | {"reloaded": {"one": found, "two": 12.0}}
+        (row,) = accuracy.summaries(options(), [again])
+        assert row["reloads"] is reloads
+        assert ("reloads as it was" in accuracy.line(row)) is reloads
