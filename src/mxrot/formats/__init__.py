@@ -1,6 +1,6 @@
 """Number formats: elements, block scales, quantized tensors. Tensors in, tensors out."""
 
-from mxrot.formats.block import as_blocks, encode_blocks, fake_quantize, quantize, round_blocks
+from mxrot.formats.block import as_blocks, choose_scales, encode_blocks, fake_quantize, quantize, round_blocks
 from mxrot.formats.catalog import FORMATS, Format, get_format
 from mxrot.formats.element import Element
 from mxrot.formats.packing import pack_codes, unpack_codes
@@ -17,6 +17,7 @@ __all__ = [
     "QTensor",
     "ScaleRule",
     "as_blocks",
+    "choose_scales",
     "encode_blocks",
     "fake_quantize",
     "get_format",

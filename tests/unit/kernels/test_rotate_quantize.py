@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxrot.formats import FORMATS, RULES, Format, ScaleRule
+from mxrot.formats import FORMATS, RULES, BlockScales, Format, QTensor, ScaleRule
 from mxrot.formats.element import FloatElement
 from mxrot.kernels import plain_rotate_quantize
 from mxrot.kernels.dispatch import rotate_quantize as dispatched
+from mxrot.kernels.plain import (
+    plain_rotate_quantize_e5m2,
+    plain_rotate_quantize_packed,
+    swizzle_scales,
+    swizzled_bytes,
+)
 from mxrot.layers import TensorQuantizer
 from mxrot.transforms.base import random_orthogonal
 
@@ -128,3 +134,118 @@ def test_every_covered_value_is_a_bfloat16_number() -> None:
         assert TensorQuantizer(format, rule).is_exact_in_bfloat16
         plain = plain_rotate_quantize(sample(torch.float32), None, format, rule)
         assert torch.equal(plain, plain.to(torch.bfloat16).float())
+
+
+FP4_RULES = [RULES[name] for name in FORMATS["mxfp4"].rules if RULES[name].raises_from is not None]
+each_rule = pytest.mark.parametrize("rule", FP4_RULES, ids=lambda rule: rule.name)
+
+
+def extreme(dtype: torch.dtype, rows: int = 150, columns: int = 96) -> Tensor:
+    """`sample`, with blocks below and above all exponents of E5M2, and NaN and Inf."""
+    x = sample(torch.float32, rows, columns)
+    x[5] *= 2.0**-30
+    x[6, :32] *= 2.0**-22
+    x[7, 32:64] = x[7, 32:64].sign() * 3e4
+    if dtype != torch.float16:
+        x[8] *= 2.0**20
+    x[9, 3], x[10, 40] = float("nan"), float("inf")
+    return x.to(dtype).to(DEVICE)
+
+
+def permutations(groups: int) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.stack([torch.eye(32)[torch.randperm(32, generator=generator)] for _ in range(groups)]).to(DEVICE)
+
+
+@pytest.mark.parametrize("shift", [-3, 0, 4])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@each_rule
+def test_fp8_has_the_twins_bits(rule: ScaleRule, dtype: torch.dtype, shift: int) -> None:
+    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2
+
+    x, format = extreme(dtype), FORMATS["mxfp4"]
+    for matrices in (None, permutations(1), permutations(3)):
+        if matrices is not None:  # with a NaN or Inf anywhere in a block, all of its transform is NaN
+            x = sample(dtype)
+        expected = plain_rotate_quantize_e5m2(x, matrices, format, rule, shift)
+        found = rotate_quantize_e5m2(x, matrices, format, rule, shift)
+        assert found.dtype == torch.float8_e5m2 and same_bits(found, expected)
+
+
+def test_fp8_is_exact_within_its_window_and_bounded_outside() -> None:
+    format, rule = FORMATS["mxfp4"], RULES["even"]
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    x *= 2.0 ** torch.arange(-24, 40).clamp(max=18)[:, None]
+    found = plain_rotate_quantize_e5m2(x, None, format, rule).float()
+    exact = plain_rotate_quantize(x, None, format, rule)
+    inside = (x.abs().amax(dim=1) >= 2.0**-13) & (x.abs().amax(dim=1) < 2.0**15)
+    assert inside.sum() > 20 and torch.equal(found[inside], exact[inside])
+    small = x.abs().amax(dim=1) < 2.0**-13
+    assert small.sum() > 5 and (found[small] - x[small]).abs().max() <= 2.0**-17 + 2.0**-14 * 0.25
+    assert found.abs().max() == 6 * 2.0**13
+
+
+@pytest.mark.parametrize("swizzled", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@each_rule
+def test_codes_and_scales_have_the_twins_bits(rule: ScaleRule, dtype: torch.dtype, swizzled: bool) -> None:
+    from mxrot.kernels.rotate_quantize import rotate_quantize_packed
+
+    format = FORMATS["mxfp4"]
+    for x, matrices in ((extreme(dtype), None), (sample(dtype), permutations(1)), (sample(dtype), permutations(3))):
+        expected = plain_rotate_quantize_packed(x, matrices, format, rule, swizzled)
+        found = rotate_quantize_packed(x, matrices, format, rule, swizzled)
+        assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
+
+
+@each_rule
+def test_codes_and_scales_stand_for_the_quantized_values(rule: ScaleRule) -> None:
+    format = FORMATS["mxfp4"]
+    x = extreme(torch.float32)[None]
+    packed = plain_rotate_quantize_packed(x, None, format, rule)
+    assert packed.codes.shape == (1, 150, 48) and packed.scales.shape == (1, 150, 3)
+    values = QTensor.from_packed(packed.codes, BlockScales(packed.scales, format.scale), format).dequantize()
+    assert same_bits(values, plain_rotate_quantize(x, None, format, rule))
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (128, 4), (129, 5), (300, 12)])
+def test_the_swizzled_order(rows: int, groups: int) -> None:
+    """Byte by byte from the formula of the layout."""
+    scales = torch.randint(1, 255, (rows, groups), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = swizzle_scales(scales)
+    assert len(found) == swizzled_bytes(rows, groups)
+    tiles = -(-groups // 4)
+    for r in range(rows):
+        for g in range(groups):
+            at = ((r // 128) * tiles + g // 4) * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + g % 4
+            assert found[at] == scales[r, g]
+    assert int(found.sum(dtype=torch.int64)) == int(scales.sum(dtype=torch.int64))  # and zeros
+
+
+@pytest.mark.parametrize("rows", [0, 1, 127, 129])
+def test_every_output_takes_any_number_of_rows(rows: int) -> None:
+    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+
+    format, rule = FORMATS["mxfp4"], RULES["even"]
+    x = sample(torch.bfloat16, rows=200, columns=160)[:rows, 32:]
+    assert same_bits(rotate_quantize_e5m2(x, None, format, rule), plain_rotate_quantize_e5m2(x, None, format, rule))
+    for swizzled in (False, True):
+        found = rotate_quantize_packed(x, None, format, rule, swizzled)
+        expected = plain_rotate_quantize_packed(x, None, format, rule, swizzled)
+        assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_bfloat16_matrices_on_matrix_hardware(dtype: torch.dtype, groups: int) -> None:
+    """Products are exact there too, so values differ no more often than with float32 arithmetic."""
+    format, rule = FORMATS["mxfp4"], RULES["even"]
+    x = torch.randn(4000, 160, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    matrices = random_orthogonal(groups, 32, torch.Generator().manual_seed(2)).to(torch.bfloat16).to(DEVICE)
+    expected = plain_rotate_quantize(x.double().float(), matrices.float(), format, rule)
+    found = fused(x, matrices, format, rule).float()
+    assert (found != expected).double().mean() < 1e-4
+    exact = fused(x, permutations(groups).to(torch.bfloat16), format, rule)
+    assert same_bits(exact, plain_rotate_quantize(x, permutations(groups), format, rule))
