@@ -1,0 +1,76 @@
+"""MXFP4 weights lifted to FP8: exact within the window, counted outside, and the kernel against its twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxrot.formats import BlockScales, QTensor, get_format, quantize
+from mxrot.kernels.plain import lift_exponents, plain_lift_weights
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMAT = get_format("mxfp4")
+
+
+def weights(rows: int, columns: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales of weights whose blocks differ by factors up to 2^spread."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randn(rows, columns // 32, 32, generator=generator)
+    blocks *= 2.0 ** (spread * torch.rand(rows, columns // 32, 1, generator=generator) - spread / 2)
+    blocks[0, 0] = 0.0
+    blocks[1] = 0.0
+    quantized = quantize(blocks.flatten(1), FORMAT)
+    return quantized.packed().to(DEVICE), quantized.scales.stored.to(DEVICE)
+
+
+def values(codes: Tensor, scales: Tensor) -> Tensor:
+    return QTensor.from_packed(codes, BlockScales(scales, FORMAT.scale), FORMAT).dequantize()
+
+
+def test_within_the_window_lifting_is_exact() -> None:
+    codes, scales = weights(40, 160, 12.0)
+    exponents, outside = lift_exponents(codes, scales)
+    assert int(outside) == 0
+    lifted = plain_lift_weights(codes, scales, exponents)
+    assert lifted.dtype == torch.float8_e4m3fn
+    assert torch.equal(lifted.float() * 2.0 ** exponents[:, None], values(codes, scales))
+    assert lifted.float().abs().amax(dim=1).max() <= 448
+
+
+def test_every_code_at_every_shift() -> None:
+    """Exhaustive: all 16 codes, at all shifts of the window and beyond."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2)
+    packed = (codes[::2] | codes[1::2] << 4).repeat(21, 1).repeat(1, 2).to(DEVICE)
+    scales = (
+        torch.stack([torch.arange(127 - 14, 127 + 7), torch.full((21,), 127 + 6)], dim=1).to(torch.uint8).to(DEVICE)
+    )
+    exponents, outside = lift_exponents(packed, scales)
+    assert exponents.tolist() == [0] * 21 and int(outside) == 6  # shifts -14 to -9
+    lifted = plain_lift_weights(packed, scales, exponents).float()
+    exact = values(packed, scales)
+    assert torch.equal(lifted[6:], exact[6:])
+    assert (lifted[:6] - exact[:6]).abs().max() <= 2.0**-10
+
+
+def test_blocks_outside_are_counted() -> None:
+    codes, scales = weights(40, 160, 40.0)
+    exponents, outside = lift_exponents(codes, scales)
+    shifts = scales.int() - 127 - exponents[:, None]
+    has_value = (values(codes, scales).unflatten(1, (-1, 32)) != 0).any(dim=2)
+    assert int(outside) == int((has_value & (shifts < -8)).sum()) > 10
+    assert shifts[has_value].max() == 6
+
+
+@pytest.mark.parametrize("spread", [12.0, 40.0])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (33, 160), (64, 256)])
+def test_the_kernel_has_the_twins_bits(rows: int, columns: int, spread: float) -> None:
+    from mxrot.kernels.lift import lift_weights
+
+    codes, scales = (part[:rows].contiguous() for part in weights(max(rows, 2), columns, spread))
+    exponents, _ = lift_exponents(codes, scales)
+    expected = plain_lift_weights(codes, scales, exponents)
+    found = lift_weights(codes, scales, exponents)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    out = torch.empty_like(found)
+    assert lift_weights(codes, scales, exponents, out) is out and torch.equal(out.float(), expected.float())
