@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import (
+    BlockScales,
     Format,
+    QTensor,
     ScaleRule,
     choose_scales,
     encode_blocks,
@@ -220,6 +222,19 @@ def swizzle_scales(scales: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(scales, (0, 4 * wide - groups, 0, 128 * tall - rows))
     tiles = padded.view(tall, 4, 32, wide, 4)  # tile row, row div 32, row mod 32, tile column, block
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1)
+
+
+def plain_packed_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """MXFP4 inputs [..., K] by MXFP4 weights, uint8 codes [N, K/2] and E8M0 scales [N, K/32]: `dtype` [..., N].
+
+    Products of codes are exact, sums are float32.
+    """
+    format = get_format("mxfp4")
+    x, w = (
+        QTensor.dequantize_packed(c, BlockScales(s, format.scale), format)
+        for c, s in ((inputs.codes, inputs.scales), (codes, scales))
+    )
+    return (x @ w.mT).to(dtype)
 
 
 def _transformed_blocks(x: Tensor, matrices: Tensor | None, format: Format) -> Tensor:
