@@ -19,12 +19,19 @@ def inverse_power_of_two(powers):
 
 
 @triton.jit
-def round_to_element(scaled, smallest_normal, fraction_step, largest):
+def to_grid(magnitude, smallest_normal, fraction_bits):
+    """A magnitude in float32 plus a power of two, which rounds it to an element's grid, ties to even; and that power.
+
+    The power is 2^23 steps of the grid there, so the low bits of the sum count steps.
+    """
+    binade = tl.maximum(magnitude, smallest_normal).to(tl.int32, bitcast=True) & 0x7F800000
+    power = (binade + ((23 - fraction_bits) << 23)).to(tl.float32, bitcast=True)
+    return magnitude + power, power
+
+
+@triton.jit
+def round_to_element(scaled, smallest_normal, fraction_bits, largest):
     """float32 to the nearest element of a floating-point format, ties to even, beyond `largest` to that."""
-    magnitude = tl.minimum(tl.abs(scaled), largest)
-    binade = (magnitude.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    step = tl.maximum(binade, smallest_normal) * fraction_step
-    # Adding and taking away 2^23 rounds to an integer, ties to even.
-    rounded = ((magnitude * inverse_power_of_two(step) + 8388608.0) - 8388608.0) * step
+    raised, power = to_grid(tl.minimum(tl.abs(scaled), largest), smallest_normal, fraction_bits)
     sign = scaled.to(tl.int32, bitcast=True) & -0x80000000
-    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return ((raised - power).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)

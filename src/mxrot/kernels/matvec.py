@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mxrot.kernels.plain import PackedRows
 
-ROWS = 16
+PRODUCTS = 16
+"""Rows of weights times rows of inputs that a program holds."""
 GROUPS = 32
 MOST_ROWS = 8
 """Inputs with more rows have no kernel here."""
@@ -54,7 +55,8 @@ def _integer(code):
 
 @triton.jit
 def _block_sums(weights, inputs, whole, ASSEMBLY: tl.constexpr):
-    """Four times the sums over each block: int32 [1, ROWS, GROUPS, 4] by [INPUTS, 1, GROUPS, 4]; `whole` are zeros."""
+    """Four times the sums over each block: int32 [1, ROWS, GROUPS, 4] by [INPUTS, 1, GROUPS, 4] to [INPUTS, ROWS,
+    GROUPS, 1]; `whole` are zeros."""
     if ASSEMBLY:
         low, high = tl.inline_asm_elementwise(_SPREAD, "=&r,=&r,r", [weights], (tl.int32, tl.int32), True, 1)
         input_low, input_high = tl.inline_asm_elementwise(_SPREAD, "=&r,=&r,r", [inputs], (tl.int32, tl.int32), True, 1)
@@ -68,7 +70,7 @@ def _block_sums(weights, inputs, whole, ASSEMBLY: tl.constexpr):
         sums = whole
         for place in tl.static_range(8):
             sums += _integer((weights >> (4 * place)) & 15) * _integer((inputs >> (4 * place)) & 15)
-    return tl.sum(sums, axis=3)
+    return tl.sum(sums, axis=3, keep_dims=True)
 
 
 @triton.jit
@@ -102,7 +104,7 @@ def _matvec(
     lanes = tl.arange(0, GROUPS)[None, None, :, None]
     words = tl.arange(0, 4)[None, None, None, :]
     whole = tl.zeros([INPUTS, ROWS, GROUPS, 4], tl.int32)
-    totals = tl.zeros([INPUTS, ROWS, GROUPS], tl.float32)
+    totals = tl.zeros([INPUTS, ROWS, GROUPS, 1], tl.float32)
     for start in range(0, groups_in_all, GROUPS):
         groups = start + lanes
         is_weight = (rows < rows_in_all) & (groups < groups_in_all)
@@ -112,9 +114,9 @@ def _matvec(
         input_codes = tl.load(input_codes_pointer + input_place * 4 + words, mask=is_input, other=0)
         scales = tl.load(scales_pointer + place, mask=is_weight, other=0).to(tl.int32)
         input_scales = tl.load(input_scales_pointer + input_place, mask=is_input, other=0).to(tl.int32)
-        scale = tl.reshape(_scale(scales, input_scales), [INPUTS, ROWS, GROUPS])
-        totals += _block_sums(codes, input_codes, whole, ASSEMBLY).to(tl.float32) * scale
-    sums = tl.sum(totals, axis=2)
+        sums = _block_sums(codes, input_codes, whole, ASSEMBLY)
+        totals += sums.to(tl.float32) * _scale(scales, input_scales)
+    sums = tl.reshape(tl.sum(totals, axis=2), [INPUTS, ROWS])
     count = tl.arange(0, INPUTS)[:, None]
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[None, :]
     inside = (count < inputs_in_all) & (row < rows_in_all)
@@ -128,7 +130,9 @@ def packed_matvec(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torc
     assert count <= MOST_ROWS
     out = torch.empty(count, rows, dtype=dtype, device=codes.device)
     if out.numel():
-        _matvec[(triton.cdiv(rows, ROWS),)](
+        many = triton.next_power_of_2(count)
+        height = PRODUCTS // min(many, 4)
+        _matvec[(triton.cdiv(rows, height),)](
             inputs.codes.view(count, -1).view(torch.int32),
             inputs.scales,
             codes.view(torch.int32),
@@ -137,9 +141,9 @@ def packed_matvec(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torc
             count,
             rows,
             groups,
-            INPUTS=triton.next_power_of_2(count),
+            INPUTS=many,
             ASSEMBLY=codes.is_cuda,
-            ROWS=ROWS,
+            ROWS=height,
             GROUPS=GROUPS,
         )
     return out.view(*inputs.codes.shape[:-1], rows)

@@ -43,7 +43,7 @@ def _moved_weights(
     width,
     follow_stride,
     smallest_normal,
-    fraction_step,
+    fraction_bits,
     largest,
     HAS_FOLLOW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -60,7 +60,7 @@ def _moved_weights(
         follow = tl.load(follow_pointer + group * follow_stride + entries)
         weight = tl.dot(weight, follow, input_precision="ieee")
     scale = tl.load(scale_pointer + rows * (width // BLOCK) + group, mask=inside, other=1.0)[:, None]
-    moved = round_to_element(weight * inverse_power_of_two(scale), smallest_normal, fraction_step, largest) * scale
+    moved = round_to_element(weight * inverse_power_of_two(scale), smallest_normal, fraction_bits, largest) * scale
     tl.store(out_pointer + place, moved.to(tl.bfloat16), mask=mask)
 
 
@@ -80,7 +80,7 @@ def _gradients(
     width,
     follow_stride,
     smallest_normal,
-    fraction_step,
+    fraction_bits,
     largest,
     HAS_FOLLOW: tl.constexpr,
     HAS_EXPONENT: tl.constexpr,
@@ -108,7 +108,7 @@ def _gradients(
     if HAS_EXPONENT:
         scale = tl.load(scale_pointer + rows * groups + group, mask=inside, other=1.0)[:, None]
         scaled = followed * inverse_power_of_two(scale)
-        moved = round_to_element(scaled, smallest_normal, fraction_step, largest) * scale
+        moved = round_to_element(scaled, smallest_normal, fraction_bits, largest) * scale
         error = moved - tl.where(tl.abs(scaled) > largest, 0.0, followed)
         of_exponent = tl.sum(gradient * error, axis=1) * 0.6931471805599453
         tl.store(of_exponent_pointer + rows * groups + group, of_exponent, mask=inside)
@@ -170,5 +170,5 @@ def _follow_stride(moves: WeightMoves) -> int:
     return 0 if moves.follow is None or len(moves.follow) == 1 else BLOCK.value**2
 
 
-def _grid_of(element: FloatElement) -> tuple[float, float, float]:
-    return 2.0**element.min_exponent, 2.0**-element.fraction_bits, element.max
+def _grid_of(element: FloatElement) -> tuple[float, int, float]:
+    return 2.0**element.min_exponent, element.fraction_bits, element.max

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule
 from mxrot.formats.element import FloatElement
-from mxrot.kernels.arithmetic import power_of_two, round_to_element
+from mxrot.kernels.arithmetic import power_of_two, round_to_element, to_grid
 from mxrot.kernels.plain import E5M2_EXPONENTS, PackedRows, swizzled_bytes
 
 BLOCK = tl.constexpr(32)
@@ -74,7 +74,7 @@ def _values(
     raises_from,
     max_exponent,
     smallest_normal,
-    fraction_step,
+    fraction_bits,
     largest,
     least,
     most,
@@ -95,9 +95,9 @@ def _values(
             if HAS_MATRIX:
                 x = _transformed(x, matrix_pointer + group * matrix_stride, PARTS)
             exponents, bits = _exponents(x, raises_from, max_exponent, least, most)
-            rounded = round_to_element(x * power_of_two(-exponents)[:, None], smallest_normal, fraction_step, largest)
-            values = rounded * power_of_two(exponents - shift)[:, None]
-            values = tl.where((bits < 0x7F800000)[:, None], values, float("nan"))
+            rounded = round_to_element(x * power_of_two(-exponents)[:, None], smallest_normal, fraction_bits, largest)
+            scales = tl.where(bits < 0x7F800000, power_of_two(exponents - shift), float("nan"))
+            values = rounded * scales[:, None]
             tl.store(
                 out_pointer + rows[:, None] * out_stride + place, values.to(out_pointer.dtype.element_ty), mask=inside
             )
@@ -116,7 +116,7 @@ def _packed(
     raises_from,
     max_exponent,
     smallest_normal,
-    fraction_step,
+    fraction_bits,
     largest,
     HAS_MATRIX: tl.constexpr,
     PARTS: tl.constexpr,
@@ -138,12 +138,12 @@ def _packed(
                 x = _transformed(x, matrix_pointer + group * matrix_stride, PARTS)
             exponents, bits = _exponents(x, raises_from, max_exponent, -127, 127)
             is_finite = bits < 0x7F800000
-            rounded = round_to_element(x * power_of_two(-exponents)[:, None], smallest_normal, fraction_step, largest)
-            magnitude = tl.abs(rounded)
-            # 1 and more: the exponent and the first bit of the fraction, from 2 on; below, 0 or 1/2.
-            above = (magnitude.to(tl.int32, bitcast=True) >> 22) - 252
-            codes = tl.where(magnitude >= 1.0, above, (magnitude * 2).to(tl.int32))
-            codes = codes | ((rounded.to(tl.int32, bitcast=True) >> 28) & 8)
+            scaled = x * power_of_two(-exponents)[:, None]
+            raised, power = to_grid(tl.minimum(tl.abs(scaled), largest), smallest_normal, fraction_bits)
+            # Steps of half a binade, 0 to 4 of them, and two codes for each binade from 1 on.
+            steps = raised.to(tl.int32, bitcast=True) & 7
+            codes = steps + ((power.to(tl.int32, bitcast=True) >> 22) - 2 * (127 + 23 - fraction_bits))
+            codes = codes | ((scaled.to(tl.int32, bitcast=True) >> 28) & 8)
             codes = tl.where(is_finite[:, None], codes, 0)
             even, odd = tl.split(tl.reshape(codes, [ROWS, BLOCK // 2, 2]))
             packed = (even | (odd << 4)).to(tl.uint8)
@@ -266,5 +266,5 @@ def _numbers(format: Format, rule: ScaleRule) -> tuple[float, ...]:
     """What the kernels need to know of an element and a rule."""
     element = format.element
     assert isinstance(element, FloatElement) and rule.raises_from is not None and format.block == BLOCK.value
-    smallest, step = 2.0**element.min_exponent, 2.0**-element.fraction_bits
-    return rule.raises_from(element), element.max_exponent, smallest, step, element.max
+    smallest = 2.0**element.min_exponent
+    return rule.raises_from(element), element.max_exponent, smallest, element.fraction_bits, element.max
