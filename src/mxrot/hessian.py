@@ -14,6 +14,7 @@ from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
 from mxrot.rounding.base import Wishes
 from mxrot.transforms import BlockTransform
+from mxrot.transforms.base import STORED_DTYPE
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class SiteInputs:
     site: Site
     inputs: BlockInputs
     transform: BlockTransform | None
+    """As it is applied: bfloat16 numbers."""
     quantizer: TensorQuantizer | None
 
     def hessian(self, weight: Tensor, wishes: Wishes) -> Tensor:
@@ -88,7 +90,7 @@ class SiteInputs:
 
     @cached_property
     def _matrices(self) -> Tensor | None:
-        return None if self.transform is None else self.transform.matrices.to(torch.float32)
+        return None if self.transform is None else self.transform.matrices.to(STORED_DTYPE)
 
     def _seen(self, x: Tensor) -> Tensor:
         if self.quantizer is None:

@@ -62,7 +62,7 @@ def weight_of(block: nn.Module, site: Site) -> Tensor:
 
 
 def site_inputs(blocks: Blocks, site: Site, quantizer: TensorQuantizer | None) -> SiteInputs:
-    transform = BlockTransform(random_orthogonal(1, 32, torch.Generator().manual_seed(1)))
+    transform = BlockTransform(random_orthogonal(1, 32, torch.Generator().manual_seed(1))).as_applied()
     return SiteInputs(blocks.block, site, blocks.inputs, transform, quantizer)
 
 

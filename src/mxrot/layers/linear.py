@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize
 from mxrot.kernels import multiply, rotate_quantize
-from mxrot.transforms.base import BlockTransform, apply_matrices
+from mxrot.transforms.base import STORED_DTYPE, BlockTransform, apply_matrices
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class InputTransform(nn.Module):
         self._applied: tuple[object, Tensor] | None = None
 
     def matrices(self) -> Tensor:
-        """T as runtimes apply it, float32 [1 | G, B, B]; kept until the stored tensor changes."""
+        """T as runtimes apply it, bfloat16 [1 | G, B, B]; kept until the stored tensor changes."""
         stored = (self.weight.data_ptr(), self.weight._version, self.weight.device)
         if self._applied is None or self._applied[0] != stored:
-            self._applied = (stored, BlockTransform.from_stored(self.weight).matrices.to(torch.float32))
+            self._applied = (stored, BlockTransform.from_stored(self.weight).matrices.to(STORED_DTYPE))
         return self._applied[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x T in float32, blocks along the last dimension."""
-        return apply_matrices(x.to(torch.float32), self.matrices())
+        return apply_matrices(x.to(torch.float32), self.matrices().to(torch.float32))
 
 
 class QuantLinear(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 from mxrot.formats.element import Element
 from mxrot.kernels import WeightMoves, divergence, moved_weights, moved_weights_gradients, rotate_quantize
 from mxrot.layers import TensorQuantizer
+from mxrot.transforms.base import STORED_DTYPE
 
 
 class RotateQuantize(torch.autograd.Function):
@@ -18,10 +19,10 @@ class RotateQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: Tensor, quantizer: TensorQuantizer) -> Tensor:
-        """`x` [..., K], `matrices` float32 [1 | G, B, B]; the values that the codes stand for."""
+        """`x` [..., K], `matrices` float32 [1 | G, B, B] of bfloat16 numbers; the values that the codes stand for."""
         ctx.save_for_backward(x, matrices)
         with torch.autocast(x.device.type, enabled=False):
-            return rotate_quantize(x, matrices, quantizer.format, quantizer.rule)
+            return rotate_quantize(x, matrices.to(STORED_DTYPE), quantizer.format, quantizer.rule)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:

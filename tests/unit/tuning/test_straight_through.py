@@ -28,7 +28,11 @@ def random(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_gradient_of_a_quantized_transform_is_that_of_the_transform(groups: int) -> None:
-    x, matrices, weight = random(2, 5, 96, seed=0), random(groups, 32, 32, seed=1), random(96, seed=2)
+    x, matrices, weight = (
+        random(2, 5, 96, seed=0),
+        random(groups, 32, 32, seed=1).bfloat16().float(),
+        random(96, seed=2),
+    )
     ours = x.clone().requires_grad_(), matrices.clone().requires_grad_()
     found = RotateQuantize.apply(*ours, QUANTIZER)
     assert torch.equal(found, plain_rotate_quantize(x, matrices, FORMAT, QUANTIZER.rule))
