@@ -279,6 +279,55 @@ def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:
     _write_json(json_file, {"rows": [row.as_table() for row in rows]})
 
 
+benchmarks = typer.Typer(no_args_is_help=True, help="Speed, beside what it replaces.", rich_markup_mode=None)
+app.add_typer(benchmarks, name="bench")
+
+
+@benchmarks.command("kernels")
+def bench_kernels_command(
+    rows: Annotated[list[int], typer.Option("--rows", min=1, help="Rows of the input, repeatable")] = [],  # noqa: B006
+    shapes: Annotated[
+        list[str], typer.Option("--shape", metavar="NxK", help="A weight, repeatable (Llama-3-8B's)")
+    ] = [],  # noqa: B006
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Kernels beside the bfloat16 product; one that fails its check has no speed."""
+    import torch
+
+    from mxrot import api, bench
+    from mxrot.records import device_name, versions
+
+    _check_device(device)
+    where = torch.device(device or api.default_device())
+    sizes = [_shape(text) for text in shapes] or bench.LLAMA_3_8B
+    limits = bench.ceilings(where)
+    found = bench.bench_kernels(where, sizes, rows or bench.ROWS, lambda line: print(line, file=sys.stderr, flush=True))
+    _console().print(bench.kernel_table(found, limits))
+    for (kernel, count), ratio in bench.geometric_means(found).items():
+        print(f"{count} rows, {kernel}: {ratio:.2f} x bf16, geometric mean over the shapes")
+    table = {
+        "device": device_name(where),
+        "versions": versions(),
+        "ceilings": limits,
+        "rows": [row.as_record() for row in found],
+    }
+    _write_json(json_file, table)
+    if not all(row.holds for row in found):
+        raise typer.Exit(1)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """(N, K) of NxK."""
+    try:
+        height, width = map(int, text.lower().split("x"))
+    except ValueError:
+        raise ConfigError(f"--shape {text}: not of the form NxK, such as 4096x4096") from None
+    if height < 1 or width < 32 or width % 32:
+        raise ConfigError(f"--shape {text}: N must be positive and K a multiple of 32")
+    return height, width
+
+
 def _recipe(name: str, changes: list[str]) -> Any:
     from mxrot.recipe import load_recipe
 

@@ -24,7 +24,7 @@ from mxrot.kernels.plain import (
 
 def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
     """Q(x T), the shape of `x`: bfloat16 from the Triton kernel where it applies, else float32."""
-    if x.is_cuda and _has_triton() and _kernel_covers(x, format, rule):
+    if x.is_cuda and has_triton() and _kernel_covers(x, format, rule):
         from mxrot.kernels.rotate_quantize import rotate_quantize as fused
 
         return fused(x, matrices, format, rule)
@@ -45,7 +45,7 @@ def round_columns(
 ) -> RoundedColumns:
     """GPTQ over one block of columns, as `plain_round_columns` defines it."""
     width = columns.shape[1]
-    if columns.is_cuda and _has_triton() and zeros is None and isinstance(element, FloatElement) and width in (16, 32):
+    if columns.is_cuda and has_triton() and zeros is None and isinstance(element, FloatElement) and width in (16, 32):
         from mxrot.kernels.round_columns import round_columns as fused
 
         return fused(columns, scales, upper, element)
@@ -74,7 +74,7 @@ def moved_weights_gradients(
 
 def divergence(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """KL(expected || found) of each row of logits, and its gradient, as `plain_divergence` defines them."""
-    if found.is_cuda and _has_triton() and expected.stride(-1) == found.stride(-1) == 1:
+    if found.is_cuda and has_triton() and expected.stride(-1) == found.stride(-1) == 1:
         from mxrot.kernels.divergence import divergence as fused
 
         return fused(expected, found)
@@ -84,7 +84,7 @@ def divergence(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
 def _moves_on_gpu(offset: Tensor, moves: WeightMoves, element: Element) -> bool:
     blocks = 32 * moves.scales.shape[1] == offset.shape[1]
     fits = moves.follow is None or moves.follow.shape[-1] == 32
-    return offset.is_cuda and _has_triton() and isinstance(element, FloatElement) and blocks and fits
+    return offset.is_cuda and has_triton() and isinstance(element, FloatElement) and blocks and fits
 
 
 def _kernel_covers(x: Tensor, format: Format, rule: ScaleRule) -> bool:
@@ -94,5 +94,6 @@ def _kernel_covers(x: Tensor, format: Format, rule: ScaleRule) -> bool:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Can kernels be compiled here?"""
     return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,17 @@
+"""Speed, measured side by side in one run, and only of what computes the right thing."""
+
+from mxrot.bench.kernels import LLAMA_3_8B, ROWS, KernelRow, bench_kernels
+from mxrot.bench.tables import geometric_means, kernel_table
+from mxrot.bench.timing import Seconds, ceilings, seconds_of
+
+__all__ = [
+    "LLAMA_3_8B",
+    "ROWS",
+    "KernelRow",
+    "Seconds",
+    "bench_kernels",
+    "ceilings",
+    "geometric_means",
+    "kernel_table",
+    "seconds_of",
+]

@@ -1,0 +1,205 @@
+"""Kernels beside the bfloat16 product that they replace, on the shapes of Llama-3-8B or others.
+
+A kernel is checked against its plain twin first; one that fails has no speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxrot.bench.timing import Seconds, copies_for, seconds_of
+from mxrot.formats import BlockScales, QTensor, get_format, get_rule
+from mxrot.kernels import plain_rotate_quantize, rotate_quantize
+from mxrot.kernels.dispatch import has_triton
+from mxrot.kernels.fp8 import fp8_product
+from mxrot.kernels.plain import (
+    PackedRows,
+    lift_exponents,
+    plain_lift_weights,
+    plain_rotate_quantize_e5m2,
+    plain_rotate_quantize_packed,
+)
+from mxrot.transforms.base import STORED_DTYPE, random_orthogonal
+
+LLAMA_3_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+"""(N, K) of q, k and v together, o, gate and up together, down."""
+ROWS = (1, 4, 16, 128, 2048, 8192)
+FEW = 8
+"""Up to so many rows there is a kernel that reads packed codes without matrix hardware."""
+SOME = 128
+RULES = ("even", "floor", "rceil")
+FORMAT = get_format("mxfp4")
+BASELINE = "bf16 product"
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One measurement."""
+
+    kernel: str
+    shape: tuple[int, ...]
+    """(M, K) of a quantizer, (M, N, K) of a product."""
+    seconds: Seconds | None
+    """None if the check failed."""
+    bytes: float
+    """Read and written at least."""
+    operations: float
+    error: float
+    """Of a quantizer the share of values that differ from the twin's, of a product the relative error against float64
+    of the same codes."""
+    bound: float
+    """What `error` must not exceed."""
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.bound
+
+    def as_record(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return vars(self) | {"seconds": None if self.seconds is None else vars(self.seconds), "holds": self.holds}
+
+
+def bench_kernels(
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]] = LLAMA_3_8B,
+    rows: Sequence[int] = ROWS,
+    told: Callable[[str], None] = lambda line: None,
+) -> list[KernelRow]:
+    """All kernels on all shapes; `told` hears of each result."""
+    found = []
+    for row in (*_quantizers(device, sorted({k for _, k in shapes}), rows), *_products(device, shapes, rows)):
+        found.append(row)
+        told(f"{row.kernel:44s} {row.shape!s:22s} {row.seconds or 'CHECK FAILED'}")
+    return found
+
+
+def _quantizers(device: torch.device, widths: Sequence[int], rows: Sequence[int]) -> Iterator[KernelRow]:
+    generator = torch.Generator().manual_seed(0)
+    kinds = [*(("site", rule) for rule in RULES), ("block", RULES[0])]
+    for width, (sharing, rule_name), count in product(widths, kinds, rows):
+        matrices = random_orthogonal(1 if sharing == "site" else width // 32, 32, generator).to(STORED_DTYPE).to(device)
+        x = torch.randn(count, width, device=device).to(torch.bfloat16)
+        copies = [x.clone() for _ in range(copies_for(4 * x.numel()))]
+        for output, run, twin, size in _outputs(device):
+            rule, bound = get_rule(rule_name), 1e-4
+            error = _share_that_differs(run(x, matrices, FORMAT, rule), twin(x, matrices, FORMAT, rule))
+            calls = [partial(run, copy, matrices, FORMAT, rule) for copy in copies]
+            seconds = seconds_of(calls, device) if error <= bound else None
+            name = f"rotate_quantize to {output}, {sharing}, {rule_name}"
+            yield KernelRow(name, (count, width), seconds, x.numel() * (2 + size), 64.0 * x.numel(), error, bound)
+
+
+def _outputs(device: torch.device) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], float]]:
+    """Name, kernel, twin, and bytes of each value."""
+    if device.type != "cuda" or not has_triton():
+        yield "values", rotate_quantize, plain_rotate_quantize, 4.0
+        return
+    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+
+    yield "bf16", rotate_quantize, plain_rotate_quantize, 2.0
+    yield "fp8", rotate_quantize_e5m2, plain_rotate_quantize_e5m2, 1.0
+    yield "fp4", rotate_quantize_packed, plain_rotate_quantize_packed, 17 / 32
+
+
+def _share_that_differs(found: Any, expected: Any) -> float:
+    if isinstance(found, PackedRows):
+        pairs = ((found.codes, expected.codes), (found.scales, expected.scales))
+        return max(float((one != other).double().mean()) for one, other in pairs)
+    return float((found.float() != expected.float()).double().mean())
+
+
+def _products(device: torch.device, shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> Iterator[KernelRow]:
+    for height, width in shapes:
+        weight = torch.randn(height, width, device=device) * width**-0.5
+        packed = plain_rotate_quantize_packed(weight, None, FORMAT, FORMAT.rule())
+        matrices = random_orthogonal(1, 32, torch.Generator().manual_seed(1)).to(STORED_DTYPE).to(device)
+        dense = [_dequantized(packed).to(torch.bfloat16) for _ in range(copies_for(2.0 * weight.numel()))]
+        few = [PackedRows(packed.codes.clone(), packed.scales.clone()) for _ in range(copies_for(weight.numel() / 2))]
+        for count in rows:
+            x = torch.randn(count, width, device=device).to(torch.bfloat16)
+            exact = _sample(plain_rotate_quantize(x, matrices, FORMAT, FORMAT.rule()), dense[0])
+            shape, operations = (count, height, width), 2.0 * count * height * width
+            inputs_outputs = 2.0 * count * (height + width)
+            quantized = plain_rotate_quantize(x, matrices, FORMAT, FORMAT.rule()).to(torch.bfloat16)
+            own_error = _error(quantized @ dense[0].mT, exact)
+            calls = [partial(torch.nn.functional.linear, x, w) for w in dense]
+            yield KernelRow(
+                BASELINE,
+                shape,
+                seconds_of(calls, device),
+                inputs_outputs + 2.0 * weight.numel(),
+                operations,
+                own_error,
+                1.0,
+            )
+            for name, functions, size in _linears(device, x, matrices, few):
+                error = _error(functions[0](), exact)
+                bound = 1.1 * own_error if "fast" not in name else 3 * own_error
+                seconds = seconds_of(functions, device) if error <= bound else None
+                yield KernelRow(name, shape, seconds, inputs_outputs + size * weight.numel(), operations, error, bound)
+
+
+def _linears(
+    device: torch.device, x: Tensor, matrices: Tensor, weights: Sequence[PackedRows]
+) -> Iterator[tuple[str, list[Callable[[], Tensor]], float]]:
+    """Ways to compute the quantized linear, each with its transform and quantizer; one function for each weight."""
+    if device.type != "cuda" or not has_triton() or torch.cuda.get_device_capability(device) < (8, 9):
+        return
+    from mxrot.kernels.lift import lift_weights
+    from mxrot.kernels.matvec import packed_matvec
+    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+    from mxrot.kernels.skinny import skinny_product
+
+    rule, dtype = FORMAT.rule(), torch.bfloat16
+    if len(x) <= FEW:
+
+        def few(w: PackedRows) -> Tensor:
+            return packed_matvec(rotate_quantize_packed(x, matrices, FORMAT, rule), w.codes, w.scales, dtype)
+
+        yield "W4A4, packed, look-ups", [partial(few, w) for w in weights], 17 / 32
+    if len(x) <= SOME:
+
+        def some(w: PackedRows) -> Tensor:
+            return skinny_product(rotate_quantize_e5m2(x, matrices, FORMAT, rule), 0, w.codes, w.scales, dtype)
+
+        yield "W4A4, packed, matrix units", [partial(some, w) for w in weights], 17 / 32
+    exponents, _ = lift_exponents(weights[0].codes, weights[0].scales)
+    row_scales = torch.exp2(exponents.float())
+    lifted = [
+        plain_lift_weights(w.codes, w.scales, exponents) for w in weights[: copies_for(len(exponents) * x.shape[1])]
+    ]
+
+    def kept(w: Tensor, fast: bool = False) -> Tensor:
+        return fp8_product(rotate_quantize_e5m2(x, matrices, FORMAT, rule), w, row_scales, dtype, fast)
+
+    yield "W4A4, kept in FP8", [partial(kept, w) for w in lifted], 1.0
+    yield "W4A4, kept in FP8, fast accumulation", [partial(kept, w, True) for w in lifted], 1.0
+    scratch = torch.empty_like(lifted[0])
+
+    def lift(w: PackedRows) -> Tensor:
+        return kept(lift_weights(w.codes, w.scales, exponents, scratch))
+
+    yield "W4A4, packed, lifted on the way", [partial(lift, w) for w in weights], 17 / 32
+
+
+def _dequantized(packed: PackedRows) -> Tensor:
+    return QTensor.dequantize_packed(packed.codes, BlockScales(packed.scales, FORMAT.scale), FORMAT)
+
+
+SAMPLE_ROWS = 64
+
+
+def _sample(x: Tensor, weight: Tensor) -> Tensor:
+    """The first rows of the product of the same codes, float64."""
+    return x[:SAMPLE_ROWS].double() @ weight.double().mT
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found[: len(exact)].double() - exact).norm() / exact.norm())

@@ -1,0 +1,95 @@
+"""How long calls take on a device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+REPEATS = 15
+CACHE_BYTES = 2e8
+"""Operands are taken in turn from so many bytes of copies, more than any cache holds."""
+MOST_COPIES = 64
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The time of one call."""
+
+    median: float
+    low: float
+    """The lower quartile."""
+    high: float
+
+    def __str__(self) -> str:
+        return f"{1e6 * self.median:.1f} us ({1e6 * self.low:.1f} to {1e6 * self.high:.1f})"
+
+
+def copies_for(operand_bytes: float) -> int:
+    """How many copies of operands of this size are taken in turn."""
+    return max(1, min(MOST_COPIES, int(CACHE_BYTES // max(operand_bytes, 1)) + 1))
+
+
+def seconds_of(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = REPEATS) -> Seconds:
+    """The time of one of `calls`, which are made one after the other.
+
+    On a GPU they are recorded as one CUDA graph: what is timed is the device and not the launching of operations.
+    """
+    if device.type != "cuda":
+        found = [_host_seconds(calls) for _ in range(repeats + 1)][1:]
+    else:
+        found = _device_seconds(calls, device, repeats)
+    low, median, high = statistics.quantiles(found, n=4)
+    return Seconds(median, low, high)
+
+
+def _host_seconds(calls: Sequence[Callable[[], Any]]) -> float:
+    started = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - started) / len(calls)
+
+
+def _device_seconds(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:  # compiles
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        graph.replay()
+        found = []
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return found
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this device reaches: bytes a second of a copy, read and written, and operations a second of products."""
+    is_gpu = device.type == "cuda"
+    source = torch.empty(2**30 if is_gpu else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = {"copy": 2 * source.numel() / seconds_of([partial(target.copy_, source)], device).median}
+    del source, target
+    size = 8192 if is_gpu else 1024
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    found["bf16 product"] = 2 * size**3 / seconds_of([lambda: a @ b.mT], device, 7).median
+    if is_gpu and torch.cuda.get_device_capability(device) >= (8, 9):
+        x, w, one = a.to(torch.float8_e5m2), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
+        for name, fast in (("fp8 product", False), ("fp8 product, fast accumulation", True)):
+            product = partial(torch._scaled_mm, x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast)
+            found[name] = 2 * size**3 / seconds_of([product], device, 7).median
+    return found
