@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule
 from mxrot.formats.element import Element, FloatElement
+from mxrot.kernels.chunked import rotate_quantize_in_chunks
 from mxrot.kernels.plain import (
     RoundedColumns,
     WeightGradients,
@@ -28,6 +29,8 @@ def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: Sc
         from mxrot.kernels.rotate_quantize import rotate_quantize as fused
 
         return fused(x, matrices, format, rule)
+    if x.device.type == "cpu" and _kernel_covers(x, format, rule):
+        return rotate_quantize_in_chunks(x, matrices, format, rule)
     return plain_rotate_quantize(x, matrices, format, rule)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mxrot.formats import FORMATS, RULES, BlockScales, Format, QTensor, ScaleRule
 from mxrot.formats.element import FloatElement
-from mxrot.kernels import plain_rotate_quantize
+from mxrot.kernels import chunked, plain_rotate_quantize
 from mxrot.kernels.dispatch import rotate_quantize as dispatched
 from mxrot.kernels.plain import (
     plain_rotate_quantize_e5m2,
@@ -233,6 +233,34 @@ def test_every_output_takes_any_number_of_rows(rows: int) -> None:
         found = rotate_quantize_packed(x, None, format, rule, swizzled)
         expected = plain_rotate_quantize_packed(x, None, format, rule, swizzled)
         assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
+
+
+@pytest.mark.parametrize("elements", [1, 300, 2**19])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("format", "rule"), COVERED)
+def test_chunks_have_the_twins_bits(
+    format: Format, rule: ScaleRule, dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", elements)
+    cases = [(extreme(dtype), None), (sample(dtype), permutations(1)), (sample(dtype), permutations(3))]
+    tiny = 2.0**-126 * torch.randn(4, 96, generator=torch.Generator().manual_seed(3))
+    huge = 2.0**125 * torch.randn(4, 96, generator=torch.Generator().manual_seed(3)).clamp(-3, 3)
+    cases += [(x.to(DEVICE), None) for x in (tiny, huge)]
+    for x, matrices in cases:
+        found = chunked.rotate_quantize_in_chunks(x, matrices, format, rule)
+        assert same_bits(found, plain_rotate_quantize(x, matrices, format, rule))
+    x = sample(dtype)[None, :0]
+    assert chunked.rotate_quantize_in_chunks(x, None, format, rule).shape == x.shape
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_chunks_with_a_rotation_are_the_twins_but_for_ties(groups: int) -> None:
+    """The products are the same library's, but need not be summed in the same order for another number of rows."""
+    format, rule = FORMATS["mxfp4"], RULES["even"]
+    x = torch.randn(400, 96, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    matrices = random_orthogonal(groups, 32, torch.Generator().manual_seed(2)).to(torch.bfloat16).to(DEVICE)
+    found = chunked.rotate_quantize_in_chunks(x, matrices, format, rule)
+    assert (found != plain_rotate_quantize(x, matrices, format, rule)).double().mean() < 1e-4
 
 
 @pytest.mark.gpu

@@ -1,0 +1,57 @@
+"""The activation quantizer for a CPU: a few rows at a time, so that what lies between two steps stays in the cache.
+
+As a chain of operations on the whole tensor each step reads and writes memory; here only the first reads from it and
+the last writes to it. The bits are those of `plain_rotate_quantize`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import Format, ScaleRule
+from mxrot.formats.element import FloatElement, powers_of_two
+
+CHUNK_ELEMENTS = 2**19
+_EXPONENT_BITS = 0x7F800000
+
+
+def rotate_quantize_in_chunks(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
+    """Q(x T) in float32, the shape of `x` [..., K]; `matrices` [1 | G, B, B], or None.
+
+    For a FloatElement under a rule with `raises_from`, with blocks of the size of the matrices.
+    """
+    element = format.element
+    assert isinstance(element, FloatElement) and rule.raises_from is not None
+    flat = x.reshape(-1, x.shape[-1])
+    groups = flat.shape[1] // format.block
+    out = torch.empty(flat.shape, dtype=torch.float32, device=x.device)
+    rows = max(1, CHUNK_ELEMENTS // max(1, flat.shape[1]))
+    per_group = None if matrices is None or len(matrices) == 1 else matrices.to(torch.float32)
+    shared = None if matrices is None or per_group is not None else matrices[0].to(torch.float32)
+    raises_from = rule.raises_from(element)
+    for start in range(0, len(flat), rows):
+        part = flat[start : start + rows].to(torch.float32).unflatten(1, (groups, format.block))
+        if per_group is not None:
+            # Blocks first: the product comes out like that, and the way back is the last step's.
+            part = torch.bmm(part.transpose(0, 1), per_group)
+        elif shared is not None:
+            part = (part.reshape(-1, format.block) @ shared).view(part.shape)
+        target = out[start : start + rows].unflatten(1, (groups, format.block))
+        target = target if per_group is None else target.transpose(0, 1)
+        _quantize(part, element, raises_from, target)
+    return out.view(x.shape)
+
+
+def _quantize(values: Tensor, element: FloatElement, raises_from: int, out: Tensor) -> None:
+    """Blocks [..., B] of float32 to `out`, rounded under the scale of each."""
+    magnitude = values.abs()
+    top = magnitude.view(torch.int32).amax(dim=-1, keepdim=True)  # as integers NaN is above all
+    exponents = (top >> 23) - (127 + element.max_exponent) + ((top & 0x7FFFFF) >= raises_from)
+    exponents = exponents.clamp_(-127, 127)
+    magnitude.mul_(powers_of_two(-exponents)).clamp_(max=element.max)
+    # Adding 2^23 steps of the grid rounds to it, ties to even.
+    power = magnitude.clamp(min=2.0**element.min_exponent)
+    power.view(torch.int32).bitwise_and_(_EXPONENT_BITS).add_((23 - element.fraction_bits) << 23)
+    scales = torch.where(top < _EXPONENT_BITS, powers_of_two(exponents), torch.nan)
+    torch.copysign(magnitude.add_(power).sub_(power).mul_(scales), values, out=out)
