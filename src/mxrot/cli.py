@@ -305,7 +305,7 @@ def bench_kernels_command(
     found = bench.bench_kernels(where, sizes, rows or bench.ROWS, lambda line: print(line, file=sys.stderr, flush=True))
     _console().print(bench.kernel_table(found, limits))
     for (kernel, count), ratio in bench.geometric_means(found).items():
-        print(f"{count} rows, {kernel}: {ratio:.2f} x bf16, geometric mean over the shapes")
+        print(f"{kernel}, {count} rows: {ratio:.2f} times as fast, geometric mean over the shapes")
     table = {
         "device": device_name(where),
         "versions": versions(),

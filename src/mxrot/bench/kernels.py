@@ -26,7 +26,7 @@ from mxrot.kernels.plain import (
     plain_rotate_quantize_e5m2,
     plain_rotate_quantize_packed,
 )
-from mxrot.transforms.base import STORED_DTYPE, random_orthogonal
+from mxrot.transforms.base import STORED_DTYPE, apply_matrices, random_orthogonal
 
 LLAMA_3_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """(N, K) of q, k and v together, o, gate and up together, down."""
@@ -56,6 +56,8 @@ class KernelRow:
     of the same codes."""
     bound: float
     """What `error` must not exceed."""
+    replaces: str = ""
+    """The kernel that this one's speed is compared with, on the same shape."""
 
     @property
     def holds(self) -> bool:
@@ -93,7 +95,23 @@ def _quantizers(device: torch.device, widths: Sequence[int], rows: Sequence[int]
             calls = [partial(run, copy, matrices, FORMAT, rule) for copy in copies]
             seconds = seconds_of(calls, device) if error <= bound else None
             name = f"rotate_quantize to {output}, {sharing}, {rule_name}"
-            yield KernelRow(name, (count, width), seconds, x.numel() * (2 + size), 64.0 * x.numel(), error, bound)
+            rest = 64.0 * x.numel(), error, bound, f"rotate_quantize by the book, {sharing}, {rule_name}"
+            yield KernelRow(name, (count, width), seconds, x.numel() * (2 + size), *rest)
+        if device.type == "cpu" and rule_name == "floor":
+            name = f"rotate_quantize by the book, {sharing}, {rule_name}"
+            seconds = seconds_of([partial(by_the_book, copy, matrices) for copy in copies], device)
+            error = _share_that_differs(by_the_book(x, matrices), plain_rotate_quantize(x, matrices, FORMAT, rule))
+            yield KernelRow(name, (count, width), seconds, 6.0 * x.numel(), 64.0 * x.numel(), error, 1.0)
+
+
+def by_the_book(x: Tensor, matrices: Tensor) -> Tensor:
+    """Q(x T) under the rule `floor` as one would write it down: each value to the nearest of eight that it looks at."""
+    values = apply_matrices(x.float(), matrices.float()).unflatten(-1, (-1, 32))
+    scales = torch.exp2(values.abs().amax(dim=-1, keepdim=True).log2().floor() - 2)
+    scaled = values / scales
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=x.device)
+    nearest = (scaled.abs()[..., None] - grid).abs().argmin(dim=-1)
+    return (scaled.sign() * grid[nearest] * scales).flatten(-2)
 
 
 def _outputs(device: torch.device) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], float]]:

@@ -7,37 +7,44 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mxrot.bench.kernels import BASELINE, KernelRow
+from mxrot.bench.kernels import KernelRow
 
 
 def kernel_table(rows: Sequence[KernelRow], limits: dict[str, float]) -> Table:
-    """Times, the share of the copy bandwidth, and speed relative to the bfloat16 product of the same shape."""
-    baseline = {row.shape: row.seconds.median for row in rows if row.kernel == BASELINE and row.seconds is not None}
+    """Times, the share of the copy bandwidth, and speed relative to what a kernel replaces."""
+    ratios = speed_ratios(rows)
     ceilings = ", ".join(f"{name} {value / 1e9:,.0f} G/s" for name, value in limits.items())
     table = Table(title=f"Here: {ceilings}", title_justify="left")
     table.add_column("kernel")
-    for heading in ("shape", "us", "quartiles", "of copy", "Tops/s", "x bf16", "error"):
+    for heading in ("shape", "us", "quartiles", "of copy", "Tops/s", "x", "error"):
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [row.kernel, " ".join(map(str, row.shape))]
         if row.seconds is None:
             cells += ["CHECK FAILED", "", "", "", "", f"{row.error:.1e} > {row.bound:.1e}"]
         else:
-            seconds = row.seconds
+            seconds, ratio = row.seconds, ratios.get((row.kernel, row.shape))
             cells += [f"{1e6 * seconds.median:.1f}", f"{1e6 * seconds.low:.1f} to {1e6 * seconds.high:.1f}"]
             cells += [f"{row.bytes / seconds.median / limits['copy']:.0%}"]
-            is_product = row.shape in baseline
-            cells += [f"{row.operations / seconds.median / 1e12:.1f}" if is_product else ""]
-            cells += [f"{baseline[row.shape] / seconds.median:.2f}" if is_product else "", f"{row.error:.1e}"]
+            cells += [f"{row.operations / seconds.median / 1e12:.1f}" if len(row.shape) == 3 else ""]
+            cells += ["" if ratio is None else f"{ratio:.2f}", f"{row.error:.1e}"]
         table.add_row(*cells)
     return table
 
 
+def speed_ratios(rows: Sequence[KernelRow]) -> dict[tuple[str, tuple[int, ...]], float]:
+    """How many times faster each kernel is than the one it replaces, by its name and shape."""
+    times = {(row.kernel, row.shape): row.seconds.median for row in rows if row.seconds is not None}
+    return {
+        (row.kernel, row.shape): times[row.replaces, row.shape] / row.seconds.median
+        for row in rows
+        if row.seconds is not None and (row.replaces, row.shape) in times
+    }
+
+
 def geometric_means(rows: Sequence[KernelRow]) -> dict[tuple[str, int], float]:
-    """Speed relative to the bfloat16 product, by kernel and rows of the input, over the shapes that were measured."""
-    baseline = {row.shape: row.seconds.median for row in rows if row.kernel == BASELINE and row.seconds is not None}
+    """The same by kernel and rows of the input, over the shapes that were measured."""
     ratios: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        if row.seconds is not None and row.shape in baseline and row.kernel != BASELINE:
-            ratios.setdefault((row.kernel, row.shape[0]), []).append(baseline[row.shape] / row.seconds.median)
+    for (kernel, shape), ratio in speed_ratios(rows).items():
+        ratios.setdefault((kernel, shape[0]), []).append(ratio)
     return {key: math.exp(sum(map(math.log, found)) / len(found)) for key, found in ratios.items()}
