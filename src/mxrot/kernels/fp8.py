@@ -28,11 +28,6 @@ def fp8_product(inputs: Tensor, weights: Tensor, row_scales: Tensor, dtype: torc
     return product.to(dtype).view(*inputs.shape[:-1], len(weights))
 
 
-def plain_fp8_product(inputs: Tensor, weights: Tensor, row_scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The definition of `fp8_product`, in float32 on any device."""
-    return (inputs.float() @ weights.float().mT * row_scales).to(dtype)
-
-
 @lru_cache(maxsize=64)
 def _ones(rows: int, device: torch.device) -> Tensor:
     return torch.ones(rows, 1, device=device)

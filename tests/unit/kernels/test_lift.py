@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import BlockScales, QTensor, get_format, quantize
-from mxrot.kernels.plain import lift_exponents, plain_lift_weights
+from mxrot.kernels.plain import (
+    lift_exponents,
+    plain_fp8_product,
+    plain_lift_weights,
+    plain_packed_product,
+    plain_rotate_quantize_e5m2,
+    plain_rotate_quantize_packed,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMAT = get_format("mxfp4")
@@ -74,3 +81,35 @@ def test_the_kernel_has_the_twins_bits(rows: int, columns: int, spread: float) -
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
     out = torch.empty_like(found)
     assert lift_weights(codes, scales, exponents, out) is out and torch.equal(out.float(), expected.float())
+
+
+def test_the_product_of_what_was_lifted_is_that_of_the_packed_codes() -> None:
+    """Both sides are exact within their windows, so only the order of float32 sums can differ."""
+    codes, scales = weights(40, 160, 12.0)
+    x = torch.randn(20, 160, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    x *= torch.exp(2 * torch.randn(20, 160, generator=torch.Generator().manual_seed(2))).to(DEVICE)
+    exponents, _ = lift_exponents(codes, scales)
+    for shift in (-2, 0, 3):
+        inputs = plain_rotate_quantize_e5m2(x, None, FORMAT, FORMAT.rule(), shift)
+        row_scales = torch.exp2(exponents.float() + shift)
+        found = plain_fp8_product(inputs, plain_lift_weights(codes, scales, exponents), row_scales, torch.float32)
+        packed = plain_rotate_quantize_packed(x, None, FORMAT, FORMAT.rule())
+        expected = plain_packed_product(packed, codes, scales, torch.float32)
+        size = values(packed.codes, packed.scales).abs() @ values(codes, scales).abs().mT
+        assert ((found - expected).abs() <= 2.0**-20 * size).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 17, 300])
+def test_the_fp8_product_on_matrix_hardware(rows: int) -> None:
+    from mxrot.kernels.fp8 import fp8_product
+
+    codes, scales = weights(64, 512, 6.0)
+    x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    inputs = plain_rotate_quantize_e5m2(x, None, FORMAT, FORMAT.rule())
+    exponents, _ = lift_exponents(codes, scales)
+    operands = inputs, plain_lift_weights(codes, scales, exponents), torch.exp2(exponents.float())
+    expected = plain_fp8_product(*operands, torch.float32)
+    found = fp8_product(*operands, torch.bfloat16).float()
+    assert float((found - expected).norm() / expected.norm()) < 2.0**-8

@@ -1,0 +1,53 @@
+"""The specification of each kernel, in plain PyTorch."""
+
+from mxrot.kernels.plain.activations import (
+    E5M2_EXPONENTS,
+    PackedRows,
+    plain_rotate_quantize,
+    plain_rotate_quantize_e5m2,
+    plain_rotate_quantize_packed,
+    swizzle_scales,
+    swizzled_bytes,
+)
+from mxrot.kernels.plain.products import (
+    E4M3_SHIFTS,
+    lift_exponents,
+    plain_fp8_product,
+    plain_lift_weights,
+    plain_lifted_product,
+    plain_packed_product,
+)
+from mxrot.kernels.plain.rounding import (
+    RoundedColumns,
+    plain_round_columns,
+)
+from mxrot.kernels.plain.tuning import (
+    WeightGradients,
+    WeightMoves,
+    plain_divergence,
+    plain_moved_weights,
+    plain_moved_weights_gradients,
+)
+
+__all__ = [
+    "E4M3_SHIFTS",
+    "E5M2_EXPONENTS",
+    "PackedRows",
+    "RoundedColumns",
+    "WeightGradients",
+    "WeightMoves",
+    "lift_exponents",
+    "plain_divergence",
+    "plain_fp8_product",
+    "plain_lift_weights",
+    "plain_lifted_product",
+    "plain_moved_weights",
+    "plain_moved_weights_gradients",
+    "plain_packed_product",
+    "plain_rotate_quantize",
+    "plain_rotate_quantize_e5m2",
+    "plain_rotate_quantize_packed",
+    "plain_round_columns",
+    "swizzle_scales",
+    "swizzled_bytes",
+]

@@ -1,0 +1,91 @@
+"""Activations transformed and quantized: the specification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import Format, ScaleRule, choose_scales, encode_blocks, fake_quantize, pack_codes, round_blocks
+from mxrot.formats.scale import E8M0_BIAS
+from mxrot.transforms.base import apply_matrices
+
+
+def plain_rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
+    """Q(x T) in float32, the shape of `x` [..., K]; `matrices` float32 [1 | G, B, B], or None for no transform."""
+    transformed = x.to(torch.float32)
+    if matrices is not None:
+        transformed = apply_matrices(transformed, matrices.to(torch.float32))
+    return fake_quantize(transformed, format, rule)
+
+
+E5M2_EXPONENTS = -15, 13
+"""Exponents e for which every E2M1 number times 2^e is an E5M2 number."""
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """MXFP4 as matrix hardware reads it."""
+
+    codes: Tensor
+    """Two codes a byte, the even column in the low half: uint8 [..., K/2]."""
+    scales: Tensor
+    """E8M0 bytes, uint8 [..., K/32], or in the order of `swizzle_scales`; 255 for a block that held NaN or Inf."""
+
+
+def plain_rotate_quantize_packed(
+    x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule, swizzled: bool = False
+) -> PackedRows:
+    """Q(x T) as codes and scales of MXFP4; a block that holds NaN or Inf has the codes 0 and the scale NaN."""
+    assert format.element.bits == 4
+    blocks = _transformed_blocks(x, matrices, format)
+    scales = choose_scales(blocks, format, rule)
+    is_finite = scales.values().isfinite()[..., None]
+    quantized = encode_blocks(torch.where(is_finite, blocks, 0.0), scales, format)
+    codes = torch.where(is_finite, quantized.codes.unflatten(-1, (-1, format.block)), 0).flatten(-2)
+    stored = scales.stored
+    return PackedRows(pack_codes(codes, 4), swizzle_scales(stored.flatten(0, -2)) if swizzled else stored)
+
+
+def plain_rotate_quantize_e5m2(
+    x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule, shift: int = 0
+) -> Tensor:
+    """Q(x T) / 2^shift as E5M2, the shape of `x` [..., K]; for MXFP4.
+
+    Exact for all exponents from shift - 15 to shift + 13. Smaller ones are raised to the least of these, which rounds
+    to multiples of 2^(shift - 16); larger ones are lowered, and the block is cut off at 6 * 2^(shift + 13).
+    """
+    blocks = _transformed_blocks(x, matrices, format)
+    scales = choose_scales(blocks, format, rule)
+    least, most = (bound + shift + E8M0_BIAS for bound in E5M2_EXPONENTS)
+    limited = scales.stored.clamp(least, most)
+    scales = replace(scales, stored=torch.where(scales.stored == 255, scales.stored, limited))
+    values = round_blocks(blocks, scales, format).flatten(-2)
+    return (values * 2.0**-shift).to(torch.float8_e5m2)
+
+
+def swizzled_bytes(rows: int, groups: int) -> int:
+    """How many bytes `swizzle_scales` gives."""
+    return -(-rows // 128) * -(-groups // 4) * 512
+
+
+def swizzle_scales(scales: Tensor) -> Tensor:
+    """E8M0 bytes [M, K/32] in the order in which Blackwell's block-scaled products read them, uint8 [bytes].
+
+    Tiles of 128 rows by 4 blocks, row after row of tiles, 512 bytes each: the byte of row r and block g of a tile is
+    at (r mod 32) * 16 + (r div 32) * 4 + g (cuBLAS, "1D block scaling factors layout"). What is missing at the edges
+    is filled with 0.
+    """
+    rows, groups = scales.shape
+    tall, wide = -(-rows // 128), -(-groups // 4)
+    padded = torch.nn.functional.pad(scales, (0, 4 * wide - groups, 0, 128 * tall - rows))
+    tiles = padded.view(tall, 4, 32, wide, 4)  # tile row, row div 32, row mod 32, tile column, block
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1)
+
+
+def _transformed_blocks(x: Tensor, matrices: Tensor | None, format: Format) -> Tensor:
+    transformed = x.to(torch.float32)
+    if matrices is not None:
+        transformed = apply_matrices(transformed, matrices.to(torch.float32))
+    return transformed.unflatten(-1, (-1, format.block))

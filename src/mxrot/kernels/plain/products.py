@@ -1,0 +1,69 @@
+"""Products with packed weights, and weights lifted to FP8: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import BlockScales, QTensor, get_format, unpack_codes
+from mxrot.formats.element import powers_of_two
+from mxrot.formats.scale import E8M0_BIAS
+from mxrot.kernels.plain.activations import PackedRows
+
+E4M3_SHIFTS = -8, 6
+"""Exponents d for which every E2M1 number times 2^d is an E4M3 number."""
+
+
+def lift_exponents(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The exponent of each row of lifted weights, int32 [N], and how many of their blocks do not fit below it.
+
+    `codes` uint8 [N, K/2], two of E2M1 a byte, `scales` E8M0 bytes [N, K/32]. The largest block of a row is lifted by
+    2^6; a block of zeros fits anywhere. The count is an int64 scalar.
+    """
+    has_value = (codes.unflatten(1, (-1, 16)) & 0x77).amax(dim=2) > 0
+    exponents = scales.to(torch.int32) - E8M0_BIAS
+    lowest, highest = E4M3_SHIFTS
+    largest = torch.where(has_value, exponents, -E8M0_BIAS).amax(dim=1)
+    rows = (largest - highest).clamp(min=-126)  # 2^row is a normal number
+    return rows, (has_value & (exponents - rows[:, None] < lowest)).sum()
+
+
+def plain_lift_weights(codes: Tensor, scales: Tensor, row_exponents: Tensor) -> Tensor:
+    """MXFP4 weights over 2^(exponent of their row), as E4M3 [N, K].
+
+    Exact but for the blocks that `lift_exponents` counts; those are rounded to multiples of 2^-9.
+    """
+    element = get_format("mxfp4").element
+    values = element.decode(unpack_codes(codes, 4), torch.float32).unflatten(1, (-1, 32))
+    shifts = (scales.to(torch.int32) - E8M0_BIAS - row_exponents[:, None]).clamp(-32, E4M3_SHIFTS[1])
+    lifted = values * powers_of_two(shifts)[..., None]
+    fine = torch.copysign((lifted * 512).round() / 512, lifted)
+    return torch.where(lifted.abs() < 2.0**-6, fine, lifted).flatten(1).to(torch.float8_e4m3fn)
+
+
+def plain_packed_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """MXFP4 inputs [..., K] by MXFP4 weights, uint8 codes [N, K/2] and E8M0 scales [N, K/32]: `dtype` [..., N].
+
+    Products of codes are exact, sums are float32.
+    """
+    format = get_format("mxfp4")
+    x, w = (
+        QTensor.dequantize_packed(c, BlockScales(s, format.scale), format)
+        for c, s in ((inputs.codes, inputs.scales), (codes, scales))
+    )
+    return (x @ w.mT).to(dtype)
+
+
+def plain_lifted_product(inputs: Tensor, shift: int, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """E5M2 inputs [..., K] times 2^shift by MXFP4 weights, uint8 codes [N, K/2] and E8M0 scales [N, K/32].
+
+    `dtype` [..., N]; sums are float32.
+    """
+    format = get_format("mxfp4")
+    weights = QTensor.dequantize_packed(codes, BlockScales(scales, format.scale), format)
+    return (inputs.float() @ weights.mT * 2.0**shift).to(dtype)
+
+
+def plain_fp8_product(inputs: Tensor, weights: Tensor, row_scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The definition of `fp8_product`, in float32 on any device."""
+    return (inputs.float() @ weights.float().mT * row_scales).to(dtype)
