@@ -83,15 +83,14 @@ def _sequences(model: PreTrainedModel, first: Tensor, tokens: int, draws: torch.
             cache.visible = min(tokens, position + STRIDE)
             replay = Replays()  # with this, the memory of the recording before goes
             step = partial(_next_tokens, model, cache)
-        # The largest p / E with E exponential falls on each token with its probability.
-        race = torch.empty(len(first), model.config.get_text_config().vocab_size, device=model.device)
         place = torch.tensor([position], device=model.device)
-        current = replay("next", step, current, place, race.exponential_(generator=draws))
+        drawn = torch.rand(len(first), 1, generator=draws, device=model.device)
+        current = replay("next", step, current, place, drawn)
         yield current
 
 
-def _next_tokens(model: PreTrainedModel, cache: FixedCache, current: Tensor, position: Tensor, race: Tensor) -> Tensor:
-    """A sample of the token after `current` [S] at `position` [1], int64 [S]; `race` [S, V] decides."""
+def _next_tokens(model: PreTrainedModel, cache: FixedCache, current: Tensor, position: Tensor, drawn: Tensor) -> Tensor:
+    """A sample of the token after `current` [S] at `position` [1], int64 [S]; `drawn` [S, 1] from [0, 1) decides."""
     cache.position = position
     visible = torch.arange(cache.visible, device=position.device) <= position
     output = model(
@@ -105,7 +104,10 @@ def _next_tokens(model: PreTrainedModel, cache: FixedCache, current: Tensor, pos
     ends = model.config.get_text_config().eos_token_id
     for end in [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]:
         chances[:, end] = 0.0
-    return (chances / race).argmax(dim=-1)
+    reached = chances.cumsum(dim=-1)
+    # The first token whose sum lies beyond the drawn share: never one without a chance.
+    found = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)[:, 0]
+    return found.clamp(max=chances.shape[-1] - 1)
 
 
 def sequences_at_once(model: PreTrainedModel, tokens: int) -> int:
