@@ -317,6 +317,54 @@ def bench_kernels_command(
         raise typer.Exit(1)
 
 
+@benchmarks.command("model")
+def bench_model_command(
+    recipe: RecipeOption = "mxrot",
+    changes: Changes = [],  # noqa: B006
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Decoder blocks (Llama-3-8B's)")] = 32,
+    hidden: Annotated[int, typer.Option("--hidden", min=32, help="Hidden size")] = 4096,
+    ffn: Annotated[int, typer.Option("--ffn", min=32, help="Size between the linears of the MLP")] = 14336,
+    heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads")] = 32,
+    kv_heads: Annotated[int, typer.Option("--kv-heads", min=1, help="Heads of keys and values")] = 8,
+    vocabulary: Annotated[int, typer.Option("--vocabulary", min=1, help="Tokens there are")] = 128256,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt")] = 8192,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens before the one generated")] = 1024,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """A model of random weights: a prompt and a generated token, quantized and in bfloat16."""
+    import torch
+    from transformers import LlamaConfig
+
+    from mxrot import api, bench
+    from mxrot.records import device_name, versions
+
+    _check_device(device)
+    where = torch.device(device or api.default_device())
+    chosen = _recipe(recipe, changes)
+    if hidden % (32 * heads) or hidden % 32 or ffn % 32 or heads % kv_heads:
+        raise ConfigError("--hidden must be a multiple of 32 times --heads, --ffn of 32, --heads of --kv-heads")
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max(prompt, context + 1),
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+    rows = bench.bench_model(
+        config, chosen, where, prompt, context, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    _console().print(bench.model_table(rows))
+    table = {"device": device_name(where), "versions": versions(), "rows": [row.as_record() for row in rows]}
+    _write_json(json_file, table | {"config": config.to_diff_dict(), "recipe_toml": chosen.to_toml()})
+    if any(row.seconds is None for row in rows):
+        raise typer.Exit(1)
+
+
 def _shape(text: str) -> tuple[int, int]:
     """(N, K) of NxK."""
     try:

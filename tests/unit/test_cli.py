@@ -37,6 +37,10 @@ OPTIONS = {
     "recipes": ["name"],
     "demo": ["--seed", "--device", "--json"],
     "bench kernels": ["--rows", "--shape", "--device", "--json"],
+    "bench model": [
+        *("-r", "--recipe", "--set", "--blocks", "--hidden", "--ffn", "--heads", "--kv-heads", "--vocabulary"),
+        *("--prompt", "--context", "--device", "--json"),
+    ],
 }
 QUICK = ("--set", "transform.steps=4", "--samples", "2", "--seq-len", "32")
 

@@ -1,17 +1,21 @@
 """Speed, measured side by side in one run, and only of what computes the right thing."""
 
 from mxrot.bench.kernels import LLAMA_3_8B, ROWS, KernelRow, bench_kernels
-from mxrot.bench.tables import geometric_means, kernel_table
+from mxrot.bench.model import ModelRow, bench_model
+from mxrot.bench.tables import geometric_means, kernel_table, model_table
 from mxrot.bench.timing import Seconds, ceilings, seconds_of
 
 __all__ = [
     "LLAMA_3_8B",
     "ROWS",
     "KernelRow",
+    "ModelRow",
     "Seconds",
     "bench_kernels",
+    "bench_model",
     "ceilings",
     "geometric_means",
     "kernel_table",
+    "model_table",
     "seconds_of",
 ]

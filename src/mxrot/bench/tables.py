@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from mxrot.bench.kernels import KernelRow
+from mxrot.bench.model import ModelRow
 
 
 def kernel_table(rows: Sequence[KernelRow], limits: dict[str, float]) -> Table:
@@ -29,6 +30,25 @@ def kernel_table(rows: Sequence[KernelRow], limits: dict[str, float]) -> Table:
             cells += [f"{row.operations / seconds.median / 1e12:.1f}" if len(row.shape) == 3 else ""]
             cells += ["" if ratio is None else f"{ratio:.2f}", f"{row.error:.1e}"]
         table.add_row(*cells)
+    return table
+
+
+def model_table(rows: Sequence[ModelRow]) -> Table:
+    """Times, speed relative to the first model at the same work, and what the linears of the blocks weigh."""
+    first = {row.work: row for row in reversed(rows)}
+    table = Table()
+    table.add_column("model")
+    table.add_column("work")
+    for heading in ("ms", "quartiles", "x", "linears, GB", "of the first"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        before, seconds = first[row.work], row.seconds
+        cells = ["LOGITS ARE NOT FINITE", "", ""]
+        if seconds is not None:
+            ratio = "" if before.seconds is None else f"{before.seconds.median / seconds.median:.2f}"
+            cells = [f"{1e3 * seconds.median:.2f}", f"{1e3 * seconds.low:.2f} to {1e3 * seconds.high:.2f}", ratio]
+        share = f"{row.linear_bytes / before.linear_bytes:.3f}"
+        table.add_row(row.model, row.work, *cells, f"{row.linear_bytes / 1e9:.3f}", share)
     return table
 
 
