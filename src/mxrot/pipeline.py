@@ -25,6 +25,7 @@ from mxrot.assembly import compute_dtype, load_finished_block, load_original, lo
 from mxrot.blockwise import BlockRun, advance_original, quantize_block, smoothed_sites
 from mxrot.calibration import BlockInputs, advance, first_block_inputs, generated_windows
 from mxrot.errors import ConfigError, FamilyError
+from mxrot.layers import prepare_linears
 from mxrot.models import (
     Family,
     WeightFiles,
@@ -159,6 +160,8 @@ def quantize(
                 block.to("meta")
     if store is None:
         read_generation_config(model, folder)
+        if device.type == "cuda":
+            prepare_linears(model)
     else:
         store.save_rest(outer_tensors(files, family))
     progress(len(blocks), len(blocks), "done")

@@ -14,6 +14,7 @@ from mxrot.assembly import compute_dtype, load_finished_block, load_outer
 from mxrot.checkpoint.config import check_marker
 from mxrot.checkpoint.files import INDEX, sha256_of
 from mxrot.errors import CheckpointError, MxrotError
+from mxrot.layers import prepare_linears
 from mxrot.models import (
     WeightFiles,
     build_skeleton,
@@ -41,25 +42,27 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    keeps_fp8: bool = False,
 ) -> PreTrainedModel:
     """The quantized model in `folder`, on `device`, ready for `generate`.
 
     Parts that are not quantized are held in `dtype`; by default in the checkpoint's own type on a GPU, and in
     float32, which holds it exactly, on a CPU. File sizes are always compared with run.json, with `verify` the
-    SHA-256 of every file too. CheckpointError names what is wrong.
+    SHA-256 of every file too. CheckpointError names what is wrong. `keeps_fp8` gives a byte a weight more on a GPU, for
+    speed with long inputs.
     """
     folder = Path(folder).expanduser()
     device = torch.device(device)
     check_files(folder, verify)
     try:
-        return _load(folder, device, dtype)
+        return _load(folder, device, dtype, keeps_fp8)
     except CheckpointError:
         raise
     except (MxrotError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _load(folder: Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+def _load(folder: Path, device: torch.device, dtype: torch.dtype | None, keeps_fp8: bool) -> PreTrainedModel:
     recipe = Recipe.from_toml((folder / "recipe.toml").read_text(encoding="utf-8"), "recipe.toml")
     config = read_config(folder)
     del config.quantization_config
@@ -76,6 +79,8 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype | None) -> PreT
         load_finished_block(block, index, tensors, recipe, family, dtype, device)
     load_outer(model, family, files, dtype, device)
     read_generation_config(model, folder)
+    if device.type == "cuda":
+        prepare_linears(model, keeps_fp8)
     return model
 
 

@@ -1,13 +1,17 @@
 """Fast code for what the plain path defines, and the choice between them."""
 
 from mxrot.kernels.dispatch import (
+    Choice,
+    choose_path,
     divergence,
     moved_weights,
     moved_weights_gradients,
     multiply,
+    quantized_linear,
     rotate_quantize,
     round_columns,
 )
+from mxrot.kernels.linear import Inputs, PackedWeight
 from mxrot.kernels.plain import (
     RoundedColumns,
     WeightGradients,
@@ -20,9 +24,13 @@ from mxrot.kernels.plain import (
 )
 
 __all__ = [
+    "Choice",
+    "Inputs",
+    "PackedWeight",
     "RoundedColumns",
     "WeightGradients",
     "WeightMoves",
+    "choose_path",
     "divergence",
     "moved_weights",
     "moved_weights_gradients",
@@ -32,6 +40,7 @@ __all__ = [
     "plain_moved_weights_gradients",
     "plain_rotate_quantize",
     "plain_round_columns",
+    "quantized_linear",
     "rotate_quantize",
     "round_columns",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from mxrot.formats import Format, ScaleRule
 from mxrot.formats.element import Element, FloatElement
 from mxrot.kernels.chunked import rotate_quantize_in_chunks
+from mxrot.kernels.linear import PATHS, Inputs, PackedWeight
 from mxrot.kernels.plain import (
     RoundedColumns,
     WeightGradients,
@@ -41,6 +43,59 @@ def multiply(inputs: Tensor, weight: Tensor, are_exact_in_bfloat16: bool) -> Ten
         product = torch.mm(flat, weight.to(torch.bfloat16).t(), out_dtype=torch.float32)
         return product.view(*inputs.shape[:-1], len(weight))
     return torch.nn.functional.linear(inputs.float(), weight)
+
+
+@dataclass(frozen=True)
+class Crossovers:
+    """Up to how many rows of input a way to compute a linear is the fastest, as `mxrot bench kernels` measured it."""
+
+    look_ups: int
+    matrix_units: int
+
+
+CROSSOVERS: dict[tuple[int, int], Crossovers] = {}
+"""By compute capability. Nothing is in here that was not measured on such a device."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which way a linear is computed, and why."""
+
+    path: str | None
+    """A name in `linear.PATHS`; None for the plain path, which dequantizes the weights and multiplies them."""
+    reason: str
+
+
+def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice:
+    """How y = Q(x T) W_q^T is computed for so many rows of x, with MXFP4 on both sides."""
+    if device.type != "cuda":
+        return Choice(None, f"{device.type} has no FP4 or FP8 products")
+    if not has_triton():
+        return Choice(None, "Triton is not installed")
+    capability = torch.cuda.get_device_capability(device)
+    limits = CROSSOVERS.get(capability)
+    if limits is None:
+        return Choice(None, f"nothing was measured for compute capability {capability[0]}.{capability[1]}")
+    if rows <= limits.look_ups:
+        return Choice("look-ups", f"up to {limits.look_ups} rows")
+    if rows <= limits.matrix_units:
+        return Choice("matrix units", f"up to {limits.matrix_units} rows")
+    if weight.row_exponents is None:
+        return Choice(None, "some block of the weights does not fit into E4M3")
+    return Choice("fp8", f"more than {limits.matrix_units} rows")
+
+
+def quantized_linear(inputs: Inputs, weight: PackedWeight) -> Tensor | None:
+    """Q(x T) W_q^T in the type of x where a kernel computes it; None where the plain path does."""
+    if not _is_for_kernels(inputs):
+        return None
+    choice = choose_path(inputs.rows, weight, inputs.x.device)
+    return None if choice.path is None else PATHS[choice.path](inputs, weight)
+
+
+def _is_for_kernels(inputs: Inputs) -> bool:
+    fits = inputs.matrices is None or inputs.matrices.shape[-1] == 32
+    return fits and inputs.format.name == "mxfp4" and _kernel_covers(inputs.x, inputs.format, inputs.rule)
 
 
 def round_columns(

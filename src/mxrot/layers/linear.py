@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize
-from mxrot.kernels import multiply, rotate_quantize
+from mxrot.kernels import Inputs, PackedWeight, multiply, quantized_linear, rotate_quantize
+from mxrot.kernels.plain import lift_exponents, plain_lift_weights
 from mxrot.transforms.base import STORED_DTYPE, BlockTransform, apply_matrices
 
 
@@ -82,6 +83,11 @@ class QuantLinear(nn.Module):
         self.weight_tensor_scale: nn.Parameter | None = None
         self.weight_zero_point: nn.Parameter | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.row_exponents: Tensor | None
+        self.lifted: Tensor | None
+        # What `prepare` makes; moves with the module and is no part of a checkpoint.
+        self.register_buffer("row_exponents", None, persistent=False)
+        self.register_buffer("lifted", None, persistent=False)
         self._transform: tuple[InputTransform, ...] = ()
         self.remainder: Tensor | None = None
         """What rounding took away from each weight, bfloat16 [out_features, in_features]; kept only for tuning."""
@@ -102,6 +108,7 @@ class QuantLinear(nn.Module):
     @torch.no_grad()
     def set_weight(self, weight: QTensor) -> None:
         """Take over codes and scales [out_features, in_features]."""
+        self.row_exponents = self.lifted = None
         self.weight_packed.data = weight.packed()
         self.weight_scale.data = weight.scales.stored
         if weight.scales.tensor_scale is not None:
@@ -131,10 +138,40 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the dtype of `x`; sums in float32."""
-        product = multiply(self.quantized_input(x), self.dequantized_weight(), self._runs_in_bfloat16)
+        product = self._by_kernels(x)
+        if product is None:
+            product = multiply(self.quantized_input(x), self.dequantized_weight(), self._runs_in_bfloat16)
         if self.bias is not None:
             product = product + self.bias.to(torch.float32)
         return product.to(x.dtype)
+
+    def packed(self) -> PackedWeight:
+        """The weight as the kernels take it; for MXFP4."""
+        lifted = None if self.lifted is None else self.lifted.view(torch.float8_e4m3fn)
+        return PackedWeight(self.weight_packed, self.weight_scale, self.row_exponents, lifted)
+
+    def _by_kernels(self, x: Tensor) -> Tensor | None:
+        """x W^T without the bias from a kernel that reads the codes; None where there is none for this linear."""
+        if self.activations is None or not (self._is_mxfp4(self.weights) and self._is_mxfp4(self.activations)):
+            return None
+        matrices = None if self.transform is None else self.transform.matrices()
+        return quantized_linear(Inputs(x, matrices, self.activations.format, self.activations.rule), self.packed())
+
+    @staticmethod
+    def _is_mxfp4(quantizer: TensorQuantizer) -> bool:
+        return quantizer.format.name == "mxfp4" and quantizer.rule.is_power_of_two
+
+    @torch.no_grad()
+    def prepare(self, keeps_lifted: bool = False) -> None:
+        """Look whether the weight can be lifted to FP8; with `keeps_lifted` do it, and keep a byte a weight more."""
+        self.row_exponents = self.lifted = None
+        if self._is_mxfp4(self.weights):
+            exponents, outside = lift_exponents(self.weight_packed, self.weight_scale)
+            if not int(outside):
+                self.row_exponents = exponents
+                if keeps_lifted:
+                    # As bytes: a cast of the module would cast it too.
+                    self.lifted = plain_lift_weights(self.weight_packed, self.weight_scale, exponents).view(torch.uint8)
 
     @property
     def _runs_in_bfloat16(self) -> bool:
@@ -145,3 +182,10 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         inputs = "unquantized" if self.activations is None else self.activations.format.name
         return f"{self.in_features}, {self.out_features}, weights={self.weights.format.name}, inputs={inputs}"
+
+
+def prepare_linears(model: nn.Module, keeps_lifted: bool = False) -> None:
+    """`QuantLinear.prepare` for all of a model."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.prepare(keeps_lifted)

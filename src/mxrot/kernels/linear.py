@@ -1,0 +1,90 @@
+"""Ways to compute y = Q(x T) W_q^T with MXFP4 on both sides. `dispatch` chooses among them.
+
+Each takes the packed weights as a checkpoint holds them, and says where it runs. All give the same sums of exact
+products; they differ in the order and the precision of the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import Format, ScaleRule
+from mxrot.kernels.fp8 import fp8_product
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Weights in MXFP4, and what a path has made of them once."""
+
+    codes: Tensor
+    """Two codes a byte, uint8 [N, K/2]."""
+    scales: Tensor
+    """E8M0 bytes, uint8 [N, K/32]."""
+    row_exponents: Tensor | None = None
+    """For lifting to E4M3 without an error, int32 [N]; None where some block does not fit, or nobody looked."""
+    lifted: Tensor | None = None
+    """E4M3 [N, K], where memory is given for speed."""
+
+    @property
+    def row_scales(self) -> Tensor:
+        """2^row_exponents, float32 [N]."""
+        assert self.row_exponents is not None
+        return torch.exp2(self.row_exponents.to(torch.float32))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What goes into a linear."""
+
+    x: Tensor
+    """[..., K] in fp16, bf16 or fp32."""
+    matrices: Tensor | None
+    """[1 | K/32, 32, 32] bfloat16; None for no transform."""
+    format: Format
+    rule: ScaleRule
+
+    @property
+    def rows(self) -> int:
+        return self.x.numel() // max(1, self.x.shape[-1])
+
+
+def by_look_ups(inputs: Inputs, weight: PackedWeight) -> Tensor:
+    """A few rows, packed codes on both sides: integer products (Triton)."""
+    from mxrot.kernels.matvec import packed_matvec
+    from mxrot.kernels.rotate_quantize import rotate_quantize_packed
+
+    packed = rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule)
+    return packed_matvec(packed, weight.codes, weight.scales, inputs.x.dtype)
+
+
+def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
+    """Some rows, lifted to E5M2, times packed codes (Triton)."""
+    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2
+    from mxrot.kernels.skinny import skinny_product
+
+    lifted = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule)
+    return skinny_product(lifted, 0, weight.codes, weight.scales, inputs.x.dtype)
+
+
+def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
+    """Many rows: one FP8 product, of weights that are kept in FP8 or lifted on the way."""
+    from mxrot.kernels.lift import lift_weights
+    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2
+
+    assert weight.row_exponents is not None
+    x = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule)
+    lifted = weight.lifted
+    if lifted is None:
+        lifted = lift_weights(weight.codes, weight.scales, weight.row_exponents)
+    return fp8_product(x, lifted, weight.row_scales, inputs.x.dtype)
+
+
+PATHS: dict[str, Callable[[Inputs, PackedWeight], Tensor]] = {
+    "look-ups": by_look_ups,
+    "matrix units": by_matrix_units,
+    "fp8": by_fp8,
+}

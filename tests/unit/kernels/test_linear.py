@@ -1,0 +1,140 @@
+"""Which way a linear is computed, and that all ways compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxrot.formats import get_format, quantize
+from mxrot.kernels import Inputs, PackedWeight, choose_path, dispatch
+from mxrot.kernels.dispatch import Crossovers
+from mxrot.kernels.linear import PATHS, by_fp8
+from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
+from mxrot.transforms.base import BlockTransform, random_orthogonal
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMAT = get_format("mxfp4")
+QUANTIZER = TensorQuantizer(FORMAT, FORMAT.rule())
+GPU = torch.device("cuda")
+WEIGHT = PackedWeight(torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.uint8))
+
+
+def linear(groups: int = 3, width: int = 96, height: int = 40, bias: bool = False) -> QuantLinear:
+    generator = torch.Generator().manual_seed(0)
+    found = QuantLinear(width, height, QUANTIZER, QUANTIZER, torch.randn(height, generator=generator) if bias else None)
+    found.set_weight(quantize(torch.randn(height, width, generator=generator), FORMAT))
+    if groups:
+        matrices = random_orthogonal(groups, 32, generator)
+        found.own_transform("test", InputTransform(BlockTransform(matrices).to_stored()))
+    return found.to(DEVICE)
+
+
+def random(rows: int, width: int = 96, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+
+
+def inputs_of(module: QuantLinear, x: Tensor) -> Inputs:
+    return Inputs(x, None if module.transform is None else module.transform.matrices(), FORMAT, FORMAT.rule())
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3])
+@pytest.mark.parametrize("path", ["look-ups", "matrix units"])
+def test_every_path_computes_the_linear(path: str, groups: int) -> None:
+    """A transformed value next to a rounding boundary may differ, and nothing else."""
+    module, x = linear(groups), random(5)
+    found = PATHS[path](inputs_of(module, x), module.packed())
+    torch.testing.assert_close(found, module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("keeps", [False, True])
+def test_fp8_computes_the_linear(keeps: bool) -> None:
+    module, x = linear(1, 512, 64), random(40, 512, torch.bfloat16)
+    expected = module(x)
+    module.prepare(keeps)
+    found = by_fp8(inputs_of(module, x), module.packed())
+    assert float((found.float() - expected.float()).norm() / expected.float().norm()) < 2.0**-7
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(dispatch, "CROSSOVERS", {(9, 0): Crossovers(look_ups=8, matrix_units=64)})
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "path"), [(0, "look-ups"), (8, "look-ups"), (9, "matrix units"), (64, "matrix units")]
+)
+def test_few_rows_read_the_codes(rows: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch)
+    assert choose_path(rows, WEIGHT, GPU).path == path
+
+
+def test_many_rows_go_through_fp8_where_the_weights_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch)
+    fits = PackedWeight(WEIGHT.codes, WEIGHT.scales, torch.zeros(2, dtype=torch.int32))
+    assert choose_path(65, fits, GPU).path == "fp8"
+    choice = choose_path(65, WEIGHT, GPU)
+    assert choice.path is None and "does not fit into E4M3" in choice.reason
+
+
+def test_where_nothing_was_measured_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_path(1, WEIGHT, torch.device("cpu")).reason == "cpu has no FP4 or FP8 products"
+    fake_gpu(monkeypatch, (8, 0))
+    choice = choose_path(1, WEIGHT, GPU)
+    assert choice.path is None and choice.reason == "nothing was measured for compute capability 8.0"
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert choose_path(1, WEIGHT, GPU).reason == "Triton is not installed"
+
+
+def test_the_layer_takes_the_path_that_was_chosen_and_adds_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = linear(bias=True), random(3)
+    expected = module(x)
+    chosen: list[int] = []
+
+    def choose(rows: int, weight: PackedWeight, device: torch.device) -> dispatch.Choice:
+        chosen.append(rows)
+        return dispatch.Choice("look-ups", "for a test")
+
+    monkeypatch.setattr(dispatch, "choose_path", choose)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+    assert chosen == [3]
+    module(x[None, :2])
+    assert chosen == [3, 2]
+
+
+def test_other_formats_stay_on_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(dispatch, "choose_path", refuse)
+    four, eight = (TensorQuantizer(get_format(name), get_format(name).rule()) for name in ("mxfp4", "mxfp8_e4m3"))
+    for weights, activations in ((four, eight), (eight, four), (four, None)):
+        assert QuantLinear(64, 8, weights, activations)(torch.randn(2, 64)).shape == (2, 8)
+
+
+def test_prepared_weights_know_their_exponents_until_the_weight_changes() -> None:
+    module = linear(0)
+    assert module.row_exponents is None
+    before = set(module.state_dict())
+    module.prepare()
+    assert module.row_exponents is not None and module.lifted is None
+    module.prepare(keeps_lifted=True)
+    packed = module.half().packed()
+    assert packed.lifted is not None and packed.lifted.dtype == torch.float8_e4m3fn and packed.row_exponents is not None
+    scales = torch.exp2(packed.row_exponents.float())[:, None]
+    assert torch.equal(packed.lifted.float() * scales, module.dequantized_weight())
+    assert set(module.state_dict()) == before
+    module.set_weight(quantize(torch.randn(40, 96), FORMAT))
+    assert module.row_exponents is None and module.lifted is None
+
+
+def test_a_weight_that_does_not_fit_has_none() -> None:
+    module = linear(0)
+    wide = torch.randn(40, 96)
+    wide[3, :32] *= 2.0**-40
+    module.set_weight(quantize(wide.to(DEVICE), FORMAT))
+    module.prepare(keeps_lifted=True)
+    assert module.row_exponents is None and module.lifted is None
