@@ -189,6 +189,7 @@ def inspect(
     text: Annotated[str, typer.Option("--text", metavar="TEXT", help="Text to look at the activations on")] = "demo",
     windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of it")] = 4,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 512,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Also which kernel computes each linear, and why")] = False,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -196,9 +197,9 @@ def inspect(
     from mxrot import api
     from mxrot.calibration import load_text, token_windows
     from mxrot.checkpoint import is_checkpoint
-    from mxrot.evaluation import site_maxima
+    from mxrot.evaluation import kernel_choices, site_maxima
     from mxrot.models import find_family
-    from mxrot.report import errors_table, maxima_table, progress_on_stderr, size_line, tuning_line
+    from mxrot.report import choices_table, errors_table, maxima_table, progress_on_stderr, size_line, tuning_line
 
     loaded = load_text(text, "evaluation")
     _prepare(model, device, json_file)
@@ -216,6 +217,10 @@ def inspect(
         if tuned := tuning_line(run):
             console.print(tuned)
         result |= {"blocks": run["blocks"], "size": run["size"]}
+    if kernels:
+        choices = kernel_choices(opened)
+        console.print(choices_table(choices))
+        result["kernels"] = [vars(choice) for choice in choices]
     _write_json(json_file, result)
 
 

@@ -32,7 +32,7 @@ OPTIONS = {
         *("model", "--recipes", "--set", "--calib", "--samples", "--text", "--windows", "--seq-len", "--seed"),
         *("--device", "--json"),
     ],
-    "inspect": ["model", "--text", "--windows", "--seq-len", "--device", "--json"],
+    "inspect": ["model", "--text", "--windows", "--seq-len", "--kernels", "--device", "--json"],
     "generate": ["model", "prompt", "--max-tokens", "--device"],
     "recipes": ["name"],
     "demo": ["--seed", "--device", "--json"],
@@ -209,6 +209,12 @@ def test_inspect_a_model_and_a_checkpoint(folders: dict[str, str], tmp_path: Pat
     assert list(found) == ["model", "sites", "blocks", "size"]
     assert "model.layers.1.mlp.down_proj" in shown
     assert f"{found['blocks'][1]['linears'][-1]['output_error']:.4f}" in shown
+    shown = run("inspect", folders["checkpoint"], *options, "--kernels", "--device", "cpu").stdout
+    assert "What computes the linears" in shown
+    choices = read_json(table)["kernels"]
+    assert {choice["rows"] for choice in choices} == {1, 16, 128, 2048}
+    assert sum(choice["linears"] for choice in choices if choice["rows"] == 1) == 14
+    assert all(choice["path"] is None and choice["reason"] == "cpu has no FP4 or FP8 products" for choice in choices)
 
 
 def test_generate_prints_the_prompt_and_a_continuation_unwrapped(folders: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Where the outliers are: channel maxima of the inputs of every site."""
+"""What is in a model: channel maxima of the inputs of every site, and what computes its linears."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.calibration import ChannelMaxima, watched_inputs
+from mxrot.layers import QuantLinear
 from mxrot.models import Family
 
 
@@ -59,3 +60,35 @@ def site_maxima(
 def _describe(name: str, maxima: Tensor) -> SiteMaxima:
     largest, channel = maxima.max(dim=0)
     return SiteMaxima(name, len(maxima), float(largest), int(channel), float(maxima.median()))
+
+
+CHOICE_ROWS = (1, 16, 128, 2048)
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What computes the linears of one shape."""
+
+    shape: tuple[int, int]
+    """(N, K)."""
+    linears: int
+    """How many there are."""
+    rows: int
+    """Rows of the input."""
+    path: str | None
+    """None for the plain path."""
+    reason: str
+
+
+def kernel_choices(model: PreTrainedModel) -> list[KernelChoice]:
+    """For each shape of quantized linear and some numbers of input rows, which kernel computes it and why."""
+    by_shape: dict[tuple[int, int], list[QuantLinear]] = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            by_shape.setdefault((module.out_features, module.in_features), []).append(module)
+    return [
+        KernelChoice(shape, len(linears), rows, choice.path, choice.reason)
+        for shape, linears in by_shape.items()
+        for rows in CHOICE_ROWS
+        for choice in (linears[0].choose_path(rows),)
+    ]

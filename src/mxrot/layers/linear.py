@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize
-from mxrot.kernels import Inputs, PackedWeight, multiply, quantized_linear, rotate_quantize
+from mxrot.kernels import Choice, Inputs, PackedWeight, choose_path, multiply, quantized_linear, rotate_quantize
 from mxrot.kernels.plain import lift_exponents, plain_lift_weights
 from mxrot.transforms.base import STORED_DTYPE, BlockTransform, apply_matrices
 
@@ -156,6 +156,12 @@ class QuantLinear(nn.Module):
             return None
         matrices = None if self.transform is None else self.transform.matrices()
         return quantized_linear(Inputs(x, matrices, self.activations.format, self.activations.rule), self.packed())
+
+    def choose_path(self, rows: int) -> Choice:
+        """What computes this linear for so many rows of input, and why."""
+        if self.activations is None or not (self._is_mxfp4(self.weights) and self._is_mxfp4(self.activations)):
+            return Choice(None, "weights and inputs are not both MXFP4")
+        return choose_path(rows, self.packed(), self.weight_packed.device)
 
     @staticmethod
     def _is_mxfp4(quantizer: TensorQuantizer) -> bool:

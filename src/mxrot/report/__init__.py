@@ -3,6 +3,7 @@
 from mxrot.report.progress import progress_on_stderr
 from mxrot.report.tables import (
     ComparedRow,
+    choices_table,
     comparison_table,
     errors_table,
     maxima_table,
@@ -13,6 +14,7 @@ from mxrot.report.tables import (
 
 __all__ = [
     "ComparedRow",
+    "choices_table",
     "comparison_table",
     "errors_table",
     "maxima_table",

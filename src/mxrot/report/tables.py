@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mxrot.evaluation import Perplexity, SiteMaxima
+from mxrot.evaluation import KernelChoice, Perplexity, SiteMaxima
 from mxrot.layers import ModelSize
 
 
@@ -77,6 +77,17 @@ def maxima_table(sites: Sequence[SiteMaxima]) -> Table:
     for site in sites:
         numbers = (f"{site.channels}", f"{site.largest:.4g}", f"{site.channel}", f"{site.median:.4g}")
         table.add_row(site.site, *numbers, f"{site.ratio:.1f}")
+    return table
+
+
+def choices_table(choices: Sequence[KernelChoice]) -> Table:
+    """One line a shape and number of rows."""
+    table = Table(title="What computes the linears", title_justify="left")
+    for heading in ("N x K", "linears", "rows", "kernel", "because"):
+        table.add_column(heading, justify="left" if heading in ("kernel", "because") else "right")
+    for choice in choices:
+        shape = " x ".join(map(str, choice.shape))
+        table.add_row(shape, str(choice.linears), str(choice.rows), choice.path or "plain", choice.reason)
     return table
 
 
