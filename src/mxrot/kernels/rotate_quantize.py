@@ -205,8 +205,7 @@ def rotate_quantize_packed(
             HAS_MATRIX=matrices is not None,
             PARTS=_parts(x, matrices),
             SWIZZLED=swizzled,
-            ROWS=ROWS,
-            GROUPS=GROUPS,
+            **_tile(rows),
         )
     shape = x.shape[:-1]
     return PackedRows(codes.view(*shape, groups * 16), scales if swizzled else scales.view(*shape, groups))
@@ -238,8 +237,7 @@ def _write_values(
         shift,
         HAS_MATRIX=matrices is not None,
         PARTS=_parts(flat, matrices),
-        ROWS=ROWS,
-        GROUPS=GROUPS,
+        **_tile(rows),
     )
 
 
@@ -248,8 +246,14 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
+def _tile(rows: int) -> dict[str, int]:
+    """Rows and blocks a program: few of both where there are few rows, so that the device has enough programs."""
+    return {"ROWS": min(ROWS, max(16, triton.next_power_of_2(rows))), "GROUPS": GROUPS if rows > ROWS else 1}
+
+
 def _grid(rows: int, groups: int) -> tuple[int, int]:
-    return triton.cdiv(rows, ROWS), triton.cdiv(groups, GROUPS)
+    tile = _tile(rows)
+    return triton.cdiv(rows, tile["ROWS"]), triton.cdiv(groups, tile["GROUPS"])
 
 
 def _matrix_stride(matrices: Tensor | None) -> int:
