@@ -37,6 +37,9 @@ OPTIONS = {
     "recipes": ["name"],
     "demo": ["--seed", "--device", "--json"],
     "bench kernels": ["--rows", "--shape", "--device", "--json"],
+    "bench quantize": [
+        *("model", "--recipes", "--set", "--calib", "--samples", "--seq-len", "--repeats", "--device", "--json"),
+    ],
     "bench model": [
         *("-r", "--recipe", "--set", "--blocks", "--hidden", "--ffn", "--heads", "--kv-heads", "--vocabulary"),
         *("--prompt", "--context", "--device", "--json"),

@@ -2,7 +2,8 @@
 
 from mxrot.bench.kernels import LLAMA_3_8B, ROWS, KernelRow, bench_kernels
 from mxrot.bench.model import ModelRow, bench_model
-from mxrot.bench.tables import geometric_means, kernel_table, model_table
+from mxrot.bench.quantize import QuantizeRow, bench_quantize
+from mxrot.bench.tables import geometric_means, kernel_table, model_table, quantize_table
 from mxrot.bench.timing import Seconds, ceilings, seconds_of
 
 __all__ = [
@@ -10,12 +11,15 @@ __all__ = [
     "ROWS",
     "KernelRow",
     "ModelRow",
+    "QuantizeRow",
     "Seconds",
     "bench_kernels",
     "bench_model",
+    "bench_quantize",
     "ceilings",
     "geometric_means",
     "kernel_table",
     "model_table",
+    "quantize_table",
     "seconds_of",
 ]

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mxrot.bench.kernels import KernelRow
 from mxrot.bench.model import ModelRow
+from mxrot.bench.quantize import QuantizeRow
 
 
 def kernel_table(rows: Sequence[KernelRow], limits: dict[str, float]) -> Table:
@@ -49,6 +50,20 @@ def model_table(rows: Sequence[ModelRow]) -> Table:
             cells = [f"{1e3 * seconds.median:.2f}", f"{1e3 * seconds.low:.2f} to {1e3 * seconds.high:.2f}", ratio]
         share = f"{row.linear_bytes / before.linear_bytes:.3f}"
         table.add_row(row.model, row.work, *cells, f"{row.linear_bytes / 1e9:.3f}", share)
+    return table
+
+
+def quantize_table(rows: Sequence[QuantizeRow]) -> Table:
+    """One line a recipe."""
+    table = Table()
+    table.add_column("recipe")
+    for heading in ("windows", "first run, s", "later runs, s", "blocks, s", "GPU memory, GB"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        windows = "" if row.windows is None else " x ".join(map(str, row.windows))
+        later = " ".join(f"{value:.2f}" for value in row.seconds[1:])
+        memory = "" if row.peak_gpu_bytes is None else f"{row.peak_gpu_bytes / 1e9:.2f}"
+        table.add_row(row.recipe, windows, f"{row.seconds[0]:.2f}", later, f"{sum(row.blocks):.2f}", memory)
     return table
 
 

@@ -1,0 +1,53 @@
+"""How long quantizing takes, and where the time goes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mxrot import api, pipeline
+from mxrot.models import find_model
+from mxrot.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class QuantizeRow:
+    """One recipe."""
+
+    recipe: str
+    windows: tuple[int, int] | None
+    """Calibration windows and their length, with those that the model writes."""
+    seconds: list[float]
+    """Of each run; the first one compiles kernels."""
+    blocks: list[float]
+    """Seconds of each decoder block in the last run; what is missing to the whole is text, tuning and the rest."""
+    peak_gpu_bytes: int | None
+
+
+def bench_quantize(
+    model: str,
+    recipes: Sequence[Recipe],
+    device: torch.device,
+    calib: str = "demo",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    repeats: int = 3,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[QuantizeRow]:
+    """Quantize `model` in memory by each recipe, `repeats` times after a first one."""
+    folder, rows = find_model(model), []
+    for recipe in recipes:
+        windows = api.calibrate(folder, recipe, calib, samples, seq_len).windows
+        seconds: list[float] = []
+        for _ in range(1 + repeats):
+            result = pipeline.quantize(folder, recipe, windows=windows, device=device, progress=progress)
+            record = result.record
+            seconds.append(record.seconds)
+            del result
+            gc.collect()
+        blocks = [block.seconds for block in record.blocks]
+        rows.append(QuantizeRow(recipe.name, record.windows, seconds, blocks, record.peak_gpu_bytes))
+    return rows

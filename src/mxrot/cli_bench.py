@@ -1,0 +1,150 @@
+"""The commands `mxrot bench ...`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mxrot.cli_options import (
+    Calib,
+    Changes,
+    Device,
+    Json,
+    Model,
+    RecipeOption,
+    Samples,
+    check_device,
+    chosen_recipe,
+    console,
+    prepare,
+    write_json,
+)
+from mxrot.errors import ConfigError
+
+benchmarks = typer.Typer(no_args_is_help=True, help="Speed, beside what it replaces.", rich_markup_mode=None)
+
+
+@benchmarks.command("kernels")
+def bench_kernels_command(
+    rows: Annotated[list[int], typer.Option("--rows", min=1, help="Rows of the input, repeatable")] = [],  # noqa: B006
+    shapes: Annotated[
+        list[str], typer.Option("--shape", metavar="NxK", help="A weight, repeatable (Llama-3-8B's)")
+    ] = [],  # noqa: B006
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Kernels beside the bfloat16 product; one that fails its check has no speed."""
+    import torch
+
+    from mxrot import api, bench
+    from mxrot.records import device_name, versions
+
+    check_device(device)
+    where = torch.device(device or api.default_device())
+    sizes = [_shape(text) for text in shapes] or bench.LLAMA_3_8B
+    limits = bench.ceilings(where)
+    found = bench.bench_kernels(where, sizes, rows or bench.ROWS, lambda line: print(line, file=sys.stderr, flush=True))
+    console().print(bench.kernel_table(found, limits))
+    for (kernel, count), ratio in bench.geometric_means(found).items():
+        print(f"{kernel}, {count} rows: {ratio:.2f} times as fast, geometric mean over the shapes")
+    table = {
+        "device": device_name(where),
+        "versions": versions(),
+        "ceilings": limits,
+        "rows": [row.as_record() for row in found],
+    }
+    write_json(json_file, table)
+    if not all(row.holds for row in found):
+        raise typer.Exit(1)
+
+
+@benchmarks.command("model")
+def bench_model_command(
+    recipe: RecipeOption = "mxrot",
+    changes: Changes = [],  # noqa: B006
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Decoder blocks (Llama-3-8B's)")] = 32,
+    hidden: Annotated[int, typer.Option("--hidden", min=32, help="Hidden size")] = 4096,
+    ffn: Annotated[int, typer.Option("--ffn", min=32, help="Size between the linears of the MLP")] = 14336,
+    heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads")] = 32,
+    kv_heads: Annotated[int, typer.Option("--kv-heads", min=1, help="Heads of keys and values")] = 8,
+    vocabulary: Annotated[int, typer.Option("--vocabulary", min=1, help="Tokens there are")] = 128256,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt")] = 8192,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens before the one generated")] = 1024,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """A model of random weights: a prompt and a generated token, quantized and in bfloat16."""
+    import torch
+    from transformers import LlamaConfig
+
+    from mxrot import api, bench
+    from mxrot.records import device_name, versions
+
+    check_device(device)
+    where = torch.device(device or api.default_device())
+    chosen = chosen_recipe(recipe, changes)
+    if hidden % (32 * heads) or hidden % 32 or ffn % 32 or heads % kv_heads:
+        raise ConfigError("--hidden must be a multiple of 32 times --heads, --ffn of 32, --heads of --kv-heads")
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max(prompt, context + 1),
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+    rows = bench.bench_model(
+        config, chosen, where, prompt, context, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    console().print(bench.model_table(rows))
+    table = {"device": device_name(where), "versions": versions(), "rows": [row.as_record() for row in rows]}
+    write_json(json_file, table | {"config": config.to_diff_dict(), "recipe_toml": chosen.to_toml()})
+    if any(row.seconds is None for row in rows):
+        raise typer.Exit(1)
+
+
+@benchmarks.command("quantize")
+def bench_quantize_command(
+    model: Model = "demo",
+    recipes: Annotated[
+        str, typer.Option("--recipes", help="Names or TOML files, separated by commas")
+    ] = "duquant++,mxrot",
+    changes: Changes = [],  # noqa: B006
+    calib: Calib = "demo",
+    samples: Samples = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each recipe after the first")] = 3,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Time and memory that quantizing a model takes; the first run of each recipe is shown apart."""
+    import torch
+
+    from mxrot import api, bench
+    from mxrot.records import device_name, versions
+    from mxrot.report import progress_on_stderr
+
+    prepare(model, device, json_file)
+    where = torch.device(device or api.default_device())
+    chosen = [chosen_recipe(name, changes) for name in recipes.split(",")]
+    with progress_on_stderr("Quantizing") as told:
+        rows = bench.bench_quantize(model, chosen, where, calib, samples, seq_len, repeats, told)
+    console().print(bench.quantize_table(rows))
+    table = {"device": device_name(where), "versions": versions(), "rows": [vars(row) for row in rows]}
+    write_json(json_file, table)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """(N, K) of NxK."""
+    try:
+        height, width = map(int, text.lower().split("x"))
+    except ValueError:
+        raise ConfigError(f"--shape {text}: not of the form NxK, such as 4096x4096") from None
+    if height < 1 or width < 32 or width % 32:
+        raise ConfigError(f"--shape {text}: N must be positive and K a multiple of 32")
+    return height, width

@@ -1,0 +1,93 @@
+"""What commands share: their options, and what is checked and written the same way."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mxrot.errors import ConfigError
+
+Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, or `demo`")]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Recipe name or TOML file")]
+TEXT = "demo, a file, NAME=FILE, wikitext2, c4"
+Calib = Annotated[str, typer.Option("--calib", metavar="TEXT", help=f"Calibration text: {TEXT}")]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows at most (recipe's)")]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Evaluation windows at most (all)")]
+Texts = Annotated[list[str], typer.Option("--text", metavar="TEXT", help=f"Evaluation text, repeatable: {TEXT}")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (the GPU if there is one)")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON")]
+CHANGES_HELP = "Change a recipe key, repeatable, e.g. transform.sharing=block"
+Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=CHANGES_HELP)]
+
+
+def chosen_recipe(name: str, changes: list[str]) -> Any:
+    """The recipe of that name or file, with the changes of `--set`."""
+    from mxrot.recipe import load_recipe
+
+    return load_recipe(name).changed(dict(_change(text) for text in changes))
+
+
+def _change(text: str) -> tuple[str, Any]:
+    """A `--set KEY=VALUE`, the value read as TOML where it is that, else as a string."""
+    from mxrot.recipe import tomllib
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text!r}: expected KEY=VALUE")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def prepare(model: str, device: str | None, json_file: Path | None) -> None:
+    """What can be found wrong at once, before hours of work; and the demo model, which is made at its first use."""
+    check_device(device)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"--json {json_file}: there is no folder {json_file.parent}")
+    from mxrot.models.lookup import DEMO, demo_folder
+
+    if model == DEMO:
+        demo_folder(announce=lambda line: print(line, file=sys.stderr, flush=True))
+    elif "/" in model and not Path(model).expanduser().exists() and not model.startswith((".", "/", "~")):
+        print(f"Getting {model} from the hub, unless it is here already", file=sys.stderr, flush=True)
+
+
+def check_texts(texts: list[str]) -> None:
+    """Each is there and has a name of its own; found out before a model is loaded."""
+    from mxrot.calibration import load_text
+
+    names = [load_text(text, "evaluation").name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--text: two texts are called {name!r}; name them, as in NAME=FILE")
+
+
+def check_device(device: str | None) -> None:
+    """ConfigError unless a tensor can be made there."""
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: not usable here: {str(error).splitlines()[0]}") from error
+
+
+def console() -> Console:
+    """Standard output; wide enough for a table where it goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def write_json(path: Path | None, table: dict[str, Any]) -> None:
+    """Where a file was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
