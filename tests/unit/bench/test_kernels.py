@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from mxrot import cli
 from mxrot.bench import KernelRow, Seconds, bench_kernels, ceilings, geometric_means, kernel_table, kernels, seconds_of
 from mxrot.bench.timing import copies_for
+from mxrot.kernels.plain import plain_fp8_product, plain_rotate_quantize_packed
 
 CPU = torch.device("cpu")
 
@@ -96,3 +98,39 @@ def test_a_shape_that_is_none(shape: str) -> None:
 def test_the_ceilings_of_a_cpu() -> None:
     found = ceilings(CPU)
     assert set(found) == {"copy", "bf16 product"} and all(value > 1e8 for value in found.values())
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 100])
+def test_every_way_to_compute_a_linear_on_a_gpu_is_right(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, with the FP8 product's twin in its place."""
+
+    def product(x: Tensor, w: Tensor, scales: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
+        return plain_fp8_product(x, w, scales, dtype)
+
+    monkeypatch.setattr(kernels, "fp8_product", product)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    x = torch.randn(count, 96).to(torch.bfloat16)
+    matrices = kernels.random_orthogonal(1, 32, torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    rule = kernels.FORMAT.rule()
+    weights = [plain_rotate_quantize_packed(torch.randn(40, 96), None, kernels.FORMAT, rule) for _ in range(2)]
+    quantized = kernels.plain_rotate_quantize(x, matrices, kernels.FORMAT, rule)
+    names = []
+    for name, functions, size in kernels._linears(torch.device("cuda"), x, matrices, weights):
+        names.append(name)
+        assert size in (1.0, 17 / 32)
+        for function, weight in zip(functions, weights, strict=False):
+            exact = kernels._sample(quantized, kernels._dequantized(weight))
+            if "lifted" in name or "kept" in name:  # all weights are lifted by the exponents of the first
+                exact = exact if weight is weights[0] else exact[:0]
+            assert not len(exact) or kernels._error(function(), exact) < 2.0**-7, name
+    assert len(names) == 3 + (count <= 8) + (count <= 128)
+
+
+def test_every_output_of_the_quantizer_on_a_gpu_is_right() -> None:
+    x, matrices = torch.randn(20, 96).to(torch.bfloat16), torch.eye(32)[None].to(torch.bfloat16)
+    rule = kernels.FORMAT.rule()
+    outputs = list(kernels._outputs(torch.device("cuda")))
+    assert [name for name, *_ in outputs] == ["bf16", "fp8", "fp4"]
+    for _, run, twin, _ in outputs:
+        found, expected = run(x, matrices, kernels.FORMAT, rule), twin(x, matrices, kernels.FORMAT, rule)
+        assert kernels._share_that_differs(found, expected) == 0
