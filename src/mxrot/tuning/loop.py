@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from mxrot.errors import ConfigError, DataError, NumericsError
 
+ADAM_EPSILON = 1e-12
+"""Far below any gradient: that of one of many million offsets is 1e-7 or less, for a loss that is a mean over tokens."""
 KEEP_SECONDS = 60.0
 """Between two looks at which an unfinished run is kept, which is four times as large as the weights in float32."""
 
@@ -153,7 +155,9 @@ def tune(
     parameters = [parameter for group in problem.groups for parameter in group.parameters]
     if not parameters:
         return []  # every linear is ignored
-    optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in problem.groups])
+    optimizer = torch.optim.Adam(
+        [{"params": list(group.parameters), "lr": group.rate} for group in problem.groups], eps=ADAM_EPSILON
+    )
     starts = [[p.detach().clone() for p in group.parameters] if group.decay else [] for group in problem.groups]
     batches = list(window_batches(problem.windows, options, generator))
     every = max(1, options.steps // options.checks)
