@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mxrot.errors import ConfigError, DataError, NumericsError
 
 ADAM_EPSILON = 1e-12
-"""Far below any gradient: that of one of many million offsets is 1e-7 or less, for a loss that is a mean over tokens."""
+"""Far below any gradient: those of many million offsets are 1e-7 or less, for a loss that is a mean over tokens."""
 KEEP_SECONDS = 60.0
 """Between two looks at which an unfinished run is kept, which is four times as large as the weights in float32."""
 
