@@ -56,25 +56,42 @@ class SiteInputs:
         less its own, plus, with target "residual", what the residual stream lacks before it. `weight` [N, K] are
         the weights that read the original inputs, `folded` those that read the transformed ones.
         """
+        if self._modules(wishes) == [self.site.linears[0]]:
+            return self._shift_by_moments(original, weight, folded, wishes)
         hessian = self._collector(wishes)
         total = torch.zeros(folded.shape, dtype=torch.float64, device=folded.device)
         single, single_folded = weight.to(torch.float32), folded.to(torch.float32)
         modules = self._modules(wishes)
-        for pairs in paired_inputs(self.block, self.inputs, original.block, original.inputs, modules):
-            *residual, (x, x_original) = pairs
+        for streams, (x, x_original) in paired_inputs(
+            self.block, self.inputs, original.block, original.inputs, modules
+        ):
+            here, there = (stream.flatten(0, -2).float() for stream in streams)
             seen = self._seen(x).flatten(0, -2)
             wanted = x_original.flatten(0, -2).float() @ single.t()
             missing = wanted.addmm(seen.float(), single_folded.t(), alpha=-1)
-            if residual:
-                here, there = (stream.flatten(0, -2).float() for stream in residual[0])
-                if wishes.target == "residual":
-                    missing += there - here
-                if wishes.relative:
-                    size = _inverse_size(wanted + there)
-                    seen, missing = seen * size, missing * size
+            if wishes.target == "residual":
+                missing += there - here
+            if wishes.relative:
+                size = _inverse_size(wanted + there)
+                seen, missing = seen * size, missing * size
             hessian.update(seen)
             total += missing.t() @ seen.float()
         return hessian.result(), total / hessian.tokens
+
+    def _shift_by_moments(
+        self, original: OriginalBlock, weight: Tensor, folded: Tensor, wishes: Wishes
+    ) -> tuple[Tensor, Tensor]:
+        """The same where d is linear in the two inputs alone: from their second moments, without any output."""
+        hessian = self._collector(wishes)
+        width = weight.shape[1]
+        cross = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+        for pairs in paired_inputs(self.block, self.inputs, original.block, original.inputs, self._modules(wishes)):
+            x, x_original = pairs[-1]
+            seen = self._seen(x).flatten(0, -2)
+            hessian.update(seen)
+            cross += _product(x_original.flatten(0, -2), seen)
+        mean = hessian.result()
+        return mean, weight.double() @ (cross / hessian.tokens) - folded.double() @ mean
 
     def _modules(self, wishes: Wishes) -> list[str]:
         """The modules whose inputs are looked at; the site's first linear is the last of them."""
@@ -101,3 +118,10 @@ class SiteInputs:
 def _inverse_size(stream: Tensor) -> Tensor:
     """1 / rms of each token [..., 1]: an error counts relative to it, as the norm that reads the stream sees it."""
     return stream.square().mean(dim=-1, keepdim=True).clamp(min=torch.finfo(stream.dtype).tiny).rsqrt()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b with float32 sums, [rows, n] and [rows, m]; on bfloat16 matrix hardware where both are bfloat16."""
+    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    return a.float().t() @ b.float()
