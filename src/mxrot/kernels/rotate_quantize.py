@@ -34,8 +34,28 @@ _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 @triton.jit
+def _block(
+    x_pointer,
+    matrix_pointer,
+    rows,
+    rows_in_all,
+    group,
+    x_stride,
+    matrix_stride,
+    HAS_MATRIX: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The values of block `group` in these rows, transformed: float32 [ROWS, 32]."""
+    place = rows[:, None] * x_stride + group * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_pointer + place, mask=(rows < rows_in_all)[:, None], other=0.0).to(tl.float32)
+    if HAS_MATRIX:
+        x = _transformed(x, matrix_pointer + group * matrix_stride, PARTS)
+    return x
+
+
+@triton.jit
 def _transformed(x, matrix_pointer, PARTS: tl.constexpr):
-    """float32 [ROWS, 32] times the matrix there, or itself; PARTS 0 is float32 arithmetic."""
+    """float32 [ROWS, 32] times the matrix there; PARTS 0 is float32 arithmetic."""
     columns = tl.arange(0, BLOCK)
     matrix = tl.load(matrix_pointer + columns[:, None] * BLOCK + columns[None, :])
     if PARTS == 0:
@@ -91,9 +111,7 @@ def _values(
         if group < groups_in_all:
             inside = (rows < rows_in_all)[:, None]
             place = group * BLOCK + columns[None, :]
-            x = tl.load(x_pointer + rows[:, None] * x_stride + place, mask=inside, other=0.0).to(tl.float32)
-            if HAS_MATRIX:
-                x = _transformed(x, matrix_pointer + group * matrix_stride, PARTS)
+            x = _block(x_pointer, matrix_pointer, rows, rows_in_all, group, x_stride, matrix_stride, HAS_MATRIX, PARTS)
             exponents, bits = _exponents(x, raises_from, max_exponent, least, most)
             rounded = round_to_element(x * power_of_two(-exponents)[:, None], smallest_normal, fraction_bits, largest)
             scales = tl.where(bits < 0x7F800000, power_of_two(exponents - shift), float("nan"))
@@ -125,17 +143,13 @@ def _packed(
     GROUPS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
     pairs = tl.arange(0, BLOCK // 2)
     for step in tl.static_range(GROUPS):
         group = tl.program_id(1) * GROUPS + step
         if group < groups_in_all:
             is_row = rows < rows_in_all
             inside = is_row[:, None]
-            place = group * BLOCK + columns[None, :]
-            x = tl.load(x_pointer + rows[:, None] * x_stride + place, mask=inside, other=0.0).to(tl.float32)
-            if HAS_MATRIX:
-                x = _transformed(x, matrix_pointer + group * matrix_stride, PARTS)
+            x = _block(x_pointer, matrix_pointer, rows, rows_in_all, group, x_stride, matrix_stride, HAS_MATRIX, PARTS)
             exponents, bits = _exponents(x, raises_from, max_exponent, -127, 127)
             is_finite = bits < 0x7F800000
             scaled = x * power_of_two(-exponents)[:, None]
