@@ -10,25 +10,43 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from mxrot import cli
-from mxrot.bench import KernelRow, Seconds, bench_kernels, ceilings, geometric_means, kernel_table, kernels, seconds_of
+from mxrot.bench import (
+    KernelRow,
+    Seconds,
+    bench_kernels,
+    ceilings,
+    geometric_means,
+    kernel_table,
+    kernels,
+    seconds_of,
+    timing,
+)
 from mxrot.bench.timing import copies_for
 from mxrot.kernels.plain import plain_fp8_product, plain_rotate_quantize_packed
 
 CPU = torch.device("cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def test_calls_are_made_in_turn_and_timed() -> None:
+def test_calls_are_made_in_turn_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that each call moves on: by one second in the first round, which is not counted, then by two."""
     made: list[int] = []
-    found = seconds_of([lambda: made.append(1), lambda: made.append(2)], CPU, repeats=4)
-    assert made == [1, 2] * 5  # the first round is not counted
-    assert 0 < found.low <= found.median <= found.high < 1e-3
+    clock = [0.0]
+
+    def call(which: int) -> None:
+        made.append(which)
+        clock[0] += 1.0 if len(made) <= 2 else 2.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    found = seconds_of([lambda: call(1), lambda: call(2)], CPU, repeats=4)
+    assert made == [1, 2] * 5
+    assert (found.low, found.median, found.high) == (2.0, 2.0, 2.0)
 
 
 def test_small_operands_are_copied_beyond_any_cache() -> None:
     assert copies_for(1e9) == 1 and copies_for(5e7) == 5 and copies_for(1.0) == 64
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has other kernels there")
 def test_on_a_cpu_there_is_the_plain_quantizer_and_the_product() -> None:
     told: list[str] = []
     rows = bench_kernels(CPU, [(64, 96)], [4], told.append)
@@ -109,10 +127,12 @@ def test_every_way_to_compute_a_linear_on_a_gpu_is_right(count: int, monkeypatch
 
     monkeypatch.setattr(kernels, "fp8_product", product)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    x = torch.randn(count, 96).to(torch.bfloat16)
-    matrices = kernels.random_orthogonal(1, 32, torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x = torch.randn(count, 96).to(DEVICE, torch.bfloat16)
+    matrices = kernels.random_orthogonal(1, 32, torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     rule = kernels.FORMAT.rule()
-    weights = [plain_rotate_quantize_packed(torch.randn(40, 96), None, kernels.FORMAT, rule) for _ in range(2)]
+    weights = [
+        plain_rotate_quantize_packed(torch.randn(40, 96).to(DEVICE), None, kernels.FORMAT, rule) for _ in range(2)
+    ]
     quantized = kernels.plain_rotate_quantize(x, matrices, kernels.FORMAT, rule)
     names = []
     for name, functions, size in kernels._linears(torch.device("cuda"), x, matrices, weights):
@@ -127,7 +147,7 @@ def test_every_way_to_compute_a_linear_on_a_gpu_is_right(count: int, monkeypatch
 
 
 def test_every_output_of_the_quantizer_on_a_gpu_is_right() -> None:
-    x, matrices = torch.randn(20, 96).to(torch.bfloat16), torch.eye(32)[None].to(torch.bfloat16)
+    x, matrices = (value.to(DEVICE, torch.bfloat16) for value in (torch.randn(20, 96), torch.eye(32)[None]))
     rule = kernels.FORMAT.rule()
     outputs = list(kernels._outputs(torch.device("cuda")))
     assert [name for name, *_ in outputs] == ["bf16", "fp8", "fp4"]

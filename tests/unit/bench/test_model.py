@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,12 +62,13 @@ def test_drawn_weights_are_as_large_as_those_of_the_model() -> None:
 
 def test_logits_that_are_not_finite_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     own = model.random_model
-    monkeypatch.setattr(model, "random_model", lambda *a: own(*a).mul_weights())
-    monkeypatch.setattr(
-        "transformers.LlamaForCausalLM.mul_weights",
-        lambda self: (self.lm_head.weight.data.fill_(float("inf")), self)[1],
-        raising=False,
-    )
+
+    def broken(*arguments: Any) -> Any:
+        found = own(*arguments)
+        found.lm_head.weight.data.fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(model, "random_model", broken)
     rows = bench_model(CONFIG, load_recipe("rtn"), CPU, 16, 8)
     assert all(row.seconds is None for row in rows)
     assert "LOGITS ARE NOT FINITE" in list(model_table(rows).columns[2].cells)
