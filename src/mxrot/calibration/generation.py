@@ -42,12 +42,14 @@ class FixedCache(Cache):
         """Keep the keys and values [S, heads, 1, width] of a layer; all visible ones, [S, heads, visible, width]."""
         assert self.position is not None
         if layer_idx not in self._kept:
-            wanted = key_states, value_states
-            self._kept[layer_idx] = tuple(x.new_zeros(*x.shape[:2], self.positions, x.shape[-1]) for x in wanted)  # type: ignore[assignment]
+            self._kept[layer_idx] = self._empty(key_states), self._empty(value_states)
         keys, values = self._kept[layer_idx]
         keys.index_copy_(2, self.position, key_states)
         values.index_copy_(2, self.position, value_states)
         return keys[:, :, : self.visible], values[:, :, : self.visible]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_zeros(*like.shape[:2], self.positions, like.shape[-1])
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         return 0
@@ -76,6 +78,7 @@ def generated_windows(model: PreTrainedModel, count: int, length: int, generator
 def _sequences(model: PreTrainedModel, first: Tensor, tokens: int, draws: torch.Generator) -> Iterator[Tensor]:
     """The first tokens [S], then the second ones, up to `tokens`."""
     cache = FixedCache(tokens)
+    places = torch.arange(tokens, device=model.device)
     current = first
     yield current
     for position in range(tokens - 1):
@@ -83,7 +86,7 @@ def _sequences(model: PreTrainedModel, first: Tensor, tokens: int, draws: torch.
             cache.visible = min(tokens, position + STRIDE)
             replay = Replays()  # with this, the memory of the recording before goes
             step = partial(_next_tokens, model, cache)
-        place = torch.tensor([position], device=model.device)
+        place = places[position : position + 1]
         drawn = torch.rand(len(first), 1, generator=draws, device=model.device)
         current = replay("next", step, current, place, drawn)
         yield current
