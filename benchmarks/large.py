@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 from mxrot import api, pipeline
-from mxrot.models import build_skeleton
+from mxrot.bench import llama_config, random_model
 from mxrot.recipe import load_recipe
 from mxrot.records import device_name, versions
 from mxrot.surgery import stored_tensors
@@ -107,27 +106,10 @@ def parse_options() -> argparse.Namespace:
 
 def write_random_model(folder: Path, options: argparse.Namespace) -> None:
     """A model of normal weights, 1/sqrt(inputs) wide, in bfloat16."""
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        intermediate_size=options.ffn,
-        num_hidden_layers=options.blocks,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        max_position_embeddings=8192,
-        architectures=["LlamaForCausalLM"],
-        tie_word_embeddings=False,
-    )
-    config.save_pretrained(folder)
-    tensors = {}
-    generator = torch.Generator().manual_seed(0)
-    for name, like in stored_tensors(build_skeleton(config), torch.bfloat16).items():
-        if like.dim() == 1:
-            tensors[name] = torch.ones(like.shape, dtype=torch.bfloat16)
-        else:
-            drawn = torch.randn(like.shape, generator=generator) * like.shape[-1] ** -0.5
-            tensors[name] = drawn.to(torch.bfloat16)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shape = options.hidden, options.ffn, options.blocks, options.heads, options.kv_heads, options.vocabulary
+    model = random_model(llama_config(*shape), torch.device("cpu"))
+    model.config.save_pretrained(folder)
+    save_file(stored_tensors(model, torch.bfloat16), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

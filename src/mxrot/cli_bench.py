@@ -77,7 +77,6 @@ def bench_model_command(
 ) -> None:
     """A model of random weights: a prompt and a generated token, quantized and in bfloat16."""
     import torch
-    from transformers import LlamaConfig
 
     from mxrot import api, bench
     from mxrot.records import device_name, versions
@@ -87,17 +86,8 @@ def bench_model_command(
     chosen = chosen_recipe(recipe, changes)
     if hidden % (32 * heads) or hidden % 32 or ffn % 32 or heads % kv_heads:
         raise ConfigError("--hidden must be a multiple of 32 times --heads, --ffn of 32, --heads of --kv-heads")
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=max(prompt, context + 1),
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-    )
+    positions = max(prompt, context + 1)
+    config = bench.llama_config(hidden, ffn, blocks, heads, kv_heads, vocabulary, positions)
     rows = bench.bench_model(
         config, chosen, where, prompt, context, lambda line: print(line, file=sys.stderr, flush=True)
     )

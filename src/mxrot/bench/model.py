@@ -65,6 +65,23 @@ def bench_model(
     return rows
 
 
+def llama_config(
+    hidden: int, ffn: int, blocks: int, heads: int, kv_heads: int, vocabulary: int, positions: int = 8192
+) -> LlamaConfig:
+    """A Llama of this shape, with a head of its own."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
 @torch.no_grad()
 def random_model(config: LlamaConfig, device: torch.device) -> PreTrainedModel:
     """Of normal weights 1/sqrt(inputs) wide, bfloat16."""
