@@ -206,8 +206,10 @@ def _check_memory(model: PreTrainedModel, run: BlockRun) -> None:
     needed = sum(parameter.numel() for parameter in model.parameters()) * run.dtype.itemsize
     if free is None or needed < free:
         return
+    tuning = run.recipe.tuning
     remedies = {
         "calibration.generated = 0": run.recipe.calibration.generated > 0,
+        "tuning.generated = 0": tuning is not None and tuning.generated > 0,
         'tuning.scope = "block"': run.recipe.tunes_network,
     }
     raise ConfigError(

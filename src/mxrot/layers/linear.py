@@ -152,16 +152,20 @@ class QuantLinear(nn.Module):
 
     def _by_kernels(self, x: Tensor) -> Tensor | None:
         """x W^T without the bias from a kernel that reads the codes; None where there is none for this linear."""
-        if self.activations is None or not (self._is_mxfp4(self.weights) and self._is_mxfp4(self.activations)):
+        if self.activations is None or not self._is_mxfp4_on_both_sides:
             return None
         matrices = None if self.transform is None else self.transform.matrices()
         return quantized_linear(Inputs(x, matrices, self.activations.format, self.activations.rule), self.packed())
 
     def choose_path(self, rows: int) -> Choice:
         """What computes this linear for so many rows of input, and why."""
-        if self.activations is None or not (self._is_mxfp4(self.weights) and self._is_mxfp4(self.activations)):
+        if not self._is_mxfp4_on_both_sides:
             return Choice(None, "weights and inputs are not both MXFP4")
         return choose_path(rows, self.packed(), self.weight_packed.device)
+
+    @property
+    def _is_mxfp4_on_both_sides(self) -> bool:
+        return self.activations is not None and self._is_mxfp4(self.weights) and self._is_mxfp4(self.activations)
 
     @staticmethod
     def _is_mxfp4(quantizer: TensorQuantizer) -> bool:

@@ -36,7 +36,7 @@ class Tuning:
     """Calibration windows a step."""
     offset_rate: float = 4e-3
     """Peak learning rate of the rounding offsets, in steps between codes."""
-    transform_rate: float = 3e-4
+    transform_rate: float = 1e-4
     """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
     exponent_rate: float = 0.0
     """Peak learning rate of the exponents of weight scales, in binades; 0 leaves them as they are."""
@@ -44,9 +44,9 @@ class Tuning:
     """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
     held_out: float = 0.1
     """Share of the calibration windows that are never trained on; their loss decides when to stop."""
-    margin: float = 0.1
-    """How far from moving a weight starts at least, in steps between codes. Without one the first gradients move
-    every weight that was rounded from near the middle, and most of that is noise."""
+    margin: float = 0.01
+    """How far from moving a weight starts at least, in steps between codes. A large one keeps all codes where they are
+    for many steps, and then moves many at once (docs/log.md)."""
     checks: int = 20
     """How often the held-out loss is looked at, evenly over the steps."""
     patience: int = 4

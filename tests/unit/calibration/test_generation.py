@@ -96,6 +96,10 @@ def test_a_negative_number_of_windows() -> None:
             'set calibration.generated = 0 and tuning.scope = "block"$',
         ),
         ({"calibration__generated": 0.0, "tuning__scope": "network"}, 'set tuning.scope = "block"$'),
+        (
+            {"calibration__generated": 0.0, "tuning__scope": "network", "tuning__generated": 2.0},
+            'set tuning.generated = 0 and tuning.scope = "block"$',
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_as_a_whole(
