@@ -29,8 +29,8 @@ def _magnitude(codes):
 @triton.jit
 def _value(codes):
     """E2M1 of 4-bit codes in int32."""
-    magnitude = _magnitude(codes & 7)
-    return tl.where((codes & 8) != 0, -magnitude, magnitude)
+    # The sign by its bit: compiled, minus zero is what 0 - x gives, without a sign.
+    return (_magnitude(codes & 7).to(tl.int32, bitcast=True) | ((codes & 8) << 28)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
