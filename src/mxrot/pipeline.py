@@ -189,7 +189,9 @@ def _tune_network(
         windows = with_generated(original, windows, given, options.generated, run.seed, "tuning")
     generator = generator_for(run.seed, "tuning")
     keeper = None if store is None else store.keeper
-    return tune_network(model, original, run.family, windows, options, generator, run.recipe.ignore, keeper, progress)
+    return tune_network(
+        model, original, run.family, windows, given, options, generator, run.recipe.ignore, keeper, progress
+    )
 
 
 def with_generated(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from mxrot.models import shared_heads
 from mxrot.replay import Replays
 
 SEQUENCE_TOKENS = 256
@@ -68,10 +69,11 @@ def generated_windows(model: PreTrainedModel, count: int, length: int, generator
     first = torch.randint(0, config.vocab_size, (sequences,), generator=generator)
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
     draws = torch.Generator(model.device).manual_seed(seed)
-    parts = [
-        torch.stack(list(_sequences(model, part.to(model.device), tokens, draws)), dim=1).cpu()
-        for part in first.split(sequences_at_once(model, tokens))
-    ]
+    with shared_heads(model):
+        parts = [
+            torch.stack(list(_sequences(model, part.to(model.device), tokens, draws)), dim=1).cpu()
+            for part in first.split(sequences_at_once(model, tokens))
+        ]
     return torch.cat(parts).flatten()[: count * length].view(count, length)
 
 

@@ -1,7 +1,9 @@
 """Model families, and how to find and read a model. Names and shapes, no numerics."""
 
+from mxrot.models.attention import shared_heads
 from mxrot.models.family import Family, Site, check_linears, value_heads
 from mxrot.models.lookup import find_model
+from mxrot.models.norms import fused_norms
 from mxrot.models.skeleton import (
     FAMILIES,
     build_skeleton,
@@ -23,8 +25,10 @@ __all__ = [
     "fill",
     "find_family",
     "find_model",
+    "fused_norms",
     "read_config",
     "read_generation_config",
     "rebuild_rotary",
+    "shared_heads",
     "value_heads",
 ]

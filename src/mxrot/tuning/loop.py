@@ -32,6 +32,8 @@ class Tuning:
     generated: float = 0.0
     """Windows that the original model writes for tuning alone, for each one of the calibration text; only with scope
     "network"."""
+    repeats: int = 1
+    """How often a window of the calibration text comes for once that one comes which the original model has written."""
     batch_windows: int = 4
     """Calibration windows a step."""
     offset_rate: float = 4e-3
@@ -53,7 +55,7 @@ class Tuning:
     """Looks in a row without a better held-out loss after which tuning stops."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_windows", "checks", "patience"):
+        for key in ("steps", "repeats", "batch_windows", "checks", "patience"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
         rates = self.offset_rate, self.transform_rate, self.exponent_rate
@@ -66,6 +68,8 @@ class Tuning:
                 f'tuning: generated {self.generated} must be finite and not negative, and 0 with scope "block", '
                 "which sees the windows of the calibration only (calibration.generated)"
             )
+        if self.repeats > 1 and self.scope == "block":
+            raise ConfigError(f'tuning: repeats {self.repeats} has no meaning with scope "block"; leave it out')
         if not 0 <= self.decay < math.inf:
             raise ConfigError(f"tuning: decay {self.decay} is negative or not finite")
         if not 0 < self.margin <= 0.5:
@@ -136,8 +140,8 @@ class Problem:
     held_out_loss: Callable[[], float]
     settle: Callable[[], None]
     """Runs whenever the parameters have changed."""
-    windows: int
-    """Windows to train on."""
+    windows: Tensor
+    """Positions of the windows to train on, int64 [n]; one that is in it several times comes that often."""
     name: str
 
 
@@ -156,7 +160,9 @@ def tune(
     if not parameters:
         return []  # every linear is ignored
     optimizer = torch.optim.Adam(
-        [{"params": list(group.parameters), "lr": group.rate} for group in problem.groups], eps=ADAM_EPSILON
+        [{"params": list(group.parameters), "lr": group.rate} for group in problem.groups],
+        eps=ADAM_EPSILON,
+        fused=parameters[0].is_cuda or None,
     )
     starts = [[p.detach().clone() for p in group.parameters] if group.decay else [] for group in problem.groups]
     batches = list(window_batches(problem.windows, options, generator))
@@ -221,13 +227,13 @@ def split_windows(windows: int, held_out: float) -> tuple[Tensor, Tensor]:
     return (~is_held_out).nonzero().flatten(), test
 
 
-def window_batches(windows: int, options: Tuning, generator: torch.Generator) -> Iterator[Tensor]:
-    """For each step the positions of its windows; every window once before any comes again."""
-    size = min(options.batch_windows, windows)
+def window_batches(windows: Tensor, options: Tuning, generator: torch.Generator) -> Iterator[Tensor]:
+    """For each step the positions of its windows; each of `windows` once before any comes again."""
+    size = min(options.batch_windows, len(windows))
     left = torch.empty(0, dtype=torch.int64)
     for _ in range(options.steps):
         if len(left) < size:
-            left = torch.cat([left, torch.randperm(windows, generator=generator)])
+            left = torch.cat([left, windows[torch.randperm(len(windows), generator=generator)]])
         yield left[:size]
         left = left[size:]
 
@@ -266,9 +272,8 @@ def _restore(
         parameter.data.copy_(kept[f"{index}.now"])
         state.best.append(kept[f"{index}.best"].to(parameter.device))
         if f"{index}.exp_avg" in kept:
-            optimizer.state[parameter] = {
-                key: kept[f"{index}.{key}"].to("cpu" if key == "step" else parameter.device) for key in keys
-            }
+            # On a CPU and on a GPU (fused) the optimizer counts steps where its parameters are.
+            optimizer.state[parameter] = {key: kept[f"{index}.{key}"].to(parameter.device) for key in keys}
 
 
 @contextmanager

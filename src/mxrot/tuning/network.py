@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mxrot.calibration import first_block_inputs
-from mxrot.models import Family
+from mxrot.models import Family, fused_norms, shared_heads
 from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.straight_through import Divergence
@@ -63,16 +63,21 @@ def tune_network(
     original: PreTrainedModel,
     family: Family,
     windows: Tensor,
+    given: int,
     options: Tuning,
     generator: torch.Generator,
     ignore: tuple[str, ...] = (),
     keeper: Keeper | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[Check]:
-    """Tune `model`, quantized and on its device, towards `original` on token windows [W, T]; in place."""
+    """Tune `model`, quantized and on its device, towards `original` on token windows [W, T]; in place.
+
+    The first `given` windows are text, the others were written by `original`.
+    """
     device = model.get_submodule(family.embedding).weight.device
     assert isinstance(device, torch.device)
-    train, test = (windows[part] for part in split_windows(len(windows), options.held_out))
+    train, test = split_windows(len(windows), options.held_out)
+    train = torch.cat([train[train < given].repeat(options.repeats), train[train >= given]])
     blocks = list(model.get_submodule(family.blocks).children())
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()
@@ -123,21 +128,21 @@ def tune_network(
         return torch.stack(losses).sum()
 
     def backward(chosen: Tensor) -> float:
-        return float(run(learn, train[chosen]))
+        return float(run(learn, windows[chosen]))
 
     @torch.no_grad()
     def held_out_loss() -> float:
-        losses = [float(run(measure, batch)) for batch in test.split(options.batch_windows)]
+        losses = [float(run(measure, windows[part])) for part in test.split(options.batch_windows)]
         settle()
-        return sum(losses) / test.numel()
+        return sum(losses) / (len(test) * windows.shape[1])
 
     def settle() -> None:
         for block in tunable:
             block.settle()
 
     groups = parameter_groups(tunable, options)
-    problem = Problem(groups, backward, held_out_loss, settle, len(train), "distillation")
-    with deterministic(), torch.enable_grad():
+    problem = Problem(groups, backward, held_out_loss, settle, train, "distillation")
+    with deterministic(), torch.enable_grad(), shared_heads(model, original), fused_norms(model):
         checks = tune(problem, options, generator, keeper, progress)
     for block in tunable:
         block.finish()

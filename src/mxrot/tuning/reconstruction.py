@@ -71,7 +71,7 @@ def tune_block(
         return sum(losses) / len(test)
 
     groups = parameter_groups([tunable], options)
-    problem = Problem(groups, backward, held_out_loss, tunable.settle, len(train), name)
+    problem = Problem(groups, backward, held_out_loss, tunable.settle, torch.arange(len(train)), name)
     with deterministic(), torch.enable_grad():
         checks = tune(problem, options, generator, progress=progress)
     tunable.finish()

@@ -44,7 +44,14 @@ class Line:
         self.settled = float(self.slope.detach())
 
     def problem(self) -> Problem:
-        return Problem([Group([self.slope], 0.1, self.decay)], self.backward, self.held_out, self.settle, 10, "a line")
+        return Problem(
+            [Group([self.slope], 0.1, self.decay)],
+            self.backward,
+            self.held_out,
+            self.settle,
+            torch.arange(10),
+            "a line",
+        )
 
 
 def generator() -> torch.Generator:
@@ -146,7 +153,7 @@ def test_a_loss_that_is_not_finite_names_the_problem() -> None:
 
 @pytest.mark.parametrize(("windows", "size"), [(10, 2), (10, 3), (3, 8), (1, 1)])
 def test_every_window_comes_once_before_any_comes_again(windows: int, size: int) -> None:
-    batches = list(window_batches(windows, replace(OPTIONS, steps=30, batch_windows=size), generator()))
+    batches = list(window_batches(torch.arange(windows), replace(OPTIONS, steps=30, batch_windows=size), generator()))
     assert len(batches) == 30 and all(len(batch) == min(size, windows) for batch in batches)
     counts = torch.zeros(windows)
     for batch in batches:

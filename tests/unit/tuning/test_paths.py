@@ -16,7 +16,7 @@ from mxrot.checkpoint import load
 from mxrot.errors import ConfigError
 from mxrot.layers import QuantLinear
 from mxrot.recipe import Recipe
-from mxrot.tuning import loop
+from mxrot.tuning import loop, network
 
 WINDOWS = random_windows(40, 32)
 OPTIONS = {
@@ -168,6 +168,19 @@ def test_the_last_block_of_the_original_model_is_not_run_for_nothing(
     monkeypatch.setattr(blockwise, "advance", lambda *a: (advanced.append(a[2]), advance(*a))[1])
     pipeline.quantize(source, recipe(name, **({"tuning__steps": 1} if "tuned" in name else {})), windows=WINDOWS)
     assert advanced == ["model.layers.0 of the original model"]
+
+
+def test_text_comes_more_often_than_what_the_original_writes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    tune = network.tune
+    monkeypatch.setattr(network, "tune", lambda *a: (seen.append(a[0].windows), tune(*a))[1])
+    options = {"tuning__generated": 0.2, "tuning__repeats": 3, "tuning__held_out": 0.25, "tuning__steps": 1}
+    pipeline.quantize(source, tuned("network", **options), windows=WINDOWS)
+    held_out = torch.arange(0, 48, 4)
+    counts = torch.bincount(seen[0], minlength=48)
+    expected = torch.cat([torch.full((40,), 3), torch.ones(8, dtype=torch.int64)])
+    expected[held_out] = 0
+    assert torch.equal(counts, expected)
 
 
 def test_tuning_takes_in_what_the_original_writes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

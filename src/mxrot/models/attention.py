@@ -1,0 +1,74 @@
+"""Attention of models that share keys and values among heads, without copies of them.
+
+PyTorch's own attention, given to transformers as an attention function of this project. With one token and a mask,
+the heads that share a key become the rows of one query, as in transformers from 5.20 on; before, keys and values were
+copied for every head. Without a mask the copies are views whose gradient is a plain sum: PyTorch's own sharing of
+heads copies by index, and deterministically its gradient is a sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "mxrot_shared_heads"
+_KNOWN_ARGUMENTS = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "logits_to_keep"})
+"""Arguments that change nothing here; transformers' own function gets a call with others (soft caps, windows)."""
+
+
+def shared_heads_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """[batch, heads, tokens, width] and keys and values with fewer heads, to [batch, tokens, heads, width]."""
+    heads, kept = query.shape[1], key.shape[1]
+    is_plain = not dropout and not {name for name in more if more[name] is not None} - _KNOWN_ARGUMENTS
+    is_step = attention_mask is not None and query.shape[2] == 1 and attention_mask.shape[1] == 1
+    if heads == kept or not is_plain or (attention_mask is not None and not is_step):
+        own = AttentionInterface()["sdpa"]
+        output, _ = own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
+        return output, None
+    if is_step:
+        grouped = query.reshape(len(query), kept, heads // kept, query.shape[-1])
+        found = nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+        return found.reshape(query.shape).transpose(1, 2).contiguous(), None
+    key, value = (_for_each_head(part, heads // kept) for part in (key, value))
+    found = nn.functional.scaled_dot_product_attention(
+        query, key, value, scale=scaling, is_causal=query.shape[2] > 1 and getattr(module, "is_causal", True)
+    )
+    return found.transpose(1, 2).contiguous(), None
+
+
+def _for_each_head(part: Tensor, times: int) -> Tensor:
+    """[batch, heads, tokens, width] to [batch, heads * times, tokens, width]."""
+    return part[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
+AttentionInterface.register(NAME, shared_heads_attention)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+
+
+@contextmanager
+def shared_heads(*models: PreTrainedModel) -> Iterator[None]:
+    """While open, these models compute attention this way, if they would by PyTorch's own function."""
+    configs = [model.config.get_text_config() for model in models]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config, name in zip(configs, before, strict=True):
+            if name == "sdpa":
+                config._attn_implementation = NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
