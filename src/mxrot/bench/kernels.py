@@ -188,14 +188,15 @@ def _linears(
             return skinny_product(rotate_quantize_e5m2(x, matrices, FORMAT, rule), 0, w.codes, w.scales, dtype)
 
         yield "W4A4, packed, matrix units", [partial(some, w) for w in weights], 17 / 32
-    exponents, _ = lift_exponents(weights[0].codes, weights[0].scales)
-    row_scales = torch.exp2(exponents.float())
+    exponents, outside = lift_exponents(weights[0].codes, weights[0].scales, together=True)
+    assert not int(outside)
+    scale = torch.exp2(exponents[0].float())
     lifted = [
         plain_lift_weights(w.codes, w.scales, exponents) for w in weights[: copies_for(len(exponents) * x.shape[1])]
     ]
 
     def kept(w: Tensor, fast: bool = False) -> Tensor:
-        return fp8_product(rotate_quantize_e5m2(x, matrices, FORMAT, rule), w, row_scales, dtype, fast)
+        return fp8_product(rotate_quantize_e5m2(x, matrices, FORMAT, rule), w, scale, dtype, fast)
 
     yield "W4A4, kept in FP8", [partial(kept, w) for w in lifted], 1.0
     yield "W4A4, kept in FP8, fast accumulation", [partial(kept, w, True) for w in lifted], 1.0

@@ -13,21 +13,24 @@ import torch
 from torch import Tensor
 
 
-def fp8_product(inputs: Tensor, weights: Tensor, row_scales: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """inputs E5M2 [..., K] @ weights E4M3 [N, K]^T, output n times `row_scales`[n] (float32 [N]): `dtype` [..., N].
+def fp8_product(inputs: Tensor, weights: Tensor, scales: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """inputs E5M2 [..., K] @ weights E4M3 [N, K]^T times `scales`, float32 [] or one an output [N]: `dtype` [..., N].
 
     On CUDA devices with FP8 matrix hardware (compute capability 8.9 and later). The static power of two of the
-    inputs belongs into `row_scales`.
+    inputs belongs into `scales`. With one scale for all the library has its fastest products, and rounds once to
+    `dtype`; with one an output it rounds to bfloat16 first.
     """
     flat = inputs.reshape(-1, inputs.shape[-1])
-    ones = _ones(len(flat), inputs.device)
-    # Scales for each row and column come with bfloat16 results only.
+    if scales.dim():
+        ones, scales, out_dtype = _ones((len(flat), 1), inputs.device), scales[None], torch.bfloat16
+    else:
+        ones, out_dtype = _ones((), inputs.device), dtype
     product = torch._scaled_mm(
-        flat, weights.t(), scale_a=ones, scale_b=row_scales[None], out_dtype=torch.bfloat16, use_fast_accum=fast
+        flat, weights.t(), scale_a=ones, scale_b=scales, out_dtype=out_dtype, use_fast_accum=fast
     )
     return product.to(dtype).view(*inputs.shape[:-1], len(weights))
 
 
 @lru_cache(maxsize=64)
-def _ones(rows: int, device: torch.device) -> Tensor:
-    return torch.ones(rows, 1, device=device)
+def _ones(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.ones(shape, device=device)

@@ -3,6 +3,10 @@
 An E2M1 number times 2^d is an E4M3 number for d from -8 to 6, so a row whose block exponents span no more than that
 is lifted without an error, and a product of FP8 matrices is the product of MXFP4 ones. `plain_lift_weights` is the
 specification, bit for bit.
+
+A block's scale decides which bytes its eight magnitudes become. These eight are written down once for a block, in two
+words, and each code then looks its byte up. Triton's interpreter has no inline assembly: there codes are taken one by
+one.
 """
 
 from __future__ import annotations
@@ -12,25 +16,69 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxrot.kernels.arithmetic import power_of_two
-
-BLOCK = tl.constexpr(32)
-ROWS = 32
-GROUPS = 4
+ROWS = 16
+GROUPS = 32
+_LOOK_UP = tl.constexpr(
+    """{
+    .reg .b32 code, sign, upper;
+    and.b32 code, $2, 0x77777777;
+    prmt.b32 sign, 0x80808080, 0x80808080, $2;
+    shl.b32 sign, sign, 1;
+    prmt.b32 $0, $3, $4, code;
+    lop3.b32 $0, sign, 0x80808080, $0, 0xEA;
+    shr.u32 upper, $2, 16;
+    shr.u32 code, code, 16;
+    prmt.b32 sign, 0x80808080, 0x80808080, upper;
+    shl.b32 sign, sign, 1;
+    prmt.b32 $1, $3, $4, code;
+    lop3.b32 $1, sign, 0x80808080, $1, 0xEA;
+    }"""
+)
+"""Eight codes to two words of four bytes. A selector of prmt above 7 takes the sign of a byte, here all ones: 0xFF
+where a code is negative, else 0x80; one bit to the left and the top bits are the signs. lop3 0xEA is (a & b) | c."""
 
 
 @triton.jit
-def _magnitude(codes):
-    """|E2M1| of codes in int32; the sign bit must be gone."""
-    above = ((codes + 252) << 22).to(tl.float32, bitcast=True)
-    return tl.where(codes >= 2, above, codes.to(tl.float32) * 0.5)
+def _table(shift):
+    """The bytes of |E2M1| 2^shift in E4M3, int32: codes 0 to 3, and codes 4 to 7. Below 2^-6 the nearest multiple of
+    2^-9, ties to even; `shift` at most 6."""
+    above = (shift + 6) << 3
+    first = tl.where(above == 0, 4, above)
+    low = (first << 8) | ((above + 8) << 16) | ((above + 12) << 24)
+    high = (above + 16) | ((above + 20) << 8) | ((above + 24) << 16) | ((above + 28) << 24)
+    low = tl.where(shift < -6, 0x06040200, low)
+    high = tl.where(shift < -6, 0x14100C08, high)
+    low = tl.where(shift < -7, 0x03020100, low)
+    high = tl.where(shift < -7, 0x0C080604, high)
+    low = tl.where(shift < -8, 0x02010000, low)
+    high = tl.where(shift < -8, 0x06040302, high)
+    low = tl.where(shift < -9, 0x01000000, low)
+    high = tl.where(shift < -9, 0x03020201, high)
+    low = tl.where(shift < -10, 0, low)
+    high = tl.where(shift < -10, 0x02010100, high)
+    high = tl.where(shift < -11, 0x01000000, high)
+    high = tl.where(shift < -12, 0, high)
+    return low, high
 
 
 @triton.jit
-def _value(codes):
-    """E2M1 of 4-bit codes in int32."""
-    # The sign by its bit: compiled, minus zero is what 0 - x gives, without a sign.
-    return (_magnitude(codes & 7).to(tl.int32, bitcast=True) | ((codes & 8) << 28)).to(tl.float32, bitcast=True)
+def _bytes(packed, low, high, ASSEMBLY: tl.constexpr):
+    """Words of eight codes to two words of four bytes."""
+    if ASSEMBLY:
+        first, second = tl.inline_asm_elementwise(
+            _LOOK_UP, "=&r,=&r,r,r,r", [packed, low, high], (tl.int32, tl.int32), True, 1
+        )
+    else:
+        first, second = packed * 0, packed * 0
+        for place in tl.static_range(8):
+            code = packed >> (4 * place)
+            table = tl.where((code & 4) != 0, high, low)
+            byte = ((table >> ((code & 3) << 3)) & 127) | ((code & 8) << 4)
+            if place < 4:
+                first |= byte << (8 * place)
+            else:
+                second |= byte << (8 * place - 32)
+    return first, second
 
 
 @triton.jit
@@ -40,43 +88,43 @@ def _lift(
     row_exponent_pointer,
     out_pointer,
     rows_in_all,
-    groups,
+    groups_in_all,
+    ASSEMBLY: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    pairs = tl.arange(0, BLOCK // 2)
-    columns = tl.arange(0, BLOCK)
-    is_row = rows < rows_in_all
-    inside = is_row[:, None]
-    row_exponents = tl.load(row_exponent_pointer + rows, mask=is_row, other=0)
-    for step in tl.static_range(GROUPS):
-        group = tl.program_id(1) * GROUPS + step
-        if group < groups:
-            place = rows * groups + group
-            packed = tl.load(codes_pointer + place[:, None] * (BLOCK // 2) + pairs[None, :], mask=inside, other=0)
-            packed = packed.to(tl.int32)
-            values = tl.reshape(tl.join(_value(packed & 15), _value(packed >> 4)), [ROWS, BLOCK])
-            exponents = tl.load(scales_pointer + place, mask=is_row, other=0).to(tl.int32) - 127
-            shift = tl.minimum(tl.maximum(exponents - row_exponents, -32), 6)
-            lifted = values * power_of_two(shift)[:, None]
-            # To multiples of 2^-9, ties to even, where the block lies below the window.
-            fine = ((tl.abs(lifted) * 512.0 + 8388608.0) - 8388608.0) * 0.001953125
-            fine = (fine.to(tl.int32, bitcast=True) | (lifted.to(tl.int32, bitcast=True) & -0x80000000)).to(
-                tl.float32, bitcast=True
-            )
-            lifted = tl.where(tl.abs(lifted) < 0.015625, fine, lifted)
-            target = out_pointer + place[:, None] * BLOCK + columns[None, :]
-            tl.store(target, lifted.to(tl.float8e4nv), mask=inside)
+    # Three dimensions from the first load on, so that nothing has to change its layout: rows, blocks, words.
+    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
+    groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
+    words = tl.arange(0, 4)[None, None, :]
+    inside = (rows < rows_in_all) & (groups < groups_in_all)
+    place = rows * groups_in_all + groups
+    packed = tl.load(codes_pointer + place * 4 + words, mask=inside, other=0)
+    exponents = tl.load(scales_pointer + place, mask=inside, other=0).to(tl.int32) - 127
+    row_exponents = tl.load(row_exponent_pointer + rows, mask=rows < rows_in_all, other=0)
+    low, high = _table(tl.minimum(tl.maximum(exponents - row_exponents, -13), 6))
+    whole = tl.zeros([ROWS, GROUPS, 4], tl.int32)
+    first, second = _bytes(packed, low + whole, high + whole, ASSEMBLY)
+    target = out_pointer + place * 8 + words * 2
+    tl.store(
+        target[:, :, :, None] + tl.arange(0, 2)[None, None, None, :], tl.join(first, second), inside[:, :, :, None]
+    )
 
 
 def lift_weights(codes: Tensor, scales: Tensor, row_exponents: Tensor, out: Tensor | None = None) -> Tensor:
     """As `plain_lift_weights` defines it; into `out`, E4M3 [N, K], if that is given."""
     rows, groups = scales.shape
     lifted = torch.empty(rows, groups * 32, dtype=torch.float8_e4m3fn, device=codes.device) if out is None else out
-    grid = (triton.cdiv(rows, ROWS), triton.cdiv(groups, GROUPS))
     if lifted.numel():
-        _lift[grid](
-            codes.contiguous(), scales.contiguous(), row_exponents, lifted, rows, groups, ROWS=ROWS, GROUPS=GROUPS
+        _lift[(triton.cdiv(rows, ROWS), triton.cdiv(groups, GROUPS))](
+            codes.contiguous().view(torch.int32),
+            scales.contiguous(),
+            row_exponents,
+            lifted.view(torch.int32),
+            rows,
+            groups,
+            ASSEMBLY=codes.is_cuda,
+            ROWS=ROWS,
+            GROUPS=GROUPS,
         )
     return lifted

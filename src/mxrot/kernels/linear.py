@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule
@@ -26,14 +25,10 @@ class PackedWeight:
     """E8M0 bytes, uint8 [N, K/32]."""
     row_exponents: Tensor | None = None
     """For lifting to E4M3 without an error, int32 [N]; None where some block does not fit, or nobody looked."""
+    lifted_scales: Tensor | None = None
+    """2^row_exponents, float32 [N], or [] where they are all the same."""
     lifted: Tensor | None = None
     """E4M3 [N, K], where memory is given for speed."""
-
-    @property
-    def row_scales(self) -> Tensor:
-        """2^row_exponents, float32 [N]."""
-        assert self.row_exponents is not None
-        return torch.exp2(self.row_exponents.to(torch.float32))
 
 
 @dataclass(frozen=True)
@@ -75,12 +70,12 @@ def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
     from mxrot.kernels.lift import lift_weights
     from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2
 
-    assert weight.row_exponents is not None
+    assert weight.row_exponents is not None and weight.lifted_scales is not None
     x = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule)
     lifted = weight.lifted
     if lifted is None:
         lifted = lift_weights(weight.codes, weight.scales, weight.row_exponents)
-    return fp8_product(x, lifted, weight.row_scales, inputs.x.dtype)
+    return fp8_product(x, lifted, weight.lifted_scales, inputs.x.dtype)
 
 
 PATHS: dict[str, Callable[[Inputs, PackedWeight], Tensor]] = {

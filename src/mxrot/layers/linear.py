@@ -1,39 +1,24 @@
-"""The quantized linear, and the input transform that the linears of a site share.
-
-The plain path is the definition that faster kernels must reproduce: the transform in float32, the activation
-quantizer on its float32 result, then the product of the quantized input with the dequantized weights.
-Where both operands are exact in bfloat16 the product runs on bfloat16 matrix hardware with a float32 result,
-otherwise in float32.
-"""
+"""The quantized linear, and the input transform that the linears of a site share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize
-from mxrot.kernels import Choice, Inputs, PackedWeight, choose_path, multiply, quantized_linear, rotate_quantize
-from mxrot.kernels.plain import lift_exponents, plain_lift_weights
-from mxrot.transforms.base import STORED_DTYPE, BlockTransform, apply_matrices
-
-
-@dataclass(frozen=True)
-class TensorQuantizer:
-    """A format and the rule that picks its scales."""
-
-    format: Format
-    rule: ScaleRule
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """What the quantized tensor stands for, float32."""
-        return fake_quantize(x, self.format, self.rule)
-
-    @property
-    def is_exact_in_bfloat16(self) -> bool:
-        """Is every quantized value a bfloat16 number?"""
-        return self.rule.is_power_of_two and self.format.element.mantissa_bits < 8
+from mxrot.formats import QTensor
+from mxrot.kernels import Choice, choose_path
+from mxrot.layers.product import (
+    StoredWeight,
+    TensorQuantizer,
+    applied_matrices,
+    product,
+    quantized_input,
+    traced_product,
+)
+from mxrot.layers.site import SiteProducts, prepared_weight
+from mxrot.transforms.base import apply_matrices
 
 
 class InputTransform(nn.Module):
@@ -43,17 +28,28 @@ class InputTransform(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(stored, requires_grad=False)
         self._applied: tuple[object, Tensor] | None = None
+        self.prepared: Tensor | None
+        """The bytes of `matrices()`, int16, for a compiled model; no part of a checkpoint, moves with the module."""
+        self.register_buffer("prepared", None, persistent=False)
 
     def matrices(self) -> Tensor:
         """T as runtimes apply it, bfloat16 [1 | G, B, B]; kept until the stored tensor changes."""
         stored = (self.weight.data_ptr(), self.weight._version, self.weight.device)
         if self._applied is None or self._applied[0] != stored:
-            self._applied = (stored, BlockTransform.from_stored(self.weight).matrices.to(STORED_DTYPE))
+            self._applied = (stored, applied_matrices(self.weight))
         return self._applied[1]
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Keep the matrices for a model that is compiled."""
+        self.prepared = self.matrices().view(torch.int16)
 
     def forward(self, x: Tensor) -> Tensor:
         """x T in float32, blocks along the last dimension."""
         return apply_matrices(x.to(torch.float32), self.matrices().to(torch.float32))
+
+
+PREPARED = ("row_exponents", "lifted_scales", "lifted", "whole_codes", "whole_scales")
 
 
 class QuantLinear(nn.Module):
@@ -84,10 +80,14 @@ class QuantLinear(nn.Module):
         self.weight_zero_point: nn.Parameter | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.row_exponents: Tensor | None
+        self.lifted_scales: Tensor | None
         self.lifted: Tensor | None
-        # What `prepare` makes; moves with the module and is no part of a checkpoint.
-        self.register_buffer("row_exponents", None, persistent=False)
-        self.register_buffer("lifted", None, persistent=False)
+        self.whole_codes: Tensor | None
+        self.whole_scales: Tensor | None
+        # What `prepare_site` makes; moves with the module and is no part of a checkpoint.
+        for name in PREPARED:
+            self.register_buffer(name, None, persistent=False)
+        self.site: SiteProducts | None = None
         self._transform: tuple[InputTransform, ...] = ()
         self.remainder: Tensor | None = None
         """What rounding took away from each weight, bfloat16 [out_features, in_features]; kept only for tuning."""
@@ -108,7 +108,7 @@ class QuantLinear(nn.Module):
     @torch.no_grad()
     def set_weight(self, weight: QTensor) -> None:
         """Take over codes and scales [out_features, in_features]."""
-        self.row_exponents = self.lifted = None
+        self.forget()
         self.weight_packed.data = weight.packed()
         self.weight_scale.data = weight.scales.stored
         if weight.scales.tensor_scale is not None:
@@ -116,86 +116,68 @@ class QuantLinear(nn.Module):
         if weight.scales.zero_points is not None:
             self.weight_zero_point = nn.Parameter(weight.scales.zero_points, requires_grad=False)
 
-    @property
-    def _scales(self) -> BlockScales:
-        stored_type = self.weights.rule.stored_type(self.weights.format.scale)
-        return BlockScales(self.weight_scale, stored_type, self.weight_tensor_scale, self.weight_zero_point)
+    def forget(self) -> None:
+        """Let go of what was prepared, here and in the other linears of the site."""
+        for linear in (self,) if self.site is None else self.site.linears:
+            for name in PREPARED:
+                setattr(linear, name, None)
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*arguments, **keywords)
+
+    def stored_weight(self) -> StoredWeight:
+        """Codes and scales of this linear, without what was prepared."""
+        return StoredWeight(self.weight_packed, self.weight_scale, self.weight_tensor_scale, self.weight_zero_point)
 
     def qtensor(self) -> QTensor:
         """The weight as codes and scales."""
-        return QTensor.from_packed(self.weight_packed, self._scales, self.weights.format)
+        stored = self.stored_weight()
+        scales = self.weights.scales(stored.scales, stored.tensor_scale, stored.zero_points)
+        return QTensor.from_packed(stored.codes, scales, self.weights.format)
 
     def dequantized_weight(self) -> Tensor:
         """W_q in float32, [out_features, in_features]."""
-        return QTensor.dequantize_packed(self.weight_packed, self._scales, self.weights.format)
+        stored = self.stored_weight()
+        scales = self.weights.scales(stored.scales, stored.tensor_scale, stored.zero_points)
+        return QTensor.dequantize_packed(stored.codes, scales, self.weights.format)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Q(x T), the shape of `x`; float32, or bfloat16 where that holds it exactly."""
-        if self.activations is None:
-            return x.to(torch.float32) if self.transform is None else self.transform(x)
-        matrices = None if self.transform is None else self.transform.matrices()
-        return rotate_quantize(x, matrices, self.activations.format, self.activations.rule)
+        return quantized_input(x, self._matrices(), self.activations)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the dtype of `x`; sums in float32."""
-        product = self._by_kernels(x)
-        if product is None:
-            product = multiply(self.quantized_input(x), self.dequantized_weight(), self._runs_in_bfloat16)
-        if self.bias is not None:
-            product = product + self.bias.to(torch.float32)
-        return product.to(x.dtype)
+        found = None if self.site is None else self.site.take(self, x)
+        return self.compute(x, self._own_weight(), self.bias) if found is None else found
 
-    def packed(self) -> PackedWeight:
-        """The weight as the kernels take it; for MXFP4."""
-        lifted = None if self.lifted is None else self.lifted.view(torch.float8_e4m3fn)
-        return PackedWeight(self.weight_packed, self.weight_scale, self.row_exponents, lifted)
+    def compute(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
+        """Q(x T) W_q^T + b with a weight in the format of this one."""
+        if torch.compiler.is_compiling():
+            stored, applied = (
+                (None, None) if self.transform is None else (self.transform.weight, self.transform.prepared)
+            )
+            return traced_product(x, stored, applied, weight, bias, self.weights, self.activations)
+        return product(x, self._matrices(), weight, bias, self.weights, self.activations)
 
-    def _by_kernels(self, x: Tensor) -> Tensor | None:
-        """x W^T without the bias from a kernel that reads the codes; None where there is none for this linear."""
-        if self.activations is None or not self._is_mxfp4_on_both_sides:
-            return None
-        matrices = None if self.transform is None else self.transform.matrices()
-        return quantized_linear(Inputs(x, matrices, self.activations.format, self.activations.rule), self.packed())
+    def _own_weight(self) -> StoredWeight:
+        """With what was prepared, where that is not of the whole site."""
+        own = self.stored_weight()
+        return own if self.whole_codes is not None else prepared_weight(self, own.codes, own.scales)
+
+    def _matrices(self) -> Tensor | None:
+        return None if self.transform is None else self.transform.matrices()
 
     def choose_path(self, rows: int) -> Choice:
         """What computes this linear for so many rows of input, and why."""
-        if not self._is_mxfp4_on_both_sides:
+        if self.activations is None or not (self.weights.is_mxfp4 and self.activations.is_mxfp4):
             return Choice(None, "weights and inputs are not both MXFP4")
-        return choose_path(rows, self.packed(), self.weight_packed.device)
+        return choose_path(rows, self.site_weight().packed(), self.weight_packed.device)
 
-    @property
-    def _is_mxfp4_on_both_sides(self) -> bool:
-        return self.activations is not None and self._is_mxfp4(self.weights) and self._is_mxfp4(self.activations)
-
-    @staticmethod
-    def _is_mxfp4(quantizer: TensorQuantizer) -> bool:
-        return quantizer.format.name == "mxfp4" and quantizer.rule.is_power_of_two
-
-    @torch.no_grad()
-    def prepare(self, keeps_lifted: bool = False) -> None:
-        """Look whether the weight can be lifted to FP8; with `keeps_lifted` do it, and keep a byte a weight more."""
-        self.row_exponents = self.lifted = None
-        if self._is_mxfp4(self.weights):
-            exponents, outside = lift_exponents(self.weight_packed, self.weight_scale)
-            if not int(outside):
-                self.row_exponents = exponents
-                if keeps_lifted:
-                    # As bytes: a cast of the module would cast it too.
-                    self.lifted = plain_lift_weights(self.weight_packed, self.weight_scale, exponents).view(torch.uint8)
-
-    @property
-    def _runs_in_bfloat16(self) -> bool:
-        if self.activations is None:
-            return False
-        return self.weights.is_exact_in_bfloat16 and self.activations.is_exact_in_bfloat16
+    def site_weight(self) -> StoredWeight:
+        """What is multiplied when this linear is called: the weight of its site where that was prepared as a whole."""
+        return self._own_weight() if self.site is None else self.site.weight_of(self)
 
     def extra_repr(self) -> str:
         inputs = "unquantized" if self.activations is None else self.activations.format.name
         return f"{self.in_features}, {self.out_features}, weights={self.weights.format.name}, inputs={inputs}"
-
-
-def prepare_linears(model: nn.Module, keeps_lifted: bool = False) -> None:
-    """`QuantLinear.prepare` for all of a model."""
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.prepare(keeps_lifted)

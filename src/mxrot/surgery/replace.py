@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.formats import QTensor
-from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
+from mxrot.layers import InputTransform, QuantLinear, SiteProducts, TensorQuantizer
 from mxrot.models import Site
 
 
@@ -45,6 +45,7 @@ def install_empty_site(
     The transform belongs to the first linear of the site.
     """
     transform = None if stored_transform is None else InputTransform(stored_transform)
+    placed = []
     for position, name in enumerate(site.linears):
         old = block.get_submodule(name)
         assert isinstance(old, nn.Linear)
@@ -54,6 +55,11 @@ def install_empty_site(
         elif transform is not None:
             new.share_transform(transform)
         block.set_submodule(name, new)
+        placed.append(new)
+    if len(placed) > 1:
+        products = SiteProducts(placed)
+        for linear in placed:
+            linear.site = products
 
 
 def stored_tensors(block: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

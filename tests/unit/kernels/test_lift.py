@@ -45,6 +45,17 @@ def test_within_the_window_lifting_is_exact() -> None:
     assert lifted.float().abs().amax(dim=1).max() <= 448
 
 
+def test_rows_may_share_an_exponent() -> None:
+    codes, scales = weights(40, 160, 8.0)
+    alone, _ = lift_exponents(codes, scales)
+    together, outside = lift_exponents(codes, scales, together=True)
+    assert int(outside) == 0 and (together == alone.max()).all() and (alone[2:] < alone.max()).any()
+    lifted = plain_lift_weights(codes, scales, together)
+    assert torch.equal(lifted.float() * 2.0 ** together[0], values(codes, scales))
+    wide, wide_scales = weights(40, 160, 26.0)
+    assert lift_exponents(wide, wide_scales, together=True)[1] > lift_exponents(wide, wide_scales)[1]
+
+
 def test_every_code_at_every_shift() -> None:
     """Exhaustive: all 16 codes, at all shifts of the window and beyond."""
     codes = torch.arange(16, dtype=torch.uint8).repeat(2)
@@ -101,15 +112,20 @@ def test_the_product_of_what_was_lifted_is_that_of_the_packed_codes() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("rows", [1, 17, 300])
-def test_the_fp8_product_on_matrix_hardware(rows: int) -> None:
+def test_the_fp8_product_on_matrix_hardware(rows: int, together: bool) -> None:
     from mxrot.kernels.fp8 import fp8_product
 
     codes, scales = weights(64, 512, 6.0)
     x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     inputs = plain_rotate_quantize_e5m2(x, None, FORMAT, FORMAT.rule())
-    exponents, _ = lift_exponents(codes, scales)
-    operands = inputs, plain_lift_weights(codes, scales, exponents), torch.exp2(exponents.float())
+    exponents, outside = lift_exponents(codes, scales, together)
+    assert not int(outside)
+    factors = torch.exp2((exponents[0] if together else exponents).float())
+    operands = inputs, plain_lift_weights(codes, scales, exponents), factors
     expected = plain_fp8_product(*operands, torch.float32)
-    found = fp8_product(*operands, torch.bfloat16).float()
-    assert float((found - expected).norm() / expected.norm()) < 2.0**-8
+    for dtype, bound in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11 if together else 2.0**-8)):
+        found = fp8_product(*operands, dtype)
+        assert found.dtype == dtype
+        assert float((found.float() - expected).norm() / expected.norm()) < bound

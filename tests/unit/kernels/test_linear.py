@@ -10,7 +10,7 @@ from mxrot.formats import get_format, quantize
 from mxrot.kernels import Inputs, PackedWeight, choose_path, dispatch
 from mxrot.kernels.dispatch import Crossovers
 from mxrot.kernels.linear import PATHS, by_fp8
-from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
+from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare_site
 from mxrot.transforms.base import BlockTransform, random_orthogonal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,7 +43,7 @@ def inputs_of(module: QuantLinear, x: Tensor) -> Inputs:
 def test_every_path_computes_the_linear(path: str, groups: int) -> None:
     """A transformed value next to a rounding boundary may differ, and nothing else."""
     module, x = linear(groups), random(5)
-    found = PATHS[path](inputs_of(module, x), module.packed())
+    found = PATHS[path](inputs_of(module, x), module.site_weight().packed())
     torch.testing.assert_close(found, module(x), rtol=1e-4, atol=1e-4)
 
 
@@ -53,8 +53,8 @@ def test_every_path_computes_the_linear(path: str, groups: int) -> None:
 def test_fp8_computes_the_linear(keeps: bool) -> None:
     module, x = linear(1, 512, 64), random(40, 512, torch.bfloat16)
     expected = module(x)
-    module.prepare(keeps)
-    found = by_fp8(inputs_of(module, x), module.packed())
+    prepare_site((module,), keeps)
+    found = by_fp8(inputs_of(module, x), module.site_weight().packed())
     assert float((found.float() - expected.float()).norm() / expected.float().norm()) < 2.0**-7
 
 
@@ -119,16 +119,29 @@ def test_prepared_weights_know_their_exponents_until_the_weight_changes() -> Non
     module = linear(0)
     assert module.row_exponents is None
     before = set(module.state_dict())
-    module.prepare()
+    prepare_site((module,))
     assert module.row_exponents is not None and module.lifted is None
-    module.prepare(keeps_lifted=True)
-    packed = module.half().packed()
+    prepare_site((module,), keeps_lifted=True)
+    packed = module.half().site_weight().packed()
     assert packed.lifted is not None and packed.lifted.dtype == torch.float8_e4m3fn and packed.row_exponents is not None
-    scales = torch.exp2(packed.row_exponents.float())[:, None]
-    assert torch.equal(packed.lifted.float() * scales, module.dequantized_weight())
+    assert packed.lifted_scales is not None and packed.lifted_scales.dtype == torch.float32
+    assert torch.equal(packed.lifted_scales, torch.exp2(packed.row_exponents.float())[0])
+    assert torch.equal(packed.lifted.float() * packed.lifted_scales, module.dequantized_weight())
     assert set(module.state_dict()) == before
     module.set_weight(quantize(torch.randn(40, 96), FORMAT))
     assert module.row_exponents is None and module.lifted is None
+
+
+def test_rows_that_differ_by_much_have_an_exponent_each() -> None:
+    module = linear(0)
+    wide = torch.randn(40, 96)
+    wide[3] *= 2.0**-40
+    module.set_weight(quantize(wide.to(DEVICE), FORMAT))
+    prepare_site((module,), keeps_lifted=True)
+    packed = module.site_weight().packed()
+    assert packed.lifted is not None and packed.row_exponents is not None and packed.lifted_scales is not None
+    assert torch.equal(packed.lifted_scales, torch.exp2(packed.row_exponents.float()))
+    assert torch.equal(packed.lifted.float() * packed.lifted_scales[:, None], module.dequantized_weight())
 
 
 def test_a_weight_that_does_not_fit_has_none() -> None:
@@ -136,5 +149,5 @@ def test_a_weight_that_does_not_fit_has_none() -> None:
     wide = torch.randn(40, 96)
     wide[3, :32] *= 2.0**-40
     module.set_weight(quantize(wide.to(DEVICE), FORMAT))
-    module.prepare(keeps_lifted=True)
+    prepare_site((module,), keeps_lifted=True)
     assert module.row_exponents is None and module.lifted is None

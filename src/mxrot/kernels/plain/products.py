@@ -14,16 +14,19 @@ E4M3_SHIFTS = -8, 6
 """Exponents d for which every E2M1 number times 2^d is an E4M3 number."""
 
 
-def lift_exponents(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def lift_exponents(codes: Tensor, scales: Tensor, together: bool = False) -> tuple[Tensor, Tensor]:
     """The exponent of each row of lifted weights, int32 [N], and how many of their blocks do not fit below it.
 
     `codes` uint8 [N, K/2], two of E2M1 a byte, `scales` E8M0 bytes [N, K/32]. The largest block of a row is lifted by
-    2^6; a block of zeros fits anywhere. The count is an int64 scalar.
+    2^6; with `together` that of all rows is, and all have the same exponent. A block of zeros fits anywhere. The count
+    is an int64 scalar.
     """
     has_value = (codes.unflatten(1, (-1, 16)) & 0x77).amax(dim=2) > 0
     exponents = scales.to(torch.int32) - E8M0_BIAS
     lowest, highest = E4M3_SHIFTS
     largest = torch.where(has_value, exponents, -E8M0_BIAS).amax(dim=1)
+    if together:
+        largest = largest.amax().expand(len(largest)).contiguous()
     rows = (largest - highest).clamp(min=-126)  # 2^row is a normal number
     return rows, (has_value & (exponents - rows[:, None] < lowest)).sum()
 
@@ -64,6 +67,6 @@ def plain_lifted_product(inputs: Tensor, shift: int, codes: Tensor, scales: Tens
     return (inputs.float() @ weights.mT * 2.0**shift).to(dtype)
 
 
-def plain_fp8_product(inputs: Tensor, weights: Tensor, row_scales: Tensor, dtype: torch.dtype) -> Tensor:
+def plain_fp8_product(inputs: Tensor, weights: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The definition of `fp8_product`, in float32 on any device."""
-    return (inputs.float() @ weights.float().mT * row_scales).to(dtype)
+    return (inputs.float() @ weights.float().mT * scales).to(dtype)

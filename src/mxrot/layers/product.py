@@ -1,0 +1,171 @@
+"""What a quantized linear computes, as one function of tensors.
+
+The plain path is the definition that faster kernels must reproduce: the transform in float32, the activation
+quantizer on its float32 result, then the product of the quantized input with the dequantized weights.
+Where both operands are exact in bfloat16 the product runs on bfloat16 matrix hardware with a float32 result,
+otherwise in float32.
+
+While torch.compile traces a model, the function is one operation of the library `mxrot` that it does not look into:
+which kernel runs is decided when it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize, get_format
+from mxrot.kernels import Inputs, PackedWeight, multiply, quantized_linear, rotate_quantize
+from mxrot.transforms.base import STORED_DTYPE, BlockTransform, apply_matrices
+
+
+@dataclass(frozen=True)
+class TensorQuantizer:
+    """A format and the rule that picks its scales."""
+
+    format: Format
+    rule: ScaleRule
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the quantized tensor stands for, float32."""
+        return fake_quantize(x, self.format, self.rule)
+
+    @property
+    def is_exact_in_bfloat16(self) -> bool:
+        """Is every quantized value a bfloat16 number?"""
+        return self.rule.is_power_of_two and self.format.element.mantissa_bits < 8
+
+    @property
+    def is_mxfp4(self) -> bool:
+        return self.format.name == "mxfp4" and self.rule.is_power_of_two
+
+    def scales(self, stored: Tensor, tensor_scale: Tensor | None, zero_points: Tensor | None) -> BlockScales:
+        """Scales as a checkpoint holds them."""
+        return BlockScales(stored, self.rule.stored_type(self.format.scale), tensor_scale, zero_points)
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight [N, K] as a checkpoint holds it, and what was prepared of it."""
+
+    codes: Tensor
+    """Packed, uint8 [N, K * bits / 8]."""
+    scales: Tensor
+    """[N, K / block]."""
+    tensor_scale: Tensor | None = None
+    zero_points: Tensor | None = None
+    row_exponents: Tensor | None = None
+    lifted_scales: Tensor | None = None
+    """The bits of float32 numbers, int32."""
+    lifted: Tensor | None = None
+    """The bytes of E4M3 numbers, uint8 [N, K]. The last three as in `PackedWeight`."""
+
+    def packed(self) -> PackedWeight:
+        """As the kernels take it; for MXFP4."""
+        lifted = None if self.lifted is None else self.lifted.view(torch.float8_e4m3fn)
+        powers = None if self.lifted_scales is None else self.lifted_scales.view(torch.float32)
+        return PackedWeight(self.codes, self.scales, self.row_exponents, powers, lifted)
+
+
+def product(
+    x: Tensor,
+    matrices: Tensor | None,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    weights: TensorQuantizer,
+    activations: TensorQuantizer | None,
+) -> Tensor:
+    """Q(x T) W_q^T + b, [..., K] to [..., N], in the dtype of `x`; sums in float32."""
+    found = None
+    if activations is not None and weights.is_mxfp4 and activations.is_mxfp4:
+        found = quantized_linear(Inputs(x, matrices, activations.format, activations.rule), weight.packed())
+    if found is None:
+        scales = weights.scales(weight.scales, weight.tensor_scale, weight.zero_points)
+        values = QTensor.dequantize_packed(weight.codes, scales, weights.format)
+        is_exact = activations is not None and weights.is_exact_in_bfloat16 and activations.is_exact_in_bfloat16
+        found = multiply(quantized_input(x, matrices, activations), values, is_exact)
+    if bias is not None:
+        found = found + bias.to(torch.float32)
+    return found.to(x.dtype)
+
+
+def quantized_input(x: Tensor, matrices: Tensor | None, activations: TensorQuantizer | None) -> Tensor:
+    """Q(x T), the shape of `x`; float32, or bfloat16 where that holds it exactly."""
+    if activations is not None:
+        return rotate_quantize(x, matrices, activations.format, activations.rule)
+    x = x.to(torch.float32)
+    return x if matrices is None else apply_matrices(x, matrices.to(torch.float32))
+
+
+def applied_matrices(stored: Tensor) -> Tensor:
+    """T as runtimes apply it, bfloat16 [1 | G, B, B], from what a checkpoint holds."""
+    return BlockTransform.from_stored(stored).matrices.to(STORED_DTYPE)
+
+
+def traced_product(
+    x: Tensor,
+    stored: Tensor | None,
+    applied: Tensor | None,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    weights: TensorQuantizer,
+    activations: TensorQuantizer | None,
+) -> Tensor:
+    """`product` for torch.compile. `stored` is the transform of a checkpoint, `applied` the bytes of its matrices
+    (int16) where they are at hand."""
+    result: Tensor = _product(
+        x,
+        stored,
+        applied,
+        weight.codes,
+        weight.scales,
+        weight.tensor_scale,
+        weight.zero_points,
+        weight.row_exponents,
+        weight.lifted_scales,
+        weight.lifted,
+        bias,
+        _name(weights),
+        "" if activations is None else _name(activations),
+    )
+    return result
+
+
+@torch.library.custom_op("mxrot::product", mutates_args=())
+def _product(
+    x: Tensor,
+    stored: Tensor | None,
+    applied: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor | None,
+    zero_points: Tensor | None,
+    row_exponents: Tensor | None,
+    lifted_scales: Tensor | None,
+    lifted: Tensor | None,
+    bias: Tensor | None,
+    weights: str,
+    activations: str,
+) -> Tensor:
+    matrices = None
+    if stored is not None:
+        matrices = applied_matrices(stored) if applied is None else applied.view(STORED_DTYPE)
+    weight = StoredWeight(codes, scales, tensor_scale, zero_points, row_exponents, lifted_scales, lifted)
+    return product(x, matrices, weight, bias, _quantizer(weights), _quantizer(activations) if activations else None)
+
+
+@_product.register_fake
+def _product_shape(x: Tensor, stored: Tensor | None, applied: Tensor | None, codes: Tensor, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _name(quantizer: TensorQuantizer) -> str:
+    return f"{quantizer.format.name} {quantizer.rule.name}"
+
+
+def _quantizer(name: str) -> TensorQuantizer:
+    format_name, rule = name.split(" ")
+    format = get_format(format_name)
+    return TensorQuantizer(format, format.rule(rule))
