@@ -72,6 +72,7 @@ def bench_model_command(
     vocabulary: Annotated[int, typer.Option("--vocabulary", min=1, help="Tokens there are")] = 128256,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt")] = 8192,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens before the one generated")] = 1024,
+    compiles: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile the decoder blocks")] = True,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -88,12 +89,15 @@ def bench_model_command(
         raise ConfigError("--hidden must be a multiple of 32 times --heads, --ffn of 32, --heads of --kv-heads")
     positions = max(prompt, context + 1)
     config = bench.llama_config(hidden, ffn, blocks, heads, kv_heads, vocabulary, positions)
+    compiler = "inductor" if compiles else None
     rows = bench.bench_model(
-        config, chosen, where, prompt, context, lambda line: print(line, file=sys.stderr, flush=True)
+        config, chosen, where, prompt, context, compiler, lambda line: print(line, file=sys.stderr, flush=True)
     )
     console().print(bench.model_table(rows))
     table = {"device": device_name(where), "versions": versions(), "rows": [row.as_record() for row in rows]}
-    write_json(json_file, table | {"config": config.to_diff_dict(), "recipe_toml": chosen.to_toml()})
+    write_json(
+        json_file, table | {"config": config.to_diff_dict(), "recipe_toml": chosen.to_toml(), "compiled": compiles}
+    )
     if any(row.seconds is None for row in rows):
         raise typer.Exit(1)
 

@@ -1,12 +1,14 @@
 """A whole model of random weights, quantized and not: what a prompt and what a generated token take.
 
-Speed does not depend on what weights are, so nothing is quantized here: codes are drawn. Both models are run by
-transformers, recorded as CUDA graphs on a GPU.
+Speed does not depend on what weights are, so nothing is quantized here: codes are drawn. All models are run by
+transformers, their decoder blocks compiled by torch.compile where that is asked for, and recorded as CUDA graphs on a
+GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +19,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from mxrot.bench.timing import Seconds, seconds_of
 from mxrot.calibration.generation import FixedCache
-from mxrot.layers import ModelSize, QuantLinear
+from mxrot.layers import QuantLinear, prepare_linears
 from mxrot.models import build_skeleton, find_family, rebuild_rotary
 from mxrot.recipe import Recipe
 from mxrot.surgery import install_empty_site, scheme_name
@@ -46,17 +48,28 @@ def bench_model(
     device: torch.device,
     prompt: int = 8192,
     context: int = 1024,
+    compiler: str | None = "inductor",
     told: Callable[[str], None] = lambda line: None,
 ) -> list[ModelRow]:
-    """A prompt of so many tokens, and one token after a context of so many, by the model and by the quantized one."""
+    """A prompt of so many tokens, and one token after a context of so many, by the model and by the quantized one.
+
+    `compiler` is a backend of torch.compile, None for none. On a GPU the quantized one is measured with weights in FP8
+    beside the packed ones, too.
+    """
     rows = []
-    makers = (("bf16", random_model), (recipe.name, partial(random_quantized_model, recipe=recipe)))
+    makers: list[tuple[str, Callable[[LlamaConfig, torch.device], PreTrainedModel]]] = [
+        ("bf16", random_model),
+        (recipe.name, partial(random_quantized_model, recipe=recipe)),
+    ]
+    if device.type == "cuda":
+        kept = partial(random_quantized_model, recipe=recipe, keeps_fp8=True)
+        makers.append((f"{recipe.name}, kept in FP8", kept))
     for name, make in makers:
         model = make(config, device)
         linears = linear_bytes(model)
         for work, step in (
-            (f"prompt of {prompt}", prompt_step(model, prompt)),
-            (f"token after {context}", token_step(model, context)),
+            (f"prompt of {prompt}", prompt_step(model, prompt, compiler)),
+            (f"token after {context}", token_step(model, context, compiler)),
         ):
             seconds = seconds_of([step], device) if bool(step().isfinite().all()) else None
             rows.append(ModelRow(name, work, seconds, linears))
@@ -98,7 +111,9 @@ def random_model(config: LlamaConfig, device: torch.device) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def random_quantized_model(config: LlamaConfig, device: torch.device, recipe: Recipe) -> PreTrainedModel:
+def random_quantized_model(
+    config: LlamaConfig, device: torch.device, recipe: Recipe, keeps_fp8: bool = False
+) -> PreTrainedModel:
     """The same sizes with drawn codes and orthogonal transforms, in MXFP4 on both sides."""
     model, family = random_model(config, device), find_family(config, "the model")
     generator, codes = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(1)
@@ -119,42 +134,66 @@ def random_quantized_model(config: LlamaConfig, device: torch.device, recipe: Re
                 # Codes are 3 in the mean square, so 2^-e is about 1/sqrt(inputs).
                 byte = 127 - round(torch.tensor(3.0 * width**0.5).log2().item())
                 linear.weight_scale.data.fill_(byte)
+    prepare_linears(model, keeps_fp8)
     return model
 
 
 def linear_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the linears of the decoder blocks, and of what belongs to them."""
-    family = find_family(model.config, "the model")
-    blocks = model.get_submodule(family.blocks)
-    linears = {name: value for name, value in blocks.state_dict().items() if value.dim() > 1}
-    return ModelSize.of(linears).total_bytes
+    """Bytes that the linears of the decoder blocks hold, with transforms and what was prepared; what they share counts
+    once."""
+    blocks = model.get_submodule(find_family(model.config, "the model").blocks)
+    tensors = [*blocks.parameters(), *blocks.buffers()]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor.dim() > 1
+    }
+    return sum(storages.values())
 
 
-def prompt_step(model: PreTrainedModel, tokens: int) -> Callable[[], Tensor]:
-    """Logits of the last token of one sequence."""
+def prompt_step(model: PreTrainedModel, tokens: int, compiler: str | None = None) -> Callable[[], Tensor]:
+    """Logits of the last token of one sequence. Blocks are compiled, which are all alike: one is enough."""
     ids = torch.arange(tokens, device=model.device)[None] % model.config.vocab_size
+    blocks = list(model.get_submodule(find_family(model.config, "the model").blocks).children())
+    compiled: list[Any] = []
+    if compiler is not None:
+        compiled = [torch.compile(block.forward, fullgraph=True, dynamic=False, backend=compiler) for block in blocks]
 
     @torch.no_grad()
     def step() -> Tensor:
-        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        with forwards_replaced(blocks, compiled):
+            logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
         return logits
 
     return step
 
 
-def token_step(model: PreTrainedModel, context: int) -> Callable[[], Tensor]:
-    """Logits of one token, with keys and values of so many before it."""
+@contextmanager
+def forwards_replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """While open, the first modules run these functions instead of their own."""
+    for module, forward in zip(modules, forwards, strict=False):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, _ in zip(modules, forwards, strict=False):
+            del module.forward
+
+
+def token_step(model: PreTrainedModel, context: int, compiler: str | None = None) -> Callable[[], Tensor]:
+    """Logits of one token, with keys and values of so many before it. Blocks differ by their place in the cache, so
+    the model is compiled as a whole."""
     cache = FixedCache(context + 1)
     place = torch.tensor([context], device=model.device)
     visible = torch.ones(1, 1, 1, context + 1, dtype=torch.bool, device=model.device)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    run: Callable[..., Any] = model if compiler is None else torch.compile(model, fullgraph=True, backend=compiler)
 
     @torch.no_grad()
     def step() -> Tensor:
         cache.position = place
-        output = model(
-            input_ids=ids, position_ids=place[None], attention_mask=visible, past_key_values=cache, use_cache=True
-        )
+        arguments = {"input_ids": ids, "position_ids": place[None], "attention_mask": visible, "use_cache": True}
+        if not cache.is_filled:
+            model(past_key_values=cache, **arguments)
+        output = run(past_key_values=cache, **arguments)
         logits: Tensor = output.logits
         return logits
 

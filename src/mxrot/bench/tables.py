@@ -10,12 +10,16 @@ from rich.table import Table
 from mxrot.bench.kernels import KernelRow
 from mxrot.bench.model import ModelRow
 from mxrot.bench.quantize import QuantizeRow
+from mxrot.bench.timing import EMPTY_LAUNCH
 
 
 def kernel_table(rows: Sequence[KernelRow], limits: dict[str, float]) -> Table:
     """Times, the share of the copy bandwidth, and speed relative to what a kernel replaces."""
     ratios = speed_ratios(rows)
-    ceilings = ", ".join(f"{name} {value / 1e9:,.0f} G/s" for name, value in limits.items())
+    ceilings = ", ".join(
+        f"{name} {1e6 * value:.2f} us" if name == EMPTY_LAUNCH else f"{name} {value / 1e9:,.0f} G/s"
+        for name, value in limits.items()
+    )
     table = Table(title=f"Here: {ceilings}", title_justify="left")
     table.add_column("kernel")
     for heading in ("shape", "us", "quartiles", "of copy", "Tops/s", "x", "error"):

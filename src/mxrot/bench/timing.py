@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from mxrot.kernels.dispatch import has_triton
+
 REPEATS = 15
 CACHE_BYTES = 2e8
 """Operands are taken in turn from so many bytes of copies, more than any cache holds."""
 MOST_COPIES = 64
+EMPTY_LAUNCH = "empty launch"
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,10 @@ def _device_seconds(calls: Sequence[Callable[[], Any]], device: torch.device, re
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this device reaches: bytes a second of a copy, read and written, and operations a second of products."""
+    """What this device reaches: bytes a second of a copy, read and written, operations a second of products, and on a
+    GPU the seconds of a kernel that does nothing."""
     is_gpu = device.type == "cuda"
-    source = torch.empty(2**30 if is_gpu else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    found = {"copy": 2 * source.numel() / seconds_of([partial(target.copy_, source)], device).median}
-    del source, target
+    found = {"copy": _copy_speed(device)}
     size = 8192 if is_gpu else 1024
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     found["bf16 product"] = 2 * size**3 / seconds_of([lambda: a @ b.mT], device, 7).median
@@ -92,4 +93,16 @@ def ceilings(device: torch.device) -> dict[str, float]:
         for name, fast in (("fp8 product", False), ("fp8 product, fast accumulation", True)):
             product = partial(torch._scaled_mm, x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast)
             found[name] = 2 * size**3 / seconds_of([product], device, 7).median
+    if is_gpu and has_triton():
+        from mxrot.kernels.nothing import nothing
+
+        found[EMPTY_LAUNCH] = seconds_of([partial(nothing, a)] * 100, device).median
     return found
+
+
+def _copy_speed(device: torch.device) -> float:
+    """By the library's copy, which in a CUDA graph may be the copy engine, or by a kernel: the faster of the two."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**24, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    ways: list[Callable[[], Any]] = [partial(target.copy_, source), partial(torch.neg, source, out=target)]
+    return max(2 * source.nbytes / seconds_of([way], device).median for way in ways)

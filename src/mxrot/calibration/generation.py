@@ -39,6 +39,11 @@ class FixedCache(Cache):
         """int64 [1], where the next token goes."""
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def is_filled(self) -> bool:
+        """Do keys and values have their addresses?"""
+        return bool(self._kept)
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Keep the keys and values [S, heads, 1, width] of a layer; all visible ones, [S, heads, visible, width]."""
         assert self.position is not None

@@ -18,10 +18,11 @@ CPU = torch.device("cpu")
 CONFIG = tiny_config(architectures=["LlamaForCausalLM"])
 
 
-@pytest.mark.parametrize("name", ["mxrot", "mxrot-vllm", "rtn"])
-def test_both_models_do_both_kinds_of_work(name: str) -> None:
+@pytest.mark.parametrize(("name", "compiler"), [("mxrot", "aot_eager"), ("mxrot-vllm", None), ("rtn", None)])
+def test_both_models_do_both_kinds_of_work(name: str, compiler: str | None) -> None:
+    torch.compiler.reset()
     told: list[str] = []
-    rows = bench_model(CONFIG, load_recipe(name), CPU, 16, 8, told.append)
+    rows = bench_model(CONFIG, load_recipe(name), CPU, 16, 8, compiler, told.append)
     assert [(row.model, row.work) for row in rows] == [
         (kind, work) for kind in ("bf16", name) for work in ("prompt of 16", "token after 8")
     ]
@@ -69,7 +70,7 @@ def test_logits_that_are_not_finite_have_no_speed(monkeypatch: pytest.MonkeyPatc
         return found
 
     monkeypatch.setattr(model, "random_model", broken)
-    rows = bench_model(CONFIG, load_recipe("rtn"), CPU, 16, 8)
+    rows = bench_model(CONFIG, load_recipe("rtn"), CPU, 16, 8, None)
     assert all(row.seconds is None for row in rows)
     assert "LOGITS ARE NOT FINITE" in list(model_table(rows).columns[2].cells)
 
@@ -86,7 +87,7 @@ def test_the_table_compares_with_the_first_model() -> None:
 def test_the_command(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     shape = ["--blocks", "1", "--hidden", "64", "--ffn", "96", "--heads", "2", "--kv-heads", "1", "--vocabulary", "50"]
-    work = ["--prompt", "16", "--context", "8", "--device", "cpu", "--json", str(path)]
+    work = ["--prompt", "16", "--context", "8", "--no-compile", "--device", "cpu", "--json", str(path)]
     result = CliRunner().invoke(cli.app, ["bench", "model", *shape, *work])
     assert result.exit_code == 0, result.output
     assert len(json.loads(path.read_text())["rows"]) == 4
