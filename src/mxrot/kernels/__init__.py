@@ -10,6 +10,7 @@ from mxrot.kernels.dispatch import (
     quantized_linear,
     rotate_quantize,
     round_columns,
+    takes_block_scales,
 )
 from mxrot.kernels.linear import Inputs, PackedWeight
 from mxrot.kernels.plain import (
@@ -43,4 +44,5 @@ __all__ = [
     "quantized_linear",
     "rotate_quantize",
     "round_columns",
+    "takes_block_scales",
 ]

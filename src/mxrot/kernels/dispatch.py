@@ -73,6 +73,8 @@ def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice
     if not has_triton():
         return Choice(None, "Triton is not installed")
     capability = torch.cuda.get_device_capability(device)
+    if takes_block_scales(device) and weight.swizzled is not None:
+        return Choice("block scales", "its matrix units take FP4 with block scales; not measured so far")
     limits = CROSSOVERS.get(capability)
     if limits is None:
         return Choice(None, f"nothing was measured for compute capability {capability[0]}.{capability[1]}")
@@ -149,6 +151,11 @@ def _kernel_covers(x: Tensor, format: Format, rule: ScaleRule) -> bool:
     element = format.element
     fits = isinstance(element, FloatElement) and element.mantissa_bits < 8 and format.block == 32
     return fits and rule.raises_from is not None and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def takes_block_scales(device: torch.device) -> bool:
+    """Has this device matrix units for FP4 with a scale for each block?"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 @cache

@@ -29,6 +29,8 @@ class PackedWeight:
     """2^row_exponents, float32 [N], or [] where they are all the same."""
     lifted: Tensor | None = None
     """E4M3 [N, K], where memory is given for speed."""
+    swizzled: Tensor | None = None
+    """The scales once more in the order of `plain.swizzle_scales`, uint8, for hardware that takes scales of blocks."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,19 @@ def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
     return fp8_product(x, lifted, weight.lifted_scales, inputs.x.dtype)
 
 
+def by_block_scales(inputs: Inputs, weight: PackedWeight) -> Tensor:
+    """Any number of rows, FP4 matrix hardware that takes the scales of both sides (Triton)."""
+    from mxrot.kernels.block_scaled import block_scaled_product
+    from mxrot.kernels.rotate_quantize import rotate_quantize_packed
+
+    assert weight.swizzled is not None
+    packed = rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule, swizzled=True)
+    return block_scaled_product(packed, weight.codes, weight.swizzled, inputs.x.dtype)
+
+
 PATHS: dict[str, Callable[[Inputs, PackedWeight], Tensor]] = {
     "look-ups": by_look_ups,
     "matrix units": by_matrix_units,
     "fp8": by_fp8,
+    "block scales": by_block_scales,
 }

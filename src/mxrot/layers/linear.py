@@ -49,7 +49,7 @@ class InputTransform(nn.Module):
         return apply_matrices(x.to(torch.float32), self.matrices().to(torch.float32))
 
 
-PREPARED = ("row_exponents", "lifted_scales", "lifted", "whole_codes", "whole_scales")
+PREPARED = ("row_exponents", "lifted_scales", "lifted", "swizzled", "whole_codes", "whole_scales")
 
 
 class QuantLinear(nn.Module):
@@ -82,6 +82,7 @@ class QuantLinear(nn.Module):
         self.row_exponents: Tensor | None
         self.lifted_scales: Tensor | None
         self.lifted: Tensor | None
+        self.swizzled: Tensor | None
         self.whole_codes: Tensor | None
         self.whole_scales: Tensor | None
         # What `prepare_site` makes; moves with the module and is no part of a checkpoint.

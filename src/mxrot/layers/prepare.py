@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from mxrot.kernels.plain import lift_exponents, plain_lift_weights
+from mxrot.kernels import takes_block_scales
+from mxrot.kernels.plain import lift_exponents, plain_lift_weights, swizzle_scales
 from mxrot.layers.linear import QuantLinear
 
 
@@ -30,6 +31,9 @@ def prepare_site(linears: Sequence[QuantLinear], keeps_lifted: bool = False) -> 
         rows = [linear.out_features for linear in linears]
         for linear, own_codes, own_scales in zip(linears, codes.split(rows), scales.split(rows), strict=True):
             linear.weight_packed.data, linear.weight_scale.data = own_codes, own_scales
+    if takes_block_scales(codes.device):
+        first.swizzled = swizzle_scales(scales)
+        return
     together, outside = lift_exponents(codes, scales, together=True)
     each, outside_of_rows = lift_exponents(codes, scales)
     if not int(outside):

@@ -60,13 +60,15 @@ class StoredWeight:
     lifted_scales: Tensor | None = None
     """The bits of float32 numbers, int32."""
     lifted: Tensor | None = None
-    """The bytes of E4M3 numbers, uint8 [N, K]. The last three as in `PackedWeight`."""
+    """The bytes of E4M3 numbers, uint8 [N, K]."""
+    swizzled: Tensor | None = None
+    """The last four as in `PackedWeight`."""
 
     def packed(self) -> PackedWeight:
         """As the kernels take it; for MXFP4."""
         lifted = None if self.lifted is None else self.lifted.view(torch.float8_e4m3fn)
         powers = None if self.lifted_scales is None else self.lifted_scales.view(torch.float32)
-        return PackedWeight(self.codes, self.scales, self.row_exponents, powers, lifted)
+        return PackedWeight(self.codes, self.scales, self.row_exponents, powers, lifted, self.swizzled)
 
 
 def product(
@@ -126,6 +128,7 @@ def traced_product(
         weight.row_exponents,
         weight.lifted_scales,
         weight.lifted,
+        weight.swizzled,
         bias,
         _name(weights),
         "" if activations is None else _name(activations),
@@ -145,6 +148,7 @@ def _product(
     row_exponents: Tensor | None,
     lifted_scales: Tensor | None,
     lifted: Tensor | None,
+    swizzled: Tensor | None,
     bias: Tensor | None,
     weights: str,
     activations: str,
@@ -152,7 +156,7 @@ def _product(
     matrices = None
     if stored is not None:
         matrices = applied_matrices(stored) if applied is None else applied.view(STORED_DTYPE)
-    weight = StoredWeight(codes, scales, tensor_scale, zero_points, row_exponents, lifted_scales, lifted)
+    weight = StoredWeight(codes, scales, tensor_scale, zero_points, row_exponents, lifted_scales, lifted, swizzled)
     return product(x, matrices, weight, bias, _quantizer(weights), _quantizer(activations) if activations else None)
 
 

@@ -75,4 +75,5 @@ def prepared_weight(linear: QuantLinear, codes: Tensor, scales: Tensor) -> Store
         linear.row_exponents,
         linear.lifted_scales,
         linear.lifted,
+        linear.swizzled,
     )

@@ -10,7 +10,7 @@ from mxrot.formats import get_format, quantize
 from mxrot.kernels import Inputs, PackedWeight, choose_path, dispatch
 from mxrot.kernels.dispatch import Crossovers
 from mxrot.kernels.linear import PATHS, by_fp8
-from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare_site
+from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare, prepare_site
 from mxrot.transforms.base import BlockTransform, random_orthogonal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,6 +78,23 @@ def test_many_rows_go_through_fp8_where_the_weights_fit(monkeypatch: pytest.Monk
     assert choose_path(65, fits, GPU).path == "fp8"
     choice = choose_path(65, WEIGHT, GPU)
     assert choice.path is None and "does not fit into E4M3" in choice.reason
+
+
+def test_fp4_matrix_units_are_taken_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (12, 0))
+    swizzled = PackedWeight(WEIGHT.codes, WEIGHT.scales, swizzled=torch.zeros(512, dtype=torch.uint8))
+    assert choose_path(1, swizzled, GPU).path == choose_path(4096, swizzled, GPU).path == "block scales"
+    assert choose_path(1, WEIGHT, GPU).path is None
+
+
+def test_a_site_is_prepared_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = linear(1), random(5)
+    expected = module(x)
+    monkeypatch.setattr(prepare, "takes_block_scales", lambda device: True)
+    prepare_site((module,))
+    packed = module.site_weight().packed()
+    assert packed.swizzled is not None and packed.row_exponents is None
+    torch.testing.assert_close(PATHS["block scales"](inputs_of(module, x), packed), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_where_nothing_was_measured_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:
