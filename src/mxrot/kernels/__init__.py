@@ -3,6 +3,7 @@
 from mxrot.kernels.dispatch import (
     Choice,
     choose_path,
+    dequantize_mxfp4,
     divergence,
     moved_weights,
     moved_weights_gradients,
@@ -32,6 +33,7 @@ __all__ = [
     "WeightGradients",
     "WeightMoves",
     "choose_path",
+    "dequantize_mxfp4",
     "divergence",
     "moved_weights",
     "moved_weights_gradients",

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mxrot.formats import Format, ScaleRule
+from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, get_format
 from mxrot.formats.element import Element, FloatElement
 from mxrot.kernels.chunked import rotate_quantize_in_chunks
 from mxrot.kernels.linear import PATHS, Inputs, PackedWeight
@@ -42,7 +42,18 @@ def multiply(inputs: Tensor, weight: Tensor, are_exact_in_bfloat16: bool) -> Ten
         flat = inputs.to(torch.bfloat16).reshape(-1, inputs.shape[-1])
         product = torch.mm(flat, weight.to(torch.bfloat16).t(), out_dtype=torch.float32)
         return product.view(*inputs.shape[:-1], len(weight))
-    return torch.nn.functional.linear(inputs.float(), weight)
+    return torch.nn.functional.linear(inputs.float(), weight.float())
+
+
+def dequantize_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
+    """MXFP4 weights [N, K] of packed codes uint8 [N, K/2] and E8M0 bytes [N, K/32]: bfloat16 from the Triton kernel,
+    else float32; the same numbers."""
+    if codes.is_cuda and has_triton():
+        from mxrot.kernels.dequantize import dequantize
+
+        return dequantize(codes, scales)
+    format = get_format("mxfp4")
+    return QTensor.dequantize_packed(codes, BlockScales(scales, format.scale), format)
 
 
 @dataclass(frozen=True)

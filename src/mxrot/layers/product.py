@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize, get_format
-from mxrot.kernels import Inputs, PackedWeight, multiply, quantized_linear, rotate_quantize
+from mxrot.kernels import Inputs, PackedWeight, dequantize_mxfp4, multiply, quantized_linear, rotate_quantize
 from mxrot.transforms.base import STORED_DTYPE, BlockTransform, apply_matrices
 
 
@@ -84,13 +84,20 @@ def product(
     if activations is not None and weights.is_mxfp4 and activations.is_mxfp4:
         found = quantized_linear(Inputs(x, matrices, activations.format, activations.rule), weight.packed())
     if found is None:
-        scales = weights.scales(weight.scales, weight.tensor_scale, weight.zero_points)
-        values = QTensor.dequantize_packed(weight.codes, scales, weights.format)
+        values = _dequantized(weight, weights)
         is_exact = activations is not None and weights.is_exact_in_bfloat16 and activations.is_exact_in_bfloat16
         found = multiply(quantized_input(x, matrices, activations), values, is_exact)
     if bias is not None:
         found = found + bias.to(torch.float32)
     return found.to(x.dtype)
+
+
+def _dequantized(weight: StoredWeight, weights: TensorQuantizer) -> Tensor:
+    """W_q, float32, or bfloat16 where that holds it exactly."""
+    if weights.is_mxfp4:
+        return dequantize_mxfp4(weight.codes, weight.scales)
+    scales = weights.scales(weight.scales, weight.tensor_scale, weight.zero_points)
+    return QTensor.dequantize_packed(weight.codes, scales, weights.format)
 
 
 def quantized_input(x: Tensor, matrices: Tensor | None, activations: TensorQuantizer | None) -> Tensor:
