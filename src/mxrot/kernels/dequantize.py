@@ -28,6 +28,12 @@ def _values(codes):
 
 
 @triton.jit
+def _upper_half(values):
+    """float32 numbers of at most 8 significant bits as bfloat16."""
+    return (values.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def _dequantize(
     codes_pointer, scales_pointer, out_pointer, rows_in_all, groups_in_all, ROWS: tl.constexpr, GROUPS: tl.constexpr
 ):
@@ -39,9 +45,9 @@ def _dequantize(
     packed = tl.load(codes_pointer + place * 16 + pairs, mask=inside, other=0).to(tl.int32)
     stored = tl.load(scales_pointer + place, mask=inside, other=0).to(tl.int32)
     scales = tl.where(stored == 255, float("nan"), power_of_two(tl.minimum(stored, 254) - 127))
-    values = tl.join(_values(packed & 15) * scales, _values(packed >> 4) * scales)
+    values = tl.join(_upper_half(_values(packed & 15) * scales), _upper_half(_values(packed >> 4) * scales))
     target = (out_pointer + place * 32 + pairs * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
-    tl.store(target, values.to(tl.bfloat16), mask=inside[:, :, :, None])
+    tl.store(target, values, mask=inside[:, :, :, None])
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
