@@ -10,6 +10,9 @@ The plain twins are the specification. Given the same transformed values the ker
 are summed in an order of their own, so with a transform a value next to a rounding boundary may fall on the other
 side. A block that holds NaN or Inf, after the transform, becomes NaN.
 
+Memory sets the pace as long as a value costs few instructions. A program is one warp; its blocks stay in registers,
+four threads a block, from load to store.
+
 Matrices that are bfloat16 are multiplied on matrix hardware: activations of 8, 11 or 24 significant bits are one, two
 or three bfloat16 numbers, whose products with the matrix are exact in float32.
 """
@@ -30,7 +33,7 @@ from mxrot.kernels.arithmetic import power_of_field, round_to_element
 from mxrot.kernels.plain import E5M2_EXPONENTS, PackedRows, swizzled_bytes
 
 BLOCK = tl.constexpr(32)
-ROWS = 32
+ROWS = 16
 """Blocks that a program, one warp, holds at a time."""
 MOST_STEPS = 16
 PROGRAMS = 8192
@@ -80,20 +83,10 @@ def _transformed(x, matrix, PARTS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _block(
-    pointer,
-    stride,
-    inside,
-    matrix,
-    HAS_MATRIX: tl.constexpr,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """The blocks there, one a row, transformed: float32 [ROWS, 32]."""
-    place = pointer + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK)[None, :]
-    x = tl.load(place, mask=None if EVEN else inside[:, None])
-    return _transformed(x, matrix, PARTS, ROWS) if HAS_MATRIX else x.to(tl.float32)
+def _block(pointer, stride, count, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """Blocks from there on, one a row, [ROWS, 32]; beyond `count` rows anything."""
+    rows = tl.arange(0, ROWS)[:, None]
+    return tl.load(pointer + rows * stride + tl.arange(0, BLOCK)[None, :], mask=None if EVEN else rows < count)
 
 
 @triton.jit
@@ -145,10 +138,16 @@ def _values(
     x_pointer += first * from_stride + group * BLOCK
     out_pointer += first * to_stride + group * BLOCK
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    tl.assume(count > 0)
+    # Loads run one step ahead of what is done with them.
+    loaded = _block(x_pointer, from_stride, count, ROWS, EVEN)
     matrix = _matrix(matrix_pointer + group * matrix_stride) if HAS_MATRIX else None
     for start in tl.range(0, count, ROWS, num_stages=1):
         inside = rows < count - start
-        x = _block(x_pointer, from_stride, inside, matrix, HAS_MATRIX, PARTS, ROWS, EVEN)
+        x = _transformed(loaded, matrix, PARTS, ROWS) if HAS_MATRIX else loaded.to(tl.float32)
+        x_pointer += ROWS * from_stride
+        if start + ROWS < count:
+            loaded = _block(x_pointer, from_stride, count - start - ROWS, ROWS, EVEN)
         bits = _maxima(x, ROWS)
         fields = _scale_fields(bits, raises_from, max_exponent)
         fields = tl.minimum(tl.maximum(fields, (least + 127) << 23), (most + 127) << 23)
@@ -158,7 +157,6 @@ def _values(
         # Eight columns a thread, as it holds them, are stored at once.
         place = out_pointer + rows[:, None] * to_stride + tl.max_contiguous(columns, 8)[None, :]
         tl.store(place, values.to(out_pointer.dtype.element_ty), mask=None if EVEN else inside[:, None])
-        x_pointer += ROWS * from_stride
         out_pointer += ROWS * to_stride
 
 
@@ -250,10 +248,16 @@ def _packed(
     if not SWIZZLED:
         scales_pointer += first * to_stride + group
     rows = tl.arange(0, ROWS)
+    tl.assume(count > 0)
+    # Loads run one step ahead of what is done with them.
+    loaded = _block(x_pointer, from_stride, count, ROWS, EVEN)
     matrix = _matrix(matrix_pointer + group * matrix_stride) if HAS_MATRIX else None
     for start in tl.range(0, count, ROWS, num_stages=1):
         inside = rows < count - start
-        x = _block(x_pointer, from_stride, inside, matrix, HAS_MATRIX, PARTS, ROWS, EVEN)
+        x = _transformed(loaded, matrix, PARTS, ROWS) if HAS_MATRIX else loaded.to(tl.float32)
+        x_pointer += ROWS * from_stride
+        if start + ROWS < count:
+            loaded = _block(x_pointer, from_stride, count - start - ROWS, ROWS, EVEN)
         bits = _maxima(x, ROWS)
         is_finite = bits < 0x7F800000
         fields = tl.maximum(_scale_fields(bits, raises_from, max_exponent), 0)
@@ -264,7 +268,6 @@ def _packed(
         place = _swizzled_place(first + start + rows, group, groups_in_all) if SWIZZLED else rows * to_stride
         is_first = tl.arange(0, 4)[None, :] == 0
         tl.store(_fours(scales_pointer, place, 1), scales, mask=is_first if EVEN else is_first & inside[:, None])
-        x_pointer += ROWS * from_stride
         words_pointer += ROWS * to_stride * 4
         if not SWIZZLED:
             scales_pointer += ROWS * to_stride
