@@ -10,11 +10,17 @@ The plain twins are the specification. Given the same transformed values the ker
 are summed in an order of their own, so with a transform a value next to a rounding boundary may fall on the other
 side. A block that holds NaN or Inf, after the transform, becomes NaN.
 
+Memory sets the pace as long as a value costs few instructions. A program is one warp; its blocks stay in registers,
+four threads a block, from load to store.
+
 Matrices that are bfloat16 are multiplied on matrix hardware: activations of 8, 11 or 24 significant bits are one, two
 or three bfloat16 numbers, whose products with the matrix are exact in float32.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,72 +28,93 @@ import triton.language as tl
 from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule
-from mxrot.formats.element import FloatElement
-from mxrot.kernels.arithmetic import power_of_two, round_to_element, to_grid
+from mxrot.formats.element import E2M1, FloatElement
+from mxrot.kernels.arithmetic import power_of_field, round_to_element
 from mxrot.kernels.plain import E5M2_EXPONENTS, PackedRows, swizzled_bytes
 
 BLOCK = tl.constexpr(32)
-ROWS = 128
-GROUPS = 4
-"""Blocks side by side that one program does one after the other."""
+ROWS = 16
+"""Blocks that a program, one warp, holds at a time."""
+MOST_STEPS = 16
+PROGRAMS = 8192
+"""More programs than a device runs at a time; from here on each takes several steps."""
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 @triton.jit
-def _block(
-    x_pointer,
-    matrix_pointer,
-    rows,
-    rows_in_all,
-    group,
-    x_stride,
-    matrix_stride,
-    HAS_MATRIX: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """The values of block `group` in these rows, transformed: float32 [ROWS, 32]."""
-    place = rows[:, None] * x_stride + group * BLOCK + tl.arange(0, BLOCK)[None, :]
-    x = tl.load(x_pointer + place, mask=(rows < rows_in_all)[:, None], other=0.0).to(tl.float32)
-    if HAS_MATRIX:
-        x = _transformed(x, matrix_pointer + group * matrix_stride, PARTS)
-    return x
+def _place(rows_in_all, groups_in_all, steps, ROWS: tl.constexpr, FLAT: tl.constexpr):
+    """The block column of this program, its first row (int64), and how many rows it has."""
+    program = tl.program_id(0)
+    group = 0 if FLAT else program % groups_in_all
+    first = (program if FLAT else program // groups_in_all).to(tl.int64) * steps * ROWS
+    return group, first, tl.minimum(rows_in_all - first, steps * ROWS).to(tl.int32)
 
 
 @triton.jit
-def _transformed(x, matrix_pointer, PARTS: tl.constexpr):
-    """float32 [ROWS, 32] times the matrix there; PARTS 0 is float32 arithmetic."""
+def _matrix(pointer):
+    """The matrix there for `_transformed`: [32, 32], rows and columns in the order in which threads hold columns."""
     columns = tl.arange(0, BLOCK)
-    matrix = tl.load(matrix_pointer + columns[:, None] * BLOCK + columns[None, :])
+    matrix = tl.load(pointer + columns[:, None] * BLOCK + columns[None, :])
+    matrix = tl.reshape(tl.permute(tl.reshape(matrix, [4, 2, 2, 2, BLOCK]), [2, 1, 0, 3, 4]), [BLOCK, BLOCK])
+    return tl.reshape(tl.permute(tl.reshape(matrix, [BLOCK, 4, 4, 2]), [0, 2, 1, 3]), [BLOCK, BLOCK])
+
+
+@triton.jit
+def _transformed(x, matrix, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """float32 [ROWS, 32] of x [ROWS, 32] times what `_matrix` gave; PARTS 0 is float32 arithmetic.
+
+    Of a row on matrix hardware, thread t of four holds columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9, 2 t + 16 and so on.
+    Which columns these are is free as long as the matrix agrees: here they are 8 t to 8 t + 7, before and after, so
+    that a thread loads and stores them at once and nothing passes through shared memory.
+    """
+    x = tl.reshape(tl.permute(tl.reshape(x, [ROWS, 4, 2, 2, 2]), [0, 3, 2, 1, 4]), [ROWS, BLOCK])
     if PARTS == 0:
-        product = tl.dot(x, matrix.to(tl.float32), input_precision="ieee")
+        product = tl.dot(x.to(tl.float32), matrix.to(tl.float32), input_precision="ieee")
     else:
         first = x.to(tl.bfloat16)
         product = tl.dot(first, matrix)
         if PARTS > 1:
-            rest = x - first.to(tl.float32)
+            rest = x.to(tl.float32) - first.to(tl.float32)
             second = rest.to(tl.bfloat16)
             product = tl.dot(second, matrix, product)
             if PARTS > 2:
                 product = tl.dot((rest - second.to(tl.float32)).to(tl.bfloat16), matrix, product)
-    return product
+    return tl.reshape(tl.permute(tl.reshape(product, [ROWS, 4, 4, 2]), [0, 2, 1, 3]), [ROWS, BLOCK])
 
 
 @triton.jit
-def _exponents(x, raises_from, max_exponent, least, most):
-    """The exponent of each row's scale, and the bits of its largest magnitude."""
-    # As integers the bits of |x| are ordered like the numbers, with NaN on top; a float maximum would drop NaN.
-    bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
-    exponents = (bits >> 23) - 127 - max_exponent + ((bits & 0x7FFFFF) >= raises_from).to(tl.int32)
-    return tl.minimum(tl.maximum(exponents, least), most), bits
+def _block(pointer, stride, count, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """Blocks from there on, one a row, [ROWS, 32]; beyond `count` rows anything."""
+    rows = tl.arange(0, ROWS)[:, None]
+    return tl.load(pointer + rows * stride + tl.arange(0, BLOCK)[None, :], mask=None if EVEN else rows < count)
 
 
 @triton.jit
+def _maxima(x, ROWS: tl.constexpr):
+    """The bits of the largest magnitude in each row of x [ROWS, 32], above those of Inf where there is NaN."""
+    first, second = tl.split(tl.reshape(x, [ROWS, 4, 2, 2, 2]))
+    first, second = tl.split(tl.maximum(tl.abs(first), tl.abs(second), propagate_nan=tl.PropagateNan.ALL))
+    first, second = tl.split(tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL))
+    largest = tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
+    # As integers the bits are ordered like the numbers, with NaN on top; tl.max of floats would drop NaN.
+    return tl.max(largest.to(tl.int32, bitcast=True), axis=1)
+
+
+@triton.jit
+def _scale_fields(bits, raises_from, max_exponent):
+    """(e + 127) << 23 for the exponents e of the scales of blocks with these maxima; e may be below -127."""
+    # A fraction from `raises_from` on carries into the exponent.
+    return ((bits + (0x800000 - raises_from)) & 0x7F800000) - (max_exponent << 23)
+
+
+@triton.jit(do_not_specialize=["rows_in_all", "steps"])
 def _values(
     x_pointer,
     matrix_pointer,
     out_pointer,
     rows_in_all,
     groups_in_all,
+    steps,
     x_stride,
     out_stride,
     matrix_stride,
@@ -102,77 +129,148 @@ def _values(
     HAS_MATRIX: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    for step in tl.static_range(GROUPS):
-        group = tl.program_id(1) * GROUPS + step
-        if group < groups_in_all:
-            inside = (rows < rows_in_all)[:, None]
-            place = group * BLOCK + columns[None, :]
-            x = _block(x_pointer, matrix_pointer, rows, rows_in_all, group, x_stride, matrix_stride, HAS_MATRIX, PARTS)
-            exponents, bits = _exponents(x, raises_from, max_exponent, least, most)
-            rounded = round_to_element(x * power_of_two(-exponents)[:, None], smallest_normal, fraction_bits, largest)
-            scales = tl.where(bits < 0x7F800000, power_of_two(exponents - shift), float("nan"))
-            values = rounded * scales[:, None]
-            tl.store(
-                out_pointer + rows[:, None] * out_stride + place, values.to(out_pointer.dtype.element_ty), mask=inside
-            )
+    group, first, count = _place(rows_in_all, groups_in_all, steps, ROWS, FLAT)
+    from_stride = BLOCK if FLAT else x_stride
+    to_stride = BLOCK if FLAT else out_stride
+    x_pointer += first * from_stride + group * BLOCK
+    out_pointer += first * to_stride + group * BLOCK
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    tl.assume(count > 0)
+    # Loads run one step ahead of what is done with them.
+    loaded = _block(x_pointer, from_stride, count, ROWS, EVEN)
+    matrix = _matrix(matrix_pointer + group * matrix_stride) if HAS_MATRIX else None
+    for start in tl.range(0, count, ROWS, num_stages=1):
+        inside = rows < count - start
+        x = _transformed(loaded, matrix, PARTS, ROWS) if HAS_MATRIX else loaded.to(tl.float32)
+        x_pointer += ROWS * from_stride
+        if start + ROWS < count:
+            loaded = _block(x_pointer, from_stride, count - start - ROWS, ROWS, EVEN)
+        bits = _maxima(x, ROWS)
+        fields = _scale_fields(bits, raises_from, max_exponent)
+        fields = tl.minimum(tl.maximum(fields, (least + 127) << 23), (most + 127) << 23)
+        scaled = x * power_of_field((254 << 23) - fields)[:, None]
+        scales = tl.where(bits < 0x7F800000, power_of_field(fields - (shift << 23)), float("nan"))
+        values = round_to_element(scaled, smallest_normal, fraction_bits, largest) * scales[:, None]
+        # Eight columns a thread, as it holds them, are stored at once.
+        place = out_pointer + rows[:, None] * to_stride + tl.max_contiguous(columns, 8)[None, :]
+        tl.store(place, values.to(out_pointer.dtype.element_ty), mask=None if EVEN else inside[:, None])
+        out_pointer += ROWS * to_stride
 
 
 @triton.jit
+def _words(x, inverses, ROWS: tl.constexpr):
+    """E2M1 codes of x [ROWS, 32] times `inverses` [ROWS], below 8, eight a word, the first one lowest: [ROWS, 4].
+
+    A code is 1/2 above the last one up to 2, 1 up to 4 and 2 up to 8, so of the lines 2 v, v + 2 and v / 2 + 4 the
+    lowest gives the code. Next to 2^23 float32 rounds to integers, ties to even; and the lowest after rounding is the
+    lowest, rounded.
+    """
+    v = tl.abs(x * inverses[:, None])
+    codes = tl.minimum(tl.minimum(v * 2 + 8388608.0, v + 8388610.0), v * 0.5 + 8388612.0)
+    first, second = tl.split(tl.reshape(codes.to(tl.uint32, bitcast=True), [ROWS, 4, 2, 2, 2]))
+    first, second = tl.split(first + (second << 4))
+    first, second = tl.split(first + (second << 8))
+    # 2^23 is 0x4B000000, of which 1 + 2^4 times are left here: 0xFB000000 without what went beyond the word.
+    codes = first + (second << 16) + 0x05000000
+    # What rounds to 8 is cut off at 7, the code of 6.
+    eights = codes & 0x88888888
+    codes = codes | (eights - (eights >> 3))
+    return ((codes & 0x77777777) | (_signs(x, ROWS) & 0x88888888)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _signs(x, ROWS: tl.constexpr):
+    """The signs of x [ROWS, 32] in the top bits of halves of bytes, in the order of `_words`; other bits vary."""
+    x = tl.reshape(x.to(tl.uint32, bitcast=True), [ROWS, 4, 2, 2, 2])
+    even, odd = tl.split(x)
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    x0, x4 = tl.split(x0)
+    x1, x5 = tl.split(x1)
+    x2, x6 = tl.split(x2)
+    x3, x7 = tl.split(x3)
+    # From the last one on: each moves what is there by four bits and puts its own four behind, one instruction.
+    word = x7 >> 28
+    word = (word << 4) | (x6 >> 28)
+    word = (word << 4) | (x5 >> 28)
+    word = (word << 4) | (x4 >> 28)
+    word = (word << 4) | (x3 >> 28)
+    word = (word << 4) | (x2 >> 28)
+    word = (word << 4) | (x1 >> 28)
+    return (word << 4) | (x0 >> 28)
+
+
+@triton.jit
+def _swizzled_place(rows, group, groups_in_all):
+    """Where `swizzle_scales` puts the scales of these rows in one group, int64 bytes."""
+    tile = (rows // 128) * ((groups_in_all + 3) // 4) + group // 4
+    return tile * 512 + (rows % 32) * 16 + (rows % 128) // 32 * 4 + group % 4
+
+
+@triton.jit
+def _fours(pointer, places, BYTES: tl.constexpr):
+    """Pointers [ROWS, 4] from `places` [ROWS] on, to elements of so many bytes, each in the thread that has its data.
+
+    Hints: runs of four along a row, aligned like single elements, so that no thread collects several.
+    """
+    place = pointer + places[:, None] + tl.arange(0, 4)[None, :]
+    return tl.multiple_of(tl.max_contiguous(place, (1, 4)), (BYTES, BYTES))
+
+
+@triton.jit(do_not_specialize=["rows_in_all", "steps"])
 def _packed(
     x_pointer,
     matrix_pointer,
-    codes_pointer,
+    words_pointer,
     scales_pointer,
     rows_in_all,
     groups_in_all,
+    steps,
     x_stride,
     matrix_stride,
     raises_from,
     max_exponent,
-    smallest_normal,
-    fraction_bits,
-    largest,
     HAS_MATRIX: tl.constexpr,
     PARTS: tl.constexpr,
     SWIZZLED: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    pairs = tl.arange(0, BLOCK // 2)
-    for step in tl.static_range(GROUPS):
-        group = tl.program_id(1) * GROUPS + step
-        if group < groups_in_all:
-            is_row = rows < rows_in_all
-            inside = is_row[:, None]
-            x = _block(x_pointer, matrix_pointer, rows, rows_in_all, group, x_stride, matrix_stride, HAS_MATRIX, PARTS)
-            exponents, bits = _exponents(x, raises_from, max_exponent, -127, 127)
-            is_finite = bits < 0x7F800000
-            scaled = x * power_of_two(-exponents)[:, None]
-            raised, power = to_grid(tl.minimum(tl.abs(scaled), largest), smallest_normal, fraction_bits)
-            # Steps of half a binade, 0 to 4 of them, and two codes for each binade from 1 on.
-            steps = raised.to(tl.int32, bitcast=True) & 7
-            codes = steps + ((power.to(tl.int32, bitcast=True) >> 22) - 2 * (127 + 23 - fraction_bits))
-            codes = codes | ((scaled.to(tl.int32, bitcast=True) >> 28) & 8)
-            codes = tl.where(is_finite[:, None], codes, 0)
-            even, odd = tl.split(tl.reshape(codes, [ROWS, BLOCK // 2, 2]))
-            packed = (even | (odd << 4)).to(tl.uint8)
-            tl.store(
-                codes_pointer + (rows[:, None] * groups_in_all + group) * (BLOCK // 2) + pairs[None, :],
-                packed,
-                mask=inside,
-            )
-            scale = tl.where(is_finite, exponents + 127, 255).to(tl.uint8)
-            if SWIZZLED:
-                tile = (rows // 128) * ((groups_in_all + 3) // 4) + group // 4
-                target = tile * 512 + (rows % 32) * 16 + (rows % 128) // 32 * 4 + group % 4
-            else:
-                target = rows * groups_in_all + group
-            tl.store(scales_pointer + target, scale, mask=is_row)
+    group, first, count = _place(rows_in_all, groups_in_all, steps, ROWS, FLAT)
+    from_stride = BLOCK if FLAT else x_stride
+    to_stride = 1 if FLAT else groups_in_all
+    x_pointer += first * from_stride + group * BLOCK
+    words_pointer += (first * to_stride + group) * 4
+    if not SWIZZLED:
+        scales_pointer += first * to_stride + group
+    rows = tl.arange(0, ROWS)
+    tl.assume(count > 0)
+    # Loads run one step ahead of what is done with them.
+    loaded = _block(x_pointer, from_stride, count, ROWS, EVEN)
+    matrix = _matrix(matrix_pointer + group * matrix_stride) if HAS_MATRIX else None
+    for start in tl.range(0, count, ROWS, num_stages=1):
+        inside = rows < count - start
+        x = _transformed(loaded, matrix, PARTS, ROWS) if HAS_MATRIX else loaded.to(tl.float32)
+        x_pointer += ROWS * from_stride
+        if start + ROWS < count:
+            loaded = _block(x_pointer, from_stride, count - start - ROWS, ROWS, EVEN)
+        bits = _maxima(x, ROWS)
+        is_finite = bits < 0x7F800000
+        fields = tl.maximum(_scale_fields(bits, raises_from, max_exponent), 0)
+        words = tl.where(is_finite[:, None], _words(x, power_of_field((254 << 23) - fields), ROWS), 0)
+        tl.store(_fours(words_pointer, rows * (to_stride * 4), 4), words, mask=None if EVEN else inside[:, None])
+        # Every thread of a row has its scale; the first one stores it.
+        scales = tl.broadcast_to(tl.where(is_finite, fields >> 23, 255).to(tl.uint8)[:, None], [ROWS, 4])
+        place = _swizzled_place(first + start + rows, group, groups_in_all) if SWIZZLED else rows * to_stride
+        is_first = tl.arange(0, 4)[None, :] == 0
+        tl.store(_fours(scales_pointer, place, 1), scales, mask=is_first if EVEN else is_first & inside[:, None])
+        words_pointer += ROWS * to_stride * 4
+        if not SWIZZLED:
+            scales_pointer += ROWS * to_stride
 
 
 def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
@@ -180,53 +278,52 @@ def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: Sc
 
     For 32-element blocks of a FloatElement under a rule with `raises_from`.
     """
-    flat = _rows(x)
-    out = torch.empty(flat.shape, dtype=torch.bfloat16, device=x.device)
-    _write_values(flat, matrices, format, rule, out, (-127, 127), 0)
-    return out.view(x.shape)
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    _write_values(x, matrices, format, rule, out, (-127, 127), 0)
+    return out
 
 
 def rotate_quantize_e5m2(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule, shift: int = 0) -> Tensor:
     """As `plain_rotate_quantize_e5m2` defines it."""
-    flat = _rows(x)
-    out = torch.empty(flat.shape, dtype=torch.float8_e5m2, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.float8_e5m2, device=x.device)
     least, most = E5M2_EXPONENTS
-    _write_values(flat, matrices, format, rule, out, (least + shift, most + shift), shift)
-    return out.view(x.shape)
+    _write_values(x, matrices, format, rule, out, (least + shift, most + shift), shift)
+    return out
 
 
 def rotate_quantize_packed(
     x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule, swizzled: bool = False
 ) -> PackedRows:
     """As `plain_rotate_quantize_packed` defines it."""
-    flat = _rows(x)
-    rows, groups = len(flat), flat.shape[1] // BLOCK.value
-    codes = torch.empty(rows, groups * 16, dtype=torch.uint8, device=x.device)
-    size = swizzled_bytes(rows, groups) if swizzled else rows * groups
+    assert format.element == E2M1
+    shape, groups = x.shape[:-1], x.shape[-1] // BLOCK.value
+    codes = torch.empty(*shape, groups * 16, dtype=torch.uint8, device=x.device)
+    size = swizzled_bytes(math.prod(shape), groups) if swizzled else math.prod(shape) * groups
     # What the swizzled order holds beyond the rows and blocks that there are counts as scales of 2^-127.
     scales = (torch.zeros if swizzled else torch.empty)(size, dtype=torch.uint8, device=x.device)
     if codes.numel():
-        _packed[_grid(rows, groups)](
-            flat,
-            flat if matrices is None else matrices.contiguous(),
-            codes,
+        blocks = _Blocks.of(x, matrices, in_order=swizzled)
+        raises_from, max_exponent, *_ = _numbers(format, rule)
+        _packed[blocks.grid](
+            blocks.x,
+            x if matrices is None else matrices.contiguous(),
+            codes.view(torch.int32),
             scales,
-            rows,
-            groups,
-            flat.stride(0),
+            blocks.rows,
+            blocks.groups,
+            blocks.steps,
+            blocks.x.stride(0),
             _matrix_stride(matrices),
-            *_numbers(format, rule),
-            HAS_MATRIX=matrices is not None,
-            PARTS=_parts(x, matrices),
+            raises_from,
+            max_exponent,
             SWIZZLED=swizzled,
-            **_tile(rows),
+            **blocks.constants(matrices),
         )
-    shape = x.shape[:-1]
-    return PackedRows(codes.view(*shape, groups * 16), scales if swizzled else scales.view(*shape, groups))
+    return PackedRows(codes, scales if swizzled else scales.view(*shape, groups))
 
 
 def _write_values(
-    flat: Tensor,
+    x: Tensor,
     matrices: Tensor | None,
     format: Format,
     rule: ScaleRule,
@@ -234,40 +331,70 @@ def _write_values(
     exponents: tuple[int, int],
     shift: int,
 ) -> None:
-    rows, groups = len(flat), flat.shape[1] // BLOCK.value
     if not out.numel():
         return
-    _values[_grid(rows, groups)](
-        flat,
-        flat if matrices is None else matrices.contiguous(),
+    blocks = _Blocks.of(x, matrices)
+    _values[blocks.grid](
+        blocks.x,
+        x if matrices is None else matrices.contiguous(),
         out,
-        rows,
-        groups,
-        flat.stride(0),
-        out.stride(0),
+        blocks.rows,
+        blocks.groups,
+        blocks.steps,
+        blocks.x.stride(0),
+        x.shape[-1],
         _matrix_stride(matrices),
         *_numbers(format, rule),
         *exponents,
         shift,
-        HAS_MATRIX=matrices is not None,
-        PARTS=_parts(flat, matrices),
-        **_tile(rows),
+        **blocks.constants(matrices),
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+@dataclass(frozen=True)
+class _Blocks:
+    """The blocks of an input as rows and columns of blocks, and how programs share them."""
 
+    x: Tensor
+    """[rows, 32 groups], the last dimension contiguous."""
+    is_flat: bool
+    """All blocks are one column: they lie one after the other, and nothing depends on the group of one."""
 
-def _tile(rows: int) -> dict[str, int]:
-    """Rows and blocks a program: few of both where there are few rows, so that the device has enough programs."""
-    return {"ROWS": min(ROWS, max(16, triton.next_power_of_2(rows))), "GROUPS": GROUPS if rows > ROWS else 1}
+    @classmethod
+    def of(cls, x: Tensor, matrices: Tensor | None, in_order: bool = False) -> _Blocks:
+        """`in_order`: where a result goes depends on its row and group."""
+        flat = x.reshape(-1, x.shape[-1])
+        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+        is_flat = flat.is_contiguous() and (matrices is None or len(matrices) == 1) and not in_order
+        return cls(flat.view(-1, BLOCK.value) if is_flat else flat, is_flat)
 
+    @property
+    def rows(self) -> int:
+        return len(self.x)
 
-def _grid(rows: int, groups: int) -> tuple[int, int]:
-    tile = _tile(rows)
-    return triton.cdiv(rows, tile["ROWS"]), triton.cdiv(groups, tile["GROUPS"])
+    @property
+    def groups(self) -> int:
+        return self.x.shape[1] // BLOCK.value
+
+    @property
+    def steps(self) -> int:
+        """How many times ROWS rows of one group a program takes."""
+        return min(MOST_STEPS, max(1, triton.cdiv(self.rows, ROWS) * self.groups // PROGRAMS))
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (triton.cdiv(self.rows, self.steps * ROWS) * self.groups,)
+
+    def constants(self, matrices: Tensor | None) -> dict[str, int | bool]:
+        """What the kernels are compiled for."""
+        return {
+            "HAS_MATRIX": matrices is not None,
+            "PARTS": _parts(self.x, matrices),
+            "ROWS": ROWS,
+            "EVEN": self.rows % ROWS == 0,
+            "FLAT": self.is_flat,
+            "num_warps": 1,
+        }
 
 
 def _matrix_stride(matrices: Tensor | None) -> int:

@@ -235,6 +235,68 @@ def test_every_output_takes_any_number_of_rows(rows: int) -> None:
         assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
 
 
+def at_the_ends(columns: int = 96) -> Tensor:
+    """Rows of all binades of float32 at either end, subnormal ones too, and one of its largest numbers."""
+    exponents = torch.cat([torch.arange(-149, -100), torch.arange(100, 127)])
+    spread = torch.randn(len(exponents), columns, generator=torch.Generator().manual_seed(5)).clamp(-1.9, 1.9)
+    x = torch.ldexp(spread.double(), exponents[:, None]).float()
+    x[-1, 5] = -torch.finfo(torch.float32).max
+    return x.to(DEVICE)
+
+
+@pytest.mark.parametrize(("format", "rule"), COVERED)
+def test_both_ends_of_the_exponents_have_the_twins_bits(format: Format, rule: ScaleRule) -> None:
+    from mxrot.kernels.rotate_quantize import rotate_quantize_packed
+
+    x = at_the_ends()
+    found, expected = fused(x, None, format, rule), plain_rotate_quantize(x, None, format, rule).to(torch.bfloat16)
+    # Triton's interpreter converts to subnormal bfloat16 numbers wrongly.
+    counts = torch.ones_like(found, dtype=torch.bool) if DEVICE == "cuda" else expected.abs() >= 2.0**-126
+    assert same_bits(found[counts], expected[counts])
+    if format.name == "mxfp4":
+        expected, found = (
+            plain_rotate_quantize_packed(x, None, format, rule),
+            rotate_quantize_packed(x, None, format, rule),
+        )
+        assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
+
+
+@pytest.mark.parametrize("amax", [4.0, 6.0, 6.999, 7.25, 7.999])
+@each_rule
+def test_codes_next_to_every_boundary_have_the_twins_bits(rule: ScaleRule, amax: float) -> None:
+    """Each point between two codes, and its float32 neighbours, of either sign, in a block of any scale."""
+    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+
+    format = FORMATS["mxfp4"]
+    ties = torch.tensor([0.0, 0.25, 0.75, 1.0, 1.25, 1.75, 2.0, 2.5, 3.5, 4.0, 5.0, 6.0, 7.0])
+    infinity = torch.tensor(torch.inf)
+    near = torch.cat([ties, ties.nextafter(infinity), ties.nextafter(-infinity)])
+    values = torch.cat([near, -near, torch.tensor([-0.0, 0.0])])
+    values = values[values.abs() <= amax]
+    x = torch.full((3, -(-len(values) // 31), 32), amax)
+    x[:, :, 1:] = torch.nn.functional.pad(values, (0, -len(values) % 31)).view(-1, 31)
+    x = (x * torch.tensor([1.0, 2.0**-9, 2.0**11])[:, None, None]).flatten(0, 1).to(DEVICE)
+    expected, found = plain_rotate_quantize_packed(x, None, format, rule), rotate_quantize_packed(x, None, format, rule)
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
+    assert same_bits(fused(x, None, format, rule), plain_rotate_quantize(x, None, format, rule))
+    assert same_bits(rotate_quantize_e5m2(x, None, format, rule), plain_rotate_quantize_e5m2(x, None, format, rule))
+
+
+@pytest.mark.parametrize("rows", [31, 160])
+def test_programs_of_several_steps_leave_nothing_out(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mxrot.kernels import rotate_quantize as module
+
+    monkeypatch.setattr(module, "PROGRAMS", 2)
+    format, rule = FORMATS["mxfp4"], RULES["even"]
+    wide = sample(torch.bfloat16, rows=rows)
+    for x, matrices in ((wide, permutations(1)), (wide, permutations(3)), (wide[:, 32:], permutations(1))):
+        expected = plain_rotate_quantize_e5m2(x, matrices, format, rule)
+        assert same_bits(module.rotate_quantize_e5m2(x, matrices, format, rule), expected)
+        packed = plain_rotate_quantize_packed(x, matrices, format, rule)
+        found = module.rotate_quantize_packed(x, matrices, format, rule)
+        assert torch.equal(found.codes, packed.codes) and torch.equal(found.scales, packed.scales)
+
+
 @pytest.mark.parametrize("elements", [1, 300, 2**19])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("format", "rule"), COVERED)
@@ -269,11 +331,19 @@ def test_chunks_with_a_rotation_are_the_twins_but_for_ties(groups: int) -> None:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_bfloat16_matrices_on_matrix_hardware(dtype: torch.dtype, groups: int) -> None:
     """Products are exact there too, so values differ no more often than with float32 arithmetic."""
+    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+
     format, rule = FORMATS["mxfp4"], RULES["even"]
     x = torch.randn(4000, 160, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
     matrices = random_orthogonal(groups, 32, torch.Generator().manual_seed(2)).to(torch.bfloat16).to(DEVICE)
     expected = plain_rotate_quantize(x.double().float(), matrices.float(), format, rule)
     found = fused(x, matrices, format, rule).float()
     assert (found != expected).double().mean() < 1e-4
-    exact = fused(x, permutations(groups).to(torch.bfloat16), format, rule)
-    assert same_bits(exact, plain_rotate_quantize(x, permutations(groups), format, rule))
+    moved = permutations(groups).to(torch.bfloat16)
+    assert same_bits(fused(x, moved, format, rule), plain_rotate_quantize(x, moved, format, rule))
+    fp8 = plain_rotate_quantize_e5m2(x, moved, format, rule)
+    assert same_bits(rotate_quantize_e5m2(x, moved, format, rule), fp8)
+    for swizzled in (False, True):
+        packed = rotate_quantize_packed(x, moved, format, rule, swizzled)
+        plain = plain_rotate_quantize_packed(x, moved, format, rule, swizzled)
+        assert torch.equal(packed.codes, plain.codes) and torch.equal(packed.scales, plain.scales)
