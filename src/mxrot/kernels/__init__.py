@@ -2,14 +2,18 @@
 
 from mxrot.kernels.dispatch import (
     Choice,
+    block_moments,
     choose_path,
     divergence,
     moved_weights,
     moved_weights_gradients,
     multiply,
+    outputs,
     quantized_linear,
     rotate_quantize,
     round_columns,
+    second_moment,
+    weight_parts,
 )
 from mxrot.kernels.linear import Inputs, PackedWeight
 from mxrot.kernels.plain import (
@@ -30,11 +34,13 @@ __all__ = [
     "RoundedColumns",
     "WeightGradients",
     "WeightMoves",
+    "block_moments",
     "choose_path",
     "divergence",
     "moved_weights",
     "moved_weights_gradients",
     "multiply",
+    "outputs",
     "plain_divergence",
     "plain_moved_weights",
     "plain_moved_weights_gradients",
@@ -43,4 +49,6 @@ __all__ = [
     "quantized_linear",
     "rotate_quantize",
     "round_columns",
+    "second_moment",
+    "weight_parts",
 ]

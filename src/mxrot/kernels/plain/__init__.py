@@ -9,6 +9,12 @@ from mxrot.kernels.plain.activations import (
     swizzle_scales,
     swizzled_bytes,
 )
+from mxrot.kernels.plain.moments import (
+    count_parts,
+    diagonal_blocks,
+    moment_of_parts,
+    plain_bfloat16_parts,
+)
 from mxrot.kernels.plain.products import (
     E4M3_SHIFTS,
     lift_exponents,
@@ -36,7 +42,11 @@ __all__ = [
     "RoundedColumns",
     "WeightGradients",
     "WeightMoves",
+    "count_parts",
+    "diagonal_blocks",
     "lift_exponents",
+    "moment_of_parts",
+    "plain_bfloat16_parts",
     "plain_divergence",
     "plain_fp8_product",
     "plain_lift_weights",
