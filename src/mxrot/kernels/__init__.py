@@ -12,11 +12,13 @@ from mxrot.kernels.dispatch import (
     quantized_linear,
     rotate_quantize,
     round_columns,
+    round_reached,
     second_moment,
     weight_parts,
 )
 from mxrot.kernels.linear import Inputs, PackedWeight
 from mxrot.kernels.plain import (
+    ReachedColumns,
     RoundedColumns,
     WeightGradients,
     WeightMoves,
@@ -25,12 +27,14 @@ from mxrot.kernels.plain import (
     plain_moved_weights_gradients,
     plain_rotate_quantize,
     plain_round_columns,
+    plain_round_reached,
 )
 
 __all__ = [
     "Choice",
     "Inputs",
     "PackedWeight",
+    "ReachedColumns",
     "RoundedColumns",
     "WeightGradients",
     "WeightMoves",
@@ -46,9 +50,11 @@ __all__ = [
     "plain_moved_weights_gradients",
     "plain_rotate_quantize",
     "plain_round_columns",
+    "plain_round_reached",
     "quantized_linear",
     "rotate_quantize",
     "round_columns",
+    "round_reached",
     "second_moment",
     "weight_parts",
 ]

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule
 from mxrot.formats.element import Element, FloatElement
+from mxrot.formats.scale import E8M0
 from mxrot.kernels.chunked import rotate_quantize_in_chunks
 from mxrot.kernels.linear import PATHS, Inputs, PackedWeight
 from mxrot.kernels.plain import (
+    ReachedColumns,
     RoundedColumns,
     WeightGradients,
     WeightMoves,
@@ -26,6 +28,7 @@ from mxrot.kernels.plain import (
     plain_moved_weights_gradients,
     plain_rotate_quantize,
     plain_round_columns,
+    plain_round_reached,
 )
 
 
@@ -174,6 +177,17 @@ def round_columns(
     return plain_round_columns(columns, scales, upper, zeros, element)
 
 
+def round_reached(
+    columns: Tensor, upper: Tensor, format: Format, rule: ScaleRule, offsets: tuple[int, ...]
+) -> ReachedColumns:
+    """GPTQ over one block of columns, scales included, as `plain_round_reached` defines it."""
+    if columns.is_cuda and has_triton() and _rounds_reached_on_gpu(format, rule, offsets):
+        from mxrot.kernels.round_reached import round_reached as fused
+
+        return fused(columns, upper, format, rule, offsets)
+    return plain_round_reached(columns, upper, format, rule, offsets, round_columns)
+
+
 def moved_weights(offset: Tensor, moves: WeightMoves, element: Element) -> Tensor:
     """Tunable weights for these offsets, as `plain_moved_weights` defines them."""
     if _moves_on_gpu(offset, moves, element):
@@ -207,6 +221,11 @@ def _moves_on_gpu(offset: Tensor, moves: WeightMoves, element: Element) -> bool:
     blocks = 32 * moves.scales.shape[1] == offset.shape[1]
     fits = moves.follow is None or moves.follow.shape[-1] == 32
     return offset.is_cuda and has_triton() and isinstance(element, FloatElement) and blocks and fits
+
+
+def _rounds_reached_on_gpu(format: Format, rule: ScaleRule, offsets: tuple[int, ...]) -> bool:
+    fits = isinstance(format.element, FloatElement) and format.block in (16, 32) and len(offsets) <= 4
+    return fits and format.scale == E8M0 and rule.raises_from is not None
 
 
 def _kernel_covers(x: Tensor, format: Format, rule: ScaleRule) -> bool:

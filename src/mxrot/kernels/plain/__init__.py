@@ -24,8 +24,10 @@ from mxrot.kernels.plain.products import (
     plain_packed_product,
 )
 from mxrot.kernels.plain.rounding import (
+    ReachedColumns,
     RoundedColumns,
     plain_round_columns,
+    plain_round_reached,
 )
 from mxrot.kernels.plain.tuning import (
     WeightGradients,
@@ -39,6 +41,7 @@ __all__ = [
     "E4M3_SHIFTS",
     "E5M2_EXPONENTS",
     "PackedRows",
+    "ReachedColumns",
     "RoundedColumns",
     "WeightGradients",
     "WeightMoves",
@@ -58,6 +61,7 @@ __all__ = [
     "plain_rotate_quantize_e5m2",
     "plain_rotate_quantize_packed",
     "plain_round_columns",
+    "plain_round_reached",
     "swizzle_scales",
     "swizzled_bytes",
 ]
