@@ -24,11 +24,11 @@ from mxrot.calibration import (
     RowSample,
     advance,
     observe_all_inputs,
-    observe_inputs,
+    watched_together,
 )
 from mxrot.errors import NumericsError
 from mxrot.formats import QTensor
-from mxrot.hessian import OriginalBlock, SiteInputs
+from mxrot.hessian import OriginalBlock, SiteInputs, watched_modules
 from mxrot.layers import QuantLinear, TensorQuantizer
 from mxrot.models import Family, Site, WeightFiles, fill, value_heads
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
@@ -91,16 +91,19 @@ def quantize_block(
 
     sites = run.family.active_sites(index, run.recipe.ignore)
     scales = {} if inputs is None else _smooth_block(run, index, block, weights, inputs)
-    original = None
-    if originals is not None:
-        originals.known = {name: {} for name in _children_of(sites)}
-        original = OriginalBlock(deepcopy(block), originals)
+    original = None if originals is None else OriginalBlock(deepcopy(block), originals)
+    for streams in (inputs, originals):
+        if streams is not None:
+            streams.readers = _readers(run.family)
+            streams.known = {name: {} for name in streams.readers}
     reports = []
     for position, site in enumerate(sites):
+        finished = _children_of(sites[: position + 1]) - _children_of(sites[position + 1 :])
+        if originals is not None:
+            originals.known |= {name: {} for name in finished - originals.known.keys()}
         reports += _quantize_site(run, index, block, site, weights, scales.get(site.name), inputs, original)
         if inputs is not None:
-            for name in _children_of(sites[: position + 1]) - _children_of(sites[position + 1 :]):
-                inputs.known.setdefault(name, {})
+            inputs.known |= {name: {} for name in finished - inputs.known.keys()}
     checks = _tune(run, index, block, sites, inputs, original)
     if original is not None and not run.is_last(index):
         advance(original.block, original.inputs, f"{prefix} of the original model")
@@ -126,9 +129,15 @@ def _tune(
     return tune_block(block, inputs, original.block, original.inputs, sites, tuning, generator, name)
 
 
-def _children_of(sites: Sequence[Site]) -> set[str]:
+def _children_of(sites: Sequence[Site]) -> frozenset[str]:
     """The direct submodules of a block that hold the linears of `sites`."""
-    return {linear.split(".")[0] for site in sites for linear in site.linears}
+    return frozenset(linear.split(".")[0] for site in sites for linear in site.linears)
+
+
+def _readers(family: Family) -> dict[str, frozenset[str]]:
+    """Of each norm that sites read, the direct submodules of a block that read it."""
+    norms = {site.norm for site in family.sites if site.norm is not None}
+    return {norm: _children_of([site for site in family.sites if site.norm == norm]) for norm in sorted(norms)}
 
 
 def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str) -> None:
@@ -213,6 +222,7 @@ def _quantize_site(
             hessian = seen.hessian(whole, wishes)
         else:
             hessian, shift = seen.hessian_and_shift(original, whole, torch.cat(list(folded.values())), wishes)
+        inputs.kept = {}
     quantized, damping, remainders = _round_site(run, folded, hessian, shift, name)
     stored = None if transform is None else transform.to_stored()
     install_site(block, scheme_name(index, site), site, quantized, stored, run.weights, run.activations)
@@ -290,7 +300,10 @@ def _fit_transform(
             for collector in collectors.values():
                 collector.update(x if inverse is None else x * inverse)
 
-        observe_inputs(block, site.linears[0], inputs, see, batches=None if collectors else [0])
+        wishes = run.recipe.rounding.wishes
+        batches = None if collectors else [0]
+        for *_, x in watched_together(block, inputs, watched_modules(site, wishes), batches, keeps=wishes.hessian):
+            see(x)
         if not torch.isfinite(largest.result()):
             raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
     if not run.recipe.has_transform:

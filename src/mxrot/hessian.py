@@ -26,6 +26,14 @@ class OriginalBlock:
     inputs: BlockInputs
 
 
+def watched_modules(site: Site, wishes: Wishes) -> list[str]:
+    """The modules whose inputs rounding looks at; the site's first linear is the last of them."""
+    modules = [site.linears[0]]
+    if site.residual is not None and (wishes.relative or wishes.target == "residual"):
+        modules.insert(0, site.residual)
+    return modules
+
+
 @dataclass(frozen=True)
 class SiteInputs:
     """The inputs of a site as its linears will see them: transformed and quantized."""
@@ -41,7 +49,7 @@ class SiteInputs:
         """The mean of x^T x, float64 [K, K]; `weight` [N, K] are the weights that read the untransformed inputs."""
         hessian = Hessian()
         parts = weight_parts(weight, self._dtype)
-        for *residual, x in watched_together(self.block, self.inputs, self._modules(wishes)):
+        for *residual, x in watched_together(self.block, self.inputs, watched_modules(self.site, wishes)):
             size = None
             if residual and wishes.relative:
                 size = _inverse_size(_outputs(x, parts, weight) + residual[0])
@@ -58,12 +66,12 @@ class SiteInputs:
         the weights that read the original inputs, `folded` those that read the transformed ones. Its own output is
         linear in x, so its part of d^T x is `folded` times the mean of x^T x.
         """
-        if self._modules(wishes) == [self.site.linears[0]]:
+        modules = watched_modules(self.site, wishes)
+        if len(modules) == 1:
             return self._shift_by_moments(original, weight, folded, wishes)
         hessian = Hessian()
         total = torch.zeros(folded.shape, dtype=torch.float64, device=folded.device)
         parts = weight_parts(weight, self._dtype)
-        modules = self._modules(wishes)
         for (here, there), (x, x_original) in paired_inputs(
             self.block, self.inputs, original.block, original.inputs, modules
         ):
@@ -85,20 +93,14 @@ class SiteInputs:
         hessian = Hessian()
         width = weight.shape[1]
         cross = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-        for pairs in paired_inputs(self.block, self.inputs, original.block, original.inputs, self._modules(wishes)):
-            x, x_original = pairs[-1]
+        for ((x, x_original),) in paired_inputs(
+            self.block, self.inputs, original.block, original.inputs, self.site.linears[:1]
+        ):
             seen = self._seen(x)
             hessian.update(seen)
             cross += second_moment(x_original.flatten(0, -2), seen.flatten(0, -2))
         mean = hessian.result()
         return mean, weight.double() @ (cross / hessian.tokens) - folded.double() @ mean
-
-    def _modules(self, wishes: Wishes) -> list[str]:
-        """The modules whose inputs are looked at; the site's first linear is the last of them."""
-        modules = [self.site.linears[0]]
-        if self.site.residual is not None and (wishes.relative or wishes.target == "residual"):
-            modules.insert(0, self.site.residual)
-        return modules
 
     @property
     def _dtype(self) -> torch.dtype:

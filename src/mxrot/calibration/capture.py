@@ -20,6 +20,10 @@ from mxrot.errors import NumericsError
 from mxrot.models import Family
 
 
+MOST_REMEMBERED = 1 << 31
+"""Bytes of a norm's outputs, and of a site's inputs, that are remembered for a later pass; the rest is computed anew."""
+
+
 class _StopForwardError(Exception):
     """Raised by a hook when a forward pass has shown what it was run for."""
 
@@ -35,6 +39,11 @@ class BlockInputs:
     known: dict[str, dict[int, Any]] = field(default_factory=dict)
     """Submodules of the block that will not change any more, with their outputs by batch, as far as they have run.
     A later pass takes them from here."""
+    readers: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Which submodules read the output of a norm, and nothing else does. It is remembered, too, as long as one of
+    them has to run."""
+    kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """By batch, inputs of modules that the next pass will ask for again."""
 
     @property
     def windows(self) -> int:
@@ -92,7 +101,7 @@ def run_block(block: nn.Module, inputs: BlockInputs, batches: Sequence[int] | No
     """Outputs of `block` for the batches at these positions (all by default); none where a hook stopped the pass."""
     for index in range(len(inputs.hidden)) if batches is None else batches:
         try:
-            with _known_outputs(block, inputs.known, index):
+            with _known_outputs(block, inputs, index):
                 output = block(inputs.hidden[index], **inputs.arguments[index])
         except _StopForwardError:
             continue
@@ -100,21 +109,37 @@ def run_block(block: nn.Module, inputs: BlockInputs, batches: Sequence[int] | No
 
 
 @contextmanager
-def _known_outputs(block: nn.Module, known: dict[str, dict[int, Any]], index: int) -> Iterator[None]:
+def _known_outputs(block: nn.Module, inputs: BlockInputs, index: int) -> Iterator[None]:
     """While open, submodules that have run on batch `index` give the same again, and others are remembered."""
     with ExitStack() as stack:
-        for name, outputs in known.items():
+        for name, outputs in inputs.known.items():
             module = block.get_submodule(name)
-            if index in outputs:
+            if _is_read_no_more(name, inputs, index):
+                outputs.pop(index, None)
+                stack.enter_context(_answering(module, None))
+            elif index in outputs:
                 stack.enter_context(_answering(module, outputs[index]))
             else:
-                handle = module.register_forward_hook(partial(_remember, outputs, index))
-                stack.callback(handle.remove)
+                remember = _remember_some if name in inputs.readers else _remember
+                stack.callback(module.register_forward_hook(partial(remember, outputs, index)).remove)
         yield
+
+
+def _is_read_no_more(name: str, inputs: BlockInputs, index: int) -> bool:
+    """Is everything that reads the output of this norm known?"""
+    readers = inputs.readers.get(name)
+    return readers is not None and all(index in inputs.known.get(reader, {}) for reader in readers)
 
 
 def _remember(outputs: dict[int, Any], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
     outputs[index] = output
+
+
+def _remember_some(
+    outputs: dict[int, Tensor], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Tensor
+) -> None:
+    if sum(known.nbytes for known in outputs.values()) + output.nbytes <= MOST_REMEMBERED:
+        outputs[index] = output
 
 
 @contextmanager
@@ -169,12 +194,51 @@ def paired_inputs(
         yield list(zip(here, there, strict=True))
 
 
-def watched_together(block: nn.Module, inputs: BlockInputs, modules: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Batch by batch, the inputs of `modules`, in the order in which they run; the block runs no further."""
-    for index in range(len(inputs.hidden)):
-        seen: list[Tensor] = []
-        observe_all_inputs(block, [(name, seen.append) for name in modules], inputs, [index])
+def watched_together(
+    block: nn.Module,
+    inputs: BlockInputs,
+    modules: Sequence[str],
+    batches: Sequence[int] | None = None,
+    keeps: bool = False,
+) -> Iterator[list[Tensor]]:
+    """Batch by batch, the inputs of `modules`, in the order in which they run; the block runs no further.
+
+    With `keeps` they are kept for the next call, as far as memory goes.
+    """
+    for index in range(len(inputs.hidden)) if batches is None else batches:
+        kept = inputs.kept.pop(index, {})
+        seen = [kept[name] for name in modules] if kept.keys() >= set(modules) else _watch(block, inputs, modules, index)
+        if keeps and _bytes_kept(inputs) + sum(x.nbytes for x in seen) <= MOST_REMEMBERED:
+            inputs.kept[index] = dict(zip(modules, seen, strict=True))
         yield seen
+
+
+def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index: int) -> list[Tensor]:
+    """The inputs of `modules` on one batch. The child that the last one is in runs to its end if its output is wanted."""
+    seen: list[Tensor] = []
+    child = modules[-1].split(".")[0]
+    wanted = inputs.known.get(child)
+    with ExitStack() as stack:
+        for name in modules:
+            stops = name == modules[-1] and wanted is None
+            stack.enter_context(watched_inputs(block.get_submodule(name), seen.append, stops))
+        if wanted is not None:
+            hook = partial(_remember_last, wanted, index)
+            stack.callback(block.get_submodule(child).register_forward_hook(hook).remove)
+        for _ in run_block(block, inputs, [index]):
+            pass
+    return seen
+
+
+def _remember_last(
+    outputs: dict[int, Any], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any
+) -> None:
+    outputs[index] = output
+    raise _StopForwardError
+
+
+def _bytes_kept(inputs: BlockInputs) -> int:
+    return sum(x.nbytes for batch in inputs.kept.values() for x in batch.values())
 
 
 def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
@@ -186,6 +250,8 @@ def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
     for position, output in enumerate(run_block(block, inputs)):
         largest.update(output)
         inputs.hidden[position] = output
+        for outputs in inputs.known.values():
+            outputs.pop(position, None)
     inputs.known = {}
     if not torch.isfinite(largest.result()):
         raise NumericsError(f"{name}: its output holds NaN or Inf on the calibration text")
