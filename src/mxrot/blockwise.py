@@ -231,16 +231,19 @@ def _quantize_site(
             module = block.get_submodule(linear)
             assert isinstance(module, QuantLinear)
             module.remainder = remainders[linear].to(torch.bfloat16)
+    weight_errors = [_relative_error(quantized[name].dequantize(torch.float64), folded[name]) for name in site.linears]
+    output_errors = [] if inputs is None else [_output_error(block, x, weights[x], rows) for x in site.linears]
+    found = torch.stack(weight_errors + output_errors).tolist()  # one wait for the device
     return [
         LinearReport(
             f"{prefix}.{linear}",
             (folded[linear].shape[0], folded[linear].shape[1]),
             site.name,
-            _relative_error(quantized[linear].dequantize(torch.float64), folded[linear]),
-            _output_error(block, linear, weights[linear], rows) if inputs is not None else None,
+            found[position],
+            found[position + len(site.linears)] if output_errors else None,
             damping,
         )
-        for linear in site.linears
+        for position, linear in enumerate(site.linears)
     ]
 
 
@@ -319,7 +322,7 @@ def _fit_transform(
     return transform.as_applied()
 
 
-def _output_error(block: nn.Module, linear: str, weight: Tensor, rows: RowSample) -> float:
+def _output_error(block: nn.Module, linear: str, weight: Tensor, rows: RowSample) -> Tensor:
     """Relative error of one installed linear on sampled inputs, against its weights before quantization."""
     module = block.get_submodule(linear)
     assert isinstance(module, QuantLinear)
@@ -328,7 +331,7 @@ def _output_error(block: nn.Module, linear: str, weight: Tensor, rows: RowSample
     return _relative_error((module(x) - bias).double(), x.double() @ weight.t())
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||; 0 where both are zero."""
+def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
+    """||found - expected|| / ||expected||, a scalar; 0 where both are zero."""
     norm = expected.norm()
-    return float((found - expected).norm() / norm) if norm > 0 else float(found.norm())
+    return torch.where(norm > 0, (found - expected).norm() / norm, found.norm())
