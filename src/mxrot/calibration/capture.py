@@ -19,9 +19,8 @@ from mxrot.calibration.statistics import LargestMagnitude
 from mxrot.errors import NumericsError
 from mxrot.models import Family
 
-
 MOST_REMEMBERED = 1 << 31
-"""Bytes of a norm's outputs, and of a site's inputs, that are remembered for a later pass; the rest is computed anew."""
+"""Bytes of a norm's outputs, and of a site's inputs, that are kept for a later pass; the rest is computed anew."""
 
 
 class _StopForwardError(Exception):
@@ -207,14 +206,16 @@ def watched_together(
     """
     for index in range(len(inputs.hidden)) if batches is None else batches:
         kept = inputs.kept.pop(index, {})
-        seen = [kept[name] for name in modules] if kept.keys() >= set(modules) else _watch(block, inputs, modules, index)
+        seen = (
+            [kept[name] for name in modules] if kept.keys() >= set(modules) else _watch(block, inputs, modules, index)
+        )
         if keeps and _bytes_kept(inputs) + sum(x.nbytes for x in seen) <= MOST_REMEMBERED:
             inputs.kept[index] = dict(zip(modules, seen, strict=True))
         yield seen
 
 
 def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index: int) -> list[Tensor]:
-    """The inputs of `modules` on one batch. The child that the last one is in runs to its end if its output is wanted."""
+    """The inputs of `modules` on one batch. The child with the last of them runs to its end if its output is wanted."""
     seen: list[Tensor] = []
     child = modules[-1].split(".")[0]
     wanted = inputs.known.get(child)
@@ -223,6 +224,7 @@ def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index:
             stops = name == modules[-1] and wanted is None
             stack.enter_context(watched_inputs(block.get_submodule(name), seen.append, stops))
         if wanted is not None:
+            wanted.pop(index, None)  # its parts have to run
             hook = partial(_remember_last, wanted, index)
             stack.callback(block.get_submodule(child).register_forward_hook(hook).remove)
         for _ in run_block(block, inputs, [index]):

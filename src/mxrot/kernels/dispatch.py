@@ -57,7 +57,7 @@ MOMENT_CHANNELS = 512
 
 
 def second_moment(a: Tensor, b: Tensor, size: Tensor | None = None) -> Tensor:
-    """a^T b, float64 [n, m] of [rows, n] and [rows, m]; with `size` [rows, 1] each row of both is multiplied by it first.
+    """a^T b, float64 [n, m] of [rows, n] and [rows, m], each row of both times its `size` [rows, 1].
 
     Products and their sums are float32 on a CPU; on a GPU as `kernels.plain.moments` has it.
     """

@@ -246,4 +246,5 @@ def test_a_child_whose_output_is_wanted_runs_to_its_end() -> None:
     assert list(ran.counts.values()) == [3, 0]
     list(watched_together(block, inputs, ["mlp.gate_proj"]))
     assert list(ran.counts.values()) == [3, 3]
+    assert all_equal([seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])], expected)
     assert hooks_of(block) == 0

@@ -140,7 +140,9 @@ def test_scales_at_the_edge_of_a_rule_and_of_their_range(rule: str) -> None:
 
     target = get_format("mxfp4")
     edges = torch.tensor([1.0, 1.5, 1.75], dtype=torch.float64)
-    maxima = torch.cat([edges, edges.nextafter(torch.tensor(0.0).double()), edges.nextafter(torch.tensor(9.0).double())])
+    maxima = torch.cat(
+        [edges, edges.nextafter(torch.tensor(0.0).double()), edges.nextafter(torch.tensor(9.0).double())]
+    )
     maxima = torch.cat([maxima, maxima * 2.0**-140, torch.tensor([2.0**126, torch.nan, torch.inf]).double()])
     columns = torch.zeros(len(maxima), 32, dtype=torch.float64, device=DEVICE)
     columns[:, 7] = -maxima.to(DEVICE)

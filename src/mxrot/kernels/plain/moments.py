@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_CHUNK = 4096
+LEAST_CHUNK = 2048
 """Rows whose products are summed in float32, at least; the sums of such chunks are added in float64."""
 MOST_PARTIAL = 1 << 27
 """Bounds the float32 numbers that the sums of all chunks take together."""
