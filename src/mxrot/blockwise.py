@@ -23,6 +23,7 @@ from mxrot.calibration import (
     LargestMagnitude,
     RowSample,
     advance,
+    finish_child,
     observe_all_inputs,
     watched_together,
 )
@@ -98,12 +99,15 @@ def quantize_block(
             streams.known = {name: {} for name in streams.readers}
     reports = []
     for position, site in enumerate(sites):
-        finished = _children_of(sites[: position + 1]) - _children_of(sites[position + 1 :])
+        finished = _children_of([site]) - _children_of(sites[position + 1 :])
         if originals is not None:
             originals.known |= {name: {} for name in finished - originals.known.keys()}
+        if inputs is not None:
+            inputs.last_linear = site.linears[0] if finished and len(site.linears) == 1 else None
         reports += _quantize_site(run, index, block, site, weights, scales.get(site.name), inputs, original)
         if inputs is not None:
             inputs.known |= {name: {} for name in finished - inputs.known.keys()}
+            finish_child(block, inputs)
     checks = _tune(run, index, block, sites, inputs, original)
     if original is not None and not run.is_last(index):
         advance(original.block, original.inputs, f"{prefix} of the original model")

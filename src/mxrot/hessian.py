@@ -48,11 +48,10 @@ class SiteInputs:
     def hessian(self, weight: Tensor, wishes: Wishes) -> Tensor:
         """The mean of x^T x, float64 [K, K]; `weight` [N, K] are the weights that read the untransformed inputs."""
         hessian = Hessian()
-        parts = weight_parts(weight, self._dtype)
-        for *residual, x in watched_together(self.block, self.inputs, watched_modules(self.site, wishes)):
-            size = None
-            if residual and wishes.relative:
-                size = _inverse_size(_outputs(x, parts, weight) + residual[0])
+        modules = watched_modules(self.site, wishes)
+        parts = weight_parts(weight, self._dtype) if len(modules) > 1 and wishes.relative else None
+        for *residual, x in watched_together(self.block, self.inputs, modules):
+            size = None if parts is None else _inverse_size(_outputs(x, parts, weight) + residual[0])
             hessian.update(self._seen(x), size)
         return hessian.result()
 

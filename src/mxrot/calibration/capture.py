@@ -27,6 +27,20 @@ class _StopForwardError(Exception):
     """Raised by a hook when a forward pass has shown what it was run for."""
 
 
+@dataclass(frozen=True)
+class Ending:
+    """The last step of a submodule on one batch: a linear, whose output it passes on, perhaps with None behind it."""
+
+    x: Tensor
+    """What goes into the linear."""
+    others: tuple[None, ...] | None
+    """What follows in the tuple that the submodule gives; None where it gives no tuple."""
+
+    def output(self, linear: nn.Module) -> Any:
+        """What the submodule gives with this linear in that place."""
+        return linear(self.x) if self.others is None else (linear(self.x), *self.others)
+
+
 @dataclass
 class BlockInputs:
     """What a decoder block is called with, batch by batch."""
@@ -43,6 +57,10 @@ class BlockInputs:
     them has to run."""
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """By batch, inputs of modules that the next pass will ask for again."""
+    last_linear: str | None = None
+    """The linear that a submodule is expected to end with."""
+    endings: dict[int, Ending] = field(default_factory=dict)
+    """By batch, where it does."""
 
     @property
     def windows(self) -> int:
@@ -206,37 +224,61 @@ def watched_together(
     """
     for index in range(len(inputs.hidden)) if batches is None else batches:
         kept = inputs.kept.pop(index, {})
-        seen = (
-            [kept[name] for name in modules] if kept.keys() >= set(modules) else _watch(block, inputs, modules, index)
-        )
+        is_kept = kept.keys() >= set(modules)
+        seen = [kept[name] for name in modules] if is_kept else _watch(block, inputs, modules, index)
         if keeps and _bytes_kept(inputs) + sum(x.nbytes for x in seen) <= MOST_REMEMBERED:
             inputs.kept[index] = dict(zip(modules, seen, strict=True))
         yield seen
 
 
 def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index: int) -> list[Tensor]:
-    """The inputs of `modules` on one batch. The child with the last of them runs to its end if its output is wanted."""
+    """The inputs of `modules` on one batch.
+
+    The child that the last of them is in runs to its end if its output is wanted, or if it may end with that one.
+    """
     seen: list[Tensor] = []
-    child = modules[-1].split(".")[0]
-    wanted = inputs.known.get(child)
+    child, last = block.get_submodule(modules[-1].split(".")[0]), block.get_submodule(modules[-1])
+    wanted = inputs.known.get(modules[-1].split(".")[0])
+    given: list[Tensor] = []
+
+    def at_end(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if wanted is not None:
+            wanted[index] = output
+        elif sum(ending.x.nbytes for ending in inputs.endings.values()) + seen[-1].nbytes <= MOST_REMEMBERED:
+            ending = _ending(seen[-1], given[-1], output)
+            if ending is not None:
+                inputs.endings[index] = ending
+        raise _StopForwardError
+
+    stops = wanted is None and modules[-1] != inputs.last_linear
     with ExitStack() as stack:
         for name in modules:
-            stops = name == modules[-1] and wanted is None
-            stack.enter_context(watched_inputs(block.get_submodule(name), seen.append, stops))
+            stack.enter_context(watched_inputs(block.get_submodule(name), seen.append, stops and name == modules[-1]))
         if wanted is not None:
             wanted.pop(index, None)  # its parts have to run
-            hook = partial(_remember_last, wanted, index)
-            stack.callback(block.get_submodule(child).register_forward_hook(hook).remove)
+        if not stops:
+            stack.callback(last.register_forward_hook(lambda _, arguments, output: given.append(output)).remove)
+            stack.callback(child.register_forward_hook(at_end).remove)
         for _ in run_block(block, inputs, [index]):
             pass
     return seen
 
 
-def _remember_last(
-    outputs: dict[int, Any], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any
-) -> None:
-    outputs[index] = output
-    raise _StopForwardError
+def _ending(x: Tensor, given: Tensor, output: Any) -> Ending | None:
+    """How a submodule goes on after a linear that made `given` of `x`; None if it does more than pass that on."""
+    first, *others = output if isinstance(output, tuple) else (output,)
+    if first is not given or any(other is not None for other in others):
+        return None
+    return Ending(x, (None,) * len(others) if isinstance(output, tuple) else None)
+
+
+def finish_child(block: nn.Module, inputs: BlockInputs) -> None:
+    """Note the outputs of the child that ends with the last linear, where only that is left to compute."""
+    if inputs.last_linear is not None:
+        known = inputs.known[inputs.last_linear.split(".")[0]]
+        for index, ending in inputs.endings.items():
+            known[index] = ending.output(block.get_submodule(inputs.last_linear))
+    inputs.last_linear, inputs.endings = None, {}
 
 
 def _bytes_kept(inputs: BlockInputs) -> int:

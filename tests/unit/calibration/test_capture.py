@@ -11,6 +11,7 @@ from mxrot.calibration import (
     BlockInputs,
     advance,
     capture,
+    finish_child,
     first_block_inputs,
     observe_all_inputs,
     observe_inputs,
@@ -248,3 +249,50 @@ def test_a_child_whose_output_is_wanted_runs_to_its_end() -> None:
     assert list(ran.counts.values()) == [3, 3]
     assert all_equal([seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])], expected)
     assert hooks_of(block) == 0
+
+
+@pytest.mark.parametrize(
+    ("child", "linear", "next_input"),
+    [
+        ("self_attn", "self_attn.o_proj", "mlp.gate_proj"),
+        ("mlp", "mlp.down_proj", None),
+    ],
+)
+def test_a_child_goes_on_from_its_last_linear(child: str, linear: str, next_input: str | None) -> None:
+    """With new weights there: what comes behind is as in a plain pass, and nothing before that linear runs again."""
+    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    ran = Runs(block, child)
+    inputs.last_linear = linear
+    list(watched_together(block, inputs, [linear]))
+    block.get_submodule(linear).weight *= 2  # type: ignore[operator]
+    inputs.known = {child: {}}
+    finish_child(block, inputs)
+    assert inputs.last_linear is None and not inputs.endings
+    assert ran.counts[child] == 3
+    if next_input is None:
+        found = list(run_block(block, inputs))
+        expected = list(run_block(block, inputs_of(tiny_llama())))
+    else:
+        found = [seen[0] for seen in watched_together(block, inputs, [next_input])]
+        expected = plainly_seen(block, inputs_of(tiny_llama()), next_input)
+    assert ran.counts[child] == 6, "three of them in the plain pass"
+    assert all_equal(found, expected) and hooks_of(block) == 0
+
+
+def changed(output: Any) -> Any:
+    return (output[0] * 2, output[1])
+
+
+def longer(output: Any) -> Any:
+    return (*output, output[0])
+
+
+@pytest.mark.parametrize("change", [changed, longer])
+def test_a_child_that_does_more_than_pass_on_runs_again(change: Callable[[Any], Any]) -> None:
+    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    attention = block.get_submodule("self_attn")
+    plain = attention.forward
+    attention.forward = lambda *arguments, **keywords: change(plain(*arguments, **keywords))  # type: ignore
+    inputs.last_linear = "self_attn.o_proj"
+    seen = [seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])]
+    assert len(seen) == 3 and not inputs.endings

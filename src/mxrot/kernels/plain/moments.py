@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 LEAST_CHUNK = 2048
-"""Rows whose products are summed in float32, at least; the sums of such chunks are added in float64."""
+"""Rows whose products are summed one after the other, at least; the sums of such chunks are added up behind them."""
 MOST_PARTIAL = 1 << 27
 """Bounds the float32 numbers that the sums of all chunks take together."""
 
@@ -38,8 +38,8 @@ def plain_bfloat16_parts(x: Tensor, factors: Tensor | None = None) -> Tensor:
 def moment_of_parts(a: Tensor, b: Tensor, n: int, m: int) -> Tensor:
     """a^T b summed over the parts: float64 [n, m] of 16-bit [rows, p n] and [rows, q m]; b has the type of a.
 
-    A sum over all rows in float32 would lose bits with their number, and on matrix hardware, which cuts partial sums
-    off, always in the same direction.
+    Sums are float32. One over all rows would lose bits with their number, and on matrix hardware, which cuts partial
+    sums off, always in the same direction.
     """
     count = _chunks(len(a), a.shape[1] * b.shape[1])
     whole = len(a) // count * count
@@ -47,7 +47,7 @@ def moment_of_parts(a: Tensor, b: Tensor, n: int, m: int) -> Tensor:
     total = _summed(_float32_products(left.mT, right), n, m)
     if whole < len(a):
         total = total + _summed(_float32_products(a[None, whole:].mT, b[None, whole:]), n, m)
-    return total
+    return total.double()
 
 
 def _chunks(rows: int, elements: int) -> int:
@@ -66,7 +66,7 @@ def _float32_products(a: Tensor, b: Tensor) -> Tensor:
 
 def _summed(products: Tensor, n: int, m: int) -> Tensor:
     """[chunks, p n, q m] to [n, m]."""
-    return products.unflatten(2, (-1, m)).unflatten(1, (-1, n)).sum(dim=(0, 1, 3), dtype=torch.float64)
+    return products.unflatten(2, (-1, m)).unflatten(1, (-1, n)).sum(dim=(0, 1, 3))
 
 
 def diagonal_blocks(matrix: Tensor, block: int) -> Tensor:
