@@ -23,12 +23,13 @@ from mxrot.calibration import (
     LargestMagnitude,
     RowSample,
     advance,
+    finish_child,
     observe_all_inputs,
-    observe_inputs,
+    watched_together,
 )
 from mxrot.errors import NumericsError
 from mxrot.formats import QTensor
-from mxrot.hessian import OriginalBlock, SiteInputs
+from mxrot.hessian import OriginalBlock, SiteInputs, watched_modules
 from mxrot.layers import QuantLinear, TensorQuantizer
 from mxrot.models import Family, Site, WeightFiles, fill, value_heads
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
@@ -91,16 +92,22 @@ def quantize_block(
 
     sites = run.family.active_sites(index, run.recipe.ignore)
     scales = {} if inputs is None else _smooth_block(run, index, block, weights, inputs)
-    original = None
-    if originals is not None:
-        originals.known = {name: {} for name in _children_of(sites)}
-        original = OriginalBlock(deepcopy(block), originals)
+    original = None if originals is None else OriginalBlock(deepcopy(block), originals)
+    for streams in (inputs, originals):
+        if streams is not None:
+            streams.readers = _readers(run.family)
+            streams.known = {name: {} for name in streams.readers}
     reports = []
     for position, site in enumerate(sites):
+        finished = _children_of([site]) - _children_of(sites[position + 1 :])
+        if originals is not None:
+            originals.known |= {name: {} for name in finished - originals.known.keys()}
+        if inputs is not None:
+            inputs.last_linear = site.linears[0] if finished and len(site.linears) == 1 else None
         reports += _quantize_site(run, index, block, site, weights, scales.get(site.name), inputs, original)
         if inputs is not None:
-            for name in _children_of(sites[: position + 1]) - _children_of(sites[position + 1 :]):
-                inputs.known.setdefault(name, {})
+            inputs.known |= {name: {} for name in finished - inputs.known.keys()}
+            finish_child(block, inputs)
     checks = _tune(run, index, block, sites, inputs, original)
     if original is not None and not run.is_last(index):
         advance(original.block, original.inputs, f"{prefix} of the original model")
@@ -126,9 +133,15 @@ def _tune(
     return tune_block(block, inputs, original.block, original.inputs, sites, tuning, generator, name)
 
 
-def _children_of(sites: Sequence[Site]) -> set[str]:
+def _children_of(sites: Sequence[Site]) -> frozenset[str]:
     """The direct submodules of a block that hold the linears of `sites`."""
-    return {linear.split(".")[0] for site in sites for linear in site.linears}
+    return frozenset(linear.split(".")[0] for site in sites for linear in site.linears)
+
+
+def _readers(family: Family) -> dict[str, frozenset[str]]:
+    """Of each norm that sites read, the direct submodules of a block that read it."""
+    norms = {site.norm for site in family.sites if site.norm is not None}
+    return {norm: _children_of([site for site in family.sites if site.norm == norm]) for norm in sorted(norms)}
 
 
 def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str) -> None:
@@ -213,6 +226,7 @@ def _quantize_site(
             hessian = seen.hessian(whole, wishes)
         else:
             hessian, shift = seen.hessian_and_shift(original, whole, torch.cat(list(folded.values())), wishes)
+        inputs.kept = {}
     quantized, damping, remainders = _round_site(run, folded, hessian, shift, name)
     stored = None if transform is None else transform.to_stored()
     install_site(block, scheme_name(index, site), site, quantized, stored, run.weights, run.activations)
@@ -221,16 +235,19 @@ def _quantize_site(
             module = block.get_submodule(linear)
             assert isinstance(module, QuantLinear)
             module.remainder = remainders[linear].to(torch.bfloat16)
+    weight_errors = [_relative_error(quantized[name].dequantize(torch.float64), folded[name]) for name in site.linears]
+    output_errors = [] if inputs is None else [_output_error(block, x, weights[x], rows) for x in site.linears]
+    found = torch.stack(weight_errors + output_errors).tolist()  # one wait for the device
     return [
         LinearReport(
             f"{prefix}.{linear}",
             (folded[linear].shape[0], folded[linear].shape[1]),
             site.name,
-            _relative_error(quantized[linear].dequantize(torch.float64), folded[linear]),
-            _output_error(block, linear, weights[linear], rows) if inputs is not None else None,
+            found[position],
+            found[position + len(site.linears)] if output_errors else None,
             damping,
         )
-        for linear in site.linears
+        for position, linear in enumerate(site.linears)
     ]
 
 
@@ -290,7 +307,10 @@ def _fit_transform(
             for collector in collectors.values():
                 collector.update(x if inverse is None else x * inverse)
 
-        observe_inputs(block, site.linears[0], inputs, see, batches=None if collectors else [0])
+        wishes = run.recipe.rounding.wishes
+        batches = None if collectors else [0]
+        for *_, x in watched_together(block, inputs, watched_modules(site, wishes), batches, keeps=wishes.hessian):
+            see(x)
         if not torch.isfinite(largest.result()):
             raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
     if not run.recipe.has_transform:
@@ -306,7 +326,7 @@ def _fit_transform(
     return transform.as_applied()
 
 
-def _output_error(block: nn.Module, linear: str, weight: Tensor, rows: RowSample) -> float:
+def _output_error(block: nn.Module, linear: str, weight: Tensor, rows: RowSample) -> Tensor:
     """Relative error of one installed linear on sampled inputs, against its weights before quantization."""
     module = block.get_submodule(linear)
     assert isinstance(module, QuantLinear)
@@ -315,7 +335,7 @@ def _output_error(block: nn.Module, linear: str, weight: Tensor, rows: RowSample
     return _relative_error((module(x) - bias).double(), x.double() @ weight.t())
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||; 0 where both are zero."""
+def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
+    """||found - expected|| / ||expected||, a scalar; 0 where both are zero."""
     norm = expected.norm()
-    return float((found - expected).norm() / norm) if norm > 0 else float(found.norm())
+    return torch.where(norm > 0, (found - expected).norm() / norm, found.norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.calibration import BlockInputs, Hessian, paired_inputs, watched_together
-from mxrot.kernels import rotate_quantize
+from mxrot.kernels import outputs, rotate_quantize, second_moment, weight_parts
 from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
 from mxrot.rounding.base import Wishes
@@ -25,6 +26,14 @@ class OriginalBlock:
     inputs: BlockInputs
 
 
+def watched_modules(site: Site, wishes: Wishes) -> list[str]:
+    """The modules whose inputs rounding looks at; the site's first linear is the last of them."""
+    modules = [site.linears[0]]
+    if site.residual is not None and (wishes.relative or wishes.target == "residual"):
+        modules.insert(0, site.residual)
+    return modules
+
+
 @dataclass(frozen=True)
 class SiteInputs:
     """The inputs of a site as its linears will see them: transformed and quantized."""
@@ -38,14 +47,13 @@ class SiteInputs:
 
     def hessian(self, weight: Tensor, wishes: Wishes) -> Tensor:
         """The mean of x^T x, float64 [K, K]; `weight` [N, K] are the weights that read the untransformed inputs."""
-        collector = self._collector(wishes)
-        single = weight.to(torch.float32)
-        for *residual, x in watched_together(self.block, self.inputs, self._modules(wishes)):
-            seen = self._seen(x)
-            if residual and wishes.relative:
-                seen = seen * _inverse_size(x.float() @ single.t() + residual[0].float())
-            collector.update(seen)
-        return collector.result()
+        hessian = Hessian()
+        modules = watched_modules(self.site, wishes)
+        parts = weight_parts(weight, self._dtype) if len(modules) > 1 and wishes.relative else None
+        for *residual, x in watched_together(self.block, self.inputs, modules):
+            size = None if parts is None else _inverse_size(_outputs(x, parts, weight) + residual[0])
+            hessian.update(self._seen(x), size)
+        return hessian.result()
 
     def hessian_and_shift(
         self, original: OriginalBlock, weight: Tensor, folded: Tensor, wishes: Wishes
@@ -54,74 +62,68 @@ class SiteInputs:
 
         d is what the site's outputs lack of the target while its weights are not rounded: the original's output
         less its own, plus, with target "residual", what the residual stream lacks before it. `weight` [N, K] are
-        the weights that read the original inputs, `folded` those that read the transformed ones.
+        the weights that read the original inputs, `folded` those that read the transformed ones. Its own output is
+        linear in x, so its part of d^T x is `folded` times the mean of x^T x.
         """
-        if self._modules(wishes) == [self.site.linears[0]]:
+        modules = watched_modules(self.site, wishes)
+        if len(modules) == 1:
             return self._shift_by_moments(original, weight, folded, wishes)
-        hessian = self._collector(wishes)
+        hessian = Hessian()
         total = torch.zeros(folded.shape, dtype=torch.float64, device=folded.device)
-        single, single_folded = weight.to(torch.float32), folded.to(torch.float32)
-        modules = self._modules(wishes)
-        for streams, (x, x_original) in paired_inputs(
+        parts = weight_parts(weight, self._dtype)
+        for (here, there), (x, x_original) in paired_inputs(
             self.block, self.inputs, original.block, original.inputs, modules
         ):
-            here, there = (stream.flatten(0, -2).float() for stream in streams)
-            seen = self._seen(x).flatten(0, -2)
-            wanted = x_original.flatten(0, -2).float() @ single.t()
-            missing = wanted.addmm(seen.float(), single_folded.t(), alpha=-1)
-            if wishes.target == "residual":
-                missing += there - here
-            if wishes.relative:
-                size = _inverse_size(wanted + there)
-                seen, missing = seen * size, missing * size
-            hessian.update(seen)
-            total += missing.t() @ seen.float()
-        return hessian.result(), total / hessian.tokens
+            seen = self._seen(x)
+            wanted = _outputs(x_original, parts, weight)
+            stream = wanted + there
+            size = _inverse_size(stream) if wishes.relative else None
+            goal = stream - here if wishes.target == "residual" else wanted
+            hessian.update(seen, size)
+            flat_size = None if size is None else size.flatten(0, -2)
+            total += second_moment(goal.flatten(0, -2), seen.flatten(0, -2), flat_size)
+        mean = hessian.result()
+        return mean, total / hessian.tokens - folded.double() @ mean
 
     def _shift_by_moments(
         self, original: OriginalBlock, weight: Tensor, folded: Tensor, wishes: Wishes
     ) -> tuple[Tensor, Tensor]:
         """The same where d is linear in the two inputs alone: from their second moments, without any output."""
-        hessian = self._collector(wishes)
+        hessian = Hessian()
         width = weight.shape[1]
         cross = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-        for pairs in paired_inputs(self.block, self.inputs, original.block, original.inputs, self._modules(wishes)):
-            x, x_original = pairs[-1]
-            seen = self._seen(x).flatten(0, -2)
+        for ((x, x_original),) in paired_inputs(
+            self.block, self.inputs, original.block, original.inputs, self.site.linears[:1]
+        ):
+            seen = self._seen(x)
             hessian.update(seen)
-            cross += _product(x_original.flatten(0, -2), seen)
+            cross += second_moment(x_original.flatten(0, -2), seen.flatten(0, -2))
         mean = hessian.result()
         return mean, weight.double() @ (cross / hessian.tokens) - folded.double() @ mean
 
-    def _modules(self, wishes: Wishes) -> list[str]:
-        """The modules whose inputs are looked at; the site's first linear is the last of them."""
-        modules = [self.site.linears[0]]
-        if self.site.residual is not None and (wishes.relative or wishes.target == "residual"):
-            modules.insert(0, self.site.residual)
-        return modules
-
-    def _collector(self, wishes: Wishes) -> Hessian:
-        is_weighted = wishes.relative and self.site.residual is not None
-        is_exact = self.quantizer is not None and self.quantizer.is_exact_in_bfloat16
-        return Hessian(exact_in_bfloat16=is_exact and not is_weighted)
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The type that the block computes in."""
+        return self.inputs.hidden[0].dtype
 
     @cached_property
     def _matrices(self) -> Tensor | None:
         return None if self.transform is None else self.transform.matrices.to(STORED_DTYPE)
 
     def _seen(self, x: Tensor) -> Tensor:
+        """The shape of `x`; bfloat16 on a GPU where that holds it exactly, else float32."""
         if self.quantizer is None:
             return x.float() if self.transform is None else self.transform.apply(x)
-        return rotate_quantize(x, self._matrices, self.quantizer.format, self.quantizer.rule)
+        seen = rotate_quantize(x, self._matrices, self.quantizer.format, self.quantizer.rule)
+        return seen.to(torch.bfloat16) if seen.is_cuda and self.quantizer.is_exact_in_bfloat16 else seen
+
+
+def _outputs(x: Tensor, parts: Tensor, weight: Tensor) -> Tensor:
+    """What linears with these weights give, float32 [windows, tokens, N]."""
+    return outputs(x.flatten(0, -2), parts, len(weight)).unflatten(0, x.shape[:-1])
 
 
 def _inverse_size(stream: Tensor) -> Tensor:
     """1 / rms of each token [..., 1]: an error counts relative to it, as the norm that reads the stream sees it."""
-    return stream.square().mean(dim=-1, keepdim=True).clamp(min=torch.finfo(stream.dtype).tiny).rsqrt()
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b with float32 sums, [rows, n] and [rows, m]; on bfloat16 matrix hardware where both are bfloat16."""
-    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
-        return torch.mm(a.t(), b, out_dtype=torch.float32)
-    return a.float().t() @ b.float()
+    rms = torch.linalg.vector_norm(stream, dim=-1, keepdim=True) / math.sqrt(stream.shape[-1])
+    return 1 / rms.clamp(min=math.sqrt(torch.finfo(stream.dtype).tiny))

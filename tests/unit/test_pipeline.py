@@ -41,13 +41,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of tensors in the order in which they are read."""
     names: list[str] = []
-    original = WeightFiles.read
+    original = WeightFiles.read_all
 
-    def read(self: WeightFiles, name: str, device: torch.device | str = "cpu") -> Tensor:
-        names.append(name)
-        return original(self, name, device)
+    def read_all(self: WeightFiles, some: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        names.extend(some)
+        return original(self, some, device)
 
-    monkeypatch.setattr(WeightFiles, "read", read)
+    monkeypatch.setattr(WeightFiles, "read_all", read_all)
     return names
 
 

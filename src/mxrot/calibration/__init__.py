@@ -3,6 +3,7 @@
 from mxrot.calibration.capture import (
     BlockInputs,
     advance,
+    finish_child,
     first_block_inputs,
     observe_all_inputs,
     observe_inputs,
@@ -24,6 +25,7 @@ __all__ = [
     "RowSample",
     "Text",
     "advance",
+    "finish_child",
     "first_block_inputs",
     "generated_windows",
     "load_text",

@@ -19,9 +19,26 @@ from mxrot.calibration.statistics import LargestMagnitude
 from mxrot.errors import NumericsError
 from mxrot.models import Family
 
+MOST_REMEMBERED = 1 << 31
+"""Bytes of a norm's outputs, and of a site's inputs, that are kept for a later pass; the rest is computed anew."""
+
 
 class _StopForwardError(Exception):
     """Raised by a hook when a forward pass has shown what it was run for."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The last step of a submodule on one batch: a linear, whose output it passes on, perhaps with None behind it."""
+
+    x: Tensor
+    """What goes into the linear."""
+    others: tuple[None, ...] | None
+    """What follows in the tuple that the submodule gives; None where it gives no tuple."""
+
+    def output(self, linear: nn.Module) -> Any:
+        """What the submodule gives with this linear in that place."""
+        return linear(self.x) if self.others is None else (linear(self.x), *self.others)
 
 
 @dataclass
@@ -35,6 +52,15 @@ class BlockInputs:
     known: dict[str, dict[int, Any]] = field(default_factory=dict)
     """Submodules of the block that will not change any more, with their outputs by batch, as far as they have run.
     A later pass takes them from here."""
+    readers: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Which submodules read the output of a norm, and nothing else does. It is remembered, too, as long as one of
+    them has to run."""
+    kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """By batch, inputs of modules that the next pass will ask for again."""
+    last_linear: str | None = None
+    """The linear that a submodule is expected to end with."""
+    endings: dict[int, Ending] = field(default_factory=dict)
+    """By batch, where it does."""
 
     @property
     def windows(self) -> int:
@@ -92,7 +118,7 @@ def run_block(block: nn.Module, inputs: BlockInputs, batches: Sequence[int] | No
     """Outputs of `block` for the batches at these positions (all by default); none where a hook stopped the pass."""
     for index in range(len(inputs.hidden)) if batches is None else batches:
         try:
-            with _known_outputs(block, inputs.known, index):
+            with _known_outputs(block, inputs, index):
                 output = block(inputs.hidden[index], **inputs.arguments[index])
         except _StopForwardError:
             continue
@@ -100,21 +126,37 @@ def run_block(block: nn.Module, inputs: BlockInputs, batches: Sequence[int] | No
 
 
 @contextmanager
-def _known_outputs(block: nn.Module, known: dict[str, dict[int, Any]], index: int) -> Iterator[None]:
+def _known_outputs(block: nn.Module, inputs: BlockInputs, index: int) -> Iterator[None]:
     """While open, submodules that have run on batch `index` give the same again, and others are remembered."""
     with ExitStack() as stack:
-        for name, outputs in known.items():
+        for name, outputs in inputs.known.items():
             module = block.get_submodule(name)
-            if index in outputs:
+            if _is_read_no_more(name, inputs, index):
+                outputs.pop(index, None)
+                stack.enter_context(_answering(module, None))
+            elif index in outputs:
                 stack.enter_context(_answering(module, outputs[index]))
             else:
-                handle = module.register_forward_hook(partial(_remember, outputs, index))
-                stack.callback(handle.remove)
+                remember = _remember_some if name in inputs.readers else _remember
+                stack.callback(module.register_forward_hook(partial(remember, outputs, index)).remove)
         yield
+
+
+def _is_read_no_more(name: str, inputs: BlockInputs, index: int) -> bool:
+    """Is everything that reads the output of this norm known?"""
+    readers = inputs.readers.get(name)
+    return readers is not None and all(index in inputs.known.get(reader, {}) for reader in readers)
 
 
 def _remember(outputs: dict[int, Any], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
     outputs[index] = output
+
+
+def _remember_some(
+    outputs: dict[int, Tensor], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Tensor
+) -> None:
+    if sum(known.nbytes for known in outputs.values()) + output.nbytes <= MOST_REMEMBERED:
+        outputs[index] = output
 
 
 @contextmanager
@@ -169,12 +211,78 @@ def paired_inputs(
         yield list(zip(here, there, strict=True))
 
 
-def watched_together(block: nn.Module, inputs: BlockInputs, modules: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Batch by batch, the inputs of `modules`, in the order in which they run; the block runs no further."""
-    for index in range(len(inputs.hidden)):
-        seen: list[Tensor] = []
-        observe_all_inputs(block, [(name, seen.append) for name in modules], inputs, [index])
+def watched_together(
+    block: nn.Module,
+    inputs: BlockInputs,
+    modules: Sequence[str],
+    batches: Sequence[int] | None = None,
+    keeps: bool = False,
+) -> Iterator[list[Tensor]]:
+    """Batch by batch, the inputs of `modules`, in the order in which they run; the block runs no further.
+
+    With `keeps` they are kept for the next call, as far as memory goes.
+    """
+    for index in range(len(inputs.hidden)) if batches is None else batches:
+        kept = inputs.kept.pop(index, {})
+        is_kept = kept.keys() >= set(modules)
+        seen = [kept[name] for name in modules] if is_kept else _watch(block, inputs, modules, index)
+        if keeps and _bytes_kept(inputs) + sum(x.nbytes for x in seen) <= MOST_REMEMBERED:
+            inputs.kept[index] = dict(zip(modules, seen, strict=True))
         yield seen
+
+
+def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index: int) -> list[Tensor]:
+    """The inputs of `modules` on one batch.
+
+    The child that the last of them is in runs to its end if its output is wanted, or if it may end with that one.
+    """
+    seen: list[Tensor] = []
+    child, last = block.get_submodule(modules[-1].split(".")[0]), block.get_submodule(modules[-1])
+    wanted = inputs.known.get(modules[-1].split(".")[0])
+    given: list[Tensor] = []
+
+    def at_end(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if wanted is not None:
+            wanted[index] = output
+        elif sum(ending.x.nbytes for ending in inputs.endings.values()) + seen[-1].nbytes <= MOST_REMEMBERED:
+            ending = _ending(seen[-1], given[-1], output)
+            if ending is not None:
+                inputs.endings[index] = ending
+        raise _StopForwardError
+
+    stops = wanted is None and modules[-1] != inputs.last_linear
+    with ExitStack() as stack:
+        for name in modules:
+            stack.enter_context(watched_inputs(block.get_submodule(name), seen.append, stops and name == modules[-1]))
+        if wanted is not None:
+            wanted.pop(index, None)  # its parts have to run
+        if not stops:
+            stack.callback(last.register_forward_hook(lambda _, arguments, output: given.append(output)).remove)
+            stack.callback(child.register_forward_hook(at_end).remove)
+        for _ in run_block(block, inputs, [index]):
+            pass
+    return seen
+
+
+def _ending(x: Tensor, given: Tensor, output: Any) -> Ending | None:
+    """How a submodule goes on after a linear that made `given` of `x`; None if it does more than pass that on."""
+    first, *others = output if isinstance(output, tuple) else (output,)
+    if first is not given or any(other is not None for other in others):
+        return None
+    return Ending(x, (None,) * len(others) if isinstance(output, tuple) else None)
+
+
+def finish_child(block: nn.Module, inputs: BlockInputs) -> None:
+    """Note the outputs of the child that ends with the last linear, where only that is left to compute."""
+    if inputs.last_linear is not None:
+        known = inputs.known[inputs.last_linear.split(".")[0]]
+        for index, ending in inputs.endings.items():
+            known[index] = ending.output(block.get_submodule(inputs.last_linear))
+    inputs.last_linear, inputs.endings = None, {}
+
+
+def _bytes_kept(inputs: BlockInputs) -> int:
+    return sum(x.nbytes for batch in inputs.kept.values() for x in batch.values())
 
 
 def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
@@ -186,6 +294,8 @@ def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
     for position, output in enumerate(run_block(block, inputs)):
         largest.update(output)
         inputs.hidden[position] = output
+        for outputs in inputs.known.values():
+            outputs.pop(position, None)
     inputs.known = {}
     if not torch.isfinite(largest.result()):
         raise NumericsError(f"{name}: its output holds NaN or Inf on the calibration text")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mxrot.kernels import block_moments, second_moment
+
 
 class Collector(ABC):
     """Accumulates one statistic."""
@@ -119,10 +121,10 @@ class BlockMoments(Collector):
         self.tokens = 0
 
     def update(self, x: Tensor) -> None:
-        blocks = x.flatten(0, -2).float().unflatten(-1, (-1, self.block)).transpose(0, 1)
-        product = (blocks.transpose(1, 2) @ blocks).double()
+        flat = x.flatten(0, -2)
+        product = block_moments(flat, self.block)
         self.total = product if self.total is None else self.total + product
-        self.tokens += blocks.shape[1]
+        self.tokens += len(flat)
 
     def result(self) -> Tensor:
         assert self.total is not None
@@ -147,24 +149,17 @@ class RowSample(Collector):
 
 
 class Hessian(Collector):
-    """The mean of x^T x over tokens: float64 [K, K]; the products of one batch are summed in float32.
+    """The mean of x^T x over tokens: float64 [K, K]; the products of one batch are summed in float32."""
 
-    With `exact_in_bfloat16` the caller promises that x holds bfloat16 numbers, and a GPU multiplies them as such.
-    """
-
-    def __init__(self, exact_in_bfloat16: bool = False) -> None:
-        self.exact_in_bfloat16 = exact_in_bfloat16
+    def __init__(self) -> None:
         self.total: Tensor | None = None
         self.tokens = 0
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, size: Tensor | None = None) -> None:
+        """With `size` [windows, tokens, 1] each token is multiplied by it first."""
         flat = x.flatten(0, -2)
-        if x.is_cuda and self.exact_in_bfloat16:
-            half = flat.to(torch.bfloat16)
-            product = torch.mm(half.t(), half, out_dtype=torch.float32)
-        else:
-            product = flat.float().t() @ flat.float()
-        self.total = product.double() if self.total is None else self.total.add_(product)
+        product = second_moment(flat, flat, None if size is None else size.flatten(0, -2))
+        self.total = product if self.total is None else self.total.add_(product)
         self.tokens += len(flat)
 
     def result(self) -> Tensor:

@@ -74,9 +74,10 @@ class ScaleRule(ABC):
     summary: str
     dynamic: bool = True
     """May quantize activations at run time."""
-    raises_from: Callable[[Element], int] | None = None
-    """For rules whose exponent is floor(log2 amax) - emax or one more: the least fraction field of amax, as a
-    float32, at which it is one more. None for rules of another kind."""
+    raises_from: Callable[..., int] | None = None
+    """For rules whose exponent is floor(log2 amax) - emax or one more: the least fraction field of amax at which it is
+    one more, for (element) as a float32, for (element, 2^n) as a float with n bits of fraction. None for rules of
+    another kind."""
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
         """Does the scale of a block depend on other blocks?"""
@@ -242,19 +243,21 @@ RULES: dict[str, ScaleRule] = {
         ExponentRule(
             "floor",
             "floor(log2 amax) - emax: OCP, microxcaling, gguf",
-            raises_from=lambda element: _WHOLE,
+            raises_from=lambda element, whole=_WHOLE: whole,
             exponents=floor_exponents,
         ),
         ExponentRule(
             "even",
             "floor of amax rounded: compressed-tensors, Quark, vLLM emulation",
-            raises_from=lambda element: _WHOLE - (_WHOLE >> (element.mantissa_bits + 1)),
+            raises_from=lambda element, whole=_WHOLE: whole - (whole >> (element.mantissa_bits + 1)),
             exponents=even_exponents,
         ),
         ExponentRule(
             "rceil",
             "ceil(log2(amax / max)): FlashInfer, AITER, cuBLAS",
-            raises_from=lambda element: int((math.ldexp(element.max, -element.max_exponent) - 1) * _WHOLE) + 1,
+            raises_from=lambda element, whole=_WHOLE: (
+                int((math.ldexp(element.max, -element.max_exponent) - 1) * whole) + 1
+            ),
             exponents=ceil_exponents,
         ),
         ExponentRule(

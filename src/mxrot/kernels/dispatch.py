@@ -11,17 +11,24 @@ from torch import Tensor
 
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, get_format
 from mxrot.formats.element import Element, FloatElement
+from mxrot.formats.scale import E8M0
 from mxrot.kernels.chunked import rotate_quantize_in_chunks
 from mxrot.kernels.linear import PATHS, Inputs, PackedWeight
 from mxrot.kernels.plain import (
+    ReachedColumns,
     RoundedColumns,
     WeightGradients,
     WeightMoves,
+    count_parts,
+    diagonal_blocks,
+    moment_of_parts,
+    plain_bfloat16_parts,
     plain_divergence,
     plain_moved_weights,
     plain_moved_weights_gradients,
     plain_rotate_quantize,
     plain_round_columns,
+    plain_round_reached,
 )
 
 
@@ -54,6 +61,66 @@ def dequantize_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
         return dequantize(codes, scales)
     format = get_format("mxfp4")
     return QTensor.dequantize_packed(codes, BlockScales(scales, format.scale), format)
+
+
+MOMENT_CHANNELS = 512
+"""Channels whose whole second moment a GPU takes for the blocks on its diagonal."""
+
+
+def second_moment(a: Tensor, b: Tensor, size: Tensor | None = None) -> Tensor:
+    """a^T b, float64 [n, m] of [rows, n] and [rows, m], each row of both times its `size` [rows, 1].
+
+    Products and their sums are float32 on a CPU; on a GPU as `kernels.plain.moments` has it.
+    """
+    if not a.is_cuda:
+        left = a.float() if size is None else a * size
+        right = left if b is a else b.float() if size is None else b * size
+        return (left.t() @ right).double()
+    if size is None and a.dtype == b.dtype != torch.float32:
+        return moment_of_parts(a, b, a.shape[1], b.shape[1])
+    left = bfloat16_parts(a, None if size is None else size.square())
+    right = left if b is a and size is None else bfloat16_parts(b)
+    return moment_of_parts(left, right, a.shape[1], b.shape[1])
+
+
+def bfloat16_parts(x: Tensor, factors: Tensor | None = None) -> Tensor:
+    """`x` [rows, K] in one or two bfloat16 parts, as `plain_bfloat16_parts` defines them."""
+    if x.is_cuda and has_triton() and count_parts(x, factors is not None) == 2:
+        from mxrot.kernels.parts import two_bfloat16_parts
+
+        return two_bfloat16_parts(x, factors)
+    return plain_bfloat16_parts(x, factors)
+
+
+def block_moments(x: Tensor, block: int) -> Tensor:
+    """x_g^T x_g of each block of channels: float64 [K / B, B, B] of [rows, K]."""
+    if not x.is_cuda:
+        blocks = x.float().unflatten(1, (-1, block)).transpose(0, 1)
+        return (blocks.transpose(1, 2) @ blocks).double()
+    # Matrix hardware is faster at the blocks between, which nobody asked for, than anything else at small products.
+    parts = [diagonal_blocks(second_moment(part, part), block) for part in x.split(MOMENT_CHANNELS, dim=1)]
+    return torch.cat(parts)
+
+
+def weight_parts(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 `weight` [N, K] for `outputs` with inputs of `dtype`: [N, K], or [2 N, K] where one number is not enough.
+
+    Waits for the device.
+    """
+    if dtype == torch.float32 or weight.device.type == "cpu":
+        return weight.to(torch.float32)
+    first = weight.to(dtype)
+    rest = (weight - first).to(dtype)
+    return torch.cat([first, rest]) if rest.any() else first
+
+
+def outputs(x: Tensor, parts: Tensor, rows: int) -> Tensor:
+    """x W^T in float32, [tokens, N]; `parts` are W's, with N `rows` each."""
+    if x.is_cuda and x.dtype == parts.dtype != torch.float32:
+        product = torch.mm(x, parts.t(), out_dtype=torch.float32)
+    else:
+        product = x.float() @ parts.float().t()
+    return product if len(parts) == rows else product.unflatten(1, (-1, rows)).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -123,6 +190,17 @@ def round_columns(
     return plain_round_columns(columns, scales, upper, zeros, element)
 
 
+def round_reached(
+    columns: Tensor, upper: Tensor, format: Format, rule: ScaleRule, offsets: tuple[int, ...]
+) -> ReachedColumns:
+    """GPTQ over one block of columns, scales included, as `plain_round_reached` defines it."""
+    if columns.is_cuda and has_triton() and _rounds_reached_on_gpu(format, rule, offsets):
+        from mxrot.kernels.round_reached import round_reached as fused
+
+        return fused(columns, upper, format, rule, offsets)
+    return plain_round_reached(columns, upper, format, rule, offsets, round_columns)
+
+
 def moved_weights(offset: Tensor, moves: WeightMoves, element: Element) -> Tensor:
     """Tunable weights for these offsets, as `plain_moved_weights` defines them."""
     if _moves_on_gpu(offset, moves, element):
@@ -156,6 +234,11 @@ def _moves_on_gpu(offset: Tensor, moves: WeightMoves, element: Element) -> bool:
     blocks = 32 * moves.scales.shape[1] == offset.shape[1]
     fits = moves.follow is None or moves.follow.shape[-1] == 32
     return offset.is_cuda and has_triton() and isinstance(element, FloatElement) and blocks and fits
+
+
+def _rounds_reached_on_gpu(format: Format, rule: ScaleRule, offsets: tuple[int, ...]) -> bool:
+    fits = isinstance(format.element, FloatElement) and format.block in (16, 32) and len(offsets) <= 4
+    return fits and format.scale == E8M0 and rule.raises_from is not None
 
 
 def _kernel_covers(x: Tensor, format: Format, rule: ScaleRule) -> bool:

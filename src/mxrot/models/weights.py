@@ -58,11 +58,20 @@ class WeightFiles:
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One tensor on `device`; FamilyError if it is missing or unreadable, NumericsError on NaN or Inf."""
-        with interrupt_waits(), self._open(name, device) as file:
-            tensor = file.get_tensor(name)
-        if not torch.isfinite(tensor).all():
-            raise NumericsError(f"{name}: the weights hold NaN or Inf; the file {self._file_of[name]} is damaged")
-        return tensor
+        return self.read_all([name], device)[name]
+
+    def read_all(self, names: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Tensors by name, as `read` gives them; each file is opened once, and the device is waited for once."""
+        tensors: dict[str, Tensor] = {}
+        for file_name in dict.fromkeys(self._file_of.get(name) for name in names):
+            inside = [name for name in names if self._file_of.get(name) == file_name]
+            with interrupt_waits(), self._open(inside[0], device) as file:
+                tensors |= {name: file.get_tensor(name) for name in inside}
+        flags = [torch.isfinite(tensor).all() for tensor in tensors.values()]
+        for name, is_finite in zip(tensors, torch.stack(flags).tolist() if flags else [], strict=True):
+            if not is_finite:
+                raise NumericsError(f"{name}: the weights hold NaN or Inf; the file {self._file_of[name]} is damaged")
+        return tensors
 
     @contextmanager
     def _open(self, name: str, device: torch.device | str = "cpu") -> Iterator[Any]:
@@ -78,7 +87,8 @@ class WeightFiles:
     def read_under(self, prefix: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """All tensors whose name starts with `prefix` and a dot, by the rest of their names."""
         dotted = prefix + "."
-        return {name[len(dotted) :]: self.read(name, device) for name in self.names if name.startswith(dotted)}
+        found = self.read_all([name for name in self.names if name.startswith(dotted)], device)
+        return {name[len(dotted) :]: tensor for name, tensor in found.items()}
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and, of each weight file, its size, header and the first 4 KiB of each tensor.

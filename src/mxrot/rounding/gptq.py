@@ -23,6 +23,7 @@ nearest bit for bit (but for a weight of -0, which may come out as +0).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -30,13 +31,15 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError, NumericsError
-from mxrot.formats import E8M0_MAX_BYTE, BlockScales, Format, ScaleRule, encode_blocks
-from mxrot.kernels import round_columns
+from mxrot.formats import BlockScales, Format, ScaleRule, encode_blocks
+from mxrot.kernels import round_columns, round_reached
 from mxrot.rounding.base import Rounded, RoundingMethod, Target, Wishes
 from mxrot.rounding.linalg import inverse_factor
 
 NEIGHBOURS = (0, -1, 1)
 """Exponents that `scales = "walked"` tries, relative to the rule's; of equals the first is kept."""
+SPAN = 256
+"""Columns within which the error of a block is made up for at once; those behind wait until all of them are done."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,16 @@ def walk_fixed(
     values, zeros = scales.values(torch.float64), _zero_points(scales)
     group = order // format.block
     columns = blocks.flatten(-2)[:, order]
-    result, remainder = torch.empty_like(columns), torch.empty_like(columns)
-    for start in range(0, len(order), format.block):
-        here = slice(start, start + format.block)
+    result = torch.empty_like(columns)
+
+    def round_block(here: slice) -> Tensor:
         column_zeros = zeros if zeros is None else zeros[:, group[here]]
         upper = factor[here, here]
         found = round_columns(columns[:, here], values[None, :, group[here]], upper, column_zeros, format.element)
-        result[:, here], remainder[:, here] = found.values, found.differences
-        spread(found.differences, columns, here, factor)
+        result[:, here] = found.values
+        return found.differences
+
+    remainder = walk(columns, factor, format.block, round_block)
     back = order.argsort()
     return result[:, back].unflatten(-1, (-1, format.block)), remainder[:, back]
 
@@ -142,23 +147,16 @@ def walk_reached(
     exponents to try, relative to the rule's; (0,) takes the rule's as they are.
     """
     columns = blocks.flatten(-2).clone()
-    result, remainder = torch.empty_like(columns), torch.empty_like(columns)
-    chosen = []
-    for start in range(0, columns.shape[1], format.block):
-        here = slice(start, start + format.block)
-        scales = rule.choose(columns[:, None, here], format.element, format.scale)
-        candidates = [shifted(scales, offset) for offset in offsets]
-        values = torch.stack([candidate.values(torch.float64) for candidate in candidates])
-        zeros = _zero_points(scales)
-        column_zeros = zeros if zeros is None else zeros.expand(-1, format.block)
-        upper = factor[here, here]
-        wide = values.expand(-1, -1, format.block)
-        found = round_columns(columns[:, here], wide, upper, column_zeros, format.element)
-        result[:, here], remainder[:, here] = found.values, found.differences
-        stored = torch.stack([candidate.stored for candidate in candidates])
-        kept = stored.take_along_dim(found.chosen[None, :, None], dim=0)[0]
-        chosen.append(replace(scales, stored=kept))
-        spread(found.differences, columns, here, factor)
+    result = torch.empty_like(columns)
+    chosen: list[BlockScales] = []
+
+    def round_block(here: slice) -> Tensor:
+        found = round_reached(columns[:, here], factor[here, here], format, rule, offsets)
+        result[:, here] = found.values
+        chosen.append(found.scales)
+        return found.differences
+
+    remainder = walk(columns, factor, format.block, round_block)
     zero_points = None
     if chosen[0].zero_points is not None:
         zero_points = torch.cat([scales.zero_points for scales in chosen if scales.zero_points is not None], dim=1)
@@ -167,18 +165,30 @@ def walk_reached(
     return result.unflatten(-1, (-1, format.block)), remainder, scales
 
 
-def shifted(scales: BlockScales, offset: int) -> BlockScales:
-    """The scales times 2^offset, as far as the exponent goes; only offset 0 for scales that are no E8M0 bytes."""
-    if offset == 0:
-        return scales
-    stored = (scales.stored.to(torch.int16) + offset).clamp(0, E8M0_MAX_BYTE)
-    return replace(scales, stored=torch.where(scales.stored > E8M0_MAX_BYTE, scales.stored, stored.to(torch.uint8)))
+def walk(columns: Tensor, factor: Tensor, block: int, round_block: Callable[[slice], Tensor]) -> Tensor:
+    """Round `columns` [N, K] block after block; what rounding took away from each, [N, K].
+
+    `round_block` rounds the columns of a slice and gives their differences. Those soon to come make up for these at
+    once, those further off for many blocks together: they are read and written once for all of them.
+    """
+    width = columns.shape[1]
+    span = max(SPAN // block, 1) * block
+    remainder = torch.empty_like(columns)
+    for start in range(0, width, span):
+        stop = min(start + span, width)
+        for first in range(start, stop, block):
+            here = slice(first, first + block)
+            remainder[:, here] = round_block(here)
+            spread(remainder, columns, here, stop, factor)
+        spread(remainder, columns, slice(start, stop), width, factor)
+    return remainder
 
 
-def spread(differences: Tensor, columns: Tensor, here: slice, factor: Tensor) -> None:
-    """Let the columns [N, K] behind `here` make up for the errors [N, B] of the columns in it; in place."""
-    errors = differences / factor[here, here].diagonal()
-    columns[:, here.stop :].addmm_(errors, factor[here, here.stop :], alpha=-1)
+def spread(remainder: Tensor, columns: Tensor, here: slice, stop: int, factor: Tensor) -> None:
+    """Let the columns [N, K] behind `here`, up to `stop`, make up for what those in it have lost; in place."""
+    if here.stop < stop:
+        errors = remainder[:, here] / factor.diagonal()[here]
+        columns[:, here.stop : stop].addmm_(errors, factor[here, here.stop : stop], alpha=-1)
 
 
 def _zero_points(scales: BlockScales) -> Tensor | None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +7,16 @@ from tests.unit.surgery.tiny_llama import VOCABULARY, first_block, tiny_llama
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from mxrot.calibration import BlockInputs, advance, first_block_inputs, observe_all_inputs, observe_inputs
+from mxrot.calibration import (
+    BlockInputs,
+    advance,
+    capture,
+    finish_child,
+    first_block_inputs,
+    observe_all_inputs,
+    observe_inputs,
+    watched_together,
+)
 from mxrot.calibration.capture import run_block, watched_inputs
 from mxrot.errors import NumericsError
 from mxrot.models.llama import LLAMA
@@ -163,3 +173,126 @@ def test_a_watcher_inside_a_with_block_is_gone_behind_it() -> None:
         raise ZeroDivisionError
     linear(torch.ones(1, 2))
     assert len(seen) == 1
+
+
+class Runs:
+    """How often each of these submodules of a block computes something."""
+
+    def __init__(self, block: nn.Module, *names: str) -> None:
+        self.counts = dict.fromkeys(names, 0)
+        for name in names:
+            module = block.get_submodule(name)
+            module.forward = self._counted(name, module.forward)  # type: ignore[method-assign]
+
+    def _counted(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            self.counts[name] += 1
+            return forward(*arguments, **keywords)
+
+        return counted
+
+
+@pytest.mark.parametrize(("limit", "runs"), [(1 << 31, 3), (0, 6), (1, 6)])
+def test_inputs_are_kept_for_the_next_pass(limit: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or computed again where there is no memory; the same either way, and taken only once."""
+    monkeypatch.setattr(capture, "MOST_REMEMBERED", limit)
+    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    modules = ["input_layernorm", "self_attn.o_proj"]
+    expected = [plainly_seen(block, inputs, name) for name in modules]
+    ran = Runs(block, "self_attn.q_proj")
+    for keeps in (True, False):
+        seen = list(watched_together(block, inputs, modules, keeps=keeps))
+        assert all(all_equal([batch[i] for batch in seen], expected[i]) for i in (0, 1))
+    assert ran.counts["self_attn.q_proj"] == runs
+    assert not inputs.kept and hooks_of(block) == 0
+
+
+def test_memory_for_some_of_the_inputs() -> None:
+    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    ran = Runs(block, "self_attn.q_proj")
+    list(watched_together(block, inputs, ["self_attn.o_proj"], batches=[1], keeps=True))
+    list(watched_together(block, inputs, ["self_attn.o_proj"]))
+    assert ran.counts["self_attn.q_proj"] == 3
+
+
+def test_a_norm_runs_once_and_not_for_what_is_known() -> None:
+    """Its readers get the same bits as in a plain pass."""
+    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    expected = {name: plainly_seen(block, inputs, name) for name in LINEARS}
+    expected["block"] = list(run_block(block, inputs_of(tiny_llama())))
+    ran = Runs(block, "input_layernorm", "post_attention_layernorm", "self_attn.q_proj")
+    inputs.readers = {"input_layernorm": frozenset({"self_attn"}), "post_attention_layernorm": frozenset({"mlp"})}
+    inputs.known = {name: {} for name in inputs.readers}
+    for name in ("self_attn.q_proj", "self_attn.o_proj"):
+        assert all_equal([seen[0] for seen in watched_together(block, inputs, [name])], expected[name])
+    assert list(ran.counts.values()) == [3, 0, 3]
+    inputs.known["self_attn"] = {}
+    for name in ("mlp.gate_proj", "mlp.down_proj"):
+        assert all_equal([seen[0] for seen in watched_together(block, inputs, [name])], expected[name])
+    assert list(ran.counts.values()) == [3, 3, 6]
+    assert not inputs.known["input_layernorm"], "nobody reads it any more"
+    advance(block, inputs, "model.layers.0")
+    assert list(ran.counts.values()) == [3, 3, 6]
+    assert all_equal(inputs.hidden, expected["block"])
+    assert hooks_of(block) == 0
+
+
+def test_a_child_whose_output_is_wanted_runs_to_its_end() -> None:
+    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    expected = plainly_seen(block, inputs, "self_attn.o_proj")
+    ran = Runs(block, "self_attn.q_proj", "post_attention_layernorm")
+    inputs.known = {"self_attn": {}}
+    assert all_equal([seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])], expected)
+    assert sorted(inputs.known["self_attn"]) == [0, 1, 2]
+    assert list(ran.counts.values()) == [3, 0]
+    list(watched_together(block, inputs, ["mlp.gate_proj"]))
+    assert list(ran.counts.values()) == [3, 3]
+    assert all_equal([seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])], expected)
+    assert hooks_of(block) == 0
+
+
+@pytest.mark.parametrize(
+    ("child", "linear", "next_input"),
+    [
+        ("self_attn", "self_attn.o_proj", "mlp.gate_proj"),
+        ("mlp", "mlp.down_proj", None),
+    ],
+)
+def test_a_child_goes_on_from_its_last_linear(child: str, linear: str, next_input: str | None) -> None:
+    """With new weights there: what comes behind is as in a plain pass, and nothing before that linear runs again."""
+    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    ran = Runs(block, child)
+    inputs.last_linear = linear
+    list(watched_together(block, inputs, [linear]))
+    block.get_submodule(linear).weight *= 2  # type: ignore[operator]
+    inputs.known = {child: {}}
+    finish_child(block, inputs)
+    assert inputs.last_linear is None and not inputs.endings
+    assert ran.counts[child] == 3
+    if next_input is None:
+        found = list(run_block(block, inputs))
+        expected = list(run_block(block, inputs_of(tiny_llama())))
+    else:
+        found = [seen[0] for seen in watched_together(block, inputs, [next_input])]
+        expected = plainly_seen(block, inputs_of(tiny_llama()), next_input)
+    assert ran.counts[child] == 6, "three of them in the plain pass"
+    assert all_equal(found, expected) and hooks_of(block) == 0
+
+
+def changed(output: Any) -> Any:
+    return (output[0] * 2, output[1])
+
+
+def longer(output: Any) -> Any:
+    return (*output, output[0])
+
+
+@pytest.mark.parametrize("change", [changed, longer])
+def test_a_child_that_does_more_than_pass_on_runs_again(change: Callable[[Any], Any]) -> None:
+    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    attention = block.get_submodule("self_attn")
+    plain = attention.forward
+    attention.forward = lambda *arguments, **keywords: change(plain(*arguments, **keywords))  # type: ignore
+    inputs.last_linear = "self_attn.o_proj"
+    seen = [seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])]
+    assert len(seen) == 3 and not inputs.endings

@@ -1,4 +1,4 @@
-"""GPTQ over one block of columns: the fused walk against its plain twin."""
+"""GPTQ over one block of columns: the fused walks against their plain twins."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxrot.formats import FORMATS, get_format
+from mxrot.formats import FORMATS, RULES, get_format
 from mxrot.formats.element import FloatElement
-from mxrot.kernels import RoundedColumns, plain_round_columns
+from mxrot.kernels import ReachedColumns, RoundedColumns, plain_round_columns, plain_round_reached
 from mxrot.kernels.dispatch import round_columns as dispatched
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +41,7 @@ def problem(element: FloatElement, width: int, candidates: int, rows: int = 37) 
     return columns.to(DEVICE), scales[..., None].expand(-1, -1, width).to(DEVICE), upper.contiguous().to(DEVICE)
 
 
-def cost(found: RoundedColumns, upper: Tensor) -> Tensor:
+def cost(found: RoundedColumns | ReachedColumns, upper: Tensor) -> Tensor:
     return (found.differences / upper.diagonal()).square().sum(dim=1)
 
 
@@ -95,3 +95,62 @@ def test_a_scale_of_zero_gives_zero() -> None:
     plain = plain_round_columns(columns, scales, upper, None, element)
     for walk in (plain, fused(columns, scales, upper, element)):
         assert (walk.values[7] == 0).all() and walk.differences.isfinite().all()
+
+
+REACHED = [
+    (format.name, name, offsets)
+    for format in FORMATS.values()
+    for name in format.rules
+    for offsets in ((0,), (0, -1, 1), (0, -2, -1, 1))
+    if isinstance(format.element, FloatElement) and RULES[name].raises_from is not None
+    if (format.name, name) == ("mxfp4", "even") or len(offsets) == 3
+]
+
+
+@pytest.mark.parametrize(("format", "rule", "offsets"), REACHED, ids=str)
+def test_the_fused_walk_chooses_the_scales_of_the_plain_one(format: str, rule: str, offsets: tuple[int, ...]) -> None:
+    """In the interpreter code for code; compiled, but for rows where a fused multiplication moved a tie.
+
+    Columns and factor are parts of larger matrices, as GPTQ has them.
+    """
+    from mxrot.kernels.round_reached import round_reached as fused
+
+    target = get_format(format)
+    assert isinstance(target.element, FloatElement)
+    columns, _, upper = problem(target.element, target.block, 1)
+    wide, factor = torch.nn.functional.pad(columns, (32, 64)), torch.nn.functional.pad(upper, (16, 8, 16, 8))
+    here = slice(32, 32 + target.block), slice(16, 16 + target.block)
+    arguments = target, target.rule(rule), offsets
+    expected = plain_round_reached(columns, upper, *arguments)
+    found = fused(wide[:, here[0]], factor[here[1], here[1]], *arguments)
+    assert found.scales.stored.shape == expected.scales.stored.shape and found.scales.type == expected.scales.type
+    same = (found.values == expected.values).all(dim=1) & (found.scales.stored == expected.scales.stored)[:, 0]
+    if DEVICE == "cpu":
+        assert same.all()
+        assert torch.equal(found.values.signbit(), expected.values.signbit())
+    assert same.double().mean() > 0.9
+    torch.testing.assert_close(found.differences[same], expected.differences[same], rtol=1e-9, atol=1e-12)
+    assert (cost(found, upper) <= 1.5 * cost(expected, upper)).all()
+
+
+@pytest.mark.parametrize("rule", ["floor", "even", "rceil"])
+def test_scales_at_the_edge_of_a_rule_and_of_their_range(rule: str) -> None:
+    """Maxima next to where the exponent rises, exact to float64; beyond E8M0; NaN and Inf, which leave no number."""
+    from mxrot.kernels.round_reached import round_reached as fused
+
+    target = get_format("mxfp4")
+    edges = torch.tensor([1.0, 1.5, 1.75], dtype=torch.float64)
+    maxima = torch.cat(
+        [edges, edges.nextafter(torch.tensor(0.0).double()), edges.nextafter(torch.tensor(9.0).double())]
+    )
+    maxima = torch.cat([maxima, maxima * 2.0**-140, torch.tensor([2.0**126, torch.nan, torch.inf]).double()])
+    columns = torch.zeros(len(maxima), 32, dtype=torch.float64, device=DEVICE)
+    columns[:, 7] = -maxima.to(DEVICE)
+    upper = torch.eye(32, dtype=torch.float64, device=DEVICE)
+    for offsets in ((0,), (0, -1, 1)):
+        expected = plain_round_reached(columns, upper, target, target.rule(rule), offsets)
+        found = fused(columns, upper, target, target.rule(rule), offsets)
+        assert torch.equal(found.scales.stored, expected.scales.stored)
+        assert found.scales.stored[-2:].tolist() == [[255], [255]]
+        torch.testing.assert_close(found.values[:-2], expected.values[:-2], rtol=0, atol=0)
+        assert found.values[-2:, 7].isnan().all()

@@ -9,6 +9,12 @@ from mxrot.kernels.plain.activations import (
     swizzle_scales,
     swizzled_bytes,
 )
+from mxrot.kernels.plain.moments import (
+    count_parts,
+    diagonal_blocks,
+    moment_of_parts,
+    plain_bfloat16_parts,
+)
 from mxrot.kernels.plain.products import (
     E4M3_SHIFTS,
     lift_exponents,
@@ -18,8 +24,10 @@ from mxrot.kernels.plain.products import (
     plain_packed_product,
 )
 from mxrot.kernels.plain.rounding import (
+    ReachedColumns,
     RoundedColumns,
     plain_round_columns,
+    plain_round_reached,
 )
 from mxrot.kernels.plain.tuning import (
     WeightGradients,
@@ -33,10 +41,15 @@ __all__ = [
     "E4M3_SHIFTS",
     "E5M2_EXPONENTS",
     "PackedRows",
+    "ReachedColumns",
     "RoundedColumns",
     "WeightGradients",
     "WeightMoves",
+    "count_parts",
+    "diagonal_blocks",
     "lift_exponents",
+    "moment_of_parts",
+    "plain_bfloat16_parts",
     "plain_divergence",
     "plain_fp8_product",
     "plain_lift_weights",
@@ -48,6 +61,7 @@ __all__ = [
     "plain_rotate_quantize_e5m2",
     "plain_rotate_quantize_packed",
     "plain_round_columns",
+    "plain_round_reached",
     "swizzle_scales",
     "swizzled_bytes",
 ]

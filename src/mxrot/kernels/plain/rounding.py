@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mxrot.formats import E8M0_MAX_BYTE, BlockScales, Format, ScaleRule
 from mxrot.formats.element import Element
 
 
@@ -20,6 +22,18 @@ class RoundedColumns:
     """What each column, as the walk found it, lost by rounding: float64 [N, B]."""
     chosen: Tensor
     """Index of the scales that cost each row least, int64 [N]."""
+
+
+@dataclass(frozen=True)
+class ReachedColumns:
+    """A block of columns whose scales GPTQ has chosen when it got there."""
+
+    values: Tensor
+    """As in `RoundedColumns`."""
+    differences: Tensor
+    """As in `RoundedColumns`."""
+    scales: BlockScales
+    """One a row, [N, 1]."""
 
 
 def plain_round_columns(
@@ -73,3 +87,34 @@ def _walk(
         torch.sub(local[j], rounded[j], out=differences[j])
         local[j + 1 :].addr_(ratios[j, j + 1 :], differences[j], alpha=-1)
     return rounded.t(), differences.t()
+
+
+def plain_round_reached(
+    columns: Tensor,
+    upper: Tensor,
+    format: Format,
+    rule: ScaleRule,
+    offsets: tuple[int, ...],
+    walk: Callable[[Tensor, Tensor, Tensor, Tensor | None, Element], RoundedColumns] = plain_round_columns,
+) -> ReachedColumns:
+    """Choose the scales of a block, float64 `columns` [N, B], and round it as `plain_round_columns` does.
+
+    Each row tries the rule's exponent plus each of `offsets`; (0,) takes the rule's scales as they are, of any type.
+    """
+    width = columns.shape[1]
+    scales = rule.choose(columns[:, None], format.element, format.scale)
+    candidates = [shifted(scales, offset) for offset in offsets]
+    values = torch.stack([candidate.values(torch.float64) for candidate in candidates])
+    zeros = None if scales.zero_points is None else scales.zero_points.double().expand(-1, width)
+    found = walk(columns, values.expand(-1, -1, width), upper, zeros, format.element)
+    stored = torch.stack([candidate.stored for candidate in candidates])
+    kept = stored.take_along_dim(found.chosen[None, :, None], dim=0)[0]
+    return ReachedColumns(found.values, found.differences, replace(scales, stored=kept))
+
+
+def shifted(scales: BlockScales, offset: int) -> BlockScales:
+    """The scales times 2^offset, as far as the exponent goes; only offset 0 for scales that are no E8M0 bytes."""
+    if offset == 0:
+        return scales
+    stored = (scales.stored.to(torch.int16) + offset).clamp(0, E8M0_MAX_BYTE)
+    return replace(scales, stored=torch.where(scales.stored > E8M0_MAX_BYTE, scales.stored, stored.to(torch.uint8)))
