@@ -14,7 +14,7 @@ from mxrot.kernels.plain.products import (
     lift_exponents,
     plain_fp8_product,
     plain_lift_weights,
-    plain_lifted_product,
+    plain_values_product,
     plain_packed_product,
 )
 from mxrot.kernels.plain.rounding import (
@@ -40,7 +40,7 @@ __all__ = [
     "plain_divergence",
     "plain_fp8_product",
     "plain_lift_weights",
-    "plain_lifted_product",
+    "plain_values_product",
     "plain_moved_weights",
     "plain_moved_weights_gradients",
     "plain_packed_product",
