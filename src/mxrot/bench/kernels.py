@@ -185,7 +185,7 @@ def _linears(
     if len(x) <= SOME:
 
         def some(w: PackedRows) -> Tensor:
-            return skinny_product(rotate_quantize_e5m2(x, matrices, FORMAT, rule), 0, w.codes, w.scales, dtype)
+            return skinny_product(rotate_quantize(x, matrices, FORMAT, rule), w.codes, w.scales, dtype)
 
         yield "W4A4, packed, matrix units", [partial(some, w) for w in weights], 17 / 32
     exponents, _ = lift_exponents(weights[0].codes, weights[0].scales)

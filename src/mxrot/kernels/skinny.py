@@ -101,7 +101,7 @@ def _block(RUN: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, RUN_DIM:
 
 @triton.jit
 def _row(first, ROWS: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr, rows_in_all):
-    """Rows from `first` on, eight along dimension 1, the rest along DIM; those beyond the end are the last one again."""
+    """Rows from `first` on, eight along dimension 1, the rest along DIM; instead of one beyond the end the last one."""
     rows = first + _along(8, 1, RANK) + 8 * _along(ROWS // 8, DIM, RANK)
     return tl.minimum(rows, rows_in_all - 1).to(tl.int64)
 
@@ -198,29 +198,54 @@ class Tile:
     """What a program computes, and how."""
 
     inputs: int
+    """Rows of inputs, 8, 16 or 32."""
     rows: int
+    """Rows of weights that a warp computes, 16 or a multiple."""
     run: int
     """Blocks of a row that a thread takes in a step."""
     warps: int
-    stages: int
-    """Steps whose loads are under way; 1 to load into registers."""
+    split: int
+    """Warps that share rows, each with its part of K."""
+    stages: int = 1
+    """Steps that are copied ahead to shared memory; 1 to load into registers."""
+
+    @property
+    def height(self) -> int:
+        """Rows of weights in all."""
+        return self.rows * self.warps // self.split
 
 
-def choose_tile(inputs: int, rows: int) -> Tile:
-    """For so many rows of inputs, and of weights."""
-    return Tile(inputs=8 if inputs <= 8 else 16, rows=32, run=2 if inputs <= 8 else 1, warps=8, stages=1)
+FULL = 0.8
+"""Programs are small enough if this share of multiprocessors has work at any time."""
 
 
-def skinny_product(
-    inputs: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype, tile: Tile | None = None
-) -> Tensor:
-    """As `plain_values_product` defines it, for at most `MOST_ROWS` rows of inputs."""
+def choose_tile(inputs: int, rows: int, processors: int) -> Tile:
+    """For so many rows of inputs and of weights, and multiprocessors."""
+    height = next((h for h in (32, 16) if _share_at_work(triton.cdiv(rows, h), processors) >= FULL), 16)
+    programs = triton.cdiv(rows, height) / processors
+    warps = 4 if programs > 4 else 8 if programs > 1 else 16
+    return Tile(inputs=8 if inputs <= 8 else 16, rows=height, run=1, warps=warps, split=warps)
+
+
+def _share_at_work(programs: int, processors: int) -> float:
+    return programs / (triton.cdiv(programs, processors) * processors)
+
+
+def skinny_product(inputs: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `plain_values_product` defines it, of bfloat16 inputs, at most `MOST_ROWS` rows of them."""
+    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count if codes.is_cuda else 1
+    count = inputs.numel() // (scales.shape[1] * 32)
+    return product_by_tiles(inputs, codes, scales, dtype, choose_tile(count, len(scales), processors))
+
+
+def product_by_tiles(inputs: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype, tile: Tile) -> Tensor:
+    """`skinny_product` by tiles of a given kind."""
     rows, groups = scales.shape
     count = inputs.numel() // (groups * 32)
+    assert inputs.dtype == torch.bfloat16
     out = torch.empty(count, rows, dtype=dtype, device=codes.device)
     if out.numel():
-        tile = tile or choose_tile(count, rows)
-        _skinny[(triton.cdiv(rows, tile.rows), triton.cdiv(count, tile.inputs))](
+        _skinny[(triton.cdiv(count, tile.inputs), triton.cdiv(rows, tile.height))](
             inputs.reshape(count, -1),
             codes.view(torch.int16),
             scales,
@@ -229,11 +254,12 @@ def skinny_product(
             rows,
             groups,
             ASSEMBLY=codes.is_cuda,
-            WHOLE=groups % (4 * tile.warps * tile.run) == 0,
+            WHOLE=groups % (4 * tile.split * tile.run) == 0,
             INPUTS=tile.inputs,
             ROWS=tile.rows,
             RUN=tile.run,
             WARPS=tile.warps,
+            SPLIT=tile.split,
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
