@@ -101,7 +101,7 @@ def _block(RUN: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, RUN_DIM:
 
 @triton.jit
 def _row(first, ROWS: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr, rows_in_all):
-    """Rows from `first` on, eight along dimension 1, the rest along DIM; instead of one beyond the end the last one."""
+    """Rows from `first` on, eight along dimension 1, the rest along DIM; the last one for those beyond it."""
     rows = first + _along(8, 1, RANK) + 8 * _along(ROWS // 8, DIM, RANK)
     return tl.minimum(rows, rows_in_all - 1).to(tl.int64)
 
