@@ -9,7 +9,8 @@ costs three or four instructions and enough bytes are on their way. Hence:
   exponent and fraction of bfloat16 meet, are 2^-126 of it; a product of two numbers at a time raises them, and another
   one applies the scale of the block. So a product sums over all of K in float32, with nothing to do for each block.
 - A sum may run over K in any order. Each thread loads whole blocks, 16 bytes at a time, and the order is the one in
-  which the matrix hardware wants its operands: nothing is exchanged between threads.
+  which the matrix hardware wants its operands: nothing is exchanged between threads. This rests on how Triton deals
+  out what is loaded; where it deals otherwise the result is the same, through shared memory and slower.
 
 `plain_values_product` is the specification, up to the order of the sums. Triton's interpreter has no inline assembly:
 there the weights are float32.
@@ -83,27 +84,22 @@ def _scale(exponents, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _along(SIZE: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr):
-    """0 to SIZE - 1 along one of RANK dimensions."""
-    indices = tl.arange(0, SIZE)
-    for _ in tl.static_range(DIM):
-        indices = tl.expand_dims(indices, 0)
-    for dim in tl.static_range(DIM + 1, RANK):
-        indices = tl.expand_dims(indices, dim)
-    return indices
+def _places(ALL: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr):
+    """Where in a tile each of ALL elements is, of [more, RUN, WARPS, 8, 4, EACH] in one dimension.
+
+    Its block in the step; which group of warps that share rows; which of eight rows; more; which of EACH.
+    """
+    places = tl.arange(0, ALL)
+    threads, octets, warps = places // EACH % 4, places // (4 * EACH) % 8, places // (32 * EACH) % WARPS
+    others = places // (32 * EACH * WARPS)
+    blocks = (warps % SPLIT * RUN + others % RUN) * 4 + threads
+    return blocks, warps // SPLIT, octets, others // RUN, places % EACH
 
 
 @triton.jit
-def _block(RUN: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, RUN_DIM: tl.constexpr, RANK: tl.constexpr):
-    """Which block of a step a thread takes: dimension 0 are four threads, 2 warps, of which SPLIT share a row."""
-    return (_along(WARPS, 2, RANK) % SPLIT * 4 + _along(4, 0, RANK)) * RUN + _along(RUN, RUN_DIM, RANK)
-
-
-@triton.jit
-def _row(first, ROWS: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr, rows_in_all):
-    """Rows from `first` on, eight along dimension 1, the rest along DIM; the last one for those beyond it."""
-    rows = first + _along(8, 1, RANK) + 8 * _along(ROWS // 8, DIM, RANK)
-    return tl.minimum(rows, rows_in_all - 1).to(tl.int64)
+def _row(first, rows, rows_in_all):
+    """Rows counted from `first`; instead of those beyond the end the last one."""
+    return tl.minimum(first + rows, rows_in_all - 1).to(tl.int64)
 
 
 @triton.jit
@@ -119,14 +115,15 @@ def _load(pointer, blocks, groups_in_all, WHOLE: tl.constexpr):
 def _accumulate(units, scales, inputs, total, PLACE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Adds the products of one code of each unit to [WARPS, ROWS, INPUTS].
 
-    `units` and `scales` [4, 8, WARPS, RUN, rows / 8, 8], `inputs` [4, 8, WARPS, RUN, inputs / 8, 2, 4]. Of K four units
-    in a row are the innermost, then the four threads: as Triton lays the operands of a product with bytes out.
+    `units` and `scales` [rows / 8, RUN, WARPS, 8, 4, 8], `inputs` [inputs / 8, 4, RUN, WARPS, 8, 4, 2]. Of K two units
+    in a row are the innermost, then the four threads: as the matrix hardware takes its operands.
     """
+    OCTETS: tl.constexpr = units.shape[0]
+    RUN: tl.constexpr = units.shape[1]
     WARPS: tl.constexpr = units.shape[2]
-    RUN: tl.constexpr = units.shape[3]
-    weights = tl.reshape(_decode(units, scales, PLACE, ASSEMBLY), [4, 8, WARPS, RUN, units.shape[4], 4, 2])
-    weights = tl.reshape(tl.permute(weights, [2, 4, 1, 3, 5, 0, 6]), [WARPS, units.shape[4] * 8, RUN * 32])
-    inputs = tl.permute(inputs, [2, 3, 5, 0, 6, 4, 1])
+    weights = tl.reshape(_decode(units, scales, PLACE, ASSEMBLY), [OCTETS, RUN, WARPS, 8, 4, 4, 2])
+    weights = tl.reshape(tl.permute(weights, [2, 0, 3, 1, 5, 4, 6]), [WARPS, OCTETS * 8, RUN * 32])
+    inputs = tl.permute(inputs, [3, 2, 1, 5, 6, 0, 4])
     inputs = tl.reshape(inputs, [WARPS, RUN * 32, inputs.shape[5] * 8])
     if ASSEMBLY:
         return tl.dot(weights, inputs, total)
@@ -134,7 +131,7 @@ def _accumulate(units, scales, inputs, total, PLACE: tl.constexpr, ASSEMBLY: tl.
         return total + tl.dot(weights, inputs.to(tl.float32), input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inputs_in_all"])
 def _skinny(
     inputs_pointer,
     units_pointer,
@@ -152,33 +149,35 @@ def _skinny(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # The first dimensions are 4 and 8 threads and the warps, the last one is contiguous in memory: so Triton deals
-    # them out. A thread takes RUN blocks of a row in a step: [4, 8, WARPS, RUN, rows / 8, 8 units of four codes].
+    # All that is loaded is numbered by what a thread holds, four threads of a row, eight rows, warps, and what they
+    # repeat: so Triton deals it out, and so the matrix hardware takes it.
+    OCTETS: tl.constexpr = ROWS // 8
     STEP: tl.constexpr = 4 * SPLIT * RUN
     HEIGHT: tl.constexpr = ROWS * (WARPS // SPLIT)
     first_input, first_row = tl.program_id(0) * INPUTS, tl.program_id(1) * HEIGHT
-    block = _block(RUN, WARPS, SPLIT, 3, 6)
-    row = _row(first_row + _along(WARPS, 2, 6) // SPLIT * ROWS, ROWS, 4, 6, rows_in_all)
-    units_at = (row * groups_in_all + block) * 8 + _along(8, 5, 6)
-    # [4, 8, WARPS, rows / 8, RUN]: a thread's own run is contiguous, and no more should be put together.
-    scale_block = _block(RUN, WARPS, SPLIT, 4, 5)
-    scale_row = _row(first_row + _along(WARPS, 2, 5) // SPLIT * ROWS, ROWS, 3, 5, rows_in_all)
-    scales_at = tl.max_contiguous(scale_row * groups_in_all + scale_block, [1, 1, 1, 1, RUN])
-    # [4, 8, WARPS, RUN, inputs / 8, 4, 8 values]
-    input_block = _block(RUN, WARPS, SPLIT, 3, 7)
-    inputs_at = _row(first_input, INPUTS, 4, 7, inputs_in_all) * groups_in_all + input_block
-    inputs_at = inputs_at * 32 + _along(4, 5, 7) * 8 + _along(8, 6, 7)
+    # Units of four codes, eight a block.
+    block, group, octet, more, unit = _places(OCTETS * RUN * WARPS * 256, 8, RUN, WARPS, SPLIT)
+    row = _row(first_row, group * ROWS + more * 8 + octet, rows_in_all)
+    units_at = (row * groups_in_all + block) * 8 + unit
+    scale_block, group, octet, more, _ = _places(OCTETS * RUN * WARPS * 32, 1, RUN, WARPS, SPLIT)
+    row = _row(first_row, group * ROWS + more * 8 + octet, rows_in_all)
+    scales_at = tl.max_contiguous(row * groups_in_all + scale_block, 1)  # one byte a thread
+    # Values, four times eight a block.
+    input_block, group, octet, more, value = _places(INPUTS * RUN * WARPS * 128, 8, RUN, WARPS, SPLIT)
+    row = _row(first_input, more // 4 * 8 + octet, inputs_in_all)
+    inputs_at = (row * groups_in_all + input_block) * 32 + more % 4 * 8 + value
     total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
     exponents = _load(scales_pointer + scales_at, scale_block, groups_in_all, WHOLE)
     for start in tl.range(0, groups_in_all, STEP, num_stages=STAGES):
         units = _load(units_pointer + start * 8 + units_at, start + block, groups_in_all, WHOLE)
         inputs = _load(inputs_pointer + start * 32 + inputs_at, start + input_block, groups_in_all, WHOLE)
-        scales = tl.permute(_scale(exponents, ASSEMBLY), [0, 1, 2, 4, 3])
-        scales = tl.broadcast_to(tl.expand_dims(scales, 5), [4, 8, WARPS, RUN, ROWS // 8, 8])
+        units = tl.reshape(units, [OCTETS, RUN, WARPS, 8, 4, 8])
+        scales = tl.reshape(_scale(exponents, ASSEMBLY), [OCTETS, RUN, WARPS, 8, 4, 1])
+        scales = tl.broadcast_to(scales, [OCTETS, RUN, WARPS, 8, 4, 8])
         # Single bytes cannot be copied ahead as the other two are: the next step's are loaded here.
         following = tl.minimum(start + STEP, groups_in_all - STEP) if WHOLE else start + STEP
         exponents = _load(scales_pointer + following + scales_at, following + scale_block, groups_in_all, WHOLE)
-        even, odd = tl.split(tl.reshape(inputs, [4, 8, WARPS, RUN, INPUTS // 8, 4, 2, 2, 2]))
+        even, odd = tl.split(tl.reshape(inputs, [INPUTS // 8, 4, RUN, WARPS, 8, 4, 2, 2, 2]))
         first, third = tl.split(even)
         second, fourth = tl.split(odd)
         total = _accumulate(units, scales, first, total, 0, ASSEMBLY)
@@ -186,11 +185,10 @@ def _skinny(
         total = _accumulate(units, scales, third, total, 2, ASSEMBLY)
         total = _accumulate(units, scales, fourth, total, 3, ASSEMBLY)
     sums = tl.sum(tl.reshape(total, [WARPS // SPLIT, SPLIT, ROWS, INPUTS]), axis=1)
-    sums = tl.reshape(sums, [HEIGHT, INPUTS])
     rows = first_row.to(tl.int64) + tl.arange(0, HEIGHT)[:, None]
     count = first_input + tl.arange(0, INPUTS)[None, :]
-    inside = (rows < rows_in_all) & (count < inputs_in_all)
-    tl.store(out_pointer + count * rows_in_all + rows, sums.to(out_pointer.dtype.element_ty), mask=inside)
+    sums = tl.reshape(sums, [HEIGHT, INPUTS]).to(out_pointer.dtype.element_ty)
+    tl.store(out_pointer + count * rows_in_all + rows, sums, mask=(rows < rows_in_all) & (count < inputs_in_all))
 
 
 @dataclass(frozen=True)
@@ -246,7 +244,7 @@ def product_by_tiles(inputs: Tensor, codes: Tensor, scales: Tensor, dtype: torch
     out = torch.empty(count, rows, dtype=dtype, device=codes.device)
     if out.numel():
         _skinny[(triton.cdiv(count, tile.inputs), triton.cdiv(rows, tile.height))](
-            inputs.reshape(count, -1),
+            inputs.contiguous(),
             codes.view(torch.int16),
             scales,
             out,
