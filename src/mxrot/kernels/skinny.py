@@ -240,7 +240,7 @@ def product_by_tiles(inputs: Tensor, codes: Tensor, scales: Tensor, dtype: torch
     """`skinny_product` by tiles of a given kind."""
     rows, groups = scales.shape
     count = inputs.numel() // (groups * 32)
-    assert inputs.dtype == torch.bfloat16
+    assert inputs.dtype == torch.bfloat16, inputs.dtype
     out = torch.empty(count, rows, dtype=dtype, device=codes.device)
     if out.numel():
         _skinny[(triton.cdiv(count, tile.inputs), triton.cdiv(rows, tile.height))](
