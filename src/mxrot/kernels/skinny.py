@@ -112,6 +112,15 @@ def _load(pointer, blocks, groups_in_all, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _load_once(pointer, blocks, groups_in_all, WHOLE: tl.constexpr):
+    """The same, of what no other program reads; the cache beside a multiprocessor is left to the rest."""
+    if WHOLE:
+        return tl.load(pointer, eviction_policy="evict_first")
+    else:
+        return tl.load(pointer, mask=blocks < groups_in_all, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _accumulate(units, scales, inputs, total, PLACE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Adds the products of one code of each unit to [WARPS, ROWS, INPUTS].
 
@@ -169,7 +178,7 @@ def _skinny(
     total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
     exponents = _load(scales_pointer + scales_at, scale_block, groups_in_all, WHOLE)
     for start in tl.range(0, groups_in_all, STEP, num_stages=STAGES):
-        units = _load(units_pointer + start * 8 + units_at, start + block, groups_in_all, WHOLE)
+        units = _load_once(units_pointer + start * 8 + units_at, start + block, groups_in_all, WHOLE)
         inputs = _load(inputs_pointer + start * 32 + inputs_at, start + input_block, groups_in_all, WHOLE)
         units = tl.reshape(units, [OCTETS, RUN, WARPS, 8, 4, 8])
         scales = tl.reshape(_scale(exponents, ASSEMBLY), [OCTETS, RUN, WARPS, 8, 4, 1])
