@@ -42,7 +42,7 @@ OPTIONS = {
     ],
     "bench model": [
         *("-r", "--recipe", "--set", "--blocks", "--hidden", "--ffn", "--heads", "--kv-heads", "--vocabulary"),
-        *("--prompt", "--context", "--device", "--json"),
+        *("--prompt", "--context", "--compile", "--device", "--json"),
     ],
 }
 QUICK = ("--set", "transform.steps=4", "--samples", "2", "--seq-len", "32")

@@ -172,6 +172,7 @@ def _linears(
         return
     from mxrot.kernels.lift import lift_weights
     from mxrot.kernels.matvec import packed_matvec
+    from mxrot.kernels.rotate_quantize import rotate_quantize as rotate_quantize_values
     from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
     from mxrot.kernels.skinny import skinny_product
 
@@ -185,7 +186,7 @@ def _linears(
     if len(x) <= SOME:
 
         def some(w: PackedRows) -> Tensor:
-            return skinny_product(rotate_quantize_e5m2(x, matrices, FORMAT, rule), 0, w.codes, w.scales, dtype)
+            return skinny_product(rotate_quantize_values(x, matrices, FORMAT, rule), w.codes, w.scales, dtype)
 
         yield "W4A4, packed, matrix units", [partial(some, w) for w in weights], 17 / 32
     exponents, outside = lift_exponents(weights[0].codes, weights[0].scales, together=True)

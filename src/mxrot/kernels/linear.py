@@ -59,12 +59,12 @@ def by_look_ups(inputs: Inputs, weight: PackedWeight) -> Tensor:
 
 
 def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
-    """Some rows, lifted to E5M2, times packed codes (Triton)."""
-    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2
+    """Some rows, as bfloat16 values, times packed codes (Triton)."""
+    from mxrot.kernels.rotate_quantize import rotate_quantize
     from mxrot.kernels.skinny import skinny_product
 
-    lifted = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule)
-    return skinny_product(lifted, 0, weight.codes, weight.scales, inputs.x.dtype)
+    values = rotate_quantize(inputs.x, inputs.matrices, inputs.format, inputs.rule)
+    return skinny_product(values, weight.codes, weight.scales, inputs.x.dtype)
 
 
 def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:

@@ -20,8 +20,8 @@ from mxrot.kernels.plain.products import (
     lift_exponents,
     plain_fp8_product,
     plain_lift_weights,
-    plain_lifted_product,
     plain_packed_product,
+    plain_values_product,
 )
 from mxrot.kernels.plain.rounding import (
     ReachedColumns,
@@ -53,7 +53,6 @@ __all__ = [
     "plain_divergence",
     "plain_fp8_product",
     "plain_lift_weights",
-    "plain_lifted_product",
     "plain_moved_weights",
     "plain_moved_weights_gradients",
     "plain_packed_product",
@@ -62,6 +61,7 @@ __all__ = [
     "plain_rotate_quantize_packed",
     "plain_round_columns",
     "plain_round_reached",
+    "plain_values_product",
     "swizzle_scales",
     "swizzled_bytes",
 ]
