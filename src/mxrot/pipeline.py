@@ -161,7 +161,7 @@ def quantize(
     if store is None:
         read_generation_config(model, folder)
         if device.type == "cuda":
-            prepare_linears(model)
+            prepare_linears(model, fast=recipe.accumulation == "fast")
     else:
         store.save_rest(outer_tensors(files, family))
     progress(len(blocks), len(blocks), "done")

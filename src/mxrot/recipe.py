@@ -28,6 +28,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+Accumulation = Literal["exact", "fast"]
 
 BUILTIN_FOLDER = Path(__file__).parent / "recipes"
 TRANSFORM_BLOCK = 32
@@ -89,6 +90,9 @@ class Recipe:
     """What follows the closed form; None for nothing."""
     ignore: tuple[str, ...] = ()
     """Shell-style patterns of linears to leave as they are, on the full name or its last part."""
+    accumulation: Accumulation = "exact"
+    """How FP8 products are summed on matrix hardware: "exact" as accurately as bfloat16 products are; "fast" in fewer
+    bits."""
 
     def __post_init__(self) -> None:
         weights = self._quantizer("weights", self.weights)
@@ -167,6 +171,7 @@ class Recipe:
         """The recipe with every field spelled out; `from_toml` of it is equal to this recipe."""
         table: dict[str, Any] = {"name": self.name, "summary": self.summary, "source": self.source}
         table["ignore"] = list(self.ignore)
+        table["accumulation"] = self.accumulation
         table["weights"] = _plain(self.weights)
         if self.activations is not None:
             table["activations"] = _plain(self.activations)
@@ -247,7 +252,13 @@ _SECTIONS: dict[str, type] = {
     "calibration": CalibrationChoice,
     "tuning": Tuning,
 }
-_PLAIN_KEYS: dict[str, Any] = {"name": str, "summary": str, "source": str, "ignore": tuple[str, ...]}
+_PLAIN_KEYS: dict[str, Any] = {
+    "name": str,
+    "summary": str,
+    "source": str,
+    "ignore": tuple[str, ...],
+    "accumulation": Accumulation,
+}
 
 
 def builtin_recipes() -> dict[str, Path]:

@@ -134,7 +134,7 @@ def random_quantized_model(
                 # Codes are 3 in the mean square, so 2^-e is about 1/sqrt(inputs).
                 byte = 127 - round(torch.tensor(3.0 * width**0.5).log2().item())
                 linear.weight_scale.data.fill_(byte)
-    prepare_linears(model, keeps_fp8)
+    prepare_linears(model, keeps_fp8, recipe.accumulation == "fast")
     return model
 
 

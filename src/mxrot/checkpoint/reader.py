@@ -80,7 +80,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype | None, keeps_f
     load_outer(model, family, files, dtype, device)
     read_generation_config(model, folder)
     if device.type == "cuda":
-        prepare_linears(model, keeps_fp8)
+        prepare_linears(model, keeps_fp8, recipe.accumulation == "fast")
     return model
 
 

@@ -43,6 +43,8 @@ class Inputs:
     """[1 | K/32, 32, 32] bfloat16; None for no transform."""
     format: Format
     rule: ScaleRule
+    fast: bool = False
+    """Sum FP8 products in fewer bits."""
 
     @property
     def rows(self) -> int:
@@ -77,7 +79,7 @@ def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
     lifted = weight.lifted
     if lifted is None:
         lifted = lift_weights(weight.codes, weight.scales, weight.row_exponents)
-    return fp8_product(x, lifted, weight.lifted_scales, inputs.x.dtype)
+    return fp8_product(x, lifted, weight.lifted_scales, inputs.x.dtype, inputs.fast)
 
 
 def by_block_scales(inputs: Inputs, weight: PackedWeight) -> Tensor:

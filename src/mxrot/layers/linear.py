@@ -89,6 +89,8 @@ class QuantLinear(nn.Module):
         for name in PREPARED:
             self.register_buffer(name, None, persistent=False)
         self.site: SiteProducts | None = None
+        self.fast = False
+        """Sum FP8 products in fewer bits, where they run."""
         self._transform: tuple[InputTransform, ...] = ()
         self.remainder: Tensor | None = None
         """What rounding took away from each weight, bfloat16 [out_features, in_features]; kept only for tuning."""
@@ -158,8 +160,8 @@ class QuantLinear(nn.Module):
             stored, applied = (
                 (None, None) if self.transform is None else (self.transform.weight, self.transform.prepared)
             )
-            return traced_product(x, stored, applied, weight, bias, self.weights, self.activations)
-        return product(x, self._matrices(), weight, bias, self.weights, self.activations)
+            return traced_product(x, stored, applied, weight, bias, self.weights, self.activations, self.fast)
+        return product(x, self._matrices(), weight, bias, self.weights, self.activations, self.fast)
 
     def _own_weight(self) -> StoredWeight:
         """With what was prepared, where that is not of the whole site."""

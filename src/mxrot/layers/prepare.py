@@ -48,9 +48,11 @@ def prepare_site(linears: Sequence[QuantLinear], keeps_lifted: bool = False) -> 
         first.lifted = plain_lift_weights(codes, scales, first.row_exponents).view(torch.uint8)
 
 
-def prepare_linears(model: nn.Module, keeps_lifted: bool = False) -> None:
-    """`prepare_site` for all sites of a model."""
+def prepare_linears(model: nn.Module, keeps_lifted: bool = False, fast: bool = False) -> None:
+    """`prepare_site` for all sites of a model; `fast` as of its linears."""
     for linears in sites_of(model):
+        for linear in linears:
+            linear.fast = fast
         prepare_site(linears, keeps_lifted)
 
 

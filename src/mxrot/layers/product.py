@@ -78,11 +78,14 @@ def product(
     bias: Tensor | None,
     weights: TensorQuantizer,
     activations: TensorQuantizer | None,
+    fast: bool = False,
 ) -> Tensor:
-    """Q(x T) W_q^T + b, [..., K] to [..., N], in the dtype of `x`; sums in float32."""
+    """Q(x T) W_q^T + b, [..., K] to [..., N], in the dtype of `x`; sums in float32, with `fast` in less where an FP8
+    product runs."""
     found = None
     if activations is not None and weights.is_mxfp4 and activations.is_mxfp4:
-        found = quantized_linear(Inputs(x, matrices, activations.format, activations.rule), weight.packed())
+        inputs = Inputs(x, matrices, activations.format, activations.rule, fast)
+        found = quantized_linear(inputs, weight.packed())
     if found is None:
         values = _dequantized(weight, weights)
         is_exact = activations is not None and weights.is_exact_in_bfloat16 and activations.is_exact_in_bfloat16
@@ -121,6 +124,7 @@ def traced_product(
     bias: Tensor | None,
     weights: TensorQuantizer,
     activations: TensorQuantizer | None,
+    fast: bool = False,
 ) -> Tensor:
     """`product` for torch.compile. `stored` is the transform of a checkpoint, `applied` the bytes of its matrices
     (int16) where they are at hand."""
@@ -139,6 +143,7 @@ def traced_product(
         bias,
         _name(weights),
         "" if activations is None else _name(activations),
+        fast,
     )
     return result
 
@@ -159,12 +164,14 @@ def _product(
     bias: Tensor | None,
     weights: str,
     activations: str,
+    fast: bool,
 ) -> Tensor:
     matrices = None
     if stored is not None:
         matrices = applied_matrices(stored) if applied is None else applied.view(STORED_DTYPE)
     weight = StoredWeight(codes, scales, tensor_scale, zero_points, row_exponents, lifted_scales, lifted, swizzled)
-    return product(x, matrices, weight, bias, _quantizer(weights), _quantizer(activations) if activations else None)
+    quantizer = _quantizer(activations) if activations else None
+    return product(x, matrices, weight, bias, _quantizer(weights), quantizer, fast)
 
 
 @_product.register_fake

@@ -10,7 +10,7 @@ from mxrot.formats import get_format, quantize
 from mxrot.kernels import Inputs, PackedWeight, choose_path, dispatch
 from mxrot.kernels.dispatch import Crossovers
 from mxrot.kernels.linear import PATHS, by_fp8
-from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare, prepare_site
+from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare, prepare_linears, prepare_site
 from mxrot.transforms.base import BlockTransform, random_orthogonal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,6 +120,22 @@ def test_the_layer_takes_the_path_that_was_chosen_and_adds_its_bias(monkeypatch:
     assert chosen == [3]
     module(x[None, :2])
     assert chosen == [3, 2]
+
+
+def test_fast_sums_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def note(inputs: Inputs, weight: PackedWeight) -> None:
+        asked.append(inputs.fast)
+
+    monkeypatch.setattr("mxrot.layers.product.quantized_linear", note)
+    model = torch.nn.ModuleList([linear()])
+    for fast in (False, True):
+        prepare_linears(model, fast=fast)
+        model[0](random(3))
+        torch.compiler.reset()
+        torch.compile(model[0], fullgraph=True, backend="eager")(random(3))
+    assert asked == [False, False, True, True]
 
 
 def test_other_formats_stay_on_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
