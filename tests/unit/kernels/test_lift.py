@@ -9,6 +9,7 @@ from torch import Tensor
 from mxrot.formats import BlockScales, QTensor, get_format, quantize
 from mxrot.kernels.plain import (
     lift_exponents,
+    lift_rows,
     plain_fp8_product,
     plain_lift_weights,
     plain_packed_product,
@@ -92,6 +93,20 @@ def test_the_kernel_has_the_twins_bits(rows: int, columns: int, spread: float) -
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
     out = torch.empty_like(found)
     assert lift_weights(codes, scales, exponents, out) is out and torch.equal(out.float(), expected.float())
+
+
+def test_inputs_with_one_power_of_two_a_token() -> None:
+    """Far outside of E5M2; every token within the window of E4M3."""
+    from mxrot.kernels.lift import lift_weights
+
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 9, 96, generator=generator) * 2.0 ** torch.randint(-60, 60, (2, 9, 1), generator=generator)
+    packed = plain_rotate_quantize_packed(x.to(DEVICE), None, FORMAT, FORMAT.rule())
+    expected = QTensor.dequantize_packed(packed.codes, BlockScales(packed.scales, FORMAT.scale), FORMAT)
+    for lift in (plain_lift_weights, lift_weights):
+        lifted, exponents = lift_rows(packed, lift)
+        assert lifted.dtype == torch.float8_e4m3fn and exponents.shape == (2, 9)
+        assert torch.equal(lifted.float() * torch.exp2(exponents.float())[..., None], expected)
 
 
 def test_the_product_of_what_was_lifted_is_that_of_the_packed_codes() -> None:

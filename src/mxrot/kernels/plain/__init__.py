@@ -18,6 +18,7 @@ from mxrot.kernels.plain.moments import (
 from mxrot.kernels.plain.products import (
     E4M3_SHIFTS,
     lift_exponents,
+    lift_rows,
     plain_fp8_product,
     plain_lift_weights,
     plain_packed_product,
@@ -48,6 +49,7 @@ __all__ = [
     "count_parts",
     "diagonal_blocks",
     "lift_exponents",
+    "lift_rows",
     "moment_of_parts",
     "plain_bfloat16_parts",
     "plain_divergence",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,20 @@ def plain_lift_weights(codes: Tensor, scales: Tensor, row_exponents: Tensor) -> 
     lifted = values * powers_of_two(shifts)[..., None]
     fine = torch.copysign((lifted * 512).round() / 512, lifted)
     return torch.where(lifted.abs() < 2.0**-6, fine, lifted).flatten(1).to(torch.float8_e4m3fn)
+
+
+def lift_rows(
+    inputs: PackedRows, lift: Callable[[Tensor, Tensor, Tensor], Tensor] = plain_lift_weights
+) -> tuple[Tensor, Tensor]:
+    """MXFP4 inputs [..., K] as E4M3 with one power of two a token: E4M3 [..., K] and its exponents, int32 [...].
+
+    For inputs beyond the range of E5M2 (`plain_rotate_quantize_e5m2`). Blocks that lie 2^14 or more below the largest
+    one of their token are rounded to multiples of 2^-15 of its scale.
+    """
+    codes, scales = inputs.codes.flatten(0, -2), inputs.scales.flatten(0, -2)
+    exponents, _ = lift_exponents(codes, scales)
+    shape = inputs.codes.shape[:-1]
+    return lift(codes, scales, exponents).view(*shape, -1), exponents.view(shape)
 
 
 def plain_packed_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
