@@ -1,7 +1,7 @@
-"""The activation quantizer for a CPU: a few rows at a time, so that what lies between two steps stays in the cache.
+"""Linears on a CPU: a few rows at a time, so that what lies between two steps stays in the cache.
 
 As a chain of operations on the whole tensor each step reads and writes memory; here only the first reads from it and
-the last writes to it. The bits are those of `plain_rotate_quantize`.
+the last writes to it. The bits of quantized activations are those of `plain_rotate_quantize`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxrot.formats import Format, ScaleRule
+from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, get_format
 from mxrot.formats.element import FloatElement, powers_of_two
 
 CHUNK_ELEMENTS = 2**19
+WEIGHT_CHUNK = 2**20
 _EXPONENT_BITS = 0x7F800000
 
 
@@ -55,3 +56,17 @@ def _quantize(values: Tensor, element: FloatElement, raises_from: int, out: Tens
     power.view(torch.int32).bitwise_and_(_EXPONENT_BITS).add_((23 - element.fraction_bits) << 23)
     scales = torch.where(top < _EXPONENT_BITS, powers_of_two(exponents), torch.nan)
     torch.copysign(magnitude.add_(power).sub_(power).mul_(scales), values, out=out)
+
+
+def packed_product_in_chunks(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """inputs [..., K] @ W^T in float32, for packed MXFP4 weights [N, K] that are written out some rows at a time."""
+    format = get_format("mxfp4")
+    rows, width = len(codes), inputs.shape[-1]
+    step = max(1, WEIGHT_CHUNK // width)
+    flat = inputs.float().reshape(-1, width)
+    out = torch.empty(len(flat), rows)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        values = QTensor.dequantize_packed(codes[part], BlockScales(scales[part], format.scale), format)
+        out[:, part] = torch.nn.functional.linear(flat, values)
+    return out.view(*inputs.shape[:-1], rows)

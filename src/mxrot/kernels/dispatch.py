@@ -12,7 +12,7 @@ from torch import Tensor
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, get_format
 from mxrot.formats.element import Element, FloatElement
 from mxrot.formats.scale import E8M0
-from mxrot.kernels.chunked import rotate_quantize_in_chunks
+from mxrot.kernels.chunked import packed_product_in_chunks, rotate_quantize_in_chunks
 from mxrot.kernels.linear import PATHS, Inputs, PackedWeight
 from mxrot.kernels.plain import (
     ReachedColumns,
@@ -61,6 +61,13 @@ def dequantize_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
         return dequantize(codes, scales)
     format = get_format("mxfp4")
     return QTensor.dequantize_packed(codes, BlockScales(scales, format.scale), format)
+
+
+def multiply_by_mxfp4(inputs: Tensor, codes: Tensor, scales: Tensor, are_exact_in_bfloat16: bool) -> Tensor:
+    """inputs [..., K] times packed MXFP4 weights [N, K], which are written out for it: float32 [..., N]."""
+    if inputs.device.type == "cpu":
+        return packed_product_in_chunks(inputs, codes, scales)
+    return multiply(inputs, dequantize_mxfp4(codes, scales), are_exact_in_bfloat16)
 
 
 MOMENT_CHANNELS = 512

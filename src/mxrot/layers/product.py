@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize, get_format
-from mxrot.kernels import Inputs, PackedWeight, dequantize_mxfp4, multiply, quantized_linear, rotate_quantize
+from mxrot.kernels import Inputs, PackedWeight, multiply, multiply_by_mxfp4, quantized_linear, rotate_quantize
 from mxrot.transforms.base import STORED_DTYPE, BlockTransform, apply_matrices
 
 
@@ -87,20 +87,21 @@ def product(
         inputs = Inputs(x, matrices, activations.format, activations.rule, fast)
         found = quantized_linear(inputs, weight.packed())
     if found is None:
-        values = _dequantized(weight, weights)
-        is_exact = activations is not None and weights.is_exact_in_bfloat16 and activations.is_exact_in_bfloat16
-        found = multiply(quantized_input(x, matrices, activations), values, is_exact)
+        found = _plain_product(quantized_input(x, matrices, activations), weight, weights, activations)
     if bias is not None:
         found = found + bias.to(torch.float32)
     return found.to(x.dtype)
 
 
-def _dequantized(weight: StoredWeight, weights: TensorQuantizer) -> Tensor:
-    """W_q, float32, or bfloat16 where that holds it exactly."""
+def _plain_product(
+    inputs: Tensor, weight: StoredWeight, weights: TensorQuantizer, activations: TensorQuantizer | None
+) -> Tensor:
+    """Quantized inputs times the weights, which are written out: float32 [..., N]."""
+    is_exact = activations is not None and weights.is_exact_in_bfloat16 and activations.is_exact_in_bfloat16
     if weights.is_mxfp4:
-        return dequantize_mxfp4(weight.codes, weight.scales)
+        return multiply_by_mxfp4(inputs, weight.codes, weight.scales, is_exact)
     scales = weights.scales(weight.scales, weight.tensor_scale, weight.zero_points)
-    return QTensor.dequantize_packed(weight.codes, scales, weights.format)
+    return multiply(inputs, QTensor.dequantize_packed(weight.codes, scales, weights.format), is_exact)
 
 
 def quantized_input(x: Tensor, matrices: Tensor | None, activations: TensorQuantizer | None) -> Tensor:

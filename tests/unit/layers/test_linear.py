@@ -70,6 +70,17 @@ def test_forward_on_a_cpu_is_its_definition_bit_for_bit(
     assert torch.equal(bits(got), bits(F.linear(quantized, W_q) + bias))
 
 
+def test_a_large_weight_is_written_out_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = linear_of(count=1), random(2, 5, K)
+    expected = linear(x)
+    written: list[int] = []
+    own = F.linear
+    monkeypatch.setattr("mxrot.kernels.chunked.WEIGHT_CHUNK", 10 * K + 5)
+    monkeypatch.setattr(F, "linear", lambda *a: (written.append(len(a[1])), own(*a))[1])
+    torch.testing.assert_close(linear(x), expected, rtol=1e-6, atol=1e-6)
+    assert written == [10, 10, 4]
+
+
 @configurations
 def test_forward_is_within_float32_of_the_exact_product(weights: str, inputs: str | None, count: int) -> None:
     """K products and sums and one addition of the bias, each rounded to half a unit: (K + 1) 2^-24 of the sizes."""
