@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -21,6 +22,22 @@ def accuracy() -> Any:
     finally:
         sys.path.remove(str(FOLDER))
     return accuracy
+
+
+def test_tables_in_the_documentation_are_those_of_the_results() -> None:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import markdown
+    finally:
+        sys.path.remove(str(FOLDER))
+    found = 0
+    for page in (FOLDER.parent / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for names, table in re.findall(r"<!-- table: (.*?) -->\n(.*?)\n<!-- end -->", text, flags=re.DOTALL):
+            results = [json.loads((FOLDER / "results" / name).read_text(encoding="utf-8")) for name in names.split()]
+            assert markdown.table(results) == table, page.name
+            found += 1
+    assert found
 
 
 def test_every_row_is_a_recipe_and_has_a_name_of_its_own(accuracy: Any) -> None:

@@ -1,0 +1,54 @@
+"""Results of benchmarks/accuracy.py as a Markdown table, as docs/ablation.md and docs/methods.md have it.
+
+    python benchmarks/markdown.py benchmarks/results/demo_ablation_*.json
+
+Rows of several files are put together; of rows with the same label the last file's counts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    print(table([json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:]]))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """One line for each label: perplexity and its ratio to FP16 on each text, seeds, seconds, GPU memory."""
+    rows = {row["label"]: row for result in results for row in result["rows"]}
+    texts = next((list(row["means"]) for row in rows.values() if "means" in row), [])
+    heads = ["", *(head for text in texts for head in (text, "x")), "seeds", "seconds", "GB"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines += ["| " + " | ".join(cells(row, texts)) + " |" for row in rows.values()]
+    return "\n".join(lines)
+
+
+def cells(row: Row, texts: list[str]) -> list[str]:
+    """What a line says; an error instead of figures."""
+    if "means" not in row:
+        return [row["label"], row.get("error", "not measured"), *[""] * (2 * len(texts) + 2)]
+    found = [row["label"]]
+    for text in texts:
+        values = [entry["perplexity"][text]["ppl"] for entry in row["seeds"]]
+        found.append(f"{row['means'][text]:.2f}{spread(values)}")
+        found.append(f"{row['relative'][text]:.3f}" if "relative" in row else "")
+    seconds = [entry["quantize_seconds"] for entry in row["seeds"] if "quantize_seconds" in entry]
+    peaks = [entry["peak_gpu_bytes"] or 0 for entry in row["seeds"] if "peak_gpu_bytes" in entry]
+    found.append(str(len(row["seeds"])))
+    found.append(f"{sum(seconds) / len(seconds):.1f}" if seconds else "")
+    return [*found, f"{max(peaks) / 1e9:.1f}" if peaks and max(peaks) else ""]
+
+
+def spread(values: list[float]) -> str:
+    """The least and the largest, if there are several."""
+    return f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+
+
+if __name__ == "__main__":
+    main()
