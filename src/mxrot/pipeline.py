@@ -136,6 +136,7 @@ def quantize(
     for index, block in enumerate(blocks):
         progress(index, len(blocks), family.block_prefix(index))
         finished = store.load(index) if store and not recipe.tunes_network else None
+        files.will_need(family.block_prefix(index + 1))
         if finished is None:
             report = quantize_block(run, index, block, files, inputs, originals)
         else:

@@ -1,6 +1,7 @@
 """Tensors straight from safetensors files, one by one, and nothing from any other kind of file."""
 
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -159,3 +160,18 @@ def test_fingerprint_sees_a_change_of_each_tensor(folder: Path) -> None:
         seen.add(files.fingerprint())
         (folder / "model.safetensors").write_bytes(original)
     assert len(seen) == 1 + len(files.names)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no such call on this system")
+def test_the_next_tensors_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The places told to the system hold these tensors and no others."""
+    tensors = {f"blocks.{index}.{name}": torch.randn(3, index + 2) for index in range(3) for name in "ab"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    told: list[bytes] = []
+    content = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: told.append(content[start : start + size]))
+    files = WeightFiles(tmp_path)
+    files.will_need("blocks.1")
+    assert told == [tensors[f"blocks.1.{name}"].numpy().tobytes() for name in "ab"]
+    files.will_need("blocks.3")
+    assert len(told) == 2
