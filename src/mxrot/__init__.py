@@ -2,12 +2,15 @@
 
 quantize, load and evaluate do what the commands of the same names do; a Recipe says how to quantize, a QTensor
 is what comes out. Names are imported when they are first used, so that `import mxrot` is quick.
+Once it has run, transformers' from_pretrained loads checkpoints, too.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from mxrot import autoload
 
 if TYPE_CHECKING:
     from mxrot.api import evaluate, load, quantize
@@ -23,6 +26,9 @@ _HOME = {
     "load": "mxrot.api",
     "quantize": "mxrot.api",
 }
+
+
+autoload.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -16,12 +16,14 @@ tags:
 
 # {base}, quantized to {formats} with mxrot ({recipe})
 
-**Load it with mxrot.** {warning}
+**`import mxrot` before you load it.** {warning}
 
 ```python
 import mxrot
+from transformers import AutoModelForCausalLM
 
-model = mxrot.load("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+# The same, with every file checked: model = mxrot.load("path/to/this/folder")
 ```
 
 ```
@@ -48,7 +50,7 @@ under that rule.
 """
 
 _WITH_TRANSFORM = (
-    "Loaders that do not apply the input transforms (plain transformers among them) read the packed weights "
+    "Loaders that do not apply the input transforms (transformers without mxrot among them) read the packed weights "
     "without an error and compute garbage."
 )
 _WITHOUT_TRANSFORM = (

@@ -18,6 +18,7 @@ from mxrot.surgery import scheme_name
 
 FORMAT_VERSION = 1
 MARKER = "mxrot"
+METHOD = "compressed-tensors"
 
 
 def check_exportable(recipe: Recipe) -> None:
@@ -55,14 +56,19 @@ def quantization_config(recipe: Recipe, family: Family, blocks: int, ignored: li
     }
     activation_rule = None if recipe.activations is None else recipe.activations.quantizer().rule.name
     config: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
+        "quant_method": METHOD,
         "format": format.compressed_tensors,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": [family.head, *ignored],
         "kv_cache_scheme": None,
         "sparsity_config": {},
-        MARKER: {"format_version": FORMAT_VERSION, "activation_rule": activation_rule, "sharing": recipe.sharing},
+        MARKER: {
+            "format_version": FORMAT_VERSION,
+            "activation_rule": activation_rule,
+            "sharing": recipe.sharing,
+            "accumulation": recipe.accumulation,
+        },
     }
     if recipe.has_transform:
         schemes = {

@@ -14,6 +14,7 @@ from tests.tiny_model import write_tiny_model
 from tests.unit.checkpoint.folders import all_tensors, recipe, write
 from torch import nn
 
+from mxrot import autoload
 from mxrot.checkpoint import check_exportable, load
 from mxrot.checkpoint.config import quantization_config
 from mxrot.errors import ConfigError
@@ -60,7 +61,8 @@ def test_its_config_classes_read_ours(source: Path, tmp_path: Path, name: str) -
     assert isinstance(scheme, QuantizationScheme) and scheme.weights is not None
     assert (scheme.weights.num_bits, scheme.weights.group_size, scheme.weights.dynamic) == (4, 32, False)
     assert scheme.input_activations is not None and scheme.input_activations.dynamic is True
-    assert table["mxrot"] == {"format_version": 1, "activation_rule": "even", "sharing": chosen.sharing}
+    marker = {"format_version": 1, "activation_rule": "even", "sharing": chosen.sharing, "accumulation": "exact"}
+    assert table["mxrot"] == marker and table["quant_method"] == autoload.METHOD
     assert ("transform_config" in table) is chosen.has_transform
     if chosen.has_transform:
         transforms = TransformConfig.model_validate(table["transform_config"])

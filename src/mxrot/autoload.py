@@ -1,0 +1,90 @@
+"""Lets transformers load checkpoints of mxrot once `import mxrot` has run, without importing transformers for it.
+
+transformers finds the code for a quantized checkpoint by the `quant_method` in its config, which is
+"compressed-tensors" here, and that code would leave the transforms out. So the two entries of that method are replaced,
+when transformers' module with them is imported, by ones that look for mxrot's marker first.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODULE = "transformers.quantizers.auto"
+METHOD = "compressed-tensors"
+MARKER = "mxrot"
+"""As in `checkpoint.config`, which takes long to import."""
+
+
+def install() -> None:
+    """Replace the entries now, or as soon as their module is imported."""
+    if MODULE in sys.modules:
+        replace_entries(sys.modules[MODULE])
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def replace_entries(module: ModuleType) -> None:
+    """Put our entries before those of compressed-tensors. Nothing of mxrot is imported until one is used."""
+    configs, quantizers = module.AUTO_QUANTIZATION_CONFIG_MAPPING, module.AUTO_QUANTIZER_MAPPING
+    if isinstance(configs.get(METHOD), _Configs):
+        return
+    own_config, own_quantizer = configs.get(METHOD), quantizers.get(METHOD)
+
+    def quantizer(config: Any, **options: Any) -> Any:
+        if not is_ours(config.to_dict()):
+            return own_quantizer(config, **options)
+        from mxrot.checkpoint.huggingface import MxrotQuantizer
+
+        return MxrotQuantizer(config, **options)
+
+    configs[METHOD], quantizers[METHOD] = _Configs(own_config), quantizer
+
+
+def is_ours(table: dict[str, Any]) -> bool:
+    """Does a `quantization_config` carry mxrot's marker?"""
+    return isinstance(table.get(MARKER), dict)
+
+
+class _Configs:
+    """Stands for the class of a quantization config: makes one from a dictionary."""
+
+    def __init__(self, others: Any) -> None:
+        self._others = others
+
+    def from_dict(self, table: dict[str, Any], **options: Any) -> Any:
+        if not is_ours(table):
+            return self._others.from_dict(table, **options)
+        from mxrot.checkpoint.huggingface import CheckpointConfig
+
+        return CheckpointConfig.from_dict(table, **options)
+
+
+class _Finder(MetaPathFinder):
+    """Finds only the module with the entries, as others do, and has them replaced once it has run."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != MODULE:
+            return None
+        sys.meta_path.remove(self)
+        for finder in sys.meta_path:
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        replace_entries(module)

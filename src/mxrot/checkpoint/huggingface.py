@@ -1,0 +1,138 @@
+"""Checkpoints of mxrot in transformers: `AutoModelForCausalLM.from_pretrained(DIR)` after `import mxrot`.
+
+The quantizer puts quantized linears, with the transforms of their sites, into the model that transformers has built,
+and transformers fills them by name. `mxrot.autoload` says how it is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mxrot.checkpoint.config import FORMAT_VERSION, MARKER, METHOD
+from mxrot.errors import CheckpointError
+from mxrot.formats import FORMATS, Format
+from mxrot.layers import TensorQuantizer, prepare_linears
+from mxrot.models import Site, check_linears, find_family
+from mxrot.recipe import TRANSFORM_BLOCK
+from mxrot.surgery import install_empty_site, scheme_name
+from mxrot.transforms.base import STORED_DTYPE
+
+
+class CheckpointConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a checkpoint that mxrot has written, kept as it is."""
+
+    def __init__(self, **table: Any) -> None:
+        self.quant_method: Any = METHOD
+        self.table = table
+        version = table.get(MARKER, {}).get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"checkpoint format version {version!r}; this mxrot reads version {FORMAT_VERSION}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**deepcopy(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return deepcopy(self.table)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    @property
+    def format(self) -> Format:
+        """Of the weights, and of the inputs where these are quantized."""
+        for format in FORMATS.values():
+            if format.compressed_tensors == self.table.get("format"):
+                return format
+        raise CheckpointError(f"quantization_config: unknown format {self.table.get('format')!r}")
+
+    @property
+    def activations(self) -> TensorQuantizer | None:
+        rule = self.table[MARKER].get("activation_rule")
+        return None if rule is None else TensorQuantizer(self.format, self.format.rule(rule))
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Full names of the linears that are left as they are."""
+        return tuple(self.table.get("ignore", ()))
+
+    @property
+    def schemes(self) -> frozenset[str]:
+        """Names of the sites' transforms."""
+        return frozenset(self.table.get("transform_config", {}).get("config_groups", {}))
+
+
+class MxrotQuantizer(HfQuantizer):
+    """Puts quantized linears into a model that transformers is about to fill from a checkpoint."""
+
+    requires_calibration = True
+    quantization_config: CheckpointConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        install_linears(model, self.quantization_config, options.get("checkpoint_files") or ())
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        if model.device.type == "cuda":
+            prepare_linears(model, fast=self.quantization_config.table[MARKER].get("accumulation") == "fast")
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def install_linears(model: PreTrainedModel, config: CheckpointConfig, files: Sequence[str] = ()) -> None:
+    """Replace the linears of every site by quantized ones without values, on the meta device."""
+    family = find_family(model.config, "config.json")
+    format = config.format
+    weights = TensorQuantizer(format, format.rule())
+    check_linears(model, family, TRANSFORM_BLOCK, config.ignored)
+    shapes = _transform_shapes(files)
+    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        for site in family.active_sites(index, config.ignored):
+            scheme = scheme_name(index, site)
+            stored = None
+            if scheme in config.schemes:
+                stored = _empty_transform(block, site, config.table[MARKER].get("sharing"), shapes.get(scheme))
+            install_empty_site(block, scheme, site, stored, weights, config.activations)
+
+
+def _transform_shapes(files: Sequence[str]) -> dict[str, list[int]]:
+    """The shape of each transform in these safetensors files, by the name of its scheme."""
+    found = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, not a dictionary
+                if name.endswith("_input.weight"):
+                    scheme = name.removesuffix("_input.weight").rpartition(".")[2]
+                    found[scheme] = file.get_slice(name).get_shape()
+    return found
+
+
+def _empty_transform(block: nn.Module, site: Site, sharing: str | None, shape: list[int] | None) -> Tensor:
+    """sqrt(B) T without values: of the shape that it has in the file, or that `sharing` stands for."""
+    linear = block.get_submodule(site.linears[0])
+    assert isinstance(linear, nn.Linear)
+    groups = linear.in_features // TRANSFORM_BLOCK
+    one = [TRANSFORM_BLOCK, TRANSFORM_BLOCK]
+    if shape is None:
+        shape = [groups, *one] if sharing == "block" and groups > 1 else one
+    return torch.empty(shape, dtype=STORED_DTYPE, device="meta")
