@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 from mxrot import autoload
 
 if TYPE_CHECKING:
-    from mxrot.api import evaluate, load, quantize
+    from mxrot.api import diverge, evaluate, load, quantize
     from mxrot.formats import QTensor
     from mxrot.recipe import Recipe
 
-__all__ = ["QTensor", "Recipe", "evaluate", "load", "quantize"]
+__all__ = ["QTensor", "Recipe", "diverge", "evaluate", "load", "quantize"]
 
 _HOME = {
     "QTensor": "mxrot.formats",
     "Recipe": "mxrot.recipe",
+    "diverge": "mxrot.api",
     "evaluate": "mxrot.api",
     "load": "mxrot.api",
     "quantize": "mxrot.api",

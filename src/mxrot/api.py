@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mxrot import pipeline
-from mxrot.calibration import load_text, token_windows
+from mxrot.calibration import Text, load_text, token_windows
 from mxrot.checkpoint import check_exportable, check_output, is_checkpoint, load, quantize_to_folder
 from mxrot.errors import ConfigError, FamilyError
-from mxrot.evaluation import Perplexity, perplexity
+from mxrot.evaluation import Divergence, Perplexity, divergence, perplexity
 from mxrot.models import find_family, find_model, read_config
 from mxrot.recipe import Recipe, load_recipe
 
@@ -167,13 +167,52 @@ def evaluate(
     if tokenizer is None:
         raise TypeError("evaluate needs the tokenizer of a model that is passed itself")
     batch = max(1, EVALUATION_TOKENS.get(next(model.parameters()).device.type, 2048) // seq_len)
+    return {
+        loaded.name: perplexity(model, token_windows(loaded, tokenizer, seq_len, windows), batch, progress)
+        for loaded in _texts(text)
+    }
+
+
+def diverge(
+    model: PreTrainedModel | str | Path,
+    original: PreTrainedModel | str | Path,
+    text: str | Sequence[str] = "demo",
+    *,
+    tokenizer: Any = None,
+    windows: int | None = None,
+    seq_len: int = 2048,
+    device: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Divergence]:
+    """How far `model` is from `original` on each text, by the text's name; both are on the device at once.
+
+    Models that are passed themselves need their `tokenizer`.
+    """
+    if not isinstance(original, PreTrainedModel):
+        original, folder = open_model(original, device)
+        tokenizer = tokenizer or load_tokenizer(folder)
+    if not isinstance(model, PreTrainedModel):
+        model, folder = open_model(model, device)
+        tokenizer = tokenizer or load_tokenizer(folder)
+    if tokenizer is None:
+        raise TypeError("diverge needs the tokenizer of models that are passed themselves")
+    batch = max(1, EVALUATION_TOKENS.get(next(model.parameters()).device.type, 2048) // seq_len)
     results = {}
+    for loaded in _texts(text):
+        tokens = token_windows(loaded, tokenizer, seq_len, windows)
+        results[loaded.name] = divergence(model, original, tokens, batch, progress)
+    return results
+
+
+def _texts(text: str | Sequence[str]) -> list[Text]:
+    """Evaluation texts; ConfigError if two have the same name."""
+    found: dict[str, Text] = {}
     for spec in [text] if isinstance(text, str) else text:
         loaded = load_text(spec, "evaluation")
-        if loaded.name in results:
+        if loaded.name in found:
             raise ConfigError(f"two texts are called {loaded.name!r}; name one as NAME=FILE")
-        results[loaded.name] = perplexity(model, token_windows(loaded, tokenizer, seq_len, windows), batch, progress)
-    return results
+        found[loaded.name] = loaded
+    return list(found.values())
 
 
 def generate_text(model: PreTrainedModel, tokenizer: Any, prompt: str, max_tokens: int = 40) -> str:

@@ -120,6 +120,9 @@ def evaluate(
     text: Texts = ["demo"],  # noqa: B006
     windows: Windows = None,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 2048,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="The original: how far from it, token by token")
+    ] = None,
     device: Device = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the SHA-256 of every file first")] = False,
     json_file: Json = None,
@@ -127,20 +130,28 @@ def evaluate(
     """Perplexity of a model or a checkpoint."""
     from mxrot import api
     from mxrot.records import versions
-    from mxrot.report import perplexity_table, progress_on_stderr
+    from mxrot.report import divergence_table, perplexity_table, progress_on_stderr
 
     check_texts(text)
     prepare(model, device, json_file)
+    if against is not None:
+        prepare(against, device, None)
     started = time.monotonic()
+    apart = None
     with progress_on_stderr("Evaluating") as told:
         opened, folder = api.open_model(model, device, verify)
-        results = api.evaluate(
-            opened, text, tokenizer=api.load_tokenizer(folder), windows=windows, seq_len=seq_len, progress=told
-        )
+        tokenizer = api.load_tokenizer(folder)
+        results = api.evaluate(opened, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        if against is not None:
+            apart = api.diverge(opened, against, text, windows=windows, seq_len=seq_len, device=device, progress=told)
     console().print(perplexity_table(model, results))
+    if apart is not None:
+        console().print(divergence_table(model, str(against), apart))
     table = {
         "model": model,
         "perplexity": {name: vars(result) for name, result in results.items()},
+        "against": against,
+        "divergence": None if apart is None else {name: vars(result) for name, result in apart.items()},
         "tasks": {},
         "seconds": round(time.monotonic() - started, 2),
         "versions": versions(),

@@ -46,7 +46,7 @@ def refused(kind: type[MxrotError], message: str, model: object, chosen: object 
 
 
 def test_the_public_names() -> None:
-    assert sorted(mxrot.__all__) == ["QTensor", "Recipe", "evaluate", "load", "quantize"]
+    assert sorted(mxrot.__all__) == ["QTensor", "Recipe", "diverge", "evaluate", "load", "quantize"]
     assert all(getattr(mxrot, name) is not None for name in mxrot.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         mxrot.nothing  # noqa: B018
@@ -104,6 +104,18 @@ def test_evaluate_takes_a_model_or_a_folder(source: Path, text: str, tmp_path: P
     assert original["words"].ppl != by_folder["words"].ppl
     with pytest.raises(TypeError, match="needs the tokenizer of a model that is passed itself"):
         mxrot.evaluate(mxrot.load(tmp_path / "out"), text=text)
+
+
+def test_diverge_takes_models_or_folders(source: Path, text: str, tmp_path: Path) -> None:
+    mxrot.quantize(source, "hadamard", tmp_path / "out")
+    options: dict[str, Any] = {"text": text, "seq_len": 64}
+    by_folder = mxrot.diverge(tmp_path / "out", source, **options)
+    assert by_folder["words"].kl > 0
+    assert by_folder["words"].ppl == mxrot.evaluate(tmp_path / "out", **options)["words"].ppl
+    models = mxrot.load(tmp_path / "out"), api.open_model(source)[0]
+    assert mxrot.diverge(*models, tokenizer=api.load_tokenizer(source), **options) == by_folder
+    with pytest.raises(TypeError, match="needs the tokenizer"):
+        mxrot.diverge(*models, text=text)
 
 
 def test_open_model_opens_both_kinds(source: Path, tmp_path: Path) -> None:

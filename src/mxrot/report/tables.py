@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mxrot.evaluation import KernelChoice, Perplexity, SiteMaxima
+from mxrot.evaluation import Divergence, KernelChoice, Perplexity, SiteMaxima
 from mxrot.layers import ModelSize
 
 
@@ -66,6 +66,23 @@ def perplexity_table(model: str, results: dict[str, Perplexity]) -> Table:
     for name, result in results.items():
         counts = (f"{result.windows} x {result.seq_len}", f"{result.tokens:,}")
         table.add_row(name, f"{result.ppl:.3f}", f"{result.nll:.4f}", *counts)
+    return table
+
+
+def divergence_table(model: str, original: str, results: dict[str, Divergence]) -> Table:
+    """One line a text, each figure with its standard error over windows."""
+    table = Table(title=f"{model} against {original}; +- one standard error over windows", title_justify="left")
+    for heading in ("text", "KL, nats a token", "same top token", "perplexity", "of the original", "difference"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for name, found in results.items():
+        table.add_row(
+            name,
+            f"{found.kl:.4f} +- {found.kl_error:.4f}",
+            f"{100 * found.agreement:.2f} % +- {100 * found.agreement_error:.2f}",
+            f"{found.ppl:.3f}",
+            f"{found.original_ppl:.3f}",
+            f"{found.ppl_difference:+.3f} +- {found.ppl_error:.3f}",
+        )
     return table
 
 

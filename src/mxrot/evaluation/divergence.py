@@ -1,0 +1,104 @@
+"""How far a quantized model is from the original, token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxrot.errors import ConfigError, NumericsError
+from mxrot.evaluation.perplexity import LOGITS_AT_ONCE
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Means over windows, each with its standard error: that of windows drawn from the same source."""
+
+    kl: float
+    """KL(original || quantized) of the next token, nats a token."""
+    kl_error: float
+    agreement: float
+    """Share of positions where both give the same token the largest probability."""
+    agreement_error: float
+    ppl: float
+    """Of the quantized model."""
+    original_ppl: float
+    ppl_difference: float
+    """Quantized less original."""
+    ppl_error: float
+    """Of that difference, window by window on the same text, to first order in the log-likelihoods."""
+    windows: int
+    tokens: int
+
+
+@torch.no_grad()
+def divergence(
+    model: PreTrainedModel,
+    original: PreTrainedModel,
+    windows: Tensor,
+    batch_windows: int = 1,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Divergence:
+    """Compare two models of one vocabulary on token windows [W, T], both on their device at once.
+
+    Computed in float32 from both models' logits. ConfigError if the vocabularies differ in size, NumericsError if
+    something is not finite.
+    """
+    sizes = [int(m.config.get_text_config().vocab_size) for m in (model, original)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"models with {sizes[0]} and {sizes[1]} tokens in their vocabularies cannot be compared")
+    found = []
+    scored = 0
+    for batch in windows.split(batch_windows):
+        progress(scored, windows.numel(), "tokens")
+        found.append(_window_means(model, original, batch).double().cpu())
+        scored += batch.numel()
+    progress(scored, windows.numel(), "tokens")
+    means = torch.cat(found, dim=1)
+    if not torch.isfinite(means).all():
+        raise NumericsError("the logits of one of the models hold NaN or Inf; nothing can be compared")
+    kl, agreement, nll, original_nll = means
+    ppl, original_ppl = (math.exp(float(part.mean())) for part in (nll, original_nll))
+    return Divergence(
+        kl=float(kl.mean()),
+        kl_error=_standard_error(kl),
+        agreement=float(agreement.mean()),
+        agreement_error=_standard_error(agreement),
+        ppl=ppl,
+        original_ppl=original_ppl,
+        ppl_difference=ppl - original_ppl,
+        # exp(mean) moves by exp(mean) times what the mean moves.
+        ppl_error=_standard_error(ppl * nll - original_ppl * original_nll),
+        windows=len(windows),
+        tokens=len(windows) * (windows.shape[1] - 1),
+    )
+
+
+def _window_means(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Of each window KL, agreement and both negative log-likelihoods: float32 [4, W]."""
+    device = next(model.parameters()).device
+    ids = ids.to(device)
+    hidden, expected = (m.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state for m in (model, original))
+    totals = torch.zeros(4, len(ids), device=device)
+    positions = ids.shape[1] - 1
+    step = max(1, LOGITS_AT_ONCE // len(ids))
+    for start in range(0, positions, step):
+        stop = min(start + step, positions)
+        targets = ids[:, start + 1 : stop + 1, None]
+        logs = model.get_output_embeddings()(hidden[:, start:stop]).float().log_softmax(dim=-1)
+        wanted = original.get_output_embeddings()(expected[:, start:stop]).float().log_softmax(dim=-1)
+        totals[0] += F.kl_div(logs, wanted, reduction="none", log_target=True).sum(dim=(1, 2))
+        totals[1] += (logs.argmax(dim=-1) == wanted.argmax(dim=-1)).sum(dim=1)
+        totals[2] -= logs.gather(2, targets).sum(dim=(1, 2))
+        totals[3] -= wanted.gather(2, targets).sum(dim=(1, 2))
+    return totals / positions
+
+
+def _standard_error(values: Tensor) -> float:
+    """Of the mean; NaN for a single value."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
