@@ -36,12 +36,17 @@ def write_tiny_model(folder: Path, dtype: torch.dtype = torch.float16, seed: int
         if parameter.dim() == 1:
             parameter.data.uniform_(0.5, 1.5)  # norm gains that smoothing can show itself on
     model.to(dtype).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Save a tokenizer with one token a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
 
 
 def random_windows(count: int, length: int, seed: int = 0) -> torch.Tensor:

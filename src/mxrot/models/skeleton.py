@@ -13,8 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mxrot.errors import FamilyError
 from mxrot.models.family import Family
 from mxrot.models.llama import LLAMA
+from mxrot.models.relatives import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3)}
 
 
 def read_config(folder: Path) -> Any:
@@ -32,6 +33,7 @@ def find_family(config: Any, where: str) -> Family:
     architectures = tuple(getattr(config, "architectures", None) or ())
     for family in FAMILIES.values():
         if set(architectures) & set(family.architectures):
+            _check_layer_types(config, where)
             return family
     named = ", ".join(architectures) or "none"
     causal: set[str] = set()
@@ -41,6 +43,15 @@ def find_family(config: Any, where: str) -> Family:
         raise FamilyError(f"{where}: architectures {named}: not a causal language model")
     known = ", ".join(architecture for family in FAMILIES.values() for architecture in family.architectures)
     raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
+
+
+def _check_layer_types(config: Any, where: str) -> None:
+    """FamilyError if decoder blocks attend in different ways: they are all called with the arguments of the first."""
+    kinds = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()))
+    if len(kinds) > 1:
+        raise FamilyError(
+            f"{where}: its decoder blocks are of different types ({', '.join(kinds)}), which is not supported"
+        )
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:

@@ -1,0 +1,84 @@
+"""Every family from a model folder to a checkpoint and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.contracts.test_families import config_of, each
+from tests.tiny_model import write_tokenizer
+from tests.unit.checkpoint.folders import recipe, write
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import mxrot
+from mxrot import pipeline
+from mxrot.errors import ConfigError
+from mxrot.models import FAMILIES, Family
+
+IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
+WINDOWS = torch.randint(0, 50, (6, 24), generator=torch.Generator().manual_seed(0))
+SHARED_NORM_OR_PRODUCER = [family for family in FAMILIES.values() if all(s.norm or s.producer for s in family.sites)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random model of each family, with biases and gains that count."""
+    found = {}
+    for name, family in FAMILIES.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config_of(family))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data.uniform_(0.5, 1.5)
+        found[name] = tmp_path_factory.mktemp(name)
+        model.half().save_pretrained(found[name])
+        write_tokenizer(found[name])
+    return found
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits.float()
+
+
+@each
+@pytest.mark.parametrize("name", ["mxrot", "rtn"])
+def test_what_is_loaded_is_what_was_quantized(
+    folders: dict[str, Path], tmp_path: Path, family: Family, name: str
+) -> None:
+    changes = {"calibration__generated": 0.5} if name == "mxrot" else {}
+    chosen = recipe(name, **changes)
+    windows = None if chosen.is_data_free else WINDOWS
+    in_memory = pipeline.quantize(folders[family.name], chosen, windows=windows).model
+    assert in_memory is not None
+    write(folders[family.name], tmp_path / "out", chosen, windows=windows)
+    loaded = mxrot.load(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(in_memory))
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(logits(by_transformers), logits(in_memory))
+
+
+@each
+@pytest.mark.parametrize("sharing", ["site", "block"])
+def test_transforms_and_smoothing_fold_away(folders: dict[str, Path], family: Family, sharing: str) -> None:
+    """Weights in 8 bits and inputs as they are: what is left is the rounding of the weights, as without a transform."""
+    changes = {"weights__format": "mxint8", "weights__rule": "", "activations": "none", "rounding__method": "rtn"}
+    original = logits(AutoModelForCausalLM.from_pretrained(folders[family.name], dtype=torch.float32))
+    errors = []
+    for method, smoothing in (("identity", {}), ("moments", {}), ("random-orthogonal", {"smoothing__alpha": 0.6})):
+        if smoothing and sharing == "site" and family not in SHARED_NORM_OR_PRODUCER:
+            continue
+        more = {"transform__method": method, "transform__sharing": sharing, "calibration__generated": 0.0}
+        chosen = recipe("mxrot", **(changes | more | smoothing))
+        model = pipeline.quantize(folders[family.name], chosen, windows=WINDOWS).model
+        assert model is not None
+        errors.append(float((logits(model) - original).norm() / original.norm()))
+    assert len(errors) >= 2 and max(errors) < 0.03 and max(errors) < 3 * errors[0]
+
+
+@pytest.mark.parametrize("name", ["olmo2", "phi3"])
+def test_a_site_that_smoothing_has_no_place_for_is_named(folders: dict[str, Path], name: str) -> None:
+    with pytest.raises(ConfigError, match="has nothing before it that can take smoothing scales; list it under"):
+        pipeline.quantize(folders[name], recipe("duquant++"), windows=WINDOWS)
