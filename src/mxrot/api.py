@@ -7,6 +7,7 @@ mxrot.evaluate(model, text="demo")
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mxrot import pipeline
 from mxrot.calibration import Text, load_text, token_windows
-from mxrot.checkpoint import check_exportable, check_output, is_checkpoint, load, quantize_to_folder
+from mxrot.checkpoint import check_exportable, check_output, is_checkpoint, load, quantize_to_folder, with_config
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.evaluation import Divergence, Perplexity, divergence, perplexity
 from mxrot.models import find_family, find_model, read_config
@@ -48,7 +49,7 @@ def default_device() -> str:
 
 
 def quantize(
-    model: str | Path = "demo",
+    model: str | Path | PreTrainedModel = "demo",
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     output: str | Path | None = None,
     *,
@@ -59,15 +60,29 @@ def quantize(
     device: str | None = None,
     force: bool = False,
     resume: bool = False,
+    tokenizer: Any = None,
     progress: Progress = silent,
 ) -> PreTrainedModel | dict[str, Any]:
-    """Quantize a model by its hub id, folder, or `demo`.
+    """Quantize a model by its hub id, folder, or `demo`; or one that is loaded, which stays as it is.
 
     With `output` a checkpoint folder is written and the contents of its run.json come back; without it the
-    quantized model, ready to run on `device`. `samples` and `seq_len` replace the recipe's calibration windows.
+    quantized model, ready to run on `device`, with `generate` and `save_pretrained`. A loaded model needs its
+    `tokenizer`, unless the recipe needs no text, and is written to a temporary folder first.
+    `samples` and `seq_len` replace the recipe's calibration windows.
     Errors are those of mxrot.errors, raised before any weight is read where that is possible.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None and not chosen.is_data_free:
+            raise TypeError("quantize needs the tokenizer of a model that is passed itself")
+        with tempfile.TemporaryDirectory(prefix="mxrot-") as saved:
+            named = Path(saved) / (Path(model.name_or_path or "").name or type(model).__name__)
+            model.save_pretrained(named)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(named)
+            options: dict[str, Any] = {"force": force, "resume": resume, "progress": progress, "seed": seed}
+            texts: dict[str, Any] = {"calib": calib, "samples": samples, "seq_len": seq_len}
+            return quantize(named, chosen, output, device=device or str(model.device), **texts, **options)
     if output is not None:
         output = Path(output).expanduser()
         check_exportable(chosen)
@@ -82,7 +97,7 @@ def quantize(
             folder, chosen, windows=calibration.windows, device=device, seed=seed, progress=progress
         )
         assert result.model is not None
-        return result.model
+        return with_config(result.model, chosen)
     return quantize_to_folder(
         folder,
         chosen,

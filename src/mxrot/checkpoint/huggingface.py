@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxrot.checkpoint.config import FORMAT_VERSION, MARKER, METHOD
-from mxrot.errors import CheckpointError
+from mxrot.checkpoint.config import FORMAT_VERSION, MARKER, METHOD, check_exportable, quantization_config
+from mxrot.errors import CheckpointError, ConfigError
 from mxrot.formats import FORMATS, Format
 from mxrot.layers import TensorQuantizer, prepare_linears
 from mxrot.models import Site, check_linears, find_family
-from mxrot.recipe import TRANSFORM_BLOCK
+from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.surgery import install_empty_site, scheme_name
 from mxrot.transforms.base import STORED_DTYPE
 
@@ -97,6 +97,27 @@ class MxrotQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def with_config(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """A model that was quantized in memory, with the config that `save_pretrained` writes for `from_pretrained`.
+
+    None for a recipe whose result no checkpoint can hold.
+    """
+    try:
+        check_exportable(recipe)
+    except ConfigError:
+        return model
+    family = find_family(model.config, "the model")
+    blocks = list(model.get_submodule(family.blocks).children())
+    ignored = sorted(
+        f"{family.block_prefix(index)}.{name}"
+        for index, block in enumerate(blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+    model.config.quantization_config = CheckpointConfig(**quantization_config(recipe, family, len(blocks), ignored))
+    return model
 
 
 def install_linears(model: PreTrainedModel, config: CheckpointConfig, files: Sequence[str] = ()) -> None:

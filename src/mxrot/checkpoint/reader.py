@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_finished_block, load_outer
 from mxrot.checkpoint.config import check_marker
 from mxrot.checkpoint.files import INDEX, sha256_of
+from mxrot.checkpoint.huggingface import CheckpointConfig
 from mxrot.errors import CheckpointError, MxrotError
 from mxrot.layers import prepare_linears
 from mxrot.models import (
@@ -49,10 +50,13 @@ def load(
     Parts that are not quantized are held in `dtype`; by default in the checkpoint's own type on a GPU, and in
     float32, which holds it exactly, on a CPU. File sizes are always compared with run.json, with `verify` the
     SHA-256 of every file too. CheckpointError names what is wrong. `keeps_fp8` gives a byte a weight more on a GPU, for
-    speed with long inputs.
+    speed with long inputs. What `save_pretrained` has written has no run.json and no recipe, and is loaded as
+    transformers does it.
     """
     folder = Path(folder).expanduser()
     device = torch.device(device)
+    if is_saved_by_transformers(folder):
+        return _load_saved(folder, device, dtype)
     check_files(folder, verify)
     try:
         return _load(folder, device, dtype, keeps_fp8)
@@ -62,9 +66,26 @@ def load(
         raise CheckpointError(f"{folder}: {error}") from error
 
 
+def is_saved_by_transformers(folder: Path) -> bool:
+    """Is this a checkpoint that was loaded and saved again, without the files that only mxrot writes?"""
+    own = ("run.json", "recipe.toml", INDEX)
+    return is_checkpoint(folder) and not any((folder / name).exists() for name in own)
+
+
+def _load_saved(folder: Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+    stored = getattr(read_config(folder), "dtype", None) or torch.float32
+    dtype = dtype or compute_dtype(stored, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return cast(Any, model).to(device).eval()
+
+
 def _load(folder: Path, device: torch.device, dtype: torch.dtype | None, keeps_fp8: bool) -> PreTrainedModel:
     recipe = Recipe.from_toml((folder / "recipe.toml").read_text(encoding="utf-8"), "recipe.toml")
     config = read_config(folder)
+    quantization = CheckpointConfig.from_dict(config.quantization_config)
     del config.quantization_config
     family = find_family(config, str(folder))
     model = build_skeleton(config)
@@ -81,6 +102,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype | None, keeps_f
     read_generation_config(model, folder)
     if device.type == "cuda":
         prepare_linears(model, keeps_fp8, recipe.accumulation == "fast")
+    model.config.quantization_config = quantization
     return model
 
 

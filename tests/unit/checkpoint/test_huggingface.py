@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.tiny_model import write_tiny_model
 from tests.unit.checkpoint.folders import TOKENS, logits, recipe, write
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.quantizers import auto
 
 import mxrot
@@ -20,6 +20,7 @@ from mxrot import autoload
 from mxrot.checkpoint.huggingface import CheckpointConfig
 from mxrot.errors import CheckpointError
 from mxrot.layers import QuantLinear
+from mxrot.recipe import load_recipe
 
 RECIPES = {
     "mxrot": {"calibration__generated": 0.0},
@@ -59,6 +60,42 @@ def test_what_is_saved_again_is_the_same_model(folder: Path, tmp_path: Path) -> 
     assert second["quantization_config"] == first["quantization_config"]
 
 
+def test_a_loaded_model_can_be_saved_by_transformers_and_loaded_again(folder: Path, tmp_path: Path) -> None:
+    model = mxrot.load(folder)
+    model.save_pretrained(tmp_path / "again")
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    for again in (mxrot.load(tmp_path / "again", dtype=torch.float32), by_transformers):
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_a_model_that_was_quantized_in_memory_can_be_saved(source: Path, tmp_path: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    before = logits(original)
+    model = mxrot.quantize(original, load_recipe("hadamard").changed({"ignore": ["q_proj"]}))
+    assert isinstance(model, PreTrainedModel) and torch.equal(logits(original), before)
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(mxrot.load(tmp_path / "out")), logits(model))
+    assert not torch.equal(logits(model), before)
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="header"):
+        mxrot.load(tmp_path / "out")
+
+
+def test_a_loaded_model_is_quantized_into_a_folder(source: Path, tmp_path: Path) -> None:
+    original, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    options: dict[str, Any] = {"samples": 2, "seq_len": 64}
+    with pytest.raises(TypeError, match="needs the tokenizer"):
+        mxrot.quantize(original, "duquant++", tmp_path / "one", **options)
+    mxrot.quantize(original, "duquant++", tmp_path / "one", tokenizer=tokenizer, **options)
+    mxrot.quantize(source, "duquant++", tmp_path / "two", **options)
+    assert torch.equal(logits(mxrot.load(tmp_path / "one")), logits(mxrot.load(tmp_path / "two")))
+
+
+def test_what_no_checkpoint_can_hold_has_no_config(source: Path) -> None:
+    model = mxrot.quantize(source, load_recipe("rtn").changed({"weights.rule": "log256"}))
+    assert isinstance(model, PreTrainedModel) and getattr(model.config, "quantization_config", None) is None
+
+
 def test_it_generates(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
@@ -70,9 +107,11 @@ def test_it_generates(folder: Path) -> None:
 @pytest.mark.parametrize(
     "imports", ["import mxrot, transformers", "import transformers.modeling_utils, mxrot", "import transformers, mxrot"]
 )
-def test_the_order_of_imports_does_not_matter(folder: Path, imports: str) -> None:
+def test_the_order_of_imports_does_not_matter(source: Path, tmp_path: Path, imports: str) -> None:
+    folder = tmp_path / "out"
+    write(source, folder, recipe("hadamard"))
     program = f"""{imports}
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
 print({{type(module).__name__ for module in model.modules()}})"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
