@@ -14,12 +14,14 @@ from mxrot import autoload
 
 if TYPE_CHECKING:
     from mxrot.api import diverge, evaluate, load, quantize
+    from mxrot.checkpoint.huggingface import MxrotConfig
     from mxrot.formats import QTensor
     from mxrot.recipe import Recipe
 
-__all__ = ["QTensor", "Recipe", "diverge", "evaluate", "load", "quantize"]
+__all__ = ["MxrotConfig", "QTensor", "Recipe", "diverge", "evaluate", "load", "quantize"]
 
 _HOME = {
+    "MxrotConfig": "mxrot.checkpoint.huggingface",
     "QTensor": "mxrot.formats",
     "Recipe": "mxrot.recipe",
     "diverge": "mxrot.api",

@@ -16,6 +16,7 @@ from typing import Any
 MODULE = "transformers.quantizers.auto"
 METHOD = "compressed-tensors"
 MARKER = "mxrot"
+ON_LOAD = "mxrot"
 """As in `checkpoint.config`, which takes long to import."""
 
 
@@ -42,6 +43,14 @@ def replace_entries(module: ModuleType) -> None:
         return MxrotQuantizer(config, **options)
 
     configs[METHOD], quantizers[METHOD] = _Configs(own_config), quantizer
+    quantizers[ON_LOAD] = on_load
+
+
+def on_load(config: Any, **options: Any) -> Any:
+    """The quantizer of `mxrot.MxrotConfig`."""
+    from mxrot.checkpoint.huggingface import OnLoadQuantizer
+
+    return OnLoadQuantizer(config, **options)
 
 
 def is_ours(table: dict[str, Any]) -> bool:

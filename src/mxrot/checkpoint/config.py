@@ -19,6 +19,7 @@ from mxrot.surgery import scheme_name
 FORMAT_VERSION = 1
 MARKER = "mxrot"
 METHOD = "compressed-tensors"
+ON_LOAD = "mxrot"
 
 
 def check_exportable(recipe: Recipe) -> None:

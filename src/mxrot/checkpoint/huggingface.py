@@ -6,23 +6,34 @@ and transformers fills them by name. `mxrot.autoload` says how it is found.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxrot.checkpoint.config import FORMAT_VERSION, MARKER, METHOD, check_exportable, quantization_config
+from mxrot import pipeline
+from mxrot.checkpoint.config import (
+    FORMAT_VERSION,
+    MARKER,
+    METHOD,
+    ON_LOAD,
+    check_exportable,
+    quantization_config,
+)
 from mxrot.errors import CheckpointError, ConfigError
 from mxrot.formats import FORMATS, Format
-from mxrot.layers import TensorQuantizer, prepare_linears
+from mxrot.layers import TensorQuantizer, prepare_linears, sites_of
 from mxrot.models import Site, check_linears, find_family
-from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+from mxrot.recipe import TRANSFORM_BLOCK, Recipe, load_recipe
 from mxrot.surgery import install_empty_site, scheme_name
 from mxrot.transforms.base import STORED_DTYPE
 
@@ -72,6 +83,47 @@ class CheckpointConfig(QuantizationConfigMixin):
         return frozenset(self.table.get("transform_config", {}).get("config_groups", {}))
 
 
+class MxrotConfig(QuantizationConfigMixin):
+    """`from_pretrained(..., quantization_config=MxrotConfig("hadamard"))`: quantize a model when it has been loaded.
+
+    For recipes that need no text; ConfigError for others, and for what no checkpoint can hold.
+    """
+
+    def __init__(self, recipe: str | Recipe = "hadamard") -> None:
+        self.quant_method: Any = ON_LOAD
+        self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+        check_exportable(self.recipe)
+        if not self.recipe.is_data_free:
+            raise ConfigError(f"recipe {self.recipe.name} needs calibration text: use mxrot.quantize")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, "recipe": self.recipe.to_toml()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class OnLoadQuantizer(HfQuantizer):
+    """Quantizes a model that transformers has loaded in its own type."""
+
+    quantization_config: MxrotConfig
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        quantize_in_place(model, self.quantization_config.recipe)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
 class MxrotQuantizer(HfQuantizer):
     """Puts quantized linears into a model that transformers is about to fill from a checkpoint."""
 
@@ -97,6 +149,28 @@ class MxrotQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Replace the linears of a loaded model by quantized ones, by a recipe that needs no text.
+
+    The model is written to a temporary folder for it.
+    """
+    config = deepcopy(model.config)
+    del config.quantization_config
+    with tempfile.TemporaryDirectory(prefix="mxrot-") as folder:
+        config.save_pretrained(folder)
+        tied = {f"{find_family(config, 'the model').head}.weight"} if config.tie_word_embeddings else set()
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+        save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
+        quantized = pipeline.quantize(Path(folder), recipe, device=model.device).model
+    assert quantized is not None
+    names = {module: name for name, module in quantized.named_modules()}
+    for linears in list(sites_of(quantized)):
+        for linear in linears:
+            linear.bias = getattr(model.get_submodule(names[linear]), "bias", None)
+            model.set_submodule(names[linear], linear)
+    with_config(model, recipe)
 
 
 def with_config(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from transformers.quantizers import auto
 import mxrot
 from mxrot import autoload
 from mxrot.checkpoint.huggingface import CheckpointConfig
-from mxrot.errors import CheckpointError
+from mxrot.errors import CheckpointError, ConfigError
 from mxrot.layers import QuantLinear
 from mxrot.recipe import load_recipe
 
@@ -94,6 +94,26 @@ def test_a_loaded_model_is_quantized_into_a_folder(source: Path, tmp_path: Path)
 def test_what_no_checkpoint_can_hold_has_no_config(source: Path) -> None:
     model = mxrot.quantize(source, load_recipe("rtn").changed({"weights.rule": "log256"}))
     assert isinstance(model, PreTrainedModel) and getattr(model.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["rtn", "hadamard"])
+def test_a_model_is_quantized_when_it_is_loaded(tmp_path: Path, name: str, tied: bool) -> None:
+    source = write_tiny_model(tmp_path / "source", tie_word_embeddings=tied, attention_bias=True)
+    config = mxrot.MxrotConfig(name)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
+    expected = mxrot.quantize(source, name)
+    assert isinstance(expected, PreTrainedModel) and torch.equal(logits(model), logits(expected))
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_recipe_that_needs_text_is_refused_on_load() -> None:
+    with pytest.raises(ConfigError, match=r"recipe mxrot needs calibration text: use mxrot\.quantize"):
+        mxrot.MxrotConfig("mxrot")
+    with pytest.raises(ConfigError, match="log256"):
+        mxrot.MxrotConfig(load_recipe("rtn").changed({"weights.rule": "log256"}))
 
 
 def test_it_generates(folder: Path) -> None:
