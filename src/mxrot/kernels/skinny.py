@@ -9,8 +9,9 @@ costs few instructions and enough bytes are on their way at any time. Hence:
   still fills a device. A program either goes along a few rows, all of K, or down many rows with the inputs of a part
   of K in registers; then the last program of those that share rows adds the parts up.
 - A code becomes a bfloat16 number, which holds code and scale exactly. The three bits of a magnitude, put where
-  exponent and fraction of bfloat16 meet, are 2^-126 of it; a product of two numbers at a time raises them, and another
-  one applies the scale of the block. So a product sums over all of K in float32, with nothing to do for each block.
+  exponent and fraction of bfloat16 meet, are 2^-126 of it; one product, of two numbers at a time, raises them and
+  applies the scale of the block. So a sum goes over all of K in float32, with nothing to do for each block. Scales
+  above 2 times 2^126 are too large for a bfloat16 number: a program that has seen one begins again, with two products.
 - Inputs are packed codes too: as bfloat16 they would be more bytes than the weights, for 16 rows of inputs and 32 rows
   of weights a program.
 - A sum may run over K in any order. Each thread loads whole blocks, 16 bytes at a time, and the order is the one in
@@ -35,54 +36,74 @@ from mxrot.kernels.plain import PackedRows
 MOST_ROWS = 128
 
 
-def _decoder(sign: str, magnitude: str) -> tl.constexpr:
-    """Assembly that takes one code of each of two 16-bit units ($1), and the scale of their block twice ($2), to two
+def _decoder(sign: str, magnitude: str, lift: str) -> tl.constexpr:
+    """Assembly that takes one code of each of two 16-bit units ($1), and the factor of their block twice ($2), to two
     bfloat16 numbers; `sign` and `magnitude` move the code's sign to bit 15 and its magnitude to bits 8 to 6.
 
     fma with -0 keeps the sign of zero; lop3 0xEA is (sign & 0x80008000) | magnitude.
     """
     return tl.constexpr(
         f"""{{
-        .reg .b32 sign, number, raise, zero;
-        mov.b32 raise, 0x7E807E80;
+        .reg .b32 sign, number, power, zero;
         mov.b32 zero, 0x80008000;
         {sign}
         {magnitude}
         and.b32 number, number, 0x01C001C0;
         lop3.b32 number, sign, 0x80008000, number, 0xEA;
-        fma.rn.bf16x2 number, number, raise, zero;
+        {lift}
         fma.rn.bf16x2 $0, number, $2, zero;
         }}"""
     )
 
 
-_FIRST = _decoder("shl.b32 sign, $1, 12;", "shl.b32 number, $1, 6;")
-_SECOND = _decoder("shl.b32 sign, $1, 8;", "shl.b32 number, $1, 2;")
-_THIRD = _decoder("shl.b32 sign, $1, 4;", "shr.u32 number, $1, 2;")
-_FOURTH = _decoder("mov.b32 sign, $1;", "shr.u32 number, $1, 6;")
+_MOVES = (
+    ("shl.b32 sign, $1, 12;", "shl.b32 number, $1, 6;"),
+    ("shl.b32 sign, $1, 8;", "shl.b32 number, $1, 2;"),
+    ("shl.b32 sign, $1, 4;", "shr.u32 number, $1, 2;"),
+    ("mov.b32 sign, $1;", "shr.u32 number, $1, 6;"),
+)
+_LIFT = "mov.b32 power, 0x7E807E80; fma.rn.bf16x2 number, number, power, zero;"
+_FIRST, _SECOND, _THIRD, _FOURTH = (_decoder(*moves, lift="") for moves in _MOVES)
+_LIFT_FIRST, _LIFT_SECOND, _LIFT_THIRD, _LIFT_FOURTH = (_decoder(*moves, lift=_LIFT) for moves in _MOVES)
 
 
 @triton.jit
-def _decode(units, scales, PLACE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """The numbers of the codes in bits 4 PLACE to 4 PLACE + 3 of 16-bit units, scaled: bfloat16, or float32."""
+def _decode(units, factors, PLACE: tl.constexpr, ANY: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The numbers of the codes in bits 4 PLACE to 4 PLACE + 3 of 16-bit units, with their `_factors`: bfloat16, or
+    float32."""
     if not ASSEMBLY:
         codes = (units.to(tl.int32) >> (4 * PLACE)) & 15
         numbers = (((codes & 8) << 28) | ((codes & 7) << 22)).to(tl.float32, bitcast=True)
-        return numbers * 2.0**126 * scales
+        return (numbers * 2.0**126 if ANY else numbers) * factors
+    elif ANY:
+        if PLACE == 0:
+            return tl.inline_asm_elementwise(_LIFT_FIRST, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        elif PLACE == 1:
+            return tl.inline_asm_elementwise(_LIFT_SECOND, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        elif PLACE == 2:
+            return tl.inline_asm_elementwise(_LIFT_THIRD, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        else:
+            return tl.inline_asm_elementwise(_LIFT_FOURTH, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
     elif PLACE == 0:
-        return tl.inline_asm_elementwise(_FIRST, "=r,r,r", [units, scales], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_FIRST, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
     elif PLACE == 1:
-        return tl.inline_asm_elementwise(_SECOND, "=r,r,r", [units, scales], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_SECOND, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
     elif PLACE == 2:
-        return tl.inline_asm_elementwise(_THIRD, "=r,r,r", [units, scales], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_THIRD, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
     else:
-        return tl.inline_asm_elementwise(_FOURTH, "=r,r,r", [units, scales], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_FOURTH, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
 
 
 @triton.jit
-def _scale(exponents, ASSEMBLY: tl.constexpr):
-    """E8M0 bytes, as int32, to bfloat16, or float32."""
-    bits = tl.where(exponents == 255, 0x7FC0, tl.where(exponents == 0, 0x40, exponents << 7))
+def _factors(exponents, ANY: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """What codes are multiplied with, bfloat16 or float32, by E8M0 bytes as int32.
+
+    Where ANY byte may come these are scales, NaN for 255; the code is lifted by 2^126 before. Otherwise they are scales
+    times 2^126, right for bytes up to 128.
+    """
+    bits = tl.maximum(exponents << 7, 0x40) if ANY else (exponents << 7) + (126 << 7)
+    if ANY:
+        bits = tl.where(exponents == 255, 0x7FC0, bits)
     if ASSEMBLY:
         return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
@@ -136,6 +157,7 @@ def _numbers(
     scales,
     PLACE: tl.constexpr,
     NEAR: tl.constexpr,
+    ANY: tl.constexpr,
     RUN: tl.constexpr,
     WARPS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -147,11 +169,17 @@ def _numbers(
     """
     EIGHTS: tl.constexpr = words.shape[1] // (RUN * WARPS * 128)
     units = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
-    factors = tl.reshape(_scale(scales, ASSEMBLY), [EIGHTS, RUN, WARPS, 8, 4, 1])
+    factors = tl.reshape(_factors(scales, ANY, ASSEMBLY), [EIGHTS, RUN, WARPS, 8, 4, 1])
     factors = tl.broadcast_to(factors, [EIGHTS, RUN, WARPS, 8, 4, 8])
-    numbers = _decode(tl.reshape(units, [EIGHTS, RUN, WARPS, 8, 4, 8]), factors, PLACE, ASSEMBLY)
+    numbers = _decode(tl.reshape(units, [EIGHTS, RUN, WARPS, 8, 4, 8]), factors, PLACE, ANY, ASSEMBLY)
     numbers = tl.reshape(numbers, [EIGHTS, RUN, WARPS, 8, 4, 8 // NEAR, NEAR])
     return tl.reshape(tl.permute(numbers, [2, 0, 3, 1, 5, 4, 6]), [WARPS, EIGHTS * 8, RUN * 32])
+
+
+@triton.jit
+def _largest(scales, WARPS: tl.constexpr):
+    """For each thread, of the scales that it has loaded."""
+    return tl.max(tl.reshape(scales, [scales.shape[0] // (WARPS * 32), WARPS * 32]), axis=0)
 
 
 @triton.jit
@@ -166,21 +194,23 @@ def _add_products(total, weights, inputs, ASSEMBLY: tl.constexpr):
 @triton.jit
 def _places_of_sums(first_input, first_row, inputs_in_all, rows_in_all, ROWS: tl.constexpr, INPUTS: tl.constexpr):
     """Where [ROWS, INPUTS] belong in [inputs, rows], and which do."""
-    rows = first_row.to(tl.int64) + tl.arange(0, ROWS)[:, None]
+    rows = first_row + tl.arange(0, ROWS)[:, None]
     count = first_input + tl.arange(0, INPUTS)[None, :]
     return count * rows_in_all + rows, (rows < rows_in_all) & (count < inputs_in_all)
 
 
-@triton.jit(do_not_specialize=["inputs_in_all"])
-def _along_rows(
+@triton.jit
+def _products_along(
     inputs_pointer,
     input_scales_pointer,
     words_pointer,
     scales_pointer,
-    out_pointer,
+    first_input,
+    first_row,
     inputs_in_all,
     rows_in_all,
     groups_in_all,
+    ANY: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WHOLE: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -188,9 +218,8 @@ def _along_rows(
     RUN: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    # A program takes some rows, all of K. Loads run a step ahead of what is done with them.
+    """Some rows, all of K: each warp's share, float32 [WARPS, ROWS, INPUTS], and the largest scales of weights."""
     STEP: tl.constexpr = 4 * RUN * WARPS
-    first_input, first_row = tl.program_id(0) * INPUTS, tl.program_id(1) * ROWS
     next_words, next_scales = _load(
         words_pointer, scales_pointer, first_row, 0, rows_in_all, groups_in_all, ROWS, RUN, WARPS, WHOLE, "evict_first"
     )
@@ -207,6 +236,7 @@ def _along_rows(
         WHOLE,
         "",
     )
+    largest = _largest(next_scales, WARPS)
     total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
     for start in tl.range(0, groups_in_all, STEP, num_stages=1):
         words, scales, inputs, input_scales = next_words, next_scales, next_inputs, next_input_scales
@@ -238,12 +268,137 @@ def _along_rows(
                 WHOLE,
                 "",
             )
+        largest = tl.maximum(largest, _largest(scales, WARPS))
         for place in tl.static_range(4):
-            weights = _numbers(words, scales, place, 4, RUN, WARPS, ASSEMBLY)
-            values = _numbers(inputs, input_scales, place, 4, RUN, WARPS, ASSEMBLY)
+            weights = _numbers(words, scales, place, 4, ANY, RUN, WARPS, ASSEMBLY)
+            values = _numbers(inputs, input_scales, place, 4, True, RUN, WARPS, ASSEMBLY)
             total = _add_products(total, weights, values, ASSEMBLY)
+    return total, largest
+
+
+@triton.jit(do_not_specialize=["inputs_in_all"])
+def _along_rows(
+    inputs_pointer,
+    input_scales_pointer,
+    words_pointer,
+    scales_pointer,
+    out_pointer,
+    inputs_in_all,
+    rows_in_all,
+    groups_in_all,
+    ASSEMBLY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    first_input, first_row = tl.program_id(0) * INPUTS, tl.program_id(1) * ROWS
+    total, largest = _products_along(
+        inputs_pointer,
+        input_scales_pointer,
+        words_pointer,
+        scales_pointer,
+        first_input,
+        first_row,
+        inputs_in_all,
+        rows_in_all,
+        groups_in_all,
+        False,
+        ASSEMBLY,
+        WHOLE,
+        INPUTS,
+        ROWS,
+        RUN,
+        WARPS,
+    )
+    if tl.max(largest) > 128:
+        total, largest = _products_along(
+            inputs_pointer,
+            input_scales_pointer,
+            words_pointer,
+            scales_pointer,
+            first_input,
+            first_row,
+            inputs_in_all,
+            rows_in_all,
+            groups_in_all,
+            True,
+            ASSEMBLY,
+            WHOLE,
+            INPUTS,
+            ROWS,
+            RUN,
+            WARPS,
+        )
     at, inside = _places_of_sums(first_input, first_row, inputs_in_all, rows_in_all, ROWS, INPUTS)
     tl.store(out_pointer + at, tl.sum(total, axis=0).to(out_pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _products_down(
+    first,
+    second,
+    third,
+    fourth,
+    words_pointer,
+    scales_pointer,
+    out_pointer,
+    first_input,
+    first_row,
+    end_row,
+    first_block,
+    inputs_in_all,
+    rows_in_all,
+    groups_in_all,
+    ANY: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Many rows, a part of K: stores sums, and gives the largest scales of weights."""
+    next_words, next_scales = _load(
+        words_pointer,
+        scales_pointer,
+        first_row,
+        first_block,
+        rows_in_all,
+        groups_in_all,
+        ROWS,
+        RUN,
+        WARPS,
+        WHOLE,
+        "evict_first",
+    )
+    largest = _largest(next_scales, WARPS)
+    for tile in tl.range(0, tl.cdiv(end_row - first_row, ROWS), num_stages=1):
+        words, scales, row = next_words, next_scales, first_row + tile * ROWS
+        if row + ROWS < end_row:
+            next_words, next_scales = _load(
+                words_pointer,
+                scales_pointer,
+                row + ROWS,
+                first_block,
+                rows_in_all,
+                groups_in_all,
+                ROWS,
+                RUN,
+                WARPS,
+                WHOLE,
+                "evict_first",
+            )
+        largest = tl.maximum(largest, _largest(scales, WARPS))
+        total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
+        total = _add_products(total, _numbers(words, scales, 0, 8, ANY, RUN, WARPS, ASSEMBLY), first, ASSEMBLY)
+        total = _add_products(total, _numbers(words, scales, 1, 8, ANY, RUN, WARPS, ASSEMBLY), second, ASSEMBLY)
+        total = _add_products(total, _numbers(words, scales, 2, 8, ANY, RUN, WARPS, ASSEMBLY), third, ASSEMBLY)
+        total = _add_products(total, _numbers(words, scales, 3, 8, ANY, RUN, WARPS, ASSEMBLY), fourth, ASSEMBLY)
+        at, inside = _places_of_sums(first_input, row, inputs_in_all, rows_in_all, ROWS, INPUTS)
+        tl.store(out_pointer + at, tl.sum(total, axis=0).to(out_pointer.dtype.element_ty), mask=inside)
+    return largest
 
 
 @triton.jit(do_not_specialize=["inputs_in_all", "tiles"])
@@ -260,32 +415,18 @@ def _down_rows(
     groups_in_all,
     tiles,
     PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WHOLE: tl.constexpr,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     WARPS: tl.constexpr,
-    SPAN: tl.constexpr,
 ):
-    # A program takes a part of K, whose inputs stay in registers, and goes down `tiles` times ROWS rows.
-    part, first_block = tl.program_id(0), tl.program_id(0) * (4 * RUN * WARPS)
-    first_row, first_input = tl.program_id(1) * (tiles * ROWS), tl.program_id(2) * INPUTS
+    first_block, first_input = tl.program_id(0) * (4 * RUN * WARPS), tl.program_id(2) * INPUTS
+    first_row = tl.program_id(1) * (tiles * ROWS)
     end_row = tl.minimum(first_row + tiles * ROWS, rows_in_all)
     tl.assume(first_row < end_row)
-    next_words, next_scales = _load(
-        words_pointer,
-        scales_pointer,
-        first_row,
-        first_block,
-        rows_in_all,
-        groups_in_all,
-        ROWS,
-        RUN,
-        WARPS,
-        WHOLE,
-        "evict_first",
-    )
     inputs, input_scales = _load(
         inputs_pointer,
         input_scales_pointer,
@@ -299,39 +440,61 @@ def _down_rows(
         WHOLE,
         "",
     )
-    first = _numbers(inputs, input_scales, 0, 8, RUN, WARPS, ASSEMBLY)
-    second = _numbers(inputs, input_scales, 1, 8, RUN, WARPS, ASSEMBLY)
-    third = _numbers(inputs, input_scales, 2, 8, RUN, WARPS, ASSEMBLY)
-    fourth = _numbers(inputs, input_scales, 3, 8, RUN, WARPS, ASSEMBLY)
-    for tile in tl.range(0, tl.cdiv(end_row - first_row, ROWS), num_stages=1):
-        row = first_row + tile * ROWS
-        words, scales = next_words, next_scales
-        if row + ROWS < end_row:
-            next_words, next_scales = _load(
-                words_pointer,
-                scales_pointer,
-                row + ROWS,
-                first_block,
-                rows_in_all,
-                groups_in_all,
-                ROWS,
-                RUN,
-                WARPS,
-                WHOLE,
-                "evict_first",
-            )
-        total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
-        total = _add_products(total, _numbers(words, scales, 0, 8, RUN, WARPS, ASSEMBLY), first, ASSEMBLY)
-        total = _add_products(total, _numbers(words, scales, 1, 8, RUN, WARPS, ASSEMBLY), second, ASSEMBLY)
-        total = _add_products(total, _numbers(words, scales, 2, 8, RUN, WARPS, ASSEMBLY), third, ASSEMBLY)
-        total = _add_products(total, _numbers(words, scales, 3, 8, RUN, WARPS, ASSEMBLY), fourth, ASSEMBLY)
-        at, inside = _places_of_sums(first_input, row, inputs_in_all, rows_in_all, ROWS, INPUTS)
-        sums = tl.sum(total, axis=0)
-        if PARTS == 1:
-            tl.store(out_pointer + at, sums.to(out_pointer.dtype.element_ty), mask=inside)
-        else:
-            pointer = parts_pointer + part.to(tl.int64) * inputs_in_all * rows_in_all
-            tl.store(pointer + at, sums, mask=inside)
+    first = _numbers(inputs, input_scales, 0, 8, True, RUN, WARPS, ASSEMBLY)
+    second = _numbers(inputs, input_scales, 1, 8, True, RUN, WARPS, ASSEMBLY)
+    third = _numbers(inputs, input_scales, 2, 8, True, RUN, WARPS, ASSEMBLY)
+    fourth = _numbers(inputs, input_scales, 3, 8, True, RUN, WARPS, ASSEMBLY)
+    # To begin again takes registers, which inputs need.
+    CAREFUL: tl.constexpr = INPUTS > 8
+    part_pointer = parts_pointer + tl.program_id(0).to(tl.int64) * inputs_in_all * rows_in_all
+    largest = _products_down(
+        first,
+        second,
+        third,
+        fourth,
+        words_pointer,
+        scales_pointer,
+        part_pointer,
+        first_input,
+        first_row,
+        end_row,
+        first_block,
+        inputs_in_all,
+        rows_in_all,
+        groups_in_all,
+        CAREFUL,
+        ASSEMBLY,
+        WHOLE,
+        INPUTS,
+        ROWS,
+        RUN,
+        WARPS,
+    )
+    if not CAREFUL and tl.max(largest) > 128:
+        tl.debug_barrier()
+        largest = _products_down(
+            first,
+            second,
+            third,
+            fourth,
+            words_pointer,
+            scales_pointer,
+            part_pointer,
+            first_input,
+            first_row,
+            end_row,
+            first_block,
+            inputs_in_all,
+            rows_in_all,
+            groups_in_all,
+            True,
+            ASSEMBLY,
+            WHOLE,
+            INPUTS,
+            ROWS,
+            RUN,
+            WARPS,
+        )
     if PARTS > 1:
         # The last program of those that share rows adds their parts up, always in the same order.
         tl.debug_barrier()
@@ -364,6 +527,8 @@ class Tile:
     down: int = 0
     """How many times `rows` rows a program goes down, with the inputs of its part of K in registers; 0 to go along
     all of K instead."""
+    registers: int = 128
+    """The most that a thread may have."""
 
     @property
     def groups(self) -> int:
@@ -371,22 +536,23 @@ class Tile:
         return 4 * self.run * self.warps
 
 
-WARPS = 16
-"""That a multiprocessor has work for, of 128 registers a thread."""
+REGISTERS = 2048
+"""That a multiprocessor has for each of the 32 threads of a warp."""
 
 
 def choose_tile(inputs: int, rows: int, groups: int, processors: int) -> Tile:
     """For so many rows of inputs and of weights, blocks in each, and multiprocessors."""
-    width = 8 if inputs <= 8 else 16
-    if groups <= 128 and rows >= 4 * 16 * processors:
-        return down_rows(Tile(width, 16, 2, 16), rows, groups, processors)
-    programs = triton.cdiv(rows, 32) / processors
-    return Tile(width, 32, 1, 4 if programs > 4 else 8 if programs > 1.5 else 16)
+    if inputs > 8:
+        tile = Tile(16, 16, 2, 8) if inputs <= 16 else Tile(32, 16, 1, 8, registers=255)
+        return down_rows(tile, rows, groups, processors)
+    programs = triton.cdiv(rows, 16) / processors
+    return Tile(8, 16, 2, 4 if programs > 2 else 8)
 
 
 def down_rows(tile: Tile, rows: int, groups: int, processors: int) -> Tile:
-    """That tile, going down as many rows as gives each multiprocessor its programs once."""
-    programs = max(1, processors * WARPS // tile.warps // triton.cdiv(groups, tile.groups))
+    """That tile, going down as many rows as gives each multiprocessor the programs that fit, once."""
+    at_a_time = processors * max(1, REGISTERS // (tile.registers * tile.warps))
+    programs = max(1, at_a_time // triton.cdiv(groups, tile.groups))
     return replace(tile, down=triton.cdiv(triton.cdiv(rows, tile.rows), programs))
 
 
@@ -402,7 +568,7 @@ def product_by_tiles(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: t
     """`skinny_product` by tiles of a given kind."""
     rows, groups = scales.shape
     count = inputs.scales.numel() // groups
-    assert count <= MOST_ROWS
+    assert count <= MOST_ROWS and MOST_ROWS * rows < 2**31
     out = torch.empty(count, rows, dtype=dtype, device=codes.device)
     if not out.numel():
         return out.view(*inputs.codes.shape[:-1], rows)
@@ -415,13 +581,14 @@ def product_by_tiles(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: t
         "RUN": tile.run,
         "WARPS": tile.warps,
         "num_warps": tile.warps,
+        "maxnreg": tile.registers,
     }
     tiles, columns = triton.cdiv(rows, tile.rows), triton.cdiv(count, tile.inputs)
     if not tile.down:
         _along_rows[(columns, tiles)](*operands, count, rows, groups, **constants)
     else:
         parts, programs = triton.cdiv(groups, tile.groups), triton.cdiv(tiles, tile.down)
-        # Neither is read where there is one part.
+        # One part is the whole sum; then nothing arrives.
         sums = out if parts == 1 else torch.empty(parts, count, rows, dtype=torch.float32, device=codes.device)
         arrivals = out if parts == 1 else _arrivals(codes.device, programs * columns)
         _down_rows[(parts, programs, columns)](
@@ -430,20 +597,25 @@ def product_by_tiles(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: t
     return out.view(*inputs.codes.shape[:-1], rows)
 
 
-_ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
-MOST_PROGRAMS = 1 << 16
+MOST_PROGRAMS = 1 << 18
+_ARRIVALS: dict[tuple[torch.device, int | None], Tensor] = {}
+_CAPTURED: dict[torch.device, int] = {}
 
 
 def _arrivals(device: torch.device, programs: int) -> Tensor:
     """Zeros, one for each of the programs that share rows, which a kernel leaves as it found them.
 
-    One buffer a stream: kernels of different streams may overlap.
+    One buffer a stream, since kernels of different streams may overlap; calls in CUDA graphs have their own places.
     """
     assert programs <= MOST_PROGRAMS
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        start = _CAPTURED.get(device, 0)
+        if (device, None) not in _ARRIVALS or start + programs > MOST_PROGRAMS:
+            return torch.zeros(programs, dtype=torch.int32, device=device)  # the graph fills them each time
+        _CAPTURED[device] = start + programs
+        return _ARRIVALS[device, None][start:]
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if (device, stream) not in _ARRIVALS:
-        zeros = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return zeros  # of that graph, which fills them each time
-        _ARRIVALS[device, stream] = zeros
+    for key in ((device, stream), (device, None)):
+        if key not in _ARRIVALS:
+            _ARRIVALS[key] = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)
     return _ARRIVALS[device, stream]
