@@ -3,8 +3,8 @@
 For generation the weights are read once and little is computed with them, so memory sets the pace as long as a code
 costs few instructions and enough bytes are on their way at any time. Hence:
 
-- Weights are loaded a step ahead of what is done with them. The branch around these loads matters: a compiler cannot
-  move them behind the arithmetic.
+- Weights are loaded a step ahead of what is done with them. The branch around these loads keeps a compiler from moving
+  them behind the arithmetic.
 - Each warp takes its own share of the blocks, and shares are added up at the end, in a fixed order: a small layer
   still fills a device. A program either goes along a few rows, all of K, or down many rows with the inputs of a part
   of K in registers; then the last program of those that share rows adds the parts up.
@@ -156,7 +156,6 @@ def _numbers(
     words,
     scales,
     PLACE: tl.constexpr,
-    NEAR: tl.constexpr,
     ANY: tl.constexpr,
     RUN: tl.constexpr,
     WARPS: tl.constexpr,
@@ -164,16 +163,15 @@ def _numbers(
 ):
     """One code of each half of the words that `_load` gave, as numbers [WARPS, ROWS, RUN * 32].
 
-    A thread holds NEAR of K side by side, then come the four threads of a row: the order in which Triton gives operands
-    to the matrix hardware, 4 if what was loaded came through a loop, else 8.
+    A thread holds eight of K side by side, then come the four threads of a row: the order in which Triton gives
+    operands to the matrix hardware, where it sees that bytes were loaded for one in the same loop.
     """
     EIGHTS: tl.constexpr = words.shape[1] // (RUN * WARPS * 128)
     units = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
     factors = tl.reshape(_factors(scales, ANY, ASSEMBLY), [EIGHTS, RUN, WARPS, 8, 4, 1])
     factors = tl.broadcast_to(factors, [EIGHTS, RUN, WARPS, 8, 4, 8])
     numbers = _decode(tl.reshape(units, [EIGHTS, RUN, WARPS, 8, 4, 8]), factors, PLACE, ANY, ASSEMBLY)
-    numbers = tl.reshape(numbers, [EIGHTS, RUN, WARPS, 8, 4, 8 // NEAR, NEAR])
-    return tl.reshape(tl.permute(numbers, [2, 0, 3, 1, 5, 4, 6]), [WARPS, EIGHTS * 8, RUN * 32])
+    return tl.reshape(tl.permute(numbers, [2, 0, 3, 1, 4, 5]), [WARPS, EIGHTS * 8, RUN * 32])
 
 
 @triton.jit
@@ -223,23 +221,23 @@ def _products_along(
     next_words, next_scales = _load(
         words_pointer, scales_pointer, first_row, 0, rows_in_all, groups_in_all, ROWS, RUN, WARPS, WHOLE, "evict_first"
     )
-    next_inputs, next_input_scales = _load(
-        inputs_pointer,
-        input_scales_pointer,
-        first_input,
-        0,
-        inputs_in_all,
-        groups_in_all,
-        INPUTS,
-        RUN,
-        WARPS,
-        WHOLE,
-        "",
-    )
     largest = _largest(next_scales, WARPS)
     total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
     for start in tl.range(0, groups_in_all, STEP, num_stages=1):
-        words, scales, inputs, input_scales = next_words, next_scales, next_inputs, next_input_scales
+        inputs, input_scales = _load(
+            inputs_pointer,
+            input_scales_pointer,
+            first_input,
+            start,
+            inputs_in_all,
+            groups_in_all,
+            INPUTS,
+            RUN,
+            WARPS,
+            WHOLE,
+            "",
+        )
+        words, scales = next_words, next_scales
         after = start + STEP
         if after < groups_in_all:
             next_words, next_scales = _load(
@@ -255,23 +253,10 @@ def _products_along(
                 WHOLE,
                 "evict_first",
             )
-            next_inputs, next_input_scales = _load(
-                inputs_pointer,
-                input_scales_pointer,
-                first_input,
-                after,
-                inputs_in_all,
-                groups_in_all,
-                INPUTS,
-                RUN,
-                WARPS,
-                WHOLE,
-                "",
-            )
         largest = tl.maximum(largest, _largest(scales, WARPS))
         for place in tl.static_range(4):
-            weights = _numbers(words, scales, place, 4, ANY, RUN, WARPS, ASSEMBLY)
-            values = _numbers(inputs, input_scales, place, 4, True, RUN, WARPS, ASSEMBLY)
+            weights = _numbers(words, scales, place, ANY, RUN, WARPS, ASSEMBLY)
+            values = _numbers(inputs, input_scales, place, True, RUN, WARPS, ASSEMBLY)
             total = _add_products(total, weights, values, ASSEMBLY)
     return total, largest
 
@@ -392,10 +377,10 @@ def _products_down(
             )
         largest = tl.maximum(largest, _largest(scales, WARPS))
         total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
-        total = _add_products(total, _numbers(words, scales, 0, 8, ANY, RUN, WARPS, ASSEMBLY), first, ASSEMBLY)
-        total = _add_products(total, _numbers(words, scales, 1, 8, ANY, RUN, WARPS, ASSEMBLY), second, ASSEMBLY)
-        total = _add_products(total, _numbers(words, scales, 2, 8, ANY, RUN, WARPS, ASSEMBLY), third, ASSEMBLY)
-        total = _add_products(total, _numbers(words, scales, 3, 8, ANY, RUN, WARPS, ASSEMBLY), fourth, ASSEMBLY)
+        total = _add_products(total, _numbers(words, scales, 0, ANY, RUN, WARPS, ASSEMBLY), first, ASSEMBLY)
+        total = _add_products(total, _numbers(words, scales, 1, ANY, RUN, WARPS, ASSEMBLY), second, ASSEMBLY)
+        total = _add_products(total, _numbers(words, scales, 2, ANY, RUN, WARPS, ASSEMBLY), third, ASSEMBLY)
+        total = _add_products(total, _numbers(words, scales, 3, ANY, RUN, WARPS, ASSEMBLY), fourth, ASSEMBLY)
         at, inside = _places_of_sums(first_input, row, inputs_in_all, rows_in_all, ROWS, INPUTS)
         tl.store(out_pointer + at, tl.sum(total, axis=0).to(out_pointer.dtype.element_ty), mask=inside)
     return largest
@@ -440,10 +425,10 @@ def _down_rows(
         WHOLE,
         "",
     )
-    first = _numbers(inputs, input_scales, 0, 8, True, RUN, WARPS, ASSEMBLY)
-    second = _numbers(inputs, input_scales, 1, 8, True, RUN, WARPS, ASSEMBLY)
-    third = _numbers(inputs, input_scales, 2, 8, True, RUN, WARPS, ASSEMBLY)
-    fourth = _numbers(inputs, input_scales, 3, 8, True, RUN, WARPS, ASSEMBLY)
+    first = _numbers(inputs, input_scales, 0, True, RUN, WARPS, ASSEMBLY)
+    second = _numbers(inputs, input_scales, 1, True, RUN, WARPS, ASSEMBLY)
+    third = _numbers(inputs, input_scales, 2, True, RUN, WARPS, ASSEMBLY)
+    fourth = _numbers(inputs, input_scales, 3, True, RUN, WARPS, ASSEMBLY)
     # To begin again takes registers, which inputs need.
     CAREFUL: tl.constexpr = INPUTS > 8
     part_pointer = parts_pointer + tl.program_id(0).to(tl.int64) * inputs_in_all * rows_in_all
@@ -612,7 +597,8 @@ def _arrivals(device: torch.device, programs: int) -> Tensor:
         start = _CAPTURED.get(device, 0)
         if (device, None) not in _ARRIVALS or start + programs > MOST_PROGRAMS:
             return torch.zeros(programs, dtype=torch.int32, device=device)  # the graph fills them each time
-        _CAPTURED[device] = start + programs
+        # Every 16 bytes: a pointer that is not aligned would be compiled for anew, which a capture forbids.
+        _CAPTURED[device] = start + triton.cdiv(programs, 4) * 4
         return _ARRIVALS[device, None][start:]
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     for key in ((device, stream), (device, None)):
