@@ -31,9 +31,8 @@ from mxrot.transforms.base import STORED_DTYPE, apply_matrices, random_orthogona
 LLAMA_3_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """(N, K) of q, k and v together, o, gate and up together, down."""
 ROWS = (1, 4, 16, 128, 2048, 8192)
-FEW = 8
-"""Up to so many rows there is a kernel that reads packed codes without matrix hardware."""
-SOME = 128
+FEW = 128
+"""Up to so many rows there is a kernel that reads packed codes."""
 RULES = ("even", "floor", "rceil")
 FORMAT = get_format("mxfp4")
 BASELINE = "bf16 product"
@@ -171,8 +170,6 @@ def _linears(
     if device.type != "cuda" or not has_triton() or torch.cuda.get_device_capability(device) < (8, 9):
         return
     from mxrot.kernels.lift import lift_weights
-    from mxrot.kernels.matvec import packed_matvec
-    from mxrot.kernels.rotate_quantize import rotate_quantize as rotate_quantize_values
     from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
     from mxrot.kernels.skinny import skinny_product
 
@@ -180,15 +177,9 @@ def _linears(
     if len(x) <= FEW:
 
         def few(w: PackedRows) -> Tensor:
-            return packed_matvec(rotate_quantize_packed(x, matrices, FORMAT, rule), w.codes, w.scales, dtype)
+            return skinny_product(rotate_quantize_packed(x, matrices, FORMAT, rule), w.codes, w.scales, dtype)
 
-        yield "W4A4, packed, look-ups", [partial(few, w) for w in weights], 17 / 32
-    if len(x) <= SOME:
-
-        def some(w: PackedRows) -> Tensor:
-            return skinny_product(rotate_quantize_values(x, matrices, FORMAT, rule), w.codes, w.scales, dtype)
-
-        yield "W4A4, packed, matrix units", [partial(some, w) for w in weights], 17 / 32
+        yield "W4A4, packed, matrix units", [partial(few, w) for w in weights], 17 / 32
     exponents, outside = lift_exponents(weights[0].codes, weights[0].scales, together=True)
     assert not int(outside)
     scale = torch.exp2(exponents[0].float())

@@ -134,7 +134,6 @@ def outputs(x: Tensor, parts: Tensor, rows: int) -> Tensor:
 class Crossovers:
     """Up to how many rows of input a way to compute a linear is the fastest, as `mxrot bench kernels` measured it."""
 
-    look_ups: int
     matrix_units: int
 
 
@@ -163,8 +162,6 @@ def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice
     limits = CROSSOVERS.get(capability)
     if limits is None:
         return Choice(None, f"nothing was measured for compute capability {capability[0]}.{capability[1]}")
-    if rows <= limits.look_ups:
-        return Choice("look-ups", f"up to {limits.look_ups} rows")
     if rows <= limits.matrix_units:
         return Choice("matrix units", f"up to {limits.matrix_units} rows")
     if weight.row_exponents is None:

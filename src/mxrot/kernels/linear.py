@@ -51,22 +51,13 @@ class Inputs:
         return self.x.numel() // max(1, self.x.shape[-1])
 
 
-def by_look_ups(inputs: Inputs, weight: PackedWeight) -> Tensor:
-    """A few rows, packed codes on both sides: integer products (Triton)."""
-    from mxrot.kernels.matvec import packed_matvec
-    from mxrot.kernels.rotate_quantize import rotate_quantize_packed
-
-    packed = rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule)
-    return packed_matvec(packed, weight.codes, weight.scales, inputs.x.dtype)
-
-
 def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
-    """Some rows, as bfloat16 values, times packed codes (Triton)."""
-    from mxrot.kernels.rotate_quantize import rotate_quantize
+    """A few rows, packed codes on both sides (Triton)."""
+    from mxrot.kernels.rotate_quantize import rotate_quantize_packed
     from mxrot.kernels.skinny import skinny_product
 
-    values = rotate_quantize(inputs.x, inputs.matrices, inputs.format, inputs.rule)
-    return skinny_product(values, weight.codes, weight.scales, inputs.x.dtype)
+    packed = rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule)
+    return skinny_product(packed, weight.codes, weight.scales, inputs.x.dtype)
 
 
 def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
@@ -93,7 +84,6 @@ def by_block_scales(inputs: Inputs, weight: PackedWeight) -> Tensor:
 
 
 PATHS: dict[str, Callable[[Inputs, PackedWeight], Tensor]] = {
-    "look-ups": by_look_ups,
     "matrix units": by_matrix_units,
     "fp8": by_fp8,
     "block scales": by_block_scales,

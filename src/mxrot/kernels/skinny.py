@@ -1,82 +1,109 @@
-"""A few rows of values times packed MXFP4 weights, on bfloat16 matrix hardware (Triton).
+"""A few rows of MXFP4 times MXFP4 weights, from packed codes on both sides, on bfloat16 matrix hardware (Triton).
 
 For generation the weights are read once and little is computed with them, so memory sets the pace as long as a code
-costs three or four instructions and enough bytes are on their way. Hence:
+costs few instructions and enough bytes are on their way at any time. Hence:
 
-- Each warp takes its own share of the blocks of a tile of rows, and shares are added up once, at the end: a small
-  layer still fills a device, and there is no second pass.
-- A weight becomes a bfloat16 number, which holds code and scale exactly. The three bits of a magnitude, put where
-  exponent and fraction of bfloat16 meet, are 2^-126 of it; a product of two numbers at a time raises them, and another
-  one applies the scale of the block. So a product sums over all of K in float32, with nothing to do for each block.
+- Weights are loaded a step ahead of what is done with them. The branch around these loads keeps a compiler from moving
+  them behind the arithmetic.
+- Each warp takes its own share of the blocks, and shares are added up at the end, in a fixed order: a small layer
+  still fills a device. A program either goes along a few rows, all of K, or down many rows with the inputs of a part
+  of K in registers; then the last program of those that share rows adds the parts up.
+- A code becomes a bfloat16 number, which holds code and scale exactly. The three bits of a magnitude, put where
+  exponent and fraction of bfloat16 meet, are 2^-126 of it; one product, of two numbers at a time, raises them and
+  applies the scale of the block. So a sum goes over all of K in float32, with nothing to do for each block. Scales
+  above 2 times 2^126 are too large for a bfloat16 number: a program that has seen one begins again, with two products.
+- Inputs are packed codes too: as bfloat16 they would be more bytes than the weights, for 16 rows of inputs and 32 rows
+  of weights a program.
 - A sum may run over K in any order. Each thread loads whole blocks, 16 bytes at a time, and the order is the one in
   which the matrix hardware wants its operands: nothing is exchanged between threads. This rests on how Triton deals
   out what is loaded; where it deals otherwise the result is the same, through shared memory and slower.
 
-`plain_values_product` is the specification, up to the order of the sums. Triton's interpreter has no inline assembly:
-there the weights are float32.
+`plain_packed_product` is the specification, up to the order of the sums. Triton's interpreter has no inline assembly:
+there the numbers are float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxrot.kernels.plain import PackedRows
+
 MOST_ROWS = 128
 
 
-def _decoder(sign: str, magnitude: str) -> tl.constexpr:
-    """Assembly that takes one code of each of two 16-bit units ($1), and the scale of their block twice ($2), to two
+def _decoder(sign: str, magnitude: str, lift: str) -> tl.constexpr:
+    """Assembly that takes one code of each of two 16-bit units ($1), and the factor of their block twice ($2), to two
     bfloat16 numbers; `sign` and `magnitude` move the code's sign to bit 15 and its magnitude to bits 8 to 6.
 
     fma with -0 keeps the sign of zero; lop3 0xEA is (sign & 0x80008000) | magnitude.
     """
     return tl.constexpr(
         f"""{{
-        .reg .b32 sign, number, raise, zero;
-        mov.b32 raise, 0x7E807E80;
+        .reg .b32 sign, number, power, zero;
         mov.b32 zero, 0x80008000;
         {sign}
         {magnitude}
         and.b32 number, number, 0x01C001C0;
         lop3.b32 number, sign, 0x80008000, number, 0xEA;
-        fma.rn.bf16x2 number, number, raise, zero;
+        {lift}
         fma.rn.bf16x2 $0, number, $2, zero;
         }}"""
     )
 
 
-_FIRST = _decoder("shl.b32 sign, $1, 12;", "shl.b32 number, $1, 6;")
-_SECOND = _decoder("shl.b32 sign, $1, 8;", "shl.b32 number, $1, 2;")
-_THIRD = _decoder("shl.b32 sign, $1, 4;", "shr.u32 number, $1, 2;")
-_FOURTH = _decoder("mov.b32 sign, $1;", "shr.u32 number, $1, 6;")
+_MOVES = (
+    ("shl.b32 sign, $1, 12;", "shl.b32 number, $1, 6;"),
+    ("shl.b32 sign, $1, 8;", "shl.b32 number, $1, 2;"),
+    ("shl.b32 sign, $1, 4;", "shr.u32 number, $1, 2;"),
+    ("mov.b32 sign, $1;", "shr.u32 number, $1, 6;"),
+)
+_LIFT = "mov.b32 power, 0x7E807E80; fma.rn.bf16x2 number, number, power, zero;"
+_FIRST, _SECOND, _THIRD, _FOURTH = (_decoder(*moves, lift="") for moves in _MOVES)
+_LIFT_FIRST, _LIFT_SECOND, _LIFT_THIRD, _LIFT_FOURTH = (_decoder(*moves, lift=_LIFT) for moves in _MOVES)
 
 
 @triton.jit
-def _decode(units, scales, PLACE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """The weights of the codes in bits 4 PLACE to 4 PLACE + 3 of 16-bit units, scaled: bfloat16, or float32."""
+def _decode(units, factors, PLACE: tl.constexpr, ANY: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The numbers of the codes in bits 4 PLACE to 4 PLACE + 3 of 16-bit units, with their `_factors`: bfloat16, or
+    float32."""
     if not ASSEMBLY:
         codes = (units.to(tl.int32) >> (4 * PLACE)) & 15
         numbers = (((codes & 8) << 28) | ((codes & 7) << 22)).to(tl.float32, bitcast=True)
-        return numbers * 2.0**126 * scales
+        return (numbers * 2.0**126 if ANY else numbers) * factors
+    elif ANY:
+        if PLACE == 0:
+            return tl.inline_asm_elementwise(_LIFT_FIRST, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        elif PLACE == 1:
+            return tl.inline_asm_elementwise(_LIFT_SECOND, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        elif PLACE == 2:
+            return tl.inline_asm_elementwise(_LIFT_THIRD, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        else:
+            return tl.inline_asm_elementwise(_LIFT_FOURTH, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
     elif PLACE == 0:
-        return tl.inline_asm_elementwise(_FIRST, "=r,r,r", [units, scales], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_FIRST, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
     elif PLACE == 1:
-        return tl.inline_asm_elementwise(_SECOND, "=r,r,r", [units, scales], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_SECOND, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
     elif PLACE == 2:
-        return tl.inline_asm_elementwise(_THIRD, "=r,r,r", [units, scales], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_THIRD, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
     else:
-        return tl.inline_asm_elementwise(_FOURTH, "=r,r,r", [units, scales], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_FOURTH, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
 
 
 @triton.jit
-def _scale(exponents, ASSEMBLY: tl.constexpr):
-    """E8M0 bytes to bfloat16, or float32."""
-    wide = exponents.to(tl.int32)
-    bits = tl.where(wide == 255, 0x7FC0, tl.where(wide == 0, 0x40, wide << 7))
+def _factors(exponents, ANY: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """What codes are multiplied with, bfloat16 or float32, by E8M0 bytes as int32.
+
+    Where ANY byte may come these are scales, NaN for 255; the code is lifted by 2^126 before. Otherwise they are scales
+    times 2^126, right for bytes up to 128.
+    """
+    bits = tl.maximum(exponents << 7, 0x40) if ANY else (exponents << 7) + (126 << 7)
+    if ANY:
+        bits = tl.where(exponents == 255, 0x7FC0, bits)
     if ASSEMBLY:
         return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
@@ -84,66 +111,161 @@ def _scale(exponents, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _places(ALL: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr):
-    """Where in a tile each of ALL elements is, of [more, RUN, WARPS, 8, 4, EACH] in one dimension.
-
-    Its block in the step; which group of warps that share rows; which of eight rows; more; which of EACH.
-    """
-    places = tl.arange(0, ALL)
+def _places(ROWS: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
+    """Row, block and which of EACH in it, of the elements of [ROWS / 8, RUN, WARPS, 8, 4, EACH] in one dimension."""
+    places = tl.arange(0, ROWS * RUN * WARPS * 4 * EACH)
     threads, octets, warps = places // EACH % 4, places // (4 * EACH) % 8, places // (32 * EACH) % WARPS
     others = places // (32 * EACH * WARPS)
-    blocks = (warps % SPLIT * RUN + others % RUN) * 4 + threads
-    return blocks, warps // SPLIT, octets, others // RUN, places % EACH
+    return others // RUN * 8 + octets, (warps * RUN + others % RUN) * 4 + threads, places % EACH
 
 
 @triton.jit
-def _row(first, rows, rows_in_all):
-    """Rows counted from `first`; instead of those beyond the end the last one."""
-    return tl.minimum(first + rows, rows_in_all - 1).to(tl.int64)
+def _load(
+    words_pointer,
+    scales_pointer,
+    first_row,
+    first_block,
+    rows_in_all,
+    groups_in_all,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    WARPS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Words of eight codes, int32 [1, ...] of [ROWS / 8, RUN, WARPS, 8, 4, 4]; E8M0 bytes as int32, one for four words.
 
-
-@triton.jit
-def _load(pointer, blocks, groups_in_all, WHOLE: tl.constexpr):
-    """Values at `pointer`; 0 for blocks beyond the end."""
-    if WHOLE:
-        return tl.load(pointer)
-    else:
-        return tl.load(pointer, mask=blocks < groups_in_all, other=0)
-
-
-@triton.jit
-def _load_once(pointer, blocks, groups_in_all, WHOLE: tl.constexpr):
-    """The same, of what no other program reads; the cache beside a multiprocessor is left to the rest."""
-    if WHOLE:
-        return tl.load(pointer, eviction_policy="evict_first")
-    else:
-        return tl.load(pointer, mask=blocks < groups_in_all, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _accumulate(units, scales, inputs, total, PLACE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Adds the products of one code of each unit to [WARPS, ROWS, INPUTS].
-
-    `units` and `scales` [rows / 8, RUN, WARPS, 8, 4, 8], `inputs` [inputs / 8, 4, RUN, WARPS, 8, 4, 2]. Of K two units
-    in a row are the innermost, then the four threads: as the matrix hardware takes its operands.
+    Of rows beyond the end the last one instead, of blocks beyond the end zeros.
     """
-    OCTETS: tl.constexpr = units.shape[0]
-    RUN: tl.constexpr = units.shape[1]
-    WARPS: tl.constexpr = units.shape[2]
-    weights = tl.reshape(_decode(units, scales, PLACE, ASSEMBLY), [OCTETS, RUN, WARPS, 8, 4, 4, 2])
-    weights = tl.reshape(tl.permute(weights, [2, 0, 3, 1, 5, 4, 6]), [WARPS, OCTETS * 8, RUN * 32])
-    inputs = tl.permute(inputs, [3, 2, 1, 5, 6, 0, 4])
-    inputs = tl.reshape(inputs, [WARPS, RUN * 32, inputs.shape[5] * 8])
+    last = rows_in_all - 1 - first_row
+    start = first_row.to(tl.int64) * groups_in_all + first_block
+    row, block, word = _places(ROWS, 4, RUN, WARPS)
+    # Of two dimensions, so that the layout of bytes below is never that of words.
+    at, block = ((tl.minimum(row, last) * groups_in_all + block) * 4 + word)[None, :], block[None, :]
+    inside = None if WHOLE else first_block + block < groups_in_all
+    words = tl.load(words_pointer + start * 4 + at, mask=inside, other=None if WHOLE else 0, eviction_policy=POLICY)
+    row, block, _ = _places(ROWS, 1, RUN, WARPS)
+    at = tl.max_contiguous(tl.minimum(row, last) * groups_in_all + block, 1)  # one byte a thread
+    inside = None if WHOLE else first_block + block < groups_in_all
+    scales = tl.load(scales_pointer + start + at, mask=inside, other=None if WHOLE else 0)
+    return words, scales.to(tl.int32)
+
+
+@triton.jit
+def _numbers(
+    words,
+    scales,
+    PLACE: tl.constexpr,
+    ANY: tl.constexpr,
+    RUN: tl.constexpr,
+    WARPS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """One code of each half of the words that `_load` gave, as numbers [WARPS, ROWS, RUN * 32].
+
+    A thread holds eight of K side by side, then come the four threads of a row: the order in which Triton gives
+    operands to the matrix hardware, where it sees that bytes were loaded for one in the same loop.
+    """
+    EIGHTS: tl.constexpr = words.shape[1] // (RUN * WARPS * 128)
+    units = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+    factors = tl.reshape(_factors(scales, ANY, ASSEMBLY), [EIGHTS, RUN, WARPS, 8, 4, 1])
+    factors = tl.broadcast_to(factors, [EIGHTS, RUN, WARPS, 8, 4, 8])
+    numbers = _decode(tl.reshape(units, [EIGHTS, RUN, WARPS, 8, 4, 8]), factors, PLACE, ANY, ASSEMBLY)
+    return tl.reshape(tl.permute(numbers, [2, 0, 3, 1, 4, 5]), [WARPS, EIGHTS * 8, RUN * 32])
+
+
+@triton.jit
+def _largest(scales, WARPS: tl.constexpr):
+    """For each thread, of the scales that it has loaded."""
+    return tl.max(tl.reshape(scales, [scales.shape[0] // (WARPS * 32), WARPS * 32]), axis=0)
+
+
+@triton.jit
+def _add_products(total, weights, inputs, ASSEMBLY: tl.constexpr):
+    """total + weights inputs^T: [WARPS, ROWS, K] by [WARPS, INPUTS, K]."""
     if ASSEMBLY:
-        return tl.dot(weights, inputs, total)
+        return tl.dot(weights, tl.permute(inputs, [0, 2, 1]), total)
     else:
-        return total + tl.dot(weights, inputs.to(tl.float32), input_precision="ieee")
+        return total + tl.dot(weights, tl.permute(inputs, [0, 2, 1]), input_precision="ieee")
+
+
+@triton.jit
+def _places_of_sums(first_input, first_row, inputs_in_all, rows_in_all, ROWS: tl.constexpr, INPUTS: tl.constexpr):
+    """Where [ROWS, INPUTS] belong in [inputs, rows], and which do."""
+    rows = first_row + tl.arange(0, ROWS)[:, None]
+    count = first_input + tl.arange(0, INPUTS)[None, :]
+    return count * rows_in_all + rows, (rows < rows_in_all) & (count < inputs_in_all)
+
+
+@triton.jit
+def _products_along(
+    inputs_pointer,
+    input_scales_pointer,
+    words_pointer,
+    scales_pointer,
+    first_input,
+    first_row,
+    inputs_in_all,
+    rows_in_all,
+    groups_in_all,
+    ANY: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Some rows, all of K: each warp's share, float32 [WARPS, ROWS, INPUTS], and the largest scales of weights."""
+    STEP: tl.constexpr = 4 * RUN * WARPS
+    next_words, next_scales = _load(
+        words_pointer, scales_pointer, first_row, 0, rows_in_all, groups_in_all, ROWS, RUN, WARPS, WHOLE, "evict_first"
+    )
+    largest = _largest(next_scales, WARPS)
+    total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
+    for start in tl.range(0, groups_in_all, STEP, num_stages=1):
+        inputs, input_scales = _load(
+            inputs_pointer,
+            input_scales_pointer,
+            first_input,
+            start,
+            inputs_in_all,
+            groups_in_all,
+            INPUTS,
+            RUN,
+            WARPS,
+            WHOLE,
+            "",
+        )
+        words, scales = next_words, next_scales
+        after = start + STEP
+        if after < groups_in_all:
+            next_words, next_scales = _load(
+                words_pointer,
+                scales_pointer,
+                first_row,
+                after,
+                rows_in_all,
+                groups_in_all,
+                ROWS,
+                RUN,
+                WARPS,
+                WHOLE,
+                "evict_first",
+            )
+        largest = tl.maximum(largest, _largest(scales, WARPS))
+        for place in tl.static_range(4):
+            weights = _numbers(words, scales, place, ANY, RUN, WARPS, ASSEMBLY)
+            values = _numbers(inputs, input_scales, place, True, RUN, WARPS, ASSEMBLY)
+            total = _add_products(total, weights, values, ASSEMBLY)
+    return total, largest
 
 
 @triton.jit(do_not_specialize=["inputs_in_all"])
-def _skinny(
+def _along_rows(
     inputs_pointer,
-    units_pointer,
+    input_scales_pointer,
+    words_pointer,
     scales_pointer,
     out_pointer,
     inputs_in_all,
@@ -155,49 +277,224 @@ def _skinny(
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     WARPS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    # All that is loaded is numbered by what a thread holds, four threads of a row, eight rows, warps, and what they
-    # repeat: so Triton deals it out, and so the matrix hardware takes it.
-    OCTETS: tl.constexpr = ROWS // 8
-    STEP: tl.constexpr = 4 * SPLIT * RUN
-    HEIGHT: tl.constexpr = ROWS * (WARPS // SPLIT)
-    first_input, first_row = tl.program_id(0) * INPUTS, tl.program_id(1) * HEIGHT
-    # Units of four codes, eight a block.
-    block, group, octet, more, unit = _places(OCTETS * RUN * WARPS * 256, 8, RUN, WARPS, SPLIT)
-    row = _row(first_row, group * ROWS + more * 8 + octet, rows_in_all)
-    units_at = (row * groups_in_all + block) * 8 + unit
-    scale_block, group, octet, more, _ = _places(OCTETS * RUN * WARPS * 32, 1, RUN, WARPS, SPLIT)
-    row = _row(first_row, group * ROWS + more * 8 + octet, rows_in_all)
-    scales_at = tl.max_contiguous(row * groups_in_all + scale_block, 1)  # one byte a thread
-    # Values, four times eight a block.
-    input_block, group, octet, more, value = _places(INPUTS * RUN * WARPS * 128, 8, RUN, WARPS, SPLIT)
-    row = _row(first_input, more // 4 * 8 + octet, inputs_in_all)
-    inputs_at = (row * groups_in_all + input_block) * 32 + more % 4 * 8 + value
-    total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
-    exponents = _load(scales_pointer + scales_at, scale_block, groups_in_all, WHOLE)
-    for start in tl.range(0, groups_in_all, STEP, num_stages=STAGES):
-        units = _load_once(units_pointer + start * 8 + units_at, start + block, groups_in_all, WHOLE)
-        inputs = _load(inputs_pointer + start * 32 + inputs_at, start + input_block, groups_in_all, WHOLE)
-        units = tl.reshape(units, [OCTETS, RUN, WARPS, 8, 4, 8])
-        scales = tl.reshape(_scale(exponents, ASSEMBLY), [OCTETS, RUN, WARPS, 8, 4, 1])
-        scales = tl.broadcast_to(scales, [OCTETS, RUN, WARPS, 8, 4, 8])
-        # Single bytes cannot be copied ahead as the other two are: the next step's are loaded here.
-        following = tl.minimum(start + STEP, groups_in_all - STEP) if WHOLE else start + STEP
-        exponents = _load(scales_pointer + following + scales_at, following + scale_block, groups_in_all, WHOLE)
-        even, odd = tl.split(tl.reshape(inputs, [INPUTS // 8, 4, RUN, WARPS, 8, 4, 2, 2, 2]))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        total = _accumulate(units, scales, first, total, 0, ASSEMBLY)
-        total = _accumulate(units, scales, second, total, 1, ASSEMBLY)
-        total = _accumulate(units, scales, third, total, 2, ASSEMBLY)
-        total = _accumulate(units, scales, fourth, total, 3, ASSEMBLY)
-    sums = tl.sum(tl.reshape(total, [WARPS // SPLIT, SPLIT, ROWS, INPUTS]), axis=1)
-    rows = first_row.to(tl.int64) + tl.arange(0, HEIGHT)[:, None]
-    count = first_input + tl.arange(0, INPUTS)[None, :]
-    sums = tl.reshape(sums, [HEIGHT, INPUTS]).to(out_pointer.dtype.element_ty)
-    tl.store(out_pointer + count * rows_in_all + rows, sums, mask=(rows < rows_in_all) & (count < inputs_in_all))
+    first_input, first_row = tl.program_id(0) * INPUTS, tl.program_id(1) * ROWS
+    total, largest = _products_along(
+        inputs_pointer,
+        input_scales_pointer,
+        words_pointer,
+        scales_pointer,
+        first_input,
+        first_row,
+        inputs_in_all,
+        rows_in_all,
+        groups_in_all,
+        False,
+        ASSEMBLY,
+        WHOLE,
+        INPUTS,
+        ROWS,
+        RUN,
+        WARPS,
+    )
+    if tl.max(largest) > 128:
+        total, largest = _products_along(
+            inputs_pointer,
+            input_scales_pointer,
+            words_pointer,
+            scales_pointer,
+            first_input,
+            first_row,
+            inputs_in_all,
+            rows_in_all,
+            groups_in_all,
+            True,
+            ASSEMBLY,
+            WHOLE,
+            INPUTS,
+            ROWS,
+            RUN,
+            WARPS,
+        )
+    at, inside = _places_of_sums(first_input, first_row, inputs_in_all, rows_in_all, ROWS, INPUTS)
+    tl.store(out_pointer + at, tl.sum(total, axis=0).to(out_pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _products_down(
+    first,
+    second,
+    third,
+    fourth,
+    words_pointer,
+    scales_pointer,
+    out_pointer,
+    first_input,
+    first_row,
+    end_row,
+    first_block,
+    inputs_in_all,
+    rows_in_all,
+    groups_in_all,
+    ANY: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Many rows, a part of K: stores sums, and gives the largest scales of weights."""
+    next_words, next_scales = _load(
+        words_pointer,
+        scales_pointer,
+        first_row,
+        first_block,
+        rows_in_all,
+        groups_in_all,
+        ROWS,
+        RUN,
+        WARPS,
+        WHOLE,
+        "evict_first",
+    )
+    largest = _largest(next_scales, WARPS)
+    for tile in tl.range(0, tl.cdiv(end_row - first_row, ROWS), num_stages=1):
+        words, scales, row = next_words, next_scales, first_row + tile * ROWS
+        if row + ROWS < end_row:
+            next_words, next_scales = _load(
+                words_pointer,
+                scales_pointer,
+                row + ROWS,
+                first_block,
+                rows_in_all,
+                groups_in_all,
+                ROWS,
+                RUN,
+                WARPS,
+                WHOLE,
+                "evict_first",
+            )
+        largest = tl.maximum(largest, _largest(scales, WARPS))
+        total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
+        total = _add_products(total, _numbers(words, scales, 0, ANY, RUN, WARPS, ASSEMBLY), first, ASSEMBLY)
+        total = _add_products(total, _numbers(words, scales, 1, ANY, RUN, WARPS, ASSEMBLY), second, ASSEMBLY)
+        total = _add_products(total, _numbers(words, scales, 2, ANY, RUN, WARPS, ASSEMBLY), third, ASSEMBLY)
+        total = _add_products(total, _numbers(words, scales, 3, ANY, RUN, WARPS, ASSEMBLY), fourth, ASSEMBLY)
+        at, inside = _places_of_sums(first_input, row, inputs_in_all, rows_in_all, ROWS, INPUTS)
+        tl.store(out_pointer + at, tl.sum(total, axis=0).to(out_pointer.dtype.element_ty), mask=inside)
+    return largest
+
+
+@triton.jit(do_not_specialize=["inputs_in_all", "tiles"])
+def _down_rows(
+    inputs_pointer,
+    input_scales_pointer,
+    words_pointer,
+    scales_pointer,
+    out_pointer,
+    parts_pointer,
+    arrivals_pointer,
+    inputs_in_all,
+    rows_in_all,
+    groups_in_all,
+    tiles,
+    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    first_block, first_input = tl.program_id(0) * (4 * RUN * WARPS), tl.program_id(2) * INPUTS
+    first_row = tl.program_id(1) * (tiles * ROWS)
+    end_row = tl.minimum(first_row + tiles * ROWS, rows_in_all)
+    tl.assume(first_row < end_row)
+    inputs, input_scales = _load(
+        inputs_pointer,
+        input_scales_pointer,
+        first_input,
+        first_block,
+        inputs_in_all,
+        groups_in_all,
+        INPUTS,
+        RUN,
+        WARPS,
+        WHOLE,
+        "",
+    )
+    first = _numbers(inputs, input_scales, 0, True, RUN, WARPS, ASSEMBLY)
+    second = _numbers(inputs, input_scales, 1, True, RUN, WARPS, ASSEMBLY)
+    third = _numbers(inputs, input_scales, 2, True, RUN, WARPS, ASSEMBLY)
+    fourth = _numbers(inputs, input_scales, 3, True, RUN, WARPS, ASSEMBLY)
+    # To begin again takes registers, which inputs need.
+    CAREFUL: tl.constexpr = INPUTS > 8
+    part_pointer = parts_pointer + tl.program_id(0).to(tl.int64) * inputs_in_all * rows_in_all
+    largest = _products_down(
+        first,
+        second,
+        third,
+        fourth,
+        words_pointer,
+        scales_pointer,
+        part_pointer,
+        first_input,
+        first_row,
+        end_row,
+        first_block,
+        inputs_in_all,
+        rows_in_all,
+        groups_in_all,
+        CAREFUL,
+        ASSEMBLY,
+        WHOLE,
+        INPUTS,
+        ROWS,
+        RUN,
+        WARPS,
+    )
+    if not CAREFUL and tl.max(largest) > 128:
+        tl.debug_barrier()
+        largest = _products_down(
+            first,
+            second,
+            third,
+            fourth,
+            words_pointer,
+            scales_pointer,
+            part_pointer,
+            first_input,
+            first_row,
+            end_row,
+            first_block,
+            inputs_in_all,
+            rows_in_all,
+            groups_in_all,
+            True,
+            ASSEMBLY,
+            WHOLE,
+            INPUTS,
+            ROWS,
+            RUN,
+            WARPS,
+        )
+    if PARTS > 1:
+        # The last program of those that share rows adds their parts up, always in the same order.
+        tl.debug_barrier()
+        arrivals_pointer += tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(arrivals_pointer, 1, sem="acq_rel") == PARTS - 1:
+            tl.store(arrivals_pointer, 0)
+            for span in tl.range(0, tl.cdiv(end_row - first_row, SPAN), num_stages=1):
+                row = first_row + span * SPAN
+                at, inside = _places_of_sums(first_input, row, inputs_in_all, rows_in_all, SPAN, INPUTS)
+                inside &= row + tl.arange(0, SPAN)[:, None] < end_row
+                sums = tl.zeros([SPAN, INPUTS], tl.float32)
+                for other in tl.static_range(PARTS):
+                    pointer = parts_pointer + tl.full([], other, tl.int64) * inputs_in_all * rows_in_all
+                    sums += tl.load(pointer + at, mask=inside, other=0, cache_modifier=".cg")
+                tl.store(out_pointer + at, sums.to(out_pointer.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -207,67 +504,104 @@ class Tile:
     inputs: int
     """Rows of inputs, 8, 16 or 32."""
     rows: int
-    """Rows of weights that a warp computes, 16 or a multiple."""
+    """Rows of weights at a time, 16 or a multiple."""
     run: int
-    """Blocks of a row that a thread takes in a step."""
+    """Blocks of a row that a thread takes at a time."""
     warps: int
-    split: int
-    """Warps that share rows, each with its part of K."""
-    stages: int = 1
-    """Steps that are copied ahead to shared memory; 1 to load into registers."""
+    """Each has its part of K."""
+    down: int = 0
+    """How many times `rows` rows a program goes down, with the inputs of its part of K in registers; 0 to go along
+    all of K instead."""
+    registers: int = 128
+    """The most that a thread may have."""
 
     @property
-    def height(self) -> int:
-        """Rows of weights in all."""
-        return self.rows * self.warps // self.split
+    def groups(self) -> int:
+        """Blocks of a row at a time."""
+        return 4 * self.run * self.warps
 
 
-FULL = 0.8
-"""Programs are small enough if this share of multiprocessors has work at any time."""
+REGISTERS = 2048
+"""That a multiprocessor has for each of the 32 threads of a warp."""
 
 
-def choose_tile(inputs: int, rows: int, processors: int) -> Tile:
-    """For so many rows of inputs and of weights, and multiprocessors."""
-    height = next((h for h in (32, 16) if _share_at_work(triton.cdiv(rows, h), processors) >= FULL), 16)
-    programs = triton.cdiv(rows, height) / processors
-    warps = 4 if programs > 4 else 8 if programs > 1 else 16
-    return Tile(inputs=8 if inputs <= 8 else 16, rows=height, run=1, warps=warps, split=warps)
+def choose_tile(inputs: int, rows: int, groups: int, processors: int) -> Tile:
+    """For so many rows of inputs and of weights, blocks in each, and multiprocessors."""
+    if inputs > 8:
+        tile = Tile(16, 16, 2, 8) if inputs <= 16 else Tile(32, 16, 1, 8, registers=255)
+        return down_rows(tile, rows, groups, processors)
+    programs = triton.cdiv(rows, 16) / processors
+    return Tile(8, 16, 2, 4 if programs > 2 else 8)
 
 
-def _share_at_work(programs: int, processors: int) -> float:
-    return programs / (triton.cdiv(programs, processors) * processors)
+def down_rows(tile: Tile, rows: int, groups: int, processors: int) -> Tile:
+    """That tile, going down as many rows as gives each multiprocessor the programs that fit, once."""
+    at_a_time = processors * max(1, REGISTERS // (tile.registers * tile.warps))
+    programs = max(1, at_a_time // triton.cdiv(groups, tile.groups))
+    return replace(tile, down=triton.cdiv(triton.cdiv(rows, tile.rows), programs))
 
 
-def skinny_product(inputs: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `plain_values_product` defines it, of bfloat16 inputs, at most `MOST_ROWS` rows of them."""
+def skinny_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `plain_packed_product` defines it, for at most `MOST_ROWS` rows of inputs."""
     processors = torch.cuda.get_device_properties(codes.device).multi_processor_count if codes.is_cuda else 1
-    count = inputs.numel() // (scales.shape[1] * 32)
-    return product_by_tiles(inputs, codes, scales, dtype, choose_tile(count, len(scales), processors))
+    rows, groups = scales.shape
+    tile = choose_tile(inputs.scales.numel() // groups, rows, groups, processors)
+    return product_by_tiles(inputs, codes, scales, dtype, tile)
 
 
-def product_by_tiles(inputs: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype, tile: Tile) -> Tensor:
+def product_by_tiles(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torch.dtype, tile: Tile) -> Tensor:
     """`skinny_product` by tiles of a given kind."""
     rows, groups = scales.shape
-    count = inputs.numel() // (groups * 32)
-    assert inputs.dtype == torch.bfloat16, inputs.dtype
+    count = inputs.scales.numel() // groups
+    assert count <= MOST_ROWS and MOST_ROWS * rows < 2**31
     out = torch.empty(count, rows, dtype=dtype, device=codes.device)
-    if out.numel():
-        _skinny[(triton.cdiv(count, tile.inputs), triton.cdiv(rows, tile.height))](
-            inputs.contiguous(),
-            codes.view(torch.int16),
-            scales,
-            out,
-            count,
-            rows,
-            groups,
-            ASSEMBLY=codes.is_cuda,
-            WHOLE=groups % (4 * tile.split * tile.run) == 0,
-            INPUTS=tile.inputs,
-            ROWS=tile.rows,
-            RUN=tile.run,
-            WARPS=tile.warps,
-            SPLIT=tile.split,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+    if not out.numel():
+        return out.view(*inputs.codes.shape[:-1], rows)
+    operands = (inputs.codes.view(count, -1).view(torch.int32), inputs.scales, codes.view(torch.int32), scales, out)
+    constants = {
+        "ASSEMBLY": codes.is_cuda,
+        "WHOLE": groups % tile.groups == 0,
+        "INPUTS": tile.inputs,
+        "ROWS": tile.rows,
+        "RUN": tile.run,
+        "WARPS": tile.warps,
+        "num_warps": tile.warps,
+        "maxnreg": tile.registers,
+    }
+    tiles, columns = triton.cdiv(rows, tile.rows), triton.cdiv(count, tile.inputs)
+    if not tile.down:
+        _along_rows[(columns, tiles)](*operands, count, rows, groups, **constants)
+    else:
+        parts, programs = triton.cdiv(groups, tile.groups), triton.cdiv(tiles, tile.down)
+        # One part is the whole sum; then nothing arrives.
+        sums = out if parts == 1 else torch.empty(parts, count, rows, dtype=torch.float32, device=codes.device)
+        arrivals = out if parts == 1 else _arrivals(codes.device, programs * columns)
+        _down_rows[(parts, programs, columns)](
+            *operands, sums, arrivals, count, rows, groups, tile.down, PARTS=parts, SPAN=128, **constants
         )
-    return out.view(*inputs.shape[:-1], rows)
+    return out.view(*inputs.codes.shape[:-1], rows)
+
+
+MOST_PROGRAMS = 1 << 18
+_ARRIVALS: dict[tuple[torch.device, int | None], Tensor] = {}
+_CAPTURED: dict[torch.device, int] = {}
+
+
+def _arrivals(device: torch.device, programs: int) -> Tensor:
+    """Zeros, one for each of the programs that share rows, which a kernel leaves as it found them.
+
+    One buffer a stream, since kernels of different streams may overlap; calls in CUDA graphs have their own places.
+    """
+    assert programs <= MOST_PROGRAMS
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        start = _CAPTURED.get(device, 0)
+        if (device, None) not in _ARRIVALS or start + programs > MOST_PROGRAMS:
+            return torch.zeros(programs, dtype=torch.int32, device=device)  # the graph fills them each time
+        # Every 16 bytes: a pointer that is not aligned would be compiled for anew, which a capture forbids.
+        _CAPTURED[device] = start + triton.cdiv(programs, 4) * 4
+        return _ARRIVALS[device, None][start:]
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    for key in ((device, stream), (device, None)):
+        if key not in _ARRIVALS:
+            _ARRIVALS[key] = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)
+    return _ARRIVALS[device, stream]

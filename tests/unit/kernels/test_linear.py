@@ -39,11 +39,10 @@ def inputs_of(module: QuantLinear, x: Tensor) -> Inputs:
 
 
 @pytest.mark.parametrize("groups", [0, 1, 3])
-@pytest.mark.parametrize("path", ["look-ups", "matrix units"])
-def test_every_path_computes_the_linear(path: str, groups: int) -> None:
+def test_matrix_units_compute_the_linear(groups: int) -> None:
     """A transformed value next to a rounding boundary may differ, and nothing else."""
     module, x = linear(groups), random(5)
-    found = PATHS[path](inputs_of(module, x), module.site_weight().packed())
+    found = PATHS["matrix units"](inputs_of(module, x), module.site_weight().packed())
     torch.testing.assert_close(found, module(x), rtol=1e-4, atol=1e-4)
 
 
@@ -60,16 +59,14 @@ def test_fp8_computes_the_linear(keeps: bool) -> None:
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(dispatch, "CROSSOVERS", {(9, 0): Crossovers(look_ups=8, matrix_units=64)})
+    monkeypatch.setattr(dispatch, "CROSSOVERS", {(9, 0): Crossovers(matrix_units=64)})
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
 
 
-@pytest.mark.parametrize(
-    ("rows", "path"), [(0, "look-ups"), (8, "look-ups"), (9, "matrix units"), (64, "matrix units")]
-)
-def test_few_rows_read_the_codes(rows: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [0, 1, 64])
+def test_few_rows_read_the_codes(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu(monkeypatch)
-    assert choose_path(rows, WEIGHT, GPU).path == path
+    assert choose_path(rows, WEIGHT, GPU).path == "matrix units"
 
 
 def test_many_rows_go_through_fp8_where_the_weights_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +110,7 @@ def test_the_layer_takes_the_path_that_was_chosen_and_adds_its_bias(monkeypatch:
 
     def choose(rows: int, weight: PackedWeight, device: torch.device) -> dispatch.Choice:
         chosen.append(rows)
-        return dispatch.Choice("look-ups", "for a test")
+        return dispatch.Choice("matrix units", "for a test")
 
     monkeypatch.setattr(dispatch, "choose_path", choose)
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)

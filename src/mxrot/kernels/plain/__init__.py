@@ -22,7 +22,6 @@ from mxrot.kernels.plain.products import (
     plain_fp8_product,
     plain_lift_weights,
     plain_packed_product,
-    plain_values_product,
 )
 from mxrot.kernels.plain.rounding import (
     ReachedColumns,
@@ -63,7 +62,6 @@ __all__ = [
     "plain_rotate_quantize_packed",
     "plain_round_columns",
     "plain_round_reached",
-    "plain_values_product",
     "swizzle_scales",
     "swizzled_bytes",
 ]

@@ -73,16 +73,6 @@ def plain_packed_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtyp
     return (x @ w.mT).to(dtype)
 
 
-def plain_values_product(inputs: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inputs [..., K], bfloat16 or wider, by MXFP4 weights, uint8 codes [N, K/2] and E8M0 scales [N, K/32].
-
-    `dtype` [..., N]; sums are float32.
-    """
-    format = get_format("mxfp4")
-    weights = QTensor.dequantize_packed(codes, BlockScales(scales, format.scale), format)
-    return (inputs.float() @ weights.mT).to(dtype)
-
-
 def plain_fp8_product(inputs: Tensor, weights: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The definition of `fp8_product`, in float32 on any device."""
     return (inputs.float() @ weights.float().mT * scales).to(dtype)
