@@ -51,7 +51,7 @@ def site(bias: bool = False) -> list[QuantLinear]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of the weight of every product, all by the look-ups of the plain interpreter."""
+    """Rows of the weight of every product, whatever computes it."""
     seen: list[int] = []
     own = dispatch.quantized_linear
 
