@@ -114,7 +114,7 @@ def _block(pointer, stride, count, ROWS: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def _blocks(pointer, stride, columns, count, ROWS: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr):
     """`_block` of each of GROUPS columns of blocks; of those from `columns` on anything."""
-    blocks = ()
+    blocks: tl.tuple = ()
     for group in tl.static_range(GROUPS):
         rows = _rows(group, columns, count)
         blocks += (_block(pointer + group * BLOCK, stride, rows, ROWS, EVEN),)
@@ -124,7 +124,7 @@ def _blocks(pointer, stride, columns, count, ROWS: tl.constexpr, GROUPS: tl.cons
 @triton.jit
 def _matrices(pointer, stride, columns, GROUPS: tl.constexpr, EVEN: tl.constexpr):
     """`_matrix` of each of GROUPS columns of blocks; of those from `columns` on anything."""
-    matrices = ()
+    matrices: tl.tuple = ()
     for group in tl.static_range(GROUPS):
         matrices += (_matrix(pointer + group * stride, columns - group, EVEN),)
     return matrices
@@ -205,7 +205,7 @@ def _values(
             loaded = _blocks(x_pointer, from_stride, columns, count - start, ROWS, GROUPS, EVEN)
         # To load a step ahead loads the last step twice: that takes fewer instructions and registers than not to.
         x_pointer += tl.where(start + ROWS < count, ROWS * from_stride, 0)
-        following = ()
+        following: tl.tuple = ()
         for group in tl.static_range(GROUPS):
             x = _transformed(loaded[group], matrices[group], PARTS) if HAS_MATRIX else loaded[group].to(tl.float32)
             if AHEAD and not ONCE:
@@ -338,8 +338,9 @@ def _packed(
             loaded = _blocks(x_pointer, from_stride, columns, count - start, ROWS, GROUPS, EVEN)
         # To load a step ahead loads the last step twice: that takes fewer instructions and registers than not to.
         x_pointer += tl.where(start + ROWS < count, ROWS * from_stride, 0)
-        following = ()
-        words, scales = (), 0
+        following: tl.tuple = ()
+        words: tl.tuple = ()
+        scales = tl.zeros([ROWS], tl.int32)
         for group in tl.static_range(GROUPS):
             x = _transformed(loaded[group], matrices[group], PARTS) if HAS_MATRIX else loaded[group].to(tl.float32)
             if AHEAD and not ONCE:
