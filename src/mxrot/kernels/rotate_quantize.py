@@ -11,7 +11,7 @@ are summed in an order of their own, so with a transform a value next to a round
 side. A block that holds NaN or Inf, after the transform, becomes NaN.
 
 Memory sets the pace as long as a value costs few instructions and memory is written in whole sectors of 32 bytes. A
-program is one warp; its blocks stay in registers, four threads a block, from load to store. Where each column of
+program is one warp; its blocks stay in registers, four threads a block, from transform to store. Where each column of
 blocks has its own matrix a program takes several columns side by side: the codes of one block are half a sector, and
 its scale is one byte of a sector that 32 programs would write.
 
@@ -69,7 +69,7 @@ def _transformed(x, matrix, PARTS: tl.constexpr):
 
     Of a row on matrix hardware, thread t of four holds columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9, 2 t + 16 and so on.
     Which columns these are is free as long as the matrix agrees: here they are 8 t to 8 t + 7, before and after, so
-    that a thread loads and stores them at once and nothing passes through shared memory.
+    that a thread loads and stores them at once and nothing is exchanged between threads.
     """
     ROWS: tl.constexpr = x.shape[0]
     x = tl.reshape(tl.permute(tl.reshape(x, [ROWS, 4, 2, 2, 2]), [0, 3, 2, 1, 4]), [ROWS, BLOCK])
@@ -126,7 +126,7 @@ def _matrices(pointer, stride, columns, GROUPS: tl.constexpr, EVEN: tl.constexpr
     """`_matrix` of each of GROUPS columns of blocks; of those from `columns` on anything."""
     matrices: tl.tuple = ()
     for group in tl.static_range(GROUPS):
-        matrices += (_matrix(pointer + group * stride, columns - group, EVEN),)
+        matrices += (_matrix(pointer + group * stride, columns - group, EVEN or group == 0),)
     return matrices
 
 
@@ -183,7 +183,7 @@ def _values(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
     ONCE: tl.constexpr,
     EVEN: tl.constexpr,
     FLAT: tl.constexpr,
@@ -196,21 +196,15 @@ def _values(
     rows, columns_of_eight = tl.arange(0, ROWS)[:, None], tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
     tl.assume(count > 0)
     # Before the matrices, which are waited for where they are made operands.
-    if AHEAD:
+    if ONCE:
         loaded = _blocks(x_pointer, from_stride, columns, count, ROWS, GROUPS, EVEN)
     if HAS_MATRIX:
         matrices = _matrices(matrix_pointer + first_group * matrix_stride, matrix_stride, columns, GROUPS, EVEN)
-    for start in tl.range(0, ROWS if ONCE else count, ROWS, num_stages=1):
-        if not AHEAD:
+    for start in tl.range(0, ROWS if ONCE else count, ROWS, num_stages=STAGES):
+        if not ONCE:
             loaded = _blocks(x_pointer, from_stride, columns, count - start, ROWS, GROUPS, EVEN)
-        # To load a step ahead loads the last step twice: that takes fewer instructions and registers than not to.
-        x_pointer += tl.where(start + ROWS < count, ROWS * from_stride, 0)
-        following: tl.tuple = ()
         for group in tl.static_range(GROUPS):
             x = _transformed(loaded[group], matrices[group], PARTS) if HAS_MATRIX else loaded[group].to(tl.float32)
-            if AHEAD and not ONCE:
-                rows_left = _rows(group, columns, count - start - ROWS)
-                following += (_block(x_pointer + group * BLOCK, from_stride, rows_left, ROWS, EVEN),)
             bits = _maxima(x, ROWS)
             fields = _scale_fields(bits, raises_from, max_exponent)
             fields = tl.minimum(tl.maximum(fields, (least + 127) << 23), (most + 127) << 23)
@@ -221,8 +215,7 @@ def _values(
             place = out_pointer + group * BLOCK + rows * to_stride + columns_of_eight
             inside = rows < _rows(group, columns, count - start)
             tl.store(place, values.to(out_pointer.dtype.element_ty), mask=None if EVEN else inside)
-        if AHEAD and not ONCE:
-            loaded = following
+        x_pointer += ROWS * from_stride
         out_pointer += ROWS * to_stride
 
 
@@ -313,7 +306,7 @@ def _packed(
     SWIZZLED: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
     ONCE: tl.constexpr,
     EVEN: tl.constexpr,
     FLAT: tl.constexpr,
@@ -329,31 +322,23 @@ def _packed(
     word, byte = tl.arange(0, GROUPS * 4)[None, :], tl.arange(0, 4)[None, :]
     tl.assume(count > 0)
     # Before the matrices, which are waited for where they are made operands.
-    if AHEAD:
+    if ONCE:
         loaded = _blocks(x_pointer, from_stride, columns, count, ROWS, GROUPS, EVEN)
     if HAS_MATRIX:
         matrices = _matrices(matrix_pointer + first_group * matrix_stride, matrix_stride, columns, GROUPS, EVEN)
-    for start in tl.range(0, ROWS if ONCE else count, ROWS, num_stages=1):
-        if not AHEAD:
+    for start in tl.range(0, ROWS if ONCE else count, ROWS, num_stages=STAGES):
+        if not ONCE:
             loaded = _blocks(x_pointer, from_stride, columns, count - start, ROWS, GROUPS, EVEN)
-        # To load a step ahead loads the last step twice: that takes fewer instructions and registers than not to.
-        x_pointer += tl.where(start + ROWS < count, ROWS * from_stride, 0)
-        following: tl.tuple = ()
         words: tl.tuple = ()
         scales = tl.zeros([ROWS], tl.int32)
         for group in tl.static_range(GROUPS):
             x = _transformed(loaded[group], matrices[group], PARTS) if HAS_MATRIX else loaded[group].to(tl.float32)
-            if AHEAD and not ONCE:
-                rows_left = _rows(group, columns, count - start - ROWS)
-                following += (_block(x_pointer + group * BLOCK, from_stride, rows_left, ROWS, EVEN),)
             bits = _maxima(x, ROWS)
             is_finite = bits < 0x7F800000
             fields = tl.maximum(_scale_fields(bits, raises_from, max_exponent), 0)
             codes = _words(x, power_of_field((254 << 23) - fields), ROWS)
             words += (tl.where(is_finite[:, None], codes, 0),)
             scales |= tl.where(is_finite, fields >> 23, 255) << (8 * group)
-        if AHEAD and not ONCE:
-            loaded = following
         inside = rows[:, None] < count - start
         place = _runs(words_pointer, rows * (to_stride * 4), GROUPS * 4, GROUPS * 4)
         tl.store(place, _side_by_side(words, GROUPS, ROWS), mask=None if EVEN else inside & (word < columns * 4))
@@ -362,6 +347,7 @@ def _packed(
         has_one = byte < (GROUPS if EVEN else tl.minimum(columns, GROUPS))
         scales = (scales[:, None] >> (byte * 8)).to(tl.uint8)
         tl.store(_runs(scales_pointer, place, 4, 1), scales, mask=has_one if EVEN else has_one & inside)
+        x_pointer += ROWS * from_stride
         words_pointer += ROWS * to_stride * 4
         if not SWIZZLED:
             scales_pointer += ROWS * to_stride
@@ -452,8 +438,8 @@ class Tile:
     rows: int
     groups: int = 1
     """Columns of blocks, each with its matrix: 1, 2 or 4."""
-    is_ahead: bool = True
-    """Whether a step's blocks are loaded before the last step's are computed."""
+    stages: int = 3
+    """Steps whose blocks are copied to shared memory or computed at a time; 1 to load into registers as computed."""
     programs: int = 8192
     """From so many programs on each takes several steps."""
 
@@ -461,16 +447,19 @@ class Tile:
 def choose_tile(blocks: int, is_flat: bool, is_packed: bool) -> Tile:
     """For so many blocks; flat: they are one column of blocks; packed: to codes and scales.
 
-    - Few blocks: what one program does is what all take, so it does little, once.
-    - One column of blocks. On an H200 [8192, 4096] bfloat16 takes 33 us to FP8 and 32 us to codes by 32 rows loaded
-      as they are computed (other warps compute meanwhile), 36 us and 35 us by 16 rows loaded ahead; [2048, 4096] is
-      no faster that way, as there are too few programs.
-    - Several columns. One at a time, the same codes took 60 us and FP8 37 us, by 16 rows loaded ahead; 42 us by 32.
+    Measured on an H200, bfloat16, before programs took several columns or copied ahead to shared memory:
+
+    - One column. [8192, 4096] took 33 us to FP8 and 32 us to codes by 32 rows loaded as they are computed, while other
+      warps compute, and 36 us and 35 us by 16 rows loaded ahead into registers. [2048, 4096] took 12.1 us and 12.6 us
+      by 16 rows loaded ahead in 4096 programs, 13.3 us and 13.2 us in 8192.
+    - Several columns, one at a time. [8192, 4096] took 37 us to FP8 by 16 rows loaded ahead and 42 us by 32, and 60 us
+      to codes, which wrote half sectors; two columns at a time write whole ones.
+    - Few blocks, up to [128, 4096]: all wait for what one program does, so that is little, once.
     """
     if blocks <= 16384:
         return Tile(8 if blocks <= 4096 else 16, groups=2 if is_packed and not is_flat else 1)
     if is_flat:
-        return Tile(32, is_ahead=False) if blocks >= 2**19 else Tile(16)
+        return Tile(32, stages=1) if blocks >= 2**19 else Tile(16, programs=4096)
     return Tile(16, groups=2, programs=4096)
 
 
@@ -525,7 +514,7 @@ class _Blocks:
             "PARTS": _parts(self.x, matrices),
             "ROWS": self.tile.rows,
             "GROUPS": self.tile.groups,
-            "AHEAD": self.tile.is_ahead or self.steps == 1,
+            "STAGES": 1 if self.steps == 1 else self.tile.stages,
             "ONCE": self.steps == 1,
             "EVEN": self.rows % self.tile.rows == 0 and self.groups % self.tile.groups == 0,
             "FLAT": self.is_flat,

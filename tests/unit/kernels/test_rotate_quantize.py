@@ -287,13 +287,13 @@ def test_codes_next_to_every_boundary_have_the_twins_bits(rule: ScaleRule, amax:
 
 @pytest.mark.parametrize("programs", [2, 10**9], ids=["several steps", "one step"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize(("rows", "is_ahead"), [(8, True), (16, True), (16, False), (32, False)])
+@pytest.mark.parametrize(("rows", "stages"), [(8, 1), (16, 3), (32, 1)])
 def test_programs_of_any_tile_leave_nothing_out(
-    rows: int, is_ahead: bool, groups: int, programs: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, stages: int, groups: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 1 to 5 columns of blocks, whole tiles and not."""
     module = importlib.import_module("mxrot.kernels.rotate_quantize")  # the package has a function of this name
-    tile = module.Tile(rows, groups, is_ahead, programs)
+    tile = module.Tile(rows, groups, stages, programs)
 
     def chosen(blocks: int, is_flat: bool, is_packed: bool) -> object:
         return replace(tile, groups=1) if is_flat else tile
@@ -302,8 +302,9 @@ def test_programs_of_any_tile_leave_nothing_out(
     format, rule = FORMATS["mxfp4"], RULES["even"]
     wide = sample(torch.bfloat16, rows=32, columns=160)
     wide[9, 3], wide[10, 40] = float("nan"), float("inf")
-    cases = [(wide, None), (wide[:31, 32:], None), (wide[11:], permutations(5)), (wide[11:, :128], permutations(4))]
-    for x, matrices in [*cases, (wide[11:27, 64:], permutations(1))]:
+    one, four, five = (permutations(count).to(torch.bfloat16) for count in (1, 4, 5))
+    cases = [(wide, None), (wide[:31, 32:], None), (wide[11:], five), (wide[11:, :128], four), (wide[11:27, 64:], one)]
+    for x, matrices in cases:
         expected = plain_rotate_quantize_e5m2(x, matrices, format, rule)
         assert same_bits(module.rotate_quantize_e5m2(x, matrices, format, rule), expected)
         for swizzled in (False, True):
