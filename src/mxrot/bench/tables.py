@@ -10,14 +10,14 @@ from rich.table import Table
 from mxrot.bench.kernels import KernelRow
 from mxrot.bench.model import ModelRow
 from mxrot.bench.quantize import QuantizeRow
-from mxrot.bench.timing import EMPTY_LAUNCH
+from mxrot.bench.timing import TIMES
 
 
 def kernel_table(rows: Sequence[KernelRow], limits: dict[str, float]) -> Table:
     """Times, the share of the copy bandwidth, and speed relative to what a kernel replaces."""
     ratios = speed_ratios(rows)
     ceilings = ", ".join(
-        f"{name} {1e6 * value:.2f} us" if name == EMPTY_LAUNCH else f"{name} {value / 1e9:,.0f} G/s"
+        f"{name} {1e6 * value:.2f} us" if name in TIMES else f"{name} {value / 1e9:,.0f} G/s"
         for name, value in limits.items()
     )
     table = Table(title=f"Here: {ceilings}", title_justify="left")

@@ -18,6 +18,9 @@ CACHE_BYTES = 2e8
 """Operands are taken in turn from so many bytes of copies, more than any cache holds."""
 MOST_COPIES = 64
 EMPTY_LAUNCH = "empty launch"
+COPY_LAUNCH = "launch and copy of [128, 4096] bf16 to fp8"
+TIMES = (EMPTY_LAUNCH, COPY_LAUNCH)
+"""The ceilings that are seconds."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def _device_seconds(calls: Sequence[Callable[[], Any]], device: torch.device, re
 
 def ceilings(device: torch.device) -> dict[str, float]:
     """What this device reaches: bytes a second of a copy, read and written, operations a second of products, and on a
-    GPU the seconds of a kernel that does nothing."""
+    GPU the seconds of a kernel that does nothing, and of one that loads and stores what quantizing a few rows does.
+    """
     is_gpu = device.type == "cuda"
     found = {"copy": _copy_speed(device)}
     size = 8192 if is_gpu else 1024
@@ -94,9 +98,11 @@ def ceilings(device: torch.device) -> dict[str, float]:
             product = partial(torch._scaled_mm, x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast)
             found[name] = 2 * size**3 / seconds_of([product], device, 7).median
     if is_gpu and has_triton():
-        from mxrot.kernels.nothing import nothing
+        from mxrot.kernels.nothing import half, nothing
 
         found[EMPTY_LAUNCH] = seconds_of([partial(nothing, a)] * 100, device).median
+        few = a.view(-1, 128, 4096)[:MOST_COPIES]
+        found[COPY_LAUNCH] = seconds_of([partial(half, x) for x in few], device).median
     return found
 
 

@@ -10,8 +10,10 @@ The plain twins are the specification. Given the same transformed values the ker
 are summed in an order of their own, so with a transform a value next to a rounding boundary may fall on the other
 side. A block that holds NaN or Inf, after the transform, becomes NaN.
 
-Memory sets the pace as long as a value costs few instructions. A program is one warp; its blocks stay in registers,
-four threads a block, from load to store.
+Memory sets the pace as long as a value costs few instructions and memory is written in whole sectors of 32 bytes. A
+program is one warp; its blocks stay in registers, four threads a block, from transform to store. Where each column of
+blocks has its own matrix a program takes several columns side by side: the codes of one block are half a sector, and
+its scale is one byte of a sector that 32 programs would write.
 
 Matrices that are bfloat16 are multiplied on matrix hardware: activations of 8, 11 or 24 significant bits are one, two
 or three bfloat16 numbers, whose products with the matrix are exact in float32.
@@ -33,53 +35,73 @@ from mxrot.kernels.arithmetic import power_of_field, round_to_element
 from mxrot.kernels.plain import E5M2_EXPONENTS, PackedRows, swizzled_bytes
 
 BLOCK = tl.constexpr(32)
-ROWS = 16
-"""Blocks that a program, one warp, holds at a time."""
-MOST_STEPS = 16
-PROGRAMS = 8192
-"""More programs than a device runs at a time; from here on each takes several steps."""
+MOST_STEPS = 64
+MOST_PROGRAMS_DOWN = 65535
+"""CUDA's limit of the second dimension of a grid."""
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 @triton.jit
-def _place(rows_in_all, groups_in_all, steps, ROWS: tl.constexpr, FLAT: tl.constexpr):
-    """The block column of this program, its first row (int64), and how many rows it has."""
-    program = tl.program_id(0)
-    group = 0 if FLAT else program % groups_in_all
-    first = (program if FLAT else program // groups_in_all).to(tl.int64) * steps * ROWS
-    return group, first, tl.minimum(rows_in_all - first, steps * ROWS).to(tl.int32)
+def _place(rows_in_all, groups_in_all, steps, ROWS: tl.constexpr, GROUPS: tl.constexpr, FLAT: tl.constexpr):
+    """The first column of blocks of this program, its first row (int64), and how many of both there are for it."""
+    group = 0 if FLAT else tl.program_id(0) * GROUPS
+    first = tl.program_id(0 if FLAT else 1).to(tl.int64) * (steps * ROWS)
+    return group, first, groups_in_all - group, tl.minimum(rows_in_all - first, steps * ROWS).to(tl.int32)
 
 
 @triton.jit
-def _matrix(pointer):
-    """The matrix there for `_transformed`: [32, 32], rows and columns in the order in which threads hold columns."""
-    columns = tl.arange(0, BLOCK)
-    matrix = tl.load(pointer + columns[:, None] * BLOCK + columns[None, :])
-    matrix = tl.reshape(tl.permute(tl.reshape(matrix, [4, 2, 2, 2, BLOCK]), [2, 1, 0, 3, 4]), [BLOCK, BLOCK])
-    return tl.reshape(tl.permute(tl.reshape(matrix, [BLOCK, 4, 4, 2]), [0, 2, 1, 3]), [BLOCK, BLOCK])
+def _matrix(pointer, columns, EVEN: tl.constexpr):
+    """The matrix there for `_transformed`, [32, 32]; anything unless there are `columns`.
+
+    Numbered by what a thread holds, 8 rows of 4 columns, then by the threads of rows and of columns: so it is loaded,
+    and so the matrix hardware takes its operand.
+    """
+    place = tl.arange(0, 1024)
+    row, column = place // 4 % 4 * 8 + place // 128, place // 16 % 8 * 4 + place % 4
+    at = tl.max_contiguous(tl.multiple_of(row * BLOCK + column, 4), 4)
+    matrix = tl.load(pointer + at, mask=None if EVEN else place < columns * 1024)
+    return tl.reshape(tl.permute(tl.reshape(matrix, [2, 2, 2, 8, 4, 4]), [1, 0, 4, 2, 5, 3]), [BLOCK, BLOCK])
 
 
 @triton.jit
-def _transformed(x, matrix, PARTS: tl.constexpr, ROWS: tl.constexpr):
+def _transformed(x, matrix, PARTS: tl.constexpr):
     """float32 [ROWS, 32] of x [ROWS, 32] times what `_matrix` gave; PARTS 0 is float32 arithmetic.
 
     Of a row on matrix hardware, thread t of four holds columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9, 2 t + 16 and so on.
     Which columns these are is free as long as the matrix agrees: here they are 8 t to 8 t + 7, before and after, so
-    that a thread loads and stores them at once and nothing passes through shared memory.
+    that a thread loads and stores them at once and nothing is exchanged between threads.
     """
+    ROWS: tl.constexpr = x.shape[0]
     x = tl.reshape(tl.permute(tl.reshape(x, [ROWS, 4, 2, 2, 2]), [0, 3, 2, 1, 4]), [ROWS, BLOCK])
     if PARTS == 0:
         product = tl.dot(x.to(tl.float32), matrix.to(tl.float32), input_precision="ieee")
+    elif PARTS == 1:
+        product = tl.dot(_times_one(x), matrix)
     else:
         first = x.to(tl.bfloat16)
         product = tl.dot(first, matrix)
-        if PARTS > 1:
-            rest = x.to(tl.float32) - first.to(tl.float32)
-            second = rest.to(tl.bfloat16)
-            product = tl.dot(second, matrix, product)
-            if PARTS > 2:
-                product = tl.dot((rest - second.to(tl.float32)).to(tl.bfloat16), matrix, product)
-    return tl.reshape(tl.permute(tl.reshape(product, [ROWS, 4, 4, 2]), [0, 2, 1, 3]), [ROWS, BLOCK])
+        rest = x.to(tl.float32) - first.to(tl.float32)
+        second = rest.to(tl.bfloat16)
+        product = tl.dot(second, matrix, product)
+        if PARTS > 2:
+            product = tl.dot((rest - second.to(tl.float32)).to(tl.bfloat16), matrix, product)
+    product = tl.permute(tl.reshape(product, [ROWS, 4, 4, 2]), [0, 2, 3, 1])
+    # Registers in the order of columns, for what is packed two and four at a time.
+    first, second = tl.split(tl.reshape(product, [ROWS, 16, 2]))
+    return tl.reshape(tl.join(first, second), [ROWS, BLOCK])
+
+
+@triton.jit
+def _times_one(x):
+    """bfloat16 x. Matrix hardware wants four registers in a row, and what a load wrote is copied there; not this."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 one, zero; mov.b32 one, 0x3F803F80; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, one, zero; }",
+        "=r,r",
+        [x],
+        tl.bfloat16,
+        True,
+        2,
+    )
 
 
 @triton.jit
@@ -87,6 +109,31 @@ def _block(pointer, stride, count, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """Blocks from there on, one a row, [ROWS, 32]; beyond `count` rows anything."""
     rows = tl.arange(0, ROWS)[:, None]
     return tl.load(pointer + rows * stride + tl.arange(0, BLOCK)[None, :], mask=None if EVEN else rows < count)
+
+
+@triton.jit
+def _blocks(pointer, stride, columns, count, ROWS: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr):
+    """`_block` of each of GROUPS columns of blocks; of those from `columns` on anything."""
+    blocks: tl.tuple = ()
+    for group in tl.static_range(GROUPS):
+        rows = _rows(group, columns, count)
+        blocks += (_block(pointer + group * BLOCK, stride, rows, ROWS, EVEN),)
+    return blocks
+
+
+@triton.jit
+def _matrices(pointer, stride, columns, GROUPS: tl.constexpr, EVEN: tl.constexpr):
+    """`_matrix` of each of GROUPS columns of blocks; of those from `columns` on anything."""
+    matrices: tl.tuple = ()
+    for group in tl.static_range(GROUPS):
+        matrices += (_matrix(pointer + group * stride, columns - group, EVEN or group == 0),)
+    return matrices
+
+
+@triton.jit
+def _rows(group: tl.constexpr, columns, count):
+    """How many rows a column of blocks has."""
+    return count if group == 0 else tl.where(group < columns, count, 0)
 
 
 @triton.jit
@@ -101,13 +148,19 @@ def _maxima(x, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _along(numbers, ROWS: tl.constexpr):
+    """[ROWS, 32] of [ROWS], in the threads that hold a row."""
+    return tl.reshape(tl.broadcast_to(numbers[:, None, None], [ROWS, 4, 8]), [ROWS, BLOCK])
+
+
+@triton.jit
 def _scale_fields(bits, raises_from, max_exponent):
     """(e + 127) << 23 for the exponents e of the scales of blocks with these maxima; e may be below -127."""
     # A fraction from `raises_from` on carries into the exponent.
     return ((bits + (0x800000 - raises_from)) & 0x7F800000) - (max_exponent << 23)
 
 
-@triton.jit(do_not_specialize=["rows_in_all", "steps"])
+@triton.jit(do_not_specialize=["rows_in_all"], do_not_specialize_on_alignment=["steps"])
 def _values(
     x_pointer,
     matrix_pointer,
@@ -129,34 +182,40 @@ def _values(
     HAS_MATRIX: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    ONCE: tl.constexpr,
     EVEN: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    group, first, count = _place(rows_in_all, groups_in_all, steps, ROWS, FLAT)
+    first_group, first, columns, count = _place(rows_in_all, groups_in_all, steps, ROWS, GROUPS, FLAT)
     from_stride = BLOCK if FLAT else x_stride
     to_stride = BLOCK if FLAT else out_stride
-    x_pointer += first * from_stride + group * BLOCK
-    out_pointer += first * to_stride + group * BLOCK
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    x_pointer += first * from_stride + first_group * BLOCK
+    out_pointer += first * to_stride + first_group * BLOCK
+    rows, columns_of_eight = tl.arange(0, ROWS)[:, None], tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
     tl.assume(count > 0)
-    # Loads run one step ahead of what is done with them.
-    loaded = _block(x_pointer, from_stride, count, ROWS, EVEN)
-    matrix = _matrix(matrix_pointer + group * matrix_stride) if HAS_MATRIX else None
-    for start in tl.range(0, count, ROWS, num_stages=1):
-        inside = rows < count - start
-        x = _transformed(loaded, matrix, PARTS, ROWS) if HAS_MATRIX else loaded.to(tl.float32)
+    # Before the matrices, which are waited for where they are made operands.
+    if ONCE:
+        loaded = _blocks(x_pointer, from_stride, columns, count, ROWS, GROUPS, EVEN)
+    if HAS_MATRIX:
+        matrices = _matrices(matrix_pointer + first_group * matrix_stride, matrix_stride, columns, GROUPS, EVEN)
+    for start in tl.range(0, ROWS if ONCE else count, ROWS, num_stages=STAGES):
+        if not ONCE:
+            loaded = _blocks(x_pointer, from_stride, columns, count - start, ROWS, GROUPS, EVEN)
+        for group in tl.static_range(GROUPS):
+            x = _transformed(loaded[group], matrices[group], PARTS) if HAS_MATRIX else loaded[group].to(tl.float32)
+            bits = _maxima(x, ROWS)
+            fields = _scale_fields(bits, raises_from, max_exponent)
+            fields = tl.minimum(tl.maximum(fields, (least + 127) << 23), (most + 127) << 23)
+            scaled = x * _along(power_of_field((254 << 23) - fields), ROWS)
+            scales = tl.where(bits < 0x7F800000, power_of_field(fields - (shift << 23)), float("nan"))
+            values = round_to_element(scaled, smallest_normal, fraction_bits, largest) * _along(scales, ROWS)
+            # Eight columns a thread, as it holds them, are stored at once.
+            place = out_pointer + group * BLOCK + rows * to_stride + columns_of_eight
+            inside = rows < _rows(group, columns, count - start)
+            tl.store(place, values.to(out_pointer.dtype.element_ty), mask=None if EVEN else inside)
         x_pointer += ROWS * from_stride
-        if start + ROWS < count:
-            loaded = _block(x_pointer, from_stride, count - start - ROWS, ROWS, EVEN)
-        bits = _maxima(x, ROWS)
-        fields = _scale_fields(bits, raises_from, max_exponent)
-        fields = tl.minimum(tl.maximum(fields, (least + 127) << 23), (most + 127) << 23)
-        scaled = x * power_of_field((254 << 23) - fields)[:, None]
-        scales = tl.where(bits < 0x7F800000, power_of_field(fields - (shift << 23)), float("nan"))
-        values = round_to_element(scaled, smallest_normal, fraction_bits, largest) * scales[:, None]
-        # Eight columns a thread, as it holds them, are stored at once.
-        place = out_pointer + rows[:, None] * to_stride + tl.max_contiguous(columns, 8)[None, :]
-        tl.store(place, values.to(out_pointer.dtype.element_ty), mask=None if EVEN else inside[:, None])
         out_pointer += ROWS * to_stride
 
 
@@ -168,7 +227,7 @@ def _words(x, inverses, ROWS: tl.constexpr):
     lowest gives the code. Next to 2^23 float32 rounds to integers, ties to even; and the lowest after rounding is the
     lowest, rounded.
     """
-    v = tl.abs(x * inverses[:, None])
+    v = tl.abs(x * _along(inverses, ROWS))
     codes = tl.minimum(tl.minimum(v * 2 + 8388608.0, v + 8388610.0), v * 0.5 + 8388612.0)
     first, second = tl.split(tl.reshape(codes.to(tl.uint32, bitcast=True), [ROWS, 4, 2, 2, 2]))
     first, second = tl.split(first + (second << 4))
@@ -211,16 +270,25 @@ def _swizzled_place(rows, group, groups_in_all):
 
 
 @triton.jit
-def _fours(pointer, places, BYTES: tl.constexpr):
-    """Pointers [ROWS, 4] from `places` [ROWS] on, to elements of so many bytes, each in the thread that has its data.
-
-    Hints: runs of four along a row, aligned like single elements, so that no thread collects several.
-    """
-    place = pointer + places[:, None] + tl.arange(0, 4)[None, :]
-    return tl.multiple_of(tl.max_contiguous(place, (1, 4)), (BYTES, BYTES))
+def _runs(pointer, places, COUNT: tl.constexpr, BYTES: tl.constexpr):
+    """Pointers [ROWS, COUNT] from `places` [ROWS] on, with hints by which a thread takes so many bytes of a row."""
+    place = pointer + places[:, None] + tl.arange(0, COUNT)[None, :]
+    return tl.multiple_of(tl.max_contiguous(place, (1, COUNT)), (BYTES, BYTES))
 
 
-@triton.jit(do_not_specialize=["rows_in_all", "steps"])
+@triton.jit
+def _side_by_side(words, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """1, 2 or 4 of [ROWS, 4] as [ROWS, 4 GROUPS]."""
+    if GROUPS == 1:
+        return words[0]
+    elif GROUPS == 2:
+        return tl.reshape(tl.permute(tl.join(words[0], words[1]), [0, 2, 1]), [ROWS, 8])
+    else:
+        joined = tl.join(tl.join(words[0], words[1]), tl.join(words[2], words[3]))
+        return tl.reshape(tl.permute(joined, [0, 3, 2, 1]), [ROWS, 16])
+
+
+@triton.jit(do_not_specialize=["rows_in_all"], do_not_specialize_on_alignment=["steps"])
 def _packed(
     x_pointer,
     matrix_pointer,
@@ -237,37 +305,49 @@ def _packed(
     PARTS: tl.constexpr,
     SWIZZLED: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    ONCE: tl.constexpr,
     EVEN: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    group, first, count = _place(rows_in_all, groups_in_all, steps, ROWS, FLAT)
+    first_group, first, columns, count = _place(rows_in_all, groups_in_all, steps, ROWS, GROUPS, FLAT)
     from_stride = BLOCK if FLAT else x_stride
     to_stride = 1 if FLAT else groups_in_all
-    x_pointer += first * from_stride + group * BLOCK
-    words_pointer += (first * to_stride + group) * 4
+    x_pointer += first * from_stride + first_group * BLOCK
+    words_pointer += (first * to_stride + first_group) * 4
     if not SWIZZLED:
-        scales_pointer += first * to_stride + group
+        scales_pointer += first * to_stride + first_group
     rows = tl.arange(0, ROWS)
+    word, byte = tl.arange(0, GROUPS * 4)[None, :], tl.arange(0, 4)[None, :]
     tl.assume(count > 0)
-    # Loads run one step ahead of what is done with them.
-    loaded = _block(x_pointer, from_stride, count, ROWS, EVEN)
-    matrix = _matrix(matrix_pointer + group * matrix_stride) if HAS_MATRIX else None
-    for start in tl.range(0, count, ROWS, num_stages=1):
-        inside = rows < count - start
-        x = _transformed(loaded, matrix, PARTS, ROWS) if HAS_MATRIX else loaded.to(tl.float32)
+    # Before the matrices, which are waited for where they are made operands.
+    if ONCE:
+        loaded = _blocks(x_pointer, from_stride, columns, count, ROWS, GROUPS, EVEN)
+    if HAS_MATRIX:
+        matrices = _matrices(matrix_pointer + first_group * matrix_stride, matrix_stride, columns, GROUPS, EVEN)
+    for start in tl.range(0, ROWS if ONCE else count, ROWS, num_stages=STAGES):
+        if not ONCE:
+            loaded = _blocks(x_pointer, from_stride, columns, count - start, ROWS, GROUPS, EVEN)
+        words: tl.tuple = ()
+        scales = tl.zeros([ROWS], tl.int32)
+        for group in tl.static_range(GROUPS):
+            x = _transformed(loaded[group], matrices[group], PARTS) if HAS_MATRIX else loaded[group].to(tl.float32)
+            bits = _maxima(x, ROWS)
+            is_finite = bits < 0x7F800000
+            fields = tl.maximum(_scale_fields(bits, raises_from, max_exponent), 0)
+            codes = _words(x, power_of_field((254 << 23) - fields), ROWS)
+            words += (tl.where(is_finite[:, None], codes, 0),)
+            scales |= tl.where(is_finite, fields >> 23, 255) << (8 * group)
+        inside = rows[:, None] < count - start
+        place = _runs(words_pointer, rows * (to_stride * 4), GROUPS * 4, GROUPS * 4)
+        tl.store(place, _side_by_side(words, GROUPS, ROWS), mask=None if EVEN else inside & (word < columns * 4))
+        # Each of the four threads of a row has its scales, and stores one.
+        place = _swizzled_place(first + start + rows, first_group, groups_in_all) if SWIZZLED else rows * to_stride
+        has_one = byte < (GROUPS if EVEN else tl.minimum(columns, GROUPS))
+        scales = (scales[:, None] >> (byte * 8)).to(tl.uint8)
+        tl.store(_runs(scales_pointer, place, 4, 1), scales, mask=has_one if EVEN else has_one & inside)
         x_pointer += ROWS * from_stride
-        if start + ROWS < count:
-            loaded = _block(x_pointer, from_stride, count - start - ROWS, ROWS, EVEN)
-        bits = _maxima(x, ROWS)
-        is_finite = bits < 0x7F800000
-        fields = tl.maximum(_scale_fields(bits, raises_from, max_exponent), 0)
-        words = tl.where(is_finite[:, None], _words(x, power_of_field((254 << 23) - fields), ROWS), 0)
-        tl.store(_fours(words_pointer, rows * (to_stride * 4), 4), words, mask=None if EVEN else inside[:, None])
-        # Every thread of a row has its scale; the first one stores it.
-        scales = tl.broadcast_to(tl.where(is_finite, fields >> 23, 255).to(tl.uint8)[:, None], [ROWS, 4])
-        place = _swizzled_place(first + start + rows, group, groups_in_all) if SWIZZLED else rows * to_stride
-        is_first = tl.arange(0, 4)[None, :] == 0
-        tl.store(_fours(scales_pointer, place, 1), scales, mask=is_first if EVEN else is_first & inside[:, None])
         words_pointer += ROWS * to_stride * 4
         if not SWIZZLED:
             scales_pointer += ROWS * to_stride
@@ -302,7 +382,7 @@ def rotate_quantize_packed(
     # What the swizzled order holds beyond the rows and blocks that there are counts as scales of 2^-127.
     scales = (torch.zeros if swizzled else torch.empty)(size, dtype=torch.uint8, device=x.device)
     if codes.numel():
-        blocks = _Blocks.of(x, matrices, in_order=swizzled)
+        blocks = _Blocks.of(x, matrices, is_packed=True, in_order=swizzled)
         raises_from, max_exponent, *_ = _numbers(format, rule)
         _packed[blocks.grid](
             blocks.x,
@@ -352,6 +432,38 @@ def _write_values(
 
 
 @dataclass(frozen=True)
+class Tile:
+    """What a program takes at a time."""
+
+    rows: int
+    groups: int = 1
+    """Columns of blocks, each with its matrix: 1, 2 or 4."""
+    stages: int = 3
+    """Steps whose blocks are copied to shared memory or computed at a time; 1 to load into registers as computed."""
+    programs: int = 8192
+    """From so many programs on each takes several steps."""
+
+
+def choose_tile(blocks: int, is_flat: bool, is_packed: bool) -> Tile:
+    """For so many blocks; flat: they are one column of blocks; packed: to codes and scales.
+
+    Measured on an H200, bfloat16, before programs took several columns or copied ahead to shared memory:
+
+    - One column. [8192, 4096] took 33 us to FP8 and 32 us to codes by 32 rows loaded as they are computed, while other
+      warps compute, and 36 us and 35 us by 16 rows loaded ahead into registers. [2048, 4096] took 12.1 us and 12.6 us
+      by 16 rows loaded ahead in 4096 programs, 13.3 us and 13.2 us in 8192.
+    - Several columns, one at a time. [8192, 4096] took 37 us to FP8 by 16 rows loaded ahead and 42 us by 32, and 60 us
+      to codes, which wrote half sectors; two columns at a time write whole ones.
+    - Few blocks, up to [128, 4096]: all wait for what one program does, so that is little, once.
+    """
+    if blocks <= 16384:
+        return Tile(8 if blocks <= 4096 else 16, groups=2 if is_packed and not is_flat else 1)
+    if is_flat:
+        return Tile(32, stages=1) if blocks >= 2**19 else Tile(16, programs=4096)
+    return Tile(16, groups=2, programs=4096)
+
+
+@dataclass(frozen=True)
 class _Blocks:
     """The blocks of an input as rows and columns of blocks, and how programs share them."""
 
@@ -359,14 +471,16 @@ class _Blocks:
     """[rows, 32 groups], the last dimension contiguous."""
     is_flat: bool
     """All blocks are one column: they lie one after the other, and nothing depends on the group of one."""
+    tile: Tile
 
     @classmethod
-    def of(cls, x: Tensor, matrices: Tensor | None, in_order: bool = False) -> _Blocks:
+    def of(cls, x: Tensor, matrices: Tensor | None, is_packed: bool = False, in_order: bool = False) -> _Blocks:
         """`in_order`: where a result goes depends on its row and group."""
         flat = x.reshape(-1, x.shape[-1])
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         is_flat = flat.is_contiguous() and (matrices is None or len(matrices) == 1) and not in_order
-        return cls(flat.view(-1, BLOCK.value) if is_flat else flat, is_flat)
+        tile = choose_tile(x.numel() // BLOCK.value, is_flat, is_packed)
+        return cls(flat.view(-1, BLOCK.value) if is_flat else flat, is_flat, tile)
 
     @property
     def rows(self) -> int:
@@ -377,21 +491,32 @@ class _Blocks:
         return self.x.shape[1] // BLOCK.value
 
     @property
-    def steps(self) -> int:
-        """How many times ROWS rows of one group a program takes."""
-        return min(MOST_STEPS, max(1, triton.cdiv(self.rows, ROWS) * self.groups // PROGRAMS))
+    def columns(self) -> int:
+        """Of programs, each with `tile.groups` columns of blocks."""
+        return triton.cdiv(self.groups, self.tile.groups)
 
     @property
-    def grid(self) -> tuple[int]:
-        return (triton.cdiv(self.rows, self.steps * ROWS) * self.groups,)
+    def steps(self) -> int:
+        """How many times `tile.rows` rows a program takes."""
+        tiles = triton.cdiv(self.rows, self.tile.rows)
+        wanted = min(MOST_STEPS, tiles * self.columns // self.tile.programs)
+        return max(1, wanted, triton.cdiv(tiles, MOST_PROGRAMS_DOWN))
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        down = triton.cdiv(self.rows, self.steps * self.tile.rows)
+        return (down,) if self.is_flat else (self.columns, down)
 
     def constants(self, matrices: Tensor | None) -> dict[str, int | bool]:
         """What the kernels are compiled for."""
         return {
             "HAS_MATRIX": matrices is not None,
             "PARTS": _parts(self.x, matrices),
-            "ROWS": ROWS,
-            "EVEN": self.rows % ROWS == 0,
+            "ROWS": self.tile.rows,
+            "GROUPS": self.tile.groups,
+            "STAGES": 1 if self.steps == 1 else self.tile.stages,
+            "ONCE": self.steps == 1,
+            "EVEN": self.rows % self.tile.rows == 0 and self.groups % self.tile.groups == 0,
             "FLAT": self.is_flat,
             "num_warps": 1,
         }

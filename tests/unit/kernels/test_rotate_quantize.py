@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -282,19 +285,47 @@ def test_codes_next_to_every_boundary_have_the_twins_bits(rule: ScaleRule, amax:
     assert same_bits(rotate_quantize_e5m2(x, None, format, rule), plain_rotate_quantize_e5m2(x, None, format, rule))
 
 
-@pytest.mark.parametrize("rows", [31, 160])
-def test_programs_of_several_steps_leave_nothing_out(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxrot.kernels import rotate_quantize as module
+@pytest.mark.parametrize("programs", [2, 10**9], ids=["several steps", "one step"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "stages"), [(8, 1), (16, 3), (32, 1)])
+def test_programs_of_any_tile_leave_nothing_out(
+    rows: int, stages: int, groups: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1 to 5 columns of blocks, whole tiles and not."""
+    module = importlib.import_module("mxrot.kernels.rotate_quantize")  # the package has a function of this name
+    tile = module.Tile(rows, groups, stages, programs)
 
-    monkeypatch.setattr(module, "PROGRAMS", 2)
+    def chosen(blocks: int, is_flat: bool, is_packed: bool) -> object:
+        return replace(tile, groups=1) if is_flat else tile
+
+    monkeypatch.setattr(module, "choose_tile", chosen)
     format, rule = FORMATS["mxfp4"], RULES["even"]
-    wide = sample(torch.bfloat16, rows=rows)
-    for x, matrices in ((wide, permutations(1)), (wide, permutations(3)), (wide[:, 32:], permutations(1))):
+    wide = sample(torch.bfloat16, rows=32, columns=160)
+    wide[9, 3], wide[10, 40] = float("nan"), float("inf")
+    one, four, five = (permutations(count).to(torch.bfloat16) for count in (1, 4, 5))
+    cases = [(wide, None), (wide[:31, 32:], None), (wide[11:], five), (wide[11:, :128], four), (wide[11:27, 64:], one)]
+    for x, matrices in cases:
         expected = plain_rotate_quantize_e5m2(x, matrices, format, rule)
         assert same_bits(module.rotate_quantize_e5m2(x, matrices, format, rule), expected)
-        packed = plain_rotate_quantize_packed(x, matrices, format, rule)
-        found = module.rotate_quantize_packed(x, matrices, format, rule)
-        assert torch.equal(found.codes, packed.codes) and torch.equal(found.scales, packed.scales)
+        for swizzled in (False, True):
+            packed = plain_rotate_quantize_packed(x, matrices, format, rule, swizzled)
+            found = module.rotate_quantize_packed(x, matrices, format, rule, swizzled)
+            assert torch.equal(found.codes, packed.codes) and torch.equal(found.scales, packed.scales)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_tiles_that_are_chosen(is_flat: bool, is_packed: bool) -> None:
+    """One column of blocks has no neighbours; and a grid has at most 65535 rows of programs."""
+    from mxrot.kernels.rotate_quantize import _Blocks, choose_tile
+
+    for blocks in (1, 128, 4097, 2**17, 2**20, 2**32):
+        tile = choose_tile(blocks, is_flat, is_packed)
+        assert tile.rows in (8, 16, 32) and tile.groups in ((1,) if is_flat else (1, 2, 4))
+        x = torch.empty(blocks, 32, device="meta")
+        grid = _Blocks(x, is_flat, tile).grid
+        assert grid[-1] * _Blocks(x, is_flat, tile).steps * tile.rows >= blocks
+        assert is_flat or grid[1] <= 65535
 
 
 @pytest.mark.parametrize("elements", [1, 300, 2**19])
