@@ -23,7 +23,7 @@ import mxrot
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-# The same, with every file checked: model = mxrot.load("path/to/this/folder")
+# The same, with the size of every file checked: model = mxrot.load("path/to/this/folder")
 ```
 
 ```
