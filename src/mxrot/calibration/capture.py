@@ -5,7 +5,7 @@ Hooks live in context managers and are gone when they end, whatever happens insi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +19,15 @@ from mxrot.calibration.statistics import LargestMagnitude
 from mxrot.errors import NumericsError
 from mxrot.models import Family
 
-MOST_REMEMBERED = 1 << 31
+MOST_REMEMBERED = {"cpu": 1 << 28, "cuda": 1 << 31}
 """Bytes of a norm's outputs, and of a site's inputs, that are kept for a later pass; the rest is computed anew."""
+
+
+def _may_remember(kept: int, tensors: Iterable[Tensor]) -> bool:
+    """Is there room for these beside the bytes that are kept?"""
+    added = list(tensors)
+    bound = MOST_REMEMBERED.get(added[0].device.type, MOST_REMEMBERED["cpu"])
+    return kept + sum(tensor.nbytes for tensor in added) <= bound
 
 
 class _StopForwardError(Exception):
@@ -155,7 +162,7 @@ def _remember(outputs: dict[int, Any], index: int, module: nn.Module, arguments:
 def _remember_some(
     outputs: dict[int, Tensor], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Tensor
 ) -> None:
-    if sum(known.nbytes for known in outputs.values()) + output.nbytes <= MOST_REMEMBERED:
+    if _may_remember(sum(known.nbytes for known in outputs.values()), [output]):
         outputs[index] = output
 
 
@@ -226,7 +233,7 @@ def watched_together(
         kept = inputs.kept.pop(index, {})
         is_kept = kept.keys() >= set(modules)
         seen = [kept[name] for name in modules] if is_kept else _watch(block, inputs, modules, index)
-        if keeps and _bytes_kept(inputs) + sum(x.nbytes for x in seen) <= MOST_REMEMBERED:
+        if keeps and _may_remember(_bytes_kept(inputs), seen):
             inputs.kept[index] = dict(zip(modules, seen, strict=True))
         yield seen
 
@@ -244,7 +251,7 @@ def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index:
     def at_end(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if wanted is not None:
             wanted[index] = output
-        elif sum(ending.x.nbytes for ending in inputs.endings.values()) + seen[-1].nbytes <= MOST_REMEMBERED:
+        elif _may_remember(sum(ending.x.nbytes for ending in inputs.endings.values()), [seen[-1]]):
             ending = _ending(seen[-1], given[-1], output)
             if ending is not None:
                 inputs.endings[index] = ending

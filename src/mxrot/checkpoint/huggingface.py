@@ -103,14 +103,8 @@ class MxrotConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
-class OnLoadQuantizer(HfQuantizer):
-    """Quantizes a model that transformers has loaded in its own type."""
-
-    quantization_config: MxrotConfig
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-        quantize_in_place(model, self.quantization_config.recipe)
-        return model
+class _Quantizer(HfQuantizer):
+    """For inference: what it makes can be saved and compiled, not trained."""
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -124,7 +118,17 @@ class OnLoadQuantizer(HfQuantizer):
         return True
 
 
-class MxrotQuantizer(HfQuantizer):
+class OnLoadQuantizer(_Quantizer):
+    """Quantizes a model that transformers has loaded in its own type."""
+
+    quantization_config: MxrotConfig
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        quantize_in_place(model, self.quantization_config.recipe)
+        return model
+
+
+class MxrotQuantizer(_Quantizer):
     """Puts quantized linears into a model that transformers is about to fill from a checkpoint."""
 
     requires_calibration = True
@@ -138,17 +142,6 @@ class MxrotQuantizer(HfQuantizer):
         if model.device.type == "cuda":
             prepare_linears(model, fast=self.quantization_config.table[MARKER].get("accumulation") == "fast")
         return model
-
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:

@@ -195,7 +195,7 @@ class Runs:
 @pytest.mark.parametrize(("limit", "runs"), [(1 << 31, 3), (0, 6), (1, 6)])
 def test_inputs_are_kept_for_the_next_pass(limit: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or computed again where there is no memory; the same either way, and taken only once."""
-    monkeypatch.setattr(capture, "MOST_REMEMBERED", limit)
+    monkeypatch.setattr(capture, "MOST_REMEMBERED", {"cpu": limit})
     block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
     modules = ["input_layernorm", "self_attn.o_proj"]
     expected = [plainly_seen(block, inputs, name) for name in modules]
