@@ -64,6 +64,9 @@ def packed_product_in_chunks(inputs: Tensor, codes: Tensor, scales: Tensor) -> T
     rows, width = len(codes), inputs.shape[-1]
     step = max(1, WEIGHT_CHUNK // width)
     flat = inputs.float().reshape(-1, width)
+    if step >= rows:
+        values = QTensor.dequantize_packed(codes, BlockScales(scales, format.scale), format)
+        return torch.nn.functional.linear(flat, values).view(*inputs.shape[:-1], rows)
     out = torch.empty(len(flat), rows)
     for start in range(0, rows, step):
         part = slice(start, start + step)

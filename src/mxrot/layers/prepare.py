@@ -34,18 +34,18 @@ def prepare_site(linears: Sequence[QuantLinear], keeps_lifted: bool = False) -> 
     if takes_block_scales(codes.device):
         first.swizzled = swizzle_scales(scales)
         return
-    together, outside = lift_exponents(codes, scales, together=True)
-    each, outside_of_rows = lift_exponents(codes, scales)
-    if not int(outside):
-        first.row_exponents, powers = together, torch.exp2(together[0].float())
-    elif not int(outside_of_rows):
-        first.row_exponents, powers = each, torch.exp2(each.float())
-    else:
+    exponents, outside = lift_exponents(codes, scales, together=True)
+    powers = torch.exp2(exponents[0].float())
+    if int(outside):
+        exponents, outside = lift_exponents(codes, scales)
+        powers = torch.exp2(exponents.float())
+    if int(outside):
         return
+    first.row_exponents = exponents
     # As integers: a cast of the module would cast these too.
     first.lifted_scales = powers.view(torch.int32)
     if keeps_lifted:
-        first.lifted = plain_lift_weights(codes, scales, first.row_exponents).view(torch.uint8)
+        first.lifted = plain_lift_weights(codes, scales, exponents).view(torch.uint8)
 
 
 def prepare_linears(model: nn.Module, keeps_lifted: bool = False, fast: bool = False) -> None:
