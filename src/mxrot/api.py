@@ -176,12 +176,10 @@ def evaluate(
     progress: Progress = silent,
 ) -> dict[str, Perplexity]:
     """Perplexity on each text, by the text's name. A model that is passed itself needs its `tokenizer`."""
-    if not isinstance(model, PreTrainedModel):
-        model, folder = open_model(model, device)
-        tokenizer = tokenizer or load_tokenizer(folder)
+    model, tokenizer = _opened(model, tokenizer, device)
     if tokenizer is None:
         raise TypeError("evaluate needs the tokenizer of a model that is passed itself")
-    batch = max(1, EVALUATION_TOKENS.get(next(model.parameters()).device.type, 2048) // seq_len)
+    batch = _batch_windows(model, seq_len)
     return {
         loaded.name: perplexity(model, token_windows(loaded, tokenizer, seq_len, windows), batch, progress)
         for loaded in _texts(text)
@@ -203,20 +201,29 @@ def diverge(
 
     Models that are passed themselves need their `tokenizer`.
     """
-    if not isinstance(original, PreTrainedModel):
-        original, folder = open_model(original, device)
-        tokenizer = tokenizer or load_tokenizer(folder)
-    if not isinstance(model, PreTrainedModel):
-        model, folder = open_model(model, device)
-        tokenizer = tokenizer or load_tokenizer(folder)
+    original, tokenizer = _opened(original, tokenizer, device)
+    model, tokenizer = _opened(model, tokenizer, device)
     if tokenizer is None:
         raise TypeError("diverge needs the tokenizer of models that are passed themselves")
-    batch = max(1, EVALUATION_TOKENS.get(next(model.parameters()).device.type, 2048) // seq_len)
+    batch = _batch_windows(model, seq_len)
     results = {}
     for loaded in _texts(text):
         tokens = token_windows(loaded, tokenizer, seq_len, windows)
         results[loaded.name] = divergence(model, original, tokens, batch, progress)
     return results
+
+
+def _opened(model: PreTrainedModel | str | Path, tokenizer: Any, device: str | None) -> tuple[PreTrainedModel, Any]:
+    """The model, opened where only its name is given, and a tokenizer: its own unless one is given."""
+    if isinstance(model, PreTrainedModel):
+        return model, tokenizer
+    opened, folder = open_model(model, device)
+    return opened, tokenizer or load_tokenizer(folder)
+
+
+def _batch_windows(model: PreTrainedModel, seq_len: int) -> int:
+    """Windows that pass through the model at once."""
+    return max(1, EVALUATION_TOKENS.get(next(model.parameters()).device.type, 2048) // seq_len)
 
 
 def _texts(text: str | Sequence[str]) -> list[Text]:

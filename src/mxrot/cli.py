@@ -141,9 +141,12 @@ def evaluate(
     with progress_on_stderr("Evaluating") as told:
         opened, folder = api.open_model(model, device, verify)
         tokenizer = api.load_tokenizer(folder)
-        results = api.evaluate(opened, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
-        if against is not None:
-            apart = api.diverge(opened, against, text, windows=windows, seq_len=seq_len, device=device, progress=told)
+        if against is None:
+            results = api.evaluate(opened, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        else:
+            options: dict[str, Any] = {"windows": windows, "seq_len": seq_len, "device": device, "progress": told}
+            apart = api.diverge(opened, against, text, tokenizer=tokenizer, **options)
+            results = {name: found.perplexity for name, found in apart.items()}
     console().print(perplexity_table(model, results))
     if apart is not None:
         console().print(divergence_table(model, str(against), apart))

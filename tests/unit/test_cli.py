@@ -182,6 +182,22 @@ def test_eval_json(folders: dict[str, str], tmp_path: Path, which: str) -> None:
     assert f"{words['ppl']:.3f}" in result.stdout
 
 
+def test_eval_against_the_original(folders: dict[str, str], tmp_path: Path) -> None:
+    """The perplexity of the table is that of eval alone."""
+    options = ("--text", f"words={folders['text']}", "--windows", "3", "--seq-len", "64")
+    found = {}
+    for name, more in (("alone", ()), ("both", ("--against", folders["model"]))):
+        path = tmp_path / f"{name}.json"
+        shown = run("eval", folders["checkpoint"], *options, *more, "--json", str(path)).stdout
+        found[name] = read_json(path)
+        assert ("KL, nats a token" in shown) == (name == "both")
+    assert found["alone"]["divergence"] is None and found["both"]["against"] == folders["model"]
+    words = found["both"]["divergence"]["words"]
+    assert words["kl"] > 0 and words["ppl"] != words["original_ppl"]
+    here, alone = (found[name]["perplexity"]["words"] for name in ("both", "alone"))
+    assert here == pytest.approx(alone, rel=1e-9)
+
+
 def test_compare_json(folders: dict[str, str], tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     text = ("--text", folders["text"], "--calib", folders["text"], "--windows", "4")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, NumericsError
-from mxrot.evaluation.perplexity import LOGITS_AT_ONCE
+from mxrot.evaluation.perplexity import LOGITS_AT_ONCE, Perplexity
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class Divergence:
     """Of that difference, window by window on the same text, to first order in the log-likelihoods."""
     windows: int
     tokens: int
+    """Positions compared: every token of a window but its first."""
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """Of the quantized model."""
+        seq_len = self.tokens // self.windows + 1
+        return Perplexity(self.ppl, math.log(self.ppl), self.windows, self.tokens, seq_len)
 
 
 @torch.no_grad()

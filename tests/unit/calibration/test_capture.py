@@ -292,7 +292,7 @@ def test_a_child_that_does_more_than_pass_on_runs_again(change: Callable[[Any], 
     block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
     attention = block.get_submodule("self_attn")
     plain = attention.forward
-    attention.forward = lambda *arguments, **keywords: change(plain(*arguments, **keywords))  # type: ignore
+    attention.forward = lambda *arguments, **keywords: change(plain(*arguments, **keywords))
     inputs.last_linear = "self_attn.o_proj"
     seen = [seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])]
     assert len(seen) == 3 and not inputs.endings

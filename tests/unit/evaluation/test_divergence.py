@@ -9,7 +9,7 @@ from tests.tiny_model import random_windows, write_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mxrot.errors import ConfigError, NumericsError
-from mxrot.evaluation import divergence, perplexity
+from mxrot.evaluation import Divergence, divergence, perplexity
 from mxrot.report import divergence_table
 
 WINDOWS = random_windows(5, 24)
@@ -76,6 +76,12 @@ def test_what_cannot_be_compared(
         divergence(broken, models[1], WINDOWS)
 
 
-def test_the_table(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
-    table = divergence_table("this", "that", {"words": divergence(*models, WINDOWS)})
-    assert [len(list(column.cells)) for column in table.columns] == [1] * 6
+def test_the_table_and_the_perplexity_in_it(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    found = Divergence(0.25, 0.01, 0.75, 0.02, 14.5, 12.0, 2.5, 0.125, 5, 115)
+    table = divergence_table("this", "that", {"words": found})
+    cells = [next(iter(column.cells)) for column in table.columns]
+    expected = ["words", "0.2500 +- 0.0100", "75.00 % +- 2.00", "14.500", "12.000", "+2.500 +- 0.125"]
+    assert cells == expected
+    here, there = divergence(*models, WINDOWS).perplexity, perplexity(models[0], WINDOWS)
+    assert (here.windows, here.tokens, here.seq_len) == (there.windows, there.tokens, there.seq_len)
+    assert here.ppl == pytest.approx(there.ppl, rel=1e-6) and here.nll == pytest.approx(there.nll, rel=1e-6)
