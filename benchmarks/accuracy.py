@@ -4,8 +4,9 @@
 
 A table is a list of runs (benchmarks/tables.py): a recipe, keys to change, seeds, and the bounds its perplexity must
 meet. Runs are made one after the other; the first is not warmed up by anything, so times are read off the repeated
-`time` table. With several GPUs each has a process of its own, and runs and seeds are dealt out to them. Prints a line
-for each seed as it ends and the table last, and writes JSON with everything that is needed to do a run again.
+`time` table. With several GPUs each has a process of its own, and takes the next run and seed that nobody has taken.
+Prints a line for each seed as it ends and the table last, and writes JSON with everything that is needed to do a run
+again. A long table is measured in pieces by `--stop-after` and `--known`.
 """
 
 from __future__ import annotations
@@ -44,13 +45,10 @@ Entry = dict[str, Any]
 
 def main() -> None:
     options = parse_options()
-    if options.part is not None:
-        index, count = map(int, options.part.split("/"))
-        measure_part(options, index, count)
-    elif options.device is None and torch.cuda.device_count() > 1:
+    if options.claims is None and options.device is None and torch.cuda.device_count() > 1:
         measure_in_parallel(options, torch.cuda.device_count())
     else:
-        measure_part(options, 0, 1)
+        measure_units(options)
 
 
 def parse_options() -> argparse.Namespace:
@@ -66,7 +64,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--no-perplexity", action="store_true", help="only quantize, for times")
     parser.add_argument("--reload", action="store_true", help="quantize again into a checkpoint, and measure that too")
     parser.add_argument("--device", default=None)
-    parser.add_argument("--part", default=None, help="I/N: every N-th measurement from the I-th on, of all N")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="only these of each run's seeds")
+    parser.add_argument("--claims", type=Path, default=None, help="a folder by which processes share the runs")
+    parser.add_argument("--known", type=Path, nargs="+", default=[], help="results that need not be measured again")
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which no run is begun")
     parser.add_argument("--commit", default=None, help="what is measured, where there is no git checkout")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
@@ -80,19 +81,38 @@ def chosen_runs(options: argparse.Namespace) -> list[Run]:
     return [run for run in TABLES[options.table] if any(part in run.label for part in wanted)]
 
 
-def measure_part(options: argparse.Namespace, index: int, count: int) -> None:
-    """Measure what falls to part `index` of `count`, in this process; results are written after each seed."""
+def measure_units(options: argparse.Namespace) -> None:
+    """Measure what nobody else has taken, in this process; results are written after each seed."""
+    started = time.monotonic()
     bench = Bench.prepare(options, options.device or api.default_device())
-    runs = chosen_runs(options)
-    units = [(run, seed) for run in runs for seed in run.seeds][index::count]
-    entries: list[Entry] = []
-    for run, seed in units:
+    entries = known_entries(options.known, bench.description())
+    known = {(entry["label"], entry["seed"]) for entry in entries}
+    units = [(run, seed) for run in chosen_runs(options) for seed in run.seeds]
+    part = f"part-{os.getpid()}" if options.claims else ""
+    for index, (run, seed) in enumerate(units):
+        if (run.label, seed) in known or (options.seeds is not None and seed not in options.seeds):
+            continue
+        if time.monotonic() - started > options.stop_after:
+            print(f"stopped after {options.stop_after:.0f} s", flush=True)
+            break
+        if options.claims and not claimed(options.claims, f"{options.table}-{index}"):
+            continue
         entries.append({"label": run.label, "seed": seed} | measure(run, seed, bench))
         print(line(summary(run, entries[-1:])), flush=True)
-        path = write_result(options, bench.description(), entries, f"part-{index}-of-{count}" if count > 1 else "")
-    if count == 1:
+        write_result(options, bench.description(), entries, part)
+    if not part:
         print_table(options, entries)
-        print(f"written: {path}", flush=True)
+        print(f"written: {write_result(options, bench.description(), entries)}", flush=True)
+
+
+def claimed(folder: Path, name: str) -> bool:
+    """Whether `name` was nobody's yet; it is this process's then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def measure_in_parallel(options: argparse.Namespace, gpus: int) -> None:
@@ -101,17 +121,34 @@ def measure_in_parallel(options: argparse.Namespace, gpus: int) -> None:
         processes = []
         for index in range(gpus):
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(index)}
-            command = [sys.executable, *sys.argv, "--part", f"{index}/{gpus}", "--out", folder]
+            command = [sys.executable, *sys.argv, "--claims", str(Path(folder) / "claims"), "--out", folder]
             processes.append(subprocess.Popen(command, env=environment))
         failed = [process.wait() for process in processes]
-        parts = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    if not parts:
-        raise SystemExit(f"no part has measured anything; exit codes {failed}")
-    entries = [entry for part in parts for entry in part["entries"]]
-    description = {key: value for key, value in parts[0].items() if key not in ("command", "rows", "entries")}
+        parts = sorted(Path(folder).glob("*.json"))
+        if not parts:
+            raise SystemExit(f"no process has measured anything; exit codes {failed}")
+        description = json.loads(parts[0].read_text())
+        entries = known_entries(parts, description)
+    description = {key: value for key, value in description.items() if key not in ("command", "rows")}
     path = write_result(options, description | {"gpus": gpus}, entries)
     print_table(options, entries)
     print(f"written: {path}", flush=True)
+
+
+SAME = ("commit", "model", "texts", "windows", "seq_len", "versions")
+"""What results must share to stand in one table."""
+
+
+def known_entries(paths: list[Path], description: Entry) -> list[Entry]:
+    """The measurements of result files, each once."""
+    found = {}
+    for path in paths:
+        result = json.loads(path.read_text())
+        other = [key for key in SAME if json.loads(json.dumps(description[key], default=str)) != result[key]]
+        if other:
+            raise SystemExit(f"{path} does not belong into this table: {', '.join(other)} differ")
+        found |= {(row["label"], entry["seed"]): entry for row in result["rows"] for entry in row["seeds"]}
+    return [{"label": label, "seed": seed} | entry for (label, seed), entry in found.items()]
 
 
 @dataclass(frozen=True)
@@ -289,8 +326,6 @@ def write_result(
 ) -> Path:
     """Write what there is; the file's path."""
     result = {"command": shlex.join(["python", *sys.argv]), **description, "rows": summaries(options, entries)}
-    if part:
-        result["entries"] = entries
     options.out.mkdir(parents=True, exist_ok=True)
     words = [options.model.replace("/", "-"), options.table, description["device"], time.strftime("%Y-%m-%d"), part]
     path = options.out / ("_".join(filter(None, words)) + ".json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from argparse import Namespace
@@ -61,7 +62,9 @@ def entry(label: str, seed: int, *values: float) -> dict[str, Any]:
 
 
 def options(**changes: Any) -> Namespace:
-    return Namespace(**({"table": "tuned", "only": "", "model": "demo", "out": None} | changes))
+    asked = {"table": "tuned", "only": "", "model": "demo", "out": None, "device": "cpu"}
+    whole = {"claims": None, "known": [], "seeds": None, "stop_after": math.inf}
+    return Namespace(**(asked | whole | changes))
 
 
 def test_rows_are_means_over_seeds_relative_to_the_unquantized_model(accuracy: Any) -> None:
@@ -84,11 +87,10 @@ def test_an_error_is_a_result(accuracy: Any) -> None:
     assert "FAILED: NumericsError: layer 3" in accuracy.line(row)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])
-def test_parts_measure_everything_once(
-    accuracy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parts: int
-) -> None:
-    """Dealt out and put together again, the rows are those of one process."""
+@pytest.fixture
+def quick(accuracy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark with measurements that take no time; `taken` is what was measured."""
+    taken: list[tuple[str, int]] = []
 
     class Bench:
         @staticmethod
@@ -96,24 +98,56 @@ def test_parts_measure_everything_once(
             return Bench()
 
         def description(self) -> dict[str, Any]:
-            return {"device": "cpu"}
+            return {"device": "cpu"} | dict.fromkeys(accuracy.SAME, "same")
 
     def measure(run: Any, seed: int, bench: Bench) -> dict[str, Any]:
-        value = len(run.label) + seed
-        return {"perplexity": {"one": {"ppl": float(value)}, "two": {"ppl": float(value)}}}
+        taken.append((run.label, seed))
+        value = float(len(run.label) + seed)
+        return {"perplexity": {"one": {"ppl": value}, "two": {"ppl": value}}}
 
     monkeypatch.setattr(accuracy, "Bench", Bench)
     monkeypatch.setattr(accuracy, "measure", measure)
-    found: list[dict[str, Any]] = []
-    for index in range(parts):
-        accuracy.measure_part(options(table="base", out=tmp_path / str(parts), device=None), index, parts)
-    for path in (tmp_path / str(parts)).glob("*.json"):
-        written = json.loads(path.read_text())
-        found += written.get("entries", []) or [seed for row in written["rows"] for seed in row["seeds"]]
-    wanted = [(run.label, seed) for run in accuracy.TABLES["base"] for seed in run.seeds]
-    assert sorted((e["label"], e["seed"]) for e in found) == sorted(wanted)
+    return Namespace(taken=taken, **{name: getattr(accuracy, name) for name in ("measure_units", "known_entries")})
+
+
+def units(accuracy: Any) -> list[tuple[str, int]]:
+    return sorted((run.label, seed) for run in accuracy.TABLES["base"] for seed in run.seeds)
+
+
+def test_processes_that_share_claims_measure_everything_once(accuracy: Any, quick: Any, tmp_path: Path) -> None:
+    """Two that stop at different seeds and one that takes the rest; together the rows are those of one process."""
+    out = tmp_path / "parts"
+    for seeds in ([2], [0], None):
+        quick.measure_units(options(table="base", out=out / str(seeds), claims=tmp_path / "claims", seeds=seeds))
+    assert sorted(quick.taken) == units(accuracy)
+    found = quick.known_entries(sorted(out.glob("*/*.json")), dict.fromkeys(accuracy.SAME, "same"))
     rows = accuracy.summaries(options(table="base"), found)
     assert [row["label"] for row in rows] == [run.label for run in accuracy.TABLES["base"]]
+    assert [len(row["seeds"]) for row in rows] == [len(run.seeds) for run in accuracy.TABLES["base"]]
+
+
+def test_what_is_known_is_not_measured_again(accuracy: Any, quick: Any, tmp_path: Path) -> None:
+    quick.measure_units(options(table="base", out=tmp_path / "first", only="rtn|duquant"))
+    first = list(quick.taken)
+    (known,) = (tmp_path / "first").glob("*.json")
+    quick.measure_units(options(table="base", out=tmp_path / "all", known=[known]))
+    assert 0 < len(first) < len(quick.taken) and sorted(quick.taken) == units(accuracy)
+    (written,) = (tmp_path / "all").glob("*.json")
+    assert [row["label"] for row in json.loads(written.read_text())["rows"]] == [
+        run.label for run in accuracy.TABLES["base"]
+    ]
+
+
+def test_results_of_another_commit_are_not_known(accuracy: Any, quick: Any, tmp_path: Path) -> None:
+    quick.measure_units(options(table="base", out=tmp_path, only="rtn"))
+    (known,) = tmp_path.glob("*.json")
+    with pytest.raises(SystemExit, match="does not belong into this table: commit differ"):
+        quick.known_entries([known], dict.fromkeys(accuracy.SAME, "same") | {"commit": "other"})
+
+
+def test_nothing_is_begun_after_the_time(quick: Any, tmp_path: Path) -> None:
+    quick.measure_units(options(table="base", out=tmp_path, stop_after=-1.0))
+    assert not quick.taken
 
 
 def test_only_takes_several_parts_of_labels(accuracy: Any) -> None:
