@@ -187,7 +187,7 @@ def _tune_network(
     original = load_original(run.config, run.family, files, run.dtype, run.device)
     if options.generated:
         progress(0, 1, "generating text to tune on")
-        windows = with_generated(original, windows, given, options.generated, run.seed, "tuning")
+        windows = with_generated(original, windows, given, options.generated, run.seed, "tuning", options.prompted)
     generator = generator_for(run.seed, "tuning")
     keeper = None if store is None else store.keeper
     return tune_network(
@@ -196,11 +196,22 @@ def _tune_network(
 
 
 def with_generated(
-    original: PreTrainedModel, windows: Tensor, given: int, each: float, seed: int, purpose: str
+    original: PreTrainedModel,
+    windows: Tensor,
+    given: int,
+    each: float,
+    seed: int,
+    purpose: str,
+    prompted: float = 0.0,
 ) -> Tensor:
-    """`windows` [W, T], and after them what `original` writes: `each` windows for every one of the `given`."""
+    """`windows` [W, T], and after them what `original` writes: `each` windows for every one of the `given`.
+
+    The first `given` windows are the text of which a share `prompted` of what is written begins with pieces.
+    """
     generator = generator_for(seed, f"windows for {purpose}")
-    return torch.cat([windows, generated_windows(original, max(1, round(each * given)), windows.shape[1], generator)])
+    count = max(1, round(each * given))
+    written = generated_windows(original, count, windows.shape[1], generator, windows[:given], prompted)
+    return torch.cat([windows, written])
 
 
 def _check_memory(model: PreTrainedModel, run: BlockRun) -> None:

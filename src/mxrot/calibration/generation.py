@@ -1,8 +1,9 @@
 """Calibration windows that the original model writes itself (LLM-QAT, arXiv 2305.17888, section 2.1).
 
 A text of one kind calibrates for that kind. What the model writes has the spread of what it was trained on, needs no
-data, and is never the text that is measured on. Each sequence starts with a random token and goes on by sampling from
-the whole distribution; a window is several sequences, because many short ones take less time than few long ones.
+data, and is never the text that is measured on. Each sequence starts with a random token, or with a piece of a given
+text, and goes on by sampling from the whole distribution; a window is several sequences, because many short ones take
+less time than few long ones.
 
 On a GPU one token of all sequences is a CUDA graph; transformers' own generation launches every operation of every
 layer anew and takes ten times as long for a small model.
@@ -22,6 +23,10 @@ from mxrot.models import shared_heads
 from mxrot.replay import Replays
 
 SEQUENCE_TOKENS = 256
+PROMPT_TOKENS = 64
+"""Of a text that sequences go on from; half a sequence at most."""
+FREE = -1
+"""Where the model chooses the token."""
 CACHE_BYTES = {"cpu": 5e8, "cuda": 1.6e10}
 """Bounds the keys and values of the sequences that are written together."""
 SEQUENCES_AT_ONCE = 4096
@@ -62,11 +67,19 @@ class FixedCache(Cache):
 
 
 @torch.no_grad()
-def generated_windows(model: PreTrainedModel, count: int, length: int, generator: torch.Generator) -> Tensor:
+def generated_windows(
+    model: PreTrainedModel,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    text: Tensor | None = None,
+    prompted: float = 0.0,
+) -> Tensor:
     """`count` windows of `length` tokens, int64 [count, length] on the CPU.
 
-    First tokens and the seed of the sampling come from `generator`; other random states are left as they are.
-    No sequence ends early: the end-of-text token is not sampled.
+    A share `prompted` of the sequences goes on from PROMPT_TOKENS tokens at a random place of `text`, int64 [W, T]; the
+    others from one random token. Those and the seed of the sampling come from `generator`; other random states are
+    left as they are. No sequence ends early: the end-of-text token is not sampled.
     """
     config = model.config.get_text_config()
     tokens = min(SEQUENCE_TOKENS, length)
@@ -74,16 +87,31 @@ def generated_windows(model: PreTrainedModel, count: int, length: int, generator
     first = torch.randint(0, config.vocab_size, (sequences,), generator=generator)
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
     draws = torch.Generator(model.device).manual_seed(seed)
+    starts = first[:, None]
+    if text is not None and prompted:
+        starts = _with_prompts(first, text, round(prompted * sequences), tokens // 2, generator)
     with shared_heads(model):
         parts = [
             torch.stack(list(_sequences(model, part.to(model.device), tokens, draws)), dim=1).cpu()
-            for part in first.split(sequences_at_once(model, tokens))
+            for part in starts.split(sequences_at_once(model, tokens))
         ]
     return torch.cat(parts).flatten()[: count * length].view(count, length)
 
 
-def _sequences(model: PreTrainedModel, first: Tensor, tokens: int, draws: torch.Generator) -> Iterator[Tensor]:
-    """The first tokens [S], then the second ones, up to `tokens`."""
+def _with_prompts(first: Tensor, text: Tensor, count: int, longest: int, generator: torch.Generator) -> Tensor:
+    """Starts [S, tokens] of which `count`, evenly spread, are pieces of `text`; the others are `first` [S] and FREE."""
+    length = min(PROMPT_TOKENS, longest, text.shape[1])
+    starts = torch.full((len(first), length), FREE)
+    starts[:, 0] = first
+    window = torch.randint(0, len(text), (count, 1), generator=generator)
+    place = torch.randint(0, text.shape[1] - length + 1, (count, 1), generator=generator)
+    starts[torch.arange(count) * len(first) // max(1, count)] = text[window, place + torch.arange(length)]
+    return starts
+
+
+def _sequences(model: PreTrainedModel, starts: Tensor, tokens: int, draws: torch.Generator) -> Iterator[Tensor]:
+    """The first tokens [S], then the second ones, up to `tokens`: those of `starts` [S, n] where they are not FREE."""
+    first = starts[:, 0]
     cache = FixedCache(tokens)
     places = torch.arange(tokens, device=model.device)
     current = first
@@ -96,6 +124,9 @@ def _sequences(model: PreTrainedModel, first: Tensor, tokens: int, draws: torch.
         place = places[position : position + 1]
         drawn = torch.rand(len(first), 1, generator=draws, device=model.device)
         current = replay("next", step, current, place, drawn)
+        if position + 1 < starts.shape[1]:
+            given = starts[:, position + 1]
+            current = torch.where(given == FREE, current, given)
         yield current
 
 

@@ -32,6 +32,9 @@ class Tuning:
     generated: float = 0.0
     """Windows that the original model writes for tuning alone, for each one of the calibration text; only with scope
     "network"."""
+    prompted: float = 0.0
+    """Share of what it writes that goes on from a piece of the calibration text, instead of from a random token.
+    Without `generated` this and `repeats` have nothing to say."""
     repeats: int = 1
     """How often a window of the calibration text comes for once that one comes which the original model has written."""
     batch_windows: int = 4
@@ -68,8 +71,8 @@ class Tuning:
                 f'tuning: generated {self.generated} must be finite and not negative, and 0 with scope "block", '
                 "which sees the windows of the calibration only (calibration.generated)"
             )
-        if self.repeats > 1 and self.scope == "block":
-            raise ConfigError(f'tuning: repeats {self.repeats} has no meaning with scope "block"; leave it out')
+        if not 0 <= self.prompted <= 1:
+            raise ConfigError(f"tuning: prompted {self.prompted} is not a share from 0 to 1")
         if not 0 <= self.decay < math.inf:
             raise ConfigError(f"tuning: decay {self.decay} is negative or not finite")
         if not 0 < self.margin <= 0.5:

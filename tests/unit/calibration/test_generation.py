@@ -74,6 +74,35 @@ def test_they_follow_the_model(model: PreTrainedModel) -> None:
     assert abs(float((drawn + entropy).mean())) < 4 * float(spread)
 
 
+def test_a_share_goes_on_from_the_text(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second sequence starts with five tokens that stand in the text; without a share nothing changes."""
+    monkeypatch.setattr(generation, "PROMPT_TOKENS", 5)
+    text = random_windows(3, 40)
+    found = generated_windows(model, 70, 24, torch.Generator().manual_seed(0), text, 0.5)
+    pieces = {tuple(piece.tolist()) for window in text for piece in window.unfold(0, 5, 1)}
+    prompted = [tuple(start.tolist()) in pieces for start in found[:, :5]]
+    assert prompted == [True, False] * 35
+    assert len({tuple(start.tolist()) for start in found[::2, :5]}) > 20
+    assert torch.equal(found[1::2, 0], windows(model)[1::2, 0])  # the random tokens of the others
+    assert torch.equal(generated_windows(model, 70, 24, torch.Generator().manual_seed(0), text, 0.0), windows(model))
+    assert (found[:, 5:] != 7).all()
+
+
+def test_what_goes_on_from_a_text_follows_the_model(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompt everywhere: the token after it has the model's own chances."""
+    monkeypatch.setattr(generation, "PROMPT_TOKENS", 6)
+    text = random_windows(1, 6)
+    found = generated_windows(model, 4000, 12, torch.Generator().manual_seed(0), text, 1.0)
+    assert (found[:, :6] == text).all()
+    with torch.no_grad():
+        logits = model(text).logits[0, -1]
+    logits[7] = -torch.inf
+    chances = logits.softmax(dim=-1)
+    counts = torch.bincount(found[:, 6], minlength=256)
+    spread = (4000 * chances * (1 - chances)).sqrt()
+    assert ((counts - 4000 * chances).abs() <= 5 * spread + 1).all()
+
+
 def test_calibration_takes_them_in(source: Path) -> None:
     given = random_windows(3, 24)
     result = pipeline.quantize(source, recipe("mxrot", calibration__generated=1.5), windows=given)
