@@ -28,10 +28,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxrot.formats import Format, ScaleRule
 from mxrot.formats.element import E2M1, FloatElement
 from mxrot.kernels.arithmetic import power_of_field, round_to_element
+from mxrot.kernels.overlap import can_overlap
 from mxrot.kernels.plain import E5M2_EXPONENTS, PackedRows, swizzled_bytes
 
 BLOCK = tl.constexpr(32)
@@ -187,7 +189,11 @@ def _values(
     ONCE: tl.constexpr,
     EVEN: tl.constexpr,
     FLAT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     first_group, first, columns, count = _place(rows_in_all, groups_in_all, steps, ROWS, GROUPS, FLAT)
     from_stride = BLOCK if FLAT else x_stride
     to_stride = BLOCK if FLAT else out_stride
@@ -310,7 +316,11 @@ def _packed(
     ONCE: tl.constexpr,
     EVEN: tl.constexpr,
     FLAT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     first_group, first, columns, count = _place(rows_in_all, groups_in_all, steps, ROWS, GROUPS, FLAT)
     from_stride = BLOCK if FLAT else x_stride
     to_stride = 1 if FLAT else groups_in_all
@@ -447,20 +457,17 @@ class Tile:
 def choose_tile(blocks: int, is_flat: bool, is_packed: bool) -> Tile:
     """For so many blocks; flat: they are one column of blocks; packed: to codes and scales.
 
-    Measured on an H200, bfloat16, before programs took several columns or copied ahead to shared memory:
-
-    - One column. [8192, 4096] took 33 us to FP8 and 32 us to codes by 32 rows loaded as they are computed, while other
-      warps compute, and 36 us and 35 us by 16 rows loaded ahead into registers. [2048, 4096] took 12.1 us and 12.6 us
-      by 16 rows loaded ahead in 4096 programs, 13.3 us and 13.2 us in 8192.
-    - Several columns, one at a time. [8192, 4096] took 37 us to FP8 by 16 rows loaded ahead and 42 us by 32, and 60 us
-      to codes, which wrote half sectors; two columns at a time write whole ones.
-    - Few blocks, up to [128, 4096]: all wait for what one program does, so that is little, once.
+    Measured on an H100 with bfloat16 inputs of 1 to 8192 rows of 4096 and 14336. Few blocks, up to [128, 4096]: all
+    wait for what one program does, so that is little, once.
     """
     if blocks <= 16384:
         return Tile(8 if blocks <= 4096 else 16, groups=2 if is_packed and not is_flat else 1)
+    is_large = blocks >= 2**19
     if is_flat:
-        return Tile(32, stages=1) if blocks >= 2**19 else Tile(16, programs=4096)
-    return Tile(16, groups=2, programs=4096)
+        return Tile(16 if is_packed else 32, programs=8192) if is_large else Tile(16, programs=4096)
+    if is_packed:
+        return Tile(16, groups=4 if is_large else 2, programs=4096)
+    return Tile(16, groups=2, programs=8192) if is_large else Tile(16, programs=4096)
 
 
 @dataclass(frozen=True)
@@ -509,6 +516,7 @@ class _Blocks:
 
     def constants(self, matrices: Tensor | None) -> dict[str, int | bool]:
         """What the kernels are compiled for."""
+        overlaps = can_overlap(self.x.device)
         return {
             "HAS_MATRIX": matrices is not None,
             "PARTS": _parts(self.x, matrices),
@@ -518,7 +526,9 @@ class _Blocks:
             "ONCE": self.steps == 1,
             "EVEN": self.rows % self.tile.rows == 0 and self.groups % self.tile.groups == 0,
             "FLAT": self.is_flat,
+            "OVERLAP": overlaps,
             "num_warps": 1,
+            "launch_pdl": overlaps,
         }
 
 

@@ -3,11 +3,11 @@
 For generation the weights are read once and little is computed with them, so memory sets the pace as long as a code
 costs few instructions and enough bytes are on their way at any time. Hence:
 
-- Weights are loaded a step ahead of what is done with them. The branch around these loads keeps a compiler from moving
-  them behind the arithmetic.
-- Each warp takes its own share of the blocks, and shares are added up at the end, in a fixed order: a small layer
-  still fills a device. A program either goes along a few rows, all of K, or down many rows with the inputs of a part
-  of K in registers; then the last program of those that share rows adds the parts up.
+- Weights and inputs are loaded a step ahead of what is done with them. The branch around these loads keeps a compiler
+  from moving them behind the arithmetic. The first weights are on their way before the inputs are there: the kernel is
+  launched while the one that writes them runs.
+- A program goes along a few rows, all of K. Each warp takes its own share of the blocks, and shares are added up at the
+  end, in a fixed order: a small layer still fills a device.
 - A code becomes a bfloat16 number, which holds code and scale exactly. The three bits of a magnitude, put where
   exponent and fraction of bfloat16 meet, are 2^-126 of it; one product, of two numbers at a time, raises them and
   applies the scale of the block. So a sum goes over all of K in float32, with nothing to do for each block. Scales
@@ -24,13 +24,15 @@ there the numbers are float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
+from mxrot.kernels.overlap import can_overlap
 from mxrot.kernels.plain import PackedRows
 
 MOST_ROWS = 128
@@ -163,15 +165,16 @@ def _numbers(
 ):
     """One code of each half of the words that `_load` gave, as numbers [WARPS, ROWS, RUN * 32].
 
-    A thread holds eight of K side by side, then come the four threads of a row: the order in which Triton gives
-    operands to the matrix hardware, where it sees that bytes were loaded for one in the same loop.
+    A thread holds four of K side by side, then come the four threads of a row: the order in which Triton gives operands
+    to the matrix hardware, where it sees 16 bits and no load in the same loop.
     """
     EIGHTS: tl.constexpr = words.shape[1] // (RUN * WARPS * 128)
     units = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
     factors = tl.reshape(_factors(scales, ANY, ASSEMBLY), [EIGHTS, RUN, WARPS, 8, 4, 1])
     factors = tl.broadcast_to(factors, [EIGHTS, RUN, WARPS, 8, 4, 8])
     numbers = _decode(tl.reshape(units, [EIGHTS, RUN, WARPS, 8, 4, 8]), factors, PLACE, ANY, ASSEMBLY)
-    return tl.reshape(tl.permute(numbers, [2, 0, 3, 1, 4, 5]), [WARPS, EIGHTS * 8, RUN * 32])
+    numbers = tl.reshape(numbers, [EIGHTS, RUN, WARPS, 8, 4, 2, 4])
+    return tl.reshape(tl.permute(numbers, [2, 0, 3, 1, 5, 4, 6]), [WARPS, EIGHTS * 8, RUN * 32])
 
 
 @triton.jit
@@ -190,15 +193,7 @@ def _add_products(total, weights, inputs, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _places_of_sums(first_input, first_row, inputs_in_all, rows_in_all, ROWS: tl.constexpr, INPUTS: tl.constexpr):
-    """Where [ROWS, INPUTS] belong in [inputs, rows], and which do."""
-    rows = first_row + tl.arange(0, ROWS)[:, None]
-    count = first_input + tl.arange(0, INPUTS)[None, :]
-    return count * rows_in_all + rows, (rows < rows_in_all) & (count < inputs_in_all)
-
-
-@triton.jit
-def _products_along(
+def _products(
     inputs_pointer,
     input_scales_pointer,
     words_pointer,
@@ -211,6 +206,7 @@ def _products_along(
     ANY: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WHOLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
@@ -221,22 +217,25 @@ def _products_along(
     next_words, next_scales = _load(
         words_pointer, scales_pointer, first_row, 0, rows_in_all, groups_in_all, ROWS, RUN, WARPS, WHOLE, "evict_first"
     )
+    if OVERLAP:
+        gdc_wait()
+    next_inputs, next_input_scales = _load(
+        inputs_pointer,
+        input_scales_pointer,
+        first_input,
+        0,
+        inputs_in_all,
+        groups_in_all,
+        INPUTS,
+        RUN,
+        WARPS,
+        WHOLE,
+        "",
+    )
     largest = _largest(next_scales, WARPS)
     total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
     for start in tl.range(0, groups_in_all, STEP, num_stages=1):
-        inputs, input_scales = _load(
-            inputs_pointer,
-            input_scales_pointer,
-            first_input,
-            start,
-            inputs_in_all,
-            groups_in_all,
-            INPUTS,
-            RUN,
-            WARPS,
-            WHOLE,
-            "",
-        )
+        inputs, input_scales = next_inputs, next_input_scales
         words, scales = next_words, next_scales
         after = start + STEP
         if after < groups_in_all:
@@ -253,6 +252,19 @@ def _products_along(
                 WHOLE,
                 "evict_first",
             )
+            next_inputs, next_input_scales = _load(
+                inputs_pointer,
+                input_scales_pointer,
+                first_input,
+                after,
+                inputs_in_all,
+                groups_in_all,
+                INPUTS,
+                RUN,
+                WARPS,
+                WHOLE,
+                "",
+            )
         largest = tl.maximum(largest, _largest(scales, WARPS))
         for place in tl.static_range(4):
             weights = _numbers(words, scales, place, ANY, RUN, WARPS, ASSEMBLY)
@@ -262,7 +274,7 @@ def _products_along(
 
 
 @triton.jit(do_not_specialize=["inputs_in_all"])
-def _along_rows(
+def _packed_product(
     inputs_pointer,
     input_scales_pointer,
     words_pointer,
@@ -273,13 +285,14 @@ def _along_rows(
     groups_in_all,
     ASSEMBLY: tl.constexpr,
     WHOLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     first_input, first_row = tl.program_id(0) * INPUTS, tl.program_id(1) * ROWS
-    total, largest = _products_along(
+    total, largest = _products(
         inputs_pointer,
         input_scales_pointer,
         words_pointer,
@@ -292,13 +305,14 @@ def _along_rows(
         False,
         ASSEMBLY,
         WHOLE,
+        OVERLAP,
         INPUTS,
         ROWS,
         RUN,
         WARPS,
     )
     if tl.max(largest) > 128:
-        total, largest = _products_along(
+        total, largest = _products(
             inputs_pointer,
             input_scales_pointer,
             words_pointer,
@@ -311,190 +325,17 @@ def _along_rows(
             True,
             ASSEMBLY,
             WHOLE,
+            False,
             INPUTS,
             ROWS,
             RUN,
             WARPS,
         )
-    at, inside = _places_of_sums(first_input, first_row, inputs_in_all, rows_in_all, ROWS, INPUTS)
-    tl.store(out_pointer + at, tl.sum(total, axis=0).to(out_pointer.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _products_down(
-    first,
-    second,
-    third,
-    fourth,
-    words_pointer,
-    scales_pointer,
-    out_pointer,
-    first_input,
-    first_row,
-    end_row,
-    first_block,
-    inputs_in_all,
-    rows_in_all,
-    groups_in_all,
-    ANY: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    WHOLE: tl.constexpr,
-    INPUTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """Many rows, a part of K: stores sums, and gives the largest scales of weights."""
-    next_words, next_scales = _load(
-        words_pointer,
-        scales_pointer,
-        first_row,
-        first_block,
-        rows_in_all,
-        groups_in_all,
-        ROWS,
-        RUN,
-        WARPS,
-        WHOLE,
-        "evict_first",
-    )
-    largest = _largest(next_scales, WARPS)
-    for tile in tl.range(0, tl.cdiv(end_row - first_row, ROWS), num_stages=1):
-        words, scales, row = next_words, next_scales, first_row + tile * ROWS
-        if row + ROWS < end_row:
-            next_words, next_scales = _load(
-                words_pointer,
-                scales_pointer,
-                row + ROWS,
-                first_block,
-                rows_in_all,
-                groups_in_all,
-                ROWS,
-                RUN,
-                WARPS,
-                WHOLE,
-                "evict_first",
-            )
-        largest = tl.maximum(largest, _largest(scales, WARPS))
-        total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
-        total = _add_products(total, _numbers(words, scales, 0, ANY, RUN, WARPS, ASSEMBLY), first, ASSEMBLY)
-        total = _add_products(total, _numbers(words, scales, 1, ANY, RUN, WARPS, ASSEMBLY), second, ASSEMBLY)
-        total = _add_products(total, _numbers(words, scales, 2, ANY, RUN, WARPS, ASSEMBLY), third, ASSEMBLY)
-        total = _add_products(total, _numbers(words, scales, 3, ANY, RUN, WARPS, ASSEMBLY), fourth, ASSEMBLY)
-        at, inside = _places_of_sums(first_input, row, inputs_in_all, rows_in_all, ROWS, INPUTS)
-        tl.store(out_pointer + at, tl.sum(total, axis=0).to(out_pointer.dtype.element_ty), mask=inside)
-    return largest
-
-
-@triton.jit(do_not_specialize=["inputs_in_all", "tiles"])
-def _down_rows(
-    inputs_pointer,
-    input_scales_pointer,
-    words_pointer,
-    scales_pointer,
-    out_pointer,
-    parts_pointer,
-    arrivals_pointer,
-    inputs_in_all,
-    rows_in_all,
-    groups_in_all,
-    tiles,
-    PARTS: tl.constexpr,
-    SPAN: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    WHOLE: tl.constexpr,
-    INPUTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    first_block, first_input = tl.program_id(0) * (4 * RUN * WARPS), tl.program_id(2) * INPUTS
-    first_row = tl.program_id(1) * (tiles * ROWS)
-    end_row = tl.minimum(first_row + tiles * ROWS, rows_in_all)
-    tl.assume(first_row < end_row)
-    inputs, input_scales = _load(
-        inputs_pointer,
-        input_scales_pointer,
-        first_input,
-        first_block,
-        inputs_in_all,
-        groups_in_all,
-        INPUTS,
-        RUN,
-        WARPS,
-        WHOLE,
-        "",
-    )
-    first = _numbers(inputs, input_scales, 0, True, RUN, WARPS, ASSEMBLY)
-    second = _numbers(inputs, input_scales, 1, True, RUN, WARPS, ASSEMBLY)
-    third = _numbers(inputs, input_scales, 2, True, RUN, WARPS, ASSEMBLY)
-    fourth = _numbers(inputs, input_scales, 3, True, RUN, WARPS, ASSEMBLY)
-    # To begin again takes registers, which inputs need.
-    CAREFUL: tl.constexpr = INPUTS > 8
-    part_pointer = parts_pointer + tl.program_id(0).to(tl.int64) * inputs_in_all * rows_in_all
-    largest = _products_down(
-        first,
-        second,
-        third,
-        fourth,
-        words_pointer,
-        scales_pointer,
-        part_pointer,
-        first_input,
-        first_row,
-        end_row,
-        first_block,
-        inputs_in_all,
-        rows_in_all,
-        groups_in_all,
-        CAREFUL,
-        ASSEMBLY,
-        WHOLE,
-        INPUTS,
-        ROWS,
-        RUN,
-        WARPS,
-    )
-    if not CAREFUL and tl.max(largest) > 128:
-        tl.debug_barrier()
-        largest = _products_down(
-            first,
-            second,
-            third,
-            fourth,
-            words_pointer,
-            scales_pointer,
-            part_pointer,
-            first_input,
-            first_row,
-            end_row,
-            first_block,
-            inputs_in_all,
-            rows_in_all,
-            groups_in_all,
-            True,
-            ASSEMBLY,
-            WHOLE,
-            INPUTS,
-            ROWS,
-            RUN,
-            WARPS,
-        )
-    if PARTS > 1:
-        # The last program of those that share rows adds their parts up, always in the same order.
-        tl.debug_barrier()
-        arrivals_pointer += tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-        if tl.atomic_add(arrivals_pointer, 1, sem="acq_rel") == PARTS - 1:
-            tl.store(arrivals_pointer, 0)
-            for span in tl.range(0, tl.cdiv(end_row - first_row, SPAN), num_stages=1):
-                row = first_row + span * SPAN
-                at, inside = _places_of_sums(first_input, row, inputs_in_all, rows_in_all, SPAN, INPUTS)
-                inside &= row + tl.arange(0, SPAN)[:, None] < end_row
-                sums = tl.zeros([SPAN, INPUTS], tl.float32)
-                for other in tl.static_range(PARTS):
-                    pointer = parts_pointer + tl.full([], other, tl.int64) * inputs_in_all * rows_in_all
-                    sums += tl.load(pointer + at, mask=inside, other=0, cache_modifier=".cg")
-                tl.store(out_pointer + at, sums.to(out_pointer.dtype.element_ty), mask=inside)
+    rows = first_row + tl.arange(0, ROWS)[:, None]
+    count = first_input + tl.arange(0, INPUTS)[None, :]
+    inside = (rows < rows_in_all) & (count < inputs_in_all)
+    sums = tl.sum(total, axis=0).to(out_pointer.dtype.element_ty)
+    tl.store(out_pointer + count * rows_in_all + rows, sums, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -504,14 +345,11 @@ class Tile:
     inputs: int
     """Rows of inputs, 8, 16 or 32."""
     rows: int
-    """Rows of weights at a time, 16 or a multiple."""
+    """Rows of weights, 16 or a multiple."""
     run: int
     """Blocks of a row that a thread takes at a time."""
     warps: int
     """Each has its part of K."""
-    down: int = 0
-    """How many times `rows` rows a program goes down, with the inputs of its part of K in registers; 0 to go along
-    all of K instead."""
     registers: int = 128
     """The most that a thread may have."""
 
@@ -521,24 +359,15 @@ class Tile:
         return 4 * self.run * self.warps
 
 
-REGISTERS = 2048
-"""That a multiprocessor has for each of the 32 threads of a warp."""
-
-
 def choose_tile(inputs: int, rows: int, groups: int, processors: int) -> Tile:
-    """For so many rows of inputs and of weights, blocks in each, and multiprocessors."""
-    if inputs > 8:
-        tile = Tile(16, 16, 2, 8) if inputs <= 16 else Tile(32, 16, 1, 8, registers=255)
-        return down_rows(tile, rows, groups, processors)
+    """For so many rows of inputs and of weights, blocks in each, and multiprocessors; measured on an H100."""
     programs = triton.cdiv(rows, 16) / processors
-    return Tile(8, 16, 2, 4 if programs > 2 else 8)
-
-
-def down_rows(tile: Tile, rows: int, groups: int, processors: int) -> Tile:
-    """That tile, going down as many rows as gives each multiprocessor the programs that fit, once."""
-    at_a_time = processors * max(1, REGISTERS // (tile.registers * tile.warps))
-    programs = max(1, at_a_time // triton.cdiv(groups, tile.groups))
-    return replace(tile, down=triton.cdiv(triton.cdiv(rows, tile.rows), programs))
+    is_long = programs <= 2 and groups >= 256
+    if inputs <= 8:
+        return Tile(8, 16, 2, 8 if is_long else 4)
+    if programs > 2:
+        return Tile(16, 64, 1, 4, registers=255)
+    return Tile(16, 32, 2, 8, registers=255)
 
 
 def skinny_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -555,53 +384,26 @@ def product_by_tiles(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: t
     count = inputs.scales.numel() // groups
     assert count <= MOST_ROWS and MOST_ROWS * rows < 2**31
     out = torch.empty(count, rows, dtype=dtype, device=codes.device)
-    if not out.numel():
-        return out.view(*inputs.codes.shape[:-1], rows)
-    operands = (inputs.codes.view(count, -1).view(torch.int32), inputs.scales, codes.view(torch.int32), scales, out)
-    constants = {
-        "ASSEMBLY": codes.is_cuda,
-        "WHOLE": groups % tile.groups == 0,
-        "INPUTS": tile.inputs,
-        "ROWS": tile.rows,
-        "RUN": tile.run,
-        "WARPS": tile.warps,
-        "num_warps": tile.warps,
-        "maxnreg": tile.registers,
-    }
-    tiles, columns = triton.cdiv(rows, tile.rows), triton.cdiv(count, tile.inputs)
-    if not tile.down:
-        _along_rows[(columns, tiles)](*operands, count, rows, groups, **constants)
-    else:
-        parts, programs = triton.cdiv(groups, tile.groups), triton.cdiv(tiles, tile.down)
-        # One part is the whole sum; then nothing arrives.
-        sums = out if parts == 1 else torch.empty(parts, count, rows, dtype=torch.float32, device=codes.device)
-        arrivals = out if parts == 1 else _arrivals(codes.device, programs * columns)
-        _down_rows[(parts, programs, columns)](
-            *operands, sums, arrivals, count, rows, groups, tile.down, PARTS=parts, SPAN=128, **constants
+    if out.numel():
+        overlaps = can_overlap(codes.device)
+        _packed_product[(triton.cdiv(count, tile.inputs), triton.cdiv(rows, tile.rows))](
+            inputs.codes.view(count, -1).view(torch.int32),
+            inputs.scales,
+            codes.view(torch.int32),
+            scales,
+            out,
+            count,
+            rows,
+            groups,
+            ASSEMBLY=codes.is_cuda,
+            WHOLE=groups % tile.groups == 0,
+            OVERLAP=overlaps,
+            INPUTS=tile.inputs,
+            ROWS=tile.rows,
+            RUN=tile.run,
+            WARPS=tile.warps,
+            num_warps=tile.warps,
+            maxnreg=tile.registers,
+            launch_pdl=overlaps,
         )
     return out.view(*inputs.codes.shape[:-1], rows)
-
-
-MOST_PROGRAMS = 1 << 18
-_ARRIVALS: dict[tuple[torch.device, int | None], Tensor] = {}
-_CAPTURED: dict[torch.device, int] = {}
-
-
-def _arrivals(device: torch.device, programs: int) -> Tensor:
-    """Zeros, one for each of the programs that share rows, which a kernel leaves as it found them.
-
-    One buffer a stream, since kernels of different streams may overlap; calls in CUDA graphs have their own places.
-    """
-    assert programs <= MOST_PROGRAMS
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        start = _CAPTURED.get(device, 0)
-        if (device, None) not in _ARRIVALS or start + programs > MOST_PROGRAMS:
-            return torch.zeros(programs, dtype=torch.int32, device=device)  # the graph fills them each time
-        # Every 16 bytes: a pointer that is not aligned would be compiled for anew, which a capture forbids.
-        _CAPTURED[device] = start + triton.cdiv(programs, 4) * 4
-        return _ARRIVALS[device, None][start:]
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    for key in ((device, stream), (device, None)):
-        if key not in _ARRIVALS:
-            _ARRIVALS[key] = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)
-    return _ARRIVALS[device, stream]

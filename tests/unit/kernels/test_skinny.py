@@ -64,11 +64,6 @@ def test_a_width_that_steps_divide() -> None:
         (32, 16, 1, 4),
         (8, 64, 4, 4),
         (16, 32, 1, 16),
-        (8, 16, 1, 4, 1),
-        (8, 16, 2, 4, 3),
-        (16, 32, 1, 8, 2),
-        (16, 16, 2, 16, 4),
-        (32, 16, 1, 8, 9),
     ],
 )
 @pytest.mark.parametrize("columns", [96, 2048])
@@ -86,14 +81,12 @@ def test_every_kind_of_tile(tile: tuple[int, ...], columns: int) -> None:
 @pytest.mark.parametrize("groups", [1, 128, 448])
 @pytest.mark.parametrize("count", [1, 9, 128])
 def test_tiles_are_what_the_kernels_take(count: int, groups: int, rows: int, processors: int) -> None:
-    from mxrot.kernels.skinny import REGISTERS, choose_tile
+    from mxrot.kernels.skinny import choose_tile
 
     tile = choose_tile(count, rows, groups, processors)
     assert tile.inputs % 8 == 0 and tile.rows % 16 == 0
-    # Programs that go down are all at work at the same time.
-    if tile.down:
-        parts, fits = -(-groups // tile.groups), REGISTERS // (tile.registers * tile.warps)
-        assert parts * -(-rows // (tile.rows * tile.down)) <= max(processors * fits, parts)
+    # A multiprocessor has 65,536 registers, and a tile that is left without a program to itself is not chosen.
+    assert 32 * tile.warps * tile.registers <= 65536 and (tile.inputs < 16 or count > 8)
 
 
 def test_every_code_at_every_place() -> None:
