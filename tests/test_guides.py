@@ -56,7 +56,7 @@ def test_what_a_page_says_runs(page: str, folder: Path) -> None:
         if kind == "python":
             exec(compile(text, page, "exec"), {})
             continue
-        command, *arguments = shlex.split(text, comments=True)
+        arguments = shlex.split(text, comments=True)[1:]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, f"{text}\n{result.output}\n{result.exception}"
         if "-o" in arguments:
