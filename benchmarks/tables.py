@@ -147,6 +147,11 @@ TABLES: dict[str, tuple[Run, ...]] = {
         Run("FP16", None),
         Run("mxrot-tuned", "mxrot-tuned", seeds=THREE, high=24.2, relative=1.20),
     ),
+    "reload": (  # with --reload; how long tuning goes on does not matter to it
+        Run("mxrot", "mxrot"),
+        Run("mxrot-vllm", "mxrot-vllm"),
+        Run("mxrot-tuned, 40 steps", "mxrot-tuned", {"tuning.steps": 40, "tuning.generated": 1.0}),
+    ),
     "time": (
         Run("warm-up", "duquant++"),
         Run("duquant++", "duquant++", seeds=THREE),
