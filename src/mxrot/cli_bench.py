@@ -32,6 +32,9 @@ def bench_kernels_command(
     shapes: Annotated[
         list[str], typer.Option("--shape", metavar="NxK", help="A weight, repeatable (Llama-3-8B's)")
     ] = [],  # noqa: B006
+    remember: Annotated[
+        bool, typer.Option("--remember", help="Let models here choose kernels by what was measured")
+    ] = (False),
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -39,20 +42,29 @@ def bench_kernels_command(
     import torch
 
     from mxrot import api, bench
+    from mxrot.kernels import crossovers
     from mxrot.records import device_name, versions
 
     check_device(device)
     where = torch.device(device or api.default_device())
+    if remember and where.type != "cuda":
+        raise ConfigError(f"--remember: on {where.type} there is nothing to choose from")
     sizes = [_shape(text) for text in shapes] or bench.LLAMA_3_8B
     limits = bench.ceilings(where)
     found = bench.bench_kernels(where, sizes, rows or bench.ROWS, lambda line: print(line, file=sys.stderr, flush=True))
     console().print(bench.kernel_table(found, limits))
     for (kernel, count), ratio in bench.geometric_means(found).items():
         print(f"{kernel}, {count} rows: {ratio:.2f} times as fast, geometric mean over the shapes")
+    limit = bench.measured_crossovers(found)
+    if limit is not None:
+        print(f"from packed codes: up to {limit.packed} rows, up to {limit.kept} where weights are kept in FP8")
+    if remember and limit is not None:
+        print(f"remembered: {crossovers.remember(where, limit)}")
     table = {
         "device": device_name(where),
         "versions": versions(),
         "ceilings": limits,
+        "crossovers": None if limit is None else vars(limit),
         "rows": [row.as_record() for row in found],
     }
     write_json(json_file, table)

@@ -36,7 +36,7 @@ OPTIONS = {
     "generate": ["model", "prompt", "--max-tokens", "--device"],
     "recipes": ["name"],
     "demo": ["--seed", "--device", "--json"],
-    "bench kernels": ["--rows", "--shape", "--device", "--json"],
+    "bench kernels": ["--rows", "--shape", "--remember", "--device", "--json"],
     "bench quantize": [
         *("model", "--recipes", "--set", "--calib", "--samples", "--seq-len", "--repeats", "--device", "--json"),
     ],

@@ -5,6 +5,7 @@ A kernel is checked against its plain twin first; one that fails has no speed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor
 from mxrot.bench.timing import Seconds, copies_for, seconds_of
 from mxrot.formats import BlockScales, QTensor, get_format, get_rule
 from mxrot.kernels import plain_rotate_quantize, rotate_quantize
+from mxrot.kernels.crossovers import MOST_ROWS, Crossovers
 from mxrot.kernels.dispatch import has_triton
 from mxrot.kernels.fp8 import fp8_product
 from mxrot.kernels.plain import (
@@ -30,12 +32,11 @@ from mxrot.transforms.base import STORED_DTYPE, apply_matrices, random_orthogona
 
 LLAMA_3_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """(N, K) of q, k and v together, o, gate and up together, down."""
-ROWS = (1, 4, 16, 128, 2048, 8192)
-FEW = 128
-"""Up to so many rows there is a kernel that reads packed codes."""
+ROWS = (1, 4, 16, 32, 64, 128, 2048, 8192)
 RULES = ("even", "floor", "rceil")
 FORMAT = get_format("mxfp4")
 BASELINE = "bf16 product"
+PACKED, KEPT, LIFTED = "W4A4, packed, matrix units", "W4A4, kept in FP8", "W4A4, packed, lifted on the way"
 
 
 @dataclass(frozen=True)
@@ -174,12 +175,12 @@ def _linears(
     from mxrot.kernels.skinny import skinny_product
 
     rule, dtype = FORMAT.rule(), torch.bfloat16
-    if len(x) <= FEW:
+    if len(x) <= MOST_ROWS:
 
         def few(w: PackedRows) -> Tensor:
             return skinny_product(rotate_quantize_packed(x, matrices, FORMAT, rule), w.codes, w.scales, dtype)
 
-        yield "W4A4, packed, matrix units", [partial(few, w) for w in weights], 17 / 32
+        yield PACKED, [partial(few, w) for w in weights], 17 / 32
     exponents, outside = lift_exponents(weights[0].codes, weights[0].scales, together=True)
     assert not int(outside)
     scale = torch.exp2(exponents[0].float())
@@ -190,14 +191,33 @@ def _linears(
     def kept(w: Tensor, fast: bool = False) -> Tensor:
         return fp8_product(rotate_quantize_e5m2(x, matrices, FORMAT, rule), w, scale, dtype, fast)
 
-    yield "W4A4, kept in FP8", [partial(kept, w) for w in lifted], 1.0
-    yield "W4A4, kept in FP8, fast accumulation", [partial(kept, w, True) for w in lifted], 1.0
+    yield KEPT, [partial(kept, w) for w in lifted], 1.0
+    yield f"{KEPT}, fast accumulation", [partial(kept, w, True) for w in lifted], 1.0
     scratch = torch.empty_like(lifted[0])
 
     def lift(w: PackedRows) -> Tensor:
         return kept(lift_weights(w.codes, w.scales, exponents, scratch))
 
-    yield "W4A4, packed, lifted on the way", [partial(lift, w) for w in weights], 17 / 32
+    yield LIFTED, [partial(lift, w) for w in weights], 17 / 32
+
+
+def measured_crossovers(rows: Sequence[KernelRow]) -> Crossovers | None:
+    """Up to how many rows of input packed codes are the fastest, by the sum over all shapes; None if nobody raced."""
+    times = {(row.kernel, row.shape): row.seconds.median for row in rows if row.seconds is not None}
+
+    def limit(other: str) -> int | None:
+        sums: dict[int, list[float]] = {}
+        for (kernel, shape), seconds in times.items():
+            if kernel == PACKED and (other, shape) in times:
+                ours = sums.setdefault(shape[0], [0.0, 0.0])
+                ours[0] += seconds
+                ours[1] += times[other, shape]
+        slower = [count for count, (packed, others) in sums.items() if packed > others]
+        counts = [count for count in sums if count < min(slower, default=math.inf)]
+        return max(counts, default=0) if sums else None
+
+    packed, kept = limit(LIFTED), limit(KEPT)
+    return None if packed is None or kept is None else Crossovers(packed, kept)
 
 
 def _dequantized(packed: PackedRows) -> Tensor:

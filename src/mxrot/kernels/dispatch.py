@@ -13,6 +13,7 @@ from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, get_format
 from mxrot.formats.element import Element, FloatElement
 from mxrot.formats.scale import E8M0
 from mxrot.kernels.chunked import packed_product_in_chunks, rotate_quantize_in_chunks
+from mxrot.kernels.crossovers import crossovers_of
 from mxrot.kernels.linear import PATHS, Inputs, PackedWeight
 from mxrot.kernels.plain import (
     ReachedColumns,
@@ -131,17 +132,6 @@ def outputs(x: Tensor, parts: Tensor, rows: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Crossovers:
-    """Up to how many rows of input a way to compute a linear is the fastest, as `mxrot bench kernels` measured it."""
-
-    matrix_units: int
-
-
-CROSSOVERS: dict[tuple[int, int], Crossovers] = {}
-"""By compute capability. Nothing is in here that was not measured on such a device."""
-
-
-@dataclass(frozen=True)
 class Choice:
     """Which way a linear is computed, and why."""
 
@@ -159,14 +149,19 @@ def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice
     capability = torch.cuda.get_device_capability(device)
     if takes_block_scales(device) and weight.swizzled is not None:
         return Choice("block scales", "its matrix units take FP4 with block scales; not measured so far")
-    limits = CROSSOVERS.get(capability)
+    limits = crossovers_of(device)
     if limits is None:
-        return Choice(None, f"nothing was measured for compute capability {capability[0]}.{capability[1]}")
-    if rows <= limits.matrix_units:
-        return Choice("matrix units", f"up to {limits.matrix_units} rows")
+        return Choice(
+            None,
+            f"nothing was measured for compute capability {capability[0]}.{capability[1]}; "
+            "`mxrot bench kernels --remember` does",
+        )
+    limit = limits.packed if weight.lifted is None else limits.kept
+    if rows <= limit:
+        return Choice("matrix units", f"up to {limit} rows")
     if weight.row_exponents is None:
         return Choice(None, "some block of the weights does not fit into E4M3")
-    return Choice("fp8", f"more than {limits.matrix_units} rows")
+    return Choice("fp8", f"more than {limit} rows")
 
 
 def quantized_linear(inputs: Inputs, weight: PackedWeight) -> Tensor | None:

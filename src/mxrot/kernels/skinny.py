@@ -32,10 +32,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from mxrot.kernels.crossovers import MOST_ROWS
 from mxrot.kernels.overlap import can_overlap
 from mxrot.kernels.plain import PackedRows
-
-MOST_ROWS = 128
 
 
 def _decoder(sign: str, magnitude: str, lift: str) -> tl.constexpr:

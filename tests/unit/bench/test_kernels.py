@@ -18,10 +18,12 @@ from mxrot.bench import (
     geometric_means,
     kernel_table,
     kernels,
+    measured_crossovers,
     seconds_of,
     timing,
 )
 from mxrot.bench.timing import copies_for
+from mxrot.kernels.crossovers import Crossovers
 from mxrot.kernels.plain import plain_fp8_product, plain_rotate_quantize_packed
 
 CPU = torch.device("cpu")
@@ -154,3 +156,30 @@ def test_every_output_of_the_quantizer_on_a_gpu_is_right() -> None:
     for _, run, twin, _ in outputs:
         found, expected = run(x, matrices, kernels.FORMAT, rule), twin(x, matrices, kernels.FORMAT, rule)
         assert kernels._share_that_differs(found, expected) == 0
+
+
+def race(
+    count: int, packed: float, kept: float | None, lifted: float, shape: tuple[int, int] = (64, 32)
+) -> list[KernelRow]:
+    """What three ways have taken for so many rows, in seconds."""
+    times = {kernels.PACKED: packed, kernels.KEPT: kept, kernels.LIFTED: lifted}
+    return [
+        KernelRow(name, (count, *shape), None if t is None else Seconds(t, t, t), 1.0, 1.0, 0.0, 1.0)
+        for name, t in times.items()
+    ]
+
+
+def test_crossovers_are_where_packed_codes_are_last_the_fastest() -> None:
+    rows = [*race(1, 1, 2, 4), *race(16, 2, 1.9, 4), *race(64, 3, 1, 4), *race(128, 5, 2, 4)]
+    assert measured_crossovers(rows) == Crossovers(packed=64, kept=1)
+    # Once it was slower, being faster with more rows again is chance.
+    assert measured_crossovers([*rows, *race(32, 9, 2, 4)]) == Crossovers(packed=16, kept=1)
+
+
+def test_crossovers_weigh_shapes_by_their_time() -> None:
+    small, large = race(16, 2, 1, 1, (64, 32)), race(16, 10, 12, 12, (640, 320))
+    assert measured_crossovers([*small, *large]) == Crossovers(packed=16, kept=16)
+
+
+def test_a_kernel_without_a_speed_is_not_raced() -> None:
+    assert measured_crossovers(race(16, 2, None, 3)) is None and measured_crossovers([]) is None

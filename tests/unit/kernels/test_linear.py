@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import get_format, quantize
-from mxrot.kernels import Inputs, PackedWeight, choose_path, dispatch
-from mxrot.kernels.dispatch import Crossovers
+from mxrot.kernels import Inputs, PackedWeight, choose_path, crossovers, dispatch
+from mxrot.kernels.crossovers import Crossovers
 from mxrot.kernels.linear import PATHS, by_fp8
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare, prepare_linears, prepare_site
 from mxrot.transforms.base import BlockTransform, random_orthogonal
@@ -59,7 +59,8 @@ def test_fp8_computes_the_linear(keeps: bool) -> None:
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(dispatch, "CROSSOVERS", {(9, 0): Crossovers(matrix_units=64)})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a device of a test")
+    monkeypatch.setattr(crossovers, "MEASURED", {(9, 0): Crossovers(packed=64, kept=16)})
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
 
 
@@ -75,6 +76,13 @@ def test_many_rows_go_through_fp8_where_the_weights_fit(monkeypatch: pytest.Monk
     assert choose_path(65, fits, GPU).path == "fp8"
     choice = choose_path(65, WEIGHT, GPU)
     assert choice.path is None and "does not fit into E4M3" in choice.reason
+
+
+def test_weights_that_are_kept_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch)
+    exponents = torch.zeros(2, dtype=torch.int32)
+    kept = PackedWeight(WEIGHT.codes, WEIGHT.scales, exponents, lifted=torch.zeros(2, 32))
+    assert choose_path(16, kept, GPU).path == "matrix units" and choose_path(17, kept, GPU).path == "fp8"
 
 
 def test_fp4_matrix_units_are_taken_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +106,7 @@ def test_where_nothing_was_measured_the_plain_path_runs(monkeypatch: pytest.Monk
     assert choose_path(1, WEIGHT, torch.device("cpu")).reason == "cpu has no FP4 or FP8 products"
     fake_gpu(monkeypatch, (8, 0))
     choice = choose_path(1, WEIGHT, GPU)
-    assert choice.path is None and choice.reason == "nothing was measured for compute capability 8.0"
+    assert choice.path is None and choice.reason.startswith("nothing was measured for compute capability 8.0; ")
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert choose_path(1, WEIGHT, GPU).reason == "Triton is not installed"
 
