@@ -23,8 +23,6 @@ from mxrot.checkpoint import check_exportable, check_output, is_checkpoint, load
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.evaluation import Divergence, Perplexity, divergence, perplexity
 from mxrot.models import find_family, find_model, read_config
-from mxrot.models.demo import HUB_ID
-from mxrot.models.lookup import DEMO
 from mxrot.recipe import Recipe, load_recipe
 
 DEFAULT_RECIPE = "mxrot"
@@ -145,7 +143,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def base_name(model: str, folder: Path) -> str:
     """How a model card calls the base model."""
-    return HUB_ID if model == DEMO else (folder.name if Path(model).exists() else model)
+    return "SmolLM2-135M-Instruct" if model == "demo" else (folder.name if Path(model).exists() else model)
 
 
 def open_model(name: str | Path, device: str | None = None, verify: bool = False) -> tuple[PreTrainedModel, Path]:

@@ -18,7 +18,7 @@ from mxrot.calibration import load_text, token_windows
 from mxrot.checkpoint import is_checkpoint
 from mxrot.errors import CheckpointError, ConfigError
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
-from mxrot.models import Family, find_family, find_model
+from mxrot.models import Family, find_family, find_model, read_config
 from mxrot.recipe import Recipe
 from mxrot.records import Metric, versions
 from mxrot.report import Contents, metrics_of
@@ -53,14 +53,15 @@ def gather(request: Request, device: str | None = None, progress: api.Progress =
     metrics = None if request.results is None else metrics_of(request.results, request.baseline)
     folder = find_model(request.model)
     run, recipe = read_records(folder)
-    texts = list(request.texts)
-    looked_at = load_text(texts[0], "evaluation")
+    config = read_config(folder)
+    family = find_family(config, request.model)
+    chosen = sites_that_match(family, config.num_hidden_layers, recipe.ignore, request.sites)
+    looked_at = load_text(request.texts[0], "evaluation")
     model, _ = api.open_model(folder, device)
     original = None if request.against is None else api.open_model(request.against, device)[0]
     tokenizer = api.load_tokenizer(folder)
     if metrics is None:
         metrics = _measured(request, model, original, tokenizer, progress)
-    family = find_family(model.config, request.model)
     count = max(1, min(request.windows, TOKENS_LOOKED_AT // request.seq_len))
     windows = token_windows(looked_at, tokenizer, request.seq_len, count)
     before, after = _views(recipe, family, windows, model, original, progress)
@@ -74,8 +75,9 @@ def gather(request: Request, device: str | None = None, progress: api.Progress =
         before=before,
         before_is_original=original is not None,
         after=after,
-        chosen=choose_sites(family, before, request.sites),
-        looked_at=f"The text is {looked_at.name}, {len(windows)} x {request.seq_len} tokens.",
+        chosen=chosen or sites_that_stick_out(family, before),
+        looked_at=f"The text is {looked_at.name}, {len(windows)} x {request.seq_len} tokens."
+        + ("" if request.sites else " Of each kind of site, the one is shown whose blocks have the largest maxima."),
         exponents=weight_exponents(model, family),
         commands=_commands(request, run),
         versions=versions(),
@@ -127,22 +129,30 @@ def _views(
     return before, activation_views(model, family, windows, quantizer, transformed=True, **options)
 
 
-def choose_sites(family: Family, views: dict[str, ActivationView], patterns: Sequence[str]) -> list[str]:
-    """The sites that match a pattern, on the full name of the first linear or its end; without patterns one of each
-    kind, whose blocks have the largest maxima beside their other values. ConfigError if a pattern matches none."""
-    if not patterns:
-        found: dict[str, str] = {}
-        for name, view in views.items():
-            kind = name.removeprefix(f"{family.blocks}.").partition(".")[2]
-            if kind not in found or view.crest > views[found[kind]].crest:
-                found[kind] = name
-        return list(found.values())
+def sites_that_match(family: Family, blocks: int, ignore: tuple[str, ...], patterns: Sequence[str]) -> list[str]:
+    """Sites, by the full names of their first linears, that match a pattern on that name or its end.
+
+    ConfigError if a pattern matches none.
+    """
+    names = [
+        f"{family.block_prefix(index)}.{site.linears[0]}"
+        for index in range(blocks)
+        for site in family.active_sites(index, ignore)
+    ]
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in views):
-            raise ConfigError(
-                f"no site matches {pattern!r}; sites go by their first linear, such as {next(iter(views))}"
-            )
-    return [name for name in views if any(_matches(name, pattern) for pattern in patterns)]
+        if not any(_matches(name, pattern) for name in names):
+            raise ConfigError(f"no site matches {pattern!r}; sites go by their first linear, such as {names[0]}")
+    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+
+
+def sites_that_stick_out(family: Family, views: dict[str, ActivationView]) -> list[str]:
+    """Of each kind of site the one whose blocks have the largest maxima beside their other values."""
+    found: dict[str, str] = {}
+    for name, view in views.items():
+        kind = name.removeprefix(f"{family.blocks}.").partition(".")[2]
+        if kind not in found or view.crest > views[found[kind]].crest:
+            found[kind] = name
+    return list(found.values())
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -107,22 +107,29 @@ class Source:
 
     name: str
     """Hub id, or the name of its folder."""
+    hub_id: str | None = None
+    """None where it is not known."""
     licence: dict[str, str] = field(default_factory=dict)
     """`license`, `license_name` and `license_link` of its own card, as far as it has them."""
 
-    @property
-    def is_hub_id(self) -> bool:
-        return re.fullmatch(r"[\w.-]+/[\w.-]+", self.name) is not None
 
+def describe_source(name: str, folder: Path) -> Source:
+    """The model called `name` in `folder`, with what its own card says.
 
-def read_licence(folder: Path) -> dict[str, str]:
-    """The licence fields of the model card in a folder; empty where there is none that can be read."""
+    A folder that is a quantized form of a model on the hub counts as that model.
+    """
     try:
         data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # somebody else's file: whatever is wrong with it, it names no licence
-        return {}
+    except Exception:  # somebody else's file: whatever is wrong with it, it says nothing
+        data = {}
     fields = {key: data.get(key) for key in ("license", "license_name", "license_link")}
-    return {key: value for key, value in fields.items() if isinstance(value, str)}
+    licence = {key: value for key, value in fields.items() if isinstance(value, str)}
+    hub_id = data.get("base_model") if data.get("base_model_relation") == "quantized" else name
+    return Source(name, hub_id if _is_hub_id(hub_id) else None, licence)
+
+
+def _is_hub_id(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def model_card(source: Source, recipe: Recipe, size: ModelSize, has_bias: bool = False) -> str:
@@ -133,7 +140,7 @@ def model_card(source: Source, recipe: Recipe, size: ModelSize, has_bias: bool =
     return _TEMPLATE.format(
         header=_header(source),
         name=source.name,
-        base=f"`{source.name}`" if source.is_hub_id else f"the folder `{source.name}`",
+        base=f"`{source.hub_id}`" if source.hub_id else f"the folder `{source.name}`",
         formats=formats,
         recipe=recipe.name,
         warning=_WITH_TRANSFORM if recipe.has_transform else _WITHOUT_TRANSFORM,
@@ -156,8 +163,8 @@ def model_card(source: Source, recipe: Recipe, size: ModelSize, has_bias: bool =
 def _header(source: Source) -> str:
     """The fields that the hub reads, as YAML. A base model is named only where it is a hub id."""
     fields: dict[str, Any] = {"license": "unknown"} | source.licence
-    if source.is_hub_id:
-        fields |= {"base_model": source.name, "base_model_relation": "quantized"}
+    if source.hub_id:
+        fields |= {"base_model": source.hub_id, "base_model_relation": "quantized"}
     tags = ["mxfp4", "compressed-tensors", "mxrot"]
     return ModelCardData(library_name="mxrot", pipeline_tag="text-generation", tags=tags, **fields).to_yaml()
 
@@ -178,7 +185,7 @@ def _limits(source: Source, recipe: Recipe) -> list[str]:
         limits.append(f"Linears left as they were: {', '.join(f'`{pattern}`' for pattern in recipe.ignore)}.")
     if "license" not in source.licence:
         limits.append("The original came without a licence that could be read: see to `license` before you pass it on.")
-    if not source.is_hub_id:
+    if not source.hub_id:
         limits.append("It was made from a folder: set `base_model` to the original's hub id before you publish it.")
     return limits
 

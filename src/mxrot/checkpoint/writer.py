@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mxrot.checkpoint.card import Source, model_card, read_licence
+from mxrot.checkpoint.card import describe_source, model_card
 from mxrot.checkpoint.config import check_exportable, quantization_config
 from mxrot.checkpoint.files import INDEX, sha256_of, write_bytes, write_json, write_tensors
 from mxrot.checkpoint.reader import check_files
@@ -273,7 +273,7 @@ def _write_around(
             write_bytes(folder / path.name, path.read_bytes())
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
     has_bias = any(f"{name.removesuffix('.bias')}.weight_packed" in store.weight_map for name in store.weight_map)
-    card = model_card(Source(base_name, read_licence(source)), recipe, store.size, has_bias)
+    card = model_card(describe_source(base_name, source), recipe, store.size, has_bias)
     write_bytes(folder / "README.md", card.encode())
     paths = sorted(set(folder.iterdir()) - {*store.notes(), folder / "run.json"})
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}

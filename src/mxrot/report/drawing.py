@@ -48,8 +48,8 @@ _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",  # letters stay letters: the page chooses the font
     "text.parse_math": False,
     "image.composite_image": False,
-    "font.size": 10,
-    "axes.titlesize": 10.5,
+    "font.size": 10.5,
+    "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -59,7 +59,7 @@ _SETTINGS: dict[str, Any] = {
     "lines.linewidth": 1.4,
     "lines.markersize": 3,
     "legend.frameon": False,
-    "legend.fontsize": 10,
+    "legend.fontsize": 10.5,
 }
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 Draw = Callable[[Any, Palette], None]

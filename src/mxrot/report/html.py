@@ -61,7 +61,7 @@ def _accuracy(contents: Contents, drawn: dict[str, str]) -> str:
     for metric in contents.metrics:
         name, measure, *numbers, counted = metric.cells
         note = "".join(f"<small>{escape(part)}</small>" for part in (measure, counted) if part)
-        rows.append([f"{escape(name)}{note}", *(escape(number) for number in numbers)])
+        rows.append([f"{escape(name)}{note}", *(_with_error_below(number) for number in numbers)])
     return f"<h2>Accuracy</h2>\n<p>{escape(contents.measured)}</p>\n" + _table(_METRIC_HEADINGS, rows)
 
 
@@ -113,8 +113,9 @@ def _activations(contents: Contents, drawn: dict[str, str]) -> str:
     if not contents.before_is_original:
         where = "in this model, without the transform"
         where += "" if contents.recipe.smoothing is None else " but with the smoothing that is in its norms"
+    unchanged = "" if contents.recipe.has_transform or contents.recipe.smoothing else " This recipe changes no input."
     about = (
-        f"<p>Before is the input of a site {where}; after is what is rounded. {escape(contents.looked_at)} "
+        f"<p>Before is the input of a site {where}; after is what is rounded.{unchanged} {escape(contents.looked_at)} "
         "A map shows the first tokens of it, and of neighbouring channels the largest. Values are in units of the "
         "median of |x| before and after, because smoothing moves whole channels; both maps of a site have the same "
         "colours.</p>"
@@ -163,8 +164,7 @@ def _making(contents: Contents, drawn: dict[str, str]) -> str:
         facts.append(("calibration windows", " of ".join(map(str, run["windows"])) + " tokens"))
     if tuned := tuning_line(run):
         facts.append(("tuning", tuned))
-    facts += [(f"{package}, of the checkpoint", str(version)) for package, version in run["versions"].items()]
-    facts += [(f"{package}, of this report", version) for package, version in contents.versions.items()]
+    facts += [("versions", _listed(run["versions"])), ("versions, this report", _listed(contents.versions))]
     rows = [[escape(name), escape(value)] for name, value in facts]
     commands = "".join(f"<p>{escape(what)}</p><pre>{escape(command)}</pre>" for what, command in contents.commands)
     files = [[escape(name), escape(str(entry["sha256"]))] for name, entry in sorted(run["files"].items())]
@@ -178,6 +178,15 @@ def _making(contents: Contents, drawn: dict[str, str]) -> str:
 def _original_bytes(contents: Contents) -> int:
     size = contents.run["size"]
     return int(size["other_bytes"] + _INPUT_BYTES * size["quantized_weights"])
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
+def _with_error_below(number: str) -> str:
+    value, plus_minus, error = number.partition(" ± ")
+    return escape(value) + (f"<small>± {escape(error)}</small>" if plus_minus else "")
 
 
 def _number(value: float | None, style: str = ".4f") -> str:

@@ -116,8 +116,8 @@ def draw_block_maxima(figure: Any, colors: Palette, pair: tuple[ActivationView, 
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(_plain)
     axes.minorticks_off()
-    axes.set(title="Largest |x| of each block of 32", xlabel="max |x| beside the median", ylabel="blocks, %")
-    axes.legend()
+    axes.set(title="Block maxima", xlabel="max |x| of a block of 32 beside the median", ylabel="blocks, %")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
 
 
 def draw_exponents(figure: Any, colors: Palette, exponents: dict[str, Tensor]) -> None:
