@@ -66,7 +66,6 @@ def gather(request: Request, device: str | None = None, progress: api.Progress =
     windows = token_windows(looked_at, tokenizer, request.seq_len, count)
     before, after = _views(recipe, family, windows, model, original, progress)
     return Contents(
-        folder=str(folder),
         run=run,
         recipe=recipe,
         family=family,

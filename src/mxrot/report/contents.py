@@ -17,7 +17,6 @@ from mxrot.records import Metric
 class Contents:
     """One quantized model."""
 
-    folder: str
     run: dict[str, Any]
     """Its run.json."""
     recipe: Recipe

@@ -166,7 +166,7 @@ def _making(contents: Contents, drawn: dict[str, str]) -> str:
         facts.append(("tuning", tuned))
     facts += [("versions", _listed(run["versions"])), ("versions, this report", _listed(contents.versions))]
     rows = [[escape(name), escape(value)] for name, value in facts]
-    commands = "".join(f"<p>{escape(what)}</p><pre>{escape(command)}</pre>" for what, command in contents.commands)
+    commands = "".join(f"<p>{escape(what)}</p><pre>{_words(command)}</pre>" for what, command in contents.commands)
     files = [[escape(name), escape(str(entry["sha256"]))] for name, entry in sorted(run["files"].items())]
     return (
         f"<h2>How it was made</h2>\n{_table(('', ''), rows, is_text=True)}\n{commands}\n"
@@ -178,6 +178,11 @@ def _making(contents: Contents, drawn: dict[str, str]) -> str:
 def _original_bytes(contents: Contents) -> int:
     size = contents.run["size"]
     return int(size["other_bytes"] + _INPUT_BYTES * size["quantized_weights"])
+
+
+def _words(command: str) -> str:
+    """Each word in one piece: a browser may break a line after any hyphen."""
+    return " ".join(f'<span class="word">{escape(word)}</span>' for word in command.split(" "))
 
 
 def _listed(versions: dict[str, str]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from mxrot.errors import ConfigError, DataError
 from mxrot.records import Metric
 
-_TASK_MEASURES = ("acc", "acc_norm")
+_TASK_MEASURES = {"acc": "stderr", "acc_norm": "acc_norm_stderr"}
+"""And their standard errors."""
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -69,12 +70,12 @@ def _divergence(name: str, apart: dict[str, Any]) -> list[Metric]:
 
 def _task(name: str, score: dict[str, Any], original: dict[str, Any] | None) -> list[Metric]:
     if original is not None:
-        _check_same(name, score, original, ("n",))
+        _check_same(name, score, original, ("n", "sha256"))
     found = []
-    for measure in _TASK_MEASURES:
+    for measure, error_key in _TASK_MEASURES.items():
         if score.get(measure) is None:
             continue
-        error = score.get(f"{measure}_stderr", score.get("stderr"))
+        error = score.get(error_key)
         expected = None if original is None else original.get(measure)
         found.append(
             Metric(

@@ -75,9 +75,7 @@ class Browser:
 
     def look_at(self, path: Path, width: int, dark: bool = False, media: str = "screen") -> dict[str, Any]:
         """What a script sees in the page at that width of the screen."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.call("Page.navigate", url=path.as_uri())

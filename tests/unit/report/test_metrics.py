@@ -51,16 +51,19 @@ def test_divergence_gives_the_original_and_an_error() -> None:
 
 def test_tasks() -> None:
     tasks = {
-        "arc": {"acc": 0.5, "acc_norm": 0.25, "stderr": 0.01, "n": 200},
-        "own": {"acc": 0.5, "acc_stderr": 0.02, "acc_norm": None, "n": 10},
+        "arc": {"acc": 0.5, "acc_norm": 0.25, "stderr": 0.01, "acc_norm_stderr": 0.03, "n": 200, "sha256": "e1"},
+        "own": {"acc": 0.5, "stderr": 0.02, "acc_norm": None, "acc_norm_stderr": None, "n": 10, "sha256": "e2"},
     }
-    original = {"tasks": {"arc": {"acc": 0.625, "acc_norm": 0.375, "n": 200}}}
+    original = {"tasks": {"arc": {"acc": 0.625, "acc_norm": 0.375, "n": 200, "sha256": "e1"}}}
     found = metrics_of({"tasks": tasks}, original)
     assert [metric.cells for metric in found] == [
         ("arc", "acc, %", "62.50", "50.00 ± 1.00", "-12.50", "200 questions"),
-        ("arc", "acc_norm, %", "37.50", "25.00 ± 1.00", "-12.50", "200 questions"),
+        ("arc", "acc_norm, %", "37.50", "25.00 ± 3.00", "-12.50", "200 questions"),
         ("own", "acc, %", "", "50.00 ± 2.00", "", "10 questions"),
     ]
+    original["tasks"]["arc"]["sha256"] = "other"
+    with pytest.raises(ConfigError, match="arc: measured on e1 sha256 here and on other for the original"):
+        metrics_of({"tasks": tasks}, original)
 
 
 @pytest.mark.parametrize(
