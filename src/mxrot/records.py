@@ -82,6 +82,8 @@ class Metric:
     """On how much it was measured."""
     is_share: bool = False
     """Shown in percent."""
+    digits: int = 3
+    """Shown behind the point, where it is no share."""
 
     @property
     def cells(self) -> tuple[str, str, str, str, str, str]:
@@ -99,7 +101,7 @@ class Metric:
     def _shown(self, value: float | None, error: float | None = None, signed: bool = False) -> str:
         if value is None:
             return ""
-        factor, digits = (100, 2) if self.is_share else (1, 3)
+        factor, digits = (100, 2) if self.is_share else (1, self.digits)
         shown = f"{factor * value:{'+' if signed else ''}.{digits}f}"
         return shown if error is None or math.isnan(error) else f"{shown} ± {factor * error:.{digits}f}"
 

@@ -72,7 +72,7 @@ mxrot eval path/to/this/folder
 mxrot generate path/to/this/folder "Once upon a time"
 ```
 
-With transformers: as above, `import mxrot` first. The logits are those of `mxrot.load`.
+With transformers: as above, `import mxrot` first. In the same dtype the logits are those of `mxrot.load`.
 
 With vLLM: {vllm}
 
@@ -86,8 +86,9 @@ _WITH_TRANSFORM = (
     "inputs: where that does not stop with an error, the model computes garbage."
 )
 _WITHOUT_TRANSFORM = (
-    "Without it, transformers loads the same weights where compressed-tensors is installed, runs in bfloat16 only, and "
-    "rounds its sums differently; accuracy was not measured that way. No transform is applied at run time."
+    "Without it, transformers loads the same weights where compressed-tensors is installed, but runs in bfloat16 only "
+    "(seen with compressed-tensors 0.20) and rounds its sums differently; accuracy was not measured that way. No "
+    "transform is applied at run time."
 )
 _VLLM_PLAIN = (
     "the tensors are plain compressed-tensors `mxfp4-pack-quantized`, which vLLM reads. Serving this folder there was "

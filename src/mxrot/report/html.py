@@ -150,8 +150,8 @@ def _size(contents: Contents, drawn: dict[str, str]) -> str:
     took += "" if peak is None else f", with {peak / 1e9:.2f} GB of its memory at most"
     table = _table(("", "MB", ""), rows, wide_last=True)
     return (
-        "<h2>Size and memory</h2>\n<p>A loaded model takes these bytes, and what inputs and the key-value cache take. "
-        f"{escape(took)}.</p>\n{table}"
+        "<h2>Size and memory</h2>\n<p>On disk; on a GPU the model takes about as much, and what its inputs and the "
+        f"key-value cache take. {escape(took)}.</p>\n{table}"
     )
 
 

@@ -50,7 +50,7 @@ def metrics_of(results: dict[str, Any], baseline: dict[str, Any] | None) -> list
 def _perplexity(
     name: str, score: dict[str, Any], apart: dict[str, Any] | None, original: dict[str, Any] | None
 ) -> Metric:
-    counted = f"{int(score['windows'])} windows of {int(score['seq_len'])} tokens"
+    counted = f"{int(score['windows'])} x {int(score['seq_len'])} tokens"
     if apart is not None:
         expected, error = float(apart["original_ppl"]), float(apart["ppl_error"])
         return Metric(name, "perplexity", float(score["ppl"]), None, expected, error, counted)
@@ -63,7 +63,7 @@ def _perplexity(
 def _divergence(name: str, apart: dict[str, Any]) -> list[Metric]:
     kl, agreement = "KL from the original, nats a token", "same top token as the original"
     return [
-        Metric(name, kl, float(apart["kl"]), float(apart["kl_error"])),
+        Metric(name, kl, float(apart["kl"]), float(apart["kl_error"]), digits=4),
         Metric(name, agreement, float(apart["agreement"]), float(apart["agreement_error"]), is_share=True),
     ]
 

@@ -26,7 +26,7 @@ from mxrot.records import Metric
 HERE = "path/to/this/folder"
 SIZE = ModelSize(1_000_000, code_bytes=500_000, scale_bytes=31_250, transform_bytes=4_000, other_bytes=2_000_000)
 METRICS = [
-    Metric("words", "perplexity", 8.0, None, 6.0, 0.25, "4 windows of 512 tokens"),
+    Metric("words", "perplexity", 8.0, None, 6.0, 0.25, "4 x 512 tokens"),
     Metric("a|b", "acc", 0.5, 0.01, 0.625, None, "200 questions", is_share=True),
 ]
 
@@ -126,7 +126,7 @@ def test_figures_come_and_are_replaced_and_the_hash_is_kept(folder: Path) -> Non
     write_metrics(folder, METRICS)
     card = (folder / "README.md").read_text()
     assert "Not measured yet" not in card and header(card) == header(before)
-    assert "| words | perplexity | 6.000 | 8.000 | +2.000 ± 0.250 | 4 windows of 512 tokens |\n" in card
+    assert "| words | perplexity | 6.000 | 8.000 | +2.000 ± 0.250 | 4 x 512 tokens |\n" in card
     assert "| a\\|b | acc, % | 62.50 | 50.00 ± 1.00 | -12.50 | 200 questions |\n" in card
     write_metrics(folder, METRICS[:1])
     again = (folder / "README.md").read_text()

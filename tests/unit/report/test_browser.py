@@ -44,9 +44,11 @@ def test_is_light_in_print_wherever_it_is_printed(tab: Browser, page_file: Path)
     assert seen["content"] <= 700 and seen["wide"] == []
 
 
-def test_would_find_what_is_too_wide_or_broken(tab: Browser, tmp_path: Path) -> None:
+def test_would_find_what_is_too_wide_or_broken(tab: Browser, tmp_path: Path, report_page: str) -> None:
     path = tmp_path / "bad.html"
     path.write_text('<!DOCTYPE html><div style="width: 500px">a</div><img src="data:image/png;base64,AAAA">')
     narrow, wide = tab.look_at(path, 360), tab.look_at(path, 1280)
     assert narrow["wide"] == ["DIV."] and wide["wide"] == []
     assert len(narrow["broken"]) == 1
+    path.write_text(report_page.replace("data:image/png;base64,iVBOR", "data:image/png;base64,AAAAA", 2))
+    assert len(tab.look_at(path, 1280)["broken"]) == 2

@@ -56,7 +56,8 @@ def test_shows_every_part_with_the_numbers_of_the_run(report_page: str, report_c
         for linear in block["linears"]:
             assert linear["name"] in read.text and f"{linear['output_error']:.4f}" in read.text
     for metric in report_contents.metrics:
-        assert f"{metric.value:.3f}" in read.text or metric.is_share
+        shown = f"{100 * metric.value:.2f}" if metric.is_share else f"{metric.value:.{metric.digits}f}"
+        assert shown in read.text
     perplexity = report_contents.metrics[0]
     assert perplexity.original is not None
     assert f"{perplexity.value - perplexity.original:+.3f}" in read.text

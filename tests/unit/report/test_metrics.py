@@ -18,7 +18,7 @@ APART = {
     **{"kl": 0.5, "kl_error": 0.01, "agreement": 0.75, "agreement_error": 0.02},
     **{"ppl": 8.0, "original_ppl": 6.0, "ppl_difference": 2.0, "ppl_error": 0.25, "windows": 4, "tokens": 2044},
 }
-COUNTED = "4 windows of 512 tokens"
+COUNTED = "4 x 512 tokens"
 
 
 def test_perplexity_by_itself() -> None:
@@ -41,12 +41,12 @@ def test_divergence_gives_the_original_and_an_error() -> None:
     found = metrics_of({"perplexity": {"a": SCORE}, "divergence": {"a": APART}}, None)
     assert [metric.cells[2:5] for metric in found] == [
         ("6.000", "8.000", "+2.000 ± 0.250"),
-        ("", "0.500 ± 0.010", ""),
+        ("", "0.5000 ± 0.0100", ""),
         ("", "75.00 ± 2.00", ""),
     ]
     alone: dict[str, Any] = {**APART, "kl_error": math.nan, "ppl_error": math.nan}
     found = metrics_of({"perplexity": {"a": SCORE}, "divergence": {"a": alone}}, None)
-    assert found[0].cells[4] == "+2.000" and found[1].cells[3] == "0.500"
+    assert found[0].cells[4] == "+2.000" and found[1].cells[3] == "0.5000"
 
 
 def test_tasks() -> None:
