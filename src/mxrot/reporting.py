@@ -26,6 +26,9 @@ from mxrot.report import Contents, metrics_of
 TOKENS_LOOKED_AT = 2048
 """Tokens that activations are looked at on, or one window if that has more."""
 
+MOST_SITES = 12
+"""With pictures of their own: each takes up to 0.35 MB of a page that is to stay below 5."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -131,7 +134,7 @@ def _views(
 def sites_that_match(family: Family, blocks: int, ignore: tuple[str, ...], patterns: Sequence[str]) -> list[str]:
     """Sites, by the full names of their first linears, that match a pattern on that name or its end.
 
-    ConfigError if a pattern matches none.
+    ConfigError if a pattern matches none, or if there are more than MOST_SITES.
     """
     names = [
         f"{family.block_prefix(index)}.{site.linears[0]}"
@@ -141,7 +144,10 @@ def sites_that_match(family: Family, blocks: int, ignore: tuple[str, ...], patte
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
             raise ConfigError(f"no site matches {pattern!r}; sites go by their first linear, such as {names[0]}")
-    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+    found = [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+    if len(found) > MOST_SITES:
+        raise ConfigError(f"{len(found)} sites match {', '.join(patterns)}; a page has room for {MOST_SITES}")
+    return found
 
 
 def sites_that_stick_out(family: Family, views: dict[str, ActivationView]) -> list[str]:

@@ -96,6 +96,9 @@ def test_sites_by_default_and_by_pattern() -> None:
     assert sites_that_match(LLAMA, 2, ignore, ["1.mlp.down_proj", "*q_proj"]) == [names[0], names[2], names[3]]
     assert sites_that_match(LLAMA, 2, ignore, [names[1]]) == [names[1]]
     assert sites_that_match(LLAMA, 2, ignore, []) == []
+    assert len(sites_that_match(LLAMA, 12, ignore, ["q_proj"])) == 12
+    with pytest.raises(ConfigError, match="13 sites match q_proj; a page has room for 12"):
+        sites_that_match(LLAMA, 13, ignore, ["q_proj"])
     for pattern in ("v_proj", "o_proj", "2.mlp.down_proj"):
         with pytest.raises(ConfigError, match=f"no site matches '{pattern}'; .* such as {names[0]}"):
             sites_that_match(LLAMA, 2, ignore, [pattern])
