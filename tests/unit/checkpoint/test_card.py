@@ -21,6 +21,7 @@ from mxrot.checkpoint.card import Source, describe_source, model_card
 from mxrot.cli import app
 from mxrot.errors import CheckpointError
 from mxrot.layers import ModelSize
+from mxrot.models import demo
 from mxrot.records import Metric
 
 HERE = "path/to/this/folder"
@@ -90,6 +91,12 @@ def test_a_folder_that_is_a_quantized_form_counts_as_its_base(tmp_path: Path) ->
     assert describe_source("local", tmp_path).hub_id is None, "it may be a model of its own"
     (tmp_path / "README.md").write_text("---\nbase_model: owner/big\nbase_model_relation: quantized\n---\n")
     assert describe_source("local", tmp_path) == Source("local", "owner/big")
+
+
+def test_the_demo_model_has_a_licence_and_a_base(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(demo._CARD)
+    expected = Source("local", "HuggingFaceTB/SmolLM2-135M-Instruct", {"license": "apache-2.0"})
+    assert describe_source("local", tmp_path) == expected
 
 
 @pytest.mark.parametrize("name", ["rtn", "hadamard", "duquant++-gptq"])
