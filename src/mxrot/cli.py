@@ -35,6 +35,7 @@ from mxrot.cli_options import (
     prepare,
     write_json,
 )
+from mxrot.cli_report import report
 from mxrot.errors import ConfigError, MxrotError
 
 
@@ -65,6 +66,7 @@ app = typer.Typer(
     help="LLMs in MXFP4, with the block rotations that make it accurate.",
 )
 app.add_typer(benchmarks, name="bench")
+app.command()(report)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -62,6 +63,47 @@ class RunRecord:
         tuning = None if self.tuning is None else [asdict(check) for check in self.tuning]
         blocks = [asdict(block) for block in self.blocks]
         return {"recipe": self.recipe.to_toml(), **plain, "tuning": tuning, "blocks": blocks}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured figure of a quantized model, beside that of the original where it is known."""
+
+    name: str
+    """The text or task."""
+    measure: str
+    value: float
+    error: float | None = None
+    """Standard error of `value`."""
+    original: float | None = None
+    difference_error: float | None = None
+    """Standard error of `value` less `original`, where both were measured on the same text."""
+    counted: str = ""
+    """On how much it was measured."""
+    is_share: bool = False
+    """Shown in percent."""
+    digits: int = 3
+    """Shown behind the point, where it is no share."""
+
+    @property
+    def cells(self) -> tuple[str, str, str, str, str, str]:
+        """Name, measure, original, value, difference and what was counted, as tables show them."""
+        difference = None if self.original is None else self.value - self.original
+        return (
+            self.name,
+            self.measure + (", %" if self.is_share else ""),
+            self._shown(self.original),
+            self._shown(self.value, self.error),
+            self._shown(difference, self.difference_error, signed=True),
+            self.counted,
+        )
+
+    def _shown(self, value: float | None, error: float | None = None, signed: bool = False) -> str:
+        if value is None:
+            return ""
+        factor, digits = (100, 2) if self.is_share else (1, self.digits)
+        shown = f"{factor * value:{'+' if signed else ''}.{digits}f}"
+        return shown if error is None or math.isnan(error) else f"{shown} ± {factor * error:.{digits}f}"
 
 
 def versions() -> dict[str, str]:

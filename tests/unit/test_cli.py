@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,10 @@ OPTIONS = {
     "inspect": ["model", "--text", "--windows", "--seq-len", "--kernels", "--device", "--json"],
     "generate": ["model", "prompt", "--max-tokens", "--device"],
     "recipes": ["name"],
+    "report": [
+        *("model", "-o", "--output", "--against", "--text", "--windows", "--seq-len", "--site", "--results"),
+        *("--baseline", "--plots", "--card", "--device"),
+    ],
     "demo": ["--seed", "--device", "--json"],
     "bench kernels": ["--rows", "--shape", "--remember", "--device", "--json"],
     "bench quantize": [
@@ -242,6 +247,26 @@ def test_generate_prints_the_prompt_and_a_continuation_unwrapped(folders: dict[s
     assert shown.startswith(prompt) and len(shown) > len(prompt) + 1
 
 
+def test_report_writes_a_page_pictures_and_the_card(folders: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    checkpoint = tmp_path / "quantized"
+    shutil.copytree(folders["checkpoint"], checkpoint)
+    text = ("--text", folders["text"], "--windows", "2", "--seq-len", "32")
+    where = ("-o", str(tmp_path / "page.html"), "--plots", str(tmp_path / "plots"), "--site", "1.mlp.down_proj")
+    shown = run("report", str(checkpoint), "--against", folders["model"], *text, *where, "--card").stdout
+    assert f"{tmp_path / 'page.html'}: " in shown and "6 pictures" in shown and "3 figures" in shown
+    page = (tmp_path / "page.html").read_text()
+    assert "model.layers.1.mlp.down_proj" in page and "magnitudes-model-layers-0" not in page
+    assert len(list((tmp_path / "plots").iterdir())) == 2 * 6
+    run("eval", str(checkpoint), *text, "--verify", "--json", str(tmp_path / "own.json"))
+    run("eval", folders["model"], *text, "--json", str(tmp_path / "original.json"))
+    ppl = [read_json(tmp_path / name)["perplexity"]["words"]["ppl"] for name in ("own.json", "original.json")]
+    assert f"| {ppl[1]:.3f} | {ppl[0]:.3f} |" in (checkpoint / "README.md").read_text()
+    figures = ("--results", str(tmp_path / "own.json"), "--baseline", str(tmp_path / "original.json"))
+    run("report", str(checkpoint), *text, *figures, *where[:2])
+    assert f"{ppl[0] - ppl[1]:+.3f}" in (tmp_path / "page.html").read_text()
+
+
 def test_recipes_lists_all_and_prints_one_that_can_be_read_again(folders: dict[str, str], tmp_path: Path) -> None:
     from mxrot.recipe import builtin_recipes, load_recipe
 
@@ -272,6 +297,16 @@ BAD_INPUT = {
     "bad device": (("eval", "{model}", "--device", "abacus"), "--device abacus"),
     "nowhere for the JSON": (("eval", "{model}", "--json", "nowhere/table.json"), "nowhere/table.json"),
     "not exportable": (("quantize", "{model}", "-o", "{out}", "-r", "duquant++-released"), "log256"),
+    "report of a model": (("report", "{model}"), "not a checkpoint written by mxrot"),
+    "report into a folder": (("report", "{checkpoint}", "-o", "{parent}"), "expected the name of a file"),
+    "report nowhere": (("report", "{checkpoint}", "-o", "nowhere/page.html"), "in a folder that exists"),
+    "plots into a file": (("report", "{checkpoint}", "--plots", "{short}"), "is a file; give a folder"),
+    "results that are none": (("report", "{checkpoint}", "--results", "{short}"), "not JSON"),
+    "baseline alone": (("report", "{checkpoint}", "--baseline", "{short}"), "with --results, too"),
+    "no such site": (
+        ("report", "{checkpoint}", "--text", "{text}", "--seq-len", "32", "--site", "x"),
+        "no site matches",
+    ),
     "output is a file": (("quantize", "{model}", "-o", "{short}", "-r", "rtn"), "is a file"),
 }
 
@@ -279,6 +314,8 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_line_and_exit_code_2(folders: dict[str, str], tmp_path: Path, case: str) -> None:
     arguments, expected = BAD_INPUT[case]
+    if arguments[0] == "report":
+        pytest.importorskip("matplotlib")
     places = folders | {"out": str(tmp_path / "out"), "parent": str(tmp_path)}
     message = one_line_error(call(*(argument.format(**places) for argument in arguments)), 2)
     assert expected in message

@@ -1,40 +1,44 @@
-"""The model card: README.md of a checkpoint. Its first lines say how to load it."""
+"""The model card: README.md of a checkpoint. Its first lines say how to load it, and what happens otherwise."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from mxrot.checkpoint.files import write_bytes, write_json
+from mxrot.errors import CheckpointError
 from mxrot.layers import ModelSize
 from mxrot.recipe import Recipe
+from mxrot.records import Metric
 
+_ACCURACY = ("<!-- accuracy, written by mxrot report --card -->", "<!-- end of accuracy -->")
 _TEMPLATE = """---
-library_name: mxrot
-base_model: {base}
-tags:
-- mxfp4
-- compressed-tensors
-- mxrot
+{header}
 ---
 
-# {base}, quantized to {formats} with mxrot ({recipe})
+# {name}, quantized to {formats} with mxrot ({recipe})
 
 **`import mxrot` before you load it.** {warning}
 
 ```python
 import mxrot
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-# The same, with the size of every file checked: model = mxrot.load("path/to/this/folder")
-```
-
-```
-mxrot eval path/to/this/folder
-mxrot generate path/to/this/folder "Once upon a time"
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
 ## What it is
 
-{summary}{source}. Activations are quantized at run time with scale rule `{activation_rule}`; accuracy figures hold
-under that rule.
+{summary}{source}, from {base}. Activations are quantized at run time with scale rule `{activation_rule}`; accuracy
+figures hold under that rule.
 
 | | bytes | bits a quantized weight |
 |---|---|---|
@@ -42,7 +46,35 @@ under that rule.
 | transforms | {transform_bytes:,} | {transform_bits:.3f} |
 | everything else, in its own type | {other_bytes:,} | |
 
-`recipe.toml` holds the recipe, `run.json` seeds, versions, data, per-layer errors and a SHA-256 of each file.
+`run.json` holds seeds, versions, data, per-layer errors and a SHA-256 of each file, `recipe.toml` the recipe:
+
+```toml
+{toml}```
+
+## Accuracy
+
+{before_accuracy}
+Not measured yet: `mxrot report path/to/this/folder --against ORIGINAL --card` puts figures here.
+{after_accuracy}
+
+## How to load it
+
+With mxrot, which checks that every file is there and whole:
+
+```python
+import mxrot
+
+model = mxrot.load("path/to/this/folder")
+```
+
+```
+mxrot eval path/to/this/folder
+mxrot generate path/to/this/folder "Once upon a time"
+```
+
+With transformers: as above, `import mxrot` first. In the same dtype the logits are those of `mxrot.load`.
+
+With vLLM: {vllm}
 
 ## Limits
 
@@ -50,29 +82,66 @@ under that rule.
 """
 
 _WITH_TRANSFORM = (
-    "Loaders that do not apply the input transforms (transformers without mxrot among them) read the packed weights "
-    "without an error and compute garbage."
+    "Without it, transformers (with compressed-tensors) loads the packed weights and leaves out the transforms of the "
+    "inputs: where that does not stop with an error, the model computes garbage."
 )
 _WITHOUT_TRANSFORM = (
-    "The tensors are plain compressed-tensors `mxfp4-pack-quantized`; no transform is applied at run time."
+    "Without it, transformers loads the same weights where compressed-tensors is installed, but runs in bfloat16 only "
+    "(seen with compressed-tensors 0.20) and rounds its sums differently; accuracy was not measured that way. No "
+    "transform is applied at run time."
 )
-_SHARED = (
-    "One 32x32 matrix a site, the layout that compressed-tensors and vLLM (tensor parallel 1) define for input "
-    "transforms. Serving this checkpoint in vLLM has not been checked by the tool that wrote it."
+_VLLM_PLAIN = (
+    "the tensors are plain compressed-tensors `mxfp4-pack-quantized`, which vLLM reads. Serving this folder there was "
+    "not checked by the tool that wrote it."
 )
-_BLOCKWISE = "Each block of 32 channels has its own matrix; only mxrot reads that."
+_VLLM_SITE = (
+    "one 32x32 matrix a site is the layout that compressed-tensors and vLLM (tensor parallel 1) define for input "
+    "transforms. Serving this folder there was not checked by the tool that wrote it."
+)
+_VLLM_BIAS = " vLLM without mxrot takes no bias on linears with a transform, and this model has some."
+_VLLM_BLOCK = "not without mxrot: each block of 32 channels has its own matrix, and only mxrot reads that."
 
 
-def model_card(base: str, recipe: Recipe, size: ModelSize) -> str:
-    """The card's Markdown."""
+@dataclass(frozen=True)
+class Source:
+    """What a card says of the model that was quantized."""
+
+    name: str
+    """Hub id, or the name of its folder."""
+    hub_id: str | None = None
+    """None where it is not known."""
+    licence: dict[str, str] = field(default_factory=dict)
+    """`license`, `license_name` and `license_link` of its own card, as far as it has them."""
+
+
+def describe_source(name: str, folder: Path) -> Source:
+    """The model called `name` in `folder`, with what its own card says.
+
+    A folder that is a quantized form of a model on the hub counts as that model.
+    """
+    try:
+        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # somebody else's file: whatever is wrong with it, it says nothing
+        data = {}
+    fields = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+    licence = {key: value for key, value in fields.items() if isinstance(value, str)}
+    hub_id = data.get("base_model") if data.get("base_model_relation") == "quantized" else name
+    return Source(name, hub_id if _is_hub_id(hub_id) else None, licence)
+
+
+def _is_hub_id(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def model_card(source: Source, recipe: Recipe, size: ModelSize, has_bias: bool = False) -> str:
+    """The card's Markdown. `has_bias`: does a quantized linear have one?"""
     activations = None if recipe.activations is None else recipe.activations.quantizer()
     formats = f"{recipe.weights.format} weights"
     formats += " and 16-bit activations" if activations is None else f" and {activations.format.name} activations"
-    limits = _WITHOUT_TRANSFORM
-    if recipe.has_transform:
-        limits = _SHARED if recipe.sharing == "site" else _BLOCKWISE
     return _TEMPLATE.format(
-        base=base,
+        header=_header(source),
+        name=source.name,
+        base=f"`{source.hub_id}`" if source.hub_id else f"the folder `{source.name}`",
         formats=formats,
         recipe=recipe.name,
         warning=_WITH_TRANSFORM if recipe.has_transform else _WITHOUT_TRANSFORM,
@@ -84,5 +153,62 @@ def model_card(base: str, recipe: Recipe, size: ModelSize) -> str:
         transform_bytes=size.transform_bytes,
         transform_bits=size.transform_bits_per_weight or 0,
         other_bytes=size.other_bytes,
-        limits=limits,
+        toml=recipe.to_toml(),
+        before_accuracy=_ACCURACY[0],
+        after_accuracy=_ACCURACY[1],
+        vllm=_vllm(recipe, has_bias),
+        limits="\n".join(f"- {limit}" for limit in _limits(source, recipe)),
     )
+
+
+def _header(source: Source) -> str:
+    """The fields that the hub reads, as YAML. A base model is named only where it is a hub id."""
+    fields: dict[str, Any] = {"license": "unknown"} | source.licence
+    if source.hub_id:
+        fields |= {"base_model": source.hub_id, "base_model_relation": "quantized"}
+    tags = ["mxfp4", "compressed-tensors", "mxrot"]
+    return ModelCardData(library_name="mxrot", pipeline_tag="text-generation", tags=tags, **fields).to_yaml()
+
+
+def _vllm(recipe: Recipe, has_bias: bool) -> str:
+    if not recipe.has_transform:
+        return _VLLM_PLAIN
+    if recipe.sharing == "block":
+        return _VLLM_BLOCK
+    return _VLLM_SITE + (_VLLM_BIAS if has_bias else "")
+
+
+def _limits(source: Source, recipe: Recipe) -> list[str]:
+    limits = ["What the original model must not be used for, or does badly, holds for this one too."]
+    if not recipe.is_data_free:
+        limits.append("It was calibrated on one text (`run.json` says which); on others it may lose more.")
+    if recipe.ignore:
+        limits.append(f"Linears left as they were: {', '.join(f'`{pattern}`' for pattern in recipe.ignore)}.")
+    if "license" not in source.licence:
+        limits.append("The original came without a licence that could be read: see to `license` before you pass it on.")
+    if not source.hub_id:
+        limits.append("It was made from a folder: set `base_model` to the original's hub id before you publish it.")
+    return limits
+
+
+def write_metrics(folder: Path, metrics: Sequence[Metric]) -> None:
+    """Put measured figures into the card of a checkpoint, in place of those that are there, and its new SHA-256 into
+    run.json. CheckpointError if the card has no place for them."""
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, start, rest = card.partition(_ACCURACY[0])
+    _, end, after = rest.partition(_ACCURACY[1])
+    if not start or not end:
+        raise CheckpointError(f"{path}: has no lines {_ACCURACY[0]} and {_ACCURACY[1]} to put figures between")
+    data = f"{before}{start}\n{metrics_table(metrics)}{end}{after}".encode()
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    run["files"][path.name] = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+    write_bytes(path, data)
+    write_json(folder / "run.json", run)
+
+
+def metrics_table(metrics: Sequence[Metric]) -> str:
+    """Figures as a Markdown table."""
+    rows = [("", "measure", "original", "quantized", "difference", "on"), ("---",) * 6]
+    rows += [metric.cells for metric in metrics]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)

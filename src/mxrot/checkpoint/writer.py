@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mxrot.checkpoint.card import model_card
+from mxrot.checkpoint.card import describe_source, model_card
 from mxrot.checkpoint.config import check_exportable, quantization_config
 from mxrot.checkpoint.files import INDEX, sha256_of, write_bytes, write_json, write_tensors
 from mxrot.checkpoint.reader import check_files
@@ -45,6 +45,9 @@ _COPIED = (
     "merges.txt",
     "special_tokens_map.json",
     "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
 
 
@@ -269,7 +272,9 @@ def _write_around(
         for path in sorted(source.glob(pattern)):
             write_bytes(folder / path.name, path.read_bytes())
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
-    write_bytes(folder / "README.md", model_card(base_name, recipe, store.size).encode())
+    has_bias = any(f"{name.removesuffix('.bias')}.weight_packed" in store.weight_map for name in store.weight_map)
+    card = model_card(describe_source(base_name, source), recipe, store.size, has_bias)
+    write_bytes(folder / "README.md", card.encode())
     paths = sorted(set(folder.iterdir()) - {*store.notes(), folder / "run.json"})
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
     size = {**vars(store.size), "bits_per_weight": store.size.bits_per_weight, "total_bytes": store.size.total_bytes}

@@ -1,4 +1,4 @@
-"""What is in a model: channel maxima of the inputs of every site, and what computes its linears."""
+"""What is in a model: channel maxima of its sites, exponents of its weights, and what computes its linears."""
 
 from __future__ import annotations
 
@@ -92,3 +92,19 @@ def kernel_choices(model: PreTrainedModel) -> list[KernelChoice]:
         for rows in CHOICE_ROWS
         for choice in (linears[0].choose_path(rows),)
     ]
+
+
+def weight_exponents(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
+    """How many blocks of weights have each scale 2^e, by the name of the site: int64 [256], the first is e = -127.
+
+    Sites without scales of a byte have no entry.
+    """
+    counts: dict[str, Tensor] = {}
+    for block in model.get_submodule(family.blocks).children():
+        for site in family.sites:
+            for name in site.linears:
+                linear = block.get_submodule(name)
+                if isinstance(linear, QuantLinear) and linear.weight_scale.dtype == torch.uint8:
+                    found = torch.bincount(linear.weight_scale.flatten().cpu(), minlength=256)
+                    counts[site.name] = counts.get(site.name, 0) + found
+    return counts

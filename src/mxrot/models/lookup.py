@@ -12,7 +12,10 @@ from mxrot.errors import FamilyError
 from mxrot.models.demo import demo_folder
 
 DEMO = "demo"
-_WANTED = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
+_WANTED = [
+    *("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "recipe.toml"),
+    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),  # for the card of what is made of it
+]
 
 
 def find_model(name: str) -> Path:

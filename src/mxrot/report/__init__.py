@@ -1,5 +1,10 @@
-"""What people look at: tables and progress."""
+"""What people look at: tables, progress, and a page with pictures."""
 
+from mxrot.report.contents import Contents
+from mxrot.report.drawing import check_matplotlib, write_files
+from mxrot.report.html import page
+from mxrot.report.metrics import metrics_of, read_results
+from mxrot.report.plots import pictures
 from mxrot.report.progress import progress_on_stderr
 from mxrot.report.tables import (
     ComparedRow,
@@ -15,13 +20,20 @@ from mxrot.report.tables import (
 
 __all__ = [
     "ComparedRow",
+    "Contents",
+    "check_matplotlib",
     "choices_table",
     "comparison_table",
     "divergence_table",
     "errors_table",
     "maxima_table",
+    "metrics_of",
+    "page",
     "perplexity_table",
+    "pictures",
     "progress_on_stderr",
+    "read_results",
     "size_line",
     "tuning_line",
+    "write_files",
 ]

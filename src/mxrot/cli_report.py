@@ -1,0 +1,78 @@
+"""The command `mxrot report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mxrot.cli_options import Device, Texts, check_texts, prepare
+from mxrot.errors import ConfigError
+
+
+def report(
+    model: Annotated[str, typer.Argument(help="Checkpoint that mxrot has written")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write")] = Path("report.html"),
+    against: Annotated[str | None, typer.Option("--against", metavar="MODEL", help="The original")] = None,
+    text: Texts = ["demo"],  # noqa: B006 (typer copies it)
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of it at most")] = 8,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 512,
+    sites: Annotated[
+        list[str], typer.Option("--site", metavar="PATTERN", help="Site to picture, repeatable, e.g. 3.mlp.down_proj")
+    ] = [],  # noqa: B006
+    results: Annotated[
+        Path | None, typer.Option("--results", help="Figures of the checkpoint, from eval --json; measures none")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="Figures of the original, from eval --json; with --results")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Folder for the pictures as PNG and SVG")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Also put the figures into the checkpoint's README.md")] = False,
+    device: Device = None,
+) -> None:
+    """Write a checkpoint's report: one HTML file."""
+    from mxrot import reporting
+    from mxrot.checkpoint import write_metrics
+    from mxrot.models import find_model
+    from mxrot.report import check_matplotlib, page, pictures, progress_on_stderr, read_results, write_files
+
+    check_matplotlib()
+    _check_places(output, plots)
+    if baseline is not None and results is None:
+        raise ConfigError("--baseline: give the figures of the checkpoint with --results, too")
+    check_texts(text)
+    prepare(model, device, None)
+    if against is not None:
+        prepare(against, device, None)
+    request = reporting.Request(
+        model,
+        against,
+        text,
+        windows,
+        seq_len,
+        sites,
+        None if results is None else read_results(results),
+        None if baseline is None else read_results(baseline),
+    )
+    with progress_on_stderr("Reporting") as told:
+        contents = reporting.gather(request, device, told)
+        drawn = pictures(contents)
+        written = page(contents, drawn)
+        output.write_text(written, encoding="utf-8")
+        if plots is not None:
+            write_files(plots, drawn)
+    print(f"{output}: {len(written.encode()) / 1e6:.1f} MB")
+    if plots is not None:
+        print(f"{plots}: {len(drawn)} pictures, each as PNG and SVG")
+    if card:
+        write_metrics(find_model(model), contents.metrics)
+        print(f"{find_model(model) / 'README.md'}: {len(contents.metrics)} figures")
+
+
+def _check_places(output: Path, plots: Path | None) -> None:
+    """ConfigError if a file or folder cannot be written where it was asked for."""
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: expected the name of a file in a folder that exists")
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise ConfigError(f"--plots {plots}: is a file; give a folder")

@@ -1,0 +1,137 @@
+"""The inputs of each site as pictures want them: magnitudes over token and channel, and the maxima of blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxrot.calibration import watched_inputs
+from mxrot.layers import QuantLinear, TensorQuantizer
+from mxrot.models import Family
+
+TOKENS_SHOWN = 128
+"""Tokens of a map: the first ones of the first window."""
+COLUMNS_SHOWN = 320
+"""Columns of a map at most. Neighbouring channels share one, which shows the largest of them."""
+BLOCK = 32
+PARTS_OF_OCTAVE = 4
+FIRST_OCTAVE, LAST_OCTAVE = -24, 24
+
+
+@dataclass(frozen=True)
+class ActivationView:
+    """The inputs of one site, over some tokens."""
+
+    magnitudes: Tensor
+    """max |x| over neighbouring channels, float32 [tokens, columns]."""
+    channels: int
+    block_maxima: Tensor
+    """How many blocks of 32 have max |x| in [2^(e/4), 2^((e+1)/4)), int64; the first is e = 4 FIRST_OCTAVE. What is
+    smaller or larger counts at the ends, blocks of zeros count nowhere."""
+    largest: float
+    """max |x|."""
+    median: float
+    """Median of the |x| that are not 0, over the tokens of the map; 1 where there are none."""
+    crest: float
+    """max |x| over the root mean square of its block, mean over the blocks that are not zero."""
+    rounding_error: float | None
+    """||Q(x) - x|| / ||x|| of a token's whole input, mean over tokens; None where inputs are not quantized."""
+
+
+class _Watcher:
+    """Collects the view of one site from its inputs, a batch at a time."""
+
+    def __init__(self, change: nn.Module | None, quantizer: TensorQuantizer | None) -> None:
+        self._change, self._quantizer = change, quantizer
+        self._magnitudes: Tensor | None = None
+        self._median = 1.0
+        self._channels = 0
+        self._block_maxima = torch.zeros((LAST_OCTAVE - FIRST_OCTAVE) * PARTS_OF_OCTAVE, dtype=torch.int64)
+        self._largest, self._crests, self._blocks = 0.0, 0.0, 0
+        self._errors, self._tokens = 0.0, 0
+
+    def update(self, x: Tensor) -> None:
+        """Take inputs [windows, tokens, K]."""
+        x = x.float() if self._change is None else self._change(x)
+        self._channels = x.shape[-1]
+        if self._magnitudes is None:
+            shown = x[0, :TOKENS_SHOWN].abs()
+            self._magnitudes = _pooled(shown).cpu()
+            self._median = float(shown[shown > 0].median()) if bool(shown.any()) else 1.0
+        rows = x.flatten(0, -2)
+        blocks = rows.unflatten(-1, (-1, BLOCK))
+        maxima = blocks.abs().amax(dim=-1)
+        squares = blocks.square().mean(dim=-1)
+        kept = squares > 0
+        self._block_maxima += _octave_counts(maxima[kept])
+        self._largest = max(self._largest, float(maxima.max()))
+        self._crests += float((maxima[kept] / squares[kept].sqrt()).double().sum())
+        self._blocks += int(kept.sum())
+        if self._quantizer is not None:
+            norms = torch.linalg.vector_norm(rows, dim=-1)
+            errors = torch.linalg.vector_norm(self._quantizer(rows) - rows, dim=-1)
+            self._errors += float(torch.where(norms > 0, errors / norms, 0).double().sum())
+        self._tokens += len(rows)
+
+    def view(self) -> ActivationView:
+        assert self._magnitudes is not None
+        return ActivationView(
+            self._magnitudes,
+            self._channels,
+            self._block_maxima,
+            self._largest,
+            self._median,
+            self._crests / self._blocks if self._blocks else math.nan,
+            None if self._quantizer is None else self._errors / self._tokens,
+        )
+
+
+def _pooled(magnitudes: Tensor) -> Tensor:
+    """Maxima of neighbouring columns of [tokens, K], so many that COLUMNS_SHOWN are enough."""
+    width = -(-magnitudes.shape[-1] // COLUMNS_SHOWN)
+    missing = -magnitudes.shape[-1] % width
+    return nn.functional.pad(magnitudes, (0, missing)).unflatten(-1, (-1, width)).amax(dim=-1)
+
+
+def _octave_counts(maxima: Tensor) -> Tensor:
+    bins = (LAST_OCTAVE - FIRST_OCTAVE) * PARTS_OF_OCTAVE
+    index = (PARTS_OF_OCTAVE * (maxima.double().log2() - FIRST_OCTAVE)).floor().clamp(0, bins - 1)
+    return torch.bincount(index.to(torch.int64).cpu(), minlength=bins)
+
+
+@torch.no_grad()
+def activation_views(
+    model: PreTrainedModel,
+    family: Family,
+    windows: Tensor,
+    quantizer: TensorQuantizer | None,
+    *,
+    ignore: tuple[str, ...] = (),
+    transformed: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> dict[str, ActivationView]:
+    """The inputs of every site over token windows [W, T], one window at a time, by the full name of its first linear.
+
+    With `transformed` after the transform of the site, as the linear rounds them, else as they come; in float32 both
+    ways. `quantizer` gives their rounding error.
+    """
+    device = next(model.parameters()).device
+    watchers: dict[str, _Watcher] = {}
+    with ExitStack() as hooks:
+        for index, block in enumerate(model.get_submodule(family.blocks).children()):
+            for site in family.active_sites(index, ignore):
+                linear = block.get_submodule(site.linears[0])
+                change = linear.transform if transformed and isinstance(linear, QuantLinear) else None
+                name = f"{family.block_prefix(index)}.{site.linears[0]}"
+                watchers[name] = _Watcher(change, quantizer)
+                hooks.enter_context(watched_inputs(linear, watchers[name].update))
+        for number, window in enumerate(windows.split(1)):
+            progress(number, len(windows), "windows")
+            model.get_submodule(family.body)(input_ids=window.to(device), use_cache=False)
+    return {name: watcher.view() for name, watcher in watchers.items()}

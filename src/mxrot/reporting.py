@@ -1,0 +1,192 @@
+"""One checkpoint measured and looked at, for a report: what `mxrot report` does."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxrot import api
+from mxrot.calibration import load_text, token_windows
+from mxrot.checkpoint import is_checkpoint
+from mxrot.errors import CheckpointError, ConfigError
+from mxrot.evaluation import ActivationView, activation_views, weight_exponents
+from mxrot.models import Family, find_family, find_model, read_config
+from mxrot.recipe import Recipe
+from mxrot.records import Metric, versions
+from mxrot.report import Contents, metrics_of
+
+TOKENS_LOOKED_AT = 2048
+"""Tokens that activations are looked at on, or one window if that has more."""
+
+MOST_SITES = 12
+"""With pictures of their own: each takes up to 0.35 MB of a page that is to stay below 5."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a report is to show."""
+
+    model: str
+    """A checkpoint: its folder or hub id."""
+    against: str | None = None
+    """The original."""
+    texts: Sequence[str] = ("demo",)
+    windows: int = 8
+    seq_len: int = 512
+    sites: Sequence[str] = ()
+    """Patterns of full names of linears; empty for one of each kind of site, where its input sticks out most."""
+    results: dict[str, Any] | None = None
+    """A table of `mxrot eval --json`, shown instead of measuring."""
+    baseline: dict[str, Any] | None = None
+    """The same of the original."""
+
+
+def gather(request: Request, device: str | None = None, progress: api.Progress = api.silent) -> Contents:
+    """Measure and look; ConfigError and CheckpointError before any weight is read where that is possible."""
+    if request.baseline is not None and request.results is None:
+        raise ConfigError("the figures of the original need those of the checkpoint beside them")
+    metrics = None if request.results is None else metrics_of(request.results, request.baseline)
+    folder = find_model(request.model)
+    run, recipe = read_records(folder)
+    config = read_config(folder)
+    family = find_family(config, request.model)
+    chosen = sites_that_match(family, config.num_hidden_layers, recipe.ignore, request.sites)
+    looked_at = load_text(request.texts[0], "evaluation")
+    model, _ = api.open_model(folder, device)
+    original = None if request.against is None else api.open_model(request.against, device)[0]
+    tokenizer = api.load_tokenizer(folder)
+    if metrics is None:
+        metrics = _measured(request, model, original, tokenizer, progress)
+    count = max(1, min(request.windows, TOKENS_LOOKED_AT // request.seq_len))
+    windows = token_windows(looked_at, tokenizer, request.seq_len, count)
+    before, after = _views(recipe, family, windows, model, original, progress)
+    return Contents(
+        run=run,
+        recipe=recipe,
+        family=family,
+        metrics=metrics,
+        measured=_how_measured(request),
+        before=before,
+        before_is_original=original is not None,
+        after=after,
+        chosen=chosen or sites_that_stick_out(family, before),
+        looked_at=f"The text is {looked_at.name}, {len(windows)} x {request.seq_len} tokens."
+        + ("" if request.sites else " Of each kind of site, the one is shown whose blocks have the largest maxima."),
+        exponents=weight_exponents(model, family),
+        commands=_commands(request, run),
+        versions=versions(),
+    )
+
+
+def read_records(folder: Path) -> tuple[dict[str, Any], Recipe]:
+    """run.json and the recipe of a checkpoint; CheckpointError if it is not one that mxrot has written."""
+    if not is_checkpoint(folder):
+        raise CheckpointError(f"{folder}: not a checkpoint written by mxrot")
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        recipe = Recipe.from_toml((folder / "recipe.toml").read_text(encoding="utf-8"), "recipe.toml")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: run.json or recipe.toml cannot be read ({error})") from error
+    missing = {"model", "size", "blocks", "files", "seed", "seconds", "device", "versions"} - run.keys()
+    if missing:
+        raise CheckpointError(f"{folder / 'run.json'}: has no {min(missing)!r}")
+    return run, recipe
+
+
+def _measured(
+    request: Request, model: PreTrainedModel, original: PreTrainedModel | None, tokenizer: Any, progress: api.Progress
+) -> list[Metric]:
+    options: dict[str, Any] = {"windows": request.windows, "seq_len": request.seq_len, "progress": progress}
+    if original is None:
+        scores = api.evaluate(model, request.texts, tokenizer=tokenizer, **options)
+        return metrics_of({"perplexity": {name: vars(score) for name, score in scores.items()}}, None)
+    apart = api.diverge(model, original, request.texts, tokenizer=tokenizer, **options)
+    table = {
+        "perplexity": {name: vars(found.perplexity) for name, found in apart.items()},
+        "divergence": {name: vars(found) for name, found in apart.items()},
+    }
+    return metrics_of(table, None)
+
+
+def _views(
+    recipe: Recipe,
+    family: Family,
+    windows: Tensor,
+    model: PreTrainedModel,
+    original: PreTrainedModel | None,
+    progress: api.Progress,
+) -> tuple[dict[str, ActivationView], dict[str, ActivationView]]:
+    """The inputs of every site before the transform and after it."""
+    quantizer = None if recipe.activations is None else recipe.activations.quantizer()
+    options: dict[str, Any] = {"ignore": recipe.ignore, "progress": progress}
+    before = activation_views(original or model, family, windows, quantizer, **options)
+    return before, activation_views(model, family, windows, quantizer, transformed=True, **options)
+
+
+def sites_that_match(family: Family, blocks: int, ignore: tuple[str, ...], patterns: Sequence[str]) -> list[str]:
+    """Sites, by the full names of their first linears, that match a pattern on that name or its end.
+
+    ConfigError if a pattern matches none, or if there are more than MOST_SITES.
+    """
+    names = [
+        f"{family.block_prefix(index)}.{site.linears[0]}"
+        for index in range(blocks)
+        for site in family.active_sites(index, ignore)
+    ]
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise ConfigError(f"no site matches {pattern!r}; sites go by their first linear, such as {names[0]}")
+    found = [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+    if len(found) > MOST_SITES:
+        raise ConfigError(f"{len(found)} sites match {', '.join(patterns)}; a page has room for {MOST_SITES}")
+    return found
+
+
+def sites_that_stick_out(family: Family, views: dict[str, ActivationView]) -> list[str]:
+    """Of each kind of site the one whose blocks have the largest maxima beside their other values."""
+    found: dict[str, str] = {}
+    for name, view in views.items():
+        kind = name.removeprefix(f"{family.blocks}.").partition(".")[2]
+        if kind not in found or view.crest > views[found[kind]].crest:
+            found[kind] = name
+    return list(found.values())
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _how_measured(request: Request) -> str:
+    if request.results is not None:
+        return "As `mxrot eval` has measured it."
+    if request.against is None:
+        return "Measured for this report. Without the original there is nothing to compare it with."
+    return (
+        "Measured for this report, on the same windows for both; a difference is given with its standard error over "
+        "windows."
+    )
+
+
+def _commands(request: Request, run: dict[str, Any]) -> list[tuple[str, str]]:
+    """What made the checkpoint, as far as it is on record, and what makes this report."""
+    again = ["mxrot", "quantize", run["model"], "--recipe", "recipe.toml", "--seed", str(run["seed"])]
+    if data := run.get("data"):
+        asked = {"--calib": data.get("text"), "--samples": data.get("windows_asked"), "--seq-len": data.get("seq_len")}
+        again += [word for option, value in asked.items() for word in (option, str(value))]
+    report = ["mxrot", "report", request.model]
+    report += [] if request.against is None else ["--against", request.against]
+    report += [word for text in request.texts for word in ("--text", text)]
+    report += ["--windows", str(request.windows), "--seq-len", str(request.seq_len)]
+    report += [word for site in request.sites for word in ("--site", site)]
+    return [
+        ("The checkpoint; the original and the text go by the names that were on record:", shlex.join(again)),
+        ("This report:", shlex.join(report)),
+    ]

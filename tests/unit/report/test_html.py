@@ -1,0 +1,126 @@
+"""The page of a report: whole, by itself, and harmless."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.report.conftest import UNKIND
+
+from mxrot.recipe import load_recipe
+from mxrot.report import Contents, page, pictures, write_files
+from mxrot.report.drawing import inline_svg
+
+pytest.importorskip("matplotlib")
+_VOID = {"meta", "br", "img"}
+
+
+class Reader(HTMLParser):
+    """Text, elements and attributes of a page, and whether elements are closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.attributes = "", [], []  # type: ignore[var-annotated]
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_shows_every_part_with_the_numbers_of_the_run(report_page: str, report_contents: Contents) -> None:
+    read = Reader(report_page)
+    assert read.open == []
+    for heading in ("Accuracy", "Error through depth", "Activations", "Weights", "Size and memory", "How it was made"):
+        assert heading in read.text
+    run = report_contents.run
+    for block in run["blocks"]:
+        for linear in block["linears"]:
+            assert linear["name"] in read.text and f"{linear['output_error']:.4f}" in read.text
+    for metric in report_contents.metrics:
+        shown = f"{100 * metric.value:.2f}" if metric.is_share else f"{metric.value:.{metric.digits}f}"
+        assert shown in read.text
+    perplexity = report_contents.metrics[0]
+    assert perplexity.original is not None
+    assert f"{perplexity.value - perplexity.original:+.3f}" in read.text
+    assert f"{run['size']['total_bytes'] / 1e6:,.2f}" in read.text
+    assert run["data"]["sha256"] in read.text and run["files"]["config.json"]["sha256"] in read.text
+    assert run["versions"]["torch"] in read.text
+    assert report_contents.recipe.to_toml() in read.text
+
+
+def test_loads_nothing_and_runs_nothing(report_page: str) -> None:
+    read = Reader(report_page)
+    assert not {"script", "link", "iframe", "object", "base"} & set(read.tags)
+    sources = [value or "" for name, value in read.attributes if name in ("src", "href", "xlink:href", "data")]
+    assert sources and all(value.startswith(("data:image/png;base64,", "#")) for value in sources)
+    assert not [name for name, _ in read.attributes if name.startswith("on")]
+    assert not re.findall(r"url\((?!#)|@import", report_page)
+    assert len(report_page.encode()) < 5_000_000
+
+
+def test_ids_are_of_one_element_each_and_references_lead_somewhere(report_page: str) -> None:
+    read = Reader(report_page)
+    ids = [value for name, value in read.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', report_page))
+    assert used and used <= set(ids)
+
+
+def test_what_comes_from_outside_is_escaped(report_page: str, report_contents: Contents) -> None:
+    assert UNKIND in Reader(report_page).text
+    assert "<script" not in report_page
+    run: dict[str, Any] = {**report_contents.run, "model": UNKIND, "device": UNKIND}
+    run["files"] = {UNKIND: {"bytes": 1, "sha256": UNKIND}}
+    unkind = replace(report_contents, run=run, looked_at=UNKIND, measured=UNKIND, commands=[(UNKIND, UNKIND)])
+    written = page(unkind, pictures(unkind))
+    assert "<script" not in written
+    assert Reader(written).text.count(UNKIND) >= 7
+
+
+def test_without_quantized_inputs_there_is_no_rounding_of_inputs(report_contents: Contents) -> None:
+    views = [
+        {name: replace(view, rounding_error=None) for name, view in views.items()}
+        for views in (report_contents.before, report_contents.after)
+    ]
+    plain = replace(report_contents, before=views[0], after=views[1], recipe=load_recipe("rtn"))
+    assert "input_error" not in pictures(plain)
+    written = page(plain, pictures(plain))
+    assert "rounding error" not in written and "This recipe changes no input" in written
+
+
+def test_a_picture_is_the_same_each_time_and_has_only_variables_for_colours(report_contents: Contents) -> None:
+    for name, picture in pictures(report_contents).items():
+        svg = inline_svg(name, picture)
+        assert svg == inline_svg(name, picture)
+        assert "var(--ink)" in svg and "#0102" not in svg
+        left = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]+)", svg))
+        assert left <= {"#ffffff"}, f"{name} has colours of its own: {left}"
+
+
+def test_pictures_as_files(report_contents: Contents, tmp_path: Path) -> None:
+    drawn = pictures(report_contents)
+    write_files(tmp_path / "plots", drawn)
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert names == {f"{name}.{kind}" for name in drawn for kind in ("svg", "png")}
+    for name in drawn:
+        assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "#3b4250" in (tmp_path / "plots" / f"{name}.svg").read_text()
