@@ -126,7 +126,7 @@ def quantize(
     inputs = originals = None
     if not recipe.is_data_free:
         assert windows is not None
-        batch_windows = windows_at_once(model, device, windows.shape[1])
+        batch_windows = _windows_at_once(model, device, windows.shape[1])
         inputs = first_block_inputs(model, family, windows, batch_windows)
         if recipe.looks_at_original:
             originals = BlockInputs(list(inputs.hidden), inputs.arguments)
@@ -212,10 +212,14 @@ def with_generated(
     return torch.cat([windows, written])
 
 
-def windows_at_once(model: PreTrainedModel, device: torch.device, seq_len: int) -> int:
+def _windows_at_once(model: PreTrainedModel, device: torch.device, seq_len: int) -> int:
     """How many calibration windows pass through a block together."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     inner = [module for module in linears if module is not model.get_output_embeddings()]
     widest = max(max(linear.in_features, linear.out_features) for linear in inner)
-    tokens = min(BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]), BATCH_ELEMENTS // widest)
-    return max(1, tokens // seq_len)
+    return max(1, tokens_at_once(widest, device.type) // seq_len)
+
+
+def tokens_at_once(widest: int, device_type: str) -> int:
+    """The same in tokens, where the widest linear of a block has so many inputs or outputs."""
+    return min(BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"]), BATCH_ELEMENTS // widest)

@@ -1,0 +1,1 @@
+"""What quantizing a model would take, from its config alone."""
