@@ -253,16 +253,18 @@ def _forward(run: Run, position: int) -> float:
     """Bytes at the height of a pass of one batch up to site `position`."""
     sites, here = run.shape.fullest, run.shape.fullest[position]
     b, s = run.batch_tokens, run.itemsize
-    made = sum(site.outputs for site in sites[:position] if site.child == here.child)
+    before = [site for site in sites[:position] if site.child == here.child]
+    made = sum(site.outputs for site in before)
+    quantizing = _quantizing(run, max((site.inputs for site in before), default=0))
     # A norm computes in float32; a product of quantized inputs is float32 before it is `s` bytes wide.
     norm = b * run.shape.hidden * (s + 8.0)
     is_attention = run.shape.fullest[0].child == here.child
-    return max(norm, b * made * (5.0 * s if is_attention else (4.0 if run.is_gpu else 6.0))) + _quantizing(run, here)
+    return max(norm, quantizing + b * made * (5.0 * s if is_attention else (4.0 if run.is_gpu else 6.0)))
 
 
-def _quantizing(run: Run, here: SiteShape) -> float:
-    """Bytes that quantizing the inputs of a site takes on a CPU, a piece after the other; one kernel on a GPU."""
-    return 0.0 if run.is_gpu else 20.0 * min(run.batch_tokens * here.inputs, CHUNK_ELEMENTS)
+def _quantizing(run: Run, channels: int) -> float:
+    """Bytes that quantizing inputs takes on a CPU, a piece after the other; one kernel on a GPU."""
+    return 0.0 if run.is_gpu else 20.0 * min(run.batch_tokens * channels, CHUNK_ELEMENTS)
 
 
 def _moment(run: Run, n: int, m: int, is_scaled: bool) -> float:
@@ -352,7 +354,7 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
     runs_again = run.sees_original or not _keeps_all(run, here)
     others = run.tokens - b
     forward = _forward(run, position) * min(1.0, others / b) if runs_again else 0.0
-    during = left + max(temporary, forward, _quantizing(run, here))
+    during = left + max(temporary, forward, _quantizing(run, k))
     return {
         "one batch": left if ending > during else during,
         "sums over all batches": totals + (ending - left if ending > during else 0.0),
