@@ -33,6 +33,9 @@ OPTIONS = {
         *("--device", "--json"),
     ],
     "inspect": ["model", "--text", "--windows", "--seq-len", "--kernels", "--device", "--json"],
+    "plan": [
+        *("model", "-r", "--recipe", "--set", "--samples", "--seq-len", "--gpu-memory", "--device", "--json"),
+    ],
     "generate": ["model", "prompt", "--max-tokens", "--device"],
     "recipes": ["name"],
     "demo": ["--seed", "--device", "--json"],

@@ -226,7 +226,7 @@ def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
     wishes = run.recipe.rounding.wishes
     kept = beside = 0.0
     if wishes.hessian:
-        beside = float(run.stream_bytes) if _reads_residual(run, here) else 0.0
+        beside = float(run.stream_bytes) if reads_residual(run, here) else 0.0
         share = min(1.0, run.remembered / (whole + beside))
         kept, beside = share * whole, share * beside
         if run.shape.fullest[0].child == here.child:
@@ -238,13 +238,14 @@ def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
     return kept + beside
 
 
-def _keeps_all(run: Run, here: SiteShape) -> bool:
-    """Are all inputs of a site kept for the pass that its Hessian is taken from?"""
-    beside = run.stream_bytes if _reads_residual(run, here) else 0
-    return run.tokens * here.inputs * run.itemsize + beside <= run.remembered
+def keeps_share(run: Run, here: SiteShape) -> float:
+    """The share of a site's inputs that are kept for the pass that its Hessian is taken from."""
+    beside = run.stream_bytes if reads_residual(run, here) else 0
+    return min(1.0, run.remembered / max(1, run.tokens * here.inputs * run.itemsize + beside))
 
 
-def _reads_residual(run: Run, here: SiteShape) -> bool:
+def reads_residual(run: Run, here: SiteShape) -> bool:
+    """Does rounding look at the residual stream that a site's output is added to?"""
     wishes = run.recipe.rounding.wishes
     return here.site.residual is not None and (wishes.relative or wishes.target == "residual")
 
@@ -264,7 +265,7 @@ def _forward(run: Run, position: int) -> float:
 
 def _quantizing(run: Run, channels: int) -> float:
     """Bytes that quantizing inputs takes on a CPU, a piece after the other; one kernel on a GPU."""
-    return 0.0 if run.is_gpu else 20.0 * min(run.batch_tokens * channels, CHUNK_ELEMENTS)
+    return 0.0 if run.is_gpu else 14.0 * min(run.batch_tokens * channels, CHUNK_ELEMENTS)
 
 
 def _moment(run: Run, n: int, m: int, is_scaled: bool) -> float:
@@ -332,26 +333,26 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
     wishes = run.recipe.rounding.wishes
     n, k, b = here.outputs, here.inputs, run.batch_tokens
     u, h = 8.0 * n * k, 8.0 * k * k
-    reads_residual = _reads_residual(run, here)
+    is_residual = reads_residual(run, here)
     is_relative = wishes.relative and here.site.residual is not None
     of_hessian = _moment(run, k, k, is_relative)
     left = b * k * (2.0 if run.is_gpu else 4.0)  # what the site sees: transformed and quantized
     weights = u + (u if run.recipe.has_transform else 0.0)
-    if reads_residual:
+    if is_residual:
         weights += (2.0 if run.is_gpu else 4.0) * n * k
     if not run.sees_original:
-        left += 4.0 * b * n if reads_residual else 0.0
+        left += 4.0 * b * n if is_residual else 0.0
         totals, temporary, ending = h, of_hessian, h
     else:
         weights += u
         left += b * k * run.itemsize
-        if reads_residual:
+        if is_residual:
             left += 12.0 * b * n  # the output that is wanted, the stream with it, and what is missing there
             of_shift = _moment(run, n, k, True) + (0.0 if run.is_gpu else 4.0 * b * k)
             totals, temporary, ending = h + u, max(of_hessian, of_shift), h + 3 * u
         else:
             totals, temporary, ending = 2 * h, max(of_hessian, _moment(run, k, k, False)), 2 * h + 3 * u
-    runs_again = run.sees_original or not _keeps_all(run, here)
+    runs_again = run.sees_original or keeps_share(run, here) < 1
     others = run.tokens - b
     forward = _forward(run, position) * min(1.0, others / b) if runs_again else 0.0
     during = left + max(temporary, forward, _quantizing(run, k))

@@ -1,5 +1,6 @@
 """What people look at: tables and progress."""
 
+from mxrot.report.plans import plan_report
 from mxrot.report.progress import progress_on_stderr
 from mxrot.report.tables import (
     ComparedRow,
@@ -21,6 +22,7 @@ __all__ = [
     "errors_table",
     "maxima_table",
     "perplexity_table",
+    "plan_report",
     "progress_on_stderr",
     "size_line",
     "tuning_line",
