@@ -28,7 +28,6 @@ from mxrot.checks import find_problems, free_memory, memory_problem
 from mxrot.errors import ConfigError
 from mxrot.layers import prepare_linears
 from mxrot.models import (
-    Family,
     WeightFiles,
     build_skeleton,
     find_family,
@@ -112,8 +111,9 @@ def quantize(
     stored_dtype = files.dtype_of(f"{family.embedding}.weight")
     run = BlockRun(recipe, family, config, device, stored_dtype, compute_dtype(stored_dtype, device), seed)
     given = 0 if windows is None else len(windows)
-    if problem := memory_problem(model, recipe, run.dtype, device, free_memory(device)):
-        raise problem
+    too_large = memory_problem(model, recipe, run.dtype, device, free_memory(device))
+    if too_large is not None:
+        raise too_large
     if windows is not None and recipe.calibration.generated:
         progress(0, 1, "generating calibration text")
         original = load_original(config, family, files, run.dtype, device)

@@ -26,8 +26,9 @@ from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.transforms.outlier import GROUPS_AT_ONCE, OutlierRotation
 from mxrot.tuning.network import CHECKPOINT_BYTES, LOGIT_TOKENS
 
-PROCESS_BYTES = {"cpu": 5e8, "cuda": 3e9}
-"""Of main memory: Python, PyTorch and transformers; with a GPU its driver and libraries, too. Measured on Linux."""
+PROCESS_BYTES = {"cpu": 7.5e8, "cuda": 3e9}
+"""Of main memory: the code of PyTorch and transformers, and what the allocator does not give back (measured on Linux);
+with a GPU also its driver and libraries (assumed)."""
 ENCODING = 7
 """float64 and int64 numbers a weight while it becomes a code (formats/element.py)."""
 FACTORING = 5
@@ -316,9 +317,9 @@ def _fitting(run: Run, here: SiteShape) -> float:
         return 8.0 * here.outputs * here.inputs
     rotations = 3 * 8.0 * method.steps * TRANSFORM_BLOCK**3
     sites = run.shape.fullest if run.is_gpu else (here,)
-    groups = {1 if run.recipe.sharing == "site" else min(GROUPS_AT_ONCE, site.inputs // TRANSFORM_BLOCK) for site in sites}
-    size = TRANSFORM_BLOCK
-    rows = method.rows * (8 if run.recipe.sharing == "site" else 1)
+    is_shared, size = run.recipe.sharing == "site", TRANSFORM_BLOCK
+    groups = {1 if is_shared else min(GROUPS_AT_ONCE, site.inputs // size) for site in sites}
+    rows = method.rows * (8 if is_shared else 1)
     one = [count * (3 * 4.0 * rows * size + 3 * 8.0 * method.steps * size * size) for count in groups]
     return rotations + sum(one)
 

@@ -171,7 +171,6 @@ def _needs(run: Run) -> Needs:
     return Needs(estimate_memory(run), estimate_memory(on_gpu), estimate_host_memory(on_gpu), kept)
 
 
-
 def _stored_dtype(config: Any) -> tuple[torch.dtype, list[str]]:
     """The type of the weights, as the config says, and a remark where it does not."""
     named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
@@ -187,9 +186,7 @@ def _summarized(problems: list[MxrotError], family: Family) -> list[str]:
     lines: dict[str, list[str]] = {}
     for problem in problems:
         lines.setdefault(pattern.sub(f"{family.blocks}.*.", str(problem)), []).append(str(problem))
-    return [
-        alike[0] if len(alike) == 1 else f"{line} ({len(alike)} decoder blocks)" for line, alike in lines.items()
-    ]
+    return [alike[0] if len(alike) == 1 else f"{line} ({len(alike)} decoder blocks)" for line, alike in lines.items()]
 
 
 def _memory_problems(model: PreTrainedModel, recipe: Recipe, stored: torch.dtype, machine: Machine) -> list[str]:
@@ -253,17 +250,19 @@ def _size_table(sizes: Sizes) -> dict[str, Any]:
 
 
 def _memory_table(needs: Needs) -> dict[str, Any]:
-    return {
-        name: {
-            "peak_bytes": round(estimate.peak.total),
-            "peak_at": estimate.peak.name,
-            "stages": [
-                {"stage": stage.name, "bytes": round(stage.total), "terms": {k: round(v) for k, v in stage.terms.items()}}
-                for stage in estimate.stages
-            ],
+    return {name: _estimate_table(estimate) for name, estimate in vars(needs).items()}
+
+
+def _estimate_table(estimate: MemoryEstimate) -> dict[str, Any]:
+    stages = [
+        {
+            "stage": stage.name,
+            "bytes": round(stage.total),
+            "terms": {name: round(value) for name, value in stage.terms.items()},
         }
-        for name, estimate in vars(needs).items()
-    }
+        for stage in estimate.stages
+    ]
+    return {"peak_bytes": round(estimate.peak.total), "peak_at": estimate.peak.name, "stages": stages}
 
 
 def _time_table(estimate: TimeEstimate, device: str) -> dict[str, Any]:

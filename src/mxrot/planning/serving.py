@@ -29,7 +29,7 @@ def serving_by_vllm(model: PreTrainedModel, shape: ModelShape, recipe: Recipe, i
     if recipe.sharing == "block":
         return Serving(
             False,
-            'one matrix a block is read by mxrot only; transform.sharing = "site" (recipe mxrot-vllm) follows the layout',
+            'one matrix a block is read by mxrot only; transform.sharing = "site" follows the layout (mxrot-vllm)',
         )
     biased = _with_bias(model, shape)
     if biased:

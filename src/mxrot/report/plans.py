@@ -51,7 +51,9 @@ def _size_lines(plan: Plan) -> str:
     after = plan.sizes.after
     if after.bits_per_weight is None:
         return f"size: {gigabytes(plan.sizes.before)}; nothing would be quantized"
-    transforms = f"transforms {after.transform_bits_per_weight:.2g} bits beside" if after.transform_bytes else "no transforms"
+    transforms = (
+        f"transforms {after.transform_bits_per_weight:.2g} bits beside" if after.transform_bytes else "no transforms"
+    )
     return (
         f"size: {gigabytes(plan.sizes.before)} before, {gigabytes(after.total_bytes)} after: "
         f"{after.quantized_weights / 1e9:.3g} billion weights in {after.bits_per_weight:.3f} bits ({transforms}), "
