@@ -378,12 +378,12 @@ def _block_end(run: Run) -> list[Stage]:
     if options is not None and options.scope == "block":
         weights = sum(site.weights for site in run.shape.fullest)
         tokens = options.batch_windows * run.seq_len
-        tuned = {"tunable weights": TUNED_BYTES * weights, "activations": tokens * _activation_bytes(run.shape.fullest)}
+        tuned = {"tunable weights": TUNED_BYTES * weights, "activations": tokens * activation_bytes(run.shape.fullest)}
         stages.append(Stage("tuning the block", base | known | tuned))
     return stages
 
 
-def _activation_bytes(sites: tuple[SiteShape, ...]) -> float:
+def activation_bytes(sites: tuple[SiteShape, ...]) -> float:
     """What a backward pass keeps of one token in one block, as tuning/network.py has it."""
     return 8.0 * sum(rows + site.inputs for site in sites for rows in site.rows)
 
@@ -402,9 +402,9 @@ def _tuning(run: Run) -> list[Stage]:
         kept = {"what rounding took away": 2.0 * weights}
         stages.append(Stage("writing text to tune on", original | packed | kept | _generation(run, written)))
     tokens = options.batch_windows * run.seq_len
-    activations = tokens * sum(_activation_bytes(sites) for sites in shape.blocks)
+    activations = tokens * sum(activation_bytes(sites) for sites in shape.blocks)
     if activations > CHECKPOINT_BYTES:
-        activations = tokens * (_activation_bytes(shape.fullest) + 4.0 * shape.hidden * blocks)
+        activations = tokens * (activation_bytes(shape.fullest) + 4.0 * shape.hidden * blocks)
     wide = {"embedding, last norm and head in float32": 4.0 * shape.outer_parameters}
     logits = min(tokens, LOGIT_TOKENS) * shape.vocabulary * 10.0
     tuned = {

@@ -125,7 +125,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, recipe: Recipe) -> R
 
 def _search_rate(method: OutlierRotation, device: torch.device, timed: Callable[..., float]) -> float:
     """Numbers times steps in a second, of the search as the recipe has it, on one block's worth of peaks for each."""
-    groups, size = 8, TRANSFORM_BLOCK
+    groups, size = 32 if device.type == "cuda" else 8, TRANSFORM_BLOCK
     blocks = torch.randn(groups, method.rows, size, device=device)
     plain = replace(method, sample="peaks", score="peak", start="identity", steps=min(method.steps, 16))
     sample = SiteSample(torch.zeros(1, groups * size, dtype=torch.float64, device=device), size, {"peaks": blocks})

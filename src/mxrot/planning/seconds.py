@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
-from mxrot.planning.memory import Run, keeps_share, reads_residual
+from mxrot.planning.memory import Run, activation_bytes, keeps_share, reads_residual
 from mxrot.planning.rates import Rates
 from mxrot.planning.shape import SiteShape
 from mxrot.recipe import TRANSFORM_BLOCK
@@ -182,9 +182,10 @@ def _tuning(run: Run) -> Work:
     looks = 1 + min(options.checks, options.steps)
     held_out = max(1.0, options.held_out * run.all_windows) / options.batch_windows
     steps = options.steps + looks * held_out / 4
-    # A forward and a backward pass of the quantized model, and a forward one of the original.
-    work = Work(product=8.0 * tokens * weights * steps)
-    work.add(copy=steps * (80.0 * weights + 60.0 * tokens * blocks * 4 * shape.hidden))
+    # A forward and a backward pass of the quantized model, with what is computed again, and a forward one of the
+    # original. What is kept for the way back is read and written about ten times in all.
+    work = Work(product=10.0 * tokens * weights * steps)
+    work.add(copy=steps * (80.0 * weights + 10.0 * tokens * sum(activation_bytes(sites) for sites in shape.blocks)))
     work.add(quantized=2.0 * steps * tokens * sum(site.inputs for sites in shape.blocks for site in sites))
     work.add(operations=steps * (50.0 if run.is_gpu else 200.0 * blocks))
     if run.recipe.tunes_network:
