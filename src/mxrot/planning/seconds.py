@@ -68,7 +68,7 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
     wishes = recipe.rounding.wishes
     found = {
         "transforms": _transform(run, here),
-        "rounding": Work(encoded=2.0 * n * k, copy=80.0 * n * k, operations=300 + 60 * len(here.rows)),
+        "rounding": Work(encoded=1.6 * n * k, copy=50.0 * n * k, operations=300 + 60 * len(here.rows)),
     }
     if tokens:
         found["passes over the calibration text"] = _passes(run, sites, position)

@@ -22,6 +22,7 @@ def plan_report(plan: Plan) -> Iterator[RenderableType]:
         yield _memory_table(plan)
     if plan.time is not None:
         yield _time_table(plan)
+        yield f"estimated by {HOW}"
     if plan.vllm is not None:
         yield f"vLLM: {'follows its layout' if plan.vllm.follows_layout else 'not by itself'}; {plan.vllm.because}"
     for warning in plan.warnings:
@@ -93,7 +94,7 @@ def _largest_terms(stage: Stage) -> list[str]:
 
 def _time_table(plan: Plan) -> Table:
     assert plan.time is not None
-    table = Table(title=f"Time on this machine ({plan.device}); an estimate", title_justify="left", caption=HOW)
+    table = Table(title=f"Time on this machine ({plan.device}); an estimate", title_justify="left")
     table.add_column("for")
     table.add_column("time", justify="right")
     for name, seconds in plan.time.terms.items():

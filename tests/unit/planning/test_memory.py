@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.contracts.test_families import config_of
 from tests.live_bytes import LiveBytes
 from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import recipe
 from tests.unit.planning.shapes import DEMO, LLAMA_3_8B, run_of
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from mxrot.models import read_config
+from mxrot.models import FAMILIES, read_config
 from mxrot.pipeline import quantize
 from mxrot.planning import Run, estimate_host_memory, estimate_memory, gigabytes, memory
 from mxrot.recipe import Recipe
@@ -71,6 +73,29 @@ def test_the_peak_is_that_of_the_tensors_alive(
     windows = None if chosen.is_data_free else random_windows(*shape)
     run = run_of(read_config(folder), chosen, *shape)
     assert estimate_memory(run).peak.total == pytest.approx(bytes_alive(folder, chosen, windows), rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["phi3", "olmo2", "qwen3"])
+def test_other_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    config = config_of(FAMILIES[name], hidden_size=256, intermediate_size=768, vocab_size=256)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).half().save_pretrained(tmp_path)
+    chosen = CHOSEN["mxrot"]
+    run = run_of(read_config(tmp_path), chosen, 2, 64)
+    assert estimate_memory(run).peak.total == pytest.approx(
+        bytes_alive(tmp_path, chosen, random_windows(2, 64)), rel=0.02
+    )
+
+
+def test_tuning_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    folder = write_tiny_model(tmp_path / "tiny", **WIDE, num_hidden_layers=3)
+    tuning = {"tuning__steps": 2, "tuning__batch_windows": 4, "tuning__generated": 0.0}
+    chosen = recipe("mxrot-tuned", **ALONE, **tuning)
+    peak = estimate_memory(run_of(read_config(folder), chosen, 8, 64)).peak
+    assert peak.name == "tuning"
+    assert peak.total == pytest.approx(bytes_alive(folder, chosen, random_windows(8, 64)), rel=0.2)
 
 
 MEASURED = {
