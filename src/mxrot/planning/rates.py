@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mxrot.formats import get_format, quantize
 from mxrot.kernels import rotate_quantize
@@ -61,70 +62,73 @@ class Rates:
 @torch.no_grad()
 def measure_rates(device: torch.device, dtype: torch.dtype, recipe: Recipe) -> Rates:
     """Measured with random numbers; `dtype` is what the model computes in."""
-    is_gpu = device.type == "cuda"
     draws = torch.Generator(device).manual_seed(0)
     normal = partial(torch.randn, generator=draws, device=device)
-    size = 8192 if is_gpu else 1024
-    timed = partial(_seconds, device=device)
-
-    a, b = (normal(size, size).to(dtype) for _ in range(2))
-    product = 2 * size**3 / timed(lambda: a @ b)
-    n = size // 2
-    c, d = (normal(n, n, dtype=torch.float64) for _ in range(2))
-    float64 = 2 * n**3 / timed(lambda: c @ d)
-    hessian = c @ c.mT / n
-    factor = n**3 / timed(lambda: inverse_factor(hessian, 0.01, "a Hessian"))
-    source = torch.zeros(2**30 if is_gpu else 2**27, device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / timed(lambda: target.copy_(source))
-    small = torch.zeros(32, device=device)
-    operations = 100 / timed(lambda: [small.add_(1.0) for _ in range(100)])
-
-    weights, activations = recipe.weights.quantizer(), recipe.activations and recipe.activations.quantizer()
-    tall = 16384 if is_gpu else 2048
-    rows = normal(tall, 1024, dtype=torch.float64)
-    encoded = rows.numel() / timed(lambda: quantize(rows, weights.format, weights.rule))
-    seen = activations or weights
-    groups = 1024 // TRANSFORM_BLOCK
-    matrices = normal(groups, TRANSFORM_BLOCK, TRANSFORM_BLOCK).to(torch.bfloat16)
-    states = normal(tall, 1024).to(dtype)
-    quantized = states.numel() / timed(lambda: rotate_quantize(states, matrices, seen.format, seen.rule))
-
-    mxfp4 = get_format("mxfp4")
-
-    def walk(count: int) -> float:
-        part = rows[:count, :WALK_COLUMNS].unflatten(1, (-1, TRANSFORM_BLOCK))
-        factors = torch.eye(WALK_COLUMNS, dtype=torch.float64, device=device)
-        offsets = NEIGHBOURS[:1]
-        return timed(lambda: walk_reached(part, factors, mxfp4, mxfp4.rule(), offsets))
-
-    few, many = walk(1), walk(tall)
-    steps = WALK_COLUMNS // TRANSFORM_BLOCK
-    rounded = (tall - 1) * WALK_COLUMNS / max(many - few, 0.05 * many)
-
-    moments = normal(groups, TRANSFORM_BLOCK, TRANSFORM_BLOCK, dtype=torch.float64)
-    moments = moments @ moments.mT
-    balanced = groups / timed(lambda: balancing_transform(moments, moments, 0.01))
-    searched = 1.0
-    if isinstance(recipe.transform, OutlierRotation):
-        searched = _search_rate(recipe.transform, device, timed)
     return Rates(
-        product=product,
-        float64=float64,
-        copy=copy,
-        factor=factor,
-        rounded=rounded,
-        block_steps=steps / few,
-        encoded=encoded,
-        quantized=quantized,
-        searched=searched,
-        balanced=balanced,
-        operations=operations,
+        **_matrix_rates(device, dtype, normal),
+        **_rounding_rates(device, dtype, recipe, normal),
+        **_transform_rates(device, recipe, normal),
     )
 
 
+def _matrix_rates(device: torch.device, dtype: torch.dtype, normal: Callable[..., Tensor]) -> dict[str, float]:
+    timed = partial(_seconds, device=device)
+    is_gpu = device.type == "cuda"
+    size = 8192 if is_gpu else 1024
+    a, b = (normal(size, size).to(dtype) for _ in range(2))
+    n = size // 2
+    c, d = (normal(n, n, dtype=torch.float64) for _ in range(2))
+    hessian = c @ c.mT / n
+    source = torch.zeros(2**30 if is_gpu else 2**27, device=device, dtype=torch.uint8)
+    target, small = torch.empty_like(source), torch.zeros(32, device=device)
+    return {
+        "product": 2 * size**3 / timed(lambda: a @ b),
+        "float64": 2 * n**3 / timed(lambda: c @ d),
+        "factor": n**3 / timed(lambda: inverse_factor(hessian, 0.01, "a Hessian")),
+        "copy": 2 * source.nbytes / timed(lambda: target.copy_(source)),
+        "operations": 100 / timed(lambda: [small.add_(1.0) for _ in range(100)]),
+    }
+
+
+def _rounding_rates(
+    device: torch.device, dtype: torch.dtype, recipe: Recipe, normal: Callable[..., Tensor]
+) -> dict[str, float]:
+    timed = partial(_seconds, device=device)
+    weights = recipe.weights.quantizer()
+    seen = weights if recipe.activations is None else recipe.activations.quantizer()
+    height, width, size = 16384 if device.type == "cuda" else 2048, 1024, TRANSFORM_BLOCK
+    rows = normal(height, width, dtype=torch.float64)
+    states, matrices = rows.to(dtype), normal(width // size, size, size).to(torch.bfloat16)
+    mxfp4, factor = get_format("mxfp4"), torch.eye(WALK_COLUMNS, dtype=torch.float64, device=device)
+
+    def walk(count: int) -> float:
+        """The seconds of so many rows, a few blocks wide."""
+        part = rows[:count, :WALK_COLUMNS].unflatten(1, (-1, size))
+        return timed(lambda: walk_reached(part, factor, mxfp4, mxfp4.rule(), NEIGHBOURS[:1]))
+
+    few, many = walk(1), walk(height)
+    return {
+        "encoded": rows.numel() / timed(lambda: quantize(rows, weights.format, weights.rule)),
+        "quantized": rows.numel() / timed(lambda: rotate_quantize(states, matrices, seen.format, seen.rule)),
+        "rounded": height * WALK_COLUMNS / max(many - few, 0.05 * many),
+        "block_steps": WALK_COLUMNS // size / few,
+    }
+
+
+def _transform_rates(device: torch.device, recipe: Recipe, normal: Callable[..., Tensor]) -> dict[str, float]:
+    timed = partial(_seconds, device=device)
+    factors = normal(32, TRANSFORM_BLOCK, TRANSFORM_BLOCK, dtype=torch.float64)
+    moments = factors @ factors.mT
+    method = recipe.transform
+    return {
+        "balanced": len(moments) / timed(lambda: balancing_transform(moments, moments, 0.01)),
+        # Without a search its rate divides nothing.
+        "searched": _search_rate(method, device, timed) if isinstance(method, OutlierRotation) else 1.0,
+    }
+
+
 def _search_rate(method: OutlierRotation, device: torch.device, timed: Callable[..., float]) -> float:
-    """Numbers times steps in a second, of the search as the recipe has it, on one block's worth of peaks for each."""
+    """Numbers times steps in a second of a search for the smallest peak, for some blocks at once."""
     groups, size = 32 if device.type == "cuda" else 8, TRANSFORM_BLOCK
     blocks = torch.randn(groups, method.rows, size, device=device)
     plain = replace(method, sample="peaks", score="peak", start="identity", steps=min(method.steps, 16))
@@ -137,12 +141,19 @@ def _search_rate(method: OutlierRotation, device: torch.device, timed: Callable[
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """The median time of a call, of as many as fit into SECONDS; the first one is not counted if others follow."""
+    """The median time of a call, of as many as fit into SECONDS, after a first one (which compiles, on a GPU)."""
+    first = _time_of(call, device)
+    if device.type == "cpu" and first >= SECONDS:
+        return first
     found: list[float] = []
     while not found or (sum(found) < SECONDS and len(found) < MOST_CALLS):
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:] or found)
+        found.append(_time_of(call, device))
+    return statistics.median(found)
+
+
+def _time_of(call: Callable[[], Any], device: torch.device) -> float:
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
