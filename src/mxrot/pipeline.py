@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_finished_block, load_original, load_outer, outer_tensors
-from mxrot.blockwise import BlockRun, advance_original, quantize_block, smoothed_sites
+from mxrot.blockwise import BlockRun, advance_original, quantize_block
 from mxrot.calibration import BlockInputs, advance, first_block_inputs, generated_windows
-from mxrot.errors import ConfigError, FamilyError
+from mxrot.checks import find_problems, free_memory, memory_problem
+from mxrot.errors import ConfigError
 from mxrot.layers import prepare_linears
 from mxrot.models import (
-    Family,
     WeightFiles,
     build_skeleton,
-    check_linears,
     find_family,
     read_config,
     read_generation_config,
@@ -98,13 +97,13 @@ def quantize(
     """
     started = time.monotonic()
     device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     config = read_config(folder)
     family = find_family(config, str(folder))
-    if getattr(config, "quantization_config", None) is not None:
-        raise FamilyError(f"{folder}: is quantized already (quantization_config in config.json); give the original")
-    _check_smoothing(recipe, family, config.num_hidden_layers)
     model = build_skeleton(config)
-    check_linears(model, family, recipe.input_block, recipe.ignore)
+    for problem in find_problems(model, family, recipe, str(folder)):
+        raise problem
     if windows is None and not recipe.is_data_free:
         raise ConfigError(f"recipe {recipe.name} needs calibration text")
 
@@ -112,8 +111,9 @@ def quantize(
     stored_dtype = files.dtype_of(f"{family.embedding}.weight")
     run = BlockRun(recipe, family, config, device, stored_dtype, compute_dtype(stored_dtype, device), seed)
     given = 0 if windows is None else len(windows)
-    if recipe.calibration.generated or recipe.tunes_network:
-        _check_memory(model, run)
+    too_large = memory_problem(model, recipe, run.dtype, device, free_memory(device))
+    if too_large is not None:
+        raise too_large
     if windows is not None and recipe.calibration.generated:
         progress(0, 1, "generating calibration text")
         original = load_original(config, family, files, run.dtype, device)
@@ -121,8 +121,6 @@ def quantize(
         del original
     shape = None if windows is None else (windows.shape[0], windows.shape[1])
     record = RunRecord(recipe, seed, shape, device_name(device), versions())
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
     load_outer(model, family, files, run.dtype, device)
     inputs = originals = None
@@ -214,52 +212,14 @@ def with_generated(
     return torch.cat([windows, written])
 
 
-def _check_memory(model: PreTrainedModel, run: BlockRun) -> None:
-    """ConfigError if the device cannot hold the whole original model."""
-    free = free_memory(run.device)
-    needed = sum(parameter.numel() for parameter in model.parameters()) * run.dtype.itemsize
-    if free is None or needed < free:
-        return
-    tuning = run.recipe.tuning
-    remedies = {
-        "calibration.generated = 0": run.recipe.calibration.generated > 0,
-        "tuning.generated = 0": tuning is not None and tuning.generated > 0,
-        'tuning.scope = "block"': run.recipe.tunes_network,
-    }
-    raise ConfigError(
-        f"recipe {run.recipe.name} runs the whole original model on {run.device}: that takes {needed / 1e9:.1f} GB, "
-        f"and {free / 1e9:.1f} GB are free; set {' and '.join(key for key, helps in remedies.items() if helps)}"
-    )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a GPU; None where that cannot be told."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-
-
 def _windows_at_once(model: PreTrainedModel, device: torch.device, seq_len: int) -> int:
     """How many calibration windows pass through a block together."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     inner = [module for module in linears if module is not model.get_output_embeddings()]
     widest = max(max(linear.in_features, linear.out_features) for linear in inner)
-    tokens = min(BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]), BATCH_ELEMENTS // widest)
-    return max(1, tokens // seq_len)
+    return max(1, tokens_at_once(widest, device.type) // seq_len)
 
 
-def _check_smoothing(recipe: Recipe, family: Family, blocks: int) -> None:
-    """ConfigError unless every site that smoothing names is there, and its scales have a place to go."""
-    if recipe.smoothing is None:
-        return
-    known = [site.name for site in family.sites]
-    for name in recipe.smoothing.skip:
-        if name not in known:
-            raise ConfigError(
-                f"recipe {recipe.name}: smoothing.skip: family {family.name} has no site {name!r}; "
-                f"its sites are {', '.join(known)}"
-            )
-    for site in (site for index in range(blocks) for site in smoothed_sites(recipe, family, index)):
-        if recipe.sharing == "site" and site.norm is None and site.producer is None:
-            raise ConfigError(
-                f"recipe {recipe.name}: site {site.name!r} of family {family.name} has nothing before it that can "
-                'take smoothing scales; list it under smoothing.skip, or set transform.sharing = "block"'
-            )
+def tokens_at_once(widest: int, device_type: str) -> int:
+    """The same in tokens, where the widest linear of a block has so many inputs or outputs."""
+    return min(BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"]), BATCH_ELEMENTS // widest)

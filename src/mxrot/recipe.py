@@ -155,6 +155,11 @@ class Recipe:
         return self.tuning is not None and self.tuning.scope == "network"
 
     @property
+    def runs_whole_original(self) -> bool:
+        """Must the device hold the whole original model at once?"""
+        return bool(self.calibration.generated and not self.is_data_free) or self.tunes_network
+
+    @property
     def has_transform(self) -> bool:
         """Does the model apply a matrix to its inputs at run time?"""
         return self.transform.name != "identity" or (self.smoothing is not None and self.sharing == "block")

@@ -34,6 +34,9 @@ OPTIONS = {
         *("--device", "--json"),
     ],
     "inspect": ["model", "--text", "--windows", "--seq-len", "--kernels", "--device", "--json"],
+    "plan": [
+        *("model", "-r", "--recipe", "--set", "--samples", "--seq-len", "--gpu-memory", "--device", "--json"),
+    ],
     "generate": ["model", "prompt", "--max-tokens", "--device"],
     "recipes": ["name"],
     "report": [
@@ -267,6 +270,30 @@ def test_report_writes_a_page_pictures_and_the_card(folders: dict[str, str], tmp
     assert f"{ppl[0] - ppl[1]:+.3f}" in (tmp_path / "page.html").read_text()
 
 
+def test_plan_of_a_folder_and_of_a_config_alone(folders: dict[str, str], tmp_path: Path) -> None:
+    config, table = tmp_path / "some.json", tmp_path / "plan.json"
+    config.write_text((Path(folders["model"]) / "config.json").read_text())
+    for model in (folders["model"], str(config)):
+        result = run("plan", model, "-r", "duquant++", *QUICK, "--json", str(table))
+        found = read_json(table)
+        assert list(found) == [
+            *("model", "recipe", "recipe_toml", "windows", "refused", "warnings", "sites", "size", "memory"),
+            *("seconds", "vllm", "versions"),
+        ]
+        assert (found["model"], found["windows"], found["refused"]) == (model, [2, 32], [])
+        assert "nothing would be refused" in result.stdout and "4.250 bits" in result.stdout
+        assert "an estimate" in result.stdout
+
+
+def test_plan_exits_with_1_if_it_would_be_refused(folders: dict[str, str], tmp_path: Path) -> None:
+    table = tmp_path / "plan.json"
+    changes = ("-r", "duquant++-released", "--set", 'smoothing.skip=["nosuch"]')
+    result = call("plan", folders["model"], *changes, "--json", str(table))
+    assert result.exit_code == 1 and not result.stderr
+    refused = read_json(table)["refused"]
+    assert len(refused) == 2 and all(f"refused: {line}" in result.stdout for line in refused)
+
+
 def test_recipes_lists_all_and_prints_one_that_can_be_read_again(folders: dict[str, str], tmp_path: Path) -> None:
     from mxrot.recipe import builtin_recipes, load_recipe
 
@@ -283,6 +310,9 @@ def test_recipes_lists_all_and_prints_one_that_can_be_read_again(folders: dict[s
 BAD_INPUT = {
     "no such folder": (("eval", "./nowhere"), "./nowhere: no such model folder"),
     "not a model": (("eval", "{parent}"), "config.json"),
+    "plan of no model": (("plan", "./nowhere"), "./nowhere: no such model folder"),
+    "plan of no config": (("plan", "{text}"), "not a config that transformers reads"),
+    "plan of an empty folder": (("plan", "{parent}"), "config.json"),
     "bad recipe": (("quantize", "{model}", "-r", "nosuch"), "no recipe 'nosuch'"),
     "bad recipe of compare": (("compare", "{model}", "--recipes", "rtn,nosuch"), "no recipe 'nosuch'"),
     "no recipe": (("compare", "{model}", "--recipes", ","), "--recipes"),

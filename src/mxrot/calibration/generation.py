@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from mxrot.models import shared_heads
+from mxrot.models import shared_heads, value_heads
 from mxrot.replay import Replays
 
 SEQUENCE_TOKENS = 256
@@ -153,9 +153,17 @@ def _next_tokens(model: PreTrainedModel, cache: FixedCache, current: Tensor, pos
 
 def sequences_at_once(model: PreTrainedModel, tokens: int) -> int:
     """How many sequences of so many tokens are written together."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
-    bound = CACHE_BYTES.get(model.device.type, CACHE_BYTES["cpu"])
-    return max(1, min(SEQUENCES_AT_ONCE, int(bound // cache)))
+    return sequences_within(model.device.type, cache_bytes(model.config, tokens, model.dtype.itemsize))
+
+
+def sequences_within(device_type: str, sequence_bytes: int) -> int:
+    """The same, for a kind of device and the bytes of keys and values that a sequence takes."""
+    bound = CACHE_BYTES.get(device_type, CACHE_BYTES["cpu"])
+    return max(1, min(SEQUENCES_AT_ONCE, int(bound // sequence_bytes)))
+
+
+def cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
+    """Bytes of keys and values of one sequence of so many tokens."""
+    text = config.get_text_config()
+    heads, width = value_heads(text)
+    return int(2 * text.num_hidden_layers * heads * width * tokens * itemsize)

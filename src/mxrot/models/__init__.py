@@ -1,8 +1,8 @@
 """Model families, and how to find and read a model. Names and shapes, no numerics."""
 
 from mxrot.models.attention import shared_heads
-from mxrot.models.family import Family, Site, check_linears, value_heads
-from mxrot.models.lookup import find_model
+from mxrot.models.family import Family, Site, check_linears, linear_problems, value_heads
+from mxrot.models.lookup import find_config, find_model
 from mxrot.models.norms import fused_norms
 from mxrot.models.skeleton import (
     FAMILIES,
@@ -23,9 +23,11 @@ __all__ = [
     "build_skeleton",
     "check_linears",
     "fill",
+    "find_config",
     "find_family",
     "find_model",
     "fused_norms",
+    "linear_problems",
     "read_config",
     "read_generation_config",
     "rebuild_rotary",

@@ -5,6 +5,7 @@ A site is the set of linears that read the same input. Families hold no numerics
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -80,6 +81,14 @@ def check_linears(model: nn.Module, family: Family, block_size: int, ignore: tup
 
     FamilyError names a linear that the family does not know, ConfigError one of an odd size.
     """
+    for problem in linear_problems(model, family, block_size, ignore):
+        raise problem
+
+
+def linear_problems(
+    model: nn.Module, family: Family, block_size: int, ignore: tuple[str, ...]
+) -> Iterator[FamilyError | ConfigError]:
+    """Each linear of a decoder block that cannot be quantized and is not ignored, as `check_linears` raises it."""
     known = {linear for site in family.sites for linear in site.linears}
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         for name, module in block.named_modules():
@@ -87,12 +96,12 @@ def check_linears(model: nn.Module, family: Family, block_size: int, ignore: tup
             if not isinstance(module, nn.Linear) or is_ignored(full, ignore):
                 continue
             if name not in known:
-                raise FamilyError(
+                yield FamilyError(
                     f"{full}: family {family.name} knows no such linear (it knows {', '.join(sorted(known))}); "
                     "list it under `ignore` to leave it as it is"
                 )
-            if module.in_features % block_size:
-                raise ConfigError(
+            elif module.in_features % block_size:
+                yield ConfigError(
                     f"{full}: in_features {module.in_features} is not a multiple of the block size {block_size}; "
                     "list it under `ignore`"
                 )

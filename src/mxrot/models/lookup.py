@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mxrot.errors import FamilyError
@@ -30,10 +31,28 @@ def find_model(name: str) -> Path:
         return path
     if path.exists():
         raise FamilyError(f"{name}: is a file; expected a model folder, a hub id, or `demo`")
+    return _from_hub(name, lambda: snapshot_download(name, allow_patterns=_WANTED))
+
+
+def find_config(name: str) -> Path:
+    """Where the config.json of a model is: the file, or a folder that holds it.
+
+    As for `find_model`, but of a hub id nothing else is downloaded, and the path may name the file itself.
+    """
+    path = Path(name).expanduser()
+    if name == DEMO or path.is_dir():
+        return find_model(name)
+    if path.is_file():
+        return path
+    return _from_hub(name, lambda: hf_hub_download(name, "config.json"))
+
+
+def _from_hub(name: str, download: Callable[[], str]) -> Path:
+    """What `download` gives, for a name that may be a hub id; FamilyError if it is none, or the hub refuses."""
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise FamilyError(f"{name}: no such model folder (a hub id looks like owner/name; the demo model is `demo`)")
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(download())
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise FamilyError(f"{name}: no such folder, and the hub did not give it: {first_line}") from error

@@ -18,14 +18,15 @@ from mxrot.models.relatives import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3)}
 
 
-def read_config(folder: Path) -> Any:
-    """The transformers config of a folder; FamilyError if there is none or it cannot be read."""
-    if not (folder / "config.json").is_file():
-        raise FamilyError(f"{folder}: no config.json; expected a model folder in the Hugging Face layout")
+def read_config(place: Path) -> Any:
+    """The transformers config of a folder, or of a file; FamilyError if there is none or it cannot be read."""
+    path = place if place.is_file() else place / "config.json"
+    if not path.is_file():
+        raise FamilyError(f"{place}: no config.json; expected a model folder in the Hugging Face layout")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # its checks raise many kinds
-        raise FamilyError(f"{folder / 'config.json'}: not a config that transformers reads: {_brief(error)}") from error
+        raise FamilyError(f"{path}: not a config that transformers reads: {_brief(error)}") from error
 
 
 def find_family(config: Any, where: str) -> Family:

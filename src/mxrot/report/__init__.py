@@ -4,6 +4,7 @@ from mxrot.report.contents import Contents
 from mxrot.report.drawing import check_matplotlib, write_files
 from mxrot.report.html import page
 from mxrot.report.metrics import metrics_of, read_results
+from mxrot.report.plans import plan_report
 from mxrot.report.plots import pictures
 from mxrot.report.progress import progress_on_stderr
 from mxrot.report.tables import (
@@ -31,6 +32,7 @@ __all__ = [
     "page",
     "perplexity_table",
     "pictures",
+    "plan_report",
     "progress_on_stderr",
     "read_results",
     "size_line",

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mxrot.errors import FamilyError
-from mxrot.models import find_model, lookup
+from mxrot.models import find_config, find_model, lookup
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +50,18 @@ def test_an_id_that_the_hub_does_not_give(no_network: list[str]) -> None:
 def test_demo_is_the_demo_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "demo_folder", lambda: tmp_path)
     assert find_model("demo") == tmp_path
+
+
+def test_where_a_config_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: list[str]) -> None:
+    """A folder, a file of any name, the demo model, or one file of the hub; nothing else of it is asked for."""
+    file = tmp_path / "some.json"
+    file.write_text("{}")
+    monkeypatch.setattr(lookup, "demo_folder", lambda: tmp_path / "demo")
+    monkeypatch.setattr(lookup, "hf_hub_download", lambda name, wanted: f"/cache/{name}/{wanted}")
+    assert find_config(str(tmp_path)) == tmp_path
+    assert find_config(str(file)) == file
+    assert find_config("demo") == tmp_path / "demo"
+    assert find_config("owner/name") == Path("/cache/owner/name/config.json")
+    with pytest.raises(FamilyError, match="no such model folder"):
+        find_config("./nothing")
+    assert no_network == []

@@ -36,6 +36,7 @@ def changed_config(folder: Path, target: Path, **changes: Any) -> Path:
 def test_read_config(folder: Path) -> None:
     config = read_config(folder)
     assert config.num_hidden_layers == 2 and find_family(config, "x") is LLAMA
+    assert read_config(folder / "config.json").to_dict() == config.to_dict()
 
 
 def test_no_config(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""What makes quantizing a model impossible, as far as its config and the recipe tell: before any weight is read.
+
+`quantize` stops at the first problem; `plan` names them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from mxrot.blockwise import smoothed_sites
+from mxrot.errors import ConfigError, FamilyError, MxrotError
+from mxrot.models import Family, linear_problems
+from mxrot.recipe import Recipe
+
+
+def find_problems(model: PreTrainedModel, family: Family, recipe: Recipe, where: str) -> Iterator[MxrotError]:
+    """Why `recipe` cannot quantize `model`, a skeleton of `family`, on any machine; none if it can."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        yield FamilyError(f"{where}: is quantized already (quantization_config in config.json); give the original")
+    yield from smoothing_problems(recipe, family, model.config.num_hidden_layers)
+    yield from linear_problems(model, family, recipe.input_block, recipe.ignore)
+
+
+def smoothing_problems(recipe: Recipe, family: Family, blocks: int) -> Iterator[MxrotError]:
+    """Sites that smoothing names and that are not there, and those whose scales have no place to go."""
+    if recipe.smoothing is None:
+        return
+    known = [site.name for site in family.sites]
+    for name in recipe.smoothing.skip:
+        if name not in known:
+            yield ConfigError(
+                f"recipe {recipe.name}: smoothing.skip: family {family.name} has no site {name!r}; "
+                f"its sites are {', '.join(known)}"
+            )
+    smoothed = {site.name: site for index in range(blocks) for site in smoothed_sites(recipe, family, index)}
+    for site in smoothed.values():
+        if recipe.sharing == "site" and site.norm is None and site.producer is None:
+            yield ConfigError(
+                f"recipe {recipe.name}: site {site.name!r} of family {family.name} has nothing before it that can "
+                'take smoothing scales; list it under smoothing.skip, or set transform.sharing = "block"'
+            )
+
+
+def memory_problem(
+    model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, device: torch.device, free: int | None
+) -> MxrotError | None:
+    """What is wrong if `recipe` runs the whole original on `device`, where `free` bytes are free (None: unknown)."""
+    if free is None or not recipe.runs_whole_original:
+        return None
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if needed < free:
+        return None
+    tuning = recipe.tuning
+    remedies = {
+        "calibration.generated = 0": recipe.calibration.generated > 0,
+        "tuning.generated = 0": tuning is not None and tuning.generated > 0,
+        'tuning.scope = "block"': recipe.tunes_network,
+    }
+    return ConfigError(
+        f"recipe {recipe.name} runs the whole original model on {device}: that takes {needed / 1e9:.1f} GB, "
+        f"and {free / 1e9:.1f} GB are free; set {' and '.join(key for key, helps in remedies.items() if helps)}"
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None where that cannot be told."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -1,0 +1,28 @@
+"""What quantizing a model would take, from its config alone."""
+
+from mxrot.planning.memory import MemoryEstimate, Run, Stage, estimate_host_memory, estimate_memory, gigabytes
+from mxrot.planning.plan import HOW, Machine, Plan, make_plan
+from mxrot.planning.rates import Rates, measure_rates
+from mxrot.planning.seconds import TimeEstimate, estimate_seconds
+from mxrot.planning.serving import Serving
+from mxrot.planning.shape import ModelShape, SiteShape
+
+__all__ = [
+    "HOW",
+    "Machine",
+    "MemoryEstimate",
+    "ModelShape",
+    "Plan",
+    "Rates",
+    "Run",
+    "Serving",
+    "SiteShape",
+    "Stage",
+    "TimeEstimate",
+    "estimate_host_memory",
+    "estimate_memory",
+    "estimate_seconds",
+    "gigabytes",
+    "make_plan",
+    "measure_rates",
+]

@@ -1,0 +1,276 @@
+"""Put a plan together: sizes, memory, time, and what stands in the way."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mxrot.assembly import compute_dtype
+from mxrot.checkpoint import check_exportable
+from mxrot.checks import find_problems, free_memory, memory_problem
+from mxrot.errors import ConfigError, FamilyError, MxrotError
+from mxrot.layers import ModelSize
+from mxrot.models import Family, build_skeleton, find_family, read_config
+from mxrot.planning.memory import MemoryEstimate, Run, estimate_host_memory, estimate_memory, gigabytes
+from mxrot.planning.rates import measure_rates
+from mxrot.planning.seconds import TimeEstimate, estimate_seconds
+from mxrot.planning.serving import Serving, serving_by_vllm
+from mxrot.planning.shape import ModelShape
+from mxrot.recipe import Recipe
+from mxrot.records import device_name, versions
+
+ASSUMED_DTYPE = torch.bfloat16
+HOW = "what is to be computed, counted, over how fast this machine was in a run of a few seconds"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for."""
+
+    device: torch.device
+    """Where the time is measured."""
+    gpu_bytes: float | None = None
+    """Memory of the GPU to plan for; None for that of `device`."""
+
+    def free_on_gpu(self) -> float | None:
+        """Bytes; None where no GPU is known."""
+        return free_memory(self.device) if self.gpu_bytes is None else self.gpu_bytes
+
+    @property
+    def computes_on_gpu(self) -> bool:
+        """Is a GPU planned for?"""
+        return self.device.type == "cuda" or self.gpu_bytes is not None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is there, before and after."""
+
+    shape: ModelShape
+    before: int
+    """Bytes of all weights as they are."""
+    after: ModelSize
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What quantizing into a folder takes."""
+
+    cpu: MemoryEstimate
+    """Main memory, computing on the CPU."""
+    gpu: MemoryEstimate
+    """The GPU's memory, computing there."""
+    gpu_host: MemoryEstimate
+    """Main memory beside it."""
+    gpu_kept: MemoryEstimate
+    """The GPU's memory where the result stays there, as with `compare`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What quantizing a model by a recipe would take."""
+
+    model: str
+    recipe: Recipe
+    windows: tuple[int, int] | None
+    """Calibration windows of the text and their length; None for a recipe without data."""
+    problems: list[str] = field(default_factory=list)
+    """Why it would be refused."""
+    warnings: list[str] = field(default_factory=list)
+    sizes: Sizes | None = None
+    """None, like what follows, where the model is of no known family."""
+    needs: Needs | None = None
+    time: TimeEstimate | None = None
+    device: str = "cpu"
+    """What the time is for."""
+    vllm: Serving | None = None
+
+    def as_table(self) -> dict[str, Any]:
+        """The plan as `plan --json` writes it."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe.name,
+            "recipe_toml": self.recipe.to_toml(),
+            "windows": self.windows,
+            "refused": self.problems,
+            "warnings": self.warnings,
+            "sites": [] if self.sizes is None else _sites_table(self.sizes.shape),
+            "size": None if self.sizes is None else _size_table(self.sizes),
+            "memory": None if self.needs is None else _memory_table(self.needs),
+            "seconds": None if self.time is None else _time_table(self.time, self.device),
+            "vllm": None if self.vllm is None else asdict(self.vllm),
+            "versions": versions(),
+        }
+
+
+def make_plan(
+    model: str,
+    config_path: Path,
+    recipe: Recipe,
+    machine: Machine,
+    samples: int | None = None,
+    seq_len: int | None = None,
+) -> Plan:
+    """Plan from a config.json, or a folder with one; no weight is read. The time is measured unless it is refused.
+
+    FamilyError where there is no config that can be read. `samples` and `seq_len` replace the recipe's windows.
+    """
+    config = read_config(config_path)
+    given = recipe.calibration.samples if samples is None else samples
+    length = recipe.calibration.seq_len if seq_len is None else seq_len
+    plan = Plan(model, recipe, None if recipe.is_data_free else (given, length))
+    problems = []
+    try:
+        check_exportable(recipe)
+    except ConfigError as error:
+        problems.append(str(error))
+    is_written = not problems
+    try:
+        family = find_family(config, model)
+        started = time.perf_counter()
+        skeleton = build_skeleton(config)
+        building = time.perf_counter() - started
+    except FamilyError as error:
+        return replace(plan, problems=[*problems, str(error)])
+    stored, warnings = _stored_dtype(config)
+    problems += _summarized(list(find_problems(skeleton, family, recipe, model)), family)
+    problems += _memory_problems(skeleton, recipe, stored, machine)
+    try:
+        shape = ModelShape.of(skeleton, family, recipe.ignore)
+        run = Run(shape, recipe, "cpu", stored, given, length)
+    except AttributeError:  # a linear that the family names is not there
+        return replace(plan, problems=problems)
+    needs = _needs(run)
+    sizes = Sizes(shape, shape.parameters * stored.itemsize, shape.size_after(recipe, stored))
+    warnings += _short_memory(needs, machine)
+    estimate = None
+    if not problems:
+        rates = measure_rates(machine.device, compute_dtype(stored, machine.device), recipe)
+        estimate = estimate_seconds(replace(run, device=machine.device.type), rates, building)
+    return replace(
+        plan,
+        problems=problems,
+        warnings=warnings,
+        sizes=sizes,
+        needs=needs,
+        time=estimate,
+        device=device_name(machine.device),
+        vllm=serving_by_vllm(skeleton, shape, recipe, is_written),
+    )
+
+
+def _needs(run: Run) -> Needs:
+    on_gpu = replace(run, device="cuda")
+    kept = estimate_memory(replace(on_gpu, keeps_model=True))
+    return Needs(estimate_memory(run), estimate_memory(on_gpu), estimate_host_memory(on_gpu), kept)
+
+
+def _stored_dtype(config: Any) -> tuple[torch.dtype, list[str]]:
+    """The type of the weights, as the config says, and a remark where it does not."""
+    named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    found = getattr(torch, named, None) if isinstance(named, str) else named
+    if isinstance(found, torch.dtype):
+        return found, []
+    return ASSUMED_DTYPE, ["config.json does not name the type of the weights; 16 bits are assumed"]
+
+
+def _summarized(problems: list[MxrotError], family: Family) -> list[str]:
+    """One line for what is wrong in the same way in many blocks."""
+    pattern = re.compile(rf"^{re.escape(family.blocks)}\.\d+\.")
+    lines: dict[str, list[str]] = {}
+    for problem in problems:
+        lines.setdefault(pattern.sub(f"{family.blocks}.*.", str(problem)), []).append(str(problem))
+    return [alike[0] if len(alike) == 1 else f"{line} ({len(alike)} decoder blocks)" for line, alike in lines.items()]
+
+
+def _memory_problems(model: PreTrainedModel, recipe: Recipe, stored: torch.dtype, machine: Machine) -> list[str]:
+    if not machine.computes_on_gpu:
+        return []
+    free = machine.free_on_gpu()
+    problem = memory_problem(model, recipe, stored, torch.device("cuda"), None if free is None else int(free))
+    return [] if problem is None else [str(problem)]
+
+
+def _short_memory(needs: Needs, machine: Machine) -> list[str]:
+    """What will not fit, though nothing checks it beforehand."""
+    found = []
+    free = machine.free_on_gpu()
+    peak = needs.gpu.peak
+    if free is not None and peak.total > free:
+        found.append(
+            f"the GPU will run out of memory: {gigabytes(peak.total)} at {peak.name!r}, and {gigabytes(free)} are free"
+        )
+    host = needs.gpu_host.peak if machine.computes_on_gpu else needs.cpu.peak
+    available = available_memory()
+    if available is not None and machine.gpu_bytes is None and host.total > available:
+        found.append(
+            f"this machine will run out of memory: {gigabytes(host.total)} at {host.name!r}, "
+            f"and {gigabytes(available)} are available"
+        )
+    return found
+
+
+def available_memory() -> float | None:
+    """Bytes of main memory that can be had; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _sites_table(shape: ModelShape) -> list[dict[str, Any]]:
+    return [
+        {
+            "site": found.site.name,
+            "linears": {name: [rows, found.inputs] for name, rows in zip(found.site.linears, found.rows, strict=True)},
+            "blocks": count,
+            "weights": count * found.weights,
+        }
+        for found, count in shape.site_counts()
+    ]
+
+
+def _size_table(sizes: Sizes) -> dict[str, Any]:
+    after = sizes.after
+    bits = {
+        "bits_per_weight": after.bits_per_weight,
+        "transform_bits_per_weight": after.transform_bits_per_weight,
+        "total_bytes": after.total_bytes,
+    }
+    return {"parameters": sizes.shape.parameters, "before_bytes": sizes.before, "after": {**vars(after), **bits}}
+
+
+def _memory_table(needs: Needs) -> dict[str, Any]:
+    return {name: _estimate_table(estimate) for name, estimate in vars(needs).items()}
+
+
+def _estimate_table(estimate: MemoryEstimate) -> dict[str, Any]:
+    stages = [
+        {
+            "stage": stage.name,
+            "bytes": round(stage.total),
+            "terms": {name: round(value) for name, value in stage.terms.items()},
+        }
+        for stage in estimate.stages
+    ]
+    return {"peak_bytes": round(estimate.peak.total), "peak_at": estimate.peak.name, "stages": stages}
+
+
+def _time_table(estimate: TimeEstimate, device: str) -> dict[str, Any]:
+    terms = {name: round(value, 2) for name, value in estimate.terms.items()}
+    return {
+        "device": device,
+        "total": round(estimate.total, 2),
+        "terms": terms,
+        "estimated_by": HOW,
+        "rates": estimate.rates.as_table(),
+    }

@@ -1,0 +1,195 @@
+"""How long quantizing takes: what has to be computed, counted, over how fast this machine computes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
+from mxrot.planning.memory import Run, activation_bytes, keeps_share, reads_residual
+from mxrot.planning.rates import Rates
+from mxrot.planning.shape import SiteShape
+from mxrot.recipe import TRANSFORM_BLOCK
+from mxrot.rounding.gptq import NEIGHBOURS
+from mxrot.transforms.outlier import OutlierRotation
+
+DISK_BYTES = 1e9
+"""Bytes a second that files are read, hashed and written at; assumed, not measured."""
+ERROR_TOKENS = 512
+MOMENT_CHANNELS = 512
+
+
+class Work:
+    """Amounts of work by the name of the rate in `Rates` that they are done at."""
+
+    def __init__(self, **amounts: float) -> None:
+        self.amounts = amounts
+
+    def add(self, **amounts: float) -> None:
+        """So much more."""
+        for name, amount in amounts.items():
+            self.amounts[name] = self.amounts.get(name, 0.0) + amount
+
+    def seconds(self, rates: Rates) -> float:
+        return sum(amount / float(getattr(rates, name)) for name, amount in self.amounts.items())
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Seconds by what they are for."""
+
+    terms: dict[str, float]
+    rates: Rates
+
+    @property
+    def total(self) -> float:
+        return sum(self.terms.values())
+
+
+def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
+    """The time to quantize; `building` seconds are what making the skeleton of the model has taken."""
+    names = ("passes over the calibration text", "statistics of the inputs", "transforms", "factors of the Hessians")
+    works = {name: Work() for name in (*names, "rounding")}
+    for sites in run.shape.blocks:
+        for position in range(len(sites)):
+            for name, work in _site_work(run, sites, position).items():
+                works[name].add(**work.amounts)
+    works["writing calibration text"] = _writing(run, run.all_windows - run.windows)
+    works["tuning"] = _tuning(run)
+    terms = {name: work.seconds(rates) for name, work in works.items()}
+    terms["files"] = (run.shape.parameters * run.stored.itemsize * 1.3) / DISK_BYTES
+    terms["starting"] = building * (1 + run.recipe.runs_whole_original)
+    return TimeEstimate({name: value for name, value in terms.items() if value}, rates)
+
+
+def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[str, Work]:
+    """What one site of one block takes."""
+    here, recipe = sites[position], run.recipe
+    n, k, tokens = here.outputs, here.inputs, run.tokens
+    wishes = recipe.rounding.wishes
+    found = {
+        "transforms": _transform(run, here),
+        "rounding": Work(encoded=1.6 * n * k, copy=50.0 * n * k, operations=300 + 60 * len(here.rows)),
+    }
+    if tokens:
+        found["passes over the calibration text"] = _passes(run, sites, position)
+        found["statistics of the inputs"] = _statistics(run, here)
+        found["rounding"].add(float64=2.0 * ERROR_TOKENS * n * k, product=2.0 * ERROR_TOKENS * n * k)
+    if wishes.hessian:
+        factors = 2 if run.sees_original else 1
+        found["factors of the Hessians"] = Work(factor=float(factors * k**3), operations=30.0 * factors)
+        candidates = len(NEIGHBOURS) if getattr(recipe.rounding, "scales", "") == "walked" else 1
+        steps = k // TRANSFORM_BLOCK
+        found["rounding"].add(
+            rounded=float(n * k * candidates),
+            block_steps=float(steps),
+            operations=6.0 * steps,
+            # Spreading what was lost; the regression that leads to the target.
+            float64=n * float(k * k) * (5.0 if run.sees_original else 1.0),
+        )
+    return found
+
+
+def _transform(run: Run, here: SiteShape) -> Work:
+    """Fitting a transform and folding it into the weights."""
+    if not run.recipe.has_transform:
+        return Work()
+    n, k = here.outputs, here.inputs
+    method, groups = run.recipe.transform, here.inputs // TRANSFORM_BLOCK
+    work = Work(copy=48.0 * n * k, float64=2.0 * n * k * TRANSFORM_BLOCK, operations=100)
+    if isinstance(method, OutlierRotation):
+        rows = method.rows * (8 if run.recipe.sharing == "site" else groups)
+        work.add(searched=min(rows, max(1, run.tokens) * groups) * TRANSFORM_BLOCK * method.steps)
+    elif method.needs:
+        work.add(balanced=1 if run.recipe.sharing == "site" else groups)
+        work.add(float64=2.0 * n * k * TRANSFORM_BLOCK)
+    return work
+
+
+def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
+    """Products of this site's linears, and what lies around them, in all passes over the calibration windows."""
+    here, recipe, tokens, s = sites[position], run.recipe, run.tokens, run.itemsize
+    n, k = here.outputs, here.inputs
+    batches = tokens / run.batch_tokens
+    later = [site for site in sites[position + 1 :] if site.child == here.child]
+    again = sum(1 - keeps_share(run, site) for site in later) if recipe.rounding.wishes.hessian else 0.0
+    quantized = 1 + again  # passes with this site quantized
+    plain = (1.0 if recipe.looks_at_original else 0.0) + (1.0 if recipe.smoothing is not None else 0.0)
+    work = Work(product=2.0 * tokens * n * k * (quantized + plain))
+    work.add(quantized=quantized * tokens * k * len(here.rows))
+    work.add(copy=(quantized * 10 + plain * 6) * tokens * n * s)
+    work.add(copy=quantized * batches * n * k * (8 if run.is_gpu else 24))  # weights, written out
+    if position == 0:  # what attention computes between its linears, causally: half of all pairs
+        work.add(product=2 * 2.0 * tokens * run.seq_len * run.shape.query_width * (quantized + plain))
+        work.add(copy=24.0 * tokens * n * s * (quantized + plain))
+    work.add(copy=20.0 * tokens * run.shape.hidden * s * (1 + bool(recipe.looks_at_original)))
+    work.add(operations=40 * batches * (quantized + plain))
+    return work
+
+
+def _statistics(run: Run, here: SiteShape) -> Work:
+    """Statistics that transforms are fitted to, Hessians, and shifts towards the target."""
+    recipe, tokens = run.recipe, run.tokens
+    wishes, n, k = recipe.rounding.wishes, here.outputs, here.inputs
+    batches = tokens / run.batch_tokens
+    work = Work(operations=30 * batches)
+    if "moments" in recipe.transform.needs:
+        work.add(product=2.0 * tokens * k * (MOMENT_CHANNELS if run.is_gpu else 4 * TRANSFORM_BLOCK))
+    if recipe.transform.needs:
+        work.add(copy=3.0 * tokens * k * run.itemsize)
+    if not wishes.hessian:
+        return work
+    scaled = wishes.relative and here.site.residual is not None
+    parts = 2 if scaled and run.is_gpu else 1
+    work.add(quantized=tokens * k)
+    work.add(product=2.0 * parts * tokens * k * k)
+    work.add(copy=40.0 * batches * k * k + 8.0 * tokens * k)
+    if run.sees_original and reads_residual(run, here):
+        work.add(product=2.0 * tokens * n * k * (1 + (2 if run.is_gpu else 1)))
+        work.add(copy=40.0 * tokens * n + 40.0 * batches * n * k)
+        work.add(operations=30 * batches)
+    elif run.sees_original:
+        work.add(product=2.0 * tokens * k * k)
+        work.add(copy=40.0 * batches * k * k)
+    return work
+
+
+def _writing(run: Run, windows: float) -> Work:
+    """Windows that the original model writes."""
+    if windows <= 0 or run.recipe.is_data_free:
+        return Work()
+    shape, s = run.shape, run.itemsize
+    length = min(SEQUENCE_TOKENS, run.seq_len)
+    keys = cache_bytes(shape.config, length, s)
+    sequences = windows * run.seq_len / length
+    rounds = -(-sequences // sequences_within("cuda" if run.is_gpu else "cpu", keys))
+    work = Work(product=2.0 * shape.parameters * windows * run.seq_len)
+    work.add(copy=rounds * length * shape.parameters * s)  # the weights, read for each token
+    work.add(copy=sequences * length * (keys / 2 + 30.0 * shape.vocabulary))
+    # On a GPU a token is one recorded graph, recorded and warmed up a few times.
+    operations = 30.0 * len(shape.blocks)
+    work.add(operations=rounds * operations * (0.25 * length if run.is_gpu else length))
+    return work
+
+
+def _tuning(run: Run) -> Work:
+    """Steps of distillation or of block-wise reconstruction, and the text written for them."""
+    options, shape = run.recipe.tuning, run.shape
+    if options is None:
+        return Work()
+    weights = shape.quantized_weights
+    tokens = options.batch_windows * run.seq_len
+    blocks = len(shape.blocks)
+    looks = 1 + min(options.checks, options.steps)
+    held_out = max(1.0, options.held_out * run.all_windows) / options.batch_windows
+    steps = options.steps + looks * held_out / 4
+    # A forward and a backward pass of the quantized model, with what is computed again, and a forward one of the
+    # original. What is kept for the way back is read and written about ten times in all.
+    work = Work(product=10.0 * tokens * weights * steps)
+    work.add(copy=steps * (80.0 * weights + 10.0 * tokens * sum(activation_bytes(sites) for sites in shape.blocks)))
+    work.add(quantized=2.0 * steps * tokens * sum(site.inputs for sites in shape.blocks for site in sites))
+    work.add(operations=steps * (50.0 if run.is_gpu else 200.0 * blocks))
+    if run.recipe.tunes_network:
+        work.add(product=8.0 * tokens * shape.vocabulary * shape.hidden * steps)
+        work.add(copy=30.0 * tokens * shape.vocabulary * steps)
+        work.add(**_writing(run, options.generated * run.windows).amounts)
+    return work

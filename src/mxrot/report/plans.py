@@ -1,0 +1,113 @@
+"""A plan for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from mxrot.planning import HOW, MemoryEstimate, Plan, Stage, gigabytes
+
+SHARE_SHOWN = 0.02
+"""Terms below this share of their sum are shown together."""
+
+
+def plan_report(plan: Plan) -> Iterator[RenderableType]:
+    """What is printed, piece by piece."""
+    if plan.sizes is not None:
+        yield _sites_table(plan)
+        yield _size_lines(plan)
+    if plan.needs is not None:
+        yield _memory_table(plan)
+    if plan.time is not None:
+        yield _time_table(plan)
+        yield f"estimated by {HOW}"
+    if plan.vllm is not None:
+        yield f"vLLM: {'follows its layout' if plan.vllm.follows_layout else 'not by itself'}; {plan.vllm.because}"
+    for warning in plan.warnings:
+        yield f"warning: {warning}"
+    for problem in plan.problems:
+        yield f"refused: {problem}"
+    if not plan.problems:
+        yield "nothing would be refused"
+
+
+def _sites_table(plan: Plan) -> Table:
+    assert plan.sizes is not None
+    table = Table(title=f"{plan.model} with {plan.recipe.name}", title_justify="left")
+    for heading in ("site", "linears", "N x K", "blocks", "weights"):
+        table.add_column(heading, justify="left" if heading in ("site", "linears") else "right")
+    for found, count in plan.sizes.shape.site_counts():
+        names = [name.rsplit(".", 1)[-1] for name in found.site.linears]
+        shapes = [f"{rows} x {found.inputs}" for rows in found.rows]
+        table.add_row(
+            found.site.name, "\n".join(names), "\n".join(shapes), str(count), f"{count * found.weights / 1e6:,.1f} M"
+        )
+    return table
+
+
+def _size_lines(plan: Plan) -> str:
+    assert plan.sizes is not None
+    after = plan.sizes.after
+    if after.bits_per_weight is None:
+        return f"size: {gigabytes(plan.sizes.before)}; nothing would be quantized"
+    transforms = (
+        f"transforms {after.transform_bits_per_weight:.2g} bits beside" if after.transform_bytes else "no transforms"
+    )
+    return (
+        f"size: {gigabytes(plan.sizes.before)} before, {gigabytes(after.total_bytes)} after: "
+        f"{after.quantized_weights / 1e9:.3g} billion weights in {after.bits_per_weight:.3f} bits ({transforms}), "
+        f"everything else {gigabytes(after.other_bytes)}"
+    )
+
+
+def _memory_table(plan: Plan) -> Table:
+    assert plan.needs is not None
+    given = "no calibration text" if plan.windows is None else "{} windows of {}".format(*plan.windows)
+    table = Table(title=f"Peak memory, {given}; an estimate", title_justify="left")
+    for heading in ("memory", "peak", "when", "what fills it"):
+        table.add_column(heading, justify="right" if heading == "peak" else "left")
+    for name, estimate in _estimates(plan):
+        peak = estimate.peak
+        table.add_row(name, gigabytes(peak.total), peak.name, "\n".join(_largest_terms(peak)))
+    return table
+
+
+def _estimates(plan: Plan) -> list[tuple[str, MemoryEstimate]]:
+    assert plan.needs is not None
+    return [
+        ("RAM, on a CPU", plan.needs.cpu),
+        ("GPU, on a GPU", plan.needs.gpu),
+        ("GPU, nothing written (compare)", plan.needs.gpu_kept),
+        ("RAM, on a GPU", plan.needs.gpu_host),
+    ]
+
+
+def _largest_terms(stage: Stage) -> list[str]:
+    ordered = sorted(stage.terms.items(), key=lambda term: -term[1])
+    shown = [(name, value) for name, value in ordered if value >= SHARE_SHOWN * stage.total]
+    rest = stage.total - sum(value for _, value in shown)
+    lines = [f"{gigabytes(value)} {name}" for name, value in shown]
+    return [*lines, f"{gigabytes(rest)} other"] if rest > 0 else lines
+
+
+def _time_table(plan: Plan) -> Table:
+    assert plan.time is not None
+    table = Table(title=f"Time on this machine ({plan.device}); an estimate", title_justify="left")
+    table.add_column("for")
+    table.add_column("time", justify="right")
+    for name, seconds in plan.time.terms.items():
+        table.add_row(name, duration(seconds))
+    table.add_section()
+    table.add_row("all", duration(plan.time.total))
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 20 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 360000 else f"{seconds / 86400:.0f} days"

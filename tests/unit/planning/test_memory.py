@@ -1,0 +1,170 @@
+"""Estimated memory beside the tensors alive while a small model is quantized, and beside what GPUs reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.contracts.test_families import config_of
+from tests.live_bytes import LiveBytes
+from tests.tiny_model import random_windows, write_tiny_model
+from tests.unit.checkpoint.folders import recipe
+from tests.unit.planning.shapes import DEMO, LLAMA_3_8B, run_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mxrot.models import FAMILIES, read_config
+from mxrot.pipeline import quantize
+from mxrot.planning import Run, estimate_host_memory, estimate_memory, gigabytes, memory
+from mxrot.recipe import Recipe
+from mxrot.tuning import Keeper
+
+WIDE = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
+MANY = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 3}
+ALONE = {"calibration__generated": 0.0}
+CHOSEN = {
+    "rtn": recipe("rtn"),
+    "hadamard": recipe("hadamard"),
+    "smoothquant": recipe("smoothquant"),
+    "duquant++": recipe("duquant++", transform__steps=4),
+    "duquant++-gptq": recipe("duquant++-gptq", transform__steps=4),
+    "mxrot": recipe("mxrot", **ALONE),
+    "target original": recipe("mxrot", **ALONE, rounding__target="original"),
+    "target own": recipe("mxrot", **ALONE, rounding__target="own"),
+}
+
+
+class Nowhere:
+    """A store that forgets."""
+
+    keeper: Keeper = None  # type: ignore[assignment]
+
+    def load(self, index: int) -> None:
+        return None
+
+    def save(self, *_: Any) -> None: ...
+
+    def save_rest(self, *_: Any) -> None: ...
+
+
+def bytes_alive(folder: Path, chosen: Recipe, windows: Tensor | None) -> int:
+    """The most bytes of tensors that a run has alive."""
+    with LiveBytes() as alive:
+        quantize(folder, chosen, windows=windows, store=Nowhere())
+    return alive.peak
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize(("sizes", "shape", "tolerance"), [(WIDE, (2, 64), 0.02), (MANY, (24, 256), 0.2)])
+def test_the_peak_is_that_of_the_tensors_alive(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    sizes: dict[str, int],
+    shape: tuple[int, int],
+    tolerance: float,
+) -> None:
+    """To a hundredth where weights fill the memory; where activations do, what lies between two operations is rough."""
+    monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    chosen = CHOSEN[name]
+    folder = write_tiny_model(tmp_path / "tiny", **sizes)
+    windows = None if chosen.is_data_free else random_windows(*shape)
+    run = run_of(read_config(folder), chosen, *shape)
+    assert estimate_memory(run).peak.total == pytest.approx(bytes_alive(folder, chosen, windows), rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["phi3", "olmo2", "qwen3"])
+def test_other_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    config = config_of(FAMILIES[name], hidden_size=256, intermediate_size=768, vocab_size=256)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).half().save_pretrained(tmp_path)
+    chosen = CHOSEN["mxrot"]
+    run = run_of(read_config(tmp_path), chosen, 2, 64)
+    assert estimate_memory(run).peak.total == pytest.approx(
+        bytes_alive(tmp_path, chosen, random_windows(2, 64)), rel=0.02
+    )
+
+
+def test_tuning_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    folder = write_tiny_model(tmp_path / "tiny", **WIDE, num_hidden_layers=3)
+    tuning = {"tuning__steps": 2, "tuning__batch_windows": 4, "tuning__generated": 0.0}
+    chosen = recipe("mxrot-tuned", **ALONE, **tuning)
+    peak = estimate_memory(run_of(read_config(folder), chosen, 8, 64)).peak
+    assert peak.name == "tuning"
+    assert peak.total == pytest.approx(bytes_alive(folder, chosen, random_windows(8, 64)), rel=0.2)
+
+
+MEASURED = {
+    # docs/results.md: GB of one H100 or H200, 112 windows of 2048.
+    "mxrot": (recipe("mxrot"), 9.0),
+    "generated text, half as much": (recipe("mxrot", calibration__generated=0.5), 7.9),
+    "on the text alone": (CHOSEN["mxrot"], 6.3),
+    "to nearest": (recipe("mxrot", **ALONE, rounding__method="rtn"), 3.2),
+    "target own": (CHOSEN["target own"], 3.9),
+    "target original": (CHOSEN["target original"], 6.0),
+    "tokens equal": (recipe("mxrot", **ALONE, rounding__tokens="equal"), 6.2),
+    "mxrot-tuned": (recipe("mxrot-tuned"), 18.8),
+}
+
+
+@pytest.mark.parametrize("label", MEASURED)
+def test_the_demo_model_on_a_gpu(label: str) -> None:
+    chosen, measured = MEASURED[label]
+    run = run_of(DEMO, chosen, 112, 2048, device="cuda", keeps_model=True)
+    assert estimate_memory(run).peak.total / 1e9 == pytest.approx(measured, rel=0.15)
+
+
+def llama(name: str, device: str = "cuda", windows: int = 128, **options: Any) -> Run:
+    return run_of(LLAMA_3_8B, recipe(name), windows, 2048, torch.bfloat16, device, **options)
+
+
+def test_one_block_is_on_the_device_at_a_time() -> None:
+    """Twice as many blocks take no more, but where the whole model is there."""
+    longer = type(LLAMA_3_8B)(**LLAMA_3_8B.to_dict() | {"num_hidden_layers": 64})
+    for name in ("rtn", "duquant++-gptq"):
+        run = run_of(longer, recipe(name), 128, 2048, torch.bfloat16, "cuda")
+        assert estimate_memory(run).peak == estimate_memory(llama(name)).peak
+    kept = estimate_memory(llama("rtn", keeps_model=True)).peak.total - estimate_memory(llama("rtn")).peak.total
+    assert kept == pytest.approx(31 * 4.25 / 8 * 218.1e6, rel=0.001)
+
+
+def test_the_terms_of_known_tensors() -> None:
+    terms = estimate_memory(llama("duquant++-gptq")).peak.terms
+    assert terms["hidden states"] == 128 * 2048 * 4096 * 2
+    assert terms["embedding, last norm and head"] == (2 * 128256 * 4096 + 4096) * 2
+    assert terms["the block in float64"] == 8 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
+    writing = {stage.name: stage for stage in estimate_memory(llama("mxrot")).stages}["writing calibration text"]
+    assert writing.terms["the original model"] == 8030261248 * 2
+    assert writing.terms["keys and values"] <= 1.6e10 < writing.terms["keys and values"] * 1.01
+
+
+@pytest.mark.parametrize("name", ["duquant++-gptq", "mxrot", "mxrot-tuned"])
+def test_a_peak_grows_with_the_text_and_every_term_is_some(name: str) -> None:
+    few, many = (estimate_memory(llama(name, windows=count)) for count in (64, 128))
+    assert few.peak.total < many.peak.total or name == "mxrot-tuned"
+    assert all(value > 0 for stage in many.stages for value in stage.terms.values())
+    assert many.peak.total == max(sum(stage.terms.values()) for stage in many.stages)
+
+
+def test_main_memory_beside_a_gpu_holds_no_block() -> None:
+    peak = estimate_host_memory(llama("mxrot")).peak
+    assert 2e9 < peak.total < 6e9 < estimate_memory(llama("mxrot", "cpu")).peak.total
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 GB"),
+        (1.2e6, "0.001 GB"),
+        (4.567e8, "0.457 GB"),
+        (4.567e9, "4.57 GB"),
+        (45.67e9, "45.7 GB"),
+        (8e11, "800 GB"),
+    ],
+)
+def test_gigabytes(count: float, shown: str) -> None:
+    assert gigabytes(count) == shown

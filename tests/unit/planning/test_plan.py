@@ -1,0 +1,129 @@
+"""A plan from a config: what it finds, what it refuses, and that it is quick."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_model import tiny_config, write_tiny_model
+from tests.unit.checkpoint.folders import recipe, write
+from tests.unit.planning.shapes import LLAMA_3_8B, LLAMA_3_70B, LLAMA_3_405B
+from transformers import GPT2Config, Qwen2Config
+
+from mxrot.errors import FamilyError
+from mxrot.planning import Machine, Plan, make_plan, rates
+from mxrot.recipe import Recipe
+
+CPU = Machine(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "SECONDS", 0.0)
+
+
+def plan_of(tmp_path: Path, config: Any, chosen: Recipe, machine: Machine = CPU, **options: Any) -> Plan:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(config.to_dict()))
+    return make_plan("some/model", path, chosen, machine, **options)
+
+
+@pytest.mark.parametrize("config", [LLAMA_3_70B, LLAMA_3_405B], ids=["70B", "405B"])
+def test_large_models_take_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
+    started = time.process_time()
+    made = plan_of(tmp_path, config, recipe("duquant++"), Machine(torch.device("cpu"), 80e9))
+    assert time.process_time() - started < 30
+    assert not made.problems and made.sizes is not None and made.needs is not None and made.time is not None
+    assert made.sizes.before == 2 * {80: 70553706496, 126: 405853388800}[config.num_hidden_layers]
+    assert made.sizes.after.bits_per_weight == 4.25
+
+
+def test_a_405b_model_does_not_fit_as_a_whole(tmp_path: Path) -> None:
+    made = plan_of(tmp_path, LLAMA_3_405B, recipe("mxrot"), Machine(torch.device("cpu"), 80e9))
+    (problem,) = made.problems
+    assert problem.startswith(
+        "recipe mxrot runs the whole original model on cuda: that takes 811.7 GB, and 80.0 GB are"
+    )
+    assert made.time is None and made.needs is not None
+    assert made.needs.gpu.peak.name == "writing calibration text"
+
+
+def test_a_warning_where_memory_is_short_without_a_check(tmp_path: Path) -> None:
+    for gigabytes, is_short in ((24e9, True), (80e9, False)):
+        made = plan_of(tmp_path, LLAMA_3_8B, recipe("duquant++-gptq"), Machine(torch.device("cpu"), gigabytes))
+        assert not made.problems
+        assert bool([line for line in made.warnings if line.startswith("the GPU will run out")]) == is_short
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    chosen = recipe("duquant++-released", smoothing__skip=["mlp"])
+    made = plan_of(tmp_path, tiny_config(architectures=["LlamaForCausalLM"], intermediate_size=100), chosen)
+    expected = ("not E8M0", "no site 'mlp'", "in_features 100")
+    assert all(part in line for part, line in zip(expected, made.problems, strict=True))
+    assert made.problems[2].startswith("model.layers.*.mlp.down_proj:")
+    assert made.problems[2].endswith("(2 decoder blocks)")
+
+
+def test_a_model_of_no_family_has_a_plan_that_says_so(tmp_path: Path) -> None:
+    made = plan_of(tmp_path, GPT2Config(architectures=["GPT2LMHeadModel"]), recipe("rtn"))
+    assert len(made.problems) == 1 and "of no known family" in made.problems[0]
+    assert made.sizes is None and made.as_table()["sites"] == []
+    json.dumps(made.as_table())
+
+
+def test_a_checkpoint_is_quantized_already(tmp_path: Path) -> None:
+    write(write_tiny_model(tmp_path / "tiny"), tmp_path / "out", recipe("rtn"))
+    made = make_plan("out", tmp_path / "out", recipe("rtn"), CPU)
+    assert "is quantized already" in made.problems[0]
+
+
+def test_no_config(tmp_path: Path) -> None:
+    with pytest.raises(FamilyError, match=r"no config\.json"):
+        make_plan("x", tmp_path, recipe("rtn"), CPU)
+
+
+def test_the_type_of_the_weights(tmp_path: Path) -> None:
+    sizes = {}
+    for dtype in ("float32", "bfloat16", None):
+        made = plan_of(tmp_path, tiny_config(architectures=["LlamaForCausalLM"], dtype=dtype), recipe("rtn"))
+        assert made.sizes is not None
+        sizes[dtype] = made.sizes.before
+        assert bool([line for line in made.warnings if "16 bits are assumed" in line]) == (dtype is None)
+    assert sizes["float32"] == 2 * sizes["bfloat16"] == 2 * sizes[None]
+
+
+QWEN = Qwen2Config(
+    architectures=["Qwen2ForCausalLM"],
+    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50},
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "follows", "because"),
+    [
+        (LLAMA_3_8B, "rtn", True, "plain compressed-tensors"),
+        (LLAMA_3_8B, "mxrot", False, "read by mxrot only"),
+        (LLAMA_3_8B, "duquant++", True, "has not been verified"),
+        (QWEN, "duquant++", False, "bias (k_proj, q_proj, v_proj)"),
+        (LLAMA_3_8B, "duquant++-released", False, "no checkpoint would be written"),
+    ],
+)
+def test_what_vllm_does_with_it(tmp_path: Path, config: Any, name: str, follows: bool, because: str) -> None:
+    answer = plan_of(tmp_path, config, recipe(name)).vllm
+    assert answer is not None and answer.follows_layout is follows and because in answer.because
+
+
+def test_the_table_holds_every_stage_and_sums_up(tmp_path: Path) -> None:
+    made = plan_of(tmp_path, tiny_config(architectures=["LlamaForCausalLM"]), recipe("mxrot"), samples=4, seq_len=32)
+    table = json.loads(json.dumps(made.as_table()))
+    assert table["windows"] == [4, 32] and table["refused"] == []
+    for found in table["memory"].values():
+        assert found["peak_bytes"] == max(stage["bytes"] for stage in found["stages"])
+        for stage in found["stages"]:
+            assert abs(sum(stage["terms"].values()) - stage["bytes"]) <= len(stage["terms"])
+    assert table["seconds"]["total"] == pytest.approx(sum(table["seconds"]["terms"].values()), abs=0.1)
+    assert sum(site["weights"] for site in table["sites"]) == table["size"]["after"]["quantized_weights"]

@@ -1,0 +1,68 @@
+"""Time is counted work over measured rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_model import tiny_config
+from tests.unit.checkpoint.folders import recipe
+from tests.unit.planning.shapes import LLAMA_3_8B, run_of
+
+from mxrot.planning import Rates, TimeEstimate, estimate_seconds, measure_rates, rates
+
+ONES = Rates(**{item.name: 1.0 for item in fields(Rates)})
+FAST = Rates(**{item.name: 1e15 for item in fields(Rates)})
+
+
+def seconds(name: str, measured: Rates = ONES, config: Any = LLAMA_3_8B, windows: int = 128) -> TimeEstimate:
+    return estimate_seconds(run_of(config, recipe(name), windows, 2048, device="cuda"), measured, 0.5)
+
+
+def test_terms_of_a_recipe() -> None:
+    assert set(seconds("rtn").terms) == {"rounding", "files", "starting"}
+    assert set(seconds("duquant++-gptq").terms) == {
+        *("passes over the calibration text", "statistics of the inputs", "transforms"),
+        *("factors of the Hessians", "rounding", "files", "starting"),
+    }
+    assert set(seconds("mxrot").terms) - set(seconds("duquant++-gptq").terms) == {"writing calibration text"}
+    assert set(seconds("mxrot-tuned").terms) - set(seconds("mxrot").terms) == {"tuning"}
+    assert seconds("mxrot").total == sum(seconds("mxrot").terms.values())
+
+
+def test_products_of_the_passes_are_those_of_the_linears_and_attention() -> None:
+    """duquant++: one pass as the block was, for smoothing, and one with each site quantized."""
+    only = replace(FAST, product=1.0)
+    found = seconds("duquant++", only).terms["passes over the calibration text"]
+    tokens, block = 128 * 2048, 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336
+    attention = 2 * 2 * tokens * 2048 * 4096
+    assert found == pytest.approx(32 * 2 * (2 * tokens * block + attention), rel=1e-6)
+
+
+def test_a_factor_for_each_site_and_two_where_there_is_a_target() -> None:
+    only = replace(FAST, factor=1.0)
+    one = 32 * (3 * 4096**3 + 14336**3)
+    assert seconds("duquant++-gptq", only).terms["factors of the Hessians"] == pytest.approx(one, rel=1e-6)
+    assert seconds("mxrot", only).terms["factors of the Hessians"] == pytest.approx(2 * one, rel=1e-6)
+
+
+def test_work_grows_with_blocks_and_with_text() -> None:
+    longer = type(LLAMA_3_8B)(**LLAMA_3_8B.to_dict() | {"num_hidden_layers": 64})
+    for name in ("passes over the calibration text", "statistics of the inputs", "rounding"):
+        once = seconds("mxrot").terms[name]
+        assert seconds("mxrot", config=longer).terms[name] == pytest.approx(2 * once)
+    passes = [seconds("mxrot", windows=count).terms["passes over the calibration text"] for count in (64, 128)]
+    assert 1.9 < passes[1] / passes[0] < 2.3
+
+
+@pytest.mark.parametrize("name", ["rtn", "duquant++", "mxrot"])
+def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(rates, "SECONDS", 0.0)
+    found = measure_rates(torch.device("cpu"), torch.float32, recipe(name))
+    assert all(math.isfinite(value) and value > 0 for value in asdict(found).values())
+    config = tiny_config(architectures=["LlamaForCausalLM"])
+    estimate = estimate_seconds(run_of(config, recipe(name), 2, 32), found, 0.0)
+    assert 0 < estimate.total < 600

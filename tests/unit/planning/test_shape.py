@@ -1,0 +1,61 @@
+"""Sizes from the config are those of the checkpoint that is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_model import tiny_config, write_tiny_model
+from tests.unit.checkpoint.folders import recipe, write
+from tests.unit.planning.shapes import LLAMA_3_8B, run_of
+
+from mxrot.models import read_config
+from mxrot.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("source") / "tiny")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        recipe("rtn"),
+        recipe("rtn", ignore=["down_proj", "model.layers.1.self_attn.*"]),
+        recipe("hadamard"),
+        recipe("smoothquant", transform__sharing="block"),
+        recipe("duquant++"),
+        recipe("duquant++", transform__sharing="block"),
+    ],
+    ids=lambda chosen: f"{chosen.name} {chosen.sharing} {len(chosen.ignore)}",
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_size_is_that_of_the_written_checkpoint(source: Path, tmp_path: Path, chosen: Recipe, tied: bool) -> None:
+    folder = write_tiny_model(tmp_path / "tied", tie_word_embeddings=True) if tied else source
+    size = write(folder, tmp_path / "out", chosen)["size"]
+    after = run_of(read_config(folder), chosen, 6, 24).shape.size_after(chosen, torch.float16)
+    assert vars(after) | {"bits_per_weight": 4.25, "total_bytes": after.total_bytes} == size
+
+
+def test_sites_and_counts_of_llama_3_8b() -> None:
+    shape = run_of(LLAMA_3_8B, recipe("mxrot"), 1, 2).shape
+    found = {site.site.name: (site.rows, site.inputs, count) for site, count in shape.site_counts()}
+    assert found == {
+        "qkv": ((4096, 1024, 1024), 4096, 32),
+        "o": ((4096,), 4096, 32),
+        "gate_up": ((14336, 14336), 4096, 32),
+        "down": ((4096,), 14336, 32),
+    }
+    assert (shape.parameters, shape.quantized_weights) == (8030261248, 6979321856)
+    after = shape.size_after(recipe("mxrot"), torch.bfloat16)
+    assert after.bits_per_weight == 4.25
+    assert after.transform_bytes == 32 * 2 * 32**2 * (3 * 4096 + 14336) // 32
+
+
+def test_ignored_linears_are_counted_with_everything_else() -> None:
+    config = tiny_config(architectures=["LlamaForCausalLM"])
+    shape = run_of(config, recipe("rtn", ignore=["model.layers.0.*"]), 1, 2).shape
+    assert [len(sites) for sites in shape.blocks] == [0, 4]
+    assert shape.fullest == shape.blocks[1]

@@ -1,0 +1,81 @@
+"""A plan as it is printed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tests.unit.checkpoint.folders import recipe
+from tests.unit.planning.shapes import LLAMA_3_8B
+
+from mxrot.planning import Machine, make_plan, rates
+from mxrot.report import plan_report
+from mxrot.report.plans import duration
+
+
+def shown(tmp_path: Path, name: str, gpu_bytes: float | None = None) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_3_8B.to_dict()))
+    made = make_plan("some/model", path, recipe(name), Machine(torch.device("cpu"), gpu_bytes))
+    console = Console(width=140, file=io.StringIO(), color_system=None)
+    for piece in plan_report(made):
+        console.print(piece, markup=False, highlight=False, soft_wrap=isinstance(piece, str))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "SECONDS", 0.0)
+
+
+def test_the_pieces_of_a_plan(tmp_path: Path) -> None:
+    text = shown(tmp_path, "duquant++-gptq", 20e9)
+    for expected in (
+        "some/model with duquant++-gptq",
+        "14336 x 4096",
+        "16.1 GB before, 5.86 GB after: 6.98 billion weights in 4.250 bits (transforms 0.062 bits beside)",
+        "Peak memory, 128 windows of 2048; an estimate",
+        "GPU, on a GPU",
+        "down: factorizing",
+        "the Hessian and its factor",
+        "Time on this machine (cpu); an estimate",
+        "vLLM: not by itself; one matrix a block is read by mxrot only",
+        "warning: the GPU will run out of memory",
+        "nothing would be refused",
+    ):
+        assert expected in text
+    assert max(map(len, text.splitlines())) <= 140
+
+
+def test_a_recipe_without_text_or_transform(tmp_path: Path) -> None:
+    text = shown(tmp_path, "rtn")
+    assert "no calibration text" in text and "(no transforms)" in text and "plain compressed-tensors" in text
+
+
+def test_terms_are_shown_from_the_largest_and_sum_up(tmp_path: Path) -> None:
+    lines = shown(tmp_path, "mxrot").splitlines()
+    start = next(index for index, line in enumerate(lines) if "GPU, on a GPU" in line)
+    cells = [line.strip("│").split("│") for line in lines[start:]]
+    peak = float(cells[0][1].split()[0])
+    terms = [float(cells[0][3].split()[0])]
+    for row in cells[1:]:
+        if row[0].strip():
+            break
+        terms.append(float(row[3].split()[0]))
+    assert terms[:-1] == sorted(terms[:-1], reverse=True)
+    assert sum(terms) == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *[(0.04, "0.0 s"), (19.9, "19.9 s"), (119, "119 s"), (121, "2 min"), (7200, "2 h"), (359999, "100 h")],
+        (864000, "10 days"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
