@@ -34,6 +34,7 @@ OPTIONS = {
     ],
     "inspect": ["model", "--text", "--windows", "--seq-len", "--kernels", "--device", "--json"],
     "generate": ["model", "prompt", "--max-tokens", "--device"],
+    "export": ["model", "--to", "-o", "--output", "--force", "--json"],
     "recipes": ["name"],
     "demo": ["--seed", "--device", "--json"],
     "bench kernels": ["--rows", "--shape", "--device", "--json"],

@@ -58,9 +58,11 @@ _WITHOUT_TRANSFORM = (
 )
 _SHARED = (
     "One 32x32 matrix a site, the layout that compressed-tensors and vLLM (tensor parallel 1) define for input "
-    "transforms. Serving this checkpoint in vLLM has not been checked by the tool that wrote it."
+    "transforms. `mxrot export path/to/this/folder --to vllm` says what vLLM does with this one."
 )
-_BLOCKWISE = "Each block of 32 channels has its own matrix; only mxrot reads that."
+_BLOCKWISE = (
+    "Each block of 32 channels has its own matrix; only mxrot reads that, and vLLM with mxrot installed beside it."
+)
 
 
 def model_card(base: str, recipe: Recipe, size: ModelSize) -> str:

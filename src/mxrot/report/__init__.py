@@ -12,6 +12,7 @@ from mxrot.report.tables import (
     size_line,
     tuning_line,
 )
+from mxrot.report.vllm import print_vllm_report
 
 __all__ = [
     "ComparedRow",
@@ -21,6 +22,7 @@ __all__ = [
     "errors_table",
     "maxima_table",
     "perplexity_table",
+    "print_vllm_report",
     "progress_on_stderr",
     "size_line",
     "tuning_line",
