@@ -13,15 +13,24 @@ import pytest
 import torch
 from tests.tiny_model import tiny_config, write_tiny_model, write_tokenizer
 from tests.unit.checkpoint.folders import recipe, write
-from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def vllm() -> Iterator[None]:
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from tests.vllm.plain_vllm import set_up
     from torch.distributed import destroy_process_group
 
-    set_up()
+    set_up(tmp_path_factory.mktemp("distributed") / "rendezvous")
     yield
     destroy_process_group()
 
@@ -39,24 +48,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return make
 
 
+_FITTED = ("mxrot-vllm", {"calibration__generated": 0.0})  # matrices that are neither symmetric nor orthogonal
 _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("rtn", {}),
-    "site": ("duquant++", {}),
-    "block": ("duquant++", {"transform__sharing": "block"}),
+    "site": _FITTED,
+    "block": (_FITTED[0], _FITTED[1] | {"transform__sharing": "block"}),
     "one-for-all-blocks": ("hadamard", {"transform__sharing": "block"}),
     "weights-only": ("hadamard", {"activations": "none"}),
     "ignores-down": ("hadamard", {"ignore": ["down_proj"]}),
-    "bias": ("duquant++", {"transform__sharing": "block"}),
+    "bias": _FITTED,
     "plain-bias": ("rtn", {}),
+    "mistral": _FITTED,
     "qwen2": ("hadamard", {}),
+    "qwen3": _FITTED,
     "phi3": ("hadamard", {}),
+}
+
+
+_FOREIGN: dict[str, tuple[Any, Any]] = {
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
 }
 
 
 def _write(root: Path, kind: str) -> None:
     name, changes = _RECIPES[kind]
     source = root / f"source-{kind}"
-    foreign = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}.get(kind)
+    foreign = _FOREIGN.get(kind)
     if foreign is None:
         write_tiny_model(source, torch.bfloat16, attention_bias="bias" in kind)
     else:
@@ -65,6 +85,7 @@ def _write(root: Path, kind: str) -> None:
         settings = {key: table[key] for key in (*kept, "num_key_value_heads", "max_position_embeddings")}
         torch.manual_seed(0)
         config = foreign[0](**settings, tie_word_embeddings=False, pad_token_id=None)
+        config.head_dim = table["head_dim"]
         model = foreign[1](config)
         for parameter in model.parameters():
             if parameter.dim() == 1:

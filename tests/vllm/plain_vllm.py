@@ -19,7 +19,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.kernels.linear import MxFp4LinearKernel, register_linear_kernel
 from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.model_executor.model_loader import get_model_loader
-from vllm.model_executor.models import llama, qwen2
+from vllm.model_executor.models import llama, qwen2, qwen3
 from vllm.platforms.interface import PlatformEnum
 
 from mxrot.formats import fake_quantize, get_format
@@ -73,15 +73,16 @@ class PlainAttention(nn.Module):
         return attend(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)[0].transpose(0, 1).flatten(1)
 
 
-def set_up() -> None:
-    """Once a process, before anything is loaded."""
+def set_up(rendezvous: Path) -> None:
+    """Once a process, before anything is loaded. `rendezvous` is a file that torch.distributed may write."""
     register_linear_kernel(PlainKernel, PlatformEnum.CPU, "mxfp4")
-    llama.Attention = qwen2.Attention = PlainAttention
+    llama.Attention = qwen2.Attention = qwen3.Attention = PlainAttention
     # What vLLM runs on a GPU; its own for a CPU wants compiled code.
     transform_module.dispatch_unquantized_gemm = lambda: default_unquantized_gemm
     torch.accelerator.empty_cache = lambda: None
-    init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, "gloo")
-    initialize_model_parallel(1)
+    with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cpu"))):
+        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+        initialize_model_parallel(1)
 
 
 def configure(folder: Path, dtype: str, quantization: str | None = None) -> VllmConfig:
@@ -106,7 +107,7 @@ def load(config: VllmConfig) -> Any:
         return get_model_loader(LoadConfig()).load_model(vllm_config=config, model_config=config.model_config)
 
 
-@torch.no_grad()
+@torch.inference_mode()  # as vLLM on a GPU
 def logits(model: Any, config: VllmConfig, tokens: Tensor) -> Tensor:
     """[windows, length, vocabulary] in float32."""
     rows = []
