@@ -269,7 +269,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty")] = False,
     json_file: Json = None,
 ) -> None:
-    """Say what another program does with a checkpoint, and write it as that program takes it."""
+    """Say what vLLM does with a checkpoint; write it for vLLM."""
     from mxrot.checkpoint import check_for_vllm, export_for_vllm
     from mxrot.models import find_model
     from mxrot.report import print_vllm_report
