@@ -51,13 +51,6 @@ class MxrotQuantization(CompressedTensorsConfig):
         return found
 
     @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
-        """Ours is every checkpoint with our marker, unless the user names another method."""
-        return METHOD if MARKER in hf_quant_cfg and user_quant in (None, METHOD) else None
-
-    @classmethod
     def get_min_capability(cls) -> int:
         return 80
 

@@ -14,7 +14,8 @@ from tests.tiny_model import write_tiny_model, write_tokenizer
 from tests.unit.checkpoint.folders import all_tensors, digests, logits, recipe, write
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from mxrot.checkpoint import check_for_vllm, export_for_vllm, load
+from mxrot.checkpoint import check_for_vllm, export_for_vllm, load, vllm
+from mxrot.checkpoint.config import MARKER
 from mxrot.checkpoint.reader import check_files
 from mxrot.errors import CheckpointError
 
@@ -145,6 +146,10 @@ def test_what_is_no_checkpoint(source: Path, tmp_path: Path) -> None:
             check_for_vllm(folder)
 
 
-def test_the_plugin_imports_nothing_of_vllm_before_it_is_called() -> None:
-    code = "import sys, mxrot.checkpoint.vllm; sys.exit(any(name.split('.')[0] == 'vllm' for name in sys.modules))"
+def test_the_plugin_costs_nothing_before_it_is_called() -> None:
+    code = "import sys, mxrot.checkpoint.vllm; sys.exit(any(name in sys.modules for name in ('vllm', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+def test_the_plugin_knows_the_marker() -> None:
+    assert vllm.MARKER == MARKER
