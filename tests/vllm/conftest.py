@@ -62,6 +62,7 @@ _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("hadamard", {}),
     "qwen3": _FITTED,
     "phi3": ("hadamard", {}),
+    "plain-phi3": ("rtn", {}),
 }
 
 
@@ -70,6 +71,7 @@ _FOREIGN: dict[str, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
+    "plain-phi3": (Phi3Config, Phi3ForCausalLM),
 }
 
 

@@ -145,7 +145,17 @@ def test_logits_with_transforms_and_unquantized_activations(
     assert relative_error(logits(model, configure(folder, "bfloat16"), TOKENS), ours[1]) < 2 * inherent
 
 
-RUNS = ["plain", "site", "weights-only", "ignores-down", "plain-bias", "one-for-all-blocks", "mistral", "qwen3"]
+RUNS = [
+    "plain",
+    "site",
+    "weights-only",
+    "ignores-down",
+    "plain-bias",
+    "one-for-all-blocks",
+    "mistral",
+    "qwen3",
+    "plain-phi3",
+]
 
 
 @pytest.mark.parametrize("kind", RUNS)

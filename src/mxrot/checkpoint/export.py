@@ -18,7 +18,7 @@ _HEADING = "\n## vLLM\n"
 
 
 def export_for_vllm(folder: Path, output: Path, force: bool = False) -> VllmReport:
-    """Copy the checkpoint in `folder` to the new folder `output` as stock vLLM runs it; says what it does with it.
+    """Copy the checkpoint in `folder` to the new folder `output` as stock vLLM runs it; what vLLM does with that.
 
     Weights stay as they are. config.json gives bfloat16, in which vLLM applies the very matrices that weights were
     folded against; the card tells how to serve it. CheckpointError, before anything is written, if stock vLLM would
@@ -35,24 +35,24 @@ def export_for_vllm(folder: Path, output: Path, force: bool = False) -> VllmRepo
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write(folder, partial, report)
+        _write(folder, partial)
         put_in_place(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return report
+    return check_for_vllm(output)
 
 
-def _write(folder: Path, output: Path, report: VllmReport) -> None:
+def _write(folder: Path, output: Path) -> None:
     run = json.loads((folder / "run.json").read_text())
+    for name in run["files"]:
+        plain = Path(name).name  # as `check_files` looks at it, and never out of the folder
+        shutil.copyfile(folder / plain, output / plain)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
-    card = (folder / "README.md").read_text(encoding="utf-8").split(_HEADING)[0] + vllm_section(report)
-    for name in run["files"]:
-        if name not in ("config.json", "README.md"):
-            shutil.copyfile(folder / name, output / name)
     write_json(output / "config.json", config | {"dtype": _DTYPE})
-    write_bytes(output / "README.md", card.encode())
+    card = (folder / "README.md").read_text(encoding="utf-8").split(_HEADING)[0]
+    write_bytes(output / "README.md", (card + vllm_section(check_for_vllm(output))).encode())
     for name in ("config.json", "README.md"):
         path = output / name
         run["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

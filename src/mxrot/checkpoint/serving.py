@@ -23,10 +23,8 @@ from mxrot.recipe import TRANSFORM_BLOCK
 VERSION = "0.32.0"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Those whose model vLLM holds itself, with q, k, v and gate, up as separate linears in the checkpoint."""
-_UNFIT = {
-    "Phi3ForCausalLM": "vLLM wants a transform each for q, k and v, which are one linear in this model, and stops",
-    "Olmo2ForCausalLM": "vLLM runs it through its Transformers backend, in which transforms were not checked",
-}
+FUSED = ("Phi3ForCausalLM",)
+"""The same, with q, k and v as one linear, and gate and up."""
 _SIZES = (1, 2, 4, 8, 16)
 
 
@@ -153,6 +151,8 @@ def _read(folder: Path) -> _Facts:
 def _stops_of_both(facts: _Facts) -> Iterator[str]:
     if any(".experts." in name for name in facts.shapes):
         yield "it has experts, whose inputs neither vLLM nor the plugin transforms"
+    if facts.has_transform and facts.architecture not in ARCHITECTURES + FUSED:
+        yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {', '.join(ARCHITECTURES + FUSED)}"
     ignored = set(facts.quantization["ignore"])
     for index in range(facts.config.num_hidden_layers):
         for site in facts.family.sites:
@@ -164,9 +164,11 @@ def _stops_of_both(facts: _Facts) -> Iterator[str]:
 
 
 def _stops_of_stock(facts: _Facts) -> Iterator[str]:
-    if facts.has_transform and facts.architecture not in ARCHITECTURES:
-        reason = _UNFIT.get(facts.architecture, "transforms in vLLM's model of it were not checked")
-        yield f"{facts.architecture}: {reason}: install mxrot where vLLM runs, or use a recipe without a transform"
+    if facts.has_transform and facts.architecture in FUSED:
+        yield (
+            f"{facts.architecture}: vLLM wants a transform each for q, k and v, which are one linear in this model; "
+            "install mxrot where vLLM runs, or quantize with a recipe without a transform"
+        )
     blockwise = [name for name in facts.named("_input.weight") if len(facts.shapes[f"{name}_input.weight"]) == 3]
     if blockwise:
         yield (
@@ -183,8 +185,8 @@ def _stops_of_stock(facts: _Facts) -> Iterator[str]:
 
 def _notes(facts: _Facts) -> Iterator[str]:
     rule = facts.quantization[MARKER].get("activation_rule")
-    if facts.architecture not in ARCHITECTURES:
-        yield f"vLLM with {facts.architecture} was not checked; checked are {', '.join(ARCHITECTURES)}"
+    if facts.architecture not in ARCHITECTURES + FUSED:
+        yield f"{facts.architecture} was not tried in vLLM; tried were {', '.join(ARCHITECTURES + FUSED)}"
     if rule is None:
         yield (
             "the recipe leaves activations alone, but vLLM quantizes them all the same where the device has A4 or A8; "
@@ -198,7 +200,7 @@ def _notes(facts: _Facts) -> Iterator[str]:
             "weights were folded for; a written export says bfloat16 in config.json"
         )
     if facts.has_transform:
-        yield "vLLM rounds transformed activations to bfloat16 before it quantizes them; mxrot does not"
+        yield "transformed activations are rounded to bfloat16 by vLLM before they are quantized, and not by mxrot"
 
 
 def _stored_type(config: Any) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.tiny_model import write_tiny_model, write_tokenizer
 from tests.unit.checkpoint.folders import all_tensors, digests, logits, recipe, write
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Olmo2Config, Olmo2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from mxrot.checkpoint import check_for_vllm, export_for_vllm, load, vllm
 from mxrot.checkpoint.config import MARKER
@@ -64,19 +64,22 @@ def test_biases_run_where_nothing_is_transformed(tmp_path: Path) -> None:
     assert check_for_vllm(checkpoint(tmp_path, "rtn", {}, attention_bias=True)).stock.stops == ()
 
 
-def test_one_linear_for_q_k_and_v_has_no_transform_in_vllm(tmp_path: Path) -> None:
-    config = Phi3Config(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        pad_token_id=None,
-    )
-    Phi3ForCausalLM(config).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("config", "model", "runs_with_plugin"),
+    [(Phi3Config, Phi3ForCausalLM, True), (Olmo2Config, Olmo2ForCausalLM, False)],
+)
+def test_other_architectures(config: Any, model: Any, runs_with_plugin: bool, tmp_path: Path) -> None:
+    settings = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    model(config(**settings, num_attention_heads=4, pad_token_id=None)).save_pretrained(tmp_path / "model")
     write_tokenizer(tmp_path / "model")
-    write(tmp_path / "model", tmp_path / "quantized", recipe("hadamard"))
-    assert "Phi3ForCausalLM" in check_for_vllm(tmp_path / "quantized").stock.stops[0]
+    write(tmp_path / "model", tmp_path / "transformed", recipe("hadamard"))
+    report = check_for_vllm(tmp_path / "transformed")
+    assert model.__name__ in report.stock.stops[0]
+    assert (report.plugin.stops == ()) == runs_with_plugin
+    write(tmp_path / "model", tmp_path / "plain", recipe("rtn"))
+    report = check_for_vllm(tmp_path / "plain")
+    assert report.stock.stops == ()
+    assert any("not tried" in note for note in report.notes) != runs_with_plugin
 
 
 @pytest.mark.parametrize(("ffn", "sizes"), [(96, (1,)), (128, (1, 2)), (256, (1, 2))])
@@ -94,7 +97,8 @@ def test_a_recipe_that_leaves_activations_alone_is_told_that_vllm_does_not(tmp_p
 def test_an_export_is_the_same_model_in_bfloat16(site: Path, tmp_path: Path) -> None:
     before = digests(site)
     report = export_for_vllm(site, tmp_path / "out")
-    assert report == check_for_vllm(site) and digests(site) == before
+    assert report == check_for_vllm(tmp_path / "out") and digests(site) == before
+    assert not any("float16, and in that" in note for note in report.notes)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "torch_dtype" not in config
     assert json.loads((site / "config.json").read_text())["dtype"] == "float16"
@@ -110,7 +114,7 @@ def test_an_export_of_an_export_is_the_same(site: Path, tmp_path: Path) -> None:
     export_for_vllm(tmp_path / "once", tmp_path / "twice")
     card = (tmp_path / "twice" / "README.md").read_text()
     assert card.count("vllm serve") == 1
-    assert "float16, and in that vLLM rounds" not in card
+    assert "float16, and in that" not in card
 
 
 def test_what_stands_there_is_kept_unless_forced(site: Path, tmp_path: Path) -> None:
