@@ -85,7 +85,7 @@ def set_up(rendezvous: Path) -> None:
         initialize_model_parallel(1)
 
 
-def configure(folder: Path, dtype: str, quantization: str | None = None) -> VllmConfig:
+def configure(folder: Path, dtype: str, quantization: str | None = None, length: int = 64) -> VllmConfig:
     """vLLM's config for a checkpoint, native operations only."""
     model = ModelConfig(
         model=str(folder),
@@ -93,7 +93,7 @@ def configure(folder: Path, dtype: str, quantization: str | None = None) -> Vllm
         quantization=quantization,
         enforce_eager=True,
         skip_tokenizer_init=True,
-        max_model_len=64,
+        max_model_len=length,
     )
     native = CompilationConfig(custom_ops=["none"])
     return VllmConfig(model_config=model, device_config=DeviceConfig("cpu"), compilation_config=native)

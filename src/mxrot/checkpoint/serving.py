@@ -152,7 +152,8 @@ def _stops_of_both(facts: _Facts) -> Iterator[str]:
     if any(".experts." in name for name in facts.shapes):
         yield "it has experts, whose inputs neither vLLM nor the plugin transforms"
     if facts.has_transform and facts.architecture not in ARCHITECTURES + FUSED:
-        yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {', '.join(ARCHITECTURES + FUSED)}"
+        tried = ", ".join(ARCHITECTURES + FUSED)
+        yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {tried}"
     ignored = set(facts.quantization["ignore"])
     for index in range(facts.config.num_hidden_layers):
         for site in facts.family.sites:
