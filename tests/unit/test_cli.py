@@ -38,6 +38,7 @@ OPTIONS = {
         *("model", "-r", "--recipe", "--set", "--samples", "--seq-len", "--gpu-memory", "--device", "--json"),
     ],
     "generate": ["model", "prompt", "--max-tokens", "--device"],
+    "export": ["model", "--to", "-o", "--output", "--force", "--json"],
     "recipes": ["name"],
     "report": [
         *("model", "-o", "--output", "--against", "--text", "--windows", "--seq-len", "--site", "--results"),
@@ -432,3 +433,19 @@ def test_interrupt_exits_1_with_one_line_and_keeps_finished_blocks(folders: dict
     own = [line for line in errors.splitlines() if not line.startswith("Quantizing with duquant++: ")]
     assert len(own) == 1 and own[0].startswith("mxrot: error: interrupted; finished blocks are kept"), errors
     assert first.exists() and not out.exists()
+
+
+def test_export_says_what_vllm_does_and_writes(folders: dict[str, str], tmp_path: Path) -> None:
+    output, table = tmp_path / "out", tmp_path / "report.json"
+    said = run("export", folders["checkpoint"], "--to", "vllm", "-o", str(output), "--json", str(table)).output
+    assert "runs it; tensor parallel 1" in said and f"vllm serve {output}" in said.replace("\n", "")
+    found = json.loads(table.read_text())
+    assert sorted(found) == ["devices", "folder", "notes", "output", "plugin", "stock", "vllm"]
+    assert (output / "config.json").exists()
+
+
+def test_export_refuses_in_one_line(folders: dict[str, str]) -> None:
+    for arguments in (("export", folders["checkpoint"], "--to", "nothing"), ("export", folders["model"])):
+        result = call(*arguments)
+        assert result.exit_code == 2
+        assert len(result.output.strip().splitlines()) == 1

@@ -1,17 +1,51 @@
-"""Checkpoint folders: the compressed-tensors layout, written block by block and read back."""
+"""Checkpoint folders: the compressed-tensors layout, written block by block and read back.
 
-from mxrot.checkpoint.card import write_metrics
-from mxrot.checkpoint.config import check_exportable
-from mxrot.checkpoint.huggingface import with_config
-from mxrot.checkpoint.reader import is_checkpoint, load
-from mxrot.checkpoint.writer import check_output, quantize_to_folder
+Names are imported when they are first used, because vLLM imports this package in each of its processes, for
+`checkpoint.vllm`, whatever it is about to serve.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mxrot.checkpoint.card import write_metrics
+    from mxrot.checkpoint.config import check_exportable
+    from mxrot.checkpoint.export import export_for_vllm
+    from mxrot.checkpoint.huggingface import with_config
+    from mxrot.checkpoint.reader import is_checkpoint, load
+    from mxrot.checkpoint.serving import VllmReport, check_for_vllm
+    from mxrot.checkpoint.writer import check_output, quantize_to_folder
 
 __all__ = [
+    "VllmReport",
     "check_exportable",
+    "check_for_vllm",
     "check_output",
+    "export_for_vllm",
     "is_checkpoint",
     "load",
     "quantize_to_folder",
     "with_config",
     "write_metrics",
 ]
+
+_HOME = {
+    "VllmReport": "serving",
+    "check_exportable": "config",
+    "check_for_vllm": "serving",
+    "check_output": "writer",
+    "export_for_vllm": "export",
+    "is_checkpoint": "reader",
+    "load": "reader",
+    "quantize_to_folder": "writer",
+    "with_config": "huggingface",
+    "write_metrics": "card",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mxrot.checkpoint' has no attribute {name!r}")
+    return getattr(import_module(f"mxrot.checkpoint.{_HOME[name]}"), name)

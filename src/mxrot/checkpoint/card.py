@@ -91,15 +91,17 @@ _WITHOUT_TRANSFORM = (
     "transform is applied at run time."
 )
 _VLLM_PLAIN = (
-    "the tensors are plain compressed-tensors `mxfp4-pack-quantized`, which vLLM reads. Serving this folder there was "
-    "not checked by the tool that wrote it."
+    "the tensors are plain compressed-tensors `mxfp4-pack-quantized`, which vLLM reads. `mxrot export "
+    "path/to/this/folder --to vllm` says what vLLM does with this one."
 )
 _VLLM_SITE = (
     "one 32x32 matrix a site is the layout that compressed-tensors and vLLM (tensor parallel 1) define for input "
-    "transforms. Serving this folder there was not checked by the tool that wrote it."
+    "transforms. `mxrot export path/to/this/folder --to vllm` says what vLLM does with this one."
 )
 _VLLM_BIAS = " vLLM without mxrot takes no bias on linears with a transform, and this model has some."
-_VLLM_BLOCK = "not without mxrot: each block of 32 channels has its own matrix, and only mxrot reads that."
+_VLLM_BLOCK = (
+    "each block of 32 channels has its own matrix; only mxrot reads that, and vLLM with mxrot installed beside it."
+)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def quantize_to_folder(
         run = _write_around(store, source, recipe, result.record, base_name, data, fingerprint)
         for note in store.notes():  # only now: until run.json is written, a killed run goes on from them
             note.unlink()
-        _swap(partial, output)
+        put_in_place(partial, output)
         return run
     except KeyboardInterrupt:
         if not store.holds_work:
@@ -295,7 +295,7 @@ def _is_linear(name: str, store: PartialCheckpoint) -> bool:
     return any(name.endswith(f".{linear}.weight") for site in store.family.sites for linear in site.linears)
 
 
-def _swap(partial: Path, output: Path) -> None:
+def put_in_place(partial: Path, output: Path) -> None:
     """Put the finished folder in place; what stood there goes last."""
     old = output.with_name(output.name + ".replaced")
     shutil.rmtree(old, ignore_errors=True)

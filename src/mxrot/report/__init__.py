@@ -18,6 +18,7 @@ from mxrot.report.tables import (
     size_line,
     tuning_line,
 )
+from mxrot.report.vllm import print_vllm_report
 
 __all__ = [
     "ComparedRow",
@@ -33,6 +34,7 @@ __all__ = [
     "perplexity_table",
     "pictures",
     "plan_report",
+    "print_vllm_report",
     "progress_on_stderr",
     "read_results",
     "size_line",

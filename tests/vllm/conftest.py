@@ -1,0 +1,97 @@
+"""One process, one vLLM, on a CPU; and small checkpoints of each kind."""
+
+import os
+
+os.environ["VLLM_TARGET_DEVICE"] = "cpu"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_model import tiny_config, write_tiny_model, write_tokenizer
+from tests.unit.checkpoint.folders import recipe, write
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    from tests.vllm.plain_vllm import set_up
+    from torch.distributed import destroy_process_group
+
+    set_up(tmp_path_factory.mktemp("distributed") / "rendezvous")
+    yield
+    destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a checkpoint by its kind, written when it is first asked for."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def make(kind: str) -> Path:
+        if not (root / kind).exists():
+            _write(root, kind)
+        return root / kind
+
+    return make
+
+
+_FITTED = ("mxrot-vllm", {"calibration__generated": 0.0})  # matrices that are neither symmetric nor orthogonal
+_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("rtn", {}),
+    "site": _FITTED,
+    "block": (_FITTED[0], _FITTED[1] | {"transform__sharing": "block"}),
+    "one-for-all-blocks": ("hadamard", {"transform__sharing": "block"}),
+    "weights-only": ("hadamard", {"activations": "none"}),
+    "ignores-down": ("hadamard", {"ignore": ["down_proj"]}),
+    "bias": _FITTED,
+    "plain-bias": ("rtn", {}),
+    "mistral": _FITTED,
+    "qwen2": ("hadamard", {}),
+    "qwen3": _FITTED,
+    "phi3": ("hadamard", {}),
+    "plain-phi3": ("rtn", {}),
+}
+
+
+_FOREIGN: dict[str, tuple[Any, Any]] = {
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+    "plain-phi3": (Phi3Config, Phi3ForCausalLM),
+}
+
+
+def _write(root: Path, kind: str) -> None:
+    name, changes = _RECIPES[kind]
+    source = root / f"source-{kind}"
+    foreign = _FOREIGN.get(kind)
+    if foreign is None:
+        write_tiny_model(source, torch.bfloat16, attention_bias="bias" in kind)
+    else:
+        kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        table = tiny_config().to_dict()
+        settings = {key: table[key] for key in (*kept, "num_key_value_heads", "max_position_embeddings")}
+        torch.manual_seed(0)
+        config = foreign[0](**settings, tie_word_embeddings=False, pad_token_id=None)
+        config.head_dim = table["head_dim"]
+        model = foreign[1](config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data.uniform_(0.5, 1.5)  # norm gains, and biases, which are zero otherwise
+        model.to(torch.bfloat16).save_pretrained(source)
+        write_tokenizer(source)
+    write(source, root / kind, recipe(name, **changes))
