@@ -64,13 +64,13 @@ class RunRecord:
         return {"recipe": self.recipe.to_toml(), **plain, "tuning": tuning, "blocks": blocks}
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides about a number."""
+def versions(tasks: bool = False) -> dict[str, str]:
+    """Versions of what decides about a number; with `tasks` also that of lm-eval."""
     try:
         own = version("mxrot")
     except PackageNotFoundError:
         own = "source"
-    return {
+    return ({"lm_eval": version("lm_eval")} if tasks else {}) | {
         "mxrot": own,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

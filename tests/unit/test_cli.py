@@ -27,10 +27,13 @@ OPTIONS = {
         *("model", "-o", "--output", "-r", "--recipe", "--set", "--calib", "--samples", "--seq-len", "--seed"),
         *("--device", "--force", "--resume", "--json"),
     ],
-    "eval": ["model", "--text", "--windows", "--seq-len", "--against", "--device", "--verify", "--json"],
+    "eval": [
+        *("model", "--text", "--windows", "--seq-len", "--against", "--tasks", "--task-data", "--limit"),
+        *("--batch-size", "--resume", "--device", "--verify", "--json"),
+    ],
     "compare": [
         *("model", "--recipes", "--set", "--calib", "--samples", "--text", "--windows", "--seq-len", "--seed"),
-        *("--device", "--json"),
+        *("--tasks", "--task-data", "--limit", "--device", "--json"),
     ],
     "inspect": ["model", "--text", "--windows", "--seq-len", "--kernels", "--device", "--json"],
     "generate": ["model", "prompt", "--max-tokens", "--device"],

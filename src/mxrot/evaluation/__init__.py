@@ -1,16 +1,23 @@
-"""What a model is worth: perplexity, and where its outliers are."""
+"""What a model is worth: perplexity, tasks, and where its outliers are."""
 
+from mxrot.evaluation.answers import Answers
 from mxrot.evaluation.divergence import Divergence, divergence
 from mxrot.evaluation.inspection import KernelChoice, SiteMaxima, kernel_choices, site_maxima
 from mxrot.evaluation.perplexity import Perplexity, perplexity
+from mxrot.evaluation.tasks import TaskScore, load_tasks, score_tasks, standard_error
 
 __all__ = [
+    "Answers",
     "Divergence",
     "KernelChoice",
     "Perplexity",
     "SiteMaxima",
+    "TaskScore",
     "divergence",
     "kernel_choices",
+    "load_tasks",
     "perplexity",
+    "score_tasks",
     "site_maxima",
+    "standard_error",
 ]

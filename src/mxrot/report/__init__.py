@@ -10,6 +10,7 @@ from mxrot.report.tables import (
     maxima_table,
     perplexity_table,
     size_line,
+    tasks_table,
     tuning_line,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "perplexity_table",
     "progress_on_stderr",
     "size_line",
+    "tasks_table",
     "tuning_line",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mxrot.evaluation import Divergence, KernelChoice, Perplexity, SiteMaxima
+from mxrot.evaluation import Divergence, KernelChoice, Perplexity, SiteMaxima, TaskScore
 from mxrot.layers import ModelSize
 
 
@@ -22,6 +22,7 @@ class ComparedRow:
     quantize_seconds: float | None
     perplexity: dict[str, Perplexity]
     extra: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
 
     def as_table(self) -> dict[str, Any]:
         """The row as `compare --json` writes it."""
@@ -32,17 +33,21 @@ class ComparedRow:
             "megabytes": self.size.total_bytes / 1e6,
             "seconds": self.quantize_seconds,
             "perplexity": {name: result.ppl for name, result in self.perplexity.items()},
+            "tasks": {name: score.as_table() for name, score in self.tasks.items()},
             **self.extra,
         }
 
 
 def comparison_table(rows: Sequence[ComparedRow], title: str) -> Table:
-    """Perplexity, size and time of each row."""
+    """Perplexity, task scores, size and time of each row."""
     texts = list(rows[0].perplexity) if rows else []
+    tasks = rows[0].tasks if rows else {}
     table = Table(title=title, title_justify="left")
     table.add_column("recipe")
     for text in texts:
         table.add_column(f"perplexity, {text}", justify="right")
+    for name, score in tasks.items():
+        table.add_column(f"{name}, {score.best}", justify="right")
     for heading in ("bits a weight", "transforms", "MB", "seconds"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -50,6 +55,7 @@ def comparison_table(rows: Sequence[ComparedRow], title: str) -> Table:
         table.add_row(
             row.recipe,
             *(f"{row.perplexity[text].ppl:.2f}" for text in texts),
+            *(share(score, score.best) for score in row.tasks.values()),
             "16" if bits is None else f"{bits:.2f}",
             f"+{transforms:.3f}" if transforms else "",
             f"{row.size.total_bytes / 1e6:.1f}",
@@ -67,6 +73,24 @@ def perplexity_table(model: str, results: dict[str, Perplexity]) -> Table:
         counts = (f"{result.windows} x {result.seq_len}", f"{result.tokens:,}")
         table.add_row(name, f"{result.ppl:.3f}", f"{result.nll:.4f}", *counts)
     return table
+
+
+def tasks_table(model: str, scores: dict[str, TaskScore]) -> Table:
+    """One line a task, each share with its standard error over examples."""
+    table = Table(title=f"Tasks, {model}; +- one standard error over examples", title_justify="left")
+    for heading in ("task", "acc", "acc_norm", "examples", "split"):
+        table.add_column(heading, justify="left" if heading in ("task", "split") else "right")
+    for name, score in scores.items():
+        table.add_row(name, share(score, "acc"), share(score, "acc_norm"), str(score.n), score.split)
+    return table
+
+
+def share(score: TaskScore, metric: str) -> str:
+    """In percent, with its standard error where there is one; empty for a metric that the task does not have."""
+    mean, error = score.mean(metric), score.error(metric)
+    if mean is None:
+        return ""
+    return f"{100 * mean:.2f} %" + ("" if error is None else f" +- {100 * error:.2f}")
 
 
 def divergence_table(model: str, original: str, results: dict[str, Divergence]) -> Table:
