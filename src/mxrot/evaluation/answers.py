@@ -48,9 +48,6 @@ class Answers:
         if self._file is not None:
             self._file.close()
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def get(self, request: tuple[str, str]) -> Answer | None:
         return self._known.get(_digest(request))
 

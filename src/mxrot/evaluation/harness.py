@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,8 @@ class Harness(HFLM):
         batch_size: int,
         progress: Callable[[int, int, str], None],
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+        own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token where it has none
+        super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size, softmax_dtype="float32")
         self._answers = answers
         self._progress = progress
         self._task = ""

@@ -2,8 +2,8 @@
 
 DIR/DATASET/CONFIGURATION/SPLIT is a data set that `datasets` has saved, DIR/NAME_SPLIT.jsonl has one record a line.
 DATASET is the last part of the name on the hub (`allenai/ai2_arc`: ai2_arc), and NAME the same, whole or up to an
-underscore (`EleutherAI/lambada_openai`: lambada_openai, lambada). Where a data set has one configuration, its folder
-may have any name.
+underscore (`EleutherAI/lambada_openai`: lambada_openai, lambada). Where a task names no configuration, the one folder
+that is there may have any name.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def _saved_splits(folder: Path, configuration: str | None) -> dict[str, Any]:
     if not folder.is_dir():
         return {}
     present = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if configuration not in present and len(present) != 1:
+    fits = [name for name in present if configuration in (None, name)]
+    if len(fits) != 1:
         wanted = f"the folder {configuration}" if configuration else "one folder"
-        raise DataError(f"{folder}: expected {wanted}, got {', '.join(present) or 'nothing'}")
-    chosen = folder / (configuration if configuration in present else present[0])
+        raise DataError(f"{folder}: expected {wanted}, got {', '.join(present) or 'none'}")
     from datasets import load_from_disk
 
     splits = {}
-    for path in sorted(path for path in chosen.iterdir() if (path / "dataset_info.json").is_file()):
+    for path in sorted(path for path in (folder / fits[0]).iterdir() if (path / "dataset_info.json").is_file()):
         try:
             # In memory: of one on disk, what is computed from it would be written beside it.
             splits[path.name] = load_from_disk(str(path), keep_in_memory=True)

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mxrot.errors import ConfigError, DataError
+from mxrot.errors import ConfigError, DataError, FamilyError
 from mxrot.evaluation.answers import Answers
 from mxrot.evaluation.task_data import local_splits
 
@@ -101,9 +102,9 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> dict[str, Any]
             raise ConfigError(f"--tasks: {name} is several tasks; name each, where their data are in a folder")
     tasks: dict[str, Any] = {}
     for name in dict.fromkeys(names):
-        with _quiet():
+        with _without_bars(), _without_warnings():
             spec = name if data is None else {"group": "local", "task": [_local(manager.task_index[name].cfg, data)]}
-            tasks |= _build(manager, name, spec)
+            tasks |= _build(manager, spec, f"{name} of {data or 'the hub'}")
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in _SCORABLE or "acc" not in task.aggregation():
             kinds = ", ".join(task.aggregation())
@@ -130,12 +131,12 @@ def _local(config: dict[str, Any], data: Path) -> dict[str, Any]:
     return {"task": config["task"], "custom_dataset": lambda **_: splits, **kept}
 
 
-def _build(manager: Any, name: str, spec: Any) -> dict[str, Any]:
+def _build(manager: Any, spec: Any, what: str) -> dict[str, Any]:
     try:
         return dict(manager.load([spec])["tasks"])
     except Exception as error:  # whatever the reader of the data, or the task's own code, raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{name}: lm-eval cannot load it (offline, give --task-data DIR): {reason[:300]}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise DataError(f"{what}: lm-eval cannot load it (--task-data takes a folder): {reason}") from error
 
 
 def score_tasks(
@@ -151,20 +152,23 @@ def score_tasks(
     """The scores of a model on tasks of `load_tasks`, by their names.
 
     `limit` takes the first examples of each. Requests that `answers` knows are not asked again. NumericsError if a
-    log-likelihood is not finite.
+    log-likelihood is not finite, FamilyError for a tokenizer with neither BOS nor EOS.
     """
     from lm_eval.evaluator import evaluate
 
     from mxrot.evaluation.harness import Harness
 
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise FamilyError("the tokenizer has neither a BOS nor an EOS token, of which lm-eval needs one")
     batch_size = batch_size or REQUESTS_AT_ONCE.get(model.device.type, 8)
-    harness = Harness(model, tokenizer, answers or Answers(), batch_size, progress)
+    with _without_warnings():
+        harness = Harness(model, tokenizer, Answers() if answers is None else answers, batch_size, progress)
     scores = {}
     for name, task in tasks.items():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=0)
-        with _quiet():
+        with _without_bars():
             found = evaluate(lm=harness, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
         scores[name] = _score(task, found["samples"][name])
     return scores
@@ -181,12 +185,24 @@ def _score(task: Any, samples: list[dict[str, Any]]) -> TaskScore:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of lm-eval and datasets, which have no switch in the calls used here."""
+def _without_warnings() -> Iterator[None]:
+    """Without what lm-eval says of models and data that are handed to it."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of lm-eval and datasets; lm-eval's has no switch."""
     import datasets
     from lm_eval.api import task
 
-    were_shown = datasets.are_progress_bars_disabled() is False
+    were_shown = not datasets.are_progress_bars_disabled()
     bars = task.tqdm
     task.tqdm = lambda iterable, **_: iterable
     datasets.disable_progress_bars()
