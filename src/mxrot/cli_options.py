@@ -72,7 +72,8 @@ def chosen_tasks(names: str | None, data: Path | None, limit: int | None) -> dic
         return {}
     from mxrot.evaluation import load_tasks
 
-    return load_tasks([name.strip() for name in names.split(",") if name.strip()], data)
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    return load_tasks(chosen, data, announce=lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def check_resume(resume: bool, tasks: str | None, json_file: Path | None) -> None:

@@ -80,11 +80,14 @@ def standard_error(values: Sequence[float]) -> float | None:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
 
 
-def load_tasks(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
+def load_tasks(
+    names: Sequence[str], data: Path | None = None, announce: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """lm-eval's tasks of these names, with their data: from the hub, or from the folder `data` (`task_data`).
 
-    A name may also be that of several tasks (`ai2_arc`) where the data come from the hub. ConfigError for a name that
-    lm-eval does not know, a task without `acc`, and without lm-eval; DataError if the data are not there.
+    A name may also be that of several tasks (`ai2_arc`) where the data come from the hub; `announce` is told before
+    they do. ConfigError for a name that lm-eval does not know, a task without `acc`, and without lm-eval; DataError if
+    the data are not there.
     """
     if not names:
         raise ConfigError("--tasks: name at least one, as in arc_easy,piqa")
@@ -100,6 +103,8 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> dict[str, Any]
             raise ConfigError(f"--tasks: lm-eval knows no task {name!r}{meant}")
         if data is not None and name not in manager.all_subtasks:
             raise ConfigError(f"--tasks: {name} is several tasks; name each, where their data are in a folder")
+    if data is None:
+        announce(f"Getting the data of {', '.join(names)} from the hub, unless they are here already")
     tasks: dict[str, Any] = {}
     for name in dict.fromkeys(names):
         with _without_bars(), _without_warnings():
@@ -122,6 +127,8 @@ def _manager() -> Any:
 
 def _local(config: dict[str, Any], data: Path) -> dict[str, Any]:
     """What is changed about a task so that it takes its data from a folder."""
+    if not config.get("dataset_path"):
+        raise ConfigError(f"--task-data: {config['task']} names no data set that a folder could hold")
     splits = local_splits(data, config["dataset_path"], config.get("dataset_name"))
     kinds = ("training_split", "validation_split", "test_split")
     kept = {kind: config.get(kind) if config.get(kind) in splits else None for kind in kinds}

@@ -48,9 +48,12 @@ def tasks(data: Path) -> dict[str, Any]:
 # What is right
 
 
+@pytest.mark.parametrize("recipe", [None, "hadamard"])
 def test_every_hit_is_that_of_log_likelihoods_by_hand(
-    model: PreTrainedModel, tokenizer: Any, tasks: dict[str, Any]
+    folder: Path, tokenizer: Any, tasks: dict[str, Any], recipe: str | None
 ) -> None:
+    model = api.open_model(folder, "cpu")[0] if recipe is None else api.quantize(folder, recipe, device="cpu")
+    assert isinstance(model, PreTrainedModel)
     scores = score_tasks(model, tokenizer, tasks)
     assert list(scores) == list(SIX)
     for name, score in scores.items():
@@ -222,6 +225,8 @@ def test_names_are_checked_before_data_are_read(data: Path, monkeypatch: pytest.
         load_tasks(["piqa", "arc_eazy"], data)
     with pytest.raises(ConfigError, match="ai2_arc is several tasks"):
         load_tasks(["ai2_arc"], data)
+    with pytest.raises(ConfigError, match="niah_single_1 names no data set"):
+        load_tasks(["niah_single_1"], data)
     with pytest.raises(ConfigError, match="name at least one"):
         load_tasks([])
     with pytest.raises(DataError, match="no such folder"):
