@@ -69,7 +69,7 @@ class Answers:
 
     def _read(self, path: Path) -> None:
         values = []
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 values.append(json.loads(line))
             except ValueError:
