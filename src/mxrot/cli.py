@@ -217,7 +217,7 @@ def compare(
 ) -> None:
     """Quantize a model in memory with several recipes, and compare."""
     from mxrot.comparison import compare_recipes
-    from mxrot.report import comparison_table, progress_on_stderr
+    from mxrot.report import compared_tasks_table, comparison_table, progress_on_stderr
 
     chosen = [chosen_recipe(name.strip(), changes) for name in recipes.split(",") if name.strip()]
     if not chosen:
@@ -241,6 +241,8 @@ def compare(
             progress=told,
         )
     console().print(comparison_table(rows, f"{model}, windows of {seq_len}"))
+    if loaded:
+        console().print(compared_tasks_table(rows))
     write_json(json_file, {"rows": [row.as_table() for row in rows]})
 
 

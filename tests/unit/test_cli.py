@@ -249,8 +249,8 @@ def test_compare_tasks(scorable: dict[str, str], tmp_path: Path) -> None:
     text = ("--text", scorable["text"], "--windows", "1", "--seq-len", "32")
     asked = ("--tasks", "piqa", "--task-data", scorable["data"], "--limit", "3", "--json", str(table))
     shown = run("compare", scorable["model"], "--recipes", "rtn", *text, *asked).stdout
-    assert "piqa, acc_norm" in shown
     rows = read_json(table)["rows"]
+    assert "acc_norm" in shown and f"{100 * rows[1]['tasks']['piqa']['acc_norm']:.2f} +- " in shown
     assert [row["tasks"]["piqa"]["n"] for row in rows] == [3, 3]
 
 

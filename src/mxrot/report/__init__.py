@@ -4,6 +4,7 @@ from mxrot.report.progress import progress_on_stderr
 from mxrot.report.tables import (
     ComparedRow,
     choices_table,
+    compared_tasks_table,
     comparison_table,
     divergence_table,
     errors_table,
@@ -17,6 +18,7 @@ from mxrot.report.tables import (
 __all__ = [
     "ComparedRow",
     "choices_table",
+    "compared_tasks_table",
     "comparison_table",
     "divergence_table",
     "errors_table",

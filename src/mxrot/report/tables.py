@@ -33,21 +33,18 @@ class ComparedRow:
             "megabytes": self.size.total_bytes / 1e6,
             "seconds": self.quantize_seconds,
             "perplexity": {name: result.ppl for name, result in self.perplexity.items()},
-            "tasks": {name: score.as_table() for name, score in self.tasks.items()},
+            **({"tasks": {name: score.as_table() for name, score in self.tasks.items()}} if self.tasks else {}),
             **self.extra,
         }
 
 
 def comparison_table(rows: Sequence[ComparedRow], title: str) -> Table:
-    """Perplexity, task scores, size and time of each row."""
+    """Perplexity, size and time of each row."""
     texts = list(rows[0].perplexity) if rows else []
-    tasks = rows[0].tasks if rows else {}
     table = Table(title=title, title_justify="left")
     table.add_column("recipe")
     for text in texts:
         table.add_column(f"perplexity, {text}", justify="right")
-    for name, score in tasks.items():
-        table.add_column(f"{name}, {score.best}", justify="right")
     for heading in ("bits a weight", "transforms", "MB", "seconds"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -55,12 +52,25 @@ def comparison_table(rows: Sequence[ComparedRow], title: str) -> Table:
         table.add_row(
             row.recipe,
             *(f"{row.perplexity[text].ppl:.2f}" for text in texts),
-            *(share(score, score.best) for score in row.tasks.values()),
             "16" if bits is None else f"{bits:.2f}",
             f"+{transforms:.3f}" if transforms else "",
             f"{row.size.total_bytes / 1e6:.1f}",
             "" if row.quantize_seconds is None else f"{row.quantize_seconds:.1f}",
         )
+    return table
+
+
+def compared_tasks_table(rows: Sequence[ComparedRow]) -> Table:
+    """Of each row acc_norm in each task that has it, else acc, and the mean over tasks."""
+    table = Table(title="Tasks, percent +- one standard error over examples", title_justify="left")
+    table.add_column("recipe")
+    for name, score in rows[0].tasks.items():
+        table.add_column(f"{name}\n{score.best}", justify="right", no_wrap=True)
+    table.add_column("mean", justify="right")
+    for row in rows:
+        shares = [score.mean(score.best) or 0.0 for score in row.tasks.values()]
+        cells = [share(score, score.best, unit="") for score in row.tasks.values()]
+        table.add_row(row.recipe, *cells, f"{100 * sum(shares) / len(shares):.2f}")
     return table
 
 
@@ -85,12 +95,12 @@ def tasks_table(model: str, scores: dict[str, TaskScore]) -> Table:
     return table
 
 
-def share(score: TaskScore, metric: str) -> str:
+def share(score: TaskScore, metric: str, unit: str = " %") -> str:
     """In percent, with its standard error where there is one; empty for a metric that the task does not have."""
     mean, error = score.mean(metric), score.error(metric)
     if mean is None:
         return ""
-    return f"{100 * mean:.2f} %" + ("" if error is None else f" +- {100 * error:.2f}")
+    return f"{100 * mean:.2f}{unit}" + ("" if error is None else f" +- {100 * error:.2f}")
 
 
 def divergence_table(model: str, original: str, results: dict[str, Divergence]) -> Table:
