@@ -183,7 +183,7 @@ class Bench:
         """What was measured, on what, where."""
         options = self.options
         return {
-            "commit": options.commit or _commit(),
+            "commit": options.commit or current_commit(),
             "model": options.model,
             "device": device_name(torch.device(self.device)).lower().replace(" ", "-"),
             "machine": platform.machine(),
@@ -333,7 +333,7 @@ def write_result(
     return path
 
 
-def _commit() -> str:
+def current_commit() -> str:
     """The commit that was measured; `unknown` outside of a git checkout."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)

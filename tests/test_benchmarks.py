@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -11,26 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.evaluation.task_folder import write_scorable_model, write_task_folder
+
+from mxrot.evaluation import TaskScore, standard_error
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def accuracy() -> Any:
+def imported(name: str) -> Any:
     sys.path.insert(0, str(FOLDER))
     try:
-        import accuracy
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(FOLDER))
-    return accuracy
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> Any:
+    return imported("accuracy")
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Any:
+    return imported("tasks")
 
 
 def test_tables_in_the_documentation_are_those_of_the_results() -> None:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import markdown
-    finally:
-        sys.path.remove(str(FOLDER))
+    markdown = imported("markdown")
     found = 0
     for page in (FOLDER.parent / "docs").glob("*.md"):
         text = page.read_text(encoding="utf-8")
@@ -161,3 +169,79 @@ def test_a_checkpoint_that_reloads_as_another_model_is_seen(accuracy: Any) -> No
         (row,) = accuracy.summaries(options(), [again])
         assert row["reloads"] is reloads
         assert ("reloads as it was" in accuracy.line(row)) is reloads
+
+
+# Tasks
+
+
+def score(acc: str, acc_norm: str | None = None) -> TaskScore:
+    """From strings of hits, as in "0110"."""
+    metrics = {"acc": acc} | ({} if acc_norm is None else {"acc_norm": acc_norm})
+    return TaskScore({name: tuple(float(hit) for hit in hits) for name, hits in metrics.items()}, "test", "digest")
+
+
+def row_of(tasks: Any, label: str, **scores: TaskScore) -> dict[str, Any]:
+    return {"label": label, "seconds": 2.0, "tasks": {name: tasks.pack(found) for name, found in scores.items()}}
+
+
+@pytest.mark.parametrize("hits", ["0", "1", "0001", "0000", "1011001"])
+def test_hits_survive_a_file(tasks: Any, hits: str) -> None:
+    for found in (score(hits), score(hits, hits[::-1])):
+        assert tasks.unpack(json.loads(json.dumps(tasks.pack(found)))) == found
+
+
+def test_recovery_is_of_the_mean_over_tasks_and_its_error_of_paired_examples(tasks: Any) -> None:
+    original = {"a": score("1100", "1110"), "b": score("10")}
+    same = tasks.mean_over_tasks(original, original, normed=False)
+    assert (same.value, same.recovery, same.recovery_error) == (0.5, 1.0, 0.0)
+    worse = {"a": score("0100", "1110"), "b": score("10")}
+    found = tasks.mean_over_tasks(worse, original, normed=False)
+    assert found.value == (0.25 + 0.5) / 2 and found.recovery == 0.75
+    # q - r f: of a -0.75, 0.25, 0, 0 and of b 0.25, 0; half the root of the sum of squares, over the mean of f.
+    errors = [standard_error((-0.75, 0.25, 0.0, 0.0)), standard_error((0.25, 0.0))]
+    assert found.recovery_error == pytest.approx(math.hypot(*errors) / 2 / 0.5, rel=1e-12)
+    assert tasks.mean_over_tasks(worse, original, normed=True).recovery == 1.0
+    assert tasks.mean_over_tasks({"a": score("0000")}, {"a": score("1010")}, normed=False).error == 0.0
+
+
+def test_the_bound_is_seen(tasks: Any) -> None:
+    (row,) = (row for row in tasks.ROWS if row.least is not None)
+    entries = {"FP16": row_of(tasks, "FP16", a=score("1" * 20))}
+    for hits, expected in (("1" * 19 + "0", "ok"), ("1" * 18 + "00", "MISSED")):
+        entries[row.label] = row_of(tasks, row.label, a=score(hits))
+        assert sum(cell.endswith(expected) for cell in tasks.cells(row, entries)) == 2
+    lines = tasks.table(list(tasks.ROWS), entries).splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+
+
+def test_rows_of_tasks_are_recipes_and_known_ones_must_fit(tasks: Any, tmp_path: Path) -> None:
+    from mxrot.recipe import load_recipe
+
+    first, *recipes = [row.recipe for row in tasks.ROWS]
+    assert first is None and [load_recipe(recipe).name for recipe in recipes] == recipes
+    description = dict.fromkeys(tasks.SAME, "same")
+    path = tmp_path / "known.json"
+    path.write_text(json.dumps(description | {"rows": [row_of(tasks, "rtn", a=score("1"))]}))
+    assert list(tasks.known_entries([path], description)) == ["rtn"]
+    with pytest.raises(SystemExit, match="does not belong into this table: limit differ"):
+        tasks.known_entries([path], description | {"limit": 3})
+
+
+@pytest.mark.slow
+def test_a_table_of_tasks_from_nothing(tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time nothing is quantized or asked again."""
+    from mxrot.evaluation.harness import Harness
+
+    model, data = write_scorable_model(tmp_path / "tiny"), write_task_folder(tmp_path / "data")
+    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--data", str(data)]
+    options = ["--model", str(model), "--only", "FP16|rtn", "--device", "cpu", "--tasks", "piqa,winogrande"]
+    monkeypatch.setattr(sys, "argv", ["tasks.py", *options, *places])
+    monkeypatch.setattr(tasks, "write_result", lambda options, description, entries: written.append(dict(entries)))
+    written: list[dict[str, Any]] = []
+    tasks.main()
+    monkeypatch.setattr(Harness, "_loglikelihood_tokens", None)
+    tasks.main()
+    first, again = written[1], written[-1]
+    assert list(first) == ["FP16", "rtn"] and len(written) == 6
+    assert [first[label]["tasks"] for label in first] == [again[label]["tasks"] for label in again]
+    assert first["rtn"]["quantize_seconds"] == again["rtn"]["quantize_seconds"]

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from mxrot import autoload
 
 if TYPE_CHECKING:
-    from mxrot.api import diverge, evaluate, load, quantize
+    from mxrot.api import diverge, evaluate, evaluate_tasks, load, quantize
     from mxrot.checkpoint.huggingface import MxrotConfig
     from mxrot.formats import QTensor
     from mxrot.recipe import Recipe
 
-__all__ = ["MxrotConfig", "QTensor", "Recipe", "diverge", "evaluate", "load", "quantize"]
+__all__ = ["MxrotConfig", "QTensor", "Recipe", "diverge", "evaluate", "evaluate_tasks", "load", "quantize"]
 
 _HOME = {
     "MxrotConfig": "mxrot.checkpoint.huggingface",
@@ -26,6 +26,7 @@ _HOME = {
     "Recipe": "mxrot.recipe",
     "diverge": "mxrot.api",
     "evaluate": "mxrot.api",
+    "evaluate_tasks": "mxrot.api",
     "load": "mxrot.api",
     "quantize": "mxrot.api",
 }

@@ -21,9 +21,19 @@ from mxrot import pipeline
 from mxrot.calibration import Text, load_text, token_windows
 from mxrot.checkpoint import check_exportable, check_output, is_checkpoint, load, quantize_to_folder, with_config
 from mxrot.errors import ConfigError, FamilyError
-from mxrot.evaluation import Divergence, Perplexity, divergence, perplexity
-from mxrot.models import find_family, find_model, read_config
+from mxrot.evaluation import (
+    Answers,
+    Divergence,
+    Perplexity,
+    TaskScore,
+    divergence,
+    load_tasks,
+    perplexity,
+    score_tasks,
+)
+from mxrot.models import WeightFiles, find_family, find_model, read_config
 from mxrot.recipe import Recipe, load_recipe
+from mxrot.records import device_name, versions
 
 DEFAULT_RECIPE = "mxrot"
 Progress = Callable[[int, int, str], None]
@@ -211,6 +221,43 @@ def diverge(
         tokens = token_windows(loaded, tokenizer, seq_len, windows)
         results[loaded.name] = divergence(model, original, tokens, batch, progress)
     return results
+
+
+def evaluate_tasks(
+    model: PreTrainedModel | str | Path,
+    tasks: str | Sequence[str],
+    *,
+    tokenizer: Any = None,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, TaskScore]:
+    """Scores in tasks of lm-eval, by their names; needs `pip install 'mxrot[tasks]'`.
+
+    The tasks' data are those of the hub, or of the folder `data`; `limit` takes the first examples of each. A model
+    that is passed itself needs its `tokenizer`.
+    """
+    loaded = load_tasks([tasks] if isinstance(tasks, str) else tasks, None if data is None else Path(data))
+    model, tokenizer = _opened(model, tokenizer, device)
+    if tokenizer is None:
+        raise TypeError("evaluate_tasks needs the tokenizer of a model that is passed itself")
+    return score_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, progress=progress)
+
+
+def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool = False) -> Answers:
+    """Answers to tasks in a file, for the model opened from `folder`.
+
+    With `resume` those that the file has; ConfigError if they were given by another model, device or version.
+    """
+    owner = {
+        "model": WeightFiles(folder).fingerprint(),
+        "dtype": str(model.dtype),
+        "device": device_name(model.device),
+        "versions": versions(tasks=True),
+    }
+    return Answers(path, owner, resume)
 
 
 def _opened(model: PreTrainedModel | str | Path, tokenizer: Any, device: str | None) -> tuple[PreTrainedModel, Any]:

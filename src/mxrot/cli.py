@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 bad usage or bad input (one line, no traceback), 1 anythin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,20 +24,29 @@ from mxrot.cli_options import (
     Changes,
     Device,
     Json,
+    Limit,
     Model,
     RecipeOption,
     Samples,
     Seed,
+    TaskData,
+    Tasks,
     Texts,
     Windows,
+    check_resume,
     check_texts,
     chosen_recipe,
+    chosen_tasks,
     console,
+    partial_file,
     prepare,
     write_json,
 )
 from mxrot.cli_report import report
 from mxrot.errors import ConfigError, MxrotError
+
+_KEPT = "mxrot.kept"
+"""Where a command says what an interrupt leaves behind."""
 
 
 class _Commands(TyperGroup):
@@ -48,8 +58,8 @@ class _Commands(TyperGroup):
         except MxrotError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            kept = "; finished blocks are kept, and --resume goes on from them"
-            _fail("interrupted" + (kept if ctx.invoked_subcommand == "quantize" else ""), 1)
+            kept = "finished blocks" if ctx.invoked_subcommand == "quantize" else ctx.meta.get(_KEPT)
+            _fail("interrupted" + (f"; {kept} are kept, and --resume goes on from them" if kept else ""), 1)
         except BrokenPipeError:  # the reader of standard output went away, as in `mxrot recipes | head`
             raise
         except OSError as error:
@@ -118,50 +128,76 @@ def quantize(
 
 @app.command("eval")
 def evaluate(
+    ctx: typer.Context,
     model: Model = "demo",
-    text: Texts = ["demo"],  # noqa: B006
+    text: Texts = [],  # noqa: B006
     windows: Windows = None,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 2048,
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="The original: how far from it, token by token")
     ] = None,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Requests at once (by device)")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with --tasks where a run with --json ended")] = False,
     device: Device = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the SHA-256 of every file first")] = False,
     json_file: Json = None,
 ) -> None:
-    """Perplexity of a model or a checkpoint."""
-    from mxrot import api
-    from mxrot.records import versions
-    from mxrot.report import divergence_table, perplexity_table, progress_on_stderr
+    """Perplexity of a model or a checkpoint, and its scores in tasks.
 
-    check_texts(text)
+    Text is `demo` where neither texts nor tasks are named.
+    """
+    from mxrot import api
+    from mxrot.evaluation import score_tasks
+    from mxrot.records import versions
+    from mxrot.report import divergence_table, perplexity_table, progress_on_stderr, tasks_table
+
+    texts = text or ([] if tasks and against is None else ["demo"])
+    check_texts(texts)
+    check_resume(resume, tasks, json_file)
     prepare(model, device, json_file)
     if against is not None:
         prepare(against, device, None)
+    loaded = chosen_tasks(tasks, task_data, limit)
     started = time.monotonic()
     apart = None
-    with progress_on_stderr("Evaluating") as told:
+    scores = {}
+    with progress_on_stderr("Evaluating") as told, contextlib.ExitStack() as stack:
         opened, folder = api.open_model(model, device, verify)
         tokenizer = api.load_tokenizer(folder)
-        if against is None:
-            results = api.evaluate(opened, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
-        else:
+        answers = None
+        if loaded and json_file is not None:
+            answers = stack.enter_context(api.kept_answers(partial_file(json_file), opened, folder, resume))
+            ctx.meta[_KEPT] = "answers to tasks"
+        if against is not None:
             options: dict[str, Any] = {"windows": windows, "seq_len": seq_len, "device": device, "progress": told}
-            apart = api.diverge(opened, against, text, tokenizer=tokenizer, **options)
+            apart = api.diverge(opened, against, texts, tokenizer=tokenizer, **options)
             results = {name: found.perplexity for name, found in apart.items()}
-    console().print(perplexity_table(model, results))
+        else:
+            results = api.evaluate(opened, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        if loaded:
+            options = {"limit": limit, "batch_size": batch_size, "answers": answers, "progress": told}
+            scores = score_tasks(opened, tokenizer, loaded, **options)
+    if results:
+        console().print(perplexity_table(model, results))
     if apart is not None:
         console().print(divergence_table(model, str(against), apart))
+    if scores:
+        console().print(tasks_table(model, scores))
     table = {
         "model": model,
         "perplexity": {name: vars(result) for name, result in results.items()},
         "against": against,
         "divergence": None if apart is None else {name: vars(result) for name, result in apart.items()},
-        "tasks": {},
+        "tasks": {name: score.as_table() for name, score in scores.items()},
         "seconds": round(time.monotonic() - started, 2),
-        "versions": versions(),
+        "versions": versions(tasks=bool(scores)),
     }
     write_json(json_file, table)
+    if answers is not None:
+        answers.remove()
 
 
 @app.command()
@@ -174,19 +210,23 @@ def compare(
     text: Texts = ["demo"],  # noqa: B006
     windows: Windows = None,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window, for both")] = 2048,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
     seed: Seed = 0,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
     """Quantize a model in memory with several recipes, and compare."""
     from mxrot.comparison import compare_recipes
-    from mxrot.report import comparison_table, progress_on_stderr
+    from mxrot.report import compared_tasks_table, comparison_table, progress_on_stderr
 
     chosen = [chosen_recipe(name.strip(), changes) for name in recipes.split(",") if name.strip()]
     if not chosen:
         raise ConfigError("--recipes: name at least one")
     check_texts(text)
     prepare(model, device, json_file)
+    loaded = chosen_tasks(tasks, task_data, limit)
     with progress_on_stderr("Comparing") as told:
         rows = compare_recipes(
             model,
@@ -198,9 +238,13 @@ def compare(
             seq_len=seq_len,
             seed=seed,
             device=device,
+            tasks=loaded,
+            limit=limit,
             progress=told,
         )
     console().print(comparison_table(rows, f"{model}, windows of {seq_len}"))
+    if loaded:
+        console().print(compared_tasks_table(rows))
     write_json(json_file, {"rows": [row.as_table() for row in rows]})
 
 

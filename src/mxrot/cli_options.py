@@ -22,6 +22,10 @@ Texts = Annotated[list[str], typer.Option("--text", metavar="TEXT", help=f"Evalu
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (the GPU if there is one)")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON")]
+TASKS_HELP = "Tasks of lm-eval, comma-separated, e.g. arc_easy,piqa"
+Tasks = Annotated[str | None, typer.Option("--tasks", metavar="NAMES", help=TASKS_HELP)]
+TaskData = Annotated[Path | None, typer.Option("--task-data", metavar="DIR", help="Folder with their data (the hub)")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first examples of each task")]
 CHANGES_HELP = "Change a recipe key, repeatable, e.g. transform.sharing=block"
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=CHANGES_HELP)]
 
@@ -57,6 +61,30 @@ def prepare(model: str, device: str | None, json_file: Path | None) -> None:
         demo_folder(announce=lambda line: print(line, file=sys.stderr, flush=True))
     elif "/" in model and not Path(model).expanduser().exists() and not model.startswith((".", "/", "~")):
         print(f"Getting {model} from the hub, unless it is here already", file=sys.stderr, flush=True)
+
+
+def chosen_tasks(names: str | None, data: Path | None, limit: int | None) -> dict[str, Any]:
+    """The tasks of `--tasks`, loaded before a model is; empty without the option."""
+    if names is None:
+        for option, value in (("--task-data", data), ("--limit", limit)):
+            if value is not None:
+                raise ConfigError(f"{option}: is for --tasks; name the tasks")
+        return {}
+    from mxrot.evaluation import load_tasks
+
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    return load_tasks(chosen, data, announce=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def check_resume(resume: bool, tasks: str | None, json_file: Path | None) -> None:
+    """ConfigError where there is nothing that a run of `eval` could go on from."""
+    if resume and (tasks is None or json_file is None):
+        raise ConfigError("--resume: needs --tasks and --json FILE; answers to tasks are kept beside that file")
+
+
+def partial_file(json_file: Path) -> Path:
+    """Where answers are kept until the result is written."""
+    return json_file.with_name(json_file.name + ".partial")
 
 
 def check_texts(texts: list[str]) -> None:

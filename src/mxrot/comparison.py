@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mxrot import api, pipeline
+from mxrot.evaluation import score_tasks
 from mxrot.layers import ModelSize, QuantLinear
 from mxrot.models import WeightFiles, build_skeleton, check_linears, find_family, find_model, read_config
 from mxrot.recipe import Recipe
@@ -32,11 +33,14 @@ def compare_recipes(
     seed: int = 0,
     device: str | None = None,
     prompt: str | None = None,
+    tasks: dict[str, Any] | None = None,
+    limit: int | None = None,
     progress: api.Progress = api.silent,
 ) -> list[ComparedRow]:
     """The model as it is, then quantized by each recipe: perplexity on `texts`, size, seconds to quantize.
 
-    With a `prompt`, each row's `extra["generated"]` is what the model makes of it. One model is in memory at a time.
+    `tasks` are those of `evaluation.load_tasks`, of which `limit` takes the first examples. With a `prompt`, each row's
+    `extra["generated"]` is what the model makes of it. One model is in memory at a time.
     """
     folder = find_model(model)
     config = read_config(folder)
@@ -64,8 +68,10 @@ def compare_recipes(
             opened = result.model
         told = _labelled(progress, f"perplexity of {label}")
         scores = api.evaluate(opened, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        told = _labelled(progress, f"tasks of {label}")
+        shares = score_tasks(opened, tokenizer, tasks, limit=limit, progress=told) if tasks else {}
         extra = {} if prompt is None else {"generated": _sentence(opened, tokenizer, prompt)}
-        rows.append(ComparedRow(label, model_size(opened, stored), seconds, scores, extra))
+        rows.append(ComparedRow(label, model_size(opened, stored), seconds, scores, extra, shares))
         del opened
         gc.collect()
         if torch.cuda.is_available():

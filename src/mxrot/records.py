@@ -106,13 +106,13 @@ class Metric:
         return shown if error is None or math.isnan(error) else f"{shown} ± {factor * error:.{digits}f}"
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides about a number."""
+def versions(tasks: bool = False) -> dict[str, str]:
+    """Versions of what decides about a number; with `tasks` also that of lm-eval."""
     try:
         own = version("mxrot")
     except PackageNotFoundError:
         own = "source"
-    return {
+    return ({"lm_eval": version("lm_eval")} if tasks else {}) | {
         "mxrot": own,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

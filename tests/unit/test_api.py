@@ -46,7 +46,9 @@ def refused(kind: type[MxrotError], message: str, model: object, chosen: object 
 
 
 def test_the_public_names() -> None:
-    assert sorted(mxrot.__all__) == ["MxrotConfig", "QTensor", "Recipe", "diverge", "evaluate", "load", "quantize"]
+    assert sorted(mxrot.__all__) == [
+        *("MxrotConfig", "QTensor", "Recipe", "diverge", "evaluate", "evaluate_tasks", "load", "quantize"),
+    ]
     assert all(getattr(mxrot, name) is not None for name in mxrot.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         mxrot.nothing  # noqa: B018

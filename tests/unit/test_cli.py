@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import typer
 from tests.tiny_model import write_tiny_model
+from tests.unit.evaluation.task_folder import write_scorable_model, write_task_folder
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
@@ -28,10 +29,13 @@ OPTIONS = {
         *("model", "-o", "--output", "-r", "--recipe", "--set", "--calib", "--samples", "--seq-len", "--seed"),
         *("--device", "--force", "--resume", "--json"),
     ],
-    "eval": ["model", "--text", "--windows", "--seq-len", "--against", "--device", "--verify", "--json"],
+    "eval": [
+        *("model", "--text", "--windows", "--seq-len", "--against", "--tasks", "--task-data", "--limit"),
+        *("--batch-size", "--resume", "--device", "--verify", "--json"),
+    ],
     "compare": [
         *("model", "--recipes", "--set", "--calib", "--samples", "--text", "--windows", "--seq-len", "--seed"),
-        *("--device", "--json"),
+        *("--tasks", "--task-data", "--limit", "--device", "--json"),
     ],
     "inspect": ["model", "--text", "--windows", "--seq-len", "--kernels", "--device", "--json"],
     "plan": [
@@ -68,6 +72,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     quantized = root / "quantized"
     run("quantize", named["model"], "-o", str(quantized), "-r", "duquant++", "--calib", named["text"], *QUICK)
     yield named | {"checkpoint": str(quantized)}
+
+
+@pytest.fixture(scope="module")
+def scorable(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model that lm-eval can ask, and data of tasks."""
+    model = write_scorable_model(tmp_path_factory.mktemp("scorable"))
+    data = write_task_folder(tmp_path_factory.mktemp("data"))
+    return folders | {"model": str(model), "data": str(data)}
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +219,50 @@ def test_eval_against_the_original(folders: dict[str, str], tmp_path: Path) -> N
     assert here == pytest.approx(alone, rel=1e-9)
 
 
+def test_eval_tasks_json_and_resume(scorable: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks alone take no text; what an interrupt leaves behind is gone when the result is written."""
+    from mxrot.evaluation.harness import Harness
+
+    table = tmp_path / "table.json"
+    kept = tmp_path / "table.json.partial"
+    command = ("eval", scorable["model"], "--tasks", "piqa, lambada_openai", "--task-data", scorable["data"])
+    command = (*command, "--limit", "4", "--batch-size", "1", "--json", str(table))
+    tell = Harness._tell
+
+    def stopped(self: Any) -> None:
+        tell(self)
+        if self._task == "lambada_openai" and self._done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Harness, "_tell", stopped)
+    result = call(*command)
+    assert result.exit_code == 1 and not table.exists()
+    assert result.stderr.splitlines()[-1].endswith("answers to tasks are kept, and --resume goes on from them")
+    assert len(kept.read_text().splitlines()) == 1 + 8 + 2
+    monkeypatch.setattr(Harness, "_tell", tell)
+    shown = run(*command, "--resume").stdout
+    assert not kept.exists()
+    found = read_json(table)
+    assert found["perplexity"] == {} and "lm_eval" in found["versions"]
+    assert list(found["tasks"]) == ["piqa", "lambada_openai"]
+    assert list(found["tasks"]["piqa"]) == ["acc", "acc_norm", "stderr", "acc_norm_stderr", "n", "split", "sha256"]
+    assert [score["n"] for score in found["tasks"].values()] == [4, 4]
+    assert f"{100 * found['tasks']['piqa']['acc_norm']:.2f} % +- " in shown
+    run(*command, "--text", scorable["text"], "--seq-len", "64", "--windows", "1")
+    again = read_json(table)
+    assert again["tasks"] == found["tasks"] and list(again["perplexity"]) == ["words"]
+
+
+def test_compare_tasks(scorable: dict[str, str], tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    text = ("--text", scorable["text"], "--windows", "1", "--seq-len", "32")
+    asked = ("--tasks", "piqa", "--task-data", scorable["data"], "--limit", "3", "--json", str(table))
+    shown = run("compare", scorable["model"], "--recipes", "rtn", *text, *asked).stdout
+    rows = read_json(table)["rows"]
+    assert "acc_norm" in shown and f"{100 * rows[1]['tasks']['piqa']['acc_norm']:.2f} +- " in shown
+    assert [row["tasks"]["piqa"]["n"] for row in rows] == [3, 3]
+
+
 def test_compare_json(folders: dict[str, str], tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     text = ("--text", folders["text"], "--calib", folders["text"], "--windows", "4")
@@ -338,6 +394,13 @@ BAD_INPUT = {
         ("report", "{checkpoint}", "--text", "{text}", "--seq-len", "32", "--site", "x"),
         "no site matches",
     ),
+    "resume without answers": (
+        ("eval", "{model}", "--resume", "--tasks", "piqa"),
+        "needs --tasks and --json",
+    ),
+    "limit of no task": (("eval", "{model}", "--limit", "3"), "--limit: is for --tasks"),
+    "data of no task": (("compare", "{model}", "--task-data", "{parent}"), "--task-data: is for --tasks"),
+    "no task": (("eval", "{model}", "--tasks", ","), "--tasks: name at least one"),
     "output is a file": (("quantize", "{model}", "-o", "{short}", "-r", "rtn"), "is a file"),
 }
 

@@ -1,20 +1,27 @@
-"""What a model is worth: perplexity, and where its outliers are."""
+"""What a model is worth: perplexity, tasks, and where its outliers are."""
 
 from mxrot.evaluation.activations import ActivationView, activation_views
+from mxrot.evaluation.answers import Answers
 from mxrot.evaluation.divergence import Divergence, divergence
 from mxrot.evaluation.inspection import KernelChoice, SiteMaxima, kernel_choices, site_maxima, weight_exponents
 from mxrot.evaluation.perplexity import Perplexity, perplexity
+from mxrot.evaluation.tasks import TaskScore, load_tasks, score_tasks, standard_error
 
 __all__ = [
     "ActivationView",
+    "Answers",
     "Divergence",
     "KernelChoice",
     "Perplexity",
     "SiteMaxima",
+    "TaskScore",
     "activation_views",
     "divergence",
     "kernel_choices",
+    "load_tasks",
     "perplexity",
+    "score_tasks",
     "site_maxima",
+    "standard_error",
     "weight_exponents",
 ]

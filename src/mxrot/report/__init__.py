@@ -10,12 +10,14 @@ from mxrot.report.progress import progress_on_stderr
 from mxrot.report.tables import (
     ComparedRow,
     choices_table,
+    compared_tasks_table,
     comparison_table,
     divergence_table,
     errors_table,
     maxima_table,
     perplexity_table,
     size_line,
+    tasks_table,
     tuning_line,
 )
 from mxrot.report.vllm import print_vllm_report
@@ -25,6 +27,7 @@ __all__ = [
     "Contents",
     "check_matplotlib",
     "choices_table",
+    "compared_tasks_table",
     "comparison_table",
     "divergence_table",
     "errors_table",
@@ -38,6 +41,7 @@ __all__ = [
     "progress_on_stderr",
     "read_results",
     "size_line",
+    "tasks_table",
     "tuning_line",
     "write_files",
 ]

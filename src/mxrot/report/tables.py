@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mxrot.evaluation import Divergence, KernelChoice, Perplexity, SiteMaxima
+from mxrot.evaluation import Divergence, KernelChoice, Perplexity, SiteMaxima, TaskScore
 from mxrot.layers import ModelSize
 
 
@@ -22,6 +22,7 @@ class ComparedRow:
     quantize_seconds: float | None
     perplexity: dict[str, Perplexity]
     extra: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
 
     def as_table(self) -> dict[str, Any]:
         """The row as `compare --json` writes it."""
@@ -32,6 +33,7 @@ class ComparedRow:
             "megabytes": self.size.total_bytes / 1e6,
             "seconds": self.quantize_seconds,
             "perplexity": {name: result.ppl for name, result in self.perplexity.items()},
+            **({"tasks": {name: score.as_table() for name, score in self.tasks.items()}} if self.tasks else {}),
             **self.extra,
         }
 
@@ -58,6 +60,20 @@ def comparison_table(rows: Sequence[ComparedRow], title: str) -> Table:
     return table
 
 
+def compared_tasks_table(rows: Sequence[ComparedRow]) -> Table:
+    """Of each row acc_norm in each task that has it, else acc, and the mean over tasks."""
+    table = Table(title="Tasks, percent +- one standard error over examples", title_justify="left")
+    table.add_column("recipe")
+    for name, score in rows[0].tasks.items():
+        table.add_column(f"{name}\n{score.best}", justify="right", no_wrap=True)
+    table.add_column("mean", justify="right")
+    for row in rows:
+        shares = [score.mean(score.best) or 0.0 for score in row.tasks.values()]
+        cells = [share(score, score.best, unit="") for score in row.tasks.values()]
+        table.add_row(row.recipe, *cells, f"{100 * sum(shares) / len(shares):.2f}")
+    return table
+
+
 def perplexity_table(model: str, results: dict[str, Perplexity]) -> Table:
     """One line a text."""
     table = Table(title=f"Perplexity of {model}", title_justify="left")
@@ -67,6 +83,24 @@ def perplexity_table(model: str, results: dict[str, Perplexity]) -> Table:
         counts = (f"{result.windows} x {result.seq_len}", f"{result.tokens:,}")
         table.add_row(name, f"{result.ppl:.3f}", f"{result.nll:.4f}", *counts)
     return table
+
+
+def tasks_table(model: str, scores: dict[str, TaskScore]) -> Table:
+    """One line a task, each share with its standard error over examples."""
+    table = Table(title=f"Tasks, {model}; +- one standard error over examples", title_justify="left")
+    for heading in ("task", "acc", "acc_norm", "examples", "split"):
+        table.add_column(heading, justify="left" if heading in ("task", "split") else "right")
+    for name, score in scores.items():
+        table.add_row(name, share(score, "acc"), share(score, "acc_norm"), str(score.n), score.split)
+    return table
+
+
+def share(score: TaskScore, metric: str, unit: str = " %") -> str:
+    """In percent, with its standard error where there is one; empty for a metric that the task does not have."""
+    mean, error = score.mean(metric), score.error(metric)
+    if mean is None:
+        return ""
+    return f"{100 * mean:.2f}{unit}" + ("" if error is None else f" +- {100 * error:.2f}")
 
 
 def divergence_table(model: str, original: str, results: dict[str, Divergence]) -> Table:

@@ -7,15 +7,17 @@ import math
 
 from rich.console import Console, RenderableType
 
-from mxrot.evaluation import Perplexity, SiteMaxima
+from mxrot.evaluation import Perplexity, SiteMaxima, TaskScore
 from mxrot.layers import ModelSize
 from mxrot.report import (
     ComparedRow,
+    compared_tasks_table,
     comparison_table,
     errors_table,
     maxima_table,
     perplexity_table,
     size_line,
+    tasks_table,
     tuning_line,
 )
 
@@ -46,6 +48,26 @@ def test_comparison() -> None:
         ["original", "7.39", "20.09", "16", "", "269.0", ""],
         ["duquant++", "12.18", "33.12", "4.25", "+0.032", "2.5", "12.3"],
     ]
+
+
+SCORES = {
+    "arc_easy": TaskScore({"acc": (0.0, 0.0), "acc_norm": (1.0, 0.0)}, "validation", ""),
+    "lambada_openai": TaskScore({"acc": (1.0,)}, "test", ""),
+}
+
+
+def test_tasks() -> None:
+    assert lines(tasks_table("model", SCORES)) == [
+        ["arc_easy", "0.00 % +- 0.00", "50.00 % +- 50.00", "2", "validation"],
+        ["lambada_openai", "100.00 %", "", "1", "test"],
+    ]
+
+
+def test_compared_tasks() -> None:
+    rows = [ComparedRow(name, PLAIN, None, {}, tasks=SCORES) for name in ("original", "rtn")]
+    figures = ["50.00 +- 50.00", "100.00", "75.00"]
+    assert lines(compared_tasks_table(rows)) == [["original", *figures], ["rtn", *figures]]
+    assert list(rows[0].as_table()["tasks"]) == list(SCORES)
 
 
 def test_row_as_json() -> None:

@@ -1,0 +1,87 @@
+"""Log-likelihoods that a model has given, kept in a file from which an interrupted run goes on.
+
+One JSON value a line: first whose answers they are, then [request, log-likelihood, greedy] for each request, by the
+SHA-256 of its context and continuation. A line that was cut off by a kill is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from mxrot.errors import ConfigError
+
+Answer = tuple[float, bool]
+"""Log-likelihood of a continuation in nats, and whether it is what greedy decoding would give."""
+
+
+class Answers:
+    """Answers by request; also in a file where one is given, opened by `with`."""
+
+    def __init__(self, path: Path | None = None, owner: dict[str, Any] | None = None, resume: bool = False) -> None:
+        """`owner` is what decides about the answers: those of another one are refused.
+
+        ConfigError for a file of another owner. Without `resume` what the file holds is thrown away.
+        """
+        self._known: dict[str, Answer] = {}
+        self._path = path
+        self._owner = owner or {}
+        self._file: IO[str] | None = None
+        if path is not None and resume and path.exists():
+            self._read(path)
+
+    def __enter__(self) -> Answers:
+        if self._path is not None:
+            # Written again without the line that may have been cut off.
+            self._file = self._path.open("w", encoding="utf-8")
+            self._write({"owner": self._owner})
+            for request, answer in self._known.items():
+                self._write([request, *answer])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def get(self, request: tuple[str, str]) -> Answer | None:
+        return self._known.get(_digest(request))
+
+    def add(self, request: tuple[str, str], answer: Answer) -> None:
+        name = _digest(request)
+        self._known[name] = answer
+        if self._file is not None:
+            self._write([name, *answer])
+
+    def remove(self) -> None:
+        """Delete the file: everything has been scored."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def _write(self, value: Any) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(value) + "\n")
+        self._file.flush()
+
+    def _read(self, path: Path) -> None:
+        values = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                values.append(json.loads(line))
+            except ValueError:
+                break
+        owner = values[0].get("owner") if values and isinstance(values[0], dict) else None
+        if not isinstance(owner, dict):
+            raise ConfigError(f"{path}: holds no answers; remove it, or start over without --resume")
+        if owner != self._owner:
+            differs = ", ".join(sorted(key for key in self._owner | owner if owner.get(key) != self._owner.get(key)))
+            raise ConfigError(f"{path}: answers of a run with another {differs}; start over without --resume")
+        self._known = {request: (value, greedy) for request, value, greedy in values[1:]}
+
+
+def _digest(request: tuple[str, str]) -> str:
+    return hashlib.sha256(json.dumps(request).encode()).hexdigest()
