@@ -25,7 +25,7 @@ _TEMPLATE = """---
 
 # {name}, quantized to {formats} with mxrot ({recipe})
 
-**`import mxrot` before you load it.** {warning}
+**Install mxrot, and `import mxrot` before you load it.** {warning}
 
 ```python
 import mxrot
@@ -82,12 +82,12 @@ With vLLM: {vllm}
 """
 
 _WITH_TRANSFORM = (
-    "Without it, transformers (with compressed-tensors) loads the packed weights and leaves out the transforms of the "
-    "inputs: where that does not stop with an error, the model computes garbage."
+    "Without mxrot, transformers (with compressed-tensors) loads the packed weights and leaves out the transforms of "
+    "the inputs: where that does not stop with an error, the model computes garbage."
 )
 _WITHOUT_TRANSFORM = (
-    "Without it, transformers loads the same weights where compressed-tensors is installed, but runs in bfloat16 only "
-    "(seen with compressed-tensors 0.20) and rounds its sums differently; accuracy was not measured that way. No "
+    "Without mxrot, transformers loads the same weights where compressed-tensors is installed, but runs in bfloat16 "
+    "only (seen with compressed-tensors 0.20) and rounds its sums differently; accuracy was not measured that way. No "
     "transform is applied at run time."
 )
 _VLLM_PLAIN = (
