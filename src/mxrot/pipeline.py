@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_finished_block, load_original, load_outer, outer_tensors
 from mxrot.blockwise import BlockRun, advance_original, quantize_block
-from mxrot.calibration import BlockInputs, advance, first_block_inputs, generated_windows
+from mxrot.calibration import advance, first_block_inputs, generated_windows
 from mxrot.checks import find_problems, free_memory, memory_problem
 from mxrot.errors import ConfigError
 from mxrot.layers import prepare_linears
@@ -129,7 +129,7 @@ def quantize(
         batch_windows = _windows_at_once(model, device, windows.shape[1])
         inputs = first_block_inputs(model, family, windows, batch_windows)
         if recipe.looks_at_original:
-            originals = BlockInputs(list(inputs.hidden), inputs.arguments)
+            originals = inputs.another()
     blocks = list(model.get_submodule(family.blocks).children())
     for index, block in enumerate(blocks):
         progress(index, len(blocks), family.block_prefix(index))

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mxrot import pipeline
-from mxrot.calibration import Hessian
+from mxrot.calibration import Hessian, capture
 from mxrot.errors import ConfigError, FamilyError, MxrotError, NumericsError
 from mxrot.layers import QuantLinear
 from mxrot.models import Site, WeightFiles
@@ -175,6 +175,30 @@ def test_windows_in_several_batches_are_all_seen(source: Path, monkeypatch: pyte
     monkeypatch.setattr(Hessian, "result", lambda self: (counts.append(self.tokens), original(self))[1])
     model_of(source, PLAIN_GPTQ)
     assert counts == [WINDOWS.numel()] * 8
+
+
+@pytest.mark.parametrize("name", ["duquant++-gptq", "mxrot", "mxrot-tuned"])
+def test_states_that_wait_in_host_memory_are_the_same(source: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On a CPU a copy; each is looked up where it was put."""
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", {"cpu": 48})
+    changes: dict[str, Any] = {"calibration__generated": 0.0} if "mxrot" in name else {}
+    if name == "mxrot-tuned":
+        changes |= {"tuning__scope": "block", "tuning__generated": 0.0, "tuning__steps": 3}
+    chosen = recipe(name, **changes)
+    expected = model_of(source, chosen, WINDOWS).state_dict()
+    puts: list[torch.device] = []
+    put = capture.BlockInputs.put
+
+    def count(inputs: capture.BlockInputs, value: object) -> object:
+        assert inputs.is_on_host
+        puts.append(inputs.device)
+        return put(inputs, value)
+
+    monkeypatch.setattr(capture, "MOST_ON_DEVICE", {"cpu": 0})
+    monkeypatch.setattr(capture.BlockInputs, "put", count)
+    found = model_of(source, chosen, WINDOWS).state_dict()
+    assert len(puts) > 8 and found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_the_last_block_is_not_run_for_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Hooks live in context managers and are gone when they end, whatever happens insi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +20,12 @@ from mxrot.calibration.statistics import LargestMagnitude
 from mxrot.errors import NumericsError
 from mxrot.models import Family
 
+CPU = torch.device("cpu")
 MOST_REMEMBERED = {"cpu": 1 << 28, "cuda": 1 << 31}
 """Bytes of a norm's outputs, and of a site's inputs, that are kept for a later pass; the rest is computed anew."""
+MOST_ON_DEVICE = {"cuda": 1 << 30}
+"""Bytes of the states between two blocks that stay on the device between passes, and submodules' outputs with them.
+Above, host memory keeps both: the copies take less time than what is computed with them, by far."""
 
 
 def _may_remember(kept: int, tensors: Iterable[Tensor]) -> bool:
@@ -53,7 +58,7 @@ class BlockInputs:
     """What a decoder block is called with, batch by batch."""
 
     hidden: list[Tensor]
-    """[windows, tokens, hidden_size] each, on the compute device."""
+    """[windows, tokens, hidden_size] each, as `put` keeps them."""
     arguments: list[dict[str, Any]]
     """The keyword arguments that go with each batch."""
     known: dict[str, dict[int, Any]] = field(default_factory=dict)
@@ -68,6 +73,30 @@ class BlockInputs:
     """The linear that a submodule is expected to end with."""
     endings: dict[int, Ending] = field(default_factory=dict)
     """By batch, where it does."""
+    device: torch.device = CPU
+    """Where the block computes."""
+    is_on_host: bool = False
+    """Do hidden states and submodules' outputs lie in host memory between passes?"""
+
+    def another(self) -> BlockInputs:
+        """The same for a block of another model, before anything has run."""
+        return BlockInputs(list(self.hidden), self.arguments, device=self.device, is_on_host=self.is_on_host)
+
+    def put(self, value: Any) -> Any:
+        """A tensor, or the tensors of a tuple, as they are kept between passes; on the host only `get` may read them,
+        because the copy may be on its way."""
+        if isinstance(value, tuple):
+            return tuple(self.put(part) for part in value)
+        if not self.is_on_host or not isinstance(value, Tensor):
+            return value
+        kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=torch.cuda.is_available())
+        return kept.copy_(value, non_blocking=True)
+
+    def get(self, value: Any) -> Any:
+        """What `put` was given."""
+        if isinstance(value, tuple):
+            return tuple(self.get(part) for part in value)
+        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
 
     @property
     def windows(self) -> int:
@@ -98,16 +127,19 @@ def watched_inputs(module: nn.Module, see: Callable[[Tensor], None], stop: bool 
 @torch.no_grad()
 def first_block_inputs(model: PreTrainedModel, family: Family, windows: Tensor, batch_windows: int) -> BlockInputs:
     """Inputs of the first decoder block for token windows [W, T]; only the embedding has to hold weights."""
-    inputs = BlockInputs([], [])
+    device = model.get_submodule(family.embedding).weight.device
+    assert isinstance(device, torch.device)
+    inputs = BlockInputs([], [], device=device)
 
     def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        inputs.hidden.append(arguments[0] if arguments else keywords.pop("hidden_states"))
+        hidden = arguments[0] if arguments else keywords.pop("hidden_states")
+        in_all = windows.numel() * hidden.shape[-1] * hidden.element_size()
+        inputs.is_on_host = in_all > MOST_ON_DEVICE.get(device.type, math.inf)
+        inputs.hidden.append(inputs.put(hidden))
         inputs.arguments.append(dict(keywords))
         raise _StopForwardError
 
     first = model.get_submodule(f"{family.blocks}.0")
-    device = model.get_submodule(family.embedding).weight.device
-    assert isinstance(device, torch.device)
     handle = first.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         for batch in windows.split(batch_windows):
@@ -126,7 +158,7 @@ def run_block(block: nn.Module, inputs: BlockInputs, batches: Sequence[int] | No
     for index in range(len(inputs.hidden)) if batches is None else batches:
         try:
             with _known_outputs(block, inputs, index):
-                output = block(inputs.hidden[index], **inputs.arguments[index])
+                output = block(inputs.get(inputs.hidden[index]), **inputs.arguments[index])
         except _StopForwardError:
             continue
         yield output[0] if isinstance(output, tuple) else output
@@ -142,10 +174,10 @@ def _known_outputs(block: nn.Module, inputs: BlockInputs, index: int) -> Iterato
                 outputs.pop(index, None)
                 stack.enter_context(_answering(module, None))
             elif index in outputs:
-                stack.enter_context(_answering(module, outputs[index]))
+                stack.enter_context(_answering(module, inputs.get(outputs[index])))
             else:
                 remember = _remember_some if name in inputs.readers else _remember
-                stack.callback(module.register_forward_hook(partial(remember, outputs, index)).remove)
+                stack.callback(module.register_forward_hook(partial(remember, inputs, outputs, index)).remove)
         yield
 
 
@@ -155,14 +187,22 @@ def _is_read_no_more(name: str, inputs: BlockInputs, index: int) -> bool:
     return readers is not None and all(index in inputs.known.get(reader, {}) for reader in readers)
 
 
-def _remember(outputs: dict[int, Any], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-    outputs[index] = output
+def _remember(
+    inputs: BlockInputs, outputs: dict[int, Any], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any
+) -> None:
+    outputs[index] = inputs.put(output)
 
 
 def _remember_some(
-    outputs: dict[int, Tensor], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Tensor
+    inputs: BlockInputs,
+    outputs: dict[int, Tensor],
+    index: int,
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    output: Tensor,
 ) -> None:
-    if _may_remember(sum(known.nbytes for known in outputs.values()), [output]):
+    """Where hidden states do not stay on the device these do not either: they take less time than their copies."""
+    if not inputs.is_on_host and _may_remember(sum(known.nbytes for known in outputs.values()), [output]):
         outputs[index] = output
 
 
@@ -250,7 +290,7 @@ def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index:
 
     def at_end(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if wanted is not None:
-            wanted[index] = output
+            wanted[index] = inputs.put(output)
         elif _may_remember(sum(ending.x.nbytes for ending in inputs.endings.values()), [seen[-1]]):
             ending = _ending(seen[-1], given[-1], output)
             if ending is not None:
@@ -284,7 +324,7 @@ def finish_child(block: nn.Module, inputs: BlockInputs) -> None:
     if inputs.last_linear is not None:
         known = inputs.known[inputs.last_linear.split(".")[0]]
         for index, ending in inputs.endings.items():
-            known[index] = ending.output(block.get_submodule(inputs.last_linear))
+            known[index] = inputs.put(ending.output(block.get_submodule(inputs.last_linear)))
     inputs.last_linear, inputs.endings = None, {}
 
 
@@ -300,7 +340,7 @@ def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
     largest = LargestMagnitude()
     for position, output in enumerate(run_block(block, inputs)):
         largest.update(output)
-        inputs.hidden[position] = output
+        inputs.hidden[position] = inputs.put(output)
         for outputs in inputs.known.values():
             outputs.pop(position, None)
     inputs.known = {}

@@ -29,6 +29,8 @@ FREE = -1
 """Where the model chooses the token."""
 CACHE_BYTES = {"cpu": 5e8, "cuda": 1.6e10}
 """Bounds the keys and values of the sequences that are written together."""
+LARGE_MODEL_BYTES, CACHE_BESIDE_IT = 4e9, 4e9
+"""A model of so many bytes leaves less room for them, and takes longer for a token whatever there are."""
 SEQUENCES_AT_ONCE = 4096
 STRIDE = 64
 """Attention looks at so many positions more whenever those it looked at are full."""
@@ -153,12 +155,15 @@ def _next_tokens(model: PreTrainedModel, cache: FixedCache, current: Tensor, pos
 
 def sequences_at_once(model: PreTrainedModel, tokens: int) -> int:
     """How many sequences of so many tokens are written together."""
-    return sequences_within(model.device.type, cache_bytes(model.config, tokens, model.dtype.itemsize))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return sequences_within(model.device.type, cache_bytes(model.config, tokens, model.dtype.itemsize), weights)
 
 
-def sequences_within(device_type: str, sequence_bytes: int) -> int:
-    """The same, for a kind of device and the bytes of keys and values that a sequence takes."""
+def sequences_within(device_type: str, sequence_bytes: int, model_bytes: float) -> int:
+    """The same, for a kind of device and the bytes of keys and values that a sequence takes, and those of the model."""
     bound = CACHE_BYTES.get(device_type, CACHE_BYTES["cpu"])
+    if model_bytes >= LARGE_MODEL_BYTES:
+        bound = min(bound, CACHE_BESIDE_IT)
     return max(1, min(SEQUENCES_AT_ONCE, int(bound // sequence_bytes)))
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mxrot.calibration.capture import MOST_REMEMBERED
+from mxrot.calibration.capture import MOST_ON_DEVICE, MOST_REMEMBERED
 from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
 from mxrot.kernels.chunked import CHUNK_ELEMENTS
 from mxrot.kernels.plain.moments import LEAST_CHUNK, MOST_PARTIAL
@@ -115,6 +115,16 @@ class Run:
         return self.tokens * self.shape.hidden * self.itemsize
 
     @property
+    def is_on_host(self) -> bool:
+        """Do the states between blocks, and the outputs of attention and MLP, wait in main memory beside a GPU?"""
+        return self.is_gpu and self.stream_bytes > MOST_ON_DEVICE["cuda"]
+
+    @property
+    def model_bytes(self) -> float:
+        """The original model."""
+        return float(self.shape.parameters * self.itemsize)
+
+    @property
     def packed_block(self) -> float:
         """A quantized block."""
         after = self.shape.size_after(self.recipe, self.stored)
@@ -142,7 +152,24 @@ def estimate_host_memory(run: Run) -> MemoryEstimate:
     process = {"the process and the GPU's driver": PROCESS_BYTES["cuda"]}
     outer = {"embedding, last norm and head, as they are read": run.shape.outer_parameters * run.stored.itemsize}
     block = {"a finished block, as it is written": 2 * run.packed_block}
+    if run.is_on_host:
+        block |= _states(run) | {"outputs of attention and MLP": _outputs_of_children(run)}
     return MemoryEstimate((Stage("embedding and head", process | outer), Stage("blocks", process | block)))
+
+
+def _states(run: Run) -> dict[str, float]:
+    """Between two blocks."""
+    is_twice = run.recipe.looks_at_original and len(run.shape.blocks) > 1
+    return {
+        "hidden states": float(run.stream_bytes),
+        "hidden states of the original": float(run.stream_bytes) if is_twice else 0.0,
+    }
+
+
+def _outputs_of_children(run: Run) -> float:
+    """Of all of a block's submodules with sites, once the block is done."""
+    children = len({site.child for site in run.shape.fullest})
+    return float(children * (2 if run.sees_original else 1) * run.stream_bytes)
 
 
 def _named(terms: dict[str, float]) -> dict[str, float]:
@@ -161,7 +188,7 @@ def _writing_text(run: Run) -> list[Stage]:
     if not generated or run.recipe.is_data_free:
         return []
     written = (run.all_windows - run.windows) * run.seq_len
-    original = {"the original model": float(run.shape.parameters * run.itemsize)}
+    original = {"the original model": run.model_bytes}
     return [Stage("writing calibration text", original | _generation(run, written))]
 
 
@@ -169,7 +196,7 @@ def _generation(run: Run, tokens: int) -> dict[str, float]:
     """What writing so many tokens takes besides the model."""
     length = min(SEQUENCE_TOKENS, run.seq_len)
     keys = cache_bytes(run.shape.config, length, run.itemsize)
-    sequences = min(-(-tokens // length), sequences_within("cuda" if run.is_gpu else "cpu", keys))
+    sequences = min(-(-tokens // length), sequences_within("cuda" if run.is_gpu else "cpu", keys, run.model_bytes))
     # Logits, their chances, and the sums of these, the last two in float32.
     logits = sequences * run.shape.vocabulary * (run.itemsize + 8.0)
     return {"keys and values": float(sequences * keys), "logits and chances": logits}
@@ -179,12 +206,10 @@ def _resident(run: Run, position: int) -> dict[str, float]:
     """What is alive during all of site `position`, but for what passes have left behind."""
     shape, recipe, s = run.shape, run.recipe, run.itemsize
     sites = shape.fullest
-    is_twice = recipe.looks_at_original and len(shape.blocks) > 1
     weights = sum(site.weights for site in sites)
     terms = {
         "embedding, last norm and head": float(shape.outer_parameters * s),
-        "hidden states": float(run.stream_bytes),
-        "hidden states of the original": float(run.stream_bytes) if is_twice else 0.0,
+        **({} if run.is_on_host else _states(run)),
         "the block as it was read": float(shape.block_parameters * run.stored.itemsize),
         "the block in float64": 8.0 * weights,
         "the block of the original": float(shape.block_parameters * s) if recipe.looks_at_original else 0.0,
@@ -213,9 +238,9 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
     ends = all(site.child != here.child for site in sites[position + 1 :])
     of_children = len(before) * streams + (1 if ends and run.sees_original else 0)
     has_norm = any(site.site.norm is not None for site in sites if site.child == here.child)
-    of_norm = streams * min(run.stream_bytes, run.remembered) if has_norm else 0
+    of_norm = streams * min(run.stream_bytes, run.remembered) if has_norm and not run.is_on_host else 0
     return {
-        "outputs of attention and MLP": float(of_children * run.stream_bytes),
+        "outputs of attention and MLP": 0.0 if run.is_on_host else float(of_children * run.stream_bytes),
         "outputs of the norm": float(of_norm),
         "inputs of the site": _kept_inputs(run, here, ends) if wishes.hessian or run.recipe.transform.needs else 0.0,
     }
@@ -370,9 +395,7 @@ def _block_end(run: Run) -> list[Stage]:
         return []
     last = len(run.shape.fullest) - 1
     base = _resident(run, last)
-    streams = 2 if run.sees_original else 1
-    children = len({site.child for site in run.shape.fullest})
-    known = {"outputs of attention and MLP": float(children * streams * run.stream_bytes)}
+    known = {"outputs of attention and MLP": 0.0 if run.is_on_host else _outputs_of_children(run)}
     stages = [Stage("the block's outputs", base | known | {"one batch": _forward(run, last)})]
     options = run.recipe.tuning
     if options is not None and options.scope == "block":

@@ -161,7 +161,7 @@ def _writing(run: Run, windows: float) -> Work:
     length = min(SEQUENCE_TOKENS, run.seq_len)
     keys = cache_bytes(shape.config, length, s)
     sequences = windows * run.seq_len / length
-    rounds = -(-sequences // sequences_within("cuda" if run.is_gpu else "cpu", keys))
+    rounds = -(-sequences // sequences_within("cuda" if run.is_gpu else "cpu", keys, run.model_bytes))
     work = Work(product=2.0 * shape.parameters * windows * run.seq_len)
     work.add(copy=rounds * length * shape.parameters * s)  # the weights, read for each token
     work.add(copy=sequences * length * (keys / 2 + 30.0 * shape.vocabulary))

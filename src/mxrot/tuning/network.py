@@ -99,7 +99,7 @@ def tune_network(
         def with_arguments(hidden: Tensor, wanted: Tensor) -> Tensor:
             return step(hidden, wanted, ours, theirs)
 
-        return replay(step.__name__, with_arguments, *(part.hidden[0] for part in inputs))
+        return replay(step.__name__, with_arguments, *(part.get(part.hidden[0]) for part in inputs))
 
     def learn(first: Tensor, wanted: Tensor, ours: dict[str, Any], theirs: dict[str, Any]) -> Tensor:
         """Adds the gradients of the mean divergence, and gives it."""

@@ -34,7 +34,7 @@ def tune_block(
     """
     windows = [(batch, row) for batch, hidden in enumerate(inputs.hidden) for row in range(len(hidden))]
     train, test = ([windows[i] for i in part.tolist()] for part in split_windows(len(windows), options.held_out))
-    device = inputs.hidden[0].device
+    device = inputs.device
     dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
     block.float()
     tunable = TunableBlock.of(block, sites, options.margin)
@@ -43,7 +43,8 @@ def tune_block(
     replay = Replays()
 
     def run(step: Callable[..., Tensor], chosen: list[tuple[int, int]]) -> float:
-        hidden, wanted = (torch.stack([kept.hidden[b][row] for b, row in chosen]) for kept in (inputs, originals))
+        both = ([inputs.get(kept.hidden[b][row]) for b, row in chosen] for kept in (inputs, originals))
+        hidden, wanted = map(torch.stack, both)
         return float(replay(step.__name__, step, hidden, wanted))
 
     def measure(hidden: Tensor, wanted: Tensor) -> Tensor:

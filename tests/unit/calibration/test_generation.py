@@ -41,6 +41,9 @@ def test_the_cache_is_bounded(model: PreTrainedModel, monkeypatch: pytest.Monkey
     monkeypatch.setattr(generation, "CACHE_BYTES", {"cpu": 512 * 24 * 5 + 1})
     assert generation.sequences_at_once(model, 24) == 5
     assert generation.sequences_at_once(model, 10**6) == 1
+    monkeypatch.setattr(generation, "LARGE_MODEL_BYTES", 1e3)
+    monkeypatch.setattr(generation, "CACHE_BESIDE_IT", 512 * 24 * 2)
+    assert generation.sequences_at_once(model, 24) == 2
 
 
 def test_windows_are_full_and_never_end_the_text(model: PreTrainedModel) -> None:
