@@ -133,26 +133,37 @@ def test_one_block_is_on_the_device_at_a_time() -> None:
 
 
 def test_the_terms_of_known_tensors() -> None:
-    terms = estimate_memory(llama("duquant++-gptq")).peak.terms
-    assert terms["hidden states"] == 128 * 2048 * 4096 * 2
+    terms = estimate_memory(llama("duquant++-gptq", windows=64)).peak.terms
+    assert terms["hidden states"] == 64 * 2048 * 4096 * 2
     assert terms["embedding, last norm and head"] == (2 * 128256 * 4096 + 4096) * 2
     assert terms["the block in float64"] == 8 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
     writing = {stage.name: stage for stage in estimate_memory(llama("mxrot")).stages}["writing calibration text"]
     assert writing.terms["the original model"] == 8030261248 * 2
-    assert writing.terms["keys and values"] <= 1.6e10 < writing.terms["keys and values"] * 1.01
+    assert writing.terms["keys and values"] <= 4e9 < writing.terms["keys and values"] * 1.01
 
 
 @pytest.mark.parametrize("name", ["duquant++-gptq", "mxrot", "mxrot-tuned"])
 def test_a_peak_grows_with_the_text_and_every_term_is_some(name: str) -> None:
-    few, many = (estimate_memory(llama(name, windows=count)) for count in (64, 128))
+    few, many = (estimate_memory(llama(name, "cpu", windows=count)) for count in (64, 128))
     assert few.peak.total < many.peak.total or name == "mxrot-tuned"
     assert all(value > 0 for stage in many.stages for value in stage.terms.values())
     assert many.peak.total == max(sum(stage.terms.values()) for stage in many.stages)
 
 
 def test_main_memory_beside_a_gpu_holds_no_block() -> None:
-    peak = estimate_host_memory(llama("mxrot")).peak
-    assert 2e9 < peak.total < 6e9 < estimate_memory(llama("mxrot", "cpu")).peak.total
+    peak = estimate_host_memory(llama("mxrot", windows=16)).peak
+    assert 2e9 < peak.total < 6e9 < estimate_memory(llama("mxrot", "cpu", windows=16)).peak.total
+
+
+def test_states_of_a_long_text_are_beside_the_gpu() -> None:
+    """Twice 128 windows, of the quantized and of the original model; a gigabyte of them at most is on the GPU."""
+    states = 2 * 128 * 2048 * 4096 * 2
+    gpu, host = estimate_memory(llama("mxrot")), estimate_host_memory(llama("mxrot")).peak.terms
+    assert host["hidden states"] == host["hidden states of the original"] == states
+    assert host["outputs of attention and MLP"] == 4 * states
+    assert not any(name in stage.terms for stage in gpu.stages for name in host)
+    assert gpu.peak.total < 24e9
+    assert "hidden states" not in estimate_host_memory(llama("duquant++-gptq", windows=64)).peak.terms
 
 
 @pytest.mark.parametrize(
