@@ -94,7 +94,7 @@ TABLES: dict[str, tuple[Run, ...]] = {
         Run("FP16", None, **around(21.77, 0.003)),
         Run("rtn, even", "rtn", **around(65.5, 0.03)),
         Run("rtn, floor", "rtn", FLOOR, **around(108.4, 0.03)),
-        Run("smoothing + hadamard", "hadamard", SMOOTH, high=37.3 * 1.03),
+        Run("smoothing + hadamard", "hadamard", SMOOTH, **around(37.3, 0.03)),
         Run("smoothing (not o) + hadamard", "hadamard", SMOOTH_NOT_O, high=37.3 * 1.03),
         Run("duquant++ (site)", "duquant++", seeds=THREE, high=37.6),
         Run("duquant++ (block)", "duquant++", BLOCK, seeds=THREE),
