@@ -192,8 +192,8 @@ def _values(
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     first_group, first, columns, count = _place(rows_in_all, groups_in_all, steps, ROWS, GROUPS, FLAT)
     from_stride = BLOCK if FLAT else x_stride
     to_stride = BLOCK if FLAT else out_stride
@@ -319,8 +319,8 @@ def _packed(
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     first_group, first, columns, count = _place(rows_in_all, groups_in_all, steps, ROWS, GROUPS, FLAT)
     from_stride = BLOCK if FLAT else x_stride
     to_stride = 1 if FLAT else groups_in_all
