@@ -43,8 +43,12 @@ def file_of_crossovers() -> Path:
     return cache_folder() / "crossovers.json"
 
 
+@cache
 def crossovers_of(device: torch.device) -> Crossovers | None:
-    """Those that were remembered for a device of this name, else those of its compute capability."""
+    """Those that were remembered for a device of this name, else those of its compute capability.
+
+    Looked up once for a device: every call of a linear asks.
+    """
     return _remembered(torch.cuda.get_device_name(device)) or MEASURED.get(torch.cuda.get_device_capability(device))
 
 
@@ -56,11 +60,10 @@ def remember(device: torch.device, crossovers: Crossovers) -> Path:
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
-    _remembered.cache_clear()
+    crossovers_of.cache_clear()
     return path
 
 
-@cache
 def _remembered(name: str) -> Crossovers | None:
     path = file_of_crossovers()
     found = _read(path).get(name)

@@ -22,12 +22,12 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.M
     monkeypatch.setattr(crossovers, "MEASURED", {(9, 0): Crossovers(4, 2)})
     call_it(monkeypatch, "one")
     yield monkeypatch
-    crossovers._remembered.cache_clear()
+    crossovers_of.cache_clear()
 
 
 def call_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-    crossovers._remembered.cache_clear()
+    crossovers_of.cache_clear()
 
 
 def test_what_is_remembered_goes_before_what_others_measured(device: pytest.MonkeyPatch) -> None:
@@ -40,6 +40,15 @@ def test_what_is_remembered_goes_before_what_others_measured(device: pytest.Monk
     call_it(device, "one")
     assert crossovers_of(GPU) == Crossovers(64, 16)
     assert [path.name for path in file_of_crossovers().parent.iterdir()] == ["crossovers.json"]
+
+
+def test_a_device_is_looked_up_once(device: pytest.MonkeyPatch) -> None:
+    """And again where something new is remembered."""
+    asked: list[str] = []
+    device.setattr(torch.cuda, "get_device_name", lambda device=None: (asked.append("name"), "one")[1])
+    assert crossovers_of(GPU) == crossovers_of(GPU) == Crossovers(4, 2) and len(asked) == 1
+    remember(GPU, Crossovers(1, 1))
+    assert crossovers_of(GPU) == Crossovers(1, 1)
 
 
 @pytest.mark.parametrize(

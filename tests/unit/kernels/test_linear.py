@@ -61,6 +61,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a device of a test")
     monkeypatch.setattr(crossovers, "MEASURED", {(9, 0): Crossovers(packed=64, kept=16)})
+    monkeypatch.setattr(dispatch, "crossovers_of", crossovers.crossovers_of.__wrapped__)  # nothing of it is kept
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
 
 
