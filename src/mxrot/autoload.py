@@ -1,4 +1,6 @@
-"""Lets transformers load checkpoints of mxrot once `import mxrot` has run, without importing transformers for it.
+"""Lets transformers load checkpoints of mxrot, without importing transformers for it.
+
+`import mxrot` calls `install`, and so does `import torch` where mxrot is installed (the entry point in pyproject.toml).
 
 transformers finds the code for a quantized checkpoint by the `quant_method` in its config, which is
 "compressed-tensors" here, and that code would leave the transforms out. So the two entries of that method are replaced,
