@@ -204,7 +204,7 @@ def with_generated(
 ) -> Tensor:
     """`windows` [W, T], and after them what `original` writes: `each` windows for every one of the `given`.
 
-    The first `given` windows are the text of which a share `prompted` of what is written begins with pieces.
+    A share `prompted` of what is written goes on from pieces of the text, which is the first `given` windows.
     """
     generator = generator_for(seed, f"windows for {purpose}")
     count = max(1, round(each * given))

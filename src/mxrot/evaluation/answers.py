@@ -35,11 +35,12 @@ class Answers:
 
     def __enter__(self) -> Answers:
         if self._path is not None:
-            # Written again without the line that may have been cut off.
-            self._file = self._path.open("w", encoding="utf-8")
-            self._write({"owner": self._owner})
-            for request, answer in self._known.items():
-                self._write([request, *answer])
+            # Written again without the line that may have been cut off; killed meanwhile, the old file is still there.
+            unfinished = self._path.with_name(f"{self._path.name}.new")
+            lines = [{"owner": self._owner}, *([request, *answer] for request, answer in self._known.items())]
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            unfinished.replace(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
         return self
 
     def __exit__(

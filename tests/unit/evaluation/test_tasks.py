@@ -280,3 +280,23 @@ def test_nothing_is_written_beside_the_data(model: PreTrainedModel, tokenizer: A
     before = sorted(folder.rglob("*"))
     score_tasks(model, tokenizer, load_tasks(["hellaswag"], folder), limit=1)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_kill_while_answers_are_written_again_leaves_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, owner = tmp_path / "answers", {"model": "one"}
+    with Answers(path, owner) as answers:
+        answers.add(("a", "b"), (-1.0, True))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt), Answers(path, owner, resume=True):
+            pass
+    with Answers(path, owner, resume=True) as answers:
+        assert answers.get(("a", "b")) == (-1.0, True)
+        answers.add(("c", "d"), (-2.0, False))
+    assert len(path.read_text().splitlines()) == 3
