@@ -43,8 +43,9 @@ class Harness(HFLM):
         self._tell()
         if missing:
             super().loglikelihood(missing, disable_tqdm=True)
-        found = [self._answers.get(request.args) for request in requests]
-        return [answer for answer in found if answer is not None]
+        found = [answer for request in requests if (answer := self._answers.get(request.args)) is not None]
+        assert len(found) == len(requests), "a request has no answer, and those after it would be taken for its own"
+        return found
 
     def add_partial(self, kind: str, request: tuple[str, str], answer: Answer) -> None:
         """What lm-eval calls with each answer."""
