@@ -23,6 +23,7 @@ class Run:
 
 FLOOR = {"weights.rule": "floor", "activations.rule": "floor"}
 BLOCK = {"transform.sharing": "block"}
+LONGER = {"transform.steps": 128}
 ERROR = {"transform.score": "error"}
 SMOOTH = {"smoothing.alpha": 0.6}
 SMOOTH_NOT_O = {**SMOOTH, "smoothing.skip": ["o"]}
@@ -97,10 +98,12 @@ TABLES: dict[str, tuple[Run, ...]] = {
         Run("smoothing + hadamard", "hadamard", SMOOTH, **around(37.3, 0.03)),
         Run("smoothing (not o) + hadamard", "hadamard", SMOOTH_NOT_O, **around(37.3, 0.03)),
         Run("duquant++ (site)", "duquant++", seeds=THREE, high=37.6),
+        Run("duquant++ (site, 128 steps)", "duquant++", LONGER, seeds=THREE),
         Run("duquant++ (block)", "duquant++", BLOCK, seeds=THREE, high=36.4),
-        Run("duquant++ (block, 64 steps)", "duquant++", {**BLOCK, "transform.steps": 64}, seeds=THREE, high=36.4),
+        Run("duquant++ (block, 128 steps)", "duquant++", {**BLOCK, **LONGER}, seeds=THREE),
         Run("duquant++ (block, least error)", "duquant++", {**BLOCK, **ERROR}, seeds=THREE),
         Run("duquant++-gptq (block)", "duquant++-gptq", seeds=THREE, high=31.0),
+        Run("duquant++-gptq (block, 128 steps)", "duquant++-gptq", LONGER, seeds=THREE),
         Run("duquant++-released", "duquant++-released", low=31.0, high=33.5),
         Run("duquant++-released-gptq", "duquant++-released-gptq", seeds=THREE, low=28.5, high=30.5),
         Run("hadamard", "hadamard"),

@@ -103,7 +103,7 @@ class OutlierRotation(TransformMethod):
 
     name = "outlier"
 
-    steps: int = 128
+    steps: int = 64
     """Steps of the search (the paper: 128 or 256)."""
     score: Literal["peak", "error", "joint"] = "peak"
     """What the kept prefix minimises: the peak, the squared error of the activation quantizer, or the estimated
