@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mxrot.models import Family, fused_norms, shared_heads
 from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.straight_through import Divergence
-from mxrot.tuning.tunable import TunableBlock, TunableLinear, parameter_groups
+from mxrot.tuning.tunable import TunableBlock, TunableLinear, parameter_groups, settle
 
 LOGIT_TOKENS = 2048
 """Positions whose logits exist at once."""
@@ -133,15 +134,11 @@ def tune_network(
     @torch.no_grad()
     def held_out_loss() -> float:
         losses = [float(run(measure, windows[part])) for part in test.split(options.batch_windows)]
-        settle()
+        settle(tunable)
         return sum(losses) / (len(test) * windows.shape[1])
 
-    def settle() -> None:
-        for block in tunable:
-            block.settle()
-
     groups = parameter_groups(tunable, options)
-    problem = Problem(groups, backward, held_out_loss, settle, train, "distillation")
+    problem = Problem(groups, backward, held_out_loss, partial(settle, tunable), train, "distillation")
     with deterministic(), torch.enable_grad(), shared_heads(model, original), fused_norms(model):
         checks = tune(problem, options, generator, keeper, progress)
     for block in tunable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mxrot.models import Site
 from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
-from mxrot.tuning.tunable import TunableBlock, parameter_groups
+from mxrot.tuning.tunable import TunableBlock, parameter_groups, settle
 
 
 def tune_block(
@@ -68,11 +69,11 @@ def tune_block(
         size = options.batch_windows
         parts = [test[start : start + size] for start in range(0, len(test), size)]
         losses = [run(measure, part) * len(part) for part in parts]
-        tunable.settle()
+        settle([tunable])
         return sum(losses) / len(test)
 
     groups = parameter_groups([tunable], options)
-    problem = Problem(groups, backward, held_out_loss, tunable.settle, torch.arange(len(train)), name)
+    problem = Problem(groups, backward, held_out_loss, partial(settle, [tunable]), torch.arange(len(train)), name)
     with deterministic(), torch.enable_grad():
         checks = tune(problem, options, generator, progress=progress)
     tunable.finish()

@@ -22,6 +22,7 @@ from mxrot.kernels import WeightMoves
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
 from mxrot.models import Site
 from mxrot.transforms import BlockTransform
+from mxrot.tuning.inverses import inverses
 from mxrot.tuning.loop import Group, Tuning
 from mxrot.tuning.straight_through import InverseTransposed, MoveWeights, RotateQuantize, RoundToStored
 
@@ -204,7 +205,7 @@ class TunableBlock:
     @torch.no_grad()
     def finish(self) -> None:
         """Put quantized linears back, with the codes and the transform that tuning has led to."""
-        self.settle()
+        settle([self])
         matrices = {name: site.matrices().clone() for name, site in self.inputs.items()}
         finished = {name: linear.finished() for name, linear in self.linears.items()}
         for name, linear in finished.items():
@@ -212,6 +213,23 @@ class TunableBlock:
         for name, site in self.inputs.items():
             if site.transform is not None and not torch.equal(matrices[name], site.start):
                 site.transform.weight.data = BlockTransform(matrices[name].double()).to_stored()
+
+
+@torch.no_grad()
+def settle(blocks: Sequence[TunableBlock]) -> None:
+    """After parameters have changed: offsets within bounds, inverses of the corrections, no graph kept."""
+    sites = [site for block in blocks for site in block.inputs.values()]
+    for block in blocks:
+        for linear in block.linears.values():
+            linear.clamp()
+    for site in sites:
+        site.forget()
+    moving = [site for site in sites if site.correction.requires_grad]
+    if moving:
+        # Here and not where they are needed: for all sites at once it is a few operations.
+        found = inverses(torch.cat([site.correction for site in moving]))
+        for site, part in zip(moving, found.split([len(site.correction) for site in moving]), strict=True):
+            site.inverse.copy_(part)
 
 
 def parameter_groups(blocks: Sequence[TunableBlock], options: Tuning) -> list[Group]:

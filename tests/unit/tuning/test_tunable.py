@@ -17,7 +17,7 @@ from mxrot.models.llama import LLAMA, LLAMA_SITES
 from mxrot.pipeline import quantize
 from mxrot.surgery import stored_tensors
 from mxrot.tuning.loop import Tuning
-from mxrot.tuning.tunable import TunableBlock, neighbour_distances, parameter_groups
+from mxrot.tuning.tunable import TunableBlock, neighbour_distances, parameter_groups, settle
 
 MARGIN = 0.01
 RECIPES = {
@@ -62,7 +62,7 @@ def test_it_computes_the_same_and_comes_back_as_it_was(source: Path, name: str) 
     for linear, x in inputs.items():
         found = block.get_submodule(linear)(x)
         assert torch.equal(found, expected[linear]), linear
-    tunable.settle()
+    settle([tunable])
     tunable.finish()
     after = stored_tensors(block, torch.float16)
     assert before.keys() == after.keys()
@@ -84,7 +84,7 @@ def test_an_offset_beyond_a_half_is_one_code_and_never_two(source: Path) -> None
         scale = before.scales.values().repeat_interleave(32, dim=-1)
         tunable = TunableBlock.of(block, LLAMA_SITES, MARGIN)
         tunable.linears[name].offset.data.fill_(offset)
-        tunable.settle()
+        settle([tunable])
         tunable.finish()
         expected = before.dequantize() + scale * (steps > 0) * up - scale * (steps < 0) * down
         assert torch.equal(values_of(linear_of(block, name)), expected)
@@ -168,7 +168,7 @@ def test_the_input_of_a_site_is_quantized_once(source: Path, monkeypatch: pytest
         tunable.linears[name](x)
     assert len(calls) == 1
     tunable.linears["self_attn.q_proj"](x + 1)
-    tunable.settle()
+    settle([tunable])
     tunable.linears["self_attn.q_proj"](x)
     assert len(calls) == 3
 
