@@ -36,7 +36,7 @@ def main() -> None:
     recipe = load_recipe(options.recipe).changed({key: json.loads(value) for key, value in changes.items()})
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         folder = Path(name)
-        write_random_model(folder, options)
+        write_random_model(folder, options, device)
         generator = torch.Generator().manual_seed(0)
         shape = (options.samples, options.seq_len)
         windows = torch.randint(0, options.vocabulary, shape, generator=generator)
@@ -104,12 +104,16 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_random_model(folder: Path, options: argparse.Namespace) -> None:
-    """A model of normal weights, 1/sqrt(inputs) wide, in bfloat16."""
+def write_random_model(folder: Path, options: argparse.Namespace, device: torch.device) -> None:
+    """A model of normal weights, 1/sqrt(inputs) wide, in bfloat16, drawn on the device."""
     shape = options.hidden, options.ffn, options.blocks, options.heads, options.kv_heads, options.vocabulary
-    model = random_model(llama_config(*shape), torch.device("cpu"))
+    model = random_model(llama_config(*shape), device)
     model.config.save_pretrained(folder)
-    save_file(stored_tensors(model, torch.bfloat16), folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: tensor.cpu() for name, tensor in stored_tensors(model, torch.bfloat16).items()}
+    del model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

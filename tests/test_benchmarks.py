@@ -245,3 +245,17 @@ def test_a_table_of_tasks_from_nothing(tasks: Any, tmp_path: Path, monkeypatch: 
     assert list(first) == ["FP16", "rtn"] and len(written) == 6
     assert [first[label]["tasks"] for label in first] == [again[label]["tasks"] for label in again]
     assert first["rtn"]["quantize_seconds"] == again["rtn"]["quantize_seconds"]
+
+
+@pytest.mark.parametrize("scope", ["closed form", "block"])
+def test_a_shape_alone_is_measured(scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = "--hidden 64 --ffn 96 --heads 2 --kv-heads 1 --vocabulary 128 --samples 4 --seq-len 32 --blocks 2"
+    recipe = "--recipe mxrot --change calibration.generated=0.0"
+    if scope == "block":
+        recipe += ' --change tuning.scope="block" --change tuning.steps=2'
+    monkeypatch.setattr(sys, "argv", ["large.py", *shape.split(), *recipe.split(), "--out", str(tmp_path)])
+    imported("large").main()
+    (file,) = tmp_path.glob("large_mxrot_*.json")
+    result = json.loads(file.read_text())
+    assert len(result["block_seconds"]) == 2 and result["seconds"] >= sum(result["block_seconds"])
+    assert [len(looks) > 0 for looks in result["tuning"]] == [scope == "block"] * 2
