@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from mxrot.models import shared_heads, value_heads
+from mxrot.models import shared_heads, step_mask, value_heads
 from mxrot.replay import Replays
 
 SEQUENCE_TOKENS = 256
@@ -135,11 +135,10 @@ def _sequences(model: PreTrainedModel, starts: Tensor, tokens: int, draws: torch
 def _next_tokens(model: PreTrainedModel, cache: FixedCache, current: Tensor, position: Tensor, drawn: Tensor) -> Tensor:
     """A sample of the token after `current` [S] at `position` [1], int64 [S]; `drawn` [S, 1] from [0, 1) decides."""
     cache.position = position
-    visible = torch.arange(cache.visible, device=position.device) <= position
     output = model(
         input_ids=current[:, None],
         position_ids=position[None],
-        attention_mask=visible.expand(len(current), 1, 1, -1),
+        attention_mask=step_mask(model, position, cache.visible, len(current)),
         past_key_values=cache,
         use_cache=True,
     )

@@ -1,7 +1,8 @@
 """Model families, and how to find and read a model. Names and shapes, no numerics."""
 
-from mxrot.models.attention import shared_heads
+from mxrot.models.attention import shared_heads, step_mask, writes_scores
 from mxrot.models.family import Family, Site, check_linears, linear_problems, value_heads
+from mxrot.models.logits import logits_of
 from mxrot.models.lookup import find_config, find_model
 from mxrot.models.norms import fused_norms
 from mxrot.models.skeleton import (
@@ -11,7 +12,7 @@ from mxrot.models.skeleton import (
     find_family,
     read_config,
     read_generation_config,
-    rebuild_rotary,
+    rebuild_buffers,
 )
 from mxrot.models.weights import WeightFiles
 
@@ -28,9 +29,12 @@ __all__ = [
     "find_model",
     "fused_norms",
     "linear_problems",
+    "logits_of",
     "read_config",
     "read_generation_config",
-    "rebuild_rotary",
+    "rebuild_buffers",
     "shared_heads",
+    "step_mask",
     "value_heads",
+    "writes_scores",
 ]

@@ -1,4 +1,4 @@
-"""Attention of models that share keys and values among heads, without copies of them.
+"""Attention of models that share keys and values among heads, without copies of them; masks of single tokens.
 
 PyTorch's own attention, given to transformers as an attention function of this project. With one token and a mask,
 the heads that share a key become the rows of one query, as in transformers from 5.20 on; before, keys and values were
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -72,3 +73,31 @@ def shared_heads(*models: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
+
+
+def writes_scores(model: PreTrainedModel) -> bool:
+    """Does attention write out a score for each head and pair of tokens?"""
+    return model.config.get_text_config()._attn_implementation == "eager"
+
+
+def step_mask(model: PreTrainedModel, position: Tensor, places: int, sequences: int) -> Tensor | dict[str, Tensor]:
+    """What `model` takes as the mask of one token at `position` [1] of each sequence, with keys at so many places.
+
+    [sequences, 1, 1, places], and where there are several kinds of blocks one for each.
+    """
+    config = model.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    place = torch.arange(places, device=position.device)
+    seen = place <= position
+    near = seen if window is None else seen & (place > position - window)
+    if len(kinds) > 1:
+        masks = {"full_attention": seen, "sliding_attention": near}
+        return {kind: _as_mask(model, masks[kind], sequences) for kind in kinds}
+    return _as_mask(model, seen if kinds == {"full_attention"} else near, sequences)
+
+
+def _as_mask(model: PreTrainedModel, visible: Tensor, sequences: int) -> Tensor:
+    """Flags [places] in the form that the model's attention function takes."""
+    if writes_scores(model):
+        visible = torch.where(visible, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+    return visible.expand(sequences, 1, 1, -1)

@@ -30,6 +30,8 @@ class Site:
     """The module whose input is the residual stream that this site's output is added to, if it is."""
     producer_is_value: bool = False
     """The producer is v_proj: under grouped queries one of its rows feeds several channels."""
+    norm_adds_one: bool = False
+    """The norm multiplies by 1 + its weight."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Family:
     head: str = "lm_head"
     rotary: str | None = "model.rotary_emb"
     """Module without weights, rebuilt from the config."""
+    mixes_windows: bool = False
+    """Blocks that attend to everything and blocks that attend to a window may stand in one model."""
 
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks}.{index}"

@@ -7,10 +7,10 @@ from mxrot.models.llama import LLAMA_SITES
 
 MISTRAL = Family("mistral", ("MistralForCausalLM",), LLAMA_SITES)
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), LLAMA_SITES)
+QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), LLAMA_SITES, mixes_windows=True)
 """Qwen 2 and 2.5: biases in q, k and v."""
 
-QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), LLAMA_SITES)
+QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), LLAMA_SITES, mixes_windows=True)
 """Queries and keys have norms of their own, behind their linears."""
 
 OLMO2 = Family("olmo2", ("Olmo2ForCausalLM",), tuple(replace(site, norm=None, residual=None) for site in LLAMA_SITES))

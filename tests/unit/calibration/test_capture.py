@@ -41,8 +41,8 @@ def plainly_seen(block: nn.Module, inputs: BlockInputs, linear: str) -> list[Ten
     original = module.forward
     module.forward = lambda x: (seen.append(x.clone()), original(x))[1]  # type: ignore[method-assign]
     try:
-        for hidden, arguments in zip(inputs.hidden, inputs.arguments, strict=True):
-            block(hidden, **arguments)
+        for hidden in inputs.hidden:
+            block(hidden, **inputs.keywords)
     finally:
         module.forward = original  # type: ignore[method-assign]
     return seen

@@ -15,7 +15,7 @@ from mxrot.models import (
     find_family,
     read_config,
     read_generation_config,
-    rebuild_rotary,
+    rebuild_buffers,
 )
 from mxrot.models.llama import LLAMA
 
@@ -99,7 +99,7 @@ def test_the_skeleton_holds_no_weights(folder: Path) -> None:
 
 def test_rebuilt_rotary_is_that_of_an_ordinary_model(folder: Path) -> None:
     model = build_skeleton(read_config(folder))
-    rebuild_rotary(model, LLAMA, torch.device("cpu"))
+    rebuild_buffers(model, LLAMA, torch.device("cpu"))
     ordinary = LlamaForCausalLM(tiny_config())
     assert torch.equal(model.model.rotary_emb.inv_freq, ordinary.model.rotary_emb.inv_freq)
 

@@ -1,0 +1,251 @@
+"""Every family block by block, and with windows that are shorter than the text where it has such.
+
+A block alone must compute the bits that it computes in its model. A mask, a rotary embedding or a bound of the logits
+that got lost on the way would be seen in the logits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tests.contracts.test_families import config_of
+from tests.tiny_model import write_tokenizer
+from tests.unit.checkpoint.folders import recipe, write
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import mxrot
+from mxrot import pipeline
+from mxrot.calibration import BlockInputs, advance, first_block_inputs, generated_windows
+from mxrot.errors import FamilyError
+from mxrot.evaluation import divergence, perplexity
+from mxrot.models import FAMILIES, Family, find_family, logits_of, shared_heads
+
+LENGTH = 24
+WINDOWS = torch.randint(0, 50, (5, LENGTH), generator=torch.Generator().manual_seed(0))
+WINDOW = 4
+MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+LATER = {"sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"]}
+WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "phi3": ("phi3", {"sliding_window": WINDOW}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, **LATER}),
+    "qwen3": ("qwen3", {"use_sliding_window": True, **MIXED}),
+    "gemma2": ("gemma2", MIXED),
+    "gemma3": ("gemma3", LATER),
+}
+"""Configs with blocks that see four tokens."""
+ALL = {name: (name, {}) for name in FAMILIES} | {f"{name}, windows": chosen for name, chosen in WINDOWED.items()}
+
+each = pytest.mark.parametrize("name", ALL)
+each_windowed = pytest.mark.parametrize("name", [f"{name}, windows" for name in WINDOWED])
+each_mixed = pytest.mark.parametrize("name", [f"{name}, windows" for name in WINDOWED if FAMILIES[name].mixes_windows])
+
+
+def family_of(name: str) -> Family:
+    return FAMILIES[ALL[name][0]]
+
+
+def model_of(name: str) -> PreTrainedModel:
+    """Random weights that are large enough for attention to have a say."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(family_of(name), **ALL[name][1]))
+    for parameter in model.parameters():
+        parameter.data.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.data.mul_(10)
+    return model.eval().requires_grad_(False)
+
+
+def inputs_of(model: PreTrainedModel, name: str) -> BlockInputs:
+    """Three batches: of 2, 2 and 1 windows."""
+    return first_block_inputs(model, family_of(name), WINDOWS, 2)
+
+
+def blockwise(model: PreTrainedModel, name: str, inputs: BlockInputs) -> Tensor:
+    """Logits of all windows, from decoder blocks that run one after the other."""
+    family = family_of(name)
+    for block in model.get_submodule(family.blocks).children():
+        advance(block, inputs, "a block")
+    norm = model.get_submodule(family.final_norm)
+    return torch.cat([logits_of(model, norm(hidden)) for hidden in inputs.hidden])
+
+
+def whole(model: PreTrainedModel) -> Tensor:
+    """The same from the model itself, in the same batches."""
+    return torch.cat([model(batch).logits for batch in WINDOWS.split(2)])
+
+
+@each
+def test_block_after_block_is_the_model_bit_for_bit(name: str) -> None:
+    model = model_of(name)
+    assert torch.equal(blockwise(model, name, inputs_of(model, name)), whole(model))
+
+
+@each_windowed
+def test_without_its_windows_a_model_is_another(name: str) -> None:
+    """Else the test above would see nothing."""
+    model, wide = model_of(name), model_of(name)
+    for module in wide.modules():
+        if hasattr(module, "sliding_window"):
+            module.sliding_window = 64
+    wide.config.sliding_window = 64
+    apart = (whole(model) != whole(wide)).any(dim=(0, 2))
+    assert not apart[:WINDOW].any() and apart[WINDOW:].all()
+
+
+@each_mixed
+@pytest.mark.parametrize("key", ["attention_mask", "position_embeddings"])
+def test_every_kind_of_block_has_arguments_of_its_own(name: str, key: str) -> None:
+    """With those of the other kind the logits are others."""
+    model = model_of(name)
+    first, second = inputs_of(model, name).arguments
+    if key == "position_embeddings" and family_of(name).name != "gemma3":
+        assert first[key] is second[key]
+        return
+    for block in (0, 1):
+        inputs = inputs_of(model, name)
+        inputs.arguments[block][key] = inputs.arguments[1 - block][key]  # type: ignore[index]
+        assert not torch.equal(blockwise(model, name, inputs), whole(model))
+
+
+@each_mixed
+def test_blocks_of_one_kind_share_their_tensors(name: str) -> None:
+    """However many there are."""
+    family, changes = family_of(name), ALL[name][1]
+    config = config_of(family, **changes | {"num_hidden_layers": 6, "layer_types": changes["layer_types"] * 3})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    arguments = first_block_inputs(model, family, WINDOWS, 2).arguments
+    assert len(arguments) == 6
+    for position, keywords in enumerate(arguments):
+        for key, value in keywords.items():
+            assert value is arguments[position % 2][key]
+    for mask in (keywords["attention_mask"] for keywords in arguments[:2]):
+        assert mask is None or mask.shape == (1, 1, LENGTH, LENGTH)
+
+
+@each
+def test_no_block_runs_for_the_arguments_of_the_others(name: str) -> None:
+    model = model_of(name)
+    expected = inputs_of(model, name)
+    model.get_submodule(family_of(name).blocks).to("meta")
+    assert all(map(torch.equal, inputs_of(model, name).hidden, expected.hidden))
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@each
+def test_logits_of_hidden_states_are_the_models_own(name: str) -> None:
+    model = model_of(name)
+    hidden = model.get_submodule(family_of(name).body)(WINDOWS).last_hidden_state
+    assert torch.equal(logits_of(model, hidden), model(WINDOWS).logits)
+
+
+def test_the_bounds_of_gemma_2_are_reached() -> None:
+    """Else no test would see them."""
+    model = model_of("gemma2")
+    bounded = model(WINDOWS).logits
+    assert 0.45 < bounded.abs().max() <= 0.5
+    model.config.final_logit_softcapping = None
+    assert model(WINDOWS).logits.abs().max() > 2
+    for module in model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = None
+    model.config.final_logit_softcapping = 0.5
+    assert not torch.allclose(model(WINDOWS).logits, bounded, atol=1e-3)
+
+
+@each
+def test_measures_are_of_the_models_own_logits(name: str) -> None:
+    model, other = model_of(name), model_of(name)
+    other.get_output_embeddings().weight.data *= 0.9
+    logs, others = (m(WINDOWS).logits[:, :-1].double().log_softmax(dim=-1) for m in (model, other))
+    nll = -logs.gather(2, WINDOWS[:, 1:, None]).mean()
+    assert perplexity(model, WINDOWS, batch_windows=5).nll == pytest.approx(float(nll), rel=1e-5)
+    kl = (others.exp() * (others - logs)).sum(dim=-1).mean()
+    assert divergence(model, other, WINDOWS, batch_windows=5).kl == pytest.approx(float(kl), rel=1e-4)
+
+
+@each
+def test_what_a_model_writes_follows_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chances that each token was drawn from, beside those of a plain pass over what was written."""
+    model = model_of(name)
+    seen: list[Tensor] = []
+    own = Tensor.softmax
+    monkeypatch.setattr(Tensor, "softmax", lambda *a, **k: (seen.append(own(*a, **k)), seen[-1])[1])
+    written = generated_windows(model, 3, LENGTH, torch.Generator().manual_seed(0))
+    monkeypatch.undo()
+    drawn = torch.stack([chances for chances in seen if chances.shape == (3, 50)], dim=1)
+    expected = model(written).logits[:, :-1].softmax(dim=-1)
+    expected[..., 1] = 0.0  # the end of the text
+    torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-5)
+
+
+@each_windowed
+def test_shared_heads_attend_alike(name: str) -> None:
+    model = model_of(name)
+    expected = whole(model)
+    with shared_heads(model):
+        torch.testing.assert_close(whole(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def folder(name: str, tmp_path: Path) -> Path:
+    model_of(name).bfloat16().save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@each_windowed
+def test_what_is_loaded_is_what_was_quantized(name: str, folder: Path, tmp_path: Path) -> None:
+    chosen = recipe("mxrot", calibration__generated=0.5)
+    quantized = pipeline.quantize(folder, chosen, windows=WINDOWS).model
+    assert quantized is not None
+    write(folder, tmp_path / "out", chosen, windows=WINDOWS)
+    assert torch.equal(whole(mxrot.load(tmp_path / "out")), whole(quantized))
+
+
+@each_windowed
+@pytest.mark.parametrize("scope", ["network", "block"])
+def test_tuning_sees_windows_and_bounds(name: str, folder: Path, scope: str) -> None:
+    """The first held-out loss is that of the model before tuning."""
+    plain = recipe("mxrot", calibration__generated=0.0)
+    before = pipeline.quantize(folder, plain, windows=WINDOWS).model
+    assert before is not None
+    options = {"tuning__steps": 2, "tuning__batch_windows": 3, "tuning__held_out": 0.4, "calibration__generated": 0.0}
+    chosen = recipe("mxrot", tuning__scope=scope, **options)
+    result = pipeline.quantize(folder, chosen, windows=WINDOWS)
+    if scope == "block":
+        assert all(block.tuning for block in result.record.blocks)
+        return
+    original = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert result.record.tuning is not None
+    with torch.no_grad():
+        logs, wanted = (m(WINDOWS).logits.log_softmax(dim=-1) for m in (before, original))
+    kl = (wanted.exp() * (wanted - logs)).sum(dim=-1).mean(dim=1)
+    losses = [float(kl[[i, j]].mean()) for i in range(5) for j in range(i)]
+    assert min(abs(result.record.tuning[0].held_out / loss - 1) for loss in losses) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"layer_types": LATER["layer_types"], "sliding_window": 4}, "for family llama expected .*attention$"),
+        ("gemma2", {"layer_types": ["full_attention", "chunked_attention"]}, "of types chunked_attention, full_att"),
+        ("qwen3", {"layer_types": LATER["layer_types"], "use_sliding_window": False}, "without sliding_window$"),
+    ],
+)
+def test_blocks_of_other_kinds_are_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    config = config_of(FAMILIES[name])
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with pytest.raises(FamilyError, match=rf"^here: .*{message}"):
+        find_family(config, "here")
+
+
+def test_a_model_that_sees_images_is_refused() -> None:
+    config = transformers.Gemma3Config(architectures=["Gemma3ForConditionalGeneration"])
+    with pytest.raises(FamilyError, match=r"^here: architecture Gemma3ForConditionalGeneration: a model of more "):
+        find_family(config, "here")
