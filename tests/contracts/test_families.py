@@ -39,7 +39,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gemma2": {"model_type": "gemma2", "query_pre_attn_scalar": 24, "sliding_window": 4, **CAPPED, **SIZES},
     "gemma3": {
         "model_type": "gemma3_text",
-        "query_pre_attn_scalar": 100,
+        "query_pre_attn_scalar": 24,
         "sliding_window": 4,
         "layer_types": ["sliding_attention", "full_attention"],
         **SIZES,
@@ -55,6 +55,14 @@ def config_of(family: Family, **changes: Any) -> Any:
     return transformers.AutoConfig.for_model(
         settings.pop("model_type"), architectures=[family.architectures[0]], **settings
     )
+
+
+def spread_gains(model: PreTrainedModel, family: Family) -> None:
+    """Gains of norms, and biases, that count: from 1/2 to 3/2."""
+    least = 0.5 - any(site.norm_adds_one for site in family.sites)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.uniform_(least, least + 1)
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.contracts.test_families import config_of
+from tests.contracts.test_families import config_of, spread_gains
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import recipe, write
 from torch import Tensor
@@ -55,7 +55,8 @@ def model_of(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_of(family_of(name), **ALL[name][1]))
     for parameter in model.parameters():
-        parameter.data.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.data.mul_(10)
+        parameter.data *= 10
+    spread_gains(model, family_of(name))
     return model.eval().requires_grad_(False)
 
 
