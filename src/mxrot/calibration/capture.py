@@ -46,7 +46,7 @@ class Ending:
     x: Tensor
     """What goes into the linear."""
     others: tuple[None, ...] | None
-    """What follows in the tuple that the submodule gives; None where it gives no tuple."""
+    """What follows in the tuple that the submodule gives, as far as it is read; None where it gives no tuple."""
 
     def output(self, linear: nn.Module) -> Any:
         """What the submodule gives with this linear in that place."""
@@ -234,7 +234,14 @@ def _is_read_no_more(name: str, inputs: BlockInputs, index: int) -> bool:
 def _remember(
     inputs: BlockInputs, outputs: dict[int, Any], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any
 ) -> None:
-    outputs[index] = inputs.put(output)
+    outputs[index] = inputs.put(_read(output))
+
+
+def _read(output: Any) -> Any:
+    """A submodule's output, with None for scores of attention [W, heads, tokens, tokens], which no block reads."""
+    if not isinstance(output, tuple):
+        return output
+    return tuple(None if isinstance(part, Tensor) and part.dim() == 4 else part for part in output)
 
 
 def _remember_some(
@@ -339,7 +346,7 @@ def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index:
 
     def at_end(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if wanted is not None:
-            wanted[index] = inputs.put(output)
+            wanted[index] = inputs.put(_read(output))
         elif _may_remember(sum(ending.x.nbytes for ending in inputs.endings.values()), [seen[-1]]):
             ending = _ending(seen[-1], given[-1], output)
             if ending is not None:
@@ -362,7 +369,7 @@ def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index:
 
 def _ending(x: Tensor, given: Tensor, output: Any) -> Ending | None:
     """How a submodule goes on after a linear that made `given` of `x`; None if it does more than pass that on."""
-    first, *others = output if isinstance(output, tuple) else (output,)
+    first, *others = _read(output) if isinstance(output, tuple) else (output,)
     if first is not given or any(other is not None for other in others):
         return None
     return Ending(x, (None,) * len(others) if isinstance(output, tuple) else None)

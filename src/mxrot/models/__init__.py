@@ -1,6 +1,6 @@
 """Model families, and how to find and read a model. Names and shapes, no numerics."""
 
-from mxrot.models.attention import shared_heads, step_mask, writes_scores
+from mxrot.models.attention import score_heads, shared_heads, step_mask
 from mxrot.models.family import Family, Site, check_linears, linear_problems, value_heads
 from mxrot.models.logits import logits_of
 from mxrot.models.lookup import find_config, find_model
@@ -33,8 +33,8 @@ __all__ = [
     "read_config",
     "read_generation_config",
     "rebuild_buffers",
+    "score_heads",
     "shared_heads",
     "step_mask",
     "value_heads",
-    "writes_scores",
 ]

@@ -75,9 +75,10 @@ def shared_heads(*models: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation = name
 
 
-def writes_scores(model: PreTrainedModel) -> bool:
-    """Does attention write out a score for each head and pair of tokens?"""
-    return model.config.get_text_config()._attn_implementation == "eager"
+def score_heads(model: PreTrainedModel) -> int:
+    """How many heads write out a score for each pair of tokens; none with PyTorch's own attention."""
+    config = model.config.get_text_config()
+    return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
 
 
 def step_mask(model: PreTrainedModel, position: Tensor, places: int, sequences: int) -> Tensor | dict[str, Tensor]:
@@ -98,6 +99,6 @@ def step_mask(model: PreTrainedModel, position: Tensor, places: int, sequences: 
 
 def _as_mask(model: PreTrainedModel, visible: Tensor, sequences: int) -> Tensor:
     """Flags [places] in the form that the model's attention function takes."""
-    if writes_scores(model):
+    if score_heads(model):
         visible = torch.where(visible, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
     return visible.expand(sequences, 1, 1, -1)

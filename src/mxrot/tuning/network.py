@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mxrot.calibration import block_arguments, first_hidden
-from mxrot.models import Family, fused_norms, logits_of, shared_heads
+from mxrot.models import Family, fused_norms, logits_of, score_heads, shared_heads
 from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.straight_through import Divergence
@@ -80,7 +80,7 @@ def tune_network(
     tunable = [
         TunableBlock.of(block, family.active_sites(index, ignore), options.margin) for index, block in enumerate(blocks)
     ]
-    recompute = _activation_bytes(model, options.batch_windows * windows.shape[1]) > CHECKPOINT_BYTES
+    recompute = _activation_bytes(model, options.batch_windows, windows.shape[1]) > CHECKPOINT_BYTES
     student = Network(model, family, block_arguments(model, family, windows[:1]), recompute)
     teacher = Network(original, family, block_arguments(original, family, windows[:1]))
 
@@ -148,7 +148,9 @@ def lower_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "cpu" else torch.autocast(device.type, torch.bfloat16)
 
 
-def _activation_bytes(model: PreTrainedModel, tokens: int) -> float:
-    """About what a backward pass keeps: each linear's input and output, twice for what lies between them."""
+def _activation_bytes(model: PreTrainedModel, windows: int, length: int) -> float:
+    """About what a backward pass keeps: each linear's input and output, twice for what lies between them; scores that
+    attention writes out, and the chances that they become."""
     weights = [module.offset for module in model.modules() if isinstance(module, TunableLinear)]
-    return tokens * sum(8.0 * sum(weight.shape) for weight in weights)
+    scores = model.config.num_hidden_layers * score_heads(model) * length
+    return windows * length * 8.0 * (sum(sum(weight.shape) for weight in weights) + scores)
