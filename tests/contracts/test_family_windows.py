@@ -259,6 +259,7 @@ def test_reconstruction_starts_from_the_error_of_the_block(
         ("llama", {"layer_types": LATER["layer_types"], "sliding_window": 4}, "for family llama expected .*attention$"),
         ("gemma2", {"layer_types": ["full_attention", "chunked_attention"]}, "of types chunked_attention, full_att"),
         ("qwen3", {"layer_types": LATER["layer_types"], "use_sliding_window": False}, "without sliding_window$"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention: not a causal language model$"),
     ],
 )
 def test_blocks_of_other_kinds_are_refused(name: str, changes: dict[str, Any], message: str) -> None:
@@ -269,7 +270,9 @@ def test_blocks_of_other_kinds_are_refused(name: str, changes: dict[str, Any], m
         find_family(config, "here")
 
 
-def test_a_model_that_sees_images_is_refused() -> None:
-    config = transformers.Gemma3Config(architectures=["Gemma3ForConditionalGeneration"])
-    with pytest.raises(FamilyError, match=r"^here: architecture Gemma3ForConditionalGeneration: a model of more "):
+@pytest.mark.parametrize("architecture", ["Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"])
+def test_a_model_that_sees_images_is_refused(architecture: str) -> None:
+    """Whatever it says that it is."""
+    config = transformers.Gemma3Config(architectures=[architecture])
+    with pytest.raises(FamilyError, match=rf"^here: architecture {architecture}: a model of more than text"):
         find_family(config, "here")

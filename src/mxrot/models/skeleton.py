@@ -37,13 +37,13 @@ def read_config(place: Path) -> Any:
 def find_family(config: Any, where: str) -> Family:
     """The family of a config; FamilyError if it is not a causal language model, or not one we know."""
     architectures = tuple(getattr(config, "architectures", None) or ())
+    named = ", ".join(architectures) or "none"
+    if getattr(config, "text_config", None) is not None:
+        raise FamilyError(f"{where}: architecture {named}: a model of more than text, which is not supported")
     for family in FAMILIES.values():
         if set(architectures) & set(family.architectures):
-            _check_layer_types(config, family, where)
+            _check_attention(config, family, where)
             return family
-    named = ", ".join(architectures) or "none"
-    if config.get_text_config() is not config:
-        raise FamilyError(f"{where}: architecture {named}: a model of more than text, which is not supported")
     causal: set[str] = set()
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         causal.update((value,) if isinstance(value, str) else value)
@@ -53,8 +53,10 @@ def find_family(config: Any, where: str) -> Family:
     raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
 
 
-def _check_layer_types(config: Any, family: Family, where: str) -> None:
+def _check_attention(config: Any, family: Family, where: str) -> None:
     """FamilyError if decoder blocks attend in ways that are not known, or that the family does not mix."""
+    if getattr(config, "use_bidirectional_attention", None):
+        raise FamilyError(f"{where}: use_bidirectional_attention: not a causal language model")
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - LAYER_TYPES or (len(kinds) > 1 and not family.mixes_windows):
         named, known = ", ".join(sorted(kinds)), " or ".join(sorted(LAYER_TYPES))
