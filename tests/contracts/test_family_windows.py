@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import mxrot
 from mxrot import blockwise, pipeline
+from mxrot.api import open_model
 from mxrot.calibration import BlockInputs, advance, first_block_inputs, generated_windows
 from mxrot.calibration.capture import run_block
 from mxrot.errors import FamilyError
@@ -207,6 +208,18 @@ def test_what_is_loaded_is_what_was_quantized(name: str, folder: Path, tmp_path:
     assert quantized is not None
     write(folder, tmp_path / "out", chosen, windows=WINDOWS)
     assert torch.equal(whole(mxrot.load(tmp_path / "out")), whole(quantized))
+
+
+def test_a_model_with_soft_caps_is_opened_with_attention_that_has_them(tmp_path: Path) -> None:
+    """Gemma 3 would run by PyTorch's own: before quantization, after it, and saved again by transformers."""
+    config = config_of(FAMILIES["gemma3"], attn_logit_softcapping=0.5)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    write(tmp_path / "model", tmp_path / "out", recipe("rtn"), windows=None)
+    loaded = mxrot.load(tmp_path / "out")
+    loaded.save_pretrained(tmp_path / "saved")
+    opened = [loaded, mxrot.load(tmp_path / "saved"), open_model(tmp_path / "model", "cpu")[0]]
+    assert [model.config._attn_implementation for model in opened] == ["eager"] * 3
 
 
 TUNING = {"tuning__steps": 2, "tuning__batch_windows": 3, "tuning__held_out": 0.4, "calibration__generated": 0.0}

@@ -70,14 +70,21 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
 
 def build_skeleton(config: Any) -> PreTrainedModel:
     """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it."""
-    # PyTorch's own attention has no soft caps, and some versions of transformers leave them out in silence.
-    attention = {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
+    attention = needed_attention(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **attention)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=attention)
     except Exception as error:  # a value of the config that nothing checked before
         raise FamilyError(f"config.json: transformers cannot build this model: {_brief(error)}") from error
     return model.eval().requires_grad_(False)
+
+
+def needed_attention(config: Any) -> str | None:
+    """The attention function that transformers must take for a model; None leaves it the choice.
+
+    PyTorch's own has no soft caps, and transformers 5.16 takes it and leaves them out in silence.
+    """
+    return None if getattr(config, "attn_logit_softcapping", None) is None else "eager"
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
