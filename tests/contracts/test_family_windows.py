@@ -14,7 +14,7 @@ import torch
 import transformers
 from tests.contracts.test_families import config_of, spread_gains
 from tests.tiny_model import write_tokenizer
-from tests.unit.checkpoint.folders import recipe, write
+from tests.unit.checkpoint.folders import digests, recipe, without_run, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -208,6 +208,22 @@ def test_what_is_loaded_is_what_was_quantized(name: str, folder: Path, tmp_path:
     assert quantized is not None
     write(folder, tmp_path / "out", chosen, windows=WINDOWS)
     assert torch.equal(whole(mxrot.load(tmp_path / "out")), whole(quantized))
+
+
+@pytest.mark.parametrize("name", ["qwen2, windows", "gemma3, windows"])
+def test_a_run_that_goes_on_sees_the_same(name: str, folder: Path, tmp_path: Path) -> None:
+    """Killed behind the first block: what the second is called with follows from one that is not quantized again."""
+    chosen = recipe("mxrot", calibration__generated=0.0)
+    write(folder, tmp_path / "whole", chosen, windows=WINDOWS)
+
+    def kill(done: int, total: int, what: str) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(folder, tmp_path / "killed", chosen, windows=WINDOWS, resume=True, progress=kill)
+    write(folder, tmp_path / "killed", chosen, windows=WINDOWS, resume=True)
+    assert without_run(digests(tmp_path / "killed")) == without_run(digests(tmp_path / "whole"))
 
 
 def test_a_model_with_soft_caps_is_opened_with_attention_that_has_them(tmp_path: Path) -> None:
