@@ -30,22 +30,26 @@ from mxrot.models import FAMILIES, Family, find_family, logits_of, shared_heads
 LENGTH = 24
 WINDOWS = torch.randint(0, 50, (5, LENGTH), generator=torch.Generator().manual_seed(0))
 WINDOW = 4
+WITH_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW}
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 LATER = {"sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"]}
 WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": WINDOW}),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
-    "qwen2": ("qwen2", {"use_sliding_window": True, **LATER}),
-    "qwen3": ("qwen3", {"use_sliding_window": True, **MIXED}),
+    "qwen2": ("qwen2", {**WITH_WINDOW, **LATER}),
+    "qwen3": ("qwen3", {**WITH_WINDOW, **MIXED}),
     "gemma2": ("gemma2", MIXED),
     "gemma3": ("gemma3", LATER),
 }
 """Configs with blocks that see four tokens."""
 ALL = {name: (name, {}) for name in FAMILIES} | {f"{name}, windows": chosen for name, chosen in WINDOWED.items()}
+ALL["llama, windows that it does not have"] = ("llama", {"sliding_window": WINDOW})
+ALL["gemma2, windows everywhere"] = ("gemma2", {"layer_types": MIXED["layer_types"][:1] * 2})
+ALL["qwen3, windows nowhere"] = ("qwen3", {"layer_types": LATER["layer_types"][:1] * 2, **WITH_WINDOW})
 
 each = pytest.mark.parametrize("name", ALL)
 each_windowed = pytest.mark.parametrize("name", [f"{name}, windows" for name in WINDOWED])
-each_mixed = pytest.mark.parametrize("name", [f"{name}, windows" for name in WINDOWED if FAMILIES[name].mixes_windows])
+each_mixed = pytest.mark.parametrize("name", [name for name in ALL if len({*ALL[name][1].get("layer_types", ())}) == 2])
 
 
 def family_of(name: str) -> Family:

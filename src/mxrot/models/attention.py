@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from mxrot.models.family import Family
+
 NAME = "mxrot_shared_heads"
 _KNOWN_ARGUMENTS = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "logits_to_keep"})
 """Arguments that change nothing here; transformers' own function gets a call with others (soft caps, windows)."""
@@ -81,7 +83,9 @@ def score_heads(model: PreTrainedModel) -> int:
     return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
 
 
-def step_mask(model: PreTrainedModel, position: Tensor, places: int, sequences: int) -> Tensor | dict[str, Tensor]:
+def step_mask(
+    model: PreTrainedModel, family: Family, position: Tensor, places: int, sequences: int
+) -> Tensor | dict[str, Tensor]:
     """What `model` takes as the mask of one token at `position` [1] of each sequence, with keys at so many places.
 
     [sequences, 1, 1, places], and where there are several kinds of blocks one for each.
@@ -91,10 +95,11 @@ def step_mask(model: PreTrainedModel, position: Tensor, places: int, sequences: 
     place = torch.arange(places, device=position.device)
     seen = place <= position
     near = seen if window is None else seen & (place > position - window)
-    if len(kinds) > 1:
+    if family.windows == "by kind" and len(kinds) > 1:
         masks = {"full_attention": seen, "sliding_attention": near}
         return {kind: _as_mask(model, masks[kind], sequences) for kind in kinds}
-    return _as_mask(model, seen if kinds == {"full_attention"} else near, sequences)
+    is_near = family.windows == "all" or (family.windows == "by kind" and kinds == {"sliding_attention"})
+    return _as_mask(model, near if is_near else seen, sequences)
 
 
 def _as_mask(model: PreTrainedModel, visible: Tensor, sequences: int) -> Tensor:

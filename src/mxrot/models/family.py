@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -51,8 +51,9 @@ class Family:
     head: str = "lm_head"
     rotary: str | None = "model.rotary_emb"
     """Module without weights, rebuilt from the config."""
-    mixes_windows: bool = False
-    """Blocks that attend to everything and blocks that attend to a window may stand in one model."""
+    windows: Literal["none", "all", "by kind"] = "none"
+    """Which decoder blocks attend to the last `sliding_window` tokens only, where the config gives a number: "by kind",
+    those that `layer_types` says."""
 
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks}.{index}"

@@ -58,9 +58,9 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
     if getattr(config, "use_bidirectional_attention", None):
         raise FamilyError(f"{where}: use_bidirectional_attention: not a causal language model")
     kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - LAYER_TYPES or (len(kinds) > 1 and not family.mixes_windows):
+    if kinds - LAYER_TYPES or (len(kinds) > 1 and family.windows != "by kind"):
         named, known = ", ".join(sorted(kinds)), " or ".join(sorted(LAYER_TYPES))
-        beside = ", both in one model" if family.mixes_windows else ""
+        beside = ", both in one model" if family.windows == "by kind" else ""
         raise FamilyError(
             f"{where}: its decoder blocks are of types {named}; for family {family.name} expected {known}{beside}"
         )
