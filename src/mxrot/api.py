@@ -31,7 +31,7 @@ from mxrot.evaluation import (
     perplexity,
     score_tasks,
 )
-from mxrot.models import WeightFiles, find_family, find_model, read_config
+from mxrot.models import WeightFiles, find_family, find_model, needed_attention, read_config
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import device_name, versions
 
@@ -167,7 +167,12 @@ def open_model(name: str | Path, device: str | None = None, verify: bool = False
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            folder,
+            dtype=dtype,
+            attn_implementation=needed_attention(config),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise FamilyError(f"{name}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from error

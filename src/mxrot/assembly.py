@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import CheckpointError, FamilyError
-from mxrot.models import Family, Site, WeightFiles, build_skeleton, fill, rebuild_rotary
+from mxrot.models import Family, Site, WeightFiles, build_skeleton, fill, rebuild_buffers
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.surgery import install_empty_site, scheme_name, stored_tensors
 
@@ -37,7 +37,7 @@ def load_outer(
             model.tie_weights()
         else:
             fill(model.get_submodule(name), own, name)
-    rebuild_rotary(model, family, device)
+    rebuild_buffers(model, family, device)
 
 
 def load_original(

@@ -33,6 +33,7 @@ from mxrot.models import (
     find_family,
     read_config,
     read_generation_config,
+    score_heads,
 )
 from mxrot.recipe import Recipe
 from mxrot.records import BlockReport, RunRecord, device_name, versions
@@ -217,9 +218,9 @@ def _windows_at_once(model: PreTrainedModel, device: torch.device, seq_len: int)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     inner = [module for module in linears if module is not model.get_output_embeddings()]
     widest = max(max(linear.in_features, linear.out_features) for linear in inner)
-    return max(1, tokens_at_once(widest, device.type) // seq_len)
+    return max(1, tokens_at_once(max(widest, score_heads(model) * seq_len), device.type) // seq_len)
 
 
 def tokens_at_once(widest: int, device_type: str) -> int:
-    """The same in tokens, where the widest linear of a block has so many inputs or outputs."""
+    """The same in tokens, where a block makes so many numbers of a token at most, before it goes on."""
     return min(BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"]), BATCH_ELEMENTS // widest)

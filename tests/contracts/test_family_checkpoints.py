@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contracts.test_families import config_of, each
+from tests.contracts.test_families import config_of, each, spread_gains
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import recipe, write
 from torch import Tensor
@@ -29,9 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, family in FAMILIES.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config_of(family))
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.data.uniform_(0.5, 1.5)
+        spread_gains(model, family)
         found[name] = tmp_path_factory.mktemp(name)
         model.half().save_pretrained(found[name])
         write_tokenizer(found[name])

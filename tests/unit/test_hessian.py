@@ -46,8 +46,8 @@ class Blocks:
         block, inputs = (self.original, self.originals) if original else (self.block, self.inputs)
         found: list[Tensor] = []
         handle = block.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
-        for hidden, arguments in zip(inputs.hidden, inputs.arguments, strict=True):
-            block(hidden, **arguments)
+        for hidden in inputs.hidden:
+            block(hidden, **inputs.keywords)
         handle.remove()
         return torch.cat([x.flatten(0, 1) for x in found]).double()
 

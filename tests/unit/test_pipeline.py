@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.contracts.test_families import config_of
 from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import WINDOWS, logits, recipe, windows_for, write
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from mxrot import pipeline
 from mxrot.calibration import Hessian, capture
 from mxrot.errors import ConfigError, FamilyError, MxrotError, NumericsError
 from mxrot.layers import QuantLinear
-from mxrot.models import Site, WeightFiles
+from mxrot.models import FAMILIES, Site, WeightFiles, build_skeleton
 from mxrot.models.llama import LLAMA
 from mxrot.pipeline import quantize
 from mxrot.recipe import Recipe
@@ -102,6 +103,14 @@ def full_blocks(model: PreTrainedModel) -> list[int]:
     """Decoder blocks with a parameter that is really there."""
     blocks = model.get_submodule(LLAMA.blocks).children()
     return [index for index, block in enumerate(blocks) if any(not p.is_meta for p in block.parameters())]
+
+
+def test_scores_that_attention_writes_out_bound_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four heads: 192 scores a token of a window of 48, and 96 channels in the widest linear."""
+    monkeypatch.setattr(pipeline, "BATCH_ELEMENTS", 48 * 192 * 3)
+    for name, windows in (("gemma2", 3), ("gemma3", 6)):
+        model = build_skeleton(config_of(FAMILIES[name]))
+        assert pipeline._windows_at_once(model, torch.device("cpu"), 48) == windows
 
 
 # --- the order of things

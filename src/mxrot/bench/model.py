@@ -20,7 +20,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from mxrot.bench.timing import Seconds, seconds_of
 from mxrot.calibration.generation import FixedCache
 from mxrot.layers import QuantLinear, prepare_linears
-from mxrot.models import build_skeleton, find_family, rebuild_rotary
+from mxrot.models import build_skeleton, find_family, rebuild_buffers
 from mxrot.recipe import Recipe
 from mxrot.surgery import install_empty_site, scheme_name
 from mxrot.transforms.base import BlockTransform, random_orthogonal
@@ -106,7 +106,7 @@ def random_model(config: LlamaConfig, device: torch.device) -> PreTrainedModel:
             if parameter.dim() == 2:
                 drawn.normal_(generator=generator).mul_(parameter.shape[1] ** -0.5)
             setattr(module, name, nn.Parameter(drawn, requires_grad=False))
-    rebuild_rotary(model, find_family(config, "the model"), device)
+    rebuild_buffers(model, find_family(config, "the model"), device)
     return model
 
 

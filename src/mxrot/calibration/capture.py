@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ class Ending:
     x: Tensor
     """What goes into the linear."""
     others: tuple[None, ...] | None
-    """What follows in the tuple that the submodule gives; None where it gives no tuple."""
+    """What follows in the tuple that the submodule gives, as far as it is read; None where it gives no tuple."""
 
     def output(self, linear: nn.Module) -> Any:
         """What the submodule gives with this linear in that place."""
@@ -55,12 +55,14 @@ class Ending:
 
 @dataclass
 class BlockInputs:
-    """What a decoder block is called with, batch by batch."""
+    """What a decoder block is called with: hidden states batch by batch, and the same keyword arguments with each."""
 
     hidden: list[Tensor]
     """[windows, tokens, hidden_size] each, as `put` keeps them."""
-    arguments: list[dict[str, Any]]
-    """The keyword arguments that go with each batch."""
+    arguments: Sequence[dict[str, Any]]
+    """The keyword arguments of each decoder block, as of `block_arguments`."""
+    block: int = 0
+    """Which of the decoder blocks it is."""
     known: dict[str, dict[int, Any]] = field(default_factory=dict)
     """Submodules of the block that will not change any more, with their outputs by batch, as far as they have run.
     A later pass takes them from here."""
@@ -80,7 +82,14 @@ class BlockInputs:
 
     def another(self) -> BlockInputs:
         """The same for a block of another model, before anything has run."""
-        return BlockInputs(list(self.hidden), self.arguments, device=self.device, is_on_host=self.is_on_host)
+        return BlockInputs(
+            list(self.hidden), self.arguments, self.block, device=self.device, is_on_host=self.is_on_host
+        )
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of this block."""
+        return self.arguments[self.block]
 
     def put(self, value: Any) -> Any:
         """A tensor, or the tensors of a tuple, as they are kept between passes; on the host only `get` may read them,
@@ -127,29 +136,64 @@ def watched_inputs(module: nn.Module, see: Callable[[Tensor], None], stop: bool 
 @torch.no_grad()
 def first_block_inputs(model: PreTrainedModel, family: Family, windows: Tensor, batch_windows: int) -> BlockInputs:
     """Inputs of the first decoder block for token windows [W, T]; only the embedding has to hold weights."""
-    device = model.get_submodule(family.embedding).weight.device
-    assert isinstance(device, torch.device)
-    inputs = BlockInputs([], [], device=device)
-
-    def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        hidden = arguments[0] if arguments else keywords.pop("hidden_states")
+    device = _device_of(model, family)
+    inputs = BlockInputs([], block_arguments(model, family, windows[:1]), device=device)
+    for batch in windows.split(batch_windows):
+        hidden = first_hidden(model, family, batch)
         in_all = windows.numel() * hidden.shape[-1] * hidden.element_size()
         inputs.is_on_host = in_all > MOST_ON_DEVICE.get(device.type, math.inf)
         inputs.hidden.append(inputs.put(hidden))
-        inputs.arguments.append(dict(keywords))
+    return inputs
+
+
+@torch.no_grad()
+def first_hidden(model: PreTrainedModel, family: Family, windows: Tensor) -> Tensor:
+    """The hidden states [W, T, hidden] that the first decoder block gets for token windows [W, T]."""
+    found: list[Tensor] = []
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        found.append(arguments[0] if arguments else keywords["hidden_states"])
         raise _StopForwardError
 
-    first = model.get_submodule(f"{family.blocks}.0")
-    handle = first.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = model.get_submodule(f"{family.blocks}.0").register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        for batch in windows.split(batch_windows):
-            try:
-                model.get_submodule(family.body)(input_ids=batch.to(device), use_cache=False)
-            except _StopForwardError:
-                continue
+        _run_body(model, family, windows)
     finally:
         handle.remove()
-    return inputs
+    return found[0]
+
+
+@torch.no_grad()
+def block_arguments(model: PreTrainedModel, family: Family, window: Tensor) -> list[dict[str, Any]]:
+    """The keyword arguments of each decoder block for one token window [1, T], from a pass in which no block computes.
+
+    They go with any number of windows of this length, which have no padding: masks and rotary embeddings have a batch
+    dimension of 1. Blocks of one kind share their tensors, because the model gives them the same.
+    """
+    found: list[dict[str, Any]] = []
+
+    def passes_on(hidden_states: Tensor, **keywords: Any) -> Tensor:
+        found.append(keywords)
+        return hidden_states
+
+    with ExitStack() as stack:
+        for block in model.get_submodule(family.blocks).children():
+            stack.enter_context(_running(block, passes_on))
+        stack.enter_context(watched_inputs(model.get_submodule(family.final_norm), lambda _: None, stop=True))
+        _run_body(model, family, window)
+    return found
+
+
+def _run_body(model: PreTrainedModel, family: Family, windows: Tensor) -> None:
+    """Run `model` on token windows until a hook stops it."""
+    with suppress(_StopForwardError):
+        model.get_submodule(family.body)(input_ids=windows.to(_device_of(model, family)), use_cache=False)
+
+
+def _device_of(model: PreTrainedModel, family: Family) -> torch.device:
+    device = model.get_submodule(family.embedding).weight.device
+    assert isinstance(device, torch.device)
+    return device
 
 
 @torch.no_grad()
@@ -158,7 +202,7 @@ def run_block(block: nn.Module, inputs: BlockInputs, batches: Sequence[int] | No
     for index in range(len(inputs.hidden)) if batches is None else batches:
         try:
             with _known_outputs(block, inputs, index):
-                output = block(inputs.get(inputs.hidden[index]), **inputs.arguments[index])
+                output = block(inputs.get(inputs.hidden[index]), **inputs.keywords)
         except _StopForwardError:
             continue
         yield output[0] if isinstance(output, tuple) else output
@@ -190,7 +234,14 @@ def _is_read_no_more(name: str, inputs: BlockInputs, index: int) -> bool:
 def _remember(
     inputs: BlockInputs, outputs: dict[int, Any], index: int, module: nn.Module, arguments: tuple[Any, ...], output: Any
 ) -> None:
-    outputs[index] = inputs.put(output)
+    outputs[index] = inputs.put(_read(output))
+
+
+def _read(output: Any) -> Any:
+    """A submodule's output, with None for scores of attention [W, heads, tokens, tokens], which no block reads."""
+    if not isinstance(output, tuple):
+        return output
+    return tuple(None if isinstance(part, Tensor) and part.dim() == 4 else part for part in output)
 
 
 def _remember_some(
@@ -206,11 +257,16 @@ def _remember_some(
         outputs[index] = output
 
 
-@contextmanager
-def _answering(module: nn.Module, output: Any) -> Iterator[None]:
+def _answering(module: nn.Module, output: Any) -> AbstractContextManager[None]:
     """While open, `module` computes nothing and gives `output`."""
+    return _running(module, lambda *arguments, **keywords: output)
+
+
+@contextmanager
+def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While open, `module` runs `forward` instead of its own."""
     own = module.__dict__.get("forward")
-    module.forward = lambda *arguments, **keywords: output
+    module.forward = forward
     try:
         yield
     finally:
@@ -290,7 +346,7 @@ def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index:
 
     def at_end(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if wanted is not None:
-            wanted[index] = inputs.put(output)
+            wanted[index] = inputs.put(_read(output))
         elif _may_remember(sum(ending.x.nbytes for ending in inputs.endings.values()), [seen[-1]]):
             ending = _ending(seen[-1], given[-1], output)
             if ending is not None:
@@ -313,7 +369,7 @@ def _watch(block: nn.Module, inputs: BlockInputs, modules: Sequence[str], index:
 
 def _ending(x: Tensor, given: Tensor, output: Any) -> Ending | None:
     """How a submodule goes on after a linear that made `given` of `x`; None if it does more than pass that on."""
-    first, *others = output if isinstance(output, tuple) else (output,)
+    first, *others = _read(output) if isinstance(output, tuple) else (output,)
     if first is not given or any(other is not None for other in others):
         return None
     return Ending(x, (None,) * len(others) if isinstance(output, tuple) else None)
@@ -333,7 +389,7 @@ def _bytes_kept(inputs: BlockInputs) -> int:
 
 
 def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
-    """Replace the hidden states by the block's outputs, for the next block to take.
+    """Replace the hidden states by the block's outputs: what the next block takes.
 
     NumericsError with `name` if one is NaN or Inf.
     """
@@ -344,5 +400,6 @@ def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
         for outputs in inputs.known.values():
             outputs.pop(position, None)
     inputs.known = {}
+    inputs.block += 1
     if not torch.isfinite(largest.result()):
         raise NumericsError(f"{name}: its output holds NaN or Inf on the calibration text")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from mxrot.models import shared_heads, value_heads
+from mxrot.models import Family, find_family, shared_heads, step_mask, value_heads
 from mxrot.replay import Replays
 
 SEQUENCE_TOKENS = 256
@@ -114,6 +114,7 @@ def _with_prompts(first: Tensor, text: Tensor, count: int, longest: int, generat
 def _sequences(model: PreTrainedModel, starts: Tensor, tokens: int, draws: torch.Generator) -> Iterator[Tensor]:
     """The first tokens [S], then the second ones, up to `tokens`: those of `starts` [S, n] where they are not FREE."""
     first = starts[:, 0]
+    family = find_family(model.config, "the model that writes")
     cache = FixedCache(tokens)
     places = torch.arange(tokens, device=model.device)
     current = first
@@ -122,7 +123,7 @@ def _sequences(model: PreTrainedModel, starts: Tensor, tokens: int, draws: torch
         if position % STRIDE == 0:
             cache.visible = min(tokens, position + STRIDE)
             replay = Replays()  # with this, the memory of the recording before goes
-            step = partial(_next_tokens, model, cache)
+            step = partial(_next_tokens, model, family, cache)
         place = places[position : position + 1]
         drawn = torch.rand(len(first), 1, generator=draws, device=model.device)
         current = replay("next", step, current, place, drawn)
@@ -132,14 +133,15 @@ def _sequences(model: PreTrainedModel, starts: Tensor, tokens: int, draws: torch
         yield current
 
 
-def _next_tokens(model: PreTrainedModel, cache: FixedCache, current: Tensor, position: Tensor, drawn: Tensor) -> Tensor:
+def _next_tokens(
+    model: PreTrainedModel, family: Family, cache: FixedCache, current: Tensor, position: Tensor, drawn: Tensor
+) -> Tensor:
     """A sample of the token after `current` [S] at `position` [1], int64 [S]; `drawn` [S, 1] from [0, 1) decides."""
     cache.position = position
-    visible = torch.arange(cache.visible, device=position.device) <= position
     output = model(
         input_ids=current[:, None],
         position_ids=position[None],
-        attention_mask=visible.expand(len(current), 1, 1, -1),
+        attention_mask=step_mask(model, family, position, cache.visible, len(current)),
         past_key_values=cache,
         use_cache=True,
     )

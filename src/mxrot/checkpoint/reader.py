@@ -21,6 +21,7 @@ from mxrot.models import (
     build_skeleton,
     check_linears,
     find_family,
+    needed_attention,
     read_config,
     read_generation_config,
 )
@@ -73,10 +74,13 @@ def is_saved_by_transformers(folder: Path) -> bool:
 
 
 def _load_saved(folder: Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
-    stored = getattr(read_config(folder), "dtype", None) or torch.float32
-    dtype = dtype or compute_dtype(stored, device)
+    config = read_config(folder)
+    dtype = dtype or compute_dtype(getattr(config, "dtype", None) or torch.float32, device)
+    attention = needed_attention(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, local_files_only=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return cast(Any, model).to(device).eval()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, NumericsError
 from mxrot.evaluation.perplexity import LOGITS_AT_ONCE, Perplexity
+from mxrot.models import logits_of
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def _window_means(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor
     for start in range(0, positions, step):
         stop = min(start + step, positions)
         targets = ids[:, start + 1 : stop + 1, None]
-        logs = model.get_output_embeddings()(hidden[:, start:stop]).float().log_softmax(dim=-1)
-        wanted = original.get_output_embeddings()(expected[:, start:stop]).float().log_softmax(dim=-1)
+        logs = logits_of(model, hidden[:, start:stop]).float().log_softmax(dim=-1)
+        wanted = logits_of(original, expected[:, start:stop]).float().log_softmax(dim=-1)
         totals[0] += F.kl_div(logs, wanted, reduction="none", log_target=True).sum(dim=(1, 2))
         totals[1] += (logs.argmax(dim=-1) == wanted.argmax(dim=-1)).sum(dim=1)
         totals[2] -= logs.gather(2, targets).sum(dim=(1, 2))

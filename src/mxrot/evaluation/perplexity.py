@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import NumericsError
+from mxrot.models import logits_of
 
 LOGITS_AT_ONCE = 1024
 """Positions, over all windows of a batch, whose logits exist at once.
@@ -61,13 +62,12 @@ def perplexity(
 def _window_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Mean negative log-likelihood of each window, float32 [W]."""
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
     total = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
     positions = ids.shape[1] - 1
     step = max(1, LOGITS_AT_ONCE // len(ids))
     for start in range(0, positions, step):
         stop = min(start + step, positions)
-        logits = head(hidden[:, start:stop]).float()
+        logits = logits_of(model, hidden[:, start:stop]).float()
         targets = ids[:, start + 1 : stop + 1]
         total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).sum(1)
     return total / positions

@@ -1,7 +1,8 @@
 """Model families, and how to find and read a model. Names and shapes, no numerics."""
 
-from mxrot.models.attention import shared_heads
+from mxrot.models.attention import score_heads, shared_heads, step_mask
 from mxrot.models.family import Family, Site, check_linears, linear_problems, value_heads
+from mxrot.models.logits import logits_of
 from mxrot.models.lookup import find_config, find_model
 from mxrot.models.norms import fused_norms
 from mxrot.models.skeleton import (
@@ -9,9 +10,10 @@ from mxrot.models.skeleton import (
     build_skeleton,
     fill,
     find_family,
+    needed_attention,
     read_config,
     read_generation_config,
-    rebuild_rotary,
+    rebuild_buffers,
 )
 from mxrot.models.weights import WeightFiles
 
@@ -28,9 +30,13 @@ __all__ = [
     "find_model",
     "fused_norms",
     "linear_problems",
+    "logits_of",
+    "needed_attention",
     "read_config",
     "read_generation_config",
-    "rebuild_rotary",
+    "rebuild_buffers",
+    "score_heads",
     "shared_heads",
+    "step_mask",
     "value_heads",
 ]

@@ -1,4 +1,4 @@
-"""Attention of models that share keys and values among heads, without copies of them.
+"""Attention of models that share keys and values among heads, without copies of them; masks of single tokens.
 
 PyTorch's own attention, given to transformers as an attention function of this project. With one token and a mask,
 the heads that share a key become the rows of one query, as in transformers from 5.20 on; before, keys and values were
@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+
+from mxrot.models.family import Family
 
 NAME = "mxrot_shared_heads"
 _KNOWN_ARGUMENTS = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "logits_to_keep"})
@@ -72,3 +75,35 @@ def shared_heads(*models: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
+
+
+def score_heads(model: PreTrainedModel) -> int:
+    """How many heads write out a score for each pair of tokens; none with PyTorch's own attention."""
+    config = model.config.get_text_config()
+    return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
+
+
+def step_mask(
+    model: PreTrainedModel, family: Family, position: Tensor, places: int, sequences: int
+) -> Tensor | dict[str, Tensor]:
+    """What `model` takes as the mask of one token at `position` [1] of each sequence, with keys at so many places.
+
+    [sequences, 1, 1, places], and where there are several kinds of blocks one for each.
+    """
+    config = model.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    place = torch.arange(places, device=position.device)
+    seen = place <= position
+    near = seen if window is None else seen & (place > position - window)
+    if family.windows == "by kind" and len(kinds) > 1:
+        masks = {"full_attention": seen, "sliding_attention": near}
+        return {kind: _as_mask(model, masks[kind], sequences) for kind in kinds}
+    is_near = family.windows == "all" or (family.windows == "by kind" and kinds == {"sliding_attention"})
+    return _as_mask(model, near if is_near else seen, sequences)
+
+
+def _as_mask(model: PreTrainedModel, visible: Tensor, sequences: int) -> Tensor:
+    """Flags [places] in the form that the model's attention function takes."""
+    if score_heads(model):
+        visible = torch.where(visible, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+    return visible.expand(sequences, 1, 1, -1)

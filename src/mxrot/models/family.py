@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -30,6 +30,8 @@ class Site:
     """The module whose input is the residual stream that this site's output is added to, if it is."""
     producer_is_value: bool = False
     """The producer is v_proj: under grouped queries one of its rows feeds several channels."""
+    norm_adds_one: bool = False
+    """The norm multiplies by 1 + its weight."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Family:
     head: str = "lm_head"
     rotary: str | None = "model.rotary_emb"
     """Module without weights, rebuilt from the config."""
+    windows: Literal["none", "all", "by kind"] = "none"
+    """Which decoder blocks attend to the last `sliding_window` tokens only, where the config gives a number: "by kind",
+    those that `layer_types` says."""
 
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks}.{index}"

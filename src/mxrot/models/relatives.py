@@ -5,12 +5,12 @@ from dataclasses import replace
 from mxrot.models.family import Family, Site
 from mxrot.models.llama import LLAMA_SITES
 
-MISTRAL = Family("mistral", ("MistralForCausalLM",), LLAMA_SITES)
+MISTRAL = Family("mistral", ("MistralForCausalLM",), LLAMA_SITES, windows="all")
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), LLAMA_SITES)
+QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), LLAMA_SITES, windows="by kind")
 """Qwen 2 and 2.5: biases in q, k and v."""
 
-QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), LLAMA_SITES)
+QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), LLAMA_SITES, windows="by kind")
 """Queries and keys have norms of their own, behind their linears."""
 
 OLMO2 = Family("olmo2", ("Olmo2ForCausalLM",), tuple(replace(site, norm=None, residual=None) for site in LLAMA_SITES))
@@ -25,6 +25,7 @@ PHI3 = Family(
         Site("gate_up", ("mlp.gate_up_proj",), norm="post_attention_layernorm"),
         Site("down", ("mlp.down_proj",), residual="post_attention_layernorm"),
     ),
+    windows="all",
 )
 """One linear for queries, keys and values, and one for gate and up. Only some of their rows feed the next site, which
 therefore names no producer."""

@@ -12,10 +12,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mxrot.errors import FamilyError
 from mxrot.models.family import Family
+from mxrot.models.gemma import GEMMA2, GEMMA3
 from mxrot.models.llama import LLAMA
 from mxrot.models.relatives import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3)
+}
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+"""Kinds of decoder blocks that are known."""
 
 
 def read_config(place: Path) -> Any:
@@ -32,11 +37,13 @@ def read_config(place: Path) -> Any:
 def find_family(config: Any, where: str) -> Family:
     """The family of a config; FamilyError if it is not a causal language model, or not one we know."""
     architectures = tuple(getattr(config, "architectures", None) or ())
+    named = ", ".join(architectures) or "none"
+    if getattr(config, "text_config", None) is not None:
+        raise FamilyError(f"{where}: architecture {named}: a model of more than text, which is not supported")
     for family in FAMILIES.values():
         if set(architectures) & set(family.architectures):
-            _check_layer_types(config, where)
+            _check_attention(config, family, where)
             return family
-    named = ", ".join(architectures) or "none"
     causal: set[str] = set()
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         causal.update((value,) if isinstance(value, str) else value)
@@ -46,23 +53,38 @@ def find_family(config: Any, where: str) -> Family:
     raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
 
 
-def _check_layer_types(config: Any, where: str) -> None:
-    """FamilyError if decoder blocks attend in different ways: they are all called with the arguments of the first."""
-    kinds = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()))
-    if len(kinds) > 1:
+def _check_attention(config: Any, family: Family, where: str) -> None:
+    """FamilyError if decoder blocks attend in ways that are not known, or that the family does not mix."""
+    if getattr(config, "use_bidirectional_attention", None):
+        raise FamilyError(f"{where}: use_bidirectional_attention: not a causal language model")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - LAYER_TYPES or (len(kinds) > 1 and family.windows != "by kind"):
+        named, known = ", ".join(sorted(kinds)), " or ".join(sorted(LAYER_TYPES))
+        beside = ", both in one model" if family.windows == "by kind" else ""
         raise FamilyError(
-            f"{where}: its decoder blocks are of different types ({', '.join(kinds)}), which is not supported"
+            f"{where}: its decoder blocks are of types {named}; for family {family.name} expected {known}{beside}"
         )
+    if "sliding_attention" in kinds and not getattr(config, "sliding_window", None):
+        raise FamilyError(f"{where}: some of its decoder blocks are of type sliding_attention, without sliding_window")
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:
     """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it."""
+    attention = needed_attention(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=attention)
     except Exception as error:  # a value of the config that nothing checked before
         raise FamilyError(f"config.json: transformers cannot build this model: {_brief(error)}") from error
     return model.eval().requires_grad_(False)
+
+
+def needed_attention(config: Any) -> str | None:
+    """The attention function that transformers must take for a model; None leaves it the choice.
+
+    PyTorch's own has no soft caps, and transformers 5.16 takes it and leaves them out in silence.
+    """
+    return None if getattr(config, "attn_logit_softcapping", None) is None else "eager"
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
@@ -76,11 +98,16 @@ def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
         raise FamilyError(f"{path}: not a generation config that transformers reads: {_brief(error)}") from error
 
 
-def rebuild_rotary(model: PreTrainedModel, family: Family, device: torch.device) -> None:
-    """Replace the rotary embedding, which has buffers but no weights, by a real one on `device`."""
+def rebuild_buffers(model: PreTrainedModel, family: Family, device: torch.device) -> None:
+    """Replace what no file holds by real tensors on `device`: the rotary embedding, and the factor of an embedding
+    that has one, in the type of its weights, which must be there."""
     if family.rotary is not None:
         rotary = type(model.get_submodule(family.rotary))(config=model.config)
         model.set_submodule(family.rotary, rotary.to(device))
+    embedding: Any = model.get_submodule(family.embedding)
+    if hasattr(embedding, "embed_scale"):
+        factor = torch.tensor(embedding.scalar_embed_scale, dtype=embedding.weight.dtype, device=device)
+        embedding.register_buffer("embed_scale", factor, persistent=False)
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -102,8 +102,23 @@ class Run:
     @property
     def batch_tokens(self) -> int:
         """Tokens that pass through a block together."""
-        at_once = max(1, tokens_at_once(self.shape.widest, self.device) // self.seq_len) * self.seq_len
-        return min(self.tokens, at_once)
+        widest = max(self.shape.widest, self.token_scores)
+        return min(self.tokens, max(1, tokens_at_once(widest, self.device) // self.seq_len) * self.seq_len)
+
+    @property
+    def token_scores(self) -> int:
+        """Scores that attention writes out for a token."""
+        return self.shape.score_heads * self.seq_len
+
+    @property
+    def mask_bytes(self) -> int:
+        """Masks that blocks are called with: none where attention is plainly causal, one for each kind of blocks."""
+        config = self.shape.config
+        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+        if not self.shape.score_heads:
+            is_short = self.seq_len <= (getattr(config, "sliding_window", None) or self.seq_len)
+            return 0 if is_short else self.seq_len**2
+        return len(kinds) * self.itemsize * self.seq_len**2
 
     @property
     def remembered(self) -> int:
@@ -210,6 +225,7 @@ def _resident(run: Run, position: int) -> dict[str, float]:
     terms = {
         "embedding, last norm and head": float(shape.outer_parameters * s),
         **({} if run.is_on_host else _states(run)),
+        "masks": float(run.mask_bytes if run.tokens else 0),
         "the block as it was read": float(shape.block_parameters * run.stored.itemsize),
         "the block in float64": 8.0 * weights,
         "the block of the original": float(shape.block_parameters * s) if recipe.looks_at_original else 0.0,
@@ -286,7 +302,9 @@ def _forward(run: Run, position: int) -> float:
     # A norm computes in float32; a product of quantized inputs is float32 before it is `s` bytes wide.
     norm = b * run.shape.hidden * (s + 8.0)
     is_attention = run.shape.fullest[0].child == here.child
-    return max(norm, quantizing + b * made * (5.0 * s if is_attention else (4.0 if run.is_gpu else 6.0)))
+    # Scores, and what they become: chances in float32.
+    scores = b * run.token_scores * (s + 4.0) if is_attention and before else 0.0
+    return max(norm, quantizing + b * made * (5.0 * s if is_attention else (4.0 if run.is_gpu else 6.0)) + scores)
 
 
 def _quantizing(run: Run, channels: int) -> float:
@@ -401,14 +419,17 @@ def _block_end(run: Run) -> list[Stage]:
     if options is not None and options.scope == "block":
         weights = sum(site.weights for site in run.shape.fullest)
         tokens = options.batch_windows * run.seq_len
-        tuned = {"tunable weights": TUNED_BYTES * weights, "activations": tokens * activation_bytes(run.shape.fullest)}
+        tuned = {
+            "tunable weights": TUNED_BYTES * weights,
+            "activations": tokens * activation_bytes(run, run.shape.fullest),
+        }
         stages.append(Stage("tuning the block", base | known | tuned))
     return stages
 
 
-def activation_bytes(sites: tuple[SiteShape, ...]) -> float:
+def activation_bytes(run: Run, sites: tuple[SiteShape, ...]) -> float:
     """What a backward pass keeps of one token in one block, as tuning/network.py has it."""
-    return 8.0 * sum(rows + site.inputs for site in sites for rows in site.rows)
+    return 8.0 * (sum(rows + site.inputs for site in sites for rows in site.rows) + run.token_scores)
 
 
 def _tuning(run: Run) -> list[Stage]:
@@ -425,11 +446,12 @@ def _tuning(run: Run) -> list[Stage]:
         kept = {"what rounding took away": 2.0 * weights}
         stages.append(Stage("writing text to tune on", original | packed | kept | _generation(run, written)))
     tokens = options.batch_windows * run.seq_len
-    activations = tokens * sum(activation_bytes(sites) for sites in shape.blocks)
+    activations = tokens * sum(activation_bytes(run, sites) for sites in shape.blocks)
     if activations > CHECKPOINT_BYTES:
-        activations = tokens * (activation_bytes(shape.fullest) + 4.0 * shape.hidden * blocks)
+        activations = tokens * (activation_bytes(run, shape.fullest) + 4.0 * shape.hidden * blocks)
     wide = {"embedding, last norm and head in float32": 4.0 * shape.outer_parameters}
-    logits = min(tokens, LOGIT_TOKENS) * shape.vocabulary * 10.0
+    is_bounded = getattr(shape.config, "final_logit_softcapping", None) is not None
+    logits = min(tokens, LOGIT_TOKENS) * shape.vocabulary * (12.0 if is_bounded else 10.0)
     tuned = {
         "tunable weights": TUNED_BYTES * weights,
         "activations": activations + 8.0 * tokens * shape.hidden,

@@ -121,6 +121,8 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
     if position == 0:  # what attention computes between its linears, causally: half of all pairs
         work.add(product=2 * 2.0 * tokens * run.seq_len * run.shape.query_width * (quantized + plain))
         work.add(copy=24.0 * tokens * n * s * (quantized + plain))
+        # Scores are read and written in each of the steps between the two products.
+        work.add(copy=tokens * run.token_scores * (12.0 * s + 8) * (quantized + plain))
     work.add(copy=20.0 * tokens * run.shape.hidden * s * (1 + bool(recipe.looks_at_original)))
     work.add(operations=40 * batches * (quantized + plain))
     return work
@@ -182,10 +184,11 @@ def _tuning(run: Run) -> Work:
     looks = 1 + min(options.checks, options.steps)
     held_out = max(1.0, options.held_out * run.all_windows) / options.batch_windows
     steps = options.steps + looks * held_out / 4
+    kept = sum(activation_bytes(run, sites) for sites in shape.blocks)
     # A forward and a backward pass of the quantized model, with what is computed again, and a forward one of the
     # original. What is kept for the way back is read and written about ten times in all.
     work = Work(product=10.0 * tokens * weights * steps)
-    work.add(copy=steps * (80.0 * weights + 10.0 * tokens * sum(activation_bytes(sites) for sites in shape.blocks)))
+    work.add(copy=steps * (80.0 * weights + 10.0 * tokens * kept))
     work.add(quantized=2.0 * steps * tokens * sum(site.inputs for sites in shape.blocks for site in sites))
     work.add(operations=steps * (50.0 if run.is_gpu else 200.0 * blocks))
     if run.recipe.tunes_network:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.layers import ModelSize
-from mxrot.models import Family, Site, value_heads
+from mxrot.models import Family, Site, score_heads, value_heads
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 
 
@@ -59,6 +59,8 @@ class ModelShape:
     """Query heads times their width."""
     widest: int
     """The largest in_features or out_features of a linear in a block."""
+    score_heads: int
+    """Heads that write out a score for each pair of tokens."""
     config: object
     """The transformers config."""
 
@@ -86,6 +88,7 @@ class ModelShape:
             outer_parameters=whole - inside,
             query_width=config.num_attention_heads * width,
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),
+            score_heads=score_heads(model),
             config=config,
         )
 

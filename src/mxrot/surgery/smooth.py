@@ -33,7 +33,7 @@ def fold_into_producer(
     stays exact. ConfigError for a site whose input has no such place.
     """
     if site.norm is not None:
-        scales = _divide_gain(block.get_submodule(site.norm), scales, dtype)
+        scales = _divide_gain(block.get_submodule(site.norm), scales, dtype, 1.0 if site.norm_adds_one else 0.0)
     elif site.producer is not None:
         rows = per_value_row(scales, *heads) if site.producer_is_value else scales
         weights[site.producer] = weights[site.producer] / rows[:, None]
@@ -46,11 +46,16 @@ def fold_into_producer(
         weights[linear] = weights[linear] * scales
 
 
-def _divide_gain(norm: nn.Module, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Divide the gain of `norm`; the scales that this has really applied."""
+def _divide_gain(norm: nn.Module, scales: Tensor, dtype: torch.dtype, added: float) -> Tensor:
+    """Divide the gain of `norm`, `added` + its weight; the scales that this has really applied."""
     assert isinstance(norm.weight, Tensor)
-    gain = norm.weight.double()
-    rounded = (gain / scales).to(dtype).double()
-    applied = torch.where(rounded != 0, gain / torch.where(rounded != 0, rounded, 1.0), scales)
-    norm.weight.data.copy_(rounded)  # last: `gain` is this very tensor in a float64 model
+    gain = added + norm.weight.double()
+    rounded = (gain / scales - added).to(dtype).double()
+    if added:
+        # A small gain can be rounded away beside what is added; its channel would be lost.
+        step = torch.finfo(dtype).eps * added * torch.where(gain < 0, -1.0, 0.5)
+        rounded = torch.where((rounded == -added) & (gain != 0), step - added, rounded)
+    divided = added + rounded
+    applied = torch.where(divided != 0, gain / torch.where(divided != 0, divided, 1.0), scales)
+    norm.weight.data.copy_(rounded)  # last: `gain` may be this very tensor in a float64 model
     return applied

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from mxrot.calibration import first_block_inputs
-from mxrot.models import Family, fused_norms, shared_heads
+from mxrot.calibration import block_arguments, first_hidden
+from mxrot.models import Family, fused_norms, logits_of, score_heads, shared_heads
 from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.straight_through import Divergence
@@ -32,31 +32,26 @@ class Network:
 
     model: PreTrainedModel
     family: Family
+    arguments: Sequence[dict[str, Any]]
+    """The keyword arguments of each block."""
     recompute: bool = False
 
-    def forward(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """The states that the head reads, [tokens, hidden]."""
-        for block in self.model.get_submodule(self.family.blocks).children():
+        blocks = self.model.get_submodule(self.family.blocks).children()
+        for block, keywords in zip(blocks, self.arguments, strict=True):
             output: Any
             if self.recompute:
-                output = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False, **arguments)
+                output = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False, **keywords)
             else:
-                output = block(hidden, **arguments)
+                output = block(hidden, **keywords)
             hidden = output[0] if isinstance(output, tuple) else output
         normed: Tensor = self.model.get_submodule(self.family.final_norm)(hidden)
         return normed.flatten(0, 1)
 
-    @property
-    def head(self) -> nn.Module:
-        return self.model.get_submodule(self.family.head)
-
-
-def divergence(teacher: Tensor, student: Tensor, teacher_head: nn.Module, student_head: nn.Module) -> Tensor:
-    """The mean of KL(teacher || student) in nats a token, for hidden states [tokens, hidden]; float32."""
-    with torch.no_grad():
-        expected = teacher_head(teacher)
-    mean: Tensor = Divergence.apply(student_head(student), expected)
-    return mean
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of such states, [tokens, vocabulary]."""
+        return logits_of(self.model, hidden)
 
 
 def tune_network(
@@ -85,45 +80,45 @@ def tune_network(
     tunable = [
         TunableBlock.of(block, family.active_sites(index, ignore), options.margin) for index, block in enumerate(blocks)
     ]
-    recompute = _activation_bytes(model, options.batch_windows * windows.shape[1]) > CHECKPOINT_BYTES
-    student, teacher = Network(model, family, recompute), Network(original, family)
+    recompute = _activation_bytes(model, options.batch_windows, windows.shape[1]) > CHECKPOINT_BYTES
+    student = Network(model, family, block_arguments(model, family, windows[:1]), recompute)
+    teacher = Network(original, family, block_arguments(original, family, windows[:1]))
 
     replay = Replays()
-    arguments: dict[int, list[dict[str, Any]]] = {}
 
     def run(step: Callable[..., Tensor], batch: Tensor) -> Tensor:
-        """step(student's and teacher's first hidden states, arguments of both networks)."""
-        inputs = [first_block_inputs(m, family, batch, len(batch)) for m in (model, original)]
-        # Windows are equally long and have no padding, so these are the same for every batch of a size.
-        ours, theirs = arguments.setdefault(len(batch), [part.arguments[0] for part in inputs])
+        """step(student's and teacher's first hidden states)."""
+        return replay(step.__name__, step, *(first_hidden(m, family, batch) for m in (model, original)))
 
-        def with_arguments(hidden: Tensor, wanted: Tensor) -> Tensor:
-            return step(hidden, wanted, ours, theirs)
+    def divergence(expected: Tensor, found: Tensor) -> Tensor:
+        """The mean of KL(teacher || student) in nats a token, for the states [tokens, hidden] of both; float32."""
+        with torch.no_grad():
+            wanted = teacher.logits(expected)
+        mean: Tensor = Divergence.apply(student.logits(found), wanted)
+        return mean
 
-        return replay(step.__name__, with_arguments, *(part.get(part.hidden[0]) for part in inputs))
-
-    def learn(first: Tensor, wanted: Tensor, ours: dict[str, Any], theirs: dict[str, Any]) -> Tensor:
+    def learn(first: Tensor, wanted: Tensor) -> Tensor:
         """Adds the gradients of the mean divergence, and gives it."""
         with torch.no_grad():
-            expected = teacher.forward(wanted, theirs)
+            expected = teacher.forward(wanted)
         with lower_precision(device):
-            hidden = student.forward(first, ours)
+            hidden = student.forward(first)
             leaf = hidden.detach().requires_grad_()
             total = torch.zeros((), device=device)
             for parts in zip(expected.split(LOGIT_TOKENS), leaf.split(LOGIT_TOKENS), strict=True):
-                loss = divergence(*parts, teacher.head, student.head) * (len(parts[0]) / len(leaf))
+                loss = divergence(*parts) * (len(parts[0]) / len(leaf))
                 loss.backward()
                 total += loss.detach()
         hidden.backward(leaf.grad)
         return total
 
-    def measure(first: Tensor, wanted: Tensor, ours: dict[str, Any], theirs: dict[str, Any]) -> Tensor:
+    def measure(first: Tensor, wanted: Tensor) -> Tensor:
         """The divergence, summed over tokens."""
-        expected = teacher.forward(wanted, theirs)
+        expected = teacher.forward(wanted)
         with lower_precision(device):
-            hidden = student.forward(first, ours)
+            hidden = student.forward(first)
             losses = [
-                divergence(*parts, teacher.head, student.head) * len(parts[0])
+                divergence(*parts) * len(parts[0])
                 for parts in zip(expected.split(LOGIT_TOKENS), hidden.split(LOGIT_TOKENS), strict=True)
             ]
         return torch.stack(losses).sum()
@@ -153,7 +148,9 @@ def lower_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "cpu" else torch.autocast(device.type, torch.bfloat16)
 
 
-def _activation_bytes(model: PreTrainedModel, tokens: int) -> float:
-    """About what a backward pass keeps: each linear's input and output, twice for what lies between them."""
+def _activation_bytes(model: PreTrainedModel, windows: int, length: int) -> float:
+    """About what a backward pass keeps: each linear's input and output, twice for what lies between them; scores that
+    attention writes out, and the chances that they become."""
     weights = [module.offset for module in model.modules() if isinstance(module, TunableLinear)]
-    return tokens * sum(8.0 * sum(weight.shape) for weight in weights)
+    scores = model.config.num_hidden_layers * score_heads(model) * length
+    return windows * length * 8.0 * (sum(sum(weight.shape) for weight in weights) + scores)

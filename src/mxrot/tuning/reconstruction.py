@@ -39,7 +39,7 @@ def tune_block(
     dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
     block.float()
     tunable = TunableBlock.of(block, sites, options.margin)
-    arguments = as_float32(inputs.arguments[0])
+    arguments = as_float32(inputs.keywords)
 
     replay = Replays()
 
@@ -50,7 +50,7 @@ def tune_block(
 
     def measure(hidden: Tensor, wanted: Tensor) -> Tensor:
         with torch.no_grad():
-            expected = _first(original(wanted, **originals.arguments[0])).float()
+            expected = _first(original(wanted, **originals.keywords)).float()
         with lower_precision(device):
             found = _first(block(hidden.float(), **arguments))
         size = expected.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)

@@ -41,8 +41,8 @@ def plainly_seen(block: nn.Module, inputs: BlockInputs, linear: str) -> list[Ten
     original = module.forward
     module.forward = lambda x: (seen.append(x.clone()), original(x))[1]  # type: ignore[method-assign]
     try:
-        for hidden, arguments in zip(inputs.hidden, inputs.arguments, strict=True):
-            block(hidden, **arguments)
+        for hidden in inputs.hidden:
+            block(hidden, **inputs.keywords)
     finally:
         module.forward = original  # type: ignore[method-assign]
     return seen
@@ -296,3 +296,17 @@ def test_a_child_that_does_more_than_pass_on_runs_again(change: Callable[[Any], 
     inputs.last_linear = "self_attn.o_proj"
     seen = [seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])]
     assert len(seen) == 3 and not inputs.endings
+
+
+def test_scores_of_attention_are_not_kept() -> None:
+    """They are as large as all else together, and no block reads them."""
+    model = tiny_llama()
+    model.config._attn_implementation = "eager"
+    inputs = inputs_of(model)
+    inputs.last_linear = "self_attn.o_proj"
+    list(watched_together(first_block(model), inputs, ["self_attn.o_proj"]))
+    assert len(inputs.endings) == 3
+    inputs.known = {"self_attn": {}}
+    list(run_block(first_block(model), inputs))
+    outputs = inputs.known["self_attn"].values()
+    assert len(outputs) == 3 and all(isinstance(output, tuple) and output[1] is None for output in outputs)

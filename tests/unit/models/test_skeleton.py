@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny_model import tiny_config, write_tiny_model
-from transformers import BertConfig, GPT2Config, LlamaForCausalLM
+from transformers import BertConfig, Gemma3TextConfig, GPT2Config, LlamaForCausalLM
 
 from mxrot.errors import FamilyError
 from mxrot.models import (
@@ -15,8 +15,9 @@ from mxrot.models import (
     find_family,
     read_config,
     read_generation_config,
-    rebuild_rotary,
+    rebuild_buffers,
 )
+from mxrot.models.gemma import GEMMA3
 from mxrot.models.llama import LLAMA
 
 
@@ -97,9 +98,29 @@ def test_the_skeleton_holds_no_weights(folder: Path) -> None:
     assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("cap", [None, 20.0])
+def test_soft_caps_are_never_left_to_an_attention_without_them(cap: float | None) -> None:
+    """The rest of this config runs by PyTorch's own attention."""
+    config = Gemma3TextConfig(attn_logit_softcapping=cap, num_hidden_layers=1, vocab_size=8, hidden_size=64)
+    assert build_skeleton(config).config._attn_implementation == ("sdpa" if cap is None else "eager")
+
+
+def test_a_factor_of_the_embedding_is_rebuilt_in_the_type_of_its_weights() -> None:
+    """sqrt(3072) is 55.4 in float32 and 55.5 in bfloat16."""
+    config = Gemma3TextConfig(hidden_size=3072, num_hidden_layers=1, vocab_size=8, architectures=["Gemma3ForCausalLM"])
+    for dtype, factor in ((torch.float32, 3072**0.5), (torch.bfloat16, 55.5)):
+        model = build_skeleton(config)
+        embedding = model.get_submodule("model.embed_tokens")
+        fill(embedding, {"weight": torch.ones(8, 3072, dtype=dtype)}, "embedding")
+        rebuild_buffers(model, GEMMA3, torch.device("cpu"))
+        found = embedding(torch.tensor([1]))
+        assert found.dtype == dtype and torch.equal(found, torch.full_like(found, factor))
+        assert "embed_scale" not in model.state_dict()
+
+
 def test_rebuilt_rotary_is_that_of_an_ordinary_model(folder: Path) -> None:
     model = build_skeleton(read_config(folder))
-    rebuild_rotary(model, LLAMA, torch.device("cpu"))
+    rebuild_buffers(model, LLAMA, torch.device("cpu"))
     ordinary = LlamaForCausalLM(tiny_config())
     assert torch.equal(model.model.rotary_emb.inv_freq, ordinary.model.rotary_emb.inv_freq)
 

@@ -75,7 +75,7 @@ def test_the_peak_is_that_of_the_tensors_alive(
     assert estimate_memory(run).peak.total == pytest.approx(bytes_alive(folder, chosen, windows), rel=tolerance)
 
 
-@pytest.mark.parametrize("name", ["phi3", "olmo2", "qwen3"])
+@pytest.mark.parametrize("name", ["phi3", "olmo2", "qwen3", "gemma2", "gemma3"])
 def test_other_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
     config = config_of(FAMILIES[name], hidden_size=256, intermediate_size=768, vocab_size=256)
@@ -86,6 +86,20 @@ def test_other_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     assert estimate_memory(run).peak.total == pytest.approx(
         bytes_alive(tmp_path, chosen, random_windows(2, 64)), rel=0.02
     )
+
+
+@pytest.mark.parametrize("name", ["mxrot", "smoothquant"])
+def test_scores_that_attention_writes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """They fill the memory where heads times tokens are more than the channels of any linear."""
+    monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    config = config_of(FAMILIES["gemma2"], vocab_size=256, max_position_embeddings=1024)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).half().save_pretrained(tmp_path)
+    run = run_of(read_config(tmp_path), CHOSEN[name], 3, 1024)
+    assert run.shape.score_heads == 4 and run.mask_bytes == 2 * 4 * 1024**2
+    peak = estimate_memory(run).peak
+    assert peak.terms["one batch"] > 0.8 * peak.total
+    assert peak.total == pytest.approx(bytes_alive(tmp_path, CHOSEN[name], random_windows(3, 1024)), rel=0.1)
 
 
 def test_tuning_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
