@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, FamilyError
-from mxrot.models import FAMILIES, Family, Site, build_skeleton, check_linears, find_family, value_heads
+from mxrot.models import (
+    FAMILIES,
+    Family,
+    Site,
+    build_skeleton,
+    check_linears,
+    find_family,
+    separate_experts,
+    value_heads,
+)
 from mxrot.models.family import is_ignored
 
 SIZES = {
@@ -34,10 +43,15 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", **SIZES},
     "olmo2": {"model_type": "olmo2", **{key: value for key, value in SIZES.items() if key != "head_dim"}},
     "phi3": {"model_type": "phi3", "pad_token_id": 0, **{k: v for k, v in SIZES.items() if k != "head_dim"}},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, **SIZES},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, **SIZES}
+    | {"moe_intermediate_size": 96, "intermediate_size": 160},
 }
 """By family: its model type, and a config of two blocks with grouped queries. A new family needs a line here."""
-
-each = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+INNER = {"qwen3_moe": "moe_intermediate_size"}
+"""What the config calls the inputs of the MLP's last linear, where that is not intermediate_size."""
+TOKENS = torch.arange(40)[None]
+"""So many that each expert gets some."""
 
 
 def config_of(family: Family, **changes: Any) -> Any:
@@ -47,10 +61,16 @@ def config_of(family: Family, **changes: Any) -> Any:
     )
 
 
+TINY_FAMILIES = {name: find_family(config_of(family), name) for name, family in FAMILIES.items()}
+"""With the sites of the experts that the tiny config has."""
+each = pytest.mark.parametrize("family", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
+
+
 @cache
 def model_of(family: Family) -> PreTrainedModel:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_of(family))
+    separate_experts(model)
     return model.eval().requires_grad_(False)
 
 
@@ -59,31 +79,32 @@ def block_of(family: Family) -> nn.Module:
 
 
 @cache
-def seen_by_linears(family: Family) -> dict[str, Tensor]:
-    """What each linear of the second block receives in one forward pass: the very tensor."""
+def seen_by_modules(family: Family) -> dict[str, Tensor]:
+    """What each linear and each module that stands for a site receives in one forward pass, in the second block: the
+    very tensor, in the order of the calls."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
+    names = dict.fromkeys(name for site in family.sites for name in (site.reader, *site.linears))
     handles = [
         block_of(family)
-        .get_submodule(linear)
-        .register_forward_pre_hook(lambda _, arguments, name=linear: seen[name].append(arguments[0]))
-        for site in family.sites
-        for linear in site.linears
+        .get_submodule(module)
+        .register_forward_pre_hook(lambda _, arguments, name=module: seen[name].append(arguments[0]))
+        for module in names
     ]
-    model_of(family)(torch.arange(7)[None])
+    model_of(family)(TOKENS)
     for handle in handles:
         handle.remove()
-    assert all(len(tensors) == 1 for tensors in seen.values())
+    assert seen.keys() == names.keys() and all(len(tensors) == 1 for tensors in seen.values())
     return {name: tensors[0] for name, tensors in seen.items()}
 
 
 @each
 def test_it_is_found_by_its_architectures(family: Family) -> None:
-    assert FAMILIES[family.name] is family
+    assert FAMILIES[family.name].architectures == family.architectures
     for architecture in family.architectures:
         assert hasattr(transformers, architecture)
         config = config_of(family)
         config.architectures = [architecture]
-        assert find_family(config, "here") is family
+        assert find_family(config, "here") == family
 
 
 @pytest.mark.parametrize(
@@ -148,18 +169,29 @@ def test_the_modules_around_the_blocks_are_there(family: Family) -> None:
 
 @each
 def test_the_linears_of_a_site_read_one_tensor_and_sites_do_not_share(family: Family) -> None:
-    seen = seen_by_linears(family)
+    """Those of experts read rows of one tensor, the same rows in each expert."""
+    seen = seen_by_modules(family)
     for site in family.sites:
-        assert all(seen[linear] is seen[site.linears[0]] for linear in site.linears)
+        for linear in site.linears:
+            first = next(name for name in site.linears if name.rpartition(".")[0] == linear.rpartition(".")[0])
+            assert seen[linear] is seen[first]
+            rows = seen[site.reader].flatten(0, -2)
+            assert all((rows == row).all(dim=-1).any() for row in seen[linear].flatten(0, -2))
     for one, other in combinations(family.sites, 2):
-        mine, theirs = seen[one.linears[0]], seen[other.linears[0]]
+        mine, theirs = seen[one.reader], seen[other.reader]
         assert mine is not theirs
         assert mine.shape != theirs.shape or not torch.equal(mine, theirs)
 
 
 @each
 def test_sites_are_in_the_order_in_which_they_compute(family: Family) -> None:
-    assert list(seen_by_linears(family)) == [linear for site in family.sites for linear in site.linears]
+    """Inside of each expert, where there are some."""
+    calls = list(seen_by_modules(family))
+    listed = [linear for site in family.sites for linear in site.linears]
+    assert [call for call in calls if ".experts" not in call] == [name for name in listed if ".experts" not in name]
+    for parent in {linear.rpartition(".")[0] for linear in listed}:
+        inside = [call for call in calls if call.rpartition(".")[0] == parent and call in listed]
+        assert inside == [linear for linear in listed if linear.rpartition(".")[0] == parent]
 
 
 @each
@@ -184,12 +216,12 @@ def input_after_doubling(family: Family, site: Site, tensor: Tensor, index: int)
     after: list[Tensor] = []
     handle = (
         block_of(family)
-        .get_submodule(site.linears[0])
+        .get_submodule(site.reader)
         .register_forward_pre_hook(lambda _, arguments: after.append(arguments[0]))
     )
     try:
         tensor[index] *= 2
-        model_of(family)(torch.arange(7)[None])
+        model_of(family)(TOKENS)
     finally:
         tensor[index] = kept
         handle.remove()
@@ -213,7 +245,7 @@ def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family)
         source = site.norm or site.producer
         if source is None:
             continue
-        before = seen_by_linears(family)[site.linears[0]]
+        before = seen_by_modules(family)[site.reader]
         for row in (0, 5, 17):
             expected = before.clone()
             expected[..., readers_of(family, site, row)] *= 2
@@ -224,21 +256,24 @@ def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family)
 @each
 def test_an_odd_size_is_named_and_can_be_ignored(family: Family) -> None:
     """in_features 100 of the MLP's last linear; a block size of 64 finds the same."""
-    model = build_skeleton(config_of(family, intermediate_size=100))
-    (odd,) = {
+    model = build_skeleton(config_of(family, **{INNER.get(family.name, "intermediate_size"): 100}))
+    odd = [
         linear
         for site in family.sites
         for linear in site.linears
         if model.get_submodule(f"{family.block_prefix(0)}.{linear}").in_features == 100
-    }
-    message = rf"^{re.escape(family.block_prefix(0))}\.{re.escape(odd)}: in_features 100 is not a multiple of the "
+    ]
+    assert len(odd) == (1 if family.experts is None else 4)
+    message = rf"^{re.escape(family.block_prefix(0))}\.{re.escape(odd[0])}: in_features 100 is not a multiple of the "
     with pytest.raises(ConfigError, match=message + "block size 32; list it under `ignore`"):
         check_linears(model, family, 32, ())
     check_linears(model, family, 4, ())
-    for pattern in (odd.rsplit(".", 1)[-1], f"*.{odd}", f"{family.blocks}.*.{odd}"):
-        check_linears(model, family, 32, (pattern,))
-        assert odd not in {linear for site in family.active_sites(0, (pattern,)) for linear in site.linears}
-    with pytest.raises(ConfigError, match=re.escape(f"{family.block_prefix(1)}.{odd}: in_features 100")):
+    last = (odd[0].rsplit(".", 1)[-1],)
+    for patterns in (last, tuple(f"*.{name}" for name in odd), tuple(f"{family.blocks}.*.{name}" for name in odd)):
+        check_linears(model, family, 32, patterns)
+        kept = {linear for site in family.active_sites(0, patterns) for linear in site.linears}
+        assert kept and not kept & set(odd)
+    with pytest.raises(ConfigError, match=re.escape(f"{family.block_prefix(1)}.{odd[0]}: in_features 100")):
         check_linears(model, family, 32, (f"{family.block_prefix(0)}.*",))
 
 

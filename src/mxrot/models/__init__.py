@@ -1,6 +1,7 @@
 """Model families, and how to find and read a model. Names and shapes, no numerics."""
 
 from mxrot.models.attention import shared_heads
+from mxrot.models.experts import separate_experts
 from mxrot.models.family import Family, Site, check_linears, linear_problems, value_heads
 from mxrot.models.lookup import find_config, find_model
 from mxrot.models.norms import fused_norms
@@ -9,6 +10,7 @@ from mxrot.models.skeleton import (
     build_skeleton,
     fill,
     find_family,
+    read_block,
     read_config,
     read_generation_config,
     rebuild_rotary,
@@ -28,9 +30,11 @@ __all__ = [
     "find_model",
     "fused_norms",
     "linear_problems",
+    "read_block",
     "read_config",
     "read_generation_config",
     "rebuild_rotary",
+    "separate_experts",
     "shared_heads",
     "value_heads",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mxrot.errors import FamilyError
+from mxrot.models.experts import separate_experts
 from mxrot.models.family import Family
 from mxrot.models.llama import LLAMA
+from mxrot.models.mixtures import MIXTRAL, QWEN3_MOE
 from mxrot.models.relatives import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from mxrot.models.weights import WeightFiles
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, MIXTRAL, QWEN3_MOE)
+}
 
 
 def read_config(place: Path) -> Any:
@@ -30,12 +36,15 @@ def read_config(place: Path) -> Any:
 
 
 def find_family(config: Any, where: str) -> Family:
-    """The family of a config; FamilyError if it is not a causal language model, or not one we know."""
+    """The family of a config, with the sites of its experts; FamilyError if it is not a causal language model, or not
+    one we know."""
     architectures = tuple(getattr(config, "architectures", None) or ())
     for family in FAMILIES.values():
         if set(architectures) & set(family.architectures):
             _check_layer_types(config, where)
-            return family
+            return (
+                family if family.experts is None else replace(family, sites=family.sites + family.experts.sites(config))
+            )
     named = ", ".join(architectures) or "none"
     causal: set[str] = set()
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -55,14 +64,25 @@ def _check_layer_types(config: Any, where: str) -> None:
         )
 
 
-def build_skeleton(config: Any) -> PreTrainedModel:
-    """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it."""
+def build_skeleton(config: Any, experts_apart: bool = True) -> PreTrainedModel:
+    """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it.
+
+    Each expert has linears of its own, unless `experts_apart` is false.
+    """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a value of the config that nothing checked before
         raise FamilyError(f"config.json: transformers cannot build this model: {_brief(error)}") from error
+    if experts_apart:
+        separate_experts(model)
     return model.eval().requires_grad_(False)
+
+
+def read_block(files: WeightFiles, family: Family, index: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a decoder block by their names in it, with one for each linear of each expert."""
+    tensors = files.read_under(family.block_prefix(index), device)
+    return tensors if family.experts is None else family.experts.apart(tensors)
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
