@@ -81,6 +81,11 @@ class Family:
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks}.{index}"
 
+    def group_of(self, linear: str) -> tuple[int, str]:
+        """Block and site of the full name of a linear; the site without the number of an expert."""
+        number, _, name = linear.removeprefix(f"{self.blocks}.").partition(".")
+        return int(number), next(site.group for site in self.sites if name in site.linears)
+
     def active_sites(self, index: int, ignore: tuple[str, ...]) -> tuple[Site, ...]:
         """The sites of block `index` without the linears that a pattern of `ignore` matches; empty ones are gone."""
         prefix = self.block_prefix(index)
