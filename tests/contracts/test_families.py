@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from copy import deepcopy
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -24,6 +25,9 @@ from mxrot.models import (
     value_heads,
 )
 from mxrot.models.family import is_ignored
+from mxrot.surgery import fold_into_producer, shareable_scales
+from mxrot.transforms import BlockTransform
+from mxrot.transforms.base import random_orthogonal
 
 SIZES = {
     "hidden_size": 64,
@@ -310,3 +314,43 @@ def test_patterns_are_shell_style_and_match_case() -> None:
         assert is_ignored(name, ("other", pattern))
     for pattern in ("down", "mlp.down_proj", "Down_proj", "model.layers.1*", "layers.3.mlp.down_proj", ""):
         assert not is_ignored(name, (pattern,))
+
+
+def norms_in_float64(model: PreTrainedModel) -> None:
+    """transformers computes them in float32, whatever the model is in."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+
+            def forward(x: Tensor, norm: nn.Module = module) -> Tensor:
+                size = x.square().mean(-1, keepdim=True) + norm.variance_epsilon  # type: ignore[operator]
+                return norm.weight * x * size.rsqrt()  # type: ignore[operator]
+
+            module.forward = forward
+
+
+@each
+def test_scales_and_transforms_fold_away_in_float64(family: Family) -> None:
+    """Exactly, but for the shares of experts, which transformers' routers compute in float32."""
+    model = deepcopy(model_of(family)).double()
+    norms_in_float64(model)
+    expected = model(TOKENS).logits
+    generator = torch.Generator().manual_seed(0)
+    heads = value_heads(model.config)
+    for block in model.get_submodule(family.blocks).children():
+        weights = {linear: block.get_submodule(linear).weight.data for site in family.sites for linear in site.linears}
+        for site in family.sites:
+            if site.norm or site.producer:
+                scales = torch.exp2(torch.randn(weights[site.linears[0]].shape[1], generator=generator).double())
+                scales = shareable_scales(scales, site, heads)
+                fold_into_producer(block, site, weights, scales, heads, torch.float64)
+        for site in family.sites:
+            groups = weights[site.linears[0]].shape[1] // 32
+            transform = BlockTransform(random_orthogonal(groups, 32, generator).double())
+            for name in site.linears:
+                linear = block.get_submodule(name)
+                linear.weight.data = transform.fold(weights[name])
+                linear.register_forward_pre_hook(lambda _, arguments, change=transform: (change.apply(arguments[0]),))
+    changed = model(TOKENS).logits
+    tolerance = 1e-12 if family.experts is None else 1e-6
+    assert not torch.equal(changed, expected)
+    assert float((changed - expected).norm() / expected.norm()) < tolerance

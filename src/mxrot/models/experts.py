@@ -37,9 +37,15 @@ class ExpertNames:
     """Starts of names in a block in older checkpoints, and what they are in the model."""
 
     def sites(self, config: Any) -> tuple[Site, ...]:
-        """One site for gate and up of all experts, which read the same tokens, and one for down of each."""
+        """One site for gate and up of all experts, and one for down of each.
+
+        FamilyError if a token cannot be sent to as many experts as the config says.
+        """
+        count, each = getattr(config, self.count), config.num_experts_per_tok
+        if not 1 <= each <= count:
+            raise FamilyError(f"config.json: expected 1 to {count} experts a token (of {self.count}), got {each}")
         gate, up, down = self.linears
-        experts = [f"{self.place}.{number}" for number in range(getattr(config, self.count))]
+        experts = [f"{self.place}.{number}" for number in range(count)]
         gate_up = Site(
             "gate_up",
             tuple(f"{expert}.{name}" for expert in experts for name in (gate, up)),
