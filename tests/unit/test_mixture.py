@@ -17,7 +17,7 @@ import mxrot
 from mxrot import pipeline
 from mxrot.checkpoint import check_for_vllm
 from mxrot.errors import ConfigError
-from mxrot.layers import QuantLinear
+from mxrot.layers import QuantLinear, prepare_linears
 from mxrot.models import find_family, read_config, separate_experts
 from mxrot.recipe import Recipe
 from mxrot.rounding.gptq import GPTQ
@@ -261,6 +261,18 @@ def test_vllm_is_told_not_to(folders: dict[str, Path], tmp_path: Path, name: str
     report = check_for_vllm(tmp_path / "out")
     assert "it has experts, which were not tried in vLLM" in report.stock.stops[0]
     assert "it has experts" in report.plugin.stops[0]
+
+
+def test_what_is_prepared_for_kernels_computes_the_same(folders: dict[str, Path]) -> None:
+    """gate and up of one expert become one product, those of two experts do not."""
+    model = pipeline.quantize(folders["mixtral"], chosen_of("hadamard")).model
+    assert model is not None
+    expected = logits(model)
+    prepare_linears(model)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert [len(experts[number].w1.site.linears) for number in range(4)] == [2] * 4
+    assert experts[0].w1.whole_codes.shape == (192, 32)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_separating_keeps_what_is_there() -> None:
