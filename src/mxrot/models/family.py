@@ -125,10 +125,12 @@ def linear_problems(
     known = dict.fromkeys(sorted(linear for site in family.sites for linear in site.linears))
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         modules = dict(block.named_modules())
-        for missing in [linear for linear in known if linear not in modules][:1]:
+        missing = next((linear for linear in known if linear not in modules), None)
+        if missing is not None:
             yield FamilyError(
                 f"{family.block_prefix(index)}: has no {missing}, which all blocks of family {family.name} must have"
             )
+            continue
         for name, module in modules.items():
             full = f"{family.block_prefix(index)}.{name}"
             if not isinstance(module, nn.Linear) or is_ignored(full, ignore):
