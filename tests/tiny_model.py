@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
@@ -36,6 +43,41 @@ def write_tiny_model(folder: Path, dtype: torch.dtype = torch.float16, seed: int
         if parameter.dim() == 1:
             parameter.data.uniform_(0.5, 1.5)  # norm gains that smoothing can show itself on
     model.to(dtype).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+EXPERT_MODELS = {
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {"num_experts": 4, "moe_intermediate_size": 96, "intermediate_size": 160}),
+}
+
+
+def tiny_mixture(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model of four experts a block, two a token.
+
+    The last expert of the first block gets no token: its router reads a channel that is never negative, with a minus.
+    The routers of the others read one channel each.
+    """
+    torch.manual_seed(seed)
+    architecture, experts = EXPERT_MODELS[kind]
+    shared = tiny_config().to_diff_dict() | experts | {"num_experts_per_tok": 2, "architectures": [architecture]}
+    settings = {key: value for key, value in shared.items() if key not in ("model_type", "transformers_version")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(settings | changes))).eval()
+    for parameter in model.parameters():
+        parameter.data.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.data.mul_(3)
+    model.model.embed_tokens.weight.data[:, 0] = 0.4
+    if hasattr(model.model.layers[0].mlp, "experts"):
+        router = model.model.layers[0].mlp.gate.weight.data
+        router[:] = 0.0
+        router[-1, 0] = -100.0
+        router[:-1, 1 : len(router)].fill_diagonal_(3.0)
+    return model
+
+
+def write_tiny_mixture(folder: Path, kind: str, dtype: torch.dtype = torch.float16, fused: bool = False) -> Path:
+    """Save it and its tokenizer, with a tensor for each linear or with transformers' own tensors of all experts."""
+    tiny_mixture(kind).to(dtype).save_pretrained(folder, save_original_format=not fused)
     write_tokenizer(folder)
     return folder
 

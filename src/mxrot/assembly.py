@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import CheckpointError, FamilyError
-from mxrot.models import Family, Site, WeightFiles, build_skeleton, fill, rebuild_buffers
+from mxrot.models import Family, Site, WeightFiles, build_skeleton, fill, read_block, rebuild_buffers
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.surgery import install_empty_site, scheme_name, stored_tensors
 
@@ -43,13 +43,14 @@ def load_outer(
 def load_original(
     config: Any, family: Family, files: WeightFiles, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The whole model as its files hold it, ready to run."""
-    model = build_skeleton(config)
+    """The whole model as its files hold it, ready to run: experts as transformers computes them."""
+    model = build_skeleton(config, experts_apart=False)
     load_outer(model, family, files, dtype, device)
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
-        prefix = family.block_prefix(index)
-        tensors = files.read_under(prefix, device)
-        fill(block, {name: value.to(dtype) for name, value in tensors.items()}, prefix)
+        tensors = read_block(files, family, index, device)
+        if family.experts is not None:
+            tensors = family.experts.together(tensors)
+        fill(block, {name: value.to(dtype) for name, value in tensors.items()}, family.block_prefix(index))
     return model
 
 

@@ -10,25 +10,42 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
-from mxrot.blockwise import smoothed_sites
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.models import Family, linear_problems
 from mxrot.recipe import Recipe
+from mxrot.sitewise import smoothed_sites
 
 
 def find_problems(model: PreTrainedModel, family: Family, recipe: Recipe, where: str) -> Iterator[MxrotError]:
     """Why `recipe` cannot quantize `model`, a skeleton of `family`, on any machine; none if it can."""
     if getattr(model.config, "quantization_config", None) is not None:
         yield FamilyError(f"{where}: is quantized already (quantization_config in config.json); give the original")
+    yield from expert_problems(recipe, family)
     yield from smoothing_problems(recipe, family, model.config.num_hidden_layers)
     yield from linear_problems(model, family, recipe.input_block, recipe.ignore)
+
+
+def expert_problems(recipe: Recipe, family: Family) -> Iterator[MxrotError]:
+    """What is not done with experts."""
+    if family.experts is None:
+        return
+    if recipe.tuning is not None:
+        yield ConfigError(
+            f"recipe {recipe.name}: experts, as in family {family.name}, are not tuned; set tuning = none, or take "
+            "recipe mxrot"
+        )
+    if "mean" in recipe.transform.needs:
+        yield ConfigError(
+            f'recipe {recipe.name}: transform sample = "mean" is over windows, and experts, as in family '
+            f'{family.name}, see single tokens; set transform.sample = "peaks"'
+        )
 
 
 def smoothing_problems(recipe: Recipe, family: Family, blocks: int) -> Iterator[MxrotError]:
     """Sites that smoothing names and that are not there, and those whose scales have no place to go."""
     if recipe.smoothing is None:
         return
-    known = [site.name for site in family.sites]
+    known = dict.fromkeys(site.group for site in family.sites)
     for name in recipe.smoothing.skip:
         if name not in known:
             yield ConfigError(

@@ -96,7 +96,7 @@ def quantize(
 ) -> None:
     """Quantize a model into a checkpoint folder."""
     from mxrot import api
-    from mxrot.report import progress_on_stderr, size_line, tuning_line
+    from mxrot.report import experts_line, progress_on_stderr, size_line, tuning_line
 
     chosen = chosen_recipe(recipe, changes)
     prepare(model, device, json_file)
@@ -118,8 +118,8 @@ def quantize(
     out = console()
     out.print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
     out.print(size_line(run["size"]))
-    if tuned := tuning_line(run):
-        out.print(tuned)
+    for line in filter(None, (tuning_line(run), experts_line(run))):
+        out.print(line)
     if run["peak_gpu_bytes"] is not None:
         out.print(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
     out.print(f'next: mxrot eval {output}    mxrot generate {output} "Once upon a time"')
@@ -264,7 +264,15 @@ def inspect(
     from mxrot.checkpoint import is_checkpoint
     from mxrot.evaluation import kernel_choices, site_maxima
     from mxrot.models import find_family
-    from mxrot.report import choices_table, errors_table, maxima_table, progress_on_stderr, size_line, tuning_line
+    from mxrot.report import (
+        choices_table,
+        errors_table,
+        experts_line,
+        maxima_table,
+        progress_on_stderr,
+        size_line,
+        tuning_line,
+    )
 
     loaded = load_text(text, "evaluation")
     prepare(model, device, json_file)
@@ -279,8 +287,8 @@ def inspect(
         run = json.loads((folder / "run.json").read_text())
         out.print(errors_table(run["blocks"]))
         out.print(size_line(run["size"]))
-        if tuned := tuning_line(run):
-            out.print(tuned)
+        for line in filter(None, (tuning_line(run), experts_line(run))):
+            out.print(line)
         result |= {"blocks": run["blocks"], "size": run["size"]}
     if kernels:
         choices = kernel_choices(opened)

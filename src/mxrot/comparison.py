@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from mxrot import api, pipeline
+from mxrot.checks import find_problems
 from mxrot.evaluation import score_tasks
 from mxrot.layers import ModelSize, QuantLinear
-from mxrot.models import WeightFiles, build_skeleton, check_linears, find_family, find_model, read_config
+from mxrot.models import WeightFiles, build_skeleton, find_family, find_model, read_config
 from mxrot.recipe import Recipe
 from mxrot.report import ComparedRow
 
@@ -46,7 +47,8 @@ def compare_recipes(
     config = read_config(folder)
     family = find_family(config, model)
     for recipe in recipes:
-        check_linears(build_skeleton(config), family, recipe.input_block, recipe.ignore)
+        for problem in find_problems(build_skeleton(config), family, recipe, model):
+            raise problem
     tokenizer = api.load_tokenizer(folder)
     device = device or api.default_device()
     stored = WeightFiles(folder).dtype_of(f"{family.embedding}.weight")

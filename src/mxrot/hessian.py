@@ -27,8 +27,8 @@ class OriginalBlock:
 
 
 def watched_modules(site: Site, wishes: Wishes) -> list[str]:
-    """The modules whose inputs rounding looks at; the site's first linear is the last of them."""
-    modules = [site.linears[0]]
+    """The modules whose inputs rounding looks at; the one whose input is the site's is the last of them."""
+    modules = [site.reader]
     if site.residual is not None and (wishes.relative or wishes.target == "residual"):
         modules.insert(0, site.residual)
     return modules

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_finished_block, load_original, load_outer, outer_tensors
-from mxrot.blockwise import BlockRun, advance_original, quantize_block
+from mxrot.blockwise import advance_original, quantize_block
 from mxrot.calibration import advance, first_block_inputs, generated_windows
 from mxrot.checks import find_problems, free_memory, memory_problem
 from mxrot.errors import ConfigError
@@ -37,6 +37,7 @@ from mxrot.models import (
 )
 from mxrot.recipe import Recipe
 from mxrot.records import BlockReport, RunRecord, device_name, versions
+from mxrot.sitewise import BlockRun
 from mxrot.surgery import stored_tensors
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, Keeper, tune_network

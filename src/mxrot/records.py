@@ -39,6 +39,8 @@ class BlockReport:
     linears: list[LinearReport]
     tuning: list[Check] | None = None
     """Losses of its reconstruction; None where it was not tuned by itself."""
+    few_tokens: dict[str, int] = field(default_factory=dict)
+    """Experts that were calibrated on all tokens of the block, with the number of those that were sent to them."""
 
 
 @dataclass

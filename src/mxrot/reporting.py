@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mxrot import api
 from mxrot.calibration import load_text, token_windows
 from mxrot.checkpoint import is_checkpoint
-from mxrot.errors import CheckpointError, ConfigError
+from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
 from mxrot.models import Family, find_family, find_model, read_config
 from mxrot.recipe import Recipe
@@ -68,6 +68,10 @@ def gather(request: Request, device: str | None = None, progress: api.Progress =
     count = max(1, min(request.windows, TOKENS_LOOKED_AT // request.seq_len))
     windows = token_windows(looked_at, tokenizer, request.seq_len, count)
     before, after = _views(recipe, family, windows, model, original, progress)
+    seen = {name: view for name, view in before.items() if name in after}
+    for name in chosen:
+        if name not in seen:
+            raise DataError(f"{name}: no token of the text is sent to this expert; take a longer text (--windows)")
     return Contents(
         run=run,
         recipe=recipe,
@@ -77,7 +81,7 @@ def gather(request: Request, device: str | None = None, progress: api.Progress =
         before=before,
         before_is_original=original is not None,
         after=after,
-        chosen=chosen or sites_that_stick_out(family, before),
+        chosen=chosen or sites_that_stick_out(family, seen),
         looked_at=f"The text is {looked_at.name}, {len(windows)} x {request.seq_len} tokens."
         + ("" if request.sites else " Of each kind of site, the one is shown whose blocks have the largest maxima."),
         exponents=weight_exponents(model, family),
@@ -154,7 +158,7 @@ def sites_that_stick_out(family: Family, views: dict[str, ActivationView]) -> li
     """Of each kind of site the one whose blocks have the largest maxima beside their other values."""
     found: dict[str, str] = {}
     for name, view in views.items():
-        kind = name.removeprefix(f"{family.blocks}.").partition(".")[2]
+        kind = family.group_of(name)[1]
         if kind not in found or view.crest > views[found[kind]].crest:
             found[kind] = name
     return list(found.values())

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from copy import deepcopy
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -13,8 +14,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, FamilyError
-from mxrot.models import FAMILIES, Family, Site, build_skeleton, check_linears, find_family, value_heads
+from mxrot.models import (
+    FAMILIES,
+    Family,
+    Site,
+    build_skeleton,
+    check_linears,
+    find_family,
+    needed_attention,
+    separate_experts,
+    value_heads,
+)
 from mxrot.models.family import is_ignored
+from mxrot.surgery import fold_into_producer, shareable_scales
+from mxrot.transforms import BlockTransform
+from mxrot.transforms.base import random_orthogonal
 
 SIZES = {
     "hidden_size": 64,
@@ -44,10 +58,15 @@ TINY: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         **SIZES,
     },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, **SIZES},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, **SIZES}
+    | {"moe_intermediate_size": 96, "intermediate_size": 160},
 }
 """By family: its model type, and a config of two blocks with grouped queries. A new family needs a line here."""
-
-each = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+INNER = {"qwen3_moe": "moe_intermediate_size"}
+"""What the config calls the inputs of the MLP's last linear, where that is not intermediate_size."""
+TOKENS = torch.arange(40)[None]
+"""So many that each expert gets some."""
 
 
 def config_of(family: Family, **changes: Any) -> Any:
@@ -65,10 +84,16 @@ def spread_gains(model: PreTrainedModel, family: Family) -> None:
             parameter.data.uniform_(least, least + 1)
 
 
+TINY_FAMILIES = {name: find_family(config_of(family), name) for name, family in FAMILIES.items()}
+"""With the sites of the experts that the tiny config has."""
+each = pytest.mark.parametrize("family", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
+
+
 @cache
 def model_of(family: Family) -> PreTrainedModel:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_of(family))
+    separate_experts(model)
     return model.eval().requires_grad_(False)
 
 
@@ -77,31 +102,32 @@ def block_of(family: Family) -> nn.Module:
 
 
 @cache
-def seen_by_linears(family: Family) -> dict[str, Tensor]:
-    """What each linear of the second block receives in one forward pass: the very tensor."""
+def seen_by_modules(family: Family) -> dict[str, Tensor]:
+    """What each linear and each module that stands for a site receives in one forward pass, in the second block: the
+    very tensor, in the order of the calls."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
+    names = dict.fromkeys(name for site in family.sites for name in (site.reader, *site.linears))
     handles = [
         block_of(family)
-        .get_submodule(linear)
-        .register_forward_pre_hook(lambda _, arguments, name=linear: seen[name].append(arguments[0]))
-        for site in family.sites
-        for linear in site.linears
+        .get_submodule(module)
+        .register_forward_pre_hook(lambda _, arguments, name=module: seen[name].append(arguments[0]))
+        for module in names
     ]
-    model_of(family)(torch.arange(7)[None])
+    model_of(family)(TOKENS)
     for handle in handles:
         handle.remove()
-    assert all(len(tensors) == 1 for tensors in seen.values())
+    assert seen.keys() == names.keys() and all(len(tensors) == 1 for tensors in seen.values())
     return {name: tensors[0] for name, tensors in seen.items()}
 
 
 @each
 def test_it_is_found_by_its_architectures(family: Family) -> None:
-    assert FAMILIES[family.name] is family
+    assert FAMILIES[family.name].architectures == family.architectures
     for architecture in family.architectures:
         assert hasattr(transformers, architecture)
         config = config_of(family)
         config.architectures = [architecture]
-        assert find_family(config, "here") is family
+        assert find_family(config, "here") == family
 
 
 @pytest.mark.parametrize(
@@ -157,18 +183,29 @@ def test_the_modules_around_the_blocks_are_there(family: Family) -> None:
 
 @each
 def test_the_linears_of_a_site_read_one_tensor_and_sites_do_not_share(family: Family) -> None:
-    seen = seen_by_linears(family)
+    """Those of experts read rows of one tensor, the same rows in each expert."""
+    seen = seen_by_modules(family)
     for site in family.sites:
-        assert all(seen[linear] is seen[site.linears[0]] for linear in site.linears)
+        for linear in site.linears:
+            first = next(name for name in site.linears if name.rpartition(".")[0] == linear.rpartition(".")[0])
+            assert seen[linear] is seen[first]
+            rows = seen[site.reader].flatten(0, -2)
+            assert all((rows == row).all(dim=-1).any() for row in seen[linear].flatten(0, -2))
     for one, other in combinations(family.sites, 2):
-        mine, theirs = seen[one.linears[0]], seen[other.linears[0]]
+        mine, theirs = seen[one.reader], seen[other.reader]
         assert mine is not theirs
         assert mine.shape != theirs.shape or not torch.equal(mine, theirs)
 
 
 @each
 def test_sites_are_in_the_order_in_which_they_compute(family: Family) -> None:
-    assert list(seen_by_linears(family)) == [linear for site in family.sites for linear in site.linears]
+    """Inside of each expert, where there are some."""
+    calls = list(seen_by_modules(family))
+    listed = [linear for site in family.sites for linear in site.linears]
+    assert [call for call in calls if ".experts" not in call] == [name for name in listed if ".experts" not in name]
+    for parent in {linear.rpartition(".")[0] for linear in listed}:
+        inside = [call for call in calls if call.rpartition(".")[0] == parent and call in listed]
+        assert inside == [linear for linear in listed if linear.rpartition(".")[0] == parent]
 
 
 @each
@@ -193,12 +230,12 @@ def input_after_doubling(family: Family, site: Site, tensor: Tensor, index: int)
     after: list[Tensor] = []
     handle = (
         block_of(family)
-        .get_submodule(site.linears[0])
+        .get_submodule(site.reader)
         .register_forward_pre_hook(lambda _, arguments: after.append(arguments[0]))
     )
     try:
         tensor[index] = 2 * tensor[index] + site.norm_adds_one  # 1 + (2 w + 1) is twice 1 + w
-        model_of(family)(torch.arange(7)[None])
+        model_of(family)(TOKENS)
     finally:
         tensor[index] = kept
         handle.remove()
@@ -222,7 +259,7 @@ def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family)
         source = site.norm or site.producer
         if source is None:
             continue
-        before = seen_by_linears(family)[site.linears[0]]
+        before = seen_by_modules(family)[site.reader]
         for row in (0, 5, 17):
             expected = before.clone()
             expected[..., readers_of(family, site, row)] *= 2
@@ -233,21 +270,24 @@ def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family)
 @each
 def test_an_odd_size_is_named_and_can_be_ignored(family: Family) -> None:
     """in_features 100 of the MLP's last linear; a block size of 64 finds the same."""
-    model = build_skeleton(config_of(family, intermediate_size=100))
-    (odd,) = {
+    model = build_skeleton(config_of(family, **{INNER.get(family.name, "intermediate_size"): 100}))
+    odd = [
         linear
         for site in family.sites
         for linear in site.linears
         if model.get_submodule(f"{family.block_prefix(0)}.{linear}").in_features == 100
-    }
-    message = rf"^{re.escape(family.block_prefix(0))}\.{re.escape(odd)}: in_features 100 is not a multiple of the "
+    ]
+    assert len(odd) == (1 if family.experts is None else 4)
+    message = rf"^{re.escape(family.block_prefix(0))}\.{re.escape(odd[0])}: in_features 100 is not a multiple of the "
     with pytest.raises(ConfigError, match=message + "block size 32; list it under `ignore`"):
         check_linears(model, family, 32, ())
     check_linears(model, family, 4, ())
-    for pattern in (odd.rsplit(".", 1)[-1], f"*.{odd}", f"{family.blocks}.*.{odd}"):
-        check_linears(model, family, 32, (pattern,))
-        assert odd not in {linear for site in family.active_sites(0, (pattern,)) for linear in site.linears}
-    with pytest.raises(ConfigError, match=re.escape(f"{family.block_prefix(1)}.{odd}: in_features 100")):
+    last = (odd[0].rsplit(".", 1)[-1],)
+    for patterns in (last, tuple(f"*.{name}" for name in odd), tuple(f"{family.blocks}.*.{name}" for name in odd)):
+        check_linears(model, family, 32, patterns)
+        kept = {linear for site in family.active_sites(0, patterns) for linear in site.linears}
+        assert kept and not kept & set(odd)
+    with pytest.raises(ConfigError, match=re.escape(f"{family.block_prefix(1)}.{odd[0]}: in_features 100")):
         check_linears(model, family, 32, (f"{family.block_prefix(0)}.*",))
 
 
@@ -284,3 +324,45 @@ def test_patterns_are_shell_style_and_match_case() -> None:
         assert is_ignored(name, ("other", pattern))
     for pattern in ("down", "mlp.down_proj", "Down_proj", "model.layers.1*", "layers.3.mlp.down_proj", ""):
         assert not is_ignored(name, (pattern,))
+
+
+def norms_in_float64(model: PreTrainedModel, added: float) -> None:
+    """transformers computes them in float32, whatever the model is in; `added` to the weights."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+
+            def forward(x: Tensor, norm: nn.Module = module) -> Tensor:
+                epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
+                size = x.square().mean(-1, keepdim=True) + epsilon  # type: ignore[operator]
+                return (added + norm.weight) * x * size.rsqrt()  # type: ignore[operator]
+
+            module.forward = forward
+
+
+@each
+def test_scales_and_transforms_fold_away_in_float64(family: Family) -> None:
+    """Exactly, but for what transformers computes in float32: experts' shares, and chances of scores with a cap."""
+    model = deepcopy(model_of(family)).double()
+    norms_in_float64(model, float(any(site.norm_adds_one for site in family.sites)))
+    expected = model(TOKENS).logits
+    generator = torch.Generator().manual_seed(0)
+    heads = value_heads(model.config)
+    for block in model.get_submodule(family.blocks).children():
+        weights = {linear: block.get_submodule(linear).weight.data for site in family.sites for linear in site.linears}
+        for site in family.sites:
+            if site.norm or site.producer:
+                scales = torch.exp2(torch.randn(weights[site.linears[0]].shape[1], generator=generator).double())
+                scales = shareable_scales(scales, site, heads)
+                fold_into_producer(block, site, weights, scales, heads, torch.float64)
+        for site in family.sites:
+            groups = weights[site.linears[0]].shape[1] // 32
+            transform = BlockTransform(random_orthogonal(groups, 32, generator).double())
+            for name in site.linears:
+                linear = block.get_submodule(name)
+                linear.weight.data = transform.fold(weights[name])
+                linear.register_forward_pre_hook(lambda _, arguments, change=transform: (change.apply(arguments[0]),))
+    changed = model(TOKENS).logits
+    is_exact = family.experts is None and needed_attention(model.config) is None
+    tolerance = 1e-12 if is_exact else 1e-6
+    assert not torch.equal(changed, expected)
+    assert float((changed - expected).norm() / expected.norm()) < tolerance

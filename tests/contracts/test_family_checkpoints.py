@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contracts.test_families import config_of, each, spread_gains
+from tests.contracts.test_families import TINY_FAMILIES, config_of, each, spread_gains
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import recipe, write
 from torch import Tensor
@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import mxrot
 from mxrot import pipeline
 from mxrot.errors import ConfigError
-from mxrot.models import FAMILIES, Family
+from mxrot.models import Family
 
 IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
 WINDOWS = torch.randint(0, 50, (6, 24), generator=torch.Generator().manual_seed(0))
-SHARED_NORM_OR_PRODUCER = [family for family in FAMILIES.values() if all(s.norm or s.producer for s in family.sites)]
+SHARED_NORM_OR_PRODUCER = [f for f in TINY_FAMILIES.values() if all(s.norm or s.producer for s in f.sites)]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random model of each family, with biases and gains that count."""
     found = {}
-    for name, family in FAMILIES.items():
+    for name, family in TINY_FAMILIES.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config_of(family))
         spread_gains(model, family)

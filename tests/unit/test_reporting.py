@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_model import write_tiny_model
+from tests.tiny_model import write_tiny_mixture, write_tiny_model
 from tests.unit.checkpoint.folders import recipe
 
 import mxrot
 from mxrot.api import diverge
-from mxrot.errors import CheckpointError, ConfigError
+from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView
 from mxrot.models.llama import LLAMA
 from mxrot.report import Contents
@@ -120,3 +120,17 @@ def test_what_is_no_checkpoint(folders: dict[str, str], tmp_path: Path) -> None:
     (copy / "recipe.toml").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_records(copy)
+
+
+def test_a_report_of_experts(tmp_path: Path) -> None:
+    """One picture for each kind of site; an expert without tokens cannot be asked for."""
+    folder = write_tiny_mixture(tmp_path / "tiny", "mixtral")
+    (tmp_path / "words.txt").write_text("".join(f"the number {n} follows {n - 1}; " for n in range(80)))
+    mxrot.quantize(folder, recipe("hadamard"), tmp_path / "out", device="cpu")
+    asked = Request(str(tmp_path / "out"), str(folder), [str(tmp_path / "words.txt")], windows=3, seq_len=32)
+    contents = gather(asked, "cpu")
+    assert [contents.site_of(name)[1] for name in contents.chosen] == ["qkv", "o", "gate_up", "down"]
+    name = "model.layers.0.mlp.experts.3.w2"
+    assert contents.site_of(name) == (0, "down")
+    with pytest.raises(DataError, match=rf"^{name}: no token of the text is sent to this expert"):
+        gather(replace(asked, sites=[name]), "cpu")

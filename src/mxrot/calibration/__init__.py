@@ -14,6 +14,7 @@ from mxrot.calibration.capture import (
     watched_together,
 )
 from mxrot.calibration.generation import generated_windows
+from mxrot.calibration.routing import Routing
 from mxrot.calibration.statistics import COLLECTORS, ChannelMaxima, Collector, Hessian, LargestMagnitude, RowSample
 from mxrot.calibration.text import Text, load_text, token_windows
 
@@ -24,6 +25,7 @@ __all__ = [
     "Collector",
     "Hessian",
     "LargestMagnitude",
+    "Routing",
     "RowSample",
     "Text",
     "advance",

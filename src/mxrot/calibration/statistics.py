@@ -37,6 +37,11 @@ class ChannelMaxima(Collector):
         seen = torch.linalg.vector_norm(x.flatten(0, -2), ord=torch.inf, dim=0).float()
         self.maxima = seen if self.maxima is None else torch.maximum(self.maxima, seen)
 
+    @property
+    def has_seen(self) -> bool:
+        """Is there a result?"""
+        return self.maxima is not None
+
     def result(self) -> Tensor:
         assert self.maxima is not None
         return self.maxima

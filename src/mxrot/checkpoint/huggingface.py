@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -32,7 +33,7 @@ from mxrot.checkpoint.config import (
 from mxrot.errors import CheckpointError, ConfigError
 from mxrot.formats import FORMATS, Format
 from mxrot.layers import TensorQuantizer, prepare_linears, sites_of
-from mxrot.models import Site, check_linears, find_family
+from mxrot.models import Site, check_linears, find_family, separate_experts
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe, load_recipe
 from mxrot.surgery import install_empty_site, scheme_name
 from mxrot.transforms.base import STORED_DTYPE
@@ -134,6 +135,10 @@ class MxrotQuantizer(_Quantizer):
     requires_calibration = True
     quantization_config: CheckpointConfig
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Tensors may be renamed, but linears of experts are not put together."""
+        return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         install_linears(model, self.quantization_config, options.get("checkpoint_files") or ())
         return model
@@ -149,6 +154,7 @@ def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
 
     The model is written to a temporary folder for it.
     """
+    separate_experts(model)
     config = deepcopy(model.config)
     del config.quantization_config
     with tempfile.TemporaryDirectory(prefix="mxrot-") as folder:
@@ -190,6 +196,7 @@ def with_config(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
 def install_linears(model: PreTrainedModel, config: CheckpointConfig, files: Sequence[str] = ()) -> None:
     """Replace the linears of every site by quantized ones without values, on the meta device."""
     family = find_family(model.config, "config.json")
+    separate_experts(model)
     format = config.format
     weights = TensorQuantizer(format, format.rule())
     check_linears(model, family, TRANSFORM_BLOCK, config.ignored)

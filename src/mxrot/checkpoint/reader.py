@@ -22,6 +22,7 @@ from mxrot.models import (
     check_linears,
     find_family,
     needed_attention,
+    read_block,
     read_config,
     read_generation_config,
 )
@@ -98,7 +99,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype | None, keeps_f
     dtype = dtype or compute_dtype(files.dtype_of(f"{family.embedding}.weight"), device)
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         prefix = family.block_prefix(index)
-        tensors = files.read_under(prefix)
+        tensors = read_block(files, family, index)
         for name, tensor in tensors.items():
             _check_tensor(f"{prefix}.{name}", tensor)
         load_finished_block(block, index, tensors, recipe, family, dtype, device)

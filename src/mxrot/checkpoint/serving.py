@@ -150,7 +150,7 @@ def _read(folder: Path) -> _Facts:
 
 def _stops_of_both(facts: _Facts) -> Iterator[str]:
     if any(".experts." in name for name in facts.shapes):
-        yield "it has experts, whose inputs neither vLLM nor the plugin transforms"
+        yield "it has experts, which were not tried in vLLM, and whose inputs neither vLLM nor the plugin transforms"
     if facts.has_transform and facts.architecture not in ARCHITECTURES + FUSED:
         tried = ", ".join(ARCHITECTURES + FUSED)
         yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {tried}"

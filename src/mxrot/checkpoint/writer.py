@@ -82,7 +82,7 @@ class PartialCheckpoint:
                 table, named = note["report"], load_file(path)
             linears = [LinearReport(**{**x, "shape": tuple(x["shape"])}) for x in table["linears"]]
             checks = table["tuning"] and [Check(**check) for check in table["tuning"]]
-            report = BlockReport(table["index"], table["seconds"], linears, checks)
+            report = BlockReport(table["index"], table["seconds"], linears, checks, table["few_tokens"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
         self._count(named, self.shard(index + 1))

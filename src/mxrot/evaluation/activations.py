@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mxrot.calibration import watched_inputs
 from mxrot.layers import QuantLinear, TensorQuantizer
-from mxrot.models import Family
+from mxrot.models import Family, separate_experts
 
 TOKENS_SHOWN = 128
 """Tokens of a map: the first ones of the first window."""
@@ -57,11 +57,11 @@ class _Watcher:
         self._errors, self._tokens = 0.0, 0
 
     def update(self, x: Tensor) -> None:
-        """Take inputs [windows, tokens, K]."""
+        """Take inputs [windows, tokens, K], of one window, or [tokens, K]."""
         x = x.float() if self._change is None else self._change(x)
         self._channels = x.shape[-1]
         if self._magnitudes is None:
-            shown = x[0, :TOKENS_SHOWN].abs()
+            shown = x.flatten(0, -2)[:TOKENS_SHOWN].abs()
             self._magnitudes = _pooled(shown).cpu()
             self._median = float(shown[shown > 0].median()) if bool(shown.any()) else 1.0
         rows = x.flatten(0, -2)
@@ -78,6 +78,11 @@ class _Watcher:
             errors = torch.linalg.vector_norm(self._quantizer(rows) - rows, dim=-1)
             self._errors += float(torch.where(norms > 0, errors / norms, 0).double().sum())
         self._tokens += len(rows)
+
+    @property
+    def has_seen(self) -> bool:
+        """Is there a view?"""
+        return self._magnitudes is not None
 
     def view(self) -> ActivationView:
         assert self._magnitudes is not None
@@ -119,8 +124,10 @@ def activation_views(
     """The inputs of every site over token windows [W, T], one window at a time, by the full name of its first linear.
 
     With `transformed` after the transform of the site, as the linear rounds them, else as they come; in float32 both
-    ways. `quantizer` gives their rounding error.
+    ways. `quantizer` gives their rounding error. Experts of `model` get linears of their own; sites of experts that no
+    token is sent to have no view.
     """
+    separate_experts(model)
     device = next(model.parameters()).device
     watchers: dict[str, _Watcher] = {}
     with ExitStack() as hooks:
@@ -130,8 +137,8 @@ def activation_views(
                 change = linear.transform if transformed and isinstance(linear, QuantLinear) else None
                 name = f"{family.block_prefix(index)}.{site.linears[0]}"
                 watchers[name] = _Watcher(change, quantizer)
-                hooks.enter_context(watched_inputs(linear, watchers[name].update))
+                hooks.enter_context(watched_inputs(block.get_submodule(site.reader), watchers[name].update))
         for number, window in enumerate(windows.split(1)):
             progress(number, len(windows), "windows")
             model.get_submodule(family.body)(input_ids=window.to(device), use_cache=False)
-    return {name: watcher.view() for name, watcher in watchers.items()}
+    return {name: watcher.view() for name, watcher in watchers.items() if watcher.has_seen}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mxrot.calibration import ChannelMaxima, watched_inputs
 from mxrot.layers import QuantLinear
-from mxrot.models import Family
+from mxrot.models import Family, separate_experts
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,28 @@ def site_maxima(
     batch_windows: int = 1,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[SiteMaxima]:
-    """Channel maxima of every site of every decoder block over token windows [W, T]."""
+    """Channel maxima of every site of every decoder block over token windows [W, T].
+
+    Of sites that the experts of a block have one each of, that with the largest ratio. Experts of `model` get linears
+    of their own.
+    """
+    separate_experts(model)
     device = next(model.parameters()).device
-    collectors: dict[str, ChannelMaxima] = {}
+    collectors: dict[tuple[int, str], dict[str, ChannelMaxima]] = defaultdict(dict)
     with ExitStack() as hooks:
         for index, block in enumerate(model.get_submodule(family.blocks).children()):
             for site in family.sites:
-                name = f"{family.block_prefix(index)}.{site.linears[0]}"
-                collectors[name] = ChannelMaxima()
-                hooks.enter_context(watched_inputs(block.get_submodule(site.linears[0]), collectors[name].update))
+                collector = ChannelMaxima()
+                collectors[index, site.group][f"{family.block_prefix(index)}.{site.linears[0]}"] = collector
+                hooks.enter_context(watched_inputs(block.get_submodule(site.reader), collector.update))
         for index, batch in enumerate(windows.split(batch_windows)):
             progress(index * batch_windows, len(windows), "windows")
             model.get_submodule(family.body)(input_ids=batch.to(device), use_cache=False)
-    return [_describe(name, collector.result()) for name, collector in collectors.items()]
+    found = []
+    for group in collectors.values():
+        seen = [_describe(name, collector.result()) for name, collector in group.items() if collector.has_seen]
+        found.append(max(seen, key=lambda maxima: maxima.ratio))
+    return found
 
 
 def _describe(name: str, maxima: Tensor) -> SiteMaxima:
@@ -97,7 +107,7 @@ def kernel_choices(model: PreTrainedModel) -> list[KernelChoice]:
 def weight_exponents(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
     """How many blocks of weights have each scale 2^e, by the name of the site: int64 [256], the first is e = -127.
 
-    Sites without scales of a byte have no entry.
+    Those of all experts count together. Sites without scales of a byte have no entry.
     """
     counts: dict[str, Tensor] = {}
     for block in model.get_submodule(family.blocks).children():
@@ -106,5 +116,5 @@ def weight_exponents(model: PreTrainedModel, family: Family) -> dict[str, Tensor
                 linear = block.get_submodule(name)
                 if isinstance(linear, QuantLinear) and linear.weight_scale.dtype == torch.uint8:
                     found = torch.bincount(linear.weight_scale.flatten().cpu(), minlength=256)
-                    counts[site.name] = counts.get(site.name, 0) + found
+                    counts[site.group] = counts.get(site.group, 0) + found
     return counts

@@ -1,6 +1,7 @@
 """Model families, and how to find and read a model. Names and shapes, no numerics."""
 
 from mxrot.models.attention import score_heads, shared_heads, step_mask
+from mxrot.models.experts import separate_experts
 from mxrot.models.family import Family, Site, check_linears, linear_problems, value_heads
 from mxrot.models.logits import logits_of
 from mxrot.models.lookup import find_config, find_model
@@ -11,6 +12,7 @@ from mxrot.models.skeleton import (
     fill,
     find_family,
     needed_attention,
+    read_block,
     read_config,
     read_generation_config,
     rebuild_buffers,
@@ -32,10 +34,12 @@ __all__ = [
     "linear_problems",
     "logits_of",
     "needed_attention",
+    "read_block",
     "read_config",
     "read_generation_config",
     "rebuild_buffers",
     "score_heads",
+    "separate_experts",
     "shared_heads",
     "step_mask",
     "value_heads",

@@ -5,14 +5,17 @@ A site is the set of linears that read the same input. Families hold no numerics
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from mxrot.errors import ConfigError, FamilyError
+
+if TYPE_CHECKING:
+    from mxrot.models.experts import ExpertNames
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,29 @@ class Site:
     """The producer is v_proj: under grouped queries one of its rows feeds several channels."""
     norm_adds_one: bool = False
     """The norm multiplies by 1 + its weight."""
+    experts: str | None = None
+    """The module of all experts, where the linears are in these: it reads what they read, each a part of the tokens."""
+    router: str | None = None
+    """The module that reads the same input and is not quantized: what smoothing takes from the norm goes into it."""
+    expert: str | None = None
+    """The expert that the site is in, where that is one."""
+    kind: str = ""
+    """What such sites of all experts are called together; empty for the name."""
+
+    @property
+    def group(self) -> str:
+        """The name without the number of an expert."""
+        return self.kind or self.name
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Does it see only the tokens that are sent to experts?"""
+        return self.experts is not None or self.expert is not None
+
+    @property
+    def reader(self) -> str:
+        """The module whose input is the site's."""
+        return self.experts or self.linears[0]
 
 
 @dataclass(frozen=True)
@@ -54,9 +80,16 @@ class Family:
     windows: Literal["none", "all", "by kind"] = "none"
     """Which decoder blocks attend to the last `sliding_window` tokens only, where the config gives a number: "by kind",
     those that `layer_types` says."""
+    experts: ExpertNames | None = None
+    """Of a mixture of experts, whose sites `find_family` adds to `sites`, as the config has it."""
 
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks}.{index}"
+
+    def group_of(self, linear: str) -> tuple[int, str]:
+        """Block and site of the full name of a linear; the site without the number of an expert."""
+        number, _, name = linear.removeprefix(f"{self.blocks}.").partition(".")
+        return int(number), next(site.group for site in self.sites if name in site.linears)
 
     def active_sites(self, index: int, ignore: tuple[str, ...]) -> tuple[Site, ...]:
         """The sites of block `index` without the linears that a pattern of `ignore` matches; empty ones are gone."""
@@ -94,15 +127,22 @@ def linear_problems(
     model: nn.Module, family: Family, block_size: int, ignore: tuple[str, ...]
 ) -> Iterator[FamilyError | ConfigError]:
     """Each linear of a decoder block that cannot be quantized and is not ignored, as `check_linears` raises it."""
-    known = {linear for site in family.sites for linear in site.linears}
+    known = dict.fromkeys(sorted(linear for site in family.sites for linear in site.linears))
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
-        for name, module in block.named_modules():
+        modules = dict(block.named_modules())
+        missing = next((linear for linear in known if linear not in modules), None)
+        if missing is not None:
+            yield FamilyError(
+                f"{family.block_prefix(index)}: has no {missing}, which all blocks of family {family.name} must have"
+            )
+            continue
+        for name, module in modules.items():
             full = f"{family.block_prefix(index)}.{name}"
             if not isinstance(module, nn.Linear) or is_ignored(full, ignore):
                 continue
             if name not in known:
                 yield FamilyError(
-                    f"{full}: family {family.name} knows no such linear (it knows {', '.join(sorted(known))}); "
+                    f"{full}: family {family.name} knows no such linear (it knows {_listed(known)}); "
                     "list it under `ignore` to leave it as it is"
                 )
             elif module.in_features % block_size:
@@ -110,3 +150,8 @@ def linear_problems(
                     f"{full}: in_features {module.in_features} is not a multiple of the block size {block_size}; "
                     "list it under `ignore`"
                 )
+
+
+def _listed(names: Iterable[str], most: int = 12) -> str:
+    shown = list(names)
+    return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")

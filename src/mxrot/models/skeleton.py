@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mxrot.errors import FamilyError
+from mxrot.models.experts import separate_experts
 from mxrot.models.family import Family
 from mxrot.models.gemma import GEMMA2, GEMMA3
 from mxrot.models.llama import LLAMA
+from mxrot.models.mixtures import MIXTRAL, QWEN3_MOE
 from mxrot.models.relatives import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from mxrot.models.weights import WeightFiles
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3)
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
 }
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """Kinds of decoder blocks that are known."""
@@ -35,7 +39,8 @@ def read_config(place: Path) -> Any:
 
 
 def find_family(config: Any, where: str) -> Family:
-    """The family of a config; FamilyError if it is not a causal language model, or not one we know."""
+    """The family of a config, with the sites of its experts; FamilyError if it is not a causal language model, or not
+    one we know."""
     architectures = tuple(getattr(config, "architectures", None) or ())
     named = ", ".join(architectures) or "none"
     if getattr(config, "text_config", None) is not None:
@@ -43,7 +48,9 @@ def find_family(config: Any, where: str) -> Family:
     for family in FAMILIES.values():
         if set(architectures) & set(family.architectures):
             _check_attention(config, family, where)
-            return family
+            return (
+                family if family.experts is None else replace(family, sites=family.sites + family.experts.sites(config))
+            )
     causal: set[str] = set()
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         causal.update((value,) if isinstance(value, str) else value)
@@ -68,14 +75,19 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
         raise FamilyError(f"{where}: some of its decoder blocks are of type sliding_attention, without sliding_window")
 
 
-def build_skeleton(config: Any) -> PreTrainedModel:
-    """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it."""
+def build_skeleton(config: Any, experts_apart: bool = True) -> PreTrainedModel:
+    """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it.
+
+    Each expert has linears of its own, unless `experts_apart` is false.
+    """
     attention = needed_attention(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=attention)
     except Exception as error:  # a value of the config that nothing checked before
         raise FamilyError(f"config.json: transformers cannot build this model: {_brief(error)}") from error
+    if experts_apart:
+        separate_experts(model)
     return model.eval().requires_grad_(False)
 
 
@@ -85,6 +97,12 @@ def needed_attention(config: Any) -> str | None:
     PyTorch's own has no soft caps, and transformers 5.16 takes it and leaves them out in silence.
     """
     return None if getattr(config, "attn_logit_softcapping", None) is None else "eager"
+
+
+def read_block(files: WeightFiles, family: Family, index: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a decoder block by their names in it, with one for each linear of each expert."""
+    tensors = files.read_under(family.block_prefix(index), device)
+    return tensors if family.experts is None else family.experts.apart(tensors)
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:

@@ -33,6 +33,8 @@ ENCODING = 7
 """float64 and int64 numbers a weight while it becomes a code (formats/element.py)."""
 FACTORING = 5
 """Matrices of the Hessian's size while it is factorized, besides the Hessian itself (rounding/linalg.py)."""
+CODED_BYTES = 1 + 1 / 32
+"""A rounded weight before it is packed: its code and its part of a scale."""
 TUNED_BYTES = 28.2
 """A tunable weight, besides its code and scale: value and two distances, what rounding took away (2 each), offset, its
 gradient, two averages of Adam, the best so far (4 each), and the moved weight."""
@@ -169,7 +171,16 @@ def estimate_host_memory(run: Run) -> MemoryEstimate:
     block = {"a finished block, as it is written": 2 * run.packed_block}
     if run.is_on_host:
         block |= _states(run) | {"outputs of attention and MLP": _outputs_of_children(run)}
-    return MemoryEstimate((Stage("embedding and head", process | outer), Stage("blocks", process | block)))
+        block |= {"tokens that experts read": max(_read_by_experts(run, site) for site in run.shape.fullest)}
+    return MemoryEstimate((Stage("embedding and head", process | outer), Stage("blocks", _named(process | block))))
+
+
+def _read_by_experts(run: Run, here: SiteShape) -> float:
+    """Bytes of the tokens of all experts of a block, where statistics are taken of what each of them gets."""
+    recipe = run.recipe
+    looks = recipe.rounding.wishes.hessian or bool(recipe.transform.needs) or recipe.smoothing is not None
+    streams = 2 if run.sees_original else 1
+    return float(streams * run.stream_bytes) if here.site.is_of_experts and looks else 0.0
 
 
 def _states(run: Run) -> dict[str, float]:
@@ -255,7 +266,10 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
     of_children = len(before) * streams + (1 if ends and run.sees_original else 0)
     has_norm = any(site.site.norm is not None for site in sites if site.child == here.child)
     of_norm = streams * min(run.stream_bytes, run.remembered) if has_norm and not run.is_on_host else 0
+    read = _read_by_experts(run, here)
     return {
+        "tokens that experts read": 0.0 if run.is_on_host else read,
+        "tokens of one expert": here.share * read,
         "outputs of attention and MLP": 0.0 if run.is_on_host else float(of_children * run.stream_bytes),
         "outputs of the norm": float(of_norm),
         "inputs of the site": _kept_inputs(run, here, ends) if wishes.hessian or run.recipe.transform.needs else 0.0,
@@ -264,7 +278,7 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
 
 def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
     """Bytes of what goes into a site, as far as they are kept from one pass to the next."""
-    whole = float(run.tokens * here.inputs * run.itemsize)
+    whole = here.share * run.tokens * here.inputs * run.itemsize
     wishes = run.recipe.rounding.wishes
     kept = beside = 0.0
     if wishes.hessian:
@@ -283,7 +297,7 @@ def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
 def keeps_share(run: Run, here: SiteShape) -> float:
     """The share of a site's inputs that are kept for the pass that its Hessian is taken from."""
     beside = run.stream_bytes if reads_residual(run, here) else 0
-    return min(1.0, run.remembered / max(1, run.tokens * here.inputs * run.itemsize + beside))
+    return min(1.0, run.remembered / max(1, here.share * run.tokens * here.inputs * run.itemsize + beside))
 
 
 def reads_residual(run: Run, here: SiteShape) -> bool:
@@ -297,7 +311,7 @@ def _forward(run: Run, position: int) -> float:
     sites, here = run.shape.fullest, run.shape.fullest[position]
     b, s = run.batch_tokens, run.itemsize
     before = [site for site in sites[:position] if site.child == here.child]
-    made = sum(site.outputs for site in before)
+    made = sum(site.share * site.rounded for site in before)
     quantizing = _quantizing(run, max((site.inputs for site in before), default=0))
     # A norm computes in float32; a product of quantized inputs is float32 before it is `s` bytes wide.
     norm = b * run.shape.hidden * (s + 8.0)
@@ -328,7 +342,7 @@ def _site_stages(run: Run, position: int) -> list[Stage]:
     """The stages of one site."""
     here, recipe = run.shape.fullest[position], run.recipe
     wishes = recipe.rounding.wishes
-    n, k = here.outputs, here.inputs
+    n, k = here.rounded, here.inputs
     u, h = 8.0 * n * k, 8.0 * k * k
     base = _resident(run, position) | _remembered(run, position)
     name = here.site.name
@@ -337,7 +351,10 @@ def _site_stages(run: Run, position: int) -> list[Stage]:
     if run.tokens:
         stages.append(Stage(f"{name}: collecting", base | {"one batch": _forward(run, position)}))
     if recipe.has_transform:
-        stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": 2 * u + _fitting(run, here)}))
+        weights = 16.0 * here.weights / here.transforms
+        stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": weights + _fitting(run, here)}))
+    if here.transforms < here.experts:
+        base["rounded weights of the other experts"] = CODED_BYTES * (here.weights - n * k)
     matrices = 0.0
     shift = u if run.sees_original else 0.0
     if wishes.hessian:
@@ -357,7 +374,7 @@ def _fitting(run: Run, here: SiteShape) -> float:
     """Bytes that a search takes besides the weights; on a GPU those of all recorded searches."""
     method = run.recipe.transform
     if not isinstance(method, OutlierRotation):
-        return 8.0 * here.outputs * here.inputs
+        return 8.0 * here.weights / here.transforms
     rotations = 3 * 8.0 * method.steps * TRANSFORM_BLOCK**3
     sites = run.shape.fullest if run.is_gpu else (here,)
     is_shared, size = run.recipe.sharing == "site", TRANSFORM_BLOCK
@@ -375,7 +392,7 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
     """
     here = run.shape.fullest[position]
     wishes = run.recipe.rounding.wishes
-    n, k, b = here.outputs, here.inputs, run.batch_tokens
+    n, k, b = here.rounded, here.inputs, math.ceil(here.share * run.batch_tokens)
     u, h = 8.0 * n * k, 8.0 * k * k
     is_residual = reads_residual(run, here)
     is_relative = wishes.relative and here.site.residual is not None
@@ -397,7 +414,7 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
         else:
             totals, temporary, ending = 2 * h, max(of_hessian, _moment(run, k, k, False)), 2 * h + 3 * u
     runs_again = run.sees_original or keeps_share(run, here) < 1
-    others = run.tokens - b
+    others = here.share * run.tokens - b
     forward = _forward(run, position) * min(1.0, others / b) if runs_again else 0.0
     during = left + max(temporary, forward, _quantizing(run, k))
     return {

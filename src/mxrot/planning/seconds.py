@@ -68,17 +68,17 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
     wishes = recipe.rounding.wishes
     found = {
         "transforms": _transform(run, here),
-        "rounding": Work(encoded=1.6 * n * k, copy=50.0 * n * k, operations=300 + 60 * len(here.rows)),
+        "rounding": Work(encoded=1.6 * n * k, copy=50.0 * n * k, operations=300 * here.experts + 60 * len(here.rows)),
     }
     if tokens:
         found["passes over the calibration text"] = _passes(run, sites, position)
         found["statistics of the inputs"] = _statistics(run, here)
         found["rounding"].add(float64=2.0 * ERROR_TOKENS * n * k, product=2.0 * ERROR_TOKENS * n * k)
     if wishes.hessian:
-        factors = 2 if run.sees_original else 1
+        factors = (2 if run.sees_original else 1) * here.experts
         found["factors of the Hessians"] = Work(factor=float(factors * k**3), operations=30.0 * factors)
         candidates = len(NEIGHBOURS) if getattr(recipe.rounding, "scales", "") == "walked" else 1
-        steps = k // TRANSFORM_BLOCK
+        steps = here.experts * k // TRANSFORM_BLOCK
         found["rounding"].add(
             rounded=float(n * k * candidates),
             block_steps=float(steps),
@@ -94,22 +94,22 @@ def _transform(run: Run, here: SiteShape) -> Work:
     if not run.recipe.has_transform:
         return Work()
     n, k = here.outputs, here.inputs
-    method, groups = run.recipe.transform, here.inputs // TRANSFORM_BLOCK
+    method, groups = run.recipe.transform, here.transforms * here.inputs // TRANSFORM_BLOCK
     work = Work(copy=48.0 * n * k, float64=2.0 * n * k * TRANSFORM_BLOCK, operations=100)
     if isinstance(method, OutlierRotation):
         rows = method.rows * (8 if run.recipe.sharing == "site" else groups)
         work.add(searched=min(rows, max(1, run.tokens) * groups) * TRANSFORM_BLOCK * method.steps)
     elif method.needs:
-        work.add(balanced=1 if run.recipe.sharing == "site" else groups)
+        work.add(balanced=here.transforms if run.recipe.sharing == "site" else groups)
         work.add(float64=2.0 * n * k * TRANSFORM_BLOCK)
     return work
 
 
 def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
     """Products of this site's linears, and what lies around them, in all passes over the calibration windows."""
-    here, recipe, tokens, s = sites[position], run.recipe, run.tokens, run.itemsize
-    n, k = here.outputs, here.inputs
-    batches = tokens / run.batch_tokens
+    here, recipe, s = sites[position], run.recipe, run.itemsize
+    n, k, tokens = here.outputs, here.inputs, here.share * run.tokens
+    batches = run.tokens / run.batch_tokens
     later = [site for site in sites[position + 1 :] if site.child == here.child]
     again = sum(1 - keeps_share(run, site) for site in later) if recipe.rounding.wishes.hessian else 0.0
     quantized = 1 + again  # passes with this site quantized
@@ -123,16 +123,16 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
         work.add(copy=24.0 * tokens * n * s * (quantized + plain))
         # Scores are read and written in each of the steps between the two products.
         work.add(copy=tokens * run.token_scores * (12.0 * s + 8) * (quantized + plain))
-    work.add(copy=20.0 * tokens * run.shape.hidden * s * (1 + bool(recipe.looks_at_original)))
-    work.add(operations=40 * batches * (quantized + plain))
+    work.add(copy=20.0 * run.tokens * run.shape.hidden * s * (1 + bool(recipe.looks_at_original)))
+    work.add(operations=40 * here.experts * batches * (quantized + plain))
     return work
 
 
 def _statistics(run: Run, here: SiteShape) -> Work:
     """Statistics that transforms are fitted to, Hessians, and shifts towards the target."""
-    recipe, tokens = run.recipe, run.tokens
-    wishes, n, k = recipe.rounding.wishes, here.outputs, here.inputs
-    batches = tokens / run.batch_tokens
+    recipe, tokens = run.recipe, here.experts * here.share * run.tokens
+    wishes, n, k = recipe.rounding.wishes, here.rounded, here.inputs
+    batches = here.experts * run.tokens / run.batch_tokens
     work = Work(operations=30 * batches)
     if "moments" in recipe.transform.needs:
         work.add(product=2.0 * tokens * k * (MOMENT_CHANNELS if run.is_gpu else 4 * TRANSFORM_BLOCK))
@@ -164,7 +164,7 @@ def _writing(run: Run, windows: float) -> Work:
     keys = cache_bytes(shape.config, length, s)
     sequences = windows * run.seq_len / length
     rounds = -(-sequences // sequences_within("cuda" if run.is_gpu else "cpu", keys, run.model_bytes))
-    work = Work(product=2.0 * shape.parameters * windows * run.seq_len)
+    work = Work(product=2.0 * shape.active_parameters * windows * run.seq_len)
     work.add(copy=rounds * length * shape.parameters * s)  # the weights, read for each token
     work.add(copy=sequences * length * (keys / 2 + 30.0 * shape.vocabulary))
     # On a GPU a token is one recorded graph, recorded and warmed up a few times.

@@ -24,6 +24,8 @@ def serving_by_vllm(model: PreTrainedModel, shape: ModelShape, recipe: Recipe, i
     """Of stock vLLM, without a plugin. Nothing was run."""
     if not is_written:
         return Serving(False, "no checkpoint would be written")
+    if any(found.site.is_of_experts for found in shape.fullest):
+        return Serving(False, "experts in this layout were not tried in vLLM, which does not transform their inputs")
     if not recipe.has_transform:
         return Serving(True, "without a transform the checkpoint is plain compressed-tensors")
     if recipe.sharing == "block":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +26,12 @@ class SiteShape:
     """out_features of each linear."""
     inputs: int
     """Channels that its linears read, K."""
+    experts: int = 1
+    """Experts that the linears are in, each with as many; they are quantized one after the other."""
+    share: float = 1.0
+    """Of the tokens, that goes to one of them."""
+    transforms: int = 1
+    """One for all, or one for each expert."""
 
     @property
     def outputs(self) -> int:
@@ -33,6 +41,11 @@ class SiteShape:
     @property
     def weights(self) -> int:
         return self.outputs * self.inputs
+
+    @property
+    def rounded(self) -> int:
+        """Rows that are rounded together: those of one expert."""
+        return self.outputs // self.experts
 
     @property
     def child(self) -> str:
@@ -70,7 +83,7 @@ class ModelShape:
         modules = list(model.get_submodule(family.blocks).children())
         config = model.config.get_text_config()
         blocks = tuple(
-            tuple(_site_shape(block, site) for site in family.active_sites(index, ignore))
+            _site_shapes(block, family.active_sites(index, ignore), _share(family, config))
             for index, block in enumerate(modules)
         )
         own = sum(parameter.numel() for parameter in modules[0].parameters())
@@ -98,6 +111,11 @@ class ModelShape:
         return max(self.blocks, key=lambda sites: sum(site.weights for site in sites))
 
     @property
+    def active_parameters(self) -> float:
+        """Of the whole model, those that one token meets."""
+        return self.parameters - sum(site.weights * (1 - site.share) for sites in self.blocks for site in sites)
+
+    @property
     def quantized_weights(self) -> int:
         return sum(site.weights for sites in self.blocks for site in sites)
 
@@ -108,7 +126,7 @@ class ModelShape:
         transforms = 0
         if recipe.has_transform:
             matrices = (
-                1 if recipe.sharing == "site" else site.inputs // TRANSFORM_BLOCK
+                site.transforms * (1 if recipe.sharing == "site" else site.inputs // TRANSFORM_BLOCK)
                 for sites in self.blocks
                 for site in sites
             )
@@ -127,8 +145,27 @@ class ModelShape:
         return list(Counter(site for sites in self.blocks for site in sites).items())
 
 
-def _site_shape(block: nn.Module, site: Site) -> SiteShape:
-    linears = [block.get_submodule(name) for name in site.linears]
+def _share(family: Family, config: Any) -> float:
+    """Of the tokens, that goes to one expert."""
+    if family.experts is None:
+        return 1.0
+    return float(config.num_experts_per_tok / getattr(config, family.experts.count))
+
+
+def _site_shapes(block: nn.Module, sites: Sequence[Site], share: float) -> tuple[SiteShape, ...]:
+    """One for sites of the same kind in all experts."""
+    groups: dict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        groups[site.group].append(site)
+    return tuple(_site_shape(block, name, group, share) for name, group in groups.items())
+
+
+def _site_shape(block: nn.Module, name: str, group: Sequence[Site], share: float) -> SiteShape:
+    site = replace(group[0], name=name, linears=tuple(linear for one in group for linear in one.linears))
+    linears = [block.get_submodule(linear) for linear in site.linears]
     assert all(isinstance(linear, nn.Linear) for linear in linears)
     rows = tuple(int(linear.out_features) for linear in linears)  # type: ignore[arg-type]
-    return SiteShape(site, rows, int(linears[0].in_features))  # type: ignore[arg-type]
+    inputs = int(linears[0].in_features)  # type: ignore[arg-type]
+    if not site.is_of_experts:
+        return SiteShape(site, rows, inputs)
+    return SiteShape(site, rows, inputs, len({x.rpartition(".")[0] for x in site.linears}), share, len(group))

@@ -47,6 +47,5 @@ class Contents:
         return str(self.run["model"])
 
     def site_of(self, linear: str) -> tuple[int, str]:
-        """Block and site of the full name of a linear."""
-        number, _, name = linear.removeprefix(f"{self.family.blocks}.").partition(".")
-        return int(number), next(site.name for site in self.family.sites if name in site.linears)
+        """Block and site of the full name of a linear; the site without the number of an expert."""
+        return self.family.group_of(linear)

@@ -39,11 +39,10 @@ def _sites_table(plan: Plan) -> Table:
     for heading in ("site", "linears", "N x K", "blocks", "weights"):
         table.add_column(heading, justify="left" if heading in ("site", "linears") else "right")
     for found, count in plan.sizes.shape.site_counts():
-        names = [name.rsplit(".", 1)[-1] for name in found.site.linears]
-        shapes = [f"{rows} x {found.inputs}" for rows in found.rows]
-        table.add_row(
-            found.site.name, "\n".join(names), "\n".join(shapes), str(count), f"{count * found.weights / 1e6:,.1f} M"
-        )
+        names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in found.site.linears)  # once for all experts
+        shapes = [f"{rows} x {found.inputs}" for rows, _ in zip(found.rows, names, strict=False)]
+        label = found.site.name + (f", {found.experts} experts" if found.experts > 1 else "")
+        table.add_row(label, "\n".join(names), "\n".join(shapes), str(count), f"{count * found.weights / 1e6:,.1f} M")
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,12 +144,12 @@ def choices_table(choices: Sequence[KernelChoice]) -> Table:
 
 
 def errors_table(blocks: Sequence[dict[str, Any]]) -> Table:
-    """One line a linear, from the `blocks` of a run.json."""
+    """One line a linear, from the `blocks` of a run.json; of the experts of a block the one with the largest error."""
     table = Table(title="Relative error (Frobenius norm)", title_justify="left")
     for heading in ("linear", "shape", "weights", "output", "damping"):
         table.add_column(heading, justify="left" if heading == "linear" else "right")
     for block in blocks:
-        for linear in block["linears"]:
+        for linear in _largest_of_experts(block["linears"]):
             rows, columns = linear["shape"]
             table.add_row(
                 linear["name"],
@@ -158,6 +159,30 @@ def errors_table(blocks: Sequence[dict[str, Any]]) -> Table:
                 "" if linear["damping"] is None else f"{linear['damping']:g}",
             )
     return table
+
+
+def _largest_of_experts(linears: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One linear of each name, not counting the number of an expert."""
+    found: dict[str, dict[str, Any]] = {}
+    for linear in linears:
+        name = re.sub(r"\.experts\.\d+\.", ".experts.*.", linear["name"])
+        if name not in found or _error(linear) > _error(found[name]):
+            found[name] = linear
+    return list(found.values())
+
+
+def _error(linear: dict[str, Any]) -> float:
+    return float(linear["weight_error"] if linear["output_error"] is None else linear["output_error"])
+
+
+def experts_line(run: dict[str, Any], shown: int = 3) -> str:
+    """One line on experts that too few calibration tokens were sent to, from a run.json; empty where there are none."""
+    few = {name: count for block in run["blocks"] for name, count in block.get("few_tokens", {}).items()}
+    if not few:
+        return ""
+    named = ", ".join(f"{name} ({count})" for name, count in list(few.items())[:shown])
+    more = f" and {len(few) - shown} more, named in run.json" if len(few) > shown else ""
+    return f"calibrated on all tokens of the block, because too few were sent to them: {named}{more}"
 
 
 def size_line(size: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
 
@@ -42,10 +44,11 @@ def install_empty_site(
 ) -> None:
     """Like `install_site`, with zeros for codes and scales, to be filled from a file.
 
-    The transform belongs to the first linear of the site.
+    The transform belongs to the first linear of the site. Those of one module are computed together: they get the
+    very same input, and those of two experts do not.
     """
     transform = None if stored_transform is None else InputTransform(stored_transform)
-    placed = []
+    placed: dict[str, list[QuantLinear]] = defaultdict(list)
     for position, name in enumerate(site.linears):
         old = block.get_submodule(name)
         assert isinstance(old, nn.Linear)
@@ -55,11 +58,12 @@ def install_empty_site(
         elif transform is not None:
             new.share_transform(transform)
         block.set_submodule(name, new)
-        placed.append(new)
-    if len(placed) > 1:
-        products = SiteProducts(placed)
-        for linear in placed:
-            linear.site = products
+        placed[name.rpartition(".")[0]].append(new)
+    for linears in placed.values():
+        if len(linears) > 1:
+            products = SiteProducts(linears)
+            for linear in linears:
+                linear.site = products
 
 
 def stored_tensors(block: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -30,7 +30,8 @@ def fold_into_producer(
 
     `weights` is changed in place, and the norm gain or bias in `block`. A norm gain is rounded once, to the
     checkpoint's `dtype`; the weights are multiplied by the ratio that this rounding left, so that the product
-    stays exact. ConfigError for a site whose input has no such place.
+    stays exact. So are those of a router, which are rounded to `dtype` again. ConfigError for a site whose input has
+    no such place.
     """
     if site.norm is not None:
         scales = _divide_gain(block.get_submodule(site.norm), scales, dtype, 1.0 if site.norm_adds_one else 0.0)
@@ -44,6 +45,10 @@ def fold_into_producer(
         raise ConfigError(f'site {site.name}: nothing before it can take smoothing scales; use sharing = "block"')
     for linear in site.linears:
         weights[linear] = weights[linear] * scales
+    if site.router is not None:
+        router = block.get_submodule(site.router).weight
+        assert isinstance(router, Tensor)
+        router.data.copy_((router.double() * scales).to(dtype))
 
 
 def _divide_gain(norm: nn.Module, scales: Tensor, dtype: torch.dtype, added: float) -> Tensor:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_model import random_windows, write_tiny_model
+from tests.tiny_model import random_windows, write_tiny_mixture, write_tiny_model
 from tests.unit.checkpoint.folders import recipe
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mxrot
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
@@ -127,3 +127,22 @@ def test_exponents_are_those_in_the_file(tmp_path: Path) -> None:
             for byte in value.flatten().tolist():
                 counts[byte] += 1
     assert {site: counts.tolist() for site, counts in found.items()} == expected
+
+
+def test_experts_have_views_of_the_tokens_sent_to_them(tmp_path: Path) -> None:
+    """One of all tokens for gate and up, and none for an expert that gets no token."""
+    folder = write_tiny_mixture(tmp_path / "tiny", "qwen3_moe")
+    quantized = mxrot.quantize(folder, recipe("hadamard"), device="cpu")
+    assert isinstance(quantized, PreTrainedModel)
+    for model in (quantized, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)):
+        views = views_of(model, transformed=model is quantized)
+        place = "model.layers.0.mlp.experts"
+        assert {name for name in views if place in name} == {
+            f"{place}.0.gate_proj",
+            *(f"{place}.{number}.down_proj" for number in range(3)),
+        }
+        assert views[f"{place}.0.gate_proj"].magnitudes.shape == (128, 64)
+        assert views[f"{place}.0.down_proj"].channels == 96
+    counts = weight_exponents(quantized, find_family(quantized.config, "tiny"))
+    assert counts.keys() == {"qkv", "o", "gate_up", "down"}
+    assert int(counts["down"].sum()) == 2 * 4 * 64 * 96 // 32

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from tests.tiny_model import random_windows, tiny_config
+from tests.tiny_model import EXPERT_MODELS, random_windows, tiny_config, tiny_mixture
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mxrot.evaluation import SiteMaxima, site_maxima
 from mxrot.models import find_family
@@ -22,7 +22,7 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(tiny_config(architectures=["LlamaForCausalLM"])).eval()
 
 
-def recorded_inputs(model: LlamaForCausalLM, windows: Tensor) -> dict[str, Tensor]:
+def recorded_inputs(model: PreTrainedModel, windows: Tensor) -> dict[str, Tensor]:
     """Input [tokens, K] of every linear, by its name."""
     seen: dict[str, list[Tensor]] = {}
     hooks = [
@@ -35,7 +35,7 @@ def recorded_inputs(model: LlamaForCausalLM, windows: Tensor) -> dict[str, Tenso
             model(input_ids=window[None])
     for hook in hooks:
         hook.remove()
-    return {name: torch.cat(inputs, dim=1).flatten(0, 1) for name, inputs in seen.items()}
+    return {name: torch.cat([x.flatten(0, -2) for x in inputs]) for name, inputs in seen.items()}
 
 
 def test_are_those_of_direct_hooks(model: LlamaForCausalLM) -> None:
@@ -75,3 +75,26 @@ def test_tells_its_progress_in_windows(model: LlamaForCausalLM) -> None:
 
 def test_a_site_without_input_has_an_infinite_ratio() -> None:
     assert math.isinf(SiteMaxima("site", 4, largest=1.0, channel=0, median=0.0).ratio)
+
+
+@pytest.mark.parametrize("kind", EXPERT_MODELS)
+def test_of_experts_the_one_that_sticks_out_most_is_shown(kind: str) -> None:
+    """Whether all experts are in one tensor or apart; one that no token is sent to has no maxima."""
+    windows = random_windows(3, 16)
+    model = tiny_mixture(kind).requires_grad_(False)
+    family = find_family(model.config, "tiny")
+    found = {site.site: site for site in site_maxima(model, family, windows)}
+    expected = recorded_inputs(model, windows)
+    assert len(found) == 2 * 4
+    for index in (0, 1):
+        prefix = f"{family.block_prefix(index)}."
+        gate_up = found[prefix + family.sites[2].linears[0]]
+        names = [prefix + site.linears[0] for site in family.sites[3:] if prefix + site.linears[0] in expected]
+        assert len(names) >= 2 and prefix + family.sites[-1].linears[0] not in names[: 4 * (index == 0)]
+        inputs = [expected[name.rpartition(".")[0] + "." + family.experts.linears[0]] for name in names]
+        assert gate_up.largest == float(torch.cat(inputs).abs().max())
+        maxima = {name: expected[name].abs().amax(dim=0) for name in names}
+        ratios = {name: float(x.max() / x.median()) for name, x in maxima.items()}
+        (shown,) = [name for name in names if name in found]
+        assert shown == max(ratios, key=lambda name: ratios[name])
+        assert found[shown].ratio == pytest.approx(ratios[shown])

@@ -75,7 +75,7 @@ def test_the_peak_is_that_of_the_tensors_alive(
     assert estimate_memory(run).peak.total == pytest.approx(bytes_alive(folder, chosen, windows), rel=tolerance)
 
 
-@pytest.mark.parametrize("name", ["phi3", "olmo2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["phi3", "olmo2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"])
 def test_other_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
     config = config_of(FAMILIES[name], hidden_size=256, intermediate_size=768, vocab_size=256)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_model import tiny_config, write_tiny_model
+from tests.tiny_model import EXPERT_MODELS, tiny_config, write_tiny_mixture, write_tiny_model
 from tests.unit.checkpoint.folders import recipe, write
 from tests.unit.planning.shapes import LLAMA_3_8B, run_of
 
@@ -59,3 +59,29 @@ def test_ignored_linears_are_counted_with_everything_else() -> None:
     shape = run_of(config, recipe("rtn", ignore=["model.layers.0.*"]), 1, 2).shape
     assert [len(sites) for sites in shape.blocks] == [0, 4]
     assert shape.fullest == shape.blocks[1]
+
+
+@pytest.mark.parametrize("kind", EXPERT_MODELS)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        recipe("rtn"),
+        recipe("hadamard", ignore=["*.experts.1.*"]),
+        recipe("duquant++"),
+        recipe("duquant++", transform__sharing="block"),
+    ],
+    ids=lambda chosen: f"{chosen.name} {chosen.sharing}",
+)
+def test_experts_are_counted_as_they_are_written(tmp_path: Path, kind: str, chosen: Recipe) -> None:
+    folder = write_tiny_mixture(tmp_path / "tiny", kind)
+    size = write(folder, tmp_path / "out", chosen)["size"]
+    shape = run_of(read_config(folder), chosen, 6, 24).shape
+    after = shape.size_after(chosen, torch.float16)
+    assert vars(after) | {"bits_per_weight": 4.25, "total_bytes": after.total_bytes} == size
+    experts = 3 if chosen.ignore else 4
+    assert [(site.site.name, site.experts, site.transforms) for site in shape.fullest[2:]] == [
+        ("gate_up", experts, 1),
+        ("down", experts, experts),
+    ]
+    assert {site.share for site in shape.fullest[2:]} == {0.5}
+    assert shape.active_parameters == shape.parameters - 2 * 3 * 64 * 96 * experts / 2

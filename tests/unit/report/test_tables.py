@@ -14,6 +14,7 @@ from mxrot.report import (
     compared_tasks_table,
     comparison_table,
     errors_table,
+    experts_line,
     maxima_table,
     perplexity_table,
     size_line,
@@ -119,3 +120,29 @@ def test_tuning_line() -> None:
     assert network == "tuned in 20 steps: held-out loss 0.5 to 0.25 (KL of the logits, nats a token)"
     blocks = tuning_line({"blocks": [{"tuning": look(0.4, 0.1)}, {"tuning": look(0.2, 0.3)}], "tuning": None})
     assert blocks == "tuned in 20 steps: held-out loss 0.3 to 0.15 (relative squared error, mean over blocks)"
+
+
+def test_experts_with_few_tokens_are_named() -> None:
+    few = {f"model.layers.1.mlp.experts.{number}": number for number in range(5)}
+    assert experts_line({"blocks": [{"few_tokens": {}}, {}]}) == ""
+    assert experts_line({"blocks": [{"few_tokens": {"a.experts.3": 7}}]}) == (
+        "calibrated on all tokens of the block, because too few were sent to them: a.experts.3 (7)"
+    )
+    line = experts_line({"blocks": [{}, {"few_tokens": few}]})
+    assert line.endswith("mlp.experts.2 (2) and 2 more, named in run.json")
+
+
+def test_of_experts_the_largest_error_is_shown() -> None:
+    """By the error of the output, or of the weights where that was not measured."""
+    linears = [
+        {"name": f"layers.0.experts.{number}.{name}", "shape": [2, 2], "damping": None}
+        | {"weight_error": weight, "output_error": output}
+        for name, number, weight, output in (
+            ("w1", 0, 0.1, 0.3),
+            ("w1", 11, 0.2, 0.2),
+            ("w2", 0, 0.1, None),
+            ("w2", 11, 0.2, None),
+        )
+    ]
+    shown = [row[0] for row in lines(errors_table([{"linears": linears}, {"linears": linears[:1]}]))]
+    assert shown == ["layers.0.experts.0.w1", "layers.0.experts.11.w2", "layers.0.experts.0.w1"]

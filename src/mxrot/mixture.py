@@ -1,0 +1,136 @@
+"""Quantize the experts of a decoder block.
+
+gate and up of all experts share one transform, from all tokens: the channels that they read mean the same to each of
+them. down of each expert has a transform of its own: its channels are nobody else's. Rounding looks at the tokens that
+are sent to the expert.
+
+Of fewer tokens than a linear has inputs the Hessian is singular. An expert that gets fewer than its widest linear has
+inputs is calibrated on all tokens of the block, as if each were sent to it, and is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from mxrot.calibration import Routing, RowSample
+from mxrot.hessian import OriginalBlock
+from mxrot.models import Site
+from mxrot.records import LinearReport
+from mxrot.sitewise import (
+    ERROR_ROWS,
+    BlockRun,
+    Part,
+    RoundedLinear,
+    fit_transform,
+    install_rounded,
+    quantize_site,
+    round_site,
+    smooth_sites,
+)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a decoder block, and what is sent to them."""
+
+    block: Part
+    routing: Routing | None
+    """None where no data is looked at."""
+    original: Routing | None
+    """What they read in the original block; None where rounding does not ask for it."""
+
+    @staticmethod
+    def of(block: Part, experts: str) -> Mixture:
+        """Look at what goes into the module `experts` of the block as it is now."""
+        routing = original = None
+        if block.inputs is not None:
+            routing = Routing.of(block.module, experts, block.inputs)
+        if block.original is not None:
+            original = Routing.of(block.original.block, experts, block.original.inputs)
+        return Mixture(block, routing, original)
+
+    def part(self, expert: str) -> Part:
+        """An expert with the tokens that it is calibrated on; those of the original go where the block sends them."""
+        block, inputs, original = self.block, None, None
+        if self.routing is not None:
+            number = None if self.has_few_tokens(expert) else _number(expert)
+            inputs = self.routing.sent_to(number)
+            if self.original is not None and block.original is not None:
+                there = block.original.block.get_submodule(expert)
+                original = OriginalBlock(there, self.original.sent_to(number, self.routing.chosen))
+        module = block.module.get_submodule(expert)
+        return Part(f"{block.name}.{expert}", block.index, module, self._weights(expert), inputs, original)
+
+    def has_few_tokens(self, expert: str) -> bool:
+        """Are fewer tokens sent to it than its widest linear has inputs?"""
+        widest = max(weight.shape[1] for weight in self._weights(expert).values())
+        return self.routing is not None and self.routing.count(_number(expert)) < widest
+
+    def few_tokens(self, experts: Sequence[str]) -> dict[str, int]:
+        """Those of `experts` that have few, by their full names, and how many."""
+        if self.routing is None:
+            return {}
+        few = [expert for expert in experts if self.has_few_tokens(expert)]
+        return {f"{self.block.name}.{expert}": self.routing.count(_number(expert)) for expert in few}
+
+    def _weights(self, expert: str) -> dict[str, Tensor]:
+        dotted = f"{expert}."
+        return {name.removeprefix(dotted): w for name, w in self.block.weights.items() if name.startswith(dotted)}
+
+
+def smooth_experts(run: BlockRun, block: Part, experts: str, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """`smooth_sites` for sites that are in one expert each."""
+    found: dict[str, Tensor] = {}
+    mixture = Mixture.of(block, experts)
+    for site in sites:
+        assert site.expert is not None
+        part = mixture.part(site.expert)
+        found |= smooth_sites(run, part, [_inside(site, site.expert)])
+        block.weights.update({f"{site.expert}.{name}": weight for name, weight in part.weights.items()})
+    return found
+
+
+def quantize_experts(
+    run: BlockRun, block: Part, experts: str, sites: Sequence[Site], scales: dict[str, Tensor]
+) -> tuple[list[LinearReport], dict[str, int]]:
+    """Quantize the sites of the module `experts`; the experts with few tokens, and how many they got."""
+    mixture = Mixture.of(block, experts)
+    reports = []
+    for site in sites:
+        if site.expert is None:
+            reports += _quantize_shared(run, mixture, site, scales.get(site.name))
+        else:
+            part = mixture.part(site.expert)
+            reports += quantize_site(run, part, _inside(site, site.expert), scales.get(site.name))
+    return reports, mixture.few_tokens(sorted({x for site in sites for x in _experts_of(site)}, key=_number))
+
+
+def _quantize_shared(run: BlockRun, mixture: Mixture, site: Site, scales: Tensor | None) -> list[LinearReport]:
+    """Quantize a site that all experts have a part of: one transform, each rounded for its own tokens."""
+    rows = RowSample(ERROR_ROWS)
+    transform = fit_transform(run, mixture.block, site, scales, rows)
+    rounded: dict[str, RoundedLinear] = {}
+    for expert in _experts_of(site):
+        found = round_site(run, mixture.part(expert), _inside(site, expert), transform)
+        rounded |= {f"{expert}.{name}": linear for name, linear in found.items()}
+    return install_rounded(run, mixture.block, site, transform, rounded, rows)
+
+
+def _experts_of(site: Site) -> list[str]:
+    """The experts that the linears of a site are in."""
+    return list(dict.fromkeys(linear.rpartition(".")[0] for linear in site.linears))
+
+
+def _inside(site: Site, expert: str) -> Site:
+    """What is in this expert of a site, by names in the expert."""
+    dotted = f"{expert}."
+    linears = tuple(linear.removeprefix(dotted) for linear in site.linears if linear.startswith(dotted))
+    producer = None if site.producer is None else site.producer.removeprefix(dotted)
+    return replace(site, linears=linears, producer=producer, norm=None, experts=None, router=None, expert=None)
+
+
+def _number(expert: str) -> int:
+    return int(expert.rpartition(".")[2])

@@ -1,0 +1,280 @@
+"""Quantize one site: take its statistics, fit its transform, round its weights and replace its linears."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxrot.calibration import (
+    COLLECTORS,
+    BlockInputs,
+    ChannelMaxima,
+    LargestMagnitude,
+    RowSample,
+    observe_all_inputs,
+    watched_together,
+)
+from mxrot.errors import NumericsError
+from mxrot.formats import QTensor
+from mxrot.hessian import OriginalBlock, SiteInputs, watched_modules
+from mxrot.layers import QuantLinear, TensorQuantizer
+from mxrot.models import Family, Site, value_heads
+from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+from mxrot.records import LinearReport
+from mxrot.replay import Replays
+from mxrot.surgery import Weights, fold_into_producer, install_site, scheme_name, shareable_scales
+from mxrot.transforms import BlockTransform, SiteSample, generator_for
+from mxrot.transforms.smoothing import smoothing_scales
+
+ERROR_ROWS = 512
+"""Calibration tokens on which the output error of each linear is measured."""
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """What stays the same from block to block."""
+
+    recipe: Recipe
+    family: Family
+    config: Any
+    device: torch.device
+    stored_dtype: torch.dtype
+    dtype: torch.dtype
+    seed: int
+    replay: Replays = field(default_factory=Replays)
+
+    def is_last(self, index: int) -> bool:
+        """Does no decoder block follow block `index`?"""
+        return bool(index + 1 == self.config.num_hidden_layers)
+
+    @property
+    def weights(self) -> TensorQuantizer:
+        return self.recipe.weights.quantizer()
+
+    @property
+    def activations(self) -> TensorQuantizer | None:
+        return None if self.recipe.activations is None else self.recipe.activations.quantizer()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What holds sites: a decoder block, or one of its experts."""
+
+    name: str
+    index: int
+    """Of the decoder block."""
+    module: nn.Module
+    weights: Weights
+    """By their names in the module."""
+    inputs: BlockInputs | None
+    """None where no data is looked at."""
+    original: OriginalBlock | None = None
+    """None where rounding does not ask for it."""
+
+
+@dataclass(frozen=True)
+class RoundedLinear:
+    """A linear that is about to be replaced."""
+
+    weight: QTensor
+    error: Tensor
+    """Relative Frobenius error of the transformed weights, a scalar."""
+    damping: float | None
+    remainder: Tensor | None
+    """What rounding took away, bfloat16; None unless tuning follows."""
+
+
+def smoothed_sites(recipe: Recipe, family: Family, index: int) -> list[Site]:
+    """Sites of a block that get smoothing scales, with all their linears; none of which nothing is quantized."""
+    if recipe.smoothing is None:
+        return []
+    active = {site.name for site in family.active_sites(index, recipe.ignore)}
+    return [site for site in family.sites if site.name in active and site.group not in recipe.smoothing.skip]
+
+
+def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Smoothing scales [K] by site name, from the inputs of the part as it was.
+
+    With sharing "site" they are folded here, and what is returned is empty.
+    """
+    smoothing = run.recipe.smoothing
+    if smoothing is None:
+        return {}
+    assert part.inputs is not None
+    maxima = {site.name: ChannelMaxima() for site in sites}
+    observe_all_inputs(part.module, [(site.reader, maxima[site.name].update) for site in sites], part.inputs)
+    heads = value_heads(run.config)
+    found = {}
+    for site in sites:
+        seen = maxima[site.name].result()
+        if not torch.isfinite(seen).all():
+            raise NumericsError(f"{part.name}.{site.linears[0]}: its input holds NaN or Inf on the calibration text")
+        scales = smoothing_scales(seen, torch.cat([part.weights[name] for name in site.linears]), smoothing.alpha)
+        if run.recipe.sharing == "block":
+            found[site.name] = scales
+        else:
+            shared = shareable_scales(scales, site, heads)
+            fold_into_producer(part.module, site, part.weights, shared, heads, run.stored_dtype)
+    for name, weight in part.weights.items():
+        linear = part.module.get_submodule(name)
+        assert isinstance(linear.weight, Tensor)
+        linear.weight.data.copy_(weight.to(run.stored_dtype))
+    return found
+
+
+def quantize_site(run: BlockRun, part: Part, site: Site, scales: Tensor | None) -> list[LinearReport]:
+    """Fit the site's transform, round its weights, and put quantized linears in place."""
+    rows = RowSample(ERROR_ROWS)
+    transform = fit_transform(run, part, site, scales, rows)
+    return install_rounded(run, part, site, transform, round_site(run, part, site, transform), rows)
+
+
+def fit_transform(
+    run: BlockRun, part: Part, site: Site, scales: Tensor | None, rows: RowSample
+) -> BlockTransform | None:
+    """The site's transform as a checkpoint will hold it; None where nothing is applied at run time.
+
+    With `sharing = "block"` it starts with the division by the smoothing scales. `rows` gets the raw inputs.
+    """
+    method, inputs = run.recipe.transform, part.inputs
+    name = f"{part.name}.{site.linears[0]}"
+    collectors = {}
+    if inputs is not None:
+        rows_wanted = getattr(method, "rows", 0)
+        collectors = {
+            need: COLLECTORS[need](TRANSFORM_BLOCK, rows_wanted, inputs.tokens) for need in sorted(method.needs)
+        }
+        largest = LargestMagnitude()
+        inverse = None if scales is None else (1 / scales).to(torch.float32)
+
+        def see(x: Tensor) -> None:
+            largest.update(x)
+            rows.update(x)
+            for collector in collectors.values():
+                collector.update(x if inverse is None else x * inverse)
+
+        wishes = run.recipe.rounding.wishes
+        batches = None if collectors else [0]
+        keeps = wishes.hessian and site.experts is None
+        for *_, x in watched_together(part.module, inputs, watched_modules(site, wishes), batches, keeps):
+            see(x)
+        if not torch.isfinite(largest.result()):
+            raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
+    if not run.recipe.has_transform:
+        return None
+    smoothed = torch.cat([part.weights[linear] for linear in site.linears])
+    if scales is not None:
+        smoothed = smoothed * scales
+    seen = {need: collector.result() for need, collector in collectors.items()}
+    sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, run.activations, run.weights, run.replay)
+    transform = method.fit(sample, run.recipe.sharing, generator_for(run.seed, name))
+    if scales is not None:
+        transform = BlockTransform.diagonal(1 / scales, TRANSFORM_BLOCK).compose(transform)
+    return transform.as_applied()
+
+
+def round_site(run: BlockRun, part: Part, site: Site, transform: BlockTransform | None) -> dict[str, RoundedLinear]:
+    """Round the linears of a site, by their names, for the inputs of the part."""
+    weights = [part.weights[linear] for linear in site.linears]
+    folded = dict(zip(site.linears, weights if transform is None else map(transform.fold, weights), strict=True))
+    hessian = shift = None
+    wishes = run.recipe.rounding.wishes
+    if wishes.hessian:
+        assert part.inputs is not None
+        seen = SiteInputs(part.module, site, part.inputs, transform, run.activations)
+        whole = torch.cat(weights)
+        if part.original is None or wishes.target == "own":
+            hessian = seen.hessian(whole, wishes)
+        else:
+            hessian, shift = seen.hessian_and_shift(part.original, whole, torch.cat(list(folded.values())), wishes)
+        part.inputs.kept = {}
+    quantized, damping, remainders = _round(run, folded, hessian, shift, f"{part.name}.{site.linears[0]}")
+    is_tuned = run.recipe.tuning is not None
+    return {
+        linear: RoundedLinear(
+            weight,
+            _relative_error(weight.dequantize(torch.float64), folded[linear]),
+            damping,
+            remainders[linear].to(torch.bfloat16) if is_tuned else None,
+        )
+        for linear, weight in quantized.items()
+    }
+
+
+def _round(
+    run: BlockRun, folded: Weights, hessian: Tensor | None, shift: Tensor | None, name: str
+) -> tuple[dict[str, QTensor], float | None, Weights]:
+    """Round weights with the same inputs, all at once unless a scale looks at the whole tensor.
+
+    Codes and scales, the damping used, and what rounding took away.
+    """
+    rule, format = run.weights.rule, run.weights.format
+    rows = [len(weight) for weight in folded.values()]
+    if rule.looks_at_whole_tensor(format.scale):
+        shifts = [None] * len(rows) if shift is None else list(shift.split(rows))
+        results = {
+            linear: run.recipe.rounding.round(weight, format, rule, hessian, name, part)
+            for (linear, weight), part in zip(folded.items(), shifts, strict=True)
+        }
+        return (
+            {linear: result.weight for linear, result in results.items()},
+            next(iter(results.values())).damping,
+            {linear: result.remainder for linear, result in results.items()},
+        )
+    result = run.recipe.rounding.round(torch.cat(list(folded.values())), format, rule, hessian, name, shift)
+    parts = result.weight.split_rows(rows)
+    remainders = dict(zip(folded, result.remainder.split(rows), strict=True))
+    return dict(zip(folded, parts, strict=True)), result.damping, remainders
+
+
+def install_rounded(
+    run: BlockRun,
+    part: Part,
+    site: Site,
+    transform: BlockTransform | None,
+    rounded: dict[str, RoundedLinear],
+    rows: RowSample,
+) -> list[LinearReport]:
+    """Put quantized linears in place; what they cost, on the inputs in `rows`."""
+    stored = None if transform is None else transform.to_stored()
+    quantized = {linear: found.weight for linear, found in rounded.items()}
+    install_site(part.module, scheme_name(part.index, site), site, quantized, stored, run.weights, run.activations)
+    for linear, found in rounded.items():
+        module = part.module.get_submodule(linear)
+        assert isinstance(module, QuantLinear)
+        module.remainder = found.remainder
+    weight_errors = [rounded[linear].error for linear in site.linears]
+    output_errors = []
+    if part.inputs is not None:
+        output_errors = [_output_error(part.module, x, part.weights[x], rows) for x in site.linears]
+    errors = torch.stack(weight_errors + output_errors).tolist()  # one wait for the device
+    return [
+        LinearReport(
+            f"{part.name}.{linear}",
+            (part.weights[linear].shape[0], part.weights[linear].shape[1]),
+            site.group,
+            errors[position],
+            errors[position + len(site.linears)] if output_errors else None,
+            rounded[linear].damping,
+        )
+        for position, linear in enumerate(site.linears)
+    ]
+
+
+def _output_error(block: nn.Module, linear: str, weight: Tensor, rows: RowSample) -> Tensor:
+    """Relative error of one installed linear on sampled inputs, against its weights before quantization."""
+    module = block.get_submodule(linear)
+    assert isinstance(module, QuantLinear)
+    x = rows.result()
+    bias = 0 if module.bias is None else module.bias
+    return _relative_error((module(x) - bias).double(), x.double() @ weight.t())
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
+    """||found - expected|| / ||expected||, a scalar; 0 where both are zero."""
+    norm = expected.norm()
+    return torch.where(norm > 0, (found - expected).norm() / norm, found.norm())
