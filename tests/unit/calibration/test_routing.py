@@ -23,11 +23,11 @@ def test_they_are_the_rows_that_the_expert_computes() -> None:
     for number, expert in enumerate(block.mlp.experts):
         seen: list[Tensor] = []
         handle = expert.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.append(arguments[0]))
-        for hidden, arguments in zip(inputs.hidden, inputs.arguments, strict=True):
-            block(hidden, **arguments)
+        for hidden in inputs.hidden:
+            block(hidden, **inputs.keywords)
         handle.remove()
         sent = routing.sent_to(number)
-        assert len(sent.hidden) == len(seen) == len(sent.arguments)
+        assert len(sent.hidden) == len(seen) and sent.keywords == {}
         for mine, theirs in zip(sent.hidden, seen, strict=True):
             assert mine.shape == (1, *theirs.shape)
             assert sorted(mine[0].tolist()) == sorted(theirs.tolist())
