@@ -135,8 +135,8 @@ class MxrotQuantizer(_Quantizer):
     requires_calibration = True
     quantization_config: CheckpointConfig
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Tensors may be renamed, but linears of experts are not put together."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """Tensors may be renamed, but linears of experts are not put together. Older transformers give no model."""
         return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
