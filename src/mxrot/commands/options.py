@@ -29,6 +29,9 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the firs
 CHANGES_HELP = "Change a recipe key, repeatable, e.g. transform.sharing=block"
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=CHANGES_HELP)]
 
+KEPT = "mxrot.kept"
+"""Where a command says, in the context's meta, what an interrupt leaves behind."""
+
 
 def chosen_recipe(name: str, changes: list[str]) -> Any:
     """The recipe of that name or file, with the changes of `--set`."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxrot.cli_options import Device, Texts, check_texts, prepare
+from mxrot.commands.options import Device, Texts, check_texts, prepare
 from mxrot.errors import ConfigError
 
 

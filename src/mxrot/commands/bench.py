@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxrot.cli_options import (
+from mxrot.commands.options import (
     Calib,
     Changes,
     Device,

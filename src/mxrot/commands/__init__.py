@@ -1,0 +1,1 @@
+"""The commands of `mxrot`: options in, one call, and tables out."""

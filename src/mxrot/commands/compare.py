@@ -1,0 +1,102 @@
+"""The commands `mxrot compare` and `mxrot demo`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mxrot.commands.options import (
+    Calib,
+    Changes,
+    Device,
+    Json,
+    Limit,
+    Model,
+    Samples,
+    Seed,
+    TaskData,
+    Tasks,
+    Texts,
+    Windows,
+    check_texts,
+    chosen_recipe,
+    chosen_tasks,
+    console,
+    prepare,
+    write_json,
+)
+from mxrot.errors import ConfigError
+
+
+def compare(
+    model: Model = "demo",
+    recipes: Annotated[str, typer.Option("--recipes", help="Names or files, comma-separated")] = "rtn,duquant++",
+    changes: Changes = [],  # noqa: B006
+    calib: Calib = "demo",
+    samples: Samples = None,
+    text: Texts = ["demo"],  # noqa: B006
+    windows: Windows = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window, for both")] = 2048,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Quantize a model in memory with several recipes, and compare."""
+    from mxrot.comparison import compare_recipes
+    from mxrot.report import compared_tasks_table, comparison_table, progress_on_stderr
+
+    chosen = [chosen_recipe(name.strip(), changes) for name in recipes.split(",") if name.strip()]
+    if not chosen:
+        raise ConfigError("--recipes: name at least one")
+    check_texts(text)
+    prepare(model, device, json_file)
+    loaded = chosen_tasks(tasks, task_data, limit)
+    with progress_on_stderr("Comparing") as told:
+        rows = compare_recipes(
+            model,
+            chosen,
+            calib=calib,
+            samples=samples,
+            texts=text,
+            windows=windows,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            tasks=loaded,
+            limit=limit,
+            progress=told,
+        )
+    console().print(comparison_table(rows, f"{model}, windows of {seq_len}"))
+    if loaded:
+        console().print(compared_tasks_table(rows))
+    write_json(json_file, {"rows": [row.as_table() for row in rows]})
+
+
+def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:
+    """Quantize the demo model with rtn and duquant++, and compare."""
+    from mxrot.comparison import compare_recipes
+    from mxrot.recipe import load_recipe
+    from mxrot.report import comparison_table, progress_on_stderr
+
+    prepare("demo", device, json_file)
+    with progress_on_stderr("Demo") as told:
+        rows = compare_recipes(
+            "demo",
+            [load_recipe("rtn"), load_recipe("duquant++")],
+            samples=8,
+            windows=16,
+            seq_len=512,
+            seed=seed,
+            device=device,
+            prompt="The three primary colors are",
+            progress=told,
+        )
+    out = console()
+    out.print(comparison_table(rows, "SmolLM2-135M-Instruct, weights and activations in MXFP4; held-out demo text"))
+    for row in rows:
+        print(f"{row.recipe}: {row.extra['generated']}")
+    write_json(json_file, {"rows": [row.as_table() for row in rows]})

@@ -1,0 +1,101 @@
+"""The command `mxrot eval`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Annotated, Any
+
+import typer
+
+from mxrot.commands.options import (
+    KEPT,
+    Device,
+    Json,
+    Limit,
+    Model,
+    TaskData,
+    Tasks,
+    Texts,
+    Windows,
+    check_resume,
+    check_texts,
+    chosen_tasks,
+    console,
+    partial_file,
+    prepare,
+    write_json,
+)
+
+
+def evaluate(
+    ctx: typer.Context,
+    model: Model = "demo",
+    text: Texts = [],  # noqa: B006
+    windows: Windows = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 2048,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="The original: how far from it, token by token")
+    ] = None,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Requests at once (by device)")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with --tasks where a run with --json ended")] = False,
+    device: Device = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the SHA-256 of every file first")] = False,
+    json_file: Json = None,
+) -> None:
+    """Perplexity of a model or a checkpoint, and its scores in tasks.
+
+    Text is `demo` where neither texts nor tasks are named.
+    """
+    from mxrot import api
+    from mxrot.evaluation import score_tasks
+    from mxrot.records import versions
+    from mxrot.report import divergence_table, perplexity_table, progress_on_stderr, tasks_table
+
+    texts = text or ([] if tasks and against is None else ["demo"])
+    check_texts(texts)
+    check_resume(resume, tasks, json_file)
+    prepare(model, device, json_file)
+    if against is not None:
+        prepare(against, device, None)
+    loaded = chosen_tasks(tasks, task_data, limit)
+    started = time.monotonic()
+    apart = None
+    scores = {}
+    with progress_on_stderr("Evaluating") as told, contextlib.ExitStack() as stack:
+        opened, folder = api.open_model(model, device, verify)
+        tokenizer = api.load_tokenizer(folder)
+        answers = None
+        if loaded and json_file is not None:
+            answers = stack.enter_context(api.kept_answers(partial_file(json_file), opened, folder, resume))
+            ctx.meta[KEPT] = "answers to tasks"
+        if against is not None:
+            options: dict[str, Any] = {"windows": windows, "seq_len": seq_len, "device": device, "progress": told}
+            apart = api.diverge(opened, against, texts, tokenizer=tokenizer, **options)
+            results = {name: found.perplexity for name, found in apart.items()}
+        else:
+            results = api.evaluate(opened, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        if loaded:
+            options = {"limit": limit, "batch_size": batch_size, "answers": answers, "progress": told}
+            scores = score_tasks(opened, tokenizer, loaded, **options)
+    if results:
+        console().print(perplexity_table(model, results))
+    if apart is not None:
+        console().print(divergence_table(model, str(against), apart))
+    if scores:
+        console().print(tasks_table(model, scores))
+    table = {
+        "model": model,
+        "perplexity": {name: vars(result) for name, result in results.items()},
+        "against": against,
+        "divergence": None if apart is None else {name: vars(result) for name, result in apart.items()},
+        "tasks": {name: score.as_table() for name, score in scores.items()},
+        "seconds": round(time.monotonic() - started, 2),
+        "versions": versions(tasks=bool(scores)),
+    }
+    write_json(json_file, table)
+    if answers is not None:
+        answers.remove()

@@ -1,0 +1,37 @@
+"""The command `mxrot export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mxrot.commands.options import Json, console, prepare, write_json
+from mxrot.errors import ConfigError
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Folder that `mxrot quantize` has written")],
+    to: Annotated[str, typer.Option("--to", metavar="PROGRAM", help="Program to run it with: vllm")] = "vllm",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; without it the checkpoint is only checked")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty")] = False,
+    json_file: Json = None,
+) -> None:
+    """Say what vLLM does with a checkpoint; write it for vLLM."""
+    from mxrot.checkpoint import check_for_vllm, export_for_vllm
+    from mxrot.models import find_model
+    from mxrot.report import print_vllm_report
+
+    if to != "vllm":
+        raise ConfigError(f"--to {to}: not known; known is vllm")
+    prepare(model, None, json_file)
+    folder = find_model(model)
+    report = check_for_vllm(folder) if output is None else export_for_vllm(folder, output.expanduser(), force)
+    out = console()
+    print_vllm_report(report, out)
+    if output is not None:
+        out.print(f"{output}: written; next: vllm serve {output}")
+    write_json(json_file, report.as_table() | {"output": None if output is None else str(output)})

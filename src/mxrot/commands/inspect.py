@@ -1,0 +1,58 @@
+"""The command `mxrot inspect`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from mxrot.commands.options import Device, Json, Model, console, prepare, write_json
+
+
+def inspect(
+    model: Model = "demo",
+    text: Annotated[str, typer.Option("--text", metavar="TEXT", help="Text to look at the activations on")] = "demo",
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of it")] = 4,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 512,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Also which kernel computes each linear, and why")] = False,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Outliers in the inputs of each site; errors of a checkpoint."""
+    from mxrot import api
+    from mxrot.calibration import load_text, token_windows
+    from mxrot.checkpoint import is_checkpoint
+    from mxrot.evaluation import kernel_choices, site_maxima
+    from mxrot.models import find_family
+    from mxrot.report import (
+        choices_table,
+        errors_table,
+        experts_line,
+        maxima_table,
+        progress_on_stderr,
+        size_line,
+        tuning_line,
+    )
+
+    loaded = load_text(text, "evaluation")
+    prepare(model, device, json_file)
+    with progress_on_stderr("Inspecting") as told:
+        opened, folder = api.open_model(model, device)
+        tokens = token_windows(loaded, api.load_tokenizer(folder), seq_len, windows)
+        sites = site_maxima(opened, find_family(opened.config, model), tokens, progress=told)
+    out = console()
+    out.print(maxima_table(sites))
+    result: dict[str, Any] = {"model": model, "sites": [{**vars(site), "ratio": site.ratio} for site in sites]}
+    if is_checkpoint(folder):
+        run = json.loads((folder / "run.json").read_text())
+        out.print(errors_table(run["blocks"]))
+        out.print(size_line(run["size"]))
+        for line in filter(None, (tuning_line(run), experts_line(run))):
+            out.print(line)
+        result |= {"blocks": run["blocks"], "size": run["size"]}
+    if kernels:
+        choices = kernel_choices(opened)
+        out.print(choices_table(choices))
+        result["kernels"] = [vars(choice) for choice in choices]
+    write_json(json_file, result)

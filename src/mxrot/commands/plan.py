@@ -1,0 +1,55 @@
+"""The command `mxrot plan`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mxrot.commands.options import (
+    Changes,
+    Device,
+    Json,
+    Model,
+    RecipeOption,
+    Samples,
+    chosen_recipe,
+    console,
+    prepare,
+    write_json,
+)
+
+
+def plan(
+    model: Model = "demo",
+    recipe: RecipeOption = "mxrot",
+    changes: Changes = [],  # noqa: B006
+    samples: Samples = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option("--gpu-memory", min=0.1, metavar="GB", help="Plan for a GPU with so much free")
+    ] = None,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """What quantizing would take, from a config.json alone.
+
+    Exits with 1 if it would be refused.
+    """
+    import torch
+
+    from mxrot import api
+    from mxrot.models import find_config
+    from mxrot.planning import Machine, make_plan
+    from mxrot.report import plan_report
+
+    chosen = chosen_recipe(recipe, changes)
+    prepare(model, device, json_file)
+    machine = Machine(torch.device(device or api.default_device()), gpu_memory and 1e9 * gpu_memory)
+    made = make_plan(model, find_config(model), chosen, machine, samples, seq_len)
+    out = console()
+    for piece in plan_report(made):
+        out.print(piece, markup=False, highlight=False, soft_wrap=isinstance(piece, str))
+    write_json(json_file, made.as_table())
+    if made.problems:
+        raise typer.Exit(1)

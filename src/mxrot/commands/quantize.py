@@ -1,0 +1,69 @@
+"""The command `mxrot quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mxrot.commands.options import (
+    Calib,
+    Changes,
+    Device,
+    Json,
+    Model,
+    RecipeOption,
+    Samples,
+    Seed,
+    chosen_recipe,
+    console,
+    prepare,
+    write_json,
+)
+
+
+def quantize(
+    model: Model = "demo",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write")] = Path("mxrot-output"),
+    recipe: RecipeOption = "mxrot",
+    changes: Changes = [],  # noqa: B006 (typer copies it)
+    calib: Calib = "demo",
+    samples: Samples = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks, and go on where a run ended")] = False,
+    json_file: Json = None,
+) -> None:
+    """Quantize a model into a checkpoint folder."""
+    from mxrot import api
+    from mxrot.report import experts_line, progress_on_stderr, size_line, tuning_line
+
+    chosen = chosen_recipe(recipe, changes)
+    prepare(model, device, json_file)
+    with progress_on_stderr(f"Quantizing with {chosen.name}") as told:
+        run = api.quantize(
+            model,
+            chosen,
+            output,
+            calib=calib,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            force=force,
+            resume=resume,
+            progress=told,
+        )
+    assert isinstance(run, dict)
+    out = console()
+    out.print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
+    out.print(size_line(run["size"]))
+    for line in filter(None, (tuning_line(run), experts_line(run))):
+        out.print(line)
+    if run["peak_gpu_bytes"] is not None:
+        out.print(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
+    out.print(f'next: mxrot eval {output}    mxrot generate {output} "Once upon a time"')
+    write_json(json_file, run)
