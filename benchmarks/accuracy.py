@@ -35,7 +35,7 @@ from mxrot.calibration import load_text, token_windows
 from mxrot.checkpoint import quantize_to_folder
 from mxrot.errors import MxrotError
 from mxrot.evaluation import perplexity
-from mxrot.models import find_model
+from mxrot.models import find_model, read_config, start_token
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import RunRecord, device_name, versions
 
@@ -166,11 +166,12 @@ class Bench:
     @staticmethod
     def prepare(options: argparse.Namespace, device: str) -> Bench:
         folder = find_model(options.model)
-        tokenizer = api.load_tokenizer(folder)
+        tokenizer, start = api.load_tokenizer(folder), start_token(read_config(folder))
         texts = [load_text(spec, "evaluation") for spec in options.text]
-        windows = {text.name: token_windows(text, tokenizer, options.seq_len, options.windows) for text in texts}
+        asked = options.seq_len, options.windows, False, start
+        windows = {text.name: token_windows(text, tokenizer, *asked) for text in texts}
         calib = load_text(options.calib, "calibration")
-        calibration = token_windows(calib, tokenizer, options.seq_len, options.samples, spread=True)
+        calibration = token_windows(calib, tokenizer, options.seq_len, options.samples, True, start)
         digests = {text.name: text.digest for text in texts} | {f"calibration {calib.name}": calib.digest}
         return Bench(options, device, folder, digests, windows, calibration)
 

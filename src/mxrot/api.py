@@ -31,7 +31,7 @@ from mxrot.evaluation import (
     perplexity,
     score_tasks,
 )
-from mxrot.models import WeightFiles, find_family, find_model, needed_attention, read_config
+from mxrot.models import WeightFiles, find_family, find_model, needed_attention, read_config, start_token
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import device_name, versions
 
@@ -132,7 +132,7 @@ def calibrate(
     text = load_text(calib, "calibration")
     samples = recipe.calibration.samples if samples is None else samples
     seq_len = recipe.calibration.seq_len if seq_len is None else seq_len
-    windows = token_windows(text, load_tokenizer(folder), seq_len, samples, spread=True)
+    windows = token_windows(text, load_tokenizer(folder), seq_len, samples, True, start_token(read_config(folder)))
     description = {
         "text": text.name,
         "sha256": text.digest,
@@ -196,7 +196,9 @@ def evaluate(
         raise TypeError("evaluate needs the tokenizer of a model that is passed itself")
     batch = _batch_windows(model, seq_len)
     return {
-        loaded.name: perplexity(model, token_windows(loaded, tokenizer, seq_len, windows), batch, progress)
+        loaded.name: perplexity(
+            model, token_windows(loaded, tokenizer, seq_len, windows, start=start_token(model.config)), batch, progress
+        )
         for loaded in _texts(text)
     }
 
@@ -223,7 +225,7 @@ def diverge(
     batch = _batch_windows(model, seq_len)
     results = {}
     for loaded in _texts(text):
-        tokens = token_windows(loaded, tokenizer, seq_len, windows)
+        tokens = token_windows(loaded, tokenizer, seq_len, windows, start=start_token(model.config))
         results[loaded.name] = divergence(model, original, tokens, batch, progress)
     return results
 

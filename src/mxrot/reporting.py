@@ -18,7 +18,7 @@ from mxrot.calibration import load_text, token_windows
 from mxrot.checkpoint import is_checkpoint
 from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
-from mxrot.models import Family, find_family, find_model, read_config
+from mxrot.models import Family, find_family, find_model, read_config, start_token
 from mxrot.recipe import Recipe
 from mxrot.records import Metric, versions
 from mxrot.report import Contents, metrics_of
@@ -66,7 +66,7 @@ def gather(request: Request, device: str | None = None, progress: api.Progress =
     if metrics is None:
         metrics = _measured(request, model, original, tokenizer, progress)
     count = max(1, min(request.windows, TOKENS_LOOKED_AT // request.seq_len))
-    windows = token_windows(looked_at, tokenizer, request.seq_len, count)
+    windows = token_windows(looked_at, tokenizer, request.seq_len, count, start=start_token(config))
     before, after = _views(recipe, family, windows, model, original, progress)
     seen = {name: view for name, view in before.items() if name in after}
     for name in chosen:

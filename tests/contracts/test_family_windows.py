@@ -190,6 +190,18 @@ def test_what_a_model_writes_follows_it(name: str, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompted", [0.0, 1.0])
+def test_what_gemma_writes_starts_as_its_texts_do(prompted: float) -> None:
+    model = model_of("gemma3, windows")
+    begin = model.config.bos_token_id
+    text = torch.nn.functional.pad(WINDOWS[:, 1:], (1, 0), value=begin)
+    text[:, 1:][text[:, 1:] == begin] = begin + 1
+    written = generated_windows(model, 3, LENGTH, torch.Generator().manual_seed(0), text, prompted)
+    assert (written[:, 0] == begin).all()
+    pieces = {tuple(row.tolist()) for window in text for row in window[1:].unfold(0, 4, 1)}
+    assert all((tuple(row[1:5].tolist()) in pieces) == (prompted == 1) for row in written)
+
+
 @each_windowed
 def test_shared_heads_attend_alike(name: str) -> None:
     model = model_of(name)

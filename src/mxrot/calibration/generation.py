@@ -16,10 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from mxrot.models import Family, find_family, shared_heads, step_mask, value_heads
+from mxrot.models import Family, find_family, shared_heads, start_token, step_mask, value_heads
 from mxrot.replay import Replays
 
 SEQUENCE_TOKENS = 256
@@ -81,7 +82,8 @@ def generated_windows(
 
     A share `prompted` of the sequences goes on from PROMPT_TOKENS tokens at a random place of `text`, int64 [W, T]; the
     others from one random token. Those and the seed of the sampling come from `generator`; other random states are
-    left as they are. No sequence ends early: the end-of-text token is not sampled.
+    left as they are. No sequence ends early: the end-of-text token is not sampled. Where texts for this model must
+    start with one token, all sequences do.
     """
     config = model.config.get_text_config()
     tokens = min(SEQUENCE_TOKENS, length)
@@ -90,8 +92,12 @@ def generated_windows(
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
     draws = torch.Generator(model.device).manual_seed(seed)
     starts = first[:, None]
+    begin = start_token(model.config)
     if text is not None and prompted:
+        text = text if begin is None else text[:, 1:]  # pieces of it, which do not begin again
         starts = _with_prompts(first, text, round(prompted * sequences), tokens // 2, generator)
+    if begin is not None:
+        starts = F.pad(starts, (1, 0), value=begin)
     with shared_heads(model):
         parts = [
             torch.stack(list(_sequences(model, part.to(model.device), tokens, draws)), dim=1).cpu()

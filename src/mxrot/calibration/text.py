@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mxrot.errors import ConfigError, DataError
@@ -52,24 +53,31 @@ def load_text(spec: str, role: Role) -> Text:
     return Text(name or Path(path).stem, content)
 
 
-def token_windows(text: Text, tokenizer: Any, seq_len: int, limit: int | None, spread: bool = False) -> Tensor:
+def token_windows(
+    text: Text, tokenizer: Any, seq_len: int, limit: int | None, spread: bool = False, start: int | None = None
+) -> Tensor:
     """Windows of `seq_len` tokens without overlap, int64 [W, seq_len]; the tail that fills none is dropped.
 
     The text is tokenized once, as one string. With a `limit` the first ones are kept, or with `spread` evenly
-    spaced ones. DataError if the text does not fill one window.
+    spaced ones. A token `start` stands before the text of each, and takes the place of those that the tokenizer adds.
+    DataError if the text does not fill one window.
     """
     if seq_len < 2:
         raise ConfigError(f"seq_len must be at least 2, got {seq_len}")
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of windows must be positive, got {limit}")
-    ids = torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
-    count = len(ids) // seq_len
+    options = {} if start is None else {"add_special_tokens": False}
+    ids = torch.tensor(tokenizer(text.content, verbose=False, **options)["input_ids"], dtype=torch.int64)
+    length = seq_len - (start is not None)
+    count = len(ids) // length
     if count == 0:
         raise DataError(
             f"{text.name}: {len(ids)} tokens do not fill one window of {seq_len}; "
             "give a longer text or a smaller --seq-len"
         )
-    windows = ids[: count * seq_len].view(count, seq_len)
+    windows = ids[: count * length].view(count, length)
+    if start is not None:
+        windows = F.pad(windows, (1, 0), value=start)
     if limit is None or limit >= count:
         return windows
     kept = torch.arange(limit) * count // limit if spread else torch.arange(limit)

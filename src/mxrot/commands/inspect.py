@@ -24,7 +24,7 @@ def inspect(
     from mxrot.calibration import load_text, token_windows
     from mxrot.checkpoint import is_checkpoint
     from mxrot.evaluation import kernel_choices, site_maxima
-    from mxrot.models import find_family
+    from mxrot.models import find_family, start_token
     from mxrot.report import (
         choices_table,
         errors_table,
@@ -39,7 +39,8 @@ def inspect(
     prepare(model, device, json_file)
     with progress_on_stderr("Inspecting") as told:
         opened, folder = api.open_model(model, device)
-        tokens = token_windows(loaded, api.load_tokenizer(folder), seq_len, windows)
+        tokenizer, start = api.load_tokenizer(folder), start_token(opened.config)
+        tokens = token_windows(loaded, tokenizer, seq_len, windows, start=start)
         sites = site_maxima(opened, find_family(opened.config, model), tokens, progress=told)
     out = console()
     out.print(maxima_table(sites))

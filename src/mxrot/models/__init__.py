@@ -16,6 +16,7 @@ from mxrot.models.skeleton import (
     read_config,
     read_generation_config,
     rebuild_buffers,
+    start_token,
 )
 from mxrot.models.weights import WeightFiles
 
@@ -41,6 +42,7 @@ __all__ = [
     "score_heads",
     "separate_experts",
     "shared_heads",
+    "start_token",
     "step_mask",
     "value_heads",
 ]

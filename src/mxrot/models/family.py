@@ -77,6 +77,8 @@ class Family:
     head: str = "lm_head"
     rotary: str | None = "model.rotary_emb"
     """Module without weights, rebuilt from the config."""
+    starts_with_bos: bool = False
+    """The model has seen no text that does not start with the BOS token, and is of no use on one."""
     windows: Literal["none", "all", "by kind"] = "none"
     """Which decoder blocks attend to the last `sliding_window` tokens only, where the config gives a number: "by kind",
     those that `layer_types` says."""

@@ -18,7 +18,7 @@ GEMMA_SITES = tuple(
     for site in LLAMA_SITES
 )
 
-GEMMA2 = Family("gemma2", ("Gemma2ForCausalLM",), GEMMA_SITES, windows="by kind")
+GEMMA2 = Family("gemma2", ("Gemma2ForCausalLM",), GEMMA_SITES, starts_with_bos=True, windows="by kind")
 
-GEMMA3 = Family("gemma3", ("Gemma3ForCausalLM",), GEMMA_SITES, windows="by kind")
+GEMMA3 = Family("gemma3", ("Gemma3ForCausalLM",), GEMMA_SITES, starts_with_bos=True, windows="by kind")
 """Queries and keys have norms of their own, behind their linears. Models that see images, too, are another class."""

@@ -75,6 +75,19 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
         raise FamilyError(f"{where}: some of its decoder blocks are of type sliding_attention, without sliding_window")
 
 
+def start_token(config: Any) -> int | None:
+    """What each window of text must start with; None where it may start anywhere, and for a family that is not known.
+
+    FamilyError if the config does not say what it is.
+    """
+    architectures = set(getattr(config, "architectures", None) or ())
+    if not any(family.starts_with_bos and architectures & set(family.architectures) for family in FAMILIES.values()):
+        return None
+    if config.bos_token_id is None:
+        raise FamilyError("config.json: bos_token_id is missing, and texts for this model must start with it")
+    return int(config.bos_token_id)
+
+
 def build_skeleton(config: Any, experts_apart: bool = True) -> PreTrainedModel:
     """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it.
 

@@ -13,9 +13,12 @@ from mxrot.errors import ConfigError, DataError
 class Letters:
     """A tokenizer that knows the code points."""
 
-    def __call__(self, text: str, verbose: bool) -> dict[str, Any]:
+    begin = ""
+    """What it adds to every text."""
+
+    def __call__(self, text: str, verbose: bool, add_special_tokens: bool = True) -> dict[str, Any]:
         assert not verbose
-        return {"input_ids": [ord(letter) for letter in text]}
+        return {"input_ids": [ord(letter) for letter in (self.begin if add_special_tokens else "") + text]}
 
 
 def windows_of(text: str, seq_len: int, limit: int | None = None, spread: bool = False) -> list[str]:
@@ -27,6 +30,19 @@ def windows_of(text: str, seq_len: int, limit: int | None = None, spread: bool =
 def test_windows_do_not_overlap_and_the_tail_is_dropped() -> None:
     assert windows_of("abcdefgh", 3) == ["abc", "def"]
     assert windows_of("abcdef", 3) == ["abc", "def"]
+
+
+def test_a_token_that_every_window_starts_with() -> None:
+    tokenizer = Letters()
+    tokenizer.begin = "^"
+    text = Text("t", "abcdefgh")
+    windows = token_windows(text, tokenizer, 3, None, start=ord("<"))
+    assert ["".join(map(chr, row)) for row in windows.tolist()] == ["<ab", "<cd", "<ef", "<gh"]
+    spread = token_windows(text, tokenizer, 3, 2, True, ord("<"))
+    assert ["".join(map(chr, row)) for row in spread.tolist()] == ["<ab", "<ef"]
+    assert token_windows(text, tokenizer, 3, None).tolist()[0] == [ord(letter) for letter in "^ab"]
+    with pytest.raises(DataError, match="8 tokens do not fill one window of 10"):
+        token_windows(text, tokenizer, 10, None, start=1)
 
 
 def test_a_limit_keeps_the_first_windows_or_spreads_them() -> None:

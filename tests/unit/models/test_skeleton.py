@@ -16,6 +16,7 @@ from mxrot.models import (
     read_config,
     read_generation_config,
     rebuild_buffers,
+    start_token,
 )
 from mxrot.models.gemma import GEMMA3
 from mxrot.models.llama import LLAMA
@@ -38,6 +39,15 @@ def test_read_config(folder: Path) -> None:
     config = read_config(folder)
     assert config.num_hidden_layers == 2 and find_family(config, "x") is LLAMA
     assert read_config(folder / "config.json").to_dict() == config.to_dict()
+
+
+def test_what_texts_start_with(folder: Path) -> None:
+    config = Gemma3TextConfig(architectures=["Gemma3ForCausalLM"], bos_token_id=2)
+    assert start_token(config) == 2
+    assert start_token(read_config(folder)) is None and start_token(GPT2Config()) is None
+    config.bos_token_id = None
+    with pytest.raises(FamilyError, match=r"bos_token_id is missing"):
+        start_token(config)
 
 
 def test_no_config(tmp_path: Path) -> None:
