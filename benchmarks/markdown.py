@@ -1,4 +1,4 @@
-"""Results of benchmarks/accuracy.py as a Markdown table, as docs/ablation.md and docs/methods.md have it.
+"""Results of benchmarks/accuracy.py as a Markdown table, as docs/results.md has it.
 
     python benchmarks/markdown.py benchmarks/results/demo_ablation_*.json
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mxrot import pipeline
-from mxrot.calibration import Hessian, capture
+from mxrot.calibration import BlockInputs, Hessian, first_block
 from mxrot.errors import ConfigError, FamilyError, MxrotError, NumericsError
 from mxrot.layers import QuantLinear
 from mxrot.models import FAMILIES, Site, WeightFiles, build_skeleton
@@ -196,15 +196,15 @@ def test_states_that_wait_in_host_memory_are_the_same(source: Path, monkeypatch:
     chosen = recipe(name, **changes)
     expected = model_of(source, chosen, WINDOWS).state_dict()
     puts: list[torch.device] = []
-    put = capture.BlockInputs.put
+    put = BlockInputs.put
 
-    def count(inputs: capture.BlockInputs, value: object) -> object:
+    def count(inputs: BlockInputs, value: object) -> object:
         assert inputs.is_on_host
         puts.append(inputs.device)
         return put(inputs, value)
 
-    monkeypatch.setattr(capture, "MOST_ON_DEVICE", {"cpu": 0})
-    monkeypatch.setattr(capture.BlockInputs, "put", count)
+    monkeypatch.setattr(first_block, "MOST_ON_DEVICE", {"cpu": 0})
+    monkeypatch.setattr(BlockInputs, "put", count)
     found = model_of(source, chosen, WINDOWS).state_dict()
     assert len(puts) > 8 and found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)

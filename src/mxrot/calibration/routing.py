@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from mxrot.calibration.capture import BlockInputs, observe_inputs
+from mxrot.calibration.block_inputs import BlockInputs
+from mxrot.calibration.capture import observe_inputs
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from transformers import LlamaForCausalLM
 from mxrot.calibration import (
     BlockInputs,
     advance,
-    capture,
+    block_inputs,
     finish_child,
     first_block_inputs,
     observe_all_inputs,
     observe_inputs,
     watched_together,
 )
-from mxrot.calibration.capture import run_block, watched_inputs
+from mxrot.calibration.capture import run_block
+from mxrot.calibration.hooks import watched_inputs
 from mxrot.errors import NumericsError
 from mxrot.models.llama import LLAMA
 
@@ -195,7 +196,7 @@ class Runs:
 @pytest.mark.parametrize(("limit", "runs"), [(1 << 31, 3), (0, 6), (1, 6)])
 def test_inputs_are_kept_for_the_next_pass(limit: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or computed again where there is no memory; the same either way, and taken only once."""
-    monkeypatch.setattr(capture, "MOST_REMEMBERED", {"cpu": limit})
+    monkeypatch.setattr(block_inputs, "MOST_REMEMBERED", {"cpu": limit})
     block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
     modules = ["input_layernorm", "self_attn.o_proj"]
     expected = [plainly_seen(block, inputs, name) for name in modules]

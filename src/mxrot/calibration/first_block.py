@@ -1,0 +1,78 @@
+"""What a model calls its decoder blocks with, from passes in which no block computes."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxrot.calibration.block_inputs import MOST_ON_DEVICE, BlockInputs
+from mxrot.calibration.hooks import StopForwardError, running, watched_inputs
+from mxrot.models import Family
+
+
+@torch.no_grad()
+def first_block_inputs(model: PreTrainedModel, family: Family, windows: Tensor, batch_windows: int) -> BlockInputs:
+    """Inputs of the first decoder block for token windows [W, T]; only the embedding has to hold weights."""
+    device = _device_of(model, family)
+    inputs = BlockInputs([], block_arguments(model, family, windows[:1]), device=device)
+    for batch in windows.split(batch_windows):
+        hidden = first_hidden(model, family, batch)
+        in_all = windows.numel() * hidden.shape[-1] * hidden.element_size()
+        inputs.is_on_host = in_all > MOST_ON_DEVICE.get(device.type, math.inf)
+        inputs.hidden.append(inputs.put(hidden))
+    return inputs
+
+
+@torch.no_grad()
+def first_hidden(model: PreTrainedModel, family: Family, windows: Tensor) -> Tensor:
+    """The hidden states [W, T, hidden] that the first decoder block gets for token windows [W, T]."""
+    found: list[Tensor] = []
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        found.append(arguments[0] if arguments else keywords["hidden_states"])
+        raise StopForwardError
+
+    handle = model.get_submodule(f"{family.blocks}.0").register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        _run_body(model, family, windows)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@torch.no_grad()
+def block_arguments(model: PreTrainedModel, family: Family, window: Tensor) -> list[dict[str, Any]]:
+    """The keyword arguments of each decoder block for one token window [1, T], from a pass in which no block computes.
+
+    They go with any number of windows of this length, which have no padding: masks and rotary embeddings have a batch
+    dimension of 1. Blocks of one kind share their tensors, because the model gives them the same.
+    """
+    found: list[dict[str, Any]] = []
+
+    def passes_on(hidden_states: Tensor, **keywords: Any) -> Tensor:
+        found.append(keywords)
+        return hidden_states
+
+    with ExitStack() as stack:
+        for block in model.get_submodule(family.blocks).children():
+            stack.enter_context(running(block, passes_on))
+        stack.enter_context(watched_inputs(model.get_submodule(family.final_norm), lambda _: None, stop=True))
+        _run_body(model, family, window)
+    return found
+
+
+def _run_body(model: PreTrainedModel, family: Family, windows: Tensor) -> None:
+    """Run `model` on token windows until a hook stops it."""
+    with suppress(StopForwardError):
+        model.get_submodule(family.body)(input_ids=windows.to(_device_of(model, family)), use_cache=False)
+
+
+def _device_of(model: PreTrainedModel, family: Family) -> torch.device:
+    device = model.get_submodule(family.embedding).weight.device
+    assert isinstance(device, torch.device)
+    return device

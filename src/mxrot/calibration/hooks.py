@@ -1,0 +1,42 @@
+"""Look into modules while they run. Everything is as it was when a context ends, whatever happened inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class StopForwardError(Exception):
+    """Raised by a hook when a forward pass has shown what it was run for."""
+
+
+@contextmanager
+def watched_inputs(module: nn.Module, see: Callable[[Tensor], None], stop: bool = False) -> Iterator[None]:
+    """While open, `see` gets the input of every call of `module`; with `stop` the forward pass then ends there."""
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        see(arguments[0])
+        if stop:
+            raise StopForwardError
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While open, `module` runs `forward` instead of its own."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
