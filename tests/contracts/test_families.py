@@ -21,6 +21,7 @@ from mxrot.models import (
     build_skeleton,
     check_linears,
     find_family,
+    fused_norms,
     needed_attention,
     separate_experts,
     value_heads,
@@ -366,3 +367,20 @@ def test_scales_and_transforms_fold_away_in_float64(family: Family) -> None:
     tolerance = 1e-12 if is_exact else 1e-6
     assert not torch.equal(changed, expected)
     assert float((changed - expected).norm() / expected.norm()) < tolerance
+
+
+@each
+def test_fused_norms_compute_the_same(family: Family) -> None:
+    """Those of families with plain norms are all fused, and give what their class gives."""
+    model = deepcopy(model_of(family))
+    spread_gains(model, family)
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    inputs = [torch.randn(7, len(norm.weight), generator=torch.Generator().manual_seed(0)) for norm in norms]
+    expected = [norm(x) for norm, x in zip(norms, inputs, strict=True)]
+    with fused_norms(model):
+        fused = ["forward" in vars(norm) for norm in norms]
+        found = [norm(x) for norm, x in zip(norms, inputs, strict=True)]
+    is_plain = family.experts is None and not any(site.norm_adds_one for site in family.sites)
+    assert norms and fused == [is_plain] * len(norms)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
