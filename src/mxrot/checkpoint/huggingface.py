@@ -33,7 +33,7 @@ from mxrot.checkpoint.config import (
 from mxrot.errors import CheckpointError, ConfigError
 from mxrot.formats import FORMATS, Format
 from mxrot.layers import TensorQuantizer, prepare_linears, sites_of
-from mxrot.models import Site, check_linears, find_family, separate_experts
+from mxrot.models import Site, check_linears, find_family, needed_attention, separate_experts
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe, load_recipe
 from mxrot.surgery import install_empty_site, scheme_name
 from mxrot.transforms.base import STORED_DTYPE
@@ -141,6 +141,9 @@ class MxrotQuantizer(_Quantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         install_linears(model, self.quantization_config, options.get("checkpoint_files") or ())
+        attention = needed_attention(model.config)
+        if attention is not None and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(attention)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
