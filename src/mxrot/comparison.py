@@ -46,8 +46,9 @@ def compare_recipes(
     folder = find_model(model)
     config = read_config(folder)
     family = find_family(config, model)
+    skeleton = build_skeleton(config)
     for recipe in recipes:
-        for problem in find_problems(build_skeleton(config), family, recipe, model):
+        for problem in find_problems(skeleton, family, recipe, model):
             raise problem
     tokenizer = api.load_tokenizer(folder)
     device = device or api.default_device()
