@@ -41,15 +41,18 @@ def copies_for(operand_bytes: float) -> int:
     return max(1, min(MOST_COPIES, int(CACHE_BYTES // max(operand_bytes, 1)) + 1))
 
 
-def seconds_of(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = REPEATS) -> Seconds:
+def seconds_of(
+    calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = REPEATS, is_recorded: bool = True
+) -> Seconds:
     """The time of one of `calls`, which are made one after the other.
 
-    On a GPU they are recorded as one CUDA graph: what is timed is the device and not the launching of operations.
+    On a GPU they are recorded as one CUDA graph: what is timed is the device and not the launching of operations;
+    otherwise operations are launched as they come.
     """
     if device.type != "cuda":
         found = [_host_seconds(calls) for _ in range(repeats + 1)][1:]
     else:
-        found = _device_seconds(calls, device, repeats)
+        found = _device_seconds(calls, device, repeats, is_recorded)
     low, median, high = statistics.quantiles(found, n=4)
     return Seconds(median, low, high)
 
@@ -61,22 +64,29 @@ def _host_seconds(calls: Sequence[Callable[[], Any]]) -> float:
     return (time.perf_counter() - started) / len(calls)
 
 
-def _device_seconds(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
+def _device_seconds(
+    calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int, is_recorded: bool
+) -> list[float]:
+    def run() -> None:
+        for call in calls:
+            call()
+
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for call in calls[:2]:  # compiles
             call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-        graph.replay()
+        if is_recorded:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                run()
+            run = graph.replay
+        run()
         found = []
         for _ in range(repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record(stream)
-            graph.replay()
+            run()
             end.record(stream)
             end.synchronize()
             found.append(start.elapsed_time(end) / 1e3 / len(calls))

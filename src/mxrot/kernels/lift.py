@@ -5,7 +5,8 @@ is lifted without an error, and a product of FP8 matrices is the product of MXFP
 specification, bit for bit.
 
 A block's scale decides which bytes its eight magnitudes become. These eight are written down once for a block, in two
-words, and each code then looks its byte up. Triton's interpreter has no inline assembly: there codes are taken one by
+words, and each code then looks its byte up. A thread takes half a block: the 8 bytes it loads and the 16 that it stores
+lie beside those of its neighbours. Triton's interpreter has no inline assembly: there codes are taken one by
 one.
 """
 
@@ -16,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16
-GROUPS = 32
+HALVES = 256
+"""Half blocks a program."""
 _LOOK_UP = tl.constexpr(
     """{
     .reg .b32 code, sign, upper;
@@ -87,28 +88,25 @@ def _lift(
     scales_pointer,
     row_exponent_pointer,
     out_pointer,
-    rows_in_all,
     groups_in_all,
+    programs_along,
     ASSEMBLY: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
-    # Three dimensions from the first load on, so that nothing has to change its layout: rows, blocks, words.
-    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
-    groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
-    words = tl.arange(0, 4)[None, None, :]
-    inside = (rows < rows_in_all) & (groups < groups_in_all)
-    place = rows * groups_in_all + groups
-    packed = tl.load(codes_pointer + place * 4 + words, mask=inside, other=0)
-    exponents = tl.load(scales_pointer + place, mask=inside, other=0).to(tl.int32) - 127
-    row_exponents = tl.load(row_exponent_pointer + rows, mask=rows < rows_in_all, other=0)
-    low, high = _table(tl.minimum(tl.maximum(exponents - row_exponents, -13), 6))
-    whole = tl.zeros([ROWS, GROUPS, 4], tl.int32)
-    first, second = _bytes(packed, low + whole, high + whole, ASSEMBLY)
-    target = out_pointer + place * 8 + words * 2
-    tl.store(
-        target[:, :, :, None] + tl.arange(0, 2)[None, None, None, :], tl.join(first, second), inside[:, :, :, None]
-    )
+    row = (tl.program_id(0) // programs_along).to(tl.int64)
+    halves = tl.program_id(0) % programs_along * HALVES + tl.arange(0, HALVES)
+    inside = halves < 2 * groups_in_all
+    codes_pointer += row * groups_in_all * 4
+    out_pointer += row * groups_in_all * 8
+    words = halves[:, None] * 2 + tl.arange(0, 2)[None, :]
+    packed = tl.load(codes_pointer + words, mask=inside[:, None], other=0, eviction_policy="evict_first")
+    scales = tl.load(scales_pointer + row * groups_in_all + halves // 2, mask=inside, other=0)
+    exponents = scales.to(tl.int32) - 127 - tl.load(row_exponent_pointer + row)
+    low, high = _table(tl.minimum(tl.maximum(exponents, -13), 6))
+    whole = tl.zeros([HALVES, 2], tl.int32)
+    first, second = _bytes(packed, low[:, None] + whole, high[:, None] + whole, ASSEMBLY)
+    words = halves[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(out_pointer + words, tl.reshape(tl.join(first, second), [HALVES, 4]), inside[:, None])
 
 
 def lift_weights(codes: Tensor, scales: Tensor, row_exponents: Tensor, out: Tensor | None = None) -> Tensor:
@@ -116,15 +114,16 @@ def lift_weights(codes: Tensor, scales: Tensor, row_exponents: Tensor, out: Tens
     rows, groups = scales.shape
     lifted = torch.empty(rows, groups * 32, dtype=torch.float8_e4m3fn, device=codes.device) if out is None else out
     if lifted.numel():
-        _lift[(triton.cdiv(rows, ROWS), triton.cdiv(groups, GROUPS))](
+        programs_along = triton.cdiv(2 * groups, HALVES)
+        _lift[(rows * programs_along,)](
             codes.contiguous().view(torch.int32),
             scales.contiguous(),
             row_exponents,
             lifted.view(torch.int32),
-            rows,
             groups,
+            programs_along,
             ASSEMBLY=codes.is_cuda,
-            ROWS=ROWS,
-            GROUPS=GROUPS,
+            HALVES=HALVES,
+            num_warps=HALVES // 128,
         )
     return lifted
