@@ -20,7 +20,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from mxrot.bench.timing import Seconds, seconds_of
 from mxrot.calibration.generation import FixedCache
 from mxrot.layers import QuantLinear, prepare_linears
-from mxrot.models import build_skeleton, find_family, rebuild_buffers
+from mxrot.models import build_skeleton, find_family, rebuild_buffers, unmasked
 from mxrot.recipe import Recipe
 from mxrot.surgery import install_empty_site, scheme_name
 from mxrot.transforms.base import BlockTransform, random_orthogonal
@@ -180,21 +180,21 @@ def forwards_replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable[
 
 
 def token_step(model: PreTrainedModel, context: int, compiler: str | None = None) -> Callable[[], Tensor]:
-    """Logits of one token, with keys and values of so many before it. Blocks differ by their place in the cache, so
-    the model is compiled as a whole."""
+    """Logits of one token, with keys and values of so many before it, all of which it sees. Blocks differ by their
+    place in the cache, so the model is compiled as a whole."""
     cache = FixedCache(context + 1)
     place = torch.tensor([context], device=model.device)
-    visible = torch.ones(1, 1, 1, context + 1, dtype=torch.bool, device=model.device)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     run: Callable[..., Any] = model if compiler is None else torch.compile(model, fullgraph=True, backend=compiler)
 
     @torch.no_grad()
     def step() -> Tensor:
         cache.position = place
-        arguments = {"input_ids": ids, "position_ids": place[None], "attention_mask": visible, "use_cache": True}
-        if not cache.is_filled:
-            model(past_key_values=cache, **arguments)
-        output = run(past_key_values=cache, **arguments)
+        arguments = {"input_ids": ids, "position_ids": place[None], "use_cache": True, "past_key_values": cache}
+        with unmasked(model):
+            if not cache.is_filled:
+                model(**arguments)
+            output = run(**arguments)
         logits: Tensor = output.logits
         return logits
 

@@ -364,9 +364,9 @@ def choose_tile(inputs: int, rows: int, groups: int, processors: int) -> Tile:
     is_long = programs <= 2 and groups >= 256
     if inputs <= 8:
         return Tile(8, 16, 2, 8 if is_long else 4)
-    if programs > 2:
-        return Tile(16, 64, 1, 4, registers=255)
-    return Tile(16, 32, 2, 8, registers=255)
+    if inputs <= 16:
+        return Tile(16, 32, 1, 4) if programs > 4 else Tile(16, 32, 2, 8 if is_long else 4, registers=255)
+    return Tile(32, 32, 1, 8 if is_long and inputs <= 32 else 4, registers=255)
 
 
 def skinny_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

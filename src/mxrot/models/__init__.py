@@ -1,6 +1,6 @@
 """Model families, and how to find and read a model. Names and shapes, no numerics."""
 
-from mxrot.models.attention import score_heads, shared_heads, step_mask
+from mxrot.models.attention import score_heads, shared_heads, step_mask, unmasked
 from mxrot.models.experts import separate_experts
 from mxrot.models.family import Family, Site, check_linears, linear_problems, value_heads
 from mxrot.models.logits import logits_of
@@ -44,5 +44,6 @@ __all__ = [
     "shared_heads",
     "start_token",
     "step_mask",
+    "unmasked",
     "value_heads",
 ]

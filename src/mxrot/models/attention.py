@@ -8,7 +8,7 @@ heads copies by index, and deterministically its gradient is a sort.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from mxrot.models.family import Family
 
 NAME = "mxrot_shared_heads"
+UNMASKED = "mxrot_unmasked"
 _KNOWN_ARGUMENTS = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "logits_to_keep"})
 """Arguments that change nothing here; transformers' own function gets a call with others (soft caps, windows)."""
 
@@ -58,19 +59,49 @@ def _for_each_head(part: Tensor, times: int) -> Tensor:
     return part[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
+def unmasked_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `shared_heads_attention` where every query sees all keys, by the fastest function there is."""
+    found = nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    return found.transpose(1, 2).contiguous(), None
+
+
 AttentionInterface.register(NAME, shared_heads_attention)
 AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+# transformers makes no mask for a function that has none registered.
+AttentionInterface.register(UNMASKED, unmasked_attention)
 
 
 @contextmanager
 def shared_heads(*models: PreTrainedModel) -> Iterator[None]:
     """While open, these models compute attention this way, if they would by PyTorch's own function."""
+    with _attention(NAME, models):
+        yield
+
+
+@contextmanager
+def unmasked(*models: PreTrainedModel) -> Iterator[None]:
+    """While open, every token that these models are given sees all keys, if they use PyTorch's own function."""
+    with _attention(UNMASKED, models):
+        yield
+
+
+@contextmanager
+def _attention(function: str, models: Sequence[PreTrainedModel]) -> Iterator[None]:
     configs = [model.config.get_text_config() for model in models]
     before = [config._attn_implementation for config in configs]
     try:
         for config, name in zip(configs, before, strict=True):
             if name == "sdpa":
-                config._attn_implementation = NAME
+                config._attn_implementation = function
         yield
     finally:
         for config, name in zip(configs, before, strict=True):

@@ -6,7 +6,7 @@ from tests.tiny_model import random_windows, write_tiny_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
-from mxrot.models import attention, fused_norms, shared_heads
+from mxrot.models import attention, fused_norms, shared_heads, unmasked
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,17 @@ def test_one_token_under_a_mask_is_one_query_for_each_shared_key(
     whole = [part[:, :, :6].repeat_interleave(2, dim=1) for part in (key, value)]
     expected = nn.functional.scaled_dot_product_attention(query, *whole, scale=0.25).transpose(1, 2)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_token_that_sees_all_keys_needs_no_mask(model: PreTrainedModel, calls: list[tuple[int, ...]]) -> None:
+    ids = random_windows(3, 20)
+    expected = model(ids).logits[:, -1]
+    before = model(ids[:, :-1], use_cache=True).past_key_values
+    calls.clear()
+    with unmasked(model):
+        found = model(ids[:, -1:], past_key_values=before).logits[:, -1]
+    assert set(calls) == {(3, 4, 1, 16)} and model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("more", [{"dropout": 0.5}, {"softcap": 20.0}, {"sliding_window": 4}])
