@@ -3,7 +3,7 @@
     python benchmarks/large.py --blocks 2 --recipe mxrot --out benchmarks/results
 
 Writes a Llama-shaped model of random weights (that of Llama-3-8B unless told) with few decoder blocks into a
-temporary folder, quantizes it on random tokens, one block on the device at a time, and prints what each block took.
+temporary folder, quantizes it on random tokens, one block on the device at a time, and prints when each block begins.
 All blocks are alike, so a whole model takes their time as often as it has blocks. Perplexity means nothing here.
 """
 
@@ -34,22 +34,10 @@ def main() -> None:
     device = torch.device(options.device or api.default_device())
     changes = dict(change.split("=", 1) for change in options.change)
     recipe = load_recipe(options.recipe).changed({key: json.loads(value) for key, value in changes.items()})
-    with tempfile.TemporaryDirectory(dir=options.work) as name:
-        folder = Path(name)
-        write_random_model(folder, options, device)
-        generator = torch.Generator().manual_seed(0)
-        shape = (options.samples, options.seq_len)
-        windows = torch.randint(0, options.vocabulary, shape, generator=generator)
-        started = time.monotonic()
-        result = pipeline.quantize(folder, recipe, windows=windows, device=device, store=Nowhere())
-        seconds = time.monotonic() - started
-    blocks = [block.seconds for block in result.record.blocks]
-    peak = result.record.peak_gpu_bytes
-    print(f"{options.recipe}: {seconds:.1f} s in all; a block {' '.join(f'{s:.1f}' for s in blocks)} s", flush=True)
-    print(f"a model of {options.whole} blocks: about {options.whole * blocks[-1] / 60:.0f} minutes", flush=True)
-    if peak is not None:
-        print(f"peak GPU memory {peak / 1e9:.1f} GB")
-    record: dict[str, Any] = {
+    options.out.mkdir(parents=True, exist_ok=True)
+    kind = device_name(device).lower().replace(" ", "-")
+    path = options.out / f"large_{options.recipe}_{kind}_{time.strftime('%Y-%m-%d')}.json"
+    described: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": options.commit,
         "device": device_name(device),
@@ -57,15 +45,39 @@ def main() -> None:
         "versions": versions(),
         "recipe_toml": recipe.to_toml(),
         "shape": vars(options) | {"out": None, "work": None},
+    }
+    told: list[tuple[str, float, int]] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        told.append((what, time.monotonic() - started, peak))
+        print(f"{told[-1][1]:7.1f} s, {peak / 1e9:5.1f} GB of GPU memory: {what}", flush=True)
+        # What there is so far stays, should the run be ended.
+        path.write_text(json.dumps(described | {"steps": told}, indent=1, default=str) + "\n")
+
+    with tempfile.TemporaryDirectory(dir=options.work) as name:
+        folder = Path(name)
+        write_random_model(folder, options, device)
+        generator = torch.Generator().manual_seed(0)
+        shape = (options.samples, options.seq_len)
+        windows = torch.randint(0, options.vocabulary, shape, generator=generator)
+        started = time.monotonic()
+        result = pipeline.quantize(folder, recipe, windows=windows, device=device, store=Nowhere(), progress=progress)
+        seconds = time.monotonic() - started
+    blocks = [block.seconds for block in result.record.blocks]
+    peak = result.record.peak_gpu_bytes
+    print(f"{options.recipe}: {seconds:.1f} s in all; a block {' '.join(f'{s:.1f}' for s in blocks)} s", flush=True)
+    print(f"a model of {options.whole} blocks: about {options.whole * blocks[-1] / 60:.0f} minutes", flush=True)
+    if peak is not None:
+        print(f"peak GPU memory {peak / 1e9:.1f} GB")
+    measured = {
         "seconds": seconds,
         "block_seconds": blocks,
         "peak_gpu_bytes": peak,
         "tuning": [[vars(check) for check in block.tuning or []] for block in result.record.blocks],
+        "steps": told,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    kind = device_name(device).lower().replace(" ", "-")
-    path = options.out / f"large_{options.recipe}_{kind}_{time.strftime('%Y-%m-%d')}.json"
-    path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    path.write_text(json.dumps(described | measured, indent=1, default=str) + "\n")
     print(f"written: {path}")
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ REPEATS = 15
 CACHE_BYTES = 2e8
 """Operands are taken in turn from so many bytes of copies, more than any cache holds."""
 MOST_COPIES = 64
+CALLS = 16
+"""A CUDA graph holds so many calls at least, so that starting it does not count."""
 EMPTY_LAUNCH = "empty launch"
 COPY_LAUNCH = "launch and copy of [128, 4096] bf16 to fp8"
 TIMES = (EMPTY_LAUNCH, COPY_LAUNCH)
@@ -49,48 +52,67 @@ def seconds_of(
     On a GPU they are recorded as one CUDA graph: what is timed is the device and not the launching of operations;
     otherwise operations are launched as they come.
     """
+    return seconds_of_each([calls], device, repeats, is_recorded)[0]
+
+
+def seconds_of_each(
+    candidates: Sequence[Sequence[Callable[[], Any]]],
+    device: torch.device,
+    repeats: int = REPEATS,
+    is_recorded: bool = True,
+) -> list[Seconds]:
+    """As `seconds_of` for each candidate; they take turns, so that a device that slows down does so for all."""
+    found: list[list[float]] = [[] for _ in candidates]
     if device.type != "cuda":
-        found = [_host_seconds(calls) for _ in range(repeats + 1)][1:]
+        for repeat, (calls, times) in product(range(repeats + 1), zip(candidates, found, strict=True)):
+            seconds = _host_seconds(calls)
+            times.extend([seconds] if repeat else [])
     else:
-        found = _device_seconds(calls, device, repeats, is_recorded)
-    low, median, high = statistics.quantiles(found, n=4)
-    return Seconds(median, low, high)
+        _device_seconds(candidates, found, device, repeats, is_recorded)
+    return [Seconds(median, low, high) for low, median, high in (statistics.quantiles(times, n=4) for times in found)]
 
 
 def _host_seconds(calls: Sequence[Callable[[], Any]]) -> float:
     started = time.perf_counter()
-    for call in calls:
-        call()
+    _run(calls)
     return (time.perf_counter() - started) / len(calls)
 
 
 def _device_seconds(
-    calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int, is_recorded: bool
-) -> list[float]:
-    def run() -> None:
-        for call in calls:
-            call()
-
+    candidates: Sequence[Sequence[Callable[[], Any]]],
+    found: Sequence[list[float]],
+    device: torch.device,
+    repeats: int,
+    is_recorded: bool,
+) -> None:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for call in calls[:2]:  # compiles
-            call()
-        if is_recorded:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                run()
-            run = graph.replay
-        run()
-        found = []
-        for _ in range(repeats):
+        runs = [_recorded(calls, stream) if is_recorded else (partial(_run, calls), len(calls)) for calls in candidates]
+        for repeat, ((run, count), times) in product(range(repeats + 1), zip(runs, found, strict=True)):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record(stream)
             run()
             end.record(stream)
             end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return found
+            seconds = start.elapsed_time(end) / 1e3 / count
+            times.extend([seconds] if repeat else [])
+
+
+def _recorded(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> tuple[Callable[[], None], int]:
+    """A CUDA graph of these calls, at least CALLS, and how many it has."""
+    _run(calls[:2])  # compiles
+    times = -(-CALLS // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(times):
+            _run(calls)
+    return graph.replay, times * len(calls)
+
+
+def _run(calls: Sequence[Callable[[], Any]]) -> None:
+    for call in calls:
+        call()
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

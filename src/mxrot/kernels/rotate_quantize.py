@@ -32,7 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxrot.formats import Format, ScaleRule
 from mxrot.formats.element import E2M1, FloatElement
-from mxrot.kernels.arithmetic import power_of_field, round_to_element
+from mxrot.kernels.arithmetic import power_of_field, power_of_two, round_to_element
 from mxrot.kernels.overlap import can_overlap
 from mxrot.kernels.plain import E5M2_EXPONENTS, PackedRows, swizzled_bytes
 
@@ -162,6 +162,20 @@ def _scale_fields(bits, raises_from, max_exponent):
     return ((bits + (0x800000 - raises_from)) & 0x7F800000) - (max_exponent << 23)
 
 
+@triton.jit
+def _rounded(x, bits, fields, smallest_normal, fraction_bits, largest, ROWS: tl.constexpr):
+    """x [ROWS, 32] to the nearest multiples of elements, as `round_to_element` finds them, without a division by the
+    scale; NaN in blocks with NaN or Inf. For scales of 2^-126 to 2^100."""
+    scales = fields.to(tl.float32, bitcast=True)
+    magnitude = tl.minimum(tl.abs(x), _along(scales * largest, ROWS))
+    binade = tl.maximum(magnitude, _along(scales * smallest_normal, ROWS)).to(tl.int32, bitcast=True) & 0x7F800000
+    steps = tl.where(bits < 0x7F800000, power_of_two(23 - fraction_bits), float("nan"))
+    power = binade.to(tl.float32, bitcast=True) * _along(steps, ROWS)
+    rounded = (magnitude + power) - power
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["rows_in_all"], do_not_specialize_on_alignment=["steps"])
 def _values(
     x_pointer,
@@ -181,6 +195,8 @@ def _values(
     least,
     most,
     shift,
+    IN_PLACE: tl.constexpr,
+    SHIFTED: tl.constexpr,
     HAS_MATRIX: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -214,9 +230,13 @@ def _values(
             bits = _maxima(x, ROWS)
             fields = _scale_fields(bits, raises_from, max_exponent)
             fields = tl.minimum(tl.maximum(fields, (least + 127) << 23), (most + 127) << 23)
-            scaled = x * _along(power_of_field((254 << 23) - fields), ROWS)
-            scales = tl.where(bits < 0x7F800000, power_of_field(fields - (shift << 23)), float("nan"))
-            values = round_to_element(scaled, smallest_normal, fraction_bits, largest) * _along(scales, ROWS)
+            if IN_PLACE:
+                values = _rounded(x, bits, fields, smallest_normal, fraction_bits, largest, ROWS)
+                values = values * power_of_two(-shift) if SHIFTED else values
+            else:
+                scaled = x * _along(power_of_field((254 << 23) - fields), ROWS)
+                scales = tl.where(bits < 0x7F800000, power_of_field(fields - (shift << 23)), float("nan"))
+                values = round_to_element(scaled, smallest_normal, fraction_bits, largest) * _along(scales, ROWS)
             # Eight columns a thread, as it holds them, are stored at once.
             place = out_pointer + group * BLOCK + rows * to_stride + columns_of_eight
             inside = rows < _rows(group, columns, count - start)
@@ -437,6 +457,8 @@ def _write_values(
         *_numbers(format, rule),
         *exponents,
         shift,
+        IN_PLACE=-126 <= exponents[0] and exponents[1] <= 100,
+        SHIFTED=shift != 0,
         **blocks.constants(matrices),
     )
 

@@ -28,6 +28,8 @@ class InputTransform(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(stored, requires_grad=False)
         self._applied: tuple[object, Tensor] | None = None
+        self.is_for_kernels = False
+        """Keep the matrices row by row on a GPU, which kernels would otherwise copy in every call."""
         self.prepared: Tensor | None
         """The bytes of `matrices()`, int16, for a compiled model; no part of a checkpoint, moves with the module."""
         self.register_buffer("prepared", None, persistent=False)
@@ -36,13 +38,19 @@ class InputTransform(nn.Module):
         """T as runtimes apply it, bfloat16 [1 | G, B, B]; kept until the stored tensor changes."""
         stored = (self.weight.data_ptr(), self.weight._version, self.weight.device)
         if self._applied is None or self._applied[0] != stored:
-            self._applied = (stored, applied_matrices(self.weight))
+            applied = applied_matrices(self.weight)
+            self._applied = (stored, applied.contiguous() if self.is_for_kernels and applied.is_cuda else applied)
         return self._applied[1]
 
     @torch.no_grad()
-    def prepare(self) -> None:
+    def prepare(self, is_for_kernels: bool = False) -> None:
         """Keep the matrices for a model that is compiled."""
+        self.is_for_kernels, self._applied = is_for_kernels, None
         self.prepared = self.matrices().view(torch.int16)
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self.prepared = None
+        super()._load_from_state_dict(*arguments, **keywords)
 
     def forward(self, x: Tensor) -> Tensor:
         """x T in float32, blocks along the last dimension."""

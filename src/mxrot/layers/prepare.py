@@ -20,9 +20,10 @@ def prepare_site(linears: Sequence[QuantLinear], keeps_lifted: bool = False) -> 
     """
     first = linears[0]
     first.forget()
+    are_mxfp4 = all(linear.weights.is_mxfp4 for linear in linears)
     if first.transform is not None:
-        first.transform.prepare()
-    if not all(linear.weights.is_mxfp4 for linear in linears):
+        first.transform.prepare(are_mxfp4)
+    if not are_mxfp4:
         return
     codes, scales = first.weight_packed.data, first.weight_scale.data
     if len(linears) > 1:

@@ -22,7 +22,7 @@ from mxrot.bench import (
     seconds_of,
     timing,
 )
-from mxrot.bench.timing import copies_for
+from mxrot.bench.timing import copies_for, seconds_of_each
 from mxrot.kernels.crossovers import Crossovers
 from mxrot.kernels.plain import plain_fp8_product, plain_rotate_quantize_packed
 
@@ -43,6 +43,20 @@ def test_calls_are_made_in_turn_and_timed(monkeypatch: pytest.MonkeyPatch) -> No
     found = seconds_of([lambda: call(1), lambda: call(2)], CPU, repeats=4)
     assert made == [1, 2] * 5
     assert (found.low, found.median, found.high) == (2.0, 2.0, 2.0)
+
+
+def test_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    clock = [0.0]
+
+    def call(which: int) -> None:
+        made.append(which)
+        clock[0] += which
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    found = seconds_of_each([[lambda: call(1)], [lambda: call(2), lambda: call(4)]], CPU, repeats=2)
+    assert made == [1, 2, 4] * 3
+    assert [seconds.median for seconds in found] == [1.0, 3.0]
 
 
 def test_small_operands_are_copied_beyond_any_cache() -> None:
