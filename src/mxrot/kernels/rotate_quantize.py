@@ -457,7 +457,7 @@ def _write_values(
         *_numbers(format, rule),
         *exponents,
         shift,
-        IN_PLACE=-126 <= exponents[0] and exponents[1] <= 100,
+        IN_PLACE=exponents[0] >= -126 and exponents[1] <= 100,
         SHIFTED=shift != 0,
         **blocks.constants(matrices),
     )

@@ -36,9 +36,6 @@ from mxrot.kernels.crossovers import MOST_ROWS
 from mxrot.kernels.overlap import can_overlap
 from mxrot.kernels.plain import PackedRows
 
-SENDS_AHEAD = True
-"""Ask for all weights of a program at its start."""
-
 
 def _decoder(sign: str, magnitude: str, lift: str) -> tl.constexpr:
     """Assembly that takes one code of each of two 16-bit units ($1), and the factor of their block twice ($2), to two
@@ -156,28 +153,6 @@ def _load(
 
 
 @triton.jit
-def _send_for(words_pointer, first_row, rows_in_all, groups_in_all, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """Have the codes of these rows brought to the L2 cache, each by one thread."""
-    EACH: tl.constexpr = 32 * WARPS // ROWS
-    place = tl.arange(0, 32 * WARPS)
-    row = tl.minimum(first_row + place // EACH, rows_in_all - 1).to(tl.int64)
-    size = tl.where(place % EACH == 0, groups_in_all * 16, 0)
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred sends;
-        setp.ne.s32 sends, $2, 0;
-        @sends cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.b32 $0, 0;
-        }""",
-        "=r,l,r",
-        [(words_pointer + row * groups_in_all * 4).to(tl.int64), size],
-        tl.int32,
-        False,
-        1,
-    )
-
-
-@triton.jit
 def _numbers(
     words,
     scales,
@@ -230,7 +205,6 @@ def _products(
     ANY: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WHOLE: tl.constexpr,
-    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -242,8 +216,6 @@ def _products(
     next_words, next_scales = _load(
         words_pointer, scales_pointer, first_row, 0, rows_in_all, groups_in_all, ROWS, RUN, WARPS, WHOLE, "evict_first"
     )
-    if AHEAD:
-        _send_for(words_pointer, first_row, rows_in_all, groups_in_all, ROWS, WARPS)
     if OVERLAP:
         gdc_wait()
     next_inputs, next_input_scales = _load(
@@ -312,7 +284,6 @@ def _packed_product(
     groups_in_all,
     ASSEMBLY: tl.constexpr,
     WHOLE: tl.constexpr,
-    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -333,7 +304,6 @@ def _packed_product(
         False,
         ASSEMBLY,
         WHOLE,
-        AHEAD,
         OVERLAP,
         INPUTS,
         ROWS,
@@ -354,7 +324,6 @@ def _packed_product(
             True,
             ASSEMBLY,
             WHOLE,
-            False,
             False,
             INPUTS,
             ROWS,
@@ -427,7 +396,6 @@ def product_by_tiles(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: t
             groups,
             ASSEMBLY=codes.is_cuda,
             WHOLE=groups % tile.groups == 0,
-            AHEAD=SENDS_AHEAD and overlaps,
             OVERLAP=overlaps,
             INPUTS=tile.inputs,
             ROWS=tile.rows,
