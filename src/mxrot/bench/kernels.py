@@ -124,7 +124,7 @@ def _outputs(device: torch.device) -> Iterator[tuple[str, Callable[..., Any], Ca
     if device.type != "cuda" or not has_triton():
         yield "values", rotate_quantize, plain_rotate_quantize, 4.0
         return
-    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
 
     yield "bf16", rotate_quantize, plain_rotate_quantize, 2.0
     yield "fp8", rotate_quantize_e5m2, plain_rotate_quantize_e5m2, 1.0
@@ -183,9 +183,9 @@ def _linears(
     """Ways to compute the quantized linear, each with its transform and quantizer; one function for each weight."""
     if device.type != "cuda" or not has_triton() or torch.cuda.get_device_capability(device) < (8, 9):
         return
-    from mxrot.kernels.lift import lift_weights
-    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
-    from mxrot.kernels.skinny import skinny_product
+    from mxrot.kernels.fused.lift import lift_weights
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+    from mxrot.kernels.fused.skinny import skinny_product
 
     rule, dtype = FORMAT.rule(), torch.bfloat16
     if len(x) <= MOST_ROWS:

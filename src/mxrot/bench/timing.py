@@ -130,7 +130,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
             product = partial(torch._scaled_mm, x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast)
             found[name] = 2 * size**3 / seconds_of([product], device, 7).median
     if is_gpu and has_triton():
-        from mxrot.kernels.nothing import half, nothing
+        from mxrot.kernels.fused.nothing import half, nothing
 
         found[EMPTY_LAUNCH] = seconds_of([partial(nothing, a)] * 100, device).median
         few = a.view(-1, 128, 4096)[:MOST_COPIES]

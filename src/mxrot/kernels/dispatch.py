@@ -36,7 +36,7 @@ from mxrot.kernels.plain import (
 def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
     """Q(x T), the shape of `x`: bfloat16 from the Triton kernel where it applies, else float32."""
     if x.is_cuda and has_triton() and _kernel_covers(x, format, rule):
-        from mxrot.kernels.rotate_quantize import rotate_quantize as fused
+        from mxrot.kernels.fused.rotate_quantize import rotate_quantize as fused
 
         return fused(x, matrices, format, rule)
     if x.device.type == "cpu" and _kernel_covers(x, format, rule):
@@ -57,7 +57,7 @@ def dequantize_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
     """MXFP4 weights [N, K] of packed codes uint8 [N, K/2] and E8M0 bytes [N, K/32]: bfloat16 from the Triton kernel,
     else float32; the same numbers."""
     if codes.is_cuda and has_triton():
-        from mxrot.kernels.dequantize import dequantize
+        from mxrot.kernels.fused.dequantize import dequantize
 
         return dequantize(codes, scales)
     format = get_format("mxfp4")
@@ -94,7 +94,7 @@ def second_moment(a: Tensor, b: Tensor, size: Tensor | None = None) -> Tensor:
 def bfloat16_parts(x: Tensor, factors: Tensor | None = None) -> Tensor:
     """`x` [rows, K] in one or two bfloat16 parts, as `plain_bfloat16_parts` defines them."""
     if x.is_cuda and has_triton() and count_parts(x, factors is not None) == 2:
-        from mxrot.kernels.parts import two_bfloat16_parts
+        from mxrot.kernels.fused.parts import two_bfloat16_parts
 
         return two_bfloat16_parts(x, factors)
     return plain_bfloat16_parts(x, factors)
@@ -183,7 +183,7 @@ def round_columns(
     """GPTQ over one block of columns, as `plain_round_columns` defines it."""
     width = columns.shape[1]
     if columns.is_cuda and has_triton() and zeros is None and isinstance(element, FloatElement) and width in (16, 32):
-        from mxrot.kernels.round_columns import round_columns as fused
+        from mxrot.kernels.fused.round_columns import round_columns as fused
 
         return fused(columns, scales, upper, element)
     return plain_round_columns(columns, scales, upper, zeros, element)
@@ -194,7 +194,7 @@ def round_reached(
 ) -> ReachedColumns:
     """GPTQ over one block of columns, scales included, as `plain_round_reached` defines it."""
     if columns.is_cuda and has_triton() and _rounds_reached_on_gpu(format, rule, offsets):
-        from mxrot.kernels.round_reached import round_reached as fused
+        from mxrot.kernels.fused.round_reached import round_reached as fused
 
         return fused(columns, upper, format, rule, offsets)
     return plain_round_reached(columns, upper, format, rule, offsets, round_columns)
@@ -203,7 +203,7 @@ def round_reached(
 def moved_weights(offset: Tensor, moves: WeightMoves, element: Element) -> Tensor:
     """Tunable weights for these offsets, as `plain_moved_weights` defines them."""
     if _moves_on_gpu(offset, moves, element):
-        from mxrot.kernels.moved_weights import moved_weights as fused
+        from mxrot.kernels.fused.moved_weights import moved_weights as fused
 
         return fused(offset, moves, element)  # type: ignore[arg-type]
     return plain_moved_weights(offset, moves, element)
@@ -214,7 +214,7 @@ def moved_weights_gradients(
 ) -> WeightGradients:
     """Gradients of what moves tunable weights, as `plain_moved_weights_gradients` defines them."""
     if _moves_on_gpu(offset, moves, element):
-        from mxrot.kernels.moved_weights import moved_weights_gradients as fused
+        from mxrot.kernels.fused.moved_weights import moved_weights_gradients as fused
 
         return fused(gradient, offset, moves, element, wants_exponent)  # type: ignore[arg-type]
     return plain_moved_weights_gradients(gradient, offset, moves, element, wants_exponent)
@@ -223,7 +223,7 @@ def moved_weights_gradients(
 def divergence(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """KL(expected || found) of each row of logits, and its gradient, as `plain_divergence` defines them."""
     if found.is_cuda and has_triton() and expected.stride(-1) == found.stride(-1) == 1:
-        from mxrot.kernels.divergence import divergence as fused
+        from mxrot.kernels.fused.divergence import divergence as fused
 
         return fused(expected, found)
     return plain_divergence(expected, found)

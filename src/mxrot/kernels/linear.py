@@ -53,8 +53,8 @@ class Inputs:
 
 def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
     """A few rows, packed codes on both sides (Triton)."""
-    from mxrot.kernels.rotate_quantize import rotate_quantize_packed
-    from mxrot.kernels.skinny import skinny_product
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_packed
+    from mxrot.kernels.fused.skinny import skinny_product
 
     packed = rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule)
     return skinny_product(packed, weight.codes, weight.scales, inputs.x.dtype)
@@ -62,8 +62,8 @@ def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
 
 def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
     """Many rows: one FP8 product, of weights that are kept in FP8 or lifted on the way."""
-    from mxrot.kernels.lift import lift_weights
-    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2
+    from mxrot.kernels.fused.lift import lift_weights
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
 
     assert weight.row_exponents is not None and weight.lifted_scales is not None
     x = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule)
@@ -75,8 +75,8 @@ def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
 
 def by_block_scales(inputs: Inputs, weight: PackedWeight) -> Tensor:
     """Any number of rows, FP4 matrix hardware that takes the scales of both sides (Triton)."""
-    from mxrot.kernels.block_scaled import block_scaled_product
-    from mxrot.kernels.rotate_quantize import rotate_quantize_packed
+    from mxrot.kernels.fused.block_scaled import block_scaled_product
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_packed
 
     assert weight.swizzled is not None
     packed = rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule, swizzled=True)

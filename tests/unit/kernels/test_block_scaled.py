@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import BlockScales, QTensor, get_format, quantize
-from mxrot.kernels.block_scaled import block_scaled_product
+from mxrot.kernels.fused.block_scaled import block_scaled_product
 from mxrot.kernels.plain import plain_packed_product, plain_rotate_quantize_packed, swizzle_scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

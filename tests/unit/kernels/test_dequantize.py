@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mxrot.formats import BlockScales, QTensor, get_format
-from mxrot.kernels.dequantize import dequantize
+from mxrot.kernels.fused.dequantize import dequantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMAT = get_format("mxfp4")

@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [7, 4096, 10000])
 def test_the_kernel_is_the_plain_one(width: int, dtype: torch.dtype) -> None:
-    from mxrot.kernels.divergence import divergence
+    from mxrot.kernels.fused.divergence import divergence
 
     generator = torch.Generator().manual_seed(width)
     expected, found = (4 * torch.randn(5, width, generator=generator) for _ in range(2))
@@ -30,7 +30,7 @@ def test_the_kernel_is_the_plain_one(width: int, dtype: torch.dtype) -> None:
 
 
 def test_rows_need_not_lie_next_to_each_other() -> None:
-    from mxrot.kernels.divergence import divergence
+    from mxrot.kernels.fused.divergence import divergence
 
     both = torch.randn(6, 2, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found, expected = divergence(both[:, 0], both[:, 1]), plain_divergence(both[:, 0], both[:, 1])

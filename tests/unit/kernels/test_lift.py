@@ -84,7 +84,7 @@ def test_blocks_outside_are_counted() -> None:
 @pytest.mark.parametrize("spread", [12.0, 40.0])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 32), (33, 160), (64, 256)])
 def test_the_kernel_has_the_twins_bits(rows: int, columns: int, spread: float) -> None:
-    from mxrot.kernels.lift import lift_weights
+    from mxrot.kernels.fused.lift import lift_weights
 
     codes, scales = (part[:rows].contiguous() for part in weights(max(rows, 2), columns, spread))
     exponents, _ = lift_exponents(codes, scales)
@@ -97,7 +97,7 @@ def test_the_kernel_has_the_twins_bits(rows: int, columns: int, spread: float) -
 
 def test_inputs_with_one_power_of_two_a_token() -> None:
     """Far outside of E5M2; every token within the window of E4M3."""
-    from mxrot.kernels.lift import lift_weights
+    from mxrot.kernels.fused.lift import lift_weights
 
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, 9, 96, generator=generator) * 2.0 ** torch.randint(-60, 60, (2, 9, 1), generator=generator)

@@ -67,7 +67,7 @@ def test_the_kernel_takes_apart_as_its_twin_does(
 
     Also for part of the channels, whose rows do not lie one behind the other.
     """
-    from mxrot.kernels.parts import two_bfloat16_parts
+    from mxrot.kernels.fused.parts import two_bfloat16_parts
 
     whole = sample(rows, 2 * columns, dtype)
     factors = factors_of(rows) if has_factors else None
@@ -82,7 +82,7 @@ def test_the_kernel_takes_apart_as_its_twin_does(
 
 
 def test_what_is_not_finite_stays_so() -> None:
-    from mxrot.kernels.parts import two_bfloat16_parts
+    from mxrot.kernels.fused.parts import two_bfloat16_parts
 
     x = sample(4, 32, torch.float32)
     x[1, :2] = torch.tensor([torch.inf, torch.nan])

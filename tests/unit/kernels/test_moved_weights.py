@@ -56,7 +56,7 @@ def with_cases(test: Any) -> Any:
 @with_cases
 def test_the_kernel_moves_as_the_plain_twin(element: str, follow: str) -> None:
     """But for the order of sums, which may move a weight over a rounding boundary."""
-    from mxrot.kernels.moved_weights import moved_weights as fused
+    from mxrot.kernels.fused.moved_weights import moved_weights as fused
 
     offset, moves = problem(element, follow)
     found, expected = (run(offset, moves, element_of(element)) for run in (fused, plain_moved_weights))
@@ -72,7 +72,7 @@ def test_the_kernel_moves_as_the_plain_twin(element: str, follow: str) -> None:
 
 @with_cases
 def test_the_kernel_finds_the_gradients_of_the_plain_twin(element: str, follow: str) -> None:
-    from mxrot.kernels.moved_weights import moved_weights_gradients as fused
+    from mxrot.kernels.fused.moved_weights import moved_weights_gradients as fused
 
     offset, moves = problem(element, follow)
     for wants_exponent in (False, True):

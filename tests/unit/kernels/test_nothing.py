@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mxrot.kernels.nothing import half, nothing
+from mxrot.kernels.fused.nothing import half, nothing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

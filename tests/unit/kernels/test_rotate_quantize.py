@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 
 
 def fused(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
-    from mxrot.kernels.rotate_quantize import rotate_quantize
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize
 
     return rotate_quantize(x, matrices, format, rule)
 
@@ -164,7 +164,7 @@ def permutations(groups: int) -> Tensor:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @each_rule
 def test_fp8_has_the_twins_bits(rule: ScaleRule, dtype: torch.dtype, shift: int) -> None:
-    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
 
     x, format = extreme(dtype), FORMATS["mxfp4"]
     for matrices in (None, permutations(1), permutations(3)):
@@ -192,7 +192,7 @@ def test_fp8_is_exact_within_its_window_and_bounded_outside() -> None:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @each_rule
 def test_codes_and_scales_have_the_twins_bits(rule: ScaleRule, dtype: torch.dtype, swizzled: bool) -> None:
-    from mxrot.kernels.rotate_quantize import rotate_quantize_packed
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_packed
 
     format = FORMATS["mxfp4"]
     for x, matrices in ((extreme(dtype), None), (sample(dtype), permutations(1)), (sample(dtype), permutations(3))):
@@ -227,7 +227,7 @@ def test_the_swizzled_order(rows: int, groups: int) -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 127, 129])
 def test_every_output_takes_any_number_of_rows(rows: int) -> None:
-    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
 
     format, rule = FORMATS["mxfp4"], RULES["even"]
     x = sample(torch.bfloat16, rows=200, columns=160)[:rows, 32:]
@@ -249,7 +249,7 @@ def at_the_ends(columns: int = 96) -> Tensor:
 
 @pytest.mark.parametrize(("format", "rule"), COVERED)
 def test_both_ends_of_the_exponents_have_the_twins_bits(format: Format, rule: ScaleRule) -> None:
-    from mxrot.kernels.rotate_quantize import rotate_quantize_packed
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_packed
 
     x = at_the_ends()
     found, expected = fused(x, None, format, rule), plain_rotate_quantize(x, None, format, rule).to(torch.bfloat16)
@@ -268,7 +268,7 @@ def test_both_ends_of_the_exponents_have_the_twins_bits(format: Format, rule: Sc
 @each_rule
 def test_codes_next_to_every_boundary_have_the_twins_bits(rule: ScaleRule, amax: float) -> None:
     """Each point between two codes, and its float32 neighbours, of either sign, in a block of any scale."""
-    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
 
     format = FORMATS["mxfp4"]
     ties = torch.tensor([0.0, 0.25, 0.75, 1.0, 1.25, 1.75, 2.0, 2.5, 3.5, 4.0, 5.0, 6.0, 7.0])
@@ -292,7 +292,7 @@ def test_programs_of_any_tile_leave_nothing_out(
     rows: int, stages: int, groups: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 1 to 5 columns of blocks, whole tiles and not."""
-    module = importlib.import_module("mxrot.kernels.rotate_quantize")  # the package has a function of this name
+    module = importlib.import_module("mxrot.kernels.fused.rotate_quantize")  # the package has a function of this name
     tile = module.Tile(rows, groups, stages, programs)
 
     def chosen(blocks: int, is_flat: bool, is_packed: bool) -> object:
@@ -317,7 +317,7 @@ def test_programs_of_any_tile_leave_nothing_out(
 @pytest.mark.parametrize("is_flat", [False, True])
 def test_tiles_that_are_chosen(is_flat: bool, is_packed: bool) -> None:
     """One column of blocks has no neighbours; and a grid has at most 65535 rows of programs."""
-    from mxrot.kernels.rotate_quantize import _Blocks, choose_tile
+    from mxrot.kernels.fused.rotate_quantize import _Blocks, choose_tile
 
     for blocks in (1, 128, 4097, 2**17, 2**20, 2**32):
         tile = choose_tile(blocks, is_flat, is_packed)
@@ -362,7 +362,7 @@ def test_chunks_with_a_rotation_are_the_twins_but_for_ties(groups: int) -> None:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_bfloat16_matrices_on_matrix_hardware(dtype: torch.dtype, groups: int) -> None:
     """Products are exact there too, so values differ no more often than with float32 arithmetic."""
-    from mxrot.kernels.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
 
     format, rule = FORMATS["mxfp4"], RULES["even"]
     x = torch.randn(4000, 160, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)

@@ -48,7 +48,7 @@ def cost(found: RoundedColumns | ReachedColumns, upper: Tensor) -> Tensor:
 @pytest.mark.parametrize(("element", "width", "candidates"), CASES)
 def test_the_fused_walk_is_the_plain_one(element: str, width: int, candidates: int) -> None:
     """In the interpreter bit for bit; compiled, but for rows where a fused multiplication moved a tie."""
-    from mxrot.kernels.round_columns import round_columns as fused
+    from mxrot.kernels.fused.round_columns import round_columns as fused
 
     columns, scales, upper = problem(ELEMENTS[element], width, candidates)
     expected = plain_round_columns(columns, scales, upper, None, ELEMENTS[element])
@@ -86,7 +86,7 @@ def test_of_equals_the_first_candidate_is_kept() -> None:
 
 def test_a_scale_of_zero_gives_zero() -> None:
     """NVFP4's block scales underflow."""
-    from mxrot.kernels.round_columns import round_columns as fused
+    from mxrot.kernels.fused.round_columns import round_columns as fused
 
     element = ELEMENTS["e2m1"]
     columns, scales, upper = problem(element, 16, 1)
@@ -113,7 +113,7 @@ def test_the_fused_walk_chooses_the_scales_of_the_plain_one(format: str, rule: s
 
     Columns and factor are parts of larger matrices, as GPTQ has them.
     """
-    from mxrot.kernels.round_reached import round_reached as fused
+    from mxrot.kernels.fused.round_reached import round_reached as fused
 
     target = get_format(format)
     assert isinstance(target.element, FloatElement)
@@ -136,7 +136,7 @@ def test_the_fused_walk_chooses_the_scales_of_the_plain_one(format: str, rule: s
 @pytest.mark.parametrize("rule", ["floor", "even", "rceil"])
 def test_scales_at_the_edge_of_a_rule_and_of_their_range(rule: str) -> None:
     """Maxima next to where the exponent rises, exact to float64; beyond E8M0; NaN and Inf, which leave no number."""
-    from mxrot.kernels.round_reached import round_reached as fused
+    from mxrot.kernels.fused.round_reached import round_reached as fused
 
     target = get_format("mxfp4")
     edges = torch.tensor([1.0, 1.5, 1.75], dtype=torch.float64)

@@ -30,7 +30,7 @@ def values(operand: PackedRows) -> Tensor:
 
 
 def product(x: PackedRows, w: PackedRows, dtype: torch.dtype = torch.float32) -> Tensor:
-    from mxrot.kernels.skinny import skinny_product
+    from mxrot.kernels.fused.skinny import skinny_product
 
     return skinny_product(x, w.codes, w.scales, dtype)
 
@@ -68,7 +68,7 @@ def test_a_width_that_steps_divide() -> None:
 )
 @pytest.mark.parametrize("columns", [96, 2048])
 def test_every_kind_of_tile(tile: tuple[int, ...], columns: int) -> None:
-    from mxrot.kernels.skinny import Tile, product_by_tiles
+    from mxrot.kernels.fused.skinny import Tile, product_by_tiles
 
     x, w = packed(11, columns, 0), packed(70, columns, 1)
     found = product_by_tiles(x, w.codes, w.scales, torch.float32, Tile(*tile))
@@ -81,7 +81,7 @@ def test_every_kind_of_tile(tile: tuple[int, ...], columns: int) -> None:
 @pytest.mark.parametrize("groups", [1, 128, 448])
 @pytest.mark.parametrize("count", [1, 9, 128])
 def test_tiles_are_what_the_kernels_take(count: int, groups: int, rows: int, processors: int) -> None:
-    from mxrot.kernels.skinny import choose_tile
+    from mxrot.kernels.fused.skinny import choose_tile
 
     tile = choose_tile(count, rows, groups, processors)
     assert tile.inputs % 8 == 0 and tile.rows % 16 == 0

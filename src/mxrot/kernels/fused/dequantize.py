@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxrot.kernels.arithmetic import power_of_two
+from mxrot.kernels.fused.arithmetic import power_of_two
 
 ROWS = 8
 GROUPS = 32

@@ -32,8 +32,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxrot.formats import Format, ScaleRule
 from mxrot.formats.element import E2M1, FloatElement
-from mxrot.kernels.arithmetic import power_of_field, power_of_two, round_to_element
-from mxrot.kernels.overlap import can_overlap
+from mxrot.kernels.fused.arithmetic import power_of_field, power_of_two, round_to_element
+from mxrot.kernels.fused.overlap import can_overlap
 from mxrot.kernels.plain import E5M2_EXPONENTS, PackedRows, swizzled_bytes
 
 BLOCK = tl.constexpr(32)

@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from mxrot.kernels.crossovers import MOST_ROWS
-from mxrot.kernels.overlap import can_overlap
+from mxrot.kernels.fused.overlap import can_overlap
 from mxrot.kernels.plain import PackedRows
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxrot.formats.element import FloatElement
-from mxrot.kernels.arithmetic import inverse_power_of_two, round_to_element
+from mxrot.kernels.fused.arithmetic import inverse_power_of_two, round_to_element
 from mxrot.kernels.plain import WeightGradients, WeightMoves
 
 BLOCK = tl.constexpr(32)

@@ -1,0 +1,1 @@
+"""The kernels, in Triton. Imported where one runs: Triton is not everywhere."""
