@@ -132,6 +132,31 @@ def test_a_weight_that_changes_ends_the_preparation() -> None:
         torch.testing.assert_close(linears[1](x), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_a_transform_that_changes_is_not_kept_prepared() -> None:
+    x, linears, others = random(5, 96, seed=3), site(), site()
+    prepare_site(linears)
+    transform, other = linears[0].transform, others[0].transform
+    assert transform is not None and transform.prepared is not None and other is not None
+    other.weight.data = BlockTransform(random_orthogonal(3, 32, torch.Generator().manual_seed(5))).to_stored()
+    transform.load_state_dict(other.state_dict())
+    assert transform.prepared is None
+    compiled = torch.compile(linears[0], fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), linears[0](x)) and not torch.equal(linears[0](x), site()[0](x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_matrices_are_prepared_row_by_row() -> None:
+    linears = [linear.to("cuda") for linear in site()]
+    transform = linears[0].transform
+    assert transform is not None
+    before = transform.matrices()
+    prepare_site(linears)
+    assert not before.is_contiguous() and transform.matrices().is_contiguous()
+    assert transform.prepared is not None and transform.prepared.is_contiguous()
+    assert torch.equal(transform.matrices(), before)
+
+
 def test_a_prepared_site_may_be_copied_and_cast() -> None:
     linears, x = site(), random(5, 96, seed=3)
     prepare_site(linears, keeps_lifted=True)
