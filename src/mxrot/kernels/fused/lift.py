@@ -6,8 +6,7 @@ specification, bit for bit.
 
 A block's scale decides which bytes its eight magnitudes become. These eight are written down once for a block, in two
 words, and each code then looks its byte up. A thread takes half a block: the 8 bytes it loads and the 16 that it stores
-lie beside those of its neighbours. Triton's interpreter has no inline assembly: there codes are taken one by
-one.
+lie beside those of its neighbours. Triton's interpreter has no inline assembly: there codes are taken one by one.
 """
 
 from __future__ import annotations
