@@ -184,18 +184,19 @@ def _linears(
     if device.type != "cuda" or not has_triton() or torch.cuda.get_device_capability(device) < (8, 9):
         return
     from mxrot.kernels.fused.lift import lift_weights
-    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2, rotate_quantize_packed
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
     from mxrot.kernels.fused.skinny import skinny_product
 
     rule, dtype = FORMAT.rule(), torch.bfloat16
+    exponents, outside = lift_exponents(weights[0].codes, weights[0].scales, together=True)
+    assert not int(outside)
     if len(x) <= MOST_ROWS:
 
         def few(w: PackedRows) -> Tensor:
-            return skinny_product(rotate_quantize_packed(x, matrices, FORMAT, rule), w.codes, w.scales, dtype)
+            paired = rotate_quantize_e5m2(x, matrices, FORMAT, rule, are_in_pairs=True)
+            return skinny_product(paired, w.codes, w.scales, exponents, dtype)
 
         yield PACKED, [partial(few, w) for w in weights], 17 / 32
-    exponents, outside = lift_exponents(weights[0].codes, weights[0].scales, together=True)
-    assert not int(outside)
     scale = torch.exp2(exponents[0].float())
     lifted = [
         plain_lift_weights(w.codes, w.scales, exponents) for w in weights[: copies_for(len(exponents) * x.shape[1])]

@@ -156,11 +156,11 @@ def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice
             f"nothing was measured for compute capability {capability[0]}.{capability[1]}; "
             "`mxrot bench kernels --remember` does",
         )
+    if weight.row_exponents is None:
+        return Choice(None, "some block of the weights does not fit into E4M3")
     limit = limits.packed if weight.lifted is None else limits.kept
     if rows <= limit:
         return Choice("matrix units", f"up to {limit} rows")
-    if weight.row_exponents is None:
-        return Choice(None, "some block of the weights does not fit into E4M3")
     return Choice("fp8", f"more than {limit} rows")
 
 

@@ -52,12 +52,13 @@ class Inputs:
 
 
 def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
-    """A few rows, packed codes on both sides (Triton)."""
-    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_packed
+    """A few rows: weights are read packed (Triton)."""
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
     from mxrot.kernels.fused.skinny import skinny_product
 
-    packed = rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule)
-    return skinny_product(packed, weight.codes, weight.scales, inputs.x.dtype)
+    assert weight.row_exponents is not None
+    x = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule, are_in_pairs=True)
+    return skinny_product(x, weight.codes, weight.scales, weight.row_exponents, inputs.x.dtype)
 
 
 def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:

@@ -18,6 +18,7 @@ FORMAT = get_format("mxfp4")
 QUANTIZER = TensorQuantizer(FORMAT, FORMAT.rule())
 GPU = torch.device("cuda")
 WEIGHT = PackedWeight(torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.uint8))
+FITS = PackedWeight(WEIGHT.codes, WEIGHT.scales, torch.zeros(2, dtype=torch.int32))
 
 
 def linear(groups: int = 3, width: int = 96, height: int = 40, bias: bool = False) -> QuantLinear:
@@ -42,6 +43,7 @@ def inputs_of(module: QuantLinear, x: Tensor) -> Inputs:
 def test_matrix_units_compute_the_linear(groups: int) -> None:
     """A transformed value next to a rounding boundary may differ, and nothing else."""
     module, x = linear(groups), random(5)
+    prepare_site((module,))
     found = PATHS["matrix units"](inputs_of(module, x), module.site_weight().packed())
     torch.testing.assert_close(found, module(x), rtol=1e-4, atol=1e-4)
 
@@ -68,14 +70,18 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 
 @pytest.mark.parametrize("rows", [0, 1, 64])
 def test_few_rows_read_the_codes(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu(monkeypatch)
-    assert choose_path(rows, WEIGHT, GPU).path == "matrix units"
+    assert choose_path(rows, FITS, GPU).path == "matrix units"
 
 
-def test_many_rows_go_through_fp8_where_the_weights_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_go_through_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu(monkeypatch)
-    fits = PackedWeight(WEIGHT.codes, WEIGHT.scales, torch.zeros(2, dtype=torch.int32))
-    assert choose_path(65, fits, GPU).path == "fp8"
-    choice = choose_path(65, WEIGHT, GPU)
+    assert choose_path(65, FITS, GPU).path == "fp8"
+
+
+@pytest.mark.parametrize("rows", [1, 65])
+def test_weights_that_do_not_fit_stay_on_the_plain_path(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch)
+    choice = choose_path(rows, WEIGHT, GPU)
     assert choice.path is None and "does not fit into E4M3" in choice.reason
 
 
@@ -121,6 +127,7 @@ def test_the_layer_takes_the_path_that_was_chosen_and_adds_its_bias(monkeypatch:
         chosen.append(rows)
         return dispatch.Choice("matrix units", "for a test")
 
+    prepare_site((module,))
     monkeypatch.setattr(dispatch, "choose_path", choose)
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
     assert chosen == [3]

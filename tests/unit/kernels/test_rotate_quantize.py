@@ -14,6 +14,7 @@ from mxrot.formats.element import FloatElement
 from mxrot.kernels import chunked, plain_rotate_quantize
 from mxrot.kernels.dispatch import rotate_quantize as dispatched
 from mxrot.kernels.plain import (
+    in_pairs,
     plain_rotate_quantize_e5m2,
     plain_rotate_quantize_packed,
     swizzle_scales,
@@ -173,6 +174,16 @@ def test_fp8_has_the_twins_bits(rule: ScaleRule, dtype: torch.dtype, shift: int)
         expected = plain_rotate_quantize_e5m2(x, matrices, format, rule, shift)
         found = rotate_quantize_e5m2(x, matrices, format, rule, shift)
         assert found.dtype == torch.float8_e5m2 and same_bits(found, expected)
+
+
+@pytest.mark.parametrize("rows", [12, 150])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_fp8_in_pairs_are_the_same_bytes_in_another_order(rows: int, groups: int) -> None:
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
+
+    x, arguments = sample(torch.bfloat16, rows), (permutations(groups), FORMATS["mxfp4"], RULES["even"])
+    found = rotate_quantize_e5m2(x, *arguments, are_in_pairs=True).view(torch.uint8)
+    assert torch.equal(found, in_pairs(rotate_quantize_e5m2(x, *arguments).view(torch.uint8)))
 
 
 def test_fp8_is_exact_within_its_window_and_bounded_outside() -> None:

@@ -197,6 +197,7 @@ def _values(
     shift,
     IN_PLACE: tl.constexpr,
     SHIFTED: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
     HAS_MATRIX: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -237,6 +238,9 @@ def _values(
                 scaled = x * _along(power_of_field((254 << 23) - fields), ROWS)
                 scales = tl.where(bits < 0x7F800000, power_of_field(fields - (shift << 23)), float("nan"))
                 values = round_to_element(scaled, smallest_normal, fraction_bits, largest) * _along(scales, ROWS)
+            if IN_PAIRS:
+                pairs = tl.permute(tl.reshape(values, [ROWS, 4, 2, 2, 2]), [0, 3, 1, 2, 4])
+                values = tl.reshape(pairs, [ROWS, BLOCK])
             # Eight columns a thread, as it holds them, are stored at once.
             place = out_pointer + group * BLOCK + rows * to_stride + columns_of_eight
             inside = rows < _rows(group, columns, count - start)
@@ -393,11 +397,13 @@ def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: Sc
     return out
 
 
-def rotate_quantize_e5m2(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule, shift: int = 0) -> Tensor:
-    """As `plain_rotate_quantize_e5m2` defines it."""
+def rotate_quantize_e5m2(
+    x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule, shift: int = 0, are_in_pairs: bool = False
+) -> Tensor:
+    """As `plain_rotate_quantize_e5m2` defines it; the values in the order of `plain.in_pairs` where that is wanted."""
     out = torch.empty(x.shape, dtype=torch.float8_e5m2, device=x.device)
     least, most = E5M2_EXPONENTS
-    _write_values(x, matrices, format, rule, out, (least + shift, most + shift), shift)
+    _write_values(x, matrices, format, rule, out, (least + shift, most + shift), shift, are_in_pairs)
     return out
 
 
@@ -440,6 +446,7 @@ def _write_values(
     out: Tensor,
     exponents: tuple[int, int],
     shift: int,
+    are_in_pairs: bool = False,
 ) -> None:
     if not out.numel():
         return
@@ -459,6 +466,7 @@ def _write_values(
         shift,
         IN_PLACE=exponents[0] >= -126 and exponents[1] <= 100,
         SHIFTED=shift != 0,
+        IN_PAIRS=are_in_pairs,
         **blocks.constants(matrices),
     )
 

@@ -1,4 +1,4 @@
-"""A few rows of MXFP4 times MXFP4 weights, from packed codes on both sides, on bfloat16 matrix hardware (Triton).
+"""A few rows of MXFP4 times MXFP4 weights, which stay packed, on float16 matrix hardware (Triton).
 
 For generation the weights are read once and little is computed with them, so memory sets the pace as long as a code
 costs few instructions and enough bytes are on their way at any time. Hence:
@@ -8,17 +8,18 @@ costs few instructions and enough bytes are on their way at any time. Hence:
   launched while the one that writes them runs.
 - A program goes along a few rows, all of K. Each warp takes its own share of the blocks, and shares are added up at the
   end, in a fixed order: a small layer still fills a device.
-- A code becomes a bfloat16 number, which holds code and scale exactly. The three bits of a magnitude, put where
-  exponent and fraction of bfloat16 meet, are 2^-126 of it; one product, of two numbers at a time, raises them and
-  applies the scale of the block. So a sum goes over all of K in float32, with nothing to do for each block. Scales
-  above 2 times 2^126 are too large for a bfloat16 number: a program that has seen one begins again, with two products.
-- Inputs are packed codes too: as bfloat16 they would be more bytes than the weights, for 16 rows of inputs and 32 rows
-  of weights a program.
+- A code becomes a float16 number, which holds code and scale exactly, where they are an E4M3 number times one power of
+  two for the row (`plain.lift_exponents`). The three bits of a magnitude, put where exponent and fraction of float16
+  meet, are 2^-14 of it; one product, of two numbers at a time, raises them and applies the scale of the block. So a sum
+  goes over all of K in float32, with nothing to do for each block, and the power of two of the row comes last.
+- Inputs are E5M2, which are the upper halves of float16 numbers, in an order in which two that are multiplied side by
+  side lie side by side (`plain.in_pairs`): one instruction for two of them. Packed codes would be half the bytes, and
+  every program would spend a third of its time on taking them apart.
 - A sum may run over K in any order. Each thread loads whole blocks, 16 bytes at a time, and the order is the one in
   which the matrix hardware wants its operands: nothing is exchanged between threads. This rests on how Triton deals
   out what is loaded; where it deals otherwise the result is the same, through shared memory and slower.
 
-`plain_packed_product` is the specification, up to the order of the sums. Triton's interpreter has no inline assembly:
+`plain_paired_product` is the specification, up to the order of the sums. Triton's interpreter has no inline assembly:
 there the numbers are float32.
 """
 
@@ -33,82 +34,64 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from mxrot.kernels.crossovers import MOST_ROWS
+from mxrot.kernels.fused.arithmetic import power_of_two
 from mxrot.kernels.fused.overlap import can_overlap
-from mxrot.kernels.plain import PackedRows
 
 
-def _decoder(sign: str, magnitude: str, lift: str) -> tl.constexpr:
+def _decoder(sign: str, magnitude: str) -> tl.constexpr:
     """Assembly that takes one code of each of two 16-bit units ($1), and the factor of their block twice ($2), to two
-    bfloat16 numbers; `sign` and `magnitude` move the code's sign to bit 15 and its magnitude to bits 8 to 6.
+    float16 numbers; `sign` and `magnitude` move the code's sign to bit 15 and its magnitude to bits 11 to 9.
 
-    fma with -0 keeps the sign of zero; lop3 0xEA is (sign & 0x80008000) | magnitude.
+    lop3 0xEA is (sign & 0x80008000) | magnitude.
     """
     return tl.constexpr(
         f"""{{
-        .reg .b32 sign, number, power, zero;
-        mov.b32 zero, 0x80008000;
+        .reg .b32 sign, number;
         {sign}
         {magnitude}
-        and.b32 number, number, 0x01C001C0;
+        and.b32 number, number, 0x0E000E00;
         lop3.b32 number, sign, 0x80008000, number, 0xEA;
-        {lift}
-        fma.rn.bf16x2 $0, number, $2, zero;
+        mul.rn.f16x2 $0, number, $2;
         }}"""
     )
 
 
-_MOVES = (
-    ("shl.b32 sign, $1, 12;", "shl.b32 number, $1, 6;"),
-    ("shl.b32 sign, $1, 8;", "shl.b32 number, $1, 2;"),
-    ("shl.b32 sign, $1, 4;", "shr.u32 number, $1, 2;"),
-    ("mov.b32 sign, $1;", "shr.u32 number, $1, 6;"),
-)
-_LIFT = "mov.b32 power, 0x7E807E80; fma.rn.bf16x2 number, number, power, zero;"
-_FIRST, _SECOND, _THIRD, _FOURTH = (_decoder(*moves, lift="") for moves in _MOVES)
-_LIFT_FIRST, _LIFT_SECOND, _LIFT_THIRD, _LIFT_FOURTH = (_decoder(*moves, lift=_LIFT) for moves in _MOVES)
+_FIRST = _decoder("shl.b32 sign, $1, 12;", "shl.b32 number, $1, 9;")
+_SECOND = _decoder("shl.b32 sign, $1, 8;", "shl.b32 number, $1, 5;")
+_THIRD = _decoder("shl.b32 sign, $1, 4;", "shl.b32 number, $1, 1;")
+_FOURTH = _decoder("mov.b32 sign, $1;", "shr.u32 number, $1, 3;")
+_LOWER = tl.constexpr("{ .reg .b32 moved; shl.b32 moved, $1, 8; and.b32 $0, moved, 0xFF00FF00; }")
+_UPPER = tl.constexpr("and.b32 $0, $1, 0xFF00FF00;")
+RAISED = tl.constexpr(5)
+"""Weights are multiplied as E4M3 numbers over 2^5: with scales up to 2^1, the factors that lift codes are finite."""
 
 
 @triton.jit
-def _decode(units, factors, PLACE: tl.constexpr, ANY: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """The numbers of the codes in bits 4 PLACE to 4 PLACE + 3 of 16-bit units, with their `_factors`: bfloat16, or
+def _decode(units, factors, PLACE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The numbers of the codes in bits 4 PLACE to 4 PLACE + 3 of 16-bit units, with their `_factors`: float16, or
     float32."""
     if not ASSEMBLY:
         codes = (units.to(tl.int32) >> (4 * PLACE)) & 15
         numbers = (((codes & 8) << 28) | ((codes & 7) << 22)).to(tl.float32, bitcast=True)
-        return (numbers * 2.0**126 if ANY else numbers) * factors
-    elif ANY:
-        if PLACE == 0:
-            return tl.inline_asm_elementwise(_LIFT_FIRST, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
-        elif PLACE == 1:
-            return tl.inline_asm_elementwise(_LIFT_SECOND, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
-        elif PLACE == 2:
-            return tl.inline_asm_elementwise(_LIFT_THIRD, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
-        else:
-            return tl.inline_asm_elementwise(_LIFT_FOURTH, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        return numbers * 2.0**112 * factors
     elif PLACE == 0:
-        return tl.inline_asm_elementwise(_FIRST, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_FIRST, "=r,r,r", [units, factors], tl.float16, True, 2)
     elif PLACE == 1:
-        return tl.inline_asm_elementwise(_SECOND, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_SECOND, "=r,r,r", [units, factors], tl.float16, True, 2)
     elif PLACE == 2:
-        return tl.inline_asm_elementwise(_THIRD, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_THIRD, "=r,r,r", [units, factors], tl.float16, True, 2)
     else:
-        return tl.inline_asm_elementwise(_FOURTH, "=r,r,r", [units, factors], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(_FOURTH, "=r,r,r", [units, factors], tl.float16, True, 2)
 
 
 @triton.jit
-def _factors(exponents, ANY: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """What codes are multiplied with, bfloat16 or float32, by E8M0 bytes as int32.
-
-    Where ANY byte may come these are scales, NaN for 255; the code is lifted by 2^126 before. Otherwise they are scales
-    times 2^126, right for bytes up to 128.
-    """
-    bits = tl.maximum(exponents << 7, 0x40) if ANY else (exponents << 7) + (126 << 7)
-    if ANY:
-        bits = tl.where(exponents == 255, 0x7FC0, bits)
+def _factors(exponents, ASSEMBLY: tl.constexpr):
+    """2^(14 + e - RAISED), float16 or float32, for int32 e up to 6, and 2^-14 for all below -23."""
+    fields = tl.maximum(exponents + (29 - RAISED), 1)
     if ASSEMBLY:
-        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return (fields << 10).to(tl.int16).to(tl.float16, bitcast=True)
     else:
-        return (bits << 16).to(tl.float32, bitcast=True)
+        return ((fields + 112) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -122,64 +105,94 @@ def _places(ROWS: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, WARPS: tl
 
 @triton.jit
 def _load(
-    words_pointer,
-    scales_pointer,
+    pointer,
     first_row,
     first_block,
     rows_in_all,
     groups_in_all,
+    EACH: tl.constexpr,
+    OF: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     WARPS: tl.constexpr,
     WHOLE: tl.constexpr,
     POLICY: tl.constexpr,
 ):
-    """Words of eight codes, int32 [1, ...] of [ROWS / 8, RUN, WARPS, 8, 4, 4]; E8M0 bytes as int32, one for four words.
+    """The first EACH numbers of the OF that each block has, [1, N] of [ROWS / 8, RUN, WARPS, 8, 4, EACH]; [N] of one.
 
     Of rows beyond the end the last one instead, of blocks beyond the end zeros.
     """
-    last = rows_in_all - 1 - first_row
     start = first_row.to(tl.int64) * groups_in_all + first_block
-    row, block, word = _places(ROWS, 4, RUN, WARPS)
-    # Of two dimensions, so that the layout of bytes below is never that of words.
-    at, block = ((tl.minimum(row, last) * groups_in_all + block) * 4 + word)[None, :], block[None, :]
+    row, block, which = _places(ROWS, EACH, RUN, WARPS)
+    at = tl.minimum(row, rows_in_all - 1 - first_row) * groups_in_all + block
+    if EACH == 1:
+        at = tl.max_contiguous(at, 1)  # one byte a thread
+    else:
+        # Of two dimensions, so that the layout of scales is never that of words.
+        at, block = (at * OF + which)[None, :], block[None, :]
     inside = None if WHOLE else first_block + block < groups_in_all
-    words = tl.load(words_pointer + start * 4 + at, mask=inside, other=None if WHOLE else 0, eviction_policy=POLICY)
-    row, block, _ = _places(ROWS, 1, RUN, WARPS)
-    at = tl.max_contiguous(tl.minimum(row, last) * groups_in_all + block, 1)  # one byte a thread
-    inside = None if WHOLE else first_block + block < groups_in_all
-    scales = tl.load(scales_pointer + start + at, mask=inside, other=None if WHOLE else 0)
-    return words, scales.to(tl.int32)
+    return tl.load(pointer + start * OF + at, mask=inside, other=None if WHOLE else 0, eviction_policy=POLICY)
 
 
 @triton.jit
-def _numbers(
-    words,
-    scales,
-    PLACE: tl.constexpr,
-    ANY: tl.constexpr,
+def _load_inputs(
+    pointer,
+    first_row,
+    first_block,
+    rows_in_all,
+    groups_in_all,
+    INPUTS: tl.constexpr,
     RUN: tl.constexpr,
     WARPS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """One code of each half of the words that `_load` gave, as numbers [WARPS, ROWS, RUN * 32].
+    """The words of both halves of each block."""
+    first = _load(pointer, first_row, first_block, rows_in_all, groups_in_all, 4, 8, INPUTS, RUN, WARPS, WHOLE, "")
+    second = _load(pointer + 4, first_row, first_block, rows_in_all, groups_in_all, 4, 8, INPUTS, RUN, WARPS, WHOLE, "")
+    return first, second
+
+
+@triton.jit
+def _operand(numbers, EIGHTS: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
+    """Numbers [EIGHTS, RUN, WARPS, 8, 4, 8] as [WARPS, ROWS, RUN * 32].
 
     A thread holds four of K side by side, then come the four threads of a row: the order in which Triton gives operands
     to the matrix hardware, where it sees 16 bits and no load in the same loop.
     """
-    EIGHTS: tl.constexpr = words.shape[1] // (RUN * WARPS * 128)
-    units = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
-    factors = tl.reshape(_factors(scales, ANY, ASSEMBLY), [EIGHTS, RUN, WARPS, 8, 4, 1])
-    factors = tl.broadcast_to(factors, [EIGHTS, RUN, WARPS, 8, 4, 8])
-    numbers = _decode(tl.reshape(units, [EIGHTS, RUN, WARPS, 8, 4, 8]), factors, PLACE, ANY, ASSEMBLY)
     numbers = tl.reshape(numbers, [EIGHTS, RUN, WARPS, 8, 4, 2, 4])
     return tl.reshape(tl.permute(numbers, [2, 0, 3, 1, 5, 4, 6]), [WARPS, EIGHTS * 8, RUN * 32])
 
 
 @triton.jit
-def _largest(scales, WARPS: tl.constexpr):
-    """For each thread, of the scales that it has loaded."""
-    return tl.max(tl.reshape(scales, [scales.shape[0] // (WARPS * 32), WARPS * 32]), axis=0)
+def _units(words):
+    """The lower and the upper half of each word."""
+    return tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+
+
+@triton.jit
+def _weights(words, exponents, PLACE: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """One code of each half of the words of weights, as numbers [WARPS, ROWS, RUN * 32]."""
+    EIGHTS: tl.constexpr = words.shape[1] // (RUN * WARPS * 128)
+    factors = tl.reshape(_factors(exponents, ASSEMBLY), [EIGHTS, RUN, WARPS, 8, 4, 1])
+    factors = tl.broadcast_to(factors, [EIGHTS, RUN, WARPS, 8, 4, 8])
+    units = tl.reshape(_units(words), [EIGHTS, RUN, WARPS, 8, 4, 8])
+    return _operand(_decode(units, factors, PLACE, ASSEMBLY), EIGHTS, RUN, WARPS)
+
+
+@triton.jit
+def _values(words, PLACE: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The inputs that go with `_weights` of this PLACE, [WARPS, INPUTS, RUN * 32], from words of four E5M2
+    each, those that PLACE 0 and 1, or 2 and 3, share."""
+    EIGHTS: tl.constexpr = words.shape[1] // (RUN * WARPS * 128)
+    units = tl.reshape(_units(words), [EIGHTS, RUN, WARPS, 8, 4, 8])
+    if not ASSEMBLY:
+        bits = units if PLACE % 2 == 1 else units << 8
+        numbers = (bits & -256).to(tl.float16, bitcast=True).to(tl.float32)
+    elif PLACE % 2 == 1:
+        numbers = tl.inline_asm_elementwise(_UPPER, "=r,r", [units], tl.float16, True, 2)
+    else:
+        numbers = tl.inline_asm_elementwise(_LOWER, "=r,r", [units], tl.float16, True, 2)
+    return _operand(numbers, EIGHTS, RUN, WARPS)
 
 
 @triton.jit
@@ -191,93 +204,12 @@ def _add_products(total, weights, inputs, ASSEMBLY: tl.constexpr):
         return total + tl.dot(weights, tl.permute(inputs, [0, 2, 1]), input_precision="ieee")
 
 
-@triton.jit
-def _products(
-    inputs_pointer,
-    input_scales_pointer,
-    words_pointer,
-    scales_pointer,
-    first_input,
-    first_row,
-    inputs_in_all,
-    rows_in_all,
-    groups_in_all,
-    ANY: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    WHOLE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    INPUTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """Some rows, all of K: each warp's share, float32 [WARPS, ROWS, INPUTS], and the largest scales of weights."""
-    STEP: tl.constexpr = 4 * RUN * WARPS
-    next_words, next_scales = _load(
-        words_pointer, scales_pointer, first_row, 0, rows_in_all, groups_in_all, ROWS, RUN, WARPS, WHOLE, "evict_first"
-    )
-    if OVERLAP:
-        gdc_wait()
-    next_inputs, next_input_scales = _load(
-        inputs_pointer,
-        input_scales_pointer,
-        first_input,
-        0,
-        inputs_in_all,
-        groups_in_all,
-        INPUTS,
-        RUN,
-        WARPS,
-        WHOLE,
-        "",
-    )
-    largest = _largest(next_scales, WARPS)
-    total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
-    for start in tl.range(0, groups_in_all, STEP, num_stages=1):
-        inputs, input_scales = next_inputs, next_input_scales
-        words, scales = next_words, next_scales
-        after = start + STEP
-        if after < groups_in_all:
-            next_words, next_scales = _load(
-                words_pointer,
-                scales_pointer,
-                first_row,
-                after,
-                rows_in_all,
-                groups_in_all,
-                ROWS,
-                RUN,
-                WARPS,
-                WHOLE,
-                "evict_first",
-            )
-            next_inputs, next_input_scales = _load(
-                inputs_pointer,
-                input_scales_pointer,
-                first_input,
-                after,
-                inputs_in_all,
-                groups_in_all,
-                INPUTS,
-                RUN,
-                WARPS,
-                WHOLE,
-                "",
-            )
-        largest = tl.maximum(largest, _largest(scales, WARPS))
-        for place in tl.static_range(4):
-            weights = _numbers(words, scales, place, ANY, RUN, WARPS, ASSEMBLY)
-            values = _numbers(inputs, input_scales, place, True, RUN, WARPS, ASSEMBLY)
-            total = _add_products(total, weights, values, ASSEMBLY)
-    return total, largest
-
-
 @triton.jit(do_not_specialize=["inputs_in_all"])
 def _packed_product(
     inputs_pointer,
-    input_scales_pointer,
     words_pointer,
     scales_pointer,
+    row_exponent_pointer,
     out_pointer,
     inputs_in_all,
     rows_in_all,
@@ -290,51 +222,55 @@ def _packed_product(
     RUN: tl.constexpr,
     WARPS: tl.constexpr,
 ):
+    STEP: tl.constexpr = 4 * RUN * WARPS
     first_input, first_row = tl.program_id(0) * INPUTS, tl.program_id(1) * ROWS
-    total, largest = _products(
-        inputs_pointer,
-        input_scales_pointer,
-        words_pointer,
-        scales_pointer,
-        first_input,
-        first_row,
-        inputs_in_all,
-        rows_in_all,
-        groups_in_all,
-        False,
-        ASSEMBLY,
-        WHOLE,
-        OVERLAP,
-        INPUTS,
-        ROWS,
-        RUN,
-        WARPS,
+    next_words = _load(
+        words_pointer, first_row, 0, rows_in_all, groups_in_all, 4, 4, ROWS, RUN, WARPS, WHOLE, "evict_first"
     )
-    if tl.max(largest) > 128:
-        total, largest = _products(
-            inputs_pointer,
-            input_scales_pointer,
-            words_pointer,
-            scales_pointer,
-            first_input,
-            first_row,
-            inputs_in_all,
-            rows_in_all,
-            groups_in_all,
-            True,
-            ASSEMBLY,
-            WHOLE,
-            False,
-            INPUTS,
-            ROWS,
-            RUN,
-            WARPS,
-        )
-    rows = first_row + tl.arange(0, ROWS)[:, None]
+    next_scales = _load(scales_pointer, first_row, 0, rows_in_all, groups_in_all, 1, 1, ROWS, RUN, WARPS, WHOLE, "")
+    place, _, _ = _places(ROWS, 1, RUN, WARPS)
+    bias = 127 + tl.load(row_exponent_pointer + tl.minimum(first_row + place, rows_in_all - 1))
+    if OVERLAP:
+        gdc_wait()
+    next_first, next_second = _load_inputs(
+        inputs_pointer, first_input, 0, inputs_in_all, groups_in_all, INPUTS, RUN, WARPS, WHOLE
+    )
+    total = tl.zeros([WARPS, ROWS, INPUTS], tl.float32)
+    for start in tl.range(0, groups_in_all, STEP, num_stages=1):
+        first, second, words, scales = next_first, next_second, next_words, next_scales
+        after = start + STEP
+        if after < groups_in_all:
+            next_words = _load(
+                words_pointer,
+                first_row,
+                after,
+                rows_in_all,
+                groups_in_all,
+                4,
+                4,
+                ROWS,
+                RUN,
+                WARPS,
+                WHOLE,
+                "evict_first",
+            )
+            next_scales = _load(
+                scales_pointer, first_row, after, rows_in_all, groups_in_all, 1, 1, ROWS, RUN, WARPS, WHOLE, ""
+            )
+            next_first, next_second = _load_inputs(
+                inputs_pointer, first_input, after, inputs_in_all, groups_in_all, INPUTS, RUN, WARPS, WHOLE
+            )
+        exponents = scales.to(tl.int32) - bias
+        for which in tl.static_range(4):
+            weights = _weights(words, exponents, which, RUN, WARPS, ASSEMBLY)
+            values = _values(first if which < 2 else second, which, RUN, WARPS, ASSEMBLY)
+            total = _add_products(total, weights, values, ASSEMBLY)
+    rows = first_row + tl.arange(0, ROWS)
+    exponents = tl.load(row_exponent_pointer + tl.minimum(rows, rows_in_all - 1))
+    sums = tl.sum(total, axis=0) * power_of_two(exponents + RAISED)[:, None]
     count = first_input + tl.arange(0, INPUTS)[None, :]
-    inside = (rows < rows_in_all) & (count < inputs_in_all)
-    sums = tl.sum(total, axis=0).to(out_pointer.dtype.element_ty)
-    tl.store(out_pointer + count * rows_in_all + rows, sums, mask=inside)
+    inside = (rows[:, None] < rows_in_all) & (count < inputs_in_all)
+    tl.store(out_pointer + count * rows_in_all + rows[:, None], sums.to(out_pointer.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -369,27 +305,29 @@ def choose_tile(inputs: int, rows: int, groups: int, processors: int) -> Tile:
     return Tile(32, 32, 1, 8 if is_long and inputs <= 32 else 4, registers=255)
 
 
-def skinny_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `plain_packed_product` defines it, for at most `MOST_ROWS` rows of inputs."""
+def skinny_product(inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `plain_paired_product` defines it, for at most `MOST_ROWS` rows of inputs."""
     processors = torch.cuda.get_device_properties(codes.device).multi_processor_count if codes.is_cuda else 1
     rows, groups = scales.shape
-    tile = choose_tile(inputs.scales.numel() // groups, rows, groups, processors)
-    return product_by_tiles(inputs, codes, scales, dtype, tile)
+    tile = choose_tile(inputs.numel() // (32 * groups), rows, groups, processors)
+    return product_by_tiles(inputs, codes, scales, row_exponents, dtype, tile)
 
 
-def product_by_tiles(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torch.dtype, tile: Tile) -> Tensor:
+def product_by_tiles(
+    inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype, tile: Tile
+) -> Tensor:
     """`skinny_product` by tiles of a given kind."""
     rows, groups = scales.shape
-    count = inputs.scales.numel() // groups
+    count = inputs.numel() // (32 * groups)
     assert count <= MOST_ROWS and MOST_ROWS * rows < 2**31
     out = torch.empty(count, rows, dtype=dtype, device=codes.device)
     if out.numel():
         overlaps = can_overlap(codes.device)
         _packed_product[(triton.cdiv(count, tile.inputs), triton.cdiv(rows, tile.rows))](
-            inputs.codes.view(count, -1).view(torch.int32),
-            inputs.scales,
+            inputs.view(count, -1).view(torch.int32),
             codes.view(torch.int32),
             scales,
+            row_exponents,
             out,
             count,
             rows,
@@ -405,4 +343,4 @@ def product_by_tiles(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: t
             maxnreg=tile.registers,
             launch_pdl=overlaps,
         )
-    return out.view(*inputs.codes.shape[:-1], rows)
+    return out.view(*inputs.shape[:-1], rows)

@@ -3,6 +3,8 @@
 from mxrot.kernels.plain.activations import (
     E5M2_EXPONENTS,
     PackedRows,
+    in_pairs,
+    out_of_pairs,
     plain_rotate_quantize,
     plain_rotate_quantize_e5m2,
     plain_rotate_quantize_packed,
@@ -22,6 +24,7 @@ from mxrot.kernels.plain.products import (
     plain_fp8_product,
     plain_lift_weights,
     plain_packed_product,
+    plain_paired_product,
 )
 from mxrot.kernels.plain.rounding import (
     ReachedColumns,
@@ -47,9 +50,11 @@ __all__ = [
     "WeightMoves",
     "count_parts",
     "diagonal_blocks",
+    "in_pairs",
     "lift_exponents",
     "lift_rows",
     "moment_of_parts",
+    "out_of_pairs",
     "plain_bfloat16_parts",
     "plain_divergence",
     "plain_fp8_product",
@@ -57,6 +62,7 @@ __all__ = [
     "plain_moved_weights",
     "plain_moved_weights_gradients",
     "plain_packed_product",
+    "plain_paired_product",
     "plain_rotate_quantize",
     "plain_rotate_quantize_e5m2",
     "plain_rotate_quantize_packed",

@@ -65,6 +65,20 @@ def plain_rotate_quantize_e5m2(
     return (values * 2.0**-shift).to(torch.float8_e5m2)
 
 
+def in_pairs(values: Tensor) -> Tensor:
+    """`values` [..., K] with the 32 of each block in the order of `skinny_product`.
+
+    Column 8 j + 4 a + 2 b + c is at 16 b + 4 j + 2 a + c: four bytes hold two pairs of columns that are four apart, and
+    the first half of a block all columns with b = 0.
+    """
+    return values.unflatten(-1, (-1, 4, 2, 2, 2)).permute(*range(values.dim()), -2, -4, -3, -1).flatten(-5)
+
+
+def out_of_pairs(values: Tensor) -> Tensor:
+    """What `in_pairs` has put in order, as it was."""
+    return values.unflatten(-1, (-1, 2, 4, 2, 2)).permute(*range(values.dim()), -3, -2, -4, -1).flatten(-5)
+
+
 def swizzled_bytes(rows: int, groups: int) -> int:
     """How many bytes `swizzle_scales` gives."""
     return -(-rows // 128) * -(-groups // 4) * 512

@@ -10,7 +10,7 @@ from torch import Tensor
 from mxrot.formats import BlockScales, QTensor, get_format, unpack_codes
 from mxrot.formats.element import powers_of_two
 from mxrot.formats.scale import E8M0_BIAS
-from mxrot.kernels.plain.activations import PackedRows
+from mxrot.kernels.plain.activations import PackedRows, out_of_pairs
 
 E4M3_SHIFTS = -8, 6
 """Exponents d for which every E2M1 number times 2^d is an E4M3 number."""
@@ -71,6 +71,20 @@ def plain_packed_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtyp
         for c, s in ((inputs.codes, inputs.scales), (codes, scales))
     )
     return (x @ w.mT).to(dtype)
+
+
+def plain_paired_product(
+    inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """E5M2 inputs [..., K] in the order of `in_pairs` by MXFP4 weights that can be lifted, `codes` uint8 [N, K/2],
+    `scales` E8M0 bytes [N, K/32] and `row_exponents` int32 [N] as for `plain_lift_weights`: `dtype` [..., N].
+
+    Products are exact, sums are float32.
+    """
+    # A float8 tensor cannot be copied everywhere, its bytes can.
+    ordered = out_of_pairs(inputs.view(torch.uint8)).view(inputs.dtype)
+    lifted = plain_lift_weights(codes, scales, row_exponents)
+    return plain_fp8_product(ordered, lifted, torch.exp2(row_exponents.float()), dtype)
 
 
 def plain_fp8_product(inputs: Tensor, weights: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
