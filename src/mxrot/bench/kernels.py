@@ -180,7 +180,7 @@ class _Way:
 def _linears(
     device: torch.device, x: Tensor, matrices: Tensor, weights: Sequence[PackedRows]
 ) -> Iterator[tuple[str, list[Callable[[], Tensor]], float]]:
-    """Ways to compute the quantized linear, each with its transform and quantizer; one function for each weight."""
+    """Ways to compute the quantized linear, all but one with the quantizer; one function for each weight."""
     if device.type != "cuda" or not has_triton() or torch.cuda.get_device_capability(device) < (8, 9):
         return
     from mxrot.kernels.fused.lift import lift_weights
@@ -192,11 +192,15 @@ def _linears(
     assert not int(outside)
     if len(x) <= MOST_ROWS:
 
-        def few(w: PackedRows) -> Tensor:
-            paired = rotate_quantize_e5m2(x, matrices, FORMAT, rule, are_in_pairs=True)
-            return skinny_product(paired, w.codes, w.scales, exponents, dtype)
+        def quantized() -> Tensor:
+            return rotate_quantize_e5m2(x, matrices, FORMAT, rule, are_in_pairs=True)
+
+        def few(w: PackedRows, inputs: Tensor | None = None) -> Tensor:
+            inputs = quantized() if inputs is None else inputs
+            return skinny_product(inputs, w.codes, w.scales, exponents, dtype)
 
         yield PACKED, [partial(few, w) for w in weights], 17 / 32
+        yield f"{PACKED}, without the quantizer", [partial(few, w, quantized()) for w in weights], 17 / 32
     scale = torch.exp2(exponents[0].float())
     lifted = [
         plain_lift_weights(w.codes, w.scales, exponents) for w in weights[: copies_for(len(exponents) * x.shape[1])]
