@@ -62,15 +62,18 @@ $(STAMPS)/torch: constraints.txt | $(PY)
 $(STAMPS)/package: pyproject.toml constraints.txt $(STAMPS)/torch
 	@echo "Installing mxrot"
 	@$(INSTALL) --editable .
+	@rm -f $(STAMPS)/interpreter
 	@touch $@
 
 $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: pyproject.toml constraints.txt $(STAMPS)/torch
 	@echo "Installing mxrot[$*]"
 	@$(INSTALL) --editable ".[$*]"
+	@rm -f $(STAMPS)/interpreter
 	@touch $@
 
 # Without a GPU kernels run in Triton's interpreter. That of 3.7.1, which CUDA builds of torch bring along, has no block
-# scales and loses NaN in FP8. Not in constraints.txt, which it would contradict there.
+# scales and loses NaN in FP8. Not in constraints.txt, which it would contradict there; so every other installation puts
+# torch's version back, and takes this stamp away.
 $(STAMPS)/interpreter: Makefile $(STAMPS)/test
 	@command -v nvidia-smi > /dev/null || $(INSTALL) --no-deps triton==3.9.0
 	@touch $@
