@@ -200,7 +200,8 @@ def _linears(
             return skinny_product(inputs, w.codes, w.scales, exponents, dtype)
 
         yield PACKED, [partial(few, w) for w in weights], 17 / 32
-        yield f"{PACKED}, without the quantizer", [partial(few, w, quantized()) for w in weights], 17 / 32
+        once = quantized()
+        yield f"{PACKED}, without the quantizer", [partial(few, w, once) for w in weights], 17 / 32
     scale = torch.exp2(exponents[0].float())
     lifted = [
         plain_lift_weights(w.codes, w.scales, exponents) for w in weights[: copies_for(len(exponents) * x.shape[1])]

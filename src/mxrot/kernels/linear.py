@@ -1,7 +1,8 @@
 """Ways to compute y = Q(x T) W_q^T with MXFP4 on both sides. `dispatch` chooses among them.
 
 Each takes the packed weights as a checkpoint holds them, and says where it runs. All give the same sums of exact
-products; they differ in the order and the precision of the sums.
+products; they differ in the order and the precision of the sums, and those with E5M2 inputs cut off scales of inputs
+beyond `plain.E5M2_EXPONENTS`.
 """
 
 from __future__ import annotations
