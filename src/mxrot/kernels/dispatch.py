@@ -157,7 +157,7 @@ def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice
             "`mxrot bench kernels --remember` does",
         )
     if weight.row_exponents is None:
-        return Choice(None, "some block of the weights does not fit into E4M3")
+        return Choice(None, "some block of the weights does not fit into E4M3, or they were not prepared")
     limit = limits.packed if weight.lifted is None else limits.kept
     if rows <= limit:
         return Choice("matrix units", f"up to {limit} rows")

@@ -90,8 +90,9 @@ def test_it_is_the_product(count: int, rows: int, columns: int) -> None:
     assert_is_product(plain_paired_product(paired(x), w.codes, w.scales, w.exponents, torch.float32), x, w)
 
 
-def test_a_width_that_steps_divide() -> None:
-    x, w = inputs(3, 4096, 0), weights(40, 4096, 1, together=False)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_width_that_steps_divide(together: bool) -> None:
+    x, w = inputs(3, 4096, 0), weights(40, 4096, 1, together)
     assert_is_product(product(x, w), x, w)
 
 
