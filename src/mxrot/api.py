@@ -8,7 +8,7 @@ mxrot.evaluate(model, text="demo")
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,17 +32,13 @@ from mxrot.evaluation import (
     score_tasks,
 )
 from mxrot.models import WeightFiles, find_family, find_model, needed_attention, read_config, start_token
+from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import device_name, versions
 
 DEFAULT_RECIPE = "mxrot"
-Progress = Callable[[int, int, str], None]
 EVALUATION_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens that pass through a model at once."""
-
-
-def silent(done: int, total: int, what: str) -> None:
-    """A progress that tells nobody."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from mxrot.checks import find_problems
 from mxrot.evaluation import score_tasks
 from mxrot.layers import ModelSize, QuantLinear
 from mxrot.models import WeightFiles, build_skeleton, find_family, find_model, read_config
+from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.report import ComparedRow
 
@@ -36,7 +37,7 @@ def compare_recipes(
     prompt: str | None = None,
     tasks: dict[str, Any] | None = None,
     limit: int | None = None,
-    progress: api.Progress = api.silent,
+    progress: Progress = silent,
 ) -> list[ComparedRow]:
     """The model as it is, then quantized by each recipe: perplexity on `texts`, size, seconds to quantize.
 
@@ -88,8 +89,8 @@ def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
     return ModelSize.of(model.state_dict(), bits, stored.itemsize)
 
 
-def _labelled(progress: api.Progress, label: str) -> api.Progress:
-    def told(done: int, total: int, what: str) -> None:
+def _labelled(progress: Progress, label: str) -> Progress:
+    def told(done: float, total: int, what: str) -> None:
         progress(done, total, f"{label}, {what}")
 
     return told

@@ -12,7 +12,6 @@ it back instead of having it quantized again, with the same bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,16 +34,13 @@ from mxrot.models import (
     read_generation_config,
     score_heads,
 )
+from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.records import BlockReport, RunRecord, device_name, versions
 from mxrot.sitewise import BlockRun
 from mxrot.surgery import stored_tensors
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, Keeper, tune_network
-
-Progress = Callable[[int, int, str], None]
-"""Told (blocks done, blocks in all, what is being done)."""
-
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131072}
 """Tokens that pass through a block at once, at most; fixed, so that sums always run in the same order."""
@@ -87,7 +83,7 @@ def quantize(
     device: torch.device | str = "cpu",
     seed: int = 0,
     store: BlockStore | None = None,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> QuantizedModel:
     """Quantize the model in `folder`.
 

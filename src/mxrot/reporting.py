@@ -19,6 +19,7 @@ from mxrot.checkpoint import is_checkpoint
 from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
 from mxrot.models import Family, find_family, find_model, read_config, start_token
+from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.records import Metric, versions
 from mxrot.report import Contents, metrics_of
@@ -49,7 +50,7 @@ class Request:
     """The same of the original."""
 
 
-def gather(request: Request, device: str | None = None, progress: api.Progress = api.silent) -> Contents:
+def gather(request: Request, device: str | None = None, progress: Progress = silent) -> Contents:
     """Measure and look; ConfigError and CheckpointError before any weight is read where that is possible."""
     if request.baseline is not None and request.results is None:
         raise ConfigError("the figures of the original need those of the checkpoint beside them")
@@ -106,7 +107,7 @@ def read_records(folder: Path) -> tuple[dict[str, Any], Recipe]:
 
 
 def _measured(
-    request: Request, model: PreTrainedModel, original: PreTrainedModel | None, tokenizer: Any, progress: api.Progress
+    request: Request, model: PreTrainedModel, original: PreTrainedModel | None, tokenizer: Any, progress: Progress
 ) -> list[Metric]:
     options: dict[str, Any] = {"windows": request.windows, "seq_len": request.seq_len, "progress": progress}
     if original is None:
@@ -126,7 +127,7 @@ def _views(
     windows: Tensor,
     model: PreTrainedModel,
     original: PreTrainedModel | None,
-    progress: api.Progress,
+    progress: Progress,
 ) -> tuple[dict[str, ActivationView], dict[str, ActivationView]]:
     """The inputs of every site before the transform and after it."""
     quantizer = None if recipe.activations is None else recipe.activations.quantizer()

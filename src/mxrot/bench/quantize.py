@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mxrot import api, pipeline
 from mxrot.models import find_model
+from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 
 
@@ -35,7 +36,7 @@ def bench_quantize(
     samples: int | None = None,
     seq_len: int | None = None,
     repeats: int = 3,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> list[QuantizeRow]:
     """Quantize `model` in memory by each recipe, `repeats` times after a first one."""
     folder, rows = find_model(model), []

@@ -30,7 +30,8 @@ from mxrot.errors import CheckpointError
 from mxrot.interrupts import interrupt_waits
 from mxrot.layers import ModelSize
 from mxrot.models import Family, WeightFiles, find_family, read_config
-from mxrot.pipeline import Progress, quantize
+from mxrot.pipeline import quantize
+from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.records import BlockReport, LinearReport, RunRecord, device_name, versions
 from mxrot.tuning import Check
@@ -150,7 +151,7 @@ def quantize_to_folder(
     seed: int = 0,
     force: bool = False,
     resume: bool = False,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Quantize the model in `source` into the new folder `output`; returns the contents of its run.json.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from mxrot.calibration import watched_inputs
 from mxrot.layers import QuantLinear, TensorQuantizer
 from mxrot.models import Family, separate_experts
+from mxrot.progress import Progress, silent
 
 TOKENS_SHOWN = 128
 """Tokens of a map: the first ones of the first window."""
@@ -119,7 +119,7 @@ def activation_views(
     *,
     ignore: tuple[str, ...] = (),
     transformed: bool = False,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> dict[str, ActivationView]:
     """The inputs of every site over token windows [W, T], one window at a time, by the full name of its first linear.
 

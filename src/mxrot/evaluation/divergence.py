@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from mxrot.errors import ConfigError, NumericsError
 from mxrot.evaluation.perplexity import LOGITS_AT_ONCE, Perplexity
 from mxrot.models import logits_of
+from mxrot.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def divergence(
     original: PreTrainedModel,
     windows: Tensor,
     batch_windows: int = 1,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> Divergence:
     """Compare two models of one vocabulary on token windows [W, T], both on their device at once.
 

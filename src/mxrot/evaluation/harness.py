@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mxrot.errors import NumericsError
 from mxrot.evaluation.answers import Answer, Answers
+from mxrot.progress import Progress
 
 
 class Harness(HFLM):
@@ -23,7 +23,7 @@ class Harness(HFLM):
         tokenizer: Any,
         answers: Answers,
         batch_size: int,
-        progress: Callable[[int, int, str], None],
+        progress: Progress,
     ) -> None:
         own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token where it has none
         super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size, softmax_dtype="float32")

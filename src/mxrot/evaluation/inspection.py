@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from mxrot.calibration import ChannelMaxima, watched_inputs
 from mxrot.layers import QuantLinear
 from mxrot.models import Family, separate_experts
+from mxrot.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def site_maxima(
     family: Family,
     windows: Tensor,
     batch_windows: int = 1,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> list[SiteMaxima]:
     """Channel maxima of every site of every decoder block over token windows [W, T].
 

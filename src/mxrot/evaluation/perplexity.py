@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mxrot.errors import NumericsError
 from mxrot.models import logits_of
+from mxrot.progress import Progress, silent
 
 LOGITS_AT_ONCE = 1024
 """Positions, over all windows of a batch, whose logits exist at once.
@@ -39,7 +39,7 @@ def perplexity(
     model: PreTrainedModel,
     windows: Tensor,
     batch_windows: int = 1,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> Perplexity:
     """Perplexity over token windows [W, T], each on its own, `batch_windows` at a time.
 

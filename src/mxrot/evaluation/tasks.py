@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from mxrot.errors import ConfigError, DataError, FamilyError
 from mxrot.evaluation.answers import Answers
 from mxrot.evaluation.task_data import local_splits
+from mxrot.progress import Progress, silent
 
 REQUESTS_AT_ONCE = {"cpu": 8, "cuda": 64}
 _SCORABLE = ("multiple_choice", "loglikelihood")
@@ -154,7 +155,7 @@ def score_tasks(
     limit: int | None = None,
     batch_size: int | None = None,
     answers: Answers | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> dict[str, TaskScore]:
     """The scores of a model on tasks of `load_tasks`, by their names.
 

@@ -8,48 +8,50 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mxrot.progress import Progress
 
 SECONDS_BETWEEN_LINES = 5.0
-Told = Callable[[int, int, str], None]
 
 
 @contextmanager
-def progress_on_stderr(title: str) -> Iterator[Told]:
+def progress_on_stderr(title: str) -> Iterator[Progress]:
     """Yields a function to be told (done, total, what)."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _line_printer(title)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    with rich.progress.Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         yield _bar_mover(bar, title)
 
 
-def _bar_mover(bar: Progress, title: str) -> Told:
+def _bar_mover(bar: rich.progress.Progress, title: str) -> Progress:
     task = bar.add_task(title, total=None)
-    last = (0, 0)
+    last = (0.0, 0)
 
-    def told(done: int, total: int, what: str) -> None:
+    def told(done: float, total: int, what: str) -> None:
         nonlocal last
         if _is_new_phase(last, (done, total)):
-            bar.reset(task, total=total, completed=done)
+            bar.reset(task, total=total)
         last = (done, total)
         bar.update(task, completed=done, description=f"{title}: {what}" if what else title)
 
     return told
 
 
-def _line_printer(title: str) -> Told:
+def _line_printer(title: str) -> Progress:
     """The first call prints, and then the first one after each SECONDS_BETWEEN_LINES."""
-    last = (0, 0)
-    first_done, started, printed = 0, 0.0, float("-inf")
+    last = (0.0, 0)
+    first_done, started, printed = 0.0, 0.0, float("-inf")
 
-    def told(done: int, total: int, what: str) -> None:
+    def told(done: float, total: int, what: str) -> None:
         nonlocal last, first_done, started, printed
         now = time.monotonic()
         if _is_new_phase(last, (done, total)):
@@ -60,10 +62,10 @@ def _line_printer(title: str) -> Told:
         printed = now
         made = done - first_done
         left = f", {(now - started) * (total - done) / made:.0f} s to go" if made else ""
-        print(f"{title}: {done} of {total}{f' ({what})' if what else ''}{left}", file=sys.stderr, flush=True)
+        print(f"{title}: {done:.0f} of {total}{f' ({what})' if what else ''}{left}", file=sys.stderr, flush=True)
 
     return told
 
 
-def _is_new_phase(last: tuple[int, int], now: tuple[int, int]) -> bool:
+def _is_new_phase(last: tuple[float, int], now: tuple[float, int]) -> bool:
     return now[0] < last[0] or now[1] != last[1]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.errors import ConfigError, DataError, NumericsError
+from mxrot.progress import Progress, silent
 
 ADAM_EPSILON = 1e-12
 """Far below any gradient: those of many million offsets are 1e-7 or less, for a loss that is a mean over tokens."""
@@ -153,7 +154,7 @@ def tune(
     options: Tuning,
     generator: torch.Generator,
     keeper: Keeper | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> list[Check]:
     """Minimise; the parameters end at the least held-out loss that was seen, the start included.
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mxrot.calibration import block_arguments, first_hidden
 from mxrot.models import Family, fused_norms, logits_of, score_heads, shared_heads
+from mxrot.progress import Progress, silent
 from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.straight_through import Divergence
@@ -64,7 +65,7 @@ def tune_network(
     generator: torch.Generator,
     ignore: tuple[str, ...] = (),
     keeper: Keeper | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> list[Check]:
     """Tune `model`, quantized and on its device, towards `original` on token windows [W, T]; in place.
 

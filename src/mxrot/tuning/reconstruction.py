@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mxrot.calibration import BlockInputs
 from mxrot.models import Site
+from mxrot.progress import Progress, silent
 from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
@@ -26,7 +27,7 @@ def tune_block(
     options: Tuning,
     generator: torch.Generator,
     name: str,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> list[Check]:
     """Tune a quantized `block` in place.
 
