@@ -31,13 +31,13 @@ from tables import TABLES, Run
 from torch import Tensor
 
 from mxrot import api, pipeline
-from mxrot.calibration import load_text, token_windows
 from mxrot.checkpoint import quantize_to_folder
 from mxrot.errors import MxrotError
 from mxrot.evaluation import perplexity
 from mxrot.models import find_model, read_config, start_token
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import RunRecord, device_name, versions
+from mxrot.text import load_text, token_windows
 
 Entry = dict[str, Any]
 """What one seed of one run has given."""

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 import mxrot
 from mxrot import api
-from mxrot.calibration import load_text, token_windows
 from mxrot.evaluation import perplexity
 from mxrot.models import demo, read_config
+from mxrot.text import load_text, token_windows
 
 pytestmark = [
     pytest.mark.demo,

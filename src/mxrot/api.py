@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mxrot import pipeline
-from mxrot.calibration import Text, load_text, token_windows
 from mxrot.checkpoint import check_exportable, check_output, is_checkpoint, load, quantize_to_folder, with_config
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.evaluation import (
@@ -35,6 +34,7 @@ from mxrot.models import WeightFiles, find_family, find_model, needed_attention,
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import device_name, versions
+from mxrot.text import Text, load_text, token_windows
 
 DEFAULT_RECIPE = "mxrot"
 EVALUATION_TOKENS = {"cpu": 2048, "cuda": 16384}

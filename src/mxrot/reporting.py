@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot import api
-from mxrot.calibration import load_text, token_windows
 from mxrot.checkpoint import is_checkpoint
 from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
@@ -23,6 +22,7 @@ from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.records import Metric, versions
 from mxrot.report import Contents, metrics_of
+from mxrot.text import load_text, token_windows
 
 TOKENS_LOOKED_AT = 2048
 """Tokens that activations are looked at on, or one window if that has more."""

@@ -1,4 +1,4 @@
-"""Texts, forward passes with hooks, and the statistics they leave behind."""
+"""Forward passes with hooks, and the statistics they leave behind."""
 
 from mxrot.calibration.block_inputs import BlockInputs
 from mxrot.calibration.capture import (
@@ -14,7 +14,6 @@ from mxrot.calibration.generation import generated_windows
 from mxrot.calibration.hooks import watched_inputs
 from mxrot.calibration.routing import Routing
 from mxrot.calibration.statistics import COLLECTORS, ChannelMaxima, Collector, Hessian, LargestMagnitude, RowSample
-from mxrot.calibration.text import Text, load_text, token_windows
 
 __all__ = [
     "COLLECTORS",
@@ -25,18 +24,15 @@ __all__ = [
     "LargestMagnitude",
     "Routing",
     "RowSample",
-    "Text",
     "advance",
     "block_arguments",
     "finish_child",
     "first_block_inputs",
     "first_hidden",
     "generated_windows",
-    "load_text",
     "observe_all_inputs",
     "observe_inputs",
     "paired_inputs",
-    "token_windows",
     "watched_inputs",
     "watched_together",
 ]

@@ -21,7 +21,6 @@ def inspect(
 ) -> None:
     """Outliers in the inputs of each site; errors of a checkpoint."""
     from mxrot import api
-    from mxrot.calibration import load_text, token_windows
     from mxrot.checkpoint import is_checkpoint
     from mxrot.evaluation import kernel_choices, site_maxima
     from mxrot.models import find_family, start_token
@@ -34,6 +33,7 @@ def inspect(
         size_line,
         tuning_line,
     )
+    from mxrot.text import load_text, token_windows
 
     loaded = load_text(text, "evaluation")
     prepare(model, device, json_file)

@@ -92,7 +92,7 @@ def partial_file(json_file: Path) -> Path:
 
 def check_texts(texts: list[str]) -> None:
     """Each is there and has a name of its own; found out before a model is loaded."""
-    from mxrot.calibration import load_text
+    from mxrot.text import load_text
 
     names = [load_text(text, "evaluation").name for text in texts]
     for name in names:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from mxrot.calibration import Text, load_text, token_windows
 from mxrot.errors import ConfigError, DataError
+from mxrot.text import Text, load_text, token_windows
 
 
 class Letters:
