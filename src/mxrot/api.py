@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mxrot import pipeline
-from mxrot.checkpoint import check_exportable, check_output, is_checkpoint, load, quantize_to_folder, with_config
-from mxrot.errors import ConfigError, FamilyError
+from mxrot.checkpoint import check_exportable, check_output, load, quantize_to_folder, with_config
+from mxrot.errors import ConfigError
 from mxrot.evaluation import (
     Answers,
     Divergence,
@@ -30,11 +29,27 @@ from mxrot.evaluation import (
     perplexity,
     score_tasks,
 )
-from mxrot.models import WeightFiles, find_family, find_model, needed_attention, read_config, start_token
+from mxrot.models import WeightFiles, find_family, find_model, read_config, start_token
+from mxrot.opening import base_name, default_device, load_tokenizer, open_model
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import device_name, versions
 from mxrot.text import Text, load_text, token_windows
+
+__all__ = [
+    "base_name",
+    "calibrate",
+    "default_device",
+    "diverge",
+    "evaluate",
+    "evaluate_tasks",
+    "generate_text",
+    "kept_answers",
+    "load",
+    "load_tokenizer",
+    "open_model",
+    "quantize",
+]
 
 DEFAULT_RECIPE = "mxrot"
 EVALUATION_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -47,11 +62,6 @@ class Calibration:
 
     windows: Tensor | None
     description: dict[str, Any] | None
-
-
-def default_device() -> str:
-    """The GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def quantize(
@@ -137,43 +147,6 @@ def calibrate(
         "seq_len": seq_len,
     }
     return Calibration(windows, description)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; FamilyError if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FamilyError(f"{folder}: no tokenizer that transformers reads: {str(error).splitlines()[0]}") from error
-
-
-def base_name(model: str, folder: Path) -> str:
-    """How a model card calls the base model."""
-    return "SmolLM2-135M-Instruct" if model == "demo" else (folder.name if Path(model).exists() else model)
-
-
-def open_model(name: str | Path, device: str | None = None, verify: bool = False) -> tuple[PreTrainedModel, Path]:
-    """A model ready to run, quantized or not, by hub id, folder or `demo`; and its folder."""
-    folder = find_model(str(name))
-    device = device or default_device()
-    if is_checkpoint(folder):
-        return load(folder, device, verify=verify), folder
-    config = read_config(folder)
-    find_family(config, str(name))
-    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=needed_attention(config),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FamilyError(f"{name}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from error
-    cast(Any, model).to(device)
-    return model.eval(), folder
 
 
 def evaluate(
