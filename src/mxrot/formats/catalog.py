@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mxrot.errors import ConfigError
 from mxrot.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT8, UINT4, Element
 from mxrot.formats.scale import E4M3_SCALE, E8M0, FP16_SCALE, ScaleRule, ScaleType, get_rule
+from mxrot.nearest import not_known
 
 
 @dataclass(frozen=True)
@@ -65,5 +66,5 @@ FORMATS: dict[str, Format] = {value.name: value for value in list(globals().valu
 def get_format(name: str) -> Format:
     """The format called `name`; ConfigError with the list of known ones."""
     if name not in FORMATS:
-        raise ConfigError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
+        raise ConfigError(not_known("format", name, FORMATS))
     return FORMATS[name]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mxrot.errors import ConfigError
 from mxrot.formats.element import Element, binary_exponents, look_up, powers_of_two
+from mxrot.nearest import not_known
 
 E8M0_BIAS = 127
 E8M0_MIN, E8M0_MAX = -127, 127
@@ -278,5 +279,5 @@ RULES: dict[str, ScaleRule] = {
 def get_rule(name: str) -> ScaleRule:
     """The rule called `name`; ConfigError with the list of known ones."""
     if name not in RULES:
-        raise ConfigError(f"unknown scale rule {name!r}; known: {', '.join(RULES)}")
+        raise ConfigError(not_known("scale rule", name, RULES))
     return RULES[name]

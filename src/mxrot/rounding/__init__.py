@@ -1,6 +1,7 @@
 """Rounding methods. A method is one class, listed here."""
 
 from mxrot.errors import ConfigError
+from mxrot.nearest import not_known
 from mxrot.rounding.base import Rounded, RoundingMethod, Wishes
 from mxrot.rounding.gptq import GPTQ
 from mxrot.rounding.rtn import RoundToNearest
@@ -11,7 +12,7 @@ METHODS: dict[str, type[RoundingMethod]] = {method.name: method for method in (R
 def get_rounding(name: str) -> type[RoundingMethod]:
     """The method called `name`; ConfigError with the list of known ones."""
     if name not in METHODS:
-        raise ConfigError(f"unknown rounding {name!r}; known: {', '.join(METHODS)}")
+        raise ConfigError(not_known("rounding", name, METHODS))
     return METHODS[name]
 
 

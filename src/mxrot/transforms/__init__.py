@@ -1,6 +1,7 @@
 """Block transforms and the methods that build them. A method is one class, listed here."""
 
 from mxrot.errors import ConfigError
+from mxrot.nearest import not_known
 from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod, generator_for
 from mxrot.transforms.hadamard import Hadamard, Identity, RandomHadamard, RandomOrthogonal
 from mxrot.transforms.moments import SecondMoment
@@ -15,7 +16,7 @@ METHODS: dict[str, type[TransformMethod]] = {
 def get_transform(name: str) -> type[TransformMethod]:
     """The method called `name`; ConfigError with the list of known ones."""
     if name not in METHODS:
-        raise ConfigError(f"unknown transform {name!r}; known: {', '.join(METHODS)}")
+        raise ConfigError(not_known("transform", name, METHODS))
     return METHODS[name]
 
 
