@@ -122,7 +122,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("rounding method", merged(rounding={"method": 4}), r"rounding\.method: expected str, got 4"),
     # names that do not exist
     ("format", merged(weights={"format": "fp3"}), r"^recipe mine: weights: unknown format 'fp3'; known: mxfp4"),
-    ("rule", merged(weights={"rule": "ceil"}), r"weights: unknown scale rule 'ceil'; did you mean 'rceil'\? known: rceil, floor"),
+    ("rule", merged(weights={"rule": "ceil"}), r"weights: unknown scale rule 'ceil'; did you mean 'rceil'"),
     ("method", merged(transform={"method": "fft"}), r"transform\.method: unknown transform 'fft'; known: identity"),
     ("method", merged(rounding={"method": "up"}), r"rounding\.method: unknown rounding 'up'; known: rtn"),
     # combinations that cannot work
