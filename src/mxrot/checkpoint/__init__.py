@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from mxrot.checkpoint.config import check_exportable
     from mxrot.checkpoint.export import export_for_vllm
     from mxrot.checkpoint.huggingface import with_config
+    from mxrot.checkpoint.output import check_output
     from mxrot.checkpoint.reader import is_checkpoint, load
     from mxrot.checkpoint.serving import VllmReport, check_for_vllm
-    from mxrot.checkpoint.writer import check_output, quantize_to_folder
+    from mxrot.checkpoint.writer import quantize_to_folder
 
 __all__ = [
     "VllmReport",
@@ -35,7 +36,7 @@ _HOME = {
     "VllmReport": "serving",
     "check_exportable": "config",
     "check_for_vllm": "serving",
-    "check_output": "writer",
+    "check_output": "output",
     "export_for_vllm": "export",
     "is_checkpoint": "reader",
     "load": "reader",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mxrot.checkpoint.files import sha256_of, write_bytes, write_json
+from mxrot.checkpoint.output import check_output, put_in_place
 from mxrot.checkpoint.reader import check_files
 from mxrot.checkpoint.serving import DEVICES, VERSION, VllmReport, check_for_vllm
-from mxrot.checkpoint.writer import check_output, put_in_place
 from mxrot.errors import CheckpointError
 
 _DTYPE = "bfloat16"

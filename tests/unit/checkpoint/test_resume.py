@@ -13,7 +13,7 @@ from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import digests, recipe, without_run, write
 
 from mxrot import pipeline
-from mxrot.checkpoint import files, load, writer
+from mxrot.checkpoint import files, fingerprint, load, side_files, writer
 from mxrot.errors import CheckpointError
 from mxrot.recipe import Recipe
 
@@ -101,7 +101,8 @@ def test_killed_at_every_file(
     chosen = recipe(name)
     with monkeypatch.context() as patched:
         patched.setattr(files, "write_bytes", write_bytes)
-        patched.setattr(writer, "write_bytes", write_bytes)
+        for room in (writer, side_files):
+            patched.setattr(room, "write_bytes", write_bytes)
         write(source, tmp_path / "straight", chosen)
     expected = without_run(digests(tmp_path / "straight"))
     assert len(snapshots) == 28
@@ -201,7 +202,7 @@ def test_a_partial_of_another_run_is_refused(source: Path, tmp_path: Path, monke
     refused("recipe, seed", chosen=recipe("duquant++", transform__steps=5), seed=1)
     refused("recipe, windows", chosen=recipe("rtn"))
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "versions", lambda: {"mxrot": "another"})
+        patched.setattr(fingerprint, "versions", lambda: {"mxrot": "another"})
         refused("versions")
     write(source, output, DUQUANT, resume=True)
 

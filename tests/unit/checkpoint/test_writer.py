@@ -12,7 +12,7 @@ import torch
 from tests.tiny_model import write_tiny_model
 from tests.unit.checkpoint.folders import WINDOWS, all_tensors, digests, recipe, without_run, write
 
-from mxrot.checkpoint import check_output, files, load, writer
+from mxrot.checkpoint import check_output, files, load, side_files, writer
 from mxrot.errors import CheckpointError, ConfigError, DiskFullError, NumericsError
 
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
@@ -48,7 +48,8 @@ def watched_writes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, 
             original(path, data)
 
         monkeypatch.setattr(files, "write_bytes", write_bytes)
-        monkeypatch.setattr(writer, "write_bytes", write_bytes)
+        for room in (writer, side_files):
+            monkeypatch.setattr(room, "write_bytes", write_bytes)
 
     return watch
 
