@@ -4,11 +4,21 @@ Each message is one sentence that says where, what was expected, what was found 
 The command line prints it alone, without a traceback, and exits with its `exit_code`.
 """
 
+MOST_CHARACTERS = 2000
+_END = 400
+
 
 class MxrotError(Exception):
-    """Base of all errors that mxrot raises on purpose."""
+    """Base of all errors that mxrot raises on purpose.
+
+    What a message quotes may come from a damaged file: it is kept to one line of characters that any terminal shows,
+    and to MOST_CHARACTERS, of which the middle is left out.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_presentable(message))
 
 
 class ConfigError(MxrotError):
@@ -35,3 +45,19 @@ class DiskFullError(CheckpointError):
     """No space left on the device while writing; what stood there before is intact."""
 
     exit_code = 1
+
+
+class DamagedError(FamilyError, CheckpointError):
+    """A file of a model or a checkpoint that cannot be read as what its name says."""
+
+
+def _presentable(message: str) -> str:
+    if len(message) > MOST_CHARACTERS:
+        message = f"{message[: MOST_CHARACTERS - _END - 5]} ... {message[-_END:]}"
+    shown = (letter if letter.isprintable() else _escaped(letter) for letter in message)
+    return "".join(shown)
+
+
+def _escaped(letter: str) -> str:
+    """A space for what breaks lines, and the code of what a terminal would obey or cannot show."""
+    return " " if letter.isspace() else letter.encode("unicode_escape").decode()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_finished_block, load_outer
@@ -26,6 +26,7 @@ from mxrot.models import (
     read_config,
     read_generation_config,
 )
+from mxrot.models.headers import read_header
 from mxrot.recipe import Recipe
 
 
@@ -143,15 +144,7 @@ def check_files(folder: Path, verify: bool = False) -> None:
         if verify and sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"{path}: its SHA-256 is not the one in run.json; the file was altered")
         if path.suffix == ".safetensors":
-            _check_header(path)
-
-
-def _check_header(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            file.keys()
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+            read_header(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mxrot.errors import FamilyError, NumericsError
+from mxrot.documents import check_regular, read_json
+from mxrot.errors import DamagedError, FamilyError, NumericsError
 from mxrot.interrupts import interrupt_waits
+from mxrot.models.headers import read_header
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -35,8 +37,9 @@ class WeightFiles:
         self.folder = folder
         self._file_of = {name: file for name, file in _locate(folder).items() if not name.endswith(_RECOMPUTED)}
         for path in self.files:
-            if not path.is_file():
+            if not path.exists():
                 raise FamilyError(f"{path}: is named in {_INDEX} and missing; is the download complete?")
+            check_regular(path)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -138,18 +141,14 @@ def _extents(path: Path, header: bytes) -> dict[str, tuple[int, int]]:
 
 def _locate(folder: Path) -> dict[str, str]:
     """File name of each tensor."""
-    if (folder / _INDEX).is_file():
+    if (folder / _INDEX).exists():
         try:
-            weight_map = json.loads((folder / _INDEX).read_text())["weight_map"]
+            weight_map = read_json(folder / _INDEX)["weight_map"]
             return {str(name): Path(str(file)).name for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (DamagedError, KeyError, AttributeError) as error:
             raise FamilyError(f"{folder / _INDEX}: not a safetensors index ({error})") from error
-    if (folder / _SINGLE).is_file():
-        try:
-            with safe_open(folder / _SINGLE, framework="pt") as file:
-                return dict.fromkeys(file.keys(), _SINGLE)
-        except (OSError, SafetensorError) as error:
-            raise FamilyError(f"{folder / _SINGLE}: cannot be read as safetensors ({error})") from error
+    if (folder / _SINGLE).exists():
+        return dict.fromkeys(read_header(folder / _SINGLE).tensors, _SINGLE)
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     hint = f"; {pickled[0]} would have to be unpickled, which mxrot never does" if pickled else ""
     raise FamilyError(f"{folder}: no {_SINGLE} and no {_INDEX}{hint}")

@@ -270,7 +270,7 @@ def test_no_pickle_is_ever_read(checkpoint: Path, tmp_path: Path) -> None:
     exploded = tmp_path / "exploded"
     (checkpoint / SHARD).write_bytes(pickle.dumps(Bomb(exploded)))
     change_run(checkpoint, SHARD)
-    assert_refused(checkpoint, f"{SHARD}: not a safetensors file")
+    assert_refused(checkpoint, f"{SHARD}: cannot be read as safetensors")
     assert not exploded.exists()
     pickle.loads((checkpoint / SHARD).read_bytes())
     assert exploded.exists()  # it was a live one
