@@ -6,28 +6,28 @@ the wrong type, and combinations that cannot work are a ConfigError that names t
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-import types
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from mxrot import rounding, transforms
 from mxrot.errors import ConfigError
 from mxrot.formats import get_format
 from mxrot.layers import TensorQuantizer
-from mxrot.rounding import RoundingMethod, get_rounding
-from mxrot.transforms import Sharing, TransformMethod, get_transform
+from mxrot.nearest import brief, did_you_mean, listed
+from mxrot.rounding import RoundingMethod
+from mxrot.tables import build, build_method, keys_of, misplaced, plain, section, write_toml
+from mxrot.transforms import Sharing, TransformMethod
 from mxrot.tuning import Tuning
+from mxrot.typed import check_fields, checked
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-T = TypeVar("T")
 Accumulation = Literal["exact", "fast"]
 
 BUILTIN_FOLDER = Path(__file__).parent / "recipes"
@@ -43,6 +43,9 @@ class QuantizerChoice:
     rule: str = ""
     """Empty: the format's default rule."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "")
+
     def quantizer(self) -> TensorQuantizer:
         format = get_format(self.format)
         return TensorQuantizer(format, format.rule(self.rule or None))
@@ -57,6 +60,11 @@ class Smoothing:
     skip: tuple[str, ...] = ()
     """Sites left without smoothing."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "smoothing")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"smoothing: alpha {self.alpha} is not in [0, 1]")
+
 
 @dataclass(frozen=True)
 class CalibrationChoice:
@@ -69,6 +77,15 @@ class CalibrationChoice:
     generated: float = 0.0
     """Windows that the original model writes itself, for each one of the text; it must fit on the device as a whole
     for that."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "calibration")
+        if self.samples < 1:
+            raise ConfigError(f"calibration: samples must be positive, got {self.samples}")
+        if self.seq_len < 2:
+            raise ConfigError(f"calibration: seq_len must be at least 2, got {self.seq_len}")
+        if not 0 <= self.generated < math.inf:
+            raise ConfigError(f"calibration: generated must be finite and not negative, got {self.generated}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,9 @@ class Recipe:
     bits."""
 
     def __post_init__(self) -> None:
+        check_fields(self, f"recipe {brief(self.name)}" if not isinstance(self.name, str) else f"recipe {self.name}")
+        if not self.name.strip() or len(self.name.splitlines()) > 1:
+            raise ConfigError(f"recipe {brief(self.name)}: a name is one line of text")
         weights = self._quantizer("weights", self.weights)
         self.rounding.check(weights.format, weights.rule)
         score = getattr(self.transform, "score", "")
@@ -119,13 +139,6 @@ class Recipe:
         if self.tuning is not None:
             self._require(self.activations is not None, "tuning needs quantized activations")
             self._require(weights.is_exact_in_bfloat16, f"tuning cannot hold {weights.format.name} in bfloat16")
-        if self.smoothing is not None:
-            self._require(0 <= self.smoothing.alpha <= 1, f"smoothing: alpha {self.smoothing.alpha} is not in [0, 1]")
-        self._require(self.calibration.samples >= 1, "calibration: samples must be positive")
-        self._require(
-            0 <= self.calibration.generated < math.inf, "calibration: generated must be finite and not negative"
-        )
-        self._require(self.calibration.seq_len >= 2, "calibration: seq_len must be at least 2")
 
     def _quantizer(self, key: str, choice: QuantizerChoice) -> TensorQuantizer:
         try:
@@ -177,50 +190,53 @@ class Recipe:
         table: dict[str, Any] = {"name": self.name, "summary": self.summary, "source": self.source}
         table["ignore"] = list(self.ignore)
         table["accumulation"] = self.accumulation
-        table["weights"] = _plain(self.weights)
+        table["weights"] = plain(self.weights)
         if self.activations is not None:
-            table["activations"] = _plain(self.activations)
+            table["activations"] = plain(self.activations)
         if self.smoothing is not None:
-            table["smoothing"] = _plain(self.smoothing)
+            table["smoothing"] = plain(self.smoothing)
         table["transform"] = {
             "method": self.transform.name,
             "sharing": self.sharing,
-            **_plain(self.transform),
+            **plain(self.transform),
         }
-        table["rounding"] = {"method": self.rounding.name, **_plain(self.rounding)}
-        table["calibration"] = _plain(self.calibration)
+        table["rounding"] = {"method": self.rounding.name, **plain(self.rounding)}
+        table["calibration"] = plain(self.calibration)
         if self.tuning is not None:
-            table["tuning"] = _plain(self.tuning)
-        return _write_toml(table)
+            table["tuning"] = plain(self.tuning)
+        return write_toml(table)
 
     @staticmethod
     def from_toml(text: str, where: str) -> Recipe:
         """The recipe in `text`; ConfigError, with `where`, on anything that is not one."""
         try:
-            return Recipe.from_table(tomllib.loads(text), where)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{where}: not TOML: {error}") from error
+            table = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:  # the latter where arrays are nested a thousand deep
+            raise ConfigError(f"{where}: not TOML: {str(error)[:200]}") from error
+        return Recipe.from_table(table, where)
 
     @staticmethod
     def from_table(table: dict[str, Any], where: str) -> Recipe:
         """The recipe in a table of tables, as TOML gives it."""
         rest = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
-        transform = _section(rest, "transform", where, {"method": "identity"})
-        rounding = _section(rest, "rounding", where, {"method": "rtn"})
-        sharing = _checked(transform.pop("sharing", "site"), Sharing, f"{where}: transform.sharing")
+        transform = section(rest, "transform", where, {"method": "identity"}, "method")
+        rounds = section(rest, "rounding", where, {"method": "rtn"}, "method")
+        sharing = checked(transform.pop("sharing", "site"), Sharing, f"{where}: transform.sharing")
         built: dict[str, Any] = {
             "sharing": sharing,
-            "transform": _build_method(get_transform, transform, f"{where}: transform"),
-            "rounding": _build_method(get_rounding, rounding, f"{where}: rounding"),
+            "transform": build_method(
+                transforms.METHODS, "transform", transform, f"{where}: transform", others=["sharing"]
+            ),
+            "rounding": build_method(rounding.METHODS, "rounding", rounds, f"{where}: rounding"),
         }
         for key, kind in _SECTIONS.items():
             if key in rest:
-                built[key] = _build(kind, _section(rest, key, where, {}), f"{where}: {key}")
+                built[key] = build(kind, section(rest, key, where, {}, keys_of(kind)[0]), f"{where}: {key}")
         for key, hint in _PLAIN_KEYS.items():
             if key in rest:
-                built[key] = _checked(rest.pop(key), hint, f"{where}: {key}")
+                built[key] = checked(rest.pop(key), hint, f"{where}: {key}")
         if rest:
-            raise ConfigError(f"{where}: unknown key {sorted(rest)[0]!r}")
+            raise ConfigError(f"{where}: {misplaced(min(rest), _top_keys(), _dotted_keys())}")
         for key in ("name", "weights"):
             if key not in built:
                 raise ConfigError(f"{where}: {key!r} is missing")
@@ -236,10 +252,10 @@ class Recipe:
         for dotted in sorted(changes, key=lambda dotted: not dotted.endswith(".method")):
             *sections, key = dotted.split(".")
             target = table
-            for section in sections:
-                target = target.setdefault(section, {})
+            for name in sections:
+                target = target.setdefault(name, {})
                 if not isinstance(target, dict):
-                    raise ConfigError(f"recipe {self.name}: unknown key {dotted!r}; {section!r} is not a table")
+                    raise ConfigError(f"recipe {self.name}: unknown key {dotted!r}; {name!r} is not a table")
             if dotted in _SECTIONS and changes[dotted] == "none":
                 table.pop(dotted, None)
                 continue
@@ -274,83 +290,27 @@ def builtin_recipes() -> dict[str, Path]:
 def load_recipe(name_or_file: str | Path) -> Recipe:
     """A recipe by its built-in name, or from a TOML file."""
     known = builtin_recipes()
-    path = known.get(str(name_or_file), Path(name_or_file))
-    if not path.is_file():
-        raise ConfigError(f"no recipe {str(name_or_file)!r}: not a file, and not one of {', '.join(known)}")
+    name = str(name_or_file)
+    path = known.get(name, Path(name).expanduser())
     try:
-        return Recipe.from_toml(path.read_text(encoding="utf-8"), path.name)
+        if not path.is_file():
+            meant = did_you_mean(path.stem, known)
+            raise ConfigError(f"no recipe {brief(name)}: not a file, and not one of {listed(path.stem, known)}.{meant}")
+        return Recipe.from_toml(path.read_text(encoding="utf-8-sig"), path.name)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file") from error
+        raise ConfigError(f"{path}: not a text file in UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"recipe {brief(name)}: cannot be read ({error.strerror})") from error
 
 
-def _section(table: dict[str, Any], key: str, where: str, default: dict[str, Any]) -> dict[str, Any]:
-    value = table.pop(key, default)
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: {key!r} must be a table")
-    return dict(value)
+def _top_keys() -> list[str]:
+    return [*_PLAIN_KEYS, *_SECTIONS, "transform", "rounding"]
 
 
-def _build_method(find: Callable[[str], type[T]], values: dict[str, Any], where: str) -> T:
-    """An instance of the method that a section names, from the rest of the section."""
-    if "method" not in values:
-        raise ConfigError(f"{where}: 'method' is missing")
-    name = _checked(values.pop("method"), str, f"{where}.method")
-    try:
-        kind = find(name)
-    except ConfigError as error:
-        raise ConfigError(f"{where}.method: {error}") from error
-    return _build(kind, values, where)
-
-
-def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
-    """An instance of a dataclass from a table, with every key and type checked."""
-    hints = get_type_hints(kind)
-    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}; known: {', '.join(known) or 'none'}")
-    for key, item in known.items():
-        if key not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise ConfigError(f"{where}: {key!r} is missing")
-    return kind(**{key: _checked(value, hints[key], f"{where}.{key}") for key, value in values.items()})
-
-
-def _checked(value: Any, hint: Any, where: str) -> Any:
-    """`value` if it has the type `hint`, converted where TOML has no such type."""
-    if get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
-        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, get_args(hint)))}")
-    if get_origin(hint) in (Union, types.UnionType):
-        return _checked(value, get_args(hint)[0], where)
-    if hint == tuple[str, ...]:
-        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise ConfigError(f"{where}: expected a list of strings, got {value!r}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
-    return value
-
-
-def _spelled(value: Any) -> str:
-    """A plain value as TOML spells it: as JSON does, but for what JSON has no word for."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    # TOML wants every control character escaped; JSON leaves the last one as it is.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _write_toml(table: dict[str, Any]) -> str:
-    """A table of plain values and of one level of such tables."""
-    plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    text = "".join(f"{key} = {_spelled(value)}\n" for key, value in plain.items())
-    sections = (f"\n[{key}]\n{_write_toml(value)}" for key, value in table.items() if isinstance(value, dict))
-    return text + "".join(sections)
-
-
-def _plain(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass as TOML takes them."""
-    values = {item.name: getattr(record, item.name) for item in fields(record)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+def _dotted_keys() -> list[str]:
+    """Every key of every section, of all methods."""
+    keys = [f"{section}.{key}" for section, kind in _SECTIONS.items() for key in keys_of(kind)]
+    keys += ["transform.sharing", "transform.method", "rounding.method"]
+    for name, methods in (("transform", transforms.METHODS), ("rounding", rounding.METHODS)):
+        keys += [f"{name}.{key}" for kind in methods.values() for key in keys_of(kind)]
+    return list(dict.fromkeys(keys))

@@ -48,9 +48,10 @@ def _change(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"--set {text!r}: expected KEY=VALUE")
     try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):  # the latter where arrays are nested a thousand deep
         return key, value
+    return key, table["value"] if len(table) == 1 else value
 
 
 def prepare(model: str, device: str | None, json_file: Path | None) -> None:

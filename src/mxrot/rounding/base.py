@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mxrot.formats import Format, QTensor, ScaleRule
+from mxrot.typed import check_fields
 
 Target = Literal["own", "original", "residual"]
 """What a quantized linear shall reproduce: its own output on the inputs it will see, that of the original linear in
@@ -42,6 +43,9 @@ class RoundingMethod(ABC):
     """Rounds the weights of one site. Fields are its options, and its keys in a recipe."""
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"rounding {self.name}")
 
     @property
     def wishes(self) -> Wishes:

@@ -63,6 +63,7 @@ class GPTQ(RoundingMethod):
         return Wishes(True, self.target, self.tokens == "relative")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("damping", "target_damping"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(f"rounding gptq: {key} must be positive and finite, got {getattr(self, key)}")

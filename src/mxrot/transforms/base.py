@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mxrot.replay import Replays
+from mxrot.typed import check_fields
 
 Sharing = Literal["site", "block"]
 
@@ -120,6 +121,9 @@ class TransformMethod(ABC):
 
     name: ClassVar[str]
     orthogonal: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"transform {self.name}")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -39,6 +39,7 @@ class SecondMoment(TransformMethod):
     them at 8)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.damping < math.inf:
             raise ConfigError(f"transform moments: damping must be positive and finite, got {self.damping}")
         if not self.condition >= 1:

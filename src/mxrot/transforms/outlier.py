@@ -123,6 +123,7 @@ class OutlierRotation(TransformMethod):
     """What the search begins with."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1 or self.rows < 1:
             raise ConfigError(f"transform outlier: steps and rows must be positive, got {self.steps} and {self.rows}")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mxrot.errors import ConfigError, DataError, NumericsError
 from mxrot.progress import Progress, silent
+from mxrot.typed import check_fields
 
 ADAM_EPSILON = 1e-12
 """Far below any gradient: those of many million offsets are 1e-7 or less, for a loss that is a mean over tokens."""
@@ -59,6 +60,7 @@ class Tuning:
     """Looks in a row without a better held-out loss after which tuning stops."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "tuning")
         for key in ("steps", "repeats", "batch_windows", "checks", "patience"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")

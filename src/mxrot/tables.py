@@ -1,0 +1,99 @@
+"""TOML tables: records from them, with every key and type checked, and text from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar, get_type_hints
+
+from mxrot.errors import ConfigError
+from mxrot.nearest import brief, listed, nearest, not_known
+from mxrot.typed import checked
+
+T = TypeVar("T")
+
+
+def section(table: dict[str, Any], key: str, where: str, default: dict[str, Any], example: str) -> dict[str, Any]:
+    """Take the table called `key` out of another; ConfigError, with a key that it could have, if it is none."""
+    value = table.pop(key, default)
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{where}: {key!r} must be a table, got {brief(value)}; set its keys, such as {key}.{example}"
+        )
+    return dict(value)
+
+
+def keys_of(kind: type) -> list[str]:
+    """The keys that a table for a dataclass may have."""
+    return [item.name for item in fields(kind)]
+
+
+def build(kind: type[T], values: dict[str, Any], where: str, others: Iterable[str] = ()) -> T:
+    """A record from a table. ConfigError names a key that is unknown, missing or of the wrong type.
+
+    `others` are keys of the same table that have been taken out of it: known, too.
+    """
+    hints = get_type_hints(kind)
+    for key in values:
+        if key not in keys_of(kind):
+            raise ConfigError(f"{where}: {not_known('key', key, [*others, *keys_of(kind)])}")
+    for item in fields(kind):  # type: ignore[arg-type]
+        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(f"{where}: {item.name!r} is missing")
+    return kind(**{key: checked(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+
+
+def build_method(
+    methods: Mapping[str, type[T]], what: str, values: dict[str, Any], where: str, others: Iterable[str] = ()
+) -> T:
+    """An instance of the method that a table names, from the rest of the table."""
+    if "method" not in values:
+        raise ConfigError(f"{where}: 'method' is missing; methods are {', '.join(methods)}")
+    name = checked(values.pop("method"), str, f"{where}.method")
+    if name not in methods:
+        raise ConfigError(f"{where}.method: {not_known(what, name, methods)}")
+    own = keys_of(methods[name])
+    for key in values:
+        having = [other for other, kind in methods.items() if key in keys_of(kind)]
+        if key not in own and having:
+            known = listed(key, ["method", *others, *own])
+            raise ConfigError(
+                f"{where}: unknown key {key!r}; method {name!r} has none, {' and '.join(map(repr, having))} "
+                f"ha{'s' if len(having) == 1 else 've'}; known: {known}"
+            )
+    return build(methods[name], values, where, ["method", *others])
+
+
+def misplaced(key: str, here: Iterable[str], everywhere: Iterable[str]) -> str:
+    """What is said of a key that is not among those `here`, where it may be one of those `everywhere`, dotted."""
+    here, everywhere = list(here), list(everywhere)
+    inside = {dotted.rpartition(".")[2] for dotted in everywhere}
+    near = nearest(key, {*here, *inside})
+    meant = [name for name in here if name in near] + [d for d in everywhere if d.rpartition(".")[2] in near]
+    meant.sort(key=lambda name: near.index(name if name in near else name.rpartition(".")[2]))
+    asked = f" did you mean {' or '.join(map(repr, meant[:3]))}?" if meant else ""
+    return f"unknown key {brief(key)};{asked} known: {listed(key, here)}"
+
+
+def write_toml(table: dict[str, Any]) -> str:
+    """A table of plain values and of one level of such tables, as TOML."""
+    plain_values = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    text = "".join(f"{key} = {_spelled(value)}\n" for key, value in plain_values.items())
+    sections = (f"\n[{key}]\n{write_toml(value)}" for key, value in table.items() if isinstance(value, dict))
+    return text + "".join(sections)
+
+
+def _spelled(value: Any) -> str:
+    """A plain value as TOML spells it: as JSON does, but for what JSON has no word for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    # TOML wants every control character escaped; JSON leaves the last one as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def plain(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass as TOML takes them."""
+    values = {item.name: getattr(record, item.name) for item in fields(record)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
