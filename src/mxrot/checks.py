@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.models import Family, linear_problems
+from mxrot.nearest import brief, did_you_mean, listed
+from mxrot.patterns import matches_nothing
 from mxrot.recipe import Recipe
 from mxrot.sitewise import smoothed_sites
 
@@ -20,9 +23,27 @@ def find_problems(model: PreTrainedModel, family: Family, recipe: Recipe, where:
     """Why `recipe` cannot quantize `model`, a skeleton of `family`, on any machine; none if it can."""
     if getattr(model.config, "quantization_config", None) is not None:
         yield FamilyError(f"{where}: is quantized already (quantization_config in config.json); give the original")
+    yield from ignore_problems(model, family, recipe)
     yield from expert_problems(recipe, family)
     yield from smoothing_problems(recipe, family, model.config.num_hidden_layers)
     yield from linear_problems(model, family, recipe.input_block, recipe.ignore)
+
+
+def ignore_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[MxrotError]:
+    """Patterns of `ignore` that match nothing, and a recipe that leaves everything as it is."""
+    if not recipe.ignore:
+        return
+    modules = dict(model.named_modules())
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    for pattern in recipe.ignore:
+        problem = matches_nothing(pattern, linears, modules)
+        if problem is not None:
+            yield ConfigError(f"recipe {recipe.name}: ignore: {problem}")
+    if not any(family.active_sites(index, recipe.ignore) for index in range(model.config.num_hidden_layers)):
+        yield ConfigError(
+            f"recipe {recipe.name}: ignore = {brief(list(recipe.ignore))} leaves every linear as it is; "
+            "nothing would be quantized"
+        )
 
 
 def expert_problems(recipe: Recipe, family: Family) -> Iterator[MxrotError]:
@@ -49,8 +70,8 @@ def smoothing_problems(recipe: Recipe, family: Family, blocks: int) -> Iterator[
     for name in recipe.smoothing.skip:
         if name not in known:
             yield ConfigError(
-                f"recipe {recipe.name}: smoothing.skip: family {family.name} has no site {name!r}; "
-                f"its sites are {', '.join(known)}"
+                f"recipe {recipe.name}: smoothing.skip: family {family.name} has no site {brief(name)};"
+                f"{did_you_mean(name, known)} its sites are {listed(name, known)}"
             )
     smoothed = {site.name: site for index in range(blocks) for site in smoothed_sites(recipe, family, index)}
     for site in smoothed.values():

@@ -208,5 +208,5 @@ def test_it_is_registered_under_its_name(name: str) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"^unknown rounding 'gtpq'; known: rtn, gptq"):
+    with pytest.raises(ConfigError, match=r"^unknown rounding 'gtpq'; did you mean 'gptq'\? known: gptq, rtn"):
         get_rounding("gtpq")
