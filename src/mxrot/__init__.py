@@ -8,11 +8,14 @@ Once it has run, transformers' from_pretrained loads checkpoints, too.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from mxrot import autoload
+from mxrot.version import __version__ as __version__
 
+TYPE_CHECKING = False  # typing alone takes as long to import as all that is imported here
 if TYPE_CHECKING:
+    from typing import Any
+
     from mxrot.api import diverge, evaluate, evaluate_tasks, load, quantize
     from mxrot.checkpoint.huggingface import MxrotConfig
     from mxrot.formats import QTensor
@@ -39,3 +42,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mxrot' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

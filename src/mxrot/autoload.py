@@ -10,10 +10,13 @@ when transformers' module with them is imported, by ones that look for mxrot's m
 from __future__ import annotations
 
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # typing and importlib.abc would take most of the time of `import mxrot`
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 MODULE = "transformers.quantizers.auto"
 METHOD = "compressed-tensors"
@@ -74,7 +77,7 @@ class _Configs:
         return CheckpointConfig.from_dict(table, **options)
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds only the module with the entries, as others do, and has them replaced once it has run."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -84,12 +87,12 @@ class _Finder(MetaPathFinder):
         for finder in sys.meta_path:
             spec = finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader)
+                spec.loader = _Loader(spec.loader)  # type: ignore[assignment] # what Loader adds is not asked for
                 return spec
         return None
 
 
-class _Loader(Loader):
+class _Loader:
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 

@@ -7,30 +7,26 @@ the wrong type, and combinations that cannot work are a ConfigError that names t
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mxrot import rounding, transforms
+from mxrot.builtin import BUILTIN_FOLDER as BUILTIN_FOLDER
+from mxrot.builtin import builtin_recipes as builtin_recipes
+from mxrot.builtin import recipe_text, tomllib
 from mxrot.errors import ConfigError
 from mxrot.formats import get_format
 from mxrot.layers import TensorQuantizer
-from mxrot.nearest import brief, did_you_mean, listed
+from mxrot.nearest import brief
 from mxrot.rounding import RoundingMethod
 from mxrot.tables import build, build_method, keys_of, misplaced, plain, section, write_toml
 from mxrot.transforms import Sharing, TransformMethod
 from mxrot.tuning import Tuning
 from mxrot.typed import check_fields, checked
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 Accumulation = Literal["exact", "fast"]
 
-BUILTIN_FOLDER = Path(__file__).parent / "recipes"
 TRANSFORM_BLOCK = 32
 """Channels that one transform matrix mixes: the block of the MX formats."""
 
@@ -282,25 +278,10 @@ _PLAIN_KEYS: dict[str, Any] = {
 }
 
 
-def builtin_recipes() -> dict[str, Path]:
-    """Name and file of the recipes that come with mxrot."""
-    return {path.stem: path for path in sorted(BUILTIN_FOLDER.glob("*.toml"))}
-
-
 def load_recipe(name_or_file: str | Path) -> Recipe:
     """A recipe by its built-in name, or from a TOML file."""
-    known = builtin_recipes()
-    name = str(name_or_file)
-    path = known.get(name, Path(name).expanduser())
-    try:
-        if not path.is_file():
-            meant = did_you_mean(path.stem, known)
-            raise ConfigError(f"no recipe {brief(name)}: not a file, and not one of {listed(path.stem, known)}.{meant}")
-        return Recipe.from_toml(path.read_text(encoding="utf-8-sig"), path.name)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"recipe {brief(name)}: cannot be read ({error.strerror})") from error
+    path, text = recipe_text(name_or_file)
+    return Recipe.from_toml(text, path.name)
 
 
 def _top_keys() -> list[str]:

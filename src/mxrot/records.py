@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import transformers
 
 from mxrot.recipe import Recipe
 from mxrot.tuning import Check
+from mxrot.version import __version__
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,8 @@ class Metric:
 
 def versions(tasks: bool = False) -> dict[str, str]:
     """Versions of what decides about a number; with `tasks` also that of lm-eval."""
-    try:
-        own = version("mxrot")
-    except PackageNotFoundError:
-        own = "source"
     return ({"lm_eval": version("lm_eval")} if tasks else {}) | {
-        "mxrot": own,
+        "mxrot": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -43,7 +43,7 @@ OPTIONS = {
     ],
     "generate": ["model", "prompt", "--max-tokens", "--device"],
     "export": ["model", "--to", "-o", "--output", "--force", "--json"],
-    "recipes": ["name"],
+    "recipes": ["name", "--defaults"],
     "report": [
         *("model", "-o", "--output", "--against", "--text", "--windows", "--seq-len", "--site", "--results"),
         *("--baseline", "--plots", "--card", "--device"),

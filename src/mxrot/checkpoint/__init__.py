@@ -50,3 +50,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mxrot.checkpoint' has no attribute {name!r}")
     return getattr(import_module(f"mxrot.checkpoint.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -14,6 +14,7 @@ from mxrot.commands.options import (
     Json,
     Model,
     RecipeOption,
+    Recipes,
     Samples,
     check_device,
     chosen_recipe,
@@ -117,9 +118,7 @@ def bench_model_command(
 @benchmarks.command("quantize")
 def bench_quantize_command(
     model: Model = "demo",
-    recipes: Annotated[
-        str, typer.Option("--recipes", help="Names or TOML files, separated by commas")
-    ] = "duquant++,mxrot",
+    recipes: Recipes = "duquant++,mxrot",
     changes: Changes = [],  # noqa: B006
     calib: Calib = "demo",
     samples: Samples = None,

@@ -13,6 +13,7 @@ from mxrot.commands.options import (
     Json,
     Limit,
     Model,
+    Recipes,
     Samples,
     Seed,
     TaskData,
@@ -31,7 +32,7 @@ from mxrot.errors import ConfigError
 
 def compare(
     model: Model = "demo",
-    recipes: Annotated[str, typer.Option("--recipes", help="Names or files, comma-separated")] = "rtn,duquant++",
+    recipes: Recipes = "rtn,duquant++",
     changes: Changes = [],  # noqa: B006
     calib: Calib = "demo",
     samples: Samples = None,

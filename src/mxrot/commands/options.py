@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from mxrot import interrupts
+from mxrot.builtin import tomllib
+from mxrot.commands.completion import complete_recipe
 from mxrot.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, or `demo`")]
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Recipe name or TOML file")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="Recipe name or TOML file", autocompletion=complete_recipe)
+]
+RECIPES_HELP = "Names or TOML files, comma-separated"
+Recipes = Annotated[str, typer.Option("--recipes", help=RECIPES_HELP, autocompletion=complete_recipe)]
 TEXT = "demo, a file, NAME=FILE, wikitext2, c4"
 Calib = Annotated[str, typer.Option("--calib", metavar="TEXT", help=f"Calibration text: {TEXT}")]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows at most (recipe's)")]
@@ -42,8 +51,6 @@ def chosen_recipe(name: str, changes: list[str]) -> Any:
 
 def _change(text: str) -> tuple[str, Any]:
     """A `--set KEY=VALUE`, the value read as TOML where it is that, else as a string."""
-    from mxrot.recipe import tomllib
-
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {text!r}: expected KEY=VALUE")
@@ -55,7 +62,11 @@ def _change(text: str) -> tuple[str, Any]:
 
 
 def prepare(model: str, device: str | None, json_file: Path | None) -> None:
-    """What can be found wrong at once, before hours of work; and the demo model, which is made at its first use."""
+    """What can be found wrong at once, before hours of work; and the demo model, which is made at its first use.
+
+    From here on an interrupt is an exception: there may be something to clean up.
+    """
+    interrupts.raise_interrupts()
     check_device(device)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"--json {json_file}: there is no folder {json_file.parent}")
@@ -115,6 +126,8 @@ def check_device(device: str | None) -> None:
 
 def console() -> Console:
     """Standard output; wide enough for a table where it goes to a file."""
+    from rich.console import Console
+
     console = Console()
     return console if console.is_terminal else Console(width=140)
 

@@ -6,20 +6,32 @@ from typing import Annotated
 
 import typer
 
+from mxrot.builtin import builtin_recipes, descriptions, recipe_text
+from mxrot.commands.completion import complete_recipe
 from mxrot.commands.options import console
 
+Name = Annotated[str | None, typer.Argument(help="Print this recipe as TOML", autocompletion=complete_recipe)]
+Defaults = Annotated[bool, typer.Option("--defaults", help="Also the keys that it leaves at their defaults")]
 
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe as TOML")] = None) -> None:
+
+def recipes(name: Name = None, defaults: Defaults = False) -> None:
     """List the built-in recipes, or print one."""
-    from mxrot.recipe import builtin_recipes, load_recipe
-
     if name is not None:
-        print(load_recipe(name).to_toml(), end="")
+        print(_as_toml(name, defaults), end="")
         return
     from rich.table import Table
 
     table = Table("recipe", "what it does", "source", title="Recipes", title_justify="left")
-    for known in sorted(builtin_recipes()):
-        recipe = load_recipe(known)
-        table.add_row(recipe.name, recipe.summary, recipe.source)
+    for known in descriptions():
+        table.add_row(*known)
     console().print(table)
+
+
+def _as_toml(name: str, defaults: bool) -> str:
+    """The file of a recipe that comes with mxrot, or what a file means; with `defaults` every key is spelled out."""
+    _, text = recipe_text(name)
+    if name in builtin_recipes() and not defaults:
+        return text
+    from mxrot.recipe import load_recipe
+
+    return load_recipe(name).to_toml()

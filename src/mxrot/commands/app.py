@@ -1,0 +1,86 @@
+"""The commands put together, with what is the same for all: errors, the version, completion in a shell."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mxrot.commands.bench import benchmarks
+from mxrot.commands.compare import compare, demo
+from mxrot.commands.evaluate import evaluate
+from mxrot.commands.export import export
+from mxrot.commands.failures import failure_of, tell
+from mxrot.commands.generate import generate
+from mxrot.commands.inspect import inspect
+from mxrot.commands.options import KEPT
+from mxrot.commands.plan import plan
+from mxrot.commands.quantize import quantize
+from mxrot.commands.recipes import recipes
+from mxrot.commands.report import report
+
+
+class _Commands(TyperGroup):
+    """Turns every error of a command into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of standard output went away, as in `mxrot recipes | head`
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if _is_typers(error):
+                raise
+            kept = "finished blocks" if ctx.invoked_subcommand == "quantize" else ctx.meta.get(KEPT)
+            failure = failure_of(error, kept)
+            tell(failure)
+            sys.exit(failure.exit_code)
+
+
+def _is_typers(error: BaseException) -> bool:
+    """Is it bad usage, or a way to end? Typer says that itself."""
+    return type(error).__module__.partition(".")[0] in ("typer", "click")
+
+
+def _show_version(asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    from mxrot.version import __version__
+
+    print(f"mxrot {__version__}")
+    for package in ("torch", "transformers"):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} is not installed")
+    print(f"python {sys.version.split()[0]}")
+    raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions and exit")
+]
+
+app = typer.Typer(
+    cls=_Commands,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def every(version: Version = False) -> None:
+    """LLMs in MXFP4, with the block rotations that make it accurate."""
+
+
+app.command()(quantize)
+app.command("eval")(evaluate)
+for command in (compare, inspect, plan, report, generate, export, recipes, demo):
+    app.command()(command)
+app.add_typer(benchmarks, name="bench")

@@ -1,0 +1,66 @@
+"""What a command that fails says: one line for each kind of error, and an exit code.
+
+2 is for what a person asked for and can ask for otherwise, 1 for the machine, an interrupt, and faults of mxrot.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from typing import NamedTuple
+
+from mxrot import interrupts
+from mxrot.errors import MxrotError
+
+TRACEBACK = "MXROT_TRACEBACK"
+"""An environment variable; set to anything, tracebacks are printed, too."""
+LONGEST = 500
+"""Characters of a message that is not ours: those of torch may go on for pages."""
+
+
+class Failure(NamedTuple):
+    """What is said, and the exit code."""
+
+    line: str
+    exit_code: int
+
+
+def failure_of(error: BaseException, kept: str | None = None) -> Failure:
+    """What to say of an error that ended a command; `kept` is what an interrupt leaves behind, to go on from."""
+    if isinstance(error, KeyboardInterrupt) or (interrupts.arrived() and not isinstance(error, MxrotError)):
+        said = str(error) if isinstance(error, interrupts.Interrupted) else "interrupted"
+        return Failure(said + (f"; {kept} are kept, and --resume goes on from them" if kept else ""), 1)
+    if isinstance(error, MxrotError):
+        return Failure(str(error), error.exit_code)
+    if isinstance(error, OSError):
+        return Failure(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)
+    return Failure(f"{_of_nobody(error)}; a fault of mxrot: please report it, with {_report(error)}", 1)
+
+
+def tell(failure: Failure) -> None:
+    """Write it to standard error, as one line."""
+    print(f"mxrot: error: {' '.join(failure.line.split())}", file=sys.stderr, flush=True)
+
+
+def _of_nobody(error: BaseException) -> str:
+    """An error that nobody foresaw: its kind and its first line."""
+    lines = str(error).strip().splitlines()
+    return f"unexpected {type(error).__name__}" + (f": {lines[0][:LONGEST].rstrip('.;: ')}" if lines else "")
+
+
+def _report(error: BaseException) -> str:
+    """Where the traceback is."""
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get(TRACEBACK):
+        print(text, file=sys.stderr)
+        return "the traceback above"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="mxrot-traceback-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(f"{' '.join(sys.argv)}\n\n{text}")
+    except OSError:
+        return f"the traceback that {TRACEBACK}=1 shows"
+    return f"the traceback in {file.name}"
