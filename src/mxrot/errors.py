@@ -47,6 +47,20 @@ class DiskFullError(CheckpointError):
     exit_code = 1
 
 
+class MachineError(MxrotError):
+    """Something that the machine does not have enough of; what was finished stays."""
+
+    exit_code = 1
+
+
+class OutOfMemoryError(MachineError, MemoryError):
+    """Main memory, or that of a GPU."""
+
+
+class DescriptorsError(MachineError):
+    """Files that may be open at once."""
+
+
 class DamagedError(FamilyError, CheckpointError):
     """A file of a model or a checkpoint that cannot be read as what its name says."""
 

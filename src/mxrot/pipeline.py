@@ -25,6 +25,7 @@ from mxrot.blockwise import advance_original, quantize_block
 from mxrot.calibration import advance, first_block_inputs, generated_windows
 from mxrot.checks import find_problems, free_memory, memory_problem
 from mxrot.errors import ConfigError
+from mxrot.failures import named_failures
 from mxrot.layers import prepare_linears
 from mxrot.models import (
     WeightFiles,
@@ -133,16 +134,17 @@ def quantize(
         progress(index, len(blocks), family.block_prefix(index))
         finished = store.load(index) if store and not recipe.tunes_network else None
         files.will_need(family.block_prefix(index + 1))
-        if finished is None:
-            report = quantize_block(run, index, block, files, inputs, originals)
-        else:
-            tensors, report = finished
-            if originals is not None and not run.is_last(index):
-                advance_original(run, index, block, files, originals)
-            load_finished_block(block, index, tensors, recipe, family, run.dtype, device)
-        record.blocks.append(report)
-        if inputs is not None and not run.is_last(index):
-            advance(block, inputs, family.block_prefix(index))
+        with named_failures(family.block_prefix(index)):
+            if finished is None:
+                report = quantize_block(run, index, block, files, inputs, originals)
+            else:
+                tensors, report = finished
+                if originals is not None and not run.is_last(index):
+                    advance_original(run, index, block, files, originals)
+                load_finished_block(block, index, tensors, recipe, family, run.dtype, device)
+            record.blocks.append(report)
+            if inputs is not None and not run.is_last(index):
+                advance(block, inputs, family.block_prefix(index))
         if store is not None and not recipe.tunes_network:
             if finished is None:
                 store.save(index, stored_tensors(block, stored_dtype), report)

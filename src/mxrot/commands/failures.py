@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from mxrot import interrupts
 from mxrot.errors import MxrotError
+from mxrot.failures import machine_failure
 
 TRACEBACK = "MXROT_TRACEBACK"
 """An environment variable; set to anything, tracebacks are printed, too."""
@@ -32,6 +33,9 @@ def failure_of(error: BaseException, kept: str | None = None) -> Failure:
     if isinstance(error, KeyboardInterrupt) or (interrupts.arrived() and not isinstance(error, MxrotError)):
         said = str(error) if isinstance(error, interrupts.Interrupted) else "interrupted"
         return Failure(said + (f"; {kept} are kept, and --resume goes on from them" if kept else ""), 1)
+    lacked = machine_failure(error)
+    if lacked is not None:
+        return Failure(str(lacked), lacked.exit_code)
     if isinstance(error, MxrotError):
         return Failure(str(error), error.exit_code)
     if isinstance(error, OSError):
