@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,6 +21,7 @@ from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.records import Metric, versions
 from mxrot.report import Contents, metrics_of
+from mxrot.shell import command
 from mxrot.text import load_text, token_windows
 
 TOKENS_LOOKED_AT = 2048
@@ -192,6 +192,6 @@ def _commands(request: Request, run: dict[str, Any]) -> list[tuple[str, str]]:
     report += ["--windows", str(request.windows), "--seq-len", str(request.seq_len)]
     report += [word for site in request.sites for word in ("--site", site)]
     return [
-        ("The checkpoint; the original and the text go by the names that were on record:", shlex.join(again)),
-        ("This report:", shlex.join(report)),
+        ("The checkpoint; the original and the text go by the names that were on record:", command(*again)),
+        ("This report:", command(*report)),
     ]

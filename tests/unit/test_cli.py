@@ -444,12 +444,26 @@ def test_full_disk_is_one_line_and_exit_code_1(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unwritable_json_file_is_one_line_and_exit_code_1(folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_json_file_that_cannot_be_written_is_found_before_the_work(folders: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "table").mkdir()
-    options = ("--windows", "1", "--seq-len", "32", "--text", folders["text"], "--json", str(tmp_path / "table"))
+    options = ("--windows", "1", "--seq-len", "32", "--text", folders["text"], "--json")
+    result = call("eval", folders["model"], *options, str(tmp_path / "table"))
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith(f"mxrot: error: --json {tmp_path / 'table'}: is a folder")
+
+
+def test_a_json_file_for_which_there_is_no_space_is_one_line_and_exit_code_1(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    file = tmp_path / "table.json"
+    options = ("--windows", "1", "--seq-len", "32", "--text", folders["text"], "--json", str(file))
     result = call("eval", folders["model"], *options)
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith(f"mxrot: error: {tmp_path / 'table'}: ")
+    assert result.exit_code == 1 and "Perplexity" in result.stdout
+    assert result.stderr.splitlines()[-1] == f"mxrot: error: {file}: No space left on device"
 
 
 # As a process

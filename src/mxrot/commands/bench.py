@@ -18,8 +18,8 @@ from mxrot.commands.options import (
     Samples,
     check_device,
     chosen_recipe,
-    console,
     prepare,
+    show,
     write_json,
 )
 from mxrot.errors import ConfigError
@@ -53,7 +53,7 @@ def bench_kernels_command(
     sizes = [_shape(text) for text in shapes] or bench.LLAMA_3_8B
     limits = bench.ceilings(where)
     found = bench.bench_kernels(where, sizes, rows or bench.ROWS, lambda line: print(line, file=sys.stderr, flush=True))
-    console().print(bench.kernel_table(found, limits))
+    show(bench.kernel_table(found, limits))
     for (kernel, count), ratio in bench.geometric_means(found).items():
         print(f"{kernel}, {count} rows: {ratio:.2f} times as fast, geometric mean over the shapes")
     limit = bench.measured_crossovers(found)
@@ -106,7 +106,7 @@ def bench_model_command(
     rows = bench.bench_model(
         config, chosen, where, prompt, context, compiler, lambda line: print(line, file=sys.stderr, flush=True)
     )
-    console().print(bench.model_table(rows))
+    show(bench.model_table(rows))
     table = {"device": device_name(where), "versions": versions(), "rows": [row.as_record() for row in rows]}
     write_json(
         json_file, table | {"config": config.to_diff_dict(), "recipe_toml": chosen.to_toml(), "compiled": compiles}
@@ -139,7 +139,7 @@ def bench_quantize_command(
     chosen = [chosen_recipe(name, changes) for name in recipes.split(",")]
     with progress_on_stderr("Quantizing") as told:
         rows = bench.bench_quantize(model, chosen, where, calib, samples, seq_len, repeats, told)
-    console().print(bench.quantize_table(rows))
+    show(bench.quantize_table(rows))
     table = {"device": device_name(where), "versions": versions(), "rows": [vars(row) for row in rows]}
     write_json(json_file, table)
 

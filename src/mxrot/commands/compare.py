@@ -23,8 +23,8 @@ from mxrot.commands.options import (
     check_texts,
     chosen_recipe,
     chosen_tasks,
-    console,
     prepare,
+    show,
     write_json,
 )
 from mxrot.errors import ConfigError
@@ -71,9 +71,9 @@ def compare(
             limit=limit,
             progress=told,
         )
-    console().print(comparison_table(rows, f"{model}, windows of {seq_len}"))
+    show(comparison_table(rows, f"{model}, windows of {seq_len}"))
     if loaded:
-        console().print(compared_tasks_table(rows))
+        show(compared_tasks_table(rows))
     write_json(json_file, {"rows": [row.as_table() for row in rows]})
 
 
@@ -96,8 +96,7 @@ def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:
             prompt="The three primary colors are",
             progress=told,
         )
-    out = console()
-    out.print(comparison_table(rows, "SmolLM2-135M-Instruct, weights and activations in MXFP4; held-out demo text"))
+    show(comparison_table(rows, "SmolLM2-135M-Instruct, weights and activations in MXFP4; held-out demo text"))
     for row in rows:
         print(f"{row.recipe}: {row.extra['generated']}")
     write_json(json_file, {"rows": [row.as_table() for row in rows]})

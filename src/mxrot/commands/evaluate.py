@@ -21,9 +21,9 @@ from mxrot.commands.options import (
     check_resume,
     check_texts,
     chosen_tasks,
-    console,
     partial_file,
     prepare,
+    show,
     write_json,
 )
 
@@ -82,11 +82,11 @@ def evaluate(
             options = {"limit": limit, "batch_size": batch_size, "answers": answers, "progress": told}
             scores = score_tasks(opened, tokenizer, loaded, **options)
     if results:
-        console().print(perplexity_table(model, results))
+        show(perplexity_table(model, results))
     if apart is not None:
-        console().print(divergence_table(model, str(against), apart))
+        show(divergence_table(model, str(against), apart))
     if scores:
-        console().print(tasks_table(model, scores))
+        show(tasks_table(model, scores))
     table = {
         "model": model,
         "perplexity": {name: vars(result) for name, result in results.items()},

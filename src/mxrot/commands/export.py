@@ -9,6 +9,8 @@ import typer
 
 from mxrot.commands.options import Json, console, prepare, write_json
 from mxrot.errors import ConfigError
+from mxrot.nearest import not_known
+from mxrot.shell import command
 
 
 def export(
@@ -26,12 +28,11 @@ def export(
     from mxrot.report import print_vllm_report
 
     if to != "vllm":
-        raise ConfigError(f"--to {to}: not known; known is vllm")
+        raise ConfigError(f"--to: {not_known('program', to, ['vllm'])}")
     prepare(model, None, json_file)
     folder = find_model(model)
     report = check_for_vllm(folder) if output is None else export_for_vllm(folder, output.expanduser(), force)
-    out = console()
-    print_vllm_report(report, out)
+    print_vllm_report(report, console())
     if output is not None:
-        out.print(f"{output}: written; next: vllm serve {output}")
+        print(f"{output}: written; next: {command('vllm', 'serve', output)}")
     write_json(json_file, report.as_table() | {"output": None if output is None else str(output)})

@@ -44,8 +44,9 @@ def failure_of(error: BaseException, kept: str | None = None) -> Failure:
 
 
 def tell(failure: Failure) -> None:
-    """Write it to standard error, as one line."""
-    print(f"mxrot: error: {' '.join(failure.line.split())}", file=sys.stderr, flush=True)
+    """Write it to standard error, as one line, but for its breaks as it is: two spaces may be part of a path."""
+    line = " ".join(part.strip() for part in failure.line.splitlines())
+    print(f"mxrot: error: {line}", file=sys.stderr, flush=True)
 
 
 def _of_nobody(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mxrot.commands.options import Device, Json, Model, console, prepare, write_json
+from mxrot.commands.options import Device, Json, Model, prepare, show, write_json
 
 
 def inspect(
@@ -42,18 +42,17 @@ def inspect(
         tokenizer, start = api.load_tokenizer(folder), start_token(opened.config)
         tokens = token_windows(loaded, tokenizer, seq_len, windows, start=start)
         sites = site_maxima(opened, find_family(opened.config, model), tokens, progress=told)
-    out = console()
-    out.print(maxima_table(sites))
+    show(maxima_table(sites))
     result: dict[str, Any] = {"model": model, "sites": [{**vars(site), "ratio": site.ratio} for site in sites]}
     if is_checkpoint(folder):
         run = json.loads((folder / "run.json").read_text())
-        out.print(errors_table(run["blocks"]))
-        out.print(size_line(run["size"]))
+        show(errors_table(run["blocks"]))
+        print(size_line(run["size"]))
         for line in filter(None, (tuning_line(run), experts_line(run))):
-            out.print(line)
+            print(line)
         result |= {"blocks": run["blocks"], "size": run["size"]}
     if kernels:
         choices = kernel_choices(opened)
-        out.print(choices_table(choices))
+        show(choices_table(choices))
         result["kernels"] = [vars(choice) for choice in choices]
     write_json(json_file, result)

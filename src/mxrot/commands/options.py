@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from mxrot.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, or `demo`")]
 RecipeOption = Annotated[
@@ -68,14 +70,26 @@ def prepare(model: str, device: str | None, json_file: Path | None) -> None:
     """
     interrupts.raise_interrupts()
     check_device(device)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json {json_file}: there is no folder {json_file.parent}")
+    check_file("--json", json_file)
     from mxrot.models.lookup import DEMO, demo_folder
 
     if model == DEMO:
         demo_folder(announce=lambda line: print(line, file=sys.stderr, flush=True))
     elif "/" in model and not Path(model).expanduser().exists() and not model.startswith((".", "/", "~")):
         print(f"Getting {model} from the hub, unless it is here already", file=sys.stderr, flush=True)
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """ConfigError unless a file can be written there, found out before the work."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {folder}")
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; name the file to write")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"{option} {path}: cannot be written there; name a file in another folder")
 
 
 def chosen_tasks(names: str | None, data: Path | None, limit: int | None) -> dict[str, Any]:
@@ -130,6 +144,20 @@ def console() -> Console:
 
     console = Console()
     return console if console.is_terminal else Console(width=140)
+    """Standard output, which prints names as they are; wide enough for a table where it goes to a file."""
+    from rich.console import Console
+
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    console = Console(**plain)
+    return console if console.is_terminal else Console(width=140, **plain)
+
+
+def show(table: Table) -> None:
+    """A table on standard output; its title, which may hold a path, is not broken into lines."""
+    title, table.title = table.title, None
+    if title is not None:
+        print(title)
+    console().print(table)
 
 
 def write_json(path: Path | None, table: dict[str, Any]) -> None:

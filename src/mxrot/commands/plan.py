@@ -14,8 +14,8 @@ from mxrot.commands.options import (
     RecipeOption,
     Samples,
     chosen_recipe,
-    console,
     prepare,
+    show,
     write_json,
 )
 
@@ -47,9 +47,11 @@ def plan(
     prepare(model, device, json_file)
     machine = Machine(torch.device(device or api.default_device()), gpu_memory and 1e9 * gpu_memory)
     made = make_plan(model, find_config(model), chosen, machine, samples, seq_len)
-    out = console()
     for piece in plan_report(made):
-        out.print(piece, markup=False, highlight=False, soft_wrap=isinstance(piece, str))
+        if isinstance(piece, str):
+            print(piece)
+        else:
+            show(piece)
     write_json(json_file, made.as_table())
     if made.problems:
         raise typer.Exit(1)

@@ -17,10 +17,10 @@ from mxrot.commands.options import (
     Samples,
     Seed,
     chosen_recipe,
-    console,
     prepare,
     write_json,
 )
+from mxrot.shell import command
 
 
 def quantize(
@@ -58,12 +58,12 @@ def quantize(
             progress=told,
         )
     assert isinstance(run, dict)
-    out = console()
-    out.print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
-    out.print(size_line(run["size"]))
+    print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
+    print(size_line(run["size"]))
     for line in filter(None, (tuning_line(run), experts_line(run))):
-        out.print(line)
+        print(line)
     if run["peak_gpu_bytes"] is not None:
-        out.print(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
-    out.print(f'next: mxrot eval {output}    mxrot generate {output} "Once upon a time"')
+        print(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
+    next_ones = command("mxrot", "eval", output), command("mxrot", "generate", output, "Once upon a time")
+    print(f"next: {'    '.join(next_ones)}")
     write_json(json_file, run)

@@ -8,7 +8,7 @@ import typer
 
 from mxrot.builtin import builtin_recipes, descriptions, recipe_text
 from mxrot.commands.completion import complete_recipe
-from mxrot.commands.options import console
+from mxrot.commands.options import show
 
 Name = Annotated[str | None, typer.Argument(help="Print this recipe as TOML", autocompletion=complete_recipe)]
 Defaults = Annotated[bool, typer.Option("--defaults", help="Also the keys that it leaves at their defaults")]
@@ -24,7 +24,7 @@ def recipes(name: Name = None, defaults: Defaults = False) -> None:
     table = Table("recipe", "what it does", "source", title="Recipes", title_justify="left")
     for known in descriptions():
         table.add_row(*known)
-    console().print(table)
+    show(table)
 
 
 def _as_toml(name: str, defaults: bool) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.console import RenderableType
 from rich.table import Table
 
 from mxrot.planning import HOW, MemoryEstimate, Plan, Stage, gigabytes
@@ -13,7 +12,7 @@ SHARE_SHOWN = 0.02
 """Terms below this share of their sum are shown together."""
 
 
-def plan_report(plan: Plan) -> Iterator[RenderableType]:
+def plan_report(plan: Plan) -> Iterator[Table | str]:
     """What is printed, piece by piece."""
     if plan.sizes is not None:
         yield _sites_table(plan)

@@ -27,7 +27,7 @@ def progress_on_stderr(title: str) -> Iterator[Progress]:
     if not console.is_terminal:
         yield _line_printer(title)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with rich.progress.Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         yield _bar_mover(bar, title)
 
