@@ -139,11 +139,6 @@ def check_device(device: str | None) -> None:
 
 
 def console() -> Console:
-    """Standard output; wide enough for a table where it goes to a file."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
     """Standard output, which prints names as they are; wide enough for a table where it goes to a file."""
     from rich.console import Console
 
