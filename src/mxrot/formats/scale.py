@@ -238,27 +238,38 @@ class MinMaxRule(ScaleRule):
         return BlockScales(stored, scale_type, zero_points=zero_points.nan_to_num().to(torch.uint8))
 
 
+# Functions with a name, so that a rule, and with it a model, can be pickled.
+def _never_raises(element: Element, whole: int = _WHOLE) -> int:
+    return whole
+
+
+def _raises_where_rounded_up(element: Element, whole: int = _WHOLE) -> int:
+    return whole - (whole >> (element.mantissa_bits + 1))
+
+
+def _raises_beyond_max(element: Element, whole: int = _WHOLE) -> int:
+    return int((math.ldexp(element.max, -element.max_exponent) - 1) * whole) + 1
+
+
 RULES: dict[str, ScaleRule] = {
     rule.name: rule
     for rule in (
         ExponentRule(
             "floor",
             "floor(log2 amax) - emax: OCP, microxcaling, gguf",
-            raises_from=lambda element, whole=_WHOLE: whole,
+            raises_from=_never_raises,
             exponents=floor_exponents,
         ),
         ExponentRule(
             "even",
             "floor of amax rounded: compressed-tensors, Quark, vLLM emulation",
-            raises_from=lambda element, whole=_WHOLE: whole - (whole >> (element.mantissa_bits + 1)),
+            raises_from=_raises_where_rounded_up,
             exponents=even_exponents,
         ),
         ExponentRule(
             "rceil",
             "ceil(log2(amax / max)): FlashInfer, AITER, cuBLAS",
-            raises_from=lambda element, whole=_WHOLE: (
-                int((math.ldexp(element.max, -element.max_exponent) - 1) * whole) + 1
-            ),
+            raises_from=_raises_beyond_max,
             exponents=ceil_exponents,
         ),
         ExponentRule(

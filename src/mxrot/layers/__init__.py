@@ -1,10 +1,12 @@
 """Modules that a quantized model is made of."""
 
-from mxrot.layers.linear import InputTransform, QuantLinear
-from mxrot.layers.prepare import prepare_linears, prepare_site, sites_of
+from mxrot.layers.linear import QuantLinear
+from mxrot.layers.prepare import prepare_site
 from mxrot.layers.product import TensorQuantizer
 from mxrot.layers.site import SiteProducts
+from mxrot.layers.sites import prepare_linears, sites_of
 from mxrot.layers.size import ModelSize
+from mxrot.layers.transform import InputTransform
 
 __all__ = [
     "InputTransform",

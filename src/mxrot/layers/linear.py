@@ -1,7 +1,8 @@
-"""The quantized linear, and the input transform that the linears of a site share."""
+"""The quantized linear."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,55 +10,10 @@ from torch import Tensor, nn
 
 from mxrot.formats import QTensor
 from mxrot.kernels import Choice, choose_path
-from mxrot.layers.product import (
-    StoredWeight,
-    TensorQuantizer,
-    applied_matrices,
-    product,
-    quantized_input,
-    traced_product,
-)
-from mxrot.layers.site import SiteProducts, prepared_weight
-from mxrot.transforms.base import apply_matrices
-
-
-class InputTransform(nn.Module):
-    """Holds sqrt(B) T in bfloat16, as a checkpoint does, and applies T."""
-
-    def __init__(self, stored: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(stored, requires_grad=False)
-        self._applied: tuple[object, Tensor] | None = None
-        self.is_for_kernels = False
-        """Keep the matrices row by row on a GPU, which kernels would otherwise copy in every call."""
-        self.prepared: Tensor | None
-        """The bytes of `matrices()`, int16, for a compiled model; no part of a checkpoint, moves with the module."""
-        self.register_buffer("prepared", None, persistent=False)
-
-    def matrices(self) -> Tensor:
-        """T as runtimes apply it, bfloat16 [1 | G, B, B]; kept until the stored tensor changes."""
-        stored = (self.weight.data_ptr(), self.weight._version, self.weight.device)
-        if self._applied is None or self._applied[0] != stored:
-            applied = applied_matrices(self.weight)
-            self._applied = (stored, applied.contiguous() if self.is_for_kernels and applied.is_cuda else applied)
-        return self._applied[1]
-
-    @torch.no_grad()
-    def prepare(self, is_for_kernels: bool = False) -> None:
-        """Keep the matrices for a model that is compiled."""
-        self.is_for_kernels, self._applied = is_for_kernels, None
-        self.prepared = self.matrices().view(torch.int16)
-
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        self.prepared = None
-        super()._load_from_state_dict(*arguments, **keywords)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x T in float32, blocks along the last dimension."""
-        return apply_matrices(x.to(torch.float32), self.matrices().to(torch.float32))
-
-
-PREPARED = ("row_exponents", "lifted_scales", "lifted", "swizzled", "whole_codes", "whole_scales")
+from mxrot.layers.prepare import is_in_one_place, prepare_site
+from mxrot.layers.product import StoredWeight, TensorQuantizer, product, quantized_input, traced_product
+from mxrot.layers.site import PREPARED, SiteProducts, lies_apart, prepared_weight
+from mxrot.layers.transform import InputTransform, keep, keeping_type
 
 
 class QuantLinear(nn.Module):
@@ -95,7 +51,9 @@ class QuantLinear(nn.Module):
         self.whole_scales: Tensor | None
         # What `prepare_site` makes; moves with the module and is no part of a checkpoint.
         for name in PREPARED:
-            self.register_buffer(name, None, persistent=False)
+            keep(self, name, None)
+        self.keeps_lifted: bool | None = None
+        """As the site was prepared, so that it can be again on another device; None where it was not."""
         self.site: SiteProducts | None = None
         self.fast = False
         """Sum FP8 products in fewer bits, where they run."""
@@ -127,15 +85,43 @@ class QuantLinear(nn.Module):
         if weight.scales.zero_points is not None:
             self.weight_zero_point = nn.Parameter(weight.scales.zero_points, requires_grad=False)
 
+    @property
+    def together(self) -> Sequence[QuantLinear]:
+        """The linears that are computed together with this one, and it."""
+        return (self,) if self.site is None else self.site.linears
+
     def forget(self) -> None:
         """Let go of what was prepared, here and in the other linears of the site."""
-        for linear in (self,) if self.site is None else self.site.linears:
+        if self.site is not None:
+            self.site.forget()
+        for linear in self.together:
+            linear.keeps_lifted = None
             for name in PREPARED:
-                setattr(linear, name, None)
+                keep(linear, name, None)
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         self.forget()
         super()._load_from_state_dict(*arguments, **keywords)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """For `model.to(...)`: codes and scales keep their types, a bias does not.
+
+        On another device a prepared site is prepared again, once all its linears have arrived.
+        """
+        moves = fn(self.weight_packed.new_empty(0)).device != self.weight_packed.device
+        if moves:
+            for name in PREPARED:
+                keep(self, name, None)
+        moved, bias = keeping_type(fn), self.bias
+        super()._apply(lambda tensor: fn(tensor) if _is_of(tensor, bias) else moved(tensor), recurse)
+        if self.keeps_lifted is not None and (moves or lies_apart(self)) and is_in_one_place(self.together):
+            prepare_site(self.together, self.keeps_lifted)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.site is not None:
+            self.site.join()
 
     def stored_weight(self) -> StoredWeight:
         """Codes and scales of this linear, without what was prepared."""
@@ -155,7 +141,7 @@ class QuantLinear(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Q(x T), the shape of `x`; float32, or bfloat16 where that holds it exactly."""
-        return quantized_input(x, self._matrices(), self.activations)
+        return quantized_input(x, self._matrices(x.device), self.activations)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the dtype of `x`; sums in float32."""
@@ -163,21 +149,34 @@ class QuantLinear(nn.Module):
         return self.compute(x, self._own_weight(), self.bias) if found is None else found
 
     def compute(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
-        """Q(x T) W_q^T + b with a weight in the format of this one."""
-        if torch.compiler.is_compiling():
-            stored, applied = (
-                (None, None) if self.transform is None else (self.transform.weight, self.transform.prepared)
-            )
+        """Q(x T) W_q^T + b with a weight in the format of this one.
+
+        The gradients are those of `layers.product.traced_product`.
+        """
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            stored, applied = self._traced_transform(x.device)
             return traced_product(x, stored, applied, weight, bias, self.weights, self.activations, self.fast)
-        return product(x, self._matrices(), weight, bias, self.weights, self.activations, self.fast)
+        return product(x, self._matrices(x.device), weight, bias, self.weights, self.activations, self.fast)
+
+    def _traced_transform(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The stored transform, and the bytes of its matrices where they are at hand."""
+        transform = self.transform
+        if transform is not None and torch.compiler.is_compiling() and transform.weight.device == device:
+            return transform.weight, transform.prepared
+        matrices = self._matrices(device)
+        return (None, None) if matrices is None else (matrices, matrices.view(torch.int16))
 
     def _own_weight(self) -> StoredWeight:
         """With what was prepared, where that is not of the whole site."""
         own = self.stored_weight()
         return own if self.whole_codes is not None else prepared_weight(self, own.codes, own.scales)
 
-    def _matrices(self) -> Tensor | None:
-        return None if self.transform is None else self.transform.matrices()
+    def _matrices(self, device: torch.device) -> Tensor | None:
+        if self.transform is None:
+            return None
+        matrices = self.transform.matrices()
+        # Where a model is spread over devices, the linear that owns the transform may be on another.
+        return matrices if matrices.device == device else matrices.to(device)
 
     def choose_path(self, rows: int) -> Choice:
         """What computes this linear for so many rows of input, and why."""
@@ -192,3 +191,8 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         inputs = "unquantized" if self.activations is None else self.activations.format.name
         return f"{self.in_features}, {self.out_features}, weights={self.weights.format.name}, inputs={inputs}"
+
+
+def _is_of(tensor: Tensor, parameter: Tensor | None) -> bool:
+    """Is it this parameter, or its gradient?"""
+    return parameter is not None and (tensor is parameter or tensor is parameter.grad)

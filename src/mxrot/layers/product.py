@@ -12,6 +12,8 @@ which kernel runs is decided when it runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +83,10 @@ def product(
     fast: bool = False,
 ) -> Tensor:
     """Q(x T) W_q^T + b, [..., K] to [..., N], in the dtype of `x`; sums in float32, with `fast` in less where an FP8
-    product runs."""
+    product runs; autocast changes nothing of it."""
+    if _is_autocast(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x, matrices, weight, bias, weights, activations, fast)
     found = None
     if activations is not None and weights.is_mxfp4 and activations.is_mxfp4:
         inputs = Inputs(x, matrices, activations.format, activations.rule, fast)
@@ -127,8 +132,12 @@ def traced_product(
     activations: TensorQuantizer | None,
     fast: bool = False,
 ) -> Tensor:
-    """`product` for torch.compile. `stored` is the transform of a checkpoint, `applied` the bytes of its matrices
-    (int16) where they are at hand."""
+    """`product` for torch.compile and for gradients. `stored` is the transform of a checkpoint, `applied` the bytes of
+    its matrices (int16) where they are at hand.
+
+    The gradient passes the rounding of the inputs unchanged (straight-through; rounding itself has the gradient zero
+    almost everywhere): it is that of (x T) W_q^T + b, for x and b. Where inputs are not quantized it is the exact one.
+    """
     result: Tensor = _product(
         x,
         stored,
@@ -167,17 +176,80 @@ def _product(
     activations: str,
     fast: bool,
 ) -> Tensor:
-    matrices = None
-    if stored is not None:
-        matrices = applied_matrices(stored) if applied is None else applied.view(STORED_DTYPE)
     weight = StoredWeight(codes, scales, tensor_scale, zero_points, row_exponents, lifted_scales, lifted, swizzled)
     quantizer = _quantizer(activations) if activations else None
-    return product(x, matrices, weight, bias, _quantizer(weights), quantizer, fast)
+    return product(x, _applied(stored, applied), weight, bias, _quantizer(weights), quantizer, fast)
+
+
+def _applied(stored: Tensor | None, applied: Tensor | None) -> Tensor | None:
+    if stored is None:
+        return None
+    return applied_matrices(stored) if applied is None else applied.view(STORED_DTYPE)
 
 
 @_product.register_fake
 def _product_shape(x: Tensor, stored: Tensor | None, applied: Tensor | None, codes: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@torch.library.custom_op("mxrot::product_gradient", mutates_args=())
+def _product_gradient(
+    gradient: Tensor,
+    stored: Tensor | None,
+    applied: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor | None,
+    zero_points: Tensor | None,
+    weights: str,
+) -> Tensor:
+    """(dy W_q) T^T in float32: [..., K] of dy [..., N]."""
+    quantizer = _quantizer(weights)
+    W = QTensor.dequantize_packed(codes, quantizer.scales(scales, tensor_scale, zero_points), quantizer.format)
+    with torch.autocast(gradient.device.type, enabled=False):
+        found = gradient.to(torch.float32) @ W
+        matrices = _applied(stored, applied)
+        return found if matrices is None else apply_matrices(found, matrices.to(torch.float32).mT)
+
+
+@_product_gradient.register_fake
+def _product_gradient_shape(
+    gradient: Tensor, stored: Tensor | None, applied: Tensor | None, codes: Tensor, scales: Tensor, *rest: Any
+) -> Tensor:
+    columns = codes.shape[1] * 8 // _quantizer(rest[-1]).format.element.bits
+    return gradient.new_empty(*gradient.shape[:-1], columns, dtype=torch.float32)
+
+
+_X, _STORED, _ZERO_POINTS, _BIAS, _WEIGHTS = 0, 1, 6, 11, 12
+"""Positions of arguments of `_product`."""
+_ARGUMENTS = 15
+
+
+def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[_STORED : _ZERO_POINTS + 1])
+    ctx.weights, ctx.type = inputs[_WEIGHTS], inputs[_X].dtype
+    ctx.bias_type = None if inputs[_BIAS] is None else inputs[_BIAS].dtype
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    found: list[Tensor | None] = [None] * _ARGUMENTS
+    if ctx.needs_input_grad[_X]:
+        found[_X] = _product_gradient(gradient.contiguous(), *ctx.saved_tensors, ctx.weights).to(ctx.type)
+    if ctx.needs_input_grad[_BIAS]:
+        found[_BIAS] = gradient.reshape(-1, gradient.shape[-1]).float().sum(dim=0).to(ctx.bias_type)
+    return tuple(found)
+
+
+_product.register_autograd(_gradients, setup_context=_keep_for_gradient)
+
+
+@cache
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def _is_autocast(device_type: str) -> bool:
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _name(quantizer: TensorQuantizer) -> str:

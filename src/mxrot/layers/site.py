@@ -1,14 +1,18 @@
 """Linears that read the same input, computed together.
 
 The first one that is called transforms and quantizes the input once and multiplies it by the weights of all, which lie
-in one tensor; the others take their part when they are called with the very same input. Called in another order, or
-with another input, each computes its own.
+in one tensor; the others take their part when they are called with the very same input, unchanged. Called in another
+order, or with another input, each computes its own.
+
+Each thread has products of its own. A tensor made under `torch.inference_mode` does not count its changes, so nobody
+knows whether it was changed between two linears: there each computes its own (`torch.no_grad` keeps the saving).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,31 +22,69 @@ from mxrot.layers.product import StoredWeight
 if TYPE_CHECKING:
     from mxrot.layers.linear import QuantLinear
 
+PREPARED = ("row_exponents", "lifted_scales", "lifted", "swizzled", "whole_codes", "whole_scales")
+"""Buffers of a linear that `prepare_site` fills."""
+
+
+class _Products:
+    """What was computed and not yet taken."""
+
+    input: Tensor | None = None
+    state: tuple[int, bool] | None = None
+    """How often the input had been changed, and whether gradients were recorded."""
+    waiting: tuple[Tensor, ...] = ()
+
+    def forget(self) -> None:
+        self.input, self.waiting = None, ()
+
+
+class _ProductsOfThread(_Products, threading.local):
+    """The same, for each thread."""
+
 
 class SiteProducts:
     """The linears of a site, and the products that were computed but not yet taken."""
 
     def __init__(self, linears: Sequence[QuantLinear]) -> None:
         self.linears = tuple(linears)
-        self._input: Tensor | None = None
-        self._waiting: list[Tensor] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of products that nobody has taken."""
+        self._of_threads = _ProductsOfThread()
+        self._traced = _Products()
+        """While a model is compiled, which settles who takes what once for all calls."""
 
     def take(self, linear: QuantLinear, x: Tensor) -> Tensor | None:
         """The product of `linear` with x; None where the site has not computed it."""
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced and x.is_inference():
+            return None
+        products = self._traced if is_traced else self._of_threads
+        state = None if is_traced else (x._version, torch.is_grad_enabled())
         first = self.linears[0]
         if linear is first:
-            if len(self.linears) == 1 or first.whole_codes is None:
+            if len(self.linears) == 1 or first.whole_codes is None or self._has_absent_bias():
                 return None
-            whole = first.compute(x, self.weight_of(first), self._bias())
-            parts = whole.split([part.out_features for part in self.linears], dim=-1)
-            self._input, self._waiting = x, list(parts[1:])
+            parts = self._compute(first, x)
+            products.input, products.state, products.waiting = x, state, parts[1:]
             return parts[0]
-        if self._input is not x or linear is not self.linears[-len(self._waiting)]:
+        if products.input is not x or linear is not self.linears[-len(products.waiting)] or products.state != state:
             return None
-        found = self._waiting.pop(0)
-        if not self._waiting:
-            self._input = None
+        found, *rest = products.waiting
+        products.waiting = tuple(rest)
+        if not rest:
+            products.input = None
         return found
+
+    def _compute(self, first: QuantLinear, x: Tensor) -> tuple[Tensor, ...]:
+        whole = first.compute(x, self.weight_of(first), self._bias())
+        parts, start = [], 0
+        for linear in self.linears:
+            # Not `split`: what it gives may not be changed in place where gradients are recorded.
+            parts.append(whole.narrow(-1, start, linear.out_features))
+            start += linear.out_features
+        return tuple(parts)
 
     def weight_of(self, linear: QuantLinear) -> StoredWeight:
         """The weight that is multiplied when `linear` is called: of the whole site where that was prepared."""
@@ -50,6 +92,10 @@ class SiteProducts:
         if first.whole_codes is None or first.whole_scales is None:
             return prepared_weight(linear, linear.weight_packed, linear.weight_scale)
         return prepared_weight(first, first.whole_codes, first.whole_scales)
+
+    def _has_absent_bias(self) -> bool:
+        """Is a bias offloaded, to be brought when its own linear is called?"""
+        return any(linear.bias is not None and linear.bias.device.type == "meta" for linear in self.linears)
 
     def _bias(self) -> Tensor | None:
         biases = [linear.bias for linear in self.linears]
@@ -63,6 +109,36 @@ class SiteProducts:
                 for linear, bias in zip(self.linears, biases, strict=True)
             ]
         )
+
+    def join(self) -> None:
+        """Make the weights parts of the whole one again, after a copy that took them apart."""
+        linears: tuple[QuantLinear, ...] = vars(self).get("linears", ())
+        if any("_parameters" not in vars(linear) for linear in linears):
+            return  # the copy is not complete yet, and the last one calls again
+        if linears and linears[0].whole_codes is not None and linears[0].whole_scales is not None:
+            share_weights(linears, linears[0].whole_codes, linears[0].whole_scales)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"linears": self.linears}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.linears = state["linears"]
+        self.forget()
+
+
+def share_weights(linears: Sequence[QuantLinear], codes: Tensor, scales: Tensor) -> None:
+    """Let the parameters of the linears of a site be parts of its whole weight."""
+    rows = [linear.out_features for linear in linears]
+    for linear, own_codes, own_scales in zip(linears, codes.split(rows), scales.split(rows), strict=True):
+        linear.weight_packed.data, linear.weight_scale.data = own_codes, own_scales
+
+
+def lies_apart(linear: QuantLinear) -> bool:
+    """Is the weight of a linear no longer a part of the whole one of its site?"""
+    whole = None if linear.site is None else linear.site.linears[0].whole_codes
+    if whole is None:
+        return False
+    return whole.untyped_storage().data_ptr() != linear.weight_packed.untyped_storage().data_ptr()
 
 
 def prepared_weight(linear: QuantLinear, codes: Tensor, scales: Tensor) -> StoredWeight:
