@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ class _Products:
     waiting: tuple[Tensor, ...] = ()
 
     def forget(self) -> None:
-        self.input, self.waiting = None, ()
+        self.input, self.state, self.waiting = None, None, ()
 
 
 class _ProductsOfThread(_Products, threading.local):
@@ -53,7 +54,8 @@ class SiteProducts:
         """Let go of products that nobody has taken."""
         self._of_threads = _ProductsOfThread()
         self._traced = _Products()
-        """While a model is compiled, which settles who takes what once for all calls."""
+        """While a model is compiled, which settles who takes what once for all calls. A change in place between two
+        linears of a site is not seen there."""
 
     def take(self, linear: QuantLinear, x: Tensor) -> Tensor | None:
         """The product of `linear` with x; None where the site has not computed it."""
@@ -74,16 +76,16 @@ class SiteProducts:
         found, *rest = products.waiting
         products.waiting = tuple(rest)
         if not rest:
-            products.input = None
+            products.forget()
         return found
 
     def _compute(self, first: QuantLinear, x: Tensor) -> tuple[Tensor, ...]:
         whole = first.compute(x, self.weight_of(first), self._bias())
-        parts, start = [], 0
-        for linear in self.linears:
-            # Not `split`: what it gives may not be changed in place where gradients are recorded.
-            parts.append(whole.narrow(-1, start, linear.out_features))
-            start += linear.out_features
+        ends = list(accumulate(linear.out_features for linear in self.linears))
+        parts = [whole[..., start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        if not torch.compiler.is_compiling() and not whole.requires_grad:
+            # Tensors of their own, not views of one: each may be changed in place by one who records gradients.
+            parts = [part.data for part in parts]
         return tuple(parts)
 
     def weight_of(self, linear: QuantLinear) -> StoredWeight:
