@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot import pipeline
 from mxrot.checkpoint import check_exportable, check_output, load, quantize_to_folder, with_config
-from mxrot.errors import ConfigError
 from mxrot.evaluation import (
     Answers,
     Divergence,
@@ -29,12 +26,14 @@ from mxrot.evaluation import (
     perplexity,
     score_tasks,
 )
-from mxrot.models import WeightFiles, find_family, find_model, read_config, start_token
+from mxrot.models import WeightFiles, find_family, find_model, read_config
 from mxrot.opening import base_name, default_device, load_tokenizer, open_model
 from mxrot.progress import Progress, silent
+from mxrot.prompting import generate_text
+from mxrot.reading import calibrate, evaluation_windows, reader_for
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import device_name, versions
-from mxrot.text import Text, load_text, token_windows
+from mxrot.text import Windows, load_texts
 
 __all__ = [
     "base_name",
@@ -49,6 +48,7 @@ __all__ = [
     "load_tokenizer",
     "open_model",
     "quantize",
+    "read_texts",
 ]
 
 DEFAULT_RECIPE = "mxrot"
@@ -56,20 +56,12 @@ EVALUATION_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens that pass through a model at once."""
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Token windows, and where they came from."""
-
-    windows: Tensor | None
-    description: dict[str, Any] | None
-
-
 def quantize(
     model: str | Path | PreTrainedModel = "demo",
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     output: str | Path | None = None,
     *,
-    calib: str = "demo",
+    calib: Any = "demo",
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
@@ -84,6 +76,7 @@ def quantize(
     With `output` a checkpoint folder is written and the contents of its run.json come back; without it the
     quantized model, ready to run on `device`, with `generate` and `save_pretrained`. A loaded model needs its
     `tokenizer`, unless the recipe needs no text, and is written to a temporary folder first.
+    `calib` is a text, or several, as docs/text.md lists them: names, rows, token ids, tensors, data sets.
     `samples` and `seq_len` replace the recipe's calibration windows.
     Errors are those of mxrot.errors, raised before any weight is read where that is possible.
     """
@@ -104,9 +97,11 @@ def quantize(
         check_exportable(chosen)
         if not resume:
             check_output(output, force)
+    loaded = None if chosen.is_data_free else load_texts(calib, "calibration")
     folder = find_model(str(model))
     find_family(read_config(folder), str(model))
-    calibration = calibrate(folder, chosen, calib, samples, seq_len)
+    calibration = calibrate(folder, chosen, loaded, samples, seq_len, progress)
+    chosen = calibration.recipe
     device = device or default_device()
     if output is None:
         result = pipeline.quantize(
@@ -129,29 +124,9 @@ def quantize(
     )
 
 
-def calibrate(
-    folder: Path, recipe: Recipe, calib: str, samples: int | None = None, seq_len: int | None = None
-) -> Calibration:
-    """Calibration windows for a recipe; none for one that needs no data."""
-    if recipe.is_data_free:
-        return Calibration(None, None)
-    text = load_text(calib, "calibration")
-    samples = recipe.calibration.samples if samples is None else samples
-    seq_len = recipe.calibration.seq_len if seq_len is None else seq_len
-    windows = token_windows(text, load_tokenizer(folder), seq_len, samples, True, start_token(read_config(folder)))
-    description = {
-        "text": text.name,
-        "sha256": text.digest,
-        "windows_asked": samples,
-        "windows": len(windows),
-        "seq_len": seq_len,
-    }
-    return Calibration(windows, description)
-
-
 def evaluate(
     model: PreTrainedModel | str | Path,
-    text: str | Sequence[str] = "demo",
+    text: Any = "demo",
     *,
     tokenizer: Any = None,
     windows: int | None = None,
@@ -159,23 +134,43 @@ def evaluate(
     device: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Perplexity]:
-    """Perplexity on each text, by the text's name. A model that is passed itself needs its `tokenizer`."""
-    model, tokenizer = _opened(model, tokenizer, device)
-    if tokenizer is None:
-        raise TypeError("evaluate needs the tokenizer of a model that is passed itself")
-    batch = _batch_windows(model, seq_len)
-    return {
-        loaded.name: perplexity(
-            model, token_windows(loaded, tokenizer, seq_len, windows, start=start_token(model.config)), batch, progress
-        )
-        for loaded in _texts(text)
-    }
+    """Perplexity on each text, by the text's name. A model that is passed itself needs its `tokenizer`.
+
+    `text` is a text, or several, as docs/text.md lists them. Windows that are given as such keep their own length.
+    """
+    read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=progress)
+    model, _ = _opened(model, tokenizer, device)
+    return {part.text.name: perplexity(model, part.ids, _batch_windows(model, part), progress) for part in read}
+
+
+def read_texts(
+    model: PreTrainedModel | str | Path,
+    text: Any = "demo",
+    *,
+    tokenizer: Any = None,
+    windows: int | None = None,
+    seq_len: int = 2048,
+    progress: Progress = silent,
+) -> list[Windows]:
+    """The windows of each text as `evaluate` reads them, and what was left out; `evaluate` and `diverge` take them.
+
+    Of a model by its name only the config and the tokenizer are read. ConfigError if a token is beyond its embedding.
+    """
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise TypeError("evaluate needs the tokenizer of a model that is passed itself")
+        rows = cast(Any, model).get_input_embeddings().weight.shape[0]
+        reader = reader_for(model.config, tokenizer, rows)
+    else:
+        folder = find_model(str(model))
+        reader = reader_for(read_config(folder), tokenizer or load_tokenizer(folder))
+    return evaluation_windows(text, reader, windows, seq_len, progress)
 
 
 def diverge(
     model: PreTrainedModel | str | Path,
     original: PreTrainedModel | str | Path,
-    text: str | Sequence[str] = "demo",
+    text: Any = "demo",
     *,
     tokenizer: Any = None,
     windows: int | None = None,
@@ -187,16 +182,14 @@ def diverge(
 
     Models that are passed themselves need their `tokenizer`.
     """
-    original, tokenizer = _opened(original, tokenizer, device)
-    model, tokenizer = _opened(model, tokenizer, device)
-    if tokenizer is None:
-        raise TypeError("diverge needs the tokenizer of models that are passed themselves")
-    batch = _batch_windows(model, seq_len)
-    results = {}
-    for loaded in _texts(text):
-        tokens = token_windows(loaded, tokenizer, seq_len, windows, start=start_token(model.config))
-        results[loaded.name] = divergence(model, original, tokens, batch, progress)
-    return results
+    if tokenizer is None and not isinstance(original, PreTrainedModel):
+        tokenizer = load_tokenizer(find_model(str(original)))
+    read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=progress)
+    original, _ = _opened(original, tokenizer, device)
+    model, _ = _opened(model, tokenizer, device)
+    return {
+        part.text.name: divergence(model, original, part.ids, _batch_windows(model, part), progress) for part in read
+    }
 
 
 def evaluate_tasks(
@@ -244,27 +237,6 @@ def _opened(model: PreTrainedModel | str | Path, tokenizer: Any, device: str | N
     return opened, tokenizer or load_tokenizer(folder)
 
 
-def _batch_windows(model: PreTrainedModel, seq_len: int) -> int:
+def _batch_windows(model: PreTrainedModel, windows: Windows) -> int:
     """Windows that pass through the model at once."""
-    return max(1, EVALUATION_TOKENS.get(next(model.parameters()).device.type, 2048) // seq_len)
-
-
-def _texts(text: str | Sequence[str]) -> list[Text]:
-    """Evaluation texts; ConfigError if two have the same name."""
-    found: dict[str, Text] = {}
-    for spec in [text] if isinstance(text, str) else text:
-        loaded = load_text(spec, "evaluation")
-        if loaded.name in found:
-            raise ConfigError(f"two texts are called {loaded.name!r}; name one as NAME=FILE")
-        found[loaded.name] = loaded
-    return list(found.values())
-
-
-def generate_text(model: PreTrainedModel, tokenizer: Any, prompt: str, max_tokens: int = 40) -> str:
-    """A greedy continuation of `prompt`, without the prompt."""
-    device = next(model.parameters()).device
-    encoded = tokenizer(prompt, return_tensors="pt").to(device)
-    output = cast(Any, model).generate(
-        **encoded, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
-    return str(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+    return max(1, EVALUATION_TOKENS.get(next(model.parameters()).device.type, 2048) // windows.ids.shape[1])

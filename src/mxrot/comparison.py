@@ -17,8 +17,10 @@ from mxrot.evaluation import score_tasks
 from mxrot.layers import ModelSize, QuantLinear
 from mxrot.models import WeightFiles, build_skeleton, find_family, find_model, read_config
 from mxrot.progress import Progress, silent
+from mxrot.reading import Calibration
 from mxrot.recipe import Recipe
 from mxrot.report import ComparedRow
+from mxrot.text import load_texts
 
 _TYPE_NAMES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32", torch.float64: "FP64"}
 
@@ -27,9 +29,9 @@ def compare_recipes(
     model: str,
     recipes: Sequence[Recipe],
     *,
-    calib: str = "demo",
+    calib: Any = "demo",
     samples: int | None = None,
-    texts: Sequence[str] = ("demo",),
+    texts: Any = "demo",
     windows: int | None = None,
     seq_len: int = 2048,
     seed: int = 0,
@@ -52,26 +54,28 @@ def compare_recipes(
         for problem in find_problems(skeleton, family, recipe, model):
             raise problem
     tokenizer = api.load_tokenizer(folder)
+    read = api.read_texts(folder, texts, windows=windows, seq_len=seq_len, progress=progress)
+    if not all(recipe.is_data_free for recipe in recipes):
+        calib = load_texts(calib, "calibration")
+    calibrations = [api.calibrate(folder, recipe, calib, samples, seq_len, progress) for recipe in recipes]
     device = device or api.default_device()
     stored = WeightFiles(folder).dtype_of(f"{family.embedding}.weight")
     rows = []
-    entries: list[Recipe | None] = [None, *recipes]
+    entries: list[Calibration | None] = [None, *calibrations]
     for entry in entries:
         seconds = None
         if entry is None:
             label, (opened, _) = _TYPE_NAMES[stored], api.open_model(folder, device)
         else:
-            label, told = entry.name, _labelled(progress, entry.name)
-            calibration = api.calibrate(folder, entry, calib, samples, seq_len)
+            recipe = entry.recipe
+            label, told = recipe.name, _labelled(progress, recipe.name)
             started = time.monotonic()
-            result = pipeline.quantize(
-                folder, entry, windows=calibration.windows, device=device, seed=seed, progress=told
-            )
+            result = pipeline.quantize(folder, recipe, windows=entry.windows, device=device, seed=seed, progress=told)
             seconds = time.monotonic() - started
             assert result.model is not None
             opened = result.model
         told = _labelled(progress, f"perplexity of {label}")
-        scores = api.evaluate(opened, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        scores = api.evaluate(opened, read, tokenizer=tokenizer, progress=told)
         told = _labelled(progress, f"tasks of {label}")
         shares = score_tasks(opened, tokenizer, tasks, limit=limit, progress=told) if tasks else {}
         extra = {} if prompt is None else {"generated": _sentence(opened, tokenizer, prompt)}

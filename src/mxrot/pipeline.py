@@ -207,9 +207,14 @@ def with_generated(
     A share `prompted` of what is written goes on from pieces of the text, which is the first `given` windows.
     """
     generator = generator_for(seed, f"windows for {purpose}")
-    count = max(1, round(each * given))
+    count = windows_to_write(each, given)
     written = generated_windows(original, count, windows.shape[1], generator, windows[:given], prompted)
     return torch.cat([windows, written])
+
+
+def windows_to_write(each: float, given: int) -> int:
+    """How many windows the original model writes: `each` for every one of the `given`."""
+    return max(1, round(each * given))
 
 
 def _windows_at_once(model: PreTrainedModel, device: torch.device, seq_len: int) -> int:

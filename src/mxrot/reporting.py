@@ -16,13 +16,13 @@ from mxrot import api
 from mxrot.checkpoint import is_checkpoint
 from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
-from mxrot.models import Family, find_family, find_model, read_config, start_token
+from mxrot.models import Family, find_family, find_model, read_config
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.records import Metric, versions
 from mxrot.report import Contents, metrics_of
 from mxrot.shell import command
-from mxrot.text import load_text, token_windows
+from mxrot.text import Windows, load_texts
 
 TOKENS_LOOKED_AT = 2048
 """Tokens that activations are looked at on, or one window if that has more."""
@@ -60,14 +60,19 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
     config = read_config(folder)
     family = find_family(config, request.model)
     chosen = sites_that_match(family, config.num_hidden_layers, recipe.ignore, request.sites)
-    looked_at = load_text(request.texts[0], "evaluation")
+    texts = load_texts(list(request.texts), "evaluation")
+    count = max(1, min(request.windows, TOKENS_LOOKED_AT // request.seq_len))
+    looked_at = api.read_texts(folder, texts[0], windows=count, seq_len=request.seq_len)[0]
+    windows = looked_at.ids
+    read = None
+    if metrics is None:
+        read = api.read_texts(folder, texts, windows=request.windows, seq_len=request.seq_len, progress=progress)
     model, _ = api.open_model(folder, device)
     original = None if request.against is None else api.open_model(request.against, device)[0]
     tokenizer = api.load_tokenizer(folder)
     if metrics is None:
-        metrics = _measured(request, model, original, tokenizer, progress)
-    count = max(1, min(request.windows, TOKENS_LOOKED_AT // request.seq_len))
-    windows = token_windows(looked_at, tokenizer, request.seq_len, count, start=start_token(config))
+        assert read is not None
+        metrics = _measured(read, model, original, tokenizer, progress)
     before, after = _views(recipe, family, windows, model, original, progress)
     seen = {name: view for name, view in before.items() if name in after}
     for name in chosen:
@@ -83,7 +88,7 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
         before_is_original=original is not None,
         after=after,
         chosen=chosen or sites_that_stick_out(family, seen),
-        looked_at=f"The text is {looked_at.name}, {len(windows)} x {request.seq_len} tokens."
+        looked_at=f"The text is {looked_at.text.name}, {len(windows)} x {request.seq_len} tokens."
         + ("" if request.sites else " Of each kind of site, the one is shown whose blocks have the largest maxima."),
         exponents=weight_exponents(model, family),
         commands=_commands(request, run),
@@ -107,13 +112,12 @@ def read_records(folder: Path) -> tuple[dict[str, Any], Recipe]:
 
 
 def _measured(
-    request: Request, model: PreTrainedModel, original: PreTrainedModel | None, tokenizer: Any, progress: Progress
+    read: list[Windows], model: PreTrainedModel, original: PreTrainedModel | None, tokenizer: Any, progress: Progress
 ) -> list[Metric]:
-    options: dict[str, Any] = {"windows": request.windows, "seq_len": request.seq_len, "progress": progress}
     if original is None:
-        scores = api.evaluate(model, request.texts, tokenizer=tokenizer, **options)
+        scores = api.evaluate(model, read, tokenizer=tokenizer, progress=progress)
         return metrics_of({"perplexity": {name: vars(score) for name, score in scores.items()}}, None)
-    apart = api.diverge(model, original, request.texts, tokenizer=tokenizer, **options)
+    apart = api.diverge(model, original, read, tokenizer=tokenizer, progress=progress)
     table = {
         "perplexity": {name: vars(found.perplexity) for name, found in apart.items()},
         "divergence": {name: vars(found) for name, found in apart.items()},
@@ -180,11 +184,20 @@ def _how_measured(request: Request) -> str:
     )
 
 
+def _calibration_texts(data: dict[str, Any]) -> list[str]:
+    """By their names, with the weights of several."""
+    texts = data.get("texts") or [{"name": data.get("text")}]
+    if len(texts) < 2:
+        return [str(text.get("name")) for text in texts]
+    return [f"{text.get('name')}@{text.get('weight', 1.0):g}" for text in texts]
+
+
 def _commands(request: Request, run: dict[str, Any]) -> list[tuple[str, str]]:
     """What made the checkpoint, as far as it is on record, and what makes this report."""
     again = ["mxrot", "quantize", run["model"], "--recipe", "recipe.toml", "--seed", str(run["seed"])]
     if data := run.get("data"):
-        asked = {"--calib": data.get("text"), "--samples": data.get("windows_asked"), "--seq-len": data.get("seq_len")}
+        again += [word for text in _calibration_texts(data) for word in ("--calib", text)]
+        asked = {"--samples": data.get("windows_asked"), "--seq-len": data.get("seq_len")}
         again += [word for option, value in asked.items() for word in (option, str(value))]
     report = ["mxrot", "report", request.model]
     report += [] if request.against is None else ["--against", request.against]

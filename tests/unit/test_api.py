@@ -18,6 +18,7 @@ import mxrot
 from mxrot import api
 from mxrot.errors import CheckpointError, ConfigError, DataError, FamilyError, MxrotError, NumericsError
 from mxrot.layers import QuantLinear
+from mxrot.text import Reader, load_text, read_windows
 
 SMALL = {"samples": 4, "seq_len": 32}
 
@@ -73,12 +74,15 @@ def test_without_output_is_with_output_and_load(source: Path, text: str, tmp_pat
         assert run["data"] is None and run["windows"] is None
     else:
         assert run["windows"] == (4, 32)
+        read = load_text(text, "calibration")
         assert run["data"] == {
             "text": "words",
-            "sha256": mxrot.api.load_text(text, "calibration").digest,
+            "sha256": read.digest,
             "windows_asked": 4,
             "windows": 4,
             "seq_len": 32,
+            "generated": 0,
+            "texts": [read_windows(read, Reader(api.load_tokenizer(source)), 32, 4).as_table() | {"weight": 1.0}],
         }
 
 

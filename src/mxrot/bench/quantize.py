@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def bench_quantize(
     model: str,
     recipes: Sequence[Recipe],
     device: torch.device,
-    calib: str = "demo",
+    calib: Any = "demo",
     samples: int | None = None,
     seq_len: int | None = None,
     repeats: int = 3,

@@ -18,6 +18,7 @@ from mxrot.commands.options import (
     Samples,
     check_device,
     chosen_recipe,
+    loaded_texts,
     prepare,
     show,
     write_json,
@@ -120,7 +121,7 @@ def bench_quantize_command(
     model: Model = "demo",
     recipes: Recipes = "duquant++,mxrot",
     changes: Changes = [],  # noqa: B006
-    calib: Calib = "demo",
+    calib: Calib = ["demo"],  # noqa: B006
     samples: Samples = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each recipe after the first")] = 3,
@@ -137,8 +138,9 @@ def bench_quantize_command(
     prepare(model, device, json_file)
     where = torch.device(device or api.default_device())
     chosen = [chosen_recipe(name, changes) for name in recipes.split(",")]
+    texts = loaded_texts("--calib", calib)
     with progress_on_stderr("Quantizing") as told:
-        rows = bench.bench_quantize(model, chosen, where, calib, samples, seq_len, repeats, told)
+        rows = bench.bench_quantize(model, chosen, where, texts, samples, seq_len, repeats, told)
     show(bench.quantize_table(rows))
     table = {"device": device_name(where), "versions": versions(), "rows": [vars(row) for row in rows]}
     write_json(json_file, table)

@@ -20,10 +20,11 @@ from mxrot.commands.options import (
     Tasks,
     Texts,
     Windows,
-    check_texts,
     chosen_recipe,
     chosen_tasks,
+    loaded_texts,
     prepare,
+    print_texts,
     show,
     write_json,
 )
@@ -34,7 +35,7 @@ def compare(
     model: Model = "demo",
     recipes: Recipes = "rtn,duquant++",
     changes: Changes = [],  # noqa: B006
-    calib: Calib = "demo",
+    calib: Calib = ["demo"],  # noqa: B006
     samples: Samples = None,
     text: Texts = ["demo"],  # noqa: B006
     windows: Windows = None,
@@ -47,22 +48,26 @@ def compare(
     json_file: Json = None,
 ) -> None:
     """Quantize a model in memory with several recipes, and compare."""
+    from mxrot import api
     from mxrot.comparison import compare_recipes
     from mxrot.report import compared_tasks_table, comparison_table, progress_on_stderr
 
     chosen = [chosen_recipe(name.strip(), changes) for name in recipes.split(",") if name.strip()]
     if not chosen:
         raise ConfigError("--recipes: name at least one")
-    check_texts(text)
+    texts = loaded_texts("--text", text)
+    needs_text = any(not recipe.is_data_free for recipe in chosen)
+    calibration = loaded_texts("--calib", calib) if needs_text else None
     prepare(model, device, json_file)
     loaded = chosen_tasks(tasks, task_data, limit)
     with progress_on_stderr("Comparing") as told:
+        read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told)
         rows = compare_recipes(
             model,
             chosen,
-            calib=calib,
+            calib=calibration,
             samples=samples,
-            texts=text,
+            texts=read,
             windows=windows,
             seq_len=seq_len,
             seed=seed,
@@ -72,6 +77,7 @@ def compare(
             progress=told,
         )
     show(comparison_table(rows, f"{model}, windows of {seq_len}"))
+    print_texts([part.as_table() for part in read])
     if loaded:
         show(compared_tasks_table(rows))
     write_json(json_file, {"rows": [row.as_table() for row in rows]})

@@ -19,10 +19,11 @@ from mxrot.commands.options import (
     Texts,
     Windows,
     check_resume,
-    check_texts,
     chosen_tasks,
+    loaded_texts,
     partial_file,
     prepare,
+    print_texts,
     show,
     write_json,
 )
@@ -55,8 +56,7 @@ def evaluate(
     from mxrot.records import versions
     from mxrot.report import divergence_table, perplexity_table, progress_on_stderr, tasks_table
 
-    texts = text or ([] if tasks and against is None else ["demo"])
-    check_texts(texts)
+    texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))
     check_resume(resume, tasks, json_file)
     prepare(model, device, json_file)
     if against is not None:
@@ -64,8 +64,9 @@ def evaluate(
     loaded = chosen_tasks(tasks, task_data, limit)
     started = time.monotonic()
     apart = None
-    scores = {}
+    results, scores = {}, {}
     with progress_on_stderr("Evaluating") as told, contextlib.ExitStack() as stack:
+        read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told) if texts else []
         opened, folder = api.open_model(model, device, verify)
         tokenizer = api.load_tokenizer(folder)
         answers = None
@@ -73,16 +74,16 @@ def evaluate(
             answers = stack.enter_context(api.kept_answers(partial_file(json_file), opened, folder, resume))
             ctx.meta[KEPT] = "answers to tasks"
         if against is not None:
-            options: dict[str, Any] = {"windows": windows, "seq_len": seq_len, "device": device, "progress": told}
-            apart = api.diverge(opened, against, texts, tokenizer=tokenizer, **options)
+            apart = api.diverge(opened, against, read, tokenizer=tokenizer, device=device, progress=told)
             results = {name: found.perplexity for name, found in apart.items()}
-        else:
-            results = api.evaluate(opened, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        elif read:
+            results = api.evaluate(opened, read, tokenizer=tokenizer, progress=told)
         if loaded:
-            options = {"limit": limit, "batch_size": batch_size, "answers": answers, "progress": told}
+            options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "answers": answers, "progress": told}
             scores = score_tasks(opened, tokenizer, loaded, **options)
     if results:
         show(perplexity_table(model, results))
+    print_texts([part.as_table() for part in read])
     if apart is not None:
         show(divergence_table(model, str(against), apart))
     if scores:
@@ -90,6 +91,7 @@ def evaluate(
     table = {
         "model": model,
         "perplexity": {name: vars(result) for name, result in results.items()},
+        "texts": {part.text.name: part.as_table() for part in read},
         "against": against,
         "divergence": None if apart is None else {name: vars(result) for name, result in apart.items()},
         "tasks": {name: score.as_table() for name, score in scores.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -17,8 +18,21 @@ def generate(
 ) -> None:
     """Continue a prompt, greedily."""
     from mxrot import api
+    from mxrot.models import find_model, read_config
+    from mxrot.prompting import continue_prompt, new_tokens, position_count, prompt_ids
+    from mxrot.reading import reader_for
 
     prepare(model, device, None)
-    opened, folder = api.open_model(model, device)
-    continuation = api.generate_text(opened, api.load_tokenizer(folder), prompt, max_tokens)
-    print(prompt + continuation)
+    folder = find_model(model)
+    config, tokenizer = read_config(folder), api.load_tokenizer(folder)
+    ids = prompt_ids(prompt, reader_for(config, tokenizer))
+    count = new_tokens(config, ids.shape[1], max_tokens)
+    if count < max_tokens:
+        print(
+            f"mxrot: {count} new tokens instead of {max_tokens}: the model has {position_count(config)} positions, and "
+            f"the prompt takes {ids.shape[1]}",
+            file=sys.stderr,
+            flush=True,
+        )
+    opened, _ = api.open_model(model, device)
+    print(prompt + continue_prompt(opened, tokenizer, ids, count))

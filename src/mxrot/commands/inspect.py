@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mxrot.commands.options import Device, Json, Model, prepare, show, write_json
+from mxrot.commands.options import Device, Json, Model, prepare, print_texts, show, write_json
 
 
 def inspect(
@@ -23,7 +23,7 @@ def inspect(
     from mxrot import api
     from mxrot.checkpoint import is_checkpoint
     from mxrot.evaluation import kernel_choices, site_maxima
-    from mxrot.models import find_family, start_token
+    from mxrot.models import find_family
     from mxrot.report import (
         choices_table,
         errors_table,
@@ -33,16 +33,16 @@ def inspect(
         size_line,
         tuning_line,
     )
-    from mxrot.text import load_text, token_windows
+    from mxrot.text import load_text
 
     loaded = load_text(text, "evaluation")
     prepare(model, device, json_file)
     with progress_on_stderr("Inspecting") as told:
+        read = api.read_texts(model, loaded, windows=windows, seq_len=seq_len, progress=told)
         opened, folder = api.open_model(model, device)
-        tokenizer, start = api.load_tokenizer(folder), start_token(opened.config)
-        tokens = token_windows(loaded, tokenizer, seq_len, windows, start=start)
-        sites = site_maxima(opened, find_family(opened.config, model), tokens, progress=told)
+        sites = site_maxima(opened, find_family(opened.config, model), read[0].ids, progress=told)
     show(maxima_table(sites))
+    print_texts([part.as_table() for part in read])
     result: dict[str, Any] = {"model": model, "sites": [{**vars(site), "ratio": site.ratio} for site in sites]}
     if is_checkpoint(folder):
         run = json.loads((folder / "run.json").read_text())

@@ -25,8 +25,10 @@ RecipeOption = Annotated[
 ]
 RECIPES_HELP = "Names or TOML files, comma-separated"
 Recipes = Annotated[str, typer.Option("--recipes", help=RECIPES_HELP, autocompletion=complete_recipe)]
-TEXT = "demo, a file, NAME=FILE, wikitext2, c4"
-Calib = Annotated[str, typer.Option("--calib", metavar="TEXT", help=f"Calibration text: {TEXT}")]
+TEXT = "demo, a file, a folder, a data set of the hub, each as NAME=TEXT"
+Calib = Annotated[
+    list[str], typer.Option("--calib", metavar="TEXT", help="Calibration text, repeatable, with a weight as in FILE@2")
+]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows at most (recipe's)")]
 Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Evaluation windows at most (all)")]
 Texts = Annotated[list[str], typer.Option("--text", metavar="TEXT", help=f"Evaluation text, repeatable: {TEXT}")]
@@ -116,14 +118,24 @@ def partial_file(json_file: Path) -> Path:
     return json_file.with_name(json_file.name + ".partial")
 
 
-def check_texts(texts: list[str]) -> None:
-    """Each is there and has a name of its own; found out before a model is loaded."""
+def loaded_texts(option: str, specs: list[str]) -> Any:
+    """The texts that `--calib` or `--text` names, each with a name of its own; loaded before a model is."""
     from mxrot.text import load_text
 
-    names = [load_text(text, "evaluation").name for text in texts]
+    texts = [load_text(spec, "calibration" if option == "--calib" else "evaluation") for spec in specs]
+    names = [text.name for text in texts]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"--text: two texts are called {name!r}; name them, as in NAME=FILE")
+            raise ConfigError(f"{option}: two texts are called {name!r}; name them, as in NAME=FILE")
+    return texts
+
+
+def print_texts(tables: list[dict[str, Any]]) -> None:
+    """What was read of each text, and what was left out."""
+    from mxrot.report import text_lines
+
+    for line in text_lines(tables):
+        print(line)
 
 
 def check_device(device: str | None) -> None:

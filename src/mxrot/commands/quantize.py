@@ -17,7 +17,9 @@ from mxrot.commands.options import (
     Samples,
     Seed,
     chosen_recipe,
+    loaded_texts,
     prepare,
+    print_texts,
     write_json,
 )
 from mxrot.shell import command
@@ -28,7 +30,7 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write")] = Path("mxrot-output"),
     recipe: RecipeOption = "mxrot",
     changes: Changes = [],  # noqa: B006 (typer copies it)
-    calib: Calib = "demo",
+    calib: Calib = ["demo"],  # noqa: B006
     samples: Samples = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
     seed: Seed = 0,
@@ -42,13 +44,14 @@ def quantize(
     from mxrot.report import experts_line, progress_on_stderr, size_line, tuning_line
 
     chosen = chosen_recipe(recipe, changes)
+    texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
     prepare(model, device, json_file)
     with progress_on_stderr(f"Quantizing with {chosen.name}") as told:
         run = api.quantize(
             model,
             chosen,
             output,
-            calib=calib,
+            calib=texts,
             samples=samples,
             seq_len=seq_len,
             seed=seed,
@@ -62,6 +65,7 @@ def quantize(
     print(size_line(run["size"]))
     for line in filter(None, (tuning_line(run), experts_line(run))):
         print(line)
+    print_texts((run["data"] or {}).get("texts", []))
     if run["peak_gpu_bytes"] is not None:
         print(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
     next_ones = command("mxrot", "eval", output), command("mxrot", "generate", output, "Once upon a time")

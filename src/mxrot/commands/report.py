@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxrot.commands.options import Device, Texts, check_texts, prepare
+from mxrot.commands.options import Device, Texts, loaded_texts, prepare
 from mxrot.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ def report(
     _check_places(output, plots)
     if baseline is not None and results is None:
         raise ConfigError("--baseline: give the figures of the checkpoint with --results, too")
-    check_texts(text)
+    loaded_texts("--text", text)  # found out at once
     prepare(model, device, None)
     if against is not None:
         prepare(against, device, None)

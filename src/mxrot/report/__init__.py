@@ -21,6 +21,7 @@ from mxrot.report.tables import (
     tasks_table,
     tuning_line,
 )
+from mxrot.report.texts import text_lines
 from mxrot.report.vllm import print_vllm_report
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "read_results",
     "size_line",
     "tasks_table",
+    "text_lines",
     "tuning_line",
     "write_files",
 ]

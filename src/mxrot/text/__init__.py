@@ -1,5 +1,30 @@
 """Texts, and the token windows of them: what calibration and evaluation read."""
 
-from mxrot.text.sources import Role, Text, load_text, token_windows
+from mxrot.text.decoding import lone_surrogate
+from mxrot.text.document import Chat, Origin, Text, TokenIds, TokenWindows
+from mxrot.text.load import load_text
+from mxrot.text.mixture import mixed_windows, split_by_weight
+from mxrot.text.objects import load_texts
+from mxrot.text.roles import Role
+from mxrot.text.tokens import Reader, check_ids, token_ids
+from mxrot.text.windows import Windows, read_windows, token_windows
 
-__all__ = ["Role", "Text", "load_text", "token_windows"]
+__all__ = [
+    "Chat",
+    "Origin",
+    "Reader",
+    "Role",
+    "Text",
+    "TokenIds",
+    "TokenWindows",
+    "Windows",
+    "check_ids",
+    "load_text",
+    "load_texts",
+    "lone_surrogate",
+    "mixed_windows",
+    "read_windows",
+    "split_by_weight",
+    "token_ids",
+    "token_windows",
+]

@@ -131,10 +131,12 @@ def test_records_of_parquet_are_joined_by_blank_lines(tmp_path: Path) -> None:
     file = tmp_path / "c4.parquet"
     parquet.write_table(pyarrow.table({"text": ["one", "two"], "id": [1, 2]}), file)
     assert load_text(str(file), "calibration") == Text("c4", "one\n\ntwo")
-    for bad in ({"body": ["one"]}, {"text": ["one", None]}, {"text": [1, 2]}):
-        parquet.write_table(pyarrow.table(bad), file)
-        with pytest.raises(DataError, match=r"c4\.parquet: cannot be read as \.parquet: "):
-            load_text(str(file), "calibration")
+    for other in ({"body": ["one", "two"]}, {"text": ["one", None, "two"]}):
+        parquet.write_table(pyarrow.table(other), file)
+        assert load_text(str(file), "calibration") == Text("c4", "one\n\ntwo")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), file)
+    with pytest.raises(DataError, match=r"c4\.parquet: row 1, column 'text': holds int; expected text"):
+        load_text(str(file), "calibration")
 
 
 @pytest.mark.parametrize("content", ["", " \n\n \t"], ids=["nothing", "blank"])
@@ -146,7 +148,7 @@ def test_an_empty_file(tmp_path: Path, name: str, content: str) -> None:
 
 
 def test_a_missing_file_lists_the_known_names(tmp_path: Path) -> None:
-    for spec in (str(tmp_path / "wiki.raw"), f"wiki={tmp_path / 'wiki.raw'}", str(tmp_path)):
+    for spec in (str(tmp_path / "wiki.raw"), f"wiki={tmp_path / 'wiki.raw'}"):
         with pytest.raises(DataError, match=r"no such text file \(known names: demo, wikitext2, c4\)$"):
             load_text(spec, "calibration")
 
@@ -157,7 +159,6 @@ def test_a_missing_file_lists_the_known_names(tmp_path: Path) -> None:
         ('{"text": "unfinished', r"line 2 is not JSON: "),
         ('{"body": "other"}', r'line 2 is not an object with a string "text"$'),
         ('["text"]', r'line 2 is not an object with a string "text"$'),
-        ('{"text": null}', r'line 2 is not an object with a string "text"$'),
         ("3", r'line 2 is not an object with a string "text"$'),
     ],
 )

@@ -1,0 +1,125 @@
+"""A text: documents by one name, and where they came from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from torch import Tensor
+
+MOST_NAMED = 5
+"""Rows or files that a record names; of others it has the number."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, which the model's chat template turns into text."""
+
+    messages: list[dict[str, Any]]
+    """Each with "role" and "content"."""
+    place: str = field(default="", compare=False)
+    """For messages: the row it stood in."""
+    tools: list[Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TokenIds:
+    """A document that is tokenized already, int64 [T]."""
+
+    ids: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindows:
+    """Windows that are to be taken as they are, int64 [W, T]."""
+
+    ids: Tensor
+
+
+Document = str | Chat | TokenIds
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What became of the rows and files that a text was read from."""
+
+    rows: int | None = None
+    column: str | None = None
+    null_rows: tuple[int | str, ...] = ()
+    """Rows that hold nothing, and were left out: their numbers, of a folder with the file before it."""
+    files: int | None = None
+    """Of a folder."""
+    other_files: tuple[str, ...] = ()
+    """Names in that folder that are no text."""
+
+    def as_table(self) -> dict[str, Any]:
+        """Its fields that say something; of many null rows how many, and the first."""
+        table: dict[str, Any] = {"rows": self.rows, "column": self.column, "files": self.files}
+        if self.null_rows:
+            table |= {"null_rows": len(self.null_rows), "first_null_rows": list(self.null_rows[:MOST_NAMED])}
+        if self.other_files:
+            table |= {"other_files": len(self.other_files), "first_other_files": list(self.other_files[:MOST_NAMED])}
+        return {key: value for key, value in table.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A named text: one string, several documents, or windows of tokens."""
+
+    name: str
+    content: str | tuple[Document, ...] | TokenWindows
+    weight: float = field(default=1.0, compare=False)
+    """Its part in a mixture, beside the weights of the others."""
+    origin: Origin = field(default=Origin(), compare=False)
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """What is tokenized apart; nothing where windows were given."""
+        if isinstance(self.content, TokenWindows):
+            return ()
+        return (self.content,) if isinstance(self.content, str) else self.content
+
+    @property
+    def is_empty(self) -> bool:
+        """Is there nothing but white space?"""
+        if isinstance(self.content, TokenWindows):
+            return self.content.ids.numel() == 0
+        return not any(_holds_something(document) for document in self.documents)
+
+    @property
+    def rendered(self) -> str:
+        """How its documents become tokens."""
+        if isinstance(self.content, TokenWindows):
+            return "windows of token ids"
+        kinds = {type(document): None for document in self.documents}
+        return " and ".join(_RENDERED[kind] for kind in kinds) or _RENDERED[str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its UTF-8 bytes; of several documents, of their list as JSON."""
+        if isinstance(self.content, str):
+            return sha256(self.content.encode()).hexdigest()
+        if isinstance(self.content, TokenWindows):
+            plain: Any = self.content.ids.tolist()
+        else:
+            plain = [_plain(document) for document in self.content]
+        return sha256(json.dumps(plain, ensure_ascii=False, sort_keys=True, default=str).encode()).hexdigest()
+
+
+_RENDERED: dict[type, str] = {str: "text", Chat: "chat template", TokenIds: "token ids"}
+
+
+def _holds_something(document: Document) -> bool:
+    if isinstance(document, str):
+        return bool(document.strip())
+    return bool(document.messages) if isinstance(document, Chat) else document.ids.numel() > 0
+
+
+def _plain(document: Document) -> Any:
+    if isinstance(document, str):
+        return document
+    if isinstance(document, Chat):
+        return {"messages": document.messages, "tools": document.tools}
+    return document.ids.tolist()

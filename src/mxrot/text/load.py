@@ -1,0 +1,75 @@
+"""A text by what a user calls it on the command line."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from mxrot.errors import DataError
+from mxrot.text.contents import check_regular
+from mxrot.text.demo import demo_text
+from mxrot.text.document import Document, Origin, Text
+from mxrot.text.files import is_known, read_file, read_folder
+from mxrot.text.hub import KNOWN, looks_like_id, read_hub
+from mxrot.text.roles import Role
+from mxrot.text.spec import Spec, exists, parse_spec
+
+DEMO = "demo"
+
+
+def load_text(spec: str, role: Role) -> Text:
+    """The text that `spec`, [NAME=]PLACE[:COLUMN][@WEIGHT], names; `demo` and data sets have a part for each role.
+
+    DataError if it does not exist, cannot be read, or is empty; ConfigError if a package is missing for it.
+    """
+    parsed = parse_spec(spec)
+    documents, origin = _read(parsed, role)
+    return make_text(parsed.name or _own_name(parsed.place), documents, origin, parsed.weight, parsed.place)
+
+
+def make_text(name: str, documents: list[Document], origin: Origin, weight: float | None, where: str) -> Text:
+    """A text of these documents; DataError, with `where`, if there is nothing in them."""
+    first = documents[0] if documents else ""
+    content = first if len(documents) < 2 and isinstance(first, str) else tuple(documents)
+    text = Text(name, content, 1.0 if weight is None else weight, origin)
+    if text.is_empty:
+        raise DataError(f"{where}: the text is empty")
+    return text
+
+
+def names_something(spec: str) -> bool:
+    """Is it the name of a text, known or there, and not a text itself?"""
+    place = parse_spec(spec).place
+    return place == DEMO or place in KNOWN or exists(place)
+
+
+def looks_like_file(place: str) -> bool:
+    """Does it end as a file of text does, in one line?"""
+    return "\n" not in place and len(place) < 1000 and is_known(Path(place))
+
+
+def _read(spec: Spec, role: Role) -> tuple[list[Document], Origin]:
+    place = spec.place
+    if place == DEMO:
+        return [demo_text(role)], Origin()
+    if exists(place):
+        path = Path(place).expanduser()
+        if path.is_dir():
+            return read_folder(path, role, spec.column)
+        check_regular(path)
+        return read_file(path, spec.column)
+    known = [DEMO, *KNOWN]
+    if place not in KNOWN:
+        near = get_close_matches(place, known, 1, 0.7)
+        if near or looks_like_file(place.split(":")[0]) or not looks_like_id(place):
+            hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(known)}"
+            raise DataError(f"{place}: no such text file ({hint})")
+    return read_hub(place, role)
+
+
+def _own_name(place: str) -> str:
+    """What a text is called that was given no name: of files the name without its ending."""
+    if not exists(place):
+        return place
+    path = Path(place).expanduser()
+    return path.name if path.is_dir() else path.stem

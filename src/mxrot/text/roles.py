@@ -1,0 +1,25 @@
+"""What a text is for, and which part of a data set serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from mxrot.errors import DataError
+
+Role = Literal["calibration", "evaluation"]
+_SPLITS: dict[Role, tuple[str, ...]] = {
+    "calibration": ("train", "training"),
+    "evaluation": ("test", "validation", "valid", "dev", "eval"),
+}
+
+
+def split_for(role: Role, names: Iterable[str], where: str) -> str:
+    """The split of a data set for a role, or its only one; DataError lists them if none of them is meant for it."""
+    known = list(names)
+    chosen = next((name for name in _SPLITS[role] if name in known), None)
+    if chosen is None and len(known) == 1:
+        chosen = known[0]
+    if chosen is None:
+        raise DataError(f"{where}: none of its splits ({', '.join(known) or 'none'}) is for {role}; name one")
+    return chosen

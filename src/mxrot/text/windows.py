@@ -1,0 +1,118 @@
+"""Windows of tokens, which calibration and evaluation read; and what of a text is in none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mxrot.errors import ConfigError, DataError
+from mxrot.progress import Progress, silent
+from mxrot.text.document import Text, TokenWindows
+from mxrot.text.tokens import Reader, check_ids, token_ids
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one text."""
+
+    text: Text
+    ids: Tensor
+    """int64 [W, T]."""
+    tokens: int
+    """Of the text, without those that windows begin with."""
+    whole: int
+    """Windows that the text fills, of which `ids` are some or all."""
+    left_out: int
+    """Tokens after the last of them, which fill none."""
+    ends: bool
+    """Is the last of those the end-of-text token?"""
+    asked: int | None = None
+    """How many windows were asked for; None for all."""
+
+    def as_table(self) -> dict[str, Any]:
+        """What a record says of them."""
+        return {
+            "name": self.text.name,
+            "sha256": self.text.digest,
+            "read_as": self.text.rendered,
+            **self.text.origin.as_table(),
+            "tokens": self.tokens,
+            "windows_asked": self.asked,
+            "windows_filled": self.whole,
+            "windows": len(self.ids),
+            "seq_len": self.ids.shape[1],
+            "tokens_left_out": self.left_out,
+            "end_token_left_out": self.ends,
+        }
+
+
+def read_windows(
+    text: Text,
+    reader: Reader,
+    seq_len: int,
+    limit: int | None = None,
+    spread: bool = False,
+    progress: Progress = silent,
+) -> Windows:
+    """Windows of `seq_len` tokens without overlap; the tail that fills none is left out, and counted.
+
+    With a `limit` the first ones are kept, or with `spread` evenly spaced ones. Where the reader has a start, it stands
+    before the text of each. Windows that were given keep their own length.
+    DataError if the text does not fill one window; ConfigError if a token of those kept is beyond the embedding.
+    """
+    if seq_len < 2:
+        raise ConfigError(f"seq_len must be at least 2, got {seq_len}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the number of windows must be positive, got {limit}")
+    if isinstance(text.content, TokenWindows):
+        windows, tail = _checked(text.content.ids, text.name, reader), torch.empty(0, dtype=torch.int64)
+        tokens = windows.numel()
+    else:
+        ids = token_ids(text, reader, progress)
+        windows, tail = _cut(ids, text.name, seq_len, reader.start)
+        tokens = len(ids)
+    whole = len(windows)
+    if limit is not None and limit < whole:
+        windows = windows[torch.arange(limit) * whole // limit if spread else torch.arange(limit)]
+    check_ids(windows, text.name, reader)
+    end = getattr(reader.tokenizer, "eos_token_id", None)
+    ends = len(tail) > 0 and end is not None and int(tail[-1]) == end
+    return Windows(text, windows, tokens, whole, len(tail), ends, limit)
+
+
+def token_windows(
+    text: Text, tokenizer: Any, seq_len: int, limit: int | None, spread: bool = False, start: int | None = None
+) -> Tensor:
+    """The windows alone, int64 [W, seq_len], for a tokenizer whose model is not known."""
+    return read_windows(text, Reader(tokenizer, start), seq_len, limit, spread).ids
+
+
+def _cut(ids: Tensor, name: str, seq_len: int, start: int | None) -> tuple[Tensor, Tensor]:
+    """Windows, and the tokens that are left."""
+    length = seq_len - (start is not None)
+    count = len(ids) // length
+    if count == 0:
+        raise DataError(
+            f"{name}: {len(ids)} tokens do not fill one window of {seq_len}; give a longer text or a smaller --seq-len"
+        )
+    windows = ids[: count * length].view(count, length)
+    if start is not None:
+        windows = F.pad(windows, (1, 0), value=start)
+    return windows, ids[count * length :]
+
+
+def _checked(windows: Tensor, name: str, reader: Reader) -> Tensor:
+    """Windows that were given; ConfigError if this model cannot read them."""
+    if windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ConfigError(f"{name}: windows of shape {tuple(windows.shape)}; expected at least one, of two tokens")
+    if reader.start is not None:
+        other = windows[windows[:, 0] != reader.start]
+        if len(other):
+            raise ConfigError(
+                f"{name}: a window begins with token {int(other[0, 0])}; texts for this model begin with {reader.start}"
+            )
+    return windows
