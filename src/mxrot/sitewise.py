@@ -19,6 +19,7 @@ from mxrot.calibration import (
     watched_together,
 )
 from mxrot.errors import NumericsError
+from mxrot.finite import check_folded, check_rounded, check_statistics, check_transform, named_factorizations
 from mxrot.formats import QTensor
 from mxrot.hessian import OriginalBlock, SiteInputs, watched_modules
 from mxrot.layers import QuantLinear, TensorQuantizer
@@ -119,6 +120,7 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
         else:
             shared = shareable_scales(scales, site, heads)
             fold_into_producer(part.module, site, part.weights, shared, heads, run.stored_dtype)
+            check_folded(part.module, part.name, site, run.stored_dtype)
     for name, weight in part.weights.items():
         linear = part.module.get_submodule(name)
         assert isinstance(linear.weight, Tensor)
@@ -170,11 +172,15 @@ def fit_transform(
     if scales is not None:
         smoothed = smoothed * scales
     seen = {need: collector.result() for need, collector in collectors.items()}
+    check_statistics(seen, name)
     sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, run.activations, run.weights, run.replay)
-    transform = method.fit(sample, run.recipe.sharing, generator_for(run.seed, name))
-    if scales is not None:
-        transform = BlockTransform.diagonal(1 / scales, TRANSFORM_BLOCK).compose(transform)
-    return transform.as_applied()
+    with named_factorizations(name):
+        transform = method.fit(sample, run.recipe.sharing, generator_for(run.seed, name))
+        if scales is not None:
+            transform = BlockTransform.diagonal(1 / scales, TRANSFORM_BLOCK).compose(transform)
+        applied = transform.as_applied()
+        check_transform(applied, name)
+    return applied
 
 
 def round_site(run: BlockRun, part: Part, site: Site, transform: BlockTransform | None) -> dict[str, RoundedLinear]:
@@ -193,6 +199,8 @@ def round_site(run: BlockRun, part: Part, site: Site, transform: BlockTransform 
             hessian, shift = seen.hessian_and_shift(part.original, whole, torch.cat(list(folded.values())), wishes)
         part.inputs.kept = {}
     quantized, damping, remainders = _round(run, folded, hessian, shift, f"{part.name}.{site.linears[0]}")
+    for linear, weight in quantized.items():
+        check_rounded(weight, folded[linear], f"{part.name}.{linear}")
     is_tuned = run.recipe.tuning is not None
     return {
         linear: RoundedLinear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +32,15 @@ class QTensor:
     def packed_bytes(self) -> int:
         """Bytes of the packed codes, scales and zero points; a scalar tensor scale is not counted."""
         return round(self.codes.numel() * self.format.bits_per_element / 8)
+
+    @property
+    def is_finite(self) -> bool:
+        """Is every value finite in float32? A maximum near 3.4e38 may have been rounded to 2^128."""
+        largest = float(self.scales.values().abs().max()) if self.scales.stored.numel() else 0.0
+        multiple = max(abs(value) for value in self.format.element.values if math.isfinite(value))
+        if largest * multiple <= torch.finfo(torch.float32).max:
+            return True
+        return bool(torch.isfinite(self.dequantize()).all())
 
     def packed(self) -> Tensor:
         """The codes as bytes, [..., K * bits / 8]."""
