@@ -15,7 +15,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from mxrot import pipeline
-from mxrot.checkpoint import check_exportable, check_output, load, quantize_to_folder, with_config
+from mxrot.checkpoint import check_exportable, check_output, hash_model, load, quantize_to_folder, with_config
 from mxrot.evaluation import (
     Answers,
     Divergence,
@@ -26,7 +26,7 @@ from mxrot.evaluation import (
     perplexity,
     score_tasks,
 )
-from mxrot.models import WeightFiles, find_family, find_model, read_config
+from mxrot.models import find_family, find_model, read_config
 from mxrot.opening import base_name, default_device, load_tokenizer, open_model
 from mxrot.progress import Progress, silent
 from mxrot.prompting import generate_text
@@ -95,8 +95,7 @@ def quantize(
     if output is not None:
         output = Path(output).expanduser()
         check_exportable(chosen)
-        if not resume:
-            check_output(output, force)
+        check_output(output, force or resume)
     loaded = None if chosen.is_data_free else load_texts(calib, "calibration")
     folder = find_model(str(model))
     find_family(read_config(folder), str(model))
@@ -221,7 +220,7 @@ def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool 
     With `resume` those that the file has; ConfigError if they were given by another model, device or version.
     """
     owner = {
-        "model": WeightFiles(folder).fingerprint(),
+        "model": hash_model(folder)[0],
         "dtype": str(model.dtype),
         "device": device_name(model.device),
         "versions": versions(tasks=True),

@@ -65,6 +65,21 @@ class DamagedError(FamilyError, CheckpointError):
     """A file of a model or a checkpoint that cannot be read as what its name says."""
 
 
+class Note(str):
+    """What mxrot has added to an error, of whatever kind."""
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Let an error say more: what is kept, and how to go on. Python shows it below a traceback (from 3.11 on)."""
+    notes = getattr(error, "__notes__", [])
+    error.__notes__ = [*notes, Note(text)]
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """What `add_note` has added."""
+    return [note for note in getattr(error, "__notes__", []) if isinstance(note, Note)]
+
+
 def _presentable(message: str) -> str:
     if len(message) > MOST_CHARACTERS:
         message = f"{message[: MOST_CHARACTERS - _END - 5]} ... {message[-_END:]}"

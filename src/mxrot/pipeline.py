@@ -65,6 +65,12 @@ class BlockStore(Protocol):
     def keeper(self) -> Keeper:
         """Keeps tuning of the whole network until it is done."""
 
+    def load_windows(self, purpose: str) -> Tensor | None:
+        """Windows that `save_windows` was given for it, given and written ones, or None."""
+
+    def save_windows(self, purpose: str, windows: Tensor) -> None:
+        """Keep the text that was written for calibration, or for tuning."""
+
 
 @dataclass
 class QuantizedModel:
@@ -114,10 +120,15 @@ def quantize(
     if too_large is not None:
         raise too_large
     if windows is not None and recipe.calibration.generated:
-        progress(0, 1, "generating calibration text")
-        original = load_original(config, family, files, run.dtype, device)
-        windows = with_generated(original, windows, given, recipe.calibration.generated, seed, "calibration")
-        del original
+        written = store.load_windows("calibration") if store else None
+        if written is None:
+            progress(0, 1, "generating calibration text")
+            original = load_original(config, family, files, run.dtype, device)
+            written = with_generated(original, windows, given, recipe.calibration.generated, seed, "calibration")
+            del original
+            if store is not None:
+                store.save_windows("calibration", written)
+        windows = written
     shape = None if windows is None else (windows.shape[0], windows.shape[1])
     record = RunRecord(recipe, seed, shape, device_name(device), versions())
 
@@ -184,8 +195,13 @@ def _tune_network(
     assert options is not None
     original = load_original(run.config, run.family, files, run.dtype, run.device)
     if options.generated:
-        progress(0, 1, "generating text to tune on")
-        windows = with_generated(original, windows, given, options.generated, run.seed, "tuning", options.prompted)
+        written = store.load_windows("tuning") if store else None
+        if written is None:
+            progress(0, 1, "generating text to tune on")
+            written = with_generated(original, windows, given, options.generated, run.seed, "tuning", options.prompted)
+            if store is not None:
+                store.save_windows("tuning", written)
+        windows = written
     generator = generator_for(run.seed, "tuning")
     keeper = None if store is None else store.keeper
     return tune_network(

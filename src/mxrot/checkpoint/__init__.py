@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mxrot.checkpoint.card import write_metrics
     from mxrot.checkpoint.config import check_exportable
     from mxrot.checkpoint.export import export_for_vllm
+    from mxrot.checkpoint.fingerprint import hash_model
     from mxrot.checkpoint.huggingface import with_config
     from mxrot.checkpoint.output import check_output
     from mxrot.checkpoint.reader import is_checkpoint, load
@@ -25,6 +26,7 @@ __all__ = [
     "check_for_vllm",
     "check_output",
     "export_for_vllm",
+    "hash_model",
     "is_checkpoint",
     "load",
     "quantize_to_folder",
@@ -38,6 +40,7 @@ _HOME = {
     "check_for_vllm": "serving",
     "check_output": "output",
     "export_for_vllm": "export",
+    "hash_model": "fingerprint",
     "is_checkpoint": "reader",
     "load": "reader",
     "quantize_to_folder": "writer",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from mxrot.checkpoint.files import sha256_of, write_bytes, write_json
-from mxrot.checkpoint.output import check_output, put_in_place
+from mxrot.checkpoint.files import file_in, seen, write_bytes, write_json
+from mxrot.checkpoint.output import Place, check_empty, claimed
+from mxrot.checkpoint.partial import check_ours, holds_work, is_note, open_partial, read_fingerprint, remove_partial
+from mxrot.checkpoint.placing import finish_placing, put_in_place
 from mxrot.checkpoint.reader import check_files
 from mxrot.checkpoint.serving import DEVICES, VERSION, VllmReport, check_for_vllm
+from mxrot.checkpoint.side_files import copy_file
+from mxrot.documents import read_json, read_text
 from mxrot.errors import CheckpointError
 
 _DTYPE = "bfloat16"
@@ -27,35 +29,44 @@ def export_for_vllm(folder: Path, output: Path, force: bool = False) -> VllmRepo
     report = check_for_vllm(folder)
     if report.stock.stops:
         raise CheckpointError(f"{folder}: vLLM {VERSION} does not run it: {report.stock.stops[0]}")
-    check_output(output, force)
-    if folder.resolve().is_relative_to(output.resolve()):
-        raise CheckpointError(f"{output}: holds the checkpoint that is to be exported; give another folder")
-    check_files(folder, verify=True)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        _write(folder, partial)
-        put_in_place(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with claimed(output) as place:
+        finish_placing(place, is_note)
+        check_empty(place, force)
+        _check_partial(place)
+        for mine in (place.output, place.partial):
+            if folder.resolve().is_relative_to(mine):
+                raise CheckpointError(f"{output}: holds the checkpoint that is to be exported; give another folder")
+        check_files(folder, verify=True)
+        try:
+            open_partial(place.partial, {"export": str(folder.resolve())}, {}, resume=False)
+            _write(folder, place.partial)
+            put_in_place(place, is_note)
+        except BaseException:
+            if "export" in (read_fingerprint(place.partial) or {}):
+                remove_partial(place.partial)
+            raise
     return check_for_vllm(output)
 
 
+def _check_partial(place: Place) -> None:
+    """CheckpointError if there is work of `mxrot quantize` where this one is to be done."""
+    check_ours(place.partial)
+    if work := holds_work(place.partial):
+        raise CheckpointError(f"{place.partial}: holds {work} of `mxrot quantize`; finish that, or give another output")
+
+
 def _write(folder: Path, output: Path) -> None:
-    run = json.loads((folder / "run.json").read_text())
+    run = read_json(folder / "run.json")
     for name in run["files"]:
-        plain = Path(name).name  # as `check_files` looks at it, and never out of the folder
-        shutil.copyfile(folder / plain, output / plain)
-    config = json.loads((folder / "config.json").read_text())
+        path = file_in(folder, name)
+        copy_file(path, output / path.relative_to(folder))
+    config = read_json(folder / "config.json")
     config.pop("torch_dtype", None)
     write_json(output / "config.json", config | {"dtype": _DTYPE})
-    card = (folder / "README.md").read_text(encoding="utf-8").split(_HEADING)[0]
+    card = read_text(folder / "README.md").split(_HEADING)[0]
     write_bytes(output / "README.md", (card + vllm_section(check_for_vllm(output))).encode())
     for name in ("config.json", "README.md"):
-        path = output / name
-        run["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        run["files"][name] = vars(seen(output / name))
     exported: dict[str, Any] = {"to": "vllm", "version": VERSION}
     write_json(output / "run.json", run | {"export": exported})
 

@@ -1,29 +1,127 @@
-"""What decides about the bits of a checkpoint."""
+"""What decides about the bits of a checkpoint.
+
+Weights count as a whole: every byte is hashed. A file that has the size, the times and the number in its file system
+that it had when a run noted its hash is not read again.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mxrot.checkpoint.files import INDEX, sha256_of
+from mxrot.kernels.crossovers import crossovers_of
+from mxrot.kernels.dispatch import has_triton
 from mxrot.models import WeightFiles
+from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.records import device_name, versions
 
+FORMAT = 2
+"""Of the fingerprint itself. The first one knew 4 KiB of each tensor."""
+_THREADS = 4
+_SECONDS_BETWEEN = 0.5
+
+Stamps = dict[str, list[int | str]]
+"""Of each file: its size, times and number, and the hash that it had then."""
+
+
+def hash_files(
+    folder: Path, paths: Sequence[Path], stamps: Stamps | None = None, progress: Progress = silent
+) -> tuple[dict[str, str], Stamps]:
+    """SHA-256 of files by their names in a folder, several at once; and stamps by which the next call knows them."""
+    known = stamps or {}
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    sizes = {path: path.stat().st_size for path in paths}
+    all_bytes = sum(sizes.values())
+    read: list[int] = []  # bytes, piece by piece; appending is safe from many threads
+
+    def hash_of(name: str, path: Path) -> list[int | str]:
+        stamp, noted = _stamp(path), known.get(name)
+        if noted is not None and noted[:-1] == stamp:
+            read.append(sizes[path])
+            return noted
+        return [*stamp, sha256_of(path, read.append)]
+
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        futures = [pool.submit(hash_of, name, path) for name, path in zip(names, paths, strict=True)]
+        while wait(futures, _SECONDS_BETWEEN).not_done:
+            progress(
+                len(paths) * sum(read) / max(1, all_bytes), len(paths), "reading the model's files for their hashes"
+            )
+        seen = {name: future.result() for name, future in zip(names, futures, strict=True)}
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {name: str(stamp[-1]) for name, stamp in seen.items()}, seen
+
+
+def hash_model(
+    source: Path, stamps: Stamps | None = None, progress: Progress = silent
+) -> tuple[dict[str, str], Stamps]:
+    """The same of the files that a model is read from: its config, its weights and their index."""
+    index = [path for path in (source / INDEX,) if path.is_file()]
+    return hash_files(source, [source / "config.json", *index, *WeightFiles(source).files], stamps, progress)
+
+
+def _stamp(path: Path) -> list[int | str]:
+    found = path.stat()
+    # With the time at which anything about the file was changed, which nobody can set back.
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
 
 def fingerprint_of(
-    source: Path, recipe: Recipe, windows: Tensor | None, device: torch.device | str, seed: int
+    files: dict[str, str],
+    side_files: dict[str, str],
+    recipe: Recipe,
+    windows: Tensor | None,
+    device: torch.device | str,
+    seed: int,
 ) -> dict[str, Any]:
-    """What decides about the bits of a checkpoint."""
+    """Of a run that quantizes a model of these `files`, hashes by their names."""
+    device = torch.device(device)
     data = None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return {
-        "model": WeightFiles(source).fingerprint(),
+        "format": FORMAT,
+        "model": files,
+        "side_files": side_files,
         "recipe": hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
         "windows": data,
         "seed": seed,
-        "device": device_name(torch.device(device)),
+        "device": device_name(device),
+        "kernels": _kernels(device),
         "versions": versions(),
     }
+
+
+def _kernels(device: torch.device) -> dict[str, Any]:
+    """What chooses between ways to compute that round differently. The number of threads does not (docs/log.md)."""
+    precision = {"float32_products": torch.get_float32_matmul_precision()}
+    if device.type != "cuda":
+        return precision | {"instructions": torch.backends.cpu.get_cpu_capability()}
+    crossovers = crossovers_of(device)
+    return precision | {"triton": has_triton(), "crossovers": None if crossovers is None else asdict(crossovers)}
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What of a run is another one than in the fingerprint `found`, in words."""
+    if found.get("format") != FORMAT:
+        return ["version of mxrot"]
+    said = []
+    for key in sorted(wanted):
+        one, other = found.get(key), wanted[key]
+        if one == other:
+            continue
+        name = key.replace("_", " ")
+        if isinstance(one, dict) and isinstance(other, dict):
+            parts = sorted(part for part in one.keys() | other.keys() if one.get(part) != other.get(part))
+            name += f" ({', '.join(parts)})"
+        said.append(name)
+    return said

@@ -1,35 +1,158 @@
-"""Where an output may stand, and how it gets there."""
+"""Where an output may stand, where it is made, and who may write there.
+
+Most outputs are made beside, in `NAME.partial`, and appear by one rename (placing.py). One that cannot be renamed, a
+mount point as with `docker -v $PWD/out:/out` or a folder whose parent takes no new names, is made in a folder inside of
+it and filled from there.
+
+Everything is done with the real path: two spellings of one folder are one output, and a link to a folder stays.
+"""
 
 from __future__ import annotations
 
-import shutil
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from mxrot.checkpoint.lock import check_free, held
 from mxrot.errors import CheckpointError
+
+_INSIDE, _INSIDE_LOCK = "mxrot.partial", ".mxrot.lock"
+_OF_THE_SYSTEM = {"lost+found"}
+"""At the top of file systems; never looked at, never moved."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An output folder, and what stands beside it while it is made."""
+
+    shown: Path
+    """As the user has it."""
+    output: Path
+    """Its real path."""
+    is_filled: bool
+    """Is it made inside and filled where it stands, instead of being put there by a rename?"""
+
+    @property
+    def partial(self) -> Path:
+        """Where the work is done."""
+        return self.output / _INSIDE if self.is_filled else self._beside("{}.partial")
+
+    @property
+    def lock(self) -> Path:
+        return self.output / _INSIDE_LOCK if self.is_filled else self._beside(".{}.mxrot.lock")
+
+    def contents(self) -> list[Path]:
+        """What stands at the output that is the user's."""
+        if not self.output.is_dir():
+            return []
+        own = {_INSIDE, _INSIDE_LOCK} if self.is_filled else set()
+        return sorted(path for path in self.output.iterdir() if path.name not in own | _OF_THE_SYSTEM)
+
+    def free_backup(self) -> Path:
+        """A name beside it that nobody has."""
+        names = (self._beside("{}.replaced" + (f"-{number}" if number else "")) for number in range(1 << 16))
+        return next(path for path in names if not os.path.lexists(path))
+
+    def _beside(self, pattern: str) -> Path:
+        return self.output.with_name(pattern.format(self.output.name))
+
+
+def find_place(output: Path) -> Place:
+    """Where `output` is to be made; CheckpointError if it has no name or is no folder."""
+    if output.name in ("", ".."):
+        raise CheckpointError(f"{output}: has no name of its own; name the folder to be made")
+    try:
+        real = output.resolve()
+        for path in (output, *output.parents, real):
+            if os.path.lexists(path) and not path.is_dir() and not _dangles(path):
+                raise CheckpointError(f"{path}: is a file; give a folder")
+        return Place(output, real, real.is_dir() and _must_be_filled(real))
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        reason = getattr(error, "strerror", None) or "its links lead nowhere"
+        raise CheckpointError(f"{output}: cannot be an output folder ({reason}); give another one") from error
+
+
+def _dangles(path: Path) -> bool:
+    """A link to what is not there yet."""
+    return path.is_symlink() and not path.exists()
 
 
 def check_output(output: Path, force: bool) -> None:
-    """CheckpointError if `output` is there and not an empty folder, unless `force` replaces it."""
-    if output.name in ("", ".."):
-        raise CheckpointError(f"{output}: has no name of its own; name the folder to be made")
-    for path in (output, *output.parents):
-        if path.exists() and not path.is_dir():
-            raise CheckpointError(f"{path}: is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise CheckpointError(f"{output}: exists and is not empty; use --force to replace it, or another folder")
+    """CheckpointError if `output` is there and not an empty folder, unless `force` replaces it; or if somebody writes
+    there now."""
+    place = find_place(output)
+    check_free(place.lock, output)
+    check_empty(place, force)
 
 
-def put_in_place(partial: Path, output: Path) -> None:
-    """Put the finished folder in place; what stood there goes last."""
-    old = output.with_name(output.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    replaces = output.exists()
-    if replaces:
-        output.rename(old)
+def check_empty(place: Place, force: bool) -> None:
+    """CheckpointError if something stands at the output, unless `force` replaces it."""
+    if place.contents() and not force:
+        raise CheckpointError(f"{place.shown}: exists and is not empty; use --force to replace it, or another folder")
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[Place]:
+    """While open, no other run writes to `output`. Folders above it are made, and go again if nothing came into them.
+
+    CheckpointError if another run holds it, or if its place takes no files.
+    """
+    place = find_place(output)
+    parent = place.lock.parent
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, missing)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(place.lock, output))
+        except OSError as error:
+            raise CheckpointError(
+                f"{output}: cannot be made, {parent} takes no files ({error.strerror}); give another folder"
+            ) from error
+        yield place
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in folders:
+        with suppress(OSError):  # not empty: the output is in it
+            path.rmdir()
+
+
+def _must_be_filled(real: Path) -> bool:
+    if (real / _INSIDE).is_dir() or real in _mount_points() or os.path.ismount(real):
+        return True
+    if os.path.lexists(real.with_name(real.name + ".partial")):
+        return False
+    with suppress(OSError):
+        if Path.cwd().is_relative_to(real):  # a shell stands in it, and would be left in a folder that is gone
+            return True
+    return os.access(real, os.W_OK | os.X_OK) and not _can_be_renamed(real)
+
+
+def _can_be_renamed(real: Path) -> bool:
+    if not os.access(real.parent, os.W_OK | os.X_OK):
+        return False
+    above = real.parent.stat()
+    mine = os.geteuid() if hasattr(os, "geteuid") else 0
+    # In folders such as /tmp only what one owns.
+    return not above.st_mode & stat.S_ISVTX or mine in (0, above.st_uid, real.stat().st_uid)
+
+
+def _mount_points() -> set[Path]:
+    """Also those that show a folder of the same file system elsewhere, which `os.path.ismount` does not see."""
     try:
-        partial.rename(output)
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
-        if replaces:
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        return set()
+    fields = (line.split()[4] for line in lines if len(line.split()) > 4)
+    return {Path(os.fsdecode(_unescaped(field))) for field in fields}
+
+
+def _unescaped(field: bytes) -> bytes:
+    r"""Spaces, tabs, newlines and backslashes stand there as \040, \011, \012 and \134."""
+    for code in (0o40, 0o11, 0o12, 0o134):
+        field = field.replace(b"\\%03o" % code, bytes([code]))
+    return field

@@ -1,10 +1,18 @@
-"""The folder that a run fills, and from which it goes on after it was stopped."""
+"""The folder that a run fills, and from which it goes on after it was stopped.
+
+`fingerprint.json` makes a folder ours: none other is ever used, and none other is ever removed. A decoder block is a
+shard and a note beside it with its hash; the note comes last, so a block with a note is finished. Calibration text that
+the model has written, and an unfinished tuning of the whole network, are kept beside them (noted.py).
+
+Whatever ends a run, what is in the folder stays. A run that finds one with work in it goes on with `resume`, starts
+over with `force`, and is refused without either; with `resume` nothing is ever thrown away.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +20,44 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mxrot.checkpoint.files import INDEX, sha256_of, write_json, write_tensors
-from mxrot.errors import CheckpointError
+from mxrot.checkpoint.files import INDEX, TEMPORARY, Written, seen, write_json, write_tensors
+from mxrot.checkpoint.fingerprint import Stamps, differences
+from mxrot.checkpoint.noted import NEW, NotedTensors
+from mxrot.checkpoint.placing import PLACING, REPLACED
+from mxrot.checkpoint.side_files import TEMPLATES, is_side_file
+from mxrot.documents import read_json
+from mxrot.errors import CheckpointError, DamagedError
 from mxrot.interrupts import interrupt_waits
 from mxrot.layers import ModelSize
 from mxrot.models import Family
 from mxrot.records import BlockReport, LinearReport
 from mxrot.tuning import Check
 
-_FINGERPRINT = "fingerprint.json"
-_TUNING = "tuning.safetensors"
+FINGERPRINT = "fingerprint.json"
+_TUNING, _WINDOWS = "tuning", "windows"
+_NOTES = re.compile(
+    rf"block-\d+\.json|({NEW})?({_TUNING}|{_WINDOWS}(-\w+)?)\.(safetensors|json)|{FINGERPRINT}|{PLACING}"
+)
+_RESULTS = re.compile(
+    rf"model-\d+-of-\d+\.safetensors|{REPLACED}|{TEMPLATES}|README\.md|recipe\.toml|(config|run)\.json"
+)
+_LEFT_BY_SYSTEMS = re.compile(r"\.nfs.*|\.DS_Store")
+_OLD_FINGERPRINT = {"model", "recipe", "windows", "seed", "device", "versions"}
+
+
+def is_note(name: str) -> bool:
+    """Is a file of this name for a resumed run only?"""
+    return _NOTES.fullmatch(name) is not None or name.endswith(TEMPORARY)
 
 
 class PartialCheckpoint:
-    """The folder that a run fills: one shard a decoder block, and one for everything else."""
+    """What a run has done so far: one shard a decoder block, and one for everything else."""
 
     def __init__(self, folder: Path, family: Family, blocks: int) -> None:
         self.folder, self.family, self.blocks = folder, family, blocks
         self.size = ModelSize()
         self.weight_map: dict[str, str] = {}
+        self._written: dict[str, Written] = {}
 
     def shard(self, number: int) -> str:
         """File name of a shard: 0 holds everything outside of the blocks, i + 1 block i."""
@@ -39,26 +66,22 @@ class PartialCheckpoint:
     def _report_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.json"
 
-    @property
-    def holds_work(self) -> bool:
-        """Is there anything that a resumed run would not do again?"""
-        return any(self.folder.glob("block-*.json")) or self.keeper.path.is_file()
-
     def load(self, index: int) -> tuple[dict[str, Tensor], BlockReport] | None:
-        """A block that an earlier run finished. One that cannot be read counts as unfinished."""
+        """A block that an earlier run finished. One that cannot be read, or was changed, counts as unfinished."""
         try:
-            note = json.loads(self._report_path(index).read_text())
+            note = read_json(self._report_path(index))
             path = self.folder / self.shard(index + 1)
-            if sha256_of(path) != note["sha256"]:
+            written = seen(path)
+            if written.sha256 != note["sha256"]:
                 return None
             with interrupt_waits():
                 table, named = note["report"], load_file(path)
             linears = [LinearReport(**{**x, "shape": tuple(x["shape"])}) for x in table["linears"]]
             checks = table["tuning"] and [Check(**check) for check in table["tuning"]]
             report = BlockReport(table["index"], table["seconds"], linears, checks, table["few_tokens"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        except (DamagedError, OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
-        self._count(named, self.shard(index + 1))
+        self._count(named, path.name, written)
         prefix = self.family.block_prefix(index) + "."
         return {name[len(prefix) :]: tensor for name, tensor in named.items()}, report
 
@@ -66,67 +89,155 @@ class PartialCheckpoint:
         prefix = self.family.block_prefix(index)
         named = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
         path = self.folder / self.shard(index + 1)
-        write_tensors(path, named)
-        self._count(named, path.name)
+        written = write_tensors(path, named)
+        self._count(named, path.name, written)
         # Last: a block with a report is finished.
-        write_json(self._report_path(index), {"sha256": sha256_of(path), "report": asdict(report)})
+        write_json(self._report_path(index), {"sha256": written.sha256, "report": asdict(report)})
 
     def save_rest(self, tensors: dict[str, Tensor]) -> None:
-        write_tensors(self.folder / self.shard(0), tensors)
-        self._count(tensors, self.shard(0))
+        self._count(tensors, self.shard(0), write_tensors(self.folder / self.shard(0), tensors))
 
-    def _count(self, named: dict[str, Tensor], shard: str) -> None:
+    def _count(self, named: dict[str, Tensor], shard: str, written: Written) -> None:
         self.weight_map |= dict.fromkeys(named, shard)
         self.size += ModelSize.of(named)
+        self._written[shard] = written
 
     @property
-    def keeper(self) -> PartialTuning:
-        return PartialTuning(self.folder / _TUNING)
+    def keeper(self) -> NotedTensors:
+        return NotedTensors(self.folder / f"{_TUNING}.safetensors", "the state of tuning")
+
+    def load_windows(self, purpose: str) -> Tensor | None:
+        """Token windows that `save_windows` kept; CheckpointError if they were changed."""
+        kept = self._windows(purpose).load()
+        return None if kept is None else kept["windows"]
+
+    def save_windows(self, purpose: str, windows: Tensor) -> None:
+        self._windows(purpose).save({"windows": windows})
+
+    def _windows(self, purpose: str) -> NotedTensors:
+        return NotedTensors(self.folder / f"{_WINDOWS}-{purpose}.safetensors", f"the text for {purpose}")
 
     def write_index(self) -> None:
         metadata = {"total_size": self.size.total_bytes}
         write_json(self.folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))})
 
-    def notes(self) -> list[Path]:
-        """Files that only a resumed run needs, what says whose they are last."""
-        tuning = [path for path in (self.folder / _TUNING,) if path.is_file()]
-        return [*self.folder.glob("block-*.json"), *tuning, self.folder / _FINGERPRINT]
+    def results(self) -> dict[str, Written]:
+        """Every file of the result by its name in the folder; CheckpointError if a shard is not what was written."""
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file() and not is_note(path.name))
+        found = {path.relative_to(self.folder).as_posix(): seen(path) for path in paths if REPLACED not in path.parts}
+        for name, written in self._written.items():
+            if found.get(name) != written:
+                raise CheckpointError(
+                    f"{self.folder / name}: is not what this run has written there; did something else write to it?"
+                )
+        return {name: written for name, written in found.items() if name != "run.json"}
 
 
-@dataclass(frozen=True)
-class PartialTuning:
-    """An unfinished tuning run in a file."""
-
-    path: Path
-
-    def load(self) -> dict[str, Tensor] | None:
-        """None if there is none, or one that cannot be read."""
-        try:
-            with interrupt_waits():
-                return load_file(self.path)
-        except (OSError, SafetensorError):
-            return None
-
-    def save(self, tensors: dict[str, Tensor]) -> None:
-        write_tensors(self.path, tensors)
+def holds_work(folder: Path) -> str | None:
+    """What is in a partial folder that would have to be done again, in words; None if there is nothing."""
+    blocks = len(list(folder.glob("block-*.json")))
+    if blocks:
+        return f"{blocks} finished block" + "s" * (blocks > 1)
+    if (folder / f"{_TUNING}.safetensors").is_file():
+        return "an unfinished tuning"
+    return "text that the model has written" if any(folder.glob(f"{_WINDOWS}-*.safetensors")) else None
 
 
-def open_partial(partial: Path, fingerprint: dict[str, Any], resume: bool) -> None:
-    """Make the folder to work in, or take up the one that an earlier run of the same kind left."""
-    try:
-        found = json.loads((partial / _FINGERPRINT).read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        found = None
-    if resume and found is not None and found != fingerprint:
-        differs = ", ".join(sorted(key for key in fingerprint if found.get(key) != fingerprint[key]))
+def open_partial(partial: Path, fingerprint: dict[str, Any], stamps: Stamps, resume: bool) -> None:
+    """Make the folder to work in, or take up what an earlier run left there; see `check_free_to_work`.
+
+    CheckpointError, and nothing is changed, if the folder is not ours, or with `resume` of another run.
+    """
+    check_ours(partial)
+    found = read_fingerprint(partial)
+    if resume and found is not None and (others := differences(found, fingerprint)):
         raise CheckpointError(
-            f"{partial}: belongs to a run with another {differs}; remove it, or start over without --resume"
+            f"{partial}: belongs to a run with another {', '.join(others)}; give another output, or start over with "
+            "--force and without --resume"
         )
-    if not resume or found is None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_json(partial / _FINGERPRINT, fingerprint)
-    for path in partial.glob("*.tmp"):  # a killed run could not tidy up
-        path.unlink()
+    try:
+        if not resume or found is None:
+            remove_partial(partial)
+            partial.mkdir()
+        for path in (*partial.glob(f"*{TEMPORARY}"), *partial.glob(f"{NEW}*")):  # a killed run could not tidy up
+            path.unlink()
+        write_json(partial / FINGERPRINT, {"by": "mxrot", "fingerprint": fingerprint, "stamps": stamps})
+    except BaseException:
+        if holds_work(partial) is None:
+            remove_partial(partial)
+        raise
+
+
+def check_free_to_work(partial: Path, resume: bool, force: bool) -> None:
+    """CheckpointError unless a run may work in this folder, as far as that can be told without its fingerprint.
+
+    What an earlier run left there is gone on from with `resume`, and thrown away with `force` alone.
+    """
+    check_ours(partial, may_lack_notes=resume)
+    if resume:
+        if (partial / FINGERPRINT).exists() and read_fingerprint(partial) is None:
+            raise CheckpointError(
+                f"{partial / FINGERPRINT}: is damaged, and does not tell whose the work in its folder is; start over "
+                "with --force and without --resume"
+            )
+    elif not force and (work := holds_work(partial)):
+        raise CheckpointError(
+            f"{partial}: holds {work} of an earlier run; go on with --resume, or start over with --force"
+        )
+
+
+def check_ours(partial: Path, may_lack_notes: bool = False) -> None:
+    """CheckpointError if something stands there that no run of mxrot has made.
+
+    `may_lack_notes`: may run.json stand in for the fingerprint? It has one, too, that is still to be compared.
+    """
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise CheckpointError(f"{partial}: is needed as a folder to work in, and is none; move it away")
+    if not partial.exists():
+        return
+    names = sorted(path.name for path in partial.iterdir())
+    strange = [name for name in names if not _is_ours(name)]
+    if strange:
+        raise CheckpointError(
+            f"{partial}: is needed to work in, and holds {strange[0]!r}, which is not of a run of mxrot; move it away, "
+            "or give another output"
+        )
+    signed = {FINGERPRINT, FINGERPRINT + TEMPORARY, *(["run.json"] if may_lack_notes else [])}
+    if names and not signed.intersection(names):
+        raise CheckpointError(
+            f"{partial}: is needed to work in, and has no {FINGERPRINT} that tells whose it is; move it away, or give "
+            "another output"
+        )
+
+
+def remove_partial(partial: Path) -> None:
+    """Remove the folder, if it is ours; see `check_ours`."""
+    check_ours(partial)
+    if partial.exists():
+        shutil.rmtree(partial)
+
+
+def read_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """Whose a partial folder is; None if that cannot be told."""
+    table = _read(folder / FINGERPRINT)
+    found = table if table.keys() >= _OLD_FINGERPRINT else table.get("fingerprint")
+    return found if isinstance(found, dict) else None
+
+
+def read_stamps(folder: Path) -> Stamps:
+    """Hashes of the model's files that an earlier run has noted there."""
+    stamps = _read(folder / FINGERPRINT).get("stamps")
+    return stamps if isinstance(stamps, dict) else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except DamagedError:
+        return {}
+
+
+def _is_ours(name: str) -> bool:
+    plain = name.removesuffix(TEMPORARY)
+    known = plain == INDEX or is_side_file(plain)
+    return known or any(some.fullmatch(plain) for some in (_NOTES, _RESULTS, _LEFT_BY_SYSTEMS))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_finished_block, load_outer
 from mxrot.checkpoint.config import check_marker
-from mxrot.checkpoint.files import INDEX, sha256_of
+from mxrot.checkpoint.files import INDEX, file_in, sha256_of
 from mxrot.checkpoint.huggingface import CheckpointConfig
 from mxrot.errors import CheckpointError, MxrotError
 from mxrot.layers import prepare_linears
@@ -133,7 +133,7 @@ def check_files(folder: Path, verify: bool = False) -> None:
     if not isinstance(listed, dict) or INDEX not in listed:
         raise CheckpointError(f"{folder / 'run.json'}: has no list of files")
     for name, expected in listed.items():
-        path = folder / Path(name).name
+        path = file_in(folder, name)
         if not path.is_file():
             raise CheckpointError(f"{path}: is missing")
         if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():

@@ -1,26 +1,101 @@
-"""Files of a model folder that go into its checkpoint as they are."""
+"""Files of a model folder that go into its checkpoint as they are: the tokenizer, chat templates, licences.
+
+They are found and looked at before any work, so that nothing about them can stop a run at its end. Folders are left
+out, but for the one in which transformers keeps further chat templates; so is everything that could run or be
+unpickled.
+"""
 
 from __future__ import annotations
 
+import os
+import stat
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mxrot.checkpoint.files import write_bytes
+from mxrot.checkpoint.files import whole_file
+from mxrot.errors import FamilyError
+from mxrot.models import WeightFiles
 
+TEMPLATES = "additional_chat_templates"
 _COPIED = (
     "generation_config.json",
     "tokenizer*",
+    "tekken.json",
     "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.codes",
     "vocab*",
-    "merges.txt",
+    "merges*",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
     "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    "*processor_config.json",
+    "license*",
+    "licence*",
+    "copying*",
+    "notice*",
+    "use_policy*",
 )
+"""In small letters; names are compared so."""
+_NEVER = (
+    "*.py",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.pkl",
+    "*.pickle",
+    "*.gguf",
+    "*.onnx",
+    "*.h5",
+    "*.msgpack",
+)
+_WRITTEN_ANEW = {"config.json", "README.md", "recipe.toml", "run.json"}
+_PIECE = 1 << 22
 
 
-def copy_side_files(source: Path, folder: Path) -> None:
-    for pattern in _COPIED:
-        for path in sorted(source.glob(pattern)):
-            write_bytes(folder / path.name, path.read_bytes())
+def is_side_file(name: str) -> bool:
+    """Does a file of this name go into the checkpoint as it is?"""
+    small = name.lower()
+    return any(fnmatchcase(small, one) for one in _COPIED) and not any(fnmatchcase(small, one) for one in _NEVER)
+
+
+def find_side_files(source: Path) -> list[Path]:
+    """Those of a model folder; FamilyError for one that is no file that can be read."""
+    found = []
+    for path in [*sorted(source.iterdir()), *sorted((source / TEMPLATES).glob("*.jinja"))]:
+        if is_side_file(path.name) and not path.is_dir():
+            _check_readable(path)
+            found.append(path)
+    return found
+
+
+def left_out(source: Path) -> list[str]:
+    """Names in a model folder that have no counterpart in its checkpoint, folders with a slash."""
+    here = {path.relative_to(source).parts[0] for path in find_side_files(source)}
+    here |= {path.name for path in WeightFiles(source).files} | _WRITTEN_ANEW
+    others = (path for path in source.iterdir() if path.name not in here and not path.name.endswith(".index.json"))
+    return sorted(path.name + "/" * path.is_dir() for path in others if not path.name.startswith("."))
+
+
+def copy_file(path: Path, target: Path) -> None:
+    """Copy a side file; DiskFullError if there is no space left."""
+    target.parent.mkdir(exist_ok=True)
+    with path.open("rb") as file, whole_file(target, path.stat().st_size) as sink:
+        while piece := file.read(_PIECE):
+            sink.write(piece)
+
+
+def _check_readable(path: Path) -> None:
+    where = f"{path}: goes into the checkpoint"
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind):  # opening a FIFO would wait for somebody who writes
+            raise FamilyError(f"{where}, and is no regular file; put the file there, or move it away")
+        os.close(os.open(path, os.O_RDONLY))
+    except FileNotFoundError as error:
+        raise FamilyError(f"{where}, and is a link to nothing; is the download complete?") from error
+    except OSError as error:
+        raise FamilyError(f"{where}, and cannot be read ({error.strerror}); mend it, or move it away") from error

@@ -1,16 +1,17 @@
 """Quantize a model into a checkpoint folder.
 
-All work happens in `NAME.partial` beside the output; the output appears by one rename at the end, and what stood
-there before (with `force`) is removed only then. Each decoder block is one shard, so that a finished block is on
-disk for good: a run that was killed continues from there with `resume`, and writes the same bytes in the end.
+Everything that could stop a run at its end is looked at first: the place of the output (output.py), what an earlier run
+left there (partial.py), the files that are copied (side_files.py), the room on the disk. From then on the output is
+held by this process (lock.py). The work happens in a partial folder, one shard a decoder block, so that a finished
+block is on disk for good; the output appears by one rename (placing.py), and what stood there before, with `force`, is
+removed only then.
 
-After an error the partial folder is removed, unless `resume` asked to keep finished blocks; after an interrupt it
-is kept.
+Whatever ends a run early, finished blocks stay, and the error says where; with `resume` the next run goes on from
+there, and writes the same bytes in the end.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,24 @@ from torch import Tensor
 
 from mxrot.checkpoint.card import describe_source, model_card
 from mxrot.checkpoint.config import check_exportable, quantization_config
-from mxrot.checkpoint.files import sha256_of, write_bytes, write_json
-from mxrot.checkpoint.fingerprint import fingerprint_of
-from mxrot.checkpoint.output import check_output, put_in_place
-from mxrot.checkpoint.partial import PartialCheckpoint, open_partial
-from mxrot.checkpoint.reader import check_files
-from mxrot.checkpoint.side_files import copy_side_files
-from mxrot.errors import CheckpointError
-from mxrot.models import find_family, read_config
+from mxrot.checkpoint.files import check_hashes, write_bytes, write_json
+from mxrot.checkpoint.fingerprint import Stamps, differences, fingerprint_of, hash_files, hash_model
+from mxrot.checkpoint.output import Place, check_empty, claimed
+from mxrot.checkpoint.partial import (
+    PartialCheckpoint,
+    check_free_to_work,
+    holds_work,
+    is_note,
+    open_partial,
+    read_fingerprint,
+    read_stamps,
+    remove_partial,
+)
+from mxrot.checkpoint.placing import finish_placing, put_in_place
+from mxrot.checkpoint.side_files import copy_file, find_side_files, left_out
+from mxrot.documents import read_json
+from mxrot.errors import CheckpointError, DamagedError, DiskFullError, add_note
+from mxrot.models import check_generation_config, find_family, read_config
 from mxrot.pipeline import quantize
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
@@ -46,55 +57,124 @@ def quantize_to_folder(
     seed: int = 0,
     force: bool = False,
     resume: bool = False,
+    needed_bytes: float = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Quantize the model in `source` into the new folder `output`; returns the contents of its run.json.
 
-    `data` describes the calibration text for the record. CheckpointError if `output` exists and is not empty,
-    unless `force`; DiskFullError if the disk fills up (what stood at `output` is intact then).
+    `data` describes the calibration text for the record; so many `needed_bytes` must be free on the disk. With `resume`
+    an unfinished run of the same kind is gone on from, and a finished one is checked. CheckpointError if `output` is in
+    use, or exists and is not empty, unless `force`; or if there is an unfinished run and neither is given.
+    DiskFullError if the disk is, or becomes, too full. After any error what stood at `output` is intact.
     """
     check_exportable(recipe)
     config = read_config(source)
     family = find_family(config, str(source))
-    fingerprint = fingerprint_of(source, recipe, windows, device, seed)
-    if resume and (finished := _finished_run(output, fingerprint)):
-        return finished
-    check_output(output, force)
-    if source.resolve().is_relative_to(output.resolve()):
-        raise CheckpointError(f"{output}: holds the model that is to be quantized; give another folder")
-    partial = output.with_name(output.name + ".partial")
-    store = PartialCheckpoint(partial, family, config.num_hidden_layers)
-    try:
-        open_partial(partial, fingerprint, resume)
-        result = quantize(source, recipe, windows=windows, device=device, seed=seed, store=store, progress=progress)
-        run = _write_around(store, source, recipe, result.record, base_name, data, fingerprint)
-        for note in store.notes():  # only now: until run.json is written, a killed run goes on from them
-            note.unlink()
-        put_in_place(partial, output)
-        return run
-    except KeyboardInterrupt:
-        if not store.holds_work:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except Exception:  # whatever it was, nobody asked to keep a part of the result; it goes on to the caller
+    with claimed(output) as place:
+        finish_placing(place, is_note)
+        _check_apart(source, place)
+        check_free_to_work(place.partial, resume, force)
         if not resume:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+            check_empty(place, force)
+        check_generation_config(source)
+        side_files = find_side_files(source)
+        _check_room(place, needed_bytes)
+        files, stamps = hash_model(source, read_stamps(place.partial), progress)
+        sides, _ = hash_files(source, [*side_files, *source.glob("README.md")])
+        fingerprint = fingerprint_of(files, sides, recipe, windows, device, seed)
+        if resume and (finished := _finished_run(place, fingerprint, force)):
+            return finished
+        check_empty(place, force)
+        open_partial(place.partial, fingerprint, stamps, resume)
+        store = PartialCheckpoint(place.partial, family, config.num_hidden_layers)
+        try:
+            for path in side_files:
+                copy_file(path, place.partial / path.relative_to(source))
+            result = quantize(source, recipe, windows=windows, device=device, seed=seed, store=store, progress=progress)
+            _check_unchanged(source, files, stamps)
+            run = _write_around(store, source, recipe, result.record, base_name, data, fingerprint)
+            put_in_place(place, is_note)
+        except BaseException as error:
+            _keep_work(place.partial, fingerprint, error)
+            raise
+        return run
 
 
-def _finished_run(output: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-    """run.json of `output` if it is the result of this very run."""
-    try:
-        run = json.loads((output / "run.json").read_text())
-    except (OSError, ValueError):
+def _check_apart(source: Path, place: Place) -> None:
+    for folder in (place.output, place.partial):
+        if source.resolve().is_relative_to(folder):
+            raise CheckpointError(f"{place.shown}: holds the model that is to be quantized; give another folder")
+
+
+def _check_room(place: Place, needed_bytes: float) -> None:
+    """DiskFullError if so many bytes will not fit beside what is there; some file systems do not tell."""
+    there = sum(path.stat().st_size for path in place.partial.rglob("*") if path.is_file())
+    disk = shutil.disk_usage(place.lock.parent)
+    if disk.total and needed_bytes - there > disk.free:
+        raise DiskFullError(
+            f"{place.shown}: {needed_bytes / 1e9:.3g} GB are to be written there, and {disk.free / 1e9:.3g} GB are "
+            "free; make room, or give a folder on another disk"
+        )
+
+
+def _check_unchanged(source: Path, files: dict[str, str], stamps: Stamps) -> None:
+    """CheckpointError if the model is not what it was when the run began."""
+    now, _ = hash_model(source, stamps)
+    changed = sorted(name for name in now.keys() | files.keys() if now.get(name) != files.get(name))
+    if changed:
+        raise CheckpointError(
+            f"{source / changed[0]}: was changed while the model was quantized; start over with --force"
+        )
+
+
+def _finished_run(place: Place, fingerprint: dict[str, Any], force: bool) -> dict[str, Any] | None:
+    """run.json of the output if it is the result of this very run, put in place now where only that was missing.
+
+    CheckpointError, unless `force`, if it is the result of another run, or is damaged.
+    """
+    run = _run_of(place.output)
+    if run is not None:
+        try:
+            if others := differences(run["fingerprint"], fingerprint):
+                raise CheckpointError(
+                    f"{place.shown}: was made by a run with another {', '.join(others)}; use --force to replace it, or "
+                    "another folder"
+                )
+            check_hashes(place.output, run.get("files"))
+            return run
+        except CheckpointError:
+            if not force:
+                raise
+    run = _run_of(place.partial)
+    if run is None or run["fingerprint"] != fingerprint:
         return None
-    if not isinstance(run, dict) or run.get("fingerprint") != fingerprint:
-        return None
+    check_empty(place, force)
     try:
-        check_files(output)
+        check_hashes(place.partial, run.get("files"))
     except CheckpointError:
-        return None
+        return None  # its blocks are looked at one by one
+    put_in_place(place, is_note)
     return run
+
+
+def _run_of(folder: Path) -> dict[str, Any] | None:
+    """run.json of a folder, if it says whose it is."""
+    try:
+        run = read_json(folder / "run.json")
+    except DamagedError:
+        return None
+    return run if isinstance(run.get("fingerprint"), dict) else None
+
+
+def _keep_work(partial: Path, fingerprint: dict[str, Any], error: BaseException) -> None:
+    """Let an error say that work is kept; a folder without any is removed."""
+    if read_fingerprint(partial) != fingerprint:
+        return  # it is in its place already
+    if work := holds_work(partial):
+        what = "finished blocks are" if "block" in work else f"{work} is"
+        add_note(error, f"{what} kept in {partial}; the same command with --resume goes on from there")
+    else:
+        remove_partial(partial)
 
 
 def _write_around(
@@ -106,10 +186,10 @@ def _write_around(
     data: dict[str, Any] | None,
     fingerprint: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything but the shards: index, config, tokenizer, recipe, card and run.json."""
+    """Everything but the shards and what is copied: index, config, recipe, card and run.json."""
     folder = store.folder
     store.write_index()
-    config = json.loads((source / "config.json").read_text())
+    config = read_json(source / "config.json")
     ignored = sorted(
         name.removesuffix(".weight")
         for name in store.weight_map
@@ -117,13 +197,10 @@ def _write_around(
     )
     config["quantization_config"] = quantization_config(recipe, store.family, store.blocks, ignored)
     write_json(folder / "config.json", config)
-    copy_side_files(source, folder)
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
     has_bias = any(f"{name.removesuffix('.bias')}.weight_packed" in store.weight_map for name in store.weight_map)
     card = model_card(describe_source(base_name, source), recipe, store.size, has_bias)
     write_bytes(folder / "README.md", card.encode())
-    paths = sorted(set(folder.iterdir()) - {*store.notes(), folder / "run.json"})
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
     size = {**vars(store.size), "bits_per_weight": store.size.bits_per_weight, "total_bytes": store.size.total_bytes}
     run = {
         "model": base_name,
@@ -131,7 +208,8 @@ def _write_around(
         "data": data,
         "size": size,
         **record.as_table(),
-        "files": files,
+        "not_copied": left_out(source),
+        "files": {name: vars(written) for name, written in store.results().items()},
     }
     write_json(folder / "run.json", run)
     return run

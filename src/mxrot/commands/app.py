@@ -33,8 +33,7 @@ class _Commands(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if _is_typers(error):
                 raise
-            kept = "finished blocks" if ctx.invoked_subcommand == "quantize" else ctx.meta.get(KEPT)
-            failure = failure_of(error, kept)
+            failure = failure_of(error, ctx.meta.get(KEPT))
             tell(failure)
             sys.exit(failure.exit_code)
 

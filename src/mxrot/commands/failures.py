@@ -12,7 +12,7 @@ import traceback
 from typing import NamedTuple
 
 from mxrot import interrupts
-from mxrot.errors import MxrotError
+from mxrot.errors import MxrotError, notes_of
 from mxrot.failures import machine_failure
 
 TRACEBACK = "MXROT_TRACEBACK"
@@ -30,6 +30,11 @@ class Failure(NamedTuple):
 
 def failure_of(error: BaseException, kept: str | None = None) -> Failure:
     """What to say of an error that ended a command; `kept` is what an interrupt leaves behind, to go on from."""
+    failure = _failure_of(error, kept)
+    return failure._replace(line="; ".join([failure.line, *notes_of(error)]))
+
+
+def _failure_of(error: BaseException, kept: str | None) -> Failure:
     if isinstance(error, KeyboardInterrupt) or (interrupts.arrived() and not isinstance(error, MxrotError)):
         said = str(error) if isinstance(error, interrupts.Interrupted) else "interrupted"
         return Failure(said + (f"; {kept} are kept, and --resume goes on from them" if kept else ""), 1)

@@ -9,6 +9,7 @@ from mxrot.models.norms import fused_norms
 from mxrot.models.skeleton import (
     FAMILIES,
     build_skeleton,
+    check_generation_config,
     fill,
     find_family,
     needed_attention,
@@ -26,6 +27,7 @@ __all__ = [
     "Site",
     "WeightFiles",
     "build_skeleton",
+    "check_generation_config",
     "check_linears",
     "fill",
     "find_config",

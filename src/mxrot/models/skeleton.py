@@ -120,11 +120,18 @@ def read_block(files: WeightFiles, family: Family, index: int, device: torch.dev
 
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
     """Give `model` the generation_config.json of a folder, where there is one; FamilyError if it cannot be read."""
+    found = check_generation_config(folder)
+    if found is not None:
+        model.generation_config = found
+
+
+def check_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation_config.json of a folder, where there is one; FamilyError if it cannot be read."""
     path = folder / "generation_config.json"
     if not path.is_file():
-        return
+        return None
     try:
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as for `read_config`
         raise FamilyError(f"{path}: not a generation config that transformers reads: {_brief(error)}") from error
 

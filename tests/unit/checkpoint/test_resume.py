@@ -5,37 +5,44 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import digests, recipe, without_run, write
 
 from mxrot import pipeline
-from mxrot.checkpoint import files, fingerprint, load, side_files, writer
+from mxrot.checkpoint import files, fingerprint, load, side_files
 from mxrot.errors import CheckpointError
 from mxrot.recipe import Recipe
+from mxrot.records import versions
 
 DUQUANT = recipe("duquant++")
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 _KILLED = """
 import os, signal, sys
+from contextlib import contextmanager
 from pathlib import Path
-from mxrot.checkpoint import files, writer
+from mxrot.checkpoint import files
 from tests.unit.checkpoint.folders import recipe, write
 
 victim = sys.argv[3]
-original = files.write_bytes
+original = files.whole_file
 
-def write_bytes(path, data):
-    if path.name == victim:
-        path.with_name(path.name + ".tmp").write_bytes(data[: len(data) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(path, data)
+@contextmanager
+def whole_file(path, size):
+    with original(path, size) as sink:
+        if path.name == victim:
+            sink.write(b"half of it")
+            sink.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield sink
 
-files.write_bytes = writer.write_bytes = write_bytes
+files.whole_file = whole_file
 write(Path(sys.argv[1]), Path(sys.argv[2]), recipe("duquant++"))
 """
 
@@ -85,27 +92,30 @@ def test_killed_at_every_file(
 ) -> None:
     """What a killed process leaves is what lies there: a copy is taken halfway through each file, and after it."""
     snapshots: list[Path] = []
-    original = files.write_bytes
+    original = files.whole_file
 
     def snapshot(partial: Path) -> None:
         snapshots.append(tmp_path / f"killed-{len(snapshots)}")
         shutil.copytree(partial, snapshots[-1].with_name(snapshots[-1].name + ".partial"))
 
-    def write_bytes(path: Path, data: bytes) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(data[: len(data) // 2])
-        snapshot(path.parent)
-        original(path, data)
+    @contextmanager
+    def whole_file(path: Path, size: int) -> Iterator[files.Sink]:
+        with original(path, size) as sink:
+            sink.file.write(b"half")
+            sink.file.flush()
+            snapshot(path.parent)
+            sink.file.seek(0)
+            sink.file.truncate()
+            yield sink
         snapshot(path.parent)
 
     chosen = recipe(name)
     with monkeypatch.context() as patched:
-        patched.setattr(files, "write_bytes", write_bytes)
-        for room in (writer, side_files):
-            patched.setattr(room, "write_bytes", write_bytes)
+        for room in (files, side_files):
+            patched.setattr(room, "whole_file", whole_file)
         write(source, tmp_path / "straight", chosen)
     expected = without_run(digests(tmp_path / "straight"))
-    assert len(snapshots) == 28
+    assert len(snapshots) == 30
     done = []
     for output in snapshots:
         quantized_blocks.clear()
@@ -114,8 +124,9 @@ def test_killed_at_every_file(
         assert set(run["files"]) == set(expected)
         done.append(len(quantized_blocks))
         shutil.rmtree(output)
-    # Files in order: the fingerprint, each block and its note, all the rest. The note makes a block a finished one.
-    assert done == [2] * 5 + [1] * 4 + [0] * 19
+    # Files in order: the fingerprint, three that are copied, each block and its note, all the rest. The note makes a
+    # block a finished one.
+    assert done == [2] * 11 + [1] * 4 + [0] * 15
 
 
 @pytest.mark.parametrize("name", ["rtn", "duquant++", "duquant++-gptq"])
@@ -191,43 +202,73 @@ def test_a_partial_of_another_run_is_refused(source: Path, tmp_path: Path, monke
     other = write_tiny_model(tmp_path / "other", seed=1)
 
     def refused(differs: str, model: Path = source, chosen: Recipe = DUQUANT, **options: object) -> None:
-        with pytest.raises(CheckpointError, match=f"belongs to a run with another {differs}; remove it, or start over"):
+        message = rf"belongs to a run with another {differs}; give another output, or start over with --force and"
+        with pytest.raises(CheckpointError, match=message):
             write(model, output, chosen, resume=True, **options)
         assert digests(partial) == before and not output.exists()
 
-    refused("model", model=other)
+    refused(r"model \(model.safetensors\)", model=other)
     refused("recipe", chosen=DUQUANT.changed({"smoothing.alpha": 0.5}))
     refused("seed", seed=1)
     refused("windows", windows=random_windows(6, 24, seed=9))
     refused("recipe, seed", chosen=recipe("duquant++", transform__steps=5), seed=1)
     refused("recipe, windows", chosen=recipe("rtn"))
     with monkeypatch.context() as patched:
-        patched.setattr(fingerprint, "versions", lambda: {"mxrot": "another"})
-        refused("versions")
+        patched.setattr(fingerprint, "versions", lambda: versions() | {"torch": "1.0"})
+        refused(r"versions \(torch\)")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+        refused(r"kernels \(instructions\)")
     write(source, output, DUQUANT, resume=True)
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{"])
-def test_a_partial_that_says_not_whose_it_is_is_discarded(
-    source: Path, tmp_path: Path, quantized_blocks: list[int], content: str | None
+@pytest.mark.parametrize("content", ["", "[]", "{", "{}"])
+def test_a_damaged_fingerprint_is_said(source: Path, tmp_path: Path, quantized_blocks: list[int], content: str) -> None:
+    partial = stopped_after(source, tmp_path / "out", DUQUANT, 1)
+    (partial / "fingerprint.json").write_text(content)
+    before = digests(partial)
+    for force in (False, True):
+        with pytest.raises(
+            CheckpointError, match=r"fingerprint.json: is damaged, .* start over with --force and without"
+        ):
+            write(source, tmp_path / "out", DUQUANT, resume=True, force=force)
+    assert digests(partial) == before
+    quantized_blocks.clear()
+    write(source, tmp_path / "out", DUQUANT, force=True)
+    assert quantized_blocks == [0, 1] and not partial.exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"force": True}])
+def test_a_partial_without_a_fingerprint_is_never_touched(
+    source: Path, tmp_path: Path, options: dict[str, bool]
 ) -> None:
     partial = stopped_after(source, tmp_path / "out", DUQUANT, 1)
-    if content is None:
-        (partial / "fingerprint.json").unlink()
-    else:
-        (partial / "fingerprint.json").write_text(content)
-    quantized_blocks.clear()
-    write(source, tmp_path / "out", DUQUANT, resume=True)
-    assert quantized_blocks == [0, 1]
+    (partial / "fingerprint.json").unlink()
+    before = digests(partial)
+    with pytest.raises(CheckpointError, match=r"out.partial: is needed to work in, and has no fingerprint.json"):
+        write(source, tmp_path / "out", DUQUANT, **options)
+    assert digests(partial) == before and not (tmp_path / "out").exists()
 
 
-def test_without_resume_a_stale_partial_is_discarded(source: Path, tmp_path: Path, quantized_blocks: list[int]) -> None:
+def test_a_file_of_somebody_else_in_a_partial_stays(source: Path, tmp_path: Path) -> None:
     partial = stopped_after(source, tmp_path / "out", DUQUANT, 1)
-    (partial / "stale.txt").write_text("old")
+    (partial / "notes.txt").write_text("mine")
+    for options in ({}, {"resume": True}, {"force": True}):
+        with pytest.raises(CheckpointError, match=r"holds 'notes.txt', which is not of a run of mxrot; move it away"):
+            write(source, tmp_path / "out", DUQUANT, **options)
+    assert (partial / "notes.txt").read_text() == "mine"
+
+
+def test_work_is_thrown_away_with_force_only(source: Path, tmp_path: Path, quantized_blocks: list[int]) -> None:
+    partial = stopped_after(source, tmp_path / "out", DUQUANT, 1)
+    with pytest.raises(
+        CheckpointError, match="holds 1 finished block of an earlier run; go on with --resume, or start"
+    ):
+        write(source, tmp_path / "out", DUQUANT, seed=1)
+    assert (partial / "block-00000.json").is_file()
     quantized_blocks.clear()
-    write(source, tmp_path / "out", DUQUANT, seed=1)
-    assert quantized_blocks == [0, 1]
-    assert not partial.exists() and not (tmp_path / "out" / "stale.txt").exists()
+    write(source, tmp_path / "out", DUQUANT, seed=1, force=True)
+    assert quantized_blocks == [0, 1] and not partial.exists()
 
 
 def test_a_finished_run_is_not_done_again(source: Path, tmp_path: Path, quantized_blocks: list[int]) -> None:
@@ -242,7 +283,7 @@ def test_a_finished_run_is_not_done_again(source: Path, tmp_path: Path, quantize
 def test_a_finished_run_of_another_kind_is_not_taken_for_this_one(source: Path, tmp_path: Path) -> None:
     write(source, tmp_path / "out", DUQUANT)
     before = digests(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="exists and is not empty; use --force"):
+    with pytest.raises(CheckpointError, match="out: was made by a run with another seed; use --force to replace it"):
         write(source, tmp_path / "out", DUQUANT, seed=1, resume=True)
     assert digests(tmp_path / "out") == before
 
@@ -252,7 +293,7 @@ def test_a_finished_run_that_lost_a_shard_is_not_finished(
 ) -> None:
     write(source, tmp_path / "out", DUQUANT)
     (tmp_path / "out" / SHARDS[1]).unlink()
-    with pytest.raises(CheckpointError, match="exists and is not empty; use --force"):
+    with pytest.raises(CheckpointError, match=f"{SHARDS[1]}: is missing; use --force to make it again"):
         write(source, tmp_path / "out", DUQUANT, resume=True)
     write(source, tmp_path / "out", DUQUANT, resume=True, force=True)
     load(tmp_path / "out", verify=True)

@@ -1,9 +1,12 @@
 """What a run leaves on disk: when it ends well, when it fails, and when it is stopped."""
 
 import errno
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,10 @@ import torch
 from tests.tiny_model import write_tiny_model
 from tests.unit.checkpoint.folders import WINDOWS, all_tensors, digests, recipe, without_run, write
 
-from mxrot.checkpoint import check_output, files, load, side_files, writer
-from mxrot.errors import CheckpointError, ConfigError, DiskFullError, NumericsError
+from mxrot.checkpoint import check_output, files, load, placing, side_files
+from mxrot.errors import CheckpointError, ConfigError, DiskFullError, NumericsError, notes_of
 
-needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full on this system")
 RTN = recipe("rtn")
 
 
@@ -34,22 +37,21 @@ def stop_at(block: int, error: BaseException) -> Callable[[int, int, str], None]
 
 
 @pytest.fixture
-def watched_writes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, Path, bytes], None]], None]:
-    """Calls a function with number, path and data of each file before it is written."""
-    original = files.write_bytes
+def watched_writes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, Path], None]], None]:
+    """Calls a function with number and path of each file before it is written."""
+    original = files.whole_file
 
-    def watch(see: Callable[[int, Path, bytes], None]) -> None:
-        count = 0
+    def watch(see: Callable[[int, Path], None]) -> None:
+        numbers = itertools.count()
 
-        def write_bytes(path: Path, data: bytes) -> None:
-            nonlocal count
-            see(count, path, data)
-            count += 1
-            original(path, data)
+        @contextmanager
+        def whole_file(path: Path, size: int) -> Iterator[files.Sink]:
+            see(next(numbers), path)
+            with original(path, size) as sink:
+                yield sink
 
-        monkeypatch.setattr(files, "write_bytes", write_bytes)
-        for room in (writer, side_files):
-            monkeypatch.setattr(room, "write_bytes", write_bytes)
+        for room in (files, side_files):
+            monkeypatch.setattr(room, "whole_file", whole_file)
 
     return watch
 
@@ -122,23 +124,28 @@ def test_force_replaces_at_the_end_only(source: Path, tmp_path: Path) -> None:
     load(output)
 
 
-def test_a_failing_rename_puts_the_old_output_back(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_after_a_failing_rename_both_are_there(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
 ) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "mine.txt").write_text("old")
     original = Path.rename
 
-    def rename(self: Path, target: Path) -> Path:
+    def fail(self: Path, target: Path) -> Any:
         if self.name == "out.partial":
             raise OSError(errno.EIO, "Input/output error", str(self))
         return original(self, target)
 
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(OSError, match="Input/output error"):
-        write(source, output, RTN, force=True)
-    assert (output / "mine.txt").read_text() == "old" and beside(output) == []
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail)
+        patched.setattr(placing, "exchange", fail if can_exchange else lambda one, other: False)
+        with pytest.raises(OSError, match="Input/output error"):
+            write(source, output, RTN, force=True)
+    assert (output / "mine.txt").read_text() == "old" and beside(output) == ["out.partial"]
+    write(source, output, RTN, force=True, resume=True)
+    assert load(output) is not None and beside(output) == []
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -179,14 +186,19 @@ def test_what_cannot_be_exported_is_refused_first(source: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "error", [NumericsError("bad layer"), RuntimeError("CUDA out of memory"), OSError(errno.EIO, "Input/output error")]
 )
-def test_after_an_error_finished_blocks_stay_only_for_resume(
-    source: Path, tmp_path: Path, error: Exception, resume: bool
-) -> None:
+def test_after_an_error_finished_blocks_stay(source: Path, tmp_path: Path, error: Exception, resume: bool) -> None:
     output = tmp_path / "out"
-    with pytest.raises(type(error)):
-        write(source, output, RTN, resume=resume, progress=stop_at(1, error))
-    assert not output.exists()
-    assert beside(output) == (["out.partial"] if resume else [])
+    with pytest.raises(type(error)) as raised:
+        write(source, output, RTN, resume=resume, progress=stop_at(1, copy(error)))
+    assert not output.exists() and beside(output) == ["out.partial"]
+    said = f"finished blocks are kept in {output}.partial; the same command with --resume goes on from there"
+    assert notes_of(raised.value) == [said]
+
+
+def test_after_an_error_before_the_first_block_nothing_is_left(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(NumericsError) as raised:
+        write(source, tmp_path / "out", RTN, progress=stop_at(0, NumericsError("bad layer")))
+    assert list(tmp_path.iterdir()) == [] and notes_of(raised.value) == []
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
@@ -228,21 +240,22 @@ def test_a_full_disk_at_each_file(
     write(source, output, recipe("hadamard"))
     old = digests(output)
     names: list[str] = []
-    watched_writes(lambda number, path, data: names.append(path.name))
+    watched_writes(lambda number, path: names.append(path.name))
     write(source, tmp_path / "straight", RTN)
-    assert len(names) == 14 and len(set(names)) == 14
+    assert len(names) == 15 and len(set(names)) == 15
     for full in range(len(names)):
 
-        def fill_disk(number: int, path: Path, data: bytes, full: int = full) -> None:
+        def fill_disk(number: int, path: Path, full: int = full) -> None:
             if number == full:
                 path.with_name(path.name + ".tmp").symlink_to("/dev/full")
 
         watched_writes(fill_disk)
-        with pytest.raises(DiskFullError, match=rf"{names[full]}: no space left on the device for [\d.]+ MB$"):
+        with pytest.raises(DiskFullError, match=rf"{names[full]}: no space left on the device for [\d.]+ MB"):
             write(source, output, RTN, force=True, resume=resume)
         assert digests(output) == old
-        assert beside(output) == (["out.partial"] if resume else [])
-        watched_writes(lambda number, path, data: None)
+        is_at_work = any(name.startswith("block-") for name in names[:full])
+        assert beside(output) == (["out.partial"] if is_at_work else [])
+        watched_writes(lambda number, path: None)
         write(source, output, RTN, force=True, resume=True)
         assert without_run(digests(output)) == without_run(digests(tmp_path / "straight"))
         assert beside(output) == []

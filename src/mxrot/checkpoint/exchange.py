@@ -1,0 +1,42 @@
+"""Let two folders change places in one step, where the system can."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_RENAME_SWAP = 2  # sys/stdio.h of macOS
+_CANNOT = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places with no moment in between; False, and nothing has changed, where that cannot be.
+
+    OSError as for any rename.
+    """
+    call = _call_of_system()
+    if call is None:
+        return False
+    if sys.platform == "darwin":
+        failed = call(os.fsencode(one), os.fsencode(other), _RENAME_SWAP)
+    else:
+        failed = call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    if not failed:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _call_of_system() -> ctypes._NamedFuncPointer | None:
+    name = {"linux": "renameat2", "darwin": "renamex_np"}.get(sys.platform)
+    if name is None:
+        return None
+    # Old C libraries lack it.
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
