@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import CheckpointError, FamilyError
-from mxrot.models import Family, Site, WeightFiles, build_skeleton, fill, read_block, rebuild_buffers
+from mxrot.models import (
+    Family,
+    Site,
+    WeightFiles,
+    build_skeleton,
+    check_depth,
+    fill,
+    no_place,
+    read_block,
+    rebuild_buffers,
+    tensor_problems,
+)
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.surgery import install_empty_site, scheme_name, stored_tensors
 
@@ -28,7 +39,7 @@ def load_outer(
     known = tuple(f"{place}." for place in (*outside, *blocks))
     for name in files.names:
         if not name.startswith(known):
-            raise FamilyError(f"{name}: a model of family {family.name} and this config has no place for this tensor")
+            raise FamilyError(no_place(name, family))
     tensors = outer_tensors(files, family)
     for name in outside:
         prefix = name + "."
@@ -43,8 +54,14 @@ def load_outer(
 def load_original(
     config: Any, family: Family, files: WeightFiles, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The whole model as its files hold it, ready to run: experts as transformers computes them."""
+    """The whole model as its files hold it, ready to run: experts as transformers computes them.
+
+    FamilyError unless the files hold the tensors of the config, all of them and no others.
+    """
+    check_depth(files, family, config)
     model = build_skeleton(config, experts_apart=False)
+    for problem in tensor_problems(files, model, family):
+        raise problem
     load_outer(model, family, files, dtype, device)
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         tensors = read_block(files, family, index, device)

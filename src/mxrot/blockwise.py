@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
 
 from mxrot.calibration import BlockInputs, advance, finish_child
@@ -19,7 +20,7 @@ from mxrot.mixture import quantize_experts, smooth_experts
 from mxrot.models import Family, Site, WeightFiles, fill, read_block
 from mxrot.records import BlockReport, LinearReport
 from mxrot.sitewise import BlockRun, Part, quantize_site, smooth_sites, smoothed_sites
-from mxrot.surgery import Weights
+from mxrot.surgery import Weights, stored_tensors
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, tune_block
 
@@ -106,8 +107,19 @@ def _readers(family: Family) -> dict[str, frozenset[str]]:
 
 def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str) -> None:
     """Give a block without weights those of the original model."""
-    # Through the stored type: a norm of another type would be rounded to it in a checkpoint.
-    fill(block, {name: value.to(run.stored_dtype).to(run.dtype) for name, value in tensors.items()}, prefix)
+    fill(block, {name: value.to(run.dtype) for name, value in tensors.items()}, prefix)
+
+
+def finished_tensors(run: BlockRun, index: int, block: nn.Module, files: WeightFiles) -> dict[str, Tensor]:
+    """The tensors of a quantized block as a checkpoint keeps them: what is not quantized in its own type, and with the
+    bits of `files` where nothing has changed it."""
+    prefix = run.family.block_prefix(index)
+    own = run.other_types_under(prefix)
+    found = stored_tensors(block, run.stored_dtype, own)
+    state = {f"{prefix}.{name}": value for name, value in block.state_dict().items() if name in own}
+    original = files.read_all([name for name in state if name in files], run.device)
+    unchanged = [name for name, value in original.items() if torch.equal(value.to(run.dtype), state[name])]
+    return found | {name.removeprefix(f"{prefix}."): original[name] for name in unchanged}
 
 
 def advance_original(run: BlockRun, index: int, block: nn.Module, files: WeightFiles, originals: BlockInputs) -> None:

@@ -12,17 +12,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, FamilyError, MxrotError
-from mxrot.models import Family, linear_problems
+from mxrot.models import Family, WeightFiles, linear_problems, quantized_by, tensor_problems
 from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.patterns import matches_nothing
 from mxrot.recipe import Recipe
 from mxrot.sitewise import smoothed_sites
 
 
-def find_problems(model: PreTrainedModel, family: Family, recipe: Recipe, where: str) -> Iterator[MxrotError]:
-    """Why `recipe` cannot quantize `model`, a skeleton of `family`, on any machine; none if it can."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        yield FamilyError(f"{where}: is quantized already (quantization_config in config.json); give the original")
+def find_problems(
+    model: PreTrainedModel, family: Family, recipe: Recipe, where: str, files: WeightFiles | None = None
+) -> Iterator[MxrotError]:
+    """Why `recipe` cannot quantize `model`, a skeleton of `family`, on any machine; none if it can.
+
+    Without `files` as far as the config tells.
+    """
+    key = quantized_by(model.config)
+    if key is not None:
+        yield FamilyError(f"{where}: is quantized already ({key} in config.json); give the original")
+    elif files is not None:
+        yield from tensor_problems(files, model, family)
     yield from ignore_problems(model, family, recipe)
     yield from expert_problems(recipe, family)
     yield from smoothing_problems(recipe, family, model.config.num_hidden_layers)

@@ -15,7 +15,7 @@ from mxrot import api, pipeline
 from mxrot.checks import find_problems
 from mxrot.evaluation import score_tasks
 from mxrot.layers import ModelSize, QuantLinear
-from mxrot.models import WeightFiles, build_skeleton, find_family, find_model, read_config
+from mxrot.models import WeightFiles, build_skeleton, check_depth, find_family, find_model, read_config
 from mxrot.progress import Progress, silent
 from mxrot.reading import Calibration
 from mxrot.recipe import Recipe
@@ -49,9 +49,11 @@ def compare_recipes(
     folder = find_model(model)
     config = read_config(folder)
     family = find_family(config, model)
+    files = WeightFiles(folder)
+    check_depth(files, family, config)
     skeleton = build_skeleton(config)
     for recipe in recipes:
-        for problem in find_problems(skeleton, family, recipe, model):
+        for problem in find_problems(skeleton, family, recipe, model, files):
             raise problem
     tokenizer = api.load_tokenizer(folder)
     read = api.read_texts(folder, texts, windows=windows, seq_len=seq_len, progress=progress)
@@ -59,7 +61,7 @@ def compare_recipes(
         calib = load_texts(calib, "calibration")
     calibrations = [api.calibrate(folder, recipe, calib, samples, seq_len, progress) for recipe in recipes]
     device = device or api.default_device()
-    stored = WeightFiles(folder).dtype_of(f"{family.embedding}.weight")
+    stored = files.dtype_of_most()
     rows = []
     entries: list[Calibration | None] = [None, *calibrations]
     for entry in entries:

@@ -17,6 +17,8 @@ from mxrot.errors import DamagedError
 MOST_BYTES = 1 << 28
 MOST_LEVELS = 64
 MOST_DIGITS = 40
+POINTER = b"version https://git-lfs"
+"""What a file starts with that stands for another one, which git-lfs was to fetch."""
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -40,8 +42,24 @@ def check_regular(path: Path) -> int:
     return found.st_size
 
 
+def check_is_here(path: Path) -> None:
+    """DamagedError if a file is a git-lfs pointer in the place of the one that is meant."""
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(POINTER)) == POINTER
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
+    if is_pointer:
+        raise DamagedError(
+            f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder, or download the "
+            "model with `hf download`"
+        )
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file; DamagedError if it cannot be read or is none."""
+    check_is_here(path)
     size = check_regular(path)
     if size > MOST_BYTES:
         raise DamagedError(f"{path}: {size} bytes; expected at most {MOST_BYTES} of text")

@@ -8,9 +8,17 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from mxrot.assembly import compute_dtype, load_original
 from mxrot.checkpoint import is_checkpoint, load
 from mxrot.errors import FamilyError
-from mxrot.models import find_family, find_model, needed_attention, read_config
+from mxrot.models import WeightFiles, find_family, find_model, quantized_by, read_config, read_generation_config
+from mxrot.models.folder import weight_map
+
+_REPORTED = {
+    "missing_keys": "transformers finds no such tensor and would make one of random numbers",
+    "mismatched_keys": "this tensor has another shape than the config says",
+    "unexpected_keys": "transformers has no place for this tensor and would leave it out",
+}
 
 
 def default_device() -> str:
@@ -38,18 +46,39 @@ def open_model(name: str | Path, device: str | None = None, verify: bool = False
     if is_checkpoint(folder):
         return load(folder, device, verify=verify), folder
     config = read_config(folder)
-    find_family(config, str(name))
-    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    family = find_family(config, str(name))
+    if quantized_by(config) is not None:
+        return _opened_by_transformers(folder, str(name), torch.device(device)), folder
+    files = WeightFiles(folder)
+    stored = getattr(config, "dtype", None) or files.dtype_of_most()
+    model = load_original(config, family, files, compute_dtype(stored, torch.device(device)), torch.device(device))
+    read_generation_config(model, folder)
+    return model, folder
+
+
+def _opened_by_transformers(folder: Path, name: str, device: torch.device) -> PreTrainedModel:
+    """A model that another program has quantized, by what transformers has for that; FamilyError if it does not find
+    every tensor, or a place for each."""
+    weight_map(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
             folder,
-            dtype=dtype,
-            attn_implementation=needed_attention(config),
+            dtype=torch.float32 if device.type == "cpu" else "auto",
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FamilyError(f"{name}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from error
-    cast(Any, model).to(device)
-    return model.eval(), folder
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise FamilyError(f"{name}: transformers cannot load it: {_first_line(error)}") from error
+    for key, said in _REPORTED.items():
+        found = sorted(str(item if isinstance(item, str) else item[0]) for item in report[key])
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise FamilyError(f"{name}: {found[0]}{more}: {said}; is the model whole, and its config the right one?")
+    opened: PreTrainedModel = model.to(device).eval()
+    return opened
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_finished_block, load_original, load_outer, outer_tensors
-from mxrot.blockwise import advance_original, quantize_block
+from mxrot.blockwise import advance_original, finished_tensors, quantize_block
 from mxrot.calibration import advance, first_block_inputs, generated_windows
 from mxrot.checks import find_problems, free_memory, memory_problem
 from mxrot.errors import ConfigError
@@ -30,7 +30,9 @@ from mxrot.layers import prepare_linears
 from mxrot.models import (
     WeightFiles,
     build_skeleton,
+    check_depth,
     find_family,
+    other_types,
     read_config,
     read_generation_config,
     score_heads,
@@ -39,7 +41,6 @@ from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.records import BlockReport, RunRecord, device_name, versions
 from mxrot.sitewise import BlockRun
-from mxrot.surgery import stored_tensors
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, Keeper, tune_network
 
@@ -106,15 +107,17 @@ def quantize(
         torch.cuda.reset_peak_memory_stats(device)
     config = read_config(folder)
     family = find_family(config, str(folder))
+    files = WeightFiles(folder)
+    check_depth(files, family, config)
     model = build_skeleton(config)
-    for problem in find_problems(model, family, recipe, str(folder)):
+    for problem in find_problems(model, family, recipe, str(folder), files):
         raise problem
     if windows is None and not recipe.is_data_free:
         raise ConfigError(f"recipe {recipe.name} needs calibration text")
 
-    files = WeightFiles(folder)
-    stored_dtype = files.dtype_of(f"{family.embedding}.weight")
-    run = BlockRun(recipe, family, config, device, stored_dtype, compute_dtype(stored_dtype, device), seed)
+    stored_dtype = files.dtype_of_most()
+    types = other_types(files, family, stored_dtype)
+    run = BlockRun(recipe, family, config, device, stored_dtype, compute_dtype(stored_dtype, device), seed, types)
     given = 0 if windows is None else len(windows)
     too_large = memory_problem(model, recipe, run.dtype, device, free_memory(device))
     if too_large is not None:
@@ -158,7 +161,7 @@ def quantize(
                 advance(block, inputs, family.block_prefix(index))
         if store is not None and not recipe.tunes_network:
             if finished is None:
-                store.save(index, stored_tensors(block, stored_dtype), report)
+                store.save(index, finished_tensors(run, index, block, files), report)
             block.to("meta")
     if recipe.tunes_network:
         assert windows is not None
@@ -166,7 +169,7 @@ def quantize(
         record.tuning = _tune_network(run, model, files, windows, given, store, progress)
         if store is not None:
             for index, block in enumerate(blocks):
-                store.save(index, stored_tensors(block, stored_dtype), record.blocks[index])
+                store.save(index, finished_tensors(run, index, block, files), record.blocks[index])
                 block.to("meta")
     if store is None:
         read_generation_config(model, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,13 +44,28 @@ class BlockRun:
     config: Any
     device: torch.device
     stored_dtype: torch.dtype
+    """Of most weights."""
     dtype: torch.dtype
+    """In which is computed."""
     seed: int
+    other_types: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """Of tensors that are stored in another type than most, by their full names."""
     replay: Replays = field(default_factory=Replays)
 
     def is_last(self, index: int) -> bool:
         """Does no decoder block follow block `index`?"""
         return bool(index + 1 == self.config.num_hidden_layers)
+
+    def rounding_type(self, name: str) -> torch.dtype:
+        """What a tensor that is changed here is rounded to: the type that it will be stored in, unless computing holds
+        less."""
+        own = self.other_types.get(name, self.stored_dtype)
+        return own if own == self.stored_dtype or self.dtype.itemsize >= 4 else self.dtype
+
+    def other_types_under(self, prefix: str) -> dict[str, torch.dtype]:
+        """Those of `other_types` whose names start with `prefix` and a dot, by the rest of their names."""
+        dotted = prefix + "."
+        return {name[len(dotted) :]: own for name, own in self.other_types.items() if name.startswith(dotted)}
 
     @property
     def weights(self) -> TensorQuantizer:
@@ -119,12 +134,14 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
             found[site.name] = scales
         else:
             shared = shareable_scales(scales, site, heads)
-            fold_into_producer(part.module, site, part.weights, shared, heads, run.stored_dtype)
-            check_folded(part.module, part.name, site, run.stored_dtype)
+            changed = f"{site.norm}.weight" if site.norm is not None else f"{site.producer}.bias"
+            types = [run.rounding_type(f"{part.name}.{name}") for name in (changed, f"{site.router}.weight")]
+            fold_into_producer(part.module, site, part.weights, shared, heads, *types)
+            check_folded(part.module, part.name, site, types[0])
     for name, weight in part.weights.items():
         linear = part.module.get_submodule(name)
         assert isinstance(linear.weight, Tensor)
-        linear.weight.data.copy_(weight.to(run.stored_dtype))
+        linear.weight.data.copy_(weight.to(run.rounding_type(f"{part.name}.{name}.weight")))
     return found
 
 

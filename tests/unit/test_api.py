@@ -16,7 +16,7 @@ from transformers import BertConfig, GPT2Config, PreTrainedModel
 
 import mxrot
 from mxrot import api
-from mxrot.errors import CheckpointError, ConfigError, DataError, FamilyError, MxrotError, NumericsError
+from mxrot.errors import CheckpointError, ConfigError, DamagedError, DataError, FamilyError, MxrotError, NumericsError
 from mxrot.layers import QuantLinear
 from mxrot.text import Reader, load_text, read_windows
 
@@ -189,7 +189,7 @@ def test_pickled_weights_are_never_opened(tmp_path: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Bomb(exploded)))
     refused(FamilyError, f"{name} would have to be unpickled, which mxrot never does", folder)
-    with pytest.raises(FamilyError, match="transformers cannot load it"):
+    with pytest.raises(FamilyError, match=f"{name} would have to be unpickled, which mxrot never does"):
         mxrot.evaluate(folder)
     assert not exploded.exists()
     pickle.loads((folder / name).read_bytes())
@@ -252,7 +252,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(data)
     refused(NumericsError, "the weights hold NaN or Inf; the file model.safetensors is damaged", folder)
     (folder / "model.safetensors").write_bytes(data[:-10])
-    refused(FamilyError, "model.safetensors: cannot be read as safetensors", folder)
+    refused(DamagedError, "model.safetensors: cannot be read as safetensors", folder)
 
 
 def test_a_bad_output_is_refused_before_the_model_is_looked_at(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mxrot import pipeline
 from mxrot.checkpoint import check_for_vllm
 from mxrot.errors import ConfigError
 from mxrot.layers import QuantLinear, prepare_linears
-from mxrot.models import find_family, read_config, separate_experts
+from mxrot.models import WeightFiles, find_family, read_config, separate_experts
 from mxrot.recipe import Recipe
 from mxrot.rounding.gptq import GPTQ
 
@@ -224,7 +224,7 @@ def test_what_is_not_done_with_experts_is_refused(
     message: str,
 ) -> None:
     """Before any weight is read."""
-    monkeypatch.setattr(pipeline, "WeightFiles", lambda folder: pytest.fail("weights are read"))
+    monkeypatch.setattr(WeightFiles, "read_all", lambda *_: pytest.fail("weights are read"))
     with pytest.raises(ConfigError, match=message):
         pipeline.quantize(folders["mixtral"], recipe(name, **changes), windows=WINDOWS)
 

@@ -13,12 +13,14 @@ from mxrot.models.skeleton import (
     fill,
     find_family,
     needed_attention,
+    other_types,
     read_block,
     read_config,
     read_generation_config,
     rebuild_buffers,
     start_token,
 )
+from mxrot.models.tensors import check_depth, no_place, quantized_by, tensor_problems
 from mxrot.models.weights import WeightFiles
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Site",
     "WeightFiles",
     "build_skeleton",
+    "check_depth",
     "check_generation_config",
     "check_linears",
     "fill",
@@ -37,6 +40,9 @@ __all__ = [
     "linear_problems",
     "logits_of",
     "needed_attention",
+    "no_place",
+    "other_types",
+    "quantized_by",
     "read_block",
     "read_config",
     "read_generation_config",
@@ -46,6 +52,7 @@ __all__ = [
     "shared_heads",
     "start_token",
     "step_mask",
+    "tensor_problems",
     "unmasked",
     "value_heads",
 ]

@@ -7,6 +7,8 @@ left as it is.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.errors import FamilyError
-from mxrot.models.family import Site
+from mxrot.models.family import Family, Site
 
 _FUSED = ("gate_up_proj", "down_proj")
 
@@ -63,13 +65,27 @@ class ExpertNames:
         """The tensors of a block with one for each linear, whichever way they are stored."""
         found: dict[str, Tensor] = {}
         for stored, tensor in tensors.items():
-            name = next((new + stored.removeprefix(old) for old, new in self.renamed if stored.startswith(old)), stored)
+            name = self._renamed(stored)
             place, _, last = name.rpartition(".")
             if place == self.place and last in _FUSED and tensor.dim() == 3:
                 found |= {f"{place}.{key}.weight": part for key, part in self.split(last, tensor).items()}
             else:
                 found[name] = tensor
         return found
+
+    def shapes_apart(self, stored: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that `apart` makes of one that is stored, the shapes by name."""
+        name = self._renamed(stored)
+        place, _, last = name.rpartition(".")
+        if place != self.place or last not in _FUSED or len(shape) != 3:
+            return {name: shape}
+        count, rows, width = shape
+        gate, up, down = self.linears
+        each = {down: (rows, width)} if last == "down_proj" else dict.fromkeys((gate, up), (rows // 2, width))
+        return {f"{place}.{number}.{key}.weight": size for number in range(count) for key, size in each.items()}
+
+    def _renamed(self, stored: str) -> str:
+        return next((new + stored.removeprefix(old) for old, new in self.renamed if stored.startswith(old)), stored)
 
     def together(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block as transformers' own module takes them; `tensors` as `apart` gives them."""
@@ -129,6 +145,21 @@ class Experts(nn.ModuleList):
                 output = expert(x[tokens]) * shares.flatten()[places, None]
                 result.index_add_(0, tokens, output.to(result.dtype))
         return result
+
+
+def shapes_apart(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's tensors by name, with one for each linear of each expert."""
+    if family.experts is None:
+        return dict(shapes)
+    found: dict[str, tuple[int, ...]] = {}
+    block = re.compile(rf"({re.escape(family.blocks)}\.\d+\.)(.*)")
+    for name, shape in shapes.items():
+        match = block.match(name)
+        if match is None:
+            found[name] = shape
+        else:
+            found |= {match[1] + key: value for key, value in family.experts.shapes_apart(match[2], shape).items()}
+    return found
 
 
 def separate_experts(model: nn.Module) -> None:

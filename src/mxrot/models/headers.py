@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mxrot.documents import check_regular, parse_json
+from mxrot.documents import check_is_here, check_regular, parse_json
 from mxrot.errors import DamagedError
 
 BITS = {
@@ -29,7 +29,6 @@ MOST_HEADER_BYTES = 100_000_000
 MOST_DIMENSIONS = 64
 """What PyTorch has."""
 _METADATA = "__metadata__"
-_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,11 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of a safetensors file; DamagedError says what in it does not fit the rest, or the file."""
     size = check_regular(path)
+    check_is_here(path)
     try:
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            if _LFS.startswith(start) and start:
-                raise DamagedError(f"{path}: is a pointer of git-lfs, not the file itself; run `git lfs pull`")
             if len(start) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
                 raise _damaged(path, "its header does not fit in it")
             text = file.read(length)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mxrot.documents import check_is_here
 from mxrot.errors import FamilyError
-from mxrot.models.experts import separate_experts
+from mxrot.models.experts import separate_experts, shapes_apart
 from mxrot.models.family import Family
+from mxrot.models.folder import no_config
 from mxrot.models.gemma import GEMMA2, GEMMA3
 from mxrot.models.llama import LLAMA
 from mxrot.models.mixtures import MIXTRAL, QWEN3_MOE
@@ -23,6 +25,9 @@ from mxrot.models.weights import WeightFiles
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
 }
+MOST_BLOCKS = 1000
+MOST_EXPERTS = 100_000
+"""In all blocks together; the largest models have 20,000."""
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """Kinds of decoder blocks that are known."""
 
@@ -31,7 +36,8 @@ def read_config(place: Path) -> Any:
     """The transformers config of a folder, or of a file; FamilyError if there is none or it cannot be read."""
     path = place if place.is_file() else place / "config.json"
     if not path.is_file():
-        raise FamilyError(f"{place}: no config.json; expected a model folder in the Hugging Face layout")
+        raise FamilyError(no_config(place))
+    check_is_here(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # its checks raise many kinds
@@ -47,6 +53,7 @@ def find_family(config: Any, where: str) -> Family:
         raise FamilyError(f"{where}: architecture {named}: a model of more than text, which is not supported")
     for family in FAMILIES.values():
         if set(architectures) & set(family.architectures):
+            _check_size(config, family, where)
             _check_attention(config, family, where)
             return (
                 family if family.experts is None else replace(family, sites=family.sites + family.experts.sites(config))
@@ -58,6 +65,18 @@ def find_family(config: Any, where: str) -> Family:
         raise FamilyError(f"{where}: architectures {named}: not a causal language model")
     known = ", ".join(architecture for family in FAMILIES.values() for architecture in family.architectures)
     raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
+
+
+def _check_size(config: Any, family: Family, where: str) -> None:
+    """FamilyError for a number of blocks or experts that no model has, and that would take for ever to build."""
+    blocks = getattr(config, "num_hidden_layers", None)
+    if type(blocks) is not int or not 1 <= blocks <= MOST_BLOCKS:
+        raise FamilyError(f"{where}: config.json: num_hidden_layers is {blocks!r}; expected 1 to {MOST_BLOCKS}")
+    if family.experts is not None:
+        experts = getattr(config, family.experts.count, None)
+        if type(experts) is not int or experts > MOST_EXPERTS // blocks:
+            most = MOST_EXPERTS // blocks
+            raise FamilyError(f"{where}: config.json: {family.experts.count} is {experts!r}; expected 1 to {most}")
 
 
 def _check_attention(config: Any, family: Family, where: str) -> None:
@@ -116,6 +135,15 @@ def read_block(files: WeightFiles, family: Family, index: int, device: torch.dev
     """The tensors of a decoder block by their names in it, with one for each linear of each expert."""
     tensors = files.read_under(family.block_prefix(index), device)
     return tensors if family.experts is None else family.experts.apart(tensors)
+
+
+def other_types(files: WeightFiles, family: Family, most: torch.dtype) -> dict[str, torch.dtype]:
+    """The tensors that are stored in another type than `most`, by their names in a model with linears for each expert.
+
+    A float32 norm in a bfloat16 model is common. FamilyError for a type that weights are not taken in.
+    """
+    found = {name: files.dtype_of(name) for name in files.names if files.dtype_of(name) != most}
+    return {whole: own for name, own in found.items() for whole in shapes_apart({name: files.shape_of(name)}, family)}
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:

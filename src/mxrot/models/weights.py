@@ -6,8 +6,8 @@ Nothing is unpickled: a folder that holds only .bin or .pt files is refused.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,29 +17,34 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mxrot.documents import check_regular, read_json
-from mxrot.errors import DamagedError, FamilyError, NumericsError
+from mxrot.errors import FamilyError, NumericsError
 from mxrot.interrupts import interrupt_waits
-from mxrot.models.headers import read_header
+from mxrot.models.folder import INDEX, other_shards, weight_map
+from mxrot.models.headers import Header, read_header
+from mxrot.models.names import model_names
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_RECOMPUTED = ".rotary_emb.inv_freq"
+_RECOMPUTED = "rotary_emb.inv_freq"
 """Tensors that old conversions of Llama hold and no model loads any more; they follow from the config."""
 _SAMPLE = 4096
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""Types that weights are taken in."""
 
 
 class WeightFiles:
-    """The tensors of one model folder, by name. Opens files as they are needed and keeps no tensor."""
+    """The tensors of one model folder, by their names in the model. Opens files as they are needed and keeps no tensor.
+
+    FamilyError, with what to do, if the folder has no weights, two different sets of them, or files that do not fit
+    its index.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file_of = {name: file for name, file in _locate(folder).items() if not name.endswith(_RECOMPUTED)}
-        for path in self.files:
-            if not path.exists():
-                raise FamilyError(f"{path}: is named in {_INDEX} and missing; is the download complete?")
-            check_regular(path)
+        names, index = weight_map(folder)
+        self._headers = {name: read_header(folder / name) for name in names}
+        self._check_other_set(names)
+        file_of = _files_of(folder, self._headers, index)
+        self._stored = {name: stored for stored, name in model_names(file_of).items() if not name.endswith(_RECOMPUTED)}
+        self._file_of = {name: file_of[stored] for name, stored in self._stored.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -52,13 +57,36 @@ class WeightFiles:
     def files(self) -> list[Path]:
         return sorted({self.folder / file for file in self._file_of.values()})
 
+    def stored_as(self, name: str) -> str:
+        """The type of a tensor as safetensors calls it, for example BF16 or F8_E4M3."""
+        return self._header_of(name).tensors[self._stored[name]].dtype
+
+    def stored_name(self, name: str) -> str:
+        """What the files call the tensor `name`."""
+        return self._stored[name]
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return self._header_of(name).tensors[self._stored[name]].shape
+
     def dtype_of(self, name: str) -> torch.dtype:
         """The type a tensor is stored in, without reading it; FamilyError as for `read`."""
-        with interrupt_waits(), self._open(name) as file:
-            stored = str(file.get_slice(name).get_dtype())
-        if stored not in _DTYPES:
-            raise FamilyError(f"{name}: stored as {stored}; expected one of {', '.join(_DTYPES)}")
-        return _DTYPES[stored]
+        self._header_of(name)
+        stored = self.stored_as(name)
+        if stored not in DTYPES:
+            raise FamilyError(f"{name}: stored as {stored}; expected one of {', '.join(DTYPES)}")
+        return DTYPES[stored]
+
+    def dtype_of_most(self) -> torch.dtype:
+        """The type in which most of the weights are stored; FamilyError if none is in one of DTYPES."""
+        counts: Counter[str] = Counter()
+        for name in self.names:
+            tensor = self._header_of(name).tensors[self._stored[name]]
+            counts[tensor.dtype] += tensor.end - tensor.start
+        for stored, _ in counts.most_common():
+            if stored in DTYPES:
+                return DTYPES[stored]
+        raise FamilyError(f"{self.folder}: no tensor is stored in one of {', '.join(DTYPES)}")
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One tensor on `device`; FamilyError if it is missing or unreadable, NumericsError on NaN or Inf."""
@@ -70,18 +98,21 @@ class WeightFiles:
         for file_name in dict.fromkeys(self._file_of.get(name) for name in names):
             inside = [name for name in names if self._file_of.get(name) == file_name]
             with interrupt_waits(), self._open(inside[0], device) as file:
-                tensors |= {name: file.get_tensor(name) for name in inside}
+                tensors |= {name: file.get_tensor(self._stored[name]) for name in inside}
         flags = [torch.isfinite(tensor).all() for tensor in tensors.values()]
         for name, is_finite in zip(tensors, torch.stack(flags).tolist() if flags else [], strict=True):
             if not is_finite:
                 raise NumericsError(f"{name}: the weights hold NaN or Inf; the file {self._file_of[name]} is damaged")
         return tensors
 
-    @contextmanager
-    def _open(self, name: str, device: torch.device | str = "cpu") -> Iterator[Any]:
+    def _header_of(self, name: str) -> Header:
         if name not in self._file_of:
             raise FamilyError(f"{self.folder}: no tensor {name!r} in its safetensors files; is the download complete?")
-        path = self.folder / self._file_of[name]
+        return self._headers[self._file_of[name]]
+
+    @contextmanager
+    def _open(self, name: str, device: torch.device | str = "cpu") -> Iterator[Any]:
+        path = self._header_of(name).path
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 yield file
@@ -101,14 +132,14 @@ class WeightFiles:
             return
         wanted = [name for name in self.names if name.startswith(prefix + ".")]
         for file_name in dict.fromkeys(self._file_of[name] for name in wanted):
-            with (self.folder / file_name).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                header = file.read(min(int.from_bytes(file.read(8), "little"), size))
-                data, extents = file.tell(), _extents(self.folder / file_name, header)
+            header = self._headers[file_name]
+            with header.path.open("rb") as file:
+                data = 8 + int.from_bytes(file.read(8), "little")
                 for name in wanted:
-                    if name in extents:
-                        start, end = extents[name]
-                        os.posix_fadvise(file.fileno(), data + start, end - start, os.POSIX_FADV_WILLNEED)
+                    if self._file_of[name] == file_name:
+                        tensor = header.tensors[self._stored[name]]
+                        length = tensor.end - tensor.start
+                        os.posix_fadvise(file.fileno(), data + tensor.start, length, os.POSIX_FADV_WILLNEED)
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and, of each weight file, its size, header and the first 4 KiB of each tensor.
@@ -117,38 +148,55 @@ class WeightFiles:
         """
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for path in self.files:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
+            tensors = read_header(path).tensors.values()
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
             with path.open("rb") as file:
-                header = file.read(min(int.from_bytes(file.read(8), "little"), size))
-                digest.update(header)
+                start = file.read(8)
+                digest.update(file.read(int.from_bytes(start, "little")))
                 data = file.tell()
-                for start, end in sorted(_extents(path, header).values()):
-                    file.seek(data + start)
-                    digest.update(file.read(min(_SAMPLE, end - start)))
+                for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
+                    file.seek(data + tensor.start)
+                    digest.update(file.read(min(_SAMPLE, tensor.end - tensor.start)))
         return digest.hexdigest()
 
+    def _check_other_set(self, names: list[str]) -> None:
+        """FamilyError if complete shards of another content lie beside a single file: which is meant?"""
+        others = other_shards(self.folder, names)
+        if not others:
+            return
+        single = self._headers[names[0]]
+        shards = {name: read_header(self.folder / name) for name in others}
+        where = {tensor: file for file, header in shards.items() for tensor in header.tensors}
+        for name in sorted(single.tensors.keys() | where.keys()):
+            if name not in single.tensors or name not in where or not _is_same(single, shards[where[name]], name):
+                raise FamilyError(
+                    f"{self.folder}: holds two models: {names[0]}, which transformers reads, and the shards that "
+                    f"{INDEX} names, with another {name}; remove those that you do not mean"
+                )
 
-def _extents(path: Path, header: bytes) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file starts and ends, by name, from the end of its header."""
-    try:
-        table = json.loads(header)
-        found = {name: entry["data_offsets"] for name, entry in table.items() if name != "__metadata__"}
-        return {name: (start, end) for name, (start, end) in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FamilyError(f"{path}: cannot be read as safetensors (its header is no table of tensors)") from error
+
+def _files_of(folder: Path, headers: dict[str, Header], index: dict[str, str]) -> dict[str, str]:
+    """The file of each tensor, by its name there; FamilyError for one in two files, or in none that the index names."""
+    found: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.tensors:
+            if name in found:
+                raise FamilyError(f"{folder}: {name} is in {found[name]} and in {file}; which one is meant?")
+            found[name] = file
+    for name, file in index.items():
+        if found.get(name) != file:
+            raise FamilyError(
+                f"{folder}: {INDEX} says that {name} is in {file}, which does not hold it; are these files of one "
+                "download?"
+            )
+    return found
 
 
-def _locate(folder: Path) -> dict[str, str]:
-    """File name of each tensor."""
-    if (folder / _INDEX).exists():
-        try:
-            weight_map = read_json(folder / _INDEX)["weight_map"]
-            return {str(name): Path(str(file)).name for name, file in weight_map.items()}
-        except (DamagedError, KeyError, AttributeError) as error:
-            raise FamilyError(f"{folder / _INDEX}: not a safetensors index ({error})") from error
-    if (folder / _SINGLE).exists():
-        return dict.fromkeys(read_header(folder / _SINGLE).tensors, _SINGLE)
-    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    hint = f"; {pickled[0]} would have to be unpickled, which mxrot never does" if pickled else ""
-    raise FamilyError(f"{folder}: no {_SINGLE} and no {_INDEX}{hint}")
+def _is_same(one: Header, other: Header, name: str) -> bool:
+    """Have both files a tensor of that name with the same bytes?"""
+    first, second = one.tensors[name], other.tensors[name]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with interrupt_waits(), safe_open(one.path, framework="pt") as a, safe_open(other.path, framework="pt") as b:
+        bytes_of = [file.get_tensor(name).flatten().view(torch.uint8) for file in (a, b)]
+        return torch.equal(*bytes_of)

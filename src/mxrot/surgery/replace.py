@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from mxrot.formats import QTensor
 from mxrot.layers import InputTransform, QuantLinear, SiteProducts, TensorQuantizer
 from mxrot.models import Site
+
+NO_TYPES: Mapping[str, torch.dtype] = MappingProxyType({})
 
 
 def scheme_name(block_index: int, site: Site) -> str:
@@ -66,8 +70,11 @@ def install_empty_site(
                 linear.site = products
 
 
-def stored_tensors(block: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a block as a checkpoint keeps them: quantized ones as they are, all others in `dtype`."""
+def stored_tensors(
+    block: nn.Module, dtype: torch.dtype, own: Mapping[str, torch.dtype] = NO_TYPES
+) -> dict[str, Tensor]:
+    """The tensors of a block as a checkpoint keeps them: quantized ones as they are, all others in `dtype`, or in the
+    type that `own` has for their name."""
     quantized = {
         f"{name}.{parameter}" if name else parameter
         for name, module in block.named_modules()
@@ -76,5 +83,6 @@ def stored_tensors(block: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         if parameter != "bias"
     }
     return {
-        name: (value if name in quantized else value.to(dtype)).detach() for name, value in block.state_dict().items()
+        name: (value if name in quantized else value.to(own.get(name, dtype))).detach()
+        for name, value in block.state_dict().items()
     }

@@ -24,14 +24,20 @@ def shareable_scales(scales: Tensor, site: Site, heads: tuple[int, int]) -> Tens
 
 
 def fold_into_producer(
-    block: nn.Module, site: Site, weights: Weights, scales: Tensor, heads: tuple[int, int], dtype: torch.dtype
+    block: nn.Module,
+    site: Site,
+    weights: Weights,
+    scales: Tensor,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    router_dtype: torch.dtype | None = None,
 ) -> None:
     """Divide what makes the site's input by `scales` (float64 [K]) and multiply the weights of its readers.
 
     `weights` is changed in place, and the norm gain or bias in `block`. A norm gain is rounded once, to the
     checkpoint's `dtype`; the weights are multiplied by the ratio that this rounding left, so that the product
-    stays exact. So are those of a router, which are rounded to `dtype` again. ConfigError for a site whose input has
-    no such place.
+    stays exact. So are those of a router, which are rounded to `router_dtype` (`dtype`) again. ConfigError for a site
+    whose input has no such place.
     """
     if site.norm is not None:
         scales = _divide_gain(block.get_submodule(site.norm), scales, dtype, 1.0 if site.norm_adds_one else 0.0)
@@ -48,7 +54,7 @@ def fold_into_producer(
     if site.router is not None:
         router = block.get_submodule(site.router).weight
         assert isinstance(router, Tensor)
-        router.data.copy_((router.double() * scales).to(dtype))
+        router.data.copy_((router.double() * scales).to(router_dtype or dtype))
 
 
 def _divide_gain(norm: nn.Module, scales: Tensor, dtype: torch.dtype, added: float) -> Tensor:

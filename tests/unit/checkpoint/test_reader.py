@@ -219,7 +219,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
         ),
         "recipe.toml",
     ),
-    "broken index": (write_text("model.safetensors.index.json", "[]"), "not a safetensors index"),
+    "broken index": (write_text("model.safetensors.index.json", "[]"), "index.json: expected a JSON object"),
     "index that names another file": (
         edit_json(
             "model.safetensors.index.json", lambda x: x["weight_map"].update({f"{DOWN}.weight_scale": "no.safetensors"})
