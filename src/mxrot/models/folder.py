@@ -45,6 +45,11 @@ def weight_map(folder: Path) -> tuple[list[str], dict[str, str]]:
     return sorted(set(index.values())), index
 
 
+def has_no_weights(folder: Path) -> bool:
+    """Is there a config and nothing else, as where a model is only planned? Not so for weights that cannot be read."""
+    return not any((folder / name).is_file() for name in (SINGLE, INDEX, ADAPTER)) and not _what_else(folder)
+
+
 def other_shards(folder: Path, files: list[str]) -> list[str]:
     """The shards of an index that lies beside `files`, where they are all there and others: a second set of weights."""
     if INDEX in files or not (folder / INDEX).is_file():

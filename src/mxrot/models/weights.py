@@ -77,6 +77,11 @@ class WeightFiles:
             raise FamilyError(f"{name}: stored as {stored}; expected one of {', '.join(DTYPES)}")
         return DTYPES[stored]
 
+    @property
+    def holds_weights(self) -> bool:
+        """Is any tensor in one of DTYPES?"""
+        return any(self.stored_as(name) in DTYPES for name in self.names)
+
     def dtype_of_most(self) -> torch.dtype:
         """The type in which most of the weights are stored; FamilyError if none is in one of DTYPES."""
         counts: Counter[str] = Counter()

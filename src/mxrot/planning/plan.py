@@ -16,7 +16,8 @@ from mxrot.checkpoint import check_exportable
 from mxrot.checks import find_problems, free_memory, memory_problem
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.layers import ModelSize
-from mxrot.models import Family, build_skeleton, find_family, read_config
+from mxrot.models import Family, WeightFiles, build_skeleton, check_depth, find_family, read_config
+from mxrot.models.folder import has_no_weights
 from mxrot.planning.memory import MemoryEstimate, Run, estimate_host_memory, estimate_memory, gigabytes
 from mxrot.planning.rates import measure_rates
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
@@ -119,6 +120,7 @@ def make_plan(
 ) -> Plan:
     """Plan from a config.json, or a folder with one; no weight is read. The time is measured unless it is refused.
 
+    Where weights lie in the folder, their headers are looked at, and what `quantize` would refuse in them is refused.
     FamilyError where there is no config that can be read. `samples` and `seq_len` replace the recipe's windows.
     """
     config = read_config(config_path)
@@ -133,13 +135,16 @@ def make_plan(
     is_written = not problems
     try:
         family = find_family(config, model)
+        files = _files_beside(config_path)
+        if files is not None:
+            check_depth(files, family, config)
         started = time.perf_counter()
         skeleton = build_skeleton(config)
         building = time.perf_counter() - started
+        stored, warnings = _stored_dtype(config, files)
     except FamilyError as error:
         return replace(plan, problems=[*problems, str(error)])
-    stored, warnings = _stored_dtype(config)
-    problems += _summarized(list(find_problems(skeleton, family, recipe, model)), family)
+    problems += _summarized(list(find_problems(skeleton, family, recipe, model, files)), family)
     problems += _memory_problems(skeleton, recipe, stored, machine)
     try:
         shape = ModelShape.of(skeleton, family, recipe.ignore)
@@ -171,8 +176,15 @@ def _needs(run: Run) -> Needs:
     return Needs(estimate_memory(run), estimate_memory(on_gpu), estimate_host_memory(on_gpu), kept)
 
 
-def _stored_dtype(config: Any) -> tuple[torch.dtype, list[str]]:
-    """The type of the weights, as the config says, and a remark where it does not."""
+def _files_beside(config_path: Path) -> WeightFiles | None:
+    """The weights of a folder; None for a file, and for a folder that has only a config."""
+    return WeightFiles(config_path) if config_path.is_dir() and not has_no_weights(config_path) else None
+
+
+def _stored_dtype(config: Any, files: WeightFiles | None) -> tuple[torch.dtype, list[str]]:
+    """The type of the weights, as the files or else the config says, and a remark where neither does."""
+    if files is not None and files.holds_weights:
+        return files.dtype_of_most(), []
     named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     found = getattr(torch, named, None) if isinstance(named, str) else named
     if isinstance(found, torch.dtype):
