@@ -10,10 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_original
 from mxrot.checkpoint import is_checkpoint, load
+from mxrot.documents import check_is_here
 from mxrot.errors import FamilyError
 from mxrot.models import WeightFiles, find_family, find_model, quantized_by, read_config, read_generation_config
 from mxrot.models.folder import weight_map
 
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Files of which a tokenizer needs one. Without any, transformers makes an empty one for some families."""
 _REPORTED = {
     "missing_keys": "transformers finds no such tensor and would make one of random numbers",
     "mismatched_keys": "this tensor has another shape than the config says",
@@ -32,11 +35,28 @@ def base_name(model: str, folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; FamilyError if there is none."""
+    """The tokenizer of a model folder; FamilyError, with what to do, if there is none, or none that can be read."""
+    found = [path for pattern in _VOCABULARIES for path in sorted(folder.glob(pattern))]
+    if not found:
+        raise FamilyError(
+            f"{folder}: has no tokenizer; expected tokenizer.json, tokenizer.model, or vocab.json and merges.txt: copy "
+            "them and tokenizer_config.json from the model that this one was made from"
+        )
+    for path in (*found, *sorted(folder.glob("*token*.json"))):
+        check_is_here(path)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FamilyError(f"{folder}: no tokenizer that transformers reads: {str(error).splitlines()[0]}") from error
+    except ImportError as error:
+        needed = "pip install sentencepiece protobuf" if found[0].suffix == ".model" else "install what it names"
+        raise FamilyError(
+            f"{folder}: its tokenizer ({found[0].name}) needs a package that is missing here ({first_line(error)}); "
+            f"{needed}, or save it as tokenizer.json"
+        ) from error
+    except Exception as error:  # of the tokenizers library, which raises Exception itself, and of many parsers
+        raise FamilyError(
+            f"{folder}: transformers cannot read its tokenizer ({', '.join(path.name for path in found)}): "
+            f"{first_line(error)}; copy tokenizer.json and tokenizer_config.json from the original again"
+        ) from error
 
 
 def open_model(name: str | Path, device: str | None = None, verify: bool = False) -> tuple[PreTrainedModel, Path]:
@@ -70,7 +90,7 @@ def _opened_by_transformers(folder: Path, name: str, device: torch.device) -> Pr
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise FamilyError(f"{name}: transformers cannot load it: {_first_line(error)}") from error
+        raise FamilyError(f"{name}: transformers cannot load it: {first_line(error)}") from error
     for key, said in _REPORTED.items():
         found = sorted(str(item if isinstance(item, str) else item[0]) for item in report[key])
         if found:
@@ -80,5 +100,6 @@ def _opened_by_transformers(folder: Path, name: str, device: torch.device) -> Pr
     return opened
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another package says, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
