@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from mxrot.errors import FamilyError
 from mxrot.models.demo import demo_folder
+from mxrot.models.folder import check_folder
 
 DEMO = "demo"
 _WANTED = [
@@ -30,7 +31,7 @@ def find_model(name: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise FamilyError(f"{name}: is a file; expected a model folder, a hub id, or `demo`")
+        check_folder(path)
     return _from_hub(name, lambda: snapshot_download(name, allow_patterns=_WANTED))
 
 
@@ -42,8 +43,10 @@ def find_config(name: str) -> Path:
     path = Path(name).expanduser()
     if name == DEMO or path.is_dir():
         return find_model(name)
-    if path.is_file():
+    if path.suffix == ".json" and path.is_file():
         return path
+    if path.exists():
+        check_folder(path)
     return _from_hub(name, lambda: hf_hub_download(name, "config.json"))
 
 

@@ -231,7 +231,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
             "model.safetensors.index.json",
             lambda x: x["weight_map"].update({f"{DOWN}.weight_scale": SHARD.replace("2-of", "3-of")}),
         ),
-        f"cannot be read as safetensors .*{DOWN}.weight_scale",
+        f"{DOWN}.weight_scale is in .*, which does not hold it",
     ),
     "broken generation_config.json": (
         write_text("generation_config.json", "{"),

@@ -29,7 +29,7 @@ def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text("")
-    with pytest.raises(FamilyError, match=r"model.gguf: is a file; expected a model folder, a hub id, or `demo`$"):
+    with pytest.raises(FamilyError, match=r"model.gguf: is a file; GGUF files are for llama.cpp"):
         find_model(str(tmp_path / "model.gguf"))
 
 
