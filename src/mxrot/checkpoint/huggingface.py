@@ -32,7 +32,7 @@ from mxrot.checkpoint.config import (
 )
 from mxrot.errors import CheckpointError, ConfigError
 from mxrot.formats import FORMATS, Format
-from mxrot.layers import TensorQuantizer, prepare_linears, sites_of
+from mxrot.layers import TensorQuantizer, prepare_on_gpus, sites_of
 from mxrot.models import Site, check_linears, find_family, needed_attention, separate_experts
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe, load_recipe
 from mxrot.surgery import install_empty_site, scheme_name
@@ -124,6 +124,21 @@ class OnLoadQuantizer(_Quantizer):
 
     quantization_config: MxrotConfig
 
+    def validate_environment(self, *_: Any, device_map: Any = None, **options: Any) -> None:
+        """ConfigError unless the whole model will be on one device; called again with what "auto" stands for."""
+        if isinstance(device_map, dict):
+            places = set(device_map.values())  # as transformers does it, which spreads a model over 0 and "cuda:0", too
+            if len(places) > 1 or places & {"disk", "meta", torch.device("meta")}:
+                raise ConfigError(
+                    f"device_map: a model that is quantized while it is loaded must be on one device, got "
+                    f"{', '.join(sorted(map(str, places)))}; quantize it into a folder "
+                    "(mxrot.quantize(..., output=DIR)), which loads with any device_map"
+                )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        find_family(model.config, model.name_or_path or "the model")
+        return model
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         quantize_in_place(model, self.quantization_config.recipe)
         return model
@@ -147,8 +162,7 @@ class MxrotQuantizer(_Quantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-        if model.device.type == "cuda":
-            prepare_linears(model, fast=self.quantization_config.table[MARKER].get("accumulation") == "fast")
+        prepare_on_gpus(model, fast=self.quantization_config.table[MARKER].get("accumulation") == "fast")
         return model
 
 

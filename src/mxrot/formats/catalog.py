@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 from mxrot.errors import ConfigError
 from mxrot.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT8, UINT4, Element
@@ -23,6 +24,10 @@ class Format:
     """Scale rules that make sense for it; the first is the default."""
     compressed_tensors: str | None = None
     """Name of its layout in compressed-tensors checkpoints, where mxrot writes one."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickled and copied by its name, as what stands in FORMATS: an element's NaN would not equal its copy."""
+        return (get_format, (self.name,)) if FORMATS.get(self.name) is self else super().__reduce_ex__(protocol)
 
     @property
     def bits_per_element(self) -> float:

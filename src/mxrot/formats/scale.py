@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -92,6 +93,10 @@ class ScaleRule(ABC):
     def is_power_of_two(self) -> bool:
         """Is every scale a power of two?"""
         return False
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickled and copied by its name, as what stands in RULES."""
+        return (get_rule, (self.name,)) if RULES.get(self.name) is self else super().__reduce_ex__(protocol)
 
     @abstractmethod
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
@@ -238,7 +243,7 @@ class MinMaxRule(ScaleRule):
         return BlockScales(stored, scale_type, zero_points=zero_points.nan_to_num().to(torch.uint8))
 
 
-# Functions with a name, so that a rule, and with it a model, can be pickled.
+# Functions with a name: a rule that does not stand in RULES can be pickled, too.
 def _never_raises(element: Element, whole: int = _WHOLE) -> int:
     return whole
 

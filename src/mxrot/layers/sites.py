@@ -16,10 +16,21 @@ def prepare_linears(model: nn.Module, keeps_lifted: bool = False, fast: bool = F
     A site whose weights are not all on one device (or on none, where they are offloaded) stays as it is.
     """
     for linears in sites_of(model):
-        for linear in linears:
-            linear.fast = fast
-        if is_in_one_place(linears):
-            prepare_site(linears, keeps_lifted)
+        _prepare(linears, keeps_lifted, fast)
+
+
+def prepare_on_gpus(model: nn.Module, keeps_lifted: bool = False, fast: bool = False) -> None:
+    """The same for the sites that are on a GPU, of a model that may be spread over devices."""
+    for linears in sites_of(model):
+        if linears[0].weight_packed.is_cuda:
+            _prepare(linears, keeps_lifted, fast)
+
+
+def _prepare(linears: Sequence[QuantLinear], keeps_lifted: bool, fast: bool) -> None:
+    for linear in linears:
+        linear.fast = fast
+    if is_in_one_place(linears):
+        prepare_site(linears, keeps_lifted)
 
 
 def sites_of(model: nn.Module) -> Iterator[Sequence[QuantLinear]]:
