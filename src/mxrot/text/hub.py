@@ -27,12 +27,15 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 """Data sets with a short name, and what they are read with."""
 
+_BETWEEN = re.compile(r":(?![^\[]*\])")
+"""A colon that is not in the brackets of a piece of a split, as in train[:1000]."""
+_LONGEST_ID = 300
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:.*)?", re.DOTALL)
 
 
 def looks_like_id(place: str) -> bool:
     """May it be NAME[:CONFIG[:SPLIT[:COLUMN]]]?"""
-    return _ID.fullmatch(place) is not None and not place.startswith((".", "-"))
+    return _ID.fullmatch(place) is not None and not place.startswith((".", "-")) and len(place) <= _LONGEST_ID
 
 
 def read_hub(place: str, role: Role) -> tuple[list[Document], Origin]:
@@ -44,9 +47,10 @@ def read_hub(place: str, role: Role) -> tuple[list[Document], Origin]:
         options = dict(KNOWN[place])
         split, column = options.pop("splits")[role], "text"
     else:
-        if place.count(":") > 3:
+        parts = _BETWEEN.split(place)
+        if len(parts) > 4:
             raise ConfigError(f"{place}: expected NAME[:CONFIG[:SPLIT[:COLUMN]]]")
-        path, config, split, column = (place.split(":") + [""] * 3)[:4]
+        path, config, split, column = parts + [""] * (4 - len(parts))
         options = {"path": path} | ({"name": config} if config else {})
     loaded = _loaded(place, options | ({"split": split} if split else {}))
     if isinstance(loaded, dict):  # by split, also as datasets.DatasetDict

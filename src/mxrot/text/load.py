@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from mxrot.errors import DataError
-from mxrot.text.contents import check_regular
+from mxrot.text.contents import check_regular, unpacked_name
 from mxrot.text.demo import demo_text
 from mxrot.text.document import Document, Origin, Text
 from mxrot.text.files import is_known, read_file, read_folder
@@ -58,6 +58,8 @@ def _read(spec: Spec, role: Role) -> tuple[list[Document], Origin]:
             return read_folder(path, role, spec.column)
         check_regular(path)
         return read_file(path, spec.column)
+    if "://" in place:
+        raise DataError(f"{place}: is a web address; download it, and name the file")
     known = [DEMO, *KNOWN]
     if place not in KNOWN:
         near = get_close_matches(place, known, 1, 0.7)
@@ -72,4 +74,4 @@ def _own_name(place: str) -> str:
     if not exists(place):
         return place
     path = Path(place).expanduser()
-    return path.name if path.is_dir() else path.stem
+    return path.name if path.is_dir() else Path(unpacked_name(path)).stem

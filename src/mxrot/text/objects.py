@@ -124,7 +124,7 @@ def _rows(source: Any, name: str) -> list[Any]:
     if isinstance(source, Mapping) or looks_like_messages(source) or _is_ids(source):
         return [source]
     if _is_array(source):
-        return [_whole(torch.as_tensor(source), name)] if source.ndim == 1 else [_bad_shape(source, name)]
+        return [_whole(torch.as_tensor(source), name).tolist()] if source.ndim == 1 else [_bad_shape(source, name)]
     if hasattr(source, "to_pylist"):  # pyarrow.Table
         return list(source.to_pylist())
     if hasattr(source, "to_dict") and hasattr(source, "iloc"):  # pandas.DataFrame

@@ -26,8 +26,7 @@ def read_json(data: bytes, path: Path, column: str | None = None) -> Table:
         if whole is not None:
             rows = [whole] if looks_like_messages(whole) else whole
             return Table(str(path), rows, kind=path.suffix)
-    first_line = start.split("\n", 1)[0]
-    if start.startswith("{") and not _is_json(first_line):
+    if start.startswith("{"):
         whole = _parsed_whole(content, path)
         if isinstance(whole, dict):
             return Table(str(path), _rows_of_object(whole, column), kind=path.suffix)
