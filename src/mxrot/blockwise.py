@@ -18,11 +18,15 @@ from mxrot.calibration import BlockInputs, advance, finish_child
 from mxrot.hessian import OriginalBlock
 from mxrot.mixture import quantize_experts, smooth_experts
 from mxrot.models import Family, Site, WeightFiles, fill, read_block
+from mxrot.progress import Progress, part_of, silent
 from mxrot.records import BlockReport, LinearReport
 from mxrot.sitewise import BlockRun, Part, quantize_site, smooth_sites, smoothed_sites
 from mxrot.surgery import Weights, stored_tensors
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, tune_block
+
+TUNING_SHARE = 0.8
+"""Of the time for a block that is tuned by itself, about."""
 
 
 def quantize_block(
@@ -32,11 +36,12 @@ def quantize_block(
     files: WeightFiles,
     inputs: BlockInputs | None,
     originals: BlockInputs | None,
+    progress: Progress = silent,
 ) -> BlockReport:
     """Load one block, and quantize its sites one after the other.
 
     `originals` are the block's inputs in the original model, which are replaced by its outputs there, if another block
-    follows; None where neither rounding nor tuning asks for them.
+    follows; None where neither rounding nor tuning asks for them. `progress` is told weights, of those of the block.
     """
     started = time.monotonic()
     prefix = run.family.block_prefix(index)
@@ -56,20 +61,24 @@ def quantize_block(
     reports: list[LinearReport] = []
     few_tokens: dict[str, int] = {}
     of_experts = [site for site in sites if site.is_of_experts]
+    rounding = progress
+    if run.recipe.tunes_blocks:
+        rounding = part_of(progress, 0, 1 - TUNING_SHARE, 1)
+    told = _by_weights(rounding, prefix, weights, sites)
     for position, site in enumerate(sites[: len(sites) - len(of_experts)]):
         finished = _children_of([site]) - _children_of(sites[position + 1 :])
         if originals is not None:
             originals.known |= {name: {} for name in finished - originals.known.keys()}
         if inputs is not None:
             inputs.last_linear = site.linears[0] if finished and len(site.linears) == 1 else None
-        reports += quantize_site(run, part, site, scales.get(site.name))
+        reports += quantize_site(run, part, site, scales.get(site.name), told[site.name])
         if inputs is not None:
             inputs.known |= {name: {} for name in finished - inputs.known.keys()}
             finish_child(block, inputs)
     if run.family.experts is not None and of_experts:
-        found, few_tokens = quantize_experts(run, part, run.family.experts.place, of_experts, scales)
+        found, few_tokens = quantize_experts(run, part, run.family.experts.place, of_experts, scales, told)
         reports += found
-    checks = _tune(run, index, block, sites, inputs, original)
+    checks = _tune(run, index, block, sites, inputs, original, part_of(progress, 1 - TUNING_SHARE, TUNING_SHARE, 1))
     if original is not None and not run.is_last(index):
         advance(original.block, original.inputs, f"{prefix} of the original model")
     return BlockReport(index, round(time.monotonic() - started, 3), reports, checks, few_tokens)
@@ -82,6 +91,7 @@ def _tune(
     sites: Sequence[Site],
     inputs: BlockInputs | None,
     original: OriginalBlock | None,
+    progress: Progress,
 ) -> list[Check] | None:
     """Tune the whole block, where the recipe says so; the losses."""
     tuning = run.recipe.tuning
@@ -91,7 +101,17 @@ def _tune(
     inputs.known = {}
     name = run.family.block_prefix(index)
     generator = generator_for(run.seed, f"{name} tuning")
-    return tune_block(block, inputs, original.block, original.inputs, sites, tuning, generator, name)
+    return tune_block(block, inputs, original.block, original.inputs, sites, tuning, generator, name, progress)
+
+
+def _by_weights(progress: Progress, prefix: str, weights: Weights, sites: Sequence[Site]) -> dict[str, Progress]:
+    """For each site, by its name, what it tells of itself; its share of the work is that of its weights."""
+    sizes = [sum(weights[linear].numel() for linear in site.linears) for site in sites]
+    begins = [sum(sizes[:position]) for position in range(len(sites))]
+    return {
+        site.name: part_of(progress, begin, size, sum(sizes))
+        for site, begin, size in zip(sites, begins, sizes, strict=True)
+    }
 
 
 def _children_of(sites: Sequence[Site]) -> frozenset[str]:

@@ -10,7 +10,7 @@ inputs is calibrated on all tokens of the block, as if each were sent to it, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from mxrot.calibration import Routing, RowSample
 from mxrot.hessian import OriginalBlock
 from mxrot.models import Site
+from mxrot.progress import Progress
 from mxrot.records import LinearReport
 from mxrot.sitewise import (
     ERROR_ROWS,
@@ -94,26 +95,38 @@ def smooth_experts(run: BlockRun, block: Part, experts: str, sites: Sequence[Sit
 
 
 def quantize_experts(
-    run: BlockRun, block: Part, experts: str, sites: Sequence[Site], scales: dict[str, Tensor]
+    run: BlockRun,
+    block: Part,
+    experts: str,
+    sites: Sequence[Site],
+    scales: dict[str, Tensor],
+    told: Mapping[str, Progress],
 ) -> tuple[list[LinearReport], dict[str, int]]:
-    """Quantize the sites of the module `experts`; the experts with few tokens, and how many they got."""
+    """Quantize the sites of the module `experts`; the experts with few tokens, and how many they got.
+
+    `told` is told how far each site is, by the site's name.
+    """
     mixture = Mixture.of(block, experts)
     reports = []
     for site in sites:
         if site.expert is None:
-            reports += _quantize_shared(run, mixture, site, scales.get(site.name))
+            reports += _quantize_shared(run, mixture, site, scales.get(site.name), told[site.name])
         else:
             part = mixture.part(site.expert)
-            reports += quantize_site(run, part, _inside(site, site.expert), scales.get(site.name))
+            reports += quantize_site(run, part, _inside(site, site.expert), scales.get(site.name), told[site.name])
     return reports, mixture.few_tokens(sorted({x for site in sites for x in _experts_of(site)}, key=_number))
 
 
-def _quantize_shared(run: BlockRun, mixture: Mixture, site: Site, scales: Tensor | None) -> list[LinearReport]:
+def _quantize_shared(
+    run: BlockRun, mixture: Mixture, site: Site, scales: Tensor | None, progress: Progress
+) -> list[LinearReport]:
     """Quantize a site that all experts have a part of: one transform, each rounded for its own tokens."""
     rows = RowSample(ERROR_ROWS)
     transform = fit_transform(run, mixture.block, site, scales, rows)
     rounded: dict[str, RoundedLinear] = {}
-    for expert in _experts_of(site):
+    experts = _experts_of(site)
+    for position, expert in enumerate(experts):
+        progress(position, len(experts), f"{mixture.block.name}.{expert}")
         found = round_site(run, mixture.part(expert), _inside(site, expert), transform)
         rounded |= {f"{expert}.{name}": linear for name, linear in found.items()}
     return install_rounded(run, mixture.block, site, transform, rounded, rows)

@@ -37,7 +37,7 @@ from mxrot.models import (
     read_generation_config,
     score_heads,
 )
-from mxrot.progress import Progress, silent
+from mxrot.progress import Progress, part_of, silent
 from mxrot.recipe import Recipe
 from mxrot.records import BlockReport, RunRecord, device_name, versions
 from mxrot.sitewise import BlockRun
@@ -125,9 +125,10 @@ def quantize(
     if windows is not None and recipe.calibration.generated:
         written = store.load_windows("calibration") if store else None
         if written is None:
-            progress(0, 1, "generating calibration text")
+            progress(0, 1, "opening the model that writes text to be calibrated on")
             original = load_original(config, family, files, run.dtype, device)
-            written = with_generated(original, windows, given, recipe.calibration.generated, seed, "calibration")
+            each = recipe.calibration.generated
+            written = with_generated(original, windows, given, each, seed, "calibration", progress=progress)
             del original
             if store is not None:
                 store.save_windows("calibration", written)
@@ -145,12 +146,13 @@ def quantize(
             originals = inputs.another()
     blocks = list(model.get_submodule(family.blocks).children())
     for index, block in enumerate(blocks):
-        progress(index, len(blocks), family.block_prefix(index))
+        told = part_of(progress, index, 1, len(blocks))
+        told(0, 1, family.block_prefix(index))
         finished = store.load(index) if store and not recipe.tunes_network else None
         files.will_need(family.block_prefix(index + 1))
         with named_failures(family.block_prefix(index)):
             if finished is None:
-                report = quantize_block(run, index, block, files, inputs, originals)
+                report = quantize_block(run, index, block, files, inputs, originals, told)
             else:
                 tensors, report = finished
                 if originals is not None and not run.is_last(index):
@@ -196,12 +198,13 @@ def _tune_network(
     """Distill the original model into the quantized one; the losses. `given` of the windows came from the text."""
     options = run.recipe.tuning
     assert options is not None
+    progress(0, 1, "opening the original model")
     original = load_original(run.config, run.family, files, run.dtype, run.device)
     if options.generated:
         written = store.load_windows("tuning") if store else None
         if written is None:
-            progress(0, 1, "generating text to tune on")
-            written = with_generated(original, windows, given, options.generated, run.seed, "tuning", options.prompted)
+            each, prompted = options.generated, options.prompted
+            written = with_generated(original, windows, given, each, run.seed, "tuning", prompted, progress)
             if store is not None:
                 store.save_windows("tuning", written)
         windows = written
@@ -220,6 +223,7 @@ def with_generated(
     seed: int,
     purpose: str,
     prompted: float = 0.0,
+    progress: Progress = silent,
 ) -> Tensor:
     """`windows` [W, T], and after them what `original` writes: `each` windows for every one of the `given`.
 
@@ -227,7 +231,7 @@ def with_generated(
     """
     generator = generator_for(seed, f"windows for {purpose}")
     count = windows_to_write(each, given)
-    written = generated_windows(original, count, windows.shape[1], generator, windows[:given], prompted)
+    written = generated_windows(original, count, windows.shape[1], generator, windows[:given], prompted, progress)
     return torch.cat([windows, written])
 
 

@@ -155,8 +155,12 @@ class Recipe:
     @property
     def looks_at_original(self) -> bool:
         """Must the original model run beside the quantized one, block by block?"""
-        tunes_blocks = self.tuning is not None and self.tuning.scope == "block"
-        return tunes_blocks or self.rounding.wishes.target != "own"
+        return self.tunes_blocks or self.rounding.wishes.target != "own"
+
+    @property
+    def tunes_blocks(self) -> bool:
+        """Is each block tuned by itself?"""
+        return self.tuning is not None and self.tuning.scope == "block"
 
     @property
     def tunes_network(self) -> bool:

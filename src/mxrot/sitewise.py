@@ -24,6 +24,7 @@ from mxrot.formats import QTensor
 from mxrot.hessian import OriginalBlock, SiteInputs, watched_modules
 from mxrot.layers import QuantLinear, TensorQuantizer
 from mxrot.models import Family, Site, value_heads
+from mxrot.progress import Progress, silent
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.records import LinearReport
 from mxrot.replay import Replays
@@ -145,10 +146,15 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
     return found
 
 
-def quantize_site(run: BlockRun, part: Part, site: Site, scales: Tensor | None) -> list[LinearReport]:
+def quantize_site(
+    run: BlockRun, part: Part, site: Site, scales: Tensor | None, progress: Progress = silent
+) -> list[LinearReport]:
     """Fit the site's transform, round its weights, and put quantized linears in place."""
+    name = f"{part.name}.{site.linears[0]}"
     rows = RowSample(ERROR_ROWS)
+    progress(0, 5, name)
     transform = fit_transform(run, part, site, scales, rows)
+    progress(1, 5, name)  # with GPTQ most of the time goes into rounding, and the statistics for it
     return install_rounded(run, part, site, transform, round_site(run, part, site, transform), rows)
 
 

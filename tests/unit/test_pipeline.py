@@ -123,9 +123,9 @@ def test_a_block_sees_the_outputs_of_quantized_blocks(
     seen: dict[int, list[Tensor]] = {}
     original = pipeline.quantize_block
 
-    def spy(run: Any, index: int, block: nn.Module, files: WeightFiles, inputs: Any, originals: Any) -> BlockReport:
+    def spy(run: Any, index: int, block: nn.Module, files: WeightFiles, inputs: Any, *more: Any) -> BlockReport:
         seen[index] = [hidden.clone() for hidden in inputs.hidden]
-        return original(run, index, block, files, inputs, originals)
+        return original(run, index, block, files, inputs, *more)
 
     monkeypatch.setattr(pipeline, "quantize_block", spy)
     model = model_of(source, chosen)
@@ -172,9 +172,16 @@ def test_sites_are_taken_in_order(source: Path) -> None:
 
 
 def test_progress(source: Path) -> None:
-    told: list[tuple[int, int, str]] = []
+    """Between two blocks each site tells of its steps; none tells that the block is done, which is not kept yet."""
+    told: list[tuple[float, int, str]] = []
     quantize(source, recipe("rtn"), progress=lambda *news: told.append(news))
-    assert told == [(0, 2, "model.layers.0"), (1, 2, "model.layers.1"), (2, 2, "done")]
+    blocks = [(0, 2, "model.layers.0"), (1, 2, "model.layers.1"), (2, 2, "done")]
+    assert [each for each in told if each in blocks] == blocks
+    assert [each[0] for each in told] == sorted(each[0] for each in told)
+    within = [each for each in told if 0 < each[0] < 1]
+    assert {each[2] for each in within} == {f"model.layers.0.{site.linears[0]}" for site in LLAMA.sites}
+    last = LLAMA.sites[-1].linears[0], 64 * 96, 4 * 64 * 64 + 3 * 64 * 96 - 2 * 32 * 64
+    assert within[-1] == (pytest.approx(1 - last[1] / last[2] * 4 / 5), 2, f"model.layers.0.{last[0]}")
 
 
 def test_windows_in_several_batches_are_all_seen(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,10 +336,12 @@ def test_one_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, re
         pipeline, "build_skeleton", lambda config: (store.model.append(original(config)), store.model[0])[1]
     )
 
-    def progress(done: int, total: int, what: str) -> None:
+    def progress(done: float, total: int, what: str) -> None:
+        if what.count(".") > 2:
+            return  # within a block
         assert full_blocks(store.model[0]) == []
         read = {name.split(".")[2] for name in reads if name.startswith("model.layers.")}
-        assert read == {str(index) for index in range(done)}
+        assert read == {str(index) for index in range(int(done))}
 
     result = quantize(source, chosen, windows=windows_for(chosen), store=store, progress=progress)
     assert result.model is None

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from mxrot.models import Family, find_family, shared_heads, start_token, step_mask, value_heads
+from mxrot.progress import Progress, part_of, silent
 from mxrot.replay import Replays
 
 SEQUENCE_TOKENS = 256
@@ -35,6 +36,8 @@ LARGE_MODEL_BYTES, CACHE_BESIDE_IT = 4e9, 4e9
 SEQUENCES_AT_ONCE = 4096
 STRIDE = 64
 """Attention looks at so many positions more whenever those it looked at are full."""
+TELL_TOKENS = 16
+"""Of each sequence, between two words on how far the writing is."""
 
 
 class FixedCache(Cache):
@@ -77,13 +80,14 @@ def generated_windows(
     generator: torch.Generator,
     text: Tensor | None = None,
     prompted: float = 0.0,
+    progress: Progress = silent,
 ) -> Tensor:
     """`count` windows of `length` tokens, int64 [count, length] on the CPU.
 
     A share `prompted` of the sequences goes on from PROMPT_TOKENS tokens at a random place of `text`, int64 [W, T]; the
     others from one random token. Those and the seed of the sampling come from `generator`; other random states are
     left as they are. No sequence ends early: the end-of-text token is not sampled. Where texts for this model must
-    start with one token, all sequences do.
+    start with one token, all sequences do. `progress` is told tokens.
     """
     config = model.config.get_text_config()
     tokens = min(SEQUENCE_TOKENS, length)
@@ -99,11 +103,24 @@ def generated_windows(
     if begin is not None:
         starts = F.pad(starts, (1, 0), value=begin)
     with shared_heads(model):
-        parts = [
-            torch.stack(list(_sequences(model, part.to(model.device), tokens, draws)), dim=1).cpu()
-            for part in starts.split(sequences_at_once(model, tokens))
-        ]
+        parts: list[Tensor] = []
+        begun = 0
+        for part in starts.split(sequences_at_once(model, tokens)):
+            told = part_of(progress, begun, len(part) * tokens, sequences * tokens)
+            columns = _counted(_sequences(model, part.to(model.device), tokens, draws), tokens, told)
+            parts.append(torch.stack(list(columns), dim=1).cpu())
+            begun += len(part) * tokens
     return torch.cat(parts).flatten()[: count * length].view(count, length)
+
+
+def _counted(columns: Iterator[Tensor], tokens: int, progress: Progress) -> Iterator[Tensor]:
+    """The same, and every TELL_TOKENS tokens a word on how many there are."""
+    for position, column in enumerate(columns):
+        if position % TELL_TOKENS == 0:
+            column[:1].tolist()  # waits for a GPU, which would be told far too much about otherwise
+            progress(position, tokens, "tokens that the model writes")
+        yield column
+    progress(tokens, tokens, "tokens that the model writes")
 
 
 def _with_prompts(first: Tensor, text: Tensor, count: int, longest: int, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ from mxrot.report.html import page
 from mxrot.report.metrics import metrics_of, read_results
 from mxrot.report.plans import plan_report
 from mxrot.report.plots import pictures
-from mxrot.report.progress import progress_on_stderr
+from mxrot.report.progress import ProgressOption, progress_on_stderr, shown_progress
 from mxrot.report.tables import (
     ComparedRow,
     choices_table,
@@ -27,6 +27,7 @@ from mxrot.report.vllm import print_vllm_report
 __all__ = [
     "ComparedRow",
     "Contents",
+    "ProgressOption",
     "check_matplotlib",
     "choices_table",
     "compared_tasks_table",
@@ -43,6 +44,7 @@ __all__ = [
     "print_vllm_report",
     "progress_on_stderr",
     "read_results",
+    "shown_progress",
     "size_line",
     "tasks_table",
     "text_lines",

@@ -1,71 +1,184 @@
-"""Progress of long work, on standard error: a bar with the time to go, or on no terminal a line now and then.
+"""Progress of long work, on standard error: a bar with the time to go, on no terminal a line now and then, and in a
+notebook a line that changes.
 
 Work has phases, each with its own total. A phase begins where the count goes back or the total changes; the
-time to go is that of the phase.
+time to go is that of the phase. Work that says nothing for a while, as the opening of a model, still shows that it
+goes on.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
-from mxrot.progress import Progress
+from mxrot.progress import Progress, silent
+from mxrot.report.pace import Pace, duration
 
 SECONDS_BETWEEN_LINES = 5.0
+SHARE_BETWEEN_LINES = 0.05
+"""Of the time that has passed: the log of hours has hundreds of lines, not thousands."""
+MOST_BETWEEN_LINES = 60.0
+SECONDS_BETWEEN_CHANGES = 0.5
+"""Of a line in a notebook."""
+
+Place = Literal["terminal", "notebook", "file"]
+ProgressOption = Progress | bool | None
+"""What functions take for `progress`: a function to be told, True to show it on standard error, False for silence.
+None shows it where somebody watches: in a notebook and at Python's prompt, and not in a script."""
+
+
+@contextmanager
+def shown_progress(progress: ProgressOption, title: str) -> Iterator[Progress]:
+    """Yields the function to be told that a ProgressOption means."""
+    if callable(progress):
+        yield progress
+    elif progress or (progress is None and _is_watched()):
+        with progress_on_stderr(title) as told:
+            yield told
+    else:
+        yield silent
 
 
 @contextmanager
 def progress_on_stderr(title: str) -> Iterator[Progress]:
     """Yields a function to be told (done, total, what)."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _line_printer(title)
+    place = _place()
+    if place == "terminal":
+        with _bar(Console(stderr=True), title) as told:
+            yield told
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with rich.progress.Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        yield _bar_mover(bar, title)
+    lines = _Lines(title, place)
+    try:
+        yield lines.told
+    finally:
+        lines.end()
 
 
-def _bar_mover(bar: rich.progress.Progress, title: str) -> Progress:
+@contextmanager
+def _bar(console: Console, title: str) -> Iterator[Progress]:
+    """A bar that is gone at the end."""
+    pace = Pace(time.monotonic())
+    columns = (
+        rich.progress.TextColumn(
+            "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
+        ),
+        rich.progress.BarColumn(bar_width=20),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        _TimeToGo(pace),
+    )
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+        yield _bar_mover(bar, title, pace)
+
+
+class _TimeToGo(rich.progress.ProgressColumn):
+    """rich's own forgets what was done more than half a minute ago, and blocks may take minutes."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: rich.progress.Task) -> Text:
+        left = self._pace.seconds_to_go(time.monotonic())
+        return Text("" if left is None else f"{duration(left)} to go", style="progress.remaining")
+
+
+def _bar_mover(bar: rich.progress.Progress, title: str, pace: Pace) -> Progress:
     task = bar.add_task(title, total=None)
-    last = (0.0, 0)
 
     def told(done: float, total: int, what: str) -> None:
-        nonlocal last
-        if _is_new_phase(last, (done, total)):
-            bar.reset(task, total=total)
-        last = (done, total)
+        begun = pace.begun
+        pace.tell(time.monotonic(), done, total, what)
+        if pace.begun != begun:
+            bar.reset(task)
+        bar.tasks[0].total = None if pace.is_one_step else total
         bar.update(task, completed=done, description=f"{title}: {what}" if what else title)
 
     return told
 
 
-def _line_printer(title: str) -> Progress:
-    """The first call prints, and then the first one after each SECONDS_BETWEEN_LINES."""
-    last = (0.0, 0)
-    first_done, started, printed = 0.0, 0.0, float("-inf")
+class _Lines:
+    """Prints a line when it is told something, and now and then when it is not."""
 
-    def told(done: float, total: int, what: str) -> None:
-        nonlocal last, first_done, started, printed
-        now = time.monotonic()
-        if _is_new_phase(last, (done, total)):
-            first_done, started = done, now
-        last = (done, total)
-        if now - printed < SECONDS_BETWEEN_LINES:
+    def __init__(self, title: str, place: Place) -> None:
+        self._title, self._in_place = title, place == "notebook"
+        self._started = time.monotonic()
+        self._pace = Pace(self._started)
+        self._printed, self._width = float("-inf"), 0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._go_on, daemon=True).start()
+
+    def told(self, done: float, total: int, what: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._pace.tell(now, done, total, what)
+            self._print(now, is_told=True)
+
+    def end(self) -> None:
+        self._ended.set()
+        with self._lock:
+            if self._width:
+                print(file=sys.stderr, flush=True)
+
+    def _go_on(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN_CHANGES if self._in_place else SECONDS_BETWEEN_LINES):
+            with self._lock:
+                if not self._ended.is_set():
+                    self._print(time.monotonic())
+
+    def _print(self, now: float, is_told: bool = False) -> None:
+        if now - self._printed < self._gap(now):
             return
-        printed = now
-        made = done - first_done
-        left = f", {(now - started) * (total - done) / made:.0f} s to go" if made else ""
-        print(f"{title}: {done:.0f} of {total}{f' ({what})' if what else ''}{left}", file=sys.stderr, flush=True)
+        self._printed = now
+        line = self._line(now, is_told)
+        if self._in_place:
+            print("\r" + line.ljust(self._width), end="", file=sys.stderr, flush=True)
+            self._width = len(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
-    return told
+    def _gap(self, now: float) -> float:
+        if self._in_place:
+            return SECONDS_BETWEEN_CHANGES
+        return min(MOST_BETWEEN_LINES, max(SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES * (now - self._started)))
+
+    def _line(self, now: float, is_told: bool) -> str:
+        pace = self._pace
+        passed = "" if is_told else f", {duration(now - self._started)} so far"
+        if pace.is_one_step:
+            return f"{self._title}: {pace.what or 'starting'}{passed}"
+        left = pace.seconds_to_go(now)
+        to_go = passed if left is None else f", {duration(left)} to go"
+        what = f" ({pace.what})" if pace.what else ""
+        return f"{self._title}: {int(pace.done + 1e-6)} of {pace.total}{what}{to_go}"
 
 
-def _is_new_phase(last: tuple[float, int], now: tuple[float, int]) -> bool:
-    return now[0] < last[0] or now[1] != last[1]
+def _place() -> Place:
+    """Where standard error goes."""
+    if _is_notebook():
+        return "notebook"
+    console = Console(stderr=True)
+    # rich calls it a terminal, too, where FORCE_COLOR is set, and then draws nothing on one that is dumb.
+    is_live = console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty()
+    return "terminal" if is_live else "file"
+
+
+def _is_notebook() -> bool:
+    """Does this run in a kernel of IPython, which shows standard error under the cell?"""
+    module = sys.modules.get("IPython")
+    shell = module.get_ipython() if module is not None else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def _is_watched() -> bool:
+    return _is_notebook() or (hasattr(sys, "ps1") and sys.stderr.isatty())

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mxrot.report import progress, progress_on_stderr
+from mxrot.report.pace import Pace
 
 
 class Clock:
@@ -77,7 +78,7 @@ def test_an_error_goes_through(clock: Clock) -> None:
 def test_bar_starts_anew_with_each_phase() -> None:
     console = Console(file=io.StringIO(), force_terminal=True)
     with Progress(console=console, auto_refresh=False) as bar:
-        told = progress._bar_mover(bar, "Work")
+        told = progress._bar_mover(bar, "Work", Pace(0.0))
         assert bar.tasks[0].total is None
         told(5, 10, "first")
         told(10, 10, "first")
