@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot import api, pipeline
@@ -92,7 +93,10 @@ def compare_recipes(
 def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
     """Bytes the model takes in a checkpoint: what is not quantized counts in the type `stored`."""
     bits = next((m.weights.format.element.bits for m in model.modules() if isinstance(m, QuantLinear)), 4)
-    return ModelSize.of(model.state_dict(), bits, stored.itemsize)
+    head = model.get_output_embeddings()
+    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    left = {f"{name}.weight" for name, module in linears if module is not head}
+    return ModelSize.of(model.state_dict(), bits, stored.itemsize, left)
 
 
 def _labelled(progress: Progress, label: str) -> Progress:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import platform
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -29,6 +32,9 @@ class LinearReport:
     """Relative Frobenius error of the output on calibration tokens, inputs quantized too; None without data."""
     damping: float | None
     """Damping of the Hessian that let it factorize; None without one."""
+    tokens: int | None = None
+    """Calibration tokens that the Hessian is a mean over; None without one. With fewer than the linear has inputs its
+    rank is not full."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,11 @@ class RunRecord:
         tuning = None if self.tuning is None else [asdict(check) for check in self.tuning]
         blocks = [asdict(block) for block in self.blocks]
         return {"recipe": self.recipe.to_toml(), **plain, "tuning": tuning, "blocks": blocks}
+
+
+def alike(linears: Iterable[str]) -> dict[str, int]:
+    """Full names of linears with stars for numbers, and how many there are of each."""
+    return Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in linears)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,8 @@ class RoundedLinear:
     damping: float | None
     remainder: Tensor | None
     """What rounding took away, bfloat16; None unless tuning follows."""
+    tokens: int | None
+    """That the Hessian is a mean over; None without one."""
 
 
 def smoothed_sites(recipe: Recipe, family: Family, index: int) -> list[Site]:
@@ -231,6 +233,7 @@ def round_site(run: BlockRun, part: Part, site: Site, transform: BlockTransform 
             _relative_error(weight.dequantize(torch.float64), folded[linear]),
             damping,
             remainders[linear].to(torch.bfloat16) if is_tuned else None,
+            None if hessian is None or part.inputs is None else part.inputs.tokens,
         )
         for linear, weight in quantized.items()
     }
@@ -291,6 +294,7 @@ def install_rounded(
             errors[position],
             errors[position + len(site.linears)] if output_errors else None,
             rounded[linear].damping,
+            rounded[linear].tokens,
         )
         for position, linear in enumerate(site.linears)
     ]

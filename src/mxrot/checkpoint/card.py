@@ -13,10 +13,11 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from mxrot.checkpoint.files import write_bytes, write_json
+from mxrot.checkpoint.markdown import cell, code, code_block, plain_text
 from mxrot.errors import CheckpointError
 from mxrot.layers import ModelSize
 from mxrot.recipe import Recipe
-from mxrot.records import Metric
+from mxrot.records import Metric, alike
 
 _ACCURACY = ("<!-- accuracy, written by mxrot report --card -->", "<!-- end of accuracy -->")
 _TEMPLATE = """---
@@ -40,16 +41,17 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 {summary}{source}, from {base}. Activations are quantized at run time with scale rule `{activation_rule}`; accuracy
 figures hold under that rule.
 
-| | bytes | bits a quantized weight |
+| | bytes | bits a weight |
 |---|---|---|
 | codes and scales | {weight_bytes:,} | {bits:.3f} |
 | transforms | {transform_bytes:,} | {transform_bits:.3f} |
 | everything else, in its own type | {other_bytes:,} | |
 
+Bits are means over the linears of the decoder blocks. {left}
+
 `run.json` holds seeds, versions, data, per-layer errors and a SHA-256 of each file, `recipe.toml` the recipe:
 
-```toml
-{toml}```
+{toml}
 
 ## Accuracy
 
@@ -135,27 +137,33 @@ def _is_hub_id(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def model_card(source: Source, recipe: Recipe, size: ModelSize, has_bias: bool = False) -> str:
-    """The card's Markdown. `has_bias`: does a quantized linear have one?"""
+def model_card(
+    source: Source, recipe: Recipe, size: ModelSize, has_bias: bool = False, left: Sequence[str] = ()
+) -> str:
+    """The card's Markdown. `has_bias`: does a quantized linear have one?
+
+    `left` are the full names of the linears that are as they were.
+    """
     activations = None if recipe.activations is None else recipe.activations.quantizer()
     formats = f"{recipe.weights.format} weights"
     formats += " and 16-bit activations" if activations is None else f" and {activations.format.name} activations"
     return _TEMPLATE.format(
         header=_header(source),
-        name=source.name,
-        base=f"`{source.hub_id}`" if source.hub_id else f"the folder `{source.name}`",
+        name=plain_text(source.name),
+        base=code(source.hub_id) if source.hub_id else f"the folder {code(source.name)}",
         formats=formats,
-        recipe=recipe.name,
+        recipe=plain_text(recipe.name),
         warning=_WITH_TRANSFORM if recipe.has_transform else _WITHOUT_TRANSFORM,
-        summary=recipe.summary or f"Recipe {recipe.name}",
-        source=f" ({recipe.source})" if recipe.source else "",
+        summary=plain_text(recipe.summary or f"Recipe {recipe.name}"),
+        source=f" ({plain_text(recipe.source)})" if recipe.source else "",
         activation_rule="none" if activations is None else activations.rule.name,
         weight_bytes=size.code_bytes + size.scale_bytes,
         bits=size.bits_per_weight or 0,
         transform_bytes=size.transform_bytes,
         transform_bits=size.transform_bits_per_weight or 0,
         other_bytes=size.other_bytes,
-        toml=recipe.to_toml(),
+        left=_left(left, size),
+        toml=code_block(recipe.to_toml(), "toml"),
         before_accuracy=_ACCURACY[0],
         after_accuracy=_ACCURACY[1],
         vllm=_vllm(recipe, has_bias),
@@ -180,12 +188,20 @@ def _vllm(recipe: Recipe, has_bias: bool) -> str:
     return _VLLM_SITE + (_VLLM_BIAS if has_bias else "")
 
 
+def _left(linears: Sequence[str], size: ModelSize) -> str:
+    """The linears that were left as they were, and how much of the blocks that is."""
+    if not linears:
+        return "All linears are quantized."
+    named = ", ".join(code(name) + (f" ({count})" if count > 1 else "") for name, count in alike(linears).items())
+    share = size.left_weights / max(1, size.left_weights + size.quantized_weights)
+    rest = f"; {100 * share:.1f} % of the weights of the blocks" if size.left_weights else ""
+    return f"Linears left as they were: {named}{rest}."
+
+
 def _limits(source: Source, recipe: Recipe) -> list[str]:
     limits = ["What the original model must not be used for, or does badly, holds for this one too."]
     if not recipe.is_data_free:
         limits.append("It was calibrated on one text (`run.json` says which); on others it may lose more.")
-    if recipe.ignore:
-        limits.append(f"Linears left as they were: {', '.join(f'`{pattern}`' for pattern in recipe.ignore)}.")
     if "license" not in source.licence:
         limits.append("The original came without a licence that could be read: see to `license` before you pass it on.")
     if not source.hub_id:
@@ -213,4 +229,4 @@ def metrics_table(metrics: Sequence[Metric]) -> str:
     """Figures as a Markdown table."""
     rows = [("", "measure", "original", "quantized", "difference", "on"), ("---",) * 6]
     rows += [metric.cells for metric in metrics]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    return "".join("| " + " | ".join(map(cell, row)) + " |\n" for row in rows)

@@ -58,6 +58,8 @@ class PartialCheckpoint:
         self.size = ModelSize()
         self.weight_map: dict[str, str] = {}
         self._written: dict[str, Written] = {}
+        self.left_bytes: dict[str, int] = {}
+        """Of the weights of linears that were stored as they were."""
 
     def shard(self, number: int) -> str:
         """File name of a shard: 0 holds everything outside of the blocks, i + 1 block i."""
@@ -99,8 +101,28 @@ class PartialCheckpoint:
 
     def _count(self, named: dict[str, Tensor], shard: str, written: Written) -> None:
         self.weight_map |= dict.fromkeys(named, shard)
-        self.size += ModelSize.of(named)
+        left = {name: value.nbytes for name, value in named.items() if self.family.is_linear(name)}
+        self.left_bytes |= left | {name: value.nbytes for name, value in named.items() if name == self._head}
+        self.size += ModelSize.of(named, left=left)
         self._written[shard] = written
+
+    @property
+    def _head(self) -> str:
+        return f"{self.family.head}.weight"
+
+    @property
+    def left_alone(self) -> list[str]:
+        """Full names of the linears of decoder blocks that were stored as they were."""
+        return sorted(name.removesuffix(".weight") for name in self.left_bytes if name != self._head)
+
+    def left_table(self) -> dict[str, Any]:
+        """What was left alone, the head too where it is stored: for the record."""
+        taken = sum(self.left_bytes.values())
+        return {
+            "linears": sorted(name.removesuffix(".weight") for name in self.left_bytes),
+            "bytes": taken,
+            "share_of_bytes": taken / max(1, self.size.total_bytes),
+        }
 
     @property
     def keeper(self) -> NotedTensors:

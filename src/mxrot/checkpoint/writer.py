@@ -190,16 +190,12 @@ def _write_around(
     folder = store.folder
     store.write_index()
     config = read_json(source / "config.json")
-    ignored = sorted(
-        name.removesuffix(".weight")
-        for name in store.weight_map
-        if name.startswith(store.family.blocks) and _is_linear(name, store)
-    )
-    config["quantization_config"] = quantization_config(recipe, store.family, store.blocks, ignored)
+    config["quantization_config"] = quantization_config(recipe, store.family, store.blocks, store.left_alone)
     write_json(folder / "config.json", config)
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
     has_bias = any(f"{name.removesuffix('.bias')}.weight_packed" in store.weight_map for name in store.weight_map)
-    card = model_card(describe_source(base_name, source), recipe, store.size, has_bias)
+    left = store.left_table()
+    card = model_card(describe_source(base_name, source), recipe, store.size, has_bias, left["linears"])
     write_bytes(folder / "README.md", card.encode())
     size = {**vars(store.size), "bits_per_weight": store.size.bits_per_weight, "total_bytes": store.size.total_bytes}
     run = {
@@ -207,14 +203,10 @@ def _write_around(
         "fingerprint": fingerprint,
         "data": data,
         "size": size,
+        "left_alone": left,
         **record.as_table(),
         "not_copied": left_out(source),
         "files": {name: vars(written) for name, written in store.results().items()},
     }
     write_json(folder / "run.json", run)
     return run
-
-
-def _is_linear(name: str, store: PartialCheckpoint) -> bool:
-    """Is this the weight of a linear of a site that was left alone?"""
-    return any(name.endswith(f".{linear}.weight") for site in store.family.sites for linear in site.linears)

@@ -28,8 +28,10 @@ def inspect(
         choices_table,
         errors_table,
         experts_line,
+        left_line,
         maxima_table,
         progress_on_stderr,
+        rank_line,
         size_line,
         tuning_line,
     )
@@ -48,7 +50,7 @@ def inspect(
         run = json.loads((folder / "run.json").read_text())
         show(errors_table(run["blocks"]))
         print(size_line(run["size"]))
-        for line in filter(None, (tuning_line(run), experts_line(run))):
+        for line in filter(None, (left_line(run), rank_line(run), tuning_line(run), experts_line(run))):
             print(line)
         result |= {"blocks": run["blocks"], "size": run["size"]}
     if kernels:

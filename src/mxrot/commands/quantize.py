@@ -41,7 +41,7 @@ def quantize(
 ) -> None:
     """Quantize a model into a checkpoint folder."""
     from mxrot import api
-    from mxrot.report import experts_line, progress_on_stderr, size_line, tuning_line
+    from mxrot.report import experts_line, left_line, progress_on_stderr, rank_line, size_line, tuning_line
 
     chosen = chosen_recipe(recipe, changes)
     texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
@@ -63,7 +63,7 @@ def quantize(
     assert isinstance(run, dict)
     print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
     print(size_line(run["size"]))
-    for line in filter(None, (tuning_line(run), experts_line(run))):
+    for line in filter(None, (left_line(run), rank_line(run), tuning_line(run), experts_line(run))):
         print(line)
     print_texts((run["data"] or {}).get("texts", []))
     if run["peak_gpu_bytes"] is not None:

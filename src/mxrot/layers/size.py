@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,14 +22,25 @@ class ModelSize:
     transform_bytes: int = 0
     other_bytes: int = 0
     """Embeddings, norms, heads, and linears that were left alone."""
+    left_weights: int = 0
+    """Number of weights of linears of decoder blocks that were left alone."""
+    left_bytes: int = 0
+    """What these take; a part of `other_bytes`."""
 
     @staticmethod
-    def of(tensors: Mapping[str, Tensor], code_bits: int = 4, other_itemsize: int | None = None) -> ModelSize:
+    def of(
+        tensors: Mapping[str, Tensor],
+        code_bits: int = 4,
+        other_itemsize: int | None = None,
+        left: Collection[str] = (),
+    ) -> ModelSize:
         """The size of named tensors, as a checkpoint names them; shared storage counts once.
 
-        What is not quantized counts `other_itemsize` bytes an element; None stands for what it takes now.
+        What is not quantized counts `other_itemsize` bytes an element; None stands for what it takes now. `left` are
+        names of weights of linears that were left alone.
         """
         counts = {"codes": 0, "scales": 0, "transforms": 0, "other": 0}
+        left_weights = left_bytes = 0
         seen = set()
         for name, tensor in tensors.items():
             place = (tensor.data_ptr(), tensor.device, tensor.numel())
@@ -39,8 +50,12 @@ class ModelSize:
             kind = _kind(name)
             itemsize = other_itemsize if kind == "other" and other_itemsize else tensor.element_size()
             counts[kind] += tensor.numel() * itemsize
+            if name in left:
+                left_weights += tensor.numel()
+                left_bytes += tensor.numel() * itemsize
         weights = counts["codes"] * 8 // code_bits
-        return ModelSize(weights, counts["codes"], counts["scales"], counts["transforms"], counts["other"])
+        parts = counts["codes"], counts["scales"], counts["transforms"], counts["other"]
+        return ModelSize(weights, *parts, left_weights, left_bytes)
 
     def __add__(self, other: ModelSize) -> ModelSize:
         return ModelSize(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -51,15 +66,22 @@ class ModelSize:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits of codes and scales a quantized weight, transforms not counted; None if nothing is quantized."""
+        """Mean over the linears of the decoder blocks, those that were left alone too; None if nothing is quantized.
+
+        Of codes and scales; transforms are not counted.
+        """
         if not self.quantized_weights:
             return None
-        return 8 * (self.code_bytes + self.scale_bytes) / self.quantized_weights
+        return 8 * (self.code_bytes + self.scale_bytes + self.left_bytes) / self._linear_weights
 
     @property
     def transform_bits_per_weight(self) -> float | None:
-        """Bits of transforms a quantized weight."""
-        return 8 * self.transform_bytes / self.quantized_weights if self.quantized_weights else None
+        """Bits of transforms, over the same weights."""
+        return 8 * self.transform_bytes / self._linear_weights if self.quantized_weights else None
+
+    @property
+    def _linear_weights(self) -> int:
+        return self.quantized_weights + self.left_weights
 
 
 def _kind(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -84,6 +85,18 @@ class Family:
     those that `layer_types` says."""
     experts: ExpertNames | None = None
     """Of a mixture of experts, whose sites `find_family` adds to `sites`, as the config has it."""
+
+    @cached_property
+    def linears(self) -> frozenset[str]:
+        """The linears of all sites, by their names in a block."""
+        return frozenset(linear for site in self.sites for linear in site.linears)
+
+    def is_linear(self, tensor: str) -> bool:
+        """Is this full name that of the weight of a linear of a site, in any block?"""
+        _, _, inner = tensor.removeprefix(f"{self.blocks}.").partition(".")
+        return tensor.startswith(f"{self.blocks}.") and (
+            inner.endswith(".weight") and inner.removesuffix(".weight") in self.linears
+        )
 
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks}.{index}"

@@ -153,7 +153,7 @@ def make_plan(
         return replace(plan, problems=problems)
     needs = _needs(run)
     sizes = Sizes(shape, shape.parameters * stored.itemsize, shape.size_after(recipe, stored))
-    warnings += _short_memory(needs, machine)
+    warnings += _short_memory(needs, machine) + _few_tokens(run)
     estimate = None
     if not problems:
         rates = measure_rates(machine.device, compute_dtype(stored, machine.device), recipe)
@@ -226,6 +226,19 @@ def _short_memory(needs: Needs, machine: Machine) -> list[str]:
             f"and {gigabytes(available)} are available"
         )
     return found
+
+
+def _few_tokens(run: Run) -> list[str]:
+    """A Hessian of fewer tokens than channels is not of full rank: damping alone decides about the rest."""
+    recipe = run.recipe
+    tokens = round(run.windows * run.seq_len * (1 + recipe.calibration.generated))
+    widest = max((site.inputs for sites in run.shape.blocks for site in sites), default=0)
+    if not recipe.rounding.wishes.hessian or tokens >= widest:
+        return []
+    return [
+        f"{tokens} calibration tokens are fewer than the {widest} inputs of the widest linear, whose Hessian is not of "
+        "full rank; take more --samples or --seq-len"
+    ]
 
 
 def available_memory() -> float | None:

@@ -66,6 +66,8 @@ class ModelShape:
     """Of one decoder block, all of them."""
     parameters: int
     """Of the whole model; a tensor that two places share counts once."""
+    linear_weights: int
+    """Of the linears of all decoder blocks, those that are left alone too."""
     outer_parameters: int
     """Outside of the decoder blocks."""
     query_width: int
@@ -90,6 +92,7 @@ class ModelShape:
         inside = sum(parameter.numel() for block in modules for parameter in block.parameters())
         whole = sum(parameter.numel() for parameter in model.parameters())
         linears = [module for module in modules[0].modules() if isinstance(module, nn.Linear)]
+        in_linears = [m.weight.numel() for block in modules for m in block.modules() if isinstance(m, nn.Linear)]
         width = value_heads(config)[1]
         return ModelShape(
             family=family.name,
@@ -98,6 +101,7 @@ class ModelShape:
             vocabulary=config.vocab_size,
             block_parameters=own,
             parameters=whole,
+            linear_weights=sum(in_linears),
             outer_parameters=whole - inside,
             query_width=config.num_attention_heads * width,
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),
@@ -138,6 +142,8 @@ class ModelShape:
             scale_bytes=count // weights.format.block * scale_bits // 8,
             transform_bytes=transforms,
             other_bytes=(self.parameters - count) * stored.itemsize,
+            left_weights=self.linear_weights - count,
+            left_bytes=(self.linear_weights - count) * stored.itemsize,
         )
 
     def site_counts(self) -> list[tuple[SiteShape, int]]:

@@ -39,7 +39,7 @@ def _variables(palette: Palette) -> str:
 def _heading(contents: Contents, drawn: dict[str, str]) -> str:
     recipe, size = contents.recipe, contents.run["size"]
     activations = "16-bit" if recipe.activations is None else recipe.activations.format
-    tiles = [(f"{size['bits_per_weight']:.2f}", "bits a quantized weight, scales included")]
+    tiles = [(f"{size['bits_per_weight']:.2f}", "bits a weight of the blocks, scales included")]
     tiles.append((f"{size['total_bytes'] / 1e6:,.1f} MB", f"{_original_bytes(contents) / 1e6:,.1f} MB in 16 bit"))
     for metric in contents.metrics:
         if metric.measure == "perplexity":

@@ -11,6 +11,10 @@ from rich.table import Table
 
 from mxrot.evaluation import Divergence, KernelChoice, Perplexity, SiteMaxima, TaskScore
 from mxrot.layers import ModelSize
+from mxrot.records import alike
+
+_MOST_NAMED = 8
+"""Kinds of linears in a line."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +189,41 @@ def experts_line(run: dict[str, Any], shown: int = 3) -> str:
     return f"calibrated on all tokens of the block, because too few were sent to them: {named}{more}"
 
 
+def left_line(run: dict[str, Any]) -> str:
+    """One line on the linears that were left as they were, from a run.json; empty where there are none."""
+    left = run.get("left_alone") or {"linears": []}
+    if not left["linears"]:
+        return ""
+    named = [f"{name} ({count})" if count > 1 else name for name, count in alike(left["linears"]).items()]
+    more = f" and {len(named) - _MOST_NAMED} more kinds, named in run.json" if len(named) > _MOST_NAMED else ""
+    return (
+        f"left as they were: {', '.join(named[:_MOST_NAMED])}{more}; {left['bytes'] / 1e6:.1f} MB, "
+        f"{100 * left['share_of_bytes']:.1f} % of all bytes"
+    )
+
+
+def rank_line(run: dict[str, Any]) -> str:
+    """One line on the linears whose Hessian has seen fewer tokens than they have inputs; empty where there are none."""
+    linears = [linear for block in run["blocks"] for linear in block["linears"] if linear.get("tokens") is not None]
+    short = {linear["name"]: linear for linear in linears if linear["tokens"] < linear["shape"][1]}
+    if not short:
+        return ""
+    named = [f"{name} ({count})" if count > 1 else name for name, count in alike(short).items()]
+    shown = ", ".join(named[:_MOST_NAMED]) + (f" and {len(named) - _MOST_NAMED} more" if named[_MOST_NAMED:] else "")
+    worst = min(short.values(), key=lambda linear: linear["tokens"] / linear["shape"][1])
+    return (
+        "fewer calibration tokens than inputs, so that the Hessian is not of full rank: "
+        f"{len(short)} of {len(linears)} linears ({shown}; {worst['tokens']} tokens for {worst['shape'][1]} inputs); "
+        "take more --samples or --seq-len"
+    )
+
+
 def size_line(size: dict[str, Any]) -> str:
     """One line on the bytes of a checkpoint, from the `size` of a run.json."""
     weights = (size["code_bytes"] + size["scale_bytes"]) / 1e6
+    of = ", those left as they were too" if size.get("left_weights") else ""
     return (
-        f"codes and scales {weights:.1f} MB ({size['bits_per_weight']:.3f} bits a weight), "
+        f"codes and scales {weights:.1f} MB ({size['bits_per_weight']:.3f} bits a weight{of}), "
         f"transforms {size['transform_bytes'] / 1e6:.2f} MB, everything else {size['other_bytes'] / 1e6:.1f} MB"
     )
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,14 @@ def test_the_recipe_is_in_it_as_it_is() -> None:
     chosen = recipe("duquant++", ignore=["down_proj"])
     card = model_card(Source("a/b"), chosen, SIZE)
     assert f"```toml\n{chosen.to_toml()}```" in card
-    assert "`down_proj`" in card.split("## Limits")[1]
+
+
+def test_what_was_left_alone_is_said_from_what_was_done() -> None:
+    chosen = recipe("duquant++", ignore=["down_proj"])
+    assert "All linears are quantized." in model_card(Source("a/b"), chosen, SIZE)
+    left = ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.11.mlp.down_proj"]
+    card = model_card(Source("a/b"), chosen, replace(SIZE, left_weights=250_000, left_bytes=500_000), left=left)
+    assert "left as they were: `lm_head`, `model.layers.*.mlp.down_proj` (2); 20.0 % of the weights" in card
 
 
 def test_figures_come_and_are_replaced_and_the_hash_is_kept(folder: Path) -> None:
