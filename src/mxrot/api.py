@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 
 from mxrot import pipeline
-from mxrot.checkpoint import check_exportable, check_output, hash_model, load, quantize_to_folder, with_config
+from mxrot.checkpoint import check_exportable, check_output, hash_model, quantize_to_folder, with_config
+from mxrot.checkpoint import load as load_checkpoint
 from mxrot.evaluation import (
     Answers,
     Divergence,
@@ -121,6 +123,21 @@ def quantize(
         resume=resume,
         progress=progress,
     )
+
+
+@torch.inference_mode(False)
+def load(
+    folder: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+    keeps_fp8: bool = False,
+) -> PreTrainedModel:
+    """The quantized model in a checkpoint folder, as `mxrot.checkpoint.load` gives it; on the GPU if there is one.
+
+    Also inside `torch.inference_mode` its tensors are ordinary ones, which know when they were changed.
+    """
+    return load_checkpoint(folder, device or default_device(), dtype, verify, keeps_fp8)
 
 
 def evaluate(

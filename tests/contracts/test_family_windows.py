@@ -223,7 +223,7 @@ def test_what_is_loaded_is_what_was_quantized(name: str, folder: Path, tmp_path:
     quantized = pipeline.quantize(folder, chosen, windows=WINDOWS).model
     assert quantized is not None
     write(folder, tmp_path / "out", chosen, windows=WINDOWS)
-    assert torch.equal(whole(mxrot.load(tmp_path / "out")), whole(quantized))
+    assert torch.equal(whole(mxrot.load(tmp_path / "out", device="cpu")), whole(quantized))
 
 
 @pytest.mark.parametrize("name", ["qwen2, windows", "gemma3, windows"])
@@ -248,9 +248,9 @@ def test_a_model_with_soft_caps_is_opened_with_attention_that_has_them(tmp_path:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     write(tmp_path / "model", tmp_path / "out", recipe("rtn"), windows=None)
-    loaded = mxrot.load(tmp_path / "out")
+    loaded = mxrot.load(tmp_path / "out", device="cpu")
     loaded.save_pretrained(tmp_path / "saved")
-    opened = [loaded, mxrot.load(tmp_path / "saved"), open_model(tmp_path / "model", "cpu")[0]]
+    opened = [loaded, mxrot.load(tmp_path / "saved", device="cpu"), open_model(tmp_path / "model", "cpu")[0]]
     assert [model.config._attn_implementation for model in opened] == ["eager"] * 3
 
 

@@ -65,7 +65,7 @@ def test_without_output_is_with_output_and_load(source: Path, text: str, tmp_pat
     settings = {"calib": text, "seed": 2, "device": "cpu", **SMALL}
     model = mxrot.quantize(source, recipe(name), **settings)
     run = mxrot.quantize(source, recipe(name), tmp_path / "out", **settings)
-    loaded = mxrot.load(tmp_path / "out")
+    loaded = mxrot.load(tmp_path / "out", device="cpu")
     assert isinstance(model, PreTrainedModel) and isinstance(run, dict)
     assert torch.equal(logits(model), logits(loaded))
     assert json.loads((tmp_path / "out" / "run.json").read_text()) == json.loads(json.dumps(run))
@@ -97,19 +97,19 @@ def test_names_are_paths_with_a_tilde_too(source: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     mxrot.quantize(str(source), "rtn", "~/out")
     assert (tmp_path / "out" / "run.json").is_file()
-    mxrot.load("~/out")
+    mxrot.load("~/out", device="cpu")
 
 
 def test_evaluate_takes_a_model_or_a_folder(source: Path, text: str, tmp_path: Path) -> None:
     mxrot.quantize(source, "hadamard", tmp_path / "out")
     by_folder = mxrot.evaluate(tmp_path / "out", text=text, seq_len=64)
     tokenizer = api.load_tokenizer(tmp_path / "out")
-    by_model = mxrot.evaluate(mxrot.load(tmp_path / "out"), text=[text], tokenizer=tokenizer, seq_len=64)
+    by_model = mxrot.evaluate(mxrot.load(tmp_path / "out", device="cpu"), text=[text], tokenizer=tokenizer, seq_len=64)
     assert by_folder == by_model and by_folder.keys() == {"words"}
     original = mxrot.evaluate(source, text=text, seq_len=64)
     assert original["words"].ppl != by_folder["words"].ppl
     with pytest.raises(TypeError, match="needs the tokenizer of a model that is passed itself"):
-        mxrot.evaluate(mxrot.load(tmp_path / "out"), text=text)
+        mxrot.evaluate(mxrot.load(tmp_path / "out", device="cpu"), text=text)
 
 
 def test_diverge_takes_models_or_folders(source: Path, text: str, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_diverge_takes_models_or_folders(source: Path, text: str, tmp_path: Path
     by_folder = mxrot.diverge(tmp_path / "out", source, **options)
     assert by_folder["words"].kl > 0
     assert by_folder["words"].ppl == mxrot.evaluate(tmp_path / "out", **options)["words"].ppl
-    models = mxrot.load(tmp_path / "out"), api.open_model(source)[0]
+    models = mxrot.load(tmp_path / "out", device="cpu"), api.open_model(source, "cpu")[0]
     assert mxrot.diverge(*models, tokenizer=api.load_tokenizer(source), **options) == by_folder
     with pytest.raises(TypeError, match="needs the tokenizer"):
         mxrot.diverge(*models, text=text)
@@ -213,7 +213,7 @@ def test_an_odd_linear_is_named_and_ignoring_it_works(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "odd", intermediate_size=100)
     refused(ConfigError, "model.layers.0.mlp.down_proj: in_features 100 is not a multiple of .* `ignore`", folder)
     mxrot.quantize(folder, recipe("rtn", ignore=["down_proj"]), tmp_path / "out")
-    loaded = mxrot.load(tmp_path / "out")
+    loaded = mxrot.load(tmp_path / "out", device="cpu")
     assert type(loaded.get_submodule("model.layers.1.mlp.down_proj")) is torch.nn.Linear
 
 

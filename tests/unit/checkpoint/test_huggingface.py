@@ -46,7 +46,7 @@ def folder(source: Path, tmp_path_factory: pytest.TempPathFactory, request: pyte
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_from_pretrained_gives_the_same_logits_as_load(folder: Path, dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    assert torch.equal(logits(model), logits(mxrot.load(folder, dtype=dtype)))
+    assert torch.equal(logits(model), logits(mxrot.load(folder, dtype=dtype, device="cpu")))
     assert any(isinstance(module, QuantLinear) for module in model.modules())
     assert model.dtype == dtype
 
@@ -61,10 +61,10 @@ def test_what_is_saved_again_is_the_same_model(folder: Path, tmp_path: Path) -> 
 
 
 def test_a_loaded_model_can_be_saved_by_transformers_and_loaded_again(folder: Path, tmp_path: Path) -> None:
-    model = mxrot.load(folder)
+    model = mxrot.load(folder, device="cpu")
     model.save_pretrained(tmp_path / "again")
     by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
-    for again in (mxrot.load(tmp_path / "again", dtype=torch.float32), by_transformers):
+    for again in (mxrot.load(tmp_path / "again", dtype=torch.float32, device="cpu"), by_transformers):
         assert torch.equal(logits(again), logits(model))
 
 
@@ -74,11 +74,11 @@ def test_a_model_that_was_quantized_in_memory_can_be_saved(source: Path, tmp_pat
     model = mxrot.quantize(original, load_recipe("hadamard").changed({"ignore": ["q_proj"]}))
     assert isinstance(model, PreTrainedModel) and torch.equal(logits(original), before)
     model.save_pretrained(tmp_path / "out")
-    assert torch.equal(logits(mxrot.load(tmp_path / "out")), logits(model))
+    assert torch.equal(logits(mxrot.load(tmp_path / "out", device="cpu")), logits(model))
     assert not torch.equal(logits(model), before)
     (tmp_path / "out" / "model.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="header"):
-        mxrot.load(tmp_path / "out")
+        mxrot.load(tmp_path / "out", device="cpu")
 
 
 def test_a_loaded_model_is_quantized_into_a_folder(source: Path, tmp_path: Path) -> None:
@@ -88,7 +88,9 @@ def test_a_loaded_model_is_quantized_into_a_folder(source: Path, tmp_path: Path)
         mxrot.quantize(original, "duquant++", tmp_path / "one", **options)
     mxrot.quantize(original, "duquant++", tmp_path / "one", tokenizer=tokenizer, **options)
     mxrot.quantize(source, "duquant++", tmp_path / "two", **options)
-    assert torch.equal(logits(mxrot.load(tmp_path / "one")), logits(mxrot.load(tmp_path / "two")))
+    assert torch.equal(
+        logits(mxrot.load(tmp_path / "one", device="cpu")), logits(mxrot.load(tmp_path / "two", device="cpu"))
+    )
 
 
 def test_what_no_checkpoint_can_hold_has_no_config(source: Path) -> None:
@@ -120,7 +122,8 @@ def test_it_generates(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
     assert torch.equal(
-        model.generate(TOKENS, **options), mxrot.load(folder, dtype=model.dtype).generate(TOKENS, **options)
+        model.generate(TOKENS, **options),
+        mxrot.load(folder, dtype=model.dtype, device="cpu").generate(TOKENS, **options),
     )
 
 
