@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pyarrow
 import pyarrow.ipc
 import pytest
@@ -15,6 +17,7 @@ import torch
 from tests.cases.commands import mxrot, refused
 from tests.cases.tokenizers import BOS, TEMPLATE, TEMPLATE_WITH_BOS, change_tokenizer
 from tests.tiny_model import write_tiny_model
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 import mxrot as package
@@ -73,6 +76,7 @@ class Rows:
 
 @pytest.mark.case("E6")
 def test_python_takes_what_python_has(plain: Path, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
     ids = tokenizer_of(plain)(PROSE)["input_ids"]
     (tmp_path / "prose.txt").write_text(PROSE)
     expected = score(plain, str(tmp_path / "prose.txt"))
@@ -99,6 +103,13 @@ def test_python_takes_what_python_has(plain: Path, tmp_path: Path) -> None:
         "its column": Rows([{"text": row} for row in ROWS])["text"],
         "tokenized rows": [{"input_ids": ids, "attention_mask": [1] * len(ids)}],
         "padded rows": [{"input_ids": [*ids, 7, 7], "attention_mask": [1] * len(ids) + [0, 0]}],
+        "batches of a loader": DataLoader(cut(ids), batch_size=2),  # type: ignore[arg-type]
+        "inputs and targets": [(torch.tensor([ids]), torch.tensor([ids]))],
+        "encodings": [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids))}],
+        "a data frame": pandas.DataFrame({"text": [*ROWS, None], "n": 1}),
+        "its series": pandas.DataFrame({"text": ROWS})["text"],
+        "strings in numpy": numpy.array(ROWS),
+        "an open file": io.StringIO(PROSE),
         "a table of arrow": pyarrow.table({"text": ROWS}),
         "a name": {"mine": str(tmp_path / "prose.txt")},
     }
@@ -127,11 +138,13 @@ def test_quantize_takes_the_same(plain: Path, tmp_path: Path) -> None:
     [
         (b"bytes", "bytes are no text"),
         (17, "a int is no text"),
+        ({"one sentence", "another one"}, "a set has no order"),
+        ("", "a text without a name"),
         ([1.5, 2.5], "row 1 is not an object"),
         (torch.zeros(2, 3, 4, dtype=torch.int64), r"token ids of shape \(2, 3, 4\)"),
         (torch.zeros(2, 8), "token ids are whole numbers, got float32"),
         ([], "no text is given|the text is empty"),
-        ([None, None], "all 2 rows are null"),
+        ([None, None], "every row is null"),
         ([{"a": "x y", "b": "x y"}], "2 columns of text"),
         (["x y", "half \ud800"], "row 2: holds"),
         (["demo", "a whole sentence"], "a list of names and of texts"),

@@ -22,6 +22,8 @@ def load_text(spec: str, role: Role) -> Text:
 
     DataError if it does not exist, cannot be read, or is empty; ConfigError if a package is missing for it.
     """
+    if not spec.strip():
+        raise DataError("a text without a name; expected a file, a folder, a data set of the hub or demo")
     parsed = parse_spec(spec)
     documents, origin = _read(parsed, role)
     return make_text(parsed.name or _own_name(parsed.place), documents, origin, parsed.weight, parsed.place)

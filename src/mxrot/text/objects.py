@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mxrot.errors import ConfigError, DataError
-from mxrot.text.conversations import looks_like_messages
 from mxrot.text.document import Document, Origin, Text, TokenWindows
+from mxrot.text.given import TAKEN, is_array, rows_of, whole_numbers
 from mxrot.text.load import load_text, looks_like_file, make_text, names_something
 from mxrot.text.roles import Role, split_for
 from mxrot.text.rows import Table, documents_of
 
 GIVEN = "given"
 """The name of a text that came without one."""
-MOST_CHARACTERS = 1 << 30
-"""That are read of something without a length, such as a stream, which may have no end."""
-_TAKEN = (
-    "a name or a Path, a list of them, strings, rows (dicts), conversations, token ids, a tensor [windows, tokens], "
-    "or a data set"
-)
 
 
 def load_texts(source: Any, role: Role) -> list[Text]:
@@ -33,8 +25,8 @@ def load_texts(source: Any, role: Role) -> list[Text]:
     A name as on the command line or a Path is one text, and so is each of a list of them; with a mapping each value is
     a text by the name of its key. All else is one text: strings (each a document), rows as files have them,
     conversations, lists of token ids, an integer tensor or array (of one dimension: a document; of two: windows that
-    are taken as they are), what a tokenizer returns, a `datasets.Dataset` (or one by split), a DataFrame, and anything
-    that gives rows one after the other.
+    are taken as they are), what a tokenizer returns, a `datasets.Dataset` (or one by split), a DataFrame, an open file,
+    and anything that gives rows, or batches of token ids, one after the other.
     DataError and ConfigError as `load_text`; ConfigError if two texts have the same name or it is none of these.
     """
     texts = _texts(source, role)
@@ -43,7 +35,7 @@ def load_texts(source: Any, role: Role) -> list[Text]:
         if names.count(name) > 1:
             raise ConfigError(f"two texts are called {name!r}; name them, as in NAME=FILE")
     if not texts:
-        raise DataError(f"no text is given; expected {_TAKEN}")
+        raise DataError(f"no text is given; expected {TAKEN}")
     return texts
 
 
@@ -106,11 +98,14 @@ def _one(name: str, source: Any, role: Role) -> Text:
         raise ConfigError(f"{name}: bytes are no text; decode them, or give a Path")
     if isinstance(source, Mapping) and hasattr(source, "column_names"):  # datasets.DatasetDict
         source = source[split_for(role, source, name)]
-    if isinstance(source, Mapping) and "input_ids" in source:
-        return _of_encoding(name, source)
-    if _is_array(source) and source.ndim == 2:
-        return Text(name, TokenWindows(_whole(torch.as_tensor(source), name)))
-    table = Table(name, _rows(source, name), columns=_columns(source), can_name_column=False)
+    if callable(getattr(source, "read", None)):
+        source = source.read()
+        return _one(name, [source] if isinstance(source, str) else source, role)
+    if (windows := _given_windows(source)) is not None:
+        return Text(name, TokenWindows(whole_numbers(windows, name)))
+    names = getattr(source, "column_names", None)
+    columns = tuple(names) if isinstance(names, (list, tuple)) else None
+    table = Table(name, rows_of(source, name), columns=columns, can_name_column=False)
     if _each_is_text(table.rows):
         documents, origin = _apart(table)
     else:
@@ -118,49 +113,14 @@ def _one(name: str, source: Any, role: Role) -> Text:
     return make_text(name, documents, origin, None, name)
 
 
-def _rows(source: Any, name: str) -> list[Any]:
-    if isinstance(source, Mapping) and isinstance(source.get("text"), (list, tuple)):  # a piece of a data set
-        return [{"text": value} for value in source["text"]]
-    if isinstance(source, Mapping) or looks_like_messages(source) or _is_ids(source):
-        return [source]
-    if _is_array(source):
-        return [_whole(torch.as_tensor(source), name).tolist()] if source.ndim == 1 else [_bad_shape(source, name)]
-    if hasattr(source, "to_pylist"):  # pyarrow.Table
-        return list(source.to_pylist())
-    if hasattr(source, "to_dict") and hasattr(source, "iloc"):  # pandas.DataFrame
-        return list(source.to_dict("records"))
-    if not isinstance(source, Iterable):
-        raise ConfigError(f"{name}: a {type(source).__name__} is no text; expected {_TAKEN}")
-    rows = list(source) if hasattr(source, "__len__") else _bounded(source, name)
-    return [_row(row, name) for row in rows]
-
-
-def _row(row: Any, name: str) -> Any:
-    """A tensor of ids as a list; those of one sequence may have a dimension for it, as GPTQ's loaders give them."""
-    if _is_array(row):
-        if row.ndim == 2 and row.shape[0] == 1:
-            row = row[0]
-        return _whole(torch.as_tensor(row), name).tolist() if row.ndim == 1 else _bad_shape(row, name)
-    return row
-
-
-def _columns(source: Any) -> tuple[str, ...] | None:
-    names = getattr(source, "column_names", None)
-    return tuple(names) if isinstance(names, (list, tuple)) else None
-
-
-def _bounded(source: Iterable[Any], name: str) -> list[Any]:
-    """The rows of something without a length; DataError if it has no end."""
-    rows, size = [], 0
-    for row in source:
-        rows.append(row)
-        size += len(row if isinstance(row, str) else str(row))
-        if size > MOST_CHARACTERS:
-            raise DataError(
-                f"{name}: more than {MOST_CHARACTERS:.1e} characters, after {len(rows)} rows of something without a "
-                "length; take a part of it, as with .take(1000) or itertools.islice"
-            )
-    return rows
+def _given_windows(source: Any) -> Any:
+    """An array [W, T], also as a tokenizer returns it without padding; None for anything else."""
+    if isinstance(source, Mapping) and "input_ids" in source:
+        mask = source.get("attention_mask")
+        if mask is not None and not (is_array(mask) and bool(torch.as_tensor(mask).all())):
+            return None
+        source = source["input_ids"]
+    return source if is_array(source) and source.ndim == 2 else None
 
 
 def _each_is_text(rows: Iterable[Any]) -> bool:
@@ -176,40 +136,3 @@ def _apart(table: Table) -> tuple[list[Document], Origin]:
         if row:
             documents += documents_of(Table(table.where, [row], [index + 1]))[0]
     return documents, Origin(len(table.rows), None, tuple(nulls))
-
-
-def _of_encoding(name: str, encoding: Mapping[str, Any]) -> Text:
-    """What a tokenizer returns; padding is left out."""
-    ids, mask = encoding["input_ids"], encoding.get("attention_mask")
-    if _is_array(ids) and ids.ndim == 2 and (mask is None or bool(torch.as_tensor(mask).all())):
-        return Text(name, TokenWindows(_whole(torch.as_tensor(ids), name)))
-    ids = ids.tolist() if _is_array(ids) else ids
-    mask = mask.tolist() if mask is not None and _is_array(mask) else mask
-    if _is_ids(ids):
-        ids, mask = [ids], [mask]
-    masks = [None] * len(ids) if mask is None else mask
-    rows = [{"input_ids": row, "attention_mask": kept} for row, kept in zip(ids, masks, strict=True)]
-    documents, origin = documents_of(Table(name, rows, columns=("input_ids",)))
-    return make_text(name, documents, origin, None, name)
-
-
-def _is_array(value: Any) -> bool:
-    """A tensor, or an array of NumPy."""
-    return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "ndim"))
-
-
-def _is_ids(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or not value:
-        return False
-    return all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
-
-
-def _whole(ids: Tensor, name: str) -> Tensor:
-    """Token ids as int64 on the CPU; ConfigError if they are not whole numbers."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ConfigError(f"{name}: token ids are whole numbers, got {str(ids.dtype).removeprefix('torch.')}")
-    return ids.detach().cpu().to(torch.int64)
-
-
-def _bad_shape(array: Any, name: str) -> Any:
-    raise ConfigError(f"{name}: token ids of shape {tuple(array.shape)}; expected [tokens] or [windows, tokens]")

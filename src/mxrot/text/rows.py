@@ -68,9 +68,8 @@ def documents_of(table: Table, column: str | None = None) -> tuple[list[Document
     if found and all(isinstance(document, str) for document in found):
         found = ["\n\n".join(str(document) for document in found)]
     if table.rows and not found:
-        raise DataError(
-            f"{table.where}: all {len(table.rows)} {table.unit}s are null{f' in {chosen!r}' if chosen else ''}"
-        )
+        where = f" in {chosen!r}" if chosen else ""
+        raise DataError(f"{table.where}: every {table.unit} is null{where} ({len(table.rows)} of them)")
     return found, Origin(len(table.rows), chosen, tuple(nulls))
 
 
