@@ -34,7 +34,7 @@ from mxrot.progress import Progress, silent
 from mxrot.prompting import generate_text
 from mxrot.reading import calibrate, evaluation_windows, reader_for
 from mxrot.recipe import Recipe, load_recipe
-from mxrot.records import device_name, versions
+from mxrot.records import device_name, kernel_choices, versions
 from mxrot.text import Windows, load_texts
 
 __all__ = [
@@ -240,6 +240,7 @@ def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool 
         "model": hash_model(folder)[0],
         "dtype": str(model.dtype),
         "device": device_name(model.device),
+        "kernels": kernel_choices(model.device),
         "versions": versions(tasks=True),
     }
     return Answers(path, owner, resume)

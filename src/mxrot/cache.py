@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("MXROT_CACHE") or Path.home() / ".cache" / "mxrot")
+    """Where nobody has a home, as in some containers, a folder among temporary ones."""
+    named = os.environ.get("MXROT_CACHE")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "mxrot"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "mxrot"

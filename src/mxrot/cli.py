@@ -43,7 +43,11 @@ def _quieten() -> None:
 
     logging.disable(logging.WARNING)
     if not sys.warnoptions:
+        from mxrot.errors import MxrotWarning
+
         warnings.simplefilter("ignore")
+        warnings.simplefilter("default", MxrotWarning)
+        warnings.formatwarning = lambda message, *_: f"mxrot: warning: {message}\n"
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,10 @@ class MxrotError(Exception):
         super().__init__(_presentable(message))
 
 
+class MxrotWarning(UserWarning):
+    """Something that goes on without what it should have."""
+
+
 class ConfigError(MxrotError):
     """A recipe, an option or their combination that cannot work; raised before any weight is loaded."""
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_original
 from mxrot.checkpoint import is_checkpoint, load
+from mxrot.devices import check_device
 from mxrot.documents import check_is_here
 from mxrot.errors import FamilyError
 from mxrot.models import WeightFiles, find_family, find_model, quantized_by, read_config, read_generation_config
@@ -63,6 +64,7 @@ def open_model(name: str | Path, device: str | None = None, verify: bool = False
     """A model ready to run, quantized or not, by hub id, folder or `demo`; and its folder."""
     folder = find_model(str(name))
     device = device or default_device()
+    check_device(device)
     if is_checkpoint(folder):
         return load(folder, device, verify=verify), folder
     config = read_config(folder)

@@ -24,6 +24,7 @@ from mxrot.assembly import compute_dtype, load_finished_block, load_original, lo
 from mxrot.blockwise import advance_original, finished_tensors, quantize_block
 from mxrot.calibration import advance, first_block_inputs, generated_windows
 from mxrot.checks import find_problems, free_memory, memory_problem
+from mxrot.devices import check_device
 from mxrot.errors import ConfigError
 from mxrot.failures import named_failures
 from mxrot.layers import prepare_linears
@@ -39,7 +40,7 @@ from mxrot.models import (
 )
 from mxrot.progress import Progress, part_of, silent
 from mxrot.recipe import Recipe
-from mxrot.records import BlockReport, RunRecord, device_name, versions
+from mxrot.records import BlockReport, RunRecord, device_name, kernel_choices, versions
 from mxrot.sitewise import BlockRun
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, Keeper, tune_network
@@ -102,6 +103,7 @@ def quantize(
     Raises ConfigError and FamilyError before any weight is read, NumericsError with the layer's name.
     """
     started = time.monotonic()
+    check_device(device)
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -134,7 +136,7 @@ def quantize(
                 store.save_windows("calibration", written)
         windows = written
     shape = None if windows is None else (windows.shape[0], windows.shape[1])
-    record = RunRecord(recipe, seed, shape, device_name(device), versions())
+    record = RunRecord(recipe, seed, shape, device_name(device), versions(), kernel_choices(device))
 
     load_outer(model, family, files, run.dtype, device)
     inputs = originals = None

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 
+from mxrot.kernels.crossovers import find_crossovers
+from mxrot.kernels.dispatch import has_triton
 from mxrot.recipe import Recipe
 from mxrot.tuning import Check
 from mxrot.version import __version__
@@ -60,6 +62,8 @@ class RunRecord:
     """Calibration windows and their length; None without data."""
     device: str
     versions: dict[str, str]
+    kernels: dict[str, Any] = field(default_factory=dict)
+    """As of `kernel_choices`."""
     blocks: list[BlockReport] = field(default_factory=list)
     seconds: float = 0.0
     peak_gpu_bytes: int | None = None
@@ -128,6 +132,20 @@ def versions(tasks: bool = False) -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def kernel_choices(device: torch.device | str) -> dict[str, Any]:
+    """What chooses there between ways to compute that round differently.
+
+    The number of threads does not (docs/log.md). Crossovers are numbers of rows up to which a way is the fastest.
+    """
+    device = torch.device(device)
+    precision = {"float32_products": torch.get_float32_matmul_precision()}
+    if device.type != "cuda":
+        return precision | {"instructions": torch.backends.cpu.get_cpu_capability()}
+    found = find_crossovers(device)
+    crossovers = None if found is None else asdict(found.crossovers) | {"from": found.origin}
+    return precision | {"triton": has_triton(), "crossovers": crossovers}
 
 
 def device_name(device: torch.device) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ import torch
 from torch import Tensor
 
 from mxrot.checkpoint.files import INDEX, sha256_of
-from mxrot.kernels.crossovers import crossovers_of
-from mxrot.kernels.dispatch import has_triton
 from mxrot.models import WeightFiles
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
-from mxrot.records import device_name, versions
+from mxrot.records import device_name, kernel_choices, versions
 
 FORMAT = 2
 """Of the fingerprint itself. The first one knew 4 KiB of each tensor."""
@@ -96,18 +93,9 @@ def fingerprint_of(
         "windows": data,
         "seed": seed,
         "device": device_name(device),
-        "kernels": _kernels(device),
+        "kernels": kernel_choices(device),
         "versions": versions(),
     }
-
-
-def _kernels(device: torch.device) -> dict[str, Any]:
-    """What chooses between ways to compute that round differently. The number of threads does not (docs/log.md)."""
-    precision = {"float32_products": torch.get_float32_matmul_precision()}
-    if device.type != "cuda":
-        return precision | {"instructions": torch.backends.cpu.get_cpu_capability()}
-    crossovers = crossovers_of(device)
-    return precision | {"triton": has_triton(), "crossovers": None if crossovers is None else asdict(crossovers)}
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -53,7 +53,7 @@ def evaluate(
     """
     from mxrot import api
     from mxrot.evaluation import score_tasks
-    from mxrot.records import versions
+    from mxrot.records import kernel_choices, versions
     from mxrot.report import divergence_table, perplexity_table, progress_on_stderr, tasks_table
 
     texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))
@@ -96,6 +96,7 @@ def evaluate(
         "divergence": None if apart is None else {name: vars(result) for name, result in apart.items()},
         "tasks": {name: score.as_table() for name, score in scores.items()},
         "seconds": round(time.monotonic() - started, 2),
+        "kernels": kernel_choices(opened.device),
         "versions": versions(tasks=bool(scores)),
     }
     write_json(json_file, table)

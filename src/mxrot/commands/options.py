@@ -139,15 +139,11 @@ def print_texts(tables: list[dict[str, Any]]) -> None:
 
 
 def check_device(device: str | None) -> None:
-    """ConfigError unless a tensor can be made there."""
-    import torch
+    """ConfigError unless it is here and computes what is needed."""
+    if device is not None:
+        from mxrot import devices
 
-    if device is None:
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: not usable here: {str(error).splitlines()[0]}") from error
+        devices.check_device(device, "--device")
 
 
 def console() -> Console:

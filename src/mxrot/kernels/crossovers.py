@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mxrot.cache import cache_folder
-from mxrot.errors import ConfigError
+from mxrot.documents import read_json
+from mxrot.errors import DamagedError, MxrotWarning
 
 MOST_ROWS = 128
 """That the product from packed codes takes."""
@@ -43,22 +46,49 @@ def file_of_crossovers() -> Path:
     return cache_folder() / "crossovers.json"
 
 
+@dataclass(frozen=True)
+class Found:
+    """What counts on a device."""
+
+    crossovers: Crossovers
+    origin: str
+    """Where it was measured."""
+
+
 @cache
 def crossovers_of(device: torch.device) -> Crossovers | None:
     """Those that were remembered for a device of this name, else those of its compute capability.
 
-    Looked up once for a device: every call of a linear asks.
+    Looked up once for a device: every call of a linear asks. A file that is damaged counts as none, with a warning.
     """
-    return _remembered(torch.cuda.get_device_name(device)) or MEASURED.get(torch.cuda.get_device_capability(device))
+    found = find_crossovers(device)
+    return None if found is None else found.crossovers
+
+
+def find_crossovers(device: torch.device) -> Found | None:
+    """The same, and where they come from; None where there is nothing to choose from, as on a CPU."""
+    if device.type != "cuda":
+        return None
+    remembered = _remembered(torch.cuda.get_device_name(device))
+    if remembered is not None:
+        return Found(remembered, "this device")
+    capability = torch.cuda.get_device_capability(device)
+    measured = MEASURED.get(capability)
+    return None if measured is None else Found(measured, f"compute capability {capability[0]}.{capability[1]}")
 
 
 def remember(device: torch.device, crossovers: Crossovers) -> Path:
-    """Keep them for devices of this name; the file."""
+    """Keep them for devices of this name; the file. What it holds of other devices stays, as far as it can be read."""
     path = file_of_crossovers()
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = _read(path) | {torch.cuda.get_device_name(device): asdict(crossovers)}
+    try:
+        entries = _read(path)
+    except DamagedError:
+        entries = {}
+    kept = {name: asdict(found) for name, found in entries.items() if isinstance(found, Crossovers)}
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    table = kept | {torch.cuda.get_device_name(device): asdict(crossovers)}
+    unfinished.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
     crossovers_of.cache_clear()
     return path
@@ -66,24 +96,33 @@ def remember(device: torch.device, crossovers: Crossovers) -> Path:
 
 def _remembered(name: str) -> Crossovers | None:
     path = file_of_crossovers()
-    found = _read(path).get(name)
     try:
-        return None if found is None else Crossovers(int(found["packed"]), int(found["kept"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _not_ours(path) from error
-
-
-def _read(path: Path) -> dict[str, dict[str, int]]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise _not_ours(path) from error
-    if not isinstance(found, dict):
-        raise _not_ours(path)
+        found = _read(path).get(name)
+        if isinstance(found, ValueError):
+            raise DamagedError(f"{path}: {name}: {found}")
+    except DamagedError as error:
+        warnings.warn(
+            f"{error}; what was measured on this device is not used until `mxrot bench kernels --remember` "
+            "writes the file again",
+            MxrotWarning,
+            stacklevel=2,
+        )
+        return None
     return found
 
 
-def _not_ours(path: Path) -> ConfigError:
-    return ConfigError(f"{path}: is not what `mxrot bench kernels --remember` writes; delete it, or measure again")
+def _read(path: Path) -> dict[str, Crossovers | ValueError]:
+    """By names of devices what was measured, or what is wrong with it; DamagedError for a file that is no table."""
+    if not os.path.exists(path):
+        return {}
+    return {name: _crossovers(entry) for name, entry in read_json(path).items()}
+
+
+def _crossovers(entry: Any) -> Crossovers | ValueError:
+    packed, kept = (entry.get("packed"), entry.get("kept")) if isinstance(entry, dict) else (None, None)
+    if type(packed) is not int or type(kept) is not int:  # True is none, though an instance
+        return ValueError("expected whole numbers packed and kept")
+    try:
+        return Crossovers(packed, kept)
+    except ValueError as error:
+        return error

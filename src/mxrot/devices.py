@@ -1,0 +1,32 @@
+"""Is a device here, and can it compute what quantizing needs?"""
+
+from __future__ import annotations
+
+import torch
+
+from mxrot.errors import ConfigError
+
+
+def check_device(device: torch.device | str, given: str = "device") -> None:
+    """ConfigError, which begins with `given`, unless the device gives the right answer to a float64 product.
+
+    Transforms, statistics and rounding compute in float64. MPS has none, neither have some GPUs of Intel, and a meta
+    device has no answers; asked for a tensor alone, they all have one.
+    """
+    try:
+        factor = torch.full((2, 2), 2.0, dtype=torch.float64, device=device)
+        answer = float((factor @ factor).sum())
+    except TypeError as error:
+        raise _unusable(given, device, f"it does not compute in float64 ({_first_line(error)})") from error
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
+        raise _unusable(given, device, _first_line(error)) from error
+    if answer != 32.0:
+        raise _unusable(given, device, f"2 x 2 matrices of twos multiply to {answer / 4:g} there, not 8")
+
+
+def _unusable(given: str, device: torch.device | str, why: str) -> ConfigError:
+    return ConfigError(f"{given} {device}: not usable here: {why}; take cpu, or cuda where there is a GPU of NVIDIA")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
