@@ -29,7 +29,7 @@ from mxrot.evaluation import (
     score_tasks,
 )
 from mxrot.models import find_family, find_model, read_config
-from mxrot.opening import base_name, default_device, load_tokenizer, open_model
+from mxrot.opening import base_name, default_device, is_verifiable, load_tokenizer, open_model
 from mxrot.progress import Progress, silent
 from mxrot.prompting import generate_text
 from mxrot.reading import calibrate, evaluation_windows, reader_for
@@ -45,6 +45,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "generate_text",
+    "is_verifiable",
     "kept_answers",
     "load",
     "load_tokenizer",

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import sys
 
+from mxrot.marker import METHOD, ON_LOAD, is_ours
+
 TYPE_CHECKING = False  # typing and importlib.abc would take most of the time of `import mxrot`
 if TYPE_CHECKING:
     from importlib.abc import Loader
@@ -19,10 +21,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 MODULE = "transformers.quantizers.auto"
-METHOD = "compressed-tensors"
-MARKER = "mxrot"
-ON_LOAD = "mxrot"
-"""As in `checkpoint.config`, which takes long to import."""
 
 
 def install() -> None:
@@ -56,11 +54,6 @@ def on_load(config: Any, **options: Any) -> Any:
     from mxrot.checkpoint.huggingface import OnLoadQuantizer
 
     return OnLoadQuantizer(config, **options)
-
-
-def is_ours(table: dict[str, Any]) -> bool:
-    """Does a `quantization_config` carry mxrot's marker?"""
-    return isinstance(table.get(MARKER), dict)
 
 
 class _Configs:

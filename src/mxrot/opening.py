@@ -12,7 +12,7 @@ from mxrot.assembly import compute_dtype, load_original
 from mxrot.checkpoint import is_checkpoint, load
 from mxrot.devices import check_device
 from mxrot.documents import check_is_here
-from mxrot.errors import FamilyError
+from mxrot.errors import CheckpointError, FamilyError
 from mxrot.models import WeightFiles, find_family, find_model, quantized_by, read_config, read_generation_config
 from mxrot.models.folder import weight_map
 
@@ -60,13 +60,23 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def open_model(name: str | Path, device: str | None = None, verify: bool = False) -> tuple[PreTrainedModel, Path]:
-    """A model ready to run, quantized or not, by hub id, folder or `demo`; and its folder."""
+def is_verifiable(name: str | Path) -> bool:
+    """Is it a checkpoint of mxrot, with hashes on record?"""
+    return (find_model(str(name)) / "run.json").exists()
+
+
+def open_model(name: str | Path, device: str | None = None, verify: bool | None = None) -> tuple[PreTrainedModel, Path]:
+    """A model ready to run, quantized or not, by hub id, folder or `demo`; and its folder.
+
+    `verify` as for `mxrot.load`; CheckpointError where it is asked for, and the model is no checkpoint.
+    """
     folder = find_model(str(name))
     device = device or default_device()
     check_device(device)
     if is_checkpoint(folder):
         return load(folder, device, verify=verify), folder
+    if verify:
+        raise CheckpointError(f"{name}: not a checkpoint of mxrot, and without hashes to verify; leave --verify out")
     config = read_config(folder)
     family = find_family(config, str(name))
     if quantized_by(config) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot import api
-from mxrot.checkpoint import is_checkpoint
+from mxrot.checkpoint import is_checkpoint, read_run
+from mxrot.documents import read_text
 from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
 from mxrot.models import Family, find_family, find_model, read_config
@@ -48,6 +48,8 @@ class Request:
     """A table of `mxrot eval --json`, shown instead of measuring."""
     baseline: dict[str, Any] | None = None
     """The same of the original."""
+    verify: bool | None = None
+    """Compare the SHA-256 of the checkpoint's files first; None for the default by their size."""
 
 
 def gather(request: Request, device: str | None = None, progress: Progress = silent) -> Contents:
@@ -67,7 +69,7 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
     read = None
     if metrics is None:
         read = api.read_texts(folder, texts, windows=request.windows, seq_len=request.seq_len, progress=progress)
-    model, _ = api.open_model(folder, device)
+    model, _ = api.open_model(folder, device, request.verify)
     original = None if request.against is None else api.open_model(request.against, device)[0]
     tokenizer = api.load_tokenizer(folder)
     if metrics is None:
@@ -100,15 +102,8 @@ def read_records(folder: Path) -> tuple[dict[str, Any], Recipe]:
     """run.json and the recipe of a checkpoint; CheckpointError if it is not one that mxrot has written."""
     if not is_checkpoint(folder):
         raise CheckpointError(f"{folder}: not a checkpoint written by mxrot")
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        recipe = Recipe.from_toml((folder / "recipe.toml").read_text(encoding="utf-8"), "recipe.toml")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: run.json or recipe.toml cannot be read ({error})") from error
-    missing = {"model", "size", "blocks", "files", "seed", "seconds", "device", "versions"} - run.keys()
-    if missing:
-        raise CheckpointError(f"{folder / 'run.json'}: has no {min(missing)!r}")
-    return run, recipe
+    run = read_run(folder)
+    return run, Recipe.from_toml(read_text(folder / "recipe.toml"), "recipe.toml")
 
 
 def _measured(

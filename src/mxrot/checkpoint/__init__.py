@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mxrot.checkpoint.huggingface import with_config
     from mxrot.checkpoint.output import check_output
     from mxrot.checkpoint.reader import is_checkpoint, load
+    from mxrot.checkpoint.record import read_run
     from mxrot.checkpoint.serving import VllmReport, check_for_vllm
     from mxrot.checkpoint.writer import quantize_to_folder
 
@@ -30,6 +31,7 @@ __all__ = [
     "is_checkpoint",
     "load",
     "quantize_to_folder",
+    "read_run",
     "with_config",
     "write_metrics",
 ]
@@ -44,6 +46,7 @@ _HOME = {
     "is_checkpoint": "reader",
     "load": "reader",
     "quantize_to_folder": "writer",
+    "read_run": "record",
     "with_config": "huggingface",
     "write_metrics": "card",
 }

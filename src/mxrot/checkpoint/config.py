@@ -10,16 +10,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from mxrot.checkpoint.installed import FORMAT_VERSION, Installed
 from mxrot.errors import CheckpointError, ConfigError
-from mxrot.formats import get_format
+from mxrot.marker import MARKER, METHOD
 from mxrot.models import Family
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.surgery import scheme_name
-
-FORMAT_VERSION = 1
-MARKER = "mxrot"
-METHOD = "compressed-tensors"
-ON_LOAD = "mxrot"
 
 
 def check_exportable(recipe: Recipe) -> None:
@@ -43,56 +39,72 @@ def check_exportable(recipe: Recipe) -> None:
 
 def quantization_config(recipe: Recipe, family: Family, blocks: int, ignored: list[str]) -> dict[str, Any]:
     """The `quantization_config` for a model of `blocks` decoder blocks; `ignored` are full names of linears."""
-    format = get_format(recipe.weights.format)
+    return _layout(Installed.by(recipe, tuple(ignored)), family, blocks, recipe.ignore)
+
+
+def check_layout(quantization: dict[str, Any], installed: Installed, family: Family, blocks: int) -> None:
+    """CheckpointError unless a `quantization_config` is the one that is written for what it has `installed`.
+
+    Fields of other programs may stand beside ours.
+    """
+    expected = _layout(installed, family, blocks, installed.ignored)
+    marker = expected[MARKER] | {key: value for key, value in quantization[MARKER].items() if key in expected[MARKER]}
+    found = {key: quantization.get(key) for key in expected} | {MARKER: marker}
+    if difference := _first_difference(expected, found, "quantization_config"):
+        raise CheckpointError(f"config.json: {difference}; it contradicts the rest, or the file is damaged")
+
+
+def _first_difference(expected: Any, found: Any, place: str) -> str | None:
+    if not (isinstance(expected, dict) and isinstance(found, dict)):
+        is_same = type(expected) is type(found) and expected == found
+        return None if is_same else f"{place}: expected {_shortly(expected)}, got {_shortly(found)}"
+    for key in sorted(expected.keys() | found.keys(), key=str):
+        if key not in found or key not in expected:
+            return f"{place}: {key!r} is {'missing' if key not in found else 'not expected'}"
+        if difference := _first_difference(expected[key], found[key], f"{place}.{key}"):
+            return difference
+    return None
+
+
+def _shortly(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+def _layout(installed: Installed, family: Family, blocks: int, left: tuple[str, ...]) -> dict[str, Any]:
+    """`left` are names or patterns of the linears that have no transform."""
+    format = installed.format
     arguments = _quantization_arguments(format.element.bits, format.block)
-    inputs = None
-    if recipe.activations is not None:
-        inputs = {**arguments, "dynamic": True, "observer": None}
     group = {
         "targets": ["Linear"],
         "weights": arguments,
-        "input_activations": inputs,
+        "input_activations": None if installed.rule is None else {**arguments, "dynamic": True, "observer": None},
         "output_activations": None,
         "format": format.compressed_tensors,
     }
-    activation_rule = None if recipe.activations is None else recipe.activations.quantizer().rule.name
     config: dict[str, Any] = {
         "quant_method": METHOD,
         "format": format.compressed_tensors,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": [family.head, *ignored],
+        "ignore": [family.head, *installed.ignored],
         "kv_cache_scheme": None,
         "sparsity_config": {},
         MARKER: {
             "format_version": FORMAT_VERSION,
-            "activation_rule": activation_rule,
-            "sharing": recipe.sharing,
-            "accumulation": recipe.accumulation,
+            "activation_rule": installed.rule,
+            "sharing": installed.sharing,
+            "accumulation": installed.accumulation,
         },
     }
-    if recipe.has_transform:
+    if installed.has_transform:
         schemes = {
             scheme_name(index, site): _transform_scheme(family.block_prefix(index), site.linears)
             for index in range(blocks)
-            for site in family.active_sites(index, recipe.ignore)
+            for site in family.active_sites(index, left)
         }
         config["transform_config"] = {"config_groups": schemes}
     return config
-
-
-def check_marker(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """mxrot's marker in the contents of a config.json; CheckpointError if it is missing or of another version."""
-    quantization = config.get("quantization_config")
-    marker = quantization.get(MARKER) if isinstance(quantization, dict) else None
-    if not isinstance(marker, dict):
-        raise CheckpointError(f"{where}: config.json has no {MARKER!r} marker; not a checkpoint written by mxrot")
-    if marker.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where}: checkpoint format version {marker.get('format_version')!r}; "
-            f"this mxrot reads version {FORMAT_VERSION}"
-        )
-    return marker
 
 
 def _quantization_arguments(bits: int, block: int) -> dict[str, Any]:

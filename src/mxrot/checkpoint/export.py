@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.files import file_in, seen, write_bytes, write_json
 from mxrot.checkpoint.output import Place, check_empty, claimed
 from mxrot.checkpoint.partial import check_ours, holds_work, is_note, open_partial, read_fingerprint, remove_partial
 from mxrot.checkpoint.placing import finish_placing, put_in_place
-from mxrot.checkpoint.reader import check_files
 from mxrot.checkpoint.serving import DEVICES, VERSION, VllmReport, check_for_vllm
 from mxrot.checkpoint.side_files import copy_file
 from mxrot.documents import read_json, read_text
@@ -36,7 +36,7 @@ def export_for_vllm(folder: Path, output: Path, force: bool = False) -> VllmRepo
         for mine in (place.output, place.partial):
             if folder.resolve().is_relative_to(mine):
                 raise CheckpointError(f"{output}: holds the checkpoint that is to be exported; give another folder")
-        check_files(folder, verify=True)
+        check_checkpoint(folder, verify=True)
         try:
             open_partial(place.partial, {"export": str(folder.resolve())}, {}, resume=False)
             _write(folder, place.partial)
@@ -57,14 +57,14 @@ def _check_partial(place: Place) -> None:
 
 def _write(folder: Path, output: Path) -> None:
     run = read_json(folder / "run.json")
-    for name in run["files"]:
+    for name in ("run.json", *run["files"]):
         path = file_in(folder, name)
         copy_file(path, output / path.relative_to(folder))
     config = read_json(folder / "config.json")
     config.pop("torch_dtype", None)
     write_json(output / "config.json", config | {"dtype": _DTYPE})
     card = read_text(folder / "README.md").split(_HEADING)[0]
-    write_bytes(output / "README.md", (card + vllm_section(check_for_vllm(output))).encode())
+    write_bytes(output / "README.md", (card + vllm_section(check_for_vllm(output, verify=False))).encode())
     for name in ("config.json", "README.md"):
         run["files"][name] = vars(seen(output / name))
     exported: dict[str, Any] = {"to": "vllm", "version": VERSION}

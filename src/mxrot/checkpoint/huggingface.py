@@ -15,28 +15,32 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxrot import pipeline
-from mxrot.checkpoint.config import (
-    FORMAT_VERSION,
-    MARKER,
-    METHOD,
-    ON_LOAD,
-    check_exportable,
-    quantization_config,
+from mxrot.checkpoint.checked import checkpoint_errors
+from mxrot.checkpoint.config import check_exportable, check_layout, quantization_config
+from mxrot.checkpoint.contents import (
+    Stored,
+    check_blocks,
+    check_tensors,
+    check_value,
+    in_model,
+    install_linears,
+    read_files,
 )
-from mxrot.errors import CheckpointError, ConfigError
-from mxrot.formats import FORMATS, Format
-from mxrot.layers import TensorQuantizer, prepare_on_gpus, sites_of
-from mxrot.models import Site, check_linears, find_family, needed_attention, separate_experts
-from mxrot.recipe import TRANSFORM_BLOCK, Recipe, load_recipe
-from mxrot.surgery import install_empty_site, scheme_name
-from mxrot.transforms.base import STORED_DTYPE
+from mxrot.checkpoint.installed import Installed, check_recipe, read_installed
+from mxrot.checkpoint.verification import check_files, read_records
+from mxrot.documents import read_json
+from mxrot.errors import ConfigError
+from mxrot.layers import prepare_on_gpus, sites_of
+from mxrot.marker import MARKER, METHOD, ON_LOAD
+from mxrot.models import find_family, needed_attention, separate_experts
+from mxrot.recipe import Recipe, load_recipe
 
 
 class CheckpointConfig(QuantizationConfigMixin):
@@ -45,9 +49,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     def __init__(self, **table: Any) -> None:
         self.quant_method: Any = METHOD
         self.table = table
-        version = table.get(MARKER, {}).get("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f"checkpoint format version {version!r}; this mxrot reads version {FORMAT_VERSION}")
+        read_installed(table)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -55,33 +57,17 @@ class CheckpointConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return deepcopy(self.table)
+        """The table, with a note for whoever finds it beside a run.json that is of an earlier one."""
+        table = deepcopy(self.table)
+        table[MARKER]["saved_by"] = "transformers"
+        return table
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
     @property
-    def format(self) -> Format:
-        """Of the weights, and of the inputs where these are quantized."""
-        for format in FORMATS.values():
-            if format.compressed_tensors == self.table.get("format"):
-                return format
-        raise CheckpointError(f"quantization_config: unknown format {self.table.get('format')!r}")
-
-    @property
-    def activations(self) -> TensorQuantizer | None:
-        rule = self.table[MARKER].get("activation_rule")
-        return None if rule is None else TensorQuantizer(self.format, self.format.rule(rule))
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """Full names of the linears that are left as they are."""
-        return tuple(self.table.get("ignore", ()))
-
-    @property
-    def schemes(self) -> frozenset[str]:
-        """Names of the sites' transforms."""
-        return frozenset(self.table.get("transform_config", {}).get("config_groups", {}))
+    def installed(self) -> Installed:
+        return read_installed(self.table)
 
 
 class MxrotConfig(QuantizationConfigMixin):
@@ -149,21 +135,69 @@ class MxrotQuantizer(_Quantizer):
 
     requires_calibration = True
     quantization_config: CheckpointConfig
+    _stored: Stored | None = None
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """Tensors may be renamed, but linears of experts are not put together. Older transformers give no model."""
         return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-        install_linears(model, self.quantization_config, options.get("checkpoint_files") or ())
+        self._stored = check_files_of(model, self.quantization_config, options.get("checkpoint_files") or ())
         attention = needed_attention(model.config)
         if attention is not None and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-        prepare_on_gpus(model, fast=self.quantization_config.table[MARKER].get("accumulation") == "fast")
+        check_values_of(model, self._stored)
+        prepare_on_gpus(model, fast=self.quantization_config.installed.accumulation == "fast")
         return model
+
+
+def check_files_of(model: PreTrainedModel, config: CheckpointConfig, files: Sequence[str]) -> Stored | None:
+    """Install linears without values in a model that transformers has built, and compare all that it is about to read.
+
+    CheckpointError as for `mxrot.load`. Records beside the files are looked at where there are some: from the hub
+    transformers fetches none.
+    """
+    installed, family = config.installed, find_family(model.config, "config.json")
+    if not files:  # a state_dict that the caller gives
+        install_linears(model, family, installed)
+        return None
+    folder = Path(files[0]).parent
+    with checkpoint_errors(folder):
+        stored = read_files(files)
+        tensors = stored.tensors(family)
+        records = read_records(folder, stored, "saved_by" in config.table[MARKER])
+        check_files(folder, records)
+        check_blocks(model.config, family, tensors)
+        blocks = model.config.num_hidden_layers
+        check_layout(config.table, installed, family, blocks)
+        if records is not None:
+            check_recipe(records.recipe, installed, family, blocks)
+        if (folder / "generation_config.json").exists():
+            read_json(folder / "generation_config.json")
+        install_linears(model, family, installed, tensors)
+        check_tensors(model, family, tensors, bool(model.config.tie_word_embeddings))
+    return stored
+
+
+def check_values_of(model: PreTrainedModel, stored: Stored | None) -> None:
+    """CheckpointError if a loaded model holds a damaged value; what was left on disk is read there."""
+    on_disk = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            on_disk.add(name)
+        else:
+            check_value(name, tensor)
+    if stored is None or not on_disk:
+        return
+    family = find_family(model.config, "config.json")
+    for header in stored.headers:
+        with safe_open(header.path, framework="pt") as file:
+            for name in header.tensors:
+                if in_model(name, family) in on_disk:
+                    check_value(name, file.get_tensor(name))
 
 
 def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -208,43 +242,3 @@ def with_config(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     )
     model.config.quantization_config = CheckpointConfig(**quantization_config(recipe, family, len(blocks), ignored))
     return model
-
-
-def install_linears(model: PreTrainedModel, config: CheckpointConfig, files: Sequence[str] = ()) -> None:
-    """Replace the linears of every site by quantized ones without values, on the meta device."""
-    family = find_family(model.config, "config.json")
-    separate_experts(model)
-    format = config.format
-    weights = TensorQuantizer(format, format.rule())
-    check_linears(model, family, TRANSFORM_BLOCK, config.ignored)
-    shapes = _transform_shapes(files)
-    for index, block in enumerate(model.get_submodule(family.blocks).children()):
-        for site in family.active_sites(index, config.ignored):
-            scheme = scheme_name(index, site)
-            stored = None
-            if scheme in config.schemes:
-                stored = _empty_transform(block, site, config.table[MARKER].get("sharing"), shapes.get(scheme))
-            install_empty_site(block, scheme, site, stored, weights, config.activations)
-
-
-def _transform_shapes(files: Sequence[str]) -> dict[str, list[int]]:
-    """The shape of each transform in these safetensors files, by the name of its scheme."""
-    found = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, not a dictionary
-                if name.endswith("_input.weight"):
-                    scheme = name.removesuffix("_input.weight").rpartition(".")[2]
-                    found[scheme] = file.get_slice(name).get_shape()
-    return found
-
-
-def _empty_transform(block: nn.Module, site: Site, sharing: str | None, shape: list[int] | None) -> Tensor:
-    """sqrt(B) T without values: of the shape that it has in the file, or that `sharing` stands for."""
-    linear = block.get_submodule(site.linears[0])
-    assert isinstance(linear, nn.Linear)
-    groups = linear.in_features // TRANSFORM_BLOCK
-    one = [TRANSFORM_BLOCK, TRANSFORM_BLOCK]
-    if shape is None:
-        shape = [groups, *one] if sharing == "block" and groups > 1 else one
-    return torch.empty(shape, dtype=STORED_DTYPE, device="meta")

@@ -6,19 +6,19 @@ each of it stands there, and which of it was run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
-from mxrot.checkpoint.config import MARKER, check_marker
-from mxrot.checkpoint.files import INDEX
-from mxrot.errors import CheckpointError
-from mxrot.models import Family, find_family, read_config
-from mxrot.recipe import TRANSFORM_BLOCK
+from mxrot.checkpoint.checked import check_checkpoint
+from mxrot.checkpoint.contents import install_linears
+from mxrot.checkpoint.installed import Installed
+from mxrot.models import Family
+from mxrot.models.family import is_ignored
+from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 
 VERSION = "0.32.0"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -87,14 +87,30 @@ class VllmReport:
 
 
 @dataclass(frozen=True)
-class _Facts:
-    """What decides, of one checkpoint."""
+class Facts:
+    """What decides, of one checkpoint, written or planned."""
 
     config: Any
     family: Family
-    quantization: dict[str, Any]
-    shapes: dict[str, list[int]]
+    installed: Installed
+    shapes: dict[str, tuple[int, ...]]
     """Of every tensor, by its name."""
+
+    @staticmethod
+    def planned(skeleton: PreTrainedModel, family: Family, recipe: Recipe) -> Facts:
+        """Of what `recipe` would make of a model, whose linears are replaced in `skeleton`."""
+        names = (
+            f"{family.block_prefix(index)}.{linear}"
+            for index in range(skeleton.config.num_hidden_layers)
+            for site in family.sites
+            for linear in site.linears
+        )
+        installed = Installed.by(recipe, tuple(name for name in names if is_ignored(name, recipe.ignore)))
+        if recipe.smoothing is None and recipe.transform.is_one_for_all:
+            installed = replace(installed, sharing="site")
+        install_linears(skeleton, family, installed)
+        shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+        return Facts(skeleton.config, family, installed, shapes)
 
     @property
     def architecture(self) -> str:
@@ -102,7 +118,7 @@ class _Facts:
 
     @property
     def has_transform(self) -> bool:
-        return bool(self.quantization.get("transform_config"))
+        return self.installed.has_transform
 
     def named(self, ending: str) -> list[str]:
         return [name.removesuffix(ending) for name in self.shapes if name.endswith(ending)]
@@ -115,46 +131,37 @@ class _Facts:
         return {2 * self.shapes[f"{name}.weight_packed"][1] for name in names}
 
 
-def check_for_vllm(folder: Path) -> VllmReport:
+def check_for_vllm(folder: Path, verify: bool | None = None) -> VllmReport:
     """What vLLM does with the checkpoint in `folder`, from its config and the headers of its files.
 
-    CheckpointError if it is none, FamilyError if mxrot does not know the model.
+    CheckpointError if it is none or does not fit itself; `verify` as for `mxrot.load`.
     """
-    facts = _read(folder)
+    checked = check_checkpoint(folder, verify)
+    shapes = {name: tensor.shape for name, tensor in checked.tensors.items()}
+    return judge(str(folder), Facts(checked.config, checked.family, checked.installed, shapes))
+
+
+def judge(name: str, facts: Facts) -> VllmReport:
+    """The one verdict on a checkpoint called `name`, whether it is there or planned."""
     both = tuple(_stops_of_both(facts))
     stock = (*both, *_stops_of_stock(facts))
     sizes = tuple(size for size in _SIZES if _divides(facts, size))
     alone = (1,) if facts.has_transform else sizes
     return VllmReport(
-        str(folder),
+        name,
         Serving(stock, () if stock else alone),
         Serving(both, () if both else sizes),
         tuple(_notes(facts)),
     )
 
 
-def _read(folder: Path) -> _Facts:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        check_marker(config, str(folder))
-        index = json.loads((folder / INDEX).read_text())["weight_map"]
-        shapes: dict[str, list[int]] = {}
-        for name in sorted(set(index.values())):
-            with safe_open(folder / Path(name).name, framework="pt") as file:
-                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, no dictionary
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a checkpoint that mxrot has written: {error}") from error
-    read = read_config(folder)
-    return _Facts(read, find_family(read, str(folder)), config["quantization_config"], shapes)
-
-
-def _stops_of_both(facts: _Facts) -> Iterator[str]:
+def _stops_of_both(facts: Facts) -> Iterator[str]:
     if any(".experts." in name for name in facts.shapes):
         yield "it has experts, which were not tried in vLLM, and whose inputs neither vLLM nor the plugin transforms"
     if facts.has_transform and facts.architecture not in ARCHITECTURES + FUSED:
         tried = ", ".join(ARCHITECTURES + FUSED)
         yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {tried}"
-    ignored = set(facts.quantization["ignore"])
+    ignored = set(facts.installed.ignored)
     for index in range(facts.config.num_hidden_layers):
         for site in facts.family.sites:
             names = [f"{facts.family.block_prefix(index)}.{linear}" for linear in site.linears]
@@ -164,7 +171,7 @@ def _stops_of_both(facts: _Facts) -> Iterator[str]:
                 return
 
 
-def _stops_of_stock(facts: _Facts) -> Iterator[str]:
+def _stops_of_stock(facts: Facts) -> Iterator[str]:
     if facts.has_transform and facts.architecture in FUSED:
         yield (
             f"{facts.architecture}: vLLM wants a transform each for q, k and v, which are one linear in this model; "
@@ -184,8 +191,8 @@ def _stops_of_stock(facts: _Facts) -> Iterator[str]:
         )
 
 
-def _notes(facts: _Facts) -> Iterator[str]:
-    rule = facts.quantization[MARKER].get("activation_rule")
+def _notes(facts: Facts) -> Iterator[str]:
+    rule = facts.installed.rule
     if facts.architecture not in ARCHITECTURES + FUSED:
         yield f"{facts.architecture} was not tried in vLLM; tried were {', '.join(ARCHITECTURES + FUSED)}"
     if rule is None:
@@ -208,7 +215,7 @@ def _stored_type(config: Any) -> str:
     return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 
-def _divides(facts: _Facts, size: int) -> bool:
+def _divides(facts: Facts, size: int) -> bool:
     """Can so many devices share the linears? Whole blocks of inputs, and whole heads."""
     blocks = all(width % (size * TRANSFORM_BLOCK) == 0 for width in facts.row_parallel)
     heads = facts.config.num_attention_heads

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mxrot.marker import is_ours
+
 METHOD = "mxrot"
 """The name of the quantization method in vLLM."""
-MARKER = "mxrot"
-"""As in `checkpoint.config`, which takes long to import."""
 
 
 def register() -> None:
@@ -30,7 +30,7 @@ def register() -> None:
             cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
         ) -> str | None:
             """Ours is every checkpoint with our marker, unless the user names another method."""
-            return METHOD if MARKER in hf_quant_cfg and user_quant in (None, METHOD) else None
+            return METHOD if is_ours(hf_quant_cfg) and user_quant in (None, METHOD) else None
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ blocks, for which its share of the inputs must be whole blocks of 32.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import sho
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
-from mxrot.checkpoint.config import MARKER
+from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.huggingface import CheckpointConfig
 from mxrot.checkpoint.vllm import METHOD
 from mxrot.errors import ConfigError
-from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare_site
+from mxrot.layers import InputTransform, QuantLinear, prepare_site
 from mxrot.recipe import TRANSFORM_BLOCK
 from mxrot.transforms.base import STORED_DTYPE
 
@@ -49,6 +50,12 @@ class MxrotQuantization(CompressedTensorsConfig):
         found.checkpoint = CheckpointConfig.from_dict(config)
         found.transforms = {}
         return found
+
+    def maybe_update_config(self, model_name: str, *arguments: Any, **options: Any) -> None:
+        """CheckpointError if the folder that vLLM is about to read contradicts itself; vLLM calls it."""
+        super().maybe_update_config(model_name, *arguments, **options)
+        if Path(model_name).is_dir():
+            check_checkpoint(Path(model_name))
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -119,7 +126,7 @@ class MxrotLinearMethod(LinearMethodBase):
             )
         loader = attributes["weight_loader"]
         codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
-        scales = torch.empty(rows, columns // self.config.checkpoint.format.block, dtype=torch.uint8)
+        scales = torch.empty(rows, columns // self.config.checkpoint.installed.format.block, dtype=torch.uint8)
         places = {"input_dim": 1, "output_dim": 0, "weight_loader": loader}
         layer.register_parameter("weight_packed", ModelWeightParameter(data=codes, **places))
         layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=scales, **places))
@@ -128,7 +135,7 @@ class MxrotLinearMethod(LinearMethodBase):
 
     def _transform(self, layer: Any, columns: int, input_size: int) -> SlicedTransform:
         assert self.scheme is not None
-        is_blockwise = self.config.checkpoint.table[MARKER].get("sharing") == "block"
+        is_blockwise = self.config.checkpoint.installed.sharing == "block"
         blocks = columns // TRANSFORM_BLOCK
         first = layer.tp_rank * blocks if columns < input_size else 0
         return self.config.transforms.setdefault(self.scheme, SlicedTransform(blocks, first, is_blockwise))
@@ -136,12 +143,11 @@ class MxrotLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put a QuantLinear into the place of the parameters."""
         codes, scales = layer.weight_packed.data, layer.weight_scale.data
-        format = self.config.checkpoint.format
-        weights = TensorQuantizer(format, format.rule())
-        linear = QuantLinear(2 * codes.shape[1], len(codes), weights, self.config.checkpoint.activations, device="meta")
+        installed = self.config.checkpoint.installed
+        linear = QuantLinear(2 * codes.shape[1], len(codes), installed.weights, installed.activations, device="meta")
         linear.weight_packed = nn.Parameter(codes, requires_grad=False)
         linear.weight_scale = nn.Parameter(scales, requires_grad=False)
-        linear.fast = self.config.checkpoint.table[MARKER].get("accumulation") == "fast"
+        linear.fast = self.config.checkpoint.installed.accumulation == "fast"
         if self.scheme is not None:
             stored: SlicedTransform = getattr(layer, f"{self.scheme}_input")
             linear.own_transform(self.scheme, InputTransform(stored.weight.data))

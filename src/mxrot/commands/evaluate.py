@@ -17,6 +17,7 @@ from mxrot.commands.options import (
     TaskData,
     Tasks,
     Texts,
+    Verify,
     Windows,
     check_resume,
     chosen_tasks,
@@ -44,7 +45,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Requests at once (by device)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with --tasks where a run with --json ended")] = False,
     device: Device = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the SHA-256 of every file first")] = False,
+    verify: Verify = None,
     json_file: Json = None,
 ) -> None:
     """Perplexity of a model or a checkpoint, and its scores in tasks.
@@ -74,7 +75,8 @@ def evaluate(
             answers = stack.enter_context(api.kept_answers(partial_file(json_file), opened, folder, resume))
             ctx.meta[KEPT] = "answers to tasks"
         if against is not None:
-            apart = api.diverge(opened, against, read, tokenizer=tokenizer, device=device, progress=told)
+            original, _ = api.open_model(against, device, verify and api.is_verifiable(against))
+            apart = api.diverge(opened, original, read, tokenizer=tokenizer, device=device, progress=told)
             results = {name: found.perplexity for name, found in apart.items()}
         elif read:
             results = api.evaluate(opened, read, tokenizer=tokenizer, progress=told)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxrot.commands.options import Json, console, prepare, write_json
+from mxrot.commands.options import Json, Verify, console, prepare, write_json
 from mxrot.errors import ConfigError
 from mxrot.nearest import not_known
 from mxrot.shell import command
@@ -20,6 +20,7 @@ def export(
         Path | None, typer.Option("--output", "-o", help="Folder to write; without it the checkpoint is only checked")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty")] = False,
+    verify: Verify = None,
     json_file: Json = None,
 ) -> None:
     """Say what vLLM does with a checkpoint; write it for vLLM."""
@@ -31,7 +32,7 @@ def export(
         raise ConfigError(f"--to: {not_known('program', to, ['vllm'])}")
     prepare(model, None, json_file)
     folder = find_model(model)
-    report = check_for_vllm(folder) if output is None else export_for_vllm(folder, output.expanduser(), force)
+    report = check_for_vllm(folder, verify) if output is None else export_for_vllm(folder, output.expanduser(), force)
     print_vllm_report(report, console())
     if output is not None:
         print(f"{output}: written; next: {command('vllm', 'serve', output)}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxrot.commands.options import Device, Model, prepare
+from mxrot.commands.options import Device, Model, Verify, prepare
 
 
 def generate(
@@ -15,6 +15,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens at most")] = 60,
     device: Device = None,
+    verify: Verify = None,
 ) -> None:
     """Continue a prompt, greedily."""
     from mxrot import api
@@ -34,5 +35,5 @@ def generate(
             file=sys.stderr,
             flush=True,
         )
-    opened, _ = api.open_model(model, device)
+    opened, _ = api.open_model(model, device, verify)
     print(prompt + continue_prompt(opened, tokenizer, ids, count))

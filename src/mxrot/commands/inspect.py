@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
-from mxrot.commands.options import Device, Json, Model, prepare, print_texts, show, write_json
+from mxrot.commands.options import Device, Json, Model, Verify, prepare, print_texts, show, write_json
 
 
 def inspect(
@@ -17,11 +16,12 @@ def inspect(
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 512,
     kernels: Annotated[bool, typer.Option("--kernels", help="Also which kernel computes each linear, and why")] = False,
     device: Device = None,
+    verify: Verify = None,
     json_file: Json = None,
 ) -> None:
     """Outliers in the inputs of each site; errors of a checkpoint."""
     from mxrot import api
-    from mxrot.checkpoint import is_checkpoint
+    from mxrot.checkpoint import is_checkpoint, read_run
     from mxrot.evaluation import kernel_choices, site_maxima
     from mxrot.models import find_family
     from mxrot.report import (
@@ -41,13 +41,13 @@ def inspect(
     prepare(model, device, json_file)
     with progress_on_stderr("Inspecting") as told:
         read = api.read_texts(model, loaded, windows=windows, seq_len=seq_len, progress=told)
-        opened, folder = api.open_model(model, device)
+        opened, folder = api.open_model(model, device, verify)
         sites = site_maxima(opened, find_family(opened.config, model), read[0].ids, progress=told)
     show(maxima_table(sites))
     print_texts([part.as_table() for part in read])
     result: dict[str, Any] = {"model": model, "sites": [{**vars(site), "ratio": site.ratio} for site in sites]}
-    if is_checkpoint(folder):
-        run = json.loads((folder / "run.json").read_text())
+    if is_checkpoint(folder) and (folder / "run.json").exists():
+        run = read_run(folder)
         show(errors_table(run["blocks"]))
         print(size_line(run["size"]))
         for line in filter(None, (left_line(run), rank_line(run), tuning_line(run), experts_line(run))):

@@ -34,6 +34,10 @@ Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Evaluatio
 Texts = Annotated[list[str], typer.Option("--text", metavar="TEXT", help=f"Evaluation text, repeatable: {TEXT}")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (the GPU if there is one)")]
+Verify = Annotated[
+    bool | None,
+    typer.Option("--verify/--no-verify", help="Compare the SHA-256 of a checkpoint's files first (up to 1 GB)"),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON")]
 TASKS_HELP = "Tasks of lm-eval, comma-separated, e.g. arc_easy,piqa"
 Tasks = Annotated[str | None, typer.Option("--tasks", metavar="NAMES", help=TASKS_HELP)]

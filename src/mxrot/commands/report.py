@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxrot.commands.options import Device, Texts, loaded_texts, prepare
+from mxrot.commands.options import Device, Texts, Verify, loaded_texts, prepare
 from mxrot.errors import ConfigError
 
 
@@ -30,6 +30,7 @@ def report(
     plots: Annotated[Path | None, typer.Option("--plots", help="Folder for the pictures as PNG and SVG")] = None,
     card: Annotated[bool, typer.Option("--card", help="Also put the figures into the checkpoint's README.md")] = False,
     device: Device = None,
+    verify: Verify = None,
 ) -> None:
     """Write a checkpoint's report: one HTML file."""
     from mxrot import reporting
@@ -54,6 +55,7 @@ def report(
         sites,
         None if results is None else read_results(results),
         None if baseline is None else read_results(baseline),
+        verify,
     )
     with progress_on_stderr("Reporting") as told:
         contents = reporting.gather(request, device, told)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mxrot.documents import check_is_here
+from mxrot.documents import read_json
 from mxrot.errors import FamilyError
 from mxrot.models.experts import separate_experts, shapes_apart
 from mxrot.models.family import Family
@@ -37,7 +37,7 @@ def read_config(place: Path) -> Any:
     path = place if place.is_file() else place / "config.json"
     if not path.is_file():
         raise FamilyError(no_config(place))
-    check_is_here(path)
+    read_json(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # its checks raise many kinds
@@ -48,6 +48,8 @@ def find_family(config: Any, where: str) -> Family:
     """The family of a config, with the sites of its experts; FamilyError if it is not a causal language model, or not
     one we know."""
     architectures = tuple(getattr(config, "architectures", None) or ())
+    if not all(isinstance(name, str) for name in architectures):
+        raise FamilyError(f"{where}: architectures {list(architectures)!r}: expected names")
     named = ", ".join(architectures) or "none"
     if getattr(config, "text_config", None) is not None:
         raise FamilyError(f"{where}: architecture {named}: a model of more than text, which is not supported")
@@ -159,6 +161,7 @@ def check_generation_config(folder: Path) -> GenerationConfig | None:
     if not path.is_file():
         return None
     try:
+        read_json(path)
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as for `read_config`
         raise FamilyError(f"{path}: not a generation config that transformers reads: {_brief(error)}") from error

@@ -132,7 +132,6 @@ def make_plan(
         check_exportable(recipe)
     except ConfigError as error:
         problems.append(str(error))
-    is_written = not problems
     try:
         family = find_family(config, model)
         files = _files_beside(config_path)
@@ -166,7 +165,7 @@ def make_plan(
         needs=needs,
         time=estimate,
         device=device_name(machine.device),
-        vllm=serving_by_vllm(skeleton, shape, recipe, is_written),
+        vllm=serving_by_vllm(skeleton, family, recipe, not problems),
     )
 
 

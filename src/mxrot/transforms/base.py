@@ -121,6 +121,8 @@ class TransformMethod(ABC):
 
     name: ClassVar[str]
     orthogonal: ClassVar[bool] = True
+    is_one_for_all: ClassVar[bool] = False
+    """Does every block get the same matrix, whatever the sharing?"""
 
     def __post_init__(self) -> None:
         check_fields(self, f"transform {self.name}")

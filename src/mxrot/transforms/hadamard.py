@@ -37,6 +37,7 @@ class Identity(TransformMethod):
     """No transform."""
 
     name = "identity"
+    is_one_for_all = True
 
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
         return BlockTransform.identity(sample.block, sample.device)
@@ -47,6 +48,7 @@ class Hadamard(TransformMethod):
     """The same Hadamard matrix for every block."""
 
     name = "hadamard"
+    is_one_for_all = True
 
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
         return BlockTransform(hadamard_matrix(sample.block).to(sample.device)[None])

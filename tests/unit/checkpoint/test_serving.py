@@ -15,8 +15,8 @@ from tests.unit.checkpoint.folders import all_tensors, digests, logits, recipe, 
 from transformers import Olmo2Config, Olmo2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from mxrot.checkpoint import check_for_vllm, export_for_vllm, load, vllm
+from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.config import MARKER
-from mxrot.checkpoint.reader import check_files
 from mxrot.errors import CheckpointError
 
 
@@ -104,7 +104,7 @@ def test_an_export_is_the_same_model_in_bfloat16(site: Path, tmp_path: Path) -> 
     assert json.loads((site / "config.json").read_text())["dtype"] == "float16"
     changed = {name for name, digest in digests(tmp_path / "out").items() if before.get(name) != digest}
     assert changed == {"README.md", "config.json", "run.json"}
-    check_files(tmp_path / "out", verify=True)
+    check_checkpoint(tmp_path / "out", verify=True)
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(site)))
     assert all_tensors(tmp_path / "out").keys() == all_tensors(site).keys()
 
@@ -146,7 +146,7 @@ def test_not_onto_itself(site: Path) -> None:
 
 def test_what_is_no_checkpoint(source: Path, tmp_path: Path) -> None:
     for folder in (source, tmp_path):
-        with pytest.raises(CheckpointError, match="mxrot"):
+        with pytest.raises(CheckpointError, match=r"not a checkpoint written by mxrot|config\.json: cannot be read"):
             check_for_vllm(folder)
 
 
@@ -156,4 +156,4 @@ def test_the_plugin_costs_nothing_before_it_is_called() -> None:
 
 
 def test_the_plugin_knows_the_marker() -> None:
-    assert vllm.MARKER == MARKER
+    assert vllm.is_ours({MARKER: {}}) and not vllm.is_ours({"format": "mxfp4-pack-quantized"})

@@ -106,9 +106,9 @@ QWEN = Qwen2Config(
     ("config", "name", "follows", "because"),
     [
         (LLAMA_3_8B, "rtn", True, "plain compressed-tensors"),
-        (LLAMA_3_8B, "mxrot", False, "read by mxrot only"),
+        (LLAMA_3_8B, "mxrot", False, "one matrix a block, and vLLM takes one a site"),
         (LLAMA_3_8B, "duquant++", True, "has not been verified"),
-        (QWEN, "duquant++", False, "bias (k_proj, q_proj, v_proj)"),
+        (QWEN, "duquant++", False, "q_proj has a bias, which vLLM does not take beside a transform"),
         (LLAMA_3_8B, "duquant++-released", False, "no checkpoint would be written"),
     ],
 )

@@ -1,0 +1,106 @@
+"""A checkpoint folder with everything in it compared that can be compared before a value is read.
+
+Whoever opens one goes through here, from transformers and vLLM too: config.json, the headers of all weight files, their
+index, recipe.toml and run.json must tell one story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mxrot.checkpoint.config import check_layout
+from mxrot.checkpoint.contents import (
+    check_blocks,
+    check_counts,
+    check_tensors,
+    install_linears,
+    read_stored,
+)
+from mxrot.checkpoint.installed import Installed, check_marker, check_recipe, read_installed
+from mxrot.checkpoint.verification import Records, check_files, read_records
+from mxrot.documents import read_json
+from mxrot.errors import CheckpointError, MxrotError
+from mxrot.marker import is_ours
+from mxrot.models import Family, build_skeleton, find_family, read_config, read_generation_config
+from mxrot.models.headers import StoredTensor
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A checkpoint that fits itself."""
+
+    folder: Path
+    config: Any
+    """Of transformers, without the `quantization_config`."""
+    quantization: dict[str, Any]
+    family: Family
+    installed: Installed
+    tensors: dict[str, StoredTensor]
+    """By their names in the model."""
+    records: Records | None
+    """None where only `save_pretrained` has written."""
+    skeleton: PreTrainedModel
+    """The model with its quantized linears, on the meta device."""
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Is this a folder that mxrot has written, whatever became of it? By the marker in config.json, or by the files
+    that only mxrot writes."""
+    if all((folder / name).exists() for name in ("run.json", "recipe.toml")):
+        return True
+    try:
+        return is_ours(read_json(folder / "config.json").get("quantization_config"))
+    except CheckpointError:
+        return False
+
+
+@contextmanager
+def checkpoint_errors(folder: Path) -> Iterator[None]:
+    """Let what goes wrong inside come out as a CheckpointError that names the folder."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except MxrotError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: {error.strerror or error}") from error
+
+
+def check_checkpoint(folder: Path, verify: bool | None = None) -> Checked:
+    """CheckpointError unless all of it fits; `verify` as for `verification.check_files`."""
+    with checkpoint_errors(folder):
+        return _check(folder, verify)
+
+
+def _check(folder: Path, verify: bool | None) -> Checked:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    table = read_json(folder / "config.json")
+    quantization: Any = table.get("quantization_config")
+    marker = check_marker(quantization, str(folder))
+    stored = read_stored(folder)
+    records = read_records(folder, stored, was_saved_again="saved_by" in marker)
+    check_files(folder, records, verify)
+    installed = read_installed(quantization, str(folder))
+    check_counts(table, stored)
+    config = read_config(folder)
+    del config.quantization_config
+    family = find_family(config, str(folder))
+    tensors = stored.tensors(family)
+    blocks = config.num_hidden_layers
+    check_blocks(config, family, tensors)
+    check_layout(quantization, installed, family, blocks)
+    if records is not None:
+        check_recipe(records.recipe, installed, family, blocks)
+    skeleton = build_skeleton(config)
+    read_generation_config(skeleton, folder)
+    install_linears(skeleton, family, installed, tensors)
+    check_tensors(skeleton, family, tensors, bool(config.tie_word_embeddings))
+    return Checked(folder, config, quantization, family, installed, tensors, records, skeleton)

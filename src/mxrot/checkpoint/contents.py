@@ -1,0 +1,228 @@
+"""The tensors of a checkpoint beside those that its config implies: names, shapes and types before any value is read,
+and values as they are read.
+
+A tensor that is missing would be random, one too many would be left out, and a scale or a transform that is damaged
+would make garbage, all without an error of any reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxrot.checkpoint.files import INDEX
+from mxrot.checkpoint.installed import Installed
+from mxrot.documents import read_json
+from mxrot.errors import CheckpointError
+from mxrot.layers import InputTransform, QuantLinear
+from mxrot.models import Family, Site, check_linears, separate_experts
+from mxrot.models.experts import EXPERTS
+from mxrot.models.headers import Header, StoredTensor, read_header
+from mxrot.recipe import TRANSFORM_BLOCK
+from mxrot.surgery import install_empty_site, scheme_name
+from mxrot.transforms.base import STORED_DTYPE
+
+SINGLE = "model.safetensors"
+LARGEST_CONDITION = 1e10
+"""Of a transform; one that rounding has made singular has about 1e16 in float64."""
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_CODES = ("U8",)
+_TRANSFORM = ("BF16",)
+_ENDING = "_input.weight"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The safetensors files of a checkpoint, by their headers."""
+
+    headers: tuple[Header, ...]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [header.path for header in self.headers]
+
+    def tensors(self, family: Family) -> dict[str, StoredTensor]:
+        """Every tensor by the name that it has in the model."""
+        found = {name: tensor for header in self.headers for name, tensor in header.tensors.items()}
+        return {in_model(name, family): tensor for name, tensor in found.items()}
+
+
+def read_stored(folder: Path) -> Stored:
+    """The files that transformers takes: one, else those of the index.
+
+    CheckpointError if there are none, or if the index does not give each tensor of its files, and no other.
+    """
+    if (folder / SINGLE).exists():
+        return Stored((read_header(folder / SINGLE),))
+    if not (folder / INDEX).exists():
+        raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}")
+    listed = _weight_map(folder / INDEX)
+    headers = []
+    for name in sorted(set(listed.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / INDEX}: {name!r} is not the name of a file in its folder")
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name}: is named in {INDEX} and missing")
+        headers.append(read_header(folder / name))
+    _check_index(folder / INDEX, listed, headers)
+    return Stored(tuple(headers))
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise CheckpointError(f"{path}: not a safetensors index (it has no weight_map of file names)")
+    return listed
+
+
+def _check_index(path: Path, listed: dict[str, str], headers: list[Header]) -> None:
+    found = [(tensor, header.path.name) for header in headers for tensor in header.tensors]
+    if wrong := sorted(set(listed.items()) ^ set(found)):
+        tensor, file = wrong[0]
+        said = f"lists {tensor} in {file}" if (tensor, file) not in found else f"does not list {tensor} of {file}"
+        raise CheckpointError(f"{path}: {said}; the index and the files do not belong together")
+
+
+def read_files(files: Iterable[str | Path]) -> Stored:
+    """The same of the files that transformers has found."""
+    headers = [read_header(Path(path)) for path in files]
+    index = headers[0].path.with_name(INDEX)
+    if headers[0].path.name != SINGLE and index.exists():
+        _check_index(index, _weight_map(index), headers)
+    return Stored(tuple(headers))
+
+
+def in_model(name: str, family: Family) -> str:
+    """The name in the model of a tensor that a file may have under an older one."""
+    prefix = f"{family.blocks}."
+    if family.experts is None or not name.startswith(prefix):
+        return name
+    number, _, inner = name.removeprefix(prefix).partition(".")
+    for old, new in family.experts.renamed:
+        if inner.startswith(old):
+            return f"{prefix}{number}.{new}{inner.removeprefix(old)}"
+    return name
+
+
+def check_counts(config: dict[str, Any], stored: Stored) -> None:
+    """CheckpointError if a config.json asks for more decoder blocks or experts than there are tensors.
+
+    Looked at before transformers reads it, which would take memory for as many.
+    """
+    most = sum(len(header.tensors) for header in stored.headers)
+    for key in ("num_hidden_layers", *(names.count for names in EXPERTS.values())):
+        claimed = config.get(key, 1)
+        if type(claimed) is not int or not 0 <= claimed <= most:
+            raise CheckpointError(f"config.json: {key} is {_shortly(claimed)}, and there are {most} tensors")
+
+
+def check_blocks(config: Any, family: Family, tensors: Iterable[str]) -> None:
+    """CheckpointError if the config has another number of decoder blocks than the tensors."""
+    prefix = f"{family.blocks}."
+    blocks = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
+    if config.num_hidden_layers != len(blocks):
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {config.num_hidden_layers}, and there are tensors of {len(blocks)} "
+            "decoder blocks"
+        )
+
+
+def install_linears(
+    model: nn.Module, family: Family, installed: Installed, tensors: dict[str, StoredTensor] | None = None
+) -> None:
+    """Replace the linears of every site by quantized ones without values, on the meta device, with transforms of the
+    shapes that they have among `tensors`.
+
+    CheckpointError if what is `installed` leaves out a linear that is not there.
+    """
+    separate_experts(model)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name in installed.ignored:
+        if name not in linears or not name.startswith(f"{family.blocks}."):
+            raise CheckpointError(f"config.json: quantization_config: ignore: {name!r} is no linear of a decoder block")
+    check_linears(model, family, TRANSFORM_BLOCK, installed.ignored)
+    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        for site in family.active_sites(index, installed.ignored):
+            scheme = scheme_name(index, site)
+            stored = None
+            if installed.has_transform:
+                name = f"{family.block_prefix(index)}.{site.linears[0]}.{scheme}{_ENDING}"
+                found = None if tensors is None or name not in tensors else tensors[name].shape
+                stored = _empty_transform(block, site, installed, found)
+            install_empty_site(block, scheme, site, stored, installed.weights, installed.activations)
+
+
+def _empty_transform(block: nn.Module, site: Site, installed: Installed, found: tuple[int, ...] | None) -> Tensor:
+    """sqrt(B) T without values: one matrix for all blocks, or where matrices are a block's own, one each.
+
+    One may stand for all blocks then, too: which it is, the file says.
+    """
+    linear = block.get_submodule(site.linears[0])
+    assert isinstance(linear, nn.Linear)
+    one = (TRANSFORM_BLOCK, TRANSFORM_BLOCK)
+    groups = linear.in_features // TRANSFORM_BLOCK
+    is_blockwise = installed.sharing == "block" and found != one and groups > 1
+    shape = (groups, *one) if is_blockwise else one
+    return torch.empty(shape, dtype=STORED_DTYPE, device="meta")
+
+
+def check_tensors(model: nn.Module, family: Family, tensors: dict[str, StoredTensor], is_tied: bool) -> None:
+    """CheckpointError names a tensor that a model with its linears installed lacks, or has no place for, or that is of
+    another shape or type."""
+    types = _types(model)
+    expected = {name: (tuple(value.shape), types.get(name, _FLOATS)) for name, value in model.state_dict().items()}
+    head = f"{family.head}.weight"
+    if is_tied and head not in tensors:
+        expected.pop(head, None)
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(f"{name}: is missing; config.json says that it is there, {list(expected[name][0])}")
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise CheckpointError(f"{name}: a model of family {family.name} and this config has no place for this tensor")
+    for name, (shape, dtypes) in sorted(expected.items()):
+        found = tensors[name]
+        if found.shape != shape:
+            raise CheckpointError(f"{name}: expected shape {list(shape)}, got {list(found.shape)}")
+        if found.dtype not in dtypes:
+            raise CheckpointError(f"{name}: expected type {' or '.join(dtypes)}, got {found.dtype}")
+
+
+def _types(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The types that tensors of quantized linears can have in a file."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found |= {f"{name}.weight_packed": _CODES, f"{name}.weight_scale": _CODES}
+        elif isinstance(module, InputTransform):
+            found[f"{name}.weight"] = _TRANSFORM
+    return found
+
+
+def check_value(name: str, tensor: Tensor) -> None:
+    """CheckpointError if a tensor holds what no quantization writes: a scale or a number that is none, or a transform
+    that has no inverse."""
+    if name.endswith(".weight_scale") and tensor.dtype == torch.uint8:
+        if bool((tensor == 255).any()):
+            raise CheckpointError(f"{name}: holds the scale NaN (byte 255); the file is damaged")
+    elif tensor.is_floating_point():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name}: the weights hold NaN or Inf; the file is damaged")
+        if name.endswith(_ENDING):
+            _check_invertible(name, tensor)
+
+
+def _check_invertible(name: str, stored: Tensor) -> None:
+    matrices = stored.detach().to("cpu", torch.float64)
+    inverses, failed = torch.linalg.inv_ex(matrices)
+    conditions = torch.linalg.matrix_norm(matrices) * torch.linalg.matrix_norm(inverses)
+    if bool(failed.any()) or not bool((conditions < LARGEST_CONDITION).all()):
+        raise CheckpointError(f"{name}: a transform without an inverse; the file is damaged")
+
+
+def _shortly(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}..."

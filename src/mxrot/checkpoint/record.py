@@ -1,0 +1,63 @@
+"""run.json as tables and reports take it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mxrot.documents import read_json
+from mxrot.errors import CheckpointError
+
+_NUMBER = (int, float)
+_MAYBE = (int, float, type(None))
+_CHECKS: Any = [{"step": int, "held_out": _NUMBER}]
+_LINEAR = {"name": str, "shape": [int], "weight_error": _NUMBER, "output_error": _MAYBE, "damping": _MAYBE}
+_SIZE = ("code_bytes", "scale_bytes", "transform_bytes", "other_bytes", "quantized_weights", "total_bytes")
+_RUN: dict[str, Any] = {
+    "model": str,
+    "seed": int,
+    "seconds": _NUMBER,
+    "device": str,
+    "versions": dict,
+    "size": {**dict.fromkeys(_SIZE, int), "bits_per_weight": _NUMBER},
+    "blocks": [{"index": int, "seconds": _NUMBER, "linears": [_LINEAR]}],
+    "files": dict,
+}
+"""What must be there: a type, several, a list of one kind, or a table with at least these keys."""
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a checkpoint; CheckpointError names what is missing in it, or of another type."""
+    path = folder / "run.json"
+    run = read_json(path)
+    _check(run, _RUN, str(path))
+    for index, block in enumerate(run["blocks"]):
+        if block.get("tuning") is not None:
+            _check(block["tuning"], _CHECKS, f"{path}: blocks.{index}.tuning")
+        _check(block.get("few_tokens", {}), dict, f"{path}: blocks.{index}.few_tokens")
+        for linear in block["linears"]:
+            if len(linear["shape"]) != 2:
+                raise CheckpointError(f"{path}: blocks.{index}: a linear has the shape {linear['shape']!r}")
+    if run.get("tuning") is not None:
+        _check(run["tuning"], _CHECKS, f"{path}: tuning")
+    for key, kind in (("data", dict), ("windows", [int])):
+        if run.get(key) is not None:
+            _check(run[key], kind, f"{path}: {key}")
+    return run
+
+
+def _check(found: Any, wanted: Any, where: str) -> None:
+    if isinstance(wanted, dict):
+        _check(found, dict, where)
+        for key, inner in wanted.items():
+            if key not in found:
+                raise CheckpointError(f"{where}: has no {key!r}")
+            _check(found[key], inner, f"{where}: {key}")
+    elif isinstance(wanted, list):
+        _check(found, list, where)
+        for item in found:
+            _check(item, wanted[0], where)
+    elif isinstance(found, bool) or not isinstance(found, wanted):
+        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+        named = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise CheckpointError(f"{where}: expected {named}, got {repr(found)[:100]}")
