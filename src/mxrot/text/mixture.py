@@ -24,7 +24,7 @@ def mixed_windows(
     given = {text.name: text.content.ids.shape[1] for text in texts if isinstance(text.content, TokenWindows)}
     for name, length in given.items():
         if length != seq_len:
-            raise ConfigError(f"{name}: windows of {length} tokens, and the other texts' have {seq_len}; set seq_len")
+            raise ConfigError(f"{name}: windows of {length} tokens, and seq_len is {seq_len}; give one length")
     shares = split_by_weight(count, [text.weight for text in texts])
     for text, share in zip(texts, shares, strict=True):
         if share < 1:

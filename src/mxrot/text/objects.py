@@ -24,9 +24,9 @@ def load_texts(source: Any, role: Role) -> list[Text]:
 
     A name as on the command line or a Path is one text, and so is each of a list of them; with a mapping each value is
     a text by the name of its key. All else is one text: strings (each a document), rows as files have them,
-    conversations, lists of token ids, an integer tensor or array (of one dimension: a document; of two: windows that
-    are taken as they are), what a tokenizer returns, a `datasets.Dataset` (or one by split), a DataFrame, an open file,
-    and anything that gives rows, or batches of token ids, one after the other.
+    conversations, lists of token ids (each a document), an integer tensor or array (several sequences are windows that
+    are taken as they are, one is a document), what a tokenizer returns, a `datasets.Dataset` (or one by split), a
+    DataFrame, an open file, and anything that gives rows, or batches of token ids, one after the other.
     DataError and ConfigError as `load_text`; ConfigError if two texts have the same name or it is none of these.
     """
     texts = _texts(source, role)
@@ -114,13 +114,13 @@ def _one(name: str, source: Any, role: Role) -> Text:
 
 
 def _given_windows(source: Any) -> Any:
-    """An array [W, T], also as a tokenizer returns it without padding; None for anything else."""
+    """An array [W, T], also as a tokenizer returns it without padding; None for anything else, such as one sequence."""
     if isinstance(source, Mapping) and "input_ids" in source:
         mask = source.get("attention_mask")
         if mask is not None and not (is_array(mask) and bool(torch.as_tensor(mask).all())):
             return None
         source = source["input_ids"]
-    return source if is_array(source) and source.ndim == 2 else None
+    return source if is_array(source) and source.ndim == 2 and len(source) != 1 else None
 
 
 def _each_is_text(rows: Iterable[Any]) -> bool:
