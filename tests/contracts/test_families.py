@@ -51,6 +51,8 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", **SIZES},
     "olmo2": {"model_type": "olmo2", **{key: value for key, value in SIZES.items() if key != "head_dim"}},
     "phi3": {"model_type": "phi3", "pad_token_id": 0, **{k: v for k, v in SIZES.items() if k != "head_dim"}},
+    "granite": {"model_type": "granite", "logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.2}
+    | {"attention_multiplier": 0.1, **{key: value for key, value in SIZES.items() if key != "head_dim"}},
     "gemma2": {"model_type": "gemma2", "query_pre_attn_scalar": 24, "sliding_window": 4, **CAPPED, **SIZES},
     "gemma3": {
         "model_type": "gemma3_text",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, NumericsError
 from mxrot.evaluation.perplexity import LOGITS_AT_ONCE, Perplexity
-from mxrot.models import logits_of
+from mxrot.models import check_logits, logits_of
 from mxrot.progress import Progress, silent
 
 
@@ -55,11 +55,13 @@ def divergence(
     """Compare two models of one vocabulary on token windows [W, T], both on their device at once.
 
     Computed in float32 from both models' logits. ConfigError if the vocabularies differ in size, NumericsError if
-    something is not finite.
+    something is not finite, FamilyError if `logits_of` does not know the logits of one.
     """
     sizes = [int(m.config.get_text_config().vocab_size) for m in (model, original)]
     if sizes[0] != sizes[1]:
         raise ConfigError(f"models with {sizes[0]} and {sizes[1]} tokens in their vocabularies cannot be compared")
+    for each in (model, original):
+        check_logits(each, windows)
     found = []
     scored = 0
     for batch in windows.split(batch_windows):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import NumericsError
-from mxrot.models import logits_of
+from mxrot.models import check_logits, logits_of
 from mxrot.progress import Progress, silent
 
 LOGITS_AT_ONCE = 1024
@@ -43,9 +43,11 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity over token windows [W, T], each on its own, `batch_windows` at a time.
 
-    Log-likelihoods are computed in float32 from the model's own logits. NumericsError if they are not finite.
+    Log-likelihoods are computed in float32 from the model's own logits. NumericsError if they are not finite,
+    FamilyError if `logits_of` does not know them.
     """
     device = next(model.parameters()).device
+    check_logits(model, windows)
     sums = []
     scored = 0
     for batch in windows.split(batch_windows):

@@ -2,8 +2,8 @@
 
 from mxrot.models.attention import score_heads, shared_heads, step_mask, unmasked
 from mxrot.models.experts import separate_experts
-from mxrot.models.family import Family, Site, check_linears, linear_problems, value_heads
-from mxrot.models.logits import logits_of
+from mxrot.models.family import Family, LogitKeys, Site, check_linears, linear_problems, value_heads
+from mxrot.models.logits import check_logits, logits_of
 from mxrot.models.lookup import find_config, find_model
 from mxrot.models.norms import fused_norms
 from mxrot.models.skeleton import (
@@ -26,12 +26,14 @@ from mxrot.models.weights import WeightFiles
 __all__ = [
     "FAMILIES",
     "Family",
+    "LogitKeys",
     "Site",
     "WeightFiles",
     "build_skeleton",
     "check_depth",
     "check_generation_config",
     "check_linears",
+    "check_logits",
     "fill",
     "find_config",
     "find_family",

@@ -62,6 +62,18 @@ class Site:
 
 
 @dataclass(frozen=True)
+class LogitKeys:
+    """What the config calls the numbers by which a model scales the output of its head, where it has them."""
+
+    factor: str = "logit_scale"
+    """Multiplies (Cohere)."""
+    divisor: str = "logits_scaling"
+    """Divides (Granite)."""
+    bound: str = "final_logit_softcapping"
+    """c in c tanh(x / c), after the others (Gemma 2)."""
+
+
+@dataclass(frozen=True)
 class Family:
     """A decoder-only architecture."""
 
@@ -83,6 +95,7 @@ class Family:
     windows: Literal["none", "all", "by kind"] = "none"
     """Which decoder blocks attend to the last `sliding_window` tokens only, where the config gives a number: "by kind",
     those that `layer_types` says."""
+    logits: LogitKeys = LogitKeys()
     experts: ExpertNames | None = None
     """Of a mixture of experts, whose sites `find_family` adds to `sites`, as the config has it."""
 

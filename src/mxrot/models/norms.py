@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-PLAIN_NORMS = frozenset(f"{name}RMSNorm" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Olmo2"))
+PLAIN_NORMS = frozenset(f"{name}RMSNorm" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Olmo2", "Granite"))
 """Classes that compute x / rms(x) * weight, with an attribute `variance_epsilon`."""
 
 

@@ -16,6 +16,10 @@ QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), LLAMA_SITES, windows="by kind")
 OLMO2 = Family("olmo2", ("Olmo2ForCausalLM",), tuple(replace(site, norm=None, residual=None) for site in LLAMA_SITES))
 """Norms stand behind attention and MLP: sites read the residual stream itself, and nothing is added to it directly."""
 
+GRANITE = Family("granite", ("GraniteForCausalLM",), tuple(replace(site, residual=None) for site in LLAMA_SITES))
+"""Factors on the embedding, the scores of attention, what is added to the residual stream, and a divisor of the logits:
+what a site gives is not added as it is."""
+
 PHI3 = Family(
     "phi3",
     ("Phi3ForCausalLM",),

@@ -19,11 +19,12 @@ from mxrot.models.folder import no_config
 from mxrot.models.gemma import GEMMA2, GEMMA3
 from mxrot.models.llama import LLAMA
 from mxrot.models.mixtures import MIXTRAL, QWEN3_MOE
-from mxrot.models.relatives import MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from mxrot.models.relatives import GRANITE, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from mxrot.models.weights import WeightFiles
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
+    family.name: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GRANITE, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
 }
 MOST_BLOCKS = 1000
 MOST_EXPERTS = 100_000

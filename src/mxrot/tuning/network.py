@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mxrot.calibration import block_arguments, first_hidden
-from mxrot.models import Family, fused_norms, logits_of, score_heads, shared_heads
+from mxrot.models import Family, check_logits, fused_norms, logits_of, score_heads, shared_heads
 from mxrot.progress import Progress, silent
 from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
@@ -73,6 +73,7 @@ def tune_network(
     """
     device = model.get_submodule(family.embedding).weight.device
     assert isinstance(device, torch.device)
+    check_logits(original, windows)
     train, test = split_windows(len(windows), options.held_out)
     train = torch.cat([train[train < given].repeat(options.repeats), train[train >= given]])
     blocks = list(model.get_submodule(family.blocks).children())
