@@ -31,8 +31,10 @@ def default_device() -> str:
 
 
 def base_name(model: str, folder: Path) -> str:
-    """How a model card calls the base model."""
-    return "SmolLM2-135M-Instruct" if model == "demo" else (folder.name if Path(model).exists() else model)
+    """How a model card calls the base model; without a revision."""
+    if model == "demo":
+        return "SmolLM2-135M-Instruct"
+    return folder.name if Path(model).expanduser().exists() else model.partition("@")[0]
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -189,7 +189,8 @@ def _calibration_texts(data: dict[str, Any]) -> list[str]:
 
 def _commands(request: Request, run: dict[str, Any]) -> list[tuple[str, str]]:
     """What made the checkpoint, as far as it is on record, and what makes this report."""
-    again = ["mxrot", "quantize", run["model"], "--recipe", "recipe.toml", "--seed", str(run["seed"])]
+    revision = f"@{run['revision']}" if run.get("revision") else ""
+    again = ["mxrot", "quantize", run["model"] + revision, "--recipe", "recipe.toml", "--seed", str(run["seed"])]
     if data := run.get("data"):
         again += [word for text in _calibration_texts(data) for word in ("--calib", text)]
         asked = {"--samples": data.get("windows_asked"), "--seq-len": data.get("seq_len")}

@@ -27,26 +27,29 @@ HELP = ["-h", "--help"]
 OPTIONS = {
     "quantize": [
         *("model", "-o", "--output", "-r", "--recipe", "--set", "--calib", "--samples", "--seq-len", "--seed"),
-        *("--device", "--force", "--resume", "--json"),
+        *("--revision", "--device", "--force", "--resume", "--json"),
     ],
     "eval": [
         *("model", "--text", "--windows", "--seq-len", "--against", "--tasks", "--task-data", "--limit"),
-        *("--batch-size", "--resume", "--device", "--verify", "--json"),
+        *("--batch-size", "--resume", "--revision", "--device", "--verify", "--json"),
     ],
     "compare": [
         *("model", "--recipes", "--set", "--calib", "--samples", "--text", "--windows", "--seq-len", "--seed"),
-        *("--tasks", "--task-data", "--limit", "--device", "--json"),
+        *("--tasks", "--task-data", "--limit", "--revision", "--device", "--json"),
     ],
-    "inspect": ["model", "--text", "--windows", "--seq-len", "--kernels", "--device", "--verify", "--json"],
+    "inspect": [
+        *("model", "--text", "--windows", "--seq-len", "--kernels", "--revision", "--device", "--verify", "--json"),
+    ],
     "plan": [
-        *("model", "-r", "--recipe", "--set", "--samples", "--seq-len", "--gpu-memory", "--device", "--json"),
+        *("model", "-r", "--recipe", "--set", "--samples", "--seq-len", "--gpu-memory"),
+        *("--revision", "--device", "--json"),
     ],
-    "generate": ["model", "prompt", "--max-tokens", "--device", "--verify"],
+    "generate": ["model", "prompt", "--max-tokens", "--revision", "--device", "--verify"],
     "export": ["model", "--to", "-o", "--output", "--force", "--verify", "--json"],
     "recipes": ["name", "--defaults"],
     "report": [
         *("model", "-o", "--output", "--against", "--text", "--windows", "--seq-len", "--site", "--results"),
-        *("--baseline", "--plots", "--card", "--device", "--verify"),
+        *("--baseline", "--plots", "--card", "--revision", "--device", "--verify"),
     ],
     "demo": ["--seed", "--device", "--json"],
     "bench kernels": ["--rows", "--shape", "--remember", "--device", "--json"],

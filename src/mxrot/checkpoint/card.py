@@ -16,6 +16,7 @@ from mxrot.checkpoint.files import write_bytes, write_json
 from mxrot.checkpoint.markdown import cell, code, code_block, plain_text
 from mxrot.errors import CheckpointError
 from mxrot.layers import ModelSize
+from mxrot.models import commit_of
 from mxrot.recipe import Recipe
 from mxrot.records import Metric, alike
 
@@ -116,6 +117,8 @@ class Source:
     """None where it is not known."""
     licence: dict[str, str] = field(default_factory=dict)
     """`license`, `license_name` and `license_link` of its own card, as far as it has them."""
+    commit: str | None = None
+    """Of the hub, where its cache says so."""
 
 
 def describe_source(name: str, folder: Path) -> Source:
@@ -130,7 +133,7 @@ def describe_source(name: str, folder: Path) -> Source:
     fields = {key: data.get(key) for key in ("license", "license_name", "license_link")}
     licence = {key: value for key, value in fields.items() if isinstance(value, str)}
     hub_id = data.get("base_model") if data.get("base_model_relation") == "quantized" else name
-    return Source(name, hub_id if _is_hub_id(hub_id) else None, licence)
+    return Source(name, hub_id if _is_hub_id(hub_id) else None, licence, commit_of(folder))
 
 
 def _is_hub_id(name: Any) -> bool:
@@ -150,7 +153,8 @@ def model_card(
     return _TEMPLATE.format(
         header=_header(source),
         name=plain_text(source.name),
-        base=code(source.hub_id) if source.hub_id else f"the folder {code(source.name)}",
+        base=(code(source.hub_id) if source.hub_id else f"the folder {code(source.name)}")
+        + (f" at commit {code(source.commit)}" if source.commit else ""),
         formats=formats,
         recipe=plain_text(recipe.name),
         warning=_WITH_TRANSFORM if recipe.has_transform else _WITHOUT_TRANSFORM,

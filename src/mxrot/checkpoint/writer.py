@@ -38,7 +38,7 @@ from mxrot.checkpoint.placing import finish_placing, put_in_place
 from mxrot.checkpoint.side_files import copy_file, find_side_files, left_out
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, DamagedError, DiskFullError, add_note
-from mxrot.models import check_generation_config, find_family, read_config
+from mxrot.models import check_generation_config, commit_of, find_family, read_config
 from mxrot.pipeline import quantize
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
@@ -190,6 +190,7 @@ def _write_around(
     folder = store.folder
     store.write_index()
     config = read_json(source / "config.json")
+    config.pop("transformers_weights", None)  # names a file of the source
     config["quantization_config"] = quantization_config(recipe, store.family, store.blocks, store.left_alone)
     write_json(folder / "config.json", config)
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
@@ -200,6 +201,7 @@ def _write_around(
     size = {**vars(store.size), "bits_per_weight": store.size.bits_per_weight, "total_bytes": store.size.total_bytes}
     run = {
         "model": base_name,
+        "revision": commit_of(source),
         "fingerprint": fingerprint,
         "data": data,
         "size": size,

@@ -14,6 +14,7 @@ from mxrot.commands.options import (
     Limit,
     Model,
     Recipes,
+    Revision,
     Samples,
     Seed,
     TaskData,
@@ -26,6 +27,7 @@ from mxrot.commands.options import (
     prepare,
     print_texts,
     show,
+    with_revision,
     write_json,
 )
 from mxrot.errors import ConfigError
@@ -44,6 +46,7 @@ def compare(
     task_data: TaskData = None,
     limit: Limit = None,
     seed: Seed = 0,
+    revision: Revision = None,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -58,6 +61,7 @@ def compare(
     texts = loaded_texts("--text", text)
     needs_text = any(not recipe.is_data_free for recipe in chosen)
     calibration = loaded_texts("--calib", calib) if needs_text else None
+    model = with_revision(model, revision)
     prepare(model, device, json_file)
     loaded = chosen_tasks(tasks, task_data, limit)
     with progress_on_stderr("Comparing") as told:

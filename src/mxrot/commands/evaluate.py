@@ -14,6 +14,7 @@ from mxrot.commands.options import (
     Json,
     Limit,
     Model,
+    Revision,
     TaskData,
     Tasks,
     Texts,
@@ -26,6 +27,7 @@ from mxrot.commands.options import (
     prepare,
     print_texts,
     show,
+    with_revision,
     write_json,
 )
 
@@ -44,6 +46,7 @@ def evaluate(
     limit: Limit = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Requests at once (by device)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with --tasks where a run with --json ended")] = False,
+    revision: Revision = None,
     device: Device = None,
     verify: Verify = None,
     json_file: Json = None,
@@ -59,6 +62,7 @@ def evaluate(
 
     texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))
     check_resume(resume, tasks, json_file)
+    model = with_revision(model, revision)
     prepare(model, device, json_file)
     if against is not None:
         prepare(against, device, None)

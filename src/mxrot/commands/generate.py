@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from mxrot.commands.options import Device, Model, Verify, prepare
+from mxrot.commands.options import Device, Model, Revision, Verify, prepare, with_revision
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens at most")] = 60,
+    revision: Revision = None,
     device: Device = None,
     verify: Verify = None,
 ) -> None:
@@ -23,6 +24,7 @@ def generate(
     from mxrot.prompting import continue_prompt, new_tokens, position_count, prompt_ids
     from mxrot.reading import reader_for
 
+    model = with_revision(model, revision)
     prepare(model, device, None)
     folder = find_model(model)
     config, tokenizer = read_config(folder), api.load_tokenizer(folder)

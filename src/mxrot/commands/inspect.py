@@ -6,7 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from mxrot.commands.options import Device, Json, Model, Verify, prepare, print_texts, show, write_json
+from mxrot.commands.options import (
+    Device,
+    Json,
+    Model,
+    Revision,
+    Verify,
+    prepare,
+    print_texts,
+    show,
+    with_revision,
+    write_json,
+)
 
 
 def inspect(
@@ -15,6 +26,7 @@ def inspect(
     windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of it")] = 4,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 512,
     kernels: Annotated[bool, typer.Option("--kernels", help="Also which kernel computes each linear, and why")] = False,
+    revision: Revision = None,
     device: Device = None,
     verify: Verify = None,
     json_file: Json = None,
@@ -38,6 +50,7 @@ def inspect(
     from mxrot.text import load_text
 
     loaded = load_text(text, "evaluation")
+    model = with_revision(model, revision)
     prepare(model, device, json_file)
     with progress_on_stderr("Inspecting") as told:
         read = api.read_texts(model, loaded, windows=windows, seq_len=seq_len, progress=told)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, or `demo`")]
+REVISION_HELP = "Branch, tag or commit of a hub id; the same as ID@REV"
+Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help=REVISION_HELP)]
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Recipe name or TOML file", autocompletion=complete_recipe)
 ]
@@ -69,7 +71,18 @@ def _change(text: str) -> tuple[str, Any]:
     return key, table["value"] if len(table) == 1 else value
 
 
-def prepare(model: str, device: str | None, json_file: Path | None) -> None:
+def with_revision(model: str, revision: str | None) -> str:
+    """The hub id with `--revision` behind it; ConfigError where that is of no use."""
+    if revision is None:
+        return model
+    from mxrot.models.lookup import is_on_hub
+
+    if not is_on_hub(model) or "@" in model or not revision:
+        raise ConfigError(f"--revision {revision}: is for a hub id without @, such as owner/name; got {model}")
+    return f"{model}@{revision}"
+
+
+def prepare(model: str, device: str | None, json_file: Path | None, gets_weights: bool = True) -> None:
     """What can be found wrong at once, before hours of work; and the demo model, which is made at its first use.
 
     From here on an interrupt is an exception: there may be something to clean up.
@@ -77,12 +90,12 @@ def prepare(model: str, device: str | None, json_file: Path | None) -> None:
     interrupts.raise_interrupts()
     check_device(device)
     check_file("--json", json_file)
-    from mxrot.models.lookup import DEMO, demo_folder
+    from mxrot.models.lookup import DEMO, demo_folder, download_note, is_on_hub
 
     if model == DEMO:
         demo_folder(announce=lambda line: print(line, file=sys.stderr, flush=True))
-    elif "/" in model and not Path(model).expanduser().exists() and not model.startswith((".", "/", "~")):
-        print(f"Getting {model} from the hub, unless it is here already", file=sys.stderr, flush=True)
+    elif is_on_hub(model) and gets_weights:
+        print(download_note(model), file=sys.stderr, flush=True)
 
 
 def check_file(option: str, path: Path | None) -> None:

@@ -12,10 +12,12 @@ from mxrot.commands.options import (
     Json,
     Model,
     RecipeOption,
+    Revision,
     Samples,
     chosen_recipe,
     prepare,
     show,
+    with_revision,
     write_json,
 )
 
@@ -29,6 +31,7 @@ def plan(
     gpu_memory: Annotated[
         float | None, typer.Option("--gpu-memory", min=0.1, metavar="GB", help="Plan for a GPU with so much free")
     ] = None,
+    revision: Revision = None,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -44,7 +47,8 @@ def plan(
     from mxrot.report import plan_report
 
     chosen = chosen_recipe(recipe, changes)
-    prepare(model, device, json_file)
+    model = with_revision(model, revision)
+    prepare(model, device, json_file, gets_weights=False)
     machine = Machine(torch.device(device or api.default_device()), gpu_memory and 1e9 * gpu_memory)
     made = make_plan(model, find_config(model), chosen, machine, samples, seq_len)
     for piece in plan_report(made):

@@ -14,12 +14,14 @@ from mxrot.commands.options import (
     Json,
     Model,
     RecipeOption,
+    Revision,
     Samples,
     Seed,
     chosen_recipe,
     loaded_texts,
     prepare,
     print_texts,
+    with_revision,
     write_json,
 )
 from mxrot.shell import command
@@ -34,6 +36,7 @@ def quantize(
     samples: Samples = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
     seed: Seed = 0,
+    revision: Revision = None,
     device: Device = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks, and go on where a run ended")] = False,
@@ -45,6 +48,7 @@ def quantize(
 
     chosen = chosen_recipe(recipe, changes)
     texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
+    model = with_revision(model, revision)
     prepare(model, device, json_file)
     with progress_on_stderr(f"Quantizing with {chosen.name}") as told:
         run = api.quantize(

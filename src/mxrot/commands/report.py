@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxrot.commands.options import Device, Texts, Verify, loaded_texts, prepare
+from mxrot.commands.options import Device, Revision, Texts, Verify, loaded_texts, prepare, with_revision
 from mxrot.errors import ConfigError
 
 
@@ -29,6 +29,7 @@ def report(
     ] = None,
     plots: Annotated[Path | None, typer.Option("--plots", help="Folder for the pictures as PNG and SVG")] = None,
     card: Annotated[bool, typer.Option("--card", help="Also put the figures into the checkpoint's README.md")] = False,
+    revision: Revision = None,
     device: Device = None,
     verify: Verify = None,
 ) -> None:
@@ -43,6 +44,7 @@ def report(
     if baseline is not None and results is None:
         raise ConfigError("--baseline: give the figures of the checkpoint with --results, too")
     loaded_texts("--text", text)  # found out at once
+    model = with_revision(model, revision)
     prepare(model, device, None)
     if against is not None:
         prepare(against, device, None)

@@ -4,7 +4,7 @@ from mxrot.models.attention import score_heads, shared_heads, step_mask, unmaske
 from mxrot.models.experts import separate_experts
 from mxrot.models.family import Family, LogitKeys, Site, check_linears, linear_problems, value_heads
 from mxrot.models.logits import check_logits, logits_of
-from mxrot.models.lookup import find_config, find_model
+from mxrot.models.lookup import commit_of, find_config, find_model
 from mxrot.models.norms import fused_norms
 from mxrot.models.skeleton import (
     FAMILIES,
@@ -34,6 +34,7 @@ __all__ = [
     "check_generation_config",
     "check_linears",
     "check_logits",
+    "commit_of",
     "fill",
     "find_config",
     "find_family",

@@ -6,6 +6,7 @@ The order is that of transformers: the file that config.json names under `transf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from mxrot.documents import read_json
@@ -16,7 +17,7 @@ SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 RESAVE = "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
 """How to write a model again in safetensors, with the names of transformers."""
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MERGE = "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW)"
 
 
@@ -28,7 +29,7 @@ def weight_map(folder: Path) -> tuple[list[str], dict[str, str]]:
     """
     check_folder(folder)
     if (folder / ADAPTER).is_file():
-        raise FamilyError(_adapter(folder))
+        raise FamilyError(f"{folder}: {_adapter(folder)}")
     chosen = _named_in_config(folder)
     if chosen is not None and not (folder / chosen).is_file():
         raise FamilyError(f"{folder / chosen}: is named in config.json (transformers_weights) and missing")
@@ -47,7 +48,8 @@ def weight_map(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 def has_no_weights(folder: Path) -> bool:
     """Is there a config and nothing else, as where a model is only planned? Not so for weights that cannot be read."""
-    return not any((folder / name).is_file() for name in (SINGLE, INDEX, ADAPTER)) and not _what_else(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    return not {SINGLE, INDEX, ADAPTER} & set(names) and not what_else(names, folder)
 
 
 def other_shards(folder: Path, files: list[str]) -> list[str]:
@@ -98,14 +100,13 @@ def _named_in_config(folder: Path) -> str | None:
     return named
 
 
-def _what_else(folder: Path) -> str:
-    """What a folder without weights (or without a config) holds in their place, and what to do; may be empty."""
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError:
-        return ""
+def what_else(names: Sequence[str], folder: Path | None = None) -> str:
+    """What there is in the place of weights, or of a config, and what to do: the end of a sentence; may be empty.
+
+    `names` are those of the files; `folder` is where they are, if they are on this machine.
+    """
     if ADAPTER in names or any(name.startswith("adapter_model.") for name in names):
-        return "; " + _adapter(folder).partition(": ")[2]
+        return f"; {_adapter(folder)}"
     if "model_index.json" in names:
         return "; model_index.json makes it a diffusers pipeline, which is no language model"
     found = {name.rpartition(".")[2].lower(): name for name in reversed(names) if "." in name}
@@ -119,12 +120,12 @@ def _what_else(folder: Path) -> str:
             "; consolidated files are in Mistral's own layout: give a folder or hub id that holds model.safetensors, "
             "or convert it (transformers/models/mistral/convert_mistral_weights_to_hf.py)"
         )
-    tensors = [name for name in names if name.endswith(".safetensors")]
+    tensors = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if len(tensors) == 1:
         return f"; {tensors[0]} is not a name that transformers reads: if it holds the whole model, call it {SINGLE}"
     if tensors:
         return f"; {len(tensors)} safetensors files, such as {tensors[0]}, lack their {INDEX}: download that, too"
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
         return (
             f"; {pickled[0]} would have to be unpickled, which mxrot never does: where you trust it, convert it with "
@@ -133,18 +134,33 @@ def _what_else(folder: Path) -> str:
     for ending, program in (("onnx", "ONNX"), ("msgpack", "Flax"), ("h5", "TensorFlow")):
         if ending in found:
             return f"; {found[ending]} is for {program}: give the model in safetensors"
+    return ""
+
+
+def _what_else(folder: Path) -> str:
+    """As `what_else` of a folder, or a folder in it that may be meant."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return ""
     inner = sorted(path.parent for path in folder.glob("*/config.json"))
     inner += sorted(path.parent for path in folder.glob("snapshots/*/config.json"))
-    return f"; did you mean {inner[0]}?" if inner else ("; it is empty" if not names else "")
+    if inner:
+        meant = f"; did you mean {inner[0]}?"
+    elif folder.parent.name == "snapshots":
+        meant = "; the cache of the hub holds only a part of this model: get the rest with `hf download`"
+    else:
+        meant = "; it is empty" if not names else ""
+    return what_else(names, folder) or meant
 
 
-def _adapter(folder: Path) -> str:
+def _adapter(folder: Path | None) -> str:
     try:
-        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        base = None if folder is None else read_json(folder / ADAPTER).get("base_model_name_or_path")
     except DamagedError:
         base = None  # it is refused all the same
     of = f" for {base}" if isinstance(base, str) else ""
-    return f"{folder}: {ADAPTER} makes it an adapter (LoRA){of}, not a whole model: merge it first, with {_MERGE}"
+    return f"{ADAPTER} makes it an adapter (LoRA){of}, not a whole model: merge it first, with {_MERGE}"
 
 
 def _about_file(path: Path) -> str:
