@@ -159,7 +159,6 @@ REFUSALS = {
     "not in the cache": (lambda: errors.LocalEntryNotFoundError("no"), "with `hf download owner/tiny`"),
     "offline": (lambda: errors.OfflineModeIsEnabled("no"), "with `hf download owner/tiny`"),
     "no connection": (_unreachable, "with `hf download owner/tiny`"),
-    "a full disk": (lambda: OSError(28, "No space left on device"), "No space left on device"),
     "a broken hub": (lambda: _http(errors.HfHubHTTPError, 500), "the hub did not give it: no"),
 }
 

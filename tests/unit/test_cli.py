@@ -371,7 +371,7 @@ BAD_INPUT = {
     "no such folder": (("eval", "./nowhere"), "./nowhere: no such model folder"),
     "not a model": (("eval", "{parent}"), "config.json"),
     "plan of no model": (("plan", "./nowhere"), "./nowhere: no such model folder"),
-    "plan of no config": (("plan", "{text}"), "not a config that transformers reads"),
+    "plan of no config": (("plan", "{text}"), "is a file; expected a model folder"),
     "plan of an empty folder": (("plan", "{parent}"), "config.json"),
     "bad recipe": (("quantize", "{model}", "-r", "nosuch"), "no recipe 'nosuch'"),
     "bad recipe of compare": (("compare", "{model}", "--recipes", "rtn,nosuch"), "no recipe 'nosuch'"),
