@@ -73,8 +73,8 @@ def quantize_to_folder(
     with claimed(output) as place:
         finish_placing(place, is_note)
         _check_apart(source, place)
-        check_free_to_work(place.partial, resume, force)
         if not resume:
+            check_free_to_work(place.partial, resume, force)
             check_empty(place, force)
         check_generation_config(source)
         side_files = find_side_files(source)
@@ -84,6 +84,7 @@ def quantize_to_folder(
         fingerprint = fingerprint_of(files, sides, recipe, windows, device, seed)
         if resume and (finished := _finished_run(place, fingerprint, force)):
             return finished
+        check_free_to_work(place.partial, resume, force)
         check_empty(place, force)
         open_partial(place.partial, fingerprint, stamps, resume)
         store = PartialCheckpoint(place.partial, family, config.num_hidden_layers)
