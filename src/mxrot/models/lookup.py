@@ -77,6 +77,8 @@ def find_config(name: str) -> Path:
 def hub_id(name: str) -> tuple[str, str | None]:
     """The id and the revision in owner/name or owner/name@revision; FamilyError for anything else."""
     model, _, revision = name.partition("@")
+    if "://" in name:
+        raise FamilyError(f"{name}: is a URL; {_without_url(name)}")
     if name.startswith((".", "/", "~")) or not _NAME.fullmatch(model) or name.endswith("@"):
         raise FamilyError(
             f"{name}: no such model folder (a hub id looks like owner/name or owner/name@revision; the demo model is "
@@ -149,3 +151,11 @@ def _refusal(error: Exception, model: str, revision: str | None) -> str:
         return f"has no config.json on the hub; is it a model for transformers? See {_HUB}/{model}/tree/main"
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"no such folder, and the hub did not give it: {first}"
+
+
+def _without_url(name: str) -> str:
+    """What to give in place of it."""
+    found = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", name)
+    if found:
+        return f"give the hub id: {found[1]}"
+    return "give a folder on this machine, or a hub id, which looks like owner/name"

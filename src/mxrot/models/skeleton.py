@@ -21,6 +21,7 @@ from mxrot.models.llama import LLAMA
 from mxrot.models.mixtures import MIXTRAL, QWEN3_MOE
 from mxrot.models.relatives import GRANITE, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from mxrot.models.weights import WeightFiles
+from mxrot.nearest import brief, listed
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -66,7 +67,7 @@ def find_family(config: Any, where: str) -> Family:
         causal.update((value,) if isinstance(value, str) else value)
     if not set(architectures) & causal:
         raise FamilyError(f"{where}: architectures {named}: not a causal language model")
-    known = ", ".join(architecture for family in FAMILIES.values() for architecture in family.architectures)
+    known = listed(architectures[0], (name for family in FAMILIES.values() for name in family.architectures))
     raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
 
 
@@ -86,12 +87,22 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
     """FamilyError if decoder blocks attend in ways that are not known, or that the family does not mix."""
     if getattr(config, "use_bidirectional_attention", None):
         raise FamilyError(f"{where}: use_bidirectional_attention: not a causal language model")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - LAYER_TYPES or (len(kinds) > 1 and family.windows != "by kind"):
-        named, known = ", ".join(sorted(kinds)), " or ".join(sorted(LAYER_TYPES))
-        beside = ", both in one model" if family.windows == "by kind" else ""
+    types = [kind if isinstance(kind, str) else repr(kind) for kind in getattr(config, "layer_types", None) or ()]
+    for index, kind in enumerate(types):
+        if kind not in LAYER_TYPES:
+            raise FamilyError(
+                f"{where}: config.json: layer_types: decoder block {index} is of type {brief(kind)}, which mxrot does "
+                f"not know; it knows {' and '.join(sorted(LAYER_TYPES))}"
+            )
+    kinds = set(types)
+    if len(kinds) > 1 and family.windows != "by kind":
+        mixing = [name for name, other in FAMILIES.items() if other.windows == "by kind"]
         raise FamilyError(
-            f"{where}: its decoder blocks are of types {named}; for family {family.name} expected {known}{beside}"
+            f"{where}: config.json: layer_types mixes {types[0]} (decoder block 0) and "
+            f"{next(kind for kind in types if kind != types[0])} "
+            f"(decoder block {next(index for index, kind in enumerate(types) if kind != types[0])}); in family "
+            f"{family.name} all blocks must be of one type (those of {', '.join(mixing)} may be mixed), so this model "
+            "is not supported"
         )
     if "sliding_attention" in kinds and not getattr(config, "sliding_window", None):
         raise FamilyError(f"{where}: some of its decoder blocks are of type sliding_attention, without sliding_window")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -82,7 +83,8 @@ def draw_magnitudes(figure: Any, colors: Palette, pair: tuple[ActivationView, Ac
     from matplotlib.colors import LogNorm
 
     top = max(float(view.magnitudes.max()) / view.median for view in pair)
-    norm = LogNorm(LIGHTEST, max(top, 2 * LIGHTEST), clip=True)
+    darkest = max(top, 2 * LIGHTEST)
+    norm = LogNorm(LIGHTEST, darkest, clip=True)
     every = figure.subplots(2, 1, sharex=True)
     for axes, view, title in zip(every, pair, ("Before", "After"), strict=True):
         shown = (view.magnitudes / view.median).clamp_min(LIGHTEST).numpy()
@@ -92,9 +94,23 @@ def draw_magnitudes(figure: Any, colors: Palette, pair: tuple[ActivationView, Ac
         axes.grid(False)
     every[1].set_xlabel("channel")
     bar = figure.colorbar(image, ax=list(every), orientation="horizontal", aspect=40, pad=0.03, format=_plain)
+    bar.set_ticks(log_ticks(LIGHTEST, darkest))
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
     bar.set_label("|x| beside the median")
+
+
+def log_ticks(low: float, high: float, least: int = 3, most: int = 8) -> list[float]:
+    """Round numbers from `low` to `high` for a logarithmic axis: powers of ten, and with these between them what it
+    takes for `least` ticks; even steps where that is not enough."""
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for parts in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)):
+        ticks = [part * 10.0**decade for decade in decades for part in parts if low <= part * 10.0**decade <= high]
+        if len(ticks) >= least:
+            return ticks[:: -(-len(ticks) // most)]
+    return [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
 
 
 def _plain(value: float, _: object = None) -> str:
@@ -114,6 +130,8 @@ def draw_block_maxima(figure: Any, colors: Palette, pair: tuple[ActivationView, 
         axes.stairs(shares, edges, fill=True, color=color, alpha=0.25)
         axes.stairs(shares, edges, color=color, label=label, linewidth=1.3)
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xticks(log_ticks(low, high))
     axes.xaxis.set_major_formatter(_plain)
     axes.minorticks_off()
     axes.set(title="Block maxima", xlabel="max |x| of a block of 32 beside the median", ylabel="blocks, %")
