@@ -132,6 +132,13 @@ def test_plan_of_any_config_is_one_table_or_one_line(tmp_path: Path, changes: di
     assert not any("unexpected" in line or "fault of mxrot" in line for line in errors)
 
 
+@pytest.mark.case("F5")
+def test_code_of_its_own_and_types_of_nobody_are_said(tmp_path: Path) -> None:
+    own = {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+    assert "code of its own (auto_map), which is never run" in refused("plan", write_config(tmp_path / "own", **own))
+    assert "not known to transformers 5" in refused("plan", write_config(tmp_path / "new", model_type="nobody"))
+
+
 @pytest.mark.case("F14")
 @pytest.mark.parametrize("bins", [1, 2, 3, 6, 12, 40])
 def test_axes_of_less_than_a_decade_have_ticks(bins: int) -> None:

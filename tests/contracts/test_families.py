@@ -138,7 +138,7 @@ def test_it_is_found_by_its_architectures(family: Family) -> None:
     [
         (
             ["BloomForCausalLM"],
-            r"^here: architecture BloomForCausalLM is of no known family; known architectures: Llama",
+            r"^here: architecture BloomForCausalLM is of no known family; known architectures: ",
         ),
         (["BertForMaskedLM"], r"^here: architectures BertForMaskedLM: not a causal language model"),
         (None, r"^here: architectures none: not a causal language model"),

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mxrot.documents import read_json
-from mxrot.errors import FamilyError
+from mxrot.errors import FamilyError, MxrotError
 from mxrot.models.experts import separate_experts, shapes_apart
 from mxrot.models.family import Family
 from mxrot.models.folder import no_config
@@ -43,7 +44,24 @@ def read_config(place: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # its checks raise many kinds
-        raise FamilyError(f"{path}: not a config that transformers reads: {_brief(error)}") from error
+        raise FamilyError(f"{path}: {_why_unread(path, error)}") from error
+
+
+def _why_unread(path: Path, error: Exception) -> str:
+    """What is wrong with a config that transformers does not read."""
+    try:
+        table = read_json(path)
+    except MxrotError:
+        table = {}
+    kind = table.get("model_type")
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        if "auto_map" in table:
+            return (
+                f"model type {brief(kind)} comes with code of its own (auto_map), which is never run; such a model is "
+                "not supported"
+            )
+        return f"model type {brief(kind)} is not known to transformers {transformers.__version__}; take a newer one"
+    return f"not a config that transformers reads: {_brief(error)}"
 
 
 def find_family(config: Any, where: str) -> Family:
@@ -52,7 +70,7 @@ def find_family(config: Any, where: str) -> Family:
     architectures = tuple(getattr(config, "architectures", None) or ())
     if not all(isinstance(name, str) for name in architectures):
         raise FamilyError(f"{where}: architectures {list(architectures)!r}: expected names")
-    named = ", ".join(architectures) or "none"
+    named = ", ".join(architectures)[:200] or "none"
     if getattr(config, "text_config", None) is not None:
         raise FamilyError(f"{where}: architecture {named}: a model of more than text, which is not supported")
     for family in FAMILIES.values():
