@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gener
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mxrot.documents import read_json
-from mxrot.errors import FamilyError, MxrotError
+from mxrot.errors import FamilyError
 from mxrot.models.experts import separate_experts, shapes_apart
 from mxrot.models.family import Family
 from mxrot.models.folder import no_config
@@ -40,19 +40,15 @@ def read_config(place: Path) -> Any:
     path = place if place.is_file() else place / "config.json"
     if not path.is_file():
         raise FamilyError(no_config(place))
-    read_json(path)
+    table = read_json(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # its checks raise many kinds
-        raise FamilyError(f"{path}: {_why_unread(path, error)}") from error
+        raise FamilyError(f"{path}: {_why_unread(table, error)}") from error
 
 
-def _why_unread(path: Path, error: Exception) -> str:
+def _why_unread(table: dict[str, Any], error: Exception) -> str:
     """What is wrong with a config that transformers does not read."""
-    try:
-        table = read_json(path)
-    except MxrotError:
-        table = {}
     kind = table.get("model_type")
     if isinstance(kind, str) and kind not in CONFIG_MAPPING:
         if "auto_map" in table:

@@ -58,7 +58,7 @@ def test_no_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"model_type": "nope"}', b"\xff\xfe\x00"])
 def test_a_broken_config(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(FamilyError, match=r"config\.json: (not a config that transformers reads|model type .nope. is not known)") as raised:
+    with pytest.raises(FamilyError, match=r"config\.json: (not|expected|model type) ") as raised:
         read_config(tmp_path)
     assert "\n" not in str(raised.value)
 
