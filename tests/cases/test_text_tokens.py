@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -111,10 +112,21 @@ def test_the_recorded_calibration_is_the_one_that_happened(model: Path, words: P
             assert (calibration["samples"], calibration["seq_len"]) == (happened, 64)
         card = (out / "README.md").read_text()
         assert f"samples = {happened}\n" in card and "seq_len = 64\n" in card
+        digest = sha256(words.read_bytes()).hexdigest()
+        assert f"calibrated on {happened} windows of 64 tokens of `words` (SHA-256 `{digest}`)" in card
         data = run["data"]
         assert (data["windows_asked"], data["windows"], data["seq_len"]) == (samples, happened, 64)
         assert run["windows"] == [happened, 64] and data["generated"] == 0
         assert mxrot(*command, "--samples", samples, "-o", out, "--resume").exit_code == 0
+
+
+@pytest.mark.case("D3")
+def test_a_recipe_that_needs_no_text_is_said_to_have_seen_none(model: Path, tmp_path: Path) -> None:
+    options = ("--samples", 4, "--seq-len", 64, "--device", "cpu")
+    assert mxrot("quantize", model, "-r", "hadamard", *options, "-o", tmp_path / "out").exit_code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "made without any text" in card and "calibrated on" not in card
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["data"] is None
 
 
 @pytest.mark.case("D3")
@@ -125,6 +137,7 @@ def test_windows_that_the_model_writes_are_counted(model: Path, words: Path, tmp
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["windows"] == [6, 16]
     assert (run["data"]["windows"], run["data"]["generated"]) == (4, 2)
+    assert " and 2 that the original wrote; on others" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.case("G16")

@@ -141,11 +141,16 @@ def _is_hub_id(name: Any) -> bool:
 
 
 def model_card(
-    source: Source, recipe: Recipe, size: ModelSize, has_bias: bool = False, left: Sequence[str] = ()
+    source: Source,
+    recipe: Recipe,
+    size: ModelSize,
+    has_bias: bool = False,
+    left: Sequence[str] = (),
+    data: dict[str, Any] | None = None,
 ) -> str:
     """The card's Markdown. `has_bias`: does a quantized linear have one?
 
-    `left` are the full names of the linears that are as they were.
+    `left` are the full names of the linears that are as they were; `data` is what run.json says of calibration.
     """
     activations = None if recipe.activations is None else recipe.activations.quantizer()
     formats = f"{recipe.weights.format} weights"
@@ -171,7 +176,7 @@ def model_card(
         before_accuracy=_ACCURACY[0],
         after_accuracy=_ACCURACY[1],
         vllm=_vllm(recipe, has_bias),
-        limits="\n".join(f"- {limit}" for limit in _limits(source, recipe)),
+        limits="\n".join(f"- {limit}" for limit in _limits(source, recipe, data)),
     )
 
 
@@ -202,15 +207,29 @@ def _left(linears: Sequence[str], size: ModelSize) -> str:
     return f"Linears left as they were: {named}{rest}."
 
 
-def _limits(source: Source, recipe: Recipe) -> list[str]:
+def _limits(source: Source, recipe: Recipe, data: dict[str, Any] | None) -> list[str]:
     limits = ["What the original model must not be used for, or does badly, holds for this one too."]
-    if not recipe.is_data_free:
-        limits.append("It was calibrated on one text (`run.json` says which); on others it may lose more.")
+    if recipe.is_data_free:
+        limits.append("It was made without any text; what the recipe says of calibration was not used.")
+    else:
+        limits.append(f"It was calibrated on {_texts(data or {})}; on others it may lose more.")
     if "license" not in source.licence:
         limits.append("The original came without a licence that could be read: see to `license` before you pass it on.")
     if not source.hub_id:
         limits.append("It was made from a folder: set `base_model` to the original's hub id before you publish it.")
     return limits
+
+
+def _texts(data: dict[str, Any]) -> str:
+    """The texts that it was calibrated on, from the record of them."""
+    named = [
+        f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {code(text['name'])} (SHA-256 `{text['sha256']}`"
+        + (")" if text["read_as"] == "text" else f", read as {text['read_as']})")
+        for text in data.get("texts", ())
+    ]
+    if data.get("generated"):
+        named.append(f"{data['generated']:,} that the original wrote")
+    return " and ".join(named) or "some text (`run.json` says which)"
 
 
 def write_metrics(folder: Path, metrics: Sequence[Metric]) -> None:

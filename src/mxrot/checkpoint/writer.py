@@ -197,7 +197,7 @@ def _write_around(
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
     has_bias = any(f"{name.removesuffix('.bias')}.weight_packed" in store.weight_map for name in store.weight_map)
     left = store.left_table()
-    card = model_card(describe_source(base_name, source), recipe, store.size, has_bias, left["linears"])
+    card = model_card(describe_source(base_name, source), recipe, store.size, has_bias, left["linears"], data)
     write_bytes(folder / "README.md", card.encode())
     size = {**vars(store.size), "bits_per_weight": store.size.bits_per_weight, "total_bytes": store.size.total_bytes}
     run = {
