@@ -14,7 +14,7 @@ INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --constraint con
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install demo test test-vllm lint bench clean
+.PHONY: help install demo test faults test-vllm lint bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ demo: $(STAMPS)/demo $(STAMPS)/demo-model ## quantize and measure the demo model
 # One thread a worker: the workers share the cores, and a sum keeps its order on any machine.
 test: $(STAMPS)/test $(STAMPS)/interpreter $(STAMPS)/demo-model ## run the tests, e.g. ARGS="-k gptq"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+faults: $(STAMPS)/test $(STAMPS)/interpreter ## damage, kills and full disks, minutes of each; counts are printed
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -s -m nightly tests/faults $(ARGS)
 
 # vLLM's Python code on a CPU, in an environment of its own: it pins other versions.
 test-vllm: $(VLLM_VENV)/.stamps/vllm ## load checkpoints with vLLM's Python code, e.g. ARGS="-k plugin"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.calibration import BlockInputs, advance, finish_child
+from mxrot.heap import give_back
 from mxrot.hessian import OriginalBlock
 from mxrot.mixture import quantize_experts, smooth_experts
 from mxrot.models import Family, Site, WeightFiles, fill, read_block
@@ -75,9 +76,11 @@ def quantize_block(
         if inputs is not None:
             inputs.known |= {name: {} for name in finished - inputs.known.keys()}
             finish_child(block, inputs)
+        give_back()
     if run.family.experts is not None and of_experts:
         found, few_tokens = quantize_experts(run, part, run.family.experts.place, of_experts, scales, told)
         reports += found
+        give_back()
     checks = _tune(run, index, block, sites, inputs, original, part_of(progress, 1 - TUNING_SHARE, TUNING_SHARE, 1))
     if original is not None and not run.is_last(index):
         advance(original.block, original.inputs, f"{prefix} of the original model")

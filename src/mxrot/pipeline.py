@@ -27,6 +27,7 @@ from mxrot.checks import find_problems, free_memory, memory_problem
 from mxrot.devices import check_device
 from mxrot.errors import ConfigError
 from mxrot.failures import named_failures
+from mxrot.heap import give_back
 from mxrot.layers import prepare_linears
 from mxrot.models import (
     WeightFiles,
@@ -132,6 +133,7 @@ def quantize(
             each = recipe.calibration.generated
             written = with_generated(original, windows, given, each, seed, "calibration", progress=progress)
             del original
+            give_back()
             if store is not None:
                 store.save_windows("calibration", written)
         windows = written
@@ -167,9 +169,11 @@ def quantize(
             if finished is None:
                 store.save(index, finished_tensors(run, index, block, files), report)
             block.to("meta")
+        give_back()
     if recipe.tunes_network:
         assert windows is not None
         inputs = originals = None  # their memory
+        give_back()
         record.tuning = _tune_network(run, model, files, windows, given, store, progress)
         if store is not None:
             for index, block in enumerate(blocks):
