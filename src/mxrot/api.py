@@ -28,8 +28,8 @@ from mxrot.evaluation import (
     perplexity,
     score_tasks,
 )
-from mxrot.models import find_family, find_model, read_config
-from mxrot.opening import base_name, default_device, is_verifiable, load_tokenizer, open_model
+from mxrot.models import find_model, read_config
+from mxrot.opening import base_name, check_original, default_device, is_verifiable, load_tokenizer, open_model
 from mxrot.progress import Progress, silent
 from mxrot.prompting import generate_text
 from mxrot.reading import calibrate, evaluation_windows, reader_for
@@ -101,7 +101,7 @@ def quantize(
         check_output(output, force or resume)
     loaded = None if chosen.is_data_free else load_texts(calib, "calibration")
     folder = find_model(str(model))
-    find_family(read_config(folder), str(model))
+    check_original(folder, str(model))
     calibration = calibrate(folder, chosen, loaded, samples, seq_len, progress)
     chosen = calibration.recipe
     device = device or default_device()

@@ -26,15 +26,22 @@ def find_problems(
 
     Without `files` as far as the config tells.
     """
+    yield from weight_problems(model, family, where, files)
+    yield from ignore_problems(model, family, recipe)
+    yield from expert_problems(recipe, family)
+    yield from smoothing_problems(recipe, family, model.config.num_hidden_layers)
+    yield from linear_problems(model, family, recipe.input_block, recipe.ignore)
+
+
+def weight_problems(
+    model: PreTrainedModel, family: Family, where: str, files: WeightFiles | None
+) -> Iterator[MxrotError]:
+    """Why the weights cannot be quantized, by any recipe."""
     key = quantized_by(model.config)
     if key is not None:
         yield FamilyError(f"{where}: is quantized already ({key} in config.json); give the original")
     elif files is not None:
         yield from tensor_problems(files, model, family)
-    yield from ignore_problems(model, family, recipe)
-    yield from expert_problems(recipe, family)
-    yield from smoothing_problems(recipe, family, model.config.num_hidden_layers)
-    yield from linear_problems(model, family, recipe.input_block, recipe.ignore)
 
 
 def ignore_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[MxrotError]:

@@ -10,10 +10,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mxrot.assembly import compute_dtype, load_original
 from mxrot.checkpoint import is_checkpoint, load
+from mxrot.checks import weight_problems
 from mxrot.devices import check_device
 from mxrot.documents import check_is_here
 from mxrot.errors import CheckpointError, FamilyError
-from mxrot.models import WeightFiles, find_family, find_model, quantized_by, read_config, read_generation_config
+from mxrot.models import (
+    WeightFiles,
+    build_skeleton,
+    check_depth,
+    find_family,
+    find_model,
+    quantized_by,
+    read_config,
+    read_generation_config,
+)
 from mxrot.models.folder import weight_map
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -82,7 +92,7 @@ def open_model(name: str | Path, device: str | None = None, verify: bool | None 
     config = read_config(folder)
     family = find_family(config, str(name))
     if quantized_by(config) is not None:
-        return _opened_by_transformers(folder, str(name), torch.device(device)), folder
+        return _opened_by_transformers(folder, config, str(name), torch.device(device)), folder
     files = WeightFiles(folder)
     stored = getattr(config, "dtype", None) or files.dtype_of_most()
     model = load_original(config, family, files, compute_dtype(stored, torch.device(device)), torch.device(device))
@@ -90,7 +100,17 @@ def open_model(name: str | Path, device: str | None = None, verify: bool | None 
     return model, folder
 
 
-def _opened_by_transformers(folder: Path, name: str, device: torch.device) -> PreTrainedModel:
+def check_original(folder: Path, name: str) -> None:
+    """FamilyError unless the folder holds a whole model of a known family that is not quantized yet."""
+    config = read_config(folder)
+    family = find_family(config, name)
+    files = WeightFiles(folder)
+    check_depth(files, family, config)
+    for problem in weight_problems(build_skeleton(config, experts_apart=False), family, name, files):
+        raise problem
+
+
+def _opened_by_transformers(folder: Path, config: Any, name: str, device: torch.device) -> PreTrainedModel:
     """A model that another program has quantized, by what transformers has for that; FamilyError if it does not find
     every tensor, or a place for each."""
     weight_map(folder)
@@ -105,6 +125,8 @@ def _opened_by_transformers(folder: Path, name: str, device: torch.device) -> Pr
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise FamilyError(f"{name}: transformers cannot load it: {first_line(error)}") from error
+    if getattr(model, "hf_quantizer", None) is None:
+        raise FamilyError(f"{name}: is quantized in a way that transformers does not know ({quantized_by(config)})")
     for key, said in _REPORTED.items():
         found = sorted(str(item if isinstance(item, str) else item[0]) for item in report[key])
         if found:

@@ -215,3 +215,27 @@ def test_a_plan_from_a_config_alone_does_not_hang(tmp_path: Path, changes: dict[
     folder = change_config(write_tiny_model(tmp_path / "tiny"), **changes)
     planned = mxrot("plan", folder / "config.json", "-r", "rtn")
     assert planned.exception is None or isinstance(planned.exception, SystemExit)
+
+
+@pytest.mark.case("B1")
+@pytest.mark.parametrize("prefix", [None, "_orig_mod."])
+def test_quantizing_what_transformers_loads_takes_no_random_numbers(tmp_path: Path, prefix: str | None) -> None:
+    """`from_pretrained(..., quantization_config=MxrotConfig(...))` of a model in which transformers misses tensors."""
+    import mxrot as package
+    from mxrot.errors import FamilyError
+
+    folder = write_tiny_model(tmp_path / "tiny")
+    if prefix is None:
+        change_tensors(folder, lambda found: {name: found[name] for name in found if name != DOWN})
+    else:
+        change_tensors(folder, lambda found: {prefix + name: value for name, value in found.items()})
+    with pytest.raises(FamilyError, match=DOWN if prefix is None else prefix):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=package.MxrotConfig("rtn"))
+
+
+@pytest.mark.case("B1")
+def test_a_model_quantized_in_a_way_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    """transformers leaves the quantization out, with a warning."""
+    folder = change_config(write_tiny_model(tmp_path / "tiny"), quantization_config={"quant_method": "modelopt"})
+    line = refused("eval", folder, "--text", words_of(folder), "--seq-len", "64")
+    assert "quantized in a way that transformers does not know" in line

@@ -157,7 +157,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_file_for_a_model(source: Path) -> None:
-    refused(FamilyError, "model.safetensors: is a file; expected a model folder", source / "model.safetensors")
+    refused(FamilyError, "model.safetensors: is a file; give its folder", source / "model.safetensors")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path, text: str) -> None:
     folder = write_tiny_model(tmp_path / "tiny")
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    refused(FamilyError, "no tokenizer that transformers reads", folder, "duquant++", calib=text, **SMALL)
+    refused(FamilyError, "has no tokenizer; expected tokenizer.json", folder, "duquant++", calib=text, **SMALL)
     mxrot.quantize(folder, "rtn")  # needs none
 
 

@@ -39,7 +39,7 @@ from mxrot.documents import read_json
 from mxrot.errors import ConfigError
 from mxrot.layers import prepare_on_gpus, sites_of
 from mxrot.marker import MARKER, METHOD, ON_LOAD
-from mxrot.models import find_family, needed_attention, separate_experts
+from mxrot.models import check_for_transformers, find_family, needed_attention, separate_experts
 from mxrot.recipe import Recipe, load_recipe
 
 
@@ -122,7 +122,8 @@ class OnLoadQuantizer(_Quantizer):
                 )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-        find_family(model.config, model.name_or_path or "the model")
+        family = find_family(model.config, model.name_or_path or "the model")
+        check_for_transformers(model, family, options.get("checkpoint_files") or ())
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:

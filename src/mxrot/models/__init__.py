@@ -20,7 +20,7 @@ from mxrot.models.skeleton import (
     rebuild_buffers,
     start_token,
 )
-from mxrot.models.tensors import check_depth, no_place, quantized_by, tensor_problems
+from mxrot.models.tensors import check_depth, check_for_transformers, no_place, quantized_by, tensor_problems
 from mxrot.models.weights import WeightFiles
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "WeightFiles",
     "build_skeleton",
     "check_depth",
+    "check_for_transformers",
     "check_generation_config",
     "check_linears",
     "check_logits",

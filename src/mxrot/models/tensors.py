@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,24 @@ def tensor_problems(files: WeightFiles, model: PreTrainedModel, family: Family) 
         )
     elif is_tied and head in found and not missing:
         yield from _head_problem(files, family)
+
+
+def check_for_transformers(model: PreTrainedModel, family: Family, files: Sequence[str]) -> None:
+    """FamilyError unless transformers, which is about to fill `model` from these files, will find every tensor in them.
+
+    It makes random numbers of what it does not find, with a warning.
+    """
+    source = WeightFiles(Path(files[0]).parent) if files else None
+    if source is None or {path.name for path in source.files} != {Path(file).name for file in files}:
+        return  # other files than those that are read without being told
+    for problem in tensor_problems(source, model, family):
+        raise problem
+    for name in source.names:
+        if source.stored_name(name) not in (name, name.removeprefix("model.")):
+            raise FamilyError(
+                f"{source.folder}: transformers does not know {source.stored_name(name)} for {name}; quantize the "
+                "folder with mxrot.quantize, which does"
+            )
 
 
 def no_place(name: str, family: Family, others: str = "") -> str:
