@@ -153,6 +153,8 @@ def test_folders_pipes_and_what_is_not_there(model: Path, tmp_path: Path) -> Non
     assert "holds no file" in refused("eval", model, "--text", tmp_path / "empty")
     assert "is a model" in refused("eval", model, "--text", model)
     assert "no such text file" in refused("eval", model, "--text", tmp_path / "nothing.txt")
+    assert "missing.pdf: no such text file" in refused("eval", model, "--text", "some/missing.pdf")
+    assert "without a name" in refused("eval", model, "--text", "")
     assert "did you mean demo?" in refused("eval", model, "--text", "dmeo")
     assert "https://example.org/a.txt: is a web address" in refused(
         "eval", model, "--text", "https://example.org/a.txt"

@@ -137,8 +137,11 @@ def partial_file(json_file: Path) -> Path:
 
 def loaded_texts(option: str, specs: list[str]) -> Any:
     """The texts that `--calib` or `--text` names, each with a name of its own; loaded before a model is."""
-    from mxrot.text import load_text
+    from mxrot.text import is_fetched, load_text
 
+    for spec in specs:
+        if is_fetched(spec):
+            print(f"Getting the data set {spec} from the hub, unless it is here already", file=sys.stderr, flush=True)
     texts = [load_text(spec, "calibration" if option == "--calib" else "evaluation") for spec in specs]
     names = [text.name for text in texts]
     for name in names:

@@ -2,7 +2,7 @@
 
 from mxrot.text.decoding import lone_surrogate
 from mxrot.text.document import Chat, Origin, Text, TokenIds, TokenWindows
-from mxrot.text.load import load_text
+from mxrot.text.load import is_fetched, load_text
 from mxrot.text.mixture import mixed_windows, split_by_weight
 from mxrot.text.objects import load_texts
 from mxrot.text.roles import Role
@@ -19,6 +19,7 @@ __all__ = [
     "TokenWindows",
     "Windows",
     "check_ids",
+    "is_fetched",
     "load_text",
     "load_texts",
     "lone_surrogate",

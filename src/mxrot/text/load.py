@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
 from mxrot.errors import DataError
+from mxrot.nearest import nearest
 from mxrot.text.contents import check_regular, unpacked_name
 from mxrot.text.demo import demo_text
 from mxrot.text.document import Document, Origin, Text
@@ -15,6 +15,12 @@ from mxrot.text.roles import Role
 from mxrot.text.spec import Spec, exists, parse_spec
 
 DEMO = "demo"
+_OF_OTHER_FILES = {
+    *(".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".htm", ".html", ".xml", ".xls", ".xlsx", ".yaml", ".yml"),
+    *(".zip", ".tar", ".tgz", ".7z", ".rar", ".pkl", ".pt", ".pth", ".bin", ".npy", ".npz", ".gguf", ".safetensors"),
+    *(".py", ".toml", ".gz", ".bz2", ".xz", ".zst"),
+}
+"""Suffixes that no name of a data set has."""
 
 
 def load_text(spec: str, role: Role) -> Text:
@@ -60,15 +66,30 @@ def _read(spec: Spec, role: Role) -> tuple[list[Document], Origin]:
             return read_folder(path, role, spec.column)
         check_regular(path)
         return read_file(path, spec.column)
+    if place in KNOWN or _may_be_on_hub(place):
+        return read_hub(place, role)
     if "://" in place:
         raise DataError(f"{place}: is a web address; download it, and name the file")
     known = [DEMO, *KNOWN]
-    if place not in KNOWN:
-        near = get_close_matches(place, known, 1, 0.7)
-        if near or looks_like_file(place.split(":")[0]) or not looks_like_id(place):
-            hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(known)}"
-            raise DataError(f"{place}: no such text file ({hint})")
-    return read_hub(place, role)
+    near = nearest(place, known)
+    hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(known)}"
+    raise DataError(f"{place}: no such text file ({hint})")
+
+
+def is_fetched(spec: str) -> bool:
+    """Will it be asked for on the hub?"""
+    place = parse_spec(spec).place
+    return place != DEMO and not exists(place) and (place in KNOWN or _may_be_on_hub(place))
+
+
+def _may_be_on_hub(place: str) -> bool:
+    """Has it the form of an id, and neither that of a file nor almost a name that is known?"""
+    first = place.split(":")[0]
+    if "://" in place or not looks_like_id(place) or looks_like_file(first):
+        return False
+    if Path(first).suffix.lower() in _OF_OTHER_FILES:
+        return False
+    return not nearest(place, [DEMO, *KNOWN]) or ":" in place
 
 
 def _own_name(place: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mxrot.errors import DataError
+from mxrot.nearest import listed
 from mxrot.text.conversations import ANSWERS, alpaca_messages, looks_like_messages, messages_of
 from mxrot.text.decoding import lone_surrogate, without_marks
 from mxrot.text.document import Chat, Document, Origin, TokenIds
@@ -89,7 +90,7 @@ def _reader(table: Table, column: str | None) -> tuple[str | None, RowReader]:
     columns = table.columns or tuple(first)
     if column is not None:
         if column not in columns:
-            raise DataError(f"{table.where}: has no column {column!r}; its columns are {_listed(columns)}")
+            raise DataError(f"{table.where}: has no column {column!r}; its columns are {listed(column, columns)}")
         return column, _of_column(column, table)
     if "text" in columns:
         return "text", _of_column("text", table)
