@@ -131,7 +131,7 @@ def load(
     folder: str | Path,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
     keeps_fp8: bool = False,
 ) -> PreTrainedModel:
     """The quantized model in a checkpoint folder, as `mxrot.checkpoint.load` gives it; on the GPU if there is one.

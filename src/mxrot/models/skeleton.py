@@ -41,6 +41,9 @@ def read_config(place: Path) -> Any:
     if not path.is_file():
         raise FamilyError(no_config(place))
     table = read_json(path)
+    named = table.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise FamilyError(f"{path}: architectures: expected a list of names, got {repr(named)[:100]}")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # its checks raise many kinds
