@@ -90,7 +90,7 @@ def load_finished_block(
     CheckpointError or FamilyError names a tensor that is missing, extra or of the wrong shape.
     """
     weights = recipe.weights.quantizer()
-    activations = None if recipe.activations is None else recipe.activations.quantizer()
+    activations = None if recipe.activations is None else recipe.activations.for_inputs()
     for site in family.active_sites(index, recipe.ignore):
         scheme = scheme_name(index, site)
         stored = None

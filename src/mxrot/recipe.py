@@ -46,6 +46,11 @@ class QuantizerChoice:
         format = get_format(self.format)
         return TensorQuantizer(format, format.rule(self.rule or None))
 
+    def for_inputs(self) -> TensorQuantizer:
+        """The same for inputs, each row, which is a token, by itself."""
+        found = self.quantizer()
+        return TensorQuantizer(found.format, found.rule.for_rows())
+
 
 @dataclass(frozen=True)
 class Smoothing:

@@ -129,7 +129,7 @@ def _views(
     progress: Progress,
 ) -> tuple[dict[str, ActivationView], dict[str, ActivationView]]:
     """The inputs of every site before the transform and after it."""
-    quantizer = None if recipe.activations is None else recipe.activations.quantizer()
+    quantizer = None if recipe.activations is None else recipe.activations.for_inputs()
     options: dict[str, Any] = {"ignore": recipe.ignore, "progress": progress}
     before = activation_views(original or model, family, windows, quantizer, **options)
     return before, activation_views(model, family, windows, quantizer, transformed=True, **options)

@@ -74,7 +74,7 @@ class BlockRun:
 
     @property
     def activations(self) -> TensorQuantizer | None:
-        return None if self.recipe.activations is None else self.recipe.activations.quantizer()
+        return None if self.recipe.activations is None else self.recipe.activations.for_inputs()
 
 
 @dataclass(frozen=True)

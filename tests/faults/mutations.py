@@ -200,7 +200,9 @@ def replace_file(names: tuple[str, ...], pattern: str = "") -> Damage:
     """Another thing in the place of a file."""
 
     def damage(folder: Path, chance: random.Random) -> None:
-        there = [path for path in (folder / name for name in names) if path.exists()] + sorted(folder.glob(pattern or "\0"))
+        there = [path for path in (folder / name for name in names) if path.exists()] + sorted(
+            folder.glob(pattern or "\0")
+        )
         if not there:
             return
         path = chance.choice(there)
@@ -273,7 +275,9 @@ def edit_recipe(folder: Path, chance: random.Random) -> None:
     lines = path.read_text().splitlines()
     place = chance.choice([number for number, line in enumerate(lines) if " = " in line])
     key = lines[place].partition(" = ")[0]
-    value = chance.choice(('"floor"', '"even"', '"site"', '"block"', '"fast"', '["q_proj"]', "1", '"nvfp4"', "true", "{"))
+    value = chance.choice(
+        ('"floor"', '"even"', '"site"', '"block"', '"fast"', '["q_proj"]', "1", '"nvfp4"', "true", "{")
+    )
     lines[place] = f"{key} = {value}"
     path.write_text("\n".join(lines))
 
@@ -324,7 +328,8 @@ KINDS = (
         "format", "ignore", "transform_config", "config_groups", "mxrot", "quant_method")), share=3,
         by_transformers=False),
     Kind("the config", edit_json("config.json"), changes=True, share=4, by_transformers=False),
-    Kind("architectures", edit_json("config.json", (), ("architectures", "quantization_config")), by_transformers=False),
+    Kind("architectures", edit_json("config.json", (), ("architectures", "quantization_config")),
+         by_transformers=False),
     Kind("the number of blocks", edit_depth, share=2, by_transformers=False),
     Kind("a bit of the config", flip_text("config.json"), changes=True, share=2, by_transformers=False),
     Kind("the recipe", edit_recipe, share=4),

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tests.cases.commands import logits, mxrot as command
+from tests.cases.commands import logits
+from tests.cases.commands import mxrot as command
 from tests.faults.mutations import draw
 from tests.faults.originals import Original
 from transformers import AutoModelForCausalLM, PreTrainedModel

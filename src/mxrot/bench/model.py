@@ -119,7 +119,7 @@ def random_quantized_model(
     model, family = random_model(config, device), find_family(config, "the model")
     generator, codes = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(1)
     assert recipe.activations is not None
-    weights, activations = recipe.weights.quantizer(), recipe.activations.quantizer()
+    weights, activations = recipe.weights.quantizer(), recipe.activations.for_inputs()
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         for site in family.active_sites(index, recipe.ignore):
             width = block.get_submodule(site.linears[0]).in_features

@@ -152,7 +152,7 @@ def model_card(
 
     `left` are the full names of the linears that are as they were; `data` is what run.json says of calibration.
     """
-    activations = None if recipe.activations is None else recipe.activations.quantizer()
+    activations = None if recipe.activations is None else recipe.activations.for_inputs()
     formats = f"{recipe.weights.format} weights"
     formats += " and 16-bit activations" if activations is None else f" and {activations.format.name} activations"
     return _TEMPLATE.format(

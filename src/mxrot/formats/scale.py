@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import torch
@@ -57,7 +57,7 @@ class BlockScales:
     """[..., G] in the dtype of the scale type."""
     type: ScaleType
     tensor_scale: Tensor | None = None
-    """float32 scalar that multiplies every block scale; None stands for 1."""
+    """float32 scalar, or one a row [..., 1], that multiplies the block scales; None stands for 1."""
     zero_points: Tensor | None = None
     """[..., G] uint8 codes that stand for 0; None where the element is signed."""
 
@@ -80,10 +80,16 @@ class ScaleRule(ABC):
     """For rules whose exponent is floor(log2 amax) - emax or one more: the least fraction field of amax at which it is
     one more, for (element) as a float32, for (element, 2^n) as a float with n bits of fraction. None for rules of
     another kind."""
+    by_row: bool = False
+    """Where a scale depends on other blocks: on those of its own row only."""
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
-        """Does the scale of a block depend on other blocks?"""
+        """Does the scale of a block depend on blocks of other rows?"""
         return False
+
+    def for_rows(self) -> ScaleRule:
+        """This rule for inputs, whose rows are tokens: a token must not depend on the others of its batch."""
+        return self
 
     def stored_type(self, scale_type: ScaleType) -> ScaleType:
         """How this rule's scales are stored in a format whose scale type is `scale_type`."""
@@ -197,7 +203,10 @@ class Log256Rule(ScaleRule):
     """
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
-        return True
+        return not self.by_row
+
+    def for_rows(self) -> ScaleRule:
+        return replace(self, by_row=True)
 
     def stored_type(self, scale_type: ScaleType) -> ScaleType:
         return LOG256_LEVELS
@@ -206,7 +215,8 @@ class Log256Rule(ScaleRule):
         logs = (block_maxima(blocks).float() / element.max).clamp(min=_SMALLEST_NORMAL).log2()
         if logs.numel() == 0:
             return BlockScales(logs, LOG256_LEVELS)
-        low, span = logs.min(), logs.max() - logs.min()
+        low, high = logs.aminmax(dim=-1, keepdim=True) if self.by_row else logs.aminmax()
+        span = high - low
         levels = (255 * (logs - low) / torch.where(span > 0, span, 1.0)).floor().clamp(0, 255)
         return BlockScales(torch.exp2(low + levels * span / 255), LOG256_LEVELS)
 
@@ -216,7 +226,10 @@ class AbsMaxRule(ScaleRule):
     """amax / max, rounded to the scale type."""
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
-        return scale_type == E4M3_SCALE
+        return scale_type == E4M3_SCALE and not self.by_row
+
+    def for_rows(self) -> ScaleRule:
+        return replace(self, by_row=True)
 
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
         maxima = block_maxima(blocks)
@@ -224,7 +237,10 @@ class AbsMaxRule(ScaleRule):
         if scale_type == FP16_SCALE:
             return BlockScales(scales.to(torch.float16), scale_type)
         largest_scale = torch.finfo(torch.float8_e4m3fn).max
-        peak = maxima.amax() if maxima.numel() else maxima.new_zeros(())
+        if not maxima.numel():
+            peak = maxima.new_zeros(())
+        else:
+            peak = maxima.amax(dim=-1, keepdim=True) if self.by_row else maxima.amax()
         tensor_scale = (peak / (element.max * largest_scale)).float()
         relative = scales / torch.where(tensor_scale > 0, tensor_scale, 1.0).to(scales.dtype)
         stored = relative.clamp(max=largest_scale).to(torch.float8_e4m3fn)

@@ -178,6 +178,8 @@ def _product(
 ) -> Tensor:
     weight = StoredWeight(codes, scales, tensor_scale, zero_points, row_exponents, lifted_scales, lifted, swizzled)
     quantizer = _quantizer(activations) if activations else None
+    if quantizer is not None:
+        quantizer = TensorQuantizer(quantizer.format, quantizer.rule.for_rows())
     return product(x, _applied(stored, applied), weight, bias, _quantizer(weights), quantizer, fast)
 
 

@@ -95,7 +95,7 @@ def _rounding_rates(
 ) -> dict[str, float]:
     timed = partial(_seconds, device=device)
     weights = recipe.weights.quantizer()
-    seen = weights if recipe.activations is None else recipe.activations.quantizer()
+    seen = weights if recipe.activations is None else recipe.activations.for_inputs()
     height, width, size = 16384 if device.type == "cuda" else 2048, 1024, TRANSFORM_BLOCK
     rows = normal(height, width, dtype=torch.float64)
     states, matrices = rows.to(dtype), normal(width // size, size, size).to(torch.bfloat16)
