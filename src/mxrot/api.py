@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 import torch
 from transformers import PreTrainedModel
@@ -35,7 +35,11 @@ from mxrot.prompting import generate_text
 from mxrot.reading import calibrate, evaluation_windows, reader_for
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import device_name, kernel_choices, versions
+from mxrot.report.progress import ProgressOption, shown_progress
 from mxrot.text import Windows, load_texts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "base_name",
@@ -59,9 +63,45 @@ EVALUATION_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens that pass through a model at once."""
 
 
+class QuantizeOptions(TypedDict, total=False):
+    """What `quantize` takes by name."""
+
+    calib: Any
+    samples: int | None
+    seq_len: int | None
+    seed: int
+    device: str | None
+    force: bool
+    resume: bool
+    tokenizer: Any
+    progress: ProgressOption
+
+
+Source = str | Path | PreTrainedModel
+AnyRecipe = str | Path | Recipe
+
+
+@overload
 def quantize(
-    model: str | Path | PreTrainedModel = "demo",
-    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    model: Source = ..., recipe: AnyRecipe = ..., output: None = None, **options: Unpack[QuantizeOptions]
+) -> PreTrainedModel: ...
+
+
+@overload
+def quantize(
+    model: Source, recipe: AnyRecipe, output: str | Path, **options: Unpack[QuantizeOptions]
+) -> dict[str, Any]: ...
+
+
+@overload
+def quantize(
+    model: Source = ..., recipe: AnyRecipe = ..., *, output: str | Path, **options: Unpack[QuantizeOptions]
+) -> dict[str, Any]: ...
+
+
+def quantize(
+    model: Source = "demo",
+    recipe: AnyRecipe = DEFAULT_RECIPE,
     output: str | Path | None = None,
     *,
     calib: Any = "demo",
@@ -72,7 +112,7 @@ def quantize(
     force: bool = False,
     resume: bool = False,
     tokenizer: Any = None,
-    progress: Progress = silent,
+    progress: ProgressOption = None,
 ) -> PreTrainedModel | dict[str, Any]:
     """Quantize a model by its hub id, folder, or `demo`; or one that is loaded, which stays as it is.
 
@@ -81,10 +121,16 @@ def quantize(
     `tokenizer`, unless the recipe needs no text, and is written to a temporary folder first.
     `calib` is a text, or several, as docs/text.md lists them: names, rows, token ids, tensors, data sets.
     `samples` and `seq_len` replace the recipe's calibration windows.
+    `progress` is a function to be told how far it is, or True to show it on standard error; it is shown in a notebook
+    and at Python's prompt, too, unless it is False.
     Errors are those of mxrot.errors, raised before any weight is read where that is possible.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if isinstance(model, PreTrainedModel):
+    texts: dict[str, Any] = {"calib": calib, "samples": samples, "seq_len": seq_len}
+    options: dict[str, Any] = {"force": force, "resume": resume, "seed": seed}
+    with shown_progress(progress, f"Quantizing with {chosen.name}") as told:
+        if not isinstance(model, PreTrainedModel):
+            return _quantize(str(model), chosen, output, device or default_device(), told, **texts, **options)
         if tokenizer is None and not chosen.is_data_free:
             raise TypeError("quantize needs the tokenizer of a model that is passed itself")
         with tempfile.TemporaryDirectory(prefix="mxrot-") as saved:
@@ -92,37 +138,47 @@ def quantize(
             model.save_pretrained(named)
             if tokenizer is not None:
                 tokenizer.save_pretrained(named)
-            options: dict[str, Any] = {"force": force, "resume": resume, "progress": progress, "seed": seed}
-            texts: dict[str, Any] = {"calib": calib, "samples": samples, "seq_len": seq_len}
-            return quantize(named, chosen, output, device=device or str(model.device), **texts, **options)
+            return _quantize(str(named), chosen, output, device or str(model.device), told, **texts, **options)
+
+
+def _quantize(
+    model: str,
+    recipe: Recipe,
+    output: str | Path | None,
+    device: str,
+    progress: Progress,
+    *,
+    calib: Any,
+    samples: int | None,
+    seq_len: int | None,
+    seed: int,
+    force: bool,
+    resume: bool,
+) -> PreTrainedModel | dict[str, Any]:
+    """The same for a model by its name."""
     if output is not None:
         output = Path(output).expanduser()
-        check_exportable(chosen)
+        check_exportable(recipe)
         check_output(output, force or resume)
-    loaded = None if chosen.is_data_free else load_texts(calib, "calibration")
-    folder = find_model(str(model))
-    check_original(folder, str(model))
-    calibration = calibrate(folder, chosen, loaded, samples, seq_len, progress)
-    chosen = calibration.recipe
-    device = device or default_device()
+    loaded = None if recipe.is_data_free else load_texts(calib, "calibration")
+    folder = find_model(model)
+    check_original(folder, model)
+    calibration = calibrate(folder, recipe, loaded, samples, seq_len, progress)
+    recipe = calibration.recipe
+    options: dict[str, Any] = {"windows": calibration.windows, "device": device, "seed": seed, "progress": progress}
     if output is None:
-        result = pipeline.quantize(
-            folder, chosen, windows=calibration.windows, device=device, seed=seed, progress=progress
-        )
+        result = pipeline.quantize(folder, recipe, **options)
         assert result.model is not None
-        return with_config(result.model, chosen)
+        return with_config(result.model, recipe)
     return quantize_to_folder(
         folder,
-        chosen,
+        recipe,
         output,
-        base_name=base_name(str(model), folder),
-        windows=calibration.windows,
+        base_name=base_name(model, folder),
         data=calibration.description,
-        device=device,
-        seed=seed,
         force=force,
         resume=resume,
-        progress=progress,
+        **options,
     )
 
 
@@ -149,15 +205,16 @@ def evaluate(
     windows: int | None = None,
     seq_len: int = 2048,
     device: str | None = None,
-    progress: Progress = silent,
+    progress: ProgressOption = None,
 ) -> dict[str, Perplexity]:
     """Perplexity on each text, by the text's name. A model that is passed itself needs its `tokenizer`.
 
     `text` is a text, or several, as docs/text.md lists them. Windows that are given as such keep their own length.
     """
-    read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=progress)
-    model, _ = _opened(model, tokenizer, device)
-    return {part.text.name: perplexity(model, part.ids, _batch_windows(model, part), progress) for part in read}
+    with shown_progress(progress, "Evaluating") as told:
+        read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        model, _ = _opened(model, tokenizer, device, told)
+        return {part.text.name: perplexity(model, part.ids, _batch_windows(model, part), told) for part in read}
 
 
 def read_texts(
@@ -193,20 +250,21 @@ def diverge(
     windows: int | None = None,
     seq_len: int = 2048,
     device: str | None = None,
-    progress: Progress = silent,
+    progress: ProgressOption = None,
 ) -> dict[str, Divergence]:
     """How far `model` is from `original` on each text, by the text's name; both are on the device at once.
 
     Models that are passed themselves need their `tokenizer`.
     """
-    if tokenizer is None and not isinstance(original, PreTrainedModel):
-        tokenizer = load_tokenizer(find_model(str(original)))
-    read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=progress)
-    original, _ = _opened(original, tokenizer, device)
-    model, _ = _opened(model, tokenizer, device)
-    return {
-        part.text.name: divergence(model, original, part.ids, _batch_windows(model, part), progress) for part in read
-    }
+    with shown_progress(progress, "Evaluating") as told:
+        if tokenizer is None and not isinstance(original, PreTrainedModel):
+            tokenizer = load_tokenizer(find_model(str(original)))
+        read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        original, _ = _opened(original, tokenizer, device, told)
+        model, _ = _opened(model, tokenizer, device, told)
+        return {
+            part.text.name: divergence(model, original, part.ids, _batch_windows(model, part), told) for part in read
+        }
 
 
 def evaluate_tasks(
@@ -218,18 +276,19 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int | None = None,
     device: str | None = None,
-    progress: Progress = silent,
+    progress: ProgressOption = None,
 ) -> dict[str, TaskScore]:
     """Scores in tasks of lm-eval, by their names; needs `pip install 'mxrot[tasks]'`.
 
     The tasks' data are those of the hub, or of the folder `data`; `limit` takes the first examples of each. A model
     that is passed itself needs its `tokenizer`.
     """
-    loaded = load_tasks([tasks] if isinstance(tasks, str) else tasks, None if data is None else Path(data))
-    model, tokenizer = _opened(model, tokenizer, device)
-    if tokenizer is None:
-        raise TypeError("evaluate_tasks needs the tokenizer of a model that is passed itself")
-    return score_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, progress=progress)
+    with shown_progress(progress, "Evaluating") as told:
+        loaded = load_tasks([tasks] if isinstance(tasks, str) else tasks, None if data is None else Path(data))
+        model, tokenizer = _opened(model, tokenizer, device, told)
+        if tokenizer is None:
+            raise TypeError("evaluate_tasks needs the tokenizer of a model that is passed itself")
+        return score_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, progress=told)
 
 
 def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool = False) -> Answers:
@@ -247,10 +306,13 @@ def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool 
     return Answers(path, owner, resume)
 
 
-def _opened(model: PreTrainedModel | str | Path, tokenizer: Any, device: str | None) -> tuple[PreTrainedModel, Any]:
+def _opened(
+    model: PreTrainedModel | str | Path, tokenizer: Any, device: str | None, progress: Progress
+) -> tuple[PreTrainedModel, Any]:
     """The model, opened where only its name is given, and a tokenizer: its own unless one is given."""
     if isinstance(model, PreTrainedModel):
         return model, tokenizer
+    progress(0, 1, f"opening {model}")
     opened, folder = open_model(model, device)
     return opened, tokenizer or load_tokenizer(folder)
 

@@ -69,6 +69,7 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
     read = None
     if metrics is None:
         read = api.read_texts(folder, texts, windows=request.windows, seq_len=request.seq_len, progress=progress)
+    progress(0, 1, f"opening {request.model}")
     model, _ = api.open_model(folder, device, request.verify)
     original = None if request.against is None else api.open_model(request.against, device)[0]
     tokenizer = api.load_tokenizer(folder)

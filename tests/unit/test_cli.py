@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
 from mxrot.cli import app
+from mxrot.opening import default_device
 
 HELP = ["-h", "--help"]
 OPTIONS = {
@@ -483,7 +485,8 @@ def test_process_keeps_standard_error_to_its_own_lines(folders: dict[str, str]) 
     assert process.returncode == 0
     assert "words" in shown
     assert [line for line in errors.splitlines() if not line.startswith("Evaluating: ")] == []
-    assert errors.startswith("Evaluating: 0 of 128 (tokens)\n")
+    first = f"Evaluating: {folders['model']}, on {default_device()}, on words\n"
+    assert errors.startswith(first) and re.match(r"Evaluating: 0 of \d+ \(", errors.removeprefix(first))
 
 
 def test_the_command_starts_without_torch_so_that_threads_can_be_told_how_to_wait() -> None:

@@ -27,6 +27,7 @@ from mxrot.commands.options import (
     prepare,
     print_texts,
     show,
+    where,
     with_revision,
     write_json,
 )
@@ -64,7 +65,8 @@ def compare(
     model = with_revision(model, revision)
     prepare(model, device, json_file)
     loaded = chosen_tasks(tasks, task_data, limit)
-    with progress_on_stderr("Comparing") as told:
+    names = ", ".join(recipe.name for recipe in chosen)
+    with progress_on_stderr("Comparing", f"{model}, {where(device)}, with {names}") as told:
         read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told)
         rows = compare_recipes(
             model,
@@ -94,7 +96,7 @@ def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:
     from mxrot.report import comparison_table, progress_on_stderr
 
     prepare("demo", device, json_file)
-    with progress_on_stderr("Demo") as told:
+    with progress_on_stderr("Demo", f"the demo model, {where(device)}, with rtn and duquant++") as told:
         rows = compare_recipes(
             "demo",
             [load_recipe("rtn"), load_recipe("duquant++")],

@@ -27,6 +27,7 @@ from mxrot.commands.options import (
     prepare,
     print_texts,
     show,
+    where,
     with_revision,
     write_json,
 )
@@ -70,8 +71,12 @@ def evaluate(
     started = time.monotonic()
     apart = None
     results, scores = {}, {}
-    with progress_on_stderr("Evaluating") as told, contextlib.ExitStack() as stack:
+    task = f"{model}, {where(device)}, on {', '.join([*(text.name for text in texts), *loaded])}"
+    if against is not None:
+        task += f", against {against}"
+    with progress_on_stderr("Evaluating", task) as told, contextlib.ExitStack() as stack:
         read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told) if texts else []
+        told(0, 1, f"opening {model}")
         opened, folder = api.open_model(model, device, verify)
         tokenizer = api.load_tokenizer(folder)
         answers = None

@@ -15,6 +15,7 @@ from mxrot.commands.options import (
     prepare,
     print_texts,
     show,
+    where,
     with_revision,
     write_json,
 )
@@ -52,8 +53,9 @@ def inspect(
     loaded = load_text(text, "evaluation")
     model = with_revision(model, revision)
     prepare(model, device, json_file)
-    with progress_on_stderr("Inspecting") as told:
+    with progress_on_stderr("Inspecting", f"{model}, {where(device)}") as told:
         read = api.read_texts(model, loaded, windows=windows, seq_len=seq_len, progress=told)
+        told(0, 1, f"opening {model}")
         opened, folder = api.open_model(model, device, verify)
         sites = site_maxima(opened, find_family(opened.config, model), read[0].ids, progress=told)
     show(maxima_table(sites))

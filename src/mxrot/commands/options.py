@@ -111,6 +111,13 @@ def check_file(option: str, path: Path | None) -> None:
         raise ConfigError(f"{option} {path}: cannot be written there; name a file in another folder")
 
 
+def where(device: str | None) -> str:
+    """Where it will be computed."""
+    from mxrot.opening import default_device
+
+    return f"on {device or default_device()}"
+
+
 def chosen_tasks(names: str | None, data: Path | None, limit: int | None) -> dict[str, Any]:
     """The tasks of `--tasks`, loaded before a model is; empty without the option."""
     if names is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from mxrot.commands.options import (
     loaded_texts,
     prepare,
     print_texts,
+    where,
     with_revision,
     write_json,
 )
@@ -50,7 +51,8 @@ def quantize(
     texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
     model = with_revision(model, revision)
     prepare(model, device, json_file)
-    with progress_on_stderr(f"Quantizing with {chosen.name}") as told:
+    task = f"{model}, {where(device)}, {_calibration(chosen, samples, seq_len)}, into {output}"
+    with progress_on_stderr(f"Quantizing with {chosen.name}", task) as told:
         run = api.quantize(
             model,
             chosen,
@@ -64,7 +66,6 @@ def quantize(
             resume=resume,
             progress=told,
         )
-    assert isinstance(run, dict)
     print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
     print(size_line(run["size"]))
     for line in filter(None, (left_line(run), rank_line(run), tuning_line(run), experts_line(run))):
@@ -75,3 +76,11 @@ def quantize(
     next_ones = command("mxrot", "eval", output), command("mxrot", "generate", output, "Once upon a time")
     print(f"next: {'    '.join(next_ones)}")
     write_json(json_file, run)
+
+
+def _calibration(recipe: Any, samples: int | None, seq_len: int | None) -> str:
+    """How much text it will be calibrated on."""
+    if recipe.is_data_free:
+        return "without text"
+    windows = samples or recipe.calibration.samples
+    return f"calibrated on up to {windows} windows of {seq_len or recipe.calibration.seq_len} tokens"

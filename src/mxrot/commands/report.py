@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mxrot.commands.options import Device, Revision, Texts, Verify, loaded_texts, prepare, with_revision
+from mxrot.commands.options import Device, Revision, Texts, Verify, loaded_texts, prepare, where, with_revision
 from mxrot.errors import ConfigError
 
 
@@ -59,7 +59,7 @@ def report(
         None if baseline is None else read_results(baseline),
         verify,
     )
-    with progress_on_stderr("Reporting") as told:
+    with progress_on_stderr("Reporting", f"{model}, {where(device)}, into {output}") as told:
         contents = reporting.gather(request, device, told)
         drawn = pictures(contents)
         written = page(contents, drawn)

@@ -49,14 +49,18 @@ def shown_progress(progress: ProgressOption, title: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def progress_on_stderr(title: str) -> Iterator[Progress]:
-    """Yields a function to be told (done, total, what)."""
+def progress_on_stderr(title: str, task: str = "") -> Iterator[Progress]:
+    """Yields a function to be told (done, total, what).
+
+    `task` says what will be done; it is a line of its own, once the work has something to tell: what is refused before
+    is one line, that of the error.
+    """
     place = _place()
     if place == "terminal":
-        with _bar(Console(stderr=True), title) as told:
+        with _bar(Console(stderr=True), title, task) as told:
             yield told
         return
-    lines = _Lines(title, place)
+    lines = _Lines(title, task, place)
     try:
         yield lines.told
     finally:
@@ -64,7 +68,7 @@ def progress_on_stderr(title: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def _bar(console: Console, title: str) -> Iterator[Progress]:
+def _bar(console: Console, title: str, task: str) -> Iterator[Progress]:
     """A bar that is gone at the end."""
     pace = Pace(time.monotonic())
     columns = (
@@ -77,7 +81,7 @@ def _bar(console: Console, title: str) -> Iterator[Progress]:
         _TimeToGo(pace),
     )
     with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-        yield _bar_mover(bar, title, pace)
+        yield _bar_mover(bar, title, pace, task)
 
 
 class _TimeToGo(rich.progress.ProgressColumn):
@@ -92,16 +96,20 @@ class _TimeToGo(rich.progress.ProgressColumn):
         return Text("" if left is None else f"{duration(left)} to go", style="progress.remaining")
 
 
-def _bar_mover(bar: rich.progress.Progress, title: str, pace: Pace) -> Progress:
-    task = bar.add_task(title, total=None)
+def _bar_mover(bar: rich.progress.Progress, title: str, pace: Pace, task: str = "") -> Progress:
+    number = bar.add_task(title, total=None)
 
     def told(done: float, total: int, what: str) -> None:
+        nonlocal task
+        if task:
+            bar.console.print(f"{title}: {task}", markup=False, highlight=False, soft_wrap=True)
+            task = ""
         begun = pace.begun
         pace.tell(time.monotonic(), done, total, what)
         if pace.begun != begun:
-            bar.reset(task)
+            bar.reset(number)
         bar.tasks[0].total = None if pace.is_one_step else total
-        bar.update(task, completed=done, description=f"{title}: {what}" if what else title)
+        bar.update(number, completed=done, description=f"{title}: {what}" if what else title)
 
     return told
 
@@ -109,8 +117,8 @@ def _bar_mover(bar: rich.progress.Progress, title: str, pace: Pace) -> Progress:
 class _Lines:
     """Prints a line when it is told something, and now and then when it is not."""
 
-    def __init__(self, title: str, place: Place) -> None:
-        self._title, self._in_place = title, place == "notebook"
+    def __init__(self, title: str, task: str, place: Place) -> None:
+        self._title, self._task, self._in_place = title, task, place == "notebook"
         self._started = time.monotonic()
         self._pace = Pace(self._started)
         self._printed, self._width = float("-inf"), 0
@@ -137,9 +145,14 @@ class _Lines:
                     self._print(time.monotonic())
 
     def _print(self, now: float, is_told: bool = False) -> None:
-        if now - self._printed < self._gap(now):
+        # An opening that ends at once, perhaps with an error, needs no line.
+        is_quick = is_told and self._pace.is_one_step and now - self._started < SECONDS_BETWEEN_LINES
+        if is_quick or now - self._printed < self._gap(now):
             return
         self._printed = now
+        if self._task:
+            print(f"{self._title}: {self._task}", file=sys.stderr)
+            self._task = ""
         line = self._line(now, is_told)
         if self._in_place:
             print("\r" + line.ljust(self._width), end="", file=sys.stderr, flush=True)
