@@ -4,6 +4,8 @@ from __future__ import annotations
 
 MARKER = "mxrot"
 """The key of what mxrot alone writes."""
+SAVED_BY = "saved_by"
+"""What the marker says where `save_pretrained` has written last."""
 METHOD = "compressed-tensors"
 """The `quant_method` of a checkpoint."""
 ON_LOAD = "mxrot"

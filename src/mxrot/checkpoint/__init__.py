@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mxrot.checkpoint.huggingface import with_config
     from mxrot.checkpoint.output import check_output
     from mxrot.checkpoint.reader import is_checkpoint, load
-    from mxrot.checkpoint.record import read_run
+    from mxrot.checkpoint.record import has_run, read_run
     from mxrot.checkpoint.serving import VllmReport, check_for_vllm
     from mxrot.checkpoint.writer import quantize_to_folder
 
@@ -27,6 +27,7 @@ __all__ = [
     "check_for_vllm",
     "check_output",
     "export_for_vllm",
+    "has_run",
     "hash_model",
     "is_checkpoint",
     "load",
@@ -42,6 +43,7 @@ _HOME = {
     "check_for_vllm": "serving",
     "check_output": "output",
     "export_for_vllm": "export",
+    "has_run": "record",
     "hash_model": "fingerprint",
     "is_checkpoint": "reader",
     "load": "reader",

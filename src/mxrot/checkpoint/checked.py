@@ -26,7 +26,7 @@ from mxrot.checkpoint.installed import Installed, check_marker, check_recipe, re
 from mxrot.checkpoint.verification import Records, check_files, read_records
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, MxrotError
-from mxrot.marker import is_ours
+from mxrot.marker import SAVED_BY, is_ours
 from mxrot.models import Family, build_skeleton, find_family, read_config, read_generation_config
 from mxrot.models.headers import StoredTensor
 
@@ -68,7 +68,8 @@ def checkpoint_errors(folder: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except MxrotError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        named = str(error).startswith(str(folder))
+        raise CheckpointError(str(error) if named else f"{folder}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: {error.strerror or error}") from error
 
@@ -86,7 +87,7 @@ def _check(folder: Path, verify: bool | None) -> Checked:
     quantization: Any = table.get("quantization_config")
     marker = check_marker(quantization, str(folder))
     stored = read_stored(folder)
-    records = read_records(folder, stored, was_saved_again="saved_by" in marker)
+    records = read_records(folder, stored, was_saved_again=SAVED_BY in marker)
     check_files(folder, records, verify)
     installed = read_installed(quantization, str(folder))
     check_counts(table, stored)

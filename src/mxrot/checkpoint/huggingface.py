@@ -33,13 +33,14 @@ from mxrot.checkpoint.contents import (
     install_linears,
     read_files,
 )
+from mxrot.checkpoint.files import INDEX
 from mxrot.checkpoint.installed import Installed, check_recipe, read_installed
 from mxrot.checkpoint.verification import check_files, read_records
 from mxrot.documents import read_json
 from mxrot.errors import ConfigError
 from mxrot.layers import prepare_on_gpus, sites_of
-from mxrot.marker import MARKER, METHOD, ON_LOAD
-from mxrot.models import check_for_transformers, find_family, needed_attention, separate_experts
+from mxrot.marker import MARKER, METHOD, ON_LOAD, SAVED_BY
+from mxrot.models import WeightFiles, check_for_transformers, find_family, needed_attention, separate_experts
 from mxrot.recipe import Recipe, load_recipe
 
 
@@ -59,7 +60,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The table, with a note for whoever finds it beside a run.json that is of an earlier one."""
         table = deepcopy(self.table)
-        table[MARKER]["saved_by"] = "transformers"
+        table[MARKER][SAVED_BY] = "transformers"
         return table
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -168,8 +169,10 @@ def check_files_of(model: PreTrainedModel, config: CheckpointConfig, files: Sequ
     folder = Path(files[0]).parent
     with checkpoint_errors(folder):
         stored = read_files(files)
+        if (folder / INDEX).exists():
+            WeightFiles(folder)  # refuses one file beside the shards of another model, of which transformers takes one
         tensors = stored.tensors(family)
-        records = read_records(folder, stored, "saved_by" in config.table[MARKER])
+        records = read_records(folder, stored, SAVED_BY in config.table[MARKER])
         check_files(folder, records)
         check_blocks(model.config, family, tensors)
         blocks = model.config.num_hidden_layers

@@ -7,6 +7,7 @@ from typing import Any
 
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError
+from mxrot.marker import MARKER, SAVED_BY
 
 _NUMBER = (int, float)
 _MAYBE = (int, float, type(None))
@@ -26,9 +27,24 @@ _RUN: dict[str, Any] = {
 """What must be there: a type, several, a list of one kind, or a table with at least these keys."""
 
 
+def has_run(folder: Path) -> bool:
+    """Is there a run.json in a checkpoint, and of what is in it now?"""
+    return (folder / "run.json").exists() and not _was_saved_again(folder)
+
+
+def _was_saved_again(folder: Path) -> bool:
+    """Has `save_pretrained` written last?"""
+    return SAVED_BY in read_json(folder / "config.json")["quantization_config"][MARKER]
+
+
 def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a checkpoint; CheckpointError names what is missing in it, or of another type."""
+    """run.json of a checkpoint; CheckpointError names what is missing in it, or of another type, or says that it is of
+    what was there before `save_pretrained` wrote."""
     path = folder / "run.json"
+    if path.exists() and _was_saved_again(folder):
+        raise CheckpointError(
+            f"{path}: is of what was here before save_pretrained wrote; take a folder as `mxrot quantize` left it"
+        )
     run = read_json(path)
     _check(run, _RUN, str(path))
     for index, block in enumerate(run["blocks"]):

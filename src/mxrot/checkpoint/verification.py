@@ -37,8 +37,10 @@ def read_records(folder: Path, stored: Stored, was_saved_again: bool = False) ->
     """The records in a folder; None for a checkpoint that only `save_pretrained` has written.
 
     CheckpointError if one of the two is missing, or cannot be read. `was_saved_again` says that `save_pretrained` wrote
-    over them.
+    last: what else is there is of an earlier checkpoint, perhaps of another model, and is not looked at.
     """
+    if was_saved_again:
+        return None
     there = [name for name in ("run.json", "recipe.toml") if (folder / name).exists()]
     if not there:
         return None
@@ -49,7 +51,7 @@ def read_records(folder: Path, stored: Stored, was_saved_again: bool = False) ->
         raise CheckpointError(f"{folder}: {error}") from error
     listed = _listed(folder, run)
     weights = {path.name for path in stored.paths}
-    is_current = not was_saved_again and weights <= listed.keys()
+    is_current = weights <= listed.keys()
     return Records(recipe, run if is_current else None)
 
 

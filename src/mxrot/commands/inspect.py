@@ -34,7 +34,7 @@ def inspect(
 ) -> None:
     """Outliers in the inputs of each site; errors of a checkpoint."""
     from mxrot import api
-    from mxrot.checkpoint import is_checkpoint, read_run
+    from mxrot.checkpoint import has_run, is_checkpoint, read_run
     from mxrot.evaluation import kernel_choices, site_maxima
     from mxrot.models import find_family
     from mxrot.report import (
@@ -61,7 +61,7 @@ def inspect(
     show(maxima_table(sites))
     print_texts([part.as_table() for part in read])
     result: dict[str, Any] = {"model": model, "sites": [{**vars(site), "ratio": site.ratio} for site in sites]}
-    if is_checkpoint(folder) and (folder / "run.json").exists():
+    if is_checkpoint(folder) and has_run(folder):
         run = read_run(folder)
         show(errors_table(run["blocks"]))
         print(size_line(run["size"]))

@@ -59,11 +59,12 @@ class SiteProducts:
 
     def take(self, linear: QuantLinear, x: Tensor) -> Tensor | None:
         """The product of `linear` with x; None where the site has not computed it."""
-        is_traced = torch.compiler.is_compiling()
-        if not is_traced and x.is_inference():
+        if torch.compiler.is_compiling():
+            products, state = self._traced, None
+        elif x.is_inference():
             return None
-        products = self._traced if is_traced else self._of_threads
-        state = None if is_traced else (x._version, torch.is_grad_enabled())
+        else:
+            products, state = self._of_threads, (x._version, torch.is_grad_enabled())
         first = self.linears[0]
         if linear is first:
             if len(self.linears) == 1 or first.whole_codes is None or self._has_absent_bias():
@@ -71,22 +72,24 @@ class SiteProducts:
             parts = self._compute(first, x)
             products.input, products.state, products.waiting = x, state, parts[1:]
             return parts[0]
-        if products.input is not x or linear is not self.linears[-len(products.waiting)] or products.state != state:
+        waiting = products.waiting
+        if products.input is not x or linear is not self.linears[-len(waiting)] or products.state != state:
             return None
-        found, *rest = products.waiting
-        products.waiting = tuple(rest)
-        if not rest:
-            products.forget()
-        return found
+        products.waiting = waiting[1:]
+        if len(waiting) == 1:
+            products.input = None
+        return waiting[0]
 
     def _compute(self, first: QuantLinear, x: Tensor) -> tuple[Tensor, ...]:
         whole = first.compute(x, self.weight_of(first), self._bias())
+        parts = whole.split([linear.out_features for linear in self.linears], dim=-1)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return parts
+        # Not what `split` gives: each may be changed in place by one who records gradients.
+        if not whole.requires_grad:
+            return tuple(part.data for part in parts)
         ends = list(accumulate(linear.out_features for linear in self.linears))
-        parts = [whole[..., start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        if not torch.compiler.is_compiling() and not whole.requires_grad:
-            # Tensors of their own, not views of one: each may be changed in place by one who records gradients.
-            parts = [part.data for part in parts]
-        return tuple(parts)
+        return tuple(whole[..., start:end] for start, end in zip([0, *ends], ends, strict=False))
 
     def weight_of(self, linear: QuantLinear) -> StoredWeight:
         """The weight that is multiplied when `linear` is called: of the whole site where that was prepared."""
@@ -97,7 +100,7 @@ class SiteProducts:
 
     def _has_absent_bias(self) -> bool:
         """Is a bias offloaded, to be brought when its own linear is called?"""
-        return any(linear.bias is not None and linear.bias.device.type == "meta" for linear in self.linears)
+        return any(linear.bias is not None and linear.bias.is_meta for linear in self.linears)
 
     def _bias(self) -> Tensor | None:
         biases = [linear.bias for linear in self.linears]
