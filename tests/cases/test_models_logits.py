@@ -11,7 +11,7 @@ import torch
 from tests.cases.commands import IDS, logits, mxrot
 from tests.tiny_model import write_tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mxrot.evaluation import divergence, perplexity
 from mxrot.models import FAMILIES, Family, find_family, logits_of
@@ -108,9 +108,7 @@ def test_granite_through_the_commands(tmp_path: Path) -> None:
 
 
 def _byte_ids(folder: Path, text: Path, like: Tensor) -> Tensor:
-    from mxrot.opening import load_tokenizer
-
-    ids = load_tokenizer(folder / "granite")(text.read_text(), add_special_tokens=False)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder / "granite")(text.read_text(), add_special_tokens=False)["input_ids"]
     return torch.tensor(ids[: like.numel()]).view(like.shape)
 
 
