@@ -30,6 +30,7 @@ from mxrot.evaluation import (
 )
 from mxrot.models import find_model, read_config
 from mxrot.opening import base_name, check_original, default_device, is_verifiable, load_tokenizer, open_model
+from mxrot.planning import needed_on_disk
 from mxrot.progress import Progress, silent
 from mxrot.prompting import generate_text
 from mxrot.reading import calibrate, evaluation_windows, reader_for
@@ -178,8 +179,13 @@ def _quantize(
         data=calibration.description,
         force=force,
         resume=resume,
+        needed_bytes=needed_on_disk(folder, recipe, _shape(calibration.windows)),
         **options,
     )
+
+
+def _shape(windows: torch.Tensor | None) -> tuple[int, int]:
+    return (0, 0) if windows is None else (windows.shape[0], windows.shape[1])
 
 
 @torch.inference_mode(False)

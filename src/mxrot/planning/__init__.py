@@ -1,5 +1,6 @@
 """What quantizing a model would take, from its config alone."""
 
+from mxrot.planning.disk import estimate_disk, needed_on_disk
 from mxrot.planning.memory import MemoryEstimate, Run, Stage, estimate_host_memory, estimate_memory, gigabytes
 from mxrot.planning.plan import HOW, Machine, Plan, make_plan
 from mxrot.planning.rates import Rates, measure_rates
@@ -19,10 +20,12 @@ __all__ = [
     "SiteShape",
     "Stage",
     "TimeEstimate",
+    "estimate_disk",
     "estimate_host_memory",
     "estimate_memory",
     "estimate_seconds",
     "gigabytes",
     "make_plan",
     "measure_rates",
+    "needed_on_disk",
 ]

@@ -18,6 +18,7 @@ from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.layers import ModelSize
 from mxrot.models import Family, WeightFiles, build_skeleton, check_depth, find_family, read_config
 from mxrot.models.folder import has_no_weights
+from mxrot.planning.disk import estimate_disk
 from mxrot.planning.memory import MemoryEstimate, Run, estimate_host_memory, estimate_memory, gigabytes
 from mxrot.planning.rates import measure_rates
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
@@ -71,6 +72,8 @@ class Needs:
     """Main memory beside it."""
     gpu_kept: MemoryEstimate
     """The GPU's memory where the result stays there, as with `compare`."""
+    disk: dict[str, float]
+    """Bytes of a disk, by what they are for."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Plan:
             "sites": [] if self.sizes is None else _sites_table(self.sizes.shape),
             "size": None if self.sizes is None else _size_table(self.sizes),
             "memory": None if self.needs is None else _memory_table(self.needs),
+            "disk": None if self.needs is None else {"total": sum(self.needs.disk.values()), "terms": self.needs.disk},
             "seconds": None if self.time is None else _time_table(self.time, self.device),
             "vllm": None if self.vllm is None else asdict(self.vllm),
             "versions": versions(),
@@ -172,7 +176,7 @@ def make_plan(
 def _needs(run: Run) -> Needs:
     on_gpu = replace(run, device="cuda")
     kept = estimate_memory(replace(on_gpu, keeps_model=True))
-    return Needs(estimate_memory(run), estimate_memory(on_gpu), estimate_host_memory(on_gpu), kept)
+    return Needs(estimate_memory(run), estimate_memory(on_gpu), estimate_host_memory(on_gpu), kept, estimate_disk(run))
 
 
 def _files_beside(config_path: Path) -> WeightFiles | None:
@@ -274,7 +278,8 @@ def _size_table(sizes: Sizes) -> dict[str, Any]:
 
 
 def _memory_table(needs: Needs) -> dict[str, Any]:
-    return {name: _estimate_table(estimate) for name, estimate in vars(needs).items()}
+    estimates = {"cpu": needs.cpu, "gpu": needs.gpu, "gpu_host": needs.gpu_host, "gpu_kept": needs.gpu_kept}
+    return {name: _estimate_table(estimate) for name, estimate in estimates.items()}
 
 
 def _estimate_table(estimate: MemoryEstimate) -> dict[str, Any]:

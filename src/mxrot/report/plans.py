@@ -19,6 +19,7 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
         yield _size_lines(plan)
     if plan.needs is not None:
         yield _memory_table(plan)
+        yield _disk_line(plan.needs.disk)
     if plan.time is not None:
         yield _time_table(plan)
         yield f"estimated by {HOW}"
@@ -70,6 +71,11 @@ def _memory_table(plan: Plan) -> Table:
         peak = estimate.peak
         table.add_row(name, gigabytes(peak.total), peak.name, "\n".join(_largest_terms(peak)))
     return table
+
+
+def _disk_line(terms: dict[str, float]) -> str:
+    parts = ", ".join(f"{gigabytes(value)} {name}" for name, value in terms.items())
+    return f"disk: {gigabytes(sum(terms.values()))} at most: {parts}"
 
 
 def _estimates(plan: Plan) -> list[tuple[str, MemoryEstimate]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from mxrot.errors import ConfigError, DataError, NumericsError
+from mxrot.errors import CheckpointError, ConfigError, DataError, NumericsError
 from mxrot.progress import Progress, silent
 from mxrot.typed import check_fields
 
@@ -268,6 +268,11 @@ def _kept(parameters: list[nn.Parameter], optimizer: torch.optim.Adam, state: Tu
 def _restore(
     kept: dict[str, Tensor], parameters: list[nn.Parameter], optimizer: torch.optim.Adam, state: TuningState
 ) -> None:
+    needed = {"step", "checks", *(f"{index}.{key}" for index, _ in enumerate(parameters) for key in ("now", "best"))}
+    if missing := sorted(needed - kept.keys()):
+        raise CheckpointError(
+            f"the state of tuning has no {missing[0]!r}; start over with --force and without --resume"
+        )
     state.step = int(kept["step"])
     state.checks = [
         Check(int(step), None if math.isnan(train) else train, held_out)

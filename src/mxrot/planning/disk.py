@@ -1,0 +1,54 @@
+"""How much disk quantizing into a folder takes, at its fullest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mxrot.errors import FamilyError
+from mxrot.models import WeightFiles, build_skeleton, find_family, read_config
+from mxrot.planning.memory import Run
+from mxrot.planning.shape import ModelShape
+from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+
+STATE_NUMBERS = 4
+"""float32 numbers that an unfinished tuning keeps of each parameter: now, at its best, and two averages of Adam."""
+TOKEN_BYTES = 8
+"""int64."""
+
+
+def estimate_disk(run: Run) -> dict[str, float]:
+    """Bytes beside what is there already, by what they are for."""
+    after = run.shape.size_after(run.recipe, run.stored)
+    found = {"the checkpoint": float(after.total_bytes)}
+    tuning = run.recipe.tuning
+    if tuning is not None and run.recipe.tunes_network:
+        # The new state is written beside the old one.
+        found["the state of tuning, twice while it is replaced"] = 2.0 * _state_bytes(run)
+    written = run.tokens if run.recipe.calibration.generated else 0
+    if tuning is not None and tuning.generated and run.recipe.tunes_network:
+        written += round((1 + tuning.generated) * run.windows) * run.seq_len
+    if written:
+        found["the text that the model writes"] = float(TOKEN_BYTES * written)
+    return found
+
+
+def needed_on_disk(folder: Path, recipe: Recipe, windows: tuple[int, int]) -> float:
+    """The same in all, for the model in `folder` and so many windows of so many tokens; 0 where that cannot be told."""
+    try:
+        config = read_config(folder)
+        family = find_family(config, str(folder))
+        shape = ModelShape.of(build_skeleton(config), family, recipe.ignore)
+        stored = WeightFiles(folder).dtype_of_most()
+    except (FamilyError, AttributeError):  # what is wrong with it is said where it is quantized
+        return 0.0
+    return sum(estimate_disk(Run(shape, recipe, "cpu", stored, *windows)).values())
+
+
+def _state_bytes(run: Run) -> float:
+    """Of one state of tuning."""
+    tuning = run.recipe.tuning
+    assert tuning is not None
+    weights = run.shape.quantized_weights
+    transforms = run.shape.size_after(run.recipe, run.stored).transform_bytes // 2
+    parameters = weights * (1 + (tuning.exponent_rate > 0) / TRANSFORM_BLOCK) + transforms * (tuning.transform_rate > 0)
+    return 4.0 * STATE_NUMBERS * parameters
