@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def quantized(model: Path, output: Path, recipe: str | Recipe = "rtn", **options
 
 
 def moments(monkeypatch: pytest.MonkeyPatch, folder: Path, act: Callable[[], Any]) -> list[Path]:
-    """What a process that is killed while it does `act` leaves in `folder`: copies from before and after everything
-    that it removes or renames."""
+    """What a process that is killed while it does `act` leaves in `folder`: copies from before everything that
+    it removes or renames, and from the end."""
     copies: list[Path] = []
 
     def copy() -> None:
@@ -72,9 +73,7 @@ def moments(monkeypatch: pytest.MonkeyPatch, folder: Path, act: Callable[[], Any
     def copying(call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*words: Any, **options: Any) -> Any:
             copy()
-            result = call(*words, **options)
-            copy()
-            return result
+            return call(*words, **options)
 
         return called
 
@@ -82,33 +81,41 @@ def moments(monkeypatch: pytest.MonkeyPatch, folder: Path, act: Callable[[], Any
         for name in ("rename", "replace", "unlink", "rmdir"):
             patched.setattr(os, name, copying(getattr(os, name)))
         act()
+    copy()
     return copies
 
 
 @pytest.mark.case("A5", "G11")
+@pytest.mark.parametrize("is_filled", [False, True], ids=["renamed", "filled"])
 @pytest.mark.parametrize("force", [False, True])
 def test_killed_at_the_end_it_is_complete_or_goes_on(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool, is_filled: bool
 ) -> None:
-    """Finished blocks are never done again: their times stay what they were. With --force there is an output always."""
+    """Finished blocks are never done again: their times stay what they were. With --force there is an output always,
+    where it can be renamed."""
     place = tmp_path / "place"
     place.mkdir()
     if force:
         quantized(model, place / "out", "hadamard")
-    ended(model, place / "out", "rtn", KeyboardInterrupt(), "done", force=force)
-    blocks = {name: data for name, data in contents(place).items() if "block-" in name}
-    assert len(blocks) == 2
-    copies = moments(monkeypatch, place, lambda: quantized(model, place / "out", "rtn", resume=True, force=force))
+    with monkeypatch.context() as moved:
+        if is_filled:
+            (place / "out").mkdir(exist_ok=True)
+            moved.chdir(place / "out")
+        ended(model, place / "out", "rtn", KeyboardInterrupt(), "done", force=force)
+        blocks = {name: data for name, data in contents(place).items() if "block-" in name}
+        assert len(blocks) == 2
+        again = partial(quantized, model, place / "out", "rtn", resume=True, force=force)
+        copies = moments(moved, place, again)
     expected = contents(place / "out")
     seconds = [json.loads(data)["report"]["seconds"] for data in blocks.values()]
-    assert len(copies) > 20
+    assert len(copies) > 12
     for copy in copies:
-        assert not force or (copy / "out" / "config.json").is_file()
-        again = quantized(model, copy / "out", "rtn", resume=True, force=force)
-        assert [block["seconds"] for block in again["blocks"]] == seconds
+        assert is_filled or not force or (copy / "out" / "config.json").is_file()
+        run = quantized(model, copy / "out", "rtn", resume=True, force=force)
+        assert [block["seconds"] for block in run["blocks"]] == seconds
         assert contents(copy / "out") == expected
         # A copy has another number in the file system: what the rename had replaced is nobody's that is known there.
-        assert {path.name for path in copy.iterdir()} <= {"out", *(["out.partial"] if force else [])}
+        assert {path.name for path in copy.iterdir()} <= {"out", *(["out.partial"] if force and not is_filled else [])}
     assert [path.name for path in place.iterdir()] == ["out"]
 
 

@@ -9,6 +9,7 @@ Everything is done with the real path: two spellings of one folder are one outpu
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxrot.checkpoint.lock import check_free, held
-from mxrot.errors import CheckpointError
+from mxrot.errors import CheckpointError, DiskFullError
 
 _INSIDE, _INSIDE_LOCK = "mxrot.partial", ".mxrot.lock"
 _OF_THE_SYSTEM = {"lost+found"}
@@ -109,6 +110,8 @@ def claimed(output: Path) -> Iterator[Place]:
             parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(held(place.lock, output))
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFullError(f"{output}: no space left on the device") from error
             raise CheckpointError(
                 f"{output}: cannot be made, {parent} takes no files ({error.strerror}); give another folder"
             ) from error
@@ -122,7 +125,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _must_be_filled(real: Path) -> bool:
-    if (real / _INSIDE).is_dir() or real in _mount_points() or os.path.ismount(real):
+    if (real / _INSIDE).is_dir() or (real / _INSIDE_LOCK).exists() or real in _mount_points() or os.path.ismount(real):
         return True
     if os.path.lexists(real.with_name(real.name + ".partial")):
         return False

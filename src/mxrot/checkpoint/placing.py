@@ -111,7 +111,10 @@ def _fill(place: Place, is_note: Callable[[str], bool]) -> None:
     new = [path for path in partial.iterdir() if path != old and not is_note(path.name)]
     for path in sorted(new, key=lambda path: path.name == "run.json"):  # last: with it the output is whole
         _move(path, output / path.name)
-    shutil.rmtree(partial)
+    if old.exists():
+        shutil.rmtree(old)
+    remove_notes(partial, is_note)
+    partial.rmdir()
 
 
 def _move(path: Path, target: Path) -> None:

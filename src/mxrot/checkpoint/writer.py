@@ -70,6 +70,7 @@ def quantize_to_folder(
     check_exportable(recipe)
     config = read_config(source)
     family = find_family(config, str(source))
+    base_name = base_name.encode(errors="replace").decode()  # a folder's name need not be text
     with claimed(output) as place:
         finish_placing(place, is_note)
         _check_apart(source, place)

@@ -193,4 +193,6 @@ def show(table: Table) -> None:
 def write_json(path: Path | None, table: dict[str, Any]) -> None:
     """Where a file was asked for."""
     if path is not None:
-        path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        from mxrot.checkpoint.named_file import write_named
+
+        write_named(path, (json.dumps(table, indent=2) + "\n").encode())

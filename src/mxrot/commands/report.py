@@ -36,6 +36,7 @@ def report(
     """Write a checkpoint's report: one HTML file."""
     from mxrot import reporting
     from mxrot.checkpoint import write_metrics
+    from mxrot.checkpoint.named_file import write_named
     from mxrot.models import find_model
     from mxrot.report import check_matplotlib, page, pictures, progress_on_stderr, read_results, write_files
 
@@ -63,7 +64,7 @@ def report(
         contents = reporting.gather(request, device, told)
         drawn = pictures(contents)
         written = page(contents, drawn)
-        output.write_text(written, encoding="utf-8")
+        write_named(output, written.encode())
         if plots is not None:
             write_files(plots, drawn)
     print(f"{output}: {len(written.encode()) / 1e6:.1f} MB")

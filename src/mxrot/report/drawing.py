@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mxrot.checkpoint.named_file import write_named
 from mxrot.errors import ConfigError
 
 WIDTH = 340
@@ -103,7 +104,7 @@ def write_files(folder: Path, drawn: dict[str, Picture]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
         for kind in ("svg", "png"):
-            (folder / f"{name}.{kind}").write_bytes(_render(name, picture, LIGHT, kind, "white"))
+            write_named(folder / f"{name}.{kind}", _render(name, picture, LIGHT, kind, "white"))
 
 
 def _render(name: str, picture: Picture, colors: Palette, kind: str, background: str = "none") -> bytes:
