@@ -37,6 +37,7 @@ from mxrot.reading import calibrate, evaluation_windows, reader_for
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import device_name, kernel_choices, versions
 from mxrot.report.progress import ProgressOption, shown_progress
+from mxrot.shell import expanded
 from mxrot.text import Windows, load_texts
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _quantize(
 ) -> PreTrainedModel | dict[str, Any]:
     """The same for a model by its name."""
     if output is not None:
-        output = Path(output).expanduser()
+        output = expanded(output)
         check_exportable(recipe)
         check_output(output, force or resume)
     loaded = None if recipe.is_data_free else load_texts(calib, "calibration")

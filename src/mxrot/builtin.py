@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mxrot.errors import ConfigError
 from mxrot.nearest import brief, did_you_mean, listed
+from mxrot.shell import expanded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,7 +44,7 @@ def recipe_text(name_or_file: str | Path) -> tuple[Path, str]:
     """
     known = builtin_recipes()
     name = str(name_or_file)
-    path = known.get(name, Path(name).expanduser())
+    path = known.get(name, expanded(name))
     try:
         if not path.is_file():
             meant = did_you_mean(path.stem, known)

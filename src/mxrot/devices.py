@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mxrot.errors import ConfigError
+from mxrot.nearest import brief, did_you_mean
 
 
 def check_device(device: torch.device | str, given: str = "device") -> None:
@@ -13,6 +14,13 @@ def check_device(device: torch.device | str, given: str = "device") -> None:
     Transforms, statistics and rounding compute in float64. MPS has none, neither have some GPUs of Intel, and a meta
     device has no answers; asked for a tensor alone, they all have one.
     """
+    try:
+        kind = torch.device(device)
+    except (RuntimeError, UnicodeError) as error:
+        near = did_you_mean(str(device), ("cpu", "cuda"))
+        raise ConfigError(f"{given} {brief(str(device))}: is no device;{near} expected cpu, cuda or cuda:0") from error
+    if kind.type == "cpu" and kind.index is not None:
+        raise ConfigError(f"{given} {device}: there is one cpu; name it without a number")
     try:
         factor = torch.full((2, 2), 2.0, dtype=torch.float64, device=device)
         answer = float((factor @ factor).sum())

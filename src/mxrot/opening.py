@@ -25,6 +25,7 @@ from mxrot.models import (
     read_generation_config,
 )
 from mxrot.models.folder import weight_map
+from mxrot.shell import expanded
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
 """Files of which a tokenizer needs one. Without any, transformers makes an empty one for some families."""
@@ -44,7 +45,7 @@ def base_name(model: str, folder: Path) -> str:
     """How a model card calls the base model; without a revision."""
     if model == "demo":
         return "SmolLM2-135M-Instruct"
-    return folder.name if Path(model).expanduser().exists() else model.partition("@")[0]
+    return folder.name if expanded(model).exists() else model.partition("@")[0]
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -17,6 +17,7 @@ from mxrot.documents import read_text
 from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
 from mxrot.models import Family, find_family, find_model, read_config
+from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.records import Metric, versions
@@ -148,7 +149,13 @@ def sites_that_match(family: Family, blocks: int, ignore: tuple[str, ...], patte
     ]
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
-            raise ConfigError(f"no site matches {pattern!r}; sites go by their first linear, such as {names[0]}")
+            ends = [name.removeprefix(f"{family.blocks}.") for name in names]
+            kinds = dict.fromkeys(end.partition(".")[2] for end in ends)
+            near = did_you_mean(pattern, kinds) or did_you_mean(pattern, ends)
+            raise ConfigError(
+                f"no site matches {brief(pattern)};{near} sites go by their first linear, such as {names[0]}; their "
+                f"ends are {listed(pattern, kinds, 8)}"
+            )
     found = [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
     if len(found) > MOST_SITES:
         raise ConfigError(f"{len(found)} sites match {', '.join(patterns)}; a page has room for {MOST_SITES}")

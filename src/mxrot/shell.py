@@ -1,4 +1,4 @@
-"""Commands as a shell takes them."""
+"""What a shell does: words of commands, and homes of users in paths."""
 
 from __future__ import annotations
 
@@ -11,3 +11,11 @@ def command(*words: str | Path) -> str:
     return shlex.join(
         f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words
     )
+
+
+def expanded(path: str | Path) -> Path:
+    """With a home for ~, as a shell has it: of a user that is not there it stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

@@ -14,6 +14,7 @@ from mxrot.checkpoint.contents import check_value
 from mxrot.checkpoint.huggingface import CheckpointConfig
 from mxrot.layers import prepare_linears
 from mxrot.models import WeightFiles, fill, read_block
+from mxrot.shell import expanded
 from mxrot.surgery import stored_tensors
 
 __all__ = ["is_checkpoint", "load"]
@@ -34,7 +35,7 @@ def load(
     of none, and None of what programs read, of weights up to 1 GB. CheckpointError names what is wrong. `keeps_fp8`
     gives a byte a weight more on a GPU, for speed with long inputs.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     with checkpoint_errors(folder):
         return _load(check_checkpoint(folder, verify), torch.device(device), dtype, keeps_fp8)
 

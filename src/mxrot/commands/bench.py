@@ -24,6 +24,10 @@ from mxrot.commands.options import (
     write_json,
 )
 from mxrot.errors import ConfigError
+from mxrot.nearest import brief
+
+MOST_WEIGHTS = 1 << 33
+"""Of a linear that is timed; 16 GiB in bfloat16."""
 
 benchmarks = typer.Typer(no_args_is_help=True, help="Speed, beside what it replaces.", rich_markup_mode=None)
 
@@ -154,4 +158,6 @@ def _shape(text: str) -> tuple[int, int]:
         raise ConfigError(f"--shape {text}: not of the form NxK, such as 4096x4096") from None
     if height < 1 or width < 32 or width % 32:
         raise ConfigError(f"--shape {text}: N must be positive and K a multiple of 32")
+    if height * width > MOST_WEIGHTS:
+        raise ConfigError(f"--shape {brief(text)}: more than {MOST_WEIGHTS:,} weights")
     return height, width

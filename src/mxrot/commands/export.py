@@ -10,7 +10,7 @@ import typer
 from mxrot.commands.options import Json, Verify, console, prepare, write_json
 from mxrot.errors import ConfigError
 from mxrot.nearest import not_known
-from mxrot.shell import command
+from mxrot.shell import command, expanded
 
 
 def export(
@@ -32,7 +32,7 @@ def export(
         raise ConfigError(f"--to: {not_known('program', to, ['vllm'])}")
     prepare(model, None, json_file)
     folder = find_model(model)
-    report = check_for_vllm(folder, verify) if output is None else export_for_vllm(folder, output.expanduser(), force)
+    report = check_for_vllm(folder, verify) if output is None else export_for_vllm(folder, expanded(output), force)
     print_vllm_report(report, console())
     if output is not None:
         print(f"{output}: written; next: {command('vllm', 'serve', output)}")

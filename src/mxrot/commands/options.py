@@ -14,6 +14,7 @@ from mxrot import interrupts
 from mxrot.builtin import tomllib
 from mxrot.commands.completion import complete_recipe
 from mxrot.errors import ConfigError
+from mxrot.nearest import brief
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,10 +106,19 @@ def check_file(option: str, path: Path | None) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {folder}")
-    if path.is_dir():
-        raise ConfigError(f"{option} {path}: is a folder; name the file to write")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigError(f"{option} {path}: cannot be written there; name a file in another folder")
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{option} {path}: is a folder; name the file to write")
+        if path.exists():
+            is_writable = os.access(path, os.W_OK)
+        else:
+            path.touch()  # more is known than access(2) tells: some file systems refuse when it comes to it
+            path.unlink()
+            is_writable = True
+    except OSError as error:
+        raise ConfigError(f"{option} {brief(str(path), 300)}: cannot be written ({error.strerror})") from error
+    if not is_writable:
+        raise ConfigError(f"{option} {path}: cannot be written; name another file")
 
 
 def where(device: str | None) -> str:

@@ -20,6 +20,10 @@ from mxrot.commands.options import (
     with_revision,
     write_json,
 )
+from mxrot.errors import ConfigError
+
+MOST_MEMORY = 1_000_000
+"""In GB; no GPU has more."""
 
 
 def plan(
@@ -46,6 +50,8 @@ def plan(
     from mxrot.planning import Machine, make_plan
     from mxrot.report import plan_report
 
+    if gpu_memory is not None and gpu_memory > MOST_MEMORY:
+        raise ConfigError(f"--gpu-memory {gpu_memory}: is in GB, at most {MOST_MEMORY}")
     chosen = chosen_recipe(recipe, changes)
     model = with_revision(model, revision)
     prepare(model, device, json_file, gets_weights=False)

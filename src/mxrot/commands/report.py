@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from mxrot.commands.options import Device, Revision, Texts, Verify, loaded_texts, prepare, where, with_revision
+from mxrot.commands.options import (
+    Device,
+    Revision,
+    Texts,
+    Verify,
+    check_file,
+    loaded_texts,
+    prepare,
+    where,
+    with_revision,
+)
 from mxrot.errors import ConfigError
 
 
@@ -77,7 +87,6 @@ def report(
 
 def _check_places(output: Path, plots: Path | None) -> None:
     """ConfigError if a file or folder cannot be written where it was asked for."""
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: expected the name of a file in a folder that exists")
+    check_file("--output", output)
     if plots is not None and plots.exists() and not plots.is_dir():
         raise ConfigError(f"--plots {plots}: is a file; give a folder")

@@ -22,6 +22,8 @@ from huggingface_hub.errors import (
 from mxrot.errors import FamilyError
 from mxrot.models.demo import demo_folder
 from mxrot.models.folder import check_folder, what_else
+from mxrot.nearest import brief
+from mxrot.shell import expanded
 
 DEMO = "demo"
 _WANTED = [
@@ -45,7 +47,7 @@ def find_model(name: str) -> Path:
     """
     if name == DEMO:
         return demo_folder()
-    path = Path(name).expanduser()
+    path = _local(name)
     if path.is_dir():
         return path
     if path.exists():
@@ -63,7 +65,7 @@ def find_config(name: str) -> Path:
 
     As for `find_model`, but of a hub id nothing else is downloaded, and the path may name the file itself.
     """
-    path = Path(name).expanduser()
+    path = _local(name)
     if name == DEMO or path.is_dir():
         return find_model(name)
     if path.suffix == ".json" and path.is_file():
@@ -72,6 +74,18 @@ def find_config(name: str) -> Path:
         check_folder(path)
     model, revision = hub_id(name)
     return _from_hub(model, revision, lambda: hf_hub_download(model, "config.json", revision=revision))
+
+
+def _local(name: str) -> Path:
+    """The path of that name; FamilyError if there can be nothing."""
+    if not name.strip():
+        raise FamilyError("the name of the model is empty; give a folder, a hub id, or `demo`")
+    path = expanded(name)
+    try:
+        path.exists()
+    except OSError as error:  # as for a name that is too long
+        raise FamilyError(f"{brief(name)}: no such model folder ({error.strerror})") from error
+    return path
 
 
 def hub_id(name: str) -> tuple[str, str | None]:
@@ -89,7 +103,7 @@ def hub_id(name: str) -> tuple[str, str | None]:
 
 def is_on_hub(name: str) -> bool:
     """Can only the hub have a model of this name?"""
-    return name != DEMO and not Path(name).expanduser().exists() and _NAME.fullmatch(name.partition("@")[0]) is not None
+    return name != DEMO and not _local(name).exists() and _NAME.fullmatch(name.partition("@")[0]) is not None
 
 
 def commit_of(folder: Path) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mxrot.errors import DataError
 from mxrot.nearest import nearest
+from mxrot.shell import expanded
 from mxrot.text.contents import check_regular, unpacked_name
 from mxrot.text.demo import demo_text
 from mxrot.text.document import Document, Origin, Text
@@ -61,7 +62,7 @@ def _read(spec: Spec, role: Role) -> tuple[list[Document], Origin]:
     if place == DEMO:
         return [demo_text(role)], Origin()
     if exists(place):
-        path = Path(place).expanduser()
+        path = expanded(place)
         if path.is_dir():
             return read_folder(path, role, spec.column)
         check_regular(path)
@@ -96,5 +97,5 @@ def _own_name(place: str) -> str:
     """What a text is called that was given no name: of files the name without its ending."""
     if not exists(place):
         return place
-    path = Path(place).expanduser()
+    path = expanded(place)
     return path.name if path.is_dir() else Path(unpacked_name(path)).stem
