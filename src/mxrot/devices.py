@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mxrot.errors import ConfigError
-from mxrot.nearest import brief, did_you_mean
+from mxrot.nearest import did_you_mean
 
 
 def check_device(device: torch.device | str, given: str = "device") -> None:
@@ -17,10 +17,10 @@ def check_device(device: torch.device | str, given: str = "device") -> None:
     try:
         kind = torch.device(device)
     except (RuntimeError, UnicodeError) as error:
-        near = did_you_mean(str(device), ("cpu", "cuda"))
-        raise ConfigError(f"{given} {brief(str(device))}: is no device;{near} expected cpu, cuda or cuda:0") from error
+        near = did_you_mean(str(device), ("cuda",))
+        raise _unusable(given, device, f"no device is called so{';' if near else ''}{near}") from error
     if kind.type == "cpu" and kind.index is not None:
-        raise ConfigError(f"{given} {device}: there is one cpu; name it without a number")
+        raise _unusable(given, device, "the CPU is one device, and has no number")
     try:
         factor = torch.full((2, 2), 2.0, dtype=torch.float64, device=device)
         answer = float((factor @ factor).sum())
@@ -33,7 +33,8 @@ def check_device(device: torch.device | str, given: str = "device") -> None:
 
 
 def _unusable(given: str, device: torch.device | str, why: str) -> ConfigError:
-    return ConfigError(f"{given} {device}: not usable here: {why}; take cpu, or cuda where there is a GPU of NVIDIA")
+    shown = str(device)[:100]
+    return ConfigError(f"{given} {shown}: not usable here: {why}; take cpu, or cuda where there is a GPU of NVIDIA")
 
 
 def _first_line(error: Exception) -> str:

@@ -151,7 +151,7 @@ def sites_that_match(family: Family, blocks: int, ignore: tuple[str, ...], patte
         if not any(_matches(name, pattern) for name in names):
             ends = [name.removeprefix(f"{family.blocks}.") for name in names]
             kinds = dict.fromkeys(end.partition(".")[2] for end in ends)
-            near = did_you_mean(pattern, kinds) or did_you_mean(pattern, ends)
+            near = did_you_mean(pattern, ends if pattern[:1].isdigit() else kinds) or did_you_mean(pattern, ends)
             raise ConfigError(
                 f"no site matches {brief(pattern)};{near} sites go by their first linear, such as {names[0]}; their "
                 f"ends are {listed(pattern, kinds, 8)}"
