@@ -73,7 +73,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         _write_model(gguf, scratch)
         _write_tokenizer(gguf, scratch)
-        (scratch / "README.md").write_text(_CARD)
+        (scratch / "README.md").write_text(_CARD, encoding="utf-8")
         if not (folder / "config.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             scratch.rename(folder)

@@ -247,7 +247,7 @@ def _few_tokens(run: Run) -> list[str]:
 def available_memory() -> float | None:
     """Bytes of main memory that can be had; None where the system does not say."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024.0 * int(line.split()[1])
     except (OSError, ValueError, IndexError):
