@@ -88,3 +88,37 @@ def test_bar_starts_anew_with_each_phase() -> None:
         assert bar.tasks[0].description == "Work: second"
         told(0, 30, "")
         assert (bar.tasks[0].total, bar.tasks[0].description) == (30, "Work")
+
+
+def test_who_is_shown_what(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A function is told; True shows; False and a script are silent; a notebook has one line that changes."""
+    told = []
+    with progress.shown_progress(lambda *news: told.append(news), "Work") as function:
+        function(0, 3, "a")
+    assert told == [(0, 3, "a")]
+    for option in (None, False):
+        with progress.shown_progress(option, "Work") as function:
+            function(0, 3, "a")
+        assert capsys.readouterr().err == ""
+    with progress.shown_progress(True, "Work") as function:
+        function(0, 3, "a")
+    assert capsys.readouterr().err == "Work: 0 of 3 (a)\n"
+    monkeypatch.setattr(progress, "_is_notebook", lambda: True)
+    with progress.shown_progress(None, "Work") as function:
+        function(0, 3, "long")
+        clock.now += 1
+        function(1, 3, "a")
+    shown = capsys.readouterr().err
+    assert shown == "\rWork: 0 of 3 (long)\rWork: 1 of 3 (a), 2 s to go\n"
+
+
+def test_what_will_be_done_is_said_once_there_is_something_to_tell(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_on_stderr("Work", "everything, on cpu") as told:
+        told(0, 1, "opening")
+        assert capsys.readouterr().err == ""
+        told(0, 3, "parts")
+        assert capsys.readouterr().err == "Work: everything, on cpu\nWork: 0 of 3 (parts)\n"
