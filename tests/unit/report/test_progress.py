@@ -90,9 +90,7 @@ def test_bar_starts_anew_with_each_phase() -> None:
         assert (bar.tasks[0].total, bar.tasks[0].description) == (30, "Work")
 
 
-def test_who_is_shown_what(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_who_is_shown_what(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A function is told; True shows; False and a script are silent; a notebook has one line that changes."""
     told = []
     with progress.shown_progress(lambda *news: told.append(news), "Work") as function:
