@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -208,3 +209,19 @@ def test_the_file_that_the_config_names_is_read(tmp_path: Path) -> None:
         for name in ("tiny", "other")
     )
     assert torch.equal(found, expected)
+
+
+@pytest.mark.case("F1")
+@pytest.mark.parametrize("kind", ["a named pipe", "a folder", "a link to nothing", "an empty file"])
+def test_what_has_the_name_of_weights_and_is_none(tmp_path: Path, kind: str) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    weights = folder / "model.safetensors"
+    weights.unlink()
+    {
+        "a named pipe": lambda: os.mkfifo(weights),
+        "a folder": weights.mkdir,
+        "a link to nothing": lambda: weights.symlink_to(tmp_path / "nothing"),
+        "an empty file": weights.touch,
+    }[kind]()
+    said = {"a link to nothing": "cannot be read", "an empty file": "cannot be read as safetensors"}.get(kind, kind)
+    assert (line := the_line(folder)).startswith(f"{weights}: ") and said in line

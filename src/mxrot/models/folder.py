@@ -31,19 +31,24 @@ def weight_map(folder: Path) -> tuple[list[str], dict[str, str]]:
     if (folder / ADAPTER).is_file():
         raise FamilyError(f"{folder}: {_adapter(folder)}")
     chosen = _named_in_config(folder)
-    if chosen is not None and not (folder / chosen).is_file():
+    if chosen is not None and not _is_there(folder / chosen):
         raise FamilyError(f"{folder / chosen}: is named in config.json (transformers_weights) and missing")
     if chosen is None:
-        chosen = next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
+        chosen = next((name for name in (SINGLE, INDEX) if _is_there(folder / name)), None)
     if chosen is None:
         raise FamilyError(f"{folder}: no {SINGLE} and no {INDEX}{_what_else(folder)}")
     if not chosen.endswith(".json"):
         return [chosen], {}
     index = read_index(folder / chosen)
     for file in sorted(set(index.values())):
-        if not (folder / file).is_file():
+        if not (folder / file).exists():
             raise FamilyError(f"{folder / file}: is named in {chosen} and missing; is the download complete?")
     return sorted(set(index.values())), index
+
+
+def _is_there(path: Path) -> bool:
+    """Is there anything of that name? Whether it is a file is told by who opens it."""
+    return path.exists() or path.is_symlink()
 
 
 def has_no_weights(folder: Path) -> bool:
