@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from transformers import PreTrainedModel
@@ -28,12 +28,12 @@ from mxrot.evaluation import (
     perplexity,
     score_tasks,
 )
-from mxrot.models import find_model, read_config
+from mxrot.models import find_model
 from mxrot.opening import base_name, check_original, default_device, is_verifiable, load_tokenizer, open_model
 from mxrot.planning import needed_on_disk
-from mxrot.progress import Progress, silent
+from mxrot.progress import Progress
 from mxrot.prompting import generate_text
-from mxrot.reading import calibrate, evaluation_windows, reader_for
+from mxrot.reading import calibrate, need_tokenizer, read_texts, texts_or_windows
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.records import device_name, kernel_choices, versions
 from mxrot.report.progress import ProgressOption, shown_progress
@@ -120,7 +120,7 @@ def quantize(
 
     With `output` a checkpoint folder is written and the contents of its run.json come back; without it the
     quantized model, ready to run on `device`, with `generate` and `save_pretrained`. A loaded model needs its
-    `tokenizer`, unless the recipe needs no text, and is written to a temporary folder first.
+    `tokenizer`, unless there is no text to tokenize, and is written to a temporary folder first.
     `calib` is a text, or several, as docs/text.md lists them: names, rows, token ids, tensors, data sets.
     `samples` and `seq_len` replace the recipe's calibration windows.
     `progress` is a function to be told how far it is, or True to show it on standard error; it is shown in a notebook
@@ -128,13 +128,15 @@ def quantize(
     Errors are those of mxrot.errors, raised before any weight is read where that is possible.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if isinstance(model, PreTrainedModel) and tokenizer is None and not chosen.is_data_free:
+        calib = load_texts(calib, "calibration")
+        if need_tokenizer(calib):
+            raise TypeError("quantize needs the tokenizer of a model that is passed itself")
     texts: dict[str, Any] = {"calib": calib, "samples": samples, "seq_len": seq_len}
     options: dict[str, Any] = {"force": force, "resume": resume, "seed": seed}
     with shown_progress(progress, f"Quantizing with {chosen.name}") as told:
         if not isinstance(model, PreTrainedModel):
             return _quantize(str(model), chosen, output, device or default_device(), told, **texts, **options)
-        if tokenizer is None and not chosen.is_data_free:
-            raise TypeError("quantize needs the tokenizer of a model that is passed itself")
         with tempfile.TemporaryDirectory(prefix="mxrot-") as saved:
             named = Path(saved) / (Path(model.name_or_path or "").name or type(model).__name__)
             model.save_pretrained(named)
@@ -220,32 +222,8 @@ def evaluate(
     """
     with shown_progress(progress, "Evaluating") as told:
         read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
-        model, _ = _opened(model, tokenizer, device, told)
+        model = _opened(model, device, told)
         return {part.text.name: perplexity(model, part.ids, _batch_windows(model, part), told) for part in read}
-
-
-def read_texts(
-    model: PreTrainedModel | str | Path,
-    text: Any = "demo",
-    *,
-    tokenizer: Any = None,
-    windows: int | None = None,
-    seq_len: int = 2048,
-    progress: Progress = silent,
-) -> list[Windows]:
-    """The windows of each text as `evaluate` reads them, and what was left out; `evaluate` and `diverge` take them.
-
-    Of a model by its name only the config and the tokenizer are read. ConfigError if a token is beyond its embedding.
-    """
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise TypeError("evaluate needs the tokenizer of a model that is passed itself")
-        rows = cast(Any, model).get_input_embeddings().weight.shape[0]
-        reader = reader_for(model.config, tokenizer, rows)
-    else:
-        folder = find_model(str(model))
-        reader = reader_for(read_config(folder), tokenizer or load_tokenizer(folder))
-    return evaluation_windows(text, reader, windows, seq_len, progress)
 
 
 def diverge(
@@ -264,11 +242,11 @@ def diverge(
     Models that are passed themselves need their `tokenizer`.
     """
     with shown_progress(progress, "Evaluating") as told:
-        if tokenizer is None and not isinstance(original, PreTrainedModel):
+        texts = texts_or_windows(text)
+        if tokenizer is None and need_tokenizer(texts) and not isinstance(original, PreTrainedModel):
             tokenizer = load_tokenizer(find_model(str(original)))
-        read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
-        original, _ = _opened(original, tokenizer, device, told)
-        model, _ = _opened(model, tokenizer, device, told)
+        read = read_texts(model, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
+        original, model = _opened(original, device, told), _opened(model, device, told)
         return {
             part.text.name: divergence(model, original, part.ids, _batch_windows(model, part), told) for part in read
         }
@@ -292,10 +270,12 @@ def evaluate_tasks(
     """
     with shown_progress(progress, "Evaluating") as told:
         loaded = load_tasks([tasks] if isinstance(tasks, str) else tasks, None if data is None else Path(data))
-        model, tokenizer = _opened(model, tokenizer, device, told)
         if tokenizer is None:
-            raise TypeError("evaluate_tasks needs the tokenizer of a model that is passed itself")
-        return score_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, progress=told)
+            if isinstance(model, PreTrainedModel):
+                raise TypeError("evaluate_tasks needs the tokenizer of a model that is passed itself")
+            tokenizer = load_tokenizer(find_model(str(model)))
+        opened = _opened(model, device, told)
+        return score_tasks(opened, tokenizer, loaded, limit=limit, batch_size=batch_size, progress=told)
 
 
 def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool = False) -> Answers:
@@ -313,15 +293,12 @@ def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool 
     return Answers(path, owner, resume)
 
 
-def _opened(
-    model: PreTrainedModel | str | Path, tokenizer: Any, device: str | None, progress: Progress
-) -> tuple[PreTrainedModel, Any]:
-    """The model, opened where only its name is given, and a tokenizer: its own unless one is given."""
+def _opened(model: PreTrainedModel | str | Path, device: str | None, progress: Progress) -> PreTrainedModel:
+    """The model, opened where only its name is given."""
     if isinstance(model, PreTrainedModel):
-        return model, tokenizer
+        return model
     progress(0, 1, f"opening {model}")
-    opened, folder = open_model(model, device)
-    return opened, tokenizer or load_tokenizer(folder)
+    return open_model(model, device)[0]
 
 
 def _batch_windows(model: PreTrainedModel, windows: Windows) -> int:

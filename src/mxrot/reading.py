@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError
-from mxrot.models import read_config, start_token
+from mxrot.models import find_model, read_config, start_token
 from mxrot.opening import load_tokenizer
 from mxrot.pipeline import windows_to_write
 from mxrot.progress import Progress, silent
@@ -52,7 +53,8 @@ def calibrate(
     if recipe.is_data_free:
         return Calibration(None, None, recipe)
     texts = load_texts(calib, "calibration")
-    reader = reader_for(read_config(folder), load_tokenizer(folder))
+    needs_tokenizer = any(text.needs_tokenizer for text in texts)
+    reader = reader_for(read_config(folder), load_tokenizer(folder) if needs_tokenizer else None)
     only = texts[0].content if len(texts) == 1 else None
     given = only.ids if isinstance(only, TokenWindows) else None
     if samples is None:
@@ -81,16 +83,52 @@ def _digest(texts: Sequence[Text]) -> str:
     return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
 
 
-def evaluation_windows(
-    text: Any, reader: Reader, windows: int | None, seq_len: int, progress: Progress = silent
+def read_texts(
+    model: PreTrainedModel | str | Path,
+    text: Any = "demo",
+    *,
+    tokenizer: Any = None,
+    windows: int | None = None,
+    seq_len: int = 2048,
+    progress: Progress = silent,
 ) -> list[Windows]:
-    """The first `windows` of each text, or all; `text` is whatever `load_texts` takes, or the result of this."""
+    """The windows of each text as `evaluate` reads them, and what was left out; `evaluate` and `diverge` take them.
+
+    Of a model by its name only the config and the tokenizer are read. ConfigError if a token is beyond its embedding.
+    """
+    loaded = texts_or_windows(text)
+    needs_tokenizer = tokenizer is None and need_tokenizer(loaded)
+    if isinstance(model, PreTrainedModel):
+        if needs_tokenizer:
+            raise TypeError("evaluate needs the tokenizer of a model that is passed itself")
+        rows = cast(Any, model).get_input_embeddings().weight.shape[0]
+        reader = reader_for(model.config, tokenizer, rows)
+    else:
+        folder = find_model(str(model))
+        reader = reader_for(read_config(folder), load_tokenizer(folder) if needs_tokenizer else tokenizer)
+    texts = [item for item in loaded if isinstance(item, Text)]
+    return _evaluation_windows(texts, reader, windows, seq_len, progress) if texts else text
+
+
+def texts_or_windows(text: Any) -> list[Text] | list[Windows]:
+    """The texts that `text` stands for, or the windows that `read_texts` has made of them before."""
     if isinstance(text, list) and text and all(isinstance(item, Windows) for item in text):
         return text
-    loaded = load_texts(text, "evaluation")
-    for item in loaded:
+    return load_texts(text, "evaluation")
+
+
+def need_tokenizer(texts: Sequence[Text] | Sequence[Windows]) -> bool:
+    """Is there anything that is not token ids yet?"""
+    return any(isinstance(text, Text) and text.needs_tokenizer for text in texts)
+
+
+def _evaluation_windows(
+    texts: Sequence[Text], reader: Reader, windows: int | None, seq_len: int, progress: Progress = silent
+) -> list[Windows]:
+    """The first `windows` of each text, or all; ConfigError if one has a weight."""
+    for item in texts:
         if item.weight != 1.0:
             raise ConfigError(
                 f"{item.name}: a weight (@{item.weight:g}) is for calibration; each text is measured alone"
             )
-    return [read_windows(item, reader, seq_len, windows, progress=progress) for item in loaded]
+    return [read_windows(item, reader, seq_len, windows, progress=progress) for item in texts]

@@ -18,7 +18,7 @@ from tests.cases.commands import mxrot, refused
 from tests.cases.tokenizers import BOS, TEMPLATE, TEMPLATE_WITH_BOS, change_tokenizer
 from tests.tiny_model import write_tiny_model
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import mxrot as package
 
@@ -130,6 +130,23 @@ def test_quantize_takes_the_same(plain: Path, tmp_path: Path) -> None:
     assert isinstance(whole, dict) and whole["windows"] == (3, 32) and whole["data"]["seq_len"] == 32
     again = package.quantize(plain, "duquant++", calib=cut(ids)[:3].numpy(), device="cpu")
     assert torch.equal(*(model.get_input_embeddings().weight for model in (again, again)))  # type: ignore[union-attr]
+
+
+@pytest.mark.case("E6")
+def test_token_ids_need_no_tokenizer(plain: Path, tmp_path: Path) -> None:
+    ids = tokenizer_of(plain)(PROSE)["input_ids"]
+    folder = write_tiny_model(tmp_path / "tiny", vocab_size=300)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    for text in (ids, cut(ids)):
+        assert score(folder, text) == score(plain, text) == package.evaluate(model, text=text, seq_len=32)["given"]
+        for source in (folder, model):
+            assert package.quantize(source, "duquant++", calib=text, **SMALL) is not None
+    with pytest.raises(TypeError, match="needs the tokenizer"):
+        package.evaluate(model, text=ROWS)
+    with pytest.raises(TypeError, match="needs the tokenizer"):
+        package.quantize(model, "duquant++", calib=ROWS)
 
 
 @pytest.mark.case("E6")

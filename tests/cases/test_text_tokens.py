@@ -65,6 +65,17 @@ def test_a_token_beyond_the_embedding_is_one_line(small: Path, words: Path, tmp_
 
 
 @pytest.mark.case("E3")
+def test_a_token_of_a_task_that_is_beyond_the_embedding_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from tests.unit.evaluation.task_folder import write_task_folder
+
+    folder = change_tokenizer(write_tiny_model(tmp_path / "tiny", vocab_size=128, eos_token_id=1), bos=True)
+    data = write_task_folder(tmp_path / "tasks")
+    said = refused("eval", folder, "--tasks", "piqa", "--task-data", data)
+    assert said.startswith("piqa: token ") and "the model's embedding has 128 rows" in said
+
+
+@pytest.mark.case("E3")
 @pytest.mark.parametrize("ids", [[1, 2, 300] * 30, [1, -100, 2] * 30, [5, 10**12] * 40])
 def test_ids_that_were_given_are_checked(model: Path, ids: list[int]) -> None:
     wrong = next(token for token in ids if not 0 <= token < 300)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from mxrot.errors import NumericsError
 from mxrot.evaluation.answers import Answer, Answers
 from mxrot.progress import Progress
+from mxrot.text import Reader, check_ids
 
 
 class Harness(HFLM):
@@ -29,6 +31,8 @@ class Harness(HFLM):
         super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size, softmax_dtype="float32")
         self._answers = answers
         self._progress = progress
+        rows = cast(Any, model).get_input_embeddings().weight.shape[0]
+        self._reader = Reader(own, embedding_rows=rows)
         self._task = ""
         self._total = 0
         self._done = 0
@@ -46,6 +50,12 @@ class Harness(HFLM):
         found = [answer for request in requests if (answer := self._answers.get(request.args)) is not None]
         assert len(found) == len(requests), "a request has no answer, and those after it would be taken for its own"
         return found
+
+    def tok_encode(self, *arguments: Any, **options: Any) -> list[int]:
+        """The tokens of a string; ConfigError if one is beyond the model's embedding."""
+        ids: list[int] = super().tok_encode(*arguments, **options)
+        check_ids(torch.tensor(ids, dtype=torch.int64), self._task, self._reader)
+        return ids
 
     def add_partial(self, kind: str, request: tuple[str, str], answer: Answer) -> None:
         """What lm-eval calls with each answer."""

@@ -89,6 +89,11 @@ class Text:
         return not any(_holds_something(document) for document in self.documents)
 
     @property
+    def needs_tokenizer(self) -> bool:
+        """Is there anything that is not token ids already?"""
+        return not all(isinstance(document, TokenIds) for document in self.documents)
+
+    @property
     def rendered(self) -> str:
         """How its documents become tokens."""
         if isinstance(self.content, TokenWindows):
