@@ -179,3 +179,16 @@ def test_a_generation_config_that_transformers_refuses_is_found_before_the_work(
     line = refused("quantize", source, "-r", "rtn", "-o", tmp_path / "out")
     assert "generation_config.json" in line
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.case("A3")
+@pytest.mark.parametrize("name", ["a" * 250, "a" * 300, os.fsdecode(b"out-\xff"), "loop", "file", "file/deeper"])
+@pytest.mark.parametrize("option", [None, "--resume", "--force"])
+def test_a_name_that_can_be_no_output_is_refused_before_the_work(
+    model: Path, tmp_path: Path, name: str, option: str | None
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("mine")
+    line = refused("quantize", model, "-r", "rtn", "-o", tmp_path / name, *([option] if option else []))
+    assert "give a folder" in line or "give another one" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]

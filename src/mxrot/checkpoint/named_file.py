@@ -20,8 +20,9 @@ def write_named(path: Path, data: bytes) -> None:
     real = path.resolve()
     fresh = real.with_name(f".{real.name[:200]}.{os.getpid()}.tmp")
     try:
-        if real.exists() and not (real.is_file() and os.access(real.parent, os.W_OK)):
-            real.write_bytes(data)
+        # Not by its real path: that of a pipe behind /dev/stdout is none.
+        if path.exists() and not (path.is_file() and os.access(real.parent, os.W_OK)):
+            path.write_bytes(data)
             return
         with fresh.open("xb") as file:
             file.write(data)

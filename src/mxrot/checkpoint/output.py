@@ -70,7 +70,14 @@ def find_place(output: Path) -> Place:
         for path in (output, *output.parents, real):
             if os.path.lexists(path) and not path.is_dir() and not _dangles(path):
                 raise CheckpointError(f"{path}: is a file; give a folder")
-        return Place(output, real, real.is_dir() and _must_be_filled(real))
+        place = Place(output, real, real.is_dir() and _must_be_filled(real))
+        for path in (place.partial, place.lock):
+            with suppress(FileNotFoundError):
+                path.lstat()  # its name may be too long
+        str(real).encode()
+        return place
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{output}: is not UTF-8, in which safetensors takes names; give another one") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         reason = getattr(error, "strerror", None) or "its links lead nowhere"
         raise CheckpointError(f"{output}: cannot be an output folder ({reason}); give another one") from error
