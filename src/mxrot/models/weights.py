@@ -5,7 +5,6 @@ Nothing is unpickled: a folder that holds only .bin or .pt files is refused.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ from mxrot.models.names import model_names
 
 _RECOMPUTED = "rotary_emb.inv_freq"
 """Tensors that old conversions of Llama hold and no model loads any more; they follow from the config."""
-_SAMPLE = 4096
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """Types that weights are taken in."""
 
@@ -145,24 +143,6 @@ class WeightFiles:
                         tensor = header.tensors[self._stored[name]]
                         length = tensor.end - tensor.start
                         os.posix_fadvise(file.fileno(), data + tensor.start, length, os.POSIX_FADV_WILLNEED)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over config.json and, of each weight file, its size, header and the first 4 KiB of each tensor.
-
-        Tells models apart without reading all of a large one.
-        """
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in self.files:
-            tensors = read_header(path).tensors.values()
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                start = file.read(8)
-                digest.update(file.read(int.from_bytes(start, "little")))
-                data = file.tell()
-                for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
-                    file.seek(data + tensor.start)
-                    digest.update(file.read(min(_SAMPLE, tensor.end - tensor.start)))
-        return digest.hexdigest()
 
     def _check_other_set(self, names: list[str]) -> None:
         """FamilyError if complete shards of another content lie beside a single file: which is meant?"""

@@ -113,8 +113,6 @@ def test_a_file_that_is_not_safetensors(folder: Path, content: bytes) -> None:
         WeightFiles(folder)
     with pytest.raises(FamilyError, match=r"model\.safetensors: cannot be read as safetensors"):
         files.read(NORM)
-    with pytest.raises(FamilyError, match=r"model\.safetensors: cannot be read as safetensors"):
-        files.fingerprint()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
@@ -136,33 +134,6 @@ def test_inverse_frequencies_of_old_conversions_are_passed_over(folder: Path) ->
     before = WeightFiles(folder).names
     change(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.full((8,), torch.nan))
     assert WeightFiles(folder).names == before
-
-
-def test_fingerprint_is_the_same_for_a_copy(folder: Path, tmp_path: Path) -> None:
-    copy = write_tiny_model(tmp_path / "copy")
-    assert WeightFiles(folder).fingerprint() == WeightFiles(copy).fingerprint()
-
-
-def test_fingerprint_tells_models_apart(folder: Path, sharded: Path, tmp_path: Path) -> None:
-    seen = {WeightFiles(folder).fingerprint(), WeightFiles(sharded).fingerprint()}
-    seen.add(WeightFiles(write_tiny_model(tmp_path / "seed", seed=1)).fingerprint())
-    seen.add(WeightFiles(write_tiny_model(tmp_path / "type", torch.bfloat16)).fingerprint())
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
-    seen.add(WeightFiles(folder).fingerprint())
-    assert len(seen) == 5
-
-
-def test_fingerprint_sees_a_change_of_each_tensor(folder: Path) -> None:
-    """Wherever it lies in the file: a model of which only some layers were trained on is another model."""
-    files = WeightFiles(folder)
-    original = (folder / "model.safetensors").read_bytes()
-    seen = {files.fingerprint()}
-    for name in files.names:
-        change(folder, name, files.read(name) * 2)
-        seen.add(files.fingerprint())
-        (folder / "model.safetensors").write_bytes(original)
-    assert len(seen) == 1 + len(files.names)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no such call on this system")
