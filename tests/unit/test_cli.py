@@ -198,7 +198,8 @@ def test_eval_json(folders: dict[str, str], tmp_path: Path, which: str) -> None:
     texts = ("--text", folders["text"], "--text", f"again={folders['text']}")
     result = run("eval", folders[which], *texts, "--windows", "3", "--seq-len", "64", "--json", str(table))
     found = read_json(table)
-    assert list(found) == ["model", "perplexity", "texts", "against", "divergence", "tasks", "seconds", "versions"]
+    expected = ["model", "perplexity", "texts", "against", "divergence", "tasks", "seconds", "kernels", "versions"]
+    assert list(found) == expected
     assert found["model"] == folders[which]
     assert list(found["perplexity"]) == ["words", "again"]
     words = found["perplexity"]["words"]
