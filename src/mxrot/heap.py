@@ -1,9 +1,9 @@
 """Give memory that was freed back to the system.
 
 glibc keeps what lies between tensors that are still alive, and takes more from the system for the next block where the
-pieces do not fit: without this, main memory grows with the number of blocks. Asked after each site, it takes no time
-that can be measured; mapping each tensor by itself instead (M_MMAP_THRESHOLD) gives the same peak and takes twice the
-time, in page faults (docs/log.md). musl, macOS and Windows give back by themselves, or cannot be asked.
+pieces do not fit: without this, main memory grows with the number of blocks. It is asked after each site. Mapping every
+tensor by itself instead (M_MMAP_THRESHOLD) saves a little more memory and takes twice the time, in page faults
+(docs/log.md). musl, macOS and Windows give back by themselves, or cannot be asked.
 """
 
 from __future__ import annotations
