@@ -26,7 +26,7 @@ def resident() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("recipe", ["rtn"])
 def test_main_memory_is_flat_in_the_number_of_blocks(tmp_path: Path, recipe: str) -> None:
-    """Between two blocks nothing of the first is left, from the third on, by when everything has been allocated once."""
+    """Between two blocks nothing of the first is left, from the third on, when all has been allocated once."""
     model = write_tiny_model(tmp_path / "model", **WIDE)
     seen: dict[int, int] = {}
 

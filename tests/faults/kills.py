@@ -35,7 +35,8 @@ class Tally:
     same: int = 0
     finished: int = 0
     """Commands that were done before the signal came."""
-    resumes: int = 0
+    resumed: int = 0
+    """Kills that a resumption came after."""
     looks: int = 0
     """At an output that had to be there."""
     by_signal: Counter[str] = field(default_factory=Counter)
@@ -45,7 +46,7 @@ class Tally:
         signals = ", ".join(f"{name} {count}" for name, count in sorted(self.by_signal.items()))
         return [
             f"kills: {self.kills} ({signals}); {self.finished} commands were done before",
-            f"resumed to the same bytes: {self.same} runs of {self.resumes}",
+            f"resumed to the same bytes: {self.same} of {self.resumed}",
             f"looks at an output under --force: {self.looks}",
             f"wrong: {len(self.wrong)}",
             *self.wrong,
@@ -134,16 +135,17 @@ def one_round(shop: Workshop, recipe: str, chance: random.Random, tally: Tally, 
         watcher.start()
     words = shop.words(recipe, *force)
     first = disturb(shop, words, chance, number, recipe, count) if count else disturb_apart(shop, words, chance, number)
-    killed = check_end(first, number, tally, where)
+    kills = int(check_end(first, number, tally, where))
     resume = shop.words(recipe, "--resume", *force)
-    if killed and count and chance.random() < 1 / 3:
+    if kills and count and chance.random() < 1 / 3:
         again = chance.choice(SIGNALS)
-        check_end(disturb(shop, resume, chance, again, recipe, count), again, tally, f"{where}, resumed")
-    if killed:
-        tally.resumes += 1
+        second = disturb(shop, resume, chance, again, recipe, count)
+        kills += check_end(second, again, tally, f"{where}, resumed")
+    if kills:
+        tally.resumed += kills
         ended = run(resume, shop.log)
         is_same = ended.code == 0 and contents(shop.output) == wanted
-        tally.same += is_same
+        tally.same += kills * is_same
         if not is_same:
             tally.wrong.append(f"{where}: resumed to something else, exit code {ended.code}: {ended.text[-600:]}")
     watcher.over.set()
