@@ -13,6 +13,15 @@ def command(*words: str | Path) -> str:
     )
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Is the name UTF-8? Others are taken by Python, and by no reader of safetensors or tokenizers."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def expanded(path: str | Path) -> Path:
     """With a home for ~, as a shell has it: of a user that is not there it stays as it is."""
     try:

@@ -118,3 +118,47 @@ def test_what_serves_an_export_can_be_copied(tmp_path: Path) -> None:
     line = next(line for line in result.stdout.splitlines() if "next: " in line)
     assert shlex.split(line.partition("next: ")[2]) == ["vllm", "serve", str(output)]
     assert line.startswith(f"{output}: written")
+
+
+@pytest.mark.case("A8")
+def test_a_path_that_is_not_utf_8(tmp_path: Path) -> None:
+    """No reader of tokenizers takes it for a model; files may be called so."""
+    model = write_tiny_model(tmp_path / "model")
+    said = refused("quantize", model, "-o", tmp_path / "out \udcff", "--recipe", "rtn", "--device", "cpu")
+    assert "not UTF-8" in said
+    assert "not UTF-8" in refused("eval", tmp_path / "out \udcff") and "not UTF-8" in refused("plan", "a/\udcff")
+    made = mxrot("quantize", model, "-o", tmp_path / "out", "--recipe", "rtn", "--device", "cpu")
+    assert made.exit_code == 0, made.output
+    few = ("--windows", "1", "--seq-len", "8", "--device", "cpu")
+    page = tmp_path / "page \udcff.html"
+    written = mxrot("report", tmp_path / "out", "-o", page, *few)
+    assert written.exit_code == 0 and page.is_file(), written.output
+    assert f"{page}: ".encode("utf-8", "surrogateescape") in written.stdout_bytes
+    assert mxrot("eval", model, *few, "--json", tmp_path / "\udcff.json").exit_code == 0
+
+
+NAME = "a [b](c) `d` <i> *e* | f"
+
+
+@pytest.mark.case("A8")
+def test_a_card_shows_names_as_they_are(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / NAME)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('name = "[x](y)"\nsummary = "``` <b>"\n[weights]\nformat = "mxfp4"\n')
+    made = mxrot("quantize", model, "-o", tmp_path / "out", "--recipe", recipe, "--device", "cpu")
+    assert made.exit_code == 0, made.output
+    card = (tmp_path / "out" / "README.md").read_text()
+    title = next(line for line in card.splitlines() if line.startswith("# "))
+    assert title == r"# a \[b\](c) \`d\` \<i\> \*e\* \| f, quantized to mxfp4 weights and 16-bit activations " + (
+        r"with mxrot (\[x\](y))"
+    )
+    assert f"the folder ``{NAME}``" in card
+    assert "````toml\n" in card, "a fence that the summary does not close"
+
+
+@pytest.mark.case("A8")
+def test_one_name_for_two_things_is_found_before_the_work(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    place = tmp_path / "out"
+    assert "output folder, too" in refused("quantize", model, "-o", place, "--recipe", "rtn", "--json", place)
+    assert not place.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Any
 
@@ -76,6 +77,8 @@ app = typer.Typer(
 @app.callback()
 def every(version: Version = False) -> None:
     """LLMs in MXFP4, with the block rotations that make it accurate."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as it is
 
 
 app.command()(quantize)

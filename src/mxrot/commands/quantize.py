@@ -25,7 +25,8 @@ from mxrot.commands.options import (
     with_revision,
     write_json,
 )
-from mxrot.shell import command
+from mxrot.errors import ConfigError
+from mxrot.shell import command, is_utf8
 
 
 def quantize(
@@ -50,6 +51,10 @@ def quantize(
     chosen = chosen_recipe(recipe, changes)
     texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
     model = with_revision(model, revision)
+    if not is_utf8(output):
+        raise ConfigError(f"--output {output}: the name is not UTF-8, and no reader of tokenizers takes it")
+    if json_file is not None and json_file.absolute() == output.absolute():
+        raise ConfigError(f"--json {json_file}: is the output folder, too; name another file")
     prepare(model, device, json_file)
     task = f"{model}, {where(device)}, {_calibration(chosen, samples, seq_len)}, into {output}"
     with progress_on_stderr(f"Quantizing with {chosen.name}", task) as told:

@@ -23,7 +23,7 @@ from mxrot.errors import FamilyError
 from mxrot.models.demo import demo_folder
 from mxrot.models.folder import check_folder, what_else
 from mxrot.nearest import brief
-from mxrot.shell import expanded
+from mxrot.shell import expanded, is_utf8
 
 DEMO = "demo"
 _WANTED = [
@@ -80,6 +80,8 @@ def _local(name: str) -> Path:
     """The path of that name; FamilyError if there can be nothing."""
     if not name.strip():
         raise FamilyError("the name of the model is empty; give a folder, a hub id, or `demo`")
+    if not is_utf8(name):
+        raise FamilyError(f"{name}: the name is not UTF-8, and no reader of tokenizers takes it; rename the folder")
     path = expanded(name)
     try:
         path.exists()

@@ -24,12 +24,13 @@ def page(contents: Contents, pictures: dict[str, Picture]) -> str:
     """The HTML of a report; `pictures` are those of `plots.pictures`."""
     drawn = {name: inline_svg(name, picture) for name, picture in pictures.items()}
     sections = (_heading, _accuracy, _depth, _activations, _weights, _size, _making)
-    return Template(_PAGE.read_text(encoding="utf-8")).substitute(
+    filled = Template(_PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{contents.name}, {contents.recipe.name}"),
         light=_variables(LIGHT),
         dark=_variables(DARK),
         body="\n".join(section(contents, drawn) for section in sections),
     )
+    return filled.encode("utf-8", "xmlcharrefreplace").decode()  # a path need not be UTF-8
 
 
 def _variables(palette: Palette) -> str:
