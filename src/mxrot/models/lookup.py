@@ -28,7 +28,8 @@ from mxrot.shell import expanded, is_utf8
 DEMO = "demo"
 _WANTED = [
     *("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "recipe.toml"),
-    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),  # for the card of what is made of it
+    *("*.tiktoken", "*.codes", "*.spm", "vocab*", "merges*"),  # of tokenizers that are in no tokenizer.json
+    *("README.md", "LICENSE*", "license*", "COPYING*", "NOTICE*", "USE_POLICY*"),  # for what is made of it
 ]
 _UNWANTED = ["consolidated*", "*/*.safetensors", "original/*", "onnx/*", "*.gguf", "*.bin", "*.pth", "*.pt"]
 """The weights once more: in Mistral's and Meta's own layouts, for other programs, or pickled."""
