@@ -26,9 +26,12 @@ from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.transforms.outlier import GROUPS_AT_ONCE, OutlierRotation
 from mxrot.tuning.network import CHECKPOINT_BYTES, LOGIT_TOKENS
 
-PROCESS_BYTES = {"cpu": 7.5e8, "cuda": 3e9}
-"""Of main memory: the code of PyTorch and transformers, and what the allocator does not give back (measured on Linux);
-with a GPU also its driver and libraries (assumed)."""
+PROCESS_BYTES = {"cpu": 5e8, "cuda": 3e9}
+"""Of main memory: the code of PyTorch and transformers (measured on Linux); with a GPU also its driver and libraries
+(assumed)."""
+KEPT_SHARE, MOST_KEPT = 0.45, 2.5e8
+"""What the allocator holds back within a site (heap.py), relative to the tensors alive, and at most: glibc maps tensors
+of more than 32 MiB one by one. Both were measured on Linux."""
 ENCODING = 7
 """float64 and int64 numbers a weight while it becomes a code (formats/element.py)."""
 FACTORING = 5
@@ -161,7 +164,14 @@ def estimate_memory(run: Run) -> MemoryEstimate:
     for position, _ in enumerate(run.shape.fullest):
         stages += _site_stages(run, position)
     stages += [*_block_end(run), *_tuning(run)]
-    return MemoryEstimate(tuple(Stage(stage.name, _named(process | stage.terms)) for stage in stages))
+    return MemoryEstimate(
+        tuple(Stage(stage.name, _named(process | stage.terms | _kept_back(run, stage))) for stage in stages)
+    )
+
+
+def _kept_back(run: Run, stage: Stage) -> dict[str, float]:
+    """What the allocator of main memory does not give back before the site is done."""
+    return {} if run.is_gpu else {"what the allocator keeps": min(KEPT_SHARE * stage.total, MOST_KEPT)}
 
 
 def estimate_host_memory(run: Run) -> MemoryEstimate:

@@ -68,6 +68,7 @@ def test_the_peak_is_that_of_the_tensors_alive(
 ) -> None:
     """To a hundredth where weights fill the memory; where activations do, what lies between two operations is rough."""
     monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    monkeypatch.setattr(memory, "KEPT_SHARE", 0.0)
     chosen = CHOSEN[name]
     folder = write_tiny_model(tmp_path / "tiny", **sizes)
     windows = None if chosen.is_data_free else random_windows(*shape)
@@ -78,6 +79,7 @@ def test_the_peak_is_that_of_the_tensors_alive(
 @pytest.mark.parametrize("name", ["phi3", "olmo2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"])
 def test_other_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    monkeypatch.setattr(memory, "KEPT_SHARE", 0.0)
     config = config_of(FAMILIES[name], hidden_size=256, intermediate_size=768, vocab_size=256)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).half().save_pretrained(tmp_path)
@@ -92,6 +94,7 @@ def test_other_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
 def test_scores_that_attention_writes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """They fill the memory where heads times tokens are more than the channels of any linear."""
     monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    monkeypatch.setattr(memory, "KEPT_SHARE", 0.0)
     config = config_of(FAMILIES["gemma2"], vocab_size=256, max_position_embeddings=1024)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).half().save_pretrained(tmp_path)
@@ -104,6 +107,7 @@ def test_scores_that_attention_writes_out(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_tuning_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    monkeypatch.setattr(memory, "KEPT_SHARE", 0.0)
     folder = write_tiny_model(tmp_path / "tiny", **WIDE, num_hidden_layers=3)
     tuning = {"tuning__steps": 2, "tuning__batch_windows": 4, "tuning__generated": 0.0}
     chosen = recipe("mxrot-tuned", **ALONE, **tuning)
