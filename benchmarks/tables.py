@@ -155,6 +155,12 @@ TABLES: dict[str, tuple[Run, ...]] = {
         Run("mxrot-vllm", "mxrot-vllm"),
         Run("mxrot-tuned, 40 steps", "mxrot-tuned", {"tuning.steps": 40, "tuning.generated": 1.0}),
     ),
+    "finer": (  # scales that are no powers of two, of inputs a token
+        Run("FP16", None, **around(21.77, 0.003)),
+        Run("duquant++-released", "duquant++-released", low=31.0, high=33.5),
+        Run("duquant++-released-gptq", "duquant++-released-gptq", seeds=THREE, low=28.5, high=30.5),
+        *(run for run in FORMATS if run.label.endswith("nvfp4")),
+    ),
     "time": (
         Run("warm-up", "duquant++"),
         Run("duquant++", "duquant++", seeds=THREE),
