@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import ipc, parquet
-from tests.cases.tokenizers import TEMPLATE, change_tokenizer
+from tests.cases.odd_tokenizers import TEMPLATE, change_tokenizer
 from tests.tiny_model import write_tiny_model
 from typer.testing import CliRunner
 

@@ -24,7 +24,7 @@ def shown() -> set[str]:
     """The rows that tests carry."""
     sources = "".join(path.read_text(encoding="utf-8") for path in HERE.glob("test_*.py"))
     return {
-        name for marks in re.findall(r"@pytest\.mark\.case\(([^)]*)\)", sources) for name in re.findall(r"\w+", marks)
+        name for marks in re.findall(r"pytest\.mark\.case\(([^)]*)\)", sources) for name in re.findall(r"\w+", marks)
     }
 
 

@@ -15,7 +15,7 @@ import pyarrow.ipc
 import pytest
 import torch
 from tests.cases.commands import mxrot, refused
-from tests.cases.tokenizers import BOS, TEMPLATE, TEMPLATE_WITH_BOS, change_tokenizer
+from tests.cases.odd_tokenizers import BOS, TEMPLATE, TEMPLATE_WITH_BOS, change_tokenizer
 from tests.tiny_model import write_tiny_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

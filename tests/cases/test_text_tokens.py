@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.cases.commands import mxrot, refused
-from tests.cases.tokenizers import change_tokenizer
+from tests.cases.odd_tokenizers import change_tokenizer
 from tests.tiny_model import write_tiny_model
 
 import mxrot as package

@@ -203,7 +203,7 @@ def test_code_in_the_folder_is_never_run(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": classes, "model_type": "evil"}))
-    refused(FamilyError, "config.json: not a config that transformers reads", folder)
+    refused(FamilyError, "comes with code of its own .auto_map., which is never run", folder)
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": classes}))
     mxrot.quantize(folder, "rtn")
     assert not exploded.exists()

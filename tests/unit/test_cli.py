@@ -341,7 +341,7 @@ def test_plan_of_a_folder_and_of_a_config_alone(folders: dict[str, str], tmp_pat
         found = read_json(table)
         assert list(found) == [
             *("model", "recipe", "recipe_toml", "windows", "refused", "warnings", "sites", "size", "memory"),
-            *("seconds", "vllm", "versions"),
+            *("disk", "seconds", "vllm", "versions"),
         ]
         assert (found["model"], found["windows"], found["refused"]) == (model, [2, 32], [])
         assert "nothing would be refused" in result.stdout and "4.250 bits" in result.stdout
@@ -391,8 +391,8 @@ BAD_INPUT = {
     "nowhere for the JSON": (("eval", "{model}", "--json", "nowhere/table.json"), "nowhere/table.json"),
     "not exportable": (("quantize", "{model}", "-o", "{out}", "-r", "duquant++-released"), "log256"),
     "report of a model": (("report", "{model}"), "not a checkpoint written by mxrot"),
-    "report into a folder": (("report", "{checkpoint}", "-o", "{parent}"), "expected the name of a file"),
-    "report nowhere": (("report", "{checkpoint}", "-o", "nowhere/page.html"), "in a folder that exists"),
+    "report into a folder": (("report", "{checkpoint}", "-o", "{parent}"), "is a folder; name the file to write"),
+    "report nowhere": (("report", "{checkpoint}", "-o", "nowhere/page.html"), "there is no folder"),
     "plots into a file": (("report", "{checkpoint}", "--plots", "{short}"), "is a file; give a folder"),
     "results that are none": (("report", "{checkpoint}", "--results", "{short}"), "not JSON"),
     "baseline alone": (("report", "{checkpoint}", "--baseline", "{short}"), "with --results, too"),
@@ -464,12 +464,12 @@ def test_a_json_file_for_which_there_is_no_space_is_one_line_and_exit_code_1(
     def full(path: Path, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "replace", full)
     file = tmp_path / "table.json"
     options = ("--windows", "1", "--seq-len", "32", "--text", folders["text"], "--json", str(file))
     result = call("eval", folders["model"], *options)
     assert result.exit_code == 1 and "Perplexity" in result.stdout
-    assert result.stderr.splitlines()[-1] == f"mxrot: error: {file}: No space left on device"
+    assert result.stderr.splitlines()[-1].startswith(f"mxrot: error: {file}: no space left on the device")
 
 
 # As a process

@@ -64,13 +64,12 @@ def test_tells_what_it_is_at(folder: Path, words: str) -> None:
         seq_len=32,
         progress=lambda done, total, what: told.append(what),
     )
-    assert list(dict.fromkeys(told)) == [
-        "perplexity of FP16, tokens",
-        "rtn, model.layers.0",
-        "rtn, model.layers.1",
-        "rtn, done",
-        "perplexity of rtn, tokens",
-    ]
+    linears = [f"self_attn.{name}_proj" for name in "qo"] + ["mlp.gate_proj", "mlp.down_proj"]
+    blocks = [(f"rtn, model.layers.{index}", linears) for index in range(2)]
+    inside = [name for block, parts in blocks for name in (block, *(f"{block}.{part}" for part in parts))]
+    rest = [name for name in dict.fromkeys(told) if name not in inside]
+    assert rest == ["perplexity of FP16, tokens", "rtn, done", "perplexity of rtn, tokens"]
+    assert [name for name in dict.fromkeys(told) if name in inside] == inside
 
 
 def test_with_a_prompt_each_row_says_something(folder: Path, words: str) -> None:

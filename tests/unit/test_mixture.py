@@ -212,7 +212,11 @@ def test_an_expert_can_be_left_as_it_is(folders: dict[str, Path], tmp_path: Path
     [
         ("mxrot-tuned", {}, r"experts, as in family mixtral, are not tuned; set tuning = none"),
         ("duquant++", {"transform__sample": "mean"}, r'sample = "mean" is over windows, and experts'),
-        ("duquant++", {"smoothing__skip": ["down_0"]}, r"no site 'down_0'; its sites are qkv, o, gate_up, down$"),
+        (
+            "duquant++",
+            {"smoothing__skip": ["down_0"]},
+            r"no site 'down_0'; did you mean 'down'\? its sites are down, qkv, o, gate_up$",
+        ),
     ],
 )
 def test_what_is_not_done_with_experts_is_refused(

@@ -468,9 +468,9 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, Ten
     ("weights", "message"),
     [
         ({"input_layernorm": 3e38}, "model.layers.0.self_attn.q_proj: its input"),
-        ({"self_attn.v_proj": 1e6, "self_attn.o_proj": 3e38}, "model.layers.0.mlp.gate_proj: its input"),
+        ({"self_attn.v_proj": 1e6, "self_attn.o_proj": 5e37}, "model.layers.0.mlp.gate_proj: its input"),
         ({"mlp.gate_proj": 1e20, "mlp.up_proj": 1e20}, "model.layers.0.mlp.down_proj: its input"),
-        ({"mlp.up_proj": 1e6, "mlp.down_proj": 3e38}, "model.layers.0: its output"),
+        ({"mlp.up_proj": 1e6, "mlp.down_proj": 5e37}, "model.layers.0: its output"),
     ],
     ids=["qkv", "gate_up", "down", "block"],
 )

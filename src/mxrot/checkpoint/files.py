@@ -86,7 +86,7 @@ def whole_file(path: Path, size: int) -> Iterator[Sink]:
         temporary.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"{path}: no space left on the device for {size / 1e6:.1f} MB") from error
+            raise DiskFullError(f"{path}: no space left on the device for {size / 1e6:.3g} MB") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

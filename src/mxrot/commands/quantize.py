@@ -52,7 +52,9 @@ def quantize(
     texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
     model = with_revision(model, revision)
     if not is_utf8(output):
-        raise ConfigError(f"--output {output}: the name is not UTF-8, and no reader of tokenizers takes it")
+        raise ConfigError(
+            f"--output {output}: the name is not UTF-8, and no reader of tokenizers takes it; give another one"
+        )
     if json_file is not None and json_file.absolute() == output.absolute():
         raise ConfigError(f"--json {json_file}: is the output folder, too; name another file")
     prepare(model, device, json_file)

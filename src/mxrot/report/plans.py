@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from rich.table import Table
 
 from mxrot.planning import HOW, MemoryEstimate, Plan, Stage, gigabytes
 
+WIDTH = 120
+"""Of lines that are longer than a terminal is wide."""
 SHARE_SHOWN = 0.02
 """Terms below this share of their sum are shown together."""
 
@@ -24,7 +27,8 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
         yield _time_table(plan)
         yield f"estimated by {HOW}"
     if plan.vllm is not None:
-        yield f"vLLM: {'follows its layout' if plan.vllm.follows_layout else 'not by itself'}; {plan.vllm.because}"
+        verdict = "follows its layout" if plan.vllm.follows_layout else "not by itself"
+        yield textwrap.fill(f"vLLM: {verdict}; {plan.vllm.because}", WIDTH, subsequent_indent="  ")
     for warning in plan.warnings:
         yield f"warning: {warning}"
     for problem in plan.problems:

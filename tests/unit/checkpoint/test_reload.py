@@ -1,5 +1,6 @@
 """A checkpoint that is read back is the model that was quantized, bit for bit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tests.tiny_model import write_tiny_model
 from tests.unit.checkpoint.folders import all_tensors, logits, recipe, windows_for, write
 
 from mxrot.checkpoint import load
+from mxrot.errors import FamilyError
 from mxrot.layers import QuantLinear
 from mxrot.pipeline import quantize
 from mxrot.recipe import Recipe
@@ -61,7 +63,7 @@ def test_with_ignored_linears(source: Path, tmp_path: Path, ignore: list[str], c
 
 @recipes
 def test_a_norm_of_another_type_is_the_same_after_reload(tmp_path: Path, chosen: Recipe) -> None:
-    """float32 norms in a bfloat16 model: a checkpoint rounds them, and the run must do so before it uses them."""
+    """float32 norms in a bfloat16 model: they keep their type."""
     source = write_tiny_model(tmp_path / "source", torch.bfloat16)
     tensors = load_file(source / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
@@ -72,12 +74,16 @@ def test_a_norm_of_another_type_is_the_same_after_reload(tmp_path: Path, chosen:
     assert_reload_is_exact(source, tmp_path / "out", chosen)
 
 
-def test_a_head_of_its_own_in_a_tied_model_is_kept(tmp_path: Path) -> None:
-    """As transformers does it: a head that differs from the embedding it should be tied to is not tied."""
+def test_a_head_of_its_own_in_a_tied_model_is_refused_until_the_config_says_so(tmp_path: Path) -> None:
+    """transformers keeps both, others tie them: with the config as it is, one folder would be two models."""
     source = write_tiny_model(tmp_path / "source", tie_word_embeddings=True)
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FamilyError, match=r"lm_head\.weight differs from .* set that to false to keep both"):
+        write(source, tmp_path / "refused", recipe("rtn"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     assert_reload_is_exact(source, tmp_path / "out", recipe("rtn"))
     assert torch.equal(load(tmp_path / "out").lm_head.weight, tensors["lm_head.weight"].float())
 

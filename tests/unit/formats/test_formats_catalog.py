@@ -50,13 +50,17 @@ def test_the_checkpoint_layout() -> None:
 def test_an_unknown_format_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         get_format("mxfp3")
-    assert str(caught.value) == f"unknown format 'mxfp3'; known: {', '.join(FORMATS)}"
+    start, known = str(caught.value).split(" known: ")
+    assert start.startswith("unknown format 'mxfp3'; did you mean 'mxfp4' or ")
+    assert sorted(known.split(", ")) == sorted(FORMATS)
 
 
 def test_an_unknown_rule_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         get_rule("ceil")
-    assert str(caught.value) == f"unknown scale rule 'ceil'; known: {', '.join(RULES)}"
+    others = [name for name in RULES if name != "rceil"]
+    known = ", ".join(["rceil", *others])
+    assert str(caught.value) == f"unknown scale rule 'ceil'; did you mean 'rceil'? known: {known}"
 
 
 def test_a_rule_of_another_format_lists_those_it_has() -> None:

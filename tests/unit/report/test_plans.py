@@ -43,7 +43,7 @@ def test_the_pieces_of_a_plan(tmp_path: Path) -> None:
         "down: factorizing",
         "the Hessian and its factor",
         "Time on this machine (cpu); an estimate",
-        "vLLM: not by itself; one matrix a block is read by mxrot only",
+        "vLLM: not by itself; it has one matrix a block, and vLLM takes one a site",
         "warning: the GPU will run out of memory",
         "nothing would be refused",
     ):
