@@ -86,10 +86,14 @@ def whole_file(path: Path, size: int) -> Iterator[Sink]:
         temporary.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"{path}: no space left on the device for {size / 1e6:.3g} MB") from error
+            raise DiskFullError(f"{path}: no space left on the device for {_amount(size)}") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"
 
 
 def write_bytes(path: Path, data: bytes) -> Written:
