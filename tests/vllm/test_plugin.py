@@ -65,6 +65,9 @@ def test_the_marker_decides_and_the_user_decides_before_it(checkpoint: Checkpoin
     assert configure(folder, "bfloat16", "compressed-tensors").model_config.quantization == "compressed-tensors"
     foreign = json.loads((folder / "config.json").read_text())["quantization_config"]
     del foreign["mxrot"]
+    # Transforms by mxrot's names and no marker: damaged, and to be refused by mxrot instead of run without them.
+    assert CUSTOM[METHOD].override_quantization_method(foreign, None) == METHOD
+    del foreign["transform_config"]
     assert CUSTOM[METHOD].override_quantization_method(foreign, None) is None
 
 

@@ -29,7 +29,7 @@ def register() -> None:
         def override_quantization_method(
             cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
         ) -> str | None:
-            """Ours is every checkpoint with our marker, unless the user names another method."""
+            """Ours is what `is_ours` knows, unless the user names another method."""
             return METHOD if is_ours(hf_quant_cfg) and user_quant in (None, METHOD) else None
 
         @classmethod
