@@ -181,7 +181,8 @@ def open_partial(partial: Path, fingerprint: dict[str, Any], stamps: Stamps, res
         if not resume or found is None:
             remove_partial(partial)
             partial.mkdir()
-        for path in (*partial.glob(f"*{TEMPORARY}"), *partial.glob(f"{NEW}*")):  # a killed run could not tidy up
+        # A killed run could not tidy up; the temporary file of a new one has both marks.
+        for path in {*partial.glob(f"*{TEMPORARY}"), *partial.glob(f"{NEW}*")}:
             path.unlink()
         write_json(partial / FINGERPRINT, {"by": "mxrot", "fingerprint": fingerprint, "stamps": stamps})
     except BaseException:

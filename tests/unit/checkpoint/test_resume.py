@@ -183,6 +183,17 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "name", ["new-tuning.safetensors", "new-tuning.safetensors.tmp", "tuning.json.tmp", "block-00001.json.tmp"]
+)
+def test_what_a_killed_run_was_writing_goes(source: Path, tmp_path: Path, name: str) -> None:
+    partial = stopped_after(source, tmp_path / "out", recipe("rtn"), 1)
+    (partial / name).write_bytes(b"half")
+    write(source, tmp_path / "out", recipe("rtn"), resume=True)
+    write(source, tmp_path / "straight", recipe("rtn"))
+    assert without_run(digests(tmp_path / "out")) == without_run(digests(tmp_path / "straight"))
+
+
 @pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_block_is_done_again(
     source: Path, tmp_path: Path, quantized_blocks: list[int], name: str, damage: Callable[[Path], object]
