@@ -50,7 +50,7 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     ("what", "said"),
     [
         ("memory", r"model\.layers\.\d: out of memory \([\d.]+ MB more wanted\); take fewer or shorter windows"),
-        ("little memory", "out of memory|no thread can start"),
+        ("little memory", "out of memory"),
         ("memory of eval", "out of memory"),
         ("descriptors", "too many open files; raise the limit"),
         ("descriptors of eval", "too many open files; raise the limit"),
