@@ -30,13 +30,15 @@ import torch
 from tables import TABLES, Run
 from torch import Tensor
 
-from mxrot import api, pipeline
+from mxrot import api
 from mxrot.checkpoint import quantize_to_folder
+from mxrot.environment import device_name, versions
 from mxrot.errors import MxrotError
 from mxrot.evaluation import perplexity
 from mxrot.models import find_model, read_config, start_token
+from mxrot.quantizing import run as pipeline
+from mxrot.quantizing.record import RunRecord
 from mxrot.recipe import Recipe, load_recipe
-from mxrot.records import RunRecord, device_name, versions
 from mxrot.text import load_text, token_windows
 
 Entry = dict[str, Any]

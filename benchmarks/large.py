@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mxrot import api, pipeline
+from mxrot import api
 from mxrot.bench import llama_config, random_model
+from mxrot.environment import device_name, versions
+from mxrot.quantizing import run as pipeline
 from mxrot.recipe import load_recipe
-from mxrot.records import device_name, versions
 from mxrot.surgery import stored_tensors
 
 
@@ -84,7 +85,7 @@ def main() -> None:
 class Nowhere:
     """A store that keeps nothing: blocks leave the device, as they do when a checkpoint is written."""
 
-    keeper = None
+    tuning_checkpoint = None
 
     def load(self, index: int) -> None:
         return None

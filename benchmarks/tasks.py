@@ -29,10 +29,10 @@ import torch
 from accuracy import current_commit
 
 from mxrot import api
+from mxrot.environment import device_name, versions
 from mxrot.evaluation import TaskScore, load_tasks, score_tasks, standard_error
 from mxrot.models import find_model
 from mxrot.recipe import load_recipe
-from mxrot.records import device_name, versions
 from mxrot.report import progress_on_stderr
 
 SIX = "arc_easy,hellaswag,piqa,winogrande,openbookqa,lambada_openai"

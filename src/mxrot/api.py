@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 import torch
 from transformers import PreTrainedModel
 
-from mxrot import pipeline
+from mxrot import quantizing
 from mxrot.checkpoint import check_exportable, check_output, hash_model, quantize_to_folder, with_config
 from mxrot.checkpoint import load as load_checkpoint
+from mxrot.environment import device_name, versions
 from mxrot.evaluation import (
     Answers,
     Divergence,
@@ -28,17 +29,17 @@ from mxrot.evaluation import (
     perplexity,
     score_tasks,
 )
+from mxrot.kernels.choices import kernel_choices
 from mxrot.models import find_model
 from mxrot.opening import base_name, check_original, default_device, is_verifiable, load_tokenizer, open_model
 from mxrot.planning import needed_on_disk
 from mxrot.progress import Progress
+from mxrot.progress.display import ProgressOption, shown_progress
 from mxrot.prompting import generate_text
-from mxrot.reading import calibrate, need_tokenizer, read_texts, texts_or_windows
 from mxrot.recipe import Recipe, load_recipe
-from mxrot.records import device_name, kernel_choices, versions
-from mxrot.report.progress import ProgressOption, shown_progress
 from mxrot.shell import expanded
 from mxrot.text import Windows, load_texts
+from mxrot.tokenizing import calibrate, need_tokenizer, read_texts, texts_or_windows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -171,7 +172,7 @@ def _quantize(
     recipe = calibration.recipe
     options: dict[str, Any] = {"windows": calibration.windows, "device": device, "seed": seed, "progress": progress}
     if output is None:
-        result = pipeline.quantize(folder, recipe, **options)
+        result = quantizing.quantize(folder, recipe, **options)
         assert result.model is not None
         return with_config(result.model, recipe)
     return quantize_to_folder(

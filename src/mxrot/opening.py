@@ -8,11 +8,9 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mxrot.assembly import compute_dtype, load_original
 from mxrot.checkpoint import is_checkpoint, load
-from mxrot.checks import weight_problems
-from mxrot.devices import check_device
 from mxrot.documents import check_is_here
+from mxrot.environment import check_device
 from mxrot.errors import CheckpointError, FamilyError
 from mxrot.models import (
     WeightFiles,
@@ -25,6 +23,8 @@ from mxrot.models import (
     read_generation_config,
 )
 from mxrot.models.folder import weight_map
+from mxrot.quantizing.loading import compute_dtype, load_original
+from mxrot.quantizing.problems import weight_problems
 from mxrot.shell import expanded
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError
-from mxrot.reading import reader_for
 from mxrot.text import Reader, check_ids, lone_surrogate
+from mxrot.tokenizing import reader_for
 
 
 def prompt_ids(prompt: str, reader: Reader) -> Tensor:

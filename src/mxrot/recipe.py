@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxrot import rounding, transforms
-from mxrot.builtin import BUILTIN_FOLDER as BUILTIN_FOLDER
-from mxrot.builtin import builtin_recipes as builtin_recipes
-from mxrot.builtin import recipe_text, tomllib
 from mxrot.errors import ConfigError
 from mxrot.formats import get_format
 from mxrot.layers import TensorQuantizer
 from mxrot.nearest import brief
+from mxrot.recipe_files import BUILTIN_FOLDER as BUILTIN_FOLDER
+from mxrot.recipe_files import builtin_recipes as builtin_recipes
+from mxrot.recipe_files import recipe_text, tomllib
 from mxrot.rounding import RoundingMethod
 from mxrot.tables import build, build_method, keys_of, misplaced, plain, section, write_toml
 from mxrot.transforms import Sharing, TransformMethod
@@ -154,13 +154,13 @@ class Recipe:
     @property
     def is_data_free(self) -> bool:
         """Does it need no calibration text?"""
-        looks_at_data = bool(self.transform.needs or self.rounding.wishes.hessian or self.tuning)
+        looks_at_data = bool(self.transform.needs or self.rounding.requirements.hessian or self.tuning)
         return self.smoothing is None and not looks_at_data
 
     @property
     def looks_at_original(self) -> bool:
         """Must the original model run beside the quantized one, block by block?"""
-        return self.tunes_blocks or self.rounding.wishes.target != "own"
+        return self.tunes_blocks or self.rounding.requirements.target != "own"
 
     @property
     def tunes_blocks(self) -> bool:

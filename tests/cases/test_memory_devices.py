@@ -92,7 +92,7 @@ def test_a_damaged_file_of_crossovers_stops_nothing(gpu: pytest.MonkeyPatch, tex
 
 @pytest.mark.case("F19")
 def test_the_choice_of_kernels_is_recorded(model: Path, tmp_path: Path) -> None:
-    from mxrot.records import kernel_choices
+    from mxrot.kernels.choices import kernel_choices
 
     assert mxrot("quantize", model, "-r", "rtn", "-o", tmp_path / "out", "--device", "cpu").exit_code == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -104,7 +104,7 @@ def test_the_choice_of_kernels_is_recorded(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.case("F19")
 def test_what_is_recorded_on_a_gpu(gpu: pytest.MonkeyPatch) -> None:
-    from mxrot.records import kernel_choices
+    from mxrot.kernels.choices import kernel_choices
 
     found = kernel_choices("cuda")["crossovers"]
     assert found == {"packed": 4, "kept": 2, "from": "compute capability 9.0"}
@@ -118,7 +118,9 @@ def test_a_run_with_other_kernels_is_not_resumed(model: Path, tmp_path: Path, mo
 
     words = ["quantize", model, "-r", "rtn", "-o", tmp_path / "out", "--device", "cpu"]
     with monkeypatch.context() as full:
-        full.setattr("mxrot.pipeline.outer_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        full.setattr(
+            "mxrot.quantizing.run.outer_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        )
         assert mxrot(*words, "--resume").exit_code == 1
     monkeypatch.setattr(fingerprint, "kernel_choices", lambda device: {"instructions": "none"})
     assert "kernels (float32_products, instructions)" in refused(*words, "--resume")

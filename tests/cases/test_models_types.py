@@ -40,7 +40,7 @@ def test_float32_norms_in_a_bfloat16_model(
 ) -> None:
     """In blocks and outside; computing in bfloat16, as on a GPU, too. Smoothing changes some of them."""
     if computed == "as stored":
-        monkeypatch.setattr("mxrot.pipeline.compute_dtype", lambda stored, device: stored)
+        monkeypatch.setattr("mxrot.quantizing.run.compute_dtype", lambda stored, device: stored)
     folder = write_tiny_model(tmp_path / "tiny", dtype=torch.bfloat16)
     before = widen(folder, lambda name: "norm" in name)
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)

@@ -18,8 +18,8 @@ from tests.cases.folders import contents
 from tests.tiny_model import write_tiny_model
 
 import mxrot as package
-from mxrot import pipeline
 from mxrot.errors import CheckpointError
+from mxrot.quantizing import run as pipeline
 from mxrot.recipe import Recipe, load_recipe
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 60

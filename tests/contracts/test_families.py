@@ -344,7 +344,7 @@ def norms_in_float64(model: PreTrainedModel, added: float) -> None:
 
 @each
 def test_scales_and_transforms_fold_away_in_float64(family: Family) -> None:
-    """Exactly, but for what transformers computes in float32: experts' shares, and chances of scores with a cap."""
+    """Exactly, but for what transformers computes in float32: experts' shares, and softmax of scores with a cap."""
     model = deepcopy(model_of(family)).double()
     norms_in_float64(model, float(any(site.norm_adds_one for site in family.sites)))
     expected = model(TOKENS).logits

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mxrot
-from mxrot import pipeline
 from mxrot.errors import ConfigError
 from mxrot.models import Family
+from mxrot.quantizing import run as pipeline
 
 IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
 WINDOWS = torch.randint(0, 50, (6, 24), generator=torch.Generator().manual_seed(0))

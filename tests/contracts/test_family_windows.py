@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import mxrot
-from mxrot import blockwise, pipeline
 from mxrot.api import open_model
 from mxrot.calibration import BlockInputs, advance, first_block_inputs, generated_windows
 from mxrot.calibration.capture import run_block
 from mxrot.errors import FamilyError
 from mxrot.evaluation import divergence, perplexity
 from mxrot.models import FAMILIES, Family, find_family, logits_of, shared_heads
+from mxrot.quantizing import block as blockwise
+from mxrot.quantizing import run as pipeline
 
 LENGTH = 24
 WINDOWS = torch.randint(0, 50, (5, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -177,14 +178,14 @@ def test_measures_are_of_the_models_own_logits(name: str) -> None:
 
 @each
 def test_what_a_model_writes_follows_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chances that each token was drawn from, beside those of a plain pass over what was written."""
+    """The probabilities that each token was drawn from, beside those of a plain pass over what was written."""
     model = model_of(name)
     seen: list[Tensor] = []
     own = Tensor.softmax
     monkeypatch.setattr(Tensor, "softmax", lambda *a, **k: (seen.append(own(*a, **k)), seen[-1])[1])
     written = generated_windows(model, 3, LENGTH, torch.Generator().manual_seed(0))
     monkeypatch.undo()
-    drawn = torch.stack([chances for chances in seen if chances.shape == (3, 50)], dim=1)
+    drawn = torch.stack([probabilities for probabilities in seen if probabilities.shape == (3, 50)], dim=1)
     expected = model(written).logits[:, :-1].softmax(dim=-1)
     expected[..., 1] = 0.0  # the end of the text
     torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-5)

@@ -83,7 +83,7 @@ def hessian() -> Tensor:
 
 
 def rounded(method: RoundingMethod, format: Format, rule: ScaleRule, H: Tensor, weight: Tensor) -> QTensor:
-    return method.round(weight, format, rule, H if method.wishes.hessian else None, "w").weight
+    return method.round(weight, format, rule, H if method.requirements.hessian else None, "w").weight
 
 
 def codes_of_values(q: QTensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_the_same_input_gives_the_same_bits(method: RoundingMethod, format: Form
 
 @each
 def test_a_weight_that_is_not_finite_names_the_layer(method: RoundingMethod, format: Format, rule: ScaleRule) -> None:
-    H = hessian() if method.wishes.hessian else None
+    H = hessian() if method.requirements.hessian else None
     for bad in (torch.nan, torch.inf, -torch.inf):
         weight = weights()
         weight[7, 50] = bad
@@ -193,7 +193,7 @@ def test_a_weight_that_is_not_finite_names_the_layer(method: RoundingMethod, for
 def test_a_scale_that_overflows_names_the_layer(method: RoundingMethod, format: Format, rule: ScaleRule) -> None:
     """Saturating is E8M0's way; an FP16 scale of infinity would turn the block into NaN."""
     weight = weights() * 1e9
-    H = hessian() if method.wishes.hessian else None
+    H = hessian() if method.requirements.hessian else None
     if format.scale.dtype == torch.float16:
         with pytest.raises(NumericsError, match=r"^q_proj: a block scale overflows fp16"):
             method.round(weight, format, rule, H, "q_proj")

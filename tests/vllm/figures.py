@@ -21,9 +21,9 @@ from torch import Tensor
 
 import mxrot
 from mxrot import api
-from mxrot.checkpoint.vllm import METHOD, register
 from mxrot.layers import QuantLinear
 from mxrot.text import load_text, token_windows
+from mxrot.vllm.plugin import METHOD, register
 
 
 def own(folder: Path, dtype: torch.dtype, quantizes_inputs: bool) -> Any:

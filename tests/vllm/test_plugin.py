@@ -23,10 +23,10 @@ from vllm.model_executor.layers.quantization import _CUSTOMIZED_METHOD_TO_QUANT_
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 import mxrot
-from mxrot.checkpoint import check_for_vllm
-from mxrot.checkpoint.vllm import METHOD, register
-from mxrot.checkpoint.vllm_linear import MxrotLinearMethod, MxrotQuantization
 from mxrot.errors import ConfigError
+from mxrot.vllm.linear import MxrotLinearMethod, MxrotQuantization
+from mxrot.vllm.plugin import METHOD, register
+from mxrot.vllm.verdict import check_for_vllm
 
 Checkpoints = Callable[[str], Path]
 KINDS = [

@@ -22,9 +22,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear
 )
 
 import mxrot
-from mxrot.checkpoint import check_for_vllm, export_for_vllm
 from mxrot.layers import QuantLinear
 from mxrot.layers.product import applied_matrices
+from mxrot.vllm.export import export_for_vllm
+from mxrot.vllm.verdict import check_for_vllm
 
 Checkpoints = Callable[[str], Path]
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mxrot import api, pipeline
+from mxrot import api, quantizing
 from mxrot.models import find_model
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
@@ -45,7 +45,7 @@ def bench_quantize(
         windows = api.calibrate(folder, recipe, calib, samples, seq_len).windows
         seconds: list[float] = []
         for _ in range(1 + repeats):
-            result = pipeline.quantize(folder, recipe, windows=windows, device=device, progress=progress)
+            result = quantizing.quantize(folder, recipe, windows=windows, device=device, progress=progress)
             record = result.record
             seconds.append(record.seconds)
             del result

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from mxrot.cuda_graphs import Replays
 from mxrot.models import Family, find_family, shared_heads, start_token, step_mask, value_heads
 from mxrot.progress import Progress, part_of, silent
-from mxrot.replay import Replays
 
 SEQUENCE_TOKENS = 256
 PROMPT_TOKENS = 64
@@ -168,14 +168,14 @@ def _next_tokens(
         past_key_values=cache,
         use_cache=True,
     )
-    chances = output.logits[:, -1].float().softmax(dim=-1)
+    probabilities = output.logits[:, -1].float().softmax(dim=-1)
     ends = model.config.get_text_config().eos_token_id
     for end in [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]:
-        chances[:, end] = 0.0
-    reached = chances.cumsum(dim=-1)
+        probabilities[:, end] = 0.0
+    reached = probabilities.cumsum(dim=-1)
     # The first token whose sum lies beyond the drawn share: never one without a chance.
     found = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)[:, 0]
-    return found.clamp(max=chances.shape[-1] - 1)
+    return found.clamp(max=probabilities.shape[-1] - 1)
 
 
 def sequences_at_once(model: PreTrainedModel, tokens: int) -> int:

@@ -1,7 +1,6 @@
 """Checkpoint folders: the compressed-tensors layout, written block by block and read back.
 
-Names are imported when they are first used, because vLLM imports this package in each of its processes, for
-`checkpoint.vllm`, whatever it is about to serve.
+Names are imported when they are first used: what looks at a folder needs no writer.
 """
 
 from __future__ import annotations
@@ -12,21 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mxrot.checkpoint.card import write_metrics
     from mxrot.checkpoint.config import check_exportable
-    from mxrot.checkpoint.export import export_for_vllm
     from mxrot.checkpoint.fingerprint import hash_model
     from mxrot.checkpoint.huggingface import with_config
     from mxrot.checkpoint.output import check_output
     from mxrot.checkpoint.reader import is_checkpoint, load
     from mxrot.checkpoint.record import has_run, read_run
-    from mxrot.checkpoint.serving import VllmReport, check_for_vllm
     from mxrot.checkpoint.writer import quantize_to_folder
 
 __all__ = [
-    "VllmReport",
     "check_exportable",
-    "check_for_vllm",
     "check_output",
-    "export_for_vllm",
     "has_run",
     "hash_model",
     "is_checkpoint",
@@ -38,11 +32,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "VllmReport": "serving",
     "check_exportable": "config",
-    "check_for_vllm": "serving",
     "check_output": "output",
-    "export_for_vllm": "export",
     "has_run": "record",
     "hash_model": "fingerprint",
     "is_checkpoint": "reader",

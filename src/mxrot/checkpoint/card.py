@@ -14,11 +14,12 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from mxrot.checkpoint.files import write_bytes, write_json
 from mxrot.checkpoint.markdown import cell, code, code_block, plain_text
+from mxrot.checkpoint.metric import Metric
 from mxrot.errors import CheckpointError
 from mxrot.layers import ModelSize
 from mxrot.models import commit_of
+from mxrot.quantizing.record import alike
 from mxrot.recipe import Recipe
-from mxrot.records import Metric, alike
 
 _ACCURACY = ("<!-- accuracy, written by mxrot report --card -->", "<!-- end of accuracy -->")
 _TEMPLATE = """---

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from mxrot.checkpoint.files import INDEX, sha256_of
+from mxrot.environment import device_name, versions
+from mxrot.kernels.choices import kernel_choices
 from mxrot.models import WeightFiles
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
-from mxrot.records import device_name, kernel_choices, versions
 
 FORMAT = 2
 """Of the fingerprint itself. The first one knew 4 KiB of each tensor."""

@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxrot import pipeline
+from mxrot import quantizing
 from mxrot.checkpoint.checked import checkpoint_errors
 from mxrot.checkpoint.config import check_exportable, check_layout, quantization_config
 from mxrot.checkpoint.contents import (
@@ -217,7 +217,7 @@ def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
         tied = {f"{find_family(config, 'the model').head}.weight"} if config.tie_word_embeddings else set()
         tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
         save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
-        quantized = pipeline.quantize(Path(folder), recipe, device=model.device).model
+        quantized = quantizing.quantize(Path(folder), recipe, device=model.device).model
     assert quantized is not None
     names = {module: name for name, module in quantized.named_modules()}
     for linears in list(sites_of(quantized)):

@@ -30,7 +30,7 @@ from mxrot.errors import CheckpointError, DamagedError
 from mxrot.interrupts import interrupt_waits
 from mxrot.layers import ModelSize
 from mxrot.models import Family
-from mxrot.records import BlockReport, LinearReport
+from mxrot.quantizing.record import BlockReport, LinearReport
 from mxrot.tuning import Check
 
 FINGERPRINT = "fingerprint.json"
@@ -125,7 +125,7 @@ class PartialCheckpoint:
         }
 
     @property
-    def keeper(self) -> NotedTensors:
+    def tuning_checkpoint(self) -> NotedTensors:
         return NotedTensors(self.folder / f"{_TUNING}.safetensors", "the state of tuning")
 
     def load_windows(self, purpose: str) -> Tensor | None:

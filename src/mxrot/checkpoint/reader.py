@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxrot.assembly import compute_dtype, load_outer
 from mxrot.checkpoint.checked import Checked, check_checkpoint, checkpoint_errors, is_checkpoint
 from mxrot.checkpoint.contents import check_value
 from mxrot.checkpoint.huggingface import CheckpointConfig
 from mxrot.layers import prepare_linears
 from mxrot.models import WeightFiles, fill, read_block
+from mxrot.quantizing.loading import compute_dtype, load_outer
 from mxrot.shell import expanded
 from mxrot.surgery import stored_tensors
 

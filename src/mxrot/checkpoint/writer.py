@@ -39,10 +39,10 @@ from mxrot.checkpoint.side_files import copy_file, find_side_files, left_out
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, DamagedError, DiskFullError, add_note
 from mxrot.models import check_generation_config, commit_of, find_family, read_config
-from mxrot.pipeline import quantize
 from mxrot.progress import Progress, silent
+from mxrot.quantizing.record import RunRecord
+from mxrot.quantizing.run import quantize
 from mxrot.recipe import Recipe
-from mxrot.records import RunRecord
 
 
 def quantize_to_folder(

@@ -48,8 +48,8 @@ def bench_kernels_command(
     import torch
 
     from mxrot import api, bench
+    from mxrot.environment import device_name, versions
     from mxrot.kernels import crossovers
-    from mxrot.records import device_name, versions
 
     check_device(device)
     where = torch.device(device or api.default_device())
@@ -98,7 +98,7 @@ def bench_model_command(
     import torch
 
     from mxrot import api, bench
-    from mxrot.records import device_name, versions
+    from mxrot.environment import device_name, versions
 
     check_device(device)
     where = torch.device(device or api.default_device())
@@ -136,7 +136,7 @@ def bench_quantize_command(
     import torch
 
     from mxrot import api, bench
-    from mxrot.records import device_name, versions
+    from mxrot.environment import device_name, versions
     from mxrot.report import progress_on_stderr
 
     prepare(model, device, json_file)

@@ -53,8 +53,8 @@ def compare(
 ) -> None:
     """Quantize a model in memory with several recipes, and compare."""
     from mxrot import api
-    from mxrot.comparison import compare_recipes
     from mxrot.report import compared_tasks_table, comparison_table, progress_on_stderr
+    from mxrot.report.comparing import compare_recipes
 
     chosen = [chosen_recipe(name.strip(), changes) for name in recipes.split(",") if name.strip()]
     if not chosen:
@@ -91,9 +91,9 @@ def compare(
 
 def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:
     """Quantize the demo model with rtn and duquant++, and compare."""
-    from mxrot.comparison import compare_recipes
     from mxrot.recipe import load_recipe
     from mxrot.report import comparison_table, progress_on_stderr
+    from mxrot.report.comparing import compare_recipes
 
     prepare("demo", device, json_file)
     with progress_on_stderr("Demo", f"the demo model, {where(device)}, with rtn and duquant++") as told:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mxrot.builtin import descriptions
+from mxrot.recipe_files import descriptions
 
 
 def complete_recipe(incomplete: str) -> list[tuple[str, str]]:

@@ -57,8 +57,9 @@ def evaluate(
     Text is `demo` where neither texts nor tasks are named.
     """
     from mxrot import api
+    from mxrot.environment import versions
     from mxrot.evaluation import score_tasks
-    from mxrot.records import kernel_choices, versions
+    from mxrot.kernels.choices import kernel_choices
     from mxrot.report import divergence_table, perplexity_table, progress_on_stderr, tasks_table
 
     texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))

@@ -24,9 +24,10 @@ def export(
     json_file: Json = None,
 ) -> None:
     """Say what vLLM does with a checkpoint; write it for vLLM."""
-    from mxrot.checkpoint import check_for_vllm, export_for_vllm
     from mxrot.models import find_model
     from mxrot.report import print_vllm_report
+    from mxrot.vllm.export import export_for_vllm
+    from mxrot.vllm.verdict import check_for_vllm
 
     if to != "vllm":
         raise ConfigError(f"--to: {not_known('program', to, ['vllm'])}")

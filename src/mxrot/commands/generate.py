@@ -22,7 +22,7 @@ def generate(
     from mxrot import api
     from mxrot.models import find_model, read_config
     from mxrot.prompting import continue_prompt, new_tokens, position_count, prompt_ids
-    from mxrot.reading import reader_for
+    from mxrot.tokenizing import reader_for
 
     model = with_revision(model, revision)
     prepare(model, device, None)

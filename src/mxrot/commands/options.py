@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mxrot import interrupts
-from mxrot.builtin import tomllib
 from mxrot.commands.completion import complete_recipe
 from mxrot.errors import ConfigError
 from mxrot.nearest import brief
+from mxrot.recipe_files import tomllib
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -178,7 +178,7 @@ def print_texts(tables: list[dict[str, Any]]) -> None:
 def check_device(device: str | None) -> None:
     """ConfigError unless it is here and computes what is needed."""
     if device is not None:
-        from mxrot import devices
+        from mxrot import environment as devices
 
         devices.check_device(device, "--device")
 

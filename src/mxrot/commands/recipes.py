@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from mxrot.builtin import builtin_recipes, descriptions, recipe_text
 from mxrot.commands.completion import complete_recipe
 from mxrot.commands.options import show
+from mxrot.recipe_files import builtin_recipes, descriptions, recipe_text
 
 Name = Annotated[str | None, typer.Argument(help="Print this recipe as TOML", autocompletion=complete_recipe)]
 Defaults = Annotated[bool, typer.Option("--defaults", help="Also the keys that it leaves at their defaults")]

@@ -44,11 +44,11 @@ def report(
     verify: Verify = None,
 ) -> None:
     """Write a checkpoint's report: one HTML file."""
-    from mxrot import reporting
     from mxrot.checkpoint import write_metrics
     from mxrot.checkpoint.named_file import write_named
     from mxrot.models import find_model
     from mxrot.report import check_matplotlib, page, pictures, progress_on_stderr, read_results, write_files
+    from mxrot.report import measuring as reporting
 
     check_matplotlib()
     _check_places(output, plots)

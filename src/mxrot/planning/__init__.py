@@ -5,8 +5,8 @@ from mxrot.planning.memory import MemoryEstimate, Run, Stage, estimate_host_memo
 from mxrot.planning.plan import HOW, Machine, Plan, make_plan
 from mxrot.planning.rates import Rates, measure_rates
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
-from mxrot.planning.serving import Serving
 from mxrot.planning.shape import ModelShape, SiteShape
+from mxrot.vllm.planned import Serving
 
 __all__ = [
     "HOW",

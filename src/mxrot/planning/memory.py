@@ -20,8 +20,8 @@ from mxrot.calibration.block_inputs import MOST_ON_DEVICE, MOST_REMEMBERED
 from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
 from mxrot.kernels.chunked import CHUNK_ELEMENTS
 from mxrot.kernels.plain.moments import LEAST_CHUNK, MOST_PARTIAL
-from mxrot.pipeline import tokens_at_once
 from mxrot.planning.shape import ModelShape, SiteShape
+from mxrot.quantizing.run import tokens_at_once
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.transforms.outlier import GROUPS_AT_ONCE, OutlierRotation
 from mxrot.tuning.network import CHECKPOINT_BYTES, LOGIT_TOKENS
@@ -154,7 +154,7 @@ class Run:
     @property
     def sees_original(self) -> bool:
         """Does rounding look at the original block's inputs?"""
-        return self.recipe.rounding.wishes.target != "own"
+        return self.recipe.rounding.requirements.target != "own"
 
 
 def estimate_memory(run: Run) -> MemoryEstimate:
@@ -188,7 +188,7 @@ def estimate_host_memory(run: Run) -> MemoryEstimate:
 def _read_by_experts(run: Run, here: SiteShape) -> float:
     """Bytes of the tokens of all experts of a block, where statistics are taken of what each of them gets."""
     recipe = run.recipe
-    looks = recipe.rounding.wishes.hessian or bool(recipe.transform.needs) or recipe.smoothing is not None
+    looks = recipe.rounding.requirements.hessian or bool(recipe.transform.needs) or recipe.smoothing is not None
     streams = 2 if run.sees_original else 1
     return float(streams * run.stream_bytes) if here.site.is_of_experts and looks else 0.0
 
@@ -233,9 +233,9 @@ def _generation(run: Run, tokens: int) -> dict[str, float]:
     length = min(SEQUENCE_TOKENS, run.seq_len)
     keys = cache_bytes(run.shape.config, length, run.itemsize)
     sequences = min(-(-tokens // length), sequences_within("cuda" if run.is_gpu else "cpu", keys, run.model_bytes))
-    # Logits, their chances, and the sums of these, the last two in float32.
+    # Logits, their probabilities, and the sums of these, the last two in float32.
     logits = sequences * run.shape.vocabulary * (run.itemsize + 8.0)
-    return {"keys and values": float(sequences * keys), "logits and chances": logits}
+    return {"keys and values": float(sequences * keys), "logits and probabilities": logits}
 
 
 def _resident(run: Run, position: int) -> dict[str, float]:
@@ -270,7 +270,7 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
         return {}
     sites, here = run.shape.fullest, run.shape.fullest[position]
     streams = 2 if run.sees_original else 1
-    wishes = run.recipe.rounding.wishes
+    requirements = run.recipe.rounding.requirements
     before = {site.child for site in sites[:position]} - {here.child}
     ends = all(site.child != here.child for site in sites[position + 1 :])
     of_children = len(before) * streams + (1 if ends and run.sees_original else 0)
@@ -282,16 +282,18 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
         "tokens of one expert": here.share * read,
         "outputs of attention and MLP": 0.0 if run.is_on_host else float(of_children * run.stream_bytes),
         "outputs of the norm": float(of_norm),
-        "inputs of the site": _kept_inputs(run, here, ends) if wishes.hessian or run.recipe.transform.needs else 0.0,
+        "inputs of the site": _kept_inputs(run, here, ends)
+        if requirements.hessian or run.recipe.transform.needs
+        else 0.0,
     }
 
 
 def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
     """Bytes of what goes into a site, as far as they are kept from one pass to the next."""
     whole = here.share * run.tokens * here.inputs * run.itemsize
-    wishes = run.recipe.rounding.wishes
+    requirements = run.recipe.rounding.requirements
     kept = beside = 0.0
-    if wishes.hessian:
+    if requirements.hessian:
         beside = float(run.stream_bytes) if reads_residual(run, here) else 0.0
         share = min(1.0, run.remembered / (whole + beside))
         kept, beside = share * whole, share * beside
@@ -312,8 +314,8 @@ def keeps_share(run: Run, here: SiteShape) -> float:
 
 def reads_residual(run: Run, here: SiteShape) -> bool:
     """Does rounding look at the residual stream that a site's output is added to?"""
-    wishes = run.recipe.rounding.wishes
-    return here.site.residual is not None and (wishes.relative or wishes.target == "residual")
+    requirements = run.recipe.rounding.requirements
+    return here.site.residual is not None and (requirements.relative or requirements.target == "residual")
 
 
 def _forward(run: Run, position: int) -> float:
@@ -326,7 +328,7 @@ def _forward(run: Run, position: int) -> float:
     # A norm computes in float32; a product of quantized inputs is float32 before it is `s` bytes wide.
     norm = b * run.shape.hidden * (s + 8.0)
     is_attention = run.shape.fullest[0].child == here.child
-    # Scores, and what they become: chances in float32.
+    # Scores, and what they become: probabilities in float32.
     scores = b * run.token_scores * (s + 4.0) if is_attention and before else 0.0
     return max(norm, quantizing + b * made * (5.0 * s if is_attention else (4.0 if run.is_gpu else 6.0)) + scores)
 
@@ -351,7 +353,7 @@ def _moment(run: Run, n: int, m: int, is_scaled: bool) -> float:
 def _site_stages(run: Run, position: int) -> list[Stage]:
     """The stages of one site."""
     here, recipe = run.shape.fullest[position], run.recipe
-    wishes = recipe.rounding.wishes
+    requirements = recipe.rounding.requirements
     n, k = here.rounded, here.inputs
     u, h = 8.0 * n * k, 8.0 * k * k
     base = _resident(run, position) | _remembered(run, position)
@@ -367,14 +369,14 @@ def _site_stages(run: Run, position: int) -> list[Stage]:
         base["rounded weights of the other experts"] = CODED_BYTES * (here.weights - n * k)
     matrices = 0.0
     shift = u if run.sees_original else 0.0
-    if wishes.hessian:
+    if requirements.hessian:
         stages.append(Stage(f"{name}: statistics", base | _statistics(run, position)))
         weights = folded + 2 * u + shift
         factoring = {"the Hessian and its factor": (1 + FACTORING) * h, "weights while they are rounded": weights}
         stages.append(Stage(f"{name}: factorizing", base | factoring))
         matrices = (3 if run.sees_original else 2) * h
     # Weights, what they are rounded to and what that took away, and the numbers on the way to codes.
-    kept = (4 if wishes.hessian else 1) * u + shift + folded
+    kept = (4 if requirements.hessian else 1) * u + shift + folded
     rounding = {"the Hessian and its factor": matrices, "weights while they are rounded": kept + ENCODING * u}
     stages.append(Stage(f"{name}: rounding", base | rounding))
     return stages
@@ -401,11 +403,11 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
     has to.
     """
     here = run.shape.fullest[position]
-    wishes = run.recipe.rounding.wishes
+    requirements = run.recipe.rounding.requirements
     n, k, b = here.rounded, here.inputs, math.ceil(here.share * run.batch_tokens)
     u, h = 8.0 * n * k, 8.0 * k * k
     is_residual = reads_residual(run, here)
-    is_relative = wishes.relative and here.site.residual is not None
+    is_relative = requirements.relative and here.site.residual is not None
     of_hessian = _moment(run, k, k, is_relative)
     left = b * k * (2.0 if run.is_gpu else 4.0)  # what the site sees: transformed and quantized
     weights = u + (u if run.recipe.has_transform else 0.0)

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mxrot.assembly import compute_dtype
 from mxrot.checkpoint import check_exportable
-from mxrot.checks import find_problems, free_memory, memory_problem
+from mxrot.environment import device_name, versions
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.layers import ModelSize
 from mxrot.models import Family, WeightFiles, build_skeleton, check_depth, find_family, read_config
@@ -22,10 +21,11 @@ from mxrot.planning.disk import estimate_disk
 from mxrot.planning.memory import MemoryEstimate, Run, estimate_host_memory, estimate_memory, gigabytes
 from mxrot.planning.rates import measure_rates
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
-from mxrot.planning.serving import Serving, serving_by_vllm
 from mxrot.planning.shape import ModelShape
+from mxrot.quantizing.loading import compute_dtype
+from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.recipe import Recipe
-from mxrot.records import device_name, versions
+from mxrot.vllm.planned import Serving, serving_by_vllm
 
 ASSUMED_DTYPE = torch.bfloat16
 HOW = "what is to be computed, counted, over how fast this machine was in a run of a few seconds"
@@ -236,7 +236,7 @@ def _few_tokens(run: Run) -> list[str]:
     recipe = run.recipe
     tokens = round(run.windows * run.seq_len * (1 + recipe.calibration.generated))
     widest = max((site.inputs for sites in run.shape.blocks for site in sites), default=0)
-    if not recipe.rounding.wishes.hessian or tokens >= widest:
+    if not recipe.rounding.requirements.hessian or tokens >= widest:
         return []
     return [
         f"{tokens} calibration tokens are fewer than the {widest} inputs of the widest linear, whose Hessian is not of "

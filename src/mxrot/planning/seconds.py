@@ -65,7 +65,7 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
     """What one site of one block takes."""
     here, recipe = sites[position], run.recipe
     n, k, tokens = here.outputs, here.inputs, run.tokens
-    wishes = recipe.rounding.wishes
+    requirements = recipe.rounding.requirements
     found = {
         "transforms": _transform(run, here),
         "rounding": Work(encoded=1.6 * n * k, copy=50.0 * n * k, operations=300 * here.experts + 60 * len(here.rows)),
@@ -74,7 +74,7 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
         found["passes over the calibration text"] = _passes(run, sites, position)
         found["statistics of the inputs"] = _statistics(run, here)
         found["rounding"].add(float64=2.0 * ERROR_TOKENS * n * k, product=2.0 * ERROR_TOKENS * n * k)
-    if wishes.hessian:
+    if requirements.hessian:
         factors = (2 if run.sees_original else 1) * here.experts
         found["factors of the Hessians"] = Work(factor=float(factors * k**3), operations=30.0 * factors)
         candidates = len(NEIGHBOURS) if getattr(recipe.rounding, "scales", "") == "walked" else 1
@@ -111,7 +111,7 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
     n, k, tokens = here.outputs, here.inputs, here.share * run.tokens
     batches = run.tokens / run.batch_tokens
     later = [site for site in sites[position + 1 :] if site.child == here.child]
-    again = sum(1 - keeps_share(run, site) for site in later) if recipe.rounding.wishes.hessian else 0.0
+    again = sum(1 - keeps_share(run, site) for site in later) if recipe.rounding.requirements.hessian else 0.0
     quantized = 1 + again  # passes with this site quantized
     plain = (1.0 if recipe.looks_at_original else 0.0) + (1.0 if recipe.smoothing is not None else 0.0)
     work = Work(product=2.0 * tokens * n * k * (quantized + plain))
@@ -131,16 +131,16 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
 def _statistics(run: Run, here: SiteShape) -> Work:
     """Statistics that transforms are fitted to, Hessians, and shifts towards the target."""
     recipe, tokens = run.recipe, here.experts * here.share * run.tokens
-    wishes, n, k = recipe.rounding.wishes, here.rounded, here.inputs
+    requirements, n, k = recipe.rounding.requirements, here.rounded, here.inputs
     batches = here.experts * run.tokens / run.batch_tokens
     work = Work(operations=30 * batches)
     if "moments" in recipe.transform.needs:
         work.add(product=2.0 * tokens * k * (MOMENT_CHANNELS if run.is_gpu else 4 * TRANSFORM_BLOCK))
     if recipe.transform.needs:
         work.add(copy=3.0 * tokens * k * run.itemsize)
-    if not wishes.hessian:
+    if not requirements.hessian:
         return work
-    scaled = wishes.relative and here.site.residual is not None
+    scaled = requirements.relative and here.site.residual is not None
     parts = 2 if scaled and run.is_gpu else 1
     work.add(quantized=tokens * k)
     work.add(product=2.0 * parts * tokens * k * k)

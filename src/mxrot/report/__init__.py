@@ -1,12 +1,12 @@
 """What people look at: tables, progress, and a page with pictures."""
 
+from mxrot.progress.display import ProgressOption, progress_on_stderr, shown_progress
 from mxrot.report.contents import Contents
 from mxrot.report.drawing import check_matplotlib, write_files
 from mxrot.report.html import page
 from mxrot.report.metrics import metrics_of, read_results
 from mxrot.report.plans import plan_report
 from mxrot.report.plots import pictures
-from mxrot.report.progress import ProgressOption, progress_on_stderr, shown_progress
 from mxrot.report.tables import (
     ComparedRow,
     choices_table,

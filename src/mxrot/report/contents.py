@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from mxrot.checkpoint.metric import Metric
 from mxrot.evaluation import ActivationView
 from mxrot.models import Family
 from mxrot.recipe import Recipe
-from mxrot.records import Metric
 
 
 @dataclass(frozen=True)

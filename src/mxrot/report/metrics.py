@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mxrot.checkpoint.metric import Metric
 from mxrot.errors import ConfigError, DataError
-from mxrot.records import Metric
 
 _TASK_MEASURES = {"acc": "stderr", "acc_norm": "acc_norm_stderr"}
 """And their standard errors."""

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mxrot.evaluation import Divergence, KernelChoice, Perplexity, SiteMaxima, TaskScore
 from mxrot.layers import ModelSize
-from mxrot.records import alike
+from mxrot.quantizing.record import alike
 
 _MOST_NAMED = 8
 """Kinds of linears in a line."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from mxrot.checkpoint.serving import DEVICES, VERSION, Serving, VllmReport
+from mxrot.vllm.verdict import DEVICES, VERSION, Serving, VllmReport
 
 
 def print_vllm_report(report: VllmReport, out: Console) -> None:

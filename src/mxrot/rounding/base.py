@@ -17,7 +17,7 @@ the original model, or what the residual stream lacks of the original's."""
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Requirements:
     """What a rounding method wants to know of the inputs of a site."""
 
     hessian: bool = False
@@ -48,9 +48,9 @@ class RoundingMethod(ABC):
         check_fields(self, f"rounding {self.name}")
 
     @property
-    def wishes(self) -> Wishes:
+    def requirements(self) -> Requirements:
         """Nothing by default."""
-        return Wishes()
+        return Requirements()
 
     def check(self, format: Format, rule: ScaleRule) -> None:
         """ConfigError if this method cannot round to `format` under `rule`."""

@@ -33,7 +33,7 @@ from torch import Tensor
 from mxrot.errors import ConfigError, NumericsError
 from mxrot.formats import BlockScales, Format, ScaleRule, encode_blocks
 from mxrot.kernels import round_columns, round_reached
-from mxrot.rounding.base import Rounded, RoundingMethod, Target, Wishes
+from mxrot.rounding.base import Requirements, Rounded, RoundingMethod, Target
 from mxrot.rounding.linalg import inverse_factor
 
 NEIGHBOURS = (0, -1, 1)
@@ -59,8 +59,8 @@ class GPTQ(RoundingMethod):
     """How much each token counts: as it is, or (where outputs go into the residual stream) relative to its size."""
 
     @property
-    def wishes(self) -> Wishes:
-        return Wishes(True, self.target, self.tokens == "relative")
+    def requirements(self) -> Requirements:
+        return Requirements(True, self.target, self.tokens == "relative")
 
     def __post_init__(self) -> None:
         super().__post_init__()

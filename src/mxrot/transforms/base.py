@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mxrot.replay import Replays
+from mxrot.cuda_graphs import Replays
 from mxrot.typed import check_fields
 
 Sharing = Literal["site", "block"]

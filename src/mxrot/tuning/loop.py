@@ -115,7 +115,7 @@ class TuningState:
         return all(check.held_out >= earlier for check in self.checks[-patience:])
 
 
-class Keeper(Protocol):
+class TuningCheckpoint(Protocol):
     """Keeps an unfinished tuning run, so that it can go on after the process has ended."""
 
     def load(self) -> dict[str, Tensor] | None:
@@ -155,7 +155,7 @@ def tune(
     problem: Problem,
     options: Tuning,
     generator: torch.Generator,
-    keeper: Keeper | None = None,
+    tuning_checkpoint: TuningCheckpoint | None = None,
     progress: Progress = silent,
 ) -> list[Check]:
     """Minimise; the parameters end at the least held-out loss that was seen, the start included.
@@ -174,7 +174,7 @@ def tune(
     batches = list(window_batches(problem.windows, options, generator))
     every = max(1, options.steps // options.checks)
     state = TuningState()
-    if keeper is not None and (kept := keeper.load()):
+    if tuning_checkpoint is not None and (kept := tuning_checkpoint.load()):
         _restore(kept, parameters, optimizer, state)
         problem.settle()
     if not state.checks:
@@ -197,8 +197,8 @@ def tune(
             _look(problem, parameters, state, sum(losses) / len(losses))
             losses = []
             ends = state.step == options.steps or state.stops(options.patience)
-            if keeper is not None and (ends or time.monotonic() - kept_at >= KEEP_SECONDS):
-                keeper.save(_kept(parameters, optimizer, state))
+            if tuning_checkpoint is not None and (ends or time.monotonic() - kept_at >= KEEP_SECONDS):
+                tuning_checkpoint.save(_kept(parameters, optimizer, state))
                 kept_at = time.monotonic()
         progress(state.step, options.steps, f"{problem.name}, held-out loss {state.least:.4g}")
     with torch.no_grad():

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mxrot.calibration import block_arguments, first_hidden
+from mxrot.cuda_graphs import Replays
 from mxrot.models import Family, check_logits, fused_norms, logits_of, score_heads, shared_heads
 from mxrot.progress import Progress, silent
-from mxrot.replay import Replays
-from mxrot.tuning.loop import Check, Keeper, Problem, Tuning, deterministic, split_windows, tune
+from mxrot.tuning.loop import Check, Problem, Tuning, TuningCheckpoint, deterministic, split_windows, tune
 from mxrot.tuning.straight_through import Divergence
 from mxrot.tuning.tunable import TunableBlock, TunableLinear, parameter_groups, settle
 
@@ -64,7 +64,7 @@ def tune_network(
     options: Tuning,
     generator: torch.Generator,
     ignore: tuple[str, ...] = (),
-    keeper: Keeper | None = None,
+    tuning_checkpoint: TuningCheckpoint | None = None,
     progress: Progress = silent,
 ) -> list[Check]:
     """Tune `model`, quantized and on its device, towards `original` on token windows [W, T]; in place.
@@ -137,7 +137,7 @@ def tune_network(
     groups = parameter_groups(tunable, options)
     problem = Problem(groups, backward, held_out_loss, partial(settle, tunable), train, "distillation")
     with deterministic(), torch.enable_grad(), shared_heads(model, original), fused_norms(model):
-        checks = tune(problem, options, generator, keeper, progress)
+        checks = tune(problem, options, generator, tuning_checkpoint, progress)
     for block in tunable:
         block.finish()
     for name, parameter in model.named_parameters():
@@ -152,7 +152,7 @@ def lower_precision(device: torch.device) -> AbstractContextManager[object]:
 
 def _activation_bytes(model: PreTrainedModel, windows: int, length: int) -> float:
     """About what a backward pass keeps: each linear's input and output, twice for what lies between them; scores that
-    attention writes out, and the chances that they become."""
+    attention writes out, and the probabilities that they become."""
     weights = [module.offset for module in model.modules() if isinstance(module, TunableLinear)]
     scores = model.config.num_hidden_layers * score_heads(model) * length
     return windows * length * 8.0 * (sum(sum(weight.shape) for weight in weights) + scores)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.calibration import BlockInputs
+from mxrot.cuda_graphs import Replays
 from mxrot.models import Site
 from mxrot.progress import Progress, silent
-from mxrot.replay import Replays
 from mxrot.tuning.loop import Check, Problem, Tuning, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
 from mxrot.tuning.tunable import TunableBlock, parameter_groups, settle

@@ -7,9 +7,9 @@ from tests.unit.checkpoint.folders import recipe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mxrot import pipeline
 from mxrot.calibration import generated_windows, generation
 from mxrot.errors import ConfigError
+from mxrot.quantizing import run as pipeline
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_share_goes_on_from_the_text(model: PreTrainedModel, monkeypatch: pyte
 
 
 def test_what_goes_on_from_a_text_follows_the_model(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same prompt everywhere: the token after it has the model's own chances."""
+    """The same prompt everywhere: the token after it has the model's own probabilities."""
     monkeypatch.setattr(generation, "PROMPT_TOKENS", 6)
     text = random_windows(1, 6)
     found = generated_windows(model, 4000, 12, torch.Generator().manual_seed(0), text, 1.0)
@@ -100,10 +100,10 @@ def test_what_goes_on_from_a_text_follows_the_model(model: PreTrainedModel, monk
     with torch.no_grad():
         logits = model(text).logits[0, -1]
     logits[7] = -torch.inf
-    chances = logits.softmax(dim=-1)
+    probabilities = logits.softmax(dim=-1)
     counts = torch.bincount(found[:, 6], minlength=256)
-    spread = (4000 * chances * (1 - chances)).sqrt()
-    assert ((counts - 4000 * chances).abs() <= 5 * spread + 1).all()
+    spread = (4000 * probabilities * (1 - probabilities)).sqrt()
+    assert ((counts - 4000 * probabilities).abs() <= 5 * spread + 1).all()
 
 
 def test_calibration_takes_them_in(source: Path) -> None:

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 from mxrot.checkpoint import load, write_metrics
 from mxrot.checkpoint.card import Source, describe_source, model_card
+from mxrot.checkpoint.metric import Metric
 from mxrot.cli import app
 from mxrot.errors import CheckpointError
 from mxrot.layers import ModelSize
 from mxrot.models import demo
-from mxrot.records import Metric
 
 HERE = "path/to/this/folder"
 SIZE = ModelSize(1_000_000, code_bytes=500_000, scale_bytes=31_250, transform_bytes=4_000, other_bytes=2_000_000)

@@ -12,7 +12,7 @@ from tests.unit.checkpoint.folders import all_tensors, logits, recipe, windows_f
 from mxrot.checkpoint import load
 from mxrot.errors import FamilyError
 from mxrot.layers import QuantLinear
-from mxrot.pipeline import quantize
+from mxrot.quantizing.run import quantize
 from mxrot.recipe import Recipe
 
 RECIPES = {

@@ -14,11 +14,11 @@ import torch
 from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import digests, recipe, without_run, write
 
-from mxrot import pipeline
 from mxrot.checkpoint import files, fingerprint, load, side_files
+from mxrot.environment import versions
 from mxrot.errors import CheckpointError
+from mxrot.quantizing import run as pipeline
 from mxrot.recipe import Recipe
-from mxrot.records import versions
 
 DUQUANT = recipe("duquant++")
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]

@@ -12,7 +12,6 @@ from tests.unit.checkpoint.folders import recipe
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxrot import pipeline
 from mxrot.formats import get_format, quantize
 from mxrot.kernels import dispatch
 from mxrot.layers import (
@@ -24,6 +23,7 @@ from mxrot.layers import (
     prepare_site,
     sites_of,
 )
+from mxrot.quantizing import run as pipeline
 from mxrot.transforms.base import BlockTransform, random_orthogonal
 
 FORMAT = get_format("mxfp4")

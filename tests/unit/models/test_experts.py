@@ -13,7 +13,6 @@ from tests.tiny_model import EXPERT_MODELS, random_windows, tiny_mixture, write_
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mxrot.assembly import load_original
 from mxrot.errors import FamilyError
 from mxrot.models import (
     FAMILIES,
@@ -26,6 +25,7 @@ from mxrot.models import (
     separate_experts,
 )
 from mxrot.models.experts import EXPERTS, Experts
+from mxrot.quantizing.loading import load_original
 
 each = pytest.mark.parametrize("kind", EXPERT_MODELS)
 TOKENS = random_windows(3, 20)

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mxrot.models import FAMILIES, read_config
-from mxrot.pipeline import quantize
 from mxrot.planning import Run, estimate_host_memory, estimate_memory, gigabytes, memory
+from mxrot.quantizing.run import quantize
 from mxrot.recipe import Recipe
-from mxrot.tuning import Keeper
+from mxrot.tuning import TuningCheckpoint
 
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
 MANY = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 3}
@@ -39,7 +39,7 @@ CHOSEN = {
 class Nowhere:
     """A store that forgets."""
 
-    keeper: Keeper = None  # type: ignore[assignment]
+    tuning_checkpoint: TuningCheckpoint = None  # type: ignore[assignment]
 
     def load(self, index: int) -> None:
         return None

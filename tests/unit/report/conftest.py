@@ -8,7 +8,7 @@ from tests.unit.checkpoint.folders import recipe
 
 import mxrot
 from mxrot.report import Contents, page, pictures
-from mxrot.reporting import Request, gather
+from mxrot.report.measuring import Request, gather
 
 UNKIND = "<script>alert('x')</script> & \"quotes\" {brace} $dollar"
 """What may be in a name, and must not become part of a page."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from mxrot.checkpoint.metric import Metric
 from mxrot.errors import ConfigError, DataError
-from mxrot.records import Metric
 from mxrot.report import metrics_of, read_results
 
 SCORE = {"ppl": 8.0, "nll": math.log(8.0), "windows": 4, "tokens": 2044, "seq_len": 512}

@@ -90,7 +90,7 @@ def test_parameters_are_drawn_back_to_where_they_started() -> None:
 
 
 class Memory:
-    """A keeper that copies, like a file."""
+    """A tuning_checkpoint that copies, like a file."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] | None = None
@@ -105,7 +105,7 @@ class Memory:
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_a_run_that_was_killed_ends_in_the_same_place(monkeypatch: pytest.MonkeyPatch, decay: float) -> None:
     monkeypatch.setattr(loop, "KEEP_SECONDS", 0.0)
-    whole, keeper = Line(decay=decay), Memory()
+    whole, tuning_checkpoint = Line(decay=decay), Memory()
     expected = tune(whole.problem(), OPTIONS, generator())
     first = Line(decay=decay)
 
@@ -114,24 +114,27 @@ def test_a_run_that_was_killed_ends_in_the_same_place(monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(first.problem(), OPTIONS, generator(), keeper, stop)
+        tune(first.problem(), OPTIONS, generator(), tuning_checkpoint, stop)
     second, done = Line(decay=decay), []
-    found = tune(second.problem(), OPTIONS, generator(), keeper, lambda step, total, what: done.append(step))
+    found = tune(second.problem(), OPTIONS, generator(), tuning_checkpoint, lambda step, total, what: done.append(step))
     assert done[0] == 9  # from the look at step 8
     assert torch.equal(second.slope, whole.slope)
     assert found == expected
     again = Line(decay=decay)
-    tune(again.problem(), OPTIONS, generator(), keeper)
+    tune(again.problem(), OPTIONS, generator(), tuning_checkpoint)
     assert again.steps == 0 and torch.equal(again.slope, whole.slope)
     assert again.settled == float(again.slope.detach())
 
 
 def test_a_short_run_is_kept_once_at_its_end() -> None:
     for line in (Line(), Line(rises_from=6)):  # with all its steps, and stopped before
-        keeper, saved = Memory(), []
-        keep = keeper.save
-        keeper.save = lambda tensors, keep=keep, saved=saved: (saved.append(int(tensors["step"])), keep(tensors))[1]  # type: ignore[method-assign]
-        checks = tune(line.problem(), OPTIONS, generator(), keeper)
+        tuning_checkpoint, saved = Memory(), []
+        keep = tuning_checkpoint.save
+        tuning_checkpoint.save = lambda tensors, keep=keep, saved=saved: (
+            saved.append(int(tensors["step"])),
+            keep(tensors),
+        )[1]  # type: ignore[method-assign]
+        checks = tune(line.problem(), OPTIONS, generator(), tuning_checkpoint)
         assert saved == [checks[-1].step]
 
 

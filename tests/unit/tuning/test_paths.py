@@ -11,10 +11,11 @@ from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import digests, logits, recipe, without_run, write
 from torch import Tensor
 
-from mxrot import blockwise, pipeline
 from mxrot.checkpoint import load
 from mxrot.errors import ConfigError
 from mxrot.layers import QuantLinear
+from mxrot.quantizing import block as blockwise
+from mxrot.quantizing import run as pipeline
 from mxrot.recipe import Recipe
 from mxrot.tuning import loop, network
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mxrot.formats import FORMATS
 from mxrot.layers import QuantLinear
 from mxrot.models.llama import LLAMA, LLAMA_SITES
-from mxrot.pipeline import quantize
+from mxrot.quantizing.run import quantize
 from mxrot.surgery import stored_tensors
 from mxrot.tuning.loop import Tuning
 from mxrot.tuning.tunable import TunableBlock, neighbour_distances, parameter_groups, settle

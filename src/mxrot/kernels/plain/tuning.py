@@ -91,5 +91,5 @@ def _followed(weight: Tensor, moves: WeightMoves) -> Tensor:
 def plain_divergence(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """KL(expected || found) in nats of each row of logits [M, V]: float32 [M], and its gradient for `found` [M, V]."""
     wanted, had = (torch.log_softmax(logits.float(), dim=-1) for logits in (expected, found))
-    chances = wanted.exp()
-    return (chances * (wanted - had)).sum(dim=-1), (had.exp() - chances).to(found.dtype)
+    probabilities = wanted.exp()
+    return (probabilities * (wanted - had)).sum(dim=-1), (had.exp() - probabilities).to(found.dtype)

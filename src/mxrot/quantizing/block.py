@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.calibration import BlockInputs, advance, finish_child
+from mxrot.calibration.site_inputs import OriginalBlock
 from mxrot.heap import give_back
-from mxrot.hessian import OriginalBlock
-from mxrot.mixture import quantize_experts, smooth_experts
 from mxrot.models import Family, Site, WeightFiles, fill, read_block
 from mxrot.progress import Progress, part_of, silent
-from mxrot.records import BlockReport, LinearReport
-from mxrot.sitewise import BlockRun, Part, quantize_site, smooth_sites, smoothed_sites
+from mxrot.quantizing.experts import quantize_experts, smooth_experts
+from mxrot.quantizing.record import BlockReport, LinearReport
+from mxrot.quantizing.site import BlockRun, Part, quantize_site, smooth_sites, smoothed_sites
 from mxrot.surgery import Weights, stored_tensors
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, tune_block

@@ -21,7 +21,7 @@ from rich.table import Column
 from rich.text import Text
 
 from mxrot.progress import Progress, silent
-from mxrot.report.pace import Pace, duration
+from mxrot.progress.pace import Pace, duration
 
 SECONDS_BETWEEN_LINES = 5.0
 SHARE_BETWEEN_LINES = 0.05

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import mxrot
-from mxrot import pipeline
-from mxrot.checkpoint import check_for_vllm
 from mxrot.errors import ConfigError
 from mxrot.layers import QuantLinear, prepare_linears
 from mxrot.models import WeightFiles, find_family, read_config, separate_experts
+from mxrot.quantizing import run as pipeline
 from mxrot.recipe import Recipe
 from mxrot.rounding.gptq import GPTQ
+from mxrot.vllm.verdict import check_for_vllm
 
 WINDOWS = random_windows(60, 32)
 EACH = ["rtn", "hadamard", "smoothquant", "duquant++", "duquant++-gptq", "mxrot", "mxrot-vllm"]

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mxrot import api, pipeline
-from mxrot.checks import find_problems
+from mxrot import api, quantizing
 from mxrot.evaluation import score_tasks
 from mxrot.layers import ModelSize, QuantLinear
 from mxrot.models import WeightFiles, build_skeleton, check_depth, find_family, find_model, read_config
 from mxrot.progress import Progress, silent
-from mxrot.reading import Calibration
+from mxrot.quantizing.problems import find_problems
 from mxrot.recipe import Recipe
 from mxrot.report import ComparedRow
 from mxrot.text import load_texts
+from mxrot.tokenizing import Calibration
 
 _TYPE_NAMES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32", torch.float64: "FP64"}
 
@@ -73,7 +73,7 @@ def compare_recipes(
             recipe = entry.recipe
             label, told = recipe.name, _labelled(progress, recipe.name)
             started = time.monotonic()
-            result = pipeline.quantize(folder, recipe, windows=entry.windows, device=device, seed=seed, progress=told)
+            result = quantizing.quantize(folder, recipe, windows=entry.windows, device=device, seed=seed, progress=told)
             seconds = time.monotonic() - started
             assert result.model is not None
             opened = result.model

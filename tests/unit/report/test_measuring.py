@@ -18,7 +18,7 @@ from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView
 from mxrot.models.llama import LLAMA
 from mxrot.report import Contents
-from mxrot.reporting import Request, gather, read_records, sites_that_match, sites_that_stick_out
+from mxrot.report.measuring import Request, gather, read_records, sites_that_match, sites_that_stick_out
 
 
 @pytest.fixture(scope="module")

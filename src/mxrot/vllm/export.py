@@ -10,10 +10,10 @@ from mxrot.checkpoint.files import file_in, seen, write_bytes, write_json
 from mxrot.checkpoint.output import Place, check_empty, claimed
 from mxrot.checkpoint.partial import check_ours, holds_work, is_note, open_partial, read_fingerprint, remove_partial
 from mxrot.checkpoint.placing import finish_placing, put_in_place
-from mxrot.checkpoint.serving import DEVICES, VERSION, VllmReport, check_for_vllm
 from mxrot.checkpoint.side_files import copy_file
 from mxrot.documents import read_json, read_text
 from mxrot.errors import CheckpointError
+from mxrot.vllm.verdict import DEVICES, VERSION, VllmReport, check_for_vllm
 
 _DTYPE = "bfloat16"
 _HEADING = "\n## vLLM\n"

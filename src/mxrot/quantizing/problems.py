@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.models import Family, WeightFiles, linear_problems, quantized_by, tensor_problems
 from mxrot.nearest import brief, did_you_mean, listed
-from mxrot.patterns import matches_nothing
+from mxrot.quantizing.patterns import matches_nothing
+from mxrot.quantizing.site import smoothed_sites
 from mxrot.recipe import Recipe
-from mxrot.sitewise import smoothed_sites
 
 
 def find_problems(

@@ -34,7 +34,7 @@ def register() -> None:
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> Any:
-            from mxrot.checkpoint.vllm_linear import MxrotQuantization
+            from mxrot.vllm.linear import MxrotQuantization
 
             return MxrotQuantization.from_config(config)
 

@@ -18,16 +18,16 @@ from mxrot.calibration import (
     observe_all_inputs,
     watched_together,
 )
+from mxrot.calibration.site_inputs import OriginalBlock, SiteInputs, watched_modules
+from mxrot.cuda_graphs import Replays
 from mxrot.errors import NumericsError
-from mxrot.finite import check_folded, check_rounded, check_statistics, check_transform, named_factorizations
 from mxrot.formats import QTensor
-from mxrot.hessian import OriginalBlock, SiteInputs, watched_modules
 from mxrot.layers import QuantLinear, TensorQuantizer
 from mxrot.models import Family, Site, value_heads
 from mxrot.progress import Progress, silent
+from mxrot.quantizing.finite import check_folded, check_rounded, check_statistics, check_transform, named_factorizations
+from mxrot.quantizing.record import LinearReport
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
-from mxrot.records import LinearReport
-from mxrot.replay import Replays
 from mxrot.surgery import Weights, fold_into_producer, install_site, scheme_name, shareable_scales
 from mxrot.transforms import BlockTransform, SiteSample, generator_for
 from mxrot.transforms.smoothing import smoothing_scales
@@ -184,10 +184,10 @@ def fit_transform(
             for collector in collectors.values():
                 collector.update(x if inverse is None else x * inverse)
 
-        wishes = run.recipe.rounding.wishes
+        requirements = run.recipe.rounding.requirements
         batches = None if collectors else [0]
-        keeps = wishes.hessian and site.experts is None
-        for *_, x in watched_together(part.module, inputs, watched_modules(site, wishes), batches, keeps):
+        keeps = requirements.hessian and site.experts is None
+        for *_, x in watched_together(part.module, inputs, watched_modules(site, requirements), batches, keeps):
             see(x)
         if not torch.isfinite(largest.result()):
             raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
@@ -213,15 +213,17 @@ def round_site(run: BlockRun, part: Part, site: Site, transform: BlockTransform 
     weights = [part.weights[linear] for linear in site.linears]
     folded = dict(zip(site.linears, weights if transform is None else map(transform.fold, weights), strict=True))
     hessian = shift = None
-    wishes = run.recipe.rounding.wishes
-    if wishes.hessian:
+    requirements = run.recipe.rounding.requirements
+    if requirements.hessian:
         assert part.inputs is not None
         seen = SiteInputs(part.module, site, part.inputs, transform, run.activations)
         whole = torch.cat(weights)
-        if part.original is None or wishes.target == "own":
-            hessian = seen.hessian(whole, wishes)
+        if part.original is None or requirements.target == "own":
+            hessian = seen.hessian(whole, requirements)
         else:
-            hessian, shift = seen.hessian_and_shift(part.original, whole, torch.cat(list(folded.values())), wishes)
+            hessian, shift = seen.hessian_and_shift(
+                part.original, whole, torch.cat(list(folded.values())), requirements
+            )
         part.inputs.kept = {}
     quantized, damping, remainders = _round(run, folded, hessian, shift, f"{part.name}.{site.linears[0]}")
     for linear, weight in quantized.items():

@@ -13,7 +13,7 @@ from mxrot.calibration import BlockInputs, Hessian, paired_inputs, watched_toget
 from mxrot.kernels import outputs, rotate_quantize, second_moment, weight_parts
 from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
-from mxrot.rounding.base import Wishes
+from mxrot.rounding.base import Requirements
 from mxrot.transforms import BlockTransform
 from mxrot.transforms.base import STORED_DTYPE
 
@@ -26,10 +26,10 @@ class OriginalBlock:
     inputs: BlockInputs
 
 
-def watched_modules(site: Site, wishes: Wishes) -> list[str]:
+def watched_modules(site: Site, requirements: Requirements) -> list[str]:
     """The modules whose inputs rounding looks at; the one whose input is the site's is the last of them."""
     modules = [site.reader]
-    if site.residual is not None and (wishes.relative or wishes.target == "residual"):
+    if site.residual is not None and (requirements.relative or requirements.target == "residual"):
         modules.insert(0, site.residual)
     return modules
 
@@ -45,18 +45,18 @@ class SiteInputs:
     """As it is applied: bfloat16 numbers."""
     quantizer: TensorQuantizer | None
 
-    def hessian(self, weight: Tensor, wishes: Wishes) -> Tensor:
+    def hessian(self, weight: Tensor, requirements: Requirements) -> Tensor:
         """The mean of x^T x, float64 [K, K]; `weight` [N, K] are the weights that read the untransformed inputs."""
         hessian = Hessian()
-        modules = watched_modules(self.site, wishes)
-        parts = weight_parts(weight, self._dtype) if len(modules) > 1 and wishes.relative else None
+        modules = watched_modules(self.site, requirements)
+        parts = weight_parts(weight, self._dtype) if len(modules) > 1 and requirements.relative else None
         for *residual, x in watched_together(self.block, self.inputs, modules):
             size = None if parts is None else _inverse_size(_outputs(x, parts, weight) + residual[0])
             hessian.update(self._seen(x), size)
         return hessian.result()
 
     def hessian_and_shift(
-        self, original: OriginalBlock, weight: Tensor, folded: Tensor, wishes: Wishes
+        self, original: OriginalBlock, weight: Tensor, folded: Tensor, requirements: Requirements
     ) -> tuple[Tensor, Tensor]:
         """The mean of x^T x [K, K], and that of d^T x [N, K]; float64, the products of a batch in float32.
 
@@ -65,9 +65,9 @@ class SiteInputs:
         the weights that read the original inputs, `folded` those that read the transformed ones. Its own output is
         linear in x, so its part of d^T x is `folded` times the mean of x^T x.
         """
-        modules = watched_modules(self.site, wishes)
+        modules = watched_modules(self.site, requirements)
         if len(modules) == 1:
-            return self._shift_by_moments(original, weight, folded, wishes)
+            return self._shift_by_moments(original, weight, folded, requirements)
         hessian = Hessian()
         total = torch.zeros(folded.shape, dtype=torch.float64, device=folded.device)
         parts = weight_parts(weight, self._dtype)
@@ -77,8 +77,8 @@ class SiteInputs:
             seen = self._seen(x)
             wanted = _outputs(x_original, parts, weight)
             stream = wanted + there
-            size = _inverse_size(stream) if wishes.relative else None
-            goal = stream - here if wishes.target == "residual" else wanted
+            size = _inverse_size(stream) if requirements.relative else None
+            goal = stream - here if requirements.target == "residual" else wanted
             hessian.update(seen, size)
             flat_size = None if size is None else size.flatten(0, -2)
             total += second_moment(goal.flatten(0, -2), seen.flatten(0, -2), flat_size)
@@ -86,7 +86,7 @@ class SiteInputs:
         return mean, total / hessian.tokens - folded.double() @ mean
 
     def _shift_by_moments(
-        self, original: OriginalBlock, weight: Tensor, folded: Tensor, wishes: Wishes
+        self, original: OriginalBlock, weight: Tensor, folded: Tensor, requirements: Requirements
     ) -> tuple[Tensor, Tensor]:
         """The same where d is linear in the two inputs alone: from their second moments, without any output."""
         hessian = Hessian()

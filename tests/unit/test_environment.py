@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mxrot.devices import check_device
+from mxrot.environment import check_device
 from mxrot.errors import ConfigError
 
 

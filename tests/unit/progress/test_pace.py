@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mxrot.report.pace import Pace, duration
+from mxrot.progress.pace import Pace, duration
 
 
 def pace_of(*told: tuple[float, float], total: int = 10) -> Pace:

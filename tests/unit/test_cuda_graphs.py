@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxrot.replay import Replays
+from mxrot.cuda_graphs import Replays
 
 each_device = pytest.mark.parametrize(
     "device",

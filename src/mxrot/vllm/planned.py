@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from mxrot.checkpoint.serving import Facts, judge
 from mxrot.models import Family
 from mxrot.recipe import Recipe
+from mxrot.vllm.verdict import Facts, judge
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mxrot.calibration import Routing, RowSample
-from mxrot.hessian import OriginalBlock
+from mxrot.calibration.site_inputs import OriginalBlock
 from mxrot.models import Site
 from mxrot.progress import Progress
-from mxrot.records import LinearReport
-from mxrot.sitewise import (
+from mxrot.quantizing.record import LinearReport
+from mxrot.quantizing.site import (
     ERROR_ROWS,
     BlockRun,
     Part,

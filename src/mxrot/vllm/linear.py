@@ -30,11 +30,11 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.huggingface import CheckpointConfig
-from mxrot.checkpoint.vllm import METHOD
 from mxrot.errors import ConfigError
 from mxrot.layers import InputTransform, QuantLinear, prepare_site
 from mxrot.recipe import TRANSFORM_BLOCK
 from mxrot.transforms.base import STORED_DTYPE
+from mxrot.vllm.plugin import METHOD
 
 
 class MxrotQuantization(CompressedTensorsConfig):

@@ -1,11 +1,16 @@
-"""Is a device here, and can it compute what quantizing needs?"""
+"""What a run computes on, and with: the device, and versions."""
 
 from __future__ import annotations
 
+import platform
+from importlib.metadata import version
+
 import torch
+import transformers
 
 from mxrot.errors import ConfigError
 from mxrot.nearest import did_you_mean
+from mxrot.version import __version__
 
 
 def check_device(device: torch.device | str, given: str = "device") -> None:
@@ -30,6 +35,21 @@ def check_device(device: torch.device | str, given: str = "device") -> None:
         raise _unusable(given, device, _first_line(error)) from error
     if answer != 32.0:
         raise _unusable(given, device, f"2 x 2 matrices of twos multiply to {answer / 4:g} there, not 8")
+
+
+def versions(tasks: bool = False) -> dict[str, str]:
+    """Versions of what decides about a number; with `tasks` also that of lm-eval."""
+    return ({"lm_eval": version("lm_eval")} if tasks else {}) | {
+        "mxrot": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU's name, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _unusable(given: str, device: torch.device | str, why: str) -> ConfigError:

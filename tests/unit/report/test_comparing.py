@@ -11,11 +11,11 @@ from transformers import LlamaForCausalLM
 
 import mxrot
 from mxrot import api
-from mxrot.comparison import compare_recipes, model_size
 from mxrot.errors import ConfigError
 from mxrot.evaluation import perplexity
 from mxrot.layers import ModelSize
 from mxrot.recipe import load_recipe
+from mxrot.report.comparing import compare_recipes, model_size
 from mxrot.text import load_text, token_windows
 
 BLOCK_WEIGHTS = 64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 96

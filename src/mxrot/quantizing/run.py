@@ -20,14 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxrot.assembly import compute_dtype, load_finished_block, load_original, load_outer, outer_tensors
-from mxrot.blockwise import advance_original, finished_tensors, quantize_block
 from mxrot.calibration import advance, first_block_inputs, generated_windows
-from mxrot.checks import find_problems, free_memory, memory_problem
-from mxrot.devices import check_device
+from mxrot.environment import check_device, device_name, versions
 from mxrot.errors import ConfigError
 from mxrot.failures import named_failures
 from mxrot.heap import give_back
+from mxrot.kernels.choices import kernel_choices
 from mxrot.layers import prepare_linears
 from mxrot.models import (
     WeightFiles,
@@ -40,11 +38,14 @@ from mxrot.models import (
     score_heads,
 )
 from mxrot.progress import Progress, part_of, silent
+from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
+from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer, outer_tensors
+from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
+from mxrot.quantizing.record import BlockReport, RunRecord
+from mxrot.quantizing.site import BlockRun
 from mxrot.recipe import Recipe
-from mxrot.records import BlockReport, RunRecord, device_name, kernel_choices, versions
-from mxrot.sitewise import BlockRun
 from mxrot.transforms import generator_for
-from mxrot.tuning import Check, Keeper, tune_network
+from mxrot.tuning import Check, TuningCheckpoint, tune_network
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131072}
 """Tokens that pass through a block at once, at most; fixed, so that sums always run in the same order."""
@@ -65,7 +66,7 @@ class BlockStore(Protocol):
         """Keep the tensors outside of the decoder blocks, by their full names."""
 
     @property
-    def keeper(self) -> Keeper:
+    def tuning_checkpoint(self) -> TuningCheckpoint:
         """Keeps tuning of the whole network until it is done."""
 
     def load_windows(self, purpose: str) -> Tensor | None:
@@ -215,9 +216,9 @@ def _tune_network(
                 store.save_windows("tuning", written)
         windows = written
     generator = generator_for(run.seed, "tuning")
-    keeper = None if store is None else store.keeper
+    tuning_checkpoint = None if store is None else store.tuning_checkpoint
     return tune_network(
-        model, original, run.family, windows, given, options, generator, run.recipe.ignore, keeper, progress
+        model, original, run.family, windows, given, options, generator, run.recipe.ignore, tuning_checkpoint, progress
     )
 
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mxrot import pipeline
 from mxrot.calibration import BlockInputs, Hessian, first_block
 from mxrot.errors import ConfigError, FamilyError, MxrotError, NumericsError
 from mxrot.layers import QuantLinear
 from mxrot.models import FAMILIES, Site, WeightFiles, build_skeleton
 from mxrot.models.llama import LLAMA
-from mxrot.pipeline import quantize
+from mxrot.quantizing import run as pipeline
+from mxrot.quantizing.record import BlockReport
+from mxrot.quantizing.run import quantize
 from mxrot.recipe import Recipe
-from mxrot.records import BlockReport
 from mxrot.rounding import linalg
 
 GPTQ = recipe("duquant++-gptq")
@@ -308,7 +308,7 @@ def test_the_model_computes_the_same_up_to_rounding(tmp_path: Path, biases: bool
     """
     source = write_tiny_model(tmp_path / "source", attention_bias=biases, mlp_bias=biases)
     changes = {"weights.format": "mxfp8_e4m3", "activations.format": "mxfp8_e4m3"}
-    if chosen.rounding.wishes.hessian:
+    if chosen.rounding.requirements.hessian:
         changes["rounding.scales"] = "fixed"
     model, original = model_of(source, chosen.changed(changes)), original_of(source)
     expected = logits(original)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from mxrot.calibration import BlockInputs, first_block_inputs
+from mxrot.calibration.site_inputs import OriginalBlock, SiteInputs
 from mxrot.formats import get_format
-from mxrot.hessian import OriginalBlock, SiteInputs
 from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
 from mxrot.models.llama import LLAMA, LLAMA_SITES
-from mxrot.rounding import Wishes
+from mxrot.rounding import Requirements
 from mxrot.transforms.base import BlockTransform, random_orthogonal
 
 FORMAT = get_format("mxfp4")
@@ -77,7 +77,7 @@ def quantized(x: Tensor, inputs: SiteInputs) -> Tensor:
 @pytest.mark.parametrize("quantizer", [None, QUANTIZER], ids=["W4A16", "W4A4"])
 def test_the_hessian(blocks: Blocks, site: Site, relative: bool, quantizer: TensorQuantizer | None) -> None:
     inputs = site_inputs(blocks, site, quantizer)
-    found = inputs.hessian(weight_of(blocks.block, site), Wishes(True, relative=relative))
+    found = inputs.hessian(weight_of(blocks.block, site), Requirements(True, relative=relative))
     x = quantized(blocks.seen(site.linears[0], original=False), inputs)
     if relative and site.residual is not None:
         stream = blocks.seen(site.residual, original=False)
@@ -94,9 +94,9 @@ def test_hessian_and_shift(blocks: Blocks, site: Site, relative: bool, target: s
     weight = weight_of(blocks.block, site)
     assert inputs.transform is not None
     folded = inputs.transform.fold(weight)
-    wishes = Wishes(True, target, relative)  # type: ignore[arg-type]
+    requirements = Requirements(True, target, relative)  # type: ignore[arg-type]
     original = OriginalBlock(blocks.original, blocks.originals)
-    hessian, shift = inputs.hessian_and_shift(original, weight, folded, wishes)
+    hessian, shift = inputs.hessian_and_shift(original, weight, folded, requirements)
 
     x = quantized(blocks.seen(site.linears[0], original=False), inputs)
     wanted = blocks.seen(site.linears[0], original=True) @ weight.T
@@ -119,7 +119,7 @@ def test_nothing_is_missing_where_nothing_has_changed(blocks: Blocks) -> None:
         inputs = SiteInputs(blocks.block, site, blocks.inputs, None, None)
         weight = weight_of(blocks.block, site)
         same = OriginalBlock(deepcopy(blocks.block), replace(blocks.inputs))
-        hessian, shift = inputs.hessian_and_shift(same, weight, weight, Wishes(True, "residual"))
+        hessian, shift = inputs.hessian_and_shift(same, weight, weight, Requirements(True, "residual"))
         assert shift.abs().max() <= 1e-5 * (weight @ hessian).abs().max()
 
 
@@ -127,13 +127,13 @@ def test_what_is_known_of_a_block_is_not_computed_again(blocks: Blocks) -> None:
     """Attention runs once for each batch, however often what follows it is observed."""
     calls: list[int] = []
     handle = blocks.block.self_attn.q_proj.register_forward_pre_hook(lambda module, args: calls.append(1))
-    site, wishes = SITES["gate_up"], Wishes(True)
+    site, requirements = SITES["gate_up"], Requirements(True)
     weight = weight_of(blocks.block, site)
-    expected = site_inputs(blocks, site, None).hessian(weight, wishes)
+    expected = site_inputs(blocks, site, None).hessian(weight, requirements)
     assert len(calls) == 3
     blocks.inputs.known = {"self_attn": {}}
     for _ in range(3):
-        assert torch.equal(site_inputs(blocks, site, None).hessian(weight, wishes), expected)
+        assert torch.equal(site_inputs(blocks, site, None).hessian(weight, requirements), expected)
     assert len(calls) == 6
     handle.remove()
     assert "forward" not in vars(blocks.block.self_attn)

@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 
 from mxrot import api
 from mxrot.checkpoint import is_checkpoint, read_run
+from mxrot.checkpoint.metric import Metric
 from mxrot.documents import read_text
+from mxrot.environment import versions
 from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
 from mxrot.models import Family, find_family, find_model, read_config
 from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
-from mxrot.records import Metric, versions
 from mxrot.report import Contents, metrics_of
 from mxrot.shell import command
 from mxrot.text import Windows, load_texts

@@ -14,10 +14,13 @@ from tests.tiny_model import write_tiny_model, write_tokenizer
 from tests.unit.checkpoint.folders import all_tensors, digests, logits, recipe, write
 from transformers import Olmo2Config, Olmo2ForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from mxrot.checkpoint import check_for_vllm, export_for_vllm, load, vllm
+from mxrot.checkpoint import load
 from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.config import MARKER
 from mxrot.errors import CheckpointError
+from mxrot.vllm import plugin
+from mxrot.vllm.export import export_for_vllm
+from mxrot.vllm.verdict import check_for_vllm
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +154,9 @@ def test_what_is_no_checkpoint(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_plugin_costs_nothing_before_it_is_called() -> None:
-    code = "import sys, mxrot.checkpoint.vllm; sys.exit(any(name in sys.modules for name in ('vllm', 'torch')))"
+    code = "import sys, mxrot.vllm.plugin; sys.exit(any(name in sys.modules for name in ('vllm', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
 def test_the_plugin_knows_the_marker() -> None:
-    assert vllm.is_ours({MARKER: {}}) and not vllm.is_ours({"format": "mxfp4-pack-quantized"})
+    assert plugin.is_ours({MARKER: {}}) and not plugin.is_ours({"format": "mxfp4-pack-quantized"})

@@ -10,10 +10,10 @@ from tests.contracts.test_families import config_of
 from tests.tiny_model import tiny_config, write_tiny_model
 from tests.unit.checkpoint.folders import recipe
 
-from mxrot.checks import find_problems, memory_problem
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.models import FAMILIES, build_skeleton
-from mxrot.pipeline import quantize
+from mxrot.quantizing.problems import find_problems, memory_problem
+from mxrot.quantizing.run import quantize
 
 
 def test_every_problem_is_found_and_quantize_raises_the_first(tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""What chooses between ways to compute that round differently."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from mxrot.kernels.crossovers import find_crossovers
+from mxrot.kernels.dispatch import has_triton
+
+
+def kernel_choices(device: torch.device | str) -> dict[str, Any]:
+    """What chooses there between ways to compute that round differently.
+
+    The number of threads does not (docs/log.md). Crossovers are numbers of rows up to which a way is the fastest.
+    """
+    device = torch.device(device)
+    precision = {"float32_products": torch.get_float32_matmul_precision()}
+    if device.type != "cuda":
+        return precision | {"instructions": torch.backends.cpu.get_cpu_capability()}
+    found = find_crossovers(device)
+    crossovers = None if found is None else asdict(found.crossovers) | {"from": found.origin}
+    return precision | {"triton": has_triton(), "crossovers": crossovers}

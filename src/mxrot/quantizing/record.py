@@ -1,0 +1,74 @@
+"""What a run writes down about itself."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mxrot.recipe import Recipe
+from mxrot.tuning import Check
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What quantizing one linear cost."""
+
+    name: str
+    shape: tuple[int, int]
+    site: str
+    weight_error: float
+    """Relative Frobenius error of the transformed weights."""
+    output_error: float | None
+    """Relative Frobenius error of the output on calibration tokens, inputs quantized too; None without data."""
+    damping: float | None
+    """Damping of the Hessian that let it factorize; None without one."""
+    tokens: int | None = None
+    """Calibration tokens that the Hessian is a mean over; None without one. With fewer than the linear has inputs its
+    rank is not full."""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What quantizing one decoder block cost."""
+
+    index: int
+    seconds: float
+    linears: list[LinearReport]
+    tuning: list[Check] | None = None
+    """Losses of its reconstruction; None where it was not tuned by itself."""
+    few_tokens: dict[str, int] = field(default_factory=dict)
+    """Experts that were calibrated on all tokens of the block, with the number of those that were sent to them."""
+
+
+@dataclass
+class RunRecord:
+    """Everything needed to say what a run did, and to do it again."""
+
+    recipe: Recipe
+    seed: int
+    windows: tuple[int, int] | None
+    """Calibration windows and their length; None without data."""
+    device: str
+    versions: dict[str, str]
+    kernels: dict[str, Any] = field(default_factory=dict)
+    """As of `kernel_choices`."""
+    blocks: list[BlockReport] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_gpu_bytes: int | None = None
+    tuning: list[Check] | None = None
+    """Losses of the distillation; None where the whole network was not tuned."""
+
+    def as_table(self) -> dict[str, Any]:
+        """The record as JSON takes it."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("recipe", "blocks", "tuning")}
+        tuning = None if self.tuning is None else [asdict(check) for check in self.tuning]
+        blocks = [asdict(block) for block in self.blocks]
+        return {"recipe": self.recipe.to_toml(), **plain, "tuning": tuning, "blocks": blocks}
+
+
+def alike(linears: Iterable[str]) -> dict[str, int]:
+    """Full names of linears with stars for numbers, and how many there are of each."""
+    return Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in linears)
