@@ -4,9 +4,9 @@ A stage is a moment at which many tensors are alive; the peak is the largest of 
 so that a plan can say what fills the memory, and what to change. Where the code keeps what fits below a bound (a
 norm's outputs, a site's inputs), so does this.
 
-The formulas follow blockwise.py, hessian.py, rounding/gptq.py, calibration/ and tuning/; tests compare them with the
-tensors that are really alive during a run. What is not counted: workspaces of matrix libraries and what an allocator
-loses between tensors.
+The formulas follow quantizing/, calibration/, rounding/gptq.py and tuning/; tests compare them with the tensors that
+are really alive during a run. What is not counted: workspaces of matrix libraries and what an allocator loses between
+tensors.
 """
 
 from __future__ import annotations

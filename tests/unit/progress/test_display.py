@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from mxrot.progress import display as progress
 from mxrot.progress.pace import Pace
-from mxrot.report import progress, progress_on_stderr
+from mxrot.report import progress_on_stderr
 
 
 class Clock:
