@@ -122,7 +122,7 @@ class Recipe:
         measures_error = score in ("error", "joint")
         if score == "joint":
             self._require(
-                TRANSFORM_BLOCK % weights.format.block == 0,
+                weights.format.block is not None and TRANSFORM_BLOCK % weights.format.block == 0,
                 f'transform score = "joint" sees blocks of {TRANSFORM_BLOCK}, and weights in {weights.format.name} '
                 f"have blocks of {weights.format.block}",
             )
@@ -133,7 +133,7 @@ class Recipe:
             rule, format = activations.rule, activations.format
             self._require(rule.dynamic, f"activations: rule {rule.name!r} is for weights only")
             self._require(
-                not measures_error or TRANSFORM_BLOCK % format.block == 0,
+                not measures_error or (format.block is not None and TRANSFORM_BLOCK % format.block == 0),
                 f'transform score = "{score}" sees blocks of {TRANSFORM_BLOCK}, and activations in {format.name} '
                 f"have blocks of {format.block}",
             )
@@ -185,9 +185,9 @@ class Recipe:
     @property
     def input_block(self) -> int:
         """Every quantized linear's in_features must be a multiple of this."""
-        blocks = [TRANSFORM_BLOCK, get_format(self.weights.format).block]
+        blocks = [TRANSFORM_BLOCK, get_format(self.weights.format).block or 1]
         if self.activations is not None:
-            blocks.append(get_format(self.activations.format).block)
+            blocks.append(get_format(self.activations.format).block or 1)
         return max(blocks)
 
     def to_toml(self) -> str:

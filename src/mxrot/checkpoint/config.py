@@ -74,7 +74,7 @@ def _shortly(value: Any) -> str:
 def _layout(installed: Installed, family: Family, blocks: int, left: tuple[str, ...]) -> dict[str, Any]:
     """`left` are names or patterns of the linears that have no transform."""
     format = installed.format
-    arguments = _quantization_arguments(format.element.bits, format.block)
+    arguments = _quantization_arguments(format.bits, format.block)
     group = {
         "targets": ["Linear"],
         "weights": arguments,
@@ -107,7 +107,7 @@ def _layout(installed: Installed, family: Family, blocks: int, left: tuple[str, 
     return config
 
 
-def _quantization_arguments(bits: int, block: int) -> dict[str, Any]:
+def _quantization_arguments(bits: int, block: int | None) -> dict[str, Any]:
     return {
         "num_bits": bits,
         "type": "float",

@@ -1,9 +1,20 @@
 """Number formats: elements, block scales, quantized tensors. Tensors in, tensors out."""
 
-from mxrot.formats.block import as_blocks, choose_scales, encode_blocks, fake_quantize, quantize, round_blocks
+from mxrot.formats.block import (
+    as_blocks,
+    check_finite,
+    check_parts,
+    choose_parts,
+    encode_blocks,
+    fake_quantize,
+    quantize,
+    round_blocks,
+)
 from mxrot.formats.catalog import FORMATS, Format, get_format
 from mxrot.formats.element import Element
+from mxrot.formats.grid import Grid, Uniform
 from mxrot.formats.packing import pack_codes, unpack_codes
+from mxrot.formats.parts import NamedParts, Parts, PartSpec
 from mxrot.formats.qtensor import QTensor
 from mxrot.formats.scale import E8M0_MAX_BYTE, RULES, BlockScales, ScaleRule, get_rule
 
@@ -14,10 +25,17 @@ __all__ = [
     "BlockScales",
     "Element",
     "Format",
+    "Grid",
+    "NamedParts",
+    "PartSpec",
+    "Parts",
     "QTensor",
     "ScaleRule",
+    "Uniform",
     "as_blocks",
-    "choose_scales",
+    "check_finite",
+    "check_parts",
+    "choose_parts",
     "encode_blocks",
     "fake_quantize",
     "get_format",

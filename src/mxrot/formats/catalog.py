@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from mxrot.errors import ConfigError
 from mxrot.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT8, UINT4, Element
+from mxrot.formats.grid import Grid, Uniform
 from mxrot.formats.scale import E4M3_SCALE, E8M0, FP16_SCALE, ScaleRule, ScaleType, get_rule
 from mxrot.nearest import not_known
 
 
 @dataclass(frozen=True)
 class Format:
-    """A block format: equal elements in blocks along the last dimension, one scale a block."""
+    """A block format: blocks along the last dimension, each with the values of one grid."""
 
     name: str
-    element: Element
-    block: int
-    """Elements that share a scale."""
-    scale: ScaleType
+    grid: Grid
+    block: int | None
+    """Elements that share scales and what else stands beside the codes; None for the whole row."""
     rules: tuple[str, ...]
     """Scale rules that make sense for it; the first is the default."""
     compressed_tensors: str | None = None
@@ -30,10 +31,42 @@ class Format:
         return (get_format, (self.name,)) if FORMATS.get(self.name) is self else super().__reduce_ex__(protocol)
 
     @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.grid.bits
+
+    @property
+    def uniform(self) -> Uniform:
+        """The grid of a format that has one scale a block; kernels know no other."""
+        assert isinstance(self.grid, Uniform)
+        return self.grid
+
+    @property
+    def element(self) -> Element:
+        """Of a uniform grid."""
+        return self.uniform.element
+
+    @property
+    def scale(self) -> ScaleType:
+        """Of a uniform grid."""
+        return self.uniform.scale
+
+    def block_in(self, columns: int) -> int:
+        """Elements of a block in a row of so many, at least 1."""
+        return max(columns, 1) if self.block is None else self.block
+
+    def bits_in(self, columns: int) -> float:
+        """Bits that a row of so many elements takes under the default rule, with all that stands beside the codes."""
+        blocks = columns / self.block_in(columns)
+        parts = [part for part in self.grid.parts(self.rule()) if part.per != "tensor"]
+        return columns * self.bits + sum(
+            part.bits * math.prod(part.shape) * (blocks if part.per == "block" else 1) for part in parts
+        )
+
+    @property
     def bits_per_element(self) -> float:
-        """Bits of storage an element, scales and zero points included."""
-        zero_point_bits = 0 if _is_signed(self.element) else self.element.bits
-        return self.element.bits + (self.scale.bits + zero_point_bits) / self.block
+        """Bits of storage an element, scales and zero points included; those of a whole row or tensor are not."""
+        return float(self.bits) if self.block is None else self.bits_in(self.block) / self.block
 
     @property
     def default_rule(self) -> str:
@@ -47,23 +80,19 @@ class Format:
         return rule
 
 
-def _is_signed(element: Element) -> bool:
-    return min(element.values) < 0
+_MX_RULES = ("even", "floor", "rceil", "mse", "log256")
 
-
-_POWER_OF_TWO_RULES = ("even", "floor", "rceil", "mse", "log256")
-
-MXFP4 = Format("mxfp4", E2M1, 32, E8M0, (*_POWER_OF_TWO_RULES, "x3", "7.25"), compressed_tensors="mxfp4-pack-quantized")
-MXFP6_E2M3 = Format("mxfp6_e2m3", E2M3, 32, E8M0, _POWER_OF_TWO_RULES)
-MXFP6_E3M2 = Format("mxfp6_e3m2", E3M2, 32, E8M0, _POWER_OF_TWO_RULES)
-MXFP8_E4M3 = Format("mxfp8_e4m3", E4M3, 32, E8M0, _POWER_OF_TWO_RULES)
-MXFP8_E5M2 = Format("mxfp8_e5m2", E5M2, 32, E8M0, _POWER_OF_TWO_RULES)
-MXINT8 = Format("mxint8", INT8, 32, E8M0, _POWER_OF_TWO_RULES)
-NVFP4 = Format("nvfp4", E2M1, 16, E4M3_SCALE, ("absmax",))
-INT4_G32 = Format("int4_g32", INT4, 32, FP16_SCALE, ("absmax",))
-INT4_G128 = Format("int4_g128", INT4, 128, FP16_SCALE, ("absmax",))
-INT4_G32_ASYM = Format("int4_g32_asym", UINT4, 32, FP16_SCALE, ("minmax",))
-INT4_G128_ASYM = Format("int4_g128_asym", UINT4, 128, FP16_SCALE, ("minmax",))
+MXFP4 = Format("mxfp4", Uniform(E2M1, E8M0), 32, (*_MX_RULES, "x3", "7.25"), compressed_tensors="mxfp4-pack-quantized")
+MXFP6_E2M3 = Format("mxfp6_e2m3", Uniform(E2M3, E8M0), 32, _MX_RULES)
+MXFP6_E3M2 = Format("mxfp6_e3m2", Uniform(E3M2, E8M0), 32, _MX_RULES)
+MXFP8_E4M3 = Format("mxfp8_e4m3", Uniform(E4M3, E8M0), 32, _MX_RULES)
+MXFP8_E5M2 = Format("mxfp8_e5m2", Uniform(E5M2, E8M0), 32, _MX_RULES)
+MXINT8 = Format("mxint8", Uniform(INT8, E8M0), 32, _MX_RULES)
+NVFP4 = Format("nvfp4", Uniform(E2M1, E4M3_SCALE), 16, ("absmax",))
+INT4_G32 = Format("int4_g32", Uniform(INT4, FP16_SCALE), 32, ("absmax",))
+INT4_G128 = Format("int4_g128", Uniform(INT4, FP16_SCALE), 128, ("absmax",))
+INT4_G32_ASYM = Format("int4_g32_asym", Uniform(UINT4, FP16_SCALE), 32, ("minmax",))
+INT4_G128_ASYM = Format("int4_g128_asym", Uniform(UINT4, FP16_SCALE), 128, ("minmax",))
 
 FORMATS: dict[str, Format] = {value.name: value for value in list(globals().values()) if isinstance(value, Format)}
 

@@ -102,6 +102,15 @@ class Element(ABC):
         """Value of every code, in code order."""
         return tuple(self.decode_scalar(code) for code in range(1 << self.bits))
 
+    @property
+    def is_signed(self) -> bool:
+        return min(self.values) < 0
+
+    @cached_property
+    def largest_value(self) -> float:
+        """The largest finite magnitude that a code can have, the most negative code of an integer included."""
+        return max(abs(value) for value in self.values if math.isfinite(value))
+
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of uint8 `codes` in `dtype`, same shape."""
         return look_up(self.values, codes, dtype)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mxrot.errors import ConfigError
 from mxrot.formats.element import Element, binary_exponents, look_up, powers_of_two
+from mxrot.formats.parts import Parts
 from mxrot.nearest import not_known
 
 E8M0_BIAS = 127
@@ -50,8 +51,8 @@ LOG256_LEVELS = ScaleType("log256", 8, torch.float32)
 
 
 @dataclass(frozen=True)
-class BlockScales:
-    """The scales of a tensor's blocks, as stored."""
+class BlockScales(Parts):
+    """The parts of a uniform grid: the scales of a tensor's blocks, as stored."""
 
     stored: Tensor
     """[..., G] in the dtype of the scale type."""
@@ -60,6 +61,14 @@ class BlockScales:
     """float32 scalar, or one a row [..., 1], that multiplies the block scales; None stands for 1."""
     zero_points: Tensor | None = None
     """[..., G] uint8 codes that stand for 0; None where the element is signed."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"scale": self.stored, "tensor_scale": self.tensor_scale, "zero_point": self.zero_points}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> BlockScales:
+        return BlockScales(tensors["scale"], self.type, tensors.get("tensor_scale"), tensors.get("zero_point"))
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The real scale of each block, [..., G] in float32 or float64."""
@@ -85,6 +94,10 @@ class ScaleRule(ABC):
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
         """Does the scale of a block depend on blocks of other rows?"""
+        return False
+
+    def has_tensor_scale(self, scale_type: ScaleType) -> bool:
+        """Is there a scale that multiplies those of all blocks?"""
         return False
 
     def for_rows(self) -> ScaleRule:
@@ -188,6 +201,9 @@ class ExponentRule(ScaleRule):
     def is_power_of_two(self) -> bool:
         return self.factor is None
 
+    def has_tensor_scale(self, scale_type: ScaleType) -> bool:
+        return self.factor is not None
+
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
         stored = e8m0_bytes(self.exponents(blocks, element), block_maxima(blocks))
         factor = None if self.factor is None else blocks.new_full((), self.factor, dtype=torch.float32)
@@ -227,6 +243,9 @@ class AbsMaxRule(ScaleRule):
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
         return scale_type == E4M3_SCALE and not self.by_row
+
+    def has_tensor_scale(self, scale_type: ScaleType) -> bool:
+        return scale_type == E4M3_SCALE
 
     def for_rows(self) -> ScaleRule:
         return replace(self, by_row=True)

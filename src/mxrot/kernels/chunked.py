@@ -25,20 +25,21 @@ def rotate_quantize_in_chunks(x: Tensor, matrices: Tensor | None, format: Format
     element = format.element
     assert isinstance(element, FloatElement) and rule.raises_from is not None
     flat = x.reshape(-1, x.shape[-1])
-    groups = flat.shape[1] // format.block
+    block = format.block_in(flat.shape[1])
+    groups = flat.shape[1] // block
     out = torch.empty(flat.shape, dtype=torch.float32, device=x.device)
     rows = max(1, CHUNK_ELEMENTS // max(1, flat.shape[1]))
     per_group = None if matrices is None or len(matrices) == 1 else matrices.to(torch.float32)
     shared = None if matrices is None or per_group is not None else matrices[0].to(torch.float32)
     raises_from = rule.raises_from(element)
     for start in range(0, len(flat), rows):
-        part = flat[start : start + rows].to(torch.float32).unflatten(1, (groups, format.block))
+        part = flat[start : start + rows].to(torch.float32).unflatten(1, (groups, block))
         if per_group is not None:
             # Blocks first: the product comes out like that, and the way back is the last step's.
             part = torch.bmm(part.transpose(0, 1), per_group)
         elif shared is not None:
-            part = (part.reshape(-1, format.block) @ shared).view(part.shape)
-        target = out[start : start + rows].unflatten(1, (groups, format.block))
+            part = (part.reshape(-1, block) @ shared).view(part.shape)
+        target = out[start : start + rows].unflatten(1, (groups, block))
         target = target if per_group is None else target.transpose(0, 1)
         _quantize(part, element, raises_from, target)
     return out.view(x.shape)

@@ -37,7 +37,9 @@ class QuantLinear(nn.Module):
         format = weights.format
         packed = torch.zeros(out_features, in_features * format.element.bits // 8, dtype=torch.uint8, device=device)
         scale_dtype = weights.rule.stored_type(format.scale).dtype
-        scales = torch.zeros(out_features, in_features // format.block, dtype=scale_dtype, device=device)
+        scales = torch.zeros(
+            out_features, in_features // format.block_in(in_features), dtype=scale_dtype, device=device
+        )
         self.weight_packed = nn.Parameter(packed, requires_grad=False)
         self.weight_scale = nn.Parameter(scales, requires_grad=False)
         self.weight_tensor_scale: nn.Parameter | None = None

@@ -11,6 +11,7 @@ which kernel runs is decided when it runs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxrot.errors import ConfigError
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize, get_format
 from mxrot.kernels import Inputs, PackedWeight, multiply, multiply_by_mxfp4, quantized_linear, rotate_quantize
 from mxrot.transforms.base import STORED_DTYPE, BlockTransform, apply_matrices
@@ -37,11 +39,40 @@ class TensorQuantizer:
     @property
     def is_exact_in_bfloat16(self) -> bool:
         """Is every quantized value a bfloat16 number?"""
-        return self.rule.is_power_of_two and self.format.element.mantissa_bits < 8
+        return self.format.grid.is_exact_in_bfloat16(self.rule)
 
     @property
     def is_mxfp4(self) -> bool:
         return self.format.name == "mxfp4" and self.rule.is_power_of_two
+
+    @property
+    def looks_at_whole_tensor(self) -> bool:
+        """Does what a block becomes depend on blocks of other rows?"""
+        return self.format.grid.looks_at_whole_tensor(self.rule)
+
+    def stored_parts(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each tensor of a weight [out_features, in_features], by its name in a checkpoint.
+
+        ConfigError if the row is not whole blocks.
+        """
+        format = self.format
+        block = format.block_in(in_features)
+        if in_features % block:
+            raise ConfigError(
+                f"rows of {in_features} elements are not a multiple of the block size {block} of {format.name}"
+            )
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        found["weight_packed"] = (out_features, in_features * format.bits // 8), torch.uint8
+        for part in format.grid.parts(self.rule):
+            found[f"weight_{part.name}"] = part.shape_of(out_features, in_features // block), part.dtype
+        return found
+
+    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Bytes of the codes of such a weight, and of what stands beside them."""
+        codes, *parts = (
+            math.prod(shape) * dtype.itemsize for shape, dtype in self.stored_parts(out_features, in_features).values()
+        )
+        return codes, sum(parts)
 
     def scales(self, stored: Tensor, tensor_scale: Tensor | None, zero_points: Tensor | None) -> BlockScales:
         """Scales as a checkpoint holds them."""

@@ -135,11 +135,13 @@ class ModelShape:
                 for site in sites
             )
             transforms = sum(matrices) * TRANSFORM_BLOCK**2 * torch.bfloat16.itemsize
-        scale_bits = weights.rule.stored_type(weights.format.scale).bits
+        stored_weights = [
+            weights.stored_bytes(rows, site.inputs) for sites in self.blocks for site in sites for rows in site.rows
+        ]
         return ModelSize(
             quantized_weights=count,
-            code_bytes=count * weights.format.element.bits // 8,
-            scale_bytes=count // weights.format.block * scale_bits // 8,
+            code_bytes=sum(codes for codes, _ in stored_weights),
+            scale_bytes=sum(parts for _, parts in stored_weights),
             transform_bytes=transforms,
             other_bytes=(self.parameters - count) * stored.itemsize,
             left_weights=self.linear_weights - count,

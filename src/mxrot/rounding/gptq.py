@@ -123,7 +123,7 @@ def walk_fixed(
     Values [N, G, B] that lie on the grid of the scales, and what rounding took away from each weight [N, K].
     """
     values, zeros = scales.values(torch.float64), _zero_points(scales)
-    group = order // format.block
+    group = order // format.block_in(len(order))
     columns = blocks.flatten(-2)[:, order]
     result = torch.empty_like(columns)
 
@@ -134,7 +134,7 @@ def walk_fixed(
         result[:, here] = found.values
         return found.differences
 
-    remainder = walk(columns, factor, format.block, round_block)
+    remainder = walk(columns, factor, format.block_in(columns.shape[1]), round_block)
     back = order.argsort()
     return result[:, back].unflatten(-1, (-1, format.block)), remainder[:, back]
 
@@ -157,7 +157,7 @@ def walk_reached(
         chosen.append(found.scales)
         return found.differences
 
-    remainder = walk(columns, factor, format.block, round_block)
+    remainder = walk(columns, factor, format.block_in(columns.shape[1]), round_block)
     zero_points = None
     if chosen[0].zero_points is not None:
         zero_points = torch.cat([scales.zero_points for scales in chosen if scales.zero_points is not None], dim=1)

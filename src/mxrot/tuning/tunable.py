@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mxrot.formats import encode_blocks
+from mxrot.formats import as_blocks, encode_blocks
 from mxrot.formats.element import Element, look_up
 from mxrot.formats.scale import E8M0_MAX_BYTE
 from mxrot.kernels import WeightMoves
@@ -93,7 +93,7 @@ class TunableLinear(nn.Module):
         self.format = quantized.format
         element = self.format.element
         values, scales = quantized.dequantize(), quantized.scales.values()
-        wide = scales.repeat_interleave(self.format.block, dim=-1)
+        wide = scales.repeat_interleave(self.format.block_in(values.shape[-1]), dim=-1)
         # Values on a grid of four bits and their distances are bfloat16 numbers.
         up, down = ((d * wide).to(torch.bfloat16) for d in neighbour_distances(element, quantized.codes))
         self.start = WeightMoves(values.to(torch.bfloat16), up, down, scales)
@@ -138,8 +138,8 @@ class TunableLinear(nn.Module):
         if self.exponent.requires_grad:
             stored = scales.stored.to(torch.int32) + self.exponent.round().to(torch.int32)
             scales = replace(scales, stored=stored.clamp(0, E8M0_MAX_BYTE).to(torch.uint8))
-        blocks = self.weight(self._inputs[0].follow()).float().unflatten(-1, (-1, self.format.block))
-        linear.set_weight(encode_blocks(blocks, scales, self.format))
+        weight = self.weight(self._inputs[0].follow())
+        linear.set_weight(encode_blocks(as_blocks(weight, self.format, "weight"), scales, self.format))
         linear.remainder = None
         return linear
 

@@ -126,7 +126,9 @@ class MxrotLinearMethod(LinearMethodBase):
             )
         loader = attributes["weight_loader"]
         codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
-        scales = torch.empty(rows, columns // self.config.checkpoint.installed.format.block, dtype=torch.uint8)
+        scales = torch.empty(
+            rows, columns // self.config.checkpoint.installed.format.block_in(columns), dtype=torch.uint8
+        )
         places = {"input_dim": 1, "output_dim": 0, "weight_loader": loader}
         layer.register_parameter("weight_packed", ModelWeightParameter(data=codes, **places))
         layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=scales, **places))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mxrot.formats import Format, ScaleRule, choose_scales, encode_blocks, fake_quantize, pack_codes, round_blocks
+from mxrot.formats import Format, ScaleRule, encode_blocks, fake_quantize, pack_codes, round_blocks
 from mxrot.formats.scale import E8M0_BIAS
 from mxrot.transforms.base import apply_matrices
 
@@ -40,7 +40,7 @@ def plain_rotate_quantize_packed(
     """Q(x T) as codes and scales of MXFP4; a block that holds NaN or Inf has the codes 0 and the scale NaN."""
     assert format.element.bits == 4
     blocks = _transformed_blocks(x, matrices, format)
-    scales = choose_scales(blocks, format, rule)
+    scales = format.uniform.choose(blocks, rule)
     is_finite = scales.values().isfinite()[..., None]
     quantized = encode_blocks(torch.where(is_finite, blocks, 0.0), scales, format)
     codes = torch.where(is_finite, quantized.codes.unflatten(-1, (-1, format.block)), 0).flatten(-2)
@@ -57,7 +57,7 @@ def plain_rotate_quantize_e5m2(
     to multiples of 2^(shift - 16); larger ones are lowered, and the block is cut off at 6 * 2^(shift + 13).
     """
     blocks = _transformed_blocks(x, matrices, format)
-    scales = choose_scales(blocks, format, rule)
+    scales = format.uniform.choose(blocks, rule)
     least, most = (bound + shift + E8M0_BIAS for bound in E5M2_EXPONENTS)
     limited = scales.stored.clamp(least, most)
     scales = replace(scales, stored=torch.where(scales.stored == 255, scales.stored, limited))
