@@ -1,4 +1,8 @@
-"""The factor of an inverse Hessian that GPTQ walks along."""
+"""The factor of an inverse Hessian that GPTQ walks along.
+
+A Hessian of 28672 channels takes 6.6 GB, so this counts its copies: beside the Hessian there is one that is factorized
+in place, and one that starts as the identity and ends as the inverse of the factor.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +12,56 @@ from torch import Tensor
 from mxrot.errors import NumericsError
 
 ATTEMPTS = 4
+COPIED_ELEMENTS = 1 << 24
+"""Of a matrix that is copied the other way round, at once: what a flip allocates."""
 
 
-def inverse_factor(hessian: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
+def inverse_factor(hessian: Tensor, damping: float, name: str, overwrites: bool = False) -> tuple[Tensor, float]:
     """Upper triangular U with U^T U = (H + damping * mean(diag H) I)^-1, float64, and the damping that was used.
 
     `hessian` [K, K] is symmetric positive semidefinite. With J the reversal of the order of the channels and
     J H J = L L^T, U is J L^-1 J: one Cholesky factorization, and no explicit inverse of H.
     If it fails the damping grows tenfold, at most three times; then NumericsError with `name`.
+
+    Takes two more matrices of that size, of which U is one; with `overwrites` one, and H holds no Hessian any more.
     """
-    if not torch.isfinite(hessian).all():
+    if not torch.stack(hessian.aminmax()).isfinite().all():  # without a matrix of their magnitudes
         raise NumericsError(f"{name}: the Hessian of its inputs holds NaN or Inf; check the calibration activations")
     matrix = hessian.double()
     mean_diagonal = matrix.diagonal().mean()
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     # All inputs zero: any positive multiple of the identity leaves GPTQ equal to rounding to nearest.
     scale = torch.where(mean_diagonal > 0, mean_diagonal, torch.ones_like(mean_diagonal))
+    work = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    lower = work.mT  # LAPACK's order of columns: nothing is copied on the way there
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
     used = damping
     for attempt in range(ATTEMPTS):
         used = damping * 10**attempt
-        lower, failed = torch.linalg.cholesky_ex((matrix + used * scale * identity).flip(0, 1))
+        _copy_reversed(matrix, lower)
+        work.add_(0.0)  # -0 becomes +0, as when a matrix is added
+        work.diagonal().add_(used * scale)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
-            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous(), used
+            inverse = _identity(matrix, overwrites)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            _copy_reversed(inverse, work)
+            return work, used
     raise NumericsError(
         f"{name}: the Hessian of its inputs cannot be factorized even with damping {used:g} of its mean diagonal; "
         "use more calibration samples, or rounding rtn"
     )
+
+
+def _identity(matrix: Tensor, overwrites: bool) -> Tensor:
+    """The identity, its columns one behind the other; in place of `matrix` if that may be overwritten."""
+    taken = matrix if overwrites and matrix.is_contiguous() else torch.empty_like(matrix)
+    return taken.zero_().fill_diagonal_(1).mT
+
+
+def _copy_reversed(source: Tensor, target: Tensor) -> None:
+    """J S J of a matrix [K, K], some rows at a time."""
+    width = len(source)
+    rows = max(1, COPIED_ELEMENTS // max(1, width))
+    for start in range(0, width, rows):
+        stop = min(start + rows, width)
+        target[start:stop] = source[width - stop : width - start].flip(0, 1)

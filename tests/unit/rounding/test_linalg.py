@@ -1,8 +1,10 @@
 import pytest
 import torch
+from tests.live_bytes import LiveBytes
 from torch import Tensor
 
 from mxrot.errors import NumericsError
+from mxrot.rounding import linalg
 from mxrot.rounding.linalg import inverse_factor
 from mxrot.transforms.base import random_orthogonal
 
@@ -76,3 +78,48 @@ def test_a_hessian_that_is_not_finite_names_the_layer(bad: float) -> None:
     hessian[1, 2] = bad
     with pytest.raises(NumericsError, match=r"^k_proj: the Hessian of its inputs holds NaN or Inf; check "):
         inverse_factor(hessian, 0.01, "k_proj")
+
+
+def textbook_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The same with a matrix for every step."""
+    identity = torch.eye(len(hessian), dtype=torch.float64)
+    for used in (damping * 10**attempt for attempt in range(4)):
+        damped = hessian + used * hessian.diagonal().mean() * identity
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous(), used
+    raise AssertionError
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 31, 32, 33, 64, 127, 200, 256, 320, 576])
+@pytest.mark.parametrize("lowest", [0.5, -0.05, -0.5])
+def test_in_place_it_is_bit_for_bit_what_it_is_step_by_step(
+    size: int, lowest: float, overwrites: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where damping has to grow, too; of a sum over tokens, which rounding leaves not quite symmetric; with -0."""
+    monkeypatch.setattr(linalg, "COPIED_ELEMENTS", 5 * size)
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(2 * size, size, dtype=torch.float64, generator=generator)
+    hessian = x.T @ (x * (1 + 1e-9 * torch.rand(2 * size, 1, dtype=torch.float64, generator=generator)))
+    if size > 1:
+        hessian[0, -1] = hessian[-1, 0] = -0.0
+        least = torch.linalg.eigvalsh(hessian)[0]
+        hessian.diagonal().add_(lowest * hessian.diagonal().mean() - least)
+    before = hessian.clone()
+    expected, damping = textbook_factor(hessian, 0.01)
+    factor, used = inverse_factor(hessian, 0.01, "q_proj", overwrites)
+    assert used == damping and factor.is_contiguous()
+    assert torch.equal(factor.view(torch.int64), expected.view(torch.int64))
+    assert overwrites or torch.equal(hessian.view(torch.int64), before.view(torch.int64))
+
+
+@pytest.mark.parametrize(("overwrites", "matrices"), [(False, 2), (True, 1)])
+def test_it_takes_no_more_matrices_than_it_says(
+    overwrites: bool, matrices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg, "COPIED_ELEMENTS", 1 << 12)
+    hessian = torch.eye(256, dtype=torch.float64)
+    with LiveBytes() as alive:
+        inverse_factor(hessian, 0.01, "q_proj", overwrites)
+    assert 1 + matrices <= alive.peak / hessian.nbytes < 1 + matrices + 0.1
