@@ -107,7 +107,7 @@ def check_original(folder: Path, name: str) -> None:
     family = find_family(config, name)
     files = WeightFiles(folder)
     check_depth(files, family, config)
-    for problem in weight_problems(build_skeleton(config, experts_apart=False), family, name, files):
+    for problem in weight_problems(build_skeleton(config), family, name, files):
         raise problem
 
 

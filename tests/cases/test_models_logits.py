@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mxrot.evaluation import divergence, perplexity
-from mxrot.models import FAMILIES, Family, find_family, logits_of
-from mxrot.models.llama import LLAMA_SITES
+from mxrot.layers import logits_of
+from mxrot.models import FAMILIES, Family, find_family
+from mxrot.models.families.llama import LLAMA_SITES
 
 SIZES = {
     "hidden_size": 64,

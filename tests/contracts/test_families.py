@@ -5,78 +5,24 @@ from collections import defaultdict
 from copy import deepcopy
 from functools import cache
 from itertools import combinations
-from typing import Any
 
 import pytest
 import torch
 import transformers
+from tests.contracts.tiny_configs import SIZES, config_of, inner_width
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, FamilyError
-from mxrot.models import (
-    FAMILIES,
-    Family,
-    Site,
-    build_skeleton,
-    check_linears,
-    find_family,
-    fused_norms,
-    needed_attention,
-    separate_experts,
-    value_heads,
-)
+from mxrot.layers import build_apart, fused_norms, separate_experts
+from mxrot.models import FAMILIES, Family, Site, check_linears, find_family, needed_attention, value_heads
 from mxrot.models.family import is_ignored
 from mxrot.surgery import fold_into_producer, shareable_scales
 from mxrot.transforms import BlockTransform
 from mxrot.transforms.base import random_orthogonal
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-    "eos_token_id": 1,
-}
-CAPPED = {"final_logit_softcapping": 0.5, "attn_logit_softcapping": 0.2}
-"""Bounds that a random model reaches."""
-TINY: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", **SIZES},
-    "mistral": {"model_type": "mistral", **SIZES},
-    "qwen2": {"model_type": "qwen2", **{key: value for key, value in SIZES.items() if key != "head_dim"}},
-    "qwen3": {"model_type": "qwen3", **SIZES},
-    "olmo2": {"model_type": "olmo2", **{key: value for key, value in SIZES.items() if key != "head_dim"}},
-    "phi3": {"model_type": "phi3", "pad_token_id": 0, **{k: v for k, v in SIZES.items() if k != "head_dim"}},
-    "granite": {"model_type": "granite", "logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.2}
-    | {"attention_multiplier": 0.1, **{key: value for key, value in SIZES.items() if key != "head_dim"}},
-    "gemma2": {"model_type": "gemma2", "query_pre_attn_scalar": 24, "sliding_window": 4, **CAPPED, **SIZES},
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "query_pre_attn_scalar": 24,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"],
-        **SIZES,
-    },
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, **SIZES},
-    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, **SIZES}
-    | {"moe_intermediate_size": 96, "intermediate_size": 160},
-}
-"""By family: its model type, and a config of two blocks with grouped queries. A new family needs a line here."""
-INNER = {"qwen3_moe": "moe_intermediate_size"}
-"""What the config calls the inputs of the MLP's last linear, where that is not intermediate_size."""
 TOKENS = torch.arange(40)[None]
 """So many that each expert gets some."""
-
-
-def config_of(family: Family, **changes: Any) -> Any:
-    settings = {**TINY[family.name], **changes}
-    return transformers.AutoConfig.for_model(
-        settings.pop("model_type"), architectures=[family.architectures[0]], **settings
-    )
 
 
 def spread_gains(model: PreTrainedModel, family: Family) -> None:
@@ -273,7 +219,7 @@ def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family)
 @each
 def test_an_odd_size_is_named_and_can_be_ignored(family: Family) -> None:
     """in_features 100 of the MLP's last linear; a block size of 64 finds the same."""
-    model = build_skeleton(config_of(family, **{INNER.get(family.name, "intermediate_size"): 100}))
+    model = build_apart(config_of(family, **{inner_width(family): 100}))
     odd = [
         linear
         for site in family.sites
@@ -296,7 +242,7 @@ def test_an_odd_size_is_named_and_can_be_ignored(family: Family) -> None:
 
 @each
 def test_a_linear_that_it_does_not_know_is_named(family: Family) -> None:
-    model = build_skeleton(config_of(family))
+    model = build_apart(config_of(family))
     block = model.get_submodule(family.block_prefix(1))
     block.add_module("adapter", nn.Linear(32, 32, device="meta"))
     with pytest.raises(
@@ -382,7 +328,7 @@ def test_fused_norms_compute_the_same(family: Family) -> None:
     with fused_norms(model):
         fused = ["forward" in vars(norm) for norm in norms]
         found = [norm(x) for norm, x in zip(norms, inputs, strict=True)]
-    is_plain = family.experts is None and not any(site.norm_adds_one for site in family.sites)
+    is_plain = family.norm_class is not None
     assert norms and fused == [is_plain] * len(norms)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

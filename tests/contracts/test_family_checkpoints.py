@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contracts.test_families import TINY_FAMILIES, config_of, each, spread_gains
+from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
+from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import recipe, write
 from torch import Tensor

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.contracts.test_families import config_of, spread_gains
+from tests.contracts.test_families import spread_gains
+from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import digests, recipe, without_run, write
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from mxrot.calibration import BlockInputs, advance, first_block_inputs, generate
 from mxrot.calibration.capture import run_block
 from mxrot.errors import FamilyError
 from mxrot.evaluation import divergence, perplexity
-from mxrot.models import FAMILIES, Family, find_family, logits_of, shared_heads
+from mxrot.layers import logits_of, shared_heads
+from mxrot.models import FAMILIES, Family, find_family
 from mxrot.quantizing import block as blockwise
 from mxrot.quantizing import run as pipeline
 

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from mxrot.bench.timing import Seconds, seconds_of
 from mxrot.calibration.generation import FixedCache
-from mxrot.layers import QuantLinear, prepare_linears
-from mxrot.models import build_skeleton, find_family, rebuild_buffers, unmasked
+from mxrot.layers import QuantLinear, build_apart, prepare_linears, unmasked
+from mxrot.models import find_family, rebuild_buffers
 from mxrot.recipe import Recipe
 from mxrot.surgery import install_empty_site, scheme_name
 from mxrot.transforms.base import BlockTransform, random_orthogonal
@@ -100,7 +100,7 @@ def llama_config(
 def random_model(config: LlamaConfig, device: torch.device) -> PreTrainedModel:
     """Of normal weights 1/sqrt(inputs) wide, bfloat16."""
     generator = torch.Generator(device).manual_seed(0)
-    model = build_skeleton(config)
+    model = build_apart(config)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             drawn = torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)

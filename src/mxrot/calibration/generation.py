@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from mxrot.cuda_graphs import Replays
-from mxrot.models import Family, find_family, shared_heads, start_token, step_mask, value_heads
+from mxrot.layers import shared_heads, step_mask
+from mxrot.models import Family, find_family, start_token, value_heads
 from mxrot.progress import Progress, part_of, silent
 
 SEQUENCE_TOKENS = 256

@@ -26,8 +26,9 @@ from mxrot.checkpoint.installed import Installed, check_marker, check_recipe, re
 from mxrot.checkpoint.verification import Records, check_files, read_records
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, MxrotError
+from mxrot.layers import build_apart
 from mxrot.marker import SAVED_BY, is_ours
-from mxrot.models import Family, build_skeleton, find_family, read_config, read_generation_config
+from mxrot.models import Family, find_family, read_config, read_generation_config
 from mxrot.models.headers import StoredTensor
 
 
@@ -100,7 +101,7 @@ def _check(folder: Path, verify: bool | None) -> Checked:
     check_layout(quantization, installed, family, blocks)
     if records is not None:
         check_recipe(records.recipe, installed, family, blocks)
-    skeleton = build_skeleton(config)
+    skeleton = build_apart(config)
     read_generation_config(skeleton, folder)
     install_linears(skeleton, family, installed, tensors)
     check_tensors(skeleton, family, tensors, bool(config.tie_word_embeddings))

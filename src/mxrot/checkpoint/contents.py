@@ -19,9 +19,9 @@ from mxrot.checkpoint.files import INDEX
 from mxrot.checkpoint.installed import Installed
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError
-from mxrot.layers import InputTransform, QuantLinear
-from mxrot.models import Family, Site, check_linears, separate_experts
-from mxrot.models.experts import EXPERTS
+from mxrot.layers import InputTransform, QuantLinear, separate_experts
+from mxrot.models import Family, Site, check_linears
+from mxrot.models.families import EXPERTS
 from mxrot.models.headers import Header, StoredTensor, read_header
 from mxrot.recipe import TRANSFORM_BLOCK
 from mxrot.surgery import install_empty_site, scheme_name

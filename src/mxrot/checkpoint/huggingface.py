@@ -38,9 +38,9 @@ from mxrot.checkpoint.installed import Installed, check_recipe, read_installed
 from mxrot.checkpoint.verification import check_files, read_records
 from mxrot.documents import read_json
 from mxrot.errors import ConfigError
-from mxrot.layers import prepare_on_gpus, sites_of
+from mxrot.layers import prepare_on_gpus, separate_experts, sites_of
 from mxrot.marker import MARKER, METHOD, ON_LOAD, SAVED_BY
-from mxrot.models import WeightFiles, check_for_transformers, find_family, needed_attention, separate_experts
+from mxrot.models import WeightFiles, check_for_transformers, find_family, needed_attention
 from mxrot.recipe import Recipe, load_recipe
 
 

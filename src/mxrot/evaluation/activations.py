@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.calibration import watched_inputs
-from mxrot.layers import QuantLinear, TensorQuantizer
-from mxrot.models import Family, separate_experts
+from mxrot.layers import QuantLinear, TensorQuantizer, separate_experts
+from mxrot.models import Family
 from mxrot.progress import Progress, silent
 
 TOKENS_SHOWN = 128

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, NumericsError
 from mxrot.evaluation.perplexity import LOGITS_AT_ONCE, Perplexity
-from mxrot.models import check_logits, logits_of
+from mxrot.layers import check_logits, logits_of
 from mxrot.progress import Progress, silent
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.calibration import ChannelMaxima, watched_inputs
-from mxrot.layers import QuantLinear
-from mxrot.models import Family, separate_experts
+from mxrot.layers import QuantLinear, separate_experts
+from mxrot.models import Family
 from mxrot.progress import Progress, silent
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import NumericsError
-from mxrot.models import check_logits, logits_of
+from mxrot.layers import check_logits, logits_of
 from mxrot.progress import Progress, silent
 
 LOGITS_AT_ONCE = 1024

@@ -1,6 +1,10 @@
-"""Modules that a quantized model is made of."""
+"""Modules that a quantized model is made of, and what models compute in another way here than in transformers."""
 
+from mxrot.layers.attention import score_heads, shared_heads, step_mask, unmasked
+from mxrot.layers.experts import build_apart, separate_experts
 from mxrot.layers.linear import QuantLinear
+from mxrot.layers.logits import check_logits, logits_of
+from mxrot.layers.norms import fused_norms
 from mxrot.layers.prepare import prepare_site
 from mxrot.layers.product import TensorQuantizer
 from mxrot.layers.site import SiteProducts
@@ -14,8 +18,17 @@ __all__ = [
     "QuantLinear",
     "SiteProducts",
     "TensorQuantizer",
+    "build_apart",
+    "check_logits",
+    "fused_norms",
+    "logits_of",
     "prepare_linears",
     "prepare_on_gpus",
     "prepare_site",
+    "score_heads",
+    "separate_experts",
+    "shared_heads",
     "sites_of",
+    "step_mask",
+    "unmasked",
 ]

@@ -16,7 +16,7 @@ from torch import nn
 from mxrot.errors import ConfigError, FamilyError
 
 if TYPE_CHECKING:
-    from mxrot.models.experts import ExpertNames
+    from mxrot.models.expert_names import ExpertNames
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,9 @@ class Family:
     """Which decoder blocks attend to the last `sliding_window` tokens only, where the config gives a number: "by kind",
     those that `layer_types` says."""
     logits: LogitKeys = LogitKeys()
+    norm_class: str | None = None
+    """transformers' class of its norms, where that computes x / rms(x) * weight, with an attribute `variance_epsilon`:
+    they can run as one operation."""
     experts: ExpertNames | None = None
     """Of a mixture of experts, whose sites `find_family` adds to `sites`, as the config has it."""
 

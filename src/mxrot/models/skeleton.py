@@ -14,20 +14,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mxrot.documents import read_json
 from mxrot.errors import FamilyError
-from mxrot.models.experts import separate_experts, shapes_apart
+from mxrot.models.expert_names import shapes_apart
+from mxrot.models.families import FAMILIES
 from mxrot.models.family import Family
 from mxrot.models.folder import no_config
-from mxrot.models.gemma import GEMMA2, GEMMA3
-from mxrot.models.llama import LLAMA
-from mxrot.models.mixtures import MIXTRAL, QWEN3_MOE
-from mxrot.models.relatives import GRANITE, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from mxrot.models.weights import WeightFiles
 from mxrot.nearest import brief, listed
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GRANITE, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
-}
 MOST_BLOCKS = 1000
 MOST_EXPERTS = 100_000
 """In all blocks together; the largest models have 20,000."""
@@ -138,19 +131,14 @@ def start_token(config: Any) -> int | None:
     return int(config.bos_token_id)
 
 
-def build_skeleton(config: Any, experts_apart: bool = True) -> PreTrainedModel:
-    """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it.
-
-    Each expert has linears of its own, unless `experts_apart` is false.
-    """
+def build_skeleton(config: Any) -> PreTrainedModel:
+    """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it."""
     attention = needed_attention(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=attention)
     except Exception as error:  # a value of the config that nothing checked before
         raise FamilyError(f"config.json: transformers cannot build this model: {_brief(error)}") from error
-    if experts_apart:
-        separate_experts(model)
     return model.eval().requires_grad_(False)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mxrot.errors import FamilyError
-from mxrot.models import WeightFiles, build_skeleton, find_family, read_config
+from mxrot.layers import build_apart
+from mxrot.models import WeightFiles, find_family, read_config
 from mxrot.planning.memory import Run
 from mxrot.planning.shape import ModelShape
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
@@ -37,7 +38,7 @@ def needed_on_disk(folder: Path, recipe: Recipe, windows: tuple[int, int]) -> fl
     try:
         config = read_config(folder)
         family = find_family(config, str(folder))
-        shape = ModelShape.of(build_skeleton(config), family, recipe.ignore)
+        shape = ModelShape.of(build_apart(config), family, recipe.ignore)
         stored = WeightFiles(folder).dtype_of_most()
     except (FamilyError, AttributeError):  # what is wrong with it is said where it is quantized
         return 0.0

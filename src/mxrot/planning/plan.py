@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from mxrot.checkpoint import check_exportable
 from mxrot.environment import device_name, versions
 from mxrot.errors import ConfigError, FamilyError, MxrotError
-from mxrot.layers import ModelSize
-from mxrot.models import Family, WeightFiles, build_skeleton, check_depth, find_family, read_config
+from mxrot.layers import ModelSize, build_apart
+from mxrot.models import Family, WeightFiles, check_depth, find_family, read_config
 from mxrot.models.folder import has_no_weights
 from mxrot.planning.disk import estimate_disk
 from mxrot.planning.memory import MemoryEstimate, Run, estimate_host_memory, estimate_memory, gigabytes
@@ -142,7 +142,7 @@ def make_plan(
         if files is not None:
             check_depth(files, family, config)
         started = time.perf_counter()
-        skeleton = build_skeleton(config)
+        skeleton = build_apart(config)
         building = time.perf_counter() - started
         stored, warnings = _stored_dtype(config, files)
     except FamilyError as error:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mxrot.layers import ModelSize
-from mxrot.models import Family, Site, score_heads, value_heads
+from mxrot.layers import ModelSize, score_heads
+from mxrot.models import Family, Site, value_heads
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 
 

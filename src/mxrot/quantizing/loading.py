@@ -59,7 +59,7 @@ def load_original(
     FamilyError unless the files hold the tensors of the config, all of them and no others.
     """
     check_depth(files, family, config)
-    model = build_skeleton(config, experts_apart=False)
+    model = build_skeleton(config)
     for problem in tensor_problems(files, model, family):
         raise problem
     load_outer(model, family, files, dtype, device)

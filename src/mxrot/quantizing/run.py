@@ -26,17 +26,8 @@ from mxrot.errors import ConfigError
 from mxrot.failures import named_failures
 from mxrot.heap import give_back
 from mxrot.kernels.choices import kernel_choices
-from mxrot.layers import prepare_linears
-from mxrot.models import (
-    WeightFiles,
-    build_skeleton,
-    check_depth,
-    find_family,
-    other_types,
-    read_config,
-    read_generation_config,
-    score_heads,
-)
+from mxrot.layers import build_apart, prepare_linears, score_heads
+from mxrot.models import WeightFiles, check_depth, find_family, other_types, read_config, read_generation_config
 from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer, outer_tensors
@@ -113,7 +104,7 @@ def quantize(
     family = find_family(config, str(folder))
     files = WeightFiles(folder)
     check_depth(files, family, config)
-    model = build_skeleton(config)
+    model = build_apart(config)
     for problem in find_problems(model, family, recipe, str(folder), files):
         raise problem
     if windows is None and not recipe.is_data_free:

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from mxrot import api, quantizing
 from mxrot.evaluation import score_tasks
-from mxrot.layers import ModelSize, QuantLinear
-from mxrot.models import WeightFiles, build_skeleton, check_depth, find_family, find_model, read_config
+from mxrot.layers import ModelSize, QuantLinear, build_apart
+from mxrot.models import WeightFiles, check_depth, find_family, find_model, read_config
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.problems import find_problems
 from mxrot.recipe import Recipe
@@ -52,7 +52,7 @@ def compare_recipes(
     family = find_family(config, model)
     files = WeightFiles(folder)
     check_depth(files, family, config)
-    skeleton = build_skeleton(config)
+    skeleton = build_apart(config)
     for recipe in recipes:
         for problem in find_problems(skeleton, family, recipe, model, files):
             raise problem

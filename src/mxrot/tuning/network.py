@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from mxrot.calibration import block_arguments, first_hidden
 from mxrot.cuda_graphs import Replays
-from mxrot.models import Family, check_logits, fused_norms, logits_of, score_heads, shared_heads
+from mxrot.layers import check_logits, fused_norms, logits_of, score_heads, shared_heads
+from mxrot.models import Family
 from mxrot.progress import Progress, silent
 from mxrot.tuning.loop import Check, Problem, Tuning, TuningCheckpoint, deterministic, split_windows, tune
 from mxrot.tuning.straight_through import Divergence

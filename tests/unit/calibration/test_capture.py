@@ -20,7 +20,7 @@ from mxrot.calibration import (
 from mxrot.calibration.capture import run_block
 from mxrot.calibration.hooks import watched_inputs
 from mxrot.errors import NumericsError
-from mxrot.models.llama import LLAMA
+from mxrot.models.families.llama import FAMILY as LLAMA
 
 LINEARS = [site.linears[0] for site in LLAMA.sites]
 WINDOWS = torch.randint(0, VOCABULARY, (5, 6), generator=torch.Generator().manual_seed(0))

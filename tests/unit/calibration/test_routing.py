@@ -5,7 +5,8 @@ from tests.tiny_model import random_windows, tiny_mixture
 from torch import Tensor
 
 from mxrot.calibration import BlockInputs, Routing, first_block_inputs
-from mxrot.models import FAMILIES, separate_experts
+from mxrot.layers import separate_experts
+from mxrot.models import FAMILIES
 
 WINDOWS = random_windows(4, 16)
 

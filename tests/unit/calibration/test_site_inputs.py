@@ -16,7 +16,8 @@ from mxrot.calibration.site_inputs import OriginalBlock, SiteInputs
 from mxrot.formats import get_format
 from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
-from mxrot.models.llama import LLAMA, LLAMA_SITES
+from mxrot.models.families.llama import FAMILY as LLAMA
+from mxrot.models.families.llama import LLAMA_SITES
 from mxrot.rounding import Requirements
 from mxrot.transforms.base import BlockTransform, random_orthogonal
 

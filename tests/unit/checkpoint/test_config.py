@@ -18,9 +18,9 @@ from mxrot import autoload
 from mxrot.checkpoint import check_exportable, load
 from mxrot.checkpoint.config import quantization_config
 from mxrot.errors import ConfigError
-from mxrot.layers import QuantLinear
-from mxrot.models import build_skeleton, read_config
-from mxrot.models.llama import LLAMA
+from mxrot.layers import QuantLinear, build_apart
+from mxrot.models import read_config
+from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.recipe import builtin_recipes
 from mxrot.surgery import scheme_name
 
@@ -74,7 +74,7 @@ def test_its_config_classes_read_ours(source: Path, tmp_path: Path, name: str) -
 def test_targets_match_the_linears_of_a_site_and_nothing_else(tmp_path: Path, ignore: list[str]) -> None:
     """Twelve blocks: what is meant for layer 1 must leave layers 10 and 11 alone."""
     config = read_config(write_tiny_model(tmp_path / "source", num_hidden_layers=12))
-    model = build_skeleton(config)
+    model = build_apart(config)
     chosen = recipe("hadamard", ignore=ignore)
     table = quantization_config(chosen, LLAMA, 12, [])
     schemes = TransformConfig.model_validate(table["transform_config"]).config_groups

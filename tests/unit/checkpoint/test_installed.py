@@ -12,7 +12,7 @@ from mxrot.checkpoint import load, read_run
 from mxrot.checkpoint.config import check_layout, quantization_config
 from mxrot.checkpoint.installed import Installed, check_recipe, read_installed
 from mxrot.errors import CheckpointError
-from mxrot.models.llama import LLAMA
+from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.recipe import builtin_recipes
 
 

@@ -3,9 +3,10 @@ from tests.tiny_model import tiny_config
 from torch import nn
 
 from mxrot.errors import ConfigError, FamilyError
-from mxrot.models import build_skeleton, check_linears, value_heads
+from mxrot.layers import build_apart
+from mxrot.models import check_linears, value_heads
+from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.models.family import is_ignored
-from mxrot.models.llama import LLAMA
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_active_sites_lose_ignored_linears_and_empty_sites() -> None:
 
 
 def test_an_odd_size_is_named_and_can_be_ignored() -> None:
-    model = build_skeleton(tiny_config(intermediate_size=100))
+    model = build_apart(tiny_config(intermediate_size=100))
     with pytest.raises(ConfigError) as raised:
         check_linears(model, LLAMA, 32, ())
     assert str(raised.value) == (
@@ -54,7 +55,7 @@ def test_an_odd_size_is_named_and_can_be_ignored() -> None:
 
 
 def test_a_linear_that_the_family_does_not_know() -> None:
-    model = build_skeleton(tiny_config())
+    model = build_apart(tiny_config())
     model.get_submodule("model.layers.1.mlp").add_module("extra_proj", nn.Linear(64, 64, device="meta"))
     with pytest.raises(
         FamilyError, match=r"model.layers.1.mlp.extra_proj: family llama knows no such linear .*`ignore`"

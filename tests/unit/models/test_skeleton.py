@@ -18,8 +18,8 @@ from mxrot.models import (
     rebuild_buffers,
     start_token,
 )
-from mxrot.models.gemma import GEMMA3
-from mxrot.models.llama import LLAMA
+from mxrot.models.families.gemma3 import FAMILY as GEMMA3
+from mxrot.models.families.llama import FAMILY as LLAMA
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from tests.tiny_model import write_tiny_mixture, write_tiny_model
 from torch import Tensor
 
 from mxrot.errors import FamilyError
+from mxrot.layers import build_apart
 from mxrot.models import (
     WeightFiles,
     build_skeleton,
@@ -24,7 +25,7 @@ from mxrot.models import (
 def problems(folder: Path, experts_apart: bool = True) -> list[str]:
     config = read_config(folder)
     family = find_family(config, "here")
-    model = build_skeleton(config, experts_apart)
+    model = (build_apart if experts_apart else build_skeleton)(config)
     return [str(problem) for problem in tensor_problems(WeightFiles(folder), model, family)]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from mxrot.models import build_skeleton, find_family
+from mxrot.layers import build_apart
+from mxrot.models import find_family
 from mxrot.planning import ModelShape, Run
 from mxrot.recipe import Recipe
 
@@ -48,5 +49,5 @@ def run_of(
     keeps_model: bool = False,
 ) -> Run:
     """A run of `chosen` on a model of this config."""
-    shape = ModelShape.of(build_skeleton(config), find_family(config, "here"), chosen.ignore)
+    shape = ModelShape.of(build_apart(config), find_family(config, "here"), chosen.ignore)
     return Run(shape, chosen, device, stored, windows, seq_len, keeps_model)

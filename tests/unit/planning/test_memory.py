@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contracts.test_families import config_of
+from tests.contracts.tiny_configs import config_of
 from tests.live_bytes import LiveBytes
 from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import recipe

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import mxrot
 from mxrot.errors import ConfigError
-from mxrot.layers import QuantLinear, prepare_linears
-from mxrot.models import WeightFiles, find_family, read_config, separate_experts
+from mxrot.layers import QuantLinear, prepare_linears, separate_experts
+from mxrot.models import WeightFiles, find_family, read_config
 from mxrot.quantizing import run as pipeline
 from mxrot.recipe import Recipe
 from mxrot.rounding.gptq import GPTQ

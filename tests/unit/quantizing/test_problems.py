@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contracts.test_families import config_of
+from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import tiny_config, write_tiny_model
 from tests.unit.checkpoint.folders import recipe
 
 from mxrot.errors import ConfigError, FamilyError
-from mxrot.models import FAMILIES, build_skeleton
+from mxrot.layers import build_apart
+from mxrot.models import FAMILIES
 from mxrot.quantizing.problems import find_problems, memory_problem
 from mxrot.quantizing.run import quantize
 
@@ -20,7 +21,7 @@ def test_every_problem_is_found_and_quantize_raises_the_first(tmp_path: Path) ->
     odd = {"hidden_size": 80, "head_dim": 20, "num_hidden_layers": 2}
     chosen = recipe("duquant++", smoothing__skip=["mlp", "attention"])
     family = FAMILIES["llama"]
-    problems = list(find_problems(build_skeleton(tiny_config(**odd)), family, chosen, "here"))
+    problems = list(find_problems(build_apart(tiny_config(**odd)), family, chosen, "here"))
     texts = [str(problem) for problem in problems]
     assert ["'mlp'" in texts[0], "'attention'" in texts[1]] == [True, True]
     assert [text.split(":")[0] for text in texts[2:]] == [
@@ -39,20 +40,20 @@ def test_every_problem_is_found_and_quantize_raises_the_first(tmp_path: Path) ->
 
 def test_a_site_without_a_place_for_smoothing_is_named_once() -> None:
     family = FAMILIES["phi3"]
-    found = list(find_problems(build_skeleton(config_of(family)), family, recipe("smoothquant"), "here"))
+    found = list(find_problems(build_apart(config_of(family)), family, recipe("smoothquant"), "here"))
     assert [problem.args[0].split("'")[1] for problem in found] == ["o", "down"]
-    assert not list(find_problems(build_skeleton(config_of(family)), family, recipe("mxrot"), "here"))
+    assert not list(find_problems(build_apart(config_of(family)), family, recipe("mxrot"), "here"))
 
 
 def test_what_is_quantized_already() -> None:
-    model = build_skeleton(tiny_config())
+    model = build_apart(tiny_config())
     model.config.quantization_config = {"quant_method": "compressed-tensors"}
     (problem,) = find_problems(model, FAMILIES["llama"], recipe("rtn"), "here")
     assert isinstance(problem, FamilyError) and str(problem).startswith("here: is quantized already")
 
 
 def test_memory_is_a_problem_only_where_the_whole_original_runs() -> None:
-    model, cuda = build_skeleton(tiny_config()), torch.device("cuda")
+    model, cuda = build_apart(tiny_config()), torch.device("cuda")
     needed = sum(parameter.numel() for parameter in model.parameters()) * 2
     for chosen, free, is_problem in (
         (recipe("mxrot"), needed, True),

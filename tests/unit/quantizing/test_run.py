@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.contracts.test_families import config_of
+from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import WINDOWS, logits, recipe, windows_for, write
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mxrot.calibration import BlockInputs, Hessian, first_block
 from mxrot.errors import ConfigError, FamilyError, MxrotError, NumericsError
-from mxrot.layers import QuantLinear
-from mxrot.models import FAMILIES, Site, WeightFiles, build_skeleton
-from mxrot.models.llama import LLAMA
+from mxrot.layers import QuantLinear, build_apart
+from mxrot.models import FAMILIES, Site, WeightFiles
+from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.quantizing import run as pipeline
 from mxrot.quantizing.record import BlockReport
 from mxrot.quantizing.run import quantize
@@ -109,7 +109,7 @@ def test_scores_that_attention_writes_out_bound_a_batch(monkeypatch: pytest.Monk
     """Four heads: 192 scores a token of a window of 48, and 96 channels in the widest linear."""
     monkeypatch.setattr(pipeline, "BATCH_ELEMENTS", 48 * 192 * 3)
     for name, windows in (("gemma2", 3), ("gemma3", 6)):
-        model = build_skeleton(config_of(FAMILIES[name]))
+        model = build_apart(config_of(FAMILIES[name]))
         assert pipeline._windows_at_once(model, torch.device("cpu"), 48) == windows
 
 
@@ -331,9 +331,9 @@ def test_a_seed_decides_about_what_is_drawn(source: Path) -> None:
 def test_one_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str], chosen: Recipe) -> None:
     source = write_tiny_model(tmp_path / "source", num_hidden_layers=3)
     store = Memory()
-    original = pipeline.build_skeleton
+    original = pipeline.build_apart
     monkeypatch.setattr(
-        pipeline, "build_skeleton", lambda config: (store.model.append(original(config)), store.model[0])[1]
+        pipeline, "build_apart", lambda config: (store.model.append(original(config)), store.model[0])[1]
     )
 
     def progress(done: float, total: int, what: str) -> None:
@@ -358,10 +358,10 @@ def test_a_block_that_the_store_holds_is_not_read_again(
     def run(store: Memory) -> None:
         quantize(source, chosen, windows=windows_for(chosen), store=store)
 
-    original = pipeline.build_skeleton
+    original = pipeline.build_apart
     first = Memory()
     monkeypatch.setattr(
-        pipeline, "build_skeleton", lambda config: (first.model.append(original(config)), first.model[-1])[1]
+        pipeline, "build_apart", lambda config: (first.model.append(original(config)), first.model[-1])[1]
     )
     run(first)
     again = Memory(model=first.model, blocks={0: first.blocks[0]})

@@ -16,7 +16,7 @@ import mxrot
 from mxrot.api import diverge
 from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView
-from mxrot.models.llama import LLAMA
+from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.report import Contents
 from mxrot.report.measuring import Request, gather, read_records, sites_that_match, sites_that_stick_out
 

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from mxrot.formats import QTensor, get_format, quantize
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
 from mxrot.models import Site
-from mxrot.models.llama import LLAMA
+from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.surgery import install_empty_site, install_site, scheme_name, stored_tensors
 from mxrot.transforms import BlockTransform
 from mxrot.transforms.base import random_orthogonal

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mxrot.errors import ConfigError
 from mxrot.models import Site, value_heads
-from mxrot.models.llama import LLAMA
+from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.surgery import fold_into_producer, shareable_scales
 
 SITES = {site.name: site for site in LLAMA.sites}

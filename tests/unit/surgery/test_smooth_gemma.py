@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.contracts.test_families import config_of, spread_gains
+from tests.contracts.test_families import spread_gains
+from tests.contracts.tiny_configs import config_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

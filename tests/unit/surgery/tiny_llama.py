@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mxrot.models.llama import LLAMA
+from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.surgery import Weights
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 64, 96, 50

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mxrot.formats import FORMATS
 from mxrot.layers import QuantLinear
-from mxrot.models.llama import LLAMA, LLAMA_SITES
+from mxrot.models.families.llama import FAMILY as LLAMA
+from mxrot.models.families.llama import LLAMA_SITES
 from mxrot.quantizing.run import quantize
 from mxrot.surgery import stored_tensors
 from mxrot.tuning.loop import Tuning

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from mxrot.errors import FamilyError
-from mxrot.models import FAMILIES, LogitKeys, check_logits, logits_of
+from mxrot.layers import check_logits, logits_of
+from mxrot.models import FAMILIES, LogitKeys
 
 HIDDEN = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
 

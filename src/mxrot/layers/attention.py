@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from mxrot.models.family import Family
+from mxrot.models import Family
 
 NAME = "mxrot_shared_heads"
 UNMASKED = "mxrot_unmasked"

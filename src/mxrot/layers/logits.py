@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import FamilyError
-from mxrot.models.family import LogitKeys
-from mxrot.models.skeleton import FAMILIES
+from mxrot.models import FAMILIES, LogitKeys
 
 _TOKENS = 2
 _TOLERANCE = 2.0**-5

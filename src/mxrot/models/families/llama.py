@@ -15,4 +15,6 @@ LLAMA_SITES = (
     Site("down", ("mlp.down_proj",), producer="mlp.up_proj", residual="post_attention_layernorm"),
 )
 
-LLAMA = Family("llama", ("LlamaForCausalLM",), LLAMA_SITES)
+ATTENTION_SITES = tuple(site for site in LLAMA_SITES if site.name in ("qkv", "o"))
+
+FAMILY = Family("llama", ("LlamaForCausalLM",), LLAMA_SITES, norm_class="LlamaRMSNorm")

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-PLAIN_NORMS = frozenset(f"{name}RMSNorm" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Olmo2", "Granite"))
-"""Classes that compute x / rms(x) * weight, with an attribute `variance_epsilon`."""
+from mxrot.models import FAMILIES
+
+PLAIN_NORMS = frozenset(family.norm_class for family in FAMILIES.values() if family.norm_class is not None)
 
 
 @contextmanager

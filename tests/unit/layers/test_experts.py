@@ -14,17 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mxrot.errors import FamilyError
-from mxrot.models import (
-    FAMILIES,
-    WeightFiles,
-    build_skeleton,
-    check_linears,
-    find_family,
-    read_block,
-    read_config,
-    separate_experts,
-)
-from mxrot.models.experts import EXPERTS, Experts
+from mxrot.layers import build_apart, separate_experts
+from mxrot.layers.experts import Experts
+from mxrot.models import FAMILIES, WeightFiles, check_linears, find_family, read_block, read_config
+from mxrot.models.families import EXPERTS
 from mxrot.quantizing.loading import load_original
 
 each = pytest.mark.parametrize("kind", EXPERT_MODELS)
@@ -71,7 +64,7 @@ def test_both_layouts_on_disk_give_the_same_tensors(tmp_path: Path, kind: str) -
     assert "model.layers.0.mlp.experts.gate_up_proj" in stored and not [name for name in stored if ".experts.0" in name]
     assert one.keys() == fused.keys() and all(torch.equal(one[name], fused[name]) for name in one)
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in fused.values())
-    skeleton = build_skeleton(read_config(tmp_path / "one"))
+    skeleton = build_apart(read_config(tmp_path / "one"))
     assert one.keys() == skeleton.get_submodule("model.layers.0").state_dict().keys()
 
 
@@ -100,7 +93,7 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ignore", [(), ("mlp.*", "*.mlp.*")], ids=["all", "ignored"])
 def test_dense_blocks_among_sparse_ones_are_refused(changes: dict[str, Any], ignore: tuple[str, ...]) -> None:
     config = tiny_mixture("qwen3_moe", **changes).config
-    model, family = build_skeleton(config), find_family(config, "here")
+    model, family = build_apart(config), find_family(config, "here")
     with pytest.raises(FamilyError, match=r"^model\.layers\.[01]: has no mlp\.experts\.0\.\w+, which all blocks of "):
         check_linears(model, family, 32, ignore)
 

@@ -1,8 +1,7 @@
-"""Mixtures of experts: linears of each expert in the place of transformers' tensors that hold all experts.
+"""How the experts of a mixture are called, together as transformers has them and apart as checkpoints do.
 
 transformers computes the experts of a block with two tensors, [E, 2I, H] and [E, H, I]; checkpoints hold three linears
-an expert. Here an expert is a module with these three, so that each is quantized like any other linear. The router is
-left as it is.
+an expert.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxrot.errors import FamilyError
 from mxrot.models.family import Family, Site
 
-_FUSED = ("gate_up_proj", "down_proj")
+FUSED = ("gate_up_proj", "down_proj")
+"""What transformers calls its two tensors."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ExpertNames:
         for stored, tensor in tensors.items():
             name = self._renamed(stored)
             place, _, last = name.rpartition(".")
-            if place == self.place and last in _FUSED and tensor.dim() == 3:
+            if place == self.place and last in FUSED and tensor.dim() == 3:
                 found |= {f"{place}.{key}.weight": part for key, part in self.split(last, tensor).items()}
             else:
                 found[name] = tensor
@@ -77,7 +77,7 @@ class ExpertNames:
         """Of the tensors that `apart` makes of one that is stored, the shapes by name."""
         name = self._renamed(stored)
         place, _, last = name.rpartition(".")
-        if place != self.place or last not in _FUSED or len(shape) != 3:
+        if place != self.place or last not in FUSED or len(shape) != 3:
             return {name: shape}
         count, rows, width = shape
         gate, up, down = self.linears
@@ -110,43 +110,6 @@ class ExpertNames:
         return {f"{number}.{(gate, up)[part]}": half.clone() for number, part, half in halves}
 
 
-class Expert(nn.Module):
-    """down(act(gate(x)) * up(x)), with the linears under the names that checkpoints give them."""
-
-    def __init__(self, linears: dict[str, nn.Linear], activation: nn.Module) -> None:
-        super().__init__()
-        self.names = tuple(linears)
-        for name, linear in linears.items():
-            self.add_module(name, linear)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] to [..., H]."""
-        gate, up, down = (self.get_submodule(name) for name in self.names)
-        output: Tensor = down(self.activation(gate(x)) * up(x))
-        return output
-
-
-class Experts(nn.ModuleList):
-    """The experts of a block; each computes the tokens that the router sends it."""
-
-    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """[tokens, H] to [tokens, H]: the sum over a token's experts, times their shares.
-
-        `chosen` and `shares` [tokens, experts a token] come from the router. Sums run in the type of `x`, in the order
-        of the experts.
-        """
-        result = torch.zeros_like(x)
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self)).tolist()  # one wait for the device
-        for expert, places in zip(self, order.split(counts), strict=True):
-            if len(places):
-                tokens = places // chosen.shape[1]
-                output = expert(x[tokens]) * shares.flatten()[places, None]
-                result.index_add_(0, tokens, output.to(result.dtype))
-        return result
-
-
 def shapes_apart(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's tensors by name, with one for each linear of each expert."""
     if family.experts is None:
@@ -160,34 +123,3 @@ def shapes_apart(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[
         else:
             found |= {match[1] + key: value for key, value in family.experts.shapes_apart(match[2], shape).items()}
     return found
-
-
-def separate_experts(model: nn.Module) -> None:
-    """Replace transformers' modules of all experts of a block by `Experts`, with the same weights."""
-    fused = [(name, module) for name, module in model.named_modules() if type(module).__name__ in EXPERTS]
-    for name, module in fused:
-        model.set_submodule(name, _separated(module, EXPERTS[type(module).__name__]))
-
-
-def _separated(module: nn.Module, names: ExpertNames) -> Experts:
-    linears: dict[str, nn.Linear] = {}
-    for fused in _FUSED:
-        whole = module.get_parameter(fused)
-        for name, weight in names.split(fused, whole.detach()).items():
-            linears[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linears[name].weight = nn.Parameter(weight, requires_grad=whole.requires_grad)
-        delattr(module, fused)  # its memory
-    activation = module.act_fn
-    assert isinstance(activation, nn.Module)
-    experts = (
-        Expert({name: linears[f"{number}.{name}"] for name in names.linears}, activation)
-        for number in range(len(linears) // 3)
-    )
-    return Experts(experts).train(module.training)
-
-
-MIXTRAL_EXPERTS = ExpertNames(
-    "MixtralExperts", "num_local_experts", ("w1", "w3", "w2"), renamed=(("block_sparse_moe.", "mlp."),)
-)
-QWEN3_EXPERTS = ExpertNames("Qwen3MoeExperts", "num_experts", ("gate_proj", "up_proj", "down_proj"))
-EXPERTS = {names.fused: names for names in (MIXTRAL_EXPERTS, QWEN3_EXPERTS)}

@@ -6,7 +6,7 @@ from tests.tiny_model import random_windows, write_tiny_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
-from mxrot.models import attention, fused_norms, shared_heads, unmasked
+from mxrot.layers import attention, fused_norms, shared_heads, unmasked
 
 
 @pytest.fixture(scope="module")

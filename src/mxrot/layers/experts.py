@@ -1,0 +1,85 @@
+"""Mixtures of experts: linears of each expert in the place of transformers' tensors that hold all experts.
+
+transformers computes the experts of a block with two tensors (`models/expert_names.py`). Here an expert is a module
+with three linears, so that each is quantized like any other linear. The router is left as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxrot.models.expert_names import FUSED, ExpertNames
+from mxrot.models.families import EXPERTS
+from mxrot.models.skeleton import build_skeleton
+
+
+class Expert(nn.Module):
+    """down(act(gate(x)) * up(x)), with the linears under the names that checkpoints give them."""
+
+    def __init__(self, linears: dict[str, nn.Linear], activation: nn.Module) -> None:
+        super().__init__()
+        self.names = tuple(linears)
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] to [..., H]."""
+        gate, up, down = (self.get_submodule(name) for name in self.names)
+        output: Tensor = down(self.activation(gate(x)) * up(x))
+        return output
+
+
+class Experts(nn.ModuleList):
+    """The experts of a block; each computes the tokens that the router sends it."""
+
+    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """[tokens, H] to [tokens, H]: the sum over a token's experts, times their shares.
+
+        `chosen` and `shares` [tokens, experts a token] come from the router. Sums run in the type of `x`, in the order
+        of the experts.
+        """
+        result = torch.zeros_like(x)
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=len(self)).tolist()  # one wait for the device
+        for expert, places in zip(self, order.split(counts), strict=True):
+            if len(places):
+                tokens = places // chosen.shape[1]
+                output = expert(x[tokens]) * shares.flatten()[places, None]
+                result.index_add_(0, tokens, output.to(result.dtype))
+        return result
+
+
+def separate_experts(model: nn.Module) -> None:
+    """Replace transformers' modules of all experts of a block by `Experts`, with the same weights."""
+    fused = [(name, module) for name, module in model.named_modules() if type(module).__name__ in EXPERTS]
+    for name, module in fused:
+        model.set_submodule(name, _separated(module, EXPERTS[type(module).__name__]))
+
+
+def _separated(module: nn.Module, names: ExpertNames) -> Experts:
+    linears: dict[str, nn.Linear] = {}
+    for fused in FUSED:
+        whole = module.get_parameter(fused)
+        for name, weight in names.split(fused, whole.detach()).items():
+            linears[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linears[name].weight = nn.Parameter(weight, requires_grad=whole.requires_grad)
+        delattr(module, fused)  # its memory
+    activation = module.act_fn
+    assert isinstance(activation, nn.Module)
+    experts = (
+        Expert({name: linears[f"{number}.{name}"] for name in names.linears}, activation)
+        for number in range(len(linears) // 3)
+    )
+    return Experts(experts).train(module.training)
+
+
+def build_apart(config: Any) -> PreTrainedModel:
+    """As `build_skeleton`, with linears of its own for each expert: what is quantized."""
+    model = build_skeleton(config)
+    separate_experts(model)
+    return model

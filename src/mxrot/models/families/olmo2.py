@@ -1,0 +1,14 @@
+"""OLMo 2: norms stand behind attention and MLP. Sites read the residual stream itself, and nothing is added to it
+directly."""
+
+from dataclasses import replace
+
+from mxrot.models.families.llama import LLAMA_SITES
+from mxrot.models.family import Family
+
+FAMILY = Family(
+    "olmo2",
+    ("Olmo2ForCausalLM",),
+    tuple(replace(site, norm=None, residual=None) for site in LLAMA_SITES),
+    norm_class="Olmo2RMSNorm",
+)

@@ -1,0 +1,62 @@
+"""A tiny config of each model family, from what transformers' class of its configs has. No family is named here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from mxrot.models import Family
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+    "eos_token_id": 1,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
+THAT_COUNT = {
+    "logits_scaling": 8.0,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.2,
+    "attention_multiplier": 0.1,
+    "final_logit_softcapping": 0.5,
+    "attn_logit_softcapping": 0.2,
+    "query_pre_attn_scalar": 24,
+}
+"""Factors, and bounds that a random model reaches, for configs in which they have a value."""
+
+
+def settings_of(family: Family) -> dict[str, Any]:
+    """A config of two blocks with grouped queries, as `AutoConfig.for_model` takes it."""
+    kind = getattr(transformers, family.architectures[0]).config_class
+    default: Any = kind()
+    found = SIZES | {key: value for key, value in THAT_COUNT.items() if getattr(default, key, None) is not None}
+    if family.experts is not None:
+        found |= {family.experts.count: 4} | EXPERTS
+        if hasattr(default, "moe_intermediate_size"):
+            found["intermediate_size"] = 160  # of blocks without experts, which there are none of
+    if (getattr(default, "pad_token_id", None) or 0) >= SIZES["vocab_size"]:
+        found["pad_token_id"] = 0
+    found = {key: value for key, value in found.items() if hasattr(default, key)}
+    if "sliding_attention" in (getattr(kind(**found), "layer_types", None) or ()):
+        found |= {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return {"model_type": kind.model_type, **found}
+
+
+def config_of(family: Family, **changes: Any) -> Any:
+    """The same as a config, with some values replaced."""
+    settings = settings_of(family) | changes
+    return transformers.AutoConfig.for_model(
+        settings.pop("model_type"), architectures=[family.architectures[0]], **settings
+    )
+
+
+def inner_width(family: Family) -> str:
+    """What the config calls the inputs of the MLP's last linear."""
+    return "moe_intermediate_size" if "moe_intermediate_size" in settings_of(family) else "intermediate_size"
