@@ -13,17 +13,29 @@ from mxrot.calibration.first_block import block_arguments, first_block_inputs, f
 from mxrot.calibration.generation import generated_windows
 from mxrot.calibration.hooks import watched_inputs
 from mxrot.calibration.routing import Routing
-from mxrot.calibration.statistics import COLLECTORS, ChannelMaxima, Collector, Hessian, LargestMagnitude, RowSample
+from mxrot.calibration.statistics import (
+    COLLECTORS,
+    ChannelMaxima,
+    Collector,
+    CrossMoment,
+    Hessian,
+    LargestMagnitude,
+    RowSample,
+)
+from mxrot.calibration.world import ONE, World
 
 __all__ = [
     "COLLECTORS",
+    "ONE",
     "BlockInputs",
     "ChannelMaxima",
     "Collector",
+    "CrossMoment",
     "Hessian",
     "LargestMagnitude",
     "Routing",
     "RowSample",
+    "World",
     "advance",
     "block_arguments",
     "finish_child",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxrot.calibration.world import ONE, World
+
 CPU = torch.device("cpu")
 MOST_REMEMBERED = {"cpu": 1 << 28, "cuda": 1 << 31}
 """Bytes of a norm's outputs, and of a site's inputs, that are kept for a later pass; the rest is computed anew."""
@@ -64,11 +66,18 @@ class BlockInputs:
     """Where the block computes."""
     is_on_host: bool = False
     """Do hidden states and submodules' outputs lie in host memory between passes?"""
+    world: World = ONE
+    """The processes that the calibration windows are spread over; the hidden states are those of this one."""
 
     def another(self) -> BlockInputs:
         """The same for a block of another model, before anything has run."""
         return BlockInputs(
-            list(self.hidden), self.arguments, self.block, device=self.device, is_on_host=self.is_on_host
+            list(self.hidden),
+            self.arguments,
+            self.block,
+            device=self.device,
+            is_on_host=self.is_on_host,
+            world=self.world,
         )
 
     @property
@@ -98,7 +107,16 @@ class BlockInputs:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all windows together."""
+        """Tokens of all windows together, of all processes, which ask together."""
+        return self.world.count(self._own_tokens)
+
+    @property
+    def tokens_before(self) -> int:
+        """Those of processes of lower rank."""
+        return self.world.before(self._own_tokens)
+
+    @property
+    def _own_tokens(self) -> int:
         return sum(batch.shape[0] * batch.shape[1] for batch in self.hidden)
 
 

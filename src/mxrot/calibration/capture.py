@@ -197,7 +197,7 @@ def finish_child(block: nn.Module, inputs: BlockInputs) -> None:
 def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
     """Replace the hidden states by the block's outputs: what the next block takes.
 
-    NumericsError with `name` if one is NaN or Inf.
+    NumericsError with `name` if one is NaN or Inf, in whatever process.
     """
     largest = LargestMagnitude()
     for position, output in enumerate(run_block(block, inputs)):
@@ -207,5 +207,5 @@ def advance(block: nn.Module, inputs: BlockInputs, name: str) -> None:
             outputs.pop(position, None)
     inputs.known = {}
     inputs.block += 1
-    if not torch.isfinite(largest.result()):
+    if not torch.isfinite(largest.result(inputs.world)):
         raise NumericsError(f"{name}: its output holds NaN or Inf on the calibration text")

@@ -12,14 +12,20 @@ from transformers import PreTrainedModel
 
 from mxrot.calibration.block_inputs import MOST_ON_DEVICE, BlockInputs
 from mxrot.calibration.hooks import StopForwardError, running, watched_inputs
+from mxrot.calibration.world import ONE, World
 from mxrot.models import Family
 
 
 @torch.no_grad()
-def first_block_inputs(model: PreTrainedModel, family: Family, windows: Tensor, batch_windows: int) -> BlockInputs:
-    """Inputs of the first decoder block for token windows [W, T]; only the embedding has to hold weights."""
+def first_block_inputs(
+    model: PreTrainedModel, family: Family, windows: Tensor, batch_windows: int, world: World = ONE
+) -> BlockInputs:
+    """Inputs of the first decoder block for token windows [W, T] of this process of `world`.
+
+    Only the embedding has to hold weights.
+    """
     device = _device_of(model, family)
-    inputs = BlockInputs([], block_arguments(model, family, windows[:1]), device=device)
+    inputs = BlockInputs([], block_arguments(model, family, windows[:1]), device=device, world=world)
     for batch in windows.split(batch_windows):
         hidden = first_hidden(model, family, batch)
         in_all = windows.numel() * hidden.shape[-1] * hidden.element_size()

@@ -39,20 +39,23 @@ class Routing:
         return found
 
     def count(self, expert: int) -> int:
-        """Tokens that are sent to an expert."""
-        return self._counts.get(expert, 0)
+        """Tokens that are sent to an expert, of all processes."""
+        return self._counts[expert] if expert < len(self._counts) else 0
 
     @cached_property
-    def _counts(self) -> dict[int, int]:
-        experts, counts = torch.cat(self.chosen).unique(return_counts=True)
-        return dict(zip(experts.tolist(), counts.tolist(), strict=True))
+    def _counts(self) -> list[int]:
+        """By the number of the expert, as far as any gets some."""
+        found = torch.cat(self.chosen).flatten().bincount()
+        counts = torch.zeros(self.inputs.world.largest(len(found)), dtype=torch.int64)
+        counts[: len(found)] = found.cpu()
+        return [int(count) for count in self.inputs.world.sum(counts).tolist()]
 
     def sent_to(self, expert: int | None, chosen: Sequence[Tensor] | None = None) -> BlockInputs:
         """The tokens that an expert gets, [1, tokens, H] a batch; None stands for all of them.
 
         `chosen` takes the place of this routing's own.
         """
-        found = BlockInputs([], ({},), device=self.inputs.device)
+        found = BlockInputs([], ({},), device=self.inputs.device, world=self.inputs.world)
         for x, places in zip(self.tokens, self.chosen if chosen is None else chosen, strict=True):
             rows = self.inputs.get(x)
             if expert is not None:

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from mxrot.calibration import BlockInputs, Hessian, paired_inputs, watched_together
-from mxrot.kernels import outputs, rotate_quantize, second_moment, weight_parts
+from mxrot.calibration import BlockInputs, CrossMoment, Hessian, paired_inputs, watched_together
+from mxrot.kernels import outputs, rotate_quantize, weight_parts
 from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
 from mxrot.rounding.base import Requirements
@@ -53,7 +53,7 @@ class SiteInputs:
         for *residual, x in watched_together(self.block, self.inputs, modules):
             size = None if parts is None else _inverse_size(_outputs(x, parts, weight) + residual[0])
             hessian.update(self._seen(x), size)
-        return hessian.result()
+        return hessian.result(self.inputs.world)
 
     def hessian_and_shift(
         self, original: OriginalBlock, weight: Tensor, folded: Tensor, requirements: Requirements
@@ -68,8 +68,7 @@ class SiteInputs:
         modules = watched_modules(self.site, requirements)
         if len(modules) == 1:
             return self._shift_by_moments(original, weight, folded, requirements)
-        hessian = Hessian()
-        total = torch.zeros(folded.shape, dtype=torch.float64, device=folded.device)
+        hessian, missing = Hessian(), CrossMoment()
         parts = weight_parts(weight, self._dtype)
         for (here, there), (x, x_original) in paired_inputs(
             self.block, self.inputs, original.block, original.inputs, modules
@@ -80,26 +79,23 @@ class SiteInputs:
             size = _inverse_size(stream) if requirements.relative else None
             goal = stream - here if requirements.target == "residual" else wanted
             hessian.update(seen, size)
-            flat_size = None if size is None else size.flatten(0, -2)
-            total += second_moment(goal.flatten(0, -2), seen.flatten(0, -2), flat_size)
-        mean = hessian.result()
-        return mean, total / hessian.tokens - folded.double() @ mean
+            missing.update(goal, seen, size)
+        mean = hessian.result(self.inputs.world)
+        return mean, missing.result(self.inputs.world) - folded.double() @ mean
 
     def _shift_by_moments(
         self, original: OriginalBlock, weight: Tensor, folded: Tensor, requirements: Requirements
     ) -> tuple[Tensor, Tensor]:
         """The same where d is linear in the two inputs alone: from their second moments, without any output."""
-        hessian = Hessian()
-        width = weight.shape[1]
-        cross = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+        hessian, cross = Hessian(), CrossMoment()
         for ((x, x_original),) in paired_inputs(
             self.block, self.inputs, original.block, original.inputs, self.site.linears[:1]
         ):
             seen = self._seen(x)
             hessian.update(seen)
-            cross += second_moment(x_original.flatten(0, -2), seen.flatten(0, -2))
-        mean = hessian.result()
-        return mean, weight.double() @ (cross / hessian.tokens) - folded.double() @ mean
+            cross.update(x_original, seen)
+        mean = hessian.result(self.inputs.world)
+        return mean, weight.double() @ cross.result(self.inputs.world) - folded.double() @ mean
 
     @property
     def _dtype(self) -> torch.dtype:

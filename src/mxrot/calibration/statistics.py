@@ -1,7 +1,8 @@
 """What calibration remembers of the inputs of a site, batch after batch.
 
-Each collector sees batches [windows, tokens, K] and keeps something small on the same device. A transform
-method asks for a collector by its name in COLLECTORS.
+Each collector sees batches [windows, tokens, K] and keeps something small on the same device. How what several
+processes have seen becomes one is stated by what a collector is made from: `Summed`, `Maximum` or `Gathered`. A
+transform method asks for a collector by its name in COLLECTORS.
 """
 
 from __future__ import annotations
@@ -12,51 +13,107 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mxrot.calibration.world import ONE, World
 from mxrot.kernels import block_moments, second_moment
 
 
-class Collector(ABC):
+class Statistic(ABC):
     """Accumulates one statistic."""
+
+    @abstractmethod
+    def result(self, world: World = ONE) -> Tensor:
+        """The statistic over all batches so far, of all processes of `world`, which ask together; the same in each.
+
+        DataError if none has seen any.
+        """
+
+
+class Collector(Statistic):
+    """A statistic of the inputs of a site alone."""
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
         """Take in one batch [windows, tokens, K] of any floating-point dtype."""
 
-    @abstractmethod
-    def result(self) -> Tensor:
-        """The statistic over all batches so far."""
 
-
-class ChannelMaxima(Collector):
-    """max |x| of each channel: float32 [K]. NaN where a NaN was seen."""
+class Summed(Statistic):
+    """A mean: the sums of all processes, and what they are sums over."""
 
     def __init__(self) -> None:
-        self.maxima: Tensor | None = None
+        self._total: Tensor | None = None
+        self.count = 0
+        """Windows or tokens that this process has seen."""
 
-    def update(self, x: Tensor) -> None:
-        seen = torch.linalg.vector_norm(x.flatten(0, -2), ord=torch.inf, dim=0).float()
-        self.maxima = seen if self.maxima is None else torch.maximum(self.maxima, seen)
+    def _add(self, total: Tensor, count: int) -> None:
+        """Keep `total`, or add it to what is kept."""
+        self._total = total if self._total is None else self._total.add_(total)
+        self.count += count
+
+    def result(self, world: World = ONE) -> Tensor:
+        """The mean, in the type of the sums."""
+        return world.sum(self._total) / world.count(self.count)
+
+
+class Maximum(Statistic):
+    """The largest of what all processes have seen; NaN where one is."""
+
+    def __init__(self) -> None:
+        self._largest: Tensor | None = None
+
+    def _take(self, found: Tensor) -> None:
+        self._largest = found if self._largest is None else torch.maximum(self._largest, found)
 
     @property
     def has_seen(self) -> bool:
-        """Is there a result?"""
-        return self.maxima is not None
+        """Has this process seen anything?"""
+        return self._largest is not None
 
-    def result(self) -> Tensor:
-        assert self.maxima is not None
-        return self.maxima
+    def result(self, world: World = ONE) -> Tensor:
+        """The maxima."""
+        return world.max(self._largest)
 
 
-class PeakBlocks(Collector):
+class Gathered(Statistic):
+    """Some of the tokens, put together from all processes in the order of their rank."""
+
+    @abstractmethod
+    def _own(self) -> Tensor | None:
+        """Those of this process; None where it has seen nothing."""
+
+    @abstractmethod
+    def _together(self, parts: list[Tensor]) -> Tensor:
+        """Those of several processes, and of them as many as one process with all their tokens would keep."""
+
+    def result(self, world: World = ONE) -> Tensor:
+        """The tokens."""
+        parts = world.gather(self._own())
+        return parts[0] if len(parts) == 1 else self._together(parts)
+
+
+class ChannelMaxima(Maximum, Collector):
+    """max |x| of each channel: float32 [K]. NaN where a NaN was seen."""
+
+    def update(self, x: Tensor) -> None:
+        self._take(torch.linalg.vector_norm(x.flatten(0, -2), ord=torch.inf, dim=0).float())
+
+
+class LargestMagnitude(Maximum, Collector):
+    """max |x| over everything: float32 scalar; NaN where a NaN was seen. Nothing waits for the device until asked."""
+
+    def update(self, x: Tensor) -> None:
+        self._take(torch.linalg.vector_norm(x.flatten(), ord=torch.inf).float())
+
+
+class PeakBlocks(Gathered, Collector):
     """Of each block of channels, the tokens with the largest max |x|: float32 [G, rows, B], largest first."""
 
     def __init__(self, block: int, rows: int) -> None:
         self.block, self.rows = block, rows
-        self.kept: Tensor | None = None
+        self._kept: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
         top = self._largest(x.flatten(0, -2).unflatten(-1, (-1, self.block))).float()
-        self.kept = top if self.kept is None else self._largest(torch.cat([self.kept, top], dim=1).transpose(0, 1))
+        self._kept = top if self._kept is None else self._together([self._kept, top])
 
     def _largest(self, blocks: Tensor) -> Tensor:
         """[tokens, G, B] to [G, <= rows, B]."""
@@ -64,118 +121,104 @@ class PeakBlocks(Collector):
         order = maxima.topk(min(self.rows, len(blocks)), dim=1).indices
         return blocks[order, torch.arange(len(order), device=order.device)[:, None]]
 
-    def result(self) -> Tensor:
-        assert self.kept is not None
-        return self.kept
+    def _own(self) -> Tensor | None:
+        return self._kept
+
+    def _together(self, parts: list[Tensor]) -> Tensor:
+        return self._largest(torch.cat(parts, dim=1).transpose(0, 1))
 
 
-class SpacedBlocks(Collector):
-    """About `rows` evenly spaced ones of `tokens` tokens, cut into blocks: float32 [G, rows, B]."""
+class SpacedBlocks(Gathered, Collector):
+    """About `rows` evenly spaced ones of `tokens` tokens, cut into blocks: float32 [G, rows, B].
 
-    def __init__(self, block: int, rows: int, tokens: int) -> None:
+    `tokens` are those of all processes, of which `before` come before the first of this one.
+    """
+
+    def __init__(self, block: int, rows: int, tokens: int, before: int = 0) -> None:
         self.block, self.stride = block, max(1, tokens // rows)
-        self.seen = 0
-        self.kept: list[Tensor] = []
+        self._seen = before
+        self._kept: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
         flat = x.flatten(0, -2)
-        taken = flat[-self.seen % self.stride :: self.stride].float()
-        self.kept.append(taken.unflatten(-1, (-1, self.block)).transpose(0, 1))
-        self.seen += len(flat)
+        taken = flat[-self._seen % self.stride :: self.stride].float()
+        self._kept.append(taken.unflatten(-1, (-1, self.block)).transpose(0, 1))
+        self._seen += len(flat)
 
-    def result(self) -> Tensor:
-        return torch.cat(self.kept, dim=1)
+    def _own(self) -> Tensor | None:
+        return torch.cat(self._kept, dim=1) if self._kept else None
 
-
-class LargestMagnitude(Collector):
-    """max |x| over everything: float32 scalar; NaN where a NaN was seen. Nothing waits for the device until asked."""
-
-    def __init__(self) -> None:
-        self.maxima: list[Tensor] = []
-
-    def update(self, x: Tensor) -> None:
-        self.maxima.append(torch.linalg.vector_norm(x.flatten(), ord=torch.inf).float())
-
-    def result(self) -> Tensor:
-        return torch.stack(self.maxima).amax()
+    def _together(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, dim=1)
 
 
-class MeanWindow(Collector):
-    """The mean over windows, token by token: float32 [tokens, K]."""
+class RowSample(Gathered, Collector):
+    """About `rows` tokens of the first batch, evenly spaced: float32 [<= rows, K].
 
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.windows = 0
-
-    def update(self, x: Tensor) -> None:
-        total = x.float().sum(dim=0)
-        self.total = total if self.total is None else self.total + total
-        self.windows += x.shape[0]
-
-    def result(self) -> Tensor:
-        assert self.total is not None
-        return self.total / self.windows
-
-
-class BlockMoments(Collector):
-    """The mean of x_g^T x_g over tokens: float64 [G, B, B]; the products of one batch are summed in float32."""
-
-    def __init__(self, block: int) -> None:
-        self.block = block
-        self.total: Tensor | None = None
-        self.tokens = 0
-
-    def update(self, x: Tensor) -> None:
-        flat = x.flatten(0, -2)
-        product = block_moments(flat, self.block)
-        self.total = product if self.total is None else self.total + product
-        self.tokens += len(flat)
-
-    def result(self) -> Tensor:
-        assert self.total is not None
-        return self.total / self.tokens
-
-
-class RowSample(Collector):
-    """About `rows` tokens of the first batch, evenly spaced: float32 [<= rows, K]."""
+    Of several processes the first batch is that of the lowest rank that has one.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.kept: Tensor | None = None
+        self._kept: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        if self.kept is None:
+        if self._kept is None:
             flat = x.flatten(0, -2)
-            self.kept = flat[:: max(1, len(flat) // self.rows)][: self.rows].float()
+            self._kept = flat[:: max(1, len(flat) // self.rows)][: self.rows].float()
 
-    def result(self) -> Tensor:
-        assert self.kept is not None
-        return self.kept
+    def _own(self) -> Tensor | None:
+        return self._kept
+
+    def _together(self, parts: list[Tensor]) -> Tensor:
+        return parts[0]
 
 
-class Hessian(Collector):
+class MeanWindow(Summed, Collector):
+    """The mean over windows, token by token: float32 [tokens, K]."""
+
+    def update(self, x: Tensor) -> None:
+        self._add(x.float().sum(dim=0), x.shape[0])
+
+
+class BlockMoments(Summed, Collector):
+    """The mean of x_g^T x_g over tokens: float64 [G, B, B]; the products of one batch are summed in float32."""
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.block = block
+
+    def update(self, x: Tensor) -> None:
+        flat = x.flatten(0, -2)
+        self._add(block_moments(flat, self.block), len(flat))
+
+
+class Hessian(Summed, Collector):
     """The mean of x^T x over tokens: float64 [K, K]; the products of one batch are summed in float32."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.tokens = 0
 
     def update(self, x: Tensor, size: Tensor | None = None) -> None:
         """With `size` [windows, tokens, 1] each token is multiplied by it first."""
         flat = x.flatten(0, -2)
-        product = second_moment(flat, flat, None if size is None else size.flatten(0, -2))
-        self.total = product if self.total is None else self.total.add_(product)
-        self.tokens += len(flat)
-
-    def result(self) -> Tensor:
-        assert self.total is not None
-        return self.total / self.tokens
+        self._add(second_moment(flat, flat, None if size is None else size.flatten(0, -2)), len(flat))
 
 
-COLLECTORS: dict[str, Callable[[int, int, int], Collector]] = {
-    "peaks": lambda block, rows, tokens: PeakBlocks(block, rows),
+class CrossMoment(Summed):
+    """The mean of d^T x over tokens: float64 [N, K]; the products of one batch are summed in float32."""
+
+    def update(self, d: Tensor, x: Tensor, size: Tensor | None = None) -> None:
+        """Take in one batch, d [windows, tokens, N] and x [windows, tokens, K].
+
+        With `size` [windows, tokens, 1] both are multiplied by it first.
+        """
+        flat = x.flatten(0, -2)
+        self._add(second_moment(d.flatten(0, -2), flat, None if size is None else size.flatten(0, -2)), len(flat))
+
+
+COLLECTORS: dict[str, Callable[..., Collector]] = {
+    "peaks": lambda block, rows, tokens, before=0: PeakBlocks(block, rows),
     "spaced": SpacedBlocks,
-    "moments": lambda block, rows, tokens: BlockMoments(block),
-    "mean": lambda block, rows, tokens: MeanWindow(),
+    "moments": lambda block, rows, tokens, before=0: BlockMoments(block),
+    "mean": lambda block, rows, tokens, before=0: MeanWindow(),
 }
-"""Name in `TransformMethod.needs` to a constructor from (block size, rows, tokens that will be seen)."""
+"""Name in `TransformMethod.needs` to a constructor from (block size, rows, tokens that all processes will see, and how
+many of these come before this process's own: 0)."""

@@ -137,7 +137,7 @@ def quantize(
     if not recipe.is_data_free:
         assert windows is not None
         batch_windows = _windows_at_once(model, device, windows.shape[1])
-        inputs = first_block_inputs(model, family, windows, batch_windows)
+        inputs = first_block_inputs(model, family, windows, batch_windows, run.world)
         if recipe.looks_at_original:
             originals = inputs.another()
     blocks = list(model.get_submodule(family.blocks).children())

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from mxrot.calibration import (
     COLLECTORS,
+    ONE,
     BlockInputs,
     ChannelMaxima,
     LargestMagnitude,
     RowSample,
+    World,
     observe_all_inputs,
     watched_together,
 )
@@ -52,6 +54,8 @@ class BlockRun:
     other_types: Mapping[str, torch.dtype] = field(default_factory=dict)
     """Of tensors that are stored in another type than most, by their full names."""
     replay: Replays = field(default_factory=Replays)
+    world: World = ONE
+    """The processes that the calibration windows are spread over."""
 
     def is_last(self, index: int) -> bool:
         """Does no decoder block follow block `index`?"""
@@ -129,7 +133,7 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
     heads = value_heads(run.config)
     found = {}
     for site in sites:
-        seen = maxima[site.name].result()
+        seen = maxima[site.name].result(run.world)
         if not torch.isfinite(seen).all():
             raise NumericsError(f"{part.name}.{site.linears[0]}: its input holds NaN or Inf on the calibration text")
         scales = smoothing_scales(seen, torch.cat([part.weights[name] for name in site.linears]), smoothing.alpha)
@@ -173,7 +177,8 @@ def fit_transform(
     if inputs is not None:
         rows_wanted = getattr(method, "rows", 0)
         collectors = {
-            need: COLLECTORS[need](TRANSFORM_BLOCK, rows_wanted, inputs.tokens) for need in sorted(method.needs)
+            need: COLLECTORS[need](TRANSFORM_BLOCK, rows_wanted, inputs.tokens, inputs.tokens_before)
+            for need in sorted(method.needs)
         }
         largest = LargestMagnitude()
         inverse = None if scales is None else (1 / scales).to(torch.float32)
@@ -189,14 +194,14 @@ def fit_transform(
         keeps = requirements.hessian and site.experts is None
         for *_, x in watched_together(part.module, inputs, watched_modules(site, requirements), batches, keeps):
             see(x)
-        if not torch.isfinite(largest.result()):
+        if not torch.isfinite(largest.result(run.world)):
             raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
     if not run.recipe.has_transform:
         return None
     smoothed = torch.cat([part.weights[linear] for linear in site.linears])
     if scales is not None:
         smoothed = smoothed * scales
-    seen = {need: collector.result() for need, collector in collectors.items()}
+    seen = {need: collector.result(run.world) for need, collector in collectors.items()}
     check_statistics(seen, name)
     sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, run.activations, run.weights, run.replay)
     with named_factorizations(name):
@@ -286,7 +291,8 @@ def install_rounded(
     weight_errors = [rounded[linear].error for linear in site.linears]
     output_errors = []
     if part.inputs is not None:
-        output_errors = [_output_error(part.module, x, part.weights[x], rows) for x in site.linears]
+        sample = rows.result(run.world)
+        output_errors = [_output_error(part.module, x, part.weights[x], sample) for x in site.linears]
     errors = torch.stack(weight_errors + output_errors).tolist()  # one wait for the device
     return [
         LinearReport(
@@ -302,11 +308,10 @@ def install_rounded(
     ]
 
 
-def _output_error(block: nn.Module, linear: str, weight: Tensor, rows: RowSample) -> Tensor:
-    """Relative error of one installed linear on sampled inputs, against its weights before quantization."""
+def _output_error(block: nn.Module, linear: str, weight: Tensor, x: Tensor) -> Tensor:
+    """Relative error of one installed linear on sampled inputs `x`, against its weights before quantization."""
     module = block.get_submodule(linear)
     assert isinstance(module, QuantLinear)
-    x = rows.result()
     bias = 0 if module.bias is None else module.bias
     return _relative_error((module(x) - bias).double(), x.double() @ weight.t())
 

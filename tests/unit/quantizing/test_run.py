@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mxrot.calibration import BlockInputs, Hessian, first_block
+from mxrot.calibration import BlockInputs, Hessian, World, first_block
 from mxrot.errors import ConfigError, FamilyError, MxrotError, NumericsError
 from mxrot.layers import QuantLinear, build_apart
 from mxrot.models import FAMILIES, Site, WeightFiles
@@ -145,8 +145,8 @@ def test_the_hessian_is_that_of_what_each_linear_really_sees(
     hessians: list[Tensor] = []
     original = Hessian.result
 
-    def result(self: Hessian) -> Tensor:
-        hessians.append(original(self))
+    def result(self: Hessian, world: World) -> Tensor:
+        hessians.append(original(self, world))
         return hessians[-1]
 
     monkeypatch.setattr(Hessian, "result", result)
@@ -188,7 +188,7 @@ def test_windows_in_several_batches_are_all_seen(source: Path, monkeypatch: pyte
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", {"cpu": 48})
     counts: list[int] = []
     original = Hessian.result
-    monkeypatch.setattr(Hessian, "result", lambda self: (counts.append(self.tokens), original(self))[1])
+    monkeypatch.setattr(Hessian, "result", lambda self, world: (counts.append(self.count), original(self, world))[1])
     model_of(source, PLAIN_GPTQ)
     assert counts == [WINDOWS.numel()] * 8
 
@@ -496,9 +496,9 @@ def test_a_hessian_that_cannot_be_factorized_names_the_layer(source: Path, monke
     ):
         calls: list[int] = []
 
-        def result(self: Hessian, damage: Any = damage, calls: list[int] = calls) -> Tensor:
+        def result(self: Hessian, world: World, damage: Any = damage, calls: list[int] = calls) -> Tensor:
             calls.append(1)
-            return damage(original(self)) if len(calls) == 6 else original(self)
+            return damage(original(self, world)) if len(calls) == 6 else original(self, world)
 
         monkeypatch.setattr(Hessian, "result", result)
         with pytest.raises(NumericsError, match=rf"^model\.layers\.1\.self_attn\.o_proj: the Hessian .*{message}"):

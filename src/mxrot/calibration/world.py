@@ -1,0 +1,135 @@
+"""The processes that the calibration windows are spread over, and how what each of them has seen becomes one.
+
+Every process runs the same code on windows of its own, and asks for the same reductions in the same order. A reduced
+value is the same in all of them, so that they go the same way, or raise together. One process is the world `ONE`, in
+which reducing changes nothing, copies nothing and waits for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from mxrot.errors import DataError
+
+T = TypeVar("T")
+
+
+class World(ABC):
+    """Processes that share the calibration windows; None stands for what a process has seen nothing of.
+
+    DataError where no process has seen anything.
+    """
+
+    rank: int
+    """Of this process, from 0."""
+    size: int
+    """How many there are."""
+
+    @abstractmethod
+    def sum(self, tensor: Tensor | None) -> Tensor:
+        """The sum over all processes, in the type of `tensor`; its order depends on their number alone."""
+
+    @abstractmethod
+    def max(self, tensor: Tensor | None) -> Tensor:
+        """The largest of all processes, number by number, of floating-point tensors; NaN where one is NaN."""
+
+    @abstractmethod
+    def gather(self, tensor: Tensor | None) -> list[Tensor]:
+        """The tensors of all processes that have one, by rank; their shapes may differ."""
+
+    def count(self, count: int) -> int:
+        """The sum of a number over all processes."""
+        return count if self.size == 1 else int(self.sum(torch.tensor([count])))
+
+    def largest(self, count: int) -> int:
+        """The largest of a number of all processes."""
+        return count if self.size == 1 else max(map(int, self.gather(torch.tensor([count]))))
+
+    def before(self, count: int) -> int:
+        """The sum of a number over the processes of lower rank."""
+        return 0 if self.size == 1 else sum(map(int, self.gather(torch.tensor([count]))[: self.rank]))
+
+
+class OneProcess(World):
+    """A world of one process: every reduction is the identity."""
+
+    rank, size = 0, 1
+
+    def sum(self, tensor: Tensor | None) -> Tensor:
+        """`tensor` itself."""
+        return _there([tensor])[0]
+
+    def max(self, tensor: Tensor | None) -> Tensor:
+        """`tensor` itself."""
+        return _there([tensor])[0]
+
+    def gather(self, tensor: Tensor | None) -> list[Tensor]:
+        """`tensor` alone."""
+        return _there([tensor])
+
+
+ONE = OneProcess()
+
+
+class ProcessWorld(World):
+    """The processes of the default group of torch.distributed: gloo on CPUs, NCCL on GPUs.
+
+    `device` is where this process computes; what it gives to a reduction may lie elsewhere, and stays as it is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+
+    def sum(self, tensor: Tensor | None) -> Tensor:
+        """The sum over all processes, on this one's device."""
+        total = self._own(tensor, 0)
+        distributed.all_reduce(total)
+        return total
+
+    def max(self, tensor: Tensor | None) -> Tensor:
+        """The largest, on this one's device; where a NaN is goes beside it, because backends drop NaNs as they like."""
+        own = self._own(tensor, -math.inf)
+        both = torch.stack([own.nan_to_num(-math.inf, math.inf, -math.inf), own.isnan().to(own.dtype)])
+        distributed.all_reduce(both, distributed.ReduceOp.MAX)
+        return torch.where(both[1] > 0, math.nan, both[0])
+
+    def gather(self, tensor: Tensor | None) -> list[Tensor]:
+        """The tensors by rank, on this one's device; on the way all are as long as the longest."""
+        shapes, dtype = self._shapes(tensor)
+        sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
+        own = torch.zeros(max(sizes), dtype=dtype, device=self.device)
+        if tensor is not None:
+            own[: tensor.numel()] = tensor.flatten()
+        found = [torch.empty_like(own) for _ in shapes]
+        distributed.all_gather(found, own)
+        return [
+            flat[:size].view(shape) for flat, size, shape in zip(found, sizes, shapes, strict=True) if shape is not None
+        ]
+
+    def _own(self, tensor: Tensor | None, neutral: float) -> Tensor:
+        """A copy of `tensor` on the device; without one, as many of the neutral number as others have there."""
+        shapes, dtype = self._shapes(tensor)
+        if tensor is not None:
+            return torch.empty(tensor.shape, dtype=dtype, device=self.device).copy_(tensor)
+        return torch.full(_there(shapes)[0], neutral, dtype=dtype, device=self.device)
+
+    def _shapes(self, tensor: Tensor | None) -> tuple[list[torch.Size | None], torch.dtype]:
+        """The shape of every process's tensor, and the type that all have."""
+        found: list[tuple[torch.Size, torch.dtype] | None] = [None] * self.size
+        distributed.all_gather_object(found, None if tensor is None else (tensor.shape, tensor.dtype))
+        return [None if one is None else one[0] for one in found], _there(found)[0][1]
+
+
+def _there(found: Sequence[T | None]) -> list[T]:
+    """Those that are there; DataError where none is."""
+    there = [one for one in found if one is not None]
+    if not there:
+        raise DataError("a statistic of no tokens: calibration has seen nothing there")
+    return there
