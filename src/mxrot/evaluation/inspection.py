@@ -114,7 +114,8 @@ def weight_exponents(model: PreTrainedModel, family: Family) -> dict[str, Tensor
         for site in family.sites:
             for name in site.linears:
                 linear = block.get_submodule(name)
-                if isinstance(linear, QuantLinear) and linear.weight_scale.dtype == torch.uint8:
-                    found = torch.bincount(linear.weight_scale.flatten().cpu(), minlength=256)
+                scales = dict(linear.named_parameters(recurse=False)).get("weight_scale")
+                if isinstance(linear, QuantLinear) and scales is not None and scales.dtype == torch.uint8:
+                    found = torch.bincount(scales.flatten().cpu(), minlength=256)
                     counts[site.group] = counts.get(site.group, 0) + found
     return counts

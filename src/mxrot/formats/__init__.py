@@ -16,6 +16,7 @@ from mxrot.formats.grid import Grid, Uniform
 from mxrot.formats.packing import pack_codes, unpack_codes
 from mxrot.formats.parts import NamedParts, Parts, PartSpec
 from mxrot.formats.qtensor import QTensor
+from mxrot.formats.quantizer import TensorQuantizer
 from mxrot.formats.scale import E8M0_MAX_BYTE, RULES, BlockScales, ScaleRule, get_rule
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Parts",
     "QTensor",
     "ScaleRule",
+    "TensorQuantizer",
     "Uniform",
     "as_blocks",
     "check_finite",

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, get_format
+from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, Uniform, get_format
 from mxrot.formats.element import Element, FloatElement
 from mxrot.formats.scale import E8M0
 from mxrot.kernels.chunked import packed_product_in_chunks, rotate_quantize_in_chunks
@@ -241,6 +241,8 @@ def _rounds_reached_on_gpu(format: Format, rule: ScaleRule, offsets: tuple[int, 
 
 
 def _kernel_covers(x: Tensor, format: Format, rule: ScaleRule) -> bool:
+    if not isinstance(format.grid, Uniform):
+        return False
     element = format.element
     fits = isinstance(element, FloatElement) and element.mantissa_bits < 8 and format.block == 32
     return fits and rule.raises_from is not None and x.dtype in (torch.float16, torch.bfloat16, torch.float32)

@@ -1,12 +1,12 @@
 """Modules that a quantized model is made of, and what models compute in another way here than in transformers."""
 
+from mxrot.formats import TensorQuantizer
 from mxrot.layers.attention import score_heads, shared_heads, step_mask, unmasked
 from mxrot.layers.experts import build_apart, separate_experts
 from mxrot.layers.linear import QuantLinear
 from mxrot.layers.logits import check_logits, logits_of
 from mxrot.layers.norms import fused_norms
 from mxrot.layers.prepare import prepare_site
-from mxrot.layers.product import TensorQuantizer
 from mxrot.layers.site import SiteProducts
 from mxrot.layers.sites import prepare_linears, prepare_on_gpus, sites_of
 from mxrot.layers.size import ModelSize

@@ -8,19 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxrot.formats import QTensor
+from mxrot.formats import QTensor, TensorQuantizer
+from mxrot.formats.quantizer import PART
 from mxrot.kernels import Choice, choose_path
 from mxrot.layers.prepare import is_in_one_place, prepare_site
-from mxrot.layers.product import StoredWeight, TensorQuantizer, product, quantized_input, traced_product
-from mxrot.layers.site import PREPARED, SiteProducts, lies_apart, prepared_weight
+from mxrot.layers.product import StoredWeight, product, quantized_input, traced_product
+from mxrot.layers.site import PREPARED, SiteProducts, lies_apart, prepared_of
 from mxrot.layers.transform import InputTransform, keep, keeping_type
 
 
 class QuantLinear(nn.Module):
-    """y = Q(x T) W_q^T + b with W_q kept as packed codes and scales.
+    """y = Q(x T) W_q^T + b with W_q kept as packed codes and their parts: `weight_packed` and `weight_<part>`.
 
     The first linear of a site owns the transform as a submodule under its checkpoint name; the others refer to it.
     """
+
+    weight_packed: nn.Parameter
+    weight_scale: nn.Parameter
+    """Of formats that have a part of this name, as MXFP4 has."""
 
     def __init__(
         self,
@@ -34,16 +39,9 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weights, self.activations = weights, activations
-        format = weights.format
-        packed = torch.zeros(out_features, in_features * format.element.bits // 8, dtype=torch.uint8, device=device)
-        scale_dtype = weights.rule.stored_type(format.scale).dtype
-        scales = torch.zeros(
-            out_features, in_features // format.block_in(in_features), dtype=scale_dtype, device=device
-        )
-        self.weight_packed = nn.Parameter(packed, requires_grad=False)
-        self.weight_scale = nn.Parameter(scales, requires_grad=False)
-        self.weight_tensor_scale: nn.Parameter | None = None
-        self.weight_zero_point: nn.Parameter | None = None
+        for name, (shape, dtype) in weights.stored_parts(out_features, in_features).items():
+            empty = torch.zeros(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.row_exponents: Tensor | None
         self.lifted_scales: Tensor | None
@@ -78,14 +76,14 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def set_weight(self, weight: QTensor) -> None:
-        """Take over codes and scales [out_features, in_features]."""
+        """Take over the codes [out_features, in_features] and their parts; ValueError if these are of another rule."""
+        tensors = weight.parts.tensors
+        if weight.format != self.weights.format or tuple(tensors) != self.weights.part_names:
+            raise ValueError(f"expected {self.weights.spelled} with {self.weights.part_names}, got {tuple(tensors)}")
         self.forget()
         self.weight_packed.data = weight.packed()
-        self.weight_scale.data = weight.scales.stored
-        if weight.scales.tensor_scale is not None:
-            self.weight_tensor_scale = nn.Parameter(weight.scales.tensor_scale, requires_grad=False)
-        if weight.scales.zero_points is not None:
-            self.weight_zero_point = nn.Parameter(weight.scales.zero_points, requires_grad=False)
+        for name, kept in zip(self.weights.part_names, self.stored_weight().parts, strict=True):
+            kept.data = tensors[name]
 
     @property
     def together(self) -> Sequence[QuantLinear]:
@@ -126,20 +124,17 @@ class QuantLinear(nn.Module):
             self.site.join()
 
     def stored_weight(self) -> StoredWeight:
-        """Codes and scales of this linear, without what was prepared."""
-        return StoredWeight(self.weight_packed, self.weight_scale, self.weight_tensor_scale, self.weight_zero_point)
+        """Codes and their parts, without what was prepared."""
+        return StoredWeight(self.weight_packed, tuple(getattr(self, PART + name) for name in self.weights.part_names))
 
     def qtensor(self) -> QTensor:
-        """The weight as codes and scales."""
+        """The weight as codes and their parts."""
         stored = self.stored_weight()
-        scales = self.weights.scales(stored.scales, stored.tensor_scale, stored.zero_points)
-        return QTensor.from_packed(stored.codes, scales, self.weights.format)
+        return QTensor.from_packed(stored.codes, self.weights.as_parts(stored.parts), self.weights.format)
 
     def dequantized_weight(self) -> Tensor:
         """W_q in float32, [out_features, in_features]."""
-        stored = self.stored_weight()
-        scales = self.weights.scales(stored.scales, stored.tensor_scale, stored.zero_points)
-        return QTensor.dequantize_packed(stored.codes, scales, self.weights.format)
+        return self.stored_weight().dequantized(self.weights)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Q(x T), the shape of `x`; float32, or bfloat16 where that holds it exactly."""
@@ -171,7 +166,7 @@ class QuantLinear(nn.Module):
     def _own_weight(self) -> StoredWeight:
         """With what was prepared, where that is not of the whole site."""
         own = self.stored_weight()
-        return own if self.whole_codes is not None else prepared_weight(self, own.codes, own.scales)
+        return own if self.whole_codes is not None else StoredWeight(own.codes, own.parts, prepared_of(self))
 
     def _matrices(self, device: torch.device) -> Tensor | None:
         if self.transform is None:

@@ -11,72 +11,31 @@ which kernel runs is decided when it runs.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mxrot.errors import ConfigError
-from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, fake_quantize, get_format
+from mxrot.formats import QTensor, TensorQuantizer
 from mxrot.kernels import Inputs, PackedWeight, multiply, multiply_by_mxfp4, quantized_linear, rotate_quantize
 from mxrot.transforms.base import STORED_DTYPE, BlockTransform, apply_matrices
 
 
-@dataclass(frozen=True)
-class TensorQuantizer:
-    """A format and the rule that picks its scales."""
+class Prepared(NamedTuple):
+    """What was made of an MXFP4 weight once, as in `PackedWeight`, in types that no cast of a module changes."""
 
-    format: Format
-    rule: ScaleRule
+    row_exponents: Tensor | None = None
+    lifted_scales: Tensor | None = None
+    """The bits of float32 numbers, int32."""
+    lifted: Tensor | None = None
+    """The bytes of E4M3 numbers, uint8 [N, K]."""
+    swizzled: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """What the quantized tensor stands for, float32."""
-        return fake_quantize(x, self.format, self.rule)
 
-    @property
-    def is_exact_in_bfloat16(self) -> bool:
-        """Is every quantized value a bfloat16 number?"""
-        return self.format.grid.is_exact_in_bfloat16(self.rule)
-
-    @property
-    def is_mxfp4(self) -> bool:
-        return self.format.name == "mxfp4" and self.rule.is_power_of_two
-
-    @property
-    def looks_at_whole_tensor(self) -> bool:
-        """Does what a block becomes depend on blocks of other rows?"""
-        return self.format.grid.looks_at_whole_tensor(self.rule)
-
-    def stored_parts(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of each tensor of a weight [out_features, in_features], by its name in a checkpoint.
-
-        ConfigError if the row is not whole blocks.
-        """
-        format = self.format
-        block = format.block_in(in_features)
-        if in_features % block:
-            raise ConfigError(
-                f"rows of {in_features} elements are not a multiple of the block size {block} of {format.name}"
-            )
-        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        found["weight_packed"] = (out_features, in_features * format.bits // 8), torch.uint8
-        for part in format.grid.parts(self.rule):
-            found[f"weight_{part.name}"] = part.shape_of(out_features, in_features // block), part.dtype
-        return found
-
-    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Bytes of the codes of such a weight, and of what stands beside them."""
-        codes, *parts = (
-            math.prod(shape) * dtype.itemsize for shape, dtype in self.stored_parts(out_features, in_features).values()
-        )
-        return codes, sum(parts)
-
-    def scales(self, stored: Tensor, tensor_scale: Tensor | None, zero_points: Tensor | None) -> BlockScales:
-        """Scales as a checkpoint holds them."""
-        return BlockScales(stored, self.rule.stored_type(self.format.scale), tensor_scale, zero_points)
+NOTHING_PREPARED = Prepared()
 
 
 @dataclass(frozen=True)
@@ -85,23 +44,20 @@ class StoredWeight:
 
     codes: Tensor
     """Packed, uint8 [N, K * bits / 8]."""
-    scales: Tensor
-    """[N, K / block]."""
-    tensor_scale: Tensor | None = None
-    zero_points: Tensor | None = None
-    row_exponents: Tensor | None = None
-    lifted_scales: Tensor | None = None
-    """The bits of float32 numbers, int32."""
-    lifted: Tensor | None = None
-    """The bytes of E4M3 numbers, uint8 [N, K]."""
-    swizzled: Tensor | None = None
-    """The last four as in `PackedWeight`."""
+    parts: tuple[Tensor, ...]
+    """In the order of `TensorQuantizer.part_names`."""
+    prepared: Prepared = NOTHING_PREPARED
 
     def packed(self) -> PackedWeight:
         """As the kernels take it; for MXFP4."""
-        lifted = None if self.lifted is None else self.lifted.view(torch.float8_e4m3fn)
-        powers = None if self.lifted_scales is None else self.lifted_scales.view(torch.float32)
-        return PackedWeight(self.codes, self.scales, self.row_exponents, powers, lifted, self.swizzled)
+        exponents, powers, lifted, swizzled = self.prepared
+        lifted = None if lifted is None else lifted.view(torch.float8_e4m3fn)
+        powers = None if powers is None else powers.view(torch.float32)
+        return PackedWeight(self.codes, self.parts[0], exponents, powers, lifted, swizzled)
+
+    def dequantized(self, quantizer: TensorQuantizer) -> Tensor:
+        """W_q in float32, [N, K]."""
+        return QTensor.dequantize_packed(self.codes, quantizer.as_parts(self.parts), quantizer.format)
 
 
 def product(
@@ -135,9 +91,8 @@ def _plain_product(
     """Quantized inputs times the weights, which are written out: float32 [..., N]."""
     is_exact = activations is not None and weights.is_exact_in_bfloat16 and activations.is_exact_in_bfloat16
     if weights.is_mxfp4:
-        return multiply_by_mxfp4(inputs, weight.codes, weight.scales, is_exact)
-    scales = weights.scales(weight.scales, weight.tensor_scale, weight.zero_points)
-    return multiply(inputs, QTensor.dequantize_packed(weight.codes, scales, weights.format), is_exact)
+        return multiply_by_mxfp4(inputs, weight.codes, weight.parts[0], is_exact)
+    return multiply(inputs, weight.dequantized(weights), is_exact)
 
 
 def quantized_input(x: Tensor, matrices: Tensor | None, activations: TensorQuantizer | None) -> Tensor:
@@ -174,16 +129,11 @@ def traced_product(
         stored,
         applied,
         weight.codes,
-        weight.scales,
-        weight.tensor_scale,
-        weight.zero_points,
-        weight.row_exponents,
-        weight.lifted_scales,
-        weight.lifted,
-        weight.swizzled,
+        list(weight.parts),
+        list(weight.prepared),
         bias,
-        _name(weights),
-        "" if activations is None else _name(activations),
+        weights.spelled,
+        "" if activations is None else activations.spelled,
         fast,
     )
     return result
@@ -195,23 +145,18 @@ def _product(
     stored: Tensor | None,
     applied: Tensor | None,
     codes: Tensor,
-    scales: Tensor,
-    tensor_scale: Tensor | None,
-    zero_points: Tensor | None,
-    row_exponents: Tensor | None,
-    lifted_scales: Tensor | None,
-    lifted: Tensor | None,
-    swizzled: Tensor | None,
+    parts: Sequence[Tensor],
+    prepared: Sequence[Tensor | None],
     bias: Tensor | None,
     weights: str,
     activations: str,
     fast: bool,
 ) -> Tensor:
-    weight = StoredWeight(codes, scales, tensor_scale, zero_points, row_exponents, lifted_scales, lifted, swizzled)
-    quantizer = _quantizer(activations) if activations else None
+    weight = StoredWeight(codes, tuple(parts), Prepared(*prepared))
+    quantizer = TensorQuantizer.named(activations) if activations else None
     if quantizer is not None:
         quantizer = TensorQuantizer(quantizer.format, quantizer.rule.for_rows())
-    return product(x, _applied(stored, applied), weight, bias, _quantizer(weights), quantizer, fast)
+    return product(x, _applied(stored, applied), weight, bias, TensorQuantizer.named(weights), quantizer, fast)
 
 
 def _applied(stored: Tensor | None, applied: Tensor | None) -> Tensor | None:
@@ -231,14 +176,11 @@ def _product_gradient(
     stored: Tensor | None,
     applied: Tensor | None,
     codes: Tensor,
-    scales: Tensor,
-    tensor_scale: Tensor | None,
-    zero_points: Tensor | None,
+    parts: Sequence[Tensor],
     weights: str,
 ) -> Tensor:
     """(dy W_q) T^T in float32: [..., K] of dy [..., N]."""
-    quantizer = _quantizer(weights)
-    W = QTensor.dequantize_packed(codes, quantizer.scales(scales, tensor_scale, zero_points), quantizer.format)
+    W = StoredWeight(codes, tuple(parts)).dequantized(TensorQuantizer.named(weights))
     with torch.autocast(gradient.device.type, enabled=False):
         found = gradient.to(torch.float32) @ W
         matrices = _applied(stored, applied)
@@ -247,27 +189,38 @@ def _product_gradient(
 
 @_product_gradient.register_fake
 def _product_gradient_shape(
-    gradient: Tensor, stored: Tensor | None, applied: Tensor | None, codes: Tensor, scales: Tensor, *rest: Any
+    gradient: Tensor,
+    stored: Tensor | None,
+    applied: Tensor | None,
+    codes: Tensor,
+    parts: Sequence[Tensor],
+    weights: str,
 ) -> Tensor:
-    columns = codes.shape[1] * 8 // _quantizer(rest[-1]).format.element.bits
+    columns = codes.shape[1] * 8 // TensorQuantizer.named(weights).format.bits
     return gradient.new_empty(*gradient.shape[:-1], columns, dtype=torch.float32)
 
 
-_X, _STORED, _ZERO_POINTS, _BIAS, _WEIGHTS = 0, 1, 6, 11, 12
-"""Positions of arguments of `_product`."""
-_ARGUMENTS = 15
+_X, _BIAS = 0, 6
+"""Positions of arguments of `_product` that have gradients."""
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[_STORED : _ZERO_POINTS + 1])
-    ctx.weights, ctx.type = inputs[_WEIGHTS], inputs[_X].dtype
-    ctx.bias_type = None if inputs[_BIAS] is None else inputs[_BIAS].dtype
+    x, stored, applied, codes, parts, _, bias, ctx.weights, *_ = inputs
+    ctx.save_for_backward(stored, applied, codes, *parts)
+    ctx.type, ctx.bias_type = x.dtype, None if bias is None else bias.dtype
+    # For a list of tensors torch wants a list, for anything else None.
+    ctx.nothing = [[None] * len(value) if _are_tensors(value) else None for value in inputs]
 
 
-def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    found: list[Tensor | None] = [None] * _ARGUMENTS
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Tensor) for item in value)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    found = list(ctx.nothing)
     if ctx.needs_input_grad[_X]:
-        found[_X] = _product_gradient(gradient.contiguous(), *ctx.saved_tensors, ctx.weights).to(ctx.type)
+        stored, applied, codes, *parts = ctx.saved_tensors
+        found[_X] = _product_gradient(gradient.contiguous(), stored, applied, codes, parts, ctx.weights).to(ctx.type)
     if ctx.needs_input_grad[_BIAS]:
         found[_BIAS] = gradient.reshape(-1, gradient.shape[-1]).float().sum(dim=0).to(ctx.bias_type)
     return tuple(found)
@@ -283,13 +236,3 @@ def _has_autocast(device_type: str) -> bool:
 
 def _is_autocast(device_type: str) -> bool:
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _name(quantizer: TensorQuantizer) -> str:
-    return f"{quantizer.format.name} {quantizer.rule.name}"
-
-
-def _quantizer(name: str) -> TensorQuantizer:
-    format_name, rule = name.split(" ")
-    format = get_format(format_name)
-    return TensorQuantizer(format, format.rule(rule))

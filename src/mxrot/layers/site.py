@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mxrot.layers.product import StoredWeight
+from mxrot.layers.product import Prepared, StoredWeight
 
 if TYPE_CHECKING:
     from mxrot.layers.linear import QuantLinear
@@ -95,8 +95,9 @@ class SiteProducts:
         """The weight that is multiplied when `linear` is called: of the whole site where that was prepared."""
         first = self.linears[0]
         if first.whole_codes is None or first.whole_scales is None:
-            return prepared_weight(linear, linear.weight_packed, linear.weight_scale)
-        return prepared_weight(first, first.whole_codes, first.whole_scales)
+            own = linear.stored_weight()
+            return StoredWeight(own.codes, own.parts, prepared_of(linear))
+        return StoredWeight(first.whole_codes, (first.whole_scales,), prepared_of(first))
 
     def _has_absent_bias(self) -> bool:
         """Is a bias offloaded, to be brought when its own linear is called?"""
@@ -146,15 +147,6 @@ def lies_apart(linear: QuantLinear) -> bool:
     return whole.untyped_storage().data_ptr() != linear.weight_packed.untyped_storage().data_ptr()
 
 
-def prepared_weight(linear: QuantLinear, codes: Tensor, scales: Tensor) -> StoredWeight:
-    """These codes and scales with what was prepared of them, which `linear` holds."""
-    return StoredWeight(
-        codes,
-        scales,
-        linear.weight_tensor_scale,
-        linear.weight_zero_point,
-        linear.row_exponents,
-        linear.lifted_scales,
-        linear.lifted,
-        linear.swizzled,
-    )
+def prepared_of(linear: QuantLinear) -> Prepared:
+    """What `prepare_site` has made and `linear` holds."""
+    return Prepared(linear.row_exponents, linear.lifted_scales, linear.lifted, linear.swizzled)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_CODES = (".weight_packed",)
-_SCALES = (".weight_scale", ".weight_zero_point", ".weight_tensor_scale")
+from mxrot.formats.quantizer import PACKED, PART
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ class ModelSize:
 
 
 def _kind(name: str) -> str:
-    if name.endswith(_CODES):
-        return "codes"
-    if name.endswith(_SCALES):
-        return "scales"
+    last = name.rpartition(".")[2]
+    if last.startswith(PART):
+        return "codes" if last == PACKED else "scales"
     return "transforms" if name.endswith("_input.weight") else "other"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from mxrot.models.llama import LLAMA
 from tests.unit.calibration.two_processes import of_two_processes
 from tests.unit.surgery.tiny_llama import VOCABULARY, first_block, tiny_llama
 from torch import Tensor
@@ -26,7 +27,6 @@ from mxrot.calibration.statistics import (
 )
 from mxrot.calibration.world import ONE, World
 from mxrot.errors import DataError, NumericsError
-from mxrot.models.llama import LLAMA
 
 BLOCK, GROUPS, TOKENS = 8, 3, 35
 BEFORE = (0, 20)

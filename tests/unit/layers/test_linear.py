@@ -1,8 +1,10 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tests.oracles.sample_blocks import bits
 from torch import Tensor
 
@@ -141,7 +143,7 @@ def test_storage_is_the_bits_of_the_format(format: Format) -> None:
     """Codes and scales; a zero point takes a whole byte here, and NVFP4 has a float32 a tensor besides."""
     linear = linear_of(format.name, None)
     stored_bytes = sum(value.numel() * value.element_size() for value in linear.state_dict().values() if value.dim())
-    spared_bits = 0 if linear.weight_zero_point is None else 8 - format.element.bits
+    spared_bits = 0 if "zero_point" not in linear.weights.part_names else 8 - format.element.bits
     assert stored_bytes * 8 / (N * K) == format.bits_per_element + spared_bits / format.block
     if format.name == "mxfp4":
         assert stored_bytes * 8 == 4.25 * N * K
@@ -159,6 +161,49 @@ def test_what_is_set_comes_back(format: Format) -> None:
         state = linear.state_dict()
         assert shapes.items() <= {name: (value.shape, value.dtype) for name, value in state.items()}.items()
         assert not any(parameter.requires_grad for parameter in linear.parameters())
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_a_file_gives_the_weight_back_bit_for_bit(format: Format, tmp_path: Path) -> None:
+    """Of every format and rule: a checkpoint holds all of it, and an empty linear has a place for all."""
+    for rule in map(format.rule, format.rules):
+        stored, empty = (QuantLinear(K, N, TensorQuantizer(format, rule), None) for _ in range(2))
+        stored.set_weight(quantize(random(N, K, seed=1), format, rule))
+        save_file(stored.state_dict(), tmp_path / "linear.safetensors")
+        empty.load_state_dict(load_file(tmp_path / "linear.safetensors"))
+        assert [*empty.state_dict()] == [*TensorQuantizer(format, rule).stored_parts(N, K)]
+        assert torch.equal(empty.qtensor().codes, stored.qtensor().codes)
+        assert torch.equal(bits(empty.dequantized_weight()), bits(stored.dequantized_weight()))
+
+
+def test_a_weight_of_another_rule_is_refused() -> None:
+    """Its scale of the whole tensor would be lost."""
+    format, linear = get_format("mxfp4"), linear_of()
+    before = linear.dequantized_weight()
+    for weight in (quantize(random(N, K), format, format.rule("x3")), quantize(random(N, K), get_format("mxint8"))):
+        with pytest.raises(ValueError, match=r"^expected mxfp4 even with \('scale',\), got \('scale'"):
+            linear.set_weight(weight)
+    assert torch.equal(linear.dequantized_weight(), before)
+
+
+@pytest.mark.parametrize("weights", ["mxfp4", "nvfp4", "int4_g32_asym"])
+def test_values_and_gradients_are_the_same_when_compiled(weights: str) -> None:
+    """One operation takes any number of parts: one, two with a scalar, and zero points."""
+    linear = linear_of(weights, "mxfp4", 4, random(N, seed=2))
+    torch.compiler.reset()
+    found = []
+    for called in (linear, torch.compile(linear, backend="aot_eager", fullgraph=True)):
+        x = random(5, K, seed=4).requires_grad_()
+        y = called(x)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    upstream = 2 * found[0][0].double()
+    transform = linear.transform
+    assert transform is not None
+    T = torch.block_diag(*transform.matrices().double())
+    expected = upstream @ linear.dequantized_weight().double() @ T.T
+    torch.testing.assert_close(found[0][1].double(), expected, rtol=1e-4, atol=1e-3)
 
 
 # One transform for several linears

@@ -1,0 +1,92 @@
+"""A format and a scale rule: all that says how a tensor is quantized and what of it is stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxrot.errors import ConfigError
+from mxrot.formats.block import fake_quantize
+from mxrot.formats.catalog import Format, get_format
+from mxrot.formats.parts import Parts
+from mxrot.formats.scale import ScaleRule
+
+PACKED = "weight_packed"
+"""The name in a checkpoint of the packed codes of a weight."""
+PART = "weight_"
+"""What the names of its parts start with there."""
+
+
+@dataclass(frozen=True)
+class TensorQuantizer:
+    """A format and the rule that picks its scales."""
+
+    format: Format
+    rule: ScaleRule
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the quantized tensor stands for, float32."""
+        return fake_quantize(x, self.format, self.rule)
+
+    @property
+    def is_exact_in_bfloat16(self) -> bool:
+        """Is every quantized value a bfloat16 number?"""
+        return self.format.grid.is_exact_in_bfloat16(self.rule)
+
+    @property
+    def is_mxfp4(self) -> bool:
+        return self.format.name == "mxfp4" and self.rule.is_power_of_two
+
+    @property
+    def looks_at_whole_tensor(self) -> bool:
+        """Does what a block becomes depend on blocks of other rows?"""
+        return self.format.grid.looks_at_whole_tensor(self.rule)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of what stands beside the codes, as in `Parts.tensors`."""
+        return tuple(part.name for part in self.format.grid.parts(self.rule))
+
+    def as_parts(self, tensors: Sequence[Tensor]) -> Parts:
+        """Parts as a checkpoint holds them, in the order of `part_names`."""
+        return self.format.grid.as_parts(dict(zip(self.part_names, tensors, strict=True)), self.rule)
+
+    def stored_parts(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each tensor of a weight [out_features, in_features], by its name in a checkpoint.
+
+        The codes come first. ConfigError if a row is not whole blocks.
+        """
+        format = self.format
+        block = format.block_in(in_features)
+        if in_features % block:
+            raise ConfigError(
+                f"rows of {in_features} elements are not a multiple of the block size {block} of {format.name}"
+            )
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        found[PACKED] = (out_features, in_features * format.bits // 8), torch.uint8
+        for part in format.grid.parts(self.rule):
+            found[PART + part.name] = part.shape_of(out_features, in_features // block), part.dtype
+        return found
+
+    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Bytes of the codes of such a weight, and of what stands beside them."""
+        codes, *parts = (
+            math.prod(shape) * dtype.itemsize for shape, dtype in self.stored_parts(out_features, in_features).values()
+        )
+        return codes, sum(parts)
+
+    @property
+    def spelled(self) -> str:
+        """Format and rule by name, as `named` reads it."""
+        return f"{self.format.name} {self.rule.name}"
+
+    @staticmethod
+    def named(spelled: str) -> TensorQuantizer:
+        """The inverse of `spelled`."""
+        format_name, rule = spelled.split(" ")
+        format = get_format(format_name)
+        return TensorQuantizer(format, format.rule(rule))
