@@ -11,8 +11,8 @@ from torch import Tensor
 from mxrot.formats import QTensor, fake_quantize, get_format, quantize
 from mxrot.formats.scale import E8M0_BIAS
 from mxrot.models import WeightFiles, find_model
-from mxrot.transforms import BlockTransform
-from mxrot.transforms.hadamard import hadamard_matrix
+from mxrot.transforms import BlockDiagonal
+from mxrot.transforms.orders import hadamard_matrix
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 FORMAT = get_format("mxfp4")
@@ -22,7 +22,7 @@ RULE = FORMAT.rule("even")
 def main() -> None:
     weight = WeightFiles(find_model("demo")).read(NAME).double()
     block = weight[0, :32]
-    rotation = BlockTransform(hadamard_matrix(32)[None])
+    rotation = BlockDiagonal(hadamard_matrix(32)[None])
     applied = rotation.as_applied()
 
     show("The weights", rows(block, "{:9.5f}"))

@@ -18,7 +18,7 @@ from mxrot.layers import build_apart, fused_norms, separate_experts
 from mxrot.models import FAMILIES, Family, Site, check_linears, find_family, needed_attention, value_heads
 from mxrot.models.family import is_ignored
 from mxrot.surgery import fold_into_producer, shareable_scales
-from mxrot.transforms import BlockTransform
+from mxrot.transforms import BlockDiagonal
 from mxrot.transforms.base import random_orthogonal
 
 TOKENS = torch.arange(40)[None]
@@ -305,7 +305,7 @@ def test_scales_and_transforms_fold_away_in_float64(family: Family) -> None:
                 fold_into_producer(block, site, weights, scales, heads, torch.float64)
         for site in family.sites:
             groups = weights[site.linears[0]].shape[1] // 32
-            transform = BlockTransform(random_orthogonal(groups, 32, generator).double())
+            transform = BlockDiagonal(random_orthogonal(groups, 32, generator).double())
             for name in site.linears:
                 linear = block.get_submodule(name)
                 linear.weight.data = transform.fold(weights[name])

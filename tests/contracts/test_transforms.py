@@ -12,8 +12,8 @@ from mxrot.calibration import COLLECTORS
 from mxrot.errors import ConfigError
 from mxrot.formats import get_format
 from mxrot.layers import TensorQuantizer
-from mxrot.transforms import METHODS, BlockTransform, Sharing, SiteSample, generator_for, get_transform
-from mxrot.transforms.base import STORED_DTYPE
+from mxrot.transforms import METHODS, BlockDiagonal, Sharing, SiteSample, generator_for, get_transform
+from mxrot.transforms.stages import STORED_DTYPE
 
 BLOCK, GROUPS = 32, 3
 EPSILON = torch.finfo(torch.float64).eps
@@ -36,11 +36,11 @@ def inputs() -> Tensor:
 
 
 @cache
-def fit(name: str, sharing: Sharing, seed: int = 0, site: str = "a.q_proj") -> BlockTransform:
+def fit(name: str, sharing: Sharing, seed: int = 0, site: str = "a.q_proj") -> BlockDiagonal:
     return refit(name, sharing, generator_for(seed, site))
 
 
-def refit(name: str, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
+def refit(name: str, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
     method = METHODS[name]()
     collectors = {need: COLLECTORS[need](BLOCK, getattr(method, "rows", 0), 512) for need in method.needs}
     for batch in inputs():
@@ -56,7 +56,7 @@ def refit(name: str, sharing: Sharing, generator: torch.Generator) -> BlockTrans
     return method.fit(sample, sharing, generator)
 
 
-def as_dense(transform: BlockTransform) -> Tensor:
+def as_dense(transform: BlockDiagonal) -> Tensor:
     """The transform of a whole row, [K, K]."""
     return torch.block_diag(*transform.matrices.expand(GROUPS, BLOCK, BLOCK))
 
@@ -126,7 +126,7 @@ def test_the_stored_shape(name: str, sharing: Sharing) -> None:
     assert stored.dtype == STORED_DTYPE
     expected = (BLOCK, BLOCK) if len(transform.matrices) == 1 else (GROUPS, BLOCK, BLOCK)
     assert stored.shape == expected
-    assert BlockTransform.from_stored(stored).matrices.shape == transform.matrices.shape
+    assert BlockDiagonal.from_stored(stored).matrices.shape == transform.matrices.shape
 
 
 @each

@@ -28,7 +28,8 @@ from mxrot.kernels.plain import (
     plain_rotate_quantize_e5m2,
     plain_rotate_quantize_packed,
 )
-from mxrot.transforms.base import STORED_DTYPE, apply_matrices, random_orthogonal
+from mxrot.transforms.base import random_orthogonal
+from mxrot.transforms.stages import STORED_DTYPE, apply_matrices
 
 LLAMA_3_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """(N, K) of q, k and v together, o, gate and up together, down."""

@@ -23,7 +23,8 @@ from mxrot.layers import QuantLinear, build_apart, prepare_linears, unmasked
 from mxrot.models import find_family, rebuild_buffers
 from mxrot.recipe import Recipe
 from mxrot.surgery import install_empty_site, scheme_name
-from mxrot.transforms.base import BlockTransform, random_orthogonal
+from mxrot.transforms.base import random_orthogonal
+from mxrot.transforms.stages import BlockDiagonal
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def random_quantized_model(
             assert isinstance(width, int)
             count = 1 if recipe.sharing == "site" else width // recipe.input_block
             matrices = random_orthogonal(count, recipe.input_block, generator)
-            stored = BlockTransform(matrices.to(device)).to_stored() if recipe.has_transform else None
+            stored = BlockDiagonal(matrices.to(device)).to_stored() if recipe.has_transform else None
             install_empty_site(block, scheme_name(index, site), site, stored, weights, activations)
             for name in site.linears:
                 linear = block.get_submodule(name)

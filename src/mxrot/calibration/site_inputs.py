@@ -14,8 +14,8 @@ from mxrot.kernels import outputs, rotate_quantize, weight_parts
 from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
 from mxrot.rounding.base import Requirements
-from mxrot.transforms import BlockTransform
-from mxrot.transforms.base import STORED_DTYPE
+from mxrot.transforms import BlockDiagonal
+from mxrot.transforms.stages import STORED_DTYPE
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SiteInputs:
     block: nn.Module
     site: Site
     inputs: BlockInputs
-    transform: BlockTransform | None
+    transform: BlockDiagonal | None
     """As it is applied: bfloat16 numbers."""
     quantizer: TensorQuantizer | None
 

@@ -25,7 +25,7 @@ from mxrot.models.families import EXPERTS
 from mxrot.models.headers import Header, StoredTensor, read_header
 from mxrot.recipe import TRANSFORM_BLOCK
 from mxrot.surgery import install_empty_site, scheme_name
-from mxrot.transforms.base import STORED_DTYPE
+from mxrot.transforms.stages import STORED_DTYPE
 
 SINGLE = "model.safetensors"
 LARGEST_CONDITION = 1e10

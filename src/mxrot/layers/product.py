@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mxrot.formats import QTensor, TensorQuantizer
 from mxrot.kernels import Inputs, PackedWeight, multiply, multiply_by_mxfp4, quantized_linear, rotate_quantize
-from mxrot.transforms.base import STORED_DTYPE, BlockTransform, apply_matrices
+from mxrot.transforms.stages import STORED_DTYPE, BlockDiagonal, apply_matrices
 
 
 class Prepared(NamedTuple):
@@ -105,7 +105,7 @@ def quantized_input(x: Tensor, matrices: Tensor | None, activations: TensorQuant
 
 def applied_matrices(stored: Tensor) -> Tensor:
     """T as runtimes apply it, bfloat16 [1 | G, B, B], from what a checkpoint holds."""
-    return BlockTransform.from_stored(stored).matrices.to(STORED_DTYPE)
+    return BlockDiagonal.from_stored(stored).matrices.to(STORED_DTYPE)
 
 
 def traced_product(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.layers.product import applied_matrices
-from mxrot.transforms.base import apply_matrices
+from mxrot.transforms.stages import apply_matrices
 
 
 class _Applied(NamedTuple):

@@ -17,7 +17,7 @@ from mxrot.kernels import rotate_quantize
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.rounding.gptq import NEIGHBOURS, walk_reached
 from mxrot.rounding.linalg import inverse_factor
-from mxrot.transforms import BlockTransform, SiteSample
+from mxrot.transforms import BlockDiagonal, SiteSample
 from mxrot.transforms.moments import balancing_transform
 from mxrot.transforms.outlier import OutlierRotation
 
@@ -134,7 +134,7 @@ def _search_rate(method: OutlierRotation, device: torch.device, timed: Callable[
     plain = replace(method, sample="peaks", score="peak", start="identity", steps=min(method.steps, 16))
     sample = SiteSample(torch.zeros(1, groups * size, dtype=torch.float64, device=device), size, {"peaks": blocks})
 
-    def fit() -> BlockTransform:
+    def fit() -> BlockDiagonal:
         return plain.fit(sample, "block", torch.Generator().manual_seed(0))
 
     return blocks.numel() * plain.steps / timed(fit)

@@ -31,7 +31,7 @@ from mxrot.quantizing.finite import check_folded, check_rounded, check_statistic
 from mxrot.quantizing.record import LinearReport
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.surgery import Weights, fold_into_producer, install_site, scheme_name, shareable_scales
-from mxrot.transforms import BlockTransform, SiteSample, generator_for
+from mxrot.transforms import BlockDiagonal, SiteSample, generator_for
 from mxrot.transforms.smoothing import smoothing_scales
 
 ERROR_ROWS = 512
@@ -166,7 +166,7 @@ def quantize_site(
 
 def fit_transform(
     run: BlockRun, part: Part, site: Site, scales: Tensor | None, rows: RowSample
-) -> BlockTransform | None:
+) -> BlockDiagonal | None:
     """The site's transform as a checkpoint will hold it; None where nothing is applied at run time.
 
     With `sharing = "block"` it starts with the division by the smoothing scales. `rows` gets the raw inputs.
@@ -207,13 +207,13 @@ def fit_transform(
     with named_factorizations(name):
         transform = method.fit(sample, run.recipe.sharing, generator_for(run.seed, name))
         if scales is not None:
-            transform = BlockTransform.diagonal(1 / scales, TRANSFORM_BLOCK).compose(transform)
+            transform = BlockDiagonal.diagonal(1 / scales, TRANSFORM_BLOCK).compose(transform)
         applied = transform.as_applied()
         check_transform(applied, name)
     return applied
 
 
-def round_site(run: BlockRun, part: Part, site: Site, transform: BlockTransform | None) -> dict[str, RoundedLinear]:
+def round_site(run: BlockRun, part: Part, site: Site, transform: BlockDiagonal | None) -> dict[str, RoundedLinear]:
     """Round the linears of a site, by their names, for the inputs of the part."""
     weights = [part.weights[linear] for linear in site.linears]
     folded = dict(zip(site.linears, weights if transform is None else map(transform.fold, weights), strict=True))
@@ -276,7 +276,7 @@ def install_rounded(
     run: BlockRun,
     part: Part,
     site: Site,
-    transform: BlockTransform | None,
+    transform: BlockDiagonal | None,
     rounded: dict[str, RoundedLinear],
     rows: RowSample,
 ) -> list[LinearReport]:

@@ -1,11 +1,25 @@
-"""Block transforms and the methods that build them. A method is one class, listed here."""
+"""Input transforms, the stages they are made of, and the methods that build them. A method is one class, listed
+here."""
 
 from mxrot.errors import ConfigError
 from mxrot.nearest import not_known
-from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod, generator_for
+from mxrot.transforms.base import SiteSample, TransformMethod, generator_for
 from mxrot.transforms.hadamard import Hadamard, Identity, RandomHadamard, RandomOrthogonal
 from mxrot.transforms.moments import SecondMoment
 from mxrot.transforms.outlier import OutlierRotation
+from mxrot.transforms.site_transform import SiteTransform, empty_tensors, stored_tensors
+from mxrot.transforms.stages import (
+    BlockDiagonal,
+    BlockDiagonalSpec,
+    HadamardOfWidth,
+    HadamardOfWidthSpec,
+    Permutation,
+    PermutationSpec,
+    Sharing,
+    Stage,
+    StageSpec,
+    spec_from_table,
+)
 
 METHODS: dict[str, type[TransformMethod]] = {
     method.name: method
@@ -22,10 +36,21 @@ def get_transform(name: str) -> type[TransformMethod]:
 
 __all__ = [
     "METHODS",
-    "BlockTransform",
+    "BlockDiagonal",
+    "BlockDiagonalSpec",
+    "HadamardOfWidth",
+    "HadamardOfWidthSpec",
+    "Permutation",
+    "PermutationSpec",
     "Sharing",
     "SiteSample",
+    "SiteTransform",
+    "Stage",
+    "StageSpec",
     "TransformMethod",
+    "empty_tensors",
     "generator_for",
     "get_transform",
+    "spec_from_table",
+    "stored_tensors",
 ]

@@ -10,21 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from mxrot.errors import ConfigError
-from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod, random_orthogonal
-
-
-def hadamard_matrix(size: int) -> Tensor:
-    """The orthonormal Sylvester-Hadamard matrix, float64 [size, size]; ConfigError unless size is a power of two."""
-    if size < 1 or size & (size - 1):
-        raise ConfigError(f"a Hadamard block needs a power of two, got {size}")
-    core = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < size:
-        matrix = torch.kron(core, matrix)
-    return matrix / size**0.5
+from mxrot.transforms.base import SiteSample, TransformMethod, random_orthogonal
+from mxrot.transforms.orders import hadamard_matrix
+from mxrot.transforms.stages import BlockDiagonal, Sharing
 
 
 def matrices_wanted(sample: SiteSample, sharing: Sharing) -> int:
@@ -39,8 +28,8 @@ class Identity(TransformMethod):
     name = "identity"
     is_one_for_all = True
 
-    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
-        return BlockTransform.identity(sample.block, sample.device)
+    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
+        return BlockDiagonal.identity(sample.block, sample.device)
 
 
 @dataclass(frozen=True)
@@ -50,8 +39,8 @@ class Hadamard(TransformMethod):
     name = "hadamard"
     is_one_for_all = True
 
-    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
-        return BlockTransform(hadamard_matrix(sample.block).to(sample.device)[None])
+    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
+        return BlockDiagonal(hadamard_matrix(sample.block).to(sample.device)[None])
 
 
 @dataclass(frozen=True)
@@ -60,10 +49,10 @@ class RandomHadamard(TransformMethod):
 
     name = "random-hadamard"
 
-    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
+    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
         shape = (matrices_wanted(sample, sharing), sample.block, 1)
         signs = torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
-        return BlockTransform((signs * hadamard_matrix(sample.block)).to(sample.device))
+        return BlockDiagonal((signs * hadamard_matrix(sample.block)).to(sample.device))
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ class RandomOrthogonal(TransformMethod):
 
     name = "random-orthogonal"
 
-    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
-        return BlockTransform(
+    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
+        return BlockDiagonal(
             random_orthogonal(matrices_wanted(sample, sharing), sample.block, generator, sample.device)
         )

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError
-from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod
-from mxrot.transforms.hadamard import hadamard_matrix
+from mxrot.transforms.base import SiteSample, TransformMethod
+from mxrot.transforms.orders import hadamard_matrix
+from mxrot.transforms.stages import BlockDiagonal, Sharing
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class SecondMoment(TransformMethod):
     def needs(self) -> frozenset[str]:
         return frozenset({"moments"})
 
-    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
+    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
         inputs = sample.seen["moments"]
         weights = weight_moments(sample)
         if sharing == "site":
@@ -76,7 +77,7 @@ def shared_moments(inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return (inputs * ratio).mean(dim=0, keepdim=True) / whole, (weights * inverse).mean(dim=0, keepdim=True) * whole
 
 
-def balancing_transform(inputs: Tensor, weights: Tensor, damping: float) -> BlockTransform:
+def balancing_transform(inputs: Tensor, weights: Tensor, damping: float) -> BlockDiagonal:
     """T of the second moments S_x and S_w, both [n, B, B] and symmetric; a block that is dead in either gets H."""
     size = inputs.shape[-1]
     rotation = hadamard_matrix(size).to(inputs)
@@ -87,15 +88,15 @@ def balancing_transform(inputs: Tensor, weights: Tensor, damping: float) -> Bloc
     spread = (right_t.mT * singular.sqrt()[:, None, :]) @ rotation
     found = torch.linalg.solve_triangular(lower_x.mT, spread, upper=True)
     dead = (_traces(inputs) == 0) | (_traces(weights) == 0)
-    return BlockTransform(torch.where(dead, rotation, found))
+    return BlockDiagonal(torch.where(dead, rotation, found))
 
 
-def conditioned(transform: BlockTransform, condition: float) -> BlockTransform:
+def conditioned(transform: BlockDiagonal, condition: float) -> BlockDiagonal:
     """T with singular values clipped to a ratio of `condition` around their geometric mean."""
     left, singular, right = torch.linalg.svd(transform.matrices)
     middle = singular.log().mean(dim=-1, keepdim=True).exp()
     clipped = (singular / middle).clamp(condition**-0.5, condition**0.5) * middle
-    return BlockTransform(left * clipped[:, None, :] @ right)
+    return BlockDiagonal(left * clipped[:, None, :] @ right)
 
 
 def _damped(moments: Tensor, damping: float) -> Tensor:

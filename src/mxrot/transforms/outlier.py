@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError
-from mxrot.transforms.base import BlockTransform, Sharing, SiteSample, TransformMethod, random_orthogonal
+from mxrot.transforms.base import SiteSample, TransformMethod, random_orthogonal
 from mxrot.transforms.moments import SecondMoment
+from mxrot.transforms.stages import BlockDiagonal, Sharing
 
 GROUPS_AT_ONCE = 128
 """Blocks that are searched together; bounds the memory of the rotations they take."""
@@ -137,7 +138,7 @@ class OutlierRotation(TransformMethod):
         looks_at_moments = self.start == "moments" or self.score == "joint"
         return frozenset(tokens | {"moments"} if looks_at_moments else tokens)
 
-    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockTransform:
+    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
         start = SecondMoment().fit(sample, sharing, generator) if self.start == "moments" else None
         x = self._search_rows(sample, sharing)
         weights = moments = None
@@ -161,7 +162,7 @@ class OutlierRotation(TransformMethod):
             sample.replay(("outlier", self, *quantizers), search, rotations, *group.tensors())
             for group in operands.split(GROUPS_AT_ONCE)
         ]
-        rotation = BlockTransform(torch.cat(found))
+        rotation = BlockDiagonal(torch.cat(found))
         return rotation if start is None else start.compose(rotation)
 
     def _search_rows(self, sample: SiteSample, sharing: Sharing) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mxrot.formats.element import Element
 from mxrot.kernels import WeightMoves, divergence, moved_weights, moved_weights_gradients, rotate_quantize
 from mxrot.layers import TensorQuantizer
-from mxrot.transforms.base import STORED_DTYPE
+from mxrot.transforms.stages import STORED_DTYPE
 
 
 class RotateQuantize(torch.autograd.Function):

@@ -21,7 +21,7 @@ from mxrot.formats.scale import E8M0_MAX_BYTE
 from mxrot.kernels import WeightMoves
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
 from mxrot.models import Site
-from mxrot.transforms import BlockTransform
+from mxrot.transforms import BlockDiagonal
 from mxrot.tuning.inverses import inverses
 from mxrot.tuning.loop import Group, Tuning
 from mxrot.tuning.straight_through import InverseTransposed, MoveWeights, RotateQuantize, RoundToStored
@@ -39,7 +39,7 @@ class TunableInputs(nn.Module):
         self.quantizer, self.readers = quantizer, readers
         self._transform = (transform,)  # in a tuple, so that it is not registered here
         block = 32 if transform is None else transform.weight.shape[-1]
-        start = BlockTransform.identity(block, device).matrices if transform is None else transform.matrices()
+        start = BlockDiagonal.identity(block, device).matrices if transform is None else transform.matrices()
         self.start: Tensor
         self.register_buffer("start", start.to(device, torch.float32), persistent=False)
         identity = torch.eye(block, device=device).expand_as(self.start).contiguous()
@@ -212,7 +212,7 @@ class TunableBlock:
             self.block.set_submodule(name, linear)
         for name, site in self.inputs.items():
             if site.transform is not None and not torch.equal(matrices[name], site.start):
-                site.transform.weight.data = BlockTransform(matrices[name].double()).to_stored()
+                site.transform.weight.data = BlockDiagonal(matrices[name].double()).to_stored()
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from mxrot.checkpoint.huggingface import CheckpointConfig
 from mxrot.errors import ConfigError
 from mxrot.layers import InputTransform, QuantLinear, prepare_site
 from mxrot.recipe import TRANSFORM_BLOCK
-from mxrot.transforms.base import STORED_DTYPE
+from mxrot.transforms.stages import STORED_DTYPE
 from mxrot.vllm.plugin import METHOD
 
 

@@ -19,7 +19,8 @@ from mxrot.models import Site
 from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.models.families.llama import LLAMA_SITES
 from mxrot.rounding import Requirements
-from mxrot.transforms.base import BlockTransform, random_orthogonal
+from mxrot.transforms.base import random_orthogonal
+from mxrot.transforms.stages import BlockDiagonal
 
 FORMAT = get_format("mxfp4")
 QUANTIZER = TensorQuantizer(FORMAT, FORMAT.rule())
@@ -63,7 +64,7 @@ def weight_of(block: nn.Module, site: Site) -> Tensor:
 
 
 def site_inputs(blocks: Blocks, site: Site, quantizer: TensorQuantizer | None) -> SiteInputs:
-    transform = BlockTransform(random_orthogonal(1, 32, torch.Generator().manual_seed(1))).as_applied()
+    transform = BlockDiagonal(random_orthogonal(1, 32, torch.Generator().manual_seed(1))).as_applied()
     return SiteInputs(blocks.block, site, blocks.inputs, transform, quantizer)
 
 

@@ -11,7 +11,8 @@ from mxrot.kernels import Inputs, PackedWeight, choose_path, crossovers, dispatc
 from mxrot.kernels.crossovers import Crossovers
 from mxrot.kernels.linear import PATHS, by_fp8
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare, prepare_linears, prepare_site
-from mxrot.transforms.base import BlockTransform, random_orthogonal
+from mxrot.transforms.base import random_orthogonal
+from mxrot.transforms.stages import BlockDiagonal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMAT = get_format("mxfp4")
@@ -27,7 +28,7 @@ def linear(groups: int = 3, width: int = 96, height: int = 40, bias: bool = Fals
     found.set_weight(quantize(torch.randn(height, width, generator=generator), FORMAT))
     if groups:
         matrices = random_orthogonal(groups, 32, generator)
-        found.own_transform("test", InputTransform(BlockTransform(matrices).to_stored()))
+        found.own_transform("test", InputTransform(BlockDiagonal(matrices).to_stored()))
     return found.to(DEVICE)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxrot.formats import FORMATS, Format, fake_quantize, get_format, quantize
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
-from mxrot.transforms import BlockTransform
+from mxrot.transforms import BlockDiagonal
 from mxrot.transforms.base import random_orthogonal
 
 K, N = 128, 24
@@ -27,7 +27,7 @@ def quantizer(name: str, rule: str | None = None) -> TensorQuantizer:
 
 def transform_of(count: int) -> InputTransform:
     matrices = random_orthogonal(count, 32, torch.Generator().manual_seed(3))
-    return InputTransform(BlockTransform(matrices).to_stored())
+    return InputTransform(BlockDiagonal(matrices).to_stored())
 
 
 def linear_of(
@@ -97,17 +97,17 @@ def test_forward_is_within_float32_of_the_exact_product(weights: str, inputs: st
 def test_the_input_transform_is_what_the_weights_were_folded_against(count: int) -> None:
     """x T with the T of a checkpoint: B products in float32."""
     matrices = random_orthogonal(count, 32, torch.Generator().manual_seed(3))
-    exact = BlockTransform(matrices).as_applied()
+    exact = BlockDiagonal(matrices).as_applied()
     x = random(5, K)
     got, expected = transform_of(count)(x), exact.apply(x.double())
-    bound = 33 * 2.0**-24 * BlockTransform(exact.matrices.abs()).apply(x.double().abs())
+    bound = 33 * 2.0**-24 * BlockDiagonal(exact.matrices.abs()).apply(x.double().abs())
     assert got.dtype == torch.float32 and ((got.double() - expected).abs() <= bound).all()
 
 
 def test_without_quantizing_a_fold_cancels() -> None:
     """Weights in 8 bits, inputs as they are: y = x W^T to the error of the weights."""
     weight, transform = random(N, K, seed=1), transform_of(4)
-    folded = BlockTransform.from_stored(transform.weight).fold(weight)
+    folded = BlockDiagonal.from_stored(transform.weight).fold(weight)
     format = get_format("mxint8")
     linear = QuantLinear(K, N, TensorQuantizer(format, format.rule()), None)
     linear.set_weight(quantize(folded, format))

@@ -24,7 +24,8 @@ from mxrot.layers import (
     sites_of,
 )
 from mxrot.quantizing import run as pipeline
-from mxrot.transforms.base import BlockTransform, random_orthogonal
+from mxrot.transforms.base import random_orthogonal
+from mxrot.transforms.stages import BlockDiagonal
 
 FORMAT = get_format("mxfp4")
 QUANTIZER = TensorQuantizer(FORMAT, FORMAT.rule())
@@ -36,7 +37,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def site(bias: bool = False) -> list[QuantLinear]:
-    transform = InputTransform(BlockTransform(random_orthogonal(3, 32, torch.Generator().manual_seed(0))).to_stored())
+    transform = InputTransform(BlockDiagonal(random_orthogonal(3, 32, torch.Generator().manual_seed(0))).to_stored())
     linears = []
     for seed, rows in enumerate(ROWS):
         own = random(rows, seed=seed + 7) if bias and seed != 1 else None
@@ -139,7 +140,7 @@ def test_a_transform_that_changes_is_not_kept_prepared() -> None:
     prepare_site(linears)
     transform, other = linears[0].transform, others[0].transform
     assert transform is not None and transform.prepared is not None and other is not None
-    other.weight.data = BlockTransform(random_orthogonal(3, 32, torch.Generator().manual_seed(5))).to_stored()
+    other.weight.data = BlockDiagonal(random_orthogonal(3, 32, torch.Generator().manual_seed(5))).to_stored()
     transform.load_state_dict(other.state_dict())
     assert transform.prepared is None
     compiled = torch.compile(linears[0], fullgraph=True, backend="eager")

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from mxrot.layers import InputTransform
 from mxrot.layers.product import applied_matrices
-from mxrot.transforms.base import BlockTransform, random_orthogonal
+from mxrot.transforms.base import random_orthogonal
+from mxrot.transforms.stages import BlockDiagonal
 
 
 def stored(seed: int) -> Tensor:
-    return BlockTransform(random_orthogonal(3, 32, torch.Generator().manual_seed(seed))).to_stored()
+    return BlockDiagonal(random_orthogonal(3, 32, torch.Generator().manual_seed(seed))).to_stored()
 
 
 def test_matrices_are_made_once() -> None:

@@ -12,7 +12,7 @@ from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
 from mxrot.models import Site
 from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.surgery import install_empty_site, install_site, scheme_name, stored_tensors
-from mxrot.transforms import BlockTransform
+from mxrot.transforms import BlockDiagonal
 from mxrot.transforms.base import random_orthogonal
 
 QKV, _, GATE_UP, DOWN = LLAMA.sites
@@ -20,7 +20,7 @@ MXFP4 = TensorQuantizer(get_format("mxfp4"), get_format("mxfp4").rule())
 
 
 def stored_transform(count: int = 1) -> Tensor:
-    return BlockTransform(random_orthogonal(count, 32, torch.Generator().manual_seed(0))).to_stored()
+    return BlockDiagonal(random_orthogonal(count, 32, torch.Generator().manual_seed(0))).to_stored()
 
 
 def quantized_linears(block: nn.Module, site: Site) -> dict[str, QTensor]:

@@ -5,22 +5,23 @@ import pytest
 import torch
 from tests.oracles.sample_blocks import bits
 
-from mxrot.transforms import BlockTransform, generator_for
-from mxrot.transforms.base import apply_matrices, orthonormalized, random_orthogonal
+from mxrot.transforms import BlockDiagonal, generator_for
+from mxrot.transforms.base import orthonormalized, random_orthogonal
+from mxrot.transforms.stages import apply_matrices
 
 
 def test_apply_by_hand() -> None:
     """x' = x T with row vectors, T of each block its own."""
     matrices = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [-1.0, 5.0]]], dtype=torch.float64)
     x = torch.tensor([[1.0, 10.0, 2.0, 1.0]], dtype=torch.float64)
-    assert BlockTransform(matrices).apply(x).tolist() == [[31.0, 42.0, -1.0, 7.0]]
-    shared = BlockTransform(matrices[:1]).apply(x)
+    assert BlockDiagonal(matrices).apply(x).tolist() == [[31.0, 42.0, -1.0, 7.0]]
+    shared = BlockDiagonal(matrices[:1]).apply(x)
     assert shared.tolist() == [[31.0, 42.0, 5.0, 8.0]]
 
 
 def test_fold_by_hand() -> None:
     """W' = W T^-T: with T = [[1, 2], [0, 1]], T^-T = [[1, 0], [-2, 1]]."""
-    transform = BlockTransform(torch.tensor([[[1.0, 2.0], [0.0, 1.0]]], dtype=torch.float64))
+    transform = BlockDiagonal(torch.tensor([[[1.0, 2.0], [0.0, 1.0]]], dtype=torch.float64))
     weight = torch.tensor([[3.0, 5.0, 1.0, 1.0]])
     assert transform.fold(weight).tolist() == [[-7.0, 5.0, -1.0, 1.0]]
     assert transform.fold(weight).dtype == torch.float64
@@ -28,7 +29,7 @@ def test_fold_by_hand() -> None:
 
 def test_a_diagonal_divides_inputs_and_multiplies_weights() -> None:
     scales = torch.tensor([0.5, 4.0, 2.0, 8.0])
-    transform = BlockTransform.diagonal(1 / scales, block=2)
+    transform = BlockDiagonal.diagonal(1 / scales, block=2)
     ones = torch.ones(1, 4, dtype=torch.float64)
     assert transform.matrices.shape == (2, 2, 2)
     assert transform.apply(ones).tolist() == [[2.0, 0.25, 0.5, 0.125]]
@@ -37,7 +38,7 @@ def test_a_diagonal_divides_inputs_and_multiplies_weights() -> None:
 
 def test_identity_changes_no_bit() -> None:
     x = torch.randn(3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    transform = BlockTransform.identity(32)
+    transform = BlockDiagonal.identity(32)
     assert torch.equal(transform.apply(x), x) and torch.equal(transform.fold(x), x)
 
 
@@ -59,7 +60,7 @@ def test_a_stored_matrix_is_read_alike_after_being_stored_again(block: int) -> N
     patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     stored = patterns[patterns.isfinite()]
     stored = stored[: len(stored) // block**2 * block**2].view(-1, block, block)
-    applied = BlockTransform.from_stored(stored)
+    applied = BlockDiagonal.from_stored(stored)
     again = applied.as_applied()
     assert torch.equal(bits(again.matrices), bits(applied.matrices))
     # Half a unit of bfloat16, or of its subnormal numbers; the division in float32 may move a tie.
@@ -70,9 +71,9 @@ def test_a_stored_matrix_is_read_alike_after_being_stored_again(block: int) -> N
 
 def test_a_hadamard_matrix_is_stored_exactly() -> None:
     """sqrt(B) T is what is kept, so that entries of +-1/sqrt(B) are +-1 in the file."""
-    from mxrot.transforms.hadamard import hadamard_matrix
+    from mxrot.transforms.orders import hadamard_matrix
 
-    stored = BlockTransform(hadamard_matrix(32)[None]).to_stored()
+    stored = BlockDiagonal(hadamard_matrix(32)[None]).to_stored()
     assert stored.abs().eq(1).all()
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mxrot.errors import ConfigError
 from mxrot.transforms import SiteSample
-from mxrot.transforms.hadamard import RandomHadamard, hadamard_matrix
+from mxrot.transforms.hadamard import RandomHadamard
+from mxrot.transforms.orders import hadamard_matrix
 
 
 def recursive_hadamard(size: int) -> list[list[int]]:

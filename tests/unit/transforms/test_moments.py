@@ -8,9 +8,10 @@ from torch import Tensor
 
 from mxrot.calibration.statistics import BlockMoments
 from mxrot.errors import ConfigError
-from mxrot.transforms.base import BlockTransform, Sharing, SiteSample
-from mxrot.transforms.hadamard import hadamard_matrix
+from mxrot.transforms.base import SiteSample
 from mxrot.transforms.moments import SecondMoment, balancing_transform, shared_moments, weight_moments
+from mxrot.transforms.orders import hadamard_matrix
+from mxrot.transforms.stages import BlockDiagonal, Sharing
 
 B, GROUPS = 16, 5
 
@@ -31,7 +32,7 @@ def moments_of(rows: Tensor) -> Tensor:
     return blocks.mT @ blocks / len(rows)
 
 
-def fitted(x: Tensor, weight: Tensor, sharing: Sharing = "block", damping: float = 0.01) -> BlockTransform:
+def fitted(x: Tensor, weight: Tensor, sharing: Sharing = "block", damping: float = 0.01) -> BlockDiagonal:
     sample = SiteSample(weight, B, {"moments": moments_of(x)})
     return SecondMoment(damping).fit(sample, sharing, torch.Generator())
 
@@ -41,7 +42,7 @@ def damped(moments: Tensor, damping: float) -> Tensor:
     return moments + damping * mean * torch.eye(B, dtype=torch.float64)
 
 
-def traces(transform: BlockTransform, x: Tensor, weight: Tensor) -> Tensor:
+def traces(transform: BlockDiagonal, x: Tensor, weight: Tensor) -> Tensor:
     """tr(T^T S_x T) tr(T^-1 S_w T^-T) of each block."""
     moved_x = moments_of(transform.apply(x)).diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     return moved_x * moments_of(transform.fold(weight)).diagonal(dim1=-2, dim2=-1).sum(dim=-1)
@@ -65,10 +66,10 @@ def test_no_other_transform_has_a_smaller_product_of_traces() -> None:
     best = traces(fitted(x, weight, damping=1e-9), x, weight)
     found = fitted(x, weight, damping=1e-9).matrices
     ratio = (weight.square().mean(dim=0) / x.square().mean(dim=0)) ** 0.25
-    smoothing = BlockTransform.diagonal(ratio, B).compose(BlockTransform(hadamard_matrix(B)[None]))
-    others = [BlockTransform.identity(B), smoothing]
-    others += [BlockTransform(found @ (torch.eye(B) + 0.05 * random(B, B, seed=seed))) for seed in range(20)]
-    others += [BlockTransform(random(GROUPS, B, B, seed=seed)) for seed in range(20)]
+    smoothing = BlockDiagonal.diagonal(ratio, B).compose(BlockDiagonal(hadamard_matrix(B)[None]))
+    others = [BlockDiagonal.identity(B), smoothing]
+    others += [BlockDiagonal(found @ (torch.eye(B) + 0.05 * random(B, B, seed=seed))) for seed in range(20)]
+    others += [BlockDiagonal(random(GROUPS, B, B, seed=seed)) for seed in range(20)]
     for other in others:
         assert (traces(other, x, weight) >= best * (1 - 1e-9)).all()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from mxrot.formats import get_format
 from mxrot.kernels import WeightMoves, plain_rotate_quantize
 from mxrot.layers import TensorQuantizer
-from mxrot.transforms.base import BlockTransform, apply_matrices
+from mxrot.transforms.stages import BlockDiagonal, apply_matrices
 from mxrot.tuning.straight_through import (
     Divergence,
     InverseTransposed,
@@ -52,7 +52,7 @@ def test_a_transform_without_a_gradient_gets_none() -> None:
 
 def test_rounding_to_what_is_stored() -> None:
     matrices = random(3, 32, 32, seed=0)
-    expected = BlockTransform(matrices.double()).as_applied().matrices.float()
+    expected = BlockDiagonal(matrices.double()).as_applied().matrices.float()
     ours = matrices.clone().requires_grad_()
     found = RoundToStored.apply(ours)
     # sqrt(B) T is formed in float32 here and in float64 there.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule, encode_blocks, fake_quantize, pack_codes, round_blocks
 from mxrot.formats.scale import E8M0_BIAS
-from mxrot.transforms.base import apply_matrices
+from mxrot.transforms.stages import apply_matrices
 
 
 def plain_rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats.element import Element
-from mxrot.transforms.base import apply_matrices
+from mxrot.transforms.stages import apply_matrices
 
 
 @dataclass(frozen=True)
