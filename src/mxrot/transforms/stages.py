@@ -1,7 +1,7 @@
 """What an input transform is made of: a short tuple of stages, each an invertible matrix T on row vectors.
 
 The inputs are multiplied by one stage after the other, the weights that read them by their inverse transposes
-(x' = x T, W' = W T^-T), so that in exact arithmetic x' W'^T = x W^T. A `StageSpec` says what a stage is, with no tensor:
+(x' = x T, W' = W T^-T), so that exactly x' W'^T = x W^T. A `StageSpec` says what a stage is, without tensors:
 what a recipe promises and config.json holds. A stage has tensors, in float64; a checkpoint, what `Stage.stored` gives.
 """
 
