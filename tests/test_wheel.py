@@ -20,7 +20,7 @@ PIP = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check"]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the sources, with the setuptools that is here."""
     source = tmp_path_factory.mktemp("wheel") / "source"
-    for name in ("src", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("src", "pyproject.toml", "build_backend.py", "README.md", "LICENSE"):
         place = ROOT / name
         (shutil.copytree if place.is_dir() else shutil.copy)(place, _made(source) / name)
     subprocess.run(
@@ -43,7 +43,26 @@ def test_the_wheel_holds_what_is_not_python(wheel: Path) -> None:
     assert wheel.name == f"mxrot-{mxrot.__version__}-py3-none-any.whl"
     sources = [path for path in (ROOT / "src/mxrot").rglob("*") if path.suffix in (".py", ".toml", ".html", ".typed")]
     assert {path.relative_to(ROOT / "src").as_posix() for path in sources} <= set(names)
-    assert not [name for name in names if not name.startswith(("mxrot/", f"mxrot-{mxrot.__version__}.dist-info/"))]
+    own = ("mxrot/", f"mxrot-{mxrot.__version__}.dist-info/", "mxrot_autoload.py")
+    assert not [name for name in names if not name.startswith(own)] and own[-1] in names
+
+
+def test_an_editable_install_keeps_what_torch_calls(tmp_path: Path) -> None:
+    """Beside its metadata, not only in the checkout, which may be removed."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "build_backend.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("mxrot_autoload.py", "mxrot/__init__.py", "mxrot/version.py"):
+        shutil.copy(ROOT / "src" / name, _made(_made(source / "src") / Path(name).parent))
+    program = f"import build_backend; print(build_backend.build_editable({str(tmp_path)!r}))"
+    built = subprocess.run([sys.executable, "-c", program], cwd=source, check=True, capture_output=True, text=True)
+    wheel = ZipFile(tmp_path / built.stdout.split()[-1])
+    assert wheel.testzip() is None and "mxrot/__init__.py" not in wheel.namelist()
+    assert wheel.read("mxrot_autoload.py") == (ROOT / "src/mxrot_autoload.py").read_bytes()
+    (record,) = (name for name in wheel.namelist() if name.endswith("/RECORD"))
+    listed = {row.partition(",")[0] for row in wheel.read(record).decode().splitlines()}
+    assert listed == set(wheel.namelist())
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Lets transformers load checkpoints of mxrot, without importing transformers for it.
 
-`import mxrot` calls `install`, and so does `import torch` where mxrot is installed (the entry point in pyproject.toml).
+`import mxrot` calls `install`, and so does `import torch` where mxrot is installed (through `mxrot_autoload`, the entry
+point in pyproject.toml). So it runs in programs that have nothing to do with mxrot: whatever goes wrong here is a
+warning, and transformers is imported as if mxrot were not there. It refuses checkpoints with transforms then.
 
 transformers finds the code for a quantized checkpoint by the `quant_method` in its config, which is
 "compressed-tensors" here, and that code would leave the transforms out. So the two entries of that method are replaced,
@@ -26,9 +28,30 @@ MODULE = "transformers.quantizers.auto"
 def install() -> None:
     """Replace the entries now, or as soon as their module is imported."""
     if MODULE in sys.modules:
-        replace_entries(sys.modules[MODULE])
+        _try_to_replace(sys.modules[MODULE])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def _try_to_replace(module: ModuleType) -> None:
+    try:
+        replace_entries(module)
+    except Exception as error:
+        _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    try:
+        import warnings
+
+        warnings.warn(
+            f"mxrot cannot reach transformers ({type(error).__name__}: {error}), which will not load its checkpoints; "
+            "use mxrot.load, or the versions of transformers that mxrot is made for",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    except Exception:
+        return  # warnings are errors here, and nobody has asked for mxrot
 
 
 def replace_entries(module: ModuleType) -> None:
@@ -76,16 +99,22 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != MODULE:
             return None
-        sys.meta_path.remove(self)
-        for finder in sys.meta_path:
-            spec = finder.find_spec(name, path, target)
+        try:
+            sys.meta_path.remove(self)
+            from importlib.util import find_spec
+
+            spec = find_spec(name)
             if spec is not None and spec.loader is not None:
                 spec.loader = _Loader(spec.loader)  # type: ignore[assignment] # what Loader adds is not asked for
-                return spec
-        return None
+            return spec
+        except Exception as error:
+            _warn(error)
+            return None
 
 
 class _Loader:
+    """Another loader, until the module has run; what that raises is the module's own."""
+
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
@@ -93,5 +122,8 @@ class _Loader:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        replace_entries(module)
+        _try_to_replace(module)

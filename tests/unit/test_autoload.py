@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -14,7 +16,7 @@ from tests.tiny_model import write_tiny_model
 from tests.unit.checkpoint.folders import recipe, write
 from tests.unit.evaluation.task_folder import write_scorable_model
 
-from mxrot import autoload
+import mxrot_autoload
 from mxrot.recipe import tomllib
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +50,7 @@ def start(tmp_path: Path, entries: dict[str, str]) -> Start:
 
 def test_the_entry_point_installs_without_torch(entries: dict[str, str], start: Start) -> None:
     (target,) = entries.values()
-    assert EntryPoint("mxrot", target, GROUP).load() is autoload.install
+    assert EntryPoint("mxrot", target, GROUP).load() is mxrot_autoload.install
     program = f"import sys; from importlib.metadata import EntryPoint as E; E('mxrot', {target!r}, '').load()();"
     assert start("-c", program + "print('torch' in sys.modules)").stdout == "False\n"
 
@@ -62,6 +64,65 @@ def test_from_pretrained_without_importing_mxrot(tmp_path: Path, start: Start, p
     for switch, expected in (("1", True), ("0", False)):
         shown = start("-c", program, TORCH_DEVICE_BACKEND_AUTOLOAD=switch)
         assert ("QuantLinear" in shown.stdout) == expected, shown.stderr
+
+
+WARNED = "RuntimeWarning: mxrot "
+BROKEN = {
+    "files are gone": {},
+    "another folder of that name": {"mxrot/notes.txt": ""},
+    "a package that raises": {"mxrot/__init__.py": "raise RuntimeError('no')"},
+    "a package that is no Python": {"mxrot/__init__.py": "def ("},
+    "a module is gone": {"mxrot/__init__.py": "from mxrot import autoload"},
+    "another autoload": {"mxrot/__init__.py": "", "mxrot/autoload.py": ""},
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "warnings"),
+    [(files, "default") for files in BROKEN.values()] + [({}, "error")],
+    ids=[*BROKEN, "warnings are errors"],
+)
+def test_torch_is_imported_where_mxrot_is_broken(
+    tmp_path: Path, start: Start, files: dict[str, str], warnings: str
+) -> None:
+    """With -S, so that the mxrot that is installed here is not found by a .pth file."""
+    installed = tmp_path / "installed"
+    shutil.copy(mxrot_autoload.__file__, installed)
+    for name, text in files.items():
+        (installed / name).parent.mkdir(exist_ok=True)
+        (installed / name).write_text(text)
+    paths = os.pathsep.join([str(installed), sysconfig.get_path("purelib")])
+    done = start("-S", "-W", warnings, "-c", "import torch; print(torch.ones(1))", PYTHONPATH=paths)
+    assert (done.returncode, done.stdout) == (0, "tensor([1.])\n"), done.stderr
+    assert done.stderr.count(WARNED) == (warnings == "default")
+
+
+@pytest.fixture
+def other_transformers(tmp_path: Path) -> str:
+    """A folder with a transformers that keeps nothing where mxrot looks."""
+    for package in ("transformers", "transformers/quantizers"):
+        (tmp_path / "others" / package).mkdir(parents=True)
+        (tmp_path / "others" / package / "__init__.py").touch()
+    (tmp_path / "others/transformers/quantizers/auto.py").write_text("KEPT = 1")
+    return os.pathsep.join([str(tmp_path / "others"), str(ROOT / "src")])
+
+
+@pytest.mark.parametrize("order", ["mxrot, transformers.quantizers.auto", "transformers.quantizers.auto, mxrot"])
+def test_a_transformers_without_the_tables_is_imported(start: Start, other_transformers: str, order: str) -> None:
+    program = f"import {order}; print(transformers.quantizers.auto.KEPT)"
+    done = start("-c", program, PYTHONPATH=other_transformers)
+    assert (done.returncode, done.stdout, done.stderr.count(WARNED)) == (0, "1\n", 1), done.stderr
+    assert start("-W", "error", "-c", program, PYTHONPATH=other_transformers).stdout == "1\n"
+
+
+def test_transformers_is_found_as_if_nobody_had_looked(start: Start, other_transformers: str) -> None:
+    """By a loader of Python's own; what the module raises is its own, too."""
+    program = "import mxrot, transformers.quantizers.auto as found; print(found.__loader__, found.__spec__.loader)"
+    done = start("-c", program, PYTHONPATH=other_transformers)
+    assert done.stdout.count("SourceFileLoader") == 2, done.stderr
+    Path(other_transformers.split(os.pathsep)[0], "transformers/quantizers/auto.py").write_text("raise KeyError('own')")
+    done = start("-c", program, PYTHONPATH=other_transformers)
+    assert done.stderr.endswith("KeyError: 'own'\n") and WARNED not in done.stderr
 
 
 TASK = """
