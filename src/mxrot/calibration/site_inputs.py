@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.calibration import BlockInputs, CrossMoment, Hessian, paired_inputs, watched_together
-from mxrot.kernels import outputs, rotate_quantize, weight_parts
+from mxrot.calibration.site_weights import SiteWeights
+from mxrot.kernels import outputs, rotate_quantize
 from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
 from mxrot.rounding.base import Requirements
@@ -45,47 +46,46 @@ class SiteInputs:
     """As it is applied: bfloat16 numbers."""
     quantizer: TensorQuantizer | None
 
-    def hessian(self, weight: Tensor, requirements: Requirements) -> Tensor:
-        """The mean of x^T x, float64 [K, K]; `weight` [N, K] are the weights that read the untransformed inputs."""
+    def hessian(self, weights: SiteWeights, requirements: Requirements) -> Tensor:
+        """The mean of x^T x, float64 [K, K]."""
         hessian = Hessian()
         modules = watched_modules(self.site, requirements)
-        parts = weight_parts(weight, self._dtype) if len(modules) > 1 and requirements.relative else None
+        parts = weights.parts(self._dtype) if len(modules) > 1 and requirements.relative else None
         for *residual, x in watched_together(self.block, self.inputs, modules):
-            size = None if parts is None else _inverse_size(_outputs(x, parts, weight) + residual[0])
+            size = None if parts is None else _inverse_size(_outputs(x, parts, weights) + residual[0])
             hessian.update(self._seen(x), size)
         return hessian.result(self.inputs.world)
 
     def hessian_and_shift(
-        self, original: OriginalBlock, weight: Tensor, folded: Tensor, requirements: Requirements
+        self, original: OriginalBlock, weights: SiteWeights, requirements: Requirements
     ) -> tuple[Tensor, Tensor]:
         """The mean of x^T x [K, K], and that of d^T x [N, K]; float64, the products of a batch in float32.
 
         d is what the site's outputs lack of the target while its weights are not rounded: the original's output
-        less its own, plus, with target "residual", what the residual stream lacks before it. `weight` [N, K] are
-        the weights that read the original inputs, `folded` those that read the transformed ones. Its own output is
-        linear in x, so its part of d^T x is `folded` times the mean of x^T x.
+        less its own, plus, with target "residual", what the residual stream lacks before it. Its own output is
+        linear in x, so its part of d^T x is the folded weights times the mean of x^T x.
         """
         modules = watched_modules(self.site, requirements)
         if len(modules) == 1:
-            return self._shift_by_moments(original, weight, folded, requirements)
+            return self._shift_by_moments(original, weights)
         hessian, missing = Hessian(), CrossMoment()
-        parts = weight_parts(weight, self._dtype)
+        parts = weights.parts(self._dtype)
         for (here, there), (x, x_original) in paired_inputs(
             self.block, self.inputs, original.block, original.inputs, modules
         ):
             seen = self._seen(x)
-            wanted = _outputs(x_original, parts, weight)
+            wanted = _outputs(x_original, parts, weights)
             stream = wanted + there
             size = _inverse_size(stream) if requirements.relative else None
             goal = stream - here if requirements.target == "residual" else wanted
             hessian.update(seen, size)
             missing.update(goal, seen, size)
-        mean = hessian.result(self.inputs.world)
-        return mean, missing.result(self.inputs.world) - folded.double() @ mean
+        mean, shift = hessian.result(self.inputs.world), missing.result(self.inputs.world)
+        for rows in weights.groups:
+            shift[rows.place] -= weights.folded(rows) @ mean
+        return mean, shift
 
-    def _shift_by_moments(
-        self, original: OriginalBlock, weight: Tensor, folded: Tensor, requirements: Requirements
-    ) -> tuple[Tensor, Tensor]:
+    def _shift_by_moments(self, original: OriginalBlock, weights: SiteWeights) -> tuple[Tensor, Tensor]:
         """The same where d is linear in the two inputs alone: from their second moments, without any output."""
         hessian, cross = Hessian(), CrossMoment()
         for ((x, x_original),) in paired_inputs(
@@ -94,8 +94,12 @@ class SiteInputs:
             seen = self._seen(x)
             hessian.update(seen)
             cross.update(x_original, seen)
-        mean = hessian.result(self.inputs.world)
-        return mean, weight.double() @ cross.result(self.inputs.world) - folded.double() @ mean
+        mean, across = hessian.result(self.inputs.world), cross.result(self.inputs.world)
+        shift = torch.empty(weights.shape, dtype=torch.float64, device=mean.device)
+        for rows in weights.groups:
+            torch.mm(weights.as_read(rows), across, out=shift[rows.place])
+            shift[rows.place] -= weights.folded(rows) @ mean
+        return mean, shift
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -114,9 +118,9 @@ class SiteInputs:
         return seen.to(torch.bfloat16) if seen.is_cuda and self.quantizer.is_exact_in_bfloat16 else seen
 
 
-def _outputs(x: Tensor, parts: Tensor, weight: Tensor) -> Tensor:
-    """What linears with these weights give, float32 [windows, tokens, N]."""
-    return outputs(x.flatten(0, -2), parts, len(weight)).unflatten(0, x.shape[:-1])
+def _outputs(x: Tensor, parts: Tensor, weights: SiteWeights) -> Tensor:
+    """What linears with these weights give, float32 [windows, tokens, N]; `parts` are `weights.parts`."""
+    return outputs(x.flatten(0, -2), parts, weights.shape[0]).unflatten(0, x.shape[:-1])
 
 
 def _inverse_size(stream: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from mxrot.formats.parts import Parts
 from mxrot.formats.qtensor import QTensor
 from mxrot.formats.scale import ScaleRule
 
+ENCODED_ELEMENTS = 1 << 24
+"""Of a matrix that becomes codes, at once: each takes half a hundred bytes on the way (formats/element.py)."""
+
 
 def quantize(x: Tensor, format: Format, rule: ScaleRule | None = None, name: str = "tensor") -> QTensor:
     """Codes and parts of floating-point `x` [..., K], rounded once from the value it holds.
@@ -39,7 +42,13 @@ def choose_parts(blocks: Tensor, format: Format, rule: ScaleRule | None = None) 
 
 def encode_blocks(blocks: Tensor, parts: Parts, format: Format) -> QTensor:
     """Codes of finite float32/float64 `blocks` [..., G, B] under given parts."""
-    return QTensor(format.grid.encode(blocks, parts).flatten(-2), parts, format)
+    rows = max(1, ENCODED_ELEMENTS // max(1, blocks[..., :1, :, :].numel())) if blocks.dim() == 3 else 0
+    if not 0 < rows < len(blocks):
+        return QTensor(format.grid.encode(blocks, parts).flatten(-2), parts, format)
+    pieces = blocks.split(rows)
+    each = parts.split_rows([len(piece) for piece in pieces])
+    codes = [format.grid.encode(piece, own).flatten(-2) for piece, own in zip(pieces, each, strict=True)]
+    return QTensor(torch.cat(codes), parts, format)
 
 
 def fake_quantize(x: Tensor, format: Format, rule: ScaleRule | None = None) -> Tensor:

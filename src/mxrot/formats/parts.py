@@ -64,10 +64,19 @@ class Parts(ABC):
     @staticmethod
     def side_by_side(parts: Sequence[Parts]) -> Parts:
         """The parts of matrices beside each other; scalars are those of the first."""
+        return Parts._together(parts, 1)
+
+    @staticmethod
+    def one_above_other(parts: Sequence[Parts]) -> Parts:
+        """The parts of matrices with other rows, and of all of them together; scalars are those of the first."""
+        return Parts._together(parts, 0)
+
+    @staticmethod
+    def _together(parts: Sequence[Parts], dim: int) -> Parts:
         first = parts[0]
         return first.with_tensors(
             {
-                name: tensor if tensor.dim() == 0 else torch.cat([each.tensors[name] for each in parts], dim=1)
+                name: tensor if tensor.dim() == 0 else torch.cat([each.tensors[name] for each in parts], dim=dim)
                 for name, tensor in first.tensors.items()
             }
         )

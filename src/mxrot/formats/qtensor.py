@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,14 @@ class QTensor:
             QTensor(codes, parts, self.format)
             for codes, parts in zip(self.codes.split(rows), self.parts.split_rows(rows), strict=True)
         ]
+
+    @staticmethod
+    def one_above_other(pieces: Sequence[QTensor]) -> QTensor:
+        """The inverse of `split_rows`."""
+        if len(pieces) == 1:
+            return pieces[0]
+        parts = Parts.one_above_other([piece.parts for piece in pieces])
+        return QTensor(torch.cat([piece.codes for piece in pieces]), parts, pieces[0].format)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, [..., K], computed in float32 (float64 if asked for) and cast to `dtype`.

@@ -21,6 +21,7 @@ from mxrot.calibration import (
     watched_together,
 )
 from mxrot.calibration.site_inputs import OriginalBlock, SiteInputs, watched_modules
+from mxrot.calibration.site_weights import Rows, SiteWeights
 from mxrot.cuda_graphs import Replays
 from mxrot.errors import NumericsError
 from mxrot.formats import QTensor
@@ -30,12 +31,15 @@ from mxrot.progress import Progress, silent
 from mxrot.quantizing.finite import check_folded, check_rounded, check_statistics, check_transform, named_factorizations
 from mxrot.quantizing.record import LinearReport
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+from mxrot.rounding import Prepared
 from mxrot.surgery import Weights, fold_into_producer, install_site, scheme_name, shareable_scales
 from mxrot.transforms import BlockDiagonal, SiteSample, generator_for
 from mxrot.transforms.smoothing import smoothing_scales
 
 ERROR_ROWS = 512
 """Calibration tokens on which the output error of each linear is measured."""
+ERROR_ELEMENTS = 1 << 24
+"""Weights whose error is taken at once."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,19 @@ class Part:
     """None where no data is looked at."""
     original: OriginalBlock | None = None
     """None where rounding does not ask for it."""
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """Some rows of a linear."""
+
+    weight: QTensor
+    lost: Tensor
+    """The Frobenius norm of what the transformed weights have lost, a scalar."""
+    norm: Tensor
+    """That of the transformed weights."""
+    remainder: Tensor | None
+    """As in `RoundedLinear`."""
 
 
 @dataclass(frozen=True)
@@ -215,61 +232,88 @@ def fit_transform(
 
 def round_site(run: BlockRun, part: Part, site: Site, transform: BlockDiagonal | None) -> dict[str, RoundedLinear]:
     """Round the linears of a site, by their names, for the inputs of the part."""
-    weights = [part.weights[linear] for linear in site.linears]
-    folded = dict(zip(site.linears, weights if transform is None else map(transform.fold, weights), strict=True))
-    hessian = shift = None
+    weights = SiteWeights(part.weights, site.linears, transform)
+    by_linear = run.weights.rule.looks_at_whole_tensor(run.weights.format.scale)
+    groups = weights.whole_linears if by_linear else weights.groups
+    hessian, shift = _statistics(run, part, site, weights)
+    moves = [] if shift is None else [shift[rows.place] for rows in groups]
+    prepared = run.recipe.rounding.prepare(hessian, moves, f"{part.name}.{site.linears[0]}")
+    tokens = None if hessian is None or part.inputs is None else part.inputs.tokens
+    del hessian  # what it has become is in `prepared`
+    found: dict[str, list[RoundedRows]] = {linear: [] for linear in site.linears}
+    for position, rows in enumerate(groups):
+        for linear, piece in _round_rows(run, part, weights, rows, prepared, moves[position] if moves else None):
+            found[linear].append(piece)
+    return {linear: _together(pieces, prepared.damping, tokens) for linear, pieces in found.items()}
+
+
+def _round_rows(
+    run: BlockRun, part: Part, weights: SiteWeights, rows: Rows, prepared: Prepared, move: Tensor | None
+) -> list[tuple[str, RoundedRows]]:
+    """Round some rows, which belong to the linears of these names."""
+    format, rule = run.weights.format, run.weights.rule
+    folded = weights.folded(rows)
+    name = f"{part.name}.{weights.linears[0]}"
+    result = run.recipe.rounding.round_rows(folded, format, rule, prepared, name, move)
+    pieces = zip(
+        rows.pieces,
+        result.weight.split_rows(rows.counts),
+        folded.split(rows.counts),
+        result.remainder.split(rows.counts),
+        strict=True,
+    )
+    found = []
+    for (linear, _, _), weight, wanted, remainder in pieces:
+        check_rounded(weight, wanted, f"{part.name}.{linear}")
+        kept = None if run.recipe.tuning is None else remainder.to(torch.bfloat16)
+        found.append((linear, RoundedRows(weight, *error_norms(weight, wanted), kept)))
+    return found
+
+
+def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> tuple[Tensor | None, Tensor | None]:
+    """The Hessian of a site [K, K], and the shift towards its target [N, K], where rounding asks for them."""
     requirements = run.recipe.rounding.requirements
-    if requirements.hessian:
-        assert part.inputs is not None
-        seen = SiteInputs(part.module, site, part.inputs, transform, run.activations)
-        whole = torch.cat(weights)
-        if part.original is None or requirements.target == "own":
-            hessian = seen.hessian(whole, requirements)
-        else:
-            hessian, shift = seen.hessian_and_shift(
-                part.original, whole, torch.cat(list(folded.values())), requirements
-            )
-        part.inputs.kept = {}
-    quantized, damping, remainders = _round(run, folded, hessian, shift, f"{part.name}.{site.linears[0]}")
-    for linear, weight in quantized.items():
-        check_rounded(weight, folded[linear], f"{part.name}.{linear}")
-    is_tuned = run.recipe.tuning is not None
-    return {
-        linear: RoundedLinear(
-            weight,
-            _relative_error(weight.dequantize(torch.float64), folded[linear]),
-            damping,
-            remainders[linear].to(torch.bfloat16) if is_tuned else None,
-            None if hessian is None or part.inputs is None else part.inputs.tokens,
-        )
-        for linear, weight in quantized.items()
-    }
+    if not requirements.hessian:
+        return None, None
+    assert part.inputs is not None
+    seen = SiteInputs(part.module, site, part.inputs, weights.transform, run.activations)
+    shift = None
+    if part.original is None or requirements.target == "own":
+        hessian = seen.hessian(weights, requirements)
+    else:
+        hessian, shift = seen.hessian_and_shift(part.original, weights, requirements)
+    part.inputs.kept = {}
+    return hessian, shift
 
 
-def _round(
-    run: BlockRun, folded: Weights, hessian: Tensor | None, shift: Tensor | None, name: str
-) -> tuple[dict[str, QTensor], float | None, Weights]:
-    """Round weights with the same inputs, all at once unless a scale looks at the whole tensor.
+def _together(pieces: Sequence[RoundedRows], damping: float | None, tokens: int | None) -> RoundedLinear:
+    """The whole of a linear."""
+    remainders = [piece.remainder for piece in pieces if piece.remainder is not None]
+    return RoundedLinear(
+        QTensor.one_above_other([piece.weight for piece in pieces]),
+        _ratio(_norm([piece.lost for piece in pieces]), _norm([piece.norm for piece in pieces])),
+        damping,
+        torch.cat(remainders) if remainders else None,
+        tokens,
+    )
 
-    Codes and scales, the damping used, and what rounding took away.
-    """
-    rule, format = run.weights.rule, run.weights.format
-    rows = [len(weight) for weight in folded.values()]
-    if rule.looks_at_whole_tensor(format.scale):
-        shifts = [None] * len(rows) if shift is None else list(shift.split(rows))
-        results = {
-            linear: run.recipe.rounding.round(weight, format, rule, hessian, name, part)
-            for (linear, weight), part in zip(folded.items(), shifts, strict=True)
-        }
-        return (
-            {linear: result.weight for linear, result in results.items()},
-            next(iter(results.values())).damping,
-            {linear: result.remainder for linear, result in results.items()},
-        )
-    result = run.recipe.rounding.round(torch.cat(list(folded.values())), format, rule, hessian, name, shift)
-    parts = result.weight.split_rows(rows)
-    remainders = dict(zip(folded, result.remainder.split(rows), strict=True))
-    return dict(zip(folded, parts, strict=True)), result.damping, remainders
+
+def error_norms(weight: QTensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The Frobenius norms of what `weight` [n, K] has lost of the `wanted`, and of that; some rows at a time."""
+    counts = [len(rows) for rows in wanted.split(max(1, ERROR_ELEMENTS // max(1, wanted.shape[1])))]
+    pieces = list(zip(weight.split_rows(counts), wanted.split(counts), strict=True))
+    lost = [(rows.dequantize(torch.float64) - expected).norm() for rows, expected in pieces]
+    return _norm(lost), _norm([expected.norm() for _, expected in pieces])
+
+
+def _norm(norms: Sequence[Tensor]) -> Tensor:
+    """That of a matrix, from those of its rows."""
+    return norms[0] if len(norms) == 1 else torch.stack(list(norms)).norm()
+
+
+def _ratio(lost: Tensor, norm: Tensor) -> Tensor:
+    """A relative error, a scalar; what is lost itself where the norm is zero."""
+    return torch.where(norm > 0, lost / norm, lost)
 
 
 def install_rounded(
@@ -313,10 +357,5 @@ def _output_error(block: nn.Module, linear: str, weight: Tensor, x: Tensor) -> T
     module = block.get_submodule(linear)
     assert isinstance(module, QuantLinear)
     bias = 0 if module.bias is None else module.bias
-    return _relative_error((module(x) - bias).double(), x.double() @ weight.t())
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
-    """||found - expected|| / ||expected||, a scalar; 0 where both are zero."""
-    norm = expected.norm()
-    return torch.where(norm > 0, (found - expected).norm() / norm, found.norm())
+    expected = x.double() @ weight.t()
+    return _ratio(((module(x) - bias).double() - expected).norm(), expected.norm())

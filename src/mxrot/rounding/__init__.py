@@ -2,7 +2,7 @@
 
 from mxrot.errors import ConfigError
 from mxrot.nearest import not_known
-from mxrot.rounding.base import Requirements, Rounded, RoundingMethod
+from mxrot.rounding.base import Prepared, Requirements, Rounded, RoundingMethod
 from mxrot.rounding.gptq import GPTQ
 from mxrot.rounding.rtn import RoundToNearest
 
@@ -16,4 +16,4 @@ def get_rounding(name: str) -> type[RoundingMethod]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Requirements", "Rounded", "RoundingMethod", "get_rounding"]
+__all__ = ["METHODS", "Prepared", "Requirements", "Rounded", "RoundingMethod", "get_rounding"]

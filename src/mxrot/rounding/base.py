@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -39,8 +40,25 @@ class Rounded:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What a method has made of the statistics of a site; all of its weights are rounded with it."""
+
+    factor: Tensor | None = None
+    """Upper triangular [K, K], float64: of the inverse of the damped Hessian, its channels in `order`."""
+    order: Tensor | None = None
+    """The order in which the columns are rounded, [K]."""
+    damping: float | None = None
+    """As in `Rounded`."""
+
+
+@dataclass(frozen=True)
 class RoundingMethod(ABC):
-    """Rounds the weights of one site. Fields are its options, and its keys in a recipe."""
+    """Rounds the weights of one site. Fields are its options, and its keys in a recipe.
+
+    First `prepare`, once, then `round_rows`, for some rows after the other: no row's codes depend on another's, unless
+    a scale looks at the whole tensor. Rows that are rounded apart get the same bits wherever a product of matrices
+    sums a row in the same order for any number of rows.
+    """
 
     name: ClassVar[str]
 
@@ -56,7 +74,24 @@ class RoundingMethod(ABC):
         """ConfigError if this method cannot round to `format` under `rule`."""
         return
 
+    def prepare(self, hessian: Tensor | None, shifts: Sequence[Tensor], name: str) -> Prepared:
+        """What rounding needs of `hessian` [K, K], the mean of x^T x over the inputs that the linears will really see.
+
+        `shifts` [n, K], of so many rows each, are the mean of d^T x, with d what the outputs lack of the target; none
+        for the target "own". Both are overwritten: there is no Hessian left, and each shift has become the move of its
+        rows towards the target. NumericsError, with `name`, if there is nothing to be made of the Hessian.
+        """
+        return Prepared()
+
     @abstractmethod
+    def round_rows(
+        self, weight: Tensor, format: Format, rule: ScaleRule, prepared: Prepared, name: str, move: Tensor | None = None
+    ) -> Rounded:
+        """Codes and scales of `weight` [n, K], some rows or all of them; with `move` [n, K] it is added first.
+
+        NumericsError, with `name`, if a weight is NaN or Inf or a block scale overflows.
+        """
+
     def round(
         self,
         weight: Tensor,
@@ -66,9 +101,8 @@ class RoundingMethod(ABC):
         name: str,
         shift: Tensor | None = None,
     ) -> Rounded:
-        """Codes and scales of `weight` [N, K].
-
-        `hessian` [K, K] is the mean of x^T x over the inputs that the linear will really see; None where the
-        method does not need it. `shift` [N, K] is the mean of d^T x, with d what the outputs lack of the target;
-        None for the target "own". NumericsError, with `name`, if a weight is NaN or Inf or a block scale overflows.
-        """
+        """Both steps for a whole `weight` [N, K]; its `hessian` and `shift` [N, K] stay as they are."""
+        move = None if shift is None else shift.clone()
+        own = None if hessian is None else hessian.clone()
+        prepared = self.prepare(own, [] if move is None else [move], name)
+        return self.round_rows(weight, format, rule, prepared, name, move)

@@ -23,7 +23,7 @@ nearest bit for bit (but for a weight of -0, which may come out as +0).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError, NumericsError
-from mxrot.formats import BlockScales, Format, ScaleRule, encode_blocks
+from mxrot.formats import BlockScales, Format, ScaleRule, check_finite, encode_blocks
 from mxrot.kernels import round_columns, round_reached
-from mxrot.rounding.base import Requirements, Rounded, RoundingMethod, Target
+from mxrot.rounding.base import Prepared, Requirements, Rounded, RoundingMethod, Target
 from mxrot.rounding.linalg import inverse_factor
 
 NEIGHBOURS = (0, -1, 1)
@@ -79,28 +79,33 @@ class GPTQ(RoundingMethod):
         if self.scales == "walked" and not rule.is_power_of_two:
             raise ConfigError(f'rounding gptq: scales = "walked" needs power-of-two scales, not rule {rule.name!r}')
 
-    def round(
-        self,
-        weight: Tensor,
-        format: Format,
-        rule: ScaleRule,
-        hessian: Tensor | None,
-        name: str,
-        shift: Tensor | None = None,
-    ) -> Rounded:
+    def prepare(self, hessian: Tensor | None, shifts: Sequence[Tensor], name: str) -> Prepared:
         assert hessian is not None
-        if not torch.isfinite(weight).all():
-            raise NumericsError(
-                f"{name}: holds NaN or Inf and cannot be quantized; check the model's weights and data type"
-            )
-        order = torch.arange(weight.shape[1], device=weight.device)
+        order = None
         if self.columns == "descending":
             order = hessian.diagonal().argsort(descending=True, stable=True)
-        factor, damping = inverse_factor(hessian[order][:, order], self.damping, name)
-        weight = weight.double()
-        if shift is not None:
+        if shifts:
+            # First, and let go: it needs the Hessian as it is, and the factor takes the place of that.
             regression, _ = inverse_factor(hessian, self.target_damping, name)
-            weight = weight + (shift @ regression.t()) @ regression
+            for shift in shifts:
+                shift.copy_((shift @ regression.t()) @ regression)
+            del regression
+        if order is not None:
+            hessian = hessian[order[:, None], order]
+        factor, damping = inverse_factor(hessian, self.damping, name, overwrites=True)
+        return Prepared(factor, order, damping)
+
+    def round_rows(
+        self, weight: Tensor, format: Format, rule: ScaleRule, prepared: Prepared, name: str, move: Tensor | None = None
+    ) -> Rounded:
+        factor, order = prepared.factor, prepared.order
+        assert factor is not None
+        check_finite(weight, name)
+        weight = weight.double()
+        if move is not None:
+            weight = weight + move
+        if order is None:
+            order = torch.arange(weight.shape[1], device=weight.device)
         blocks = weight.unflatten(-1, (-1, format.block))
         if self.scales == "fixed":
             scales = rule.choose(blocks, format.element, format.scale)
@@ -112,7 +117,7 @@ class GPTQ(RoundingMethod):
             raise NumericsError(
                 f"{name}: a block scale overflows {scales.type.name}; the largest |x| is {weight.abs().max():.3g}"
             )
-        return Rounded(encode_blocks(rounded, scales, format), remainder, damping)
+        return Rounded(encode_blocks(rounded, scales, format), remainder, prepared.damping)
 
 
 def walk_fixed(

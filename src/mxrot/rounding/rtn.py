@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule, quantize
-from mxrot.rounding.base import Rounded, RoundingMethod
+from mxrot.rounding.base import Prepared, Rounded, RoundingMethod
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,8 @@ class RoundToNearest(RoundingMethod):
 
     name = "rtn"
 
-    def round(
-        self,
-        weight: Tensor,
-        format: Format,
-        rule: ScaleRule,
-        hessian: Tensor | None,
-        name: str,
-        shift: Tensor | None = None,
+    def round_rows(
+        self, weight: Tensor, format: Format, rule: ScaleRule, prepared: Prepared, name: str, move: Tensor | None = None
     ) -> Rounded:
         quantized = quantize(weight, format, rule, name)
         return Rounded(quantized, weight.double() - quantized.dequantize(torch.float64))

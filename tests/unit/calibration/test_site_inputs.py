@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from mxrot.calibration import BlockInputs, first_block_inputs
 from mxrot.calibration.site_inputs import OriginalBlock, SiteInputs
+from mxrot.calibration.site_weights import SiteWeights
 from mxrot.formats import get_format
 from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
@@ -63,6 +64,10 @@ def weight_of(block: nn.Module, site: Site) -> Tensor:
     return torch.cat([block.get_submodule(name).weight for name in site.linears]).double()  # type: ignore[misc]
 
 
+def weights_of(block: nn.Module, site: Site, transform: BlockDiagonal | None = None) -> SiteWeights:
+    return SiteWeights({name: block.get_submodule(name).weight for name in site.linears}, site.linears, transform)  # type: ignore[misc]
+
+
 def site_inputs(blocks: Blocks, site: Site, quantizer: TensorQuantizer | None) -> SiteInputs:
     transform = BlockDiagonal(random_orthogonal(1, 32, torch.Generator().manual_seed(1))).as_applied()
     return SiteInputs(blocks.block, site, blocks.inputs, transform, quantizer)
@@ -79,7 +84,7 @@ def quantized(x: Tensor, inputs: SiteInputs) -> Tensor:
 @pytest.mark.parametrize("quantizer", [None, QUANTIZER], ids=["W4A16", "W4A4"])
 def test_the_hessian(blocks: Blocks, site: Site, relative: bool, quantizer: TensorQuantizer | None) -> None:
     inputs = site_inputs(blocks, site, quantizer)
-    found = inputs.hessian(weight_of(blocks.block, site), Requirements(True, relative=relative))
+    found = inputs.hessian(weights_of(blocks.block, site), Requirements(True, relative=relative))
     x = quantized(blocks.seen(site.linears[0], original=False), inputs)
     if relative and site.residual is not None:
         stream = blocks.seen(site.residual, original=False)
@@ -98,7 +103,7 @@ def test_hessian_and_shift(blocks: Blocks, site: Site, relative: bool, target: s
     folded = inputs.transform.fold(weight)
     requirements = Requirements(True, target, relative)  # type: ignore[arg-type]
     original = OriginalBlock(blocks.original, blocks.originals)
-    hessian, shift = inputs.hessian_and_shift(original, weight, folded, requirements)
+    hessian, shift = inputs.hessian_and_shift(original, weights_of(blocks.block, site, inputs.transform), requirements)
 
     x = quantized(blocks.seen(site.linears[0], original=False), inputs)
     wanted = blocks.seen(site.linears[0], original=True) @ weight.T
@@ -121,7 +126,7 @@ def test_nothing_is_missing_where_nothing_has_changed(blocks: Blocks) -> None:
         inputs = SiteInputs(blocks.block, site, blocks.inputs, None, None)
         weight = weight_of(blocks.block, site)
         same = OriginalBlock(deepcopy(blocks.block), replace(blocks.inputs))
-        hessian, shift = inputs.hessian_and_shift(same, weight, weight, Requirements(True, "residual"))
+        hessian, shift = inputs.hessian_and_shift(same, weights_of(blocks.block, site), Requirements(True, "residual"))
         assert shift.abs().max() <= 1e-5 * (weight @ hessian).abs().max()
 
 
@@ -130,12 +135,12 @@ def test_what_is_known_of_a_block_is_not_computed_again(blocks: Blocks) -> None:
     calls: list[int] = []
     handle = blocks.block.self_attn.q_proj.register_forward_pre_hook(lambda module, args: calls.append(1))
     site, requirements = SITES["gate_up"], Requirements(True)
-    weight = weight_of(blocks.block, site)
-    expected = site_inputs(blocks, site, None).hessian(weight, requirements)
+    weights = weights_of(blocks.block, site)
+    expected = site_inputs(blocks, site, None).hessian(weights, requirements)
     assert len(calls) == 3
     blocks.inputs.known = {"self_attn": {}}
     for _ in range(3):
-        assert torch.equal(site_inputs(blocks, site, None).hessian(weight, requirements), expected)
+        assert torch.equal(site_inputs(blocks, site, None).hessian(weights, requirements), expected)
     assert len(calls) == 6
     handle.remove()
     assert "forward" not in vars(blocks.block.self_attn)

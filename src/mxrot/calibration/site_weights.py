@@ -1,0 +1,122 @@
+"""The weights of a site in float64, as its linears read them and folded against its transform: some rows at a time.
+
+gate and up of a 70B model take 3.8 GB in float64, and what rounding makes of them several times that. Rows do not
+depend on each other, so that above a bound they are taken some after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mxrot.kernels import weight_parts
+from mxrot.transforms import BlockDiagonal
+
+MOST_TOGETHER = 1 << 27
+"""float64 weights of a site (1 GiB) up to which all rows are taken together. For other numbers of rows a library may
+multiply by another kernel, which sums in another order: below, and that is up to models of 8B parameters, the bits are
+those of products with all rows."""
+ELEMENTS_AT_ONCE = 1 << 26
+"""Weights that are taken together above that."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a site's linears."""
+
+    pieces: tuple[tuple[str, int, int], ...]
+    """Of linears, by their names, the first row and the one behind the last."""
+    place: slice
+    """Among the rows of all linears, one linear below the other."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each piece."""
+        return [stop - start for _, start, stop in self.pieces]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteWeights:
+    """Those of the linears of a site, [N, K] all together."""
+
+    weights: Mapping[str, Tensor]
+    """[rows, K], by their names; may hold more than those of the site."""
+    linears: Sequence[str]
+    transform: BlockDiagonal | None = None
+    """As it is applied."""
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return sum(self._heights.values()), self.weights[self.linears[0]].shape[1]
+
+    @cached_property
+    def _heights(self) -> dict[str, int]:
+        return {name: len(self.weights[name]) for name in self.linears}
+
+    @property
+    def is_taken_whole(self) -> bool:
+        """Is there room for all of them?"""
+        return self.shape[0] * self.shape[1] <= MOST_TOGETHER
+
+    @cached_property
+    def whole_linears(self) -> list[Rows]:
+        """One linear after the other."""
+        found, first = [], 0
+        for name, height in self._heights.items():
+            found.append(Rows(((name, 0, height),), slice(first, first + height)))
+            first += height
+        return found
+
+    @cached_property
+    def groups(self) -> list[Rows]:
+        """All rows, those together that there is room for."""
+        if self.is_taken_whole:
+            pieces = tuple(piece for rows in self.whole_linears for piece in rows.pieces)
+            return [Rows(pieces, slice(0, self.shape[0]))]
+        count = max(1, ELEMENTS_AT_ONCE // self.shape[1])
+        found = []
+        for linear in self.whole_linears:
+            ((name, _, height),) = linear.pieces
+            for start in range(0, height, count):
+                stop = min(start + count, height)
+                found.append(Rows(((name, start, stop),), slice(linear.place.start + start, linear.place.start + stop)))
+        return found
+
+    def as_read(self, rows: Rows) -> Tensor:
+        """float64, for the untransformed inputs."""
+        return torch.cat([self.weights[name][start:stop].double() for name, start, stop in rows.pieces])
+
+    def folded(self, rows: Rows) -> Tensor:
+        """float64, for the transformed inputs."""
+        if self.transform is None:
+            return self.as_read(rows)
+        if self.is_taken_whole:
+            return self._all_folded[rows.place]
+        fold = self.transform.fold
+        return torch.cat([fold(self.weights[name][start:stop]) for name, start, stop in rows.pieces])
+
+    @cached_property
+    def _all_folded(self) -> Tensor:
+        """Kept: they are wanted several times."""
+        assert self.transform is not None
+        return torch.cat([self.transform.fold(self.weights[name]) for name in self.linears])
+
+    def parts(self, dtype: torch.dtype) -> Tensor:
+        """As `kernels.weight_parts` gives them for inputs of `dtype`, of all rows."""
+        found = [weight_parts(self.as_read(rows), dtype) for rows in self.groups]
+        if len(found) == 1:
+            return found[0]
+        heights = [rows.place.stop - rows.place.start for rows in self.groups]
+        firsts = [parts[:height] for parts, height in zip(found, heights, strict=True)]
+        if all(len(parts) == height for parts, height in zip(found, heights, strict=True)):
+            return torch.cat(firsts)
+        rests = [
+            parts[height:] if len(parts) > height else torch.zeros_like(parts)
+            for parts, height in zip(found, heights, strict=True)
+        ]
+        return torch.cat(firsts + rests)
