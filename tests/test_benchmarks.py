@@ -263,3 +263,19 @@ def test_a_shape_alone_is_measured(scope: str, tmp_path: Path, monkeypatch: pyte
     result = json.loads(file.read_text())
     assert len(result["block_seconds"]) == 2 and result["seconds"] >= sum(result["block_seconds"])
     assert [len(looks) > 0 for looks in result["tuning"]] == [scope == "block"] * 2
+
+
+def test_one_block_is_quantized_and_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of five, of which the second is not looked at."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96}
+    config |= {"num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = f"one_block.py --config {tmp_path} --windows 2 --seq-len 64 --vocabulary 96 --device cpu"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--json", str(tmp_path / "found.json")])
+    imported("one_block").main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["config"]["num_hidden_layers"] == 2 and found["config"]["vocab_size"] == 96
+    assert "generated = 0" in found["recipe_toml"]
+    stages = {stage["stage"]: stage["bytes"] for stage in found["planned"]["stages"]}
+    assert found["planned"]["peak_bytes"] == max(stages.values()) and "down: rounding" in stages
+    assert found["measured"] == {"peak_bytes": None, "steps": []}
