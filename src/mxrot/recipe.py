@@ -1,13 +1,15 @@
 """A recipe composes formats, a transform, a rounding and a calibration. It is a TOML file.
 
 Everything that can be wrong with a recipe is found here, before any weight is loaded: unknown keys, values of
-the wrong type, and combinations that cannot work are a ConfigError that names the key.
+the wrong type, and combinations that cannot work are a ConfigError that names the key. What an `[[override]]` table
+makes of a recipe is a recipe again, for some sites, and checked like any other.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,77 +18,20 @@ from mxrot.errors import ConfigError
 from mxrot.formats import get_format
 from mxrot.layers import TensorQuantizer
 from mxrot.nearest import brief
+from mxrot.overrides import Override
 from mxrot.recipe_files import BUILTIN_FOLDER as BUILTIN_FOLDER
 from mxrot.recipe_files import builtin_recipes as builtin_recipes
 from mxrot.recipe_files import recipe_text, tomllib
 from mxrot.rounding import RoundingMethod
+from mxrot.sections import CalibrationChoice, QuantizerChoice, Smoothing, Tuning
 from mxrot.tables import build, build_method, keys_of, misplaced, plain, section, write_toml
 from mxrot.transforms import Sharing, TransformMethod
-from mxrot.tuning import Tuning
 from mxrot.typed import check_fields, checked
 
 Accumulation = Literal["exact", "fast"]
 
 TRANSFORM_BLOCK = 32
 """Channels that one transform matrix mixes: the block of the MX formats."""
-
-
-@dataclass(frozen=True)
-class QuantizerChoice:
-    """A format and a scale rule, by name."""
-
-    format: str
-    rule: str = ""
-    """Empty: the format's default rule."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "")
-
-    def quantizer(self) -> TensorQuantizer:
-        format = get_format(self.format)
-        return TensorQuantizer(format, format.rule(self.rule or None))
-
-    def for_inputs(self) -> TensorQuantizer:
-        """The same for inputs, each row, which is a token, by itself."""
-        found = self.quantizer()
-        return TensorQuantizer(found.format, found.rule.for_rows())
-
-
-@dataclass(frozen=True)
-class Smoothing:
-    """SmoothQuant scales."""
-
-    alpha: float
-    """Share of the difficulty that moves into the weights, 0 to 1."""
-    skip: tuple[str, ...] = ()
-    """Sites left without smoothing."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "smoothing")
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"smoothing: alpha {self.alpha} is not in [0, 1]")
-
-
-@dataclass(frozen=True)
-class CalibrationChoice:
-    """How much text calibration sees."""
-
-    samples: int = 128
-    """Windows at most; a shorter text gives fewer."""
-    seq_len: int = 2048
-    """Tokens a window."""
-    generated: float = 0.0
-    """Windows that the original model writes itself, for each one of the text; it must fit on the device as a whole
-    for that."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "calibration")
-        if self.samples < 1:
-            raise ConfigError(f"calibration: samples must be positive, got {self.samples}")
-        if self.seq_len < 2:
-            raise ConfigError(f"calibration: seq_len must be at least 2, got {self.seq_len}")
-        if not 0 <= self.generated < math.inf:
-            raise ConfigError(f"calibration: generated must be finite and not negative, got {self.generated}")
 
 
 @dataclass(frozen=True)
@@ -111,6 +56,8 @@ class Recipe:
     accumulation: Accumulation = "exact"
     """How FP8 products are summed on matrix hardware: "exact" as accurately as bfloat16 products are; "fast" in fewer
     bits."""
+    override: tuple[Override, ...] = ()
+    """What is done otherwise for some sites; later ones win."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"recipe {brief(self.name)}" if not isinstance(self.name, str) else f"recipe {self.name}")
@@ -140,6 +87,31 @@ class Recipe:
         if self.tuning is not None:
             self._require(self.activations is not None, "tuning needs quantized activations")
             self._require(weights.is_exact_in_bfloat16, f"tuning cannot hold {weights.format.name} in bfloat16")
+        _ = self.variants  # each override must be right by itself
+
+    @cached_property
+    def variants(self) -> tuple[Recipe, ...]:
+        """The recipe without overrides, and with each of them alone."""
+        if not self.override:
+            return (self,)
+        alone = (self.overridden([number]) for number in range(len(self.override)))
+        return (replace(self, override=()), *(found for found in alone if found is not None))
+
+    def overridden(self, numbers: Sequence[int]) -> Recipe | None:
+        """The recipe for sites that these overrides name; None where they leave the site as it is.
+
+        ConfigError if they cannot be combined.
+        """
+        tables = [self.override[number] for number in numbers]
+        of_weights = [one for one in tables if one.leaves or one.sets_weights]
+        if of_weights and of_weights[-1].leaves:
+            return None
+        name = f"{self.name}, override {', '.join(str(number + 1) for number in numbers)}"
+        table = tomllib.loads(replace(self, override=()).to_toml()) | ({"name": name} if numbers else {})
+        for one in tables:
+            if not one.leaves:
+                one.apply(table)
+        return Recipe.from_table(table, f"recipe {name}")
 
     def _quantizer(self, key: str, choice: QuantizerChoice) -> TensorQuantizer:
         try:
@@ -154,13 +126,13 @@ class Recipe:
     @property
     def is_data_free(self) -> bool:
         """Does it need no calibration text?"""
-        looks_at_data = bool(self.transform.needs or self.rounding.requirements.hessian or self.tuning)
-        return self.smoothing is None and not looks_at_data
+        looks_at_data = any(one.transform.needs or one.rounding.requirements.hessian for one in self.variants)
+        return self.smoothing is None and self.tuning is None and not looks_at_data
 
     @property
     def looks_at_original(self) -> bool:
         """Must the original model run beside the quantized one, block by block?"""
-        return self.tunes_blocks or self.rounding.requirements.target != "own"
+        return self.tunes_blocks or any(one.rounding.requirements.target != "own" for one in self.variants)
 
     @property
     def tunes_blocks(self) -> bool:
@@ -179,12 +151,15 @@ class Recipe:
 
     @property
     def has_transform(self) -> bool:
-        """Does the model apply a matrix to its inputs at run time?"""
-        return self.transform.name != "identity" or (self.smoothing is not None and self.sharing == "block")
+        """Does the model, at any site, apply a matrix to its inputs at run time?"""
+        return any(
+            one.transform.name != "identity" or (one.smoothing is not None and one.sharing == "block")
+            for one in self.variants
+        )
 
     @property
     def input_block(self) -> int:
-        """Every quantized linear's in_features must be a multiple of this."""
+        """in_features of every quantized linear without an override must be a multiple of this."""
         blocks = [TRANSFORM_BLOCK, get_format(self.weights.format).block or 1]
         if self.activations is not None:
             blocks.append(get_format(self.activations.format).block or 1)
@@ -209,6 +184,8 @@ class Recipe:
         table["calibration"] = plain(self.calibration)
         if self.tuning is not None:
             table["tuning"] = plain(self.tuning)
+        if self.override:
+            table["override"] = [one.to_table() for one in self.override]
         return write_toml(table)
 
     @staticmethod
@@ -240,6 +217,7 @@ class Recipe:
         for key, hint in _PLAIN_KEYS.items():
             if key in rest:
                 built[key] = checked(rest.pop(key), hint, f"{where}: {key}")
+        built["override"] = _overrides(rest.pop("override", []), where)
         if rest:
             raise ConfigError(f"{where}: {misplaced(min(rest), _top_keys(), _dotted_keys())}")
         for key in ("name", "weights"):
@@ -250,7 +228,7 @@ class Recipe:
     def changed(self, changes: dict[str, Any]) -> Recipe:
         """This recipe with some keys set, e.g. {"transform.sharing": "block", "weights.rule": "mse"}.
 
-        A section set to "none" is taken out: {"activations": "none"}.
+        A section set to "none" is taken out: {"activations": "none"}; so are all overrides: {"override": "none"}.
         A new method starts from its own defaults; other keys of its section may be set along with it, in any order.
         """
         table = tomllib.loads(self.to_toml())
@@ -261,7 +239,7 @@ class Recipe:
                 target = target.setdefault(name, {})
                 if not isinstance(target, dict):
                     raise ConfigError(f"recipe {self.name}: unknown key {dotted!r}; {name!r} is not a table")
-            if dotted in _SECTIONS and changes[dotted] == "none":
+            if dotted in (*_SECTIONS, "override") and changes[dotted] == "none":
                 table.pop(dotted, None)
                 continue
             target[key] = changes[dotted]
@@ -293,8 +271,14 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
     return Recipe.from_toml(text, path.name)
 
 
+def _overrides(tables: Any, where: str) -> tuple[Override, ...]:
+    if not isinstance(tables, (list, tuple)):
+        raise ConfigError(f"{where}: override: expected tables, got {brief(tables)}; write [[override]]")
+    return tuple(Override.from_table(one, f"{where}: override {number}") for number, one in enumerate(tables, 1))
+
+
 def _top_keys() -> list[str]:
-    return [*_PLAIN_KEYS, *_SECTIONS, "transform", "rounding"]
+    return [*_PLAIN_KEYS, *_SECTIONS, "transform", "rounding", "override"]
 
 
 def _dotted_keys() -> list[str]:

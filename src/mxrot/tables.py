@@ -78,11 +78,28 @@ def misplaced(key: str, here: Iterable[str], everywhere: Iterable[str]) -> str:
 
 
 def write_toml(table: dict[str, Any]) -> str:
-    """A table of plain values and of one level of such tables, as TOML."""
-    plain_values = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    """A table of plain values, of one level of such tables, and of lists of tables, as TOML.
+
+    Tables inside those of a list are written with dotted keys.
+    """
+    plain_values = {key: value for key, value in table.items() if not (isinstance(value, dict) or _is_tables(value))}
     text = "".join(f"{key} = {_spelled(value)}\n" for key, value in plain_values.items())
     sections = (f"\n[{key}]\n{write_toml(value)}" for key, value in table.items() if isinstance(value, dict))
-    return text + "".join(sections)
+    lists = (
+        f"\n[[{key}]]\n{write_toml(_dotted(one))}" for key, value in table.items() if _is_tables(value) for one in value
+    )
+    return text + "".join(sections) + "".join(lists)
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _dotted(table: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= {f"{key}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {key: value}
+    return found
 
 
 def _spelled(value: Any) -> str:

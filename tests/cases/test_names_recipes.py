@@ -12,10 +12,10 @@ from tests.cases.commands import mxrot, refused
 from tests.tiny_model import write_tiny_mixture, write_tiny_model
 
 from mxrot.errors import ConfigError
-from mxrot.recipe import CalibrationChoice, QuantizerChoice, Recipe, Smoothing, load_recipe
+from mxrot.recipe import Recipe, load_recipe
 from mxrot.rounding.gptq import GPTQ
+from mxrot.sections import CalibrationChoice, QuantizerChoice, Smoothing, Tuning
 from mxrot.transforms.outlier import OutlierRotation
-from mxrot.tuning import Tuning
 
 
 @pytest.fixture(scope="module")

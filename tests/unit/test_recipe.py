@@ -4,9 +4,10 @@ from typing import Any
 import pytest
 
 from mxrot.errors import ConfigError
-from mxrot.recipe import CalibrationChoice, QuantizerChoice, Recipe, Smoothing, load_recipe
+from mxrot.recipe import Recipe, load_recipe
 from mxrot.rounding.gptq import GPTQ
 from mxrot.rounding.rtn import RoundToNearest
+from mxrot.sections import CalibrationChoice, QuantizerChoice, Smoothing
 from mxrot.transforms.hadamard import Identity
 from mxrot.transforms.outlier import OutlierRotation
 

@@ -19,10 +19,10 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from mxrot.bench.timing import Seconds, seconds_of
 from mxrot.calibration.generation import FixedCache
-from mxrot.layers import QuantLinear, build_apart, prepare_linears, unmasked
+from mxrot.layers import QuantLinear, build_apart, unmasked
 from mxrot.models import find_family, rebuild_buffers
 from mxrot.recipe import Recipe
-from mxrot.surgery import install_empty_site, scheme_name
+from mxrot.scheme import Scheme, install, prepare
 from mxrot.transforms.base import random_orthogonal
 from mxrot.transforms.stages import BlockDiagonal
 
@@ -119,24 +119,23 @@ def random_quantized_model(
     """The same sizes with drawn codes and orthogonal transforms, in MXFP4 on both sides."""
     model, family = random_model(config, device), find_family(config, "the model")
     generator, codes = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(1)
-    assert recipe.activations is not None
-    weights, activations = recipe.weights.quantizer(), recipe.activations.for_inputs()
+    scheme = Scheme.of(recipe, family, model)
+    install(model, scheme, family)
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
-        for site in family.active_sites(index, recipe.ignore):
-            width = block.get_submodule(site.linears[0]).in_features
-            assert isinstance(width, int)
-            count = 1 if recipe.sharing == "site" else width // recipe.input_block
-            matrices = random_orthogonal(count, recipe.input_block, generator)
-            stored = BlockDiagonal(matrices.to(device)).to_stored() if recipe.has_transform else None
-            install_empty_site(block, scheme_name(index, site), site, stored, weights, activations)
+        for site in scheme.active_sites(family, index):
             for name in site.linears:
                 linear = block.get_submodule(name)
                 assert isinstance(linear, QuantLinear)
+                width, transform = linear.in_features, linear.transform
+                if transform is not None and name == site.linears[0]:
+                    blocks, size = transform.weight.shape[:-2].numel(), transform.weight.shape[-1]
+                    matrices = random_orthogonal(blocks, size, generator)
+                    transform.weight.data = BlockDiagonal(matrices.to(device)).to_stored()
                 linear.weight_packed.data.random_(0, 256, generator=codes)
                 # Codes are 3 in the mean square, so 2^-e is about 1/sqrt(inputs).
                 byte = 127 - round(torch.tensor(3.0 * width**0.5).log2().item())
                 linear.weight_scale.data.fill_(byte)
-    prepare_linears(model, keeps_fp8, recipe.accumulation == "fast")
+    prepare(model, scheme, keeps_fp8)
     return model
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mxrot.checkpoint.config import check_layout
 from mxrot.checkpoint.contents import (
     check_blocks,
     check_counts,
@@ -22,7 +21,7 @@ from mxrot.checkpoint.contents import (
     install_linears,
     read_stored,
 )
-from mxrot.checkpoint.installed import Installed, check_marker, check_recipe, read_installed
+from mxrot.checkpoint.layout import Layout, check_layout, check_marker, check_recipe, read_layout, settled
 from mxrot.checkpoint.verification import Records, check_files, read_records
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, MxrotError
@@ -30,6 +29,7 @@ from mxrot.layers import build_apart
 from mxrot.marker import SAVED_BY, is_ours
 from mxrot.models import Family, find_family, read_config, read_generation_config
 from mxrot.models.headers import StoredTensor
+from mxrot.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Checked:
     """Of transformers, without the `quantization_config`."""
     quantization: dict[str, Any]
     family: Family
-    installed: Installed
+    layout: Layout
+    scheme: Scheme
     tensors: dict[str, StoredTensor]
     """By their names in the model."""
     records: Records | None
@@ -90,7 +91,7 @@ def _check(folder: Path, verify: bool | None) -> Checked:
     stored = read_stored(folder)
     records = read_records(folder, stored, was_saved_again=SAVED_BY in marker)
     check_files(folder, records, verify)
-    installed = read_installed(quantization, str(folder))
+    layout = read_layout(quantization, str(folder))
     check_counts(table, stored)
     config = read_config(folder)
     del config.quantization_config
@@ -98,11 +99,13 @@ def _check(folder: Path, verify: bool | None) -> Checked:
     tensors = stored.tensors(family)
     blocks = config.num_hidden_layers
     check_blocks(config, family, tensors)
-    check_layout(quantization, installed, family, blocks)
-    if records is not None:
-        check_recipe(records.recipe, installed, family, blocks)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    scheme = settled(layout, layout.scheme(family, blocks), family, shapes)
+    check_layout(quantization, layout, scheme, family)
     skeleton = build_apart(config)
+    if records is not None:
+        check_recipe(Scheme.of(records.recipe, family, skeleton), scheme, family, layout.version)
     read_generation_config(skeleton, folder)
-    install_linears(skeleton, family, installed, tensors)
+    install_linears(skeleton, family, scheme)
     check_tensors(skeleton, family, tensors, bool(config.tie_word_embeddings))
-    return Checked(folder, config, quantization, family, installed, tensors, records, skeleton)
+    return Checked(folder, config, quantization, family, layout, scheme, tensors, records, skeleton)

@@ -1,55 +1,254 @@
-"""The `quantization_config` of a checkpoint: the compressed-tensors layout, with mxrot's marker.
+"""The `quantization_config` of a checkpoint: what is installed, in the words of compressed-tensors and mxrot's marker.
 
-Layout `mxfp4-pack-quantized` of compressed-tensors, and its transform schemes. A scheme's matrix is stored as
-sqrt(32) T under the type "random-hadamard", because both compressed-tensors and vLLM divide matrices of that
-type by sqrt(32) when they load them; vLLM does so for every type, compressed-tensors only for the Hadamard ones.
+One config group stands for each distinct scheme, and the marker, a table of its own, adds to each what
+compressed-tensors has no word for. There are two forms. The compressed-tensors form names its layout and spells
+transforms as it does. The native form is the same where compressed-tensors runs the same model by it; where it would
+not, because of a transform or a format without a layout, every format is called "mxrot", which no other reader knows:
+it must refuse what it would run otherwise than it was made.
+
+A transform's matrix is stored as sqrt(32) T under the type "random-hadamard", because both compressed-tensors and vLLM
+divide matrices of that type by sqrt(32) when they load them; vLLM does so for every type, compressed-tensors only for
+the Hadamard ones.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from typing import Any
 
-from mxrot.checkpoint.installed import FORMAT_VERSION, Installed
+import torch
+
 from mxrot.errors import CheckpointError, ConfigError
+from mxrot.formats import Format
+from mxrot.formats.grid import Uniform
+from mxrot.layers import TensorQuantizer
 from mxrot.marker import MARKER, METHOD
 from mxrot.models import Family
-from mxrot.recipe import TRANSFORM_BLOCK, Recipe
-from mxrot.surgery import scheme_name
+from mxrot.recipe import Recipe
+from mxrot.scheme import Scheme, SiteScheme, scheme_name
+from mxrot.transforms.stages import BlockDiagonalSpec
+
+FORMAT_VERSION = 2
+NATIVE = "mxrot"
+"""The `format` of a checkpoint that only mxrot reads."""
+EVERY = ["Linear"]
+"""Targets of a scheme that all linears have which are not ignored."""
+THEIR_BLOCK = 32
+"""Channels of the matrices for which layout and arithmetic of compressed-tensors were tried."""
+_MIXED = "mixed-precision"
+"""What compressed-tensors calls the format of a checkpoint whose groups have several."""
 
 
 def check_exportable(recipe: Recipe) -> None:
     """ConfigError if no hardware or no loader could read what this recipe makes."""
-    weights = recipe.weights.quantizer()
-    choices = [("weights", weights)]
-    if recipe.activations is not None:
-        choices.append(("activations", recipe.activations.quantizer()))
-    for part, quantizer in choices:
-        if not quantizer.rule.is_power_of_two:
-            raise ConfigError(
-                f"recipe {recipe.name}: {part}: scales of rule {quantizer.rule.name!r} are not E8M0 and cannot be "
-                "exported; use `compare`, which keeps the model in memory, or another rule"
-            )
-        if quantizer.format.compressed_tensors is None or quantizer.format is not weights.format:
-            raise ConfigError(
-                f"recipe {recipe.name}: {part}: checkpoints of format {quantizer.format.name} with weights in "
-                f"{weights.format.name} are not written; use `compare`, which keeps the model in memory"
-            )
+    for one in recipe.variants:
+        weights = one.weights.quantizer()
+        choices = [("weights", weights)]
+        if one.activations is not None:
+            choices.append(("activations", one.activations.quantizer()))
+        for part, quantizer in choices:
+            if not quantizer.rule.is_power_of_two:
+                raise ConfigError(
+                    f"recipe {one.name}: {part}: scales of rule {quantizer.rule.name!r} are not E8M0 and cannot be "
+                    "exported; use `compare`, which keeps the model in memory, or another rule"
+                )
 
 
-def quantization_config(recipe: Recipe, family: Family, blocks: int, ignored: list[str]) -> dict[str, Any]:
-    """The `quantization_config` for a model of `blocks` decoder blocks; `ignored` are full names of linears."""
-    return _layout(Installed.by(recipe, tuple(ignored)), family, blocks, recipe.ignore)
+def native_config(scheme: Scheme, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    """The `quantization_config` that a checkpoint is written with; `dtype` is that of what is not quantized."""
+    if scheme.has_transform or any(_layout_of(one) is None for one in scheme.distinct) or scheme.cache is not None:
+        return _config(scheme, family, dtype, NATIVE)
+    return _config(scheme, family, dtype, None)
 
 
-def check_layout(quantization: dict[str, Any], installed: Installed, family: Family, blocks: int) -> None:
-    """CheckpointError unless a `quantization_config` is the one that is written for what it has `installed`.
+def compressed_tensors_config(scheme: Scheme, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    """The one by which compressed-tensors and stock vLLM run it; ConfigError where they would run another model."""
+    if (reason := why_unfaithful(scheme)) is not None:
+        raise ConfigError(f"compressed-tensors: {reason}")
+    config = _config(scheme, family, dtype, None)
+    if scheme.has_transform:
+        config["transform_config"] = {"config_groups": _transform_schemes(scheme, family)}
+    return config
+
+
+def why_unfaithful(scheme: Scheme) -> str | None:
+    """Why compressed-tensors has no words for a scheme; None if it has.
+
+    What runtimes choose themselves, the scale rule of inputs and how products are summed, does not count.
+    """
+    if scheme.cache is not None:
+        return "keys and values of attention are quantized"
+    for one in scheme.distinct:
+        if _layout_of(one) is None:
+            inputs = "" if one.activations is None else f" with inputs in {one.activations.format.name}"
+            return f"it has no layout for weights in {one.weights.format.name}{inputs}"
+        if one.stages and not _is_one_matrix(one):
+            return "it has one matrix for all blocks of a site, and this checkpoint has others"
+    return None
+
+
+def _layout_of(scheme: SiteScheme) -> str | None:
+    """What compressed-tensors calls the layout of a site's weights, where inputs fit to it."""
+    inputs, weights = scheme.activations, scheme.weights
+    fits = inputs is None or (inputs.format is weights.format and inputs.rule.is_power_of_two)
+    return weights.format.compressed_tensors if fits and weights.rule.is_power_of_two else None
+
+
+def _is_one_matrix(scheme: SiteScheme) -> bool:
+    return scheme.stages == (BlockDiagonalSpec(THEIR_BLOCK, "site"),)
+
+
+def _config(scheme: Scheme, family: Family, dtype: torch.dtype, called: str | None) -> dict[str, Any]:
+    """`called` is what every format is called; None for the names of compressed-tensors."""
+    targets = _targets(scheme, family)
+    groups, schemes, formats = {}, {}, []
+    for number, one in enumerate(scheme.distinct):
+        formats.append(called or _layout_of(one))
+        inputs = None if one.activations is None else _arguments(one.activations.format)
+        groups[f"group_{number}"] = {
+            "targets": targets[one],
+            "weights": _arguments(one.weights.format),
+            "input_activations": None if inputs is None else {**inputs, "dynamic": True, "observer": None},
+            "output_activations": None,
+            "format": formats[-1],
+        }
+        schemes[f"group_{number}"] = scheme_table(one)
+    cache = scheme.cache
+    return {
+        "quant_method": METHOD,
+        "format": formats[0] if len(set(formats)) == 1 else _MIXED,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [family.head, *scheme.left],
+        "kv_cache_scheme": cache and {"keys": _quantizer_table(cache.keys), "values": _quantizer_table(cache.values)},
+        "sparsity_config": {},
+        MARKER: {
+            "format_version": FORMAT_VERSION,
+            "dtype": str(dtype).removeprefix("torch."),
+            "schemes": schemes,
+        },
+    }
+
+
+def scheme_table(scheme: SiteScheme) -> dict[str, Any]:
+    """What the marker says of a scheme."""
+    return {
+        "weights": _quantizer_table(scheme.weights),
+        "activations": None if scheme.activations is None else _quantizer_table(scheme.activations),
+        "transform": [stage.to_table() for stage in scheme.stages],
+        "accumulation": scheme.accumulation,
+    }
+
+
+def _quantizer_table(quantizer: TensorQuantizer) -> dict[str, str]:
+    return {"format": quantizer.format.name, "rule": quantizer.rule.name}
+
+
+def _arguments(format: Format) -> dict[str, Any]:
+    """A format in the words of compressed-tensors."""
+    parts = {part.name: part for part in format.grid.parts(format.rule())}
+    is_integer = isinstance(format.grid, Uniform) and "int" in format.element.name
+    return {
+        "num_bits": format.bits,
+        "type": "int" if is_integer else "float",
+        "strategy": "channel" if format.block is None else "group",
+        "symmetric": "zero_point" not in parts,
+        "dynamic": False,
+        "group_size": format.block,
+        "scale_dtype": str(parts["scale"].dtype) if "scale" in parts else None,
+        "zp_dtype": "torch.uint8",
+        "actorder": None,
+        "block_structure": None,
+        "observer": "memoryless_minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _targets(scheme: Scheme, family: Family) -> dict[SiteScheme, list[str]]:
+    """Of each distinct scheme the linears that have it: all that are not ignored, or regular expressions."""
+    if len(scheme.distinct) == 1:
+        return {scheme.distinct[0]: EVERY}
+    count = 1 + max(_place(name, family)[0] for name in (*scheme.linears, *scheme.left))
+    blocks: dict[tuple[SiteScheme, str], list[int]] = defaultdict(list)
+    for name, one in scheme.linears.items():
+        index, inner = _place(name, family)
+        blocks[one, inner].append(index)
+    inners: dict[tuple[SiteScheme, tuple[int, ...]], list[str]] = defaultdict(list)
+    for (one, inner), indices in blocks.items():
+        inners[one, tuple(indices)].append(inner)
+    found: dict[SiteScheme, list[str]] = {one: [] for one in scheme.distinct}
+    for (one, where), names in inners.items():
+        found[one].append(_target(family, names, None if len(where) == count else where))
+    return found
+
+
+def _place(linear: str, family: Family) -> tuple[int, str]:
+    """Block of the full name of a linear, and its name there."""
+    number, _, inner = linear.removeprefix(f"{family.blocks}.").partition(".")
+    return int(number), inner
+
+
+def _target(family: Family, linears: Iterable[str], blocks: Iterable[int] | None) -> str:
+    """A regular expression for linears, by their names in a block, of these blocks; None for all."""
+    numbers = r"\d+" if blocks is None else "|".join(map(str, blocks))
+    numbers = f"(?:{numbers})" if "|" in numbers else numbers
+    names = "|".join(_inner_patterns(family, list(linears)))
+    return rf"re:(?:.*\.)?{re.escape(family.blocks)}\.{numbers}\.(?:{names})$"
+
+
+def _inner_patterns(family: Family, linears: list[str]) -> list[str]:
+    """Regular expressions for names in a block, one for those of all experts."""
+    known = Counter(map(_without_numbers, family.linears))
+    here = Counter(map(_without_numbers, linears))
+    patterns = []
+    for name in linears:
+        alike = _without_numbers(name)
+        whole = here[alike] == known[alike] and here[alike] > 1
+        patterns.append(re.escape(alike).replace(r"\#", "#").replace("#", r"\d+") if whole else re.escape(name))
+    return list(dict.fromkeys(patterns))
+
+
+def _without_numbers(linear: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", linear)
+
+
+def _transform_schemes(scheme: Scheme, family: Family) -> dict[str, Any]:
+    found = {}
+    for index in sorted({_place(name, family)[0] for name in scheme.linears}):
+        for site in scheme.active_sites(family, index):
+            own = scheme.linears[f"{family.block_prefix(index)}.{site.linears[0]}"]
+            if own.stages:
+                target = _target(family, site.linears, [index])
+                found[scheme_name(index, site)] = _transform_scheme(target)
+    return found
+
+
+def _transform_scheme(target: str) -> dict[str, Any]:
+    apply = [
+        {"targets": [target], "location": location, "inverse": inverse, "ignore": []}
+        for location, inverse in (("input", False), ("weight_input", True))
+    ]
+    return {
+        "type": "random-hadamard",
+        "apply": apply,
+        "randomize": False,
+        "requires_grad": False,
+        "head_dim": THEIR_BLOCK,
+        "precision": "torch.bfloat16",
+    }
+
+
+def check_spelling(quantization: dict[str, Any], expected: dict[str, Any]) -> None:
+    """CheckpointError unless a `quantization_config` says what is `expected` of it.
 
     Fields of other programs may stand beside ours.
     """
-    expected = _layout(installed, family, blocks, installed.ignored)
     marker = expected[MARKER] | {key: value for key, value in quantization[MARKER].items() if key in expected[MARKER]}
     found = {key: quantization.get(key) for key in expected} | {MARKER: marker}
+    if "transform_config" not in expected and "transform_config" in quantization:
+        raise CheckpointError("config.json: quantization_config: 'transform_config' is not expected")
     if difference := _first_difference(expected, found, "quantization_config"):
         raise CheckpointError(f"config.json: {difference}; it contradicts the rest, or the file is damaged")
 
@@ -69,73 +268,3 @@ def _first_difference(expected: Any, found: Any, place: str) -> str | None:
 def _shortly(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
-
-
-def _layout(installed: Installed, family: Family, blocks: int, left: tuple[str, ...]) -> dict[str, Any]:
-    """`left` are names or patterns of the linears that have no transform."""
-    format = installed.format
-    arguments = _quantization_arguments(format.bits, format.block)
-    group = {
-        "targets": ["Linear"],
-        "weights": arguments,
-        "input_activations": None if installed.rule is None else {**arguments, "dynamic": True, "observer": None},
-        "output_activations": None,
-        "format": format.compressed_tensors,
-    }
-    config: dict[str, Any] = {
-        "quant_method": METHOD,
-        "format": format.compressed_tensors,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": [family.head, *installed.ignored],
-        "kv_cache_scheme": None,
-        "sparsity_config": {},
-        MARKER: {
-            "format_version": FORMAT_VERSION,
-            "activation_rule": installed.rule,
-            "sharing": installed.sharing,
-            "accumulation": installed.accumulation,
-        },
-    }
-    if installed.has_transform:
-        schemes = {
-            scheme_name(index, site): _transform_scheme(family.block_prefix(index), site.linears)
-            for index in range(blocks)
-            for site in family.active_sites(index, left)
-        }
-        config["transform_config"] = {"config_groups": schemes}
-    return config
-
-
-def _quantization_arguments(bits: int, block: int | None) -> dict[str, Any]:
-    return {
-        "num_bits": bits,
-        "type": "float",
-        "strategy": "group",
-        "symmetric": True,
-        "dynamic": False,
-        "group_size": block,
-        "scale_dtype": "torch.uint8",
-        "zp_dtype": "torch.uint8",
-        "actorder": None,
-        "block_structure": None,
-        "observer": "memoryless_minmax",
-        "observer_kwargs": {},
-    }
-
-
-def _transform_scheme(prefix: str, linears: tuple[str, ...]) -> dict[str, Any]:
-    names = "|".join(re.escape(name) for name in linears)
-    target = f"re:(?:.*\\.)?{re.escape(prefix)}\\.(?:{names})$"
-    apply = [
-        {"targets": [target], "location": location, "inverse": inverse, "ignore": []}
-        for location, inverse in (("input", False), ("weight_input", True))
-    ]
-    return {
-        "type": "random-hadamard",
-        "apply": apply,
-        "randomize": False,
-        "requires_grad": False,
-        "head_dim": TRANSFORM_BLOCK,
-        "precision": "torch.bfloat16",
-    }

@@ -14,24 +14,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mxrot.checkpoint.files import INDEX
-from mxrot.checkpoint.installed import Installed
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError
 from mxrot.layers import InputTransform, QuantLinear, separate_experts
-from mxrot.models import Family, Site, check_linears
+from mxrot.models import Family, check_linears
 from mxrot.models.families import EXPERTS
 from mxrot.models.headers import Header, StoredTensor, read_header
-from mxrot.recipe import TRANSFORM_BLOCK
-from mxrot.surgery import install_empty_site, scheme_name
-from mxrot.transforms.stages import STORED_DTYPE
+from mxrot.scheme import Scheme, install
 
 SINGLE = "model.safetensors"
 LARGEST_CONDITION = 1e10
 """Of a transform; one that rounding has made singular has about 1e16 in float64."""
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_CODES = ("U8",)
+_TYPES = {
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
+"""What a file calls the types of quantized weights."""
 _TRANSFORM = ("BF16",)
 _ENDING = "_input.weight"
 
@@ -132,43 +137,19 @@ def check_blocks(config: Any, family: Family, tensors: Iterable[str]) -> None:
         )
 
 
-def install_linears(
-    model: nn.Module, family: Family, installed: Installed, tensors: dict[str, StoredTensor] | None = None
-) -> None:
-    """Replace the linears of every site by quantized ones without values, on the meta device, with transforms of the
-    shapes that they have among `tensors`.
+def install_linears(model: PreTrainedModel, family: Family, scheme: Scheme) -> None:
+    """Replace the linears of every site by quantized ones without values, on the meta device.
 
-    CheckpointError if what is `installed` leaves out a linear that is not there.
+    CheckpointError if a linear is said to be left that is not there, ConfigError for what is not installed.
     """
     separate_experts(model)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name in installed.ignored:
+    for name in scheme.left:
         if name not in linears or not name.startswith(f"{family.blocks}."):
             raise CheckpointError(f"config.json: quantization_config: ignore: {name!r} is no linear of a decoder block")
-    check_linears(model, family, TRANSFORM_BLOCK, installed.ignored)
-    for index, block in enumerate(model.get_submodule(family.blocks).children()):
-        for site in family.active_sites(index, installed.ignored):
-            scheme = scheme_name(index, site)
-            stored = None
-            if installed.has_transform:
-                name = f"{family.block_prefix(index)}.{site.linears[0]}.{scheme}{_ENDING}"
-                found = None if tensors is None or name not in tensors else tensors[name].shape
-                stored = _empty_transform(block, site, installed, found)
-            install_empty_site(block, scheme, site, stored, installed.weights, installed.activations)
-
-
-def _empty_transform(block: nn.Module, site: Site, installed: Installed, found: tuple[int, ...] | None) -> Tensor:
-    """sqrt(B) T without values: one matrix for all blocks, or where matrices are a block's own, one each.
-
-    One may stand for all blocks then, too: which it is, the file says.
-    """
-    linear = block.get_submodule(site.linears[0])
-    assert isinstance(linear, nn.Linear)
-    one = (TRANSFORM_BLOCK, TRANSFORM_BLOCK)
-    groups = linear.in_features // TRANSFORM_BLOCK
-    is_blockwise = installed.sharing == "block" and found != one and groups > 1
-    shape = (groups, *one) if is_blockwise else one
-    return torch.empty(shape, dtype=STORED_DTYPE, device="meta")
+    left = set(scheme.left)
+    check_linears(model, family, lambda name: None if name in left else scheme.input_block(name))
+    install(model, scheme, family)
 
 
 def check_tensors(model: nn.Module, family: Family, tensors: dict[str, StoredTensor], is_tied: bool) -> None:
@@ -196,7 +177,8 @@ def _types(model: nn.Module) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            found |= {f"{name}.weight_packed": _CODES, f"{name}.weight_scale": _CODES}
+            parts = module.weights.stored_parts(module.out_features, module.in_features)
+            found |= {f"{name}.{part}": (_TYPES[dtype],) for part, (_, dtype) in parts.items()}
         elif isinstance(module, InputTransform):
             found[f"{name}.weight"] = _TRANSFORM
     return found

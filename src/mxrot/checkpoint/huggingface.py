@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
@@ -23,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxrot import quantizing
 from mxrot.checkpoint.checked import checkpoint_errors
-from mxrot.checkpoint.config import check_exportable, check_layout, quantization_config
+from mxrot.checkpoint.config import check_exportable, native_config
 from mxrot.checkpoint.contents import (
     Stored,
     check_blocks,
@@ -34,14 +33,15 @@ from mxrot.checkpoint.contents import (
     read_files,
 )
 from mxrot.checkpoint.files import INDEX
-from mxrot.checkpoint.installed import Installed, check_recipe, read_installed
+from mxrot.checkpoint.layout import check_layout, check_recipe, read_layout, settled
 from mxrot.checkpoint.verification import check_files, read_records
 from mxrot.documents import read_json
 from mxrot.errors import ConfigError
-from mxrot.layers import prepare_on_gpus, separate_experts, sites_of
+from mxrot.layers import separate_experts, sites_of
 from mxrot.marker import MARKER, METHOD, ON_LOAD, SAVED_BY
 from mxrot.models import WeightFiles, check_for_transformers, find_family, needed_attention
 from mxrot.recipe import Recipe, load_recipe
+from mxrot.scheme import Scheme, prepare
 
 
 class CheckpointConfig(QuantizationConfigMixin):
@@ -50,7 +50,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     def __init__(self, **table: Any) -> None:
         self.quant_method: Any = METHOD
         self.table = table
-        read_installed(table)
+        self.layout = read_layout(table)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -65,10 +65,6 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
-
-    @property
-    def installed(self) -> Installed:
-        return read_installed(self.table)
 
 
 class MxrotConfig(QuantizationConfigMixin):
@@ -138,13 +134,15 @@ class MxrotQuantizer(_Quantizer):
     requires_calibration = True
     quantization_config: CheckpointConfig
     _stored: Stored | None = None
+    _scheme: Scheme
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """Tensors may be renamed, but linears of experts are not put together. Older transformers give no model."""
         return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-        self._stored = check_files_of(model, self.quantization_config, options.get("checkpoint_files") or ())
+        files = options.get("checkpoint_files") or ()
+        self._scheme, self._stored = check_files_of(model, self.quantization_config, files)
         attention = needed_attention(model.config)
         if attention is not None and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention)
@@ -152,20 +150,24 @@ class MxrotQuantizer(_Quantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         check_values_of(model, self._stored)
-        prepare_on_gpus(model, fast=self.quantization_config.installed.accumulation == "fast")
+        prepare(model, self._scheme, only_on_gpus=True)
         return model
 
 
-def check_files_of(model: PreTrainedModel, config: CheckpointConfig, files: Sequence[str]) -> Stored | None:
+def check_files_of(
+    model: PreTrainedModel, config: CheckpointConfig, files: Sequence[str]
+) -> tuple[Scheme, Stored | None]:
     """Install linears without values in a model that transformers has built, and compare all that it is about to read.
 
     CheckpointError as for `mxrot.load`. Records beside the files are looked at where there are some: from the hub
     transformers fetches none.
     """
-    installed, family = config.installed, find_family(model.config, "config.json")
+    layout, family = config.layout, find_family(model.config, "config.json")
+    blocks = model.config.num_hidden_layers
     if not files:  # a state_dict that the caller gives
-        install_linears(model, family, installed)
-        return None
+        scheme = layout.scheme(family, blocks)
+        install_linears(model, family, scheme)
+        return scheme, None
     folder = Path(files[0]).parent
     with checkpoint_errors(folder):
         stored = read_files(files)
@@ -175,15 +177,17 @@ def check_files_of(model: PreTrainedModel, config: CheckpointConfig, files: Sequ
         records = read_records(folder, stored, SAVED_BY in config.table[MARKER])
         check_files(folder, records)
         check_blocks(model.config, family, tensors)
-        blocks = model.config.num_hidden_layers
-        check_layout(config.table, installed, family, blocks)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        scheme = settled(layout, layout.scheme(family, blocks), family, shapes)
+        check_layout(config.table, layout, scheme, family)
+        separate_experts(model)
         if records is not None:
-            check_recipe(records.recipe, installed, family, blocks)
+            check_recipe(Scheme.of(records.recipe, family, model), scheme, family, layout.version)
         if (folder / "generation_config.json").exists():
             read_json(folder / "generation_config.json")
-        install_linears(model, family, installed, tensors)
+        install_linears(model, family, scheme)
         check_tensors(model, family, tensors, bool(model.config.tie_word_embeddings))
-    return stored
+    return scheme, stored
 
 
 def check_values_of(model: PreTrainedModel, stored: Stored | None) -> None:
@@ -237,12 +241,6 @@ def with_config(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     except ConfigError:
         return model
     family = find_family(model.config, "the model")
-    blocks = list(model.get_submodule(family.blocks).children())
-    ignored = sorted(
-        f"{family.block_prefix(index)}.{name}"
-        for index, block in enumerate(blocks)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    )
-    model.config.quantization_config = CheckpointConfig(**quantization_config(recipe, family, len(blocks), ignored))
+    table = native_config(Scheme.of(recipe, family, model), family, model.dtype)
+    model.config.quantization_config = CheckpointConfig(**table)
     return model

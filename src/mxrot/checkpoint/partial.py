@@ -10,6 +10,7 @@ over with `force`, and is refused without either; with `resume` nothing is ever 
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from dataclasses import asdict
@@ -58,6 +59,8 @@ class PartialCheckpoint:
         self.size = ModelSize()
         self.weight_map: dict[str, str] = {}
         self._written: dict[str, Written] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+        """Of the weights that are quantized, by the full names of the linears."""
         self.left_bytes: dict[str, int] = {}
         """Of the weights of linears that were stored as they were."""
 
@@ -83,7 +86,7 @@ class PartialCheckpoint:
             report = BlockReport(table["index"], table["seconds"], linears, checks, table["few_tokens"])
         except (DamagedError, OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
-        self._count(named, path.name, written)
+        self._count(named, path.name, written, report)
         prefix = self.family.block_prefix(index) + "."
         return {name[len(prefix) :]: tensor for name, tensor in named.items()}, report
 
@@ -92,18 +95,20 @@ class PartialCheckpoint:
         named = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
         path = self.folder / self.shard(index + 1)
         written = write_tensors(path, named)
-        self._count(named, path.name, written)
+        self._count(named, path.name, written, report)
         # Last: a block with a report is finished.
         write_json(self._report_path(index), {"sha256": written.sha256, "report": asdict(report)})
 
     def save_rest(self, tensors: dict[str, Tensor]) -> None:
         self._count(tensors, self.shard(0), write_tensors(self.folder / self.shard(0), tensors))
 
-    def _count(self, named: dict[str, Tensor], shard: str, written: Written) -> None:
+    def _count(self, named: dict[str, Tensor], shard: str, written: Written, report: BlockReport | None = None) -> None:
         self.weight_map |= dict.fromkeys(named, shard)
         left = {name: value.nbytes for name, value in named.items() if self.family.is_linear(name)}
         self.left_bytes |= left | {name: value.nbytes for name, value in named.items() if name == self._head}
-        self.size += ModelSize.of(named, left=left)
+        self.shapes |= {} if report is None else {linear.name: linear.shape for linear in report.linears}
+        weights = 0 if report is None else sum(math.prod(linear.shape) for linear in report.linears)
+        self.size += ModelSize.of(named, weights, left=left)
         self._written[shard] = written
 
     @property

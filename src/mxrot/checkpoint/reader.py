@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from mxrot.checkpoint.checked import Checked, check_checkpoint, checkpoint_errors, is_checkpoint
 from mxrot.checkpoint.contents import check_value
 from mxrot.checkpoint.huggingface import CheckpointConfig
-from mxrot.layers import prepare_linears
+from mxrot.marker import MARKER, SAVED_BY
 from mxrot.models import WeightFiles, fill, read_block
 from mxrot.quantizing.loading import compute_dtype, load_outer
+from mxrot.scheme import prepare
 from mxrot.shell import expanded
 from mxrot.surgery import stored_tensors
 
@@ -43,7 +44,7 @@ def load(
 def _load(checked: Checked, device: torch.device, dtype: torch.dtype | None, keeps_fp8: bool) -> PreTrainedModel:
     model, family = checked.skeleton, checked.family
     files = WeightFiles(checked.folder)
-    dtype = dtype or compute_dtype(files.dtype_of(f"{family.embedding}.weight"), device)
+    dtype = dtype or compute_dtype(_own_dtype(checked, files), device)
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         prefix = family.block_prefix(index)
         tensors = read_block(files, family, index)
@@ -54,9 +55,17 @@ def _load(checked: Checked, device: torch.device, dtype: torch.dtype | None, kee
         fill(block, moved, prefix)
     load_outer(model, family, files, dtype, device)
     if device.type == "cuda":
-        prepare_linears(model, keeps_fp8, checked.installed.accumulation == "fast")
+        prepare(model, checked.scheme, keeps_fp8)
     model.config.quantization_config = CheckpointConfig(**checked.quantization)
     return model
+
+
+def _own_dtype(checked: Checked, files: WeightFiles) -> torch.dtype:
+    """The type that the model computes in: as config.json has it, which transformers writes again with a model that was
+    moved to another type; else that of the embedding, which the first version took."""
+    if SAVED_BY in checked.quantization[MARKER] and isinstance(checked.config.dtype, torch.dtype):
+        return checked.config.dtype
+    return checked.layout.dtype or files.dtype_of(f"{checked.family.embedding}.weight")
 
 
 def _moved(value: Tensor, kind: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mxrot.checkpoint.card import describe_source, model_card
-from mxrot.checkpoint.config import check_exportable, quantization_config
+from mxrot.checkpoint.config import check_exportable, native_config
 from mxrot.checkpoint.files import check_hashes, write_bytes, write_json
 from mxrot.checkpoint.fingerprint import Stamps, differences, fingerprint_of, hash_files, hash_model
 from mxrot.checkpoint.output import Place, check_empty, claimed
@@ -40,8 +40,7 @@ from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, DamagedError, DiskFullError, add_note
 from mxrot.models import check_generation_config, commit_of, find_family, read_config
 from mxrot.progress import Progress, silent
-from mxrot.quantizing.record import RunRecord
-from mxrot.quantizing.run import quantize
+from mxrot.quantizing.run import QuantizedModel, quantize
 from mxrot.recipe import Recipe
 
 
@@ -94,7 +93,7 @@ def quantize_to_folder(
                 copy_file(path, place.partial / path.relative_to(source))
             result = quantize(source, recipe, windows=windows, device=device, seed=seed, store=store, progress=progress)
             _check_unchanged(source, files, stamps)
-            run = _write_around(store, source, recipe, result.record, base_name, data, fingerprint)
+            run = _write_around(store, source, result, base_name, data, fingerprint)
             put_in_place(place, is_note)
         except BaseException as error:
             _keep_work(place.partial, fingerprint, error)
@@ -182,18 +181,17 @@ def _keep_work(partial: Path, fingerprint: dict[str, Any], error: BaseException)
 def _write_around(
     store: PartialCheckpoint,
     source: Path,
-    recipe: Recipe,
-    record: RunRecord,
+    result: QuantizedModel,
     base_name: str,
     data: dict[str, Any] | None,
     fingerprint: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything but the shards and what is copied: index, config, recipe, card and run.json."""
-    folder = store.folder
+    folder, recipe = store.folder, result.record.recipe
     store.write_index()
     config = read_json(source / "config.json")
     config.pop("transformers_weights", None)  # names a file of the source
-    config["quantization_config"] = quantization_config(recipe, store.family, store.blocks, store.left_alone)
+    config["quantization_config"] = native_config(result.scheme, store.family, result.dtype)
     write_json(folder / "config.json", config)
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
     has_bias = any(f"{name.removesuffix('.bias')}.weight_packed" in store.weight_map for name in store.weight_map)
@@ -208,7 +206,7 @@ def _write_around(
         "data": data,
         "size": size,
         "left_alone": left,
-        **record.as_table(),
+        **result.record.as_table(),
         "not_copied": left_out(source),
         "files": {name: vars(written) for name, written in store.results().items()},
     }

@@ -14,6 +14,7 @@ from mxrot.calibration import watched_inputs
 from mxrot.layers import QuantLinear, TensorQuantizer, separate_experts
 from mxrot.models import Family
 from mxrot.progress import Progress, silent
+from mxrot.scheme import Scheme
 
 TOKENS_SHOWN = 128
 """Tokens of a map: the first ones of the first window."""
@@ -115,16 +116,15 @@ def activation_views(
     model: PreTrainedModel,
     family: Family,
     windows: Tensor,
-    quantizer: TensorQuantizer | None,
+    scheme: Scheme,
     *,
-    ignore: tuple[str, ...] = (),
     transformed: bool = False,
     progress: Progress = silent,
 ) -> dict[str, ActivationView]:
     """The inputs of every site over token windows [W, T], one window at a time, by the full name of its first linear.
 
     With `transformed` after the transform of the site, as the linear rounds them, else as they come; in float32 both
-    ways. `quantizer` gives their rounding error. Experts of `model` get linears of their own; sites of experts that no
+    ways. The rounding error is that of `scheme`. Experts of `model` get linears of their own; sites of experts that no
     token is sent to have no view.
     """
     separate_experts(model)
@@ -132,11 +132,11 @@ def activation_views(
     watchers: dict[str, _Watcher] = {}
     with ExitStack() as hooks:
         for index, block in enumerate(model.get_submodule(family.blocks).children()):
-            for site in family.active_sites(index, ignore):
+            for site in scheme.active_sites(family, index):
                 linear = block.get_submodule(site.linears[0])
                 change = linear.transform if transformed and isinstance(linear, QuantLinear) else None
                 name = f"{family.block_prefix(index)}.{site.linears[0]}"
-                watchers[name] = _Watcher(change, quantizer)
+                watchers[name] = _Watcher(change, scheme.linears[name].activations)
                 hooks.enter_context(watched_inputs(block.get_submodule(site.reader), watchers[name].update))
         for number, window in enumerate(windows.split(1)):
             progress(number, len(windows), "windows")

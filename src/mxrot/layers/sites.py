@@ -10,25 +10,23 @@ from mxrot.layers.linear import QuantLinear
 from mxrot.layers.prepare import is_in_one_place, prepare_site
 
 
-def prepare_linears(model: nn.Module, keeps_lifted: bool = False, fast: bool = False) -> None:
-    """`prepare_site` for all sites of a model; `fast` as of its linears.
+def prepare_linears(model: nn.Module, keeps_lifted: bool = False) -> None:
+    """`prepare_site` for all sites of a model.
 
     A site whose weights are not all on one device (or on none, where they are offloaded) stays as it is.
     """
     for linears in sites_of(model):
-        _prepare(linears, keeps_lifted, fast)
+        _prepare(linears, keeps_lifted)
 
 
-def prepare_on_gpus(model: nn.Module, keeps_lifted: bool = False, fast: bool = False) -> None:
+def prepare_on_gpus(model: nn.Module, keeps_lifted: bool = False) -> None:
     """The same for the sites that are on a GPU, of a model that may be spread over devices."""
     for linears in sites_of(model):
         if linears[0].weight_packed.is_cuda:
-            _prepare(linears, keeps_lifted, fast)
+            _prepare(linears, keeps_lifted)
 
 
-def _prepare(linears: Sequence[QuantLinear], keeps_lifted: bool, fast: bool) -> None:
-    for linear in linears:
-        linear.fast = fast
+def _prepare(linears: Sequence[QuantLinear], keeps_lifted: bool) -> None:
     if is_in_one_place(linears):
         prepare_site(linears, keeps_lifted)
 

@@ -29,11 +29,12 @@ class ModelSize:
     @staticmethod
     def of(
         tensors: Mapping[str, Tensor],
-        code_bits: int = 4,
+        quantized_weights: int,
         other_itemsize: int | None = None,
         left: Collection[str] = (),
     ) -> ModelSize:
-        """The size of named tensors, as a checkpoint names them; shared storage counts once.
+        """The size of named tensors, as a checkpoint names them, that hold so many weights as codes; shared storage
+        counts once.
 
         What is not quantized counts `other_itemsize` bytes an element; None stands for what it takes now. `left` are
         names of weights of linears that were left alone.
@@ -52,12 +53,14 @@ class ModelSize:
             if name in left:
                 left_weights += tensor.numel()
                 left_bytes += tensor.numel() * itemsize
-        weights = counts["codes"] * 8 // code_bits
         parts = counts["codes"], counts["scales"], counts["transforms"], counts["other"]
-        return ModelSize(weights, *parts, left_weights, left_bytes)
+        return ModelSize(quantized_weights, *parts, left_weights, left_bytes)
 
     def __add__(self, other: ModelSize) -> ModelSize:
         return ModelSize(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __mul__(self, times: int) -> ModelSize:
+        return ModelSize(*(times * value for value in vars(self).values()))
 
     @property
     def total_bytes(self) -> int:

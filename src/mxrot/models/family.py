@@ -5,7 +5,7 @@ A site is the set of linears that read the same input. Families hold no numerics
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -145,9 +145,12 @@ def value_heads(config: Any) -> tuple[int, int]:
     return getattr(config, "num_key_value_heads", None) or heads, width
 
 
-def check_linears(model: nn.Module, family: Family, block_size: int, ignore: tuple[str, ...]) -> None:
+def check_linears(
+    model: nn.Module, family: Family, block_size: int | Callable[[str], int | None], ignore: tuple[str, ...] = ()
+) -> None:
     """Every linear of every decoder block is in a site or ignored, and its inputs fill whole blocks.
 
+    `block_size` is that of all, or gives that of a linear by its full name, None for one that is left as it is.
     FamilyError names a linear that the family does not know, ConfigError one of an odd size.
     """
     for problem in linear_problems(model, family, block_size, ignore):
@@ -155,7 +158,7 @@ def check_linears(model: nn.Module, family: Family, block_size: int, ignore: tup
 
 
 def linear_problems(
-    model: nn.Module, family: Family, block_size: int, ignore: tuple[str, ...]
+    model: nn.Module, family: Family, block_size: int | Callable[[str], int | None], ignore: tuple[str, ...] = ()
 ) -> Iterator[FamilyError | ConfigError]:
     """Each linear of a decoder block that cannot be quantized and is not ignored, as `check_linears` raises it."""
     known = dict.fromkeys(sorted(linear for site in family.sites for linear in site.linears))
@@ -171,14 +174,17 @@ def linear_problems(
             full = f"{family.block_prefix(index)}.{name}"
             if not isinstance(module, nn.Linear) or is_ignored(full, ignore):
                 continue
+            size = block_size if isinstance(block_size, int) else block_size(full)
+            if size is None:
+                continue
             if name not in known:
                 yield FamilyError(
                     f"{full}: family {family.name} knows no such linear (it knows {_listed(known)}); "
                     "list it under `ignore` to leave it as it is"
                 )
-            elif module.in_features % block_size:
+            elif module.in_features % size:
                 yield ConfigError(
-                    f"{full}: in_features {module.in_features} is not a multiple of the block size {block_size}; "
+                    f"{full}: in_features {module.in_features} is not a multiple of the block size {size}; "
                     "list it under `ignore`"
                 )
 

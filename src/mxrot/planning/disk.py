@@ -19,7 +19,7 @@ TOKEN_BYTES = 8
 
 def estimate_disk(run: Run) -> dict[str, float]:
     """Bytes beside what is there already, by what they are for."""
-    after = run.shape.size_after(run.recipe, run.stored)
+    after = run.shape.size_after(run.stored)
     found = {"the checkpoint": float(after.total_bytes)}
     tuning = run.recipe.tuning
     if tuning is not None and run.recipe.tunes_network:
@@ -38,7 +38,7 @@ def needed_on_disk(folder: Path, recipe: Recipe, windows: tuple[int, int]) -> fl
     try:
         config = read_config(folder)
         family = find_family(config, str(folder))
-        shape = ModelShape.of(build_apart(config), family, recipe.ignore)
+        shape = ModelShape.of(build_apart(config), family, recipe)
         stored = WeightFiles(folder).dtype_of_most()
     except (FamilyError, AttributeError):  # what is wrong with it is said where it is quantized
         return 0.0
@@ -50,6 +50,6 @@ def _state_bytes(run: Run) -> float:
     tuning = run.recipe.tuning
     assert tuning is not None
     weights = run.shape.quantized_weights
-    transforms = run.shape.size_after(run.recipe, run.stored).transform_bytes // 2
+    transforms = run.shape.size_after(run.stored).transform_bytes // 2
     parameters = weights * (1 + (tuning.exponent_rate > 0) / TRANSFORM_BLOCK) + transforms * (tuning.transform_rate > 0)
     return 4.0 * STATE_NUMBERS * parameters

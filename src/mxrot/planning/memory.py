@@ -147,7 +147,7 @@ class Run:
     @property
     def packed_block(self) -> float:
         """A quantized block."""
-        after = self.shape.size_after(self.recipe, self.stored)
+        after = self.shape.size_after(self.stored)
         inside = after.code_bytes + after.scale_bytes + after.transform_bytes
         return inside / max(1, len(self.shape.blocks))
 

@@ -150,12 +150,12 @@ def make_plan(
     problems += _summarized(list(find_problems(skeleton, family, recipe, model, files)), family)
     problems += _memory_problems(skeleton, recipe, stored, machine)
     try:
-        shape = ModelShape.of(skeleton, family, recipe.ignore)
+        shape = ModelShape.of(skeleton, family, recipe)
         run = Run(shape, recipe, "cpu", stored, given, length)
     except AttributeError:  # a linear that the family names is not there
         return replace(plan, problems=problems)
     needs = _needs(run)
-    sizes = Sizes(shape, shape.parameters * stored.itemsize, shape.size_after(recipe, stored))
+    sizes = Sizes(shape, shape.parameters * stored.itemsize, shape.size_after(stored))
     warnings += _short_memory(needs, machine) + _few_tokens(run)
     estimate = None
     if not problems:

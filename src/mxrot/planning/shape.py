@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from mxrot.layers import ModelSize, score_heads
 from mxrot.models import Family, Site, value_heads
-from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+from mxrot.recipe import Recipe
+from mxrot.rules import Rules
+from mxrot.scheme import SiteScheme, site_scheme
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class SiteShape:
     """out_features of each linear."""
     inputs: int
     """Channels that its linears read, K."""
+    recipe: Recipe
+    """By which it is quantized."""
+    scheme: SiteScheme
+    """What will be installed there."""
     experts: int = 1
     """Experts that the linears are in, each with as many; they are quantized one after the other."""
     share: float = 1.0
@@ -41,6 +47,13 @@ class SiteShape:
     @property
     def weights(self) -> int:
         return self.outputs * self.inputs
+
+    @property
+    def size(self) -> ModelSize:
+        """What it takes in a checkpoint."""
+        taken = [self.scheme.weight_bytes(rows, self.inputs) for rows in self.rows]
+        transforms = self.transforms * self.scheme.transform_bytes(self.inputs)
+        return ModelSize(self.weights, sum(one for one, _ in taken), sum(two for _, two in taken), transforms)
 
     @property
     def rounded(self) -> int:
@@ -80,14 +93,12 @@ class ModelShape:
     """The transformers config."""
 
     @staticmethod
-    def of(model: PreTrainedModel, family: Family, ignore: tuple[str, ...]) -> ModelShape:
+    def of(model: PreTrainedModel, family: Family, recipe: Recipe) -> ModelShape:
         """The shape of a skeleton whose linears have passed `check_linears`."""
         modules = list(model.get_submodule(family.blocks).children())
         config = model.config.get_text_config()
-        blocks = tuple(
-            _site_shapes(block, family.active_sites(index, ignore), _share(family, config))
-            for index, block in enumerate(modules)
-        )
+        rules = Rules(recipe, family, len(modules))
+        blocks = tuple(_site_shapes(block, rules, index, _share(family, config)) for index, block in enumerate(modules))
         own = sum(parameter.numel() for parameter in modules[0].parameters())
         inside = sum(parameter.numel() for block in modules for parameter in block.parameters())
         whole = sum(parameter.numel() for parameter in model.parameters())
@@ -123,30 +134,18 @@ class ModelShape:
     def quantized_weights(self) -> int:
         return sum(site.weights for sites in self.blocks for site in sites)
 
-    def size_after(self, recipe: Recipe, stored: torch.dtype) -> ModelSize:
-        """What a checkpoint by `recipe` takes, whose other tensors are in the type `stored`."""
-        weights = recipe.weights.quantizer()
+    def size_after(self, stored: torch.dtype) -> ModelSize:
+        """What a checkpoint takes, whose tensors that are not quantized are in the type `stored`."""
         count = self.quantized_weights
-        transforms = 0
-        if recipe.has_transform:
-            matrices = (
-                site.transforms * (1 if recipe.sharing == "site" else site.inputs // TRANSFORM_BLOCK)
-                for sites in self.blocks
-                for site in sites
-            )
-            transforms = sum(matrices) * TRANSFORM_BLOCK**2 * torch.bfloat16.itemsize
-        stored_weights = [
-            weights.stored_bytes(rows, site.inputs) for sites in self.blocks for site in sites for rows in site.rows
-        ]
-        return ModelSize(
-            quantized_weights=count,
-            code_bytes=sum(codes for codes, _ in stored_weights),
-            scale_bytes=sum(parts for _, parts in stored_weights),
-            transform_bytes=transforms,
+        left = self.linear_weights - count
+        size = ModelSize(
             other_bytes=(self.parameters - count) * stored.itemsize,
-            left_weights=self.linear_weights - count,
-            left_bytes=(self.linear_weights - count) * stored.itemsize,
+            left_weights=left,
+            left_bytes=left * stored.itemsize,
         )
+        for site, blocks in self.site_counts():
+            size += site.size * blocks
+        return size
 
     def site_counts(self) -> list[tuple[SiteShape, int]]:
         """Each different site, and in how many blocks it is."""
@@ -160,20 +159,27 @@ def _share(family: Family, config: Any) -> float:
     return float(config.num_experts_per_tok / getattr(config, family.experts.count))
 
 
-def _site_shapes(block: nn.Module, sites: Sequence[Site], share: float) -> tuple[SiteShape, ...]:
-    """One for sites of the same kind in all experts."""
-    groups: dict[str, list[Site]] = defaultdict(list)
-    for site in sites:
-        groups[site.group].append(site)
-    return tuple(_site_shape(block, name, group, share) for name, group in groups.items())
+def _site_shapes(block: nn.Module, rules: Rules, index: int, share: float) -> tuple[SiteShape, ...]:
+    """One for sites of the same kind in all experts that are quantized alike."""
+    groups: dict[tuple[str, Recipe], list[Site]] = defaultdict(list)
+    for site in rules.active_sites(index):
+        groups[site.group, rules.of(index, site.name)].append(site)
+    return tuple(
+        _site_shape(block, name, group, share, recipe, rules.smooths(group[0]))
+        for (name, recipe), group in groups.items()
+    )
 
 
-def _site_shape(block: nn.Module, name: str, group: Sequence[Site], share: float) -> SiteShape:
+def _site_shape(
+    block: nn.Module, name: str, group: Sequence[Site], share: float, recipe: Recipe, is_smoothed: bool
+) -> SiteShape:
     site = replace(group[0], name=name, linears=tuple(linear for one in group for linear in one.linears))
     linears = [block.get_submodule(linear) for linear in site.linears]
     assert all(isinstance(linear, nn.Linear) for linear in linears)
     rows = tuple(int(linear.out_features) for linear in linears)  # type: ignore[arg-type]
     inputs = int(linears[0].in_features)  # type: ignore[arg-type]
+    scheme = site_scheme(recipe, inputs, is_smoothed)
     if not site.is_of_experts:
-        return SiteShape(site, rows, inputs)
-    return SiteShape(site, rows, inputs, len({x.rpartition(".")[0] for x in site.linears}), share, len(group))
+        return SiteShape(site, rows, inputs, recipe, scheme)
+    experts = len({linear.rpartition(".")[0] for linear in site.linears})
+    return SiteShape(site, rows, inputs, recipe, scheme, experts, share, len(group))

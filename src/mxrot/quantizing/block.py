@@ -51,7 +51,7 @@ def quantize_block(
     weights: Weights = {name: tensors[f"{name}.weight"].double() for name in linears if f"{name}.weight" in tensors}
     fill_original(run, block, tensors, prefix)
 
-    sites = run.family.active_sites(index, run.recipe.ignore)
+    sites = run.active_sites(index)
     scales = {} if inputs is None else _smooth_block(run, index, Part(prefix, index, block, weights, inputs))
     original = None if originals is None else OriginalBlock(deepcopy(block), originals)
     for streams in (inputs, originals):
@@ -155,7 +155,7 @@ def advance_original(run: BlockRun, index: int, block: nn.Module, files: WeightF
 
 def _smooth_block(run: BlockRun, index: int, part: Part) -> dict[str, Tensor]:
     """Smoothing scales [K] by site name, as `smooth_sites` gives them, of all sites of a block."""
-    sites = smoothed_sites(run.recipe, run.family, index)
+    sites = smoothed_sites(run.rules, index)
     inside = [site for site in sites if site.expert is not None]
     scales = smooth_sites(run, part, [site for site in sites if site.expert is None])
     if run.family.experts is not None and inside:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from mxrot.errors import CheckpointError, FamilyError
 from mxrot.models import (
     Family,
-    Site,
     WeightFiles,
     build_skeleton,
     check_depth,
@@ -21,8 +20,8 @@ from mxrot.models import (
     rebuild_buffers,
     tensor_problems,
 )
-from mxrot.recipe import TRANSFORM_BLOCK, Recipe
-from mxrot.surgery import install_empty_site, scheme_name, stored_tensors
+from mxrot.scheme import Scheme, install_site
+from mxrot.surgery import stored_tensors
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -80,7 +79,7 @@ def load_finished_block(
     block: nn.Module,
     index: int,
     tensors: dict[str, Tensor],
-    recipe: Recipe,
+    scheme: Scheme,
     family: Family,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -89,32 +88,16 @@ def load_finished_block(
 
     CheckpointError or FamilyError names a tensor that is missing, extra or of the wrong shape.
     """
-    weights = recipe.weights.quantizer()
-    activations = None if recipe.activations is None else recipe.activations.for_inputs()
-    for site in family.active_sites(index, recipe.ignore):
-        scheme = scheme_name(index, site)
-        stored = None
-        if recipe.has_transform:
-            stored = _stored_transform(tensors, f"{site.linears[0]}.{scheme}_input.weight", block, site, recipe)
-        install_empty_site(block, scheme, site, stored, weights, activations)
+    prefix = family.block_prefix(index)
+    for site in scheme.active_sites(family, index):
+        install_site(block, index, site, scheme.linears[f"{prefix}.{site.linears[0]}"])
+    for name in block.state_dict():
+        if name.endswith("_input.weight") and name not in tensors:
+            raise CheckpointError(f"{prefix}.{name}: is missing; each site has a transform")
     quantized = stored_tensors(block, torch.int8)
     moved = {
         name: value.to(device, dtype) if quantized[name].dtype == torch.int8 else value.to(device)
         for name, value in tensors.items()
         if name in quantized
     }
-    fill(block, {**tensors, **moved}, f"{family.blocks}.{index}")
-
-
-def _stored_transform(tensors: dict[str, Tensor], name: str, block: nn.Module, site: Site, recipe: Recipe) -> Tensor:
-    """The transform of a site; without this check a model would load without it, and compute garbage."""
-    if name not in tensors:
-        raise CheckpointError(f"{name}: is missing; recipe {recipe.name} has a transform for each site")
-    linear = block.get_submodule(site.linears[0])
-    assert isinstance(linear, nn.Linear)
-    one = (TRANSFORM_BLOCK, TRANSFORM_BLOCK)
-    allowed = [one] if recipe.sharing == "site" else [one, (linear.in_features // TRANSFORM_BLOCK, *one)]
-    found = tuple(tensors[name].shape)
-    if found not in allowed:
-        raise CheckpointError(f"{name}: expected shape {' or '.join(map(str, map(list, allowed)))}, got {list(found)}")
-    return tensors[name]
+    fill(block, {**tensors, **moved}, prefix)

@@ -17,6 +17,7 @@ from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.quantizing.patterns import matches_nothing
 from mxrot.quantizing.site import smoothed_sites
 from mxrot.recipe import Recipe
+from mxrot.rules import Rules
 
 
 def find_problems(
@@ -28,9 +29,14 @@ def find_problems(
     """
     yield from weight_problems(model, family, where, files)
     yield from ignore_problems(model, family, recipe)
-    yield from expert_problems(recipe, family)
-    yield from smoothing_problems(recipe, family, model.config.num_hidden_layers)
-    yield from linear_problems(model, family, recipe.input_block, recipe.ignore)
+    rules = Rules(recipe, family, model.config.num_hidden_layers)
+    wrong = list(rules.problems())
+    yield from wrong
+    if wrong:
+        return
+    yield from expert_problems(rules)
+    yield from smoothing_problems(rules)
+    yield from linear_problems(model, family, rules.input_block)
 
 
 def weight_problems(
@@ -61,8 +67,9 @@ def ignore_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> I
         )
 
 
-def expert_problems(recipe: Recipe, family: Family) -> Iterator[MxrotError]:
+def expert_problems(rules: Rules) -> Iterator[MxrotError]:
     """What is not done with experts."""
+    recipe, family = rules.recipe, rules.family
     if family.experts is None:
         return
     if recipe.tuning is not None:
@@ -70,15 +77,16 @@ def expert_problems(recipe: Recipe, family: Family) -> Iterator[MxrotError]:
             f"recipe {recipe.name}: experts, as in family {family.name}, are not tuned; set tuning = none, or take "
             "recipe mxrot"
         )
-    if "mean" in recipe.transform.needs:
+    if any("mean" in one.transform.needs for one in rules.in_use):
         yield ConfigError(
             f'recipe {recipe.name}: transform sample = "mean" is over windows, and experts, as in family '
             f'{family.name}, see single tokens; set transform.sample = "peaks"'
         )
 
 
-def smoothing_problems(recipe: Recipe, family: Family, blocks: int) -> Iterator[MxrotError]:
+def smoothing_problems(rules: Rules) -> Iterator[MxrotError]:
     """Sites that smoothing names and that are not there, and those whose scales have no place to go."""
+    recipe, family = rules.recipe, rules.family
     if recipe.smoothing is None:
         return
     known = dict.fromkeys(site.group for site in family.sites)
@@ -88,9 +96,14 @@ def smoothing_problems(recipe: Recipe, family: Family, blocks: int) -> Iterator[
                 f"recipe {recipe.name}: smoothing.skip: family {family.name} has no site {brief(name)};"
                 f"{did_you_mean(name, known)} its sites are {listed(name, known)}"
             )
-    smoothed = {site.name: site for index in range(blocks) for site in smoothed_sites(recipe, family, index)}
+    smoothed = {
+        site.name: site
+        for index in range(rules.blocks)
+        for site in smoothed_sites(rules, index)
+        if rules.of(index, site.name).sharing == "site"
+    }
     for site in smoothed.values():
-        if recipe.sharing == "site" and site.norm is None and site.producer is None:
+        if site.norm is None and site.producer is None:
             yield ConfigError(
                 f"recipe {recipe.name}: site {site.name!r} of family {family.name} has nothing before it that can "
                 'take smoothing scales; list it under smoothing.skip, or set transform.sharing = "block"'

@@ -26,7 +26,7 @@ from mxrot.errors import ConfigError
 from mxrot.failures import named_failures
 from mxrot.heap import give_back
 from mxrot.kernels.choices import kernel_choices
-from mxrot.layers import build_apart, prepare_linears, score_heads
+from mxrot.layers import build_apart, score_heads
 from mxrot.models import WeightFiles, check_depth, find_family, other_types, read_config, read_generation_config
 from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
@@ -35,6 +35,7 @@ from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.record import BlockReport, RunRecord
 from mxrot.quantizing.site import BlockRun
 from mxrot.recipe import Recipe
+from mxrot.scheme import Scheme, prepare
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, TuningCheckpoint, tune_network
 
@@ -74,6 +75,10 @@ class QuantizedModel:
     model: PreTrainedModel | None
     """Ready to run; None where a store took the blocks."""
     record: RunRecord
+    scheme: Scheme
+    """What is installed."""
+    dtype: torch.dtype
+    """The type of most weights of the model that was quantized."""
 
 
 @torch.no_grad()
@@ -110,9 +115,11 @@ def quantize(
     if windows is None and not recipe.is_data_free:
         raise ConfigError(f"recipe {recipe.name} needs calibration text")
 
+    scheme = Scheme.of(recipe, family, model)
     stored_dtype = files.dtype_of_most()
     types = other_types(files, family, stored_dtype)
-    run = BlockRun(recipe, family, config, device, stored_dtype, compute_dtype(stored_dtype, device), seed, types)
+    dtype = compute_dtype(stored_dtype, device)
+    run = BlockRun(recipe, family, config, device, stored_dtype, dtype, seed, scheme, types)
     given = 0 if windows is None else len(windows)
     too_large = memory_problem(model, recipe, run.dtype, device, free_memory(device))
     if too_large is not None:
@@ -153,7 +160,7 @@ def quantize(
                 tensors, report = finished
                 if originals is not None and not run.is_last(index):
                     advance_original(run, index, block, files, originals)
-                load_finished_block(block, index, tensors, recipe, family, run.dtype, device)
+                load_finished_block(block, index, tensors, scheme, family, run.dtype, device)
             record.blocks.append(report)
             if inputs is not None and not run.is_last(index):
                 advance(block, inputs, family.block_prefix(index))
@@ -174,14 +181,14 @@ def quantize(
     if store is None:
         read_generation_config(model, folder)
         if device.type == "cuda":
-            prepare_linears(model, fast=recipe.accumulation == "fast")
+            prepare(model, scheme)
     else:
         store.save_rest(outer_tensors(files, family))
     progress(len(blocks), len(blocks), "done")
     record.seconds = time.monotonic() - started
     if device.type == "cuda":
         record.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
-    return QuantizedModel(None if store else model, record)
+    return QuantizedModel(None if store else model, record, scheme, stored_dtype)
 
 
 def _tune_network(
@@ -209,7 +216,7 @@ def _tune_network(
     generator = generator_for(run.seed, "tuning")
     tuning_checkpoint = None if store is None else store.tuning_checkpoint
     return tune_network(
-        model, original, run.family, windows, given, options, generator, run.recipe.ignore, tuning_checkpoint, progress
+        model, original, run.family, windows, given, options, generator, run.active_sites, tuning_checkpoint, progress
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,14 +26,16 @@ from mxrot.calibration.site_weights import Rows, SiteWeights
 from mxrot.cuda_graphs import Replays
 from mxrot.errors import NumericsError
 from mxrot.formats import QTensor
-from mxrot.layers import QuantLinear, TensorQuantizer
+from mxrot.layers import QuantLinear
 from mxrot.models import Family, Site, value_heads
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.finite import check_folded, check_rounded, check_statistics, check_transform, named_factorizations
 from mxrot.quantizing.record import LinearReport
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
 from mxrot.rounding import Prepared
-from mxrot.surgery import Weights, fold_into_producer, install_site, scheme_name, shareable_scales
+from mxrot.rules import Rules
+from mxrot.scheme import Scheme, SiteScheme, fill_site, install_site
+from mxrot.surgery import Weights, fold_into_producer, shareable_scales
 from mxrot.transforms import BlockDiagonal, SiteSample, generator_for
 from mxrot.transforms.smoothing import smoothing_scales
 
@@ -55,6 +58,7 @@ class BlockRun:
     dtype: torch.dtype
     """In which is computed."""
     seed: int
+    scheme: Scheme
     other_types: Mapping[str, torch.dtype] = field(default_factory=dict)
     """Of tensors that are stored in another type than most, by their full names."""
     replay: Replays = field(default_factory=Replays)
@@ -76,13 +80,18 @@ class BlockRun:
         dotted = prefix + "."
         return {name[len(dotted) :]: own for name, own in self.other_types.items() if name.startswith(dotted)}
 
-    @property
-    def weights(self) -> TensorQuantizer:
-        return self.recipe.weights.quantizer()
+    @cached_property
+    def rules(self) -> Rules:
+        """The recipe for the sites of this model."""
+        return Rules(self.recipe, self.family, self.config.num_hidden_layers)
 
-    @property
-    def activations(self) -> TensorQuantizer | None:
-        return None if self.recipe.activations is None else self.recipe.activations.for_inputs()
+    def active_sites(self, index: int) -> tuple[Site, ...]:
+        """The sites of block `index` that are quantized."""
+        return self.rules.active_sites(index)
+
+    def of(self, part: Part, site: Site) -> tuple[Recipe, SiteScheme]:
+        """By which rules a site is quantized, and what will be installed there."""
+        return self.rules.of(part.index, site.name), self.scheme.linears[f"{part.name}.{site.linears[0]}"]
 
 
 @dataclass(frozen=True)
@@ -128,12 +137,12 @@ class RoundedLinear:
     """That the Hessian is a mean over; None without one."""
 
 
-def smoothed_sites(recipe: Recipe, family: Family, index: int) -> list[Site]:
+def smoothed_sites(rules: Rules, index: int) -> list[Site]:
     """Sites of a block that get smoothing scales, with all their linears; none of which nothing is quantized."""
-    if recipe.smoothing is None:
+    if rules.recipe.smoothing is None:
         return []
-    active = {site.name for site in family.active_sites(index, recipe.ignore)}
-    return [site for site in family.sites if site.name in active and site.group not in recipe.smoothing.skip]
+    active = {site.name for site in rules.active_sites(index)}
+    return [site for site in rules.family.sites if site.name in active and rules.smooths(site)]
 
 
 def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -154,7 +163,7 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
         if not torch.isfinite(seen).all():
             raise NumericsError(f"{part.name}.{site.linears[0]}: its input holds NaN or Inf on the calibration text")
         scales = smoothing_scales(seen, torch.cat([part.weights[name] for name in site.linears]), smoothing.alpha)
-        if run.recipe.sharing == "block":
+        if run.rules.of(part.index, site.name).sharing == "block":
             found[site.name] = scales
         else:
             shared = shareable_scales(scales, site, heads)
@@ -188,7 +197,8 @@ def fit_transform(
 
     With `sharing = "block"` it starts with the division by the smoothing scales. `rows` gets the raw inputs.
     """
-    method, inputs = run.recipe.transform, part.inputs
+    recipe, scheme = run.of(part, site)
+    method, inputs = recipe.transform, part.inputs
     name = f"{part.name}.{site.linears[0]}"
     collectors = {}
     if inputs is not None:
@@ -206,23 +216,23 @@ def fit_transform(
             for collector in collectors.values():
                 collector.update(x if inverse is None else x * inverse)
 
-        requirements = run.recipe.rounding.requirements
+        requirements = recipe.rounding.requirements
         batches = None if collectors else [0]
         keeps = requirements.hessian and site.experts is None
         for *_, x in watched_together(part.module, inputs, watched_modules(site, requirements), batches, keeps):
             see(x)
         if not torch.isfinite(largest.result(run.world)):
             raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
-    if not run.recipe.has_transform:
+    if not scheme.stages:
         return None
     smoothed = torch.cat([part.weights[linear] for linear in site.linears])
     if scales is not None:
         smoothed = smoothed * scales
     seen = {need: collector.result(run.world) for need, collector in collectors.items()}
     check_statistics(seen, name)
-    sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, run.activations, run.weights, run.replay)
+    sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, scheme.activations, scheme.weights, run.replay)
     with named_factorizations(name):
-        transform = method.fit(sample, run.recipe.sharing, generator_for(run.seed, name))
+        transform = method.fit(sample, recipe.sharing, generator_for(run.seed, name))
         if scales is not None:
             transform = BlockDiagonal.diagonal(1 / scales, TRANSFORM_BLOCK).compose(transform)
         applied = transform.as_applied()
@@ -233,28 +243,28 @@ def fit_transform(
 def round_site(run: BlockRun, part: Part, site: Site, transform: BlockDiagonal | None) -> dict[str, RoundedLinear]:
     """Round the linears of a site, by their names, for the inputs of the part."""
     weights = SiteWeights(part.weights, site.linears, transform)
-    by_linear = run.weights.rule.looks_at_whole_tensor(run.weights.format.scale)
-    groups = weights.whole_linears if by_linear else weights.groups
+    recipe, scheme = run.of(part, site)
+    groups = weights.whole_linears if scheme.weights.looks_at_whole_tensor else weights.groups
     hessian, shift = _statistics(run, part, site, weights)
     moves = [] if shift is None else [shift[rows.place] for rows in groups]
-    prepared = run.recipe.rounding.prepare(hessian, moves, f"{part.name}.{site.linears[0]}")
+    prepared = recipe.rounding.prepare(hessian, moves, f"{part.name}.{site.linears[0]}")
     tokens = None if hessian is None or part.inputs is None else part.inputs.tokens
     del hessian  # what it has become is in `prepared`
     found: dict[str, list[RoundedRows]] = {linear: [] for linear in site.linears}
     for position, rows in enumerate(groups):
-        for linear, piece in _round_rows(run, part, weights, rows, prepared, moves[position] if moves else None):
+        for linear, piece in _round_rows(run, part, site, weights, rows, prepared, moves[position] if moves else None):
             found[linear].append(piece)
     return {linear: _together(pieces, prepared.damping, tokens) for linear, pieces in found.items()}
 
 
 def _round_rows(
-    run: BlockRun, part: Part, weights: SiteWeights, rows: Rows, prepared: Prepared, move: Tensor | None
+    run: BlockRun, part: Part, site: Site, weights: SiteWeights, rows: Rows, prepared: Prepared, move: Tensor | None
 ) -> list[tuple[str, RoundedRows]]:
     """Round some rows, which belong to the linears of these names."""
-    format, rule = run.weights.format, run.weights.rule
+    recipe, scheme = run.of(part, site)
     folded = weights.folded(rows)
-    name = f"{part.name}.{weights.linears[0]}"
-    result = run.recipe.rounding.round_rows(folded, format, rule, prepared, name, move)
+    name, quantizer = f"{part.name}.{weights.linears[0]}", scheme.weights
+    result = recipe.rounding.round_rows(folded, quantizer.format, quantizer.rule, prepared, name, move)
     pieces = zip(
         rows.pieces,
         result.weight.split_rows(rows.counts),
@@ -265,18 +275,19 @@ def _round_rows(
     found = []
     for (linear, _, _), weight, wanted, remainder in pieces:
         check_rounded(weight, wanted, f"{part.name}.{linear}")
-        kept = None if run.recipe.tuning is None else remainder.to(torch.bfloat16)
+        kept = None if recipe.tuning is None else remainder.to(torch.bfloat16)
         found.append((linear, RoundedRows(weight, *error_norms(weight, wanted), kept)))
     return found
 
 
 def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> tuple[Tensor | None, Tensor | None]:
     """The Hessian of a site [K, K], and the shift towards its target [N, K], where rounding asks for them."""
-    requirements = run.recipe.rounding.requirements
+    recipe, scheme = run.of(part, site)
+    requirements = recipe.rounding.requirements
     if not requirements.hessian:
         return None, None
     assert part.inputs is not None
-    seen = SiteInputs(part.module, site, part.inputs, weights.transform, run.activations)
+    seen = SiteInputs(part.module, site, part.inputs, weights.transform, scheme.activations)
     shift = None
     if part.original is None or requirements.target == "own":
         hessian = seen.hessian(weights, requirements)
@@ -327,7 +338,9 @@ def install_rounded(
     """Put quantized linears in place; what they cost, on the inputs in `rows`."""
     stored = None if transform is None else transform.to_stored()
     quantized = {linear: found.weight for linear, found in rounded.items()}
-    install_site(part.module, scheme_name(part.index, site), site, quantized, stored, run.weights, run.activations)
+    _, scheme = run.of(part, site)
+    install_site(part.module, part.index, site, scheme)
+    fill_site(part.module, site, quantized, stored)
     for linear, found in rounded.items():
         module = part.module.get_submodule(linear)
         assert isinstance(module, QuantLinear)

@@ -92,11 +92,11 @@ def compare_recipes(
 
 def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
     """Bytes the model takes in a checkpoint: what is not quantized counts in the type `stored`."""
-    bits = next((m.weights.format.bits for m in model.modules() if isinstance(m, QuantLinear)), 4)
+    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
     head = model.get_output_embeddings()
     linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     left = {f"{name}.weight" for name, module in linears if module is not head}
-    return ModelSize.of(model.state_dict(), bits, stored.itemsize, left)
+    return ModelSize.of(model.state_dict(), quantized, stored.itemsize, left)
 
 
 def _labelled(progress: Progress, label: str) -> Progress:

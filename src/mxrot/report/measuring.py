@@ -23,6 +23,8 @@ from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 from mxrot.report import Contents, metrics_of
+from mxrot.rules import Rules
+from mxrot.scheme import Scheme
 from mxrot.shell import command
 from mxrot.text import Windows, load_texts
 
@@ -63,7 +65,7 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
     run, recipe = read_records(folder)
     config = read_config(folder)
     family = find_family(config, request.model)
-    chosen = sites_that_match(family, config.num_hidden_layers, recipe.ignore, request.sites)
+    chosen = sites_that_match(Rules(recipe, family, config.num_hidden_layers), request.sites)
     texts = load_texts(list(request.texts), "evaluation")
     count = max(1, min(request.windows, TOKENS_LOOKED_AT // request.seq_len))
     looked_at = api.read_texts(folder, texts[0], windows=count, seq_len=request.seq_len)[0]
@@ -132,21 +134,21 @@ def _views(
     progress: Progress,
 ) -> tuple[dict[str, ActivationView], dict[str, ActivationView]]:
     """The inputs of every site before the transform and after it."""
-    quantizer = None if recipe.activations is None else recipe.activations.for_inputs()
-    options: dict[str, Any] = {"ignore": recipe.ignore, "progress": progress}
-    before = activation_views(original or model, family, windows, quantizer, **options)
-    return before, activation_views(model, family, windows, quantizer, transformed=True, **options)
+    scheme = Scheme.of(recipe, family, model)
+    before = activation_views(original or model, family, windows, scheme, progress=progress)
+    return before, activation_views(model, family, windows, scheme, transformed=True, progress=progress)
 
 
-def sites_that_match(family: Family, blocks: int, ignore: tuple[str, ...], patterns: Sequence[str]) -> list[str]:
+def sites_that_match(rules: Rules, patterns: Sequence[str]) -> list[str]:
     """Sites, by the full names of their first linears, that match a pattern on that name or its end.
 
     ConfigError if a pattern matches none, or if there are more than MOST_SITES.
     """
+    family = rules.family
     names = [
         f"{family.block_prefix(index)}.{site.linears[0]}"
-        for index in range(blocks)
-        for site in family.active_sites(index, ignore)
+        for index in range(rules.blocks)
+        for site in rules.active_sites(index)
     ]
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):

@@ -8,80 +8,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mxrot.errors import CheckpointError, ConfigError, DataError, NumericsError
+from mxrot.errors import CheckpointError, DataError, NumericsError
 from mxrot.progress import Progress, silent
-from mxrot.typed import check_fields
+from mxrot.sections import Tuning
 
 ADAM_EPSILON = 1e-12
 """Far below any gradient: those of many million offsets are 1e-7 or less, for a loss that is a mean over tokens."""
 KEEP_SECONDS = 60.0
 """Between two looks at which an unfinished run is kept, which is four times as large as the weights in float32."""
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How to tune rounding and transforms after the closed form."""
-
-    scope: Literal["network", "block"] = "network"
-    """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
-    steps: int = 400
-    """Optimizer steps: in all, or for each block."""
-    generated: float = 0.0
-    """Windows that the original model writes for tuning alone, for each one of the calibration text; only with scope
-    "network"."""
-    prompted: float = 0.0
-    """Share of what it writes that goes on from a piece of the calibration text, instead of from a random token.
-    Without `generated` this and `repeats` have nothing to say."""
-    repeats: int = 1
-    """How often a window of the calibration text comes for once that one comes which the original model has written."""
-    batch_windows: int = 4
-    """Calibration windows a step."""
-    offset_rate: float = 4e-3
-    """Peak learning rate of the rounding offsets, in steps between codes."""
-    transform_rate: float = 1e-4
-    """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
-    exponent_rate: float = 0.0
-    """Peak learning rate of the exponents of weight scales, in binades; 0 leaves them as they are."""
-    decay: float = 0.0
-    """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
-    held_out: float = 0.1
-    """Share of the calibration windows that are never trained on; their loss decides when to stop."""
-    margin: float = 0.01
-    """How far from moving a weight starts at least, in steps between codes. A large one keeps all codes where they are
-    for many steps, and then moves many at once (docs/log.md)."""
-    checks: int = 20
-    """How often the held-out loss is looked at, evenly over the steps."""
-    patience: int = 4
-    """Looks in a row without a better held-out loss after which tuning stops."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "tuning")
-        for key in ("steps", "repeats", "batch_windows", "checks", "patience"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
-        rates = self.offset_rate, self.transform_rate, self.exponent_rate
-        if not (self.offset_rate > 0 and all(0 <= rate < math.inf for rate in rates)):
-            raise ConfigError(
-                "tuning: offset_rate must be positive, transform_rate and exponent_rate not negative, all finite"
-            )
-        if not 0 <= self.generated < math.inf or (self.generated and self.scope == "block"):
-            raise ConfigError(
-                f'tuning: generated {self.generated} must be finite and not negative, and 0 with scope "block", '
-                "which sees the windows of the calibration only (calibration.generated)"
-            )
-        if not 0 <= self.prompted <= 1:
-            raise ConfigError(f"tuning: prompted {self.prompted} is not a share from 0 to 1")
-        if not 0 <= self.decay < math.inf:
-            raise ConfigError(f"tuning: decay {self.decay} is negative or not finite")
-        if not 0 < self.margin <= 0.5:
-            raise ConfigError(f"tuning: margin {self.margin} is not above 0 and at most 0.5")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"tuning: held_out {self.held_out} is not between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from mxrot.calibration import block_arguments, first_hidden
 from mxrot.cuda_graphs import Replays
 from mxrot.layers import check_logits, fused_norms, logits_of, score_heads, shared_heads
-from mxrot.models import Family
+from mxrot.models import Family, Site
 from mxrot.progress import Progress, silent
-from mxrot.tuning.loop import Check, Problem, Tuning, TuningCheckpoint, deterministic, split_windows, tune
+from mxrot.sections import Tuning
+from mxrot.tuning.loop import Check, Problem, TuningCheckpoint, deterministic, split_windows, tune
 from mxrot.tuning.straight_through import Divergence
 from mxrot.tuning.tunable import TunableBlock, TunableLinear, parameter_groups, settle
 
@@ -64,13 +65,14 @@ def tune_network(
     given: int,
     options: Tuning,
     generator: torch.Generator,
-    ignore: tuple[str, ...] = (),
+    active_sites: Callable[[int], Sequence[Site]],
     tuning_checkpoint: TuningCheckpoint | None = None,
     progress: Progress = silent,
 ) -> list[Check]:
     """Tune `model`, quantized and on its device, towards `original` on token windows [W, T]; in place.
 
-    The first `given` windows are text, the others were written by `original`.
+    The first `given` windows are text, the others were written by `original`. `active_sites` gives those of
+    a block that are quantized.
     """
     device = model.get_submodule(family.embedding).weight.device
     assert isinstance(device, torch.device)
@@ -80,9 +82,7 @@ def tune_network(
     blocks = list(model.get_submodule(family.blocks).children())
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()
-    tunable = [
-        TunableBlock.of(block, family.active_sites(index, ignore), options.margin) for index, block in enumerate(blocks)
-    ]
+    tunable = [TunableBlock.of(block, active_sites(index), options.margin) for index, block in enumerate(blocks)]
     recompute = _activation_bytes(model, options.batch_windows, windows.shape[1]) > CHECKPOINT_BYTES
     student = Network(model, family, block_arguments(model, family, windows[:1]), recompute)
     teacher = Network(original, family, block_arguments(original, family, windows[:1]))

@@ -13,7 +13,8 @@ from mxrot.calibration import BlockInputs
 from mxrot.cuda_graphs import Replays
 from mxrot.models import Site
 from mxrot.progress import Progress, silent
-from mxrot.tuning.loop import Check, Problem, Tuning, deterministic, split_windows, tune
+from mxrot.sections import Tuning
+from mxrot.tuning.loop import Check, Problem, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
 from mxrot.tuning.tunable import TunableBlock, parameter_groups, settle
 

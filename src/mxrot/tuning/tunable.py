@@ -21,9 +21,10 @@ from mxrot.formats.scale import E8M0_MAX_BYTE
 from mxrot.kernels import WeightMoves
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
 from mxrot.models import Site
+from mxrot.sections import Tuning
 from mxrot.transforms import BlockDiagonal
 from mxrot.tuning.inverses import inverses
-from mxrot.tuning.loop import Group, Tuning
+from mxrot.tuning.loop import Group
 from mxrot.tuning.straight_through import InverseTransposed, MoveWeights, RotateQuantize, RoundToStored
 
 LARGEST_OFFSET = 1.0

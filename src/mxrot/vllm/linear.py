@@ -33,7 +33,8 @@ from mxrot.checkpoint.huggingface import CheckpointConfig
 from mxrot.errors import ConfigError
 from mxrot.layers import InputTransform, QuantLinear, prepare_site
 from mxrot.recipe import TRANSFORM_BLOCK
-from mxrot.transforms.stages import STORED_DTYPE
+from mxrot.scheme import SiteScheme
+from mxrot.transforms.stages import STORED_DTYPE, BlockDiagonalSpec
 from mxrot.vllm.plugin import METHOD
 
 
@@ -73,6 +74,15 @@ class MxrotQuantization(CompressedTensorsConfig):
             return UnquantizedLinearMethod()
         return MxrotLinearMethod(self, prefix, self._scheme(layer, prefix))
 
+    def scheme_of(self, prefix: str) -> SiteScheme:
+        """What is installed at a linear; ConfigError if its parts have different schemes."""
+        parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
+        found = {self.checkpoint.layout.scheme_of(part) for part in parts}
+        scheme = found.pop()
+        if found or scheme is None:
+            raise ConfigError(f"{prefix}: its parts {', '.join(parts)} are not quantized alike")
+        return scheme
+
     def _scheme(self, layer: nn.Module, prefix: str) -> str | None:
         """The name of the transform of this linear's inputs; ConfigError if its parts have different ones."""
         found, _ = get_linear_transform_schemes(layer, prefix, self.transform_config, self.packed_modules_mapping)
@@ -106,6 +116,7 @@ class MxrotLinearMethod(LinearMethodBase):
 
     def __init__(self, config: MxrotQuantization, prefix: str, scheme: str | None) -> None:
         self.config, self.prefix, self.scheme = config, prefix, scheme
+        self.site = config.scheme_of(prefix)
 
     def create_weights(
         self,
@@ -126,9 +137,7 @@ class MxrotLinearMethod(LinearMethodBase):
             )
         loader = attributes["weight_loader"]
         codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
-        scales = torch.empty(
-            rows, columns // self.config.checkpoint.installed.format.block_in(columns), dtype=torch.uint8
-        )
+        scales = torch.empty(rows, columns // self.site.weights.format.block_in(columns), dtype=torch.uint8)
         places = {"input_dim": 1, "output_dim": 0, "weight_loader": loader}
         layer.register_parameter("weight_packed", ModelWeightParameter(data=codes, **places))
         layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=scales, **places))
@@ -137,7 +146,7 @@ class MxrotLinearMethod(LinearMethodBase):
 
     def _transform(self, layer: Any, columns: int, input_size: int) -> SlicedTransform:
         assert self.scheme is not None
-        is_blockwise = self.config.checkpoint.installed.sharing == "block"
+        is_blockwise = self.site.stages != (BlockDiagonalSpec(TRANSFORM_BLOCK, "site"),)
         blocks = columns // TRANSFORM_BLOCK
         first = layer.tp_rank * blocks if columns < input_size else 0
         return self.config.transforms.setdefault(self.scheme, SlicedTransform(blocks, first, is_blockwise))
@@ -145,11 +154,11 @@ class MxrotLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put a QuantLinear into the place of the parameters."""
         codes, scales = layer.weight_packed.data, layer.weight_scale.data
-        installed = self.config.checkpoint.installed
-        linear = QuantLinear(2 * codes.shape[1], len(codes), installed.weights, installed.activations, device="meta")
+        site = self.site
+        linear = QuantLinear(2 * codes.shape[1], len(codes), site.weights, site.activations, device="meta")
         linear.weight_packed = nn.Parameter(codes, requires_grad=False)
         linear.weight_scale = nn.Parameter(scales, requires_grad=False)
-        linear.fast = self.config.checkpoint.installed.accumulation == "fast"
+        linear.fast = site.accumulation == "fast"
         if self.scheme is not None:
             stored: SlicedTransform = getattr(layer, f"{self.scheme}_input")
             linear.own_transform(self.scheme, InputTransform(stored.weight.data))

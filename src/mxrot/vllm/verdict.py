@@ -7,7 +7,7 @@ each of it stands there, and which of it was run.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.contents import install_linears
-from mxrot.checkpoint.installed import Installed
 from mxrot.models import Family
-from mxrot.models.family import is_ignored
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+from mxrot.scheme import Scheme
 
 VERSION = "0.32.0"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -92,25 +91,17 @@ class Facts:
 
     config: Any
     family: Family
-    installed: Installed
+    scheme: Scheme
     shapes: dict[str, tuple[int, ...]]
     """Of every tensor, by its name."""
 
     @staticmethod
     def planned(skeleton: PreTrainedModel, family: Family, recipe: Recipe) -> Facts:
         """Of what `recipe` would make of a model, whose linears are replaced in `skeleton`."""
-        names = (
-            f"{family.block_prefix(index)}.{linear}"
-            for index in range(skeleton.config.num_hidden_layers)
-            for site in family.sites
-            for linear in site.linears
-        )
-        installed = Installed.by(recipe, tuple(name for name in names if is_ignored(name, recipe.ignore)))
-        if recipe.smoothing is None and recipe.transform.is_one_for_all:
-            installed = replace(installed, sharing="site")
-        install_linears(skeleton, family, installed)
+        scheme = Scheme.of(recipe, family, skeleton)
+        install_linears(skeleton, family, scheme)
         shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-        return Facts(skeleton.config, family, installed, shapes)
+        return Facts(skeleton.config, family, scheme, shapes)
 
     @property
     def architecture(self) -> str:
@@ -118,7 +109,7 @@ class Facts:
 
     @property
     def has_transform(self) -> bool:
-        return self.installed.has_transform
+        return self.scheme.has_transform
 
     def named(self, ending: str) -> list[str]:
         return [name.removesuffix(ending) for name in self.shapes if name.endswith(ending)]
@@ -138,7 +129,7 @@ def check_for_vllm(folder: Path, verify: bool | None = None) -> VllmReport:
     """
     checked = check_checkpoint(folder, verify)
     shapes = {name: tensor.shape for name, tensor in checked.tensors.items()}
-    return judge(str(folder), Facts(checked.config, checked.family, checked.installed, shapes))
+    return judge(str(folder), Facts(checked.config, checked.family, checked.scheme, shapes))
 
 
 def judge(name: str, facts: Facts) -> VllmReport:
@@ -161,7 +152,7 @@ def _stops_of_both(facts: Facts) -> Iterator[str]:
     if facts.has_transform and facts.architecture not in ARCHITECTURES + FUSED:
         tried = ", ".join(ARCHITECTURES + FUSED)
         yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {tried}"
-    ignored = set(facts.installed.ignored)
+    ignored = set(facts.scheme.left)
     for index in range(facts.config.num_hidden_layers):
         for site in facts.family.sites:
             names = [f"{facts.family.block_prefix(index)}.{linear}" for linear in site.linears]
@@ -192,16 +183,18 @@ def _stops_of_stock(facts: Facts) -> Iterator[str]:
 
 
 def _notes(facts: Facts) -> Iterator[str]:
-    rule = facts.installed.rule
+    inputs = [one.activations for one in facts.scheme.distinct]
+    rules = sorted({one.rule.name for one in inputs if one is not None})
     if facts.architecture not in ARCHITECTURES + FUSED:
         yield f"{facts.architecture} was not tried in vLLM; tried were {', '.join(ARCHITECTURES + FUSED)}"
-    if rule is None:
+    if None in inputs:
         yield (
             "the recipe leaves activations alone, but vLLM quantizes them all the same where the device has A4 or A8; "
             "--linear-backend marlin keeps it from that on NVIDIA devices"
         )
-    else:
-        yield f"accuracy was measured with activations in MXFP4, scale rule {rule}; vLLM does as the table says"
+    if rules:
+        named = " and ".join(rules)
+        yield f"accuracy was measured with activations in MXFP4, scale rule {named}; vLLM does as the table says"
     if facts.has_transform and _stored_type(facts.config) != "bfloat16":
         yield (
             f"the model is in {_stored_type(facts.config)}, and in that vLLM rounds transforms otherwise than the "

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +17,32 @@ from torch import nn
 
 from mxrot import autoload
 from mxrot.checkpoint import check_exportable, load
-from mxrot.checkpoint.config import quantization_config
+from mxrot.checkpoint.checked import check_checkpoint
+from mxrot.checkpoint.config import compressed_tensors_config, why_unfaithful
 from mxrot.errors import ConfigError
 from mxrot.layers import QuantLinear, build_apart
 from mxrot.models import read_config
 from mxrot.models.families.llama import FAMILY as LLAMA
-from mxrot.recipe import builtin_recipes
-from mxrot.surgery import scheme_name
+from mxrot.recipe import Recipe, builtin_recipes
+from mxrot.scheme import Scheme, scheme_name
 
 NAMES = ["rtn", "smoothquant", "hadamard", "duquant++", "duquant++-gptq"]
 
 
+def of_one_matrix(name: str, **changes: Any) -> Recipe:
+    """A recipe as compressed-tensors has words for it: with one matrix a site."""
+    return recipe(name, transform__sharing="site", **changes)
+
+
 def config_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def their_config(folder: Path) -> dict:
+    """The compressed-tensors form of what a checkpoint has installed."""
+    checked = check_checkpoint(folder)
+    assert why_unfaithful(checked.scheme) is None
+    return json.loads(json.dumps(compressed_tensors_config(checked.scheme, checked.family, torch.float16)))
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
@@ -37,8 +51,8 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_decompressor_gives_our_weights(source: Path, tmp_path: Path, name: str) -> None:
-    write(source, tmp_path / "out", recipe(name))
-    scheme = QuantizationConfig.model_validate(config_of(tmp_path / "out")).config_groups["group_0"]
+    write(source, tmp_path / "out", of_one_matrix(name))
+    scheme = QuantizationConfig.model_validate(their_config(tmp_path / "out")).config_groups["group_0"]
     assert isinstance(scheme, QuantizationScheme)
     tensors = all_tensors(tmp_path / "out")
     linears = quantized_linears(load(tmp_path / "out"))
@@ -51,9 +65,9 @@ def test_its_decompressor_gives_our_weights(source: Path, tmp_path: Path, name: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_config_classes_read_ours(source: Path, tmp_path: Path, name: str) -> None:
-    chosen = recipe(name, ignore=["model.layers.0.mlp.down_proj"])
+    chosen = of_one_matrix(name, ignore=["model.layers.0.mlp.down_proj"])
     write(source, tmp_path / "out", chosen)
-    table = config_of(tmp_path / "out")
+    table = their_config(tmp_path / "out")
     parsed = QuantizationConfig.model_validate(table)
     assert parsed.format == "mxfp4-pack-quantized"
     assert parsed.ignore == ["lm_head", "model.layers.0.mlp.down_proj"]
@@ -61,8 +75,22 @@ def test_its_config_classes_read_ours(source: Path, tmp_path: Path, name: str) -
     assert isinstance(scheme, QuantizationScheme) and scheme.weights is not None
     assert (scheme.weights.num_bits, scheme.weights.group_size, scheme.weights.dynamic) == (4, 32, False)
     assert scheme.input_activations is not None and scheme.input_activations.dynamic is True
-    marker = {"format_version": 1, "activation_rule": "even", "sharing": chosen.sharing, "accumulation": "exact"}
+    quantizer = {"format": "mxfp4", "rule": "even"}
+    one = {"kind": "block-diagonal", "block": 32, "sharing": "site"}
+    own = {
+        "weights": quantizer,
+        "activations": quantizer,
+        "transform": [one] if chosen.has_transform else [],
+        "accumulation": "exact",
+    }
+    marker = {"format_version": 2, "dtype": "float16", "schemes": {"group_0": own}}
     assert table["mxrot"] == marker and table["quant_method"] == autoload.METHOD
+    written = config_of(tmp_path / "out")
+    if chosen.has_transform:  # which compressed-tensors would leave out where mxrot is not there
+        groups = [group["format"] for group in written["config_groups"].values()]
+        assert written["format"] == "mxrot" and set(groups) == {"mxrot"} and "transform_config" not in written
+    else:
+        assert written == table
     assert ("transform_config" in table) is chosen.has_transform
     if chosen.has_transform:
         transforms = TransformConfig.model_validate(table["transform_config"])
@@ -76,7 +104,7 @@ def test_targets_match_the_linears_of_a_site_and_nothing_else(tmp_path: Path, ig
     config = read_config(write_tiny_model(tmp_path / "source", num_hidden_layers=12))
     model = build_apart(config)
     chosen = recipe("hadamard", ignore=ignore)
-    table = quantization_config(chosen, LLAMA, 12, [])
+    table = compressed_tensors_config(Scheme.of(chosen, LLAMA, model), LLAMA, torch.float16)
     schemes = TransformConfig.model_validate(table["transform_config"]).config_groups
     seen = set()
     for index in range(12):
@@ -106,7 +134,7 @@ def test_the_transform_it_builds_is_the_one_we_apply(source: Path, tmp_path: Pat
     """
     write(source, tmp_path / "out", recipe(name))
     tensors = all_tensors(tmp_path / "out")
-    groups = TransformConfig.model_validate(config_of(tmp_path / "out")["transform_config"]).config_groups
+    groups = TransformConfig.model_validate(their_config(tmp_path / "out")["transform_config"]).config_groups
     linears = quantized_linears(load(tmp_path / "out"))
     for key, scheme in groups.items():
         (owner,) = (tensor.removesuffix(f".{key}_input.weight") for tensor in tensors if f".{key}_input" in tensor)

@@ -18,6 +18,7 @@ from mxrot.evaluation.activations import COLUMNS_SHOWN, FIRST_OCTAVE, _pooled, _
 from mxrot.formats import fake_quantize
 from mxrot.layers import QuantLinear
 from mxrot.models import find_family
+from mxrot.scheme import Scheme
 
 WINDOWS = random_windows(3, 160, seed=5)
 
@@ -42,10 +43,10 @@ def recorded(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def views_of(model: PreTrainedModel, transformed: bool) -> dict[str, ActivationView]:
-    quantizer = recipe("hadamard").activations
-    assert quantizer is not None
     family = find_family(model.config, "tiny")
-    return activation_views(model, family, WINDOWS, quantizer.quantizer(), transformed=transformed)
+    return activation_views(
+        model, family, WINDOWS, Scheme.of(recipe("hadamard"), family, model), transformed=transformed
+    )
 
 
 @pytest.mark.parametrize("transformed", [False, True])
@@ -80,8 +81,9 @@ def test_every_site_has_a_view_but_not_what_is_ignored(model: PreTrainedModel) -
     family = find_family(model.config, "tiny")
     names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     expected = [f"model.layers.{index}.{name}" for index in (0, 1) for name in names]
-    assert list(activation_views(model, family, WINDOWS[:1], None)) == expected
-    ignored = activation_views(model, family, WINDOWS[:1], None, ignore=("q_proj", "model.layers.0.mlp.down_proj"))
+    assert list(activation_views(model, family, WINDOWS[:1], Scheme.of(recipe("rtn"), family, model))) == expected
+    left = recipe("rtn", activations="none", ignore=["q_proj", "model.layers.0.mlp.down_proj"])
+    ignored = activation_views(model, family, WINDOWS[:1], Scheme.of(left, family, model))
     changed = [name.replace("q_proj", "k_proj") for name in expected if name != "model.layers.0.mlp.down_proj"]
     assert list(ignored) == changed
     assert all(view.rounding_error is None for view in ignored.values())

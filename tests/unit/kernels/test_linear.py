@@ -145,7 +145,9 @@ def test_fast_sums_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mxrot.layers.product.quantized_linear", note)
     model = torch.nn.ModuleList([linear()])
     for fast in (False, True):
-        prepare_linears(model, fast=fast)
+        for module in model.modules():
+            module.fast = fast
+        prepare_linears(model)
         model[0](random(3))
         torch.compiler.reset()
         torch.compile(model[0], fullgraph=True, backend="eager")(random(3))

@@ -49,5 +49,5 @@ def run_of(
     keeps_model: bool = False,
 ) -> Run:
     """A run of `chosen` on a model of this config."""
-    shape = ModelShape.of(build_apart(config), find_family(config, "here"), chosen.ignore)
+    shape = ModelShape.of(build_apart(config), find_family(config, "here"), chosen)
     return Run(shape, chosen, device, stored, windows, seq_len, keeps_model)

@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_size_is_that_of_the_written_checkpoint(source: Path, tmp_path: Path, chosen: Recipe, tied: bool) -> None:
     folder = write_tiny_model(tmp_path / "tied", tie_word_embeddings=True) if tied else source
     size = write(folder, tmp_path / "out", chosen)["size"]
-    after = run_of(read_config(folder), chosen, 6, 24).shape.size_after(chosen, torch.float16)
+    after = run_of(read_config(folder), chosen, 6, 24).shape.size_after(torch.float16)
     assert vars(after) | {"bits_per_weight": after.bits_per_weight, "total_bytes": after.total_bytes} == size
     assert (after.bits_per_weight == 4.25) == (not chosen.ignore)
 
@@ -50,7 +50,7 @@ def test_sites_and_counts_of_llama_3_8b() -> None:
         "down": ((4096,), 14336, 32),
     }
     assert (shape.parameters, shape.quantized_weights) == (8030261248, 6979321856)
-    after = shape.size_after(recipe("mxrot"), torch.bfloat16)
+    after = shape.size_after(torch.bfloat16)
     assert after.bits_per_weight == 4.25
     assert after.transform_bytes == 32 * 2 * 32**2 * (3 * 4096 + 14336) // 32
 
@@ -77,7 +77,7 @@ def test_experts_are_counted_as_they_are_written(tmp_path: Path, kind: str, chos
     folder = write_tiny_mixture(tmp_path / "tiny", kind)
     size = write(folder, tmp_path / "out", chosen)["size"]
     shape = run_of(read_config(folder), chosen, 6, 24).shape
-    after = shape.size_after(chosen, torch.float16)
+    after = shape.size_after(torch.float16)
     assert vars(after) | {"bits_per_weight": after.bits_per_weight, "total_bytes": after.total_bytes} == size
     assert (after.bits_per_weight == 4.25) == (not chosen.ignore)
     experts = 3 if chosen.ignore else 4

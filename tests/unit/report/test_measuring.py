@@ -19,6 +19,7 @@ from mxrot.evaluation import ActivationView
 from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.report import Contents
 from mxrot.report.measuring import Request, gather, read_records, sites_that_match, sites_that_stick_out
+from mxrot.rules import Rules
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,10 @@ def view(crest: float) -> ActivationView:
     return ActivationView(torch.ones(1, 1), 32, torch.zeros(192, dtype=torch.int64), 1.0, 1.0, crest, None)
 
 
+def rules(blocks: int, ignore: tuple[str, ...]) -> Rules:
+    return Rules(recipe("rtn", ignore=ignore), LLAMA, blocks)
+
+
 def test_sites_by_default_and_by_pattern() -> None:
     views = {
         "model.layers.0.self_attn.q_proj": view(3.0),
@@ -93,15 +98,15 @@ def test_sites_by_default_and_by_pattern() -> None:
     names = list(views)
     assert sites_that_stick_out(LLAMA, views) == [names[0], names[3]]
     ignore = ("o_proj",)
-    assert sites_that_match(LLAMA, 2, ignore, ["1.mlp.down_proj", "*q_proj"]) == [names[0], names[2], names[3]]
-    assert sites_that_match(LLAMA, 2, ignore, [names[1]]) == [names[1]]
-    assert sites_that_match(LLAMA, 2, ignore, []) == []
-    assert len(sites_that_match(LLAMA, 12, ignore, ["q_proj"])) == 12
+    assert sites_that_match(rules(2, ignore), ["1.mlp.down_proj", "*q_proj"]) == [names[0], names[2], names[3]]
+    assert sites_that_match(rules(2, ignore), [names[1]]) == [names[1]]
+    assert sites_that_match(rules(2, ignore), []) == []
+    assert len(sites_that_match(rules(12, ignore), ["q_proj"])) == 12
     with pytest.raises(ConfigError, match="13 sites match q_proj; a page has room for 12"):
-        sites_that_match(LLAMA, 13, ignore, ["q_proj"])
+        sites_that_match(rules(13, ignore), ["q_proj"])
     for pattern in ("v_proj", "o_proj", "2.mlp.down_proj"):
         with pytest.raises(ConfigError, match=f"no site matches '{pattern}'; .* such as {names[0]}"):
-            sites_that_match(LLAMA, 2, ignore, [pattern])
+            sites_that_match(rules(2, ignore), [pattern])
 
 
 def test_what_is_no_checkpoint(folders: dict[str, str], tmp_path: Path) -> None:

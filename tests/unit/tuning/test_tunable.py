@@ -16,8 +16,8 @@ from mxrot.layers import QuantLinear
 from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.models.families.llama import LLAMA_SITES
 from mxrot.quantizing.run import quantize
+from mxrot.sections import Tuning
 from mxrot.surgery import stored_tensors
-from mxrot.tuning.loop import Tuning
 from mxrot.tuning.tunable import TunableBlock, neighbour_distances, parameter_groups, settle
 
 MARGIN = 0.01

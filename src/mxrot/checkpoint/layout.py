@@ -1,0 +1,296 @@
+"""What a `quantization_config` says is installed. It alone decides what runs.
+
+recipe.toml tells how a checkpoint came about. Where it says something else about what runs, one of the two was edited,
+and neither is believed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, get_args
+
+import torch
+
+from mxrot.checkpoint.config import (
+    EVERY,
+    FORMAT_VERSION,
+    NATIVE,
+    THEIR_BLOCK,
+    check_spelling,
+    compressed_tensors_config,
+    native_config,
+    scheme_table,
+)
+from mxrot.errors import CheckpointError, ConfigError
+from mxrot.formats import FORMATS, get_format
+from mxrot.layers import TensorQuantizer
+from mxrot.marker import MARKER
+from mxrot.models import Family
+from mxrot.recipe import Accumulation
+from mxrot.scheme import CacheScheme, Scheme, SiteScheme, transform_name
+from mxrot.transforms import Sharing
+from mxrot.transforms.stages import BlockDiagonalSpec, spec_from_table
+
+_WHERE = "config.json: quantization_config"
+
+
+@dataclass(frozen=True)
+class Group:
+    """A config group."""
+
+    targets: tuple[str, ...]
+    """Names, "re:" with a regular expression that starts where the name does, or "Linear" for all."""
+    scheme: SiteScheme
+
+    @cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        return [re.compile(one.removeprefix("re:")) for one in self.targets if one.startswith("re:")]
+
+    def covers(self, linear: str) -> bool:
+        """Does it stand for a linear, by its full name?"""
+        if linear in self.targets or list(self.targets) == EVERY:
+            return True
+        return any(pattern.match(linear) for pattern in self._patterns)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a `quantization_config` says, by itself."""
+
+    version: int
+    is_native: bool
+    """Does it call its formats "mxrot"?"""
+    groups: tuple[Group, ...]
+    head: str
+    left: tuple[str, ...]
+    """Full names of linears of decoder blocks that are left as they are."""
+    dtype: torch.dtype | None
+    """Of what is not quantized; None where the first version does not say."""
+    cache: CacheScheme | None = None
+
+    def scheme_of(self, linear: str) -> SiteScheme | None:
+        """What is installed at a linear, by its full name; None where it is left as it is.
+
+        CheckpointError if that is not said, or said twice.
+        """
+        if linear in self.left or linear == self.head:
+            return None
+        found = [group.scheme for group in self.groups if group.covers(linear)]
+        if len(found) != 1:
+            said = "no config group" if not found else f"{len(found)} config groups"
+            raise CheckpointError(f"{_WHERE}: {said} and `ignore` say what {linear} is")
+        return found[0]
+
+    def scheme(self, family: Family, blocks: int) -> Scheme:
+        """What is installed in a model of so many decoder blocks; CheckpointError as for `scheme_of`."""
+        found = {name: self.scheme_of(name) for name in linears_of(family, blocks)}
+        return Scheme({name: one for name, one in found.items() if one is not None}, self.left, self.cache)
+
+
+def linears_of(family: Family, blocks: int) -> list[str]:
+    """Full names of the linears of all sites, in the order of the model."""
+    return [
+        f"{family.block_prefix(index)}.{linear}"
+        for index in range(blocks)
+        for site in family.sites
+        for linear in site.linears
+    ]
+
+
+def check_marker(quantization: Any, where: str) -> dict[str, Any]:
+    """mxrot's marker in a `quantization_config`; CheckpointError if it is missing or of another version."""
+    marker = quantization.get(MARKER) if isinstance(quantization, dict) else None
+    if not isinstance(marker, dict):
+        raise CheckpointError(f"{where}: config.json has no {MARKER!r} marker; not a checkpoint written by mxrot")
+    version = marker.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: checkpoint format version {version!r}; this mxrot reads versions 1 to {FORMAT_VERSION}"
+        )
+    return marker
+
+
+def read_layout(quantization: Any, where: str = "the checkpoint") -> Layout:
+    """What a `quantization_config` says; CheckpointError names a field that is missing or not known.
+
+    Whether its fields fit one another and the model is for `check_layout`.
+    """
+    marker = check_marker(quantization, where)
+    format = quantization.get("format")
+    known = {NATIVE, *(one.compressed_tensors for one in FORMATS.values() if one.compressed_tensors is not None)}
+    if not isinstance(format, str) or format not in known:
+        raise CheckpointError(f"{_WHERE}: format {format!r} is not known; known: {', '.join(sorted(known))}")
+    ignore = quantization.get("ignore")
+    if not isinstance(ignore, list) or not ignore or not all(isinstance(name, str) for name in ignore):
+        raise CheckpointError(f"{_WHERE}: ignore: expected the names of the head and of linears, got {ignore!r}")
+    head, *left = ignore
+    if marker["format_version"] == 1:
+        groups = (Group(tuple(EVERY), _scheme_of_version_1(quantization, marker, format)),)
+        return Layout(1, False, groups, head, tuple(left), None)
+    return Layout(
+        marker["format_version"],
+        format == NATIVE,
+        _groups(quantization.get("config_groups"), marker.get("schemes")),
+        head,
+        tuple(left),
+        _dtype(marker.get("dtype")),
+        _cache(quantization.get("kv_cache_scheme")),
+    )
+
+
+def _groups(groups: Any, schemes: Any) -> tuple[Group, ...]:
+    if not isinstance(groups, dict) or not isinstance(schemes, dict) or not groups or groups.keys() != schemes.keys():
+        raise CheckpointError(f"{_WHERE}: config_groups and {MARKER}.schemes are not tables of the same groups")
+    found = []
+    for key, group in groups.items():
+        targets = group.get("targets") if isinstance(group, dict) else None
+        if not isinstance(targets, list) or not targets or not all(isinstance(one, str) for one in targets):
+            raise CheckpointError(f"{_WHERE}: config_groups.{key}.targets: expected names of linears, got {targets!r}")
+        where = f"{_WHERE}: {MARKER}.schemes.{key}"
+        try:
+            found.append(Group(tuple(targets), _scheme(schemes[key], where)))
+            _ = found[-1]._patterns
+        except re.error as error:
+            raise CheckpointError(f"{_WHERE}: config_groups.{key}.targets: {error}") from error
+    return tuple(found)
+
+
+def _scheme(table: Any, where: str) -> SiteScheme:
+    stages = table.get("transform") if isinstance(table, dict) else None
+    if not isinstance(stages, list) or not all(isinstance(one, dict) for one in stages):
+        raise CheckpointError(f"{where}: expected weights, activations, transform and accumulation, got {table!r}")
+    try:
+        transform = tuple(spec_from_table(one) for one in stages)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}.transform: {error}") from error
+    inputs = table.get("activations")
+    found = SiteScheme(
+        _quantizer(table.get("weights"), f"{where}.weights"),
+        None if inputs is None else _input_quantizer(inputs, f"{where}.activations"),
+        transform,
+        _one_of(Accumulation, table.get("accumulation"), f"{where}.accumulation"),
+    )
+    if scheme_table(found) != table:
+        raise CheckpointError(f"{where}: expected {scheme_table(found)!r}, got {table!r}")
+    return found
+
+
+def _quantizer(table: Any, where: str) -> TensorQuantizer:
+    name, rule = (table.get("format"), table.get("rule")) if isinstance(table, dict) else (None, None)
+    if not (isinstance(name, str) and isinstance(rule, str) and rule):
+        raise CheckpointError(f"{where}: expected a format and a rule, got {table!r}")
+    try:
+        format = get_format(name)
+        return TensorQuantizer(format, format.rule(rule))
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _input_quantizer(table: Any, where: str) -> TensorQuantizer:
+    found = _quantizer(table, where)
+    if not found.rule.dynamic:
+        raise CheckpointError(f"{where}: rule {found.rule.name!r} is none that inputs can have")
+    return TensorQuantizer(found.format, found.rule.for_rows())
+
+
+def _dtype(name: Any) -> torch.dtype:
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"{_WHERE}: {MARKER}.dtype: expected a type such as bfloat16, got {name!r}")
+    return found
+
+
+def _cache(table: Any) -> CacheScheme | None:
+    if table is None:
+        return None
+    if not isinstance(table, dict) or table.keys() != {"keys", "values"}:
+        raise CheckpointError(f"{_WHERE}: kv_cache_scheme: expected keys and values, got {table!r}")
+    return CacheScheme(*(_quantizer(table[key], f"{_WHERE}: kv_cache_scheme.{key}") for key in ("keys", "values")))
+
+
+def _scheme_of_version_1(quantization: dict[str, Any], marker: dict[str, Any], layout: str) -> SiteScheme:
+    """The only one: weights by their format's default rule, since theirs was not written down."""
+    formats = [one for one in FORMATS.values() if one.compressed_tensors == layout]
+    if not formats:
+        raise CheckpointError(f"{_WHERE}: format {layout!r} is not one of version 1")
+    weights = TensorQuantizer(formats[0], formats[0].rule())
+    if "activation_rule" not in marker:
+        raise CheckpointError(f"{_WHERE}: {MARKER}.activation_rule is missing")
+    rule, where = marker["activation_rule"], f"{_WHERE}: {MARKER}.activation_rule"
+    inputs = None if rule is None else _input_quantizer({"format": formats[0].name, "rule": rule}, where)
+    if inputs is not None and not inputs.rule.is_power_of_two:
+        raise CheckpointError(f"{where} {rule!r} is none that inputs can have")
+    sharing = _one_of(Sharing, marker.get("sharing"), f"{_WHERE}: {MARKER}.sharing")
+    stages = (BlockDiagonalSpec(THEIR_BLOCK, sharing),) if "transform_config" in quantization else ()
+    # The first ones had no such field.
+    accumulation = _one_of(Accumulation, marker.get("accumulation", "exact"), f"{_WHERE}: {MARKER}.accumulation")
+    return SiteScheme(weights, inputs, stages, accumulation)
+
+
+def _one_of(hint: Any, value: Any, where: str) -> Any:
+    known = get_args(hint)
+    if not isinstance(value, str) or value not in known:
+        raise CheckpointError(f"{where} {value!r} is not one of {', '.join(known)}")
+    return value
+
+
+def check_layout(quantization: dict[str, Any], layout: Layout, scheme: Scheme, family: Family) -> None:
+    """CheckpointError unless a `quantization_config` is one that is written for `scheme`."""
+    dtype = layout.dtype or torch.float32
+    write = native_config if layout.is_native or not scheme.has_transform else compressed_tensors_config
+    if layout.version > 1:
+        check_spelling(quantization, write(scheme, family, dtype))
+        return
+    one_matrix = {  # of one matrix a block, or each its own, version 1 said the same
+        name: replace(one, stages=one.stages and (BlockDiagonalSpec(THEIR_BLOCK, "site"),))
+        for name, one in scheme.linears.items()
+    }
+    expected = compressed_tensors_config(replace(scheme, linears=one_matrix), family, dtype)
+    check_spelling(quantization, expected | {MARKER: dict(quantization[MARKER])})
+
+
+def settled(layout: Layout, scheme: Scheme, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Scheme:
+    """The scheme of a checkpoint of version 1 with as many matrices as its file holds, which its config did not say."""
+    if layout.version > 1:
+        return scheme
+    linears = dict(scheme.linears)
+    blocks = {int(name.removeprefix(f"{family.blocks}.").partition(".")[0]) for name in linears}
+    for index in blocks:
+        for site in scheme.active_sites(family, index):
+            shape = shapes.get(f"{transform_name(family, index, site)}.weight", ())
+            for name in site.linears:
+                own = linears[f"{family.block_prefix(index)}.{name}"]
+                if own.stages and len(shape) == 2:
+                    own = replace(own, stages=(BlockDiagonalSpec(THEIR_BLOCK, "site"),))
+                linears[f"{family.block_prefix(index)}.{name}"] = own
+    return replace(scheme, linears=linears)
+
+
+def check_recipe(said: Scheme, scheme: Scheme, family: Family, version: int = FORMAT_VERSION) -> None:
+    """CheckpointError if a recipe would install something else: `said` is what it installs in this model."""
+    prefix = f"{family.blocks}."
+    for name in [name for name in {**said.linears, **scheme.linears} if name.startswith(prefix)]:
+        one, other = said.linears.get(name), scheme.linears.get(name)
+        if one is None or other is None:
+            raise CheckpointError(
+                f"recipe.toml and config.json contradict each other: {name} is left as it is in "
+                f"{'recipe.toml' if one is None else 'config.json'} only; take both from one run of `mxrot quantize`"
+            )
+        if version == 1:  # which had no word for the rule of weights
+            one = replace(one, weights=other.weights if one.weights.format is other.weights.format else one.weights)
+        for what in ("weights", "activations", "transform", "accumulation"):
+            a, b = scheme_table(one)[what], scheme_table(other)[what]
+            if a != b:
+                raise CheckpointError(
+                    f"recipe.toml and config.json contradict each other: {name}: {what} {_said(a)} in recipe.toml, "
+                    f"{_said(b)} in config.json; take both from one run of `mxrot quantize`"
+                )
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(map(str, value.values()))
+    return ("none" if not value else " then ".join(map(_said, value))) if isinstance(value, list) else str(value)

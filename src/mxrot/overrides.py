@@ -1,0 +1,147 @@
+"""`[[override]]` tables of a recipe: what is done otherwise for some sites.
+
+A table names sites by pattern and by a range of blocks, and sets keys of `weights`, `activations`, `transform` and
+`rounding`; later tables win. Linears of a site read the same input and share its transform, so a pattern covers all of
+them or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from mxrot.errors import ConfigError
+from mxrot.models import Site
+from mxrot.models.family import is_ignored
+from mxrot.nearest import brief, not_known
+from mxrot.typed import check_fields, checked
+
+SECTIONS = ("weights", "activations", "transform", "rounding")
+_KEYS = ("sites", "blocks", "format", *SECTIONS)
+
+
+@dataclass(frozen=True)
+class Override:
+    """One table."""
+
+    changes: tuple[tuple[str, Any], ...]
+    """Dotted keys and what they are set to, e.g. ("weights.format", "mxfp8_e4m3"); ("weights", "none") leaves the site
+    as it is, ("activations", "none") its inputs; "format" is that of weights, and of activations where these are
+    quantized."""
+    sites: tuple[str, ...] = ()
+    """Shell-style patterns on the name of a site, or on full names of its linears or their last part; empty for all."""
+    blocks: tuple[int, int] | None = None
+    """First and last block, both included; a negative one counts from the end. None for all."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "override")
+        if not self.changes:
+            raise ConfigError(f"override: changes nothing; set keys of {', '.join(SECTIONS)}, or format")
+        first, last = self.blocks or (0, -1)
+        if (first < 0) == (last < 0) and first > last:
+            raise ConfigError(f"override: blocks = [{first}, {last}]: the first comes after the last")
+        others = [key for key, _ in self.changes if key != "weights"]
+        if self.leaves and others:
+            raise ConfigError(f'override: weights = "none" leaves the site as it is, so {others[0]} says nothing')
+
+    @property
+    def leaves(self) -> bool:
+        """Does it leave its sites as they are?"""
+        return ("weights", "none") in self.changes
+
+    @property
+    def sets_weights(self) -> bool:
+        """Does it say how weights are quantized?"""
+        return any(key == "format" or key.startswith("weights.") for key, _ in self.changes)
+
+    @staticmethod
+    def from_table(table: Any, where: str) -> Override:
+        """The override in a table, as TOML gives it; ConfigError, with `where`, if it is none."""
+        if not isinstance(table, dict):
+            raise ConfigError(f"{where}: expected a table, got {brief(table)}; write [[override]] above its keys")
+        changes: list[tuple[str, Any]] = []
+        for key, value in table.items():
+            if key not in _KEYS:
+                raise ConfigError(f"{where}: {not_known('key', key, _KEYS)}")
+            if key == "format":
+                changes.append((key, checked(value, str, f"{where}: {key}")))
+            elif key in SECTIONS:
+                changes += _changes_of(key, value, where)
+        sites = checked(table.get("sites", ()), tuple[str, ...], f"{where}: sites")
+        if "sites" in table and not sites:
+            raise ConfigError(f"{where}: sites = [] names none; leave it out for all")
+        blocks = table.get("blocks")
+        if blocks is not None:
+            if not (isinstance(blocks, (list, tuple)) and [type(one) for one in blocks] == [int, int]):
+                raise ConfigError(f"{where}: blocks: expected [first, last], got {brief(blocks)}")
+            blocks = (blocks[0], blocks[1])
+        try:
+            return Override(tuple(sorted(changes)), sites, blocks)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {str(error).removeprefix('override: ')}") from error
+
+    def to_table(self) -> dict[str, Any]:
+        """The table; `from_table` of it is equal to this one."""
+        table: dict[str, Any] = {"sites": list(self.sites)} if self.sites else {}
+        if self.blocks is not None:
+            table["blocks"] = list(self.blocks)
+        for dotted, value in self.changes:
+            section, _, key = dotted.partition(".")
+            value = list(value) if isinstance(value, tuple) else value
+            if key:
+                table.setdefault(section, {})[key] = value
+            else:
+                table[section] = value
+        return table
+
+    def covers(self, index: int, blocks: int) -> bool:
+        """Is block `index`, of so many, one of its own?"""
+        if self.blocks is None:
+            return True
+        first, last = (number + blocks if number < 0 else number for number in self.blocks)
+        return first <= index <= last
+
+    def matches(self, site: Site, linears: Sequence[str]) -> bool:
+        """Does it name `site`, whose `linears` have these full names? ConfigError if it names a part of them."""
+        if not self.sites or any(fnmatchcase(name, one) for name in (site.group, site.name) for one in self.sites):
+            return True
+        named = [name for name in linears if is_ignored(name, self.sites)]
+        if named and len(named) < len(linears):
+            raise ConfigError(
+                f"sites = {list(self.sites)!r} names {named[0]}, and not all linears of site {site.group!r}, which "
+                f'read the same input and share its transform; write "{site.group}"'
+            )
+        return bool(named)
+
+    def apply(self, table: dict[str, Any]) -> None:
+        """Set its keys in the table of a recipe. A format or a method that is named starts from its own defaults."""
+        own = self.to_table()
+        if "format" in own:
+            for key in ("weights", "activations"):
+                if key in table:
+                    table[key] = {"format": own["format"]}
+        for key in SECTIONS:
+            if own.get(key) == "none":
+                table.pop(key, None)
+            elif key in own:
+                table[key] = _begun(key, table.get(key, {}), own[key]) | own[key]
+
+
+def _changes_of(section: str, value: Any, where: str) -> list[tuple[str, Any]]:
+    if value == "none" and section in ("weights", "activations"):
+        return [(section, "none")]
+    if not isinstance(value, dict) or not value:
+        none = ', or "none"' if section in ("weights", "activations") else ""
+        raise ConfigError(f"{where}: {section}: expected a table with keys{none}, got {brief(value)}")
+    return [(f"{section}.{key}", tuple(one) if isinstance(one, list) else one) for key, one in value.items()]
+
+
+def _begun(section: str, before: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What stays of a section whose keys `own` are about to be set."""
+    if section in ("weights", "activations"):
+        return {} if "format" in own else dict(before)
+    if "method" in own:
+        return {key: value for key, value in before.items() if key == "sharing"}
+    return dict(before)

@@ -1,0 +1,190 @@
+"""What is installed in a model, linear by linear: made from a recipe here, and put into modules here.
+
+config.json of a checkpoint spells it out (`checkpoint.config`), and alone says what runs; recipe.toml says how it came
+about. Whoever builds a quantized model, to quantize, load or time it, in transformers or vLLM, goes through `install`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxrot.errors import ConfigError
+from mxrot.formats import QTensor
+from mxrot.layers import QuantLinear, TensorQuantizer, prepare_linears, prepare_on_gpus
+from mxrot.models import Family, Site
+from mxrot.recipe import TRANSFORM_BLOCK, Accumulation, Recipe
+from mxrot.rules import Rules
+from mxrot.surgery import install_empty_site
+from mxrot.transforms.site_transform import stored_tensors
+from mxrot.transforms.stages import BlockDiagonalSpec, StageSpec
+
+
+@dataclass(frozen=True)
+class SiteScheme:
+    """What is installed at a site."""
+
+    weights: TensorQuantizer
+    activations: TensorQuantizer | None = None
+    """None leaves the inputs as they are."""
+    stages: tuple[StageSpec, ...] = ()
+    """Of the input transform, in the order in which they are applied."""
+    accumulation: Accumulation = "exact"
+
+    def weight_bytes(self, rows: int, width: int) -> tuple[int, int]:
+        """What the codes of a weight [rows, width] take, and its scales."""
+        return self.weights.stored_bytes(rows, width)
+
+    def transform_bytes(self, width: int) -> int:
+        """What the transform of so many channels takes."""
+        parts = stored_tensors(self.stages, width).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+
+
+@dataclass(frozen=True)
+class CacheScheme:
+    """How keys and values of attention are kept."""
+
+    keys: TensorQuantizer
+    values: TensorQuantizer
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is installed in a model."""
+
+    linears: Mapping[str, SiteScheme]
+    """By the full names of the linears that are quantized; those of a site have the same."""
+    left: tuple[str, ...] = ()
+    """Full names of the linears of decoder blocks that are left as they are, sorted."""
+    cache: CacheScheme | None = None
+    """None where keys and values are kept as they are."""
+
+    @staticmethod
+    def of(recipe: Recipe, family: Family, model: PreTrainedModel) -> Scheme:
+        """What `recipe` installs in a model, or has installed: only names and widths are looked at."""
+        blocks = list(model.get_submodule(family.blocks).children())
+        rules = Rules(recipe, family, len(blocks))
+        found: dict[str, SiteScheme] = {}
+        left: list[str] = []
+        for index, block in enumerate(blocks):
+            prefix = family.block_prefix(index)
+            for site in rules.active_sites(index):
+                width = block.get_submodule(site.linears[0]).in_features
+                assert isinstance(width, int)
+                own = site_scheme(rules.of(index, site.name), width, rules.smooths(site))
+                found |= {f"{prefix}.{name}": own for name in site.linears}
+            names = (f"{prefix}.{name}" for name, module in block.named_modules() if isinstance(module, nn.Linear))
+            left += [name for name in names if name not in found]
+        return Scheme(found, tuple(sorted(left)))
+
+    @property
+    def distinct(self) -> tuple[SiteScheme, ...]:
+        """The different schemes, in the order in which sites come to have them."""
+        return tuple(dict.fromkeys(self.linears.values()))
+
+    @property
+    def has_transform(self) -> bool:
+        """Is a transform applied to the inputs of any site?"""
+        return any(one.stages for one in self.distinct)
+
+    def input_block(self, linear: str) -> int:
+        """What in_features of a linear, by its full name, must be a multiple of."""
+        one = self.linears.get(linear)
+        blocks = [TRANSFORM_BLOCK]
+        if one is not None:
+            quantizers = [one.weights] if one.activations is None else [one.weights, one.activations]
+            blocks += [quantizer.format.block or 1 for quantizer in quantizers] + [
+                stage.multiple for stage in one.stages
+            ]
+        return max(blocks)
+
+    def active_sites(self, family: Family, index: int) -> tuple[Site, ...]:
+        """The sites of block `index` without linears that are left as they are; empty ones are gone."""
+        prefix = family.block_prefix(index)
+        found = []
+        for site in family.sites:
+            linears = tuple(name for name in site.linears if f"{prefix}.{name}" in self.linears)
+            if linears:
+                found.append(replace(site, linears=linears))
+        return tuple(found)
+
+
+def site_scheme(recipe: Recipe, width: int, is_smoothed: bool) -> SiteScheme:
+    """What `recipe` installs at a site that reads so many channels, by itself (without overrides)."""
+    stages: tuple[StageSpec, ...] = ()
+    if recipe.has_transform:
+        is_one = recipe.transform.is_one_for_all and not is_smoothed
+        one = recipe.sharing == "site" or is_one or width == TRANSFORM_BLOCK
+        stages = (BlockDiagonalSpec(TRANSFORM_BLOCK, "site" if one else "block"),)
+    activations = None if recipe.activations is None else recipe.activations.for_inputs()
+    return SiteScheme(recipe.weights.quantizer(), activations, stages, recipe.accumulation)
+
+
+def scheme_name(block_index: int, site: Site) -> str:
+    """The name of a site's transform in a checkpoint; [a-z0-9_] only."""
+    return f"layer{block_index}_{site.name}"
+
+
+def transform_name(family: Family, index: int, site: Site) -> str:
+    """The full name of the module that holds the transform of a site."""
+    return f"{family.block_prefix(index)}.{site.linears[0]}.{scheme_name(index, site)}_input"
+
+
+def install_site(
+    block: nn.Module, index: int, site: Site, scheme: SiteScheme, device: torch.device | str | None = None
+) -> None:
+    """Replace the linears of a site of block `index` by quantized ones, with zeros for codes and scales.
+
+    The transform is empty, and belongs to the first linear; on the device of that unless another is given.
+    """
+    first = block.get_submodule(site.linears[0])
+    assert isinstance(first, nn.Linear)
+    stored: Tensor | None = None
+    for stage in scheme.stages:
+        shape, dtype = stage.tensors(first.in_features)["weight"]
+        stored = torch.empty(shape, dtype=dtype, device=device or first.weight.device)
+    install_empty_site(block, scheme_name(index, site), site, stored, scheme.weights, scheme.activations)
+
+
+def fill_site(block: nn.Module, site: Site, weights: Mapping[str, QTensor], transform: Tensor | None) -> None:
+    """Give an installed site its codes and scales, by the names of its linears, and its transform as it is stored."""
+    for name in site.linears:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, QuantLinear)
+        linear.set_weight(weights[name])
+        if transform is not None:
+            assert linear.transform is not None and linear.transform.weight.shape == transform.shape
+            linear.transform.weight.data = transform
+
+
+def install(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
+    """Install a scheme in a model whose linears are those of its family, without values.
+
+    ConfigError if keys and values of attention are to be quantized.
+    """
+    check_cache(scheme)
+    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        prefix = family.block_prefix(index)
+        for site in scheme.active_sites(family, index):
+            install_site(block, index, site, scheme.linears[f"{prefix}.{site.linears[0]}"])
+
+
+def check_cache(scheme: Scheme) -> None:
+    """ConfigError if keys and values of attention are to be quantized."""
+    if scheme.cache is not None:
+        names = f"{scheme.cache.keys.format.name} and {scheme.cache.values.format.name}"
+        raise ConfigError(f"kv_cache_scheme: keys and values in {names}: this version of mxrot quantizes no cache")
+
+
+def prepare(model: nn.Module, scheme: Scheme, keeps_fp8: bool = False, only_on_gpus: bool = False) -> None:
+    """Make what kernels read faster of the linears of a filled model, and let each sum as its scheme says."""
+    for name, linear in model.named_modules():
+        if isinstance(linear, QuantLinear) and name in scheme.linears:
+            linear.fast = scheme.linears[name].accumulation == "fast"
+    (prepare_on_gpus if only_on_gpus else prepare_linears)(model, keeps_fp8)

@@ -1,0 +1,131 @@
+"""The tables of a recipe, one record each; those of methods are the methods' own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mxrot.errors import ConfigError
+from mxrot.formats import get_format
+from mxrot.layers import TensorQuantizer
+from mxrot.typed import check_fields
+
+
+@dataclass(frozen=True)
+class QuantizerChoice:
+    """A format and a scale rule, by name."""
+
+    format: str
+    rule: str = ""
+    """Empty: the format's default rule."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")
+
+    def quantizer(self) -> TensorQuantizer:
+        format = get_format(self.format)
+        return TensorQuantizer(format, format.rule(self.rule or None))
+
+    def for_inputs(self) -> TensorQuantizer:
+        """The same for inputs, each row, which is a token, by itself."""
+        found = self.quantizer()
+        return TensorQuantizer(found.format, found.rule.for_rows())
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """SmoothQuant scales."""
+
+    alpha: float
+    """Share of the difficulty that moves into the weights, 0 to 1."""
+    skip: tuple[str, ...] = ()
+    """Sites left without smoothing."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "smoothing")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"smoothing: alpha {self.alpha} is not in [0, 1]")
+
+
+@dataclass(frozen=True)
+class CalibrationChoice:
+    """How much text calibration sees."""
+
+    samples: int = 128
+    """Windows at most; a shorter text gives fewer."""
+    seq_len: int = 2048
+    """Tokens a window."""
+    generated: float = 0.0
+    """Windows that the original model writes itself, for each one of the text; it must fit on the device as a whole
+    for that."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "calibration")
+        if self.samples < 1:
+            raise ConfigError(f"calibration: samples must be positive, got {self.samples}")
+        if self.seq_len < 2:
+            raise ConfigError(f"calibration: seq_len must be at least 2, got {self.seq_len}")
+        if not 0 <= self.generated < math.inf:
+            raise ConfigError(f"calibration: generated must be finite and not negative, got {self.generated}")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to tune rounding and transforms after the closed form."""
+
+    scope: Literal["network", "block"] = "network"
+    """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
+    steps: int = 400
+    """Optimizer steps: in all, or for each block."""
+    generated: float = 0.0
+    """Windows that the original model writes for tuning alone, for each one of the calibration text; only with scope
+    "network"."""
+    prompted: float = 0.0
+    """Share of what it writes that goes on from a piece of the calibration text, instead of from a random token.
+    Without `generated` this and `repeats` have nothing to say."""
+    repeats: int = 1
+    """How often a window of the calibration text comes for once that one comes which the original model has written."""
+    batch_windows: int = 4
+    """Calibration windows a step."""
+    offset_rate: float = 4e-3
+    """Peak learning rate of the rounding offsets, in steps between codes."""
+    transform_rate: float = 1e-4
+    """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
+    exponent_rate: float = 0.0
+    """Peak learning rate of the exponents of weight scales, in binades; 0 leaves them as they are."""
+    decay: float = 0.0
+    """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
+    held_out: float = 0.1
+    """Share of the calibration windows that are never trained on; their loss decides when to stop."""
+    margin: float = 0.01
+    """How far from moving a weight starts at least, in steps between codes. A large one keeps all codes where they are
+    for many steps, and then moves many at once (docs/log.md)."""
+    checks: int = 20
+    """How often the held-out loss is looked at, evenly over the steps."""
+    patience: int = 4
+    """Looks in a row without a better held-out loss after which tuning stops."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "tuning")
+        for key in ("steps", "repeats", "batch_windows", "checks", "patience"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
+        rates = self.offset_rate, self.transform_rate, self.exponent_rate
+        if not (self.offset_rate > 0 and all(0 <= rate < math.inf for rate in rates)):
+            raise ConfigError(
+                "tuning: offset_rate must be positive, transform_rate and exponent_rate not negative, all finite"
+            )
+        if not 0 <= self.generated < math.inf or (self.generated and self.scope == "block"):
+            raise ConfigError(
+                f'tuning: generated {self.generated} must be finite and not negative, and 0 with scope "block", '
+                "which sees the windows of the calibration only (calibration.generated)"
+            )
+        if not 0 <= self.prompted <= 1:
+            raise ConfigError(f"tuning: prompted {self.prompted} is not a share from 0 to 1")
+        if not 0 <= self.decay < math.inf:
+            raise ConfigError(f"tuning: decay {self.decay} is negative or not finite")
+        if not 0 < self.margin <= 0.5:
+            raise ConfigError(f"tuning: margin {self.margin} is not above 0 and at most 0.5")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"tuning: held_out {self.held_out} is not between 0 and 1")
