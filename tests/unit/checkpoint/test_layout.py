@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from mxrot.models.llama import LLAMA
 from tests.tiny_model import tiny_config
 from tests.unit.checkpoint.folders import logits, recipe, write
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from mxrot.checkpoint.config import compressed_tensors_config, native_config, wh
 from mxrot.checkpoint.layout import check_layout, check_recipe, read_layout
 from mxrot.errors import CheckpointError
 from mxrot.layers import build_apart
+from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.recipe import builtin_recipes
 from mxrot.scheme import Scheme
 
