@@ -16,7 +16,7 @@ import mxrot
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
 from mxrot.evaluation.activations import COLUMNS_SHOWN, FIRST_OCTAVE, _pooled, _Watcher
 from mxrot.formats import fake_quantize
-from mxrot.layers import QuantLinear
+from mxrot.layers import QuantLinear, separate_experts
 from mxrot.models import find_family
 from mxrot.scheme import Scheme
 
@@ -44,9 +44,9 @@ def recorded(model: PreTrainedModel, name: str) -> Tensor:
 
 def views_of(model: PreTrainedModel, transformed: bool) -> dict[str, ActivationView]:
     family = find_family(model.config, "tiny")
-    return activation_views(
-        model, family, WINDOWS, Scheme.of(recipe("hadamard"), family, model), transformed=transformed
-    )
+    separate_experts(model)
+    scheme = Scheme.of(recipe("hadamard"), family, model)
+    return activation_views(model, family, WINDOWS, scheme, transformed=transformed)
 
 
 @pytest.mark.parametrize("transformed", [False, True])
