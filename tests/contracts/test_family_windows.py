@@ -16,13 +16,12 @@ from tests.contracts.test_families import spread_gains
 from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import digests, recipe, without_run, write
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import mxrot
 from mxrot.api import open_model
-from mxrot.calibration import BlockInputs, advance, first_block_inputs, generated_windows
-from mxrot.calibration.capture import run_block
+from mxrot.calibration import Executor, block_arguments, first_executor, generated_windows
 from mxrot.errors import FamilyError
 from mxrot.evaluation import divergence, perplexity
 from mxrot.layers import logits_of, shared_heads
@@ -69,18 +68,19 @@ def model_of(name: str) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def inputs_of(model: PreTrainedModel, name: str) -> BlockInputs:
-    """Three batches: of 2, 2 and 1 windows."""
-    return first_block_inputs(model, family_of(name), WINDOWS, 2)
+def executor_of(model: PreTrainedModel, name: str) -> Executor:
+    """Three batches: of 2, 2 and 1 windows; before the first block."""
+    return first_executor(model, family_of(name), WINDOWS, 2)
 
 
-def block_by_block(model: PreTrainedModel, name: str, inputs: BlockInputs) -> Tensor:
+def block_by_block(model: PreTrainedModel, name: str, executor: Executor) -> Tensor:
     """Logits of all windows, from decoder blocks that run one after the other."""
     family = family_of(name)
     for block in model.get_submodule(family.blocks).children():
-        advance(block, inputs, "a block")
+        executor.begin(block)
+        executor.advance("a block")
     norm = model.get_submodule(family.final_norm)
-    return torch.cat([logits_of(model, norm(hidden)) for hidden in inputs.hidden])
+    return torch.cat([logits_of(model, norm(hidden)) for hidden in executor.stacked(range(executor.windows)).split(2)])
 
 
 def whole(model: PreTrainedModel) -> Tensor:
@@ -91,7 +91,7 @@ def whole(model: PreTrainedModel) -> Tensor:
 @each
 def test_block_after_block_is_the_model_bit_for_bit(name: str) -> None:
     model = model_of(name)
-    assert torch.equal(block_by_block(model, name, inputs_of(model, name)), whole(model))
+    assert torch.equal(block_by_block(model, name, executor_of(model, name)), whole(model))
 
 
 @each_windowed
@@ -111,14 +111,14 @@ def test_without_its_windows_a_model_is_another(name: str) -> None:
 def test_every_kind_of_block_has_arguments_of_its_own(name: str, key: str) -> None:
     """With those of the other kind the logits are others."""
     model = model_of(name)
-    first, second = inputs_of(model, name).arguments
+    first, second = executor_of(model, name).arguments
     if key == "position_embeddings" and family_of(name).name != "gemma3":
         assert first[key] is second[key]
         return
     for block in (0, 1):
-        inputs = inputs_of(model, name)
-        inputs.arguments[block][key] = inputs.arguments[1 - block][key]  # type: ignore[index]
-        assert not torch.equal(block_by_block(model, name, inputs), whole(model))
+        executor = executor_of(model, name)
+        executor.arguments[block][key] = executor.arguments[1 - block][key]
+        assert not torch.equal(block_by_block(model, name, executor), whole(model))
 
 
 @each_mixed
@@ -128,7 +128,7 @@ def test_blocks_of_one_kind_share_their_tensors(name: str) -> None:
     config = config_of(family, **changes | {"num_hidden_layers": 6, "layer_types": changes["layer_types"] * 3})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    arguments = first_block_inputs(model, family, WINDOWS, 2).arguments
+    arguments = block_arguments(model, family, WINDOWS[:1])
     assert len(arguments) == 6
     for position, keywords in enumerate(arguments):
         for key, value in keywords.items():
@@ -140,9 +140,9 @@ def test_blocks_of_one_kind_share_their_tensors(name: str) -> None:
 @each
 def test_no_block_runs_for_the_arguments_of_the_others(name: str) -> None:
     model = model_of(name)
-    expected = inputs_of(model, name)
+    expected = executor_of(model, name).stacked(range(len(WINDOWS)))
     model.get_submodule(family_of(name).blocks).to("meta")
-    assert all(map(torch.equal, inputs_of(model, name).hidden, expected.hidden))
+    assert torch.equal(executor_of(model, name).stacked(range(len(WINDOWS))), expected)
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
@@ -288,11 +288,10 @@ def test_reconstruction_starts_from_the_error_of_the_block(
     errors: list[Tensor] = []
     own = blockwise.tune_block
 
-    def noting(block: nn.Module, inputs: BlockInputs, original: nn.Module, originals: BlockInputs, *more: Any) -> Any:
-        both = (torch.cat(list(run_block(*pair))) for pair in ((block, inputs), (original, originals)))
-        found, expected = both
+    def noting(executor: Executor, original: Executor, *more: Any) -> Any:
+        found, expected = (torch.cat(list(one.outputs())) for one in (executor, original))
         errors.append(((found - expected).square().sum(-1) / expected.square().sum(-1)).mean(dim=1))
-        return own(block, inputs, original, originals, *more)
+        return own(executor, original, *more)
 
     monkeypatch.setattr(blockwise, "tune_block", noting)
     chosen = recipe("mxrot", tuning__scope="block", **TUNING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -10,28 +9,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxrot.calibration.block_inputs import MOST_ON_DEVICE, BlockInputs
+from mxrot.calibration.executor import Executor
 from mxrot.calibration.hooks import StopForwardError, running, watched_inputs
+from mxrot.calibration.placement import Placement
 from mxrot.calibration.world import ONE, World
 from mxrot.models import Family
 
 
 @torch.no_grad()
-def first_block_inputs(
+def first_executor(
     model: PreTrainedModel, family: Family, windows: Tensor, batch_windows: int, world: World = ONE
-) -> BlockInputs:
-    """Inputs of the first decoder block for token windows [W, T] of this process of `world`.
+) -> Executor:
+    """Before the first decoder block, for token windows [W, T] of this process of `world`.
 
     Only the embedding has to hold weights.
     """
     device = _device_of(model, family)
-    inputs = BlockInputs([], block_arguments(model, family, windows[:1]), device=device, world=world)
+    arguments = block_arguments(model, family, windows[:1])
+    placement = Placement(device)
+    kept: list[Tensor] = []
     for batch in windows.split(batch_windows):
         hidden = first_hidden(model, family, batch)
-        in_all = windows.numel() * hidden.shape[-1] * hidden.element_size()
-        inputs.is_on_host = in_all > MOST_ON_DEVICE.get(device.type, math.inf)
-        inputs.hidden.append(inputs.put(hidden))
-    return inputs
+        placement = Placement.of_states(device, windows.numel() * hidden.shape[-1] * hidden.element_size())
+        kept.append(placement.put(hidden))
+    return Executor(kept, arguments, placement, world)
 
 
 @torch.no_grad()

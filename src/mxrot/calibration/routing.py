@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from mxrot.calibration.block_inputs import BlockInputs
-from mxrot.calibration.capture import observe_inputs
+from mxrot.calibration.executor import Executor
+from mxrot.calibration.placement import Placement
 
 
 @dataclass(frozen=True)
 class Routing:
     """What the experts of a block read, batch by batch."""
 
-    inputs: BlockInputs
+    executor: Executor
     """Of the block."""
     tokens: list[Tensor]
-    """[tokens, H] each, as `inputs.put` keeps them."""
+    """[tokens, H] each, as the block's placement keeps them."""
     chosen: list[Tensor]
     """int64 [tokens, experts a token]: where each goes."""
 
     @staticmethod
     @torch.no_grad()
-    def of(block: nn.Module, experts: str, inputs: BlockInputs) -> Routing:
-        """Run `block` up to the module `experts`."""
-        found = Routing(inputs, [], [])
-        handle = block.get_submodule(experts).register_forward_pre_hook(
+    def of(executor: Executor, experts: str) -> Routing:
+        """Run the block up to the module `experts`."""
+        found = Routing(executor, [], [])
+        handle = executor.block.get_submodule(experts).register_forward_pre_hook(
             lambda _, arguments: found.chosen.append(arguments[1])
         )
         try:
-            observe_inputs(block, experts, inputs, lambda x: found.tokens.append(inputs.put(x)))
+            executor.observe([(experts, lambda x: found.tokens.append(executor.placement.put(x)))])
         finally:
             handle.remove()
         return found
@@ -45,21 +44,33 @@ class Routing:
     @cached_property
     def _counts(self) -> list[int]:
         """By the number of the expert, as far as any gets some."""
-        found = torch.cat(self.chosen).flatten().bincount()
-        counts = torch.zeros(self.inputs.world.largest(len(found)), dtype=torch.int64)
-        counts[: len(found)] = found.cpu()
-        return [int(count) for count in self.inputs.world.sum(counts).tolist()]
+        found = torch.stack([torch.tensor([len(rows) for rows in batch]) for batch in self._rows]).sum(dim=0)
+        return [int(count) for count in self.executor.world.sum(found).tolist()]
 
-    def sent_to(self, expert: int | None, chosen: Sequence[Tensor] | None = None) -> BlockInputs:
-        """The tokens that an expert gets, [1, tokens, H] a batch; None stands for all of them.
+    @cached_property
+    def _rows(self) -> list[tuple[Tensor, ...]]:
+        """Of each batch, by the number of the expert, the rows that are sent to it, in their order: int64."""
+        experts = self.executor.world.largest(1 + max((int(chosen.max()) for chosen in self.chosen), default=0))
+        found = []
+        for chosen in self.chosen:
+            gets = torch.zeros(experts, len(chosen), dtype=torch.bool, device=chosen.device)
+            gets.t().scatter_(1, chosen, True)
+            found.append(gets.nonzero(as_tuple=True)[1].split(gets.sum(dim=1).tolist()))
+        return found
 
-        `chosen` takes the place of this routing's own.
+    def sent_to(self, module: nn.Module, expert: int | None, routing: Routing | None = None) -> Executor:
+        """Runs `module`, an expert, on the tokens that it gets, [1, tokens, H] a batch; None stands for all of them.
+
+        `routing` says where they go; without, this one.
         """
-        found = BlockInputs([], ({},), device=self.inputs.device, world=self.inputs.world)
-        for x, places in zip(self.tokens, self.chosen if chosen is None else chosen, strict=True):
-            rows = self.inputs.get(x)
-            if expert is not None:
-                rows = rows[(places == expert).any(dim=-1)]
-            if len(rows):
-                found.hidden.append(rows[None])
+        rows = self._rows if routing is None else routing._rows
+        hidden = []
+        for x, of_experts in zip(self.tokens, rows, strict=True):
+            if expert is None:
+                hidden.append(self.executor.placement.get(x)[None])
+            elif expert < len(of_experts) and len(of_experts[expert]):
+                hidden.append(self.executor.placement.get(x)[of_experts[expert]][None])
+        device, world = self.executor.placement.device, self.executor.world
+        found = Executor(hidden, ({},), Placement(device), world, self.tokens[0].dtype)
+        found.begin(module)
         return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mxrot.calibration import BlockInputs, CrossMoment, Hessian, paired_inputs, watched_together
+from mxrot.calibration import CrossMoment, Executor, Hessian
 from mxrot.calibration.site_weights import SiteWeights
 from mxrot.kernels import outputs, rotate_quantize
 from mxrot.layers import TensorQuantizer
@@ -17,14 +18,6 @@ from mxrot.models import Site
 from mxrot.rounding.base import Requirements
 from mxrot.transforms import BlockDiagonal
 from mxrot.transforms.stages import STORED_DTYPE
-
-
-@dataclass(frozen=True)
-class OriginalBlock:
-    """A decoder block before quantization, and what it is called with in the original model."""
-
-    block: nn.Module
-    inputs: BlockInputs
 
 
 def watched_modules(site: Site, requirements: Requirements) -> list[str]:
@@ -39,9 +32,8 @@ def watched_modules(site: Site, requirements: Requirements) -> list[str]:
 class SiteInputs:
     """The inputs of a site as its linears will see them: transformed and quantized."""
 
-    block: nn.Module
+    executor: Executor
     site: Site
-    inputs: BlockInputs
     transform: BlockDiagonal | None
     """As it is applied: bfloat16 numbers."""
     quantizer: TensorQuantizer | None
@@ -51,13 +43,13 @@ class SiteInputs:
         hessian = Hessian()
         modules = watched_modules(self.site, requirements)
         parts = weights.parts(self._dtype) if len(modules) > 1 and requirements.relative else None
-        for *residual, x in watched_together(self.block, self.inputs, modules):
+        for *residual, x in self.executor.watch(modules):
             size = None if parts is None else _inverse_size(_outputs(x, parts, weights) + residual[0])
             hessian.update(self._seen(x), size)
-        return hessian.result(self.inputs.world)
+        return hessian.result(self.executor.world)
 
     def hessian_and_shift(
-        self, original: OriginalBlock, weights: SiteWeights, requirements: Requirements
+        self, original: Executor, weights: SiteWeights, requirements: Requirements
     ) -> tuple[Tensor, Tensor]:
         """The mean of x^T x [K, K], and that of d^T x [N, K]; float64, the products of a batch in float32.
 
@@ -70,9 +62,7 @@ class SiteInputs:
             return self._shift_by_moments(original, weights)
         hessian, missing = Hessian(), CrossMoment()
         parts = weights.parts(self._dtype)
-        for (here, there), (x, x_original) in paired_inputs(
-            self.block, self.inputs, original.block, original.inputs, modules
-        ):
+        for (here, x), (there, x_original) in self._beside(original, modules):
             seen = self._seen(x)
             wanted = _outputs(x_original, parts, weights)
             stream = wanted + there
@@ -80,31 +70,33 @@ class SiteInputs:
             goal = stream - here if requirements.target == "residual" else wanted
             hessian.update(seen, size)
             missing.update(goal, seen, size)
-        mean, shift = hessian.result(self.inputs.world), missing.result(self.inputs.world)
+        mean, shift = hessian.result(self.executor.world), missing.result(self.executor.world)
         for rows in weights.groups:
             shift[rows.place] -= weights.folded(rows) @ mean
         return mean, shift
 
-    def _shift_by_moments(self, original: OriginalBlock, weights: SiteWeights) -> tuple[Tensor, Tensor]:
+    def _shift_by_moments(self, original: Executor, weights: SiteWeights) -> tuple[Tensor, Tensor]:
         """The same where d is linear in the two inputs alone: from their second moments, without any output."""
         hessian, cross = Hessian(), CrossMoment()
-        for ((x, x_original),) in paired_inputs(
-            self.block, self.inputs, original.block, original.inputs, self.site.linears[:1]
-        ):
+        for (x,), (x_original,) in self._beside(original, self.site.linears[:1]):
             seen = self._seen(x)
             hessian.update(seen)
             cross.update(x_original, seen)
-        mean, across = hessian.result(self.inputs.world), cross.result(self.inputs.world)
+        mean, across = hessian.result(self.executor.world), cross.result(self.executor.world)
         shift = torch.empty(weights.shape, dtype=torch.float64, device=mean.device)
         for rows in weights.groups:
             torch.mm(weights.as_read(rows), across, out=shift[rows.place])
             shift[rows.place] -= weights.folded(rows) @ mean
         return mean, shift
 
+    def _beside(self, original: Executor, modules: Sequence[str]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Batch by batch, the inputs of `modules` here and in the original block, which run no further."""
+        return zip(self.executor.watch(modules), original.watch(modules), strict=True)
+
     @property
     def _dtype(self) -> torch.dtype:
         """The type that the block computes in."""
-        return self.inputs.hidden[0].dtype
+        return self.executor.dtype
 
     @cached_property
     def _matrices(self) -> Tensor | None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mxrot.calibration.block_inputs import MOST_ON_DEVICE, MOST_REMEMBERED
 from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
+from mxrot.calibration.placement import MOST_ON_DEVICE, MOST_REMEMBERED
 from mxrot.kernels.chunked import CHUNK_ELEMENTS
 from mxrot.kernels.plain.moments import LEAST_CHUNK, MOST_PARTIAL
 from mxrot.planning.shape import ModelShape, SiteShape

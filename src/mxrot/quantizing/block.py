@@ -14,8 +14,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from mxrot.calibration import BlockInputs, advance, finish_child
-from mxrot.calibration.site_inputs import OriginalBlock
+from mxrot.calibration import Executor
 from mxrot.heap import give_back
 from mxrot.models import Family, Site, WeightFiles, fill, read_block
 from mxrot.progress import Progress, part_of, silent
@@ -35,14 +34,15 @@ def quantize_block(
     index: int,
     block: nn.Module,
     files: WeightFiles,
-    inputs: BlockInputs | None,
-    originals: BlockInputs | None,
+    executor: Executor | None,
+    original: Executor | None,
     progress: Progress = silent,
 ) -> BlockReport:
     """Load one block, and quantize its sites one after the other.
 
-    `originals` are the block's inputs in the original model, which are replaced by its outputs there, if another block
-    follows; None where neither rounding nor tuning asks for them. `progress` is told weights, of those of the block.
+    `executor` runs it then, up to where the next block follows; None where no data is looked at. `original` runs the
+    block of the original model, and goes on to the next; None where neither rounding nor tuning asks for it.
+    `progress` is told weights, of those of the block.
     """
     started = time.monotonic()
     prefix = run.family.block_prefix(index)
@@ -52,13 +52,14 @@ def quantize_block(
     fill_original(run, block, tensors, prefix)
 
     sites = run.active_sites(index)
-    scales = {} if inputs is None else _smooth_block(run, index, Part(prefix, index, block, weights, inputs))
-    original = None if originals is None else OriginalBlock(deepcopy(block), originals)
-    for streams in (inputs, originals):
-        if streams is not None:
-            streams.readers = _readers(run.family)
-            streams.known = {name: {} for name in streams.readers}
-    part = Part(prefix, index, block, weights, inputs, original)
+    scales = {}
+    if executor is not None:
+        executor.begin(block)
+        scales = _smooth_block(run, index, Part(prefix, index, block, weights, executor))
+        executor.begin(block, _readers(run.family))
+    if original is not None:
+        original.begin(deepcopy(block), _readers(run.family))
+    part = Part(prefix, index, block, weights, executor, original)
     reports: list[LinearReport] = []
     few_tokens: dict[str, int] = {}
     of_experts = [site for site in sites if site.is_of_experts]
@@ -68,43 +69,35 @@ def quantize_block(
     told = _by_weights(rounding, prefix, weights, sites)
     for position, site in enumerate(sites[: len(sites) - len(of_experts)]):
         finished = _children_of([site]) - _children_of(sites[position + 1 :])
-        if originals is not None:
-            originals.known |= {name: {} for name in finished - originals.known.keys()}
-        if inputs is not None:
-            inputs.last_linear = site.linears[0] if finished and len(site.linears) == 1 else None
+        if original is not None:
+            original.children_done(finished)
+        if executor is not None:
+            executor.expect_last(site.linears[0] if finished and len(site.linears) == 1 else None)
         reports += quantize_site(run, part, site, scales.get(site.name), told[site.name])
-        if inputs is not None:
-            inputs.known |= {name: {} for name in finished - inputs.known.keys()}
-            finish_child(block, inputs)
+        if executor is not None:
+            executor.children_done(finished)
         give_back()
     if run.family.experts is not None and of_experts:
         found, few_tokens = quantize_experts(run, part, run.family.experts.place, of_experts, scales, told)
         reports += found
         give_back()
-    checks = _tune(run, index, block, sites, inputs, original, part_of(progress, 1 - TUNING_SHARE, TUNING_SHARE, 1))
-    if original is not None and not run.is_last(index):
-        advance(original.block, original.inputs, f"{prefix} of the original model")
+    checks = _tune(run, part, sites, part_of(progress, 1 - TUNING_SHARE, TUNING_SHARE, 1))
+    if original is not None and run.is_last(index):
+        original.end()
+    elif original is not None:
+        original.advance(f"{prefix} of the original model")
     return BlockReport(index, round(time.monotonic() - started, 3), reports, checks, few_tokens)
 
 
-def _tune(
-    run: BlockRun,
-    index: int,
-    block: nn.Module,
-    sites: Sequence[Site],
-    inputs: BlockInputs | None,
-    original: OriginalBlock | None,
-    progress: Progress,
-) -> list[Check] | None:
+def _tune(run: BlockRun, part: Part, sites: Sequence[Site], progress: Progress) -> list[Check] | None:
     """Tune the whole block, where the recipe says so; the losses."""
     tuning = run.recipe.tuning
     if tuning is None or tuning.scope != "block" or not sites:
         return None
-    assert inputs is not None and original is not None
-    inputs.known = {}
-    name = run.family.block_prefix(index)
-    generator = generator_for(run.seed, f"{name} tuning")
-    return tune_block(block, inputs, original.block, original.inputs, sites, tuning, generator, name, progress)
+    assert part.executor is not None and part.original is not None
+    part.executor.begin(part.module)
+    generator = generator_for(run.seed, f"{part.name} tuning")
+    return tune_block(part.executor, part.original, sites, tuning, generator, part.name, progress)
 
 
 def _by_weights(progress: Progress, prefix: str, weights: Weights, sites: Sequence[Site]) -> dict[str, Progress]:
@@ -145,12 +138,13 @@ def finished_tensors(run: BlockRun, index: int, block: nn.Module, files: WeightF
     return found | {name.removeprefix(f"{prefix}."): original[name] for name in unchanged}
 
 
-def advance_original(run: BlockRun, index: int, block: nn.Module, files: WeightFiles, originals: BlockInputs) -> None:
-    """Replace the inputs of a block in the original model by its outputs; `block` has no weights yet."""
+def advance_original(run: BlockRun, index: int, block: nn.Module, files: WeightFiles, original: Executor) -> None:
+    """Let the original model go on behind a block; `block` has no weights yet."""
     prefix = run.family.block_prefix(index)
-    original = deepcopy(block)
-    fill_original(run, original, read_block(files, run.family, index, run.device), prefix)
-    advance(original, originals, f"{prefix} of the original model")
+    own = deepcopy(block)
+    fill_original(run, own, read_block(files, run.family, index, run.device), prefix)
+    original.begin(own)
+    original.advance(f"{prefix} of the original model")
 
 
 def _smooth_block(run: BlockRun, index: int, part: Part) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mxrot.calibration import Routing, RowSample
-from mxrot.calibration.site_inputs import OriginalBlock
 from mxrot.models import Site
 from mxrot.progress import Progress
 from mxrot.quantizing.record import LinearReport
@@ -47,23 +46,24 @@ class Mixture:
     def of(block: Part, experts: str) -> Mixture:
         """Look at what goes into the module `experts` of the block as it is now."""
         routing = original = None
-        if block.inputs is not None:
-            routing = Routing.of(block.module, experts, block.inputs)
+        if block.executor is not None:
+            routing = Routing.of(block.executor, experts)
         if block.original is not None:
-            original = Routing.of(block.original.block, experts, block.original.inputs)
+            original = Routing.of(block.original, experts)
         return Mixture(block, routing, original)
 
     def part(self, expert: str) -> Part:
         """An expert with the tokens that it is calibrated on; those of the original go where the block sends them."""
-        block, inputs, original = self.block, None, None
+        executor = original = None
+        module = self.block.module.get_submodule(expert)
         if self.routing is not None:
             number = None if self.has_few_tokens(expert) else _number(expert)
-            inputs = self.routing.sent_to(number)
-            if self.original is not None and block.original is not None:
-                there = block.original.block.get_submodule(expert)
-                original = OriginalBlock(there, self.original.sent_to(number, self.routing.chosen))
-        module = block.module.get_submodule(expert)
-        return Part(f"{block.name}.{expert}", block.index, module, self._weights(expert), inputs, original)
+            executor = self.routing.sent_to(module, number)
+            if self.original is not None:
+                there = self.original.executor.block.get_submodule(expert)
+                original = self.original.sent_to(there, number, self.routing)
+        name = f"{self.block.name}.{expert}"
+        return Part(name, self.block.index, module, self._weights(expert), executor, original)
 
     def has_few_tokens(self, expert: str) -> bool:
         """Are fewer tokens sent to it than its widest linear has inputs?"""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxrot.calibration import advance, first_block_inputs, generated_windows
+from mxrot.calibration import first_executor, generated_windows
 from mxrot.environment import check_device, device_name, versions
 from mxrot.errors import ConfigError
 from mxrot.failures import named_failures
@@ -128,10 +128,10 @@ def quantize(
         written = store.load_windows("calibration") if store else None
         if written is None:
             progress(0, 1, "opening the model that writes text to be calibrated on")
-            original = load_original(config, family, files, run.dtype, device)
+            writer = load_original(config, family, files, run.dtype, device)
             each = recipe.calibration.generated
-            written = with_generated(original, windows, given, each, seed, "calibration", progress=progress)
-            del original
+            written = with_generated(writer, windows, given, each, seed, "calibration", progress=progress)
+            del writer
             give_back()
             if store is not None:
                 store.save_windows("calibration", written)
@@ -140,13 +140,13 @@ def quantize(
     record = RunRecord(recipe, seed, shape, device_name(device), versions(), kernel_choices(device))
 
     load_outer(model, family, files, run.dtype, device)
-    inputs = originals = None
+    executor = original = None
     if not recipe.is_data_free:
         assert windows is not None
         batch_windows = _windows_at_once(model, device, windows.shape[1])
-        inputs = first_block_inputs(model, family, windows, batch_windows, run.world)
+        executor = first_executor(model, family, windows, batch_windows, run.world)
         if recipe.looks_at_original:
-            originals = inputs.another()
+            original = executor.another()
     blocks = list(model.get_submodule(family.blocks).children())
     for index, block in enumerate(blocks):
         told = part_of(progress, index, 1, len(blocks))
@@ -155,15 +155,19 @@ def quantize(
         files.will_need(family.block_prefix(index + 1))
         with named_failures(family.block_prefix(index)):
             if finished is None:
-                report = quantize_block(run, index, block, files, inputs, originals, told)
+                report = quantize_block(run, index, block, files, executor, original, told)
             else:
                 tensors, report = finished
-                if originals is not None and not run.is_last(index):
-                    advance_original(run, index, block, files, originals)
+                if original is not None and not run.is_last(index):
+                    advance_original(run, index, block, files, original)
                 load_finished_block(block, index, tensors, scheme, family, run.dtype, device)
+                if executor is not None:
+                    executor.begin(block)
             record.blocks.append(report)
-            if inputs is not None and not run.is_last(index):
-                advance(block, inputs, family.block_prefix(index))
+            if executor is not None and run.is_last(index):
+                executor.end()
+            elif executor is not None:
+                executor.advance(family.block_prefix(index))
         if store is not None and not recipe.tunes_network:
             if finished is None:
                 store.save(index, finished_tensors(run, index, block, files), report)
@@ -171,7 +175,7 @@ def quantize(
         give_back()
     if recipe.tunes_network:
         assert windows is not None
-        inputs = originals = None  # their memory
+        executor = original = None  # their memory
         give_back()
         record.tuning = _tune_network(run, model, files, windows, given, store, progress)
         if store is not None:

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from mxrot.calibration import (
     COLLECTORS,
     ONE,
-    BlockInputs,
     ChannelMaxima,
+    Executor,
     LargestMagnitude,
     RowSample,
     World,
-    observe_all_inputs,
-    watched_together,
 )
-from mxrot.calibration.site_inputs import OriginalBlock, SiteInputs, watched_modules
+from mxrot.calibration.site_inputs import SiteInputs, watched_modules
 from mxrot.calibration.site_weights import Rows, SiteWeights
 from mxrot.cuda_graphs import Replays
 from mxrot.errors import NumericsError
@@ -104,10 +102,10 @@ class Part:
     module: nn.Module
     weights: Weights
     """By their names in the module."""
-    inputs: BlockInputs | None
-    """None where no data is looked at."""
-    original: OriginalBlock | None = None
-    """None where rounding does not ask for it."""
+    executor: Executor | None
+    """Runs the module; None where no data is looked at."""
+    original: Executor | None = None
+    """Runs that of the original model; None where neither rounding nor tuning asks for it."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +151,9 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
     smoothing = run.recipe.smoothing
     if smoothing is None:
         return {}
-    assert part.inputs is not None
+    assert part.executor is not None
     maxima = {site.name: ChannelMaxima() for site in sites}
-    observe_all_inputs(part.module, [(site.reader, maxima[site.name].update) for site in sites], part.inputs)
+    part.executor.observe([(site.reader, maxima[site.name].update) for site in sites])
     heads = value_heads(run.config)
     found = {}
     for site in sites:
@@ -198,13 +196,13 @@ def fit_transform(
     With `sharing = "block"` it starts with the division by the smoothing scales. `rows` gets the raw inputs.
     """
     recipe, scheme = run.of(part, site)
-    method, inputs = recipe.transform, part.inputs
+    method, executor = recipe.transform, part.executor
     name = f"{part.name}.{site.linears[0]}"
     collectors = {}
-    if inputs is not None:
+    if executor is not None:
         rows_wanted = getattr(method, "rows", 0)
         collectors = {
-            need: COLLECTORS[need](TRANSFORM_BLOCK, rows_wanted, inputs.tokens, inputs.tokens_before)
+            need: COLLECTORS[need](TRANSFORM_BLOCK, rows_wanted, executor.tokens, executor.tokens_before)
             for need in sorted(method.needs)
         }
         largest = LargestMagnitude()
@@ -217,9 +215,9 @@ def fit_transform(
                 collector.update(x if inverse is None else x * inverse)
 
         requirements = recipe.rounding.requirements
-        batches = None if collectors else [0]
+        batches = None if collectors else executor.batches[:1]
         keeps = requirements.hessian and site.experts is None
-        for *_, x in watched_together(part.module, inputs, watched_modules(site, requirements), batches, keeps):
+        for *_, x in executor.watch(watched_modules(site, requirements), batches, keeps):
             see(x)
         if not torch.isfinite(largest.result(run.world)):
             raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
@@ -248,7 +246,7 @@ def round_site(run: BlockRun, part: Part, site: Site, transform: BlockDiagonal |
     hessian, shift = _statistics(run, part, site, weights)
     moves = [] if shift is None else [shift[rows.place] for rows in groups]
     prepared = recipe.rounding.prepare(hessian, moves, f"{part.name}.{site.linears[0]}")
-    tokens = None if hessian is None or part.inputs is None else part.inputs.tokens
+    tokens = None if hessian is None or part.executor is None else part.executor.tokens
     del hessian  # what it has become is in `prepared`
     found: dict[str, list[RoundedRows]] = {linear: [] for linear in site.linears}
     for position, rows in enumerate(groups):
@@ -286,14 +284,14 @@ def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> 
     requirements = recipe.rounding.requirements
     if not requirements.hessian:
         return None, None
-    assert part.inputs is not None
-    seen = SiteInputs(part.module, site, part.inputs, weights.transform, scheme.activations)
+    assert part.executor is not None
+    seen = SiteInputs(part.executor, site, weights.transform, scheme.activations)
     shift = None
     if part.original is None or requirements.target == "own":
         hessian = seen.hessian(weights, requirements)
     else:
         hessian, shift = seen.hessian_and_shift(part.original, weights, requirements)
-    part.inputs.kept = {}
+    part.executor.forget_inputs()
     return hessian, shift
 
 
@@ -347,7 +345,7 @@ def install_rounded(
         module.remainder = found.remainder
     weight_errors = [rounded[linear].error for linear in site.linears]
     output_errors = []
-    if part.inputs is not None:
+    if part.executor is not None:
         sample = rows.result(run.world)
         output_errors = [_output_error(part.module, x, part.weights[x], sample) for x in site.linears]
     errors = torch.stack(weight_errors + output_errors).tolist()  # one wait for the device

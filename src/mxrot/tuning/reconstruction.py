@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mxrot.calibration import BlockInputs
+from mxrot.calibration import Executor
 from mxrot.cuda_graphs import Replays
 from mxrot.models import Site
 from mxrot.progress import Progress, silent
@@ -20,40 +20,35 @@ from mxrot.tuning.tunable import TunableBlock, parameter_groups, settle
 
 
 def tune_block(
-    block: nn.Module,
-    inputs: BlockInputs,
-    original: nn.Module,
-    originals: BlockInputs,
+    executor: Executor,
+    original: Executor,
     sites: Sequence[Site],
     options: Tuning,
     generator: torch.Generator,
     name: str,
     progress: Progress = silent,
 ) -> list[Check]:
-    """Tune a quantized `block` in place.
+    """Tune a quantized block in place, that of `executor`.
 
-    The loss is the mean over tokens of |h - h_original|^2 / |h_original|^2 with h the block's output, the inputs of
-    `block` coming from the quantized blocks before it and those of `original` from the original model.
+    The loss is the mean over tokens of |h - h_original|^2 / |h_original|^2 with h the block's output, its inputs
+    coming from the quantized blocks before it, and those of the block of `original` from the original model.
     """
-    windows = [(batch, row) for batch, hidden in enumerate(inputs.hidden) for row in range(len(hidden))]
-    train, test = ([windows[i] for i in part.tolist()] for part in split_windows(len(windows), options.held_out))
-    device = inputs.device
+    block = executor.block
+    train, test = (part.tolist() for part in split_windows(executor.windows, options.held_out))
     dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
     block.float()
     tunable = TunableBlock.of(block, sites, options.margin)
-    arguments = as_float32(inputs.keywords)
+    arguments = as_float32(executor.keywords)
 
     replay = Replays()
 
-    def run(step: Callable[..., Tensor], chosen: list[tuple[int, int]]) -> float:
-        both = ([inputs.get(kept.hidden[b][row]) for b, row in chosen] for kept in (inputs, originals))
-        hidden, wanted = map(torch.stack, both)
-        return float(replay(step.__name__, step, hidden, wanted))
+    def run(step: Callable[..., Tensor], chosen: list[int]) -> float:
+        return float(replay(step.__name__, step, executor.stacked(chosen), original.stacked(chosen)))
 
     def measure(hidden: Tensor, wanted: Tensor) -> Tensor:
         with torch.no_grad():
-            expected = _first(original(wanted, **originals.keywords)).float()
-        with lower_precision(device):
+            expected = _first(original.block(wanted, **original.keywords)).float()
+        with lower_precision(executor.placement.device):
             found = _first(block(hidden.float(), **arguments))
         size = expected.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         return ((found - expected).square().sum(dim=-1) / size).mean()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from tests.tiny_model import random_windows, tiny_config
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from mxrot.calibration import BlockInputs, first_block_inputs
-from mxrot.calibration.site_inputs import OriginalBlock, SiteInputs
+from mxrot.calibration import Executor, first_executor
+from mxrot.calibration.site_inputs import SiteInputs
 from mxrot.calibration.site_weights import SiteWeights
 from mxrot.formats import get_format
 from mxrot.layers import TensorQuantizer
@@ -37,21 +36,20 @@ class Blocks:
         model = LlamaForCausalLM(tiny_config())
         model.requires_grad_(False)
         self.block = model.model.layers[0]
-        self.inputs = first_block_inputs(model, LLAMA, random_windows(5, 12), 2)
+        self.executor = first_executor(model, LLAMA, random_windows(5, 12), 2)
+        self.executor.begin(self.block)
         self.original = deepcopy(self.block)
         for parameter in self.block.parameters():
             parameter += 0.02 * torch.randn(parameter.shape)
-        moved = [hidden + 0.01 * torch.randn(hidden.shape) for hidden in self.inputs.hidden]
-        self.originals = BlockInputs(moved, self.inputs.arguments)
+        hidden = self.executor.stacked(range(5)).split(2)
+        moved = [batch + 0.01 * torch.randn(batch.shape) for batch in hidden]
+        self.originals = Executor(moved, self.executor.arguments, self.executor.placement)
+        self.originals.begin(self.original)
 
     def seen(self, name: str, original: bool) -> Tensor:
         """The inputs [tokens, K] of one submodule, over all batches."""
-        block, inputs = (self.original, self.originals) if original else (self.block, self.inputs)
         found: list[Tensor] = []
-        handle = block.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
-        for hidden in inputs.hidden:
-            block(hidden, **inputs.keywords)
-        handle.remove()
+        (self.originals if original else self.executor).observe([(name, found.append)])
         return torch.cat([x.flatten(0, 1) for x in found]).double()
 
 
@@ -70,7 +68,7 @@ def weights_of(block: nn.Module, site: Site, transform: BlockDiagonal | None = N
 
 def site_inputs(blocks: Blocks, site: Site, quantizer: TensorQuantizer | None) -> SiteInputs:
     transform = BlockDiagonal(random_orthogonal(1, 32, torch.Generator().manual_seed(1))).as_applied()
-    return SiteInputs(blocks.block, site, blocks.inputs, transform, quantizer)
+    return SiteInputs(blocks.executor, site, transform, quantizer)
 
 
 def quantized(x: Tensor, inputs: SiteInputs) -> Tensor:
@@ -102,8 +100,9 @@ def test_hessian_and_shift(blocks: Blocks, site: Site, relative: bool, target: s
     assert inputs.transform is not None
     folded = inputs.transform.fold(weight)
     requirements = Requirements(True, target, relative)  # type: ignore[arg-type]
-    original = OriginalBlock(blocks.original, blocks.originals)
-    hessian, shift = inputs.hessian_and_shift(original, weights_of(blocks.block, site, inputs.transform), requirements)
+    hessian, shift = inputs.hessian_and_shift(
+        blocks.originals, weights_of(blocks.block, site, inputs.transform), requirements
+    )
 
     x = quantized(blocks.seen(site.linears[0], original=False), inputs)
     wanted = blocks.seen(site.linears[0], original=True) @ weight.T
@@ -123,9 +122,10 @@ def test_hessian_and_shift(blocks: Blocks, site: Site, relative: bool, target: s
 def test_nothing_is_missing_where_nothing_has_changed(blocks: Blocks) -> None:
     """No quantizer, no transform, the same block on the same inputs: the shift is rounding noise."""
     for site in LLAMA_SITES:
-        inputs = SiteInputs(blocks.block, site, blocks.inputs, None, None)
+        inputs = SiteInputs(blocks.executor, site, None, None)
         weight = weight_of(blocks.block, site)
-        same = OriginalBlock(deepcopy(blocks.block), replace(blocks.inputs))
+        same = blocks.executor.another()
+        same.begin(deepcopy(blocks.block))
         hessian, shift = inputs.hessian_and_shift(same, weights_of(blocks.block, site), Requirements(True, "residual"))
         assert shift.abs().max() <= 1e-5 * (weight @ hessian).abs().max()
 
@@ -138,7 +138,7 @@ def test_what_is_known_of_a_block_is_not_computed_again(blocks: Blocks) -> None:
     weights = weights_of(blocks.block, site)
     expected = site_inputs(blocks, site, None).hessian(weights, requirements)
     assert len(calls) == 3
-    blocks.inputs.known = {"self_attn": {}}
+    blocks.executor.children_done(["self_attn"])
     for _ in range(3):
         assert torch.equal(site_inputs(blocks, site, None).hessian(weights, requirements), expected)
     assert len(calls) == 6

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mxrot.models.llama import LLAMA
 from tests.unit.calibration.two_processes import of_two_processes
 from tests.unit.surgery.tiny_llama import VOCABULARY, first_block, tiny_llama
 from torch import Tensor
 
-from mxrot.calibration import advance, first_block_inputs
+from mxrot.calibration import first_executor
 from mxrot.calibration.statistics import (
     BlockMoments,
     ChannelMaxima,
@@ -27,6 +26,7 @@ from mxrot.calibration.statistics import (
 )
 from mxrot.calibration.world import ONE, World
 from mxrot.errors import DataError, NumericsError
+from mxrot.models.families.llama import FAMILY as LLAMA
 
 BLOCK, GROUPS, TOKENS = 8, 3, 35
 BEFORE = (0, 20)
@@ -77,12 +77,13 @@ def raises_of(positions: tuple[int, ...], world: World) -> bool:
     """Does the first block, with a NaN in the last window of all, say so?"""
     windows = torch.randint(0, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
     model = tiny_llama()
-    inputs = first_block_inputs(model, LLAMA, windows.split(2)[world.rank], 1, world)
-    assert inputs.windows == 2 and inputs.tokens == 24 and inputs.tokens_before == 12 * world.rank
     if world.rank == 1:
-        inputs.hidden[1][0, 2, 3] = torch.nan
+        model.get_submodule("model.embed_tokens").weight[windows[3, 2]] = torch.nan  # type: ignore[index, operator]
+    executor = first_executor(model, LLAMA, windows.split(2)[world.rank], 1, world)
+    assert executor.windows == 2 and executor.tokens == 24 and executor.tokens_before == 12 * world.rank
+    executor.begin(first_block(model))
     try:
-        advance(first_block(model), inputs, "model.layers.0")
+        executor.advance("model.layers.0")
     except NumericsError as error:
         return str(error).startswith("model.layers.0: its output holds NaN or Inf")
     return False

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mxrot.calibration import BlockInputs, Hessian, World, first_block
+from mxrot.calibration import Executor, Hessian, World, placement
+from mxrot.calibration.placement import Placement
 from mxrot.errors import ConfigError, FamilyError, MxrotError, NumericsError
 from mxrot.layers import QuantLinear, build_apart
 from mxrot.models import FAMILIES, Site, WeightFiles
@@ -120,21 +121,21 @@ def test_scores_that_attention_writes_out_bound_a_batch(monkeypatch: pytest.Monk
 def test_a_block_sees_the_outputs_of_quantized_blocks(
     source: Path, monkeypatch: pytest.MonkeyPatch, chosen: Recipe
 ) -> None:
-    seen: dict[int, list[Tensor]] = {}
+    seen: dict[int, Tensor] = {}
     original = pipeline.quantize_block
 
-    def spy(run: Any, index: int, block: nn.Module, files: WeightFiles, inputs: Any, *more: Any) -> BlockReport:
-        seen[index] = [hidden.clone() for hidden in inputs.hidden]
-        return original(run, index, block, files, inputs, *more)
+    def spy(run: Any, index: int, block: nn.Module, files: WeightFiles, executor: Executor, *more: Any) -> BlockReport:
+        seen[index] = executor.stacked(range(executor.windows))
+        return original(run, index, block, files, executor, *more)
 
     monkeypatch.setattr(pipeline, "quantize_block", spy)
     model = model_of(source, chosen)
     with torch.no_grad():
         quantized = model(WINDOWS, output_hidden_states=True).hidden_states
         full = original_of(source)(WINDOWS, output_hidden_states=True).hidden_states
-    assert torch.equal(torch.cat(seen[0]), full[0])
-    assert torch.equal(torch.cat(seen[1]), quantized[1])
-    assert not torch.allclose(torch.cat(seen[1]), full[1], rtol=1e-3)
+    assert torch.equal(seen[0], full[0])
+    assert torch.equal(seen[1], quantized[1])
+    assert not torch.allclose(seen[1], full[1], rtol=1e-3)
 
 
 @pytest.mark.parametrize("chosen", [GPTQ, PLAIN_GPTQ], ids=lambda chosen: chosen.name)
@@ -146,8 +147,9 @@ def test_the_hessian_is_that_of_what_each_linear_really_sees(
     original = Hessian.result
 
     def result(self: Hessian, world: World) -> Tensor:
-        hessians.append(original(self, world))
-        return hessians[-1]
+        found = original(self, world)
+        hessians.append(found.clone())  # rounding overwrites it
+        return found
 
     monkeypatch.setattr(Hessian, "result", result)
     model = model_of(source, chosen)
@@ -203,15 +205,15 @@ def test_states_that_wait_in_host_memory_are_the_same(source: Path, monkeypatch:
     chosen = recipe(name, **changes)
     expected = model_of(source, chosen, WINDOWS).state_dict()
     puts: list[torch.device] = []
-    put = BlockInputs.put
+    put = Placement.put
 
-    def count(inputs: BlockInputs, value: object) -> object:
-        assert inputs.is_on_host
-        puts.append(inputs.device)
-        return put(inputs, value)
+    def count(place: Placement, value: object) -> object:
+        assert place.is_on_host
+        puts.append(place.device)
+        return put(place, value)
 
-    monkeypatch.setattr(first_block, "MOST_ON_DEVICE", {"cpu": 0})
-    monkeypatch.setattr(BlockInputs, "put", count)
+    monkeypatch.setattr(placement, "MOST_ON_DEVICE", {"cpu": 0})
+    monkeypatch.setattr(Placement, "put", count)
     found = model_of(source, chosen, WINDOWS).state_dict()
     assert len(puts) > 8 and found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -219,10 +221,8 @@ def test_states_that_wait_in_host_memory_are_the_same(source: Path, monkeypatch:
 
 def test_the_last_block_is_not_run_for_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     advanced: list[str] = []
-    original = pipeline.advance
-    monkeypatch.setattr(
-        pipeline, "advance", lambda block, inputs, name: (advanced.append(name), original(block, inputs, name))[1]
-    )
+    original = Executor.advance
+    monkeypatch.setattr(Executor, "advance", lambda self, name: (advanced.append(name), original(self, name))[1])
     model_of(source, recipe("smoothquant"))
     assert advanced == ["model.layers.0"]
 

@@ -11,10 +11,10 @@ from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import digests, logits, recipe, without_run, write
 from torch import Tensor
 
+from mxrot.calibration import Executor
 from mxrot.checkpoint import load
 from mxrot.errors import ConfigError
 from mxrot.layers import QuantLinear
-from mxrot.quantizing import block as blockwise
 from mxrot.quantizing import run as pipeline
 from mxrot.recipe import Recipe
 from mxrot.tuning import loop, network
@@ -165,10 +165,10 @@ def test_the_last_block_of_the_original_model_is_not_run_for_nothing(
     source: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     advanced: list[str] = []
-    advance = blockwise.advance
-    monkeypatch.setattr(blockwise, "advance", lambda *a: (advanced.append(a[2]), advance(*a))[1])
+    advance = Executor.advance
+    monkeypatch.setattr(Executor, "advance", lambda self, name: (advanced.append(name), advance(self, name))[1])
     pipeline.quantize(source, recipe(name, **({"tuning__steps": 1} if "tuned" in name else {})), windows=WINDOWS)
-    assert advanced == ["model.layers.0 of the original model"]
+    assert advanced == ["model.layers.0 of the original model", "model.layers.0"]
 
 
 def test_text_comes_more_often_than_what_the_original_writes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,43 +7,46 @@ from tests.unit.surgery.tiny_llama import VOCABULARY, first_block, tiny_llama
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from mxrot.calibration import (
-    BlockInputs,
-    advance,
-    block_inputs,
-    finish_child,
-    first_block_inputs,
-    observe_all_inputs,
-    observe_inputs,
-    watched_together,
-)
-from mxrot.calibration.capture import run_block
+from mxrot.calibration import Executor, first_executor, placement
+from mxrot.calibration.executor import See
 from mxrot.calibration.hooks import watched_inputs
 from mxrot.errors import NumericsError
 from mxrot.models.families.llama import FAMILY as LLAMA
 
 LINEARS = [site.linears[0] for site in LLAMA.sites]
+READERS = {"input_layernorm": frozenset({"self_attn"}), "post_attention_layernorm": frozenset({"mlp"})}
 WINDOWS = torch.randint(0, VOCABULARY, (5, 6), generator=torch.Generator().manual_seed(0))
 
 
-def inputs_of(model: LlamaForCausalLM) -> BlockInputs:
-    """Three batches: of 2, 2 and 1 windows."""
-    return first_block_inputs(model, LLAMA, WINDOWS, batch_windows=2)
+def executor_of(model: LlamaForCausalLM) -> Executor:
+    """Three batches: of 2, 2 and 1 windows; before the first block."""
+    return first_executor(model, LLAMA, WINDOWS, batch_windows=2)
+
+
+def begun(model: LlamaForCausalLM) -> tuple[nn.Module, Executor]:
+    """The first block, and what runs it."""
+    block, executor = first_block(model), executor_of(model)
+    executor.begin(block)
+    return block, executor
+
+
+def hidden_of(executor: Executor) -> list[Tensor]:
+    return list(executor.stacked(range(executor.windows)).split(2))
 
 
 def hooks_of(model: nn.Module) -> int:
     return sum(len(hooks) for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks))
 
 
-def plainly_seen(block: nn.Module, inputs: BlockInputs, linear: str) -> list[Tensor]:
+def plainly_seen(executor: Executor, linear: str) -> list[Tensor]:
     """Inputs of `linear`, recorded by wrapping its forward, in a full run of the block."""
     seen: list[Tensor] = []
-    module = block.get_submodule(linear)
+    module = executor.block.get_submodule(linear)
     original = module.forward
     module.forward = lambda x: (seen.append(x.clone()), original(x))[1]  # type: ignore[method-assign]
     try:
-        for hidden in inputs.hidden:
-            block(hidden, **inputs.keywords)
+        for hidden in hidden_of(executor):
+            executor.block(hidden, **executor.keywords)
     finally:
         module.forward = original  # type: ignore[method-assign]
     return seen
@@ -55,28 +58,30 @@ def all_equal(one: list[Tensor], two: list[Tensor]) -> bool:
 
 def test_the_first_block_sees_the_embeddings() -> None:
     model = tiny_llama()
-    inputs = inputs_of(model)
-    assert inputs.windows == 5 and [len(batch) for batch in inputs.hidden] == [2, 2, 1]
+    executor = executor_of(model)
+    assert executor.windows == 5 and list(executor.batches) == [0, 1, 2] and executor.tokens == 30
     embedded = model.get_submodule("model.embed_tokens")(WINDOWS)
-    assert torch.equal(torch.cat(inputs.hidden), embedded)
+    assert torch.equal(executor.stacked(range(5)), embedded)
+    assert torch.equal(executor.stacked([4, 1]), embedded[[4, 1]])
     assert hooks_of(model) == 0
 
 
 def test_only_the_embedding_has_to_hold_weights() -> None:
     model = tiny_llama(torch.float32)
-    expected = inputs_of(model)
+    expected = executor_of(model)
     model.get_submodule("model.layers").to("meta")
     model.get_submodule("model.norm").to("meta")
-    assert all_equal(inputs_of(model).hidden, expected.hidden)
+    assert all_equal(hidden_of(executor_of(model)), hidden_of(expected))
 
 
 def test_block_after_block_equals_the_model() -> None:
     model = tiny_llama()
     expected = model(WINDOWS, output_hidden_states=True).hidden_states
-    inputs = inputs_of(model)
+    executor = executor_of(model)
     for index, block in enumerate(model.get_submodule("model.layers").children()):
-        advance(block, inputs, f"model.layers.{index}")
-        got = torch.cat(inputs.hidden)
+        executor.begin(block)
+        executor.advance(f"model.layers.{index}")
+        got = executor.stacked(range(5))
         if index == 1:  # transformers gives the last one behind the final norm
             got = model.get_submodule("model.norm")(got)
         torch.testing.assert_close(got, expected[index + 1], rtol=1e-12, atol=1e-12)
@@ -85,43 +90,45 @@ def test_block_after_block_equals_the_model() -> None:
 
 def test_nan_in_an_output_names_the_block() -> None:
     model = tiny_llama()
-    inputs = inputs_of(model)
-    inputs.hidden[2][0, 1, 0] = torch.nan
+    _, executor = begun(model)
+    model.get_submodule("model.embed_tokens").weight[WINDOWS[4, 1]] = torch.nan  # type: ignore[index, operator]
+    _, broken = begun(model)
+    executor.advance("model.layers.0")
     with pytest.raises(NumericsError, match=r"^model\.layers\.0: its output holds NaN or Inf"):
-        advance(first_block(model), inputs, "model.layers.0")
+        broken.advance("model.layers.0")
 
 
 @pytest.mark.parametrize("linear", LINEARS)
 def test_observing_one_linear(linear: str) -> None:
     model = tiny_llama()
-    block, inputs = first_block(model), inputs_of(model)
-    expected = plainly_seen(block, inputs, linear)
+    _, executor = begun(model)
+    expected = plainly_seen(executor, linear)
     seen: list[Tensor] = []
-    observe_inputs(block, linear, inputs, seen.append)
+    executor.observe([(linear, seen.append)])
     assert all_equal(seen, expected) and len(seen) == 3
     seen.clear()
-    observe_inputs(block, linear, inputs, seen.append, batches=[0])
+    executor.observe([(linear, seen.append)], batches=[0])
     assert all_equal(seen, expected[:1])
     assert hooks_of(model) == 0
 
 
 def test_the_pass_ends_at_the_linear() -> None:
     model = tiny_llama()
-    block, ran = first_block(model), []
+    (block, executor), ran = begun(model), []
     with watched_inputs(block.get_submodule("mlp"), ran.append):
-        observe_inputs(block, "self_attn.o_proj", inputs_of(model), lambda x: None)
+        executor.observe([("self_attn.o_proj", lambda x: None)])
     assert not ran
 
 
 def test_observing_all_sites_in_one_pass() -> None:
     """The same inputs as in plain passes; nothing behind the last linear runs."""
     model = tiny_llama()
-    block, inputs = first_block(model), inputs_of(model)
-    expected = {linear: plainly_seen(block, inputs, linear) for linear in LINEARS}
+    block, executor = begun(model)
+    expected = {linear: plainly_seen(executor, linear) for linear in LINEARS}
     seen: dict[str, list[Tensor]] = {linear: [] for linear in LINEARS}
     runs: list[Tensor] = []
     with watched_inputs(block.get_submodule("input_layernorm"), runs.append):
-        observe_all_inputs(block, [(linear, seen[linear].append) for linear in LINEARS], inputs)
+        executor.observe([(linear, seen[linear].append) for linear in LINEARS])
     assert len(runs) == 3, "one pass a batch"
     assert all(all_equal(seen[linear], expected[linear]) for linear in LINEARS)
     assert hooks_of(model) == 0
@@ -130,8 +137,9 @@ def test_observing_all_sites_in_one_pass() -> None:
 def test_observing_nothing_runs_nothing() -> None:
     model = tiny_llama()
     runs: list[Tensor] = []
-    with watched_inputs(first_block(model).get_submodule("input_layernorm"), runs.append):
-        observe_all_inputs(first_block(model), [], inputs_of(model))
+    block, executor = begun(model)
+    with watched_inputs(block.get_submodule("input_layernorm"), runs.append):
+        executor.observe([])
     assert not runs
 
 
@@ -140,29 +148,27 @@ def fail(_: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "observe",
+    "watchers",
     [
-        lambda block, inputs: observe_inputs(block, "mlp.down_proj", inputs, fail),
-        lambda block, inputs: observe_all_inputs(block, [(linear, fail) for linear in LINEARS], inputs),
-        lambda block, inputs: observe_all_inputs(
-            block, [(LINEARS[0], lambda x: None), (LINEARS[1], fail), (LINEARS[2], fail)], inputs
-        ),
+        [("mlp.down_proj", fail)],
+        [(linear, fail) for linear in LINEARS],
+        [(LINEARS[0], lambda x: None), (LINEARS[1], fail), (LINEARS[2], fail)],
     ],
     ids=["one", "all", "the second"],
 )
-def test_hooks_are_gone_after_an_exception(observe: Callable[[nn.Module, BlockInputs], None]) -> None:
+def test_hooks_are_gone_after_an_exception(watchers: list[tuple[str, See]]) -> None:
     model = tiny_llama()
-    inputs = inputs_of(model)
+    _, executor = begun(model)
     with pytest.raises(ZeroDivisionError):
-        observe(first_block(model), inputs)
+        executor.observe(watchers)
     assert hooks_of(model) == 0
-    assert len(list(run_block(first_block(model), inputs))) == 3
+    assert len(list(executor.outputs())) == 3
 
 
 def test_hooks_are_gone_when_the_embedding_fails() -> None:
     model = tiny_llama()
     with pytest.raises(IndexError):
-        first_block_inputs(model, LLAMA, torch.full((1, 3), VOCABULARY), batch_windows=1)
+        first_executor(model, LLAMA, torch.full((1, 3), VOCABULARY), batch_windows=1)
     assert hooks_of(model) == 0
 
 
@@ -196,59 +202,60 @@ class Runs:
 @pytest.mark.parametrize(("limit", "runs"), [(1 << 31, 3), (0, 6), (1, 6)])
 def test_inputs_are_kept_for_the_next_pass(limit: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or computed again where there is no memory; the same either way, and taken only once."""
-    monkeypatch.setattr(block_inputs, "MOST_REMEMBERED", {"cpu": limit})
-    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    monkeypatch.setattr(placement, "MOST_REMEMBERED", {"cpu": limit})
+    block, executor = begun(tiny_llama())
     modules = ["input_layernorm", "self_attn.o_proj"]
-    expected = [plainly_seen(block, inputs, name) for name in modules]
+    expected = [plainly_seen(executor, name) for name in modules]
     ran = Runs(block, "self_attn.q_proj")
     for keeps in (True, False):
-        seen = list(watched_together(block, inputs, modules, keeps=keeps))
+        seen = list(executor.watch(modules, keeps=keeps))
         assert all(all_equal([batch[i] for batch in seen], expected[i]) for i in (0, 1))
     assert ran.counts["self_attn.q_proj"] == runs
-    assert not inputs.kept and hooks_of(block) == 0
+    list(executor.watch(modules))
+    assert ran.counts["self_attn.q_proj"] == runs + 3, "nothing is kept any more"
+    assert hooks_of(block) == 0
 
 
 def test_memory_for_some_of_the_inputs() -> None:
-    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    block, executor = begun(tiny_llama())
     ran = Runs(block, "self_attn.q_proj")
-    list(watched_together(block, inputs, ["self_attn.o_proj"], batches=[1], keeps=True))
-    list(watched_together(block, inputs, ["self_attn.o_proj"]))
+    list(executor.watch(["self_attn.o_proj"], batches=[1], keeps=True))
+    list(executor.watch(["self_attn.o_proj"]))
     assert ran.counts["self_attn.q_proj"] == 3
 
 
 def test_a_norm_runs_once_and_not_for_what_is_known() -> None:
     """Its readers get the same bits as in a plain pass."""
-    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
-    expected = {name: plainly_seen(block, inputs, name) for name in LINEARS}
-    expected["block"] = list(run_block(block, inputs_of(tiny_llama())))
+    block, executor = begun(tiny_llama())
+    expected = {name: plainly_seen(executor, name) for name in LINEARS}
+    expected["block"] = list(executor.outputs())
     ran = Runs(block, "input_layernorm", "post_attention_layernorm", "self_attn.q_proj")
-    inputs.readers = {"input_layernorm": frozenset({"self_attn"}), "post_attention_layernorm": frozenset({"mlp"})}
-    inputs.known = {name: {} for name in inputs.readers}
+    executor.begin(block, READERS)
     for name in ("self_attn.q_proj", "self_attn.o_proj"):
-        assert all_equal([seen[0] for seen in watched_together(block, inputs, [name])], expected[name])
+        assert all_equal([seen[0] for seen in executor.watch([name])], expected[name])
     assert list(ran.counts.values()) == [3, 0, 3]
-    inputs.known["self_attn"] = {}
+    executor.children_done(["self_attn"])
     for name in ("mlp.gate_proj", "mlp.down_proj"):
-        assert all_equal([seen[0] for seen in watched_together(block, inputs, [name])], expected[name])
+        assert all_equal([seen[0] for seen in executor.watch([name])], expected[name])
     assert list(ran.counts.values()) == [3, 3, 6]
-    assert not inputs.known["input_layernorm"], "nobody reads it any more"
-    advance(block, inputs, "model.layers.0")
+    assert not executor._known.batches("input_layernorm"), "nobody reads it any more"
+    executor.advance("model.layers.0")
     assert list(ran.counts.values()) == [3, 3, 6]
-    assert all_equal(inputs.hidden, expected["block"])
+    assert all_equal(hidden_of(executor), expected["block"])
     assert hooks_of(block) == 0
 
 
 def test_a_child_whose_output_is_wanted_runs_to_its_end() -> None:
-    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
-    expected = plainly_seen(block, inputs, "self_attn.o_proj")
+    block, executor = begun(tiny_llama())
+    expected = plainly_seen(executor, "self_attn.o_proj")
     ran = Runs(block, "self_attn.q_proj", "post_attention_layernorm")
-    inputs.known = {"self_attn": {}}
-    assert all_equal([seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])], expected)
-    assert sorted(inputs.known["self_attn"]) == [0, 1, 2]
+    executor.children_done(["self_attn"])
+    assert all_equal([seen[0] for seen in executor.watch(["self_attn.o_proj"])], expected)
+    assert executor._known.batches("self_attn") == [0, 1, 2]
     assert list(ran.counts.values()) == [3, 0]
-    list(watched_together(block, inputs, ["mlp.gate_proj"]))
+    list(executor.watch(["mlp.gate_proj"]))
     assert list(ran.counts.values()) == [3, 3]
-    assert all_equal([seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])], expected)
+    assert all_equal([seen[0] for seen in executor.watch(["self_attn.o_proj"])], expected)
     assert hooks_of(block) == 0
 
 
@@ -261,21 +268,21 @@ def test_a_child_whose_output_is_wanted_runs_to_its_end() -> None:
 )
 def test_a_child_goes_on_from_its_last_linear(child: str, linear: str, next_input: str | None) -> None:
     """With new weights there: what comes behind is as in a plain pass, and nothing before that linear runs again."""
-    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    block, executor = begun(tiny_llama())
     ran = Runs(block, child)
-    inputs.last_linear = linear
-    list(watched_together(block, inputs, [linear]))
+    executor.expect_last(linear)
+    list(executor.watch([linear]))
     block.get_submodule(linear).weight *= 2  # type: ignore[operator]
-    inputs.known = {child: {}}
-    finish_child(block, inputs)
-    assert inputs.last_linear is None and not inputs.endings
+    executor.children_done([child])
     assert ran.counts[child] == 3
+    plain = executor.another()
+    plain.begin(block)
     if next_input is None:
-        found = list(run_block(block, inputs))
-        expected = list(run_block(block, inputs_of(tiny_llama())))
+        found = list(executor.outputs())
+        expected = list(plain.outputs())
     else:
-        found = [seen[0] for seen in watched_together(block, inputs, [next_input])]
-        expected = plainly_seen(block, inputs_of(tiny_llama()), next_input)
+        found = [seen[0] for seen in executor.watch([next_input])]
+        expected = plainly_seen(plain, next_input)
     assert ran.counts[child] == 6, "three of them in the plain pass"
     assert all_equal(found, expected) and hooks_of(block) == 0
 
@@ -290,24 +297,29 @@ def longer(output: Any) -> Any:
 
 @pytest.mark.parametrize("change", [changed, longer])
 def test_a_child_that_does_more_than_pass_on_runs_again(change: Callable[[Any], Any]) -> None:
-    block, inputs = first_block(tiny_llama()), inputs_of(tiny_llama())
+    block, executor = begun(tiny_llama())
     attention = block.get_submodule("self_attn")
     plain = attention.forward
     attention.forward = lambda *arguments, **keywords: change(plain(*arguments, **keywords))
-    inputs.last_linear = "self_attn.o_proj"
-    seen = [seen[0] for seen in watched_together(block, inputs, ["self_attn.o_proj"])]
-    assert len(seen) == 3 and not inputs.endings
+    executor.expect_last("self_attn.o_proj")
+    seen = [seen[0] for seen in executor.watch(["self_attn.o_proj"])]
+    executor.children_done(["self_attn"])
+    assert len(seen) == 3 and not executor._known.batches("self_attn")
 
 
 def test_scores_of_attention_are_not_kept() -> None:
     """They are as large as all else together, and no block reads them."""
     model = tiny_llama()
     model.config._attn_implementation = "eager"
-    inputs = inputs_of(model)
-    inputs.last_linear = "self_attn.o_proj"
-    list(watched_together(first_block(model), inputs, ["self_attn.o_proj"]))
-    assert len(inputs.endings) == 3
-    inputs.known = {"self_attn": {}}
-    list(run_block(first_block(model), inputs))
-    outputs = inputs.known["self_attn"].values()
-    assert len(outputs) == 3 and all(isinstance(output, tuple) and output[1] is None for output in outputs)
+    block, executor = begun(model)
+    ran = Runs(block, "self_attn")
+    expected = list(executor.outputs())
+    executor.expect_last("self_attn.o_proj")
+    list(executor.watch(["self_attn.o_proj"]))
+    executor.children_done(["self_attn"])
+    assert all_equal(list(executor.outputs()), expected) and ran.counts["self_attn"] == 6
+    seen: list[Any] = []
+    handle = block.get_submodule("self_attn").register_forward_hook(lambda *of_a_call: seen.append(of_a_call[-1]))
+    list(executor.outputs())
+    handle.remove()
+    assert len(seen) == 3 and all(isinstance(output, tuple) and output[1] is None for output in seen)
