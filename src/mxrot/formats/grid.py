@@ -26,7 +26,7 @@ class Grid(ABC):
     @property
     @abstractmethod
     def bits(self) -> int:
-        """Bits of a code: 4, 6 or 8."""
+        """Bits of a code: 2, 4, 6 or 8."""
 
     @abstractmethod
     def parts(self, rule: ScaleRule) -> tuple[PartSpec, ...]:

@@ -86,7 +86,11 @@ class Parts(ABC):
 class NamedParts(Parts):
     """The parts of a grid that has no record of its own for them."""
 
-    tensors: dict[str, Tensor]
+    named: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.named
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> NamedParts:
         return NamedParts(tensors)

@@ -29,6 +29,7 @@ from mxrot.kernels.plain import (
     plain_moved_weights_gradients,
     plain_rotate_quantize,
     plain_round_columns,
+    plain_round_on_grid,
     plain_round_reached,
 )
 
@@ -53,6 +54,7 @@ __all__ = [
     "plain_moved_weights_gradients",
     "plain_rotate_quantize",
     "plain_round_columns",
+    "plain_round_on_grid",
     "plain_round_reached",
     "quantized_linear",
     "rotate_quantize",

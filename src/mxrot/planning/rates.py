@@ -15,8 +15,9 @@ from torch import Tensor
 from mxrot.formats import get_format, quantize
 from mxrot.kernels import rotate_quantize
 from mxrot.recipe import TRANSFORM_BLOCK, Recipe
-from mxrot.rounding.gptq import NEIGHBOURS, walk_reached
+from mxrot.rounding.gptq import NEIGHBOURS
 from mxrot.rounding.linalg import inverse_factor
+from mxrot.rounding.walk import walk_reached
 from mxrot.transforms import BlockDiagonal, SiteSample
 from mxrot.transforms.moments import balancing_transform
 from mxrot.transforms.outlier import OutlierRotation

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxrot.formats import BlockScales, Format, ScaleRule, round_blocks
+from mxrot.formats import Format, Parts, ScaleRule, as_blocks, round_blocks
 
 
 def round_columns(
@@ -23,16 +23,16 @@ def round_columns(
     """
     weight, rounded = weight.clone(), torch.zeros_like(weight)
     damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
-    scales = rule.choose(weight.unflatten(-1, (-1, format.block)), format.element, format.scale)
+    block = format.block_in(weight.shape[1])
+    parts = format.grid.choose(as_blocks(weight, format, "w"), rule)
     remaining = list(order)
     for column in order:
-        group = column // format.block
-        if reached and column % format.block == 0:
-            block = weight[:, None, column : column + format.block]
-            scales_here = rule.choose(block, format.element, format.scale)
+        group = column // block
+        if reached and column % block == 0:
+            parts_here = format.grid.choose(weight[:, None, column : column + block], rule)
         elif not reached:
-            scales_here = of_group(scales, group)
-        rounded[:, column] = round_column(weight[:, column], scales_here, format)
+            parts_here = parts.of_blocks(slice(group, group + 1))
+        rounded[:, column] = round_column(weight[:, column], parts_here, format)
         inverse = torch.linalg.inv(damped[remaining][:, remaining])
         position = remaining.index(column)
         error = (weight[:, column] - rounded[:, column]) / inverse[position, position]
@@ -41,11 +41,6 @@ def round_columns(
     return rounded
 
 
-def of_group(scales: BlockScales, group: int) -> BlockScales:
-    zeros = None if scales.zero_points is None else scales.zero_points[:, group : group + 1]
-    return BlockScales(scales.stored[:, group : group + 1], scales.type, scales.tensor_scale, zeros)
-
-
-def round_column(column: Tensor, scales: BlockScales, format: Format) -> Tensor:
-    """Values of column [N] under scales [N, 1], each row by itself."""
-    return round_blocks(column[:, None, None], scales, format)[:, 0, 0]
+def round_column(column: Tensor, parts: Parts, format: Format) -> Tensor:
+    """Values of column [N] under parts [N, 1], each row by itself."""
+    return round_blocks(column[:, None, None], parts, format)[:, 0, 0]

@@ -30,6 +30,7 @@ from mxrot.kernels.plain.rounding import (
     ReachedColumns,
     RoundedColumns,
     plain_round_columns,
+    plain_round_on_grid,
     plain_round_reached,
 )
 from mxrot.kernels.plain.tuning import (
@@ -67,6 +68,7 @@ __all__ = [
     "plain_rotate_quantize_e5m2",
     "plain_rotate_quantize_packed",
     "plain_round_columns",
+    "plain_round_on_grid",
     "plain_round_reached",
     "swizzle_scales",
     "swizzled_bytes",

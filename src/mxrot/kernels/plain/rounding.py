@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mxrot.formats import E8M0_MAX_BYTE, BlockScales, Format, ScaleRule
+from mxrot.formats import E8M0_MAX_BYTE, BlockScales, Format, Grid, Parts, ScaleRule
 from mxrot.formats.element import Element
 
 
@@ -87,6 +87,21 @@ def _walk(
         torch.sub(local[j], rounded[j], out=differences[j])
         local[j + 1 :].addr_(ratios[j, j + 1 :], differences[j], alpha=-1)
     return rounded.t(), differences.t()
+
+
+def plain_round_on_grid(columns: Tensor, upper: Tensor, parts: Parts, grid: Grid) -> RoundedColumns:
+    """Round float64 `columns` [N, n] one after the other on any grid, under parts with an entry a column or a row.
+
+    As `plain_round_columns` does it under one set of scales.
+    """
+    ratios = upper / upper.diagonal()[:, None]
+    local, differences = columns.clone(), torch.empty_like(columns)
+    for j in range(columns.shape[1]):
+        found = local[:, j].clone()
+        local[:, j] = grid.round(found[:, None, None], parts.of_blocks(slice(j, j + 1)))[:, 0, 0]
+        torch.sub(found, local[:, j], out=differences[:, j])
+        local[:, j + 1 :].addr_(differences[:, j], ratios[j, j + 1 :], alpha=-1)
+    return RoundedColumns(local, differences, torch.zeros(len(columns), dtype=torch.int64, device=columns.device))
 
 
 def plain_round_reached(

@@ -1,0 +1,132 @@
+"""The walk of GPTQ over the columns of a weight: one after the other is rounded, and those still open make up for it.
+
+Columns are rounded some at a time (a block, or a piece of one that is very wide). Within them each passes its error on
+at once; the columns of the same span make up for all of them together, and those behind the span wait until all of it
+is done: they are read and written once for many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import BlockScales, Format, Parts, ScaleRule, Uniform
+from mxrot.kernels import RoundedColumns, plain_round_on_grid, round_columns, round_reached
+
+SPAN = 256
+"""Columns within which the error of a block is made up for at once; those behind wait until all of them are done."""
+PIECE = 32
+"""Columns of a block wider than a span that are rounded at a time."""
+
+RoundUnder = Callable[[Tensor, Tensor, Tensor], RoundedColumns]
+"""Rounds columns [N, n] along their block `upper` [n, n] of the factor; [n] says which block of parts is whose."""
+
+
+def walk_fixed(blocks: Tensor, factor: Tensor, parts: Parts, order: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """GPTQ under given parts, columns in `order` [K].
+
+    Values [N, G, B] that lie on the grid of the parts, and what rounding took away from each weight [N, K].
+    """
+    block = blocks.shape[-1]
+    group = order // block
+    columns = blocks.flatten(-2)[:, order]
+    result = torch.empty_like(columns)
+    round_under = rounding_under(parts, format)
+
+    def round_some(here: slice) -> Tensor:
+        found = round_under(columns[:, here], factor[here, here], group[here])
+        result[:, here] = found.values
+        return found.differences
+
+    remainder = walk(columns, factor, block, round_some)
+    back = order.argsort()
+    return result[:, back].view_as(blocks), remainder[:, back]
+
+
+def walk_reached(
+    blocks: Tensor, factor: Tensor, format: Format, rule: ScaleRule, offsets: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Parts]:
+    """GPTQ that chooses the parts of a block when it gets there, for all of the block.
+
+    Values [N, G, B], what rounding took away from each weight [N, K], and the parts [N, G]. `offsets` are the
+    exponents to try, relative to the rule's; (0,) takes the rule's as they are. Others only for `walks_whole_blocks`.
+    """
+    block = blocks.shape[-1]
+    columns = blocks.flatten(-2).clone()
+    result = torch.empty_like(columns)
+    chosen: list[Parts] = []
+
+    def round_block(here: slice) -> Tensor:
+        found = round_reached(columns[:, here], factor[here, here], format, rule, offsets)
+        result[:, here] = found.values
+        chosen.append(found.scales)
+        return found.differences
+
+    def round_some(here: slice) -> Tensor:
+        if here.start % block == 0:
+            whole = columns[:, None, here.start : here.start + block]
+            chosen.append(format.grid.choose(whole, rule))
+        first = torch.zeros(here.stop - here.start, dtype=torch.int64, device=columns.device)
+        found = rounding_under(chosen[-1], format)(columns[:, here], factor[here, here], first)
+        result[:, here] = found.values
+        return found.differences
+
+    remainder = walk(columns, factor, block, round_block if walks_whole_blocks(format) else round_some)
+    return result.view_as(blocks), remainder, Parts.side_by_side(chosen)
+
+
+def walks_whole_blocks(format: Format) -> bool:
+    """Are its blocks walked at once, scales included? Else parts are chosen first, and columns rounded under them."""
+    return isinstance(format.grid, Uniform) and format.block is not None and format.block <= SPAN
+
+
+def rounding_under(parts: Parts, format: Format) -> RoundUnder:
+    """How columns are rounded under the parts [N, G] of their blocks."""
+    if not isinstance(parts, BlockScales):
+        return lambda columns, upper, group: plain_round_on_grid(columns, upper, parts.of_blocks(group), format.grid)
+    values, zeros = parts.values(torch.float64), parts.zero_points
+    zeros = None if zeros is None else zeros.double()
+
+    def round_uniform(columns: Tensor, upper: Tensor, group: Tensor) -> RoundedColumns:
+        own = zeros if zeros is None else zeros[:, group]
+        return round_columns(columns, values[None, :, group], upper, own, format.element)
+
+    return round_uniform
+
+
+def walk(columns: Tensor, factor: Tensor, block: int, round_some: Callable[[slice], Tensor]) -> Tensor:
+    """Round `columns` [N, K] in blocks of so many; what rounding took away from each, [N, K].
+
+    `round_some` rounds the columns of a slice and gives their differences. When it gets the first columns of a block,
+    all columns of the block have made up for everything before it.
+    """
+    width = columns.shape[1]
+    remainder = torch.empty_like(columns)
+    for start, stop, step in spans(width, block):
+        for first in range(start, stop, step):
+            here = slice(first, min(first + step, stop))
+            remainder[:, here] = round_some(here)
+            spread(remainder, columns, here, stop, factor)
+        spread(remainder, columns, slice(start, stop), width, factor)
+    return remainder
+
+
+def spans(width: int, block: int) -> Iterator[tuple[int, int, int]]:
+    """Where each span starts and stops, and how many of its columns are rounded at a time.
+
+    A span is whole blocks; a block wider than one has spans of its own, and is rounded in pieces.
+    """
+    longest, step = (SPAN // block * block, block) if block <= SPAN else (SPAN, PIECE)
+    part = width if block <= SPAN else block
+    for begin in range(0, width, part):
+        for start in range(begin, begin + part, longest):
+            yield start, min(start + longest, begin + part), step
+
+
+def spread(remainder: Tensor, columns: Tensor, here: slice, stop: int, factor: Tensor) -> None:
+    """Let the columns [N, K] behind `here`, up to `stop`, make up for what those in it have lost; in place."""
+    if here.stop < stop:
+        errors = remainder[:, here] / factor.diagonal()[here]
+        columns[:, here.stop : stop].addmm_(errors, factor[here, here.stop : stop], alpha=-1)
