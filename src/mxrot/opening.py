@@ -13,9 +13,8 @@ from mxrot.documents import check_is_here
 from mxrot.environment import check_device
 from mxrot.errors import CheckpointError, FamilyError
 from mxrot.models import (
-    WeightFiles,
+    FolderSource,
     build_skeleton,
-    check_depth,
     find_family,
     find_model,
     quantized_by,
@@ -91,23 +90,20 @@ def open_model(name: str | Path, device: str | None = None, verify: bool | None 
     if verify:
         raise CheckpointError(f"{name}: not a checkpoint of mxrot, and without hashes to verify; leave --verify out")
     config = read_config(folder)
-    family = find_family(config, str(name))
+    find_family(config, str(name))
     if quantized_by(config) is not None:
         return _opened_by_transformers(folder, config, str(name), torch.device(device)), folder
-    files = WeightFiles(folder)
-    stored = getattr(config, "dtype", None) or files.dtype_of_most()
-    model = load_original(config, family, files, compute_dtype(stored, torch.device(device)), torch.device(device))
+    source = FolderSource(folder, str(name))
+    stored = getattr(config, "dtype", None) or source.dtype
+    model = load_original(source, compute_dtype(stored, torch.device(device)), torch.device(device))
     read_generation_config(model, folder)
     return model, folder
 
 
 def check_original(folder: Path, name: str) -> None:
     """FamilyError unless the folder holds a whole model of a known family that is not quantized yet."""
-    config = read_config(folder)
-    family = find_family(config, name)
-    files = WeightFiles(folder)
-    check_depth(files, family, config)
-    for problem in weight_problems(build_skeleton(config), family, name, files):
+    source = FolderSource(folder, name)
+    for problem in weight_problems(build_skeleton(source.config), name, source):
         raise problem
 
 

@@ -119,7 +119,8 @@ def test_a_run_with_other_kernels_is_not_resumed(model: Path, tmp_path: Path, mo
     words = ["quantize", model, "-r", "rtn", "-o", tmp_path / "out", "--device", "cpu"]
     with monkeypatch.context() as full:
         full.setattr(
-            "mxrot.quantizing.run.outer_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+            "mxrot.checkpoint.partial.PartialCheckpoint.save_rest",
+            lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")),
         )
         assert mxrot(*words, "--resume").exit_code == 1
     monkeypatch.setattr(fingerprint, "kernel_choices", lambda device: {"instructions": "none"})

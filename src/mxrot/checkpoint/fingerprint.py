@@ -82,13 +82,14 @@ def fingerprint_of(
     windows: Tensor | None,
     device: torch.device | str,
     seed: int,
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Of a run that quantizes a model of these `files`, hashes by their names."""
+    """Of a run that quantizes a model of these `files`, hashes by their names, after these `changes` of its source."""
     device = torch.device(device)
     data = None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return {
         "format": FORMAT,
-        "model": files,
+        "model": files | dict.fromkeys(changes, "applied"),
         "side_files": side_files,
         "recipe": hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
         "windows": data,

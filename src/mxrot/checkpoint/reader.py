@@ -12,7 +12,7 @@ from mxrot.checkpoint.checked import Checked, check_checkpoint, checkpoint_error
 from mxrot.checkpoint.contents import check_value
 from mxrot.checkpoint.huggingface import CheckpointConfig
 from mxrot.marker import MARKER, SAVED_BY
-from mxrot.models import WeightFiles, fill, read_block
+from mxrot.models import WeightFiles, fill, read_block, read_outer
 from mxrot.quantizing.loading import compute_dtype, load_outer
 from mxrot.scheme import prepare
 from mxrot.shell import expanded
@@ -53,7 +53,7 @@ def _load(checked: Checked, device: torch.device, dtype: torch.dtype | None, kee
         kinds = stored_tensors(block, torch.int8)
         moved = {name: _moved(value, kinds[name], dtype, device) for name, value in tensors.items()}
         fill(block, moved, prefix)
-    load_outer(model, family, files, dtype, device)
+    load_outer(model, family, read_outer(files, family), dtype, device)
     if device.type == "cuda":
         prepare(model, checked.scheme, keeps_fp8)
     model.config.quantization_config = CheckpointConfig(**checked.quantization)

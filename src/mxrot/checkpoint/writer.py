@@ -38,14 +38,14 @@ from mxrot.checkpoint.placing import finish_placing, put_in_place
 from mxrot.checkpoint.side_files import copy_file, find_side_files, left_out
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, DamagedError, DiskFullError, add_note
-from mxrot.models import check_generation_config, commit_of, find_family, read_config
+from mxrot.models import FolderSource, Source, check_generation_config, commit_of
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.run import QuantizedModel, quantize
 from mxrot.recipe import Recipe
 
 
 def quantize_to_folder(
-    source: Path,
+    source: Source | Path,
     recipe: Recipe,
     output: Path,
     *,
@@ -59,7 +59,7 @@ def quantize_to_folder(
     needed_bytes: float = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Quantize the model in `source` into the new folder `output`; returns the contents of its run.json.
+    """Quantize a model, by its source or its folder, into the new folder `output`; returns what its run.json holds.
 
     `data` describes the calibration text for the record; so many `needed_bytes` must be free on the disk. With `resume`
     an unfinished run of the same kind is gone on from, and a finished one is checked. CheckpointError if `output` is in
@@ -67,32 +67,33 @@ def quantize_to_folder(
     DiskFullError if the disk is, or becomes, too full. After any error what stood at `output` is intact.
     """
     check_exportable(recipe)
-    config = read_config(source)
-    family = find_family(config, str(source))
+    if isinstance(source, Path):
+        source = FolderSource(source)
+    folder = source.folder
     base_name = base_name.encode(errors="replace").decode()  # a folder's name need not be text
     with claimed(output) as place:
         finish_placing(place, is_note)
-        _check_apart(source, place)
+        _check_apart(folder, place)
         if not resume:
             check_free_to_work(place.partial, resume, force)
             check_empty(place, force)
-        check_generation_config(source)
-        side_files = find_side_files(source)
+        check_generation_config(folder)
+        side_files = find_side_files(folder)
         _check_room(place, needed_bytes)
-        files, stamps = hash_model(source, read_stamps(place.partial), progress)
-        sides, _ = hash_files(source, [*side_files, *source.glob("README.md")])
-        fingerprint = fingerprint_of(files, sides, recipe, windows, device, seed)
+        files, stamps = hash_model(folder, read_stamps(place.partial), progress)
+        sides, _ = hash_files(folder, [*side_files, *folder.glob("README.md")])
+        fingerprint = fingerprint_of(files, sides, recipe, windows, device, seed, source.changes)
         if resume and (finished := _finished_run(place, fingerprint, force)):
             return finished
         check_free_to_work(place.partial, resume, force)
         check_empty(place, force)
         open_partial(place.partial, fingerprint, stamps, resume)
-        store = PartialCheckpoint(place.partial, family, config.num_hidden_layers)
+        store = PartialCheckpoint(place.partial, source.family, source.config.num_hidden_layers)
         try:
             for path in side_files:
-                copy_file(path, place.partial / path.relative_to(source))
+                copy_file(path, place.partial / path.relative_to(folder))
             result = quantize(source, recipe, windows=windows, device=device, seed=seed, store=store, progress=progress)
-            _check_unchanged(source, files, stamps)
+            _check_unchanged(folder, files, stamps)
             run = _write_around(store, source, result, base_name, data, fingerprint)
             put_in_place(place, is_note)
         except BaseException as error:
@@ -180,7 +181,7 @@ def _keep_work(partial: Path, fingerprint: dict[str, Any], error: BaseException)
 
 def _write_around(
     store: PartialCheckpoint,
-    source: Path,
+    source: Source,
     result: QuantizedModel,
     base_name: str,
     data: dict[str, Any] | None,
@@ -189,25 +190,26 @@ def _write_around(
     """Everything but the shards and what is copied: index, config, recipe, card and run.json."""
     folder, recipe = store.folder, result.record.recipe
     store.write_index()
-    config = read_json(source / "config.json")
+    config = {**read_json(source.folder / "config.json"), **source.config_changes}
     config.pop("transformers_weights", None)  # names a file of the source
     config["quantization_config"] = native_config(result.scheme, store.family, result.dtype)
     write_json(folder / "config.json", config)
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
     has_bias = any(f"{name.removesuffix('.bias')}.weight_packed" in store.weight_map for name in store.weight_map)
     left = store.left_table()
-    card = model_card(describe_source(base_name, source), recipe, store.size, has_bias, left["linears"], data)
+    card = model_card(describe_source(base_name, source.folder), recipe, store.size, has_bias, left["linears"], data)
     write_bytes(folder / "README.md", card.encode())
     size = {**vars(store.size), "bits_per_weight": store.size.bits_per_weight, "total_bytes": store.size.total_bytes}
     run = {
         "model": base_name,
-        "revision": commit_of(source),
+        "revision": commit_of(source.folder),
+        "changes": list(source.changes),
         "fingerprint": fingerprint,
         "data": data,
         "size": size,
         "left_alone": left,
         **result.record.as_table(),
-        "not_copied": left_out(source),
+        "not_copied": left_out(source.folder),
         "files": {name: vars(written) for name, written in store.results().items()},
     }
     write_json(folder / "run.json", run)

@@ -9,22 +9,24 @@ from mxrot.models.skeleton import (
     fill,
     find_family,
     needed_attention,
-    other_types,
-    read_block,
     read_config,
     read_generation_config,
     rebuild_buffers,
     start_token,
 )
+from mxrot.models.source import ChangedSource, FolderSource, Source, other_types, read_block, read_outer
 from mxrot.models.tensors import check_depth, check_for_transformers, no_place, quantized_by, tensor_problems
 from mxrot.models.weights import WeightFiles
 
 __all__ = [
     "EXPERTS",
     "FAMILIES",
+    "ChangedSource",
     "Family",
+    "FolderSource",
     "LogitKeys",
     "Site",
+    "Source",
     "WeightFiles",
     "build_skeleton",
     "check_depth",
@@ -45,6 +47,7 @@ __all__ = [
     "read_block",
     "read_config",
     "read_generation_config",
+    "read_outer",
     "rebuild_buffers",
     "start_token",
     "tensor_problems",

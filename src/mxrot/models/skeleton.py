@@ -14,11 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mxrot.documents import read_json
 from mxrot.errors import FamilyError
-from mxrot.models.expert_names import shapes_apart
 from mxrot.models.families import FAMILIES
 from mxrot.models.family import Family
 from mxrot.models.folder import no_config
-from mxrot.models.weights import WeightFiles
 from mxrot.nearest import brief, listed
 
 MOST_BLOCKS = 1000
@@ -148,21 +146,6 @@ def needed_attention(config: Any) -> str | None:
     PyTorch's own has no soft caps, and transformers 5.16 takes it and leaves them out in silence.
     """
     return None if getattr(config, "attn_logit_softcapping", None) is None else "eager"
-
-
-def read_block(files: WeightFiles, family: Family, index: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a decoder block by their names in it, with one for each linear of each expert."""
-    tensors = files.read_under(family.block_prefix(index), device)
-    return tensors if family.experts is None else family.experts.apart(tensors)
-
-
-def other_types(files: WeightFiles, family: Family, most: torch.dtype) -> dict[str, torch.dtype]:
-    """The tensors that are stored in another type than `most`, by their names in a model with linears for each expert.
-
-    A float32 norm in a bfloat16 model is common. FamilyError for a type that weights are not taken in.
-    """
-    found = {name: files.dtype_of(name) for name in files.names if files.dtype_of(name) != most}
-    return {whole: own for name, own in found.items() for whole in shapes_apart({name: files.shape_of(name)}, family)}
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:

@@ -122,12 +122,6 @@ class WeightFiles:
         except (OSError, SafetensorError) as error:
             raise FamilyError(f"{path}: cannot be read as safetensors ({error})") from error
 
-    def read_under(self, prefix: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """All tensors whose name starts with `prefix` and a dot, by the rest of their names."""
-        dotted = prefix + "."
-        found = self.read_all([name for name in self.names if name.startswith(dotted)], device)
-        return {name[len(dotted) :]: tensor for name, tensor in found.items()}
-
     def will_need(self, prefix: str) -> None:
         """Let the system read ahead the tensors whose name starts with `prefix` and a dot, where it can, while
         something else is computed. Changes nothing but how long a later `read` takes."""

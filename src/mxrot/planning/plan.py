@@ -15,7 +15,7 @@ from mxrot.checkpoint import check_exportable
 from mxrot.environment import device_name, versions
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.layers import ModelSize, build_apart
-from mxrot.models import Family, WeightFiles, check_depth, find_family, read_config
+from mxrot.models import Family, FolderSource, find_family, read_config
 from mxrot.models.folder import has_no_weights
 from mxrot.planning.disk import estimate_disk
 from mxrot.planning.memory import MemoryEstimate, Run, estimate_host_memory, estimate_memory, gigabytes
@@ -138,16 +138,14 @@ def make_plan(
         problems.append(str(error))
     try:
         family = find_family(config, model)
-        files = _files_beside(config_path)
-        if files is not None:
-            check_depth(files, family, config)
+        source = _source_beside(config_path, model)
         started = time.perf_counter()
         skeleton = build_apart(config)
         building = time.perf_counter() - started
-        stored, warnings = _stored_dtype(config, files)
+        stored, warnings = _stored_dtype(config, source)
     except FamilyError as error:
         return replace(plan, problems=[*problems, str(error)])
-    problems += _summarized(list(find_problems(skeleton, family, recipe, model, files)), family)
+    problems += _summarized(list(find_problems(skeleton, family, recipe, model, source)), family)
     problems += _memory_problems(skeleton, recipe, stored, machine)
     try:
         shape = ModelShape.of(skeleton, family, recipe)
@@ -179,15 +177,15 @@ def _needs(run: Run) -> Needs:
     return Needs(estimate_memory(run), estimate_memory(on_gpu), estimate_host_memory(on_gpu), kept, estimate_disk(run))
 
 
-def _files_beside(config_path: Path) -> WeightFiles | None:
+def _source_beside(config_path: Path, name: str) -> FolderSource | None:
     """The weights of a folder; None for a file, and for a folder that has only a config."""
-    return WeightFiles(config_path) if config_path.is_dir() and not has_no_weights(config_path) else None
+    return FolderSource(config_path, name) if config_path.is_dir() and not has_no_weights(config_path) else None
 
 
-def _stored_dtype(config: Any, files: WeightFiles | None) -> tuple[torch.dtype, list[str]]:
+def _stored_dtype(config: Any, source: FolderSource | None) -> tuple[torch.dtype, list[str]]:
     """The type of the weights, as the files or else the config says, and a remark where neither does."""
-    if files is not None and files.holds_weights:
-        return files.dtype_of_most(), []
+    if source is not None and source.files.holds_weights:
+        return source.dtype, []
     named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     found = getattr(torch, named, None) if isinstance(named, str) else named
     if isinstance(found, torch.dtype):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mxrot.calibration import Executor
 from mxrot.heap import give_back
-from mxrot.models import Family, Site, WeightFiles, fill, read_block
+from mxrot.models import Family, Site, fill
 from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.experts import quantize_experts, smooth_experts
 from mxrot.quantizing.record import BlockReport, LinearReport
@@ -33,7 +33,6 @@ def quantize_block(
     run: BlockRun,
     index: int,
     block: nn.Module,
-    files: WeightFiles,
     executor: Executor | None,
     original: Executor | None,
     progress: Progress = silent,
@@ -46,7 +45,7 @@ def quantize_block(
     """
     started = time.monotonic()
     prefix = run.family.block_prefix(index)
-    tensors = read_block(files, run.family, index, run.device)
+    tensors = run.source.block(index, run.device)
     linears = [linear for site in run.family.sites for linear in site.linears]
     weights: Weights = {name: tensors[f"{name}.weight"].double() for name in linears if f"{name}.weight" in tensors}
     fill_original(run, block, tensors, prefix)
@@ -126,23 +125,23 @@ def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str
     fill(block, {name: value.to(run.dtype) for name, value in tensors.items()}, prefix)
 
 
-def finished_tensors(run: BlockRun, index: int, block: nn.Module, files: WeightFiles) -> dict[str, Tensor]:
+def finished_tensors(run: BlockRun, index: int, block: nn.Module) -> dict[str, Tensor]:
     """The tensors of a quantized block as a checkpoint keeps them: what is not quantized in its own type, and with the
-    bits of `files` where nothing has changed it."""
+    bits of the source where nothing has changed it."""
     prefix = run.family.block_prefix(index)
     own = run.other_types_under(prefix)
     found = stored_tensors(block, run.stored_dtype, own)
-    state = {f"{prefix}.{name}": value for name, value in block.state_dict().items() if name in own}
-    original = files.read_all([name for name in state if name in files], run.device)
+    state = {name: value for name, value in block.state_dict().items() if name in own}
+    original = run.source.block(index, run.device, state.keys()) if state else {}
     unchanged = [name for name, value in original.items() if torch.equal(value.to(run.dtype), state[name])]
-    return found | {name.removeprefix(f"{prefix}."): original[name] for name in unchanged}
+    return found | {name: original[name] for name in unchanged}
 
 
-def advance_original(run: BlockRun, index: int, block: nn.Module, files: WeightFiles, original: Executor) -> None:
+def advance_original(run: BlockRun, index: int, block: nn.Module, original: Executor) -> None:
     """Let the original model go on behind a block; `block` has no weights yet."""
     prefix = run.family.block_prefix(index)
     own = deepcopy(block)
-    fill_original(run, own, read_block(files, run.family, index, run.device), prefix)
+    fill_original(run, own, run.source.block(index, run.device), prefix)
     original.begin(own)
     original.advance(f"{prefix} of the original model")
 

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import CheckpointError, FamilyError
-from mxrot.models import (
-    Family,
-    WeightFiles,
-    build_skeleton,
-    check_depth,
-    fill,
-    no_place,
-    read_block,
-    rebuild_buffers,
-    tensor_problems,
-)
+from mxrot.models import Family, Source, build_skeleton, fill, no_place, rebuild_buffers
 from mxrot.scheme import Scheme, install_site
 from mxrot.surgery import stored_tensors
 
@@ -30,16 +20,14 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def load_outer(
-    model: PreTrainedModel, family: Family, files: WeightFiles, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel, family: Family, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Load what is outside of the decoder blocks. FamilyError names a tensor that is missing or has no place."""
+    """Load what is outside of the decoder blocks, by full names. FamilyError names a tensor that is missing or has no
+    place."""
     outside = (family.embedding, family.final_norm, family.head)
-    blocks = (family.block_prefix(index) for index, _ in enumerate(model.get_submodule(family.blocks).children()))
-    known = tuple(f"{place}." for place in (*outside, *blocks))
-    for name in files.names:
-        if not name.startswith(known):
+    for name in tensors:
+        if not name.startswith(tuple(f"{place}." for place in outside)):
             raise FamilyError(no_place(name, family))
-    tensors = outer_tensors(files, family)
     for name in outside:
         prefix = name + "."
         own = {key[len(prefix) :]: value.to(device, dtype) for key, value in tensors.items() if key.startswith(prefix)}
@@ -50,29 +38,21 @@ def load_outer(
     rebuild_buffers(model, family, device)
 
 
-def load_original(
-    config: Any, family: Family, files: WeightFiles, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """The whole model as its files hold it, ready to run: experts as transformers computes them.
+def load_original(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The whole model as its source gives it, ready to run: experts as transformers computes them.
 
-    FamilyError unless the files hold the tensors of the config, all of them and no others.
+    FamilyError unless the source has the tensors of the config, all of them and no others.
     """
-    check_depth(files, family, config)
-    model = build_skeleton(config)
-    for problem in tensor_problems(files, model, family):
+    model, family = build_skeleton(source.config), source.family
+    for problem in source.problems(model):
         raise problem
-    load_outer(model, family, files, dtype, device)
+    load_outer(model, family, source.outer(), dtype, device)
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
-        tensors = read_block(files, family, index, device)
+        tensors = source.block(index, device)
         if family.experts is not None:
             tensors = family.experts.together(tensors)
         fill(block, {name: value.to(dtype) for name, value in tensors.items()}, family.block_prefix(index))
     return model
-
-
-def outer_tensors(files: WeightFiles, family: Family) -> dict[str, Tensor]:
-    """Every tensor outside of the decoder blocks, by its full name."""
-    return {name: files.read(name) for name in files.names if not name.startswith(family.blocks + ".")}
 
 
 def load_finished_block(

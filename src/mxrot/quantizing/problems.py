@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, FamilyError, MxrotError
-from mxrot.models import Family, WeightFiles, linear_problems, quantized_by, tensor_problems
+from mxrot.models import Family, Source, linear_problems, quantized_by
 from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.quantizing.patterns import matches_nothing
 from mxrot.quantizing.site import smoothed_sites
@@ -21,13 +21,13 @@ from mxrot.rules import Rules
 
 
 def find_problems(
-    model: PreTrainedModel, family: Family, recipe: Recipe, where: str, files: WeightFiles | None = None
+    model: PreTrainedModel, family: Family, recipe: Recipe, where: str, source: Source | None = None
 ) -> Iterator[MxrotError]:
     """Why `recipe` cannot quantize `model`, a skeleton of `family`, on any machine; none if it can.
 
-    Without `files` as far as the config tells.
+    Without a `source` as far as the config tells.
     """
-    yield from weight_problems(model, family, where, files)
+    yield from weight_problems(model, where, source)
     yield from ignore_problems(model, family, recipe)
     rules = Rules(recipe, family, model.config.num_hidden_layers)
     wrong = list(rules.problems())
@@ -39,15 +39,13 @@ def find_problems(
     yield from linear_problems(model, family, rules.input_block)
 
 
-def weight_problems(
-    model: PreTrainedModel, family: Family, where: str, files: WeightFiles | None
-) -> Iterator[MxrotError]:
+def weight_problems(model: PreTrainedModel, where: str, source: Source | None) -> Iterator[MxrotError]:
     """Why the weights cannot be quantized, by any recipe."""
     key = quantized_by(model.config)
     if key is not None:
         yield FamilyError(f"{where}: is quantized already ({key} in config.json); give the original")
-    elif files is not None:
-        yield from tensor_problems(files, model, family)
+    elif source is not None:
+        yield from source.problems(model)
 
 
 def ignore_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[MxrotError]:

@@ -27,10 +27,10 @@ from mxrot.failures import named_failures
 from mxrot.heap import give_back
 from mxrot.kernels.choices import kernel_choices
 from mxrot.layers import build_apart, score_heads
-from mxrot.models import WeightFiles, check_depth, find_family, other_types, read_config, read_generation_config
+from mxrot.models import FolderSource, Source, read_generation_config
 from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
-from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer, outer_tensors
+from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.record import BlockReport, RunRecord
 from mxrot.quantizing.site import BlockRun
@@ -83,7 +83,7 @@ class QuantizedModel:
 
 @torch.no_grad()
 def quantize(
-    folder: Path,
+    source: Source | Path,
     recipe: Recipe,
     *,
     windows: Tensor | None = None,
@@ -92,7 +92,7 @@ def quantize(
     store: BlockStore | None = None,
     progress: Progress = silent,
 ) -> QuantizedModel:
-    """Quantize the model in `folder`.
+    """Quantize a model, by its source or its folder.
 
     `windows` are calibration token windows [W, T] (None for a recipe that needs no data). Computes on `device`,
     in the checkpoint's own type on a GPU and in float32 on a CPU; everything a checkpoint keeps is rounded to its
@@ -105,21 +105,17 @@ def quantize(
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    config = read_config(folder)
-    family = find_family(config, str(folder))
-    files = WeightFiles(folder)
-    check_depth(files, family, config)
-    model = build_apart(config)
-    for problem in find_problems(model, family, recipe, str(folder), files):
+    if isinstance(source, Path):
+        source = FolderSource(source)
+    family = source.family
+    model = build_apart(source.config)
+    for problem in find_problems(model, family, recipe, source.name, source):
         raise problem
     if windows is None and not recipe.is_data_free:
         raise ConfigError(f"recipe {recipe.name} needs calibration text")
 
     scheme = Scheme.of(recipe, family, model)
-    stored_dtype = files.dtype_of_most()
-    types = other_types(files, family, stored_dtype)
-    dtype = compute_dtype(stored_dtype, device)
-    run = BlockRun(recipe, family, config, device, stored_dtype, dtype, seed, scheme, types)
+    run = BlockRun(recipe, source, device, compute_dtype(source.dtype, device), seed, scheme)
     given = 0 if windows is None else len(windows)
     too_large = memory_problem(model, recipe, run.dtype, device, free_memory(device))
     if too_large is not None:
@@ -128,7 +124,7 @@ def quantize(
         written = store.load_windows("calibration") if store else None
         if written is None:
             progress(0, 1, "opening the model that writes text to be calibrated on")
-            writer = load_original(config, family, files, run.dtype, device)
+            writer = load_original(source, run.dtype, device)
             each = recipe.calibration.generated
             written = with_generated(writer, windows, given, each, seed, "calibration", progress=progress)
             del writer
@@ -139,7 +135,7 @@ def quantize(
     shape = None if windows is None else (windows.shape[0], windows.shape[1])
     record = RunRecord(recipe, seed, shape, device_name(device), versions(), kernel_choices(device))
 
-    load_outer(model, family, files, run.dtype, device)
+    load_outer(model, family, source.outer(), run.dtype, device)
     executor = original = None
     if not recipe.is_data_free:
         assert windows is not None
@@ -152,14 +148,14 @@ def quantize(
         told = part_of(progress, index, 1, len(blocks))
         told(0, 1, family.block_prefix(index))
         finished = store.load(index) if store and not recipe.tunes_network else None
-        files.will_need(family.block_prefix(index + 1))
+        source.prefetch(index + 1)
         with named_failures(family.block_prefix(index)):
             if finished is None:
-                report = quantize_block(run, index, block, files, executor, original, told)
+                report = quantize_block(run, index, block, executor, original, told)
             else:
                 tensors, report = finished
                 if original is not None and not run.is_last(index):
-                    advance_original(run, index, block, files, original)
+                    advance_original(run, index, block, original)
                 load_finished_block(block, index, tensors, scheme, family, run.dtype, device)
                 if executor is not None:
                     executor.begin(block)
@@ -170,35 +166,34 @@ def quantize(
                 executor.advance(family.block_prefix(index))
         if store is not None and not recipe.tunes_network:
             if finished is None:
-                store.save(index, finished_tensors(run, index, block, files), report)
+                store.save(index, finished_tensors(run, index, block), report)
             block.to("meta")
         give_back()
     if recipe.tunes_network:
         assert windows is not None
         executor = original = None  # their memory
         give_back()
-        record.tuning = _tune_network(run, model, files, windows, given, store, progress)
+        record.tuning = _tune_network(run, model, windows, given, store, progress)
         if store is not None:
             for index, block in enumerate(blocks):
-                store.save(index, finished_tensors(run, index, block, files), record.blocks[index])
+                store.save(index, finished_tensors(run, index, block), record.blocks[index])
                 block.to("meta")
     if store is None:
-        read_generation_config(model, folder)
+        read_generation_config(model, source.folder)
         if device.type == "cuda":
             prepare(model, scheme)
     else:
-        store.save_rest(outer_tensors(files, family))
+        store.save_rest(source.outer())
     progress(len(blocks), len(blocks), "done")
     record.seconds = time.monotonic() - started
     if device.type == "cuda":
         record.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
-    return QuantizedModel(None if store else model, record, scheme, stored_dtype)
+    return QuantizedModel(None if store else model, record, scheme, source.dtype)
 
 
 def _tune_network(
     run: BlockRun,
     model: PreTrainedModel,
-    files: WeightFiles,
     windows: Tensor,
     given: int,
     store: BlockStore | None,
@@ -208,7 +203,7 @@ def _tune_network(
     options = run.recipe.tuning
     assert options is not None
     progress(0, 1, "opening the original model")
-    original = load_original(run.config, run.family, files, run.dtype, run.device)
+    original = load_original(run.source, run.dtype, run.device)
     if options.generated:
         written = store.load_windows("tuning") if store else None
         if written is None:

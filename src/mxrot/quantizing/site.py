@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from mxrot.cuda_graphs import Replays
 from mxrot.errors import NumericsError
 from mxrot.formats import QTensor
 from mxrot.layers import QuantLinear
-from mxrot.models import Family, Site, value_heads
+from mxrot.models import Family, Site, Source, value_heads
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.finite import check_folded, check_rounded, check_statistics, check_transform, named_factorizations
 from mxrot.quantizing.record import LinearReport
@@ -48,20 +48,28 @@ class BlockRun:
     """What stays the same from block to block."""
 
     recipe: Recipe
-    family: Family
-    config: Any
+    source: Source
     device: torch.device
-    stored_dtype: torch.dtype
-    """Of most weights."""
     dtype: torch.dtype
     """In which is computed."""
     seed: int
     scheme: Scheme
-    other_types: Mapping[str, torch.dtype] = field(default_factory=dict)
-    """Of tensors that are stored in another type than most, by their full names."""
     replay: Replays = field(default_factory=Replays)
     world: World = ONE
     """The processes that the calibration windows are spread over."""
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+    @property
+    def config(self) -> Any:
+        return self.source.config
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of most weights."""
+        return self.source.dtype
 
     def is_last(self, index: int) -> bool:
         """Does no decoder block follow block `index`?"""
@@ -70,13 +78,14 @@ class BlockRun:
     def rounding_type(self, name: str) -> torch.dtype:
         """What a tensor that is changed here is rounded to: the type that it will be stored in, unless computing holds
         less."""
-        own = self.other_types.get(name, self.stored_dtype)
+        own = self.source.types.get(name, self.stored_dtype)
         return own if own == self.stored_dtype or self.dtype.itemsize >= 4 else self.dtype
 
     def other_types_under(self, prefix: str) -> dict[str, torch.dtype]:
-        """Those of `other_types` whose names start with `prefix` and a dot, by the rest of their names."""
+        """The types of tensors that are stored in another one and whose names start with `prefix` and a dot, by the
+        rest of their names."""
         dotted = prefix + "."
-        return {name[len(dotted) :]: own for name, own in self.other_types.items() if name.startswith(dotted)}
+        return {name[len(dotted) :]: own for name, own in self.source.types.items() if name.startswith(dotted)}
 
     @cached_property
     def rules(self) -> Rules:

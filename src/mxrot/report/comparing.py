@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mxrot import api, quantizing
 from mxrot.evaluation import score_tasks
 from mxrot.layers import ModelSize, QuantLinear, build_apart
-from mxrot.models import WeightFiles, check_depth, find_family, find_model, read_config
+from mxrot.models import FolderSource, find_model
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.problems import find_problems
 from mxrot.recipe import Recipe
@@ -48,13 +48,10 @@ def compare_recipes(
     `extra["generated"]` is what the model makes of it. One model is in memory at a time.
     """
     folder = find_model(model)
-    config = read_config(folder)
-    family = find_family(config, model)
-    files = WeightFiles(folder)
-    check_depth(files, family, config)
-    skeleton = build_apart(config)
+    source = FolderSource(folder, model)
+    skeleton = build_apart(source.config)
     for recipe in recipes:
-        for problem in find_problems(skeleton, family, recipe, model, files):
+        for problem in find_problems(skeleton, source.family, recipe, model, source):
             raise problem
     tokenizer = api.load_tokenizer(folder)
     read = api.read_texts(folder, texts, windows=windows, seq_len=seq_len, progress=progress)
@@ -62,7 +59,7 @@ def compare_recipes(
         calib = load_texts(calib, "calibration")
     calibrations = [api.calibrate(folder, recipe, calib, samples, seq_len, progress) for recipe in recipes]
     device = device or api.default_device()
-    stored = files.dtype_of_most()
+    stored = source.dtype
     rows = []
     entries: list[Calibration | None] = [None, *calibrations]
     for entry in entries:

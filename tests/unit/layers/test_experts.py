@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from mxrot.errors import FamilyError
 from mxrot.layers import build_apart, separate_experts
 from mxrot.layers.experts import Experts
-from mxrot.models import FAMILIES, WeightFiles, check_linears, find_family, read_block, read_config
+from mxrot.models import FAMILIES, FolderSource, WeightFiles, check_linears, find_family, read_config
 from mxrot.models.families import EXPERTS
 from mxrot.quantizing.loading import load_original
 
@@ -25,7 +25,7 @@ TOKENS = random_windows(3, 20)
 
 
 def of_block(folder: Path, index: int = 0) -> dict[str, torch.Tensor]:
-    return read_block(WeightFiles(folder), find_family(read_config(folder), "here"), index)
+    return FolderSource(folder).block(index)
 
 
 @each
@@ -71,9 +71,7 @@ def test_both_layouts_on_disk_give_the_same_tensors(tmp_path: Path, kind: str) -
 @each
 def test_the_original_is_loaded_as_transformers_has_it(tmp_path: Path, kind: str) -> None:
     folder = write_tiny_mixture(tmp_path / "tiny", kind)
-    config = read_config(folder)
-    family = find_family(config, "here")
-    model = load_original(config, family, WeightFiles(folder), torch.float32, torch.device("cpu"))
+    model = load_original(FolderSource(folder), torch.float32, torch.device("cpu"))
     assert [module for module in model.modules() if type(module).__name__ in EXPERTS]
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
@@ -84,9 +82,8 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = read_config(folder)
     with pytest.raises(FamilyError, match=r"got no model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight; is the"):
-        load_original(config, find_family(config, "x"), WeightFiles(folder), torch.float32, torch.device("cpu"))
+        load_original(FolderSource(folder), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("changes", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}], ids=str)

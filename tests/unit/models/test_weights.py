@@ -51,13 +51,6 @@ def test_a_single_file_and_shards_give_the_same(folder: Path, sharded: Path) -> 
     assert "no.such.tensor" not in single
 
 
-def test_read_under_takes_one_block_only(tmp_path: Path) -> None:
-    files = WeightFiles(write_tiny_model(tmp_path / "deep", num_hidden_layers=12))
-    block = files.read_under("model.layers.1")
-    assert len(block) == 9 and "mlp.down_proj.weight" in block
-    assert torch.equal(block["mlp.down_proj.weight"], files.read("model.layers.1.mlp.down_proj.weight"))
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_damaged_numbers_name_tensor_and_file(folder: Path, bad: float) -> None:
     norm = torch.ones(64, dtype=torch.float16)

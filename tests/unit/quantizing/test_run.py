@@ -124,9 +124,9 @@ def test_a_block_sees_the_outputs_of_quantized_blocks(
     seen: dict[int, Tensor] = {}
     original = pipeline.quantize_block
 
-    def spy(run: Any, index: int, block: nn.Module, files: WeightFiles, executor: Executor, *more: Any) -> BlockReport:
+    def spy(run: Any, index: int, block: nn.Module, executor: Executor, *more: Any) -> BlockReport:
         seen[index] = executor.stacked(range(executor.windows))
-        return original(run, index, block, files, executor, *more)
+        return original(run, index, block, executor, *more)
 
     monkeypatch.setattr(pipeline, "quantize_block", spy)
     model = model_of(source, chosen)
