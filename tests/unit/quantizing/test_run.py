@@ -405,7 +405,7 @@ def test_an_odd_linear_can_be_ignored(tmp_path: Path) -> None:
 def test_smoothing_needs_a_place_to_go(source: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]) -> None:
     """Of a family with a site that nothing can be folded before."""
     sites = tuple(Site(site.name, site.linears) if site.name == "o" else site for site in LLAMA.sites)
-    monkeypatch.setattr(pipeline, "find_family", lambda config, where: replace(LLAMA, sites=sites))
+    monkeypatch.setattr("mxrot.models.source.find_family", lambda config, where: replace(LLAMA, sites=sites))
     with pytest.raises(ConfigError, match=r"site 'o' of family llama .* smoothing\.skip, or set transform\.sharing = "):
         quantize(source, recipe("smoothquant"), windows=WINDOWS)
     assert reads == []
