@@ -7,6 +7,7 @@ makes of a recipe is a recipe again, for some sites, and checked like any other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,13 +26,10 @@ from mxrot.recipe_files import recipe_text, tomllib
 from mxrot.rounding import RoundingMethod
 from mxrot.sections import CalibrationChoice, QuantizerChoice, Smoothing, Tuning
 from mxrot.tables import build, build_method, keys_of, misplaced, plain, section, write_toml
-from mxrot.transforms import Sharing, TransformMethod
+from mxrot.transforms import BlockDiagonalSpec, Sharing, StageSpec, TransformMethod
 from mxrot.typed import check_fields, checked
 
 Accumulation = Literal["exact", "fast"]
-
-TRANSFORM_BLOCK = 32
-"""Channels that one transform matrix mixes: the block of the MX formats."""
 
 
 @dataclass(frozen=True)
@@ -65,28 +63,23 @@ class Recipe:
             raise ConfigError(f"recipe {brief(self.name)}: a name is one line of text")
         weights = self._quantizer("weights", self.weights)
         self.rounding.check(weights.format, weights.rule)
-        score = getattr(self.transform, "score", "")
-        measures_error = score in ("error", "joint")
-        if score == "joint":
-            self._require(
-                weights.format.block is not None and TRANSFORM_BLOCK % weights.format.block == 0,
-                f'transform score = "joint" sees blocks of {TRANSFORM_BLOCK}, and weights in {weights.format.name} '
-                f"have blocks of {weights.format.block}",
-            )
-        if self.activations is None:
-            self._require(not measures_error, 'transform score = "error" or "joint" needs activations')
-        else:
+        activations = None
+        if self.activations is not None:
             activations = self._quantizer("activations", self.activations)
-            rule, format = activations.rule, activations.format
-            self._require(rule.dynamic, f"activations: rule {rule.name!r} is for weights only")
-            self._require(
-                not measures_error or (format.block is not None and TRANSFORM_BLOCK % format.block == 0),
-                f'transform score = "{score}" sees blocks of {TRANSFORM_BLOCK}, and activations in {format.name} '
-                f"have blocks of {format.block}",
-            )
+            self._require(activations.rule.dynamic, f"activations: rule {activations.rule.name!r} is for weights only")
+        try:
+            self.transform.check(weights.format, None if activations is None else activations.format)
+        except ConfigError as error:
+            raise ConfigError(f"recipe {self.name}: {error}") from error
         if self.tuning is not None:
             self._require(self.activations is not None, "tuning needs quantized activations")
             self._require(weights.is_exact_in_bfloat16, f"tuning cannot hold {weights.format.name} in bfloat16")
+            stages = self.transform.own_specs(self.transform.block, self.sharing)
+            self._require(
+                len(stages) < 2 and all(isinstance(stage, BlockDiagonalSpec) for stage in stages),
+                f"tuning moves one block-diagonal stage, and transform {self.transform.name} is of "
+                f"{', '.join(stage.kind for stage in stages)}",
+            )
         _ = self.variants  # each override must be right by itself
 
     @cached_property
@@ -152,18 +145,20 @@ class Recipe:
     @property
     def has_transform(self) -> bool:
         """Does the model, at any site, apply a matrix to its inputs at run time?"""
-        return any(
-            one.transform.name != "identity" or (one.smoothing is not None and one.sharing == "block")
-            for one in self.variants
-        )
+        return any(one._stages for one in self.variants)
+
+    @property
+    def _stages(self) -> tuple[StageSpec, ...]:
+        """Those of a site of one block, without overrides."""
+        return self.transform.specs(self.transform.block, self.sharing, self.smoothing is not None)
 
     @property
     def input_block(self) -> int:
         """in_features of every quantized linear without an override must be a multiple of this."""
-        blocks = [TRANSFORM_BLOCK, get_format(self.weights.format).block or 1]
+        blocks = [get_format(self.weights.format).block or 1]
         if self.activations is not None:
             blocks.append(get_format(self.activations.format).block or 1)
-        return max(blocks)
+        return math.lcm(*blocks, *(stage.multiple for stage in self._stages))
 
     def to_toml(self) -> str:
         """The recipe with every field spelled out; `from_toml` of it is equal to this recipe."""

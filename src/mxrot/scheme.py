@@ -18,11 +18,11 @@ from mxrot.errors import ConfigError
 from mxrot.formats import QTensor
 from mxrot.layers import QuantLinear, TensorQuantizer, prepare_linears, prepare_on_gpus
 from mxrot.models import Family, Site
-from mxrot.recipe import TRANSFORM_BLOCK, Accumulation, Recipe
+from mxrot.recipe import Accumulation, Recipe
 from mxrot.rules import Rules
 from mxrot.surgery import install_empty_site
 from mxrot.transforms.site_transform import stored_tensors
-from mxrot.transforms.stages import BlockDiagonalSpec, StageSpec
+from mxrot.transforms.stages import StageSpec
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class SiteScheme:
     stages: tuple[StageSpec, ...] = ()
     """Of the input transform, in the order in which they are applied."""
     accumulation: Accumulation = "exact"
+
+    @property
+    def input_block(self) -> int:
+        """What in_features must be a multiple of."""
+        quantizers = [self.weights] if self.activations is None else [self.weights, self.activations]
+        blocks = [quantizer.format.block or 1 for quantizer in quantizers]
+        return math.lcm(*blocks, *(stage.multiple for stage in self.stages))
 
     def weight_bytes(self, rows: int, width: int) -> tuple[int, int]:
         """What the codes of a weight [rows, width] take, and its scales."""
@@ -96,13 +103,7 @@ class Scheme:
     def input_block(self, linear: str) -> int:
         """What in_features of a linear, by its full name, must be a multiple of."""
         one = self.linears.get(linear)
-        blocks = [TRANSFORM_BLOCK]
-        if one is not None:
-            quantizers = [one.weights] if one.activations is None else [one.weights, one.activations]
-            blocks += [quantizer.format.block or 1 for quantizer in quantizers] + [
-                stage.multiple for stage in one.stages
-            ]
-        return max(blocks)
+        return 1 if one is None else one.input_block
 
     def active_sites(self, family: Family, index: int) -> tuple[Site, ...]:
         """The sites of block `index` without linears that are left as they are; empty ones are gone."""
@@ -117,11 +118,7 @@ class Scheme:
 
 def site_scheme(recipe: Recipe, width: int, is_smoothed: bool) -> SiteScheme:
     """What `recipe` installs at a site that reads so many channels, by itself (without overrides)."""
-    stages: tuple[StageSpec, ...] = ()
-    if recipe.has_transform:
-        is_one = recipe.transform.is_one_for_all and not is_smoothed
-        one = recipe.sharing == "site" or is_one or width == TRANSFORM_BLOCK
-        stages = (BlockDiagonalSpec(TRANSFORM_BLOCK, "site" if one else "block"),)
+    stages = recipe.transform.specs(width, recipe.sharing, is_smoothed)
     activations = None if recipe.activations is None else recipe.activations.for_inputs()
     return SiteScheme(recipe.weights.quantizer(), activations, stages, recipe.accumulation)
 

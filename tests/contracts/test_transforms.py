@@ -42,7 +42,7 @@ def fit(name: str, sharing: Sharing, seed: int = 0, site: str = "a.q_proj") -> B
 
 def refit(name: str, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
     method = METHODS[name]()
-    collectors = {need: COLLECTORS[need](BLOCK, getattr(method, "rows", 0), 512) for need in method.needs}
+    collectors = {need: COLLECTORS[need](BLOCK, method.tokens_kept, 512) for need in method.needs}
     for batch in inputs():
         for collector in collectors.values():
             collector.update(batch)

@@ -8,7 +8,7 @@ from mxrot.recipe import Recipe, load_recipe
 from mxrot.rounding.gptq import GPTQ
 from mxrot.rounding.rtn import RoundToNearest
 from mxrot.sections import CalibrationChoice, QuantizerChoice, Smoothing
-from mxrot.transforms.hadamard import Identity
+from mxrot.transforms.hadamard import Hadamard, Identity
 from mxrot.transforms.outlier import OutlierRotation
 
 MXFP4 = {"format": "mxfp4"}
@@ -91,7 +91,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("weights", merged(weights={"bits": 4}), r"^mine\.toml: weights: unknown key 'bits'; known: format, rule"),
     ("activations", merged(activations={"bits": 4}), r"activations: unknown key 'bits'"),
     ("smoothing", merged(smoothing={"beta": 4}), r"smoothing: unknown key 'beta'; known: alpha, skip"),
-    ("transform", merged(transform={"stepps": 4}), r"did you mean 'steps'\? known: steps, method, sharing, score"),
+    (
+        "transform",
+        merged(transform={"stepps": 4}),
+        r"did you mean 'steps'\? known: steps, method, sharing, block",
+    ),
     ("rounding", merged(rounding={"damp": 4}), r"did you mean 'damping'\? known: damping, .*method, scales"),
     ("calibration", merged(calibration={"n": 4}), r"calibration: unknown key 'n'; known: samples, seq_len"),
     ("rtn", {**SMALLEST, "rounding": {"method": "rtn", "a": 1}}, r"rounding: unknown key 'a'; known: method"),
@@ -267,12 +271,14 @@ def test_what_is_applied_at_run_time() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "activations", "expected"),
-    [("mxfp4", "", 32), ("nvfp4", "nvfp4", 32), ("int4_g128", "mxfp4", 128), ("mxfp4", "int4_g128", 128)],
+    [("mxfp4", "", 32), ("nvfp4", "nvfp4", 16), ("int4_g128", "mxfp4", 128), ("mxfp4", "int4_g128", 128)],
 )
 def test_the_block_that_inputs_must_fill(weights: str, activations: str, expected: int) -> None:
     choice = QuantizerChoice(activations) if activations else None
     recipe = Recipe("x", QuantizerChoice(weights), Identity(), RoundToNearest(), activations=choice)
     assert recipe.input_block == expected
+    rotated = Recipe("x", QuantizerChoice(weights), Hadamard(block=64), RoundToNearest(), activations=choice)
+    assert rotated.input_block == max(64, expected)
 
 
 @pytest.mark.parametrize("section", ["activations", "smoothing", "tuning"])

@@ -16,7 +16,7 @@ from mxrot.kernels import outputs, rotate_quantize
 from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
 from mxrot.rounding.base import Requirements
-from mxrot.transforms import BlockDiagonal
+from mxrot.transforms import SiteTransform
 from mxrot.transforms.stages import STORED_DTYPE
 
 
@@ -34,8 +34,8 @@ class SiteInputs:
 
     executor: Executor
     site: Site
-    transform: BlockDiagonal | None
-    """As it is applied: bfloat16 numbers."""
+    transform: SiteTransform | None
+    """As it is applied: after the rounding of a checkpoint."""
     quantizer: TensorQuantizer | None
 
     def hessian(self, weights: SiteWeights, requirements: Requirements) -> Tensor:
@@ -100,13 +100,15 @@ class SiteInputs:
 
     @cached_property
     def _matrices(self) -> Tensor | None:
-        return None if self.transform is None else self.transform.matrices.to(STORED_DTYPE)
+        found = None if self.transform is None else self.transform.matrices
+        return None if found is None else found.to(STORED_DTYPE)
 
     def _seen(self, x: Tensor) -> Tensor:
         """The shape of `x`; bfloat16 on a GPU where that holds it exactly, else float32."""
         if self.quantizer is None:
             return x.float() if self.transform is None else self.transform.apply(x)
-        seen = rotate_quantize(x, self._matrices, self.quantizer.format, self.quantizer.rule)
+        led = x if self.transform is None else self.transform.lead(x)
+        seen = rotate_quantize(led, self._matrices, self.quantizer.format, self.quantizer.rule)
         return seen.to(torch.bfloat16) if seen.is_cuda and self.quantizer.is_exact_in_bfloat16 else seen
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mxrot.kernels import weight_parts
-from mxrot.transforms import BlockDiagonal
+from mxrot.transforms import SiteTransform
 
 MOST_TOGETHER = 1 << 27
 """float64 weights of a site (1 GiB) up to which all rows are taken together. For other numbers of rows a library may
@@ -46,7 +46,7 @@ class SiteWeights:
     weights: Mapping[str, Tensor]
     """[rows, K], by their names; may hold more than those of the site."""
     linears: Sequence[str]
-    transform: BlockDiagonal | None = None
+    transform: SiteTransform | None = None
     """As it is applied."""
 
     @cached_property

@@ -9,7 +9,7 @@ from mxrot.layers import build_apart
 from mxrot.models import WeightFiles, find_family, read_config
 from mxrot.planning.memory import Run
 from mxrot.planning.shape import ModelShape
-from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+from mxrot.recipe import Recipe
 
 STATE_NUMBERS = 4
 """float32 numbers that an unfinished tuning keeps of each parameter: now, at its best, and two averages of Adam."""
@@ -51,5 +51,6 @@ def _state_bytes(run: Run) -> float:
     assert tuning is not None
     weights = run.shape.quantized_weights
     transforms = run.shape.size_after(run.stored).transform_bytes // 2
-    parameters = weights * (1 + (tuning.exponent_rate > 0) / TRANSFORM_BLOCK) + transforms * (tuning.transform_rate > 0)
+    block = run.recipe.weights.quantizer().format.block or run.shape.widest
+    parameters = weights * (1 + (tuning.exponent_rate > 0) / block) + transforms * (tuning.transform_rate > 0)
     return 4.0 * STATE_NUMBERS * parameters

@@ -22,8 +22,8 @@ from mxrot.kernels.chunked import CHUNK_ELEMENTS
 from mxrot.kernels.plain.moments import LEAST_CHUNK, MOST_PARTIAL
 from mxrot.planning.shape import ModelShape, SiteShape
 from mxrot.quantizing.run import tokens_at_once
-from mxrot.recipe import TRANSFORM_BLOCK, Recipe
-from mxrot.transforms.outlier import GROUPS_AT_ONCE, OutlierRotation
+from mxrot.recipe import Recipe
+from mxrot.transforms import FitSize
 from mxrot.tuning.network import CHECKPOINT_BYTES, LOGIT_TOKENS
 
 PROCESS_BYTES = {"cpu": 5e8, "cuda": 3e9}
@@ -363,8 +363,8 @@ def _site_stages(run: Run, position: int) -> list[Stage]:
     if run.tokens:
         stages.append(Stage(f"{name}: collecting", base | {"one batch": _forward(run, position)}))
     if recipe.has_transform:
-        weights = 16.0 * here.weights / here.transforms
-        stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": weights + _fitting(run, here)}))
+        weights, of_fit = 16.0 * here.weights / here.transforms, run.recipe.transform.fitting_bytes(fit_size(run, here))
+        stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": weights + of_fit}))
     if here.transforms < here.experts:
         base["rounded weights of the other experts"] = CODED_BYTES * (here.weights - n * k)
     matrices = 0.0
@@ -382,18 +382,10 @@ def _site_stages(run: Run, position: int) -> list[Stage]:
     return stages
 
 
-def _fitting(run: Run, here: SiteShape) -> float:
-    """Bytes that a search takes besides the weights; on a GPU those of all recorded searches."""
-    method = run.recipe.transform
-    if not isinstance(method, OutlierRotation):
-        return 8.0 * here.weights / here.transforms
-    rotations = 3 * 8.0 * method.steps * TRANSFORM_BLOCK**3
-    sites = run.shape.fullest if run.is_gpu else (here,)
-    is_shared, size = run.recipe.sharing == "site", TRANSFORM_BLOCK
-    groups = {1 if is_shared else min(GROUPS_AT_ONCE, site.inputs // size) for site in sites}
-    rows = method.rows * (8 if is_shared else 1)
-    one = [count * (3 * 4.0 * rows * size + 3 * 8.0 * method.steps * size * size) for count in groups]
-    return rotations + sum(one)
+def fit_size(run: Run, here: SiteShape) -> FitSize:
+    """What one transform of a site is fitted to; on a GPU the fits of all sites are recorded."""
+    recorded = tuple(site.inputs for site in run.shape.fullest) if run.is_gpu else ()
+    return FitSize(here.outputs // here.transforms, here.inputs, run.recipe.sharing, run.tokens, recorded)
 
 
 def _statistics(run: Run, position: int) -> dict[str, float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,11 @@ from torch import Tensor
 
 from mxrot.formats import get_format, quantize
 from mxrot.kernels import rotate_quantize
-from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+from mxrot.recipe import Recipe
 from mxrot.rounding.gptq import NEIGHBOURS
 from mxrot.rounding.linalg import inverse_factor
 from mxrot.rounding.walk import walk_reached
-from mxrot.transforms import BlockDiagonal, SiteSample
-from mxrot.transforms.moments import balancing_transform
-from mxrot.transforms.outlier import OutlierRotation
+from mxrot.transforms import TransformMethod
 
 SECONDS = 0.25
 """Of each measurement, about."""
@@ -48,10 +47,8 @@ class Rates:
     """Weights that become codes."""
     quantized: float
     """Activations transformed and quantized."""
-    searched: float
-    """Numbers rotated by the steps of a search for outlier rotations."""
-    balanced: float
-    """Second-moment transforms fitted."""
+    fitted: float
+    """Units of the transform method, as it counts them, fitted."""
     operations: float
     """Small operations started, one after the other."""
 
@@ -68,7 +65,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, recipe: Recipe) -> R
     return Rates(
         **_matrix_rates(device, dtype, normal),
         **_rounding_rates(device, dtype, recipe, normal),
-        **_transform_rates(device, recipe, normal),
+        fitted=_fitted_rate(recipe.transform, device),
     )
 
 
@@ -97,10 +94,12 @@ def _rounding_rates(
     timed = partial(_seconds, device=device)
     weights = recipe.weights.quantizer()
     seen = weights if recipe.activations is None else recipe.activations.for_inputs()
-    height, width, size = 16384 if device.type == "cuda" else 2048, 1024, TRANSFORM_BLOCK
+    mxfp4, mixed = get_format("mxfp4"), recipe.transform.block
+    height, size = 16384 if device.type == "cuda" else 2048, mxfp4.block or 1
+    width = math.lcm(1024, mixed)
     rows = normal(height, width, dtype=torch.float64)
-    states, matrices = rows.to(dtype), normal(width // size, size, size).to(torch.bfloat16)
-    mxfp4, factor = get_format("mxfp4"), torch.eye(WALK_COLUMNS, dtype=torch.float64, device=device)
+    states, matrices = rows.to(dtype), normal(width // mixed, mixed, mixed).to(torch.bfloat16)
+    factor = torch.eye(WALK_COLUMNS, dtype=torch.float64, device=device)
 
     def walk(count: int) -> float:
         """The seconds of so many rows, a few blocks wide."""
@@ -116,29 +115,13 @@ def _rounding_rates(
     }
 
 
-def _transform_rates(device: torch.device, recipe: Recipe, normal: Callable[..., Tensor]) -> dict[str, float]:
-    timed = partial(_seconds, device=device)
-    factors = normal(32, TRANSFORM_BLOCK, TRANSFORM_BLOCK, dtype=torch.float64)
-    moments = factors @ factors.mT
-    method = recipe.transform
-    return {
-        "balanced": len(moments) / timed(lambda: balancing_transform(moments, moments, 0.01)),
-        # Without a search its rate divides nothing.
-        "searched": _search_rate(method, device, timed) if isinstance(method, OutlierRotation) else 1.0,
-    }
-
-
-def _search_rate(method: OutlierRotation, device: torch.device, timed: Callable[..., float]) -> float:
-    """Numbers times steps in a second of a search for the smallest peak, for some blocks at once."""
-    groups, size = 32 if device.type == "cuda" else 8, TRANSFORM_BLOCK
-    blocks = torch.randn(groups, method.rows, size, device=device)
-    plain = replace(method, sample="peaks", score="peak", start="identity", steps=min(method.steps, 16))
-    sample = SiteSample(torch.zeros(1, groups * size, dtype=torch.float64, device=device), size, {"peaks": blocks})
-
-    def fit() -> BlockDiagonal:
-        return plain.fit(sample, "block", torch.Generator().manual_seed(0))
-
-    return blocks.numel() * plain.steps / timed(fit)
+def _fitted_rate(method: TransformMethod, device: torch.device) -> float:
+    """Units of a method's own in a second; without a trial the rate divides nothing."""
+    found = method.trial(device)
+    if found is None:
+        return 1.0
+    fit, units = found
+    return units / _seconds(fit, device)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

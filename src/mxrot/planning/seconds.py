@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
-from mxrot.planning.memory import Run, activation_bytes, keeps_share, reads_residual
+from mxrot.planning.memory import Run, activation_bytes, fit_size, keeps_share, reads_residual
 from mxrot.planning.rates import Rates
 from mxrot.planning.shape import SiteShape
-from mxrot.recipe import TRANSFORM_BLOCK
-from mxrot.rounding.gptq import NEIGHBOURS
-from mxrot.transforms.outlier import OutlierRotation
 
 DISK_BYTES = 1e9
 """Bytes a second that files are read, hashed and written at; assumed, not measured."""
@@ -77,8 +74,8 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
     if requirements.hessian:
         factors = (2 if run.sees_original else 1) * here.experts
         found["factors of the Hessians"] = Work(factor=float(factors * k**3), operations=30.0 * factors)
-        candidates = len(NEIGHBOURS) if getattr(recipe.rounding, "scales", "") == "walked" else 1
-        steps = here.experts * k // TRANSFORM_BLOCK
+        candidates = recipe.rounding.candidates
+        steps = here.experts * k // (recipe.weights.quantizer().format.block or k)
         found["rounding"].add(
             rounded=float(n * k * candidates),
             block_steps=float(steps),
@@ -93,15 +90,10 @@ def _transform(run: Run, here: SiteShape) -> Work:
     """Fitting a transform and folding it into the weights."""
     if not run.recipe.has_transform:
         return Work()
-    n, k = here.outputs, here.inputs
-    method, groups = run.recipe.transform, here.transforms * here.inputs // TRANSFORM_BLOCK
-    work = Work(copy=48.0 * n * k, float64=2.0 * n * k * TRANSFORM_BLOCK, operations=100)
-    if isinstance(method, OutlierRotation):
-        rows = method.rows * (8 if run.recipe.sharing == "site" else groups)
-        work.add(searched=min(rows, max(1, run.tokens) * groups) * TRANSFORM_BLOCK * method.steps)
-    elif method.needs:
-        work.add(balanced=here.transforms if run.recipe.sharing == "site" else groups)
-        work.add(float64=2.0 * n * k * TRANSFORM_BLOCK)
+    n, k, method = here.outputs, here.inputs, run.recipe.transform
+    work = Work(copy=48.0 * n * k, float64=2.0 * n * k * method.block, operations=100)
+    amounts = method.fitting_work(fit_size(run, here))
+    work.add(**{name: here.transforms * amount for name, amount in amounts.items()})
     return work
 
 
@@ -135,7 +127,7 @@ def _statistics(run: Run, here: SiteShape) -> Work:
     batches = here.experts * run.tokens / run.batch_tokens
     work = Work(operations=30 * batches)
     if "moments" in recipe.transform.needs:
-        work.add(product=2.0 * tokens * k * (MOMENT_CHANNELS if run.is_gpu else 4 * TRANSFORM_BLOCK))
+        work.add(product=2.0 * tokens * k * (MOMENT_CHANNELS if run.is_gpu else 4 * recipe.transform.block))
     if recipe.transform.needs:
         work.add(copy=3.0 * tokens * k * run.itemsize)
     if not requirements.hessian:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mxrot.errors import NumericsError
 from mxrot.formats import QTensor
 from mxrot.models import Site
-from mxrot.transforms import BlockDiagonal
+from mxrot.transforms import SiteTransform
 
 
 def check_folded(block: nn.Module, name: str, site: Site, dtype: torch.dtype) -> None:
@@ -51,9 +51,9 @@ def named_factorizations(name: str) -> Iterator[None]:
         ) from error
 
 
-def check_transform(transform: BlockDiagonal, name: str) -> None:
+def check_transform(transform: SiteTransform, name: str) -> None:
     """NumericsError unless a transform and its inverse are finite."""
-    if not (torch.isfinite(transform.matrices).all() and torch.isfinite(transform.inverse_transposes).all()):
+    if not all(stage.is_finite for stage in transform.stages):
         raise NumericsError(f"{name}: its transform or the inverse is not finite; check the model's weights")
 
 

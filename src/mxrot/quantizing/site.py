@@ -29,12 +29,12 @@ from mxrot.models import Family, Site, Source, value_heads
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.finite import check_folded, check_rounded, check_statistics, check_transform, named_factorizations
 from mxrot.quantizing.record import LinearReport
-from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+from mxrot.recipe import Recipe
 from mxrot.rounding import Prepared
 from mxrot.rules import Rules
 from mxrot.scheme import Scheme, SiteScheme, fill_site, install_site
 from mxrot.surgery import Weights, fold_into_producer, shareable_scales
-from mxrot.transforms import BlockDiagonal, SiteSample, generator_for
+from mxrot.transforms import SiteSample, SiteTransform, generator_for
 from mxrot.transforms.smoothing import smoothing_scales
 
 ERROR_ROWS = 512
@@ -199,7 +199,7 @@ def quantize_site(
 
 def fit_transform(
     run: BlockRun, part: Part, site: Site, scales: Tensor | None, rows: RowSample
-) -> BlockDiagonal | None:
+) -> SiteTransform | None:
     """The site's transform as a checkpoint will hold it; None where nothing is applied at run time.
 
     With `sharing = "block"` it starts with the division by the smoothing scales. `rows` gets the raw inputs.
@@ -209,9 +209,8 @@ def fit_transform(
     name = f"{part.name}.{site.linears[0]}"
     collectors = {}
     if executor is not None:
-        rows_wanted = getattr(method, "rows", 0)
         collectors = {
-            need: COLLECTORS[need](TRANSFORM_BLOCK, rows_wanted, executor.tokens, executor.tokens_before)
+            need: COLLECTORS[need](method.block, method.tokens_kept, executor.tokens, executor.tokens_before)
             for need in sorted(method.needs)
         }
         largest = LargestMagnitude()
@@ -237,17 +236,17 @@ def fit_transform(
         smoothed = smoothed * scales
     seen = {need: collector.result(run.world) for need, collector in collectors.items()}
     check_statistics(seen, name)
-    sample = SiteSample(smoothed, TRANSFORM_BLOCK, seen, scheme.activations, scheme.weights, run.replay)
+    sample = SiteSample(smoothed, method.block, seen, scheme.activations, scheme.weights, run.replay)
     with named_factorizations(name):
-        transform = method.fit(sample, recipe.sharing, generator_for(run.seed, name))
+        transform = SiteTransform.of(method.fit(sample, recipe.sharing, generator_for(run.seed, name)))
         if scales is not None:
-            transform = BlockDiagonal.diagonal(1 / scales, TRANSFORM_BLOCK).compose(transform)
+            transform = transform.after_scaling(1 / scales)
         applied = transform.as_applied()
         check_transform(applied, name)
     return applied
 
 
-def round_site(run: BlockRun, part: Part, site: Site, transform: BlockDiagonal | None) -> dict[str, RoundedLinear]:
+def round_site(run: BlockRun, part: Part, site: Site, transform: SiteTransform | None) -> dict[str, RoundedLinear]:
     """Round the linears of a site, by their names, for the inputs of the part."""
     weights = SiteWeights(part.weights, site.linears, transform)
     recipe, scheme = run.of(part, site)
@@ -338,12 +337,12 @@ def install_rounded(
     run: BlockRun,
     part: Part,
     site: Site,
-    transform: BlockDiagonal | None,
+    transform: SiteTransform | None,
     rounded: dict[str, RoundedLinear],
     rows: RowSample,
 ) -> list[LinearReport]:
     """Put quantized linears in place; what they cost, on the inputs in `rows`."""
-    stored = None if transform is None else transform.to_stored()
+    stored = None if transform is None else transform.stored()["weight"]
     quantized = {linear: found.weight for linear, found in rounded.items()}
     _, scheme = run.of(part, site)
     install_site(part.module, part.index, site, scheme)

@@ -70,6 +70,11 @@ class RoundingMethod(ABC):
         """Nothing by default."""
         return Requirements()
 
+    @property
+    def candidates(self) -> int:
+        """Scales that each block is rounded under before one is kept: how often the work is done."""
+        return 1
+
     def check(self, format: Format, rule: ScaleRule) -> None:
         """ConfigError if this method cannot round to `format` under `rule`."""
         return

@@ -68,6 +68,10 @@ class GPTQ(RoundingMethod):
         if self.scales != "fixed" and self.columns == "descending":
             raise ConfigError('rounding gptq: columns = "descending" needs scales = "fixed"')
 
+    @property
+    def candidates(self) -> int:
+        return len(NEIGHBOURS) if self.scales == "walked" else 1
+
     def check(self, format: Format, rule: ScaleRule) -> None:
         if self.scales != "fixed" and format.grid.looks_at_whole_tensor(rule):
             raise ConfigError(

@@ -3,7 +3,7 @@ here."""
 
 from mxrot.errors import ConfigError
 from mxrot.nearest import not_known
-from mxrot.transforms.base import SiteSample, TransformMethod, generator_for
+from mxrot.transforms.base import FitSize, SiteSample, TransformMethod, generator_for
 from mxrot.transforms.hadamard import Hadamard, Identity, RandomHadamard, RandomOrthogonal
 from mxrot.transforms.moments import SecondMoment
 from mxrot.transforms.outlier import OutlierRotation
@@ -38,6 +38,7 @@ __all__ = [
     "METHODS",
     "BlockDiagonal",
     "BlockDiagonalSpec",
+    "FitSize",
     "HadamardOfWidth",
     "HadamardOfWidthSpec",
     "Permutation",

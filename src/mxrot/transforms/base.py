@@ -10,13 +10,15 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from mxrot.cuda_graphs import Replays
-from mxrot.transforms.stages import BlockDiagonal, Sharing
+from mxrot.errors import ConfigError
+from mxrot.transforms.site_transform import SiteTransform, scaled_specs
+from mxrot.transforms.stages import BlockDiagonalSpec, Sharing, Stage, StageSpec
 from mxrot.typed import check_fields
 
 
@@ -45,6 +47,36 @@ class SiteSample:
         return self.weights.device
 
 
+class BlockFormat(Protocol):
+    """What a method may ask of a number format."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def block(self) -> int | None:
+        """Elements that share a scale; None for a whole row."""
+
+
+@dataclass(frozen=True)
+class FitSize:
+    """How much there is to fit to at one site."""
+
+    outputs: int
+    """Rows of the weights that are fitted to together, N."""
+    width: int
+    """Channels, K."""
+    sharing: Sharing
+    tokens: int = 0
+    """Of the calibration text."""
+    recorded: tuple[int, ...] = ()
+    """Widths of sites whose fits are recorded, to be played back; empty where nothing is."""
+
+
+Work = dict[str, float]
+"""Amounts by the kind of work: `float64` operations of matrix products, `fitted` units of a method's own."""
+
+
 @dataclass(frozen=True)
 class TransformMethod(ABC):
     """Builds the transform of one site. Fields are its options, and its keys in a recipe."""
@@ -54,17 +86,58 @@ class TransformMethod(ABC):
     is_one_for_all: ClassVar[bool] = False
     """Does every block get the same matrix, whatever the sharing?"""
 
+    block: int = field(default=32, kw_only=True)
+    """Channels that one matrix mixes."""
+
     def __post_init__(self) -> None:
         check_fields(self, f"transform {self.name}")
+        if self.block < 1:
+            raise ConfigError(f"transform {self.name}: block must be positive, got {self.block}")
+
+    def check(self, weights: BlockFormat, activations: BlockFormat | None) -> None:
+        """ConfigError if this method cannot work with these formats; None where inputs are not quantized."""
+        return
+
+    def own_specs(self, width: int, sharing: Sharing) -> tuple[StageSpec, ...]:
+        """The stages that `fit` gives for `width` channels; none where no transform is applied."""
+        is_each = sharing == "block" and not self.is_one_for_all and width > self.block
+        return (BlockDiagonalSpec(self.block, "block" if is_each else "site"),)
+
+    def specs(self, width: int, sharing: Sharing, smoothed: bool) -> tuple[StageSpec, ...]:
+        """The stages that a site of `width` channels gets, known before any weight is read.
+
+        Where it is `smoothed` and matrices are a block's own, the division by the smoothing scales is one of them.
+        """
+        own = self.own_specs(width, sharing)
+        if not smoothed or sharing == "site":
+            return own
+        return scaled_specs(own or (BlockDiagonalSpec(self.block),), width)
 
     @property
     def needs(self) -> frozenset[str]:
         """Names of the calibration statistics it looks at; empty for a method that needs no data."""
         return frozenset()
 
+    @property
+    def tokens_kept(self) -> int:
+        """Tokens that a statistic keeps of each block, for those that keep tokens."""
+        return 0
+
     @abstractmethod
-    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
+    def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> Stage | SiteTransform:
         """The transform; randomness comes from the CPU `generator` alone, so a seed gives the same bits."""
+
+    def fitting_bytes(self, size: FitSize) -> float:
+        """Memory that `fit` takes besides the weights and the statistics."""
+        return 8.0 * size.outputs * size.width
+
+    def fitting_work(self, size: FitSize) -> Work:
+        """What `fit` computes, as far as it takes time."""
+        return {}
+
+    def trial(self, device: torch.device) -> tuple[Callable[[], object], float] | None:
+        """A fit with random numbers, to be timed, and how many `fitted` units it is; None where `fit` takes no time."""
+        return None
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

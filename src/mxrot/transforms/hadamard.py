@@ -13,7 +13,7 @@ import torch
 
 from mxrot.transforms.base import SiteSample, TransformMethod, random_orthogonal
 from mxrot.transforms.orders import hadamard_matrix
-from mxrot.transforms.stages import BlockDiagonal, Sharing
+from mxrot.transforms.stages import BlockDiagonal, Sharing, StageSpec
 
 
 def matrices_wanted(sample: SiteSample, sharing: Sharing) -> int:
@@ -28,6 +28,9 @@ class Identity(TransformMethod):
     name = "identity"
     is_one_for_all = True
 
+    def own_specs(self, width: int, sharing: Sharing) -> tuple[StageSpec, ...]:
+        return ()
+
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
         return BlockDiagonal.identity(sample.block, sample.device)
 
@@ -39,6 +42,10 @@ class Hadamard(TransformMethod):
     name = "hadamard"
     is_one_for_all = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        hadamard_matrix(self.block)
+
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
         return BlockDiagonal(hadamard_matrix(sample.block).to(sample.device)[None])
 
@@ -48,6 +55,10 @@ class RandomHadamard(TransformMethod):
     """diag(random signs) times the Hadamard matrix."""
 
     name = "random-hadamard"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        hadamard_matrix(self.block)
 
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
         shape = (matrices_wanted(sample, sharing), sample.block, 1)

@@ -15,13 +15,15 @@ an optimal transform of its own: its moments are put on equal traces and weighte
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError
-from mxrot.transforms.base import SiteSample, TransformMethod
+from mxrot.transforms.base import FitSize, SiteSample, TransformMethod, Work
 from mxrot.transforms.orders import hadamard_matrix
 from mxrot.transforms.stages import BlockDiagonal, Sharing
 
@@ -41,6 +43,7 @@ class SecondMoment(TransformMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        hadamard_matrix(self.block)
         if not 0 < self.damping < math.inf:
             raise ConfigError(f"transform moments: damping must be positive and finite, got {self.damping}")
         if not self.condition >= 1:
@@ -57,6 +60,17 @@ class SecondMoment(TransformMethod):
             inputs, weights = shared_moments(inputs, weights)
         found = balancing_transform(inputs, weights, self.damping)
         return found if math.isinf(self.condition) else conditioned(found, self.condition)
+
+    def fitting_work(self, size: FitSize) -> Work:
+        """Units are transforms of one block."""
+        transforms = 1 if size.sharing == "site" else size.width // self.block
+        return {"fitted": float(transforms), "float64": 2.0 * size.outputs * size.width * self.block}
+
+    def trial(self, device: torch.device) -> tuple[Callable[[], object], float]:
+        draws = torch.Generator(device).manual_seed(0)
+        factors = torch.randn(32, self.block, self.block, dtype=torch.float64, device=device, generator=draws)
+        moments = factors @ factors.mT
+        return partial(balancing_transform, moments, moments, self.damping), float(len(moments))
 
 
 def weight_moments(sample: SiteSample) -> Tensor:

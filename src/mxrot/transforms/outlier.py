@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Literal
 
@@ -34,8 +34,16 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError
-from mxrot.transforms.base import SiteSample, TransformMethod, random_orthogonal
+from mxrot.transforms.base import (
+    BlockFormat,
+    FitSize,
+    SiteSample,
+    TransformMethod,
+    Work,
+    random_orthogonal,
+)
 from mxrot.transforms.moments import SecondMoment
+from mxrot.transforms.orders import hadamard_matrix
 from mxrot.transforms.stages import BlockDiagonal, Sharing
 
 GROUPS_AT_ONCE = 128
@@ -128,6 +136,25 @@ class OutlierRotation(TransformMethod):
         if self.steps < 1 or self.rows < 1:
             raise ConfigError(f"transform outlier: steps and rows must be positive, got {self.steps} and {self.rows}")
 
+        if self.start == "moments":
+            hadamard_matrix(self.block)
+
+    def check(self, weights: BlockFormat, activations: BlockFormat | None) -> None:
+        """A score that rounds must see whole blocks of what it rounds."""
+        if self.score == "joint":
+            self._check_blocks("weights", weights)
+        if self.score in ("error", "joint"):
+            if activations is None:
+                raise ConfigError('transform score = "error" or "joint" needs activations')
+            self._check_blocks("activations", activations)
+
+    def _check_blocks(self, what: str, format: BlockFormat) -> None:
+        if format.block is None or self.block % format.block:
+            raise ConfigError(
+                f'transform score = "{self.score}" sees blocks of {self.block}, and {what} in {format.name} have '
+                f"blocks of {format.block or 'a whole row'}"
+            )
+
     @property
     def orthogonal(self) -> bool:  # type: ignore[override]
         return self.start == "identity"
@@ -138,8 +165,12 @@ class OutlierRotation(TransformMethod):
         looks_at_moments = self.start == "moments" or self.score == "joint"
         return frozenset(tokens | {"moments"} if looks_at_moments else tokens)
 
+    @property
+    def tokens_kept(self) -> int:
+        return self.rows
+
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
-        start = SecondMoment().fit(sample, sharing, generator) if self.start == "moments" else None
+        start = SecondMoment(block=self.block).fit(sample, sharing, generator) if self.start == "moments" else None
         x = self._search_rows(sample, sharing)
         weights = moments = None
         if self.score == "joint":
@@ -164,6 +195,33 @@ class OutlierRotation(TransformMethod):
         ]
         rotation = BlockDiagonal(torch.cat(found))
         return rotation if start is None else start.compose(rotation)
+
+    def fitting_bytes(self, size: FitSize) -> float:
+        """Of the rotations and the search; where searches are recorded, of one for each number of blocks."""
+        is_shared, B = size.sharing == "site", self.block
+        groups = {1 if is_shared else min(GROUPS_AT_ONCE, width // B) for width in size.recorded or (size.width,)}
+        rows = self.rows * (8 if is_shared else 1)
+        searches = [count * (3 * 4.0 * rows * B + 3 * 8.0 * self.steps * B * B) for count in groups]
+        return 3 * 8.0 * self.steps * B**3 + sum(searches)
+
+    def fitting_work(self, size: FitSize) -> Work:
+        """Units are numbers that one step rotates."""
+        groups = size.width // self.block
+        rows = self.rows * (8 if size.sharing == "site" else groups)
+        return {"fitted": float(min(rows, max(1, size.tokens) * groups) * self.block * self.steps)}
+
+    def trial(self, device: torch.device) -> tuple[Callable[[], object], float]:
+        """A search for the smallest peak, for some blocks at once."""
+        groups = 32 if device.type == "cuda" else 8
+        plain = replace(self, sample="peaks", score="peak", start="identity", steps=min(self.steps, 16))
+        blocks = torch.randn(groups, self.rows, self.block, device=device)
+        weights = torch.zeros(1, groups * self.block, dtype=torch.float64, device=device)
+        sample = SiteSample(weights, self.block, {"peaks": blocks})
+
+        def search() -> BlockDiagonal:
+            return plain.fit(sample, "block", torch.Generator().manual_seed(0))
+
+        return search, float(blocks.numel() * plain.steps)
 
     def _search_rows(self, sample: SiteSample, sharing: Sharing) -> Tensor:
         """What the search rotates: float32 [1 | G, rows, B]."""

@@ -30,6 +30,11 @@ class SiteTransform:
 
     stages: tuple[Stage, ...]
 
+    @staticmethod
+    def of(found: Stage | SiteTransform) -> SiteTransform:
+        """A stage by itself as the whole transform."""
+        return found if isinstance(found, SiteTransform) else SiteTransform((found,))
+
     @property
     def specs(self) -> tuple[StageSpec, ...]:
         return tuple(stage.spec for stage in self.stages)
@@ -116,15 +121,19 @@ def _places(specs: Sequence[StageSpec]) -> dict[str, tuple[int, str]]:
     }
 
 
-def scaled_specs(specs: tuple[StageSpec, ...]) -> tuple[StageSpec, ...]:
+def scaled_specs(specs: tuple[StageSpec, ...], width: int) -> tuple[StageSpec, ...]:
     """What `SiteTransform.after_scaling` makes of a transform: factors of channels join the first block-diagonal stage
     where only permutations come before it, and are a stage of their own elsewhere."""
     first, *rest = specs
     if isinstance(first, BlockDiagonalSpec):
-        return (BlockDiagonalSpec(first.block, "block"), *rest)
+        return (_one_each(first.block, width), *rest)
     if isinstance(first, PermutationSpec) and rest:
-        return (first, *scaled_specs(tuple(rest)))
-    return (BlockDiagonalSpec(1, "block"), *specs)
+        return (first, *scaled_specs(tuple(rest), width))
+    return (_one_each(1, width), *specs)
+
+
+def _one_each(block: int, width: int) -> BlockDiagonalSpec:
+    return BlockDiagonalSpec(block, "block" if width > block else "site")
 
 
 def _scaled(stages: tuple[Stage, ...], values: Tensor) -> tuple[Stage, ...]:

@@ -90,6 +90,11 @@ class Stage(ABC):
     def stored(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by the names of `StageSpec.tensors`."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Are all numbers of it and of its inverse finite?"""
+        return True
+
     def as_applied(self) -> Stage:
         """This stage after the rounding of a checkpoint: fold weights against this one."""
         return self.spec.stage(self.stored())
@@ -161,6 +166,10 @@ class BlockDiagonal(Stage):
     def inverse_transposes(self) -> Tensor:
         """T^-T, float64, shape of `matrices`."""
         return torch.linalg.inv(self.matrices).transpose(-1, -2)
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.matrices).all() and torch.isfinite(self.inverse_transposes).all())
 
     def compose(self, after: BlockDiagonal) -> BlockDiagonal:
         """The transform that applies this one first, then `after`."""

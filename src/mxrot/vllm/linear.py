@@ -32,7 +32,6 @@ from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.huggingface import CheckpointConfig
 from mxrot.errors import ConfigError
 from mxrot.layers import InputTransform, QuantLinear, prepare_site
-from mxrot.recipe import TRANSFORM_BLOCK
 from mxrot.scheme import SiteScheme
 from mxrot.transforms.stages import STORED_DTYPE, BlockDiagonalSpec
 from mxrot.vllm.plugin import METHOD
@@ -96,11 +95,12 @@ class MxrotQuantization(CompressedTensorsConfig):
 class SlicedTransform(nn.Module):
     """sqrt(B) T of the blocks that a linear reads here, of all blocks in the checkpoint."""
 
-    def __init__(self, blocks: int, first: int, is_blockwise: bool) -> None:
+    def __init__(self, spec: BlockDiagonalSpec, columns: int, first: int) -> None:
         super().__init__()
-        shape = (blocks, TRANSFORM_BLOCK, TRANSFORM_BLOCK) if is_blockwise else (TRANSFORM_BLOCK, TRANSFORM_BLOCK)
+        self.spec, self.first = spec, first
+        one = (spec.block, spec.block)
+        shape = (columns // spec.block, *one) if spec.sharing == "block" else one
         self.weight = nn.Parameter(torch.empty(shape, dtype=STORED_DTYPE), requires_grad=False)
-        self.first = first
         set_weight_attrs(self.weight, {"weight_loader": self.load})
 
     def load(self, parameter: nn.Parameter, stored: Tensor, *shard: Any) -> None:
@@ -130,10 +130,11 @@ class MxrotLinearMethod(LinearMethodBase):
     ) -> None:
         """Parameters with the names and shapes of the checkpoint, for the part that is kept here."""
         rows, columns = sum(output_partition_sizes), input_size_per_partition
-        if columns % TRANSFORM_BLOCK:
+        block = self.site.input_block
+        if columns % block:
             raise ConfigError(
                 f"{self.prefix}: {input_size} inputs on {input_size // columns} devices are {columns} each, not a "
-                f"multiple of {TRANSFORM_BLOCK}; use fewer devices"
+                f"multiple of {block}; use fewer devices"
             )
         loader = attributes["weight_loader"]
         codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
@@ -146,10 +147,10 @@ class MxrotLinearMethod(LinearMethodBase):
 
     def _transform(self, layer: Any, columns: int, input_size: int) -> SlicedTransform:
         assert self.scheme is not None
-        is_blockwise = self.site.stages != (BlockDiagonalSpec(TRANSFORM_BLOCK, "site"),)
-        blocks = columns // TRANSFORM_BLOCK
-        first = layer.tp_rank * blocks if columns < input_size else 0
-        return self.config.transforms.setdefault(self.scheme, SlicedTransform(blocks, first, is_blockwise))
+        (spec,) = self.site.stages
+        assert isinstance(spec, BlockDiagonalSpec)
+        first = layer.tp_rank * (columns // spec.block) if columns < input_size else 0
+        return self.config.transforms.setdefault(self.scheme, SlicedTransform(spec, columns, first))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put a QuantLinear into the place of the parameters."""

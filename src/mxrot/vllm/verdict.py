@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.contents import install_linears
 from mxrot.models import Family
-from mxrot.recipe import TRANSFORM_BLOCK, Recipe
+from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme
 
 VERSION = "0.32.0"
@@ -115,11 +115,11 @@ class Facts:
         return [name.removesuffix(ending) for name in self.shapes if name.endswith(ending)]
 
     @property
-    def row_parallel(self) -> set[int]:
-        """in_features of the quantized linears that vLLM splits along their inputs."""
+    def row_parallel(self) -> set[tuple[int, int]]:
+        """in_features of the quantized linears that vLLM splits along their inputs, and what they are multiples of."""
         endings = tuple(f".{site.linears[0]}" for site in self.family.sites if site.name in ("o", "down"))
         names = (name for name in self.named(".weight_packed") if name.endswith(endings))
-        return {2 * self.shapes[f"{name}.weight_packed"][1] for name in names}
+        return {(2 * self.shapes[f"{name}.weight_packed"][1], self.scheme.input_block(name)) for name in names}
 
 
 def check_for_vllm(folder: Path, verify: bool | None = None) -> VllmReport:
@@ -210,7 +210,7 @@ def _stored_type(config: Any) -> str:
 
 def _divides(facts: Facts, size: int) -> bool:
     """Can so many devices share the linears? Whole blocks of inputs, and whole heads."""
-    blocks = all(width % (size * TRANSFORM_BLOCK) == 0 for width in facts.row_parallel)
+    blocks = all(width % (size * block) == 0 for width, block in facts.row_parallel)
     heads = facts.config.num_attention_heads
     key_heads = getattr(facts.config, "num_key_value_heads", None) or heads
     shares = key_heads % size == 0 or size % key_heads == 0

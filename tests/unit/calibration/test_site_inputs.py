@@ -19,8 +19,8 @@ from mxrot.models import Site
 from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.models.families.llama import LLAMA_SITES
 from mxrot.rounding import Requirements
+from mxrot.transforms import BlockDiagonal, SiteTransform
 from mxrot.transforms.base import random_orthogonal
-from mxrot.transforms.stages import BlockDiagonal
 
 FORMAT = get_format("mxfp4")
 QUANTIZER = TensorQuantizer(FORMAT, FORMAT.rule())
@@ -67,7 +67,7 @@ def weights_of(block: nn.Module, site: Site, transform: BlockDiagonal | None = N
 
 
 def site_inputs(blocks: Blocks, site: Site, quantizer: TensorQuantizer | None) -> SiteInputs:
-    transform = BlockDiagonal(random_orthogonal(1, 32, torch.Generator().manual_seed(1))).as_applied()
+    transform = SiteTransform((BlockDiagonal(random_orthogonal(1, 32, torch.Generator().manual_seed(1))),)).as_applied()
     return SiteInputs(blocks.executor, site, transform, quantizer)
 
 
