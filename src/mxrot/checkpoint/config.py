@@ -42,17 +42,15 @@ _MIXED = "mixed-precision"
 
 
 def check_exportable(recipe: Recipe) -> None:
-    """ConfigError if no hardware or no loader could read what this recipe makes."""
+    """ConfigError if what this recipe makes of weights cannot be stored."""
     for one in recipe.variants:
-        weights = one.weights.quantizer()
-        choices = [("weights", weights)]
-        if one.activations is not None:
-            choices.append(("activations", one.activations.quantizer()))
-        for part, quantizer in choices:
-            if not quantizer.rule.is_power_of_two:
+        quantizer = one.weights.quantizer()
+        for part in quantizer.format.grid.parts(quantizer.rule):
+            if part.dtype.is_floating_point and part.bits < 8 * part.dtype.itemsize:
                 raise ConfigError(
-                    f"recipe {one.name}: {part}: scales of rule {quantizer.rule.name!r} are not E8M0 and cannot be "
-                    "exported; use `compare`, which keeps the model in memory, or another rule"
+                    f"recipe {one.name}: weights: scales of rule {quantizer.rule.name!r} are {part.bits}-bit levels "
+                    f"that are at hand as {str(part.dtype).removeprefix('torch.')} only, and cannot be exported; use "
+                    "`compare`, which keeps the model in memory, or another rule"
                 )
 
 

@@ -23,6 +23,7 @@ from mxrot.layers import InputTransform, QuantLinear, separate_experts
 from mxrot.models import Family, check_linears
 from mxrot.models.families import EXPERTS
 from mxrot.models.headers import Header, StoredTensor, read_header
+from mxrot.models.weights import all_finite
 from mxrot.scheme import Scheme, install
 
 SINGLE = "model.safetensors"
@@ -191,7 +192,7 @@ def check_value(name: str, tensor: Tensor) -> None:
         if bool((tensor == 255).any()):
             raise CheckpointError(f"{name}: holds the scale NaN (byte 255); the file is damaged")
     elif tensor.is_floating_point():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(all_finite(tensor)):
             raise CheckpointError(f"{name}: the weights hold NaN or Inf; the file is damaged")
         if name.endswith(_ENDING):
             _check_invertible(name, tensor)

@@ -44,7 +44,7 @@ def load(
 def _load(checked: Checked, device: torch.device, dtype: torch.dtype | None, keeps_fp8: bool) -> PreTrainedModel:
     model, family = checked.skeleton, checked.family
     files = WeightFiles(checked.folder)
-    dtype = dtype or compute_dtype(_own_dtype(checked, files), device)
+    dtype = dtype or compute_dtype(own_dtype(checked), device)
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         prefix = family.block_prefix(index)
         tensors = read_block(files, family, index)
@@ -60,12 +60,12 @@ def _load(checked: Checked, device: torch.device, dtype: torch.dtype | None, kee
     return model
 
 
-def _own_dtype(checked: Checked, files: WeightFiles) -> torch.dtype:
+def own_dtype(checked: Checked) -> torch.dtype:
     """The type that the model computes in: as config.json has it, which transformers writes again with a model that was
     moved to another type; else that of the embedding, which the first version took."""
     if SAVED_BY in checked.quantization[MARKER] and isinstance(checked.config.dtype, torch.dtype):
         return checked.config.dtype
-    return checked.layout.dtype or files.dtype_of(f"{checked.family.embedding}.weight")
+    return checked.layout.dtype or WeightFiles(checked.folder).dtype_of(f"{checked.family.embedding}.weight")
 
 
 def _moved(value: Tensor, kind: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -102,7 +102,7 @@ class WeightFiles:
             inside = [name for name in names if self._file_of.get(name) == file_name]
             with interrupt_waits(), self._open(inside[0], device) as file:
                 tensors |= {name: file.get_tensor(self._stored[name]) for name in inside}
-        flags = [torch.isfinite(tensor).all() for tensor in tensors.values()]
+        flags = [all_finite(tensor) for tensor in tensors.values()]
         for name, is_finite in zip(tensors, torch.stack(flags).tolist() if flags else [], strict=True):
             if not is_finite:
                 raise NumericsError(f"{name}: the weights hold NaN or Inf; the file {self._file_of[name]} is damaged")
@@ -152,6 +152,12 @@ class WeightFiles:
                     f"{self.folder}: holds two models: {names[0]}, which transformers reads, and the shards that "
                     f"{INDEX} names, with another {name}; remove those that you do not mean"
                 )
+
+
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether no element is NaN or Inf, a scalar."""
+    is_byte = tensor.is_floating_point() and tensor.itemsize == 1  # PyTorch cannot tell of some of these
+    return torch.isfinite(tensor.float() if is_byte else tensor).all()
 
 
 def _files_of(folder: Path, headers: dict[str, Header], index: dict[str, str]) -> dict[str, str]:

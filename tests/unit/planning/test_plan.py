@@ -62,7 +62,7 @@ def test_a_warning_where_memory_is_short_without_a_check(tmp_path: Path) -> None
 def test_all_problems_at_once(tmp_path: Path) -> None:
     chosen = recipe("duquant++-released", smoothing__skip=["mlp"])
     made = plan_of(tmp_path, tiny_config(architectures=["LlamaForCausalLM"], intermediate_size=100), chosen)
-    expected = ("not E8M0", "no site 'mlp'", "in_features 100")
+    expected = ("8-bit levels", "no site 'mlp'", "in_features 100")
     assert all(part in line for part, line in zip(expected, made.problems, strict=True))
     assert made.problems[2].startswith("model.layers.*.mlp.down_proj:")
     assert made.problems[2].endswith("(2 decoder blocks)")
