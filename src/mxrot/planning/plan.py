@@ -150,10 +150,10 @@ def make_plan(
     try:
         shape = ModelShape.of(skeleton, family, recipe)
         run = Run(shape, recipe, "cpu", stored, given, length)
-    except AttributeError:  # a linear that the family names is not there
+        needs = _needs(run)
+        sizes = Sizes(shape, shape.parameters * stored.itemsize, shape.size_after(stored))
+    except (AttributeError, ConfigError):  # a linear that is not there, or is not whole blocks wide: a problem by now
         return replace(plan, problems=problems)
-    needs = _needs(run)
-    sizes = Sizes(shape, shape.parameters * stored.itemsize, shape.size_after(stored))
     warnings += _short_memory(needs, machine) + _few_tokens(run)
     estimate = None
     if not problems:
