@@ -1,4 +1,6 @@
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ from tests.unit.surgery.tiny_llama import VOCABULARY, first_block, tiny_llama
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+import mxrot
 from mxrot.calibration import Executor, first_executor, placement
 from mxrot.calibration.executor import See
 from mxrot.calibration.hooks import watched_inputs
@@ -323,3 +326,13 @@ def test_scores_of_attention_are_not_kept() -> None:
     list(executor.outputs())
     handle.remove()
     assert len(seen) == 3 and all(isinstance(output, tuple) and output[1] is None for output in seen)
+
+
+def test_nobody_outside_of_calibration_writes_what_an_executor_keeps() -> None:
+    """Others use its verbs. The names are those by which it is known there."""
+    package = Path(mxrot.__file__).parent
+    written = re.compile(r"\b(executor|original)\.(_\w+|\w+(\[[^]]*\])? *[|+]?= )")
+    assert all(written.search(line) for line in ("executor.known |= {}", "part.executor._kept", "original.x[1] = 2"))
+    others = [path for path in package.rglob("*.py") if package / "calibration" not in path.parents]
+    assert len(others) > 100
+    assert not [path.name for path in others if written.search(path.read_text())]
