@@ -144,7 +144,7 @@ def test_storage_is_the_bits_of_the_format(format: Format) -> None:
     linear = linear_of(format.name, None)
     stored_bytes = sum(value.numel() * value.element_size() for value in linear.state_dict().values() if value.dim())
     spared_bits = 0 if "zero_point" not in linear.weights.part_names else 8 - format.element.bits
-    assert stored_bytes * 8 / (N * K) == format.bits_per_element + spared_bits / format.block
+    assert stored_bytes * 8 / (N * K) == format.bits_in(K) / K + spared_bits / format.block_in(K)
     if format.name == "mxfp4":
         assert stored_bytes * 8 == 4.25 * N * K
 
