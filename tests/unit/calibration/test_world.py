@@ -116,9 +116,12 @@ def raises_data_error(world: World) -> bool:
     return False
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    return of_two_processes(work, tmp_path_factory.mktemp("world"))
+HAS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, HAS_TWO_GPUS])])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    return of_two_processes(work, tmp_path_factory.mktemp("world"), request.param)
 
 
 @pytest.mark.parametrize("name", EXACT)
