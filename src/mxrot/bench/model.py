@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from mxrot.bench.timing import Seconds, seconds_of
-from mxrot.calibration.generation import FixedCache
-from mxrot.layers import QuantLinear, build_apart, unmasked
+from mxrot.layers import FixedCache, QuantLinear, build_apart, unmasked
 from mxrot.models import find_family, rebuild_buffers
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, install, prepare

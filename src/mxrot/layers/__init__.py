@@ -3,6 +3,7 @@
 from mxrot.formats import TensorQuantizer
 from mxrot.layers.attention import score_heads, shared_heads, step_mask, unmasked
 from mxrot.layers.experts import build_apart, separate_experts
+from mxrot.layers.kv_cache import FixedCache
 from mxrot.layers.linear import QuantLinear
 from mxrot.layers.logits import check_logits, logits_of
 from mxrot.layers.norms import fused_norms
@@ -13,6 +14,7 @@ from mxrot.layers.size import ModelSize
 from mxrot.layers.transform import InputTransform
 
 __all__ = [
+    "FixedCache",
     "InputTransform",
     "ModelSize",
     "QuantLinear",

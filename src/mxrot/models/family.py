@@ -99,6 +99,10 @@ class Family:
     norm_class: str | None = None
     """transformers' class of its norms, where that computes x / rms(x) * weight, with an attribute `variance_epsilon`:
     they can run as one operation."""
+    is_rotatable: bool = False
+    """The residual stream passes plain RMSNorms alone, whose output nothing reads but the site that names the norm, and
+    the head; what the sites without a norm give is added to it, times a number at most. A rotation of it can be merged
+    into the weights."""
     experts: ExpertNames | None = None
     """Of a mixture of experts, whose sites `find_family` adds to `sites`, as the config has it."""
 

@@ -1,9 +1,17 @@
 """Changes to a model's modules: what must be folded where, and the replacement of linears."""
 
+from mxrot.surgery.fold_norms import FoldedNorms
+from mxrot.surgery.permute import PermutedFfn
 from mxrot.surgery.replace import install_empty_site, install_site, scheme_name, stored_tensors
+from mxrot.surgery.rotate import Rotated
 from mxrot.surgery.smooth import Weights, fold_into_producer, shareable_scales
+from mxrot.surgery.untie import Untied
 
 __all__ = [
+    "FoldedNorms",
+    "PermutedFfn",
+    "Rotated",
+    "Untied",
     "Weights",
     "fold_into_producer",
     "install_empty_site",

@@ -12,4 +12,5 @@ FAMILY = Family(
     ("GraniteForCausalLM",),
     tuple(replace(site, residual=None) for site in LLAMA_SITES),
     norm_class="GraniteRMSNorm",
+    is_rotatable=True,
 )

@@ -3,4 +3,11 @@
 from mxrot.models.families.llama import LLAMA_SITES
 from mxrot.models.family import Family
 
-FAMILY = Family("mistral", ("MistralForCausalLM",), LLAMA_SITES, windows="all", norm_class="MistralRMSNorm")
+FAMILY = Family(
+    "mistral",
+    ("MistralForCausalLM",),
+    LLAMA_SITES,
+    windows="all",
+    norm_class="MistralRMSNorm",
+    is_rotatable=True,
+)

@@ -16,4 +16,5 @@ FAMILY = Family(
     ),
     windows="all",
     norm_class="Phi3RMSNorm",
+    is_rotatable=True,
 )

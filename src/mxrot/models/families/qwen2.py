@@ -3,4 +3,11 @@
 from mxrot.models.families.llama import LLAMA_SITES
 from mxrot.models.family import Family
 
-FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), LLAMA_SITES, windows="by kind", norm_class="Qwen2RMSNorm")
+FAMILY = Family(
+    "qwen2",
+    ("Qwen2ForCausalLM",),
+    LLAMA_SITES,
+    windows="by kind",
+    norm_class="Qwen2RMSNorm",
+    is_rotatable=True,
+)

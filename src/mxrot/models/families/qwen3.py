@@ -3,4 +3,11 @@
 from mxrot.models.families.llama import LLAMA_SITES
 from mxrot.models.family import Family
 
-FAMILY = Family("qwen3", ("Qwen3ForCausalLM",), LLAMA_SITES, windows="by kind", norm_class="Qwen3RMSNorm")
+FAMILY = Family(
+    "qwen3",
+    ("Qwen3ForCausalLM",),
+    LLAMA_SITES,
+    windows="by kind",
+    norm_class="Qwen3RMSNorm",
+    is_rotatable=True,
+)

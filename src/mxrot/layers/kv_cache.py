@@ -1,0 +1,40 @@
+"""Keys and values of the tokens so far, as attention reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+
+class FixedCache(Cache):
+    """Keys and values of all positions, at addresses that stay; attention sees the first `visible` ones."""
+
+    def __init__(self, positions: int) -> None:  # without what Cache sets up: layers of kinds of its own
+        self.layers = []
+        self.positions = self.visible = positions
+        self.position: Tensor | None = None
+        """int64 [1], where the next token goes."""
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def is_filled(self) -> bool:
+        """Do keys and values have their addresses?"""
+        return bool(self._kept)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Keep the keys and values [S, heads, 1, width] of a layer; all visible ones, [S, heads, visible, width]."""
+        assert self.position is not None
+        if layer_idx not in self._kept:
+            self._kept[layer_idx] = self._empty(key_states), self._empty(value_states)
+        keys, values = self._kept[layer_idx]
+        keys.index_copy_(2, self.position, key_states)
+        values.index_copy_(2, self.position, value_states)
+        return keys[:, :, : self.visible], values[:, :, : self.visible]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_zeros(*like.shape[:2], self.positions, like.shape[-1])
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        return 0

@@ -1,0 +1,90 @@
+"""Norm gains folded into what reads them: every norm of the residual stream then only divides by the mean square.
+
+Such a norm commutes with a rotation of the stream (QuaRot, arXiv 2404.00456, section 3; SliceGPT, 2401.15024).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxrot.errors import ConfigError, NumericsError
+from mxrot.models import ChangedSource, Family, Source
+
+
+class FoldedNorms(ChangedSource):
+    """Gains are 1, and the columns of the linears that read a norm are multiplied by what its gain was.
+
+    In float64, rounded once to the type that each weight is stored in. Of the final norm it is the head that takes the
+    gain; norms of queries and keys stay as they are. ConfigError for a family whose residual stream is not that simple
+    (`Family.is_rotatable`), and for a head that is the embedding.
+    """
+
+    def __init__(self, inner: Source) -> None:
+        check_rotatable(inner)
+        super().__init__(inner, "norms folded")
+
+    def changed_outer(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        head, norm = f"{self.family.head}.weight", f"{self.family.final_norm}.weight"
+        folded = product_by_rows(head, tensors[head], tensors[norm].double())
+        return tensors | {head: folded, norm: torch.ones_like(tensors[norm])}
+
+    def changed_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        prefix = self.family.block_prefix(index)
+        folded = {
+            name: rounded(f"{prefix}.{name}", tensors[name].double() * gain, tensors[name].dtype)
+            for name, gain in gains_by_reader(self.family, tensors).items()
+        }
+        return tensors | folded | gains_of_one(self.family, tensors)
+
+
+def check_rotatable(source: Source) -> None:
+    """ConfigError unless gains can be folded away, and the residual stream rotated."""
+    if not source.family.is_rotatable:
+        raise ConfigError(
+            f"{source.name}: the residual stream of family {source.family.name} passes more than plain norms that its "
+            "sites read, so that no rotation of it can be merged into the weights; take a recipe that rotates online"
+        )
+    if source.config.tie_word_embeddings:
+        raise ConfigError(
+            f"{source.name}: the head is the embedding, and cannot take the gain of the final norm alone; untie it "
+            "first (Untied)"
+        )
+
+
+def gains_by_reader(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of each weight of a block that reads a norm of the residual stream, the gain of this norm, float64 [H]."""
+    return {
+        f"{reader}.weight": tensors[f"{site.norm}.weight"].double()
+        for site in family.sites
+        if site.norm is not None
+        for reader in (*site.linears, *([] if site.router is None else [site.router]))
+    }
+
+
+def gains_of_one(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The norms of the residual stream in a block, with gains of 1."""
+    norms = dict.fromkeys(f"{site.norm}.weight" for site in family.sites if site.norm is not None)
+    return {norm: torch.ones_like(tensors[norm]) for norm in norms}
+
+
+ROWS = 8192
+"""Of a tensor that is outside of the blocks, at once: an embedding in float64 is large."""
+
+
+def product_by_rows(name: str, tensor: Tensor, gain: Tensor | None = None, matrix: Tensor | None = None) -> Tensor:
+    """Rows [V, H], times a gain [H], times a matrix [H, H], in float64; rounded once to the type of `tensor`."""
+    found = torch.empty_like(tensor)
+    for part, target in zip(tensor.split(ROWS), found.split(ROWS), strict=True):
+        exact = part.double()
+        exact = exact if gain is None else exact * gain
+        target.copy_(rounded(name, exact if matrix is None else exact @ matrix, tensor.dtype))
+    return found
+
+
+def rounded(name: str, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float64 weight in the type that it is stored in; NumericsError if that does not reach so far."""
+    found = exact.to(dtype)
+    if not torch.isfinite(found).all():
+        raise NumericsError(f"{name}: {exact.abs().max():.4g} is too large for {dtype}, in which it is stored")
+    return found

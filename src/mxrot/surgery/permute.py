@@ -1,0 +1,72 @@
+"""The inner channels of an MLP in another order: outliers side by side in a block, or apart, at no cost at run time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mxrot.errors import ConfigError
+from mxrot.models import ChangedSource, Family, Source
+
+
+class PermutedFfn(ChangedSource):
+    """Channel j of what an MLP's last linear reads is the one that was channel order[j]; bits are moved, not changed.
+
+    `orders` are permutations, int64 [I], by the full names of these linears (`model.layers.0.mlp.down_proj`, or one of
+    an expert); the others stay as they are. Their columns are permuted, and the rows (and biases) of gate and up.
+    ConfigError for a linear whose channels do not come from such rows, and for what is no permutation of its width.
+    """
+
+    def __init__(self, inner: Source, orders: Mapping[str, Tensor]) -> None:
+        self._rows = {name: _rows_before(inner, name) for name in orders}
+        self.orders = {name: order.detach().cpu().long() for name, order in orders.items()}
+        digest = hashlib.sha256()
+        for name, order in sorted(self.orders.items()):
+            if not torch.equal(order.sort().values, torch.arange(len(order))):
+                raise ConfigError(f"{name}: the order of its channels is no permutation of {len(order)}")
+            digest.update(name.encode() + order.numpy().tobytes())
+        super().__init__(inner, f"MLP permuted by {digest.hexdigest()[:16]}")
+
+    def changed_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        dotted = f"{self.family.block_prefix(index)}."
+        found = dict(tensors)
+        for full, order in self.orders.items():
+            if not full.startswith(dotted):
+                continue
+            weight = f"{full.removeprefix(dotted)}.weight"
+            if tensors[weight].shape[1] != len(order):
+                raise ConfigError(f"{full}: an order of {len(order)} channels; expected {tensors[weight].shape[1]}")
+            order = order.to(tensors[weight].device)
+            found[weight] = tensors[weight][:, order]
+            for name in (f"{linear}.{kind}" for linear in self._rows[full] for kind in ("weight", "bias")):
+                if name in tensors:  # a bias need not be there
+                    found[name] = tensors[name][order]
+        return found
+
+
+def _rows_before(source: Source, full: str) -> tuple[str, ...]:
+    """The linears of a block whose rows are the channels of the linear `full`, by their names in the block."""
+    family = source.family
+    blocks, _, rest = full.removeprefix(f"{family.blocks}.").partition(".")
+    is_there = full.startswith(f"{family.blocks}.") and blocks in map(str, range(source.config.num_hidden_layers))
+    found = _feeding(family, rest) if is_there else ()
+    if not found:
+        known = [linear for site in family.sites for linear in site.linears if _feeding(family, linear)]
+        raise ConfigError(
+            f"{source.name}: {full}: no linear of family {family.name} whose channels can be permuted"
+            + (f"; those are {family.blocks}.*.{known[0]}" if known else "")
+        )
+    return found
+
+
+def _feeding(family: Family, linear: str) -> tuple[str, ...]:
+    """The linears that make the channels of `linear` together, one by one; none where a channel feeds several."""
+    for site in family.sites:
+        if linear in site.linears and site.producer is not None and not site.producer_is_value:
+            module, _, _ = site.producer.rpartition(".")
+            before = next(other for other in family.sites if site.producer in other.linears)
+            return tuple(name for name in before.linears if name.rpartition(".")[0] == module)
+    return ()

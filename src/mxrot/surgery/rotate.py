@@ -1,0 +1,64 @@
+"""A rotation of the residual stream, merged into the weights on both sides of it (SpinQuant's R1, arXiv 2405.16406,
+section 3.1; QuaRot, 2404.00456, section 4). Nothing is computed at run time, and the model's function stays.
+
+With h the stream, a row vector, everything that writes to it gives h R: embedding E R, o and down R^T W. What reads it
+takes W G R, with G the gain of its norm, which is folded first, because only a norm without gains commutes with R.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from mxrot.errors import ConfigError
+from mxrot.models import ChangedSource, Source
+from mxrot.surgery.fold_norms import check_rotatable, gains_by_reader, gains_of_one, product_by_rows, rounded
+
+TOLERANCE = 1e-9
+"""Of R^T R beside the identity: a hundred thousand roundings of float64; a matrix in float32 is off by 1e-7."""
+
+
+class Rotated(ChangedSource):
+    """Norm gains folded as by `FoldedNorms`, and the residual stream rotated by an orthogonal `matrix` [H, H].
+
+    In float64, rounded once to the type that each weight is stored in. ConfigError as for `FoldedNorms`, and for a
+    matrix of another size, or one that is not orthogonal in float64.
+    """
+
+    def __init__(self, inner: Source, matrix: Tensor) -> None:
+        check_rotatable(inner)
+        width = inner.config.hidden_size
+        self.matrix = matrix.detach().cpu().double().contiguous()
+        if self.matrix.shape != (width, width):
+            raise ConfigError(f"{inner.name}: a rotation of shape {list(matrix.shape)}; expected {[width, width]}")
+        error = float((self.matrix.T @ self.matrix - torch.eye(width, dtype=torch.float64)).abs().max())
+        if not error < TOLERANCE:
+            raise ConfigError(
+                f"{inner.name}: a rotation that is off by {error:.2g} from an orthogonal matrix; expected less than "
+                f"{TOLERANCE:g}, as float64 gives it"
+            )
+        digest = hashlib.sha256(self.matrix.numpy().tobytes()).hexdigest()
+        super().__init__(inner, f"rotated by {digest[:16]}")
+
+    def changed_outer(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        family = self.family
+        head, norm, embedding = (f"{name}.weight" for name in (family.head, family.final_norm, family.embedding))
+        return tensors | {
+            embedding: product_by_rows(embedding, tensors[embedding], matrix=self.matrix),
+            head: product_by_rows(head, tensors[head], tensors[norm].double(), self.matrix),
+            norm: torch.ones_like(tensors[norm]),
+        }
+
+    def changed_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        prefix = self.family.block_prefix(index)
+        matrix = self.matrix.to(next(iter(tensors.values())).device)
+        found = tensors | gains_of_one(self.family, tensors)
+        for name, gain in gains_by_reader(self.family, tensors).items():
+            found[name] = rounded(f"{prefix}.{name}", (tensors[name].double() * gain) @ matrix, tensors[name].dtype)
+        writers = [linear for site in self.family.sites if site.norm is None for linear in site.linears]
+        for name in (f"{linear}.{kind}" for linear in writers for kind in ("weight", "bias")):
+            if name in tensors:  # a bias need not be there
+                found[name] = rounded(f"{prefix}.{name}", matrix.T @ tensors[name].double(), tensors[name].dtype)
+        return found

@@ -1,0 +1,63 @@
+"""Every family with its weights changed on the way in: a rotation, a permutation, an untied head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
+from tests.contracts.tiny_configs import config_of
+from tests.unit.surgery.changed_sources import logits, off_by, rotation
+from transformers import AutoModelForCausalLM
+
+from mxrot.errors import ConfigError
+from mxrot.models import Family, FolderSource
+from mxrot.surgery import PermutedFfn, Rotated, Untied
+
+IDS = torch.arange(40)[None]
+
+
+def tolerance_of(family: Family) -> float:
+    """Some thousand roundings of float64; transformers computes experts' shares in float32."""
+    return 1e-12 if family.experts is None else 2.0**-20
+
+
+def exact_folder(folder: Path, family: Family, **changes: object) -> FolderSource:
+    """A tiny model in float64, with gains and biases that count."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(family, **changes)).double()
+    spread_gains(model, family)
+    model.save_pretrained(folder)
+    return FolderSource(folder)
+
+
+@each
+def test_a_rotation_of_the_residual_stream_changes_nothing(family: Family, tmp_path: Path) -> None:
+    """Or is refused."""
+    source = exact_folder(tmp_path, family, tie_word_embeddings=True)
+    if not family.is_rotatable:
+        with pytest.raises(ConfigError, match=rf"the residual stream of family {family.name} passes more than plain"):
+            Rotated(Untied(source), rotation())
+        return
+    rotated = Rotated(Untied(source), rotation())
+    assert off_by(logits(rotated, IDS), logits(source, IDS)) < tolerance_of(family)
+    assert off_by(rotated.outer()[f"{family.head}.weight"], source.outer()[f"{family.embedding}.weight"]) > 0.1
+
+
+@each
+def test_a_permutation_of_inner_channels_changes_nothing(family: Family, tmp_path: Path) -> None:
+    source = exact_folder(tmp_path, family)
+    after_rows = [site for site in family.sites if site.producer is not None and not site.producer_is_value]
+    if not after_rows:
+        pytest.skip(f"family {family.name} names no rows that feed one channel each")
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    permuted = PermutedFfn(source, {f"{family.block_prefix(1)}.{site.linears[0]}": order for site in after_rows})
+    added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
+    assert off_by(logits(permuted, IDS, added), logits(source, IDS, added)) < max(
+        tolerance_of(family), 2.0**-20 * added
+    )
+
+
+def test_some_families_can_be_rotated_and_some_cannot() -> None:
+    assert {family.is_rotatable for family in TINY_FAMILIES.values()} == {True, False}
