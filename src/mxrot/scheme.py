@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError
 from mxrot.formats import QTensor
-from mxrot.layers import QuantLinear, TensorQuantizer, prepare_linears, prepare_on_gpus
+from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare_linears, prepare_on_gpus
 from mxrot.models import Family, Site
 from mxrot.recipe import Accumulation, Recipe
 from mxrot.rules import Rules
 from mxrot.surgery import install_empty_site
-from mxrot.transforms.site_transform import stored_tensors
+from mxrot.transforms.site_transform import SiteTransform, stored_tensors
 from mxrot.transforms.stages import StageSpec
 
 
@@ -142,22 +142,22 @@ def install_site(
     """
     first = block.get_submodule(site.linears[0])
     assert isinstance(first, nn.Linear)
-    stored: Tensor | None = None
-    for stage in scheme.stages:
-        shape, dtype = stage.tensors(first.in_features)["weight"]
-        stored = torch.empty(shape, dtype=dtype, device=device or first.weight.device)
-    install_empty_site(block, scheme_name(index, site), site, stored, scheme.weights, scheme.activations)
+    transform = None
+    if scheme.stages:
+        transform = InputTransform.empty(scheme.stages, first.in_features, device or first.weight.device)
+    install_empty_site(block, scheme_name(index, site), site, transform, scheme.weights, scheme.activations)
 
 
-def fill_site(block: nn.Module, site: Site, weights: Mapping[str, QTensor], transform: Tensor | None) -> None:
-    """Give an installed site its codes and scales, by the names of its linears, and its transform as it is stored."""
+def fill_site(block: nn.Module, site: Site, weights: Mapping[str, QTensor], transform: SiteTransform | None) -> None:
+    """Give an installed site its codes and scales, by the names of its linears, and its transform."""
     for name in site.linears:
         linear = block.get_submodule(name)
         assert isinstance(linear, QuantLinear)
         linear.set_weight(weights[name])
-        if transform is not None:
-            assert linear.transform is not None and linear.transform.weight.shape == transform.shape
-            linear.transform.weight.data = transform
+    if transform is not None:
+        owner = block.get_submodule(site.linears[0])
+        assert isinstance(owner, QuantLinear) and owner.transform is not None
+        owner.transform.fill(transform)
 
 
 def install(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:

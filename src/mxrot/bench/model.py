@@ -126,7 +126,7 @@ def random_quantized_model(
                 linear = block.get_submodule(name)
                 assert isinstance(linear, QuantLinear)
                 width, transform = linear.in_features, linear.transform
-                if transform is not None and name == site.linears[0]:
+                if transform is not None and transform.has_matrices and name == site.linears[0]:
                     blocks, size = transform.weight.shape[:-2].numel(), transform.weight.shape[-1]
                     matrices = random_orthogonal(blocks, size, generator)
                     transform.weight.data = BlockDiagonal(matrices.to(device)).to_stored()

@@ -20,26 +20,25 @@ from mxrot.checkpoint.files import INDEX
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError
 from mxrot.layers import InputTransform, QuantLinear, separate_experts
+from mxrot.layers.transform import is_of_transform
 from mxrot.models import Family, check_linears
 from mxrot.models.families import EXPERTS
 from mxrot.models.headers import Header, StoredTensor, read_header
 from mxrot.models.weights import all_finite
 from mxrot.scheme import Scheme, install
+from mxrot.transforms.site_transform import tensor_problem
 
 SINGLE = "model.safetensors"
-LARGEST_CONDITION = 1e10
-"""Of a transform; one that rounding has made singular has about 1e16 in float64."""
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _TYPES = {
     torch.uint8: "U8",
+    torch.int32: "I32",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
 }
-"""What a file calls the types of quantized weights."""
-_TRANSFORM = ("BF16",)
-_ENDING = "_input.weight"
+"""What a file calls the types of quantized weights and transforms."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def _types(model: nn.Module) -> dict[str, tuple[str, ...]]:
             parts = module.weights.stored_parts(module.out_features, module.in_features)
             found |= {f"{name}.{part}": (_TYPES[dtype],) for part, (_, dtype) in parts.items()}
         elif isinstance(module, InputTransform):
-            found[f"{name}.weight"] = _TRANSFORM
+            found |= {f"{name}.{own}": (_TYPES[tensor.dtype],) for own, tensor in module.named_parameters()}
     return found
 
 
@@ -191,19 +190,10 @@ def check_value(name: str, tensor: Tensor) -> None:
     if name.endswith(".weight_scale") and tensor.dtype == torch.uint8:
         if bool((tensor == 255).any()):
             raise CheckpointError(f"{name}: holds the scale NaN (byte 255); the file is damaged")
-    elif tensor.is_floating_point():
-        if not bool(all_finite(tensor)):
-            raise CheckpointError(f"{name}: the weights hold NaN or Inf; the file is damaged")
-        if name.endswith(_ENDING):
-            _check_invertible(name, tensor)
-
-
-def _check_invertible(name: str, stored: Tensor) -> None:
-    matrices = stored.detach().to("cpu", torch.float64)
-    inverses, failed = torch.linalg.inv_ex(matrices)
-    conditions = torch.linalg.matrix_norm(matrices) * torch.linalg.matrix_norm(inverses)
-    if bool(failed.any()) or not bool((conditions < LARGEST_CONDITION).all()):
-        raise CheckpointError(f"{name}: a transform without an inverse; the file is damaged")
+    elif tensor.is_floating_point() and not bool(all_finite(tensor)):
+        raise CheckpointError(f"{name}: the weights hold NaN or Inf; the file is damaged")
+    if is_of_transform(name) and (problem := tensor_problem(name.rpartition(".")[2], tensor)):
+        raise CheckpointError(f"{name}: {problem}; the file is damaged")
 
 
 def _shortly(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -31,10 +31,15 @@ from mxrot.kernels.plain import (
     plain_round_columns,
     plain_round_reached,
 )
+from mxrot.transforms.stages import apply_matrices
 
 
 def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
-    """Q(x T), the shape of `x`: bfloat16 from the Triton kernel where it applies, else float32."""
+    """Q(x T), the shape of `x`: bfloat16 from the Triton kernel where it applies, else float32.
+
+    Matrices of other blocks than the format's are multiplied first, in float32.
+    """
+    x, matrices = _fused_or_applied(x, matrices, format)
     if x.is_cuda and has_triton() and _kernel_covers(x, format, rule):
         from mxrot.kernels.fused.rotate_quantize import rotate_quantize as fused
 
@@ -169,12 +174,23 @@ def quantized_linear(inputs: Inputs, weight: PackedWeight) -> Tensor | None:
     if not _is_for_kernels(inputs):
         return None
     choice = choose_path(inputs.rows, weight, inputs.x.device)
-    return None if choice.path is None else PATHS[choice.path](inputs, weight)
+    if choice.path is None:
+        return None
+    x, matrices = _fused_or_applied(inputs.x, inputs.matrices, inputs.format)
+    if x is inputs.x:
+        return PATHS[choice.path](inputs, weight)
+    return PATHS[choice.path](replace(inputs, x=x, matrices=matrices), weight).to(inputs.x.dtype)
+
+
+def _fused_or_applied(x: Tensor, matrices: Tensor | None, format: Format) -> tuple[Tensor, Tensor | None]:
+    """What is left to transform where the kernels quantize: nothing where matrices are of other blocks than theirs."""
+    if matrices is None or matrices.shape[-1] == format.block:
+        return x, matrices
+    return apply_matrices(x.to(torch.float32), matrices.to(torch.float32)), None
 
 
 def _is_for_kernels(inputs: Inputs) -> bool:
-    fits = inputs.matrices is None or inputs.matrices.shape[-1] == 32
-    return fits and inputs.format.name == "mxfp4" and _kernel_covers(inputs.x, inputs.format, inputs.rule)
+    return inputs.format.name == "mxfp4" and _kernel_covers(inputs.x, inputs.format, inputs.rule)
 
 
 def round_columns(

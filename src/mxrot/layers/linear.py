@@ -138,7 +138,7 @@ class QuantLinear(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Q(x T), the shape of `x`; float32, or bfloat16 where that holds it exactly."""
-        return quantized_input(x, self._matrices(x.device), self.activations)
+        return quantized_input(self._led(x), self._matrices(x.device), self.activations)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the dtype of `x`; sums in float32."""
@@ -148,8 +148,9 @@ class QuantLinear(nn.Module):
     def compute(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
         """Q(x T) W_q^T + b with a weight in the format of this one.
 
-        The gradients are those of `layers.product.traced_product`.
+        The gradients are those of `layers.product.traced_product`, and of what leads to its inputs.
         """
+        x = self._led(x)
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             stored, applied = self._traced_transform(x.device)
             return traced_product(x, stored, applied, weight, bias, self.weights, self.activations, self.fast)
@@ -158,7 +159,9 @@ class QuantLinear(nn.Module):
     def _traced_transform(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The stored transform, and the bytes of its matrices where they are at hand."""
         transform = self.transform
-        if transform is not None and torch.compiler.is_compiling() and transform.weight.device == device:
+        if transform is None or not transform.has_matrices:
+            return None, None
+        if torch.compiler.is_compiling() and transform.weight.device == device:
             return transform.weight, transform.prepared
         matrices = self._matrices(device)
         return (None, None) if matrices is None else (matrices, matrices.view(torch.int16))
@@ -168,8 +171,12 @@ class QuantLinear(nn.Module):
         own = self.stored_weight()
         return own if self.whole_codes is not None else StoredWeight(own.codes, own.parts, prepared_of(self))
 
+    def _led(self, x: Tensor) -> Tensor:
+        """`x` after the stages of the transform that are not multiplied where it is quantized."""
+        return x if self.transform is None else self.transform.lead(x)
+
     def _matrices(self, device: torch.device) -> Tensor | None:
-        if self.transform is None:
+        if self.transform is None or not self.transform.has_matrices:
             return None
         matrices = self.transform.matrices()
         # Where a model is spread over devices, the linear that owns the transform may be on another.

@@ -58,6 +58,7 @@ def prepare_site(linears: Sequence[QuantLinear], keeps_lifted: bool = False) -> 
 def is_in_one_place(linears: Sequence[QuantLinear]) -> bool:
     """Are the weights and the transform of a site on one device, and not held back by hooks that offload them?"""
     stored = [linear.weight_packed for linear in linears]
-    stored += [linear.transform.weight for linear in linears if linear.transform is not None]
+    transforms = {linear.transform for linear in linears if linear.transform is not None}
+    stored += [tensor for transform in transforms for tensor in transform.parameters()]
     devices = {tensor.device for tensor in stored}
     return len(devices) == 1 and torch.device("meta") not in devices

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mxrot.formats.quantizer import PACKED, PART
+from mxrot.layers.transform import is_of_transform
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,4 @@ def _kind(name: str) -> str:
     last = name.rpartition(".")[2]
     if last.startswith(PART):
         return "codes" if last == PACKED else "scales"
-    return "transforms" if name.endswith("_input.weight") else "other"
+    return "transforms" if is_of_transform(name) else "other"

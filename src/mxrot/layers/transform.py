@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mxrot.layers.product import applied_matrices
-from mxrot.transforms.stages import apply_matrices
+from mxrot.transforms.site_transform import SiteTransform, applied_in_turn, by_stage, empty_tensors
+from mxrot.transforms.stages import BlockDiagonalSpec, StageSpec, apply_matrices
+
+
+def is_of_transform(name: str) -> bool:
+    """Does a tensor of this name in a checkpoint belong to an input transform?"""
+    return name.rpartition(".")[0].endswith("_input")
 
 
 class _Applied(NamedTuple):
@@ -23,11 +29,22 @@ class _Applied(NamedTuple):
 
 
 class InputTransform(nn.Module):
-    """Holds sqrt(B) T in bfloat16, as a checkpoint does, and applies T."""
+    """Holds the tensors of a site's stages, as a checkpoint does, and applies the stages.
 
-    def __init__(self, stored: Tensor) -> None:
+    A block-diagonal stage at the end is `matrices`, for whoever quantizes what comes out; `lead` is all before it.
+    """
+
+    weight: nn.Parameter
+    """sqrt(B) T in bfloat16 of the last block-diagonal stage, where there is one."""
+
+    def __init__(self, specs: Sequence[StageSpec], stored: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(stored, requires_grad=False)
+        self.specs = tuple(specs)
+        self.has_matrices = isinstance(self.specs[-1], BlockDiagonalSpec)
+        """Is the last stage one that the quantizer applies?"""
+        self.has_lead = len(self.specs) > self.has_matrices
+        for name, tensor in stored.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._applied: _Applied | None = None
         self.is_for_kernels = False
         """Keep the matrices row by row on a GPU, which kernels would otherwise copy in every call."""
@@ -35,8 +52,48 @@ class InputTransform(nn.Module):
         """The bytes of `matrices()`, int16, for a compiled model; no part of a checkpoint, moves with the module."""
         keep(self, "prepared", None)
 
+    @staticmethod
+    def of(transform: SiteTransform) -> InputTransform:
+        """One that applies `transform`, after the rounding of a checkpoint."""
+        return InputTransform(transform.specs, transform.stored())
+
+    @staticmethod
+    def empty(specs: Sequence[StageSpec], width: int, device: torch.device | str) -> InputTransform:
+        """One for inputs of `width` channels, to be filled."""
+        return InputTransform(specs, empty_tensors(specs, width, device))
+
+    def fill(self, transform: SiteTransform) -> None:
+        """Take the tensors of a transform of the same shapes."""
+        own = dict(self.named_parameters())
+        for name, tensor in transform.stored().items():
+            assert own[name].shape == tensor.shape, (name, own[name].shape, tensor.shape)
+            own[name].data = tensor
+
+    def lead(self, x: Tensor) -> Tensor:
+        """`x` after all stages but the one of `matrices`, in the type of `x`.
+
+        They are computed in float32 and rounded once; autocast changes nothing of it.
+        """
+        if not self.has_lead:
+            return x
+        if any(tensor.device.type == "meta" for tensor in self._lead_tensors()):  # as for `matrices`
+            led: Tensor = self(x, only_lead=True)
+            return led
+        return self._led(x)
+
+    def _lead_tensors(self) -> Iterator[Tensor]:
+        return (tensor for name, tensor in self.named_parameters() if not (self.has_matrices and name == "weight"))
+
+    def _led(self, x: Tensor) -> Tensor:
+        # Where a model is spread over devices, the linear that owns the transform may be on another.
+        stored = {name: tensor.to(x.device) for name, tensor in self.named_parameters()}
+        parts = list(zip(self.specs, by_stage(self.specs, stored), strict=True))
+        leading = parts[:-1] if self.has_matrices else parts
+        with torch.autocast(x.device.type, enabled=False):
+            return applied_in_turn([spec.stage(part) for spec, part in leading], x)
+
     def matrices(self) -> Tensor:
-        """T as runtimes apply it, bfloat16 [1 | G, B, B]; kept until the stored tensor changes.
+        """T as runtimes apply it, bfloat16 [1 | G, B, B], where it `has_matrices`; kept until what is stored changes.
 
         A transform that is on the meta device is called instead: where weights are offloaded, hooks bring them for the
         time of a call.
@@ -61,13 +118,18 @@ class InputTransform(nn.Module):
     def prepare(self, is_for_kernels: bool = False) -> None:
         """Keep the matrices for a model that is compiled."""
         self.is_for_kernels, self._applied = is_for_kernels, None
-        keep(self, "prepared", self.matrices().view(torch.int16))
+        if self.has_matrices:
+            keep(self, "prepared", self.matrices().view(torch.int16))
 
-    def forward(self, x: Tensor | None = None) -> Tensor:
-        """x T in float32, blocks along the last dimension; without x, T."""
+    def forward(self, x: Tensor | None = None, only_lead: bool = False) -> Tensor:
+        """What linears see of x before it is quantized, float32; without x, `matrices`; or what `lead` gives."""
         if x is None:
             return self._made()
-        return apply_matrices(x.to(torch.float32), self.matrices().to(torch.float32))
+        led = self._led(x) if self.has_lead else x
+        if only_lead:
+            return led
+        led = led.to(torch.float32)
+        return apply_matrices(led, self.matrices().to(torch.float32)) if self.has_matrices else led
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         self._applied = None

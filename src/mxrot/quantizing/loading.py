@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import CheckpointError, FamilyError
+from mxrot.layers.transform import is_of_transform
 from mxrot.models import Family, Source, build_skeleton, fill, no_place, rebuild_buffers
 from mxrot.scheme import Scheme, install_site
 from mxrot.surgery import stored_tensors
@@ -72,7 +73,7 @@ def load_finished_block(
     for site in scheme.active_sites(family, index):
         install_site(block, index, site, scheme.linears[f"{prefix}.{site.linears[0]}"])
     for name in block.state_dict():
-        if name.endswith("_input.weight") and name not in tensors:
+        if is_of_transform(name) and name not in tensors:
             raise CheckpointError(f"{prefix}.{name}: is missing; each site has a transform")
     quantized = stored_tensors(block, torch.int8)
     moved = {

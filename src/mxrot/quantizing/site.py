@@ -342,11 +342,10 @@ def install_rounded(
     rows: RowSample,
 ) -> list[LinearReport]:
     """Put quantized linears in place; what they cost, on the inputs in `rows`."""
-    stored = None if transform is None else transform.stored()["weight"]
     quantized = {linear: found.weight for linear, found in rounded.items()}
     _, scheme = run.of(part, site)
     install_site(part.module, part.index, site, scheme)
-    fill_site(part.module, site, quantized, stored)
+    fill_site(part.module, site, quantized, transform)
     for linear, found in rounded.items():
         module = part.module.get_submodule(linear)
         assert isinstance(module, QuantLinear)

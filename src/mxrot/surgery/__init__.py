@@ -2,7 +2,7 @@
 
 from mxrot.surgery.fold_norms import FoldedNorms
 from mxrot.surgery.permute import PermutedFfn
-from mxrot.surgery.replace import install_empty_site, install_site, scheme_name, stored_tensors
+from mxrot.surgery.replace import install_empty_site, stored_tensors
 from mxrot.surgery.rotate import Rotated
 from mxrot.surgery.smooth import Weights, fold_into_producer, shareable_scales
 from mxrot.surgery.untie import Untied
@@ -15,8 +15,6 @@ __all__ = [
     "Weights",
     "fold_into_producer",
     "install_empty_site",
-    "install_site",
-    "scheme_name",
     "shareable_scales",
     "stored_tensors",
 ]

@@ -9,49 +9,26 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from mxrot.formats import QTensor
 from mxrot.layers import InputTransform, QuantLinear, SiteProducts, TensorQuantizer
 from mxrot.models import Site
 
 NO_TYPES: Mapping[str, torch.dtype] = MappingProxyType({})
 
 
-def scheme_name(block_index: int, site: Site) -> str:
-    """The name of a site's transform scheme in a checkpoint; [a-z0-9_] only."""
-    return f"layer{block_index}_{site.name}"
-
-
-def install_site(
-    block: nn.Module,
-    scheme: str,
-    site: Site,
-    quantized: dict[str, QTensor],
-    stored_transform: Tensor | None,
-    weights: TensorQuantizer,
-    activations: TensorQuantizer | None,
-) -> None:
-    """Replace the linears of `site` by quantized ones that share one input transform."""
-    install_empty_site(block, scheme, site, stored_transform, weights, activations)
-    for name in site.linears:
-        linear = block.get_submodule(name)
-        assert isinstance(linear, QuantLinear)
-        linear.set_weight(quantized[name])
-
-
 def install_empty_site(
     block: nn.Module,
     scheme: str,
     site: Site,
-    stored_transform: Tensor | None,
+    transform: InputTransform | None,
     weights: TensorQuantizer,
     activations: TensorQuantizer | None,
 ) -> None:
-    """Like `install_site`, with zeros for codes and scales, to be filled from a file.
+    """Replace the linears of `site` by quantized ones that share one input transform, called by the name of a scheme,
+    with zeros for codes and scales, to be filled.
 
     The transform belongs to the first linear of the site. Those of one module are computed together: they get the
     very same input, and those of two experts do not.
     """
-    transform = None if stored_transform is None else InputTransform(stored_transform)
     placed: dict[str, list[QuantLinear]] = defaultdict(list)
     for position, name in enumerate(site.linears):
         old = block.get_submodule(name)

@@ -6,6 +6,7 @@ float32, one after the other, and what comes out is rounded to the type of the i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mxrot.transforms.stages import (
+    SPECS,
     BlockDiagonal,
     BlockDiagonalSpec,
     Permutation,
@@ -101,6 +103,13 @@ def empty_tensors(specs: Sequence[StageSpec], width: int, device: torch.device |
     """The same as tensors without values."""
     shapes = stored_tensors(specs, width)
     return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+
+
+def tensor_problem(name: str, tensor: Tensor) -> str | None:
+    """What is wrong with one tensor of a transform, by its name there; None where nothing is."""
+    own = re.sub(r"_\d+$", "", name)
+    found = (kind().problem({own: tensor}) for kind in SPECS.values() if kind.names == (own,))
+    return next((problem for problem in found if problem), None)
 
 
 def by_stage(specs: Sequence[StageSpec], stored: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

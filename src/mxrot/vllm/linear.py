@@ -162,7 +162,7 @@ class MxrotLinearMethod(LinearMethodBase):
         linear.fast = site.accumulation == "fast"
         if self.scheme is not None:
             stored: SlicedTransform = getattr(layer, f"{self.scheme}_input")
-            linear.own_transform(self.scheme, InputTransform(stored.weight.data))
+            linear.own_transform(self.scheme, InputTransform((stored.spec,), {"weight": stored.weight.data}))
             delattr(layer, f"{self.scheme}_input")
         prepare_site((linear,))
         layer.add_module("quantized", linear)

@@ -12,6 +12,7 @@ from mxrot.kernels.crossovers import Crossovers
 from mxrot.kernels.linear import PATHS, by_fp8
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare, prepare_linears, prepare_site
 from mxrot.transforms.base import random_orthogonal
+from mxrot.transforms.site_transform import SiteTransform
 from mxrot.transforms.stages import BlockDiagonal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +29,7 @@ def linear(groups: int = 3, width: int = 96, height: int = 40, bias: bool = Fals
     found.set_weight(quantize(torch.randn(height, width, generator=generator), FORMAT))
     if groups:
         matrices = random_orthogonal(groups, 32, generator)
-        found.own_transform("test", InputTransform(BlockDiagonal(matrices).to_stored()))
+        found.own_transform("test", InputTransform.of(SiteTransform((BlockDiagonal(matrices),))))
     return found.to(DEVICE)
 
 

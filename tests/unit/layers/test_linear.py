@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxrot.formats import FORMATS, Format, Uniform, fake_quantize, get_format, quantize
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
-from mxrot.transforms import BlockDiagonal
+from mxrot.transforms import BlockDiagonal, SiteTransform
 from mxrot.transforms.base import random_orthogonal
 
 K, N = 128, 24
@@ -27,7 +27,7 @@ def quantizer(name: str, rule: str | None = None) -> TensorQuantizer:
 
 def transform_of(count: int) -> InputTransform:
     matrices = random_orthogonal(count, 32, torch.Generator().manual_seed(3))
-    return InputTransform(BlockDiagonal(matrices).to_stored())
+    return InputTransform.of(SiteTransform((BlockDiagonal(matrices),)))
 
 
 def linear_of(

@@ -25,6 +25,7 @@ from mxrot.layers import (
 )
 from mxrot.quantizing import run as pipeline
 from mxrot.transforms.base import random_orthogonal
+from mxrot.transforms.site_transform import SiteTransform
 from mxrot.transforms.stages import BlockDiagonal
 
 FORMAT = get_format("mxfp4")
@@ -37,7 +38,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def site(bias: bool = False) -> list[QuantLinear]:
-    transform = InputTransform(BlockDiagonal(random_orthogonal(3, 32, torch.Generator().manual_seed(0))).to_stored())
+    transform = InputTransform.of(
+        SiteTransform((BlockDiagonal(random_orthogonal(3, 32, torch.Generator().manual_seed(0))),))
+    )
     linears = []
     for seed, rows in enumerate(ROWS):
         own = random(rows, seed=seed + 7) if bias and seed != 1 else None

@@ -11,22 +11,26 @@ from torch import Tensor
 from mxrot.layers import InputTransform
 from mxrot.layers.product import applied_matrices
 from mxrot.transforms.base import random_orthogonal
-from mxrot.transforms.stages import BlockDiagonal
+from mxrot.transforms.stages import BlockDiagonal, BlockDiagonalSpec
 
 
 def stored(seed: int) -> Tensor:
     return BlockDiagonal(random_orthogonal(3, 32, torch.Generator().manual_seed(seed))).to_stored()
 
 
+def holding(weight: Tensor) -> InputTransform:
+    return InputTransform((BlockDiagonalSpec(32, "block"),), {"weight": weight})
+
+
 def test_matrices_are_made_once() -> None:
-    transform = InputTransform(stored(0))
+    transform = holding(stored(0))
     assert transform.matrices() is transform.matrices()
     assert torch.equal(transform.matrices(), applied_matrices(transform.weight))
 
 
 @pytest.mark.parametrize("change", ["in place", "data", "parameter", "loaded", "moved"])
 def test_matrices_are_made_again_when_the_stored_tensor_changes(change: str) -> None:
-    transform = InputTransform(stored(0))
+    transform = holding(stored(0))
     before = transform.matrices()
     other = stored(1)
     if change == "in place":
@@ -47,7 +51,7 @@ def test_matrices_are_made_again_when_the_stored_tensor_changes(change: str) -> 
 
 def test_memory_that_is_given_back_and_taken_again_is_another_tensor() -> None:
     """The allocator hands out the address of a stored tensor that was replaced, to the next one of its size."""
-    transform, second, third = InputTransform(stored(0)), stored(1), stored(2)
+    transform, second, third = holding(stored(0)), stored(1), stored(2)
     transform.matrices()
     place = transform.weight.data_ptr()
     transform.weight.data = second
@@ -59,7 +63,7 @@ def test_memory_that_is_given_back_and_taken_again_is_another_tensor() -> None:
 
 def test_inside_inference_mode_a_change_in_place_is_seen() -> None:
     with torch.inference_mode():
-        transform = InputTransform(stored(0) * 1)
+        transform = holding(stored(0) * 1)
         transform.matrices()
         transform.weight.copy_(stored(1))
         assert torch.equal(transform.matrices(), applied_matrices(stored(1)))
@@ -67,7 +71,7 @@ def test_inside_inference_mode_a_change_in_place_is_seen() -> None:
 
 def test_without_an_input_a_call_gives_the_matrices() -> None:
     """What hooks that bring offloaded values need: nothing is read outside of a call."""
-    transform = InputTransform(stored(0))
+    transform = holding(stored(0))
     expected = applied_matrices(transform.weight)
     kept = transform.weight.data.clone()
     transform.to("meta")
@@ -78,7 +82,7 @@ def test_without_an_input_a_call_gives_the_matrices() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_a_cast_leaves_the_matrices(dtype: torch.dtype) -> None:
-    transform = InputTransform(stored(0))
+    transform = holding(stored(0))
     transform.prepare()
     before, prepared = transform.matrices(), transform.prepared
     transform.to(dtype)
@@ -88,7 +92,7 @@ def test_a_cast_leaves_the_matrices(dtype: torch.dtype) -> None:
 
 
 def test_a_copy_keeps_no_matrices_of_the_original() -> None:
-    transform = InputTransform(stored(0))
+    transform = holding(stored(0))
     transform.matrices()
     copied = copy.deepcopy(transform)
     assert copied._applied is None and torch.equal(copied.matrices(), transform.matrices())

@@ -11,8 +11,9 @@ from mxrot.formats import QTensor, get_format, quantize
 from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
 from mxrot.models import Site
 from mxrot.models.families.llama import FAMILY as LLAMA
-from mxrot.surgery import install_empty_site, install_site, scheme_name, stored_tensors
-from mxrot.transforms import BlockDiagonal
+from mxrot.scheme import scheme_name
+from mxrot.surgery import install_empty_site, stored_tensors
+from mxrot.transforms import BlockDiagonal, BlockDiagonalSpec
 from mxrot.transforms.base import random_orthogonal
 
 QKV, _, GATE_UP, DOWN = LLAMA.sites
@@ -27,10 +28,19 @@ def quantized_linears(block: nn.Module, site: Site) -> dict[str, QTensor]:
     return {name: quantize(block.get_parameter(f"{name}.weight"), MXFP4.format) for name in site.linears}
 
 
+def transform_of(stored: Tensor | None) -> InputTransform | None:
+    spec = BlockDiagonalSpec(32, "site" if stored is None or stored.dim() == 2 else "block")
+    return None if stored is None else InputTransform((spec,), {"weight": stored})
+
+
 def block_with(site: Site, transform: Tensor | None) -> tuple[LlamaDecoderLayer, dict[str, QTensor]]:
     block = first_block(tiny_llama(torch.float32, biases=True))
     quantized = quantized_linears(block, site)
-    install_site(block, scheme_name(0, site), site, quantized, transform, MXFP4, MXFP4)
+    install_empty_site(block, scheme_name(0, site), site, transform_of(transform), MXFP4, MXFP4)
+    for name, weight in quantized.items():
+        linear = block.get_submodule(name)
+        assert isinstance(linear, QuantLinear)
+        linear.set_weight(weight)
     return block, quantized
 
 
@@ -80,7 +90,9 @@ def test_a_site_with_ignored_linears_gives_the_transform_to_its_first() -> None:
 def test_an_empty_site_has_the_shapes_of_a_full_one() -> None:
     full, _ = block_with(DOWN, stored_transform(3))
     empty = first_block(tiny_llama(torch.float32, biases=True))
-    install_empty_site(empty, scheme_name(0, DOWN), DOWN, torch.zeros_like(stored_transform(3)), MXFP4, MXFP4)
+    install_empty_site(
+        empty, scheme_name(0, DOWN), DOWN, transform_of(torch.zeros_like(stored_transform(3))), MXFP4, MXFP4
+    )
     shapes = {name: (value.shape, value.dtype) for name, value in full.state_dict().items()}
     assert {name: (value.shape, value.dtype) for name, value in empty.state_dict().items()} == shapes
     down = empty.get_submodule("mlp.down_proj")
