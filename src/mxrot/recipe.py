@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from mxrot import rounding, transforms
 from mxrot.errors import ConfigError
-from mxrot.formats import get_format
+from mxrot.formats import Uniform, get_format
 from mxrot.layers import TensorQuantizer
 from mxrot.nearest import brief
 from mxrot.overrides import Override
@@ -73,6 +73,10 @@ class Recipe:
             raise ConfigError(f"recipe {self.name}: {error}") from error
         if self.tuning is not None:
             self._require(self.activations is not None, "tuning needs quantized activations")
+            self._require(
+                isinstance(weights.format.grid, Uniform),
+                f"tuning moves codes under one scale a block, and {weights.format.name} has others",
+            )
             self._require(weights.is_exact_in_bfloat16, f"tuning cannot hold {weights.format.name} in bfloat16")
             stages = self.transform.own_specs(self.transform.block, self.sharing)
             self._require(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxrot.checkpoint.files import INDEX
+from mxrot.checkpoint.files import INDEX, TYPE_NAMES
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError
 from mxrot.layers import InputTransform, QuantLinear, separate_experts
@@ -30,15 +30,6 @@ from mxrot.transforms.site_transform import tensor_problem
 
 SINGLE = "model.safetensors"
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_TYPES = {
-    torch.uint8: "U8",
-    torch.int32: "I32",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}
-"""What a file calls the types of quantized weights and transforms."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +169,9 @@ def _types(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             parts = module.weights.stored_parts(module.out_features, module.in_features)
-            found |= {f"{name}.{part}": (_TYPES[dtype],) for part, (_, dtype) in parts.items()}
+            found |= {f"{name}.{part}": (TYPE_NAMES[dtype],) for part, (_, dtype) in parts.items()}
         elif isinstance(module, InputTransform):
-            found |= {f"{name}.{own}": (_TYPES[tensor.dtype],) for own, tensor in module.named_parameters()}
+            found |= {f"{name}.{own}": (TYPE_NAMES[tensor.dtype],) for own, tensor in module.named_parameters()}
     return found
 
 

@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 TEMPORARY = ".tmp"
 _PIECE = 1 << 24
 _THREADS = 4
-_TYPE_NAMES = {
+TYPE_NAMES = {
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
@@ -43,8 +43,8 @@ _TYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""In the order in which safetensors puts them into a file: widest first."""
-_ORDER = {dtype: place for place, dtype in enumerate(_TYPE_NAMES)}
+"""What safetensors calls types, in the order in which it puts them into a file: widest first."""
+_ORDER = {dtype: place for place, dtype in enumerate(TYPE_NAMES)}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Written:
     for name in names:
         start, end = end, end + tensors[name].nbytes
         shape = list(tensors[name].shape)
-        header[name] = {"dtype": _TYPE_NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": TYPE_NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     with whole_file(path, 8 + len(encoded) + end) as sink:

@@ -20,13 +20,13 @@ class TwoScales(Grid):
         return self.element.bits
 
     def parts(self, rule: ScaleRule) -> tuple[PartSpec, ...]:
-        return PartSpec("scale", torch.float16, 16), PartSpec("negative_scale", torch.float16, 16)
+        return tuple(PartSpec(name, torch.float8_e5m2, 8) for name in ("scale", "negative_scale"))
 
     def choose(self, blocks: Tensor, rule: ScaleRule) -> NamedParts:
         largest = {"scale": blocks.clamp(min=0).amax(dim=-1), "negative_scale": (-blocks).clamp(min=0).amax(dim=-1)}
         return NamedParts(
             {
-                name: (top / self.element.max + _poison(blocks)).clamp(min=2.0**-14).to(torch.float16)
+                name: (top / self.element.max + _poison(blocks)).clamp(min=2.0**-14).to(torch.float8_e5m2)
                 for name, top in largest.items()
             }
         )
