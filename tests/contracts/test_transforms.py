@@ -12,7 +12,18 @@ from mxrot.calibration import COLLECTORS
 from mxrot.errors import ConfigError
 from mxrot.formats import get_format
 from mxrot.layers import TensorQuantizer
-from mxrot.transforms import METHODS, BlockDiagonal, Sharing, SiteSample, generator_for, get_transform
+from mxrot.transforms import (
+    METHODS,
+    BlockDiagonal,
+    FitSize,
+    Sharing,
+    SiteSample,
+    SiteTransform,
+    Stage,
+    TransformMethod,
+    generator_for,
+    get_transform,
+)
 from mxrot.transforms.stages import STORED_DTYPE
 
 BLOCK, GROUPS = 32, 3
@@ -41,15 +52,20 @@ def fit(name: str, sharing: Sharing, seed: int = 0, site: str = "a.q_proj") -> B
 
 
 def refit(name: str, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
-    method = METHODS[name]()
-    collectors = {need: COLLECTORS[need](BLOCK, method.tokens_kept, 512) for need in method.needs}
+    found = fitted(METHODS[name](), sharing, generator)
+    assert isinstance(found, BlockDiagonal)
+    return found
+
+
+def fitted(method: TransformMethod, sharing: Sharing, generator: torch.Generator) -> Stage | SiteTransform:
+    collectors = {need: COLLECTORS[need](method.block, method.tokens_kept, 512) for need in method.needs}
     for batch in inputs():
         for collector in collectors.values():
             collector.update(batch)
     format = get_format("mxfp4")
     sample = SiteSample(
         random(48, GROUPS * BLOCK, seed=2),
-        BLOCK,
+        method.block,
         {need: collector.result() for need, collector in collectors.items()},
         TensorQuantizer(format, format.rule()),
     )
@@ -177,6 +193,41 @@ def test_randomness_comes_from_the_seed_and_the_name_alone(name: str, sharing: S
     is_random = not torch.equal(generator.get_state(), before)
     for other in (fit(name, sharing, seed=1), fit(name, sharing, site="b.q_proj")):
         assert torch.equal(other.matrices, again.matrices) != is_random
+
+
+@each
+def test_it_mixes_as_many_channels_as_it_is_told(name: str, sharing: Sharing) -> None:
+    """16 in the place of 32: what is fitted is what is promised, and the product is unchanged."""
+    method = METHODS[name](block=16)
+    found = SiteTransform.of(fitted(method, sharing, generator_for(0, "a.q_proj")))
+    promised = method.own_specs(GROUPS * BLOCK, sharing)
+    assert found.specs == promised if promised else name == "identity"
+    assert all(spec.multiple == 16 for spec in found.specs)
+    x, weight = random(7, GROUPS * BLOCK), random(11, GROUPS * BLOCK, seed=3)
+    assert relative_error(found.apply(x) @ found.fold(weight).T, x @ weight.T) <= 1e-12
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_what_fitting_takes(name: str) -> None:
+    """Twice the channels are twice the work; what takes time can be timed, in units that are counted."""
+    method = METHODS[name]()
+    small, large = (FitSize(48, width, "block", tokens=512) for width in (96, 192))
+    assert method.fitting_bytes(large) > 0
+    work, more = method.fitting_work(small), method.fitting_work(large)
+    assert work.keys() == more.keys() and all(more[kind] > work[kind] for kind in work)
+    trial = method.trial(torch.device("cpu"))
+    assert ("fitted" in work) == (trial is not None)
+    if trial is not None:
+        fit_some, units = trial
+        assert units > 0
+        fit_some()
+
+
+@pytest.mark.parametrize("block", [0, -32, 2.5, "32"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_block_that_is_none_is_a_mistake(name: str, block: object) -> None:
+    with pytest.raises(ConfigError, match="block"):
+        METHODS[name](block=block)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -37,6 +37,7 @@ def find_problems(
     yield from expert_problems(rules)
     yield from smoothing_problems(rules)
     yield from linear_problems(model, family, rules.input_block)
+    yield from stage_problems(model, rules)
 
 
 def weight_problems(model: PreTrainedModel, where: str, source: Source | None) -> Iterator[MxrotError]:
@@ -106,6 +107,27 @@ def smoothing_problems(rules: Rules) -> Iterator[MxrotError]:
                 f"recipe {recipe.name}: site {site.name!r} of family {family.name} has nothing before it that can "
                 'take smoothing scales; list it under smoothing.skip, or set transform.sharing = "block"'
             )
+
+
+def stage_problems(model: PreTrainedModel, rules: Rules) -> Iterator[MxrotError]:
+    """Stages that there are none of for the widths of the model, each kind and width once."""
+    told = set()
+    for index, block in enumerate(model.get_submodule(rules.family.blocks).children()):
+        modules = dict(block.named_modules())
+        for site in rules.active_sites(index):
+            linear = modules.get(site.linears[0])
+            if not isinstance(linear, nn.Linear):
+                continue
+            recipe, width = rules.of(index, site.name), linear.in_features
+            for spec in recipe.transform.specs(width, recipe.sharing, rules.smooths(site)):
+                if width % spec.multiple or (spec, width) in told:  # the former is said of each linear
+                    continue
+                told.add((spec, width))
+                try:
+                    spec.check(width)
+                except ConfigError as error:
+                    place = f"{rules.family.block_prefix(index)}.{site.linears[0]}"
+                    yield ConfigError(f"{place}: {error}; list it under `ignore` to leave it as it is")
 
 
 def memory_problem(

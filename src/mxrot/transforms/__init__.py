@@ -1,12 +1,16 @@
-"""Input transforms, the stages they are made of, and the methods that build them. A method is one class, listed
-here."""
+"""Input transforms, the stages they are made of, and the methods that build them.
+
+A method, or a kind of stage, is one class in a file of this package, and is found by looking through it.
+"""
+
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from importlib import import_module
 
 from mxrot.errors import ConfigError
 from mxrot.nearest import not_known
 from mxrot.transforms.base import FitSize, SiteSample, TransformMethod, generator_for
-from mxrot.transforms.hadamard import Hadamard, Identity, RandomHadamard, RandomOrthogonal
-from mxrot.transforms.moments import SecondMoment
-from mxrot.transforms.outlier import OutlierRotation
 from mxrot.transforms.site_transform import SiteTransform, empty_tensors, stored_tensors
 from mxrot.transforms.stages import (
     BlockDiagonal,
@@ -21,9 +25,19 @@ from mxrot.transforms.stages import (
     spec_from_table,
 )
 
+
+def _methods() -> Iterator[type[TransformMethod]]:
+    """The classes of this package's files that are whole methods."""
+    for file in pkgutil.iter_modules(__path__):
+        module = import_module(f"{__name__}.{file.name}")
+        for found in vars(module).values():
+            is_own = isinstance(found, type) and found.__module__ == module.__name__
+            if is_own and issubclass(found, TransformMethod) and not inspect.isabstract(found):
+                yield found
+
+
 METHODS: dict[str, type[TransformMethod]] = {
-    method.name: method
-    for method in (Identity, Hadamard, RandomHadamard, RandomOrthogonal, OutlierRotation, SecondMoment)
+    method.name: method for method in sorted(_methods(), key=lambda method: method.name)
 }
 
 

@@ -33,6 +33,10 @@ StoredTensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shapes and types by name."""
 
 
+SPECS: dict[str, type[StageSpec]] = {}
+"""Every kind of stage that a checkpoint may name: the subclasses of `StageSpec`."""
+
+
 @dataclass(frozen=True)
 class StageSpec(ABC):
     """What a stage is, for inputs of any width; fields are plain values."""
@@ -40,6 +44,9 @@ class StageSpec(ABC):
     kind: ClassVar[str]
     names: ClassVar[tuple[str, ...]] = ()
     """Of its tensors in a checkpoint."""
+
+    def __init_subclass__(cls) -> None:
+        SPECS[cls.kind] = cls
 
     def __post_init__(self) -> None:
         check_fields(self, f"stage {self.kind}")
@@ -274,12 +281,6 @@ class HadamardOfWidth(Stage):
 
     def stored(self) -> dict[str, Tensor]:
         return {}
-
-
-SPECS: dict[str, type[StageSpec]] = {
-    kind.kind: kind for kind in (BlockDiagonalSpec, PermutationSpec, HadamardOfWidthSpec)
-}
-"""Every kind of stage that a checkpoint may name."""
 
 
 def spec_from_table(table: Mapping[str, Any]) -> StageSpec:
