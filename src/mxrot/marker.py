@@ -8,20 +8,33 @@ SAVED_BY = "saved_by"
 """What the marker says where `save_pretrained` has written last."""
 METHOD = "compressed-tensors"
 """The `quant_method` of a checkpoint."""
+NATIVE = "mxrot"
+"""The `format` of a checkpoint, and of its config groups, that only mxrot reads."""
 ON_LOAD = "mxrot"
 """The `quant_method` of `mxrot.MxrotConfig`."""
 
 
 def is_ours(table: object) -> bool:
-    """Does a `quantization_config` carry mxrot's marker, or transforms that go by mxrot's names?
+    """Does a `quantization_config` carry mxrot's marker, its `format`, or transforms that go by mxrot's names?
 
     With these and without the marker it was damaged: another reader would leave the transforms out.
     """
     if not isinstance(table, dict):
         return False
+    if MARKER in table or table.get("format") == NATIVE:
+        return True
     transforms = table.get("transform_config")
-    schemes = transforms.get("config_groups") if isinstance(transforms, dict) else None
-    return MARKER in table or (isinstance(schemes, dict) and any(map(_is_scheme, schemes)))
+    schemes, groups = _tables_in(transforms), _tables_in(table)
+    return any(map(_is_scheme, schemes)) or any(_is_native(group) for group in groups.values())
+
+
+def _tables_in(table: object) -> dict[object, object]:
+    groups = table.get("config_groups") if isinstance(table, dict) else None
+    return groups if isinstance(groups, dict) else {}
+
+
+def _is_native(group: object) -> bool:
+    return isinstance(group, dict) and group.get("format") == NATIVE
 
 
 def _is_scheme(name: object) -> bool:

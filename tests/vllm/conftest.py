@@ -1,11 +1,14 @@
 """One process, one vLLM, on a CPU; and small checkpoints of each kind."""
 
+import json
 import os
+import shutil
 
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from mxrot.checkpoint.checked import check_checkpoint
+from mxrot.checkpoint.config import compressed_tensors_config
+from mxrot.overrides import Override
+from mxrot.vllm.export import export_for_vllm
+from mxrot.vllm.verdict import check_for_vllm
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,6 +57,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return make
 
 
+@pytest.fixture(scope="session")
+def exported(checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
+    """The same in the words of compressed-tensors, exported or not: with one matrix a site where it has others."""
+
+    def make(kind: str) -> Path:
+        folder = checkpoint(kind)
+        output = folder.with_name(f"exported-{kind}")
+        if not output.exists():
+            if check_for_vllm(folder).stock.stops:
+                shutil.copytree(folder, output)
+                _reword(output)
+            else:
+                export_for_vllm(folder, output)
+        return output
+
+    return make
+
+
+def _reword(folder: Path) -> None:
+    checked = check_checkpoint(folder)
+    linears = {
+        name: replace(one, stages=tuple(replace(stage, sharing="site") for stage in one.stages))
+        for name, one in checked.scheme.linears.items()
+    }
+    table = compressed_tensors_config(replace(checked.scheme, linears=linears), checked.family, torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": table}))
+
+
 _FITTED = ("mxrot-vllm", {"calibration__generated": 0.0})  # matrices that are neither symmetric nor orthogonal
 _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("rtn", {}),
@@ -63,6 +101,20 @@ _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": _FITTED,
     "phi3": ("hadamard", {}),
     "plain-phi3": ("rtn", {}),
+    "mixture": (
+        _FITTED[0],
+        _FITTED[1]
+        | {
+            "override": (
+                Override.from_table({"sites": ["down"], "format": "mxfp8_e4m3"}, "down"),
+                Override.from_table({"sites": ["gate_up"], "blocks": [1, 1], "activations": "none"}, "gate_up"),
+                Override.from_table({"sites": ["o"], "blocks": [0, 0], "weights": "none"}, "o"),
+            )
+        },
+    ),
+    "other-formats": ("hadamard", {"weights__format": "int4_g32_asym", "weights__rule": "", "activations": "none"}),
+    "whole-rows": ("rtn", {"weights__format": "int8_row", "weights__rule": "", "activations": "none"}),
+    "tensor-scale": ("rtn", {"weights__format": "nvfp4", "weights__rule": "", "activations": "none"}),
 }
 
 
@@ -94,4 +146,6 @@ def _write(root: Path, kind: str) -> None:
                 parameter.data.uniform_(0.5, 1.5)  # norm gains, and biases, which are zero otherwise
         model.to(torch.bfloat16).save_pretrained(source)
         write_tokenizer(source)
-    write(source, root / kind, recipe(name, **changes))
+    overrides = changes.get("override", ())
+    chosen = recipe(name, **{key: value for key, value in changes.items() if key != "override"})
+    write(source, root / kind, replace(chosen, override=overrides))

@@ -15,6 +15,7 @@ from tests.unit.checkpoint.folders import logits as own_logits
 from tests.vllm.plain_vllm import configure, load, logits
 from tests.vllm.test_stock import parts_of, relative_error
 from torch import Tensor
+from transformers import AutoConfig
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -41,6 +42,9 @@ KINDS = [
     "qwen2",
     "qwen3",
     "phi3",
+    "mixture",
+    "other-formats",
+    "whole-rows",
 ]
 
 
@@ -59,15 +63,17 @@ def test_vllm_finds_the_plugin_by_itself() -> None:
     assert found.load() is register
 
 
-def test_the_marker_decides_and_the_user_decides_before_it(checkpoint: Checkpoints) -> None:
-    folder = checkpoint("site")
-    assert configure(folder, "bfloat16").model_config.quantization == METHOD
+def test_the_marker_decides_and_the_user_decides_before_it(checkpoint: Checkpoints, exported: Checkpoints) -> None:
+    for folder in (checkpoint("site"), exported("site")):
+        assert configure(folder, "bfloat16").model_config.quantization == METHOD
     assert configure(folder, "bfloat16", "compressed-tensors").model_config.quantization == "compressed-tensors"
-    foreign = json.loads((folder / "config.json").read_text())["quantization_config"]
+    foreign = json.loads((exported("site") / "config.json").read_text())["quantization_config"]
     del foreign["mxrot"]
     # Transforms by mxrot's names and no marker: damaged, and to be refused by mxrot instead of run without them.
     assert CUSTOM[METHOD].override_quantization_method(foreign, None) == METHOD
     del foreign["transform_config"]
+    assert CUSTOM[METHOD].override_quantization_method(foreign, None) == METHOD  # its groups are
+    foreign["config_groups"]["group_0"]["format"] = foreign["format"]
     assert CUSTOM[METHOD].override_quantization_method(foreign, None) is None
 
 
@@ -118,6 +124,7 @@ def test_a_linear_is_traced_as_one_operation(checkpoint: Checkpoints) -> None:
 
 def quantization_of(folder: Path) -> MxrotQuantization:
     found = MxrotQuantization.from_config(json.loads((folder / "config.json").read_text())["quantization_config"])
+    found.maybe_update_config(str(folder), hf_config=AutoConfig.from_pretrained(folder))
     found.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     return found
 
@@ -196,8 +203,38 @@ def test_experts_are_refused(checkpoint: Checkpoints) -> None:
         quantization_of(checkpoint("site")).get_quant_method(experts, "model.layers.0.mlp.experts")
 
 
-def test_parts_with_different_transforms_are_refused(checkpoint: Checkpoints) -> None:
-    config = quantization_of(checkpoint("site"))
+def test_parts_that_differ_are_refused_and_so_is_what_is_not_known(checkpoint: Checkpoints) -> None:
+    config = quantization_of(checkpoint("mixture"))
+    linear = torch.nn.Module.__new__(QKVParallelLinear)
+    for parts, message in (
+        (["q_proj", "k_proj"], None),
+        (["q_proj", "o_proj"], "not of one site"),
+        (["q_proj", "g_proj"], "g_proj is no linear of this checkpoint"),
+    ):
+        config.packed_modules_mapping = {"qkv_proj": parts}
+        prefix = "model.layers.1.self_attn.qkv_proj"
+        if message is None:
+            assert config.get_quant_method(linear, prefix).scheme.weights.format.name == "mxfp4"
+            continue
+        with pytest.raises(ConfigError, match=message):
+            config.get_quant_method(linear, prefix)
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "o_proj"]}
-    with pytest.raises(ConfigError, match="do not share"):
-        config._scheme(torch.nn.Linear(32, 32), "model.layers.0.self_attn.qkv_proj")
+    with pytest.raises(ConfigError, match="not quantized alike"):  # o_proj of block 0 is left as it is
+        config.get_quant_method(linear, "model.layers.0.self_attn.qkv_proj")
+
+
+def test_what_has_a_number_for_the_whole_tensor_is_refused(checkpoint: Checkpoints) -> None:
+    folder = checkpoint("tensor-scale")
+    (stop,) = check_for_vllm(folder).plugin.stops
+    assert stop.startswith("weights in nvfp4 have a number for the whole tensor")
+    with pytest.raises(ConfigError, match=stop):
+        load(configure(folder, "float32"))
+
+
+def test_a_hub_checkpoint_is_known_by_its_config_alone(checkpoint: Checkpoints) -> None:
+    """vLLM gives the id, and files are not here yet."""
+    folder = checkpoint("block")
+    table = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = MxrotQuantization.from_config(table)
+    config.maybe_update_config("owner/name", hf_config=AutoConfig.from_pretrained(folder))
+    assert config.scheme == quantization_of(folder).scheme and len(config.transform_names) == 2 * 7

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tests.unit.checkpoint.folders import TOKENS, all_tensors
 from tests.unit.checkpoint.folders import logits as own_logits
 from tests.vllm import plain_vllm
@@ -20,11 +21,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (
     CompressedTensorsLinearTransformMethod,
 )
+from vllm.model_executor.model_loader import weight_utils
 
 import mxrot
 from mxrot.layers import QuantLinear
 from mxrot.layers.product import applied_matrices
-from mxrot.vllm.export import export_for_vllm
 from mxrot.vllm.verdict import check_for_vllm
 
 Checkpoints = Callable[[str], Path]
@@ -47,9 +48,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def site(checkpoint: Checkpoints) -> tuple[Path, Any]:
-    """A checkpoint with one matrix a site, and vLLM's model of it in bfloat16."""
-    folder = checkpoint("site")
+def site(exported: Checkpoints) -> tuple[Path, Any]:
+    """A checkpoint with one matrix a site, exported, and vLLM's model of it in bfloat16."""
+    folder = exported("site")
     return folder, load(configure(folder, "bfloat16"))
 
 
@@ -64,8 +65,8 @@ def test_scheme_and_transform_of_each_linear(site: tuple[Path, Any]) -> None:
     assert not hasattr(model.lm_head, "scheme")
 
 
-def test_the_scheme_follows_from_the_weights_alone(checkpoint: Checkpoints) -> None:
-    table = json.loads((checkpoint("weights-only") / "config.json").read_text())["quantization_config"]
+def test_the_scheme_follows_from_the_weights_alone(exported: Checkpoints) -> None:
+    table = json.loads((exported("weights-only") / "config.json").read_text())["quantization_config"]
     assert table["config_groups"]["group_0"]["input_activations"] is None
     config = CompressedTensorsConfig.from_config(table)
     scheme = config._get_scheme_from_parts(config.target_scheme_map["Linear"]["weights"], None)
@@ -160,10 +161,9 @@ RUNS = [
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_what_the_check_lets_through_runs(kind: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_what_the_check_lets_through_runs(kind: str, checkpoint: Checkpoints, exported: Checkpoints) -> None:
     assert check_for_vllm(checkpoint(kind)).stock.stops == ()
-    export_for_vllm(checkpoint(kind), tmp_path / "exported")
-    config = configure(tmp_path / "exported", "auto")
+    config = configure(exported(kind), "auto")
     assert (config.model_config.quantization, config.model_config.dtype) == ("compressed-tensors", torch.bfloat16)
     model = load(config)
     assert torch.isfinite(logits(model, config, TOKENS)).all()
@@ -175,11 +175,20 @@ STOPS = {"block": AssertionError, "bias": AssertionError, "qwen2": AssertionErro
 
 
 @pytest.mark.parametrize("kind", STOPS)
-def test_what_the_check_stops_fails(kind: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_what_the_check_stops_fails(kind: str, checkpoint: Checkpoints, exported: Checkpoints) -> None:
     assert check_for_vllm(checkpoint(kind)).stock.stops
-    config = configure(checkpoint(kind), "bfloat16")
+    config = configure(exported(kind), "bfloat16")
     with pytest.raises(STOPS[kind]):
         logits(load(config), config, TOKENS)
+
+
+@pytest.mark.parametrize("kind", ["site", "block", "weights-only", "mixture", "whole-rows", "tensor-scale"])
+def test_mxrots_own_form_is_refused_before_weights_are_read(
+    kind: str, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_utils, "safe_open", None)
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        load(configure(checkpoint(kind), "bfloat16"))
 
 
 def test_a_part_of_a_site_that_is_not_quantized_stops_both(checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -193,8 +202,8 @@ def test_a_part_of_a_site_that_is_not_quantized_stops_both(checkpoint: Checkpoin
         load(configure(tmp_path / "part", "bfloat16"))
 
 
-def test_transforms_refuse_two_devices(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check_for_vllm(checkpoint("site")).stock.tensor_parallel == (1,)
+def test_transforms_refuse_two_devices(exported: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_for_vllm(exported("site")).stock.tensor_parallel == (1,)
     monkeypatch.setattr(plain_vllm.transform_module, "get_tensor_model_parallel_world_size", lambda: 2)
     with pytest.raises(NotImplementedError, match="tensor parallelism"):
-        load(configure(checkpoint("site"), "bfloat16"))
+        load(configure(exported("site"), "bfloat16"))

@@ -3,8 +3,9 @@
 One config group stands for each distinct scheme, and the marker, a table of its own, adds to each what
 compressed-tensors has no word for. There are two forms. The compressed-tensors form names its layout and spells
 transforms as it does. The native form is the same where compressed-tensors runs the same model by it; where it would
-not, because of a transform or a format without a layout, every format is called "mxrot", which no other reader knows:
-it must refuse what it would run otherwise than it was made.
+not, because of a transform or a format without a layout, every format is called "mxrot", and weights and inputs are
+given in mxrot's words. Others must refuse what they would run otherwise than it was made: compressed-tensors, and so
+transformers, refuses that format in a group, and vLLM, which does not look at it, the words.
 
 A transform's matrix is stored as sqrt(32) T under the type "random-hadamard", because both compressed-tensors and vLLM
 divide matrices of that type by sqrt(32) when they load them; vLLM does so for every type, compressed-tensors only for
@@ -24,15 +25,13 @@ from mxrot.errors import CheckpointError, ConfigError
 from mxrot.formats import Format
 from mxrot.formats.grid import Uniform
 from mxrot.layers import TensorQuantizer
-from mxrot.marker import MARKER, METHOD
+from mxrot.marker import MARKER, METHOD, NATIVE
 from mxrot.models import Family
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
 
 FORMAT_VERSION = 2
-NATIVE = "mxrot"
-"""The `format` of a checkpoint that only mxrot reads."""
 EVERY = ["Linear"]
 """Targets of a scheme that all linears have which are not ignored."""
 THEIR_BLOCK = 32
@@ -56,18 +55,27 @@ def check_exportable(recipe: Recipe) -> None:
 
 def native_config(scheme: Scheme, family: Family, dtype: torch.dtype) -> dict[str, Any]:
     """The `quantization_config` that a checkpoint is written with; `dtype` is that of what is not quantized."""
-    if scheme.has_transform or any(_layout_of(one) is None for one in scheme.distinct) or scheme.cache is not None:
-        return _config(scheme, family, dtype, NATIVE)
-    return _config(scheme, family, dtype, None)
+    return _config(scheme, family, dtype, NATIVE if is_native(scheme) else None)
+
+
+def is_native(scheme: Scheme) -> bool:
+    """Is a checkpoint of it written in the form that only mxrot reads?"""
+    return scheme.has_transform or why_unfaithful(scheme) is not None
 
 
 def compressed_tensors_config(scheme: Scheme, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """The one by which compressed-tensors and stock vLLM run it; ConfigError where they would run another model."""
+    """The one by which stock vLLM runs it, in the words of compressed-tensors; ConfigError where it has none.
+
+    With transforms a group's format is "mxrot" here, too: vLLM, which applies them, does not look at it, and
+    transformers, which would leave them out, refuses it.
+    """
     if (reason := why_unfaithful(scheme)) is not None:
         raise ConfigError(f"compressed-tensors: {reason}")
     config = _config(scheme, family, dtype, None)
     if scheme.has_transform:
         config["transform_config"] = {"config_groups": _transform_schemes(scheme, family)}
+        for group in config["config_groups"].values():
+            group["format"] = NATIVE
     return config
 
 
@@ -104,15 +112,16 @@ def _config(scheme: Scheme, family: Family, dtype: torch.dtype, called: str | No
     groups, schemes, formats = {}, {}, []
     for number, one in enumerate(scheme.distinct):
         formats.append(called or _layout_of(one))
-        inputs = None if one.activations is None else _arguments(one.activations.format)
+        own = scheme_table(one)
+        words = own if called == NATIVE else _words(one)
         groups[f"group_{number}"] = {
             "targets": targets[one],
-            "weights": _arguments(one.weights.format),
-            "input_activations": None if inputs is None else {**inputs, "dynamic": True, "observer": None},
+            "weights": words["weights"],
+            "input_activations": words["activations"],
             "output_activations": None,
             "format": formats[-1],
         }
-        schemes[f"group_{number}"] = scheme_table(one)
+        schemes[f"group_{number}"] = own
     cache = scheme.cache
     return {
         "quant_method": METHOD,
@@ -142,6 +151,15 @@ def scheme_table(scheme: SiteScheme) -> dict[str, Any]:
 
 def _quantizer_table(quantizer: TensorQuantizer) -> dict[str, str]:
     return {"format": quantizer.format.name, "rule": quantizer.rule.name}
+
+
+def _words(scheme: SiteScheme) -> dict[str, Any]:
+    """Weights and inputs in the words of compressed-tensors."""
+    inputs = None if scheme.activations is None else _arguments(scheme.activations.format)
+    return {
+        "weights": _arguments(scheme.weights.format),
+        "activations": None if inputs is None else {**inputs, "dynamic": True, "observer": None},
+    }
 
 
 def _arguments(format: Format) -> dict[str, Any]:

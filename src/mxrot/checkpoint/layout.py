@@ -249,6 +249,8 @@ def check_layout(quantization: dict[str, Any], layout: Layout, scheme: Scheme, f
         for name, one in scheme.linears.items()
     }
     expected = compressed_tensors_config(replace(scheme, linears=one_matrix), family, dtype)
+    for group in expected["config_groups"].values():
+        group["format"] = expected["format"]
     check_spelling(quantization, expected | {MARKER: dict(quantization[MARKER])})
 
 

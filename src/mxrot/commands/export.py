@@ -37,4 +37,5 @@ def export(
     print_vllm_report(report, console())
     if output is not None:
         print(f"{output}: written; next: {command('vllm', 'serve', output)}")
-    write_json(json_file, report.as_table() | {"output": None if output is None else str(output)})
+    places = {"folder": str(output or folder), "output": None if output is None else str(output)}
+    write_json(json_file, report.as_table() | places)

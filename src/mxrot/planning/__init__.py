@@ -6,7 +6,6 @@ from mxrot.planning.plan import HOW, Machine, Plan, make_plan
 from mxrot.planning.rates import Rates, measure_rates
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
 from mxrot.planning.shape import ModelShape, SiteShape
-from mxrot.vllm.planned import Serving
 
 __all__ = [
     "HOW",
@@ -16,7 +15,6 @@ __all__ = [
     "Plan",
     "Rates",
     "Run",
-    "Serving",
     "SiteShape",
     "Stage",
     "TimeEstimate",

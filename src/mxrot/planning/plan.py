@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mxrot.planning.shape import ModelShape
 from mxrot.quantizing.loading import compute_dtype
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.recipe import Recipe
-from mxrot.vllm.planned import Serving, serving_by_vllm
+from mxrot.vllm.verdict import VllmReport, plan_for_vllm
 
 ASSUMED_DTYPE = torch.bfloat16
 HOW = "what is to be computed, counted, over how fast this machine was in a run of a few seconds"
@@ -93,7 +93,8 @@ class Plan:
     time: TimeEstimate | None = None
     device: str = "cpu"
     """What the time is for."""
-    vllm: Serving | None = None
+    vllm: VllmReport | None = None
+    """None where no checkpoint would be written."""
 
     def as_table(self) -> dict[str, Any]:
         """The plan as `plan --json` writes it."""
@@ -109,7 +110,7 @@ class Plan:
             "memory": None if self.needs is None else _memory_table(self.needs),
             "disk": None if self.needs is None else {"total": sum(self.needs.disk.values()), "terms": self.needs.disk},
             "seconds": None if self.time is None else _time_table(self.time, self.device),
-            "vllm": None if self.vllm is None else asdict(self.vllm),
+            "vllm": None if self.vllm is None else self.vllm.as_table(),
             "versions": versions(),
         }
 
@@ -167,7 +168,7 @@ def make_plan(
         needs=needs,
         time=estimate,
         device=device_name(machine.device),
-        vllm=serving_by_vllm(skeleton, family, recipe, not problems),
+        vllm=None if problems else plan_for_vllm(skeleton, family, recipe),
     )
 
 

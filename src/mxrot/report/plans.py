@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from mxrot.planning import HOW, MemoryEstimate, Plan, Stage, gigabytes
+from mxrot.report.vllm import vllm_lines
 
 WIDTH = 120
 """Of lines that are longer than a terminal is wide."""
@@ -27,8 +28,8 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
         yield _time_table(plan)
         yield f"estimated by {HOW}"
     if plan.vllm is not None:
-        verdict = "follows its layout" if plan.vllm.follows_layout else "not by itself"
-        yield textwrap.fill(f"vLLM: {verdict}; {plan.vllm.because}", WIDTH, subsequent_indent="  ")
+        for line in vllm_lines(plan.vllm):
+            yield textwrap.fill(line, WIDTH, subsequent_indent="  ")
     for warning in plan.warnings:
         yield f"warning: {warning}"
     for problem in plan.problems:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mxrot.checkpoint.checked import check_checkpoint
+from mxrot.checkpoint.checked import Checked, check_checkpoint
+from mxrot.checkpoint.config import compressed_tensors_config
 from mxrot.checkpoint.files import file_in, seen, write_bytes, write_json
 from mxrot.checkpoint.output import Place, check_empty, claimed
 from mxrot.checkpoint.partial import check_ours, holds_work, is_note, open_partial, read_fingerprint, remove_partial
@@ -13,7 +14,10 @@ from mxrot.checkpoint.placing import finish_placing, put_in_place
 from mxrot.checkpoint.side_files import copy_file
 from mxrot.documents import read_json, read_text
 from mxrot.errors import CheckpointError
-from mxrot.vllm.verdict import DEVICES, VERSION, VllmReport, check_for_vllm
+from mxrot.marker import MARKER
+from mxrot.models import WeightFiles
+from mxrot.vllm.devices import DEVICES, VERSION
+from mxrot.vllm.verdict import VllmReport, check_for_vllm
 
 _DTYPE = "bfloat16"
 _HEADING = "\n## vLLM\n"
@@ -22,8 +26,9 @@ _HEADING = "\n## vLLM\n"
 def export_for_vllm(folder: Path, output: Path, force: bool = False) -> VllmReport:
     """Copy the checkpoint in `folder` to the new folder `output` as stock vLLM runs it; what vLLM does with that.
 
-    Weights stay as they are. config.json gives bfloat16, in which vLLM applies the very matrices that weights were
-    folded against; the card tells how to serve it. CheckpointError, before anything is written, if stock vLLM would
+    Weights stay as they are. config.json says what is installed in the words of compressed-tensors, and gives bfloat16,
+    in which vLLM applies the very matrices that weights were folded against; the card tells how to serve it.
+    CheckpointError, before anything is written, if stock vLLM would
     not run it, if a file has changed since it was written, or if `output` is not empty, unless `force`.
     """
     report = check_for_vllm(folder)
@@ -36,10 +41,10 @@ def export_for_vllm(folder: Path, output: Path, force: bool = False) -> VllmRepo
         for mine in (place.output, place.partial):
             if folder.resolve().is_relative_to(mine):
                 raise CheckpointError(f"{output}: holds the checkpoint that is to be exported; give another folder")
-        check_checkpoint(folder, verify=True)
+        checked = check_checkpoint(folder, verify=True)
         try:
             open_partial(place.partial, {"export": str(folder.resolve())}, {}, resume=False)
-            _write(folder, place.partial)
+            _write(checked, place.partial)
             put_in_place(place, is_note)
         except BaseException:
             if "export" in (read_fingerprint(place.partial) or {}):
@@ -55,20 +60,29 @@ def _check_partial(place: Place) -> None:
         raise CheckpointError(f"{place.partial}: holds {work} of `mxrot quantize`; finish that, or give another output")
 
 
-def _write(folder: Path, output: Path) -> None:
+def _write(checked: Checked, output: Path) -> None:
+    folder = checked.folder
     run = read_json(folder / "run.json")
     for name in ("run.json", *run["files"]):
         path = file_in(folder, name)
         copy_file(path, output / path.relative_to(folder))
     config = read_json(folder / "config.json")
     config.pop("torch_dtype", None)
-    write_json(output / "config.json", config | {"dtype": _DTYPE})
+    write_json(output / "config.json", config | {"dtype": _DTYPE, "quantization_config": _quantization(checked)})
     card = read_text(folder / "README.md").split(_HEADING)[0]
     write_bytes(output / "README.md", (card + vllm_section(check_for_vllm(output, verify=False))).encode())
     for name in ("config.json", "README.md"):
         run["files"][name] = vars(seen(output / name))
     exported: dict[str, Any] = {"to": "vllm", "version": VERSION}
     write_json(output / "run.json", run | {"export": exported})
+
+
+def _quantization(checked: Checked) -> dict[str, Any]:
+    """The `quantization_config` by which stock vLLM runs it; what others have put into the marker stays there."""
+    family = checked.family
+    dtype = checked.layout.dtype or WeightFiles(checked.folder).dtype_of(f"{family.embedding}.weight")
+    table = compressed_tensors_config(checked.scheme, family, dtype)
+    return table | {MARKER: checked.quantization[MARKER] | table[MARKER]}
 
 
 def vllm_section(report: VllmReport) -> str:

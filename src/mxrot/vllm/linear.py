@@ -1,8 +1,8 @@
-"""mxrot's quantized linear inside vLLM's parallel linears; imported by vLLM only, through `checkpoint.vllm`.
+"""mxrot's quantized linear inside vLLM's parallel linears; imported by vLLM only, through `vllm.plugin`.
 
-vLLM holds q, k, v and gate, up as one linear each, so a site is one linear here. A linear that is split along its
-outputs reads whole inputs and keeps the whole transform; one that is split along its inputs keeps the matrices of its
-blocks, for which its share of the inputs must be whole blocks of 32.
+vLLM holds q, k, v and gate, up as one linear each, so a site is one linear here, and has one scheme. A linear that is
+split along its outputs reads whole inputs and keeps the whole transform; one that is split along its inputs keeps the
+matrices of its blocks, for which its share of the inputs must be whole blocks.
 """
 
 from __future__ import annotations
@@ -20,42 +20,57 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (
-    get_layer_partition_names,
-    get_linear_transform_schemes,
-)
-from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
-from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter
+from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import get_layer_partition_names
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from mxrot.checkpoint.checked import check_checkpoint
-from mxrot.checkpoint.huggingface import CheckpointConfig
+from mxrot.checkpoint.layout import Layout, read_layout
 from mxrot.errors import ConfigError
+from mxrot.formats.quantizer import PACKED, PART
 from mxrot.layers import InputTransform, QuantLinear, prepare_site
-from mxrot.scheme import SiteScheme
-from mxrot.transforms.stages import STORED_DTYPE, BlockDiagonalSpec
+from mxrot.models import find_family
+from mxrot.scheme import Scheme, SiteScheme, scheme_name
+from mxrot.transforms.stages import BlockDiagonalSpec
 from mxrot.vllm.plugin import METHOD
+from mxrot.vllm.verdict import input_block, why_not_in_plugin
 
 
 class MxrotQuantization(CompressedTensorsConfig):
-    """A checkpoint's `quantization_config` for vLLM. Names, and what is ignored, are read as vLLM reads them."""
+    """A checkpoint's `quantization_config` for vLLM, which is told nothing of it but what is ignored."""
 
-    checkpoint: CheckpointConfig
+    layout: Layout
+    scheme: Scheme
+    transform_names: dict[str, str]
+    """What the transform of a linear's inputs is called, by the full name of the linear."""
     transforms: dict[str, SlicedTransform]
-    """By the name of the scheme: linears of a site that vLLM holds apart share one."""
+    """By these names: linears of a site that vLLM holds apart share one."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MxrotQuantization:
-        found: MxrotQuantization = super().from_config(config)
-        found.checkpoint = CheckpointConfig.from_dict(config)
-        found.transforms = {}
+        """CheckpointError for a config that says what this mxrot does not know."""
+        layout = read_layout(config, "config.json")
+        found: MxrotQuantization = super().from_config({"ignore": config["ignore"], "format": config["format"]})
+        found.layout, found.transforms = layout, {}
         return found
 
-    def maybe_update_config(self, model_name: str, *arguments: Any, **options: Any) -> None:
-        """CheckpointError if the folder that vLLM is about to read contradicts itself; vLLM calls it."""
-        super().maybe_update_config(model_name, *arguments, **options)
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, **options: Any) -> None:
+        """Look at the model that it is for, and at the files where they are here already; vLLM calls it.
+
+        CheckpointError if the folder that vLLM is about to read contradicts itself.
+        """
+        super().maybe_update_config(model_name, hf_config=hf_config, **options)
+        family = find_family(hf_config, model_name)
         if Path(model_name).is_dir():
-            check_checkpoint(Path(model_name))
+            self.scheme = check_checkpoint(Path(model_name)).scheme
+        else:
+            self.scheme = self.layout.scheme(family, hf_config.num_hidden_layers)
+        self.transform_names = {
+            f"{family.block_prefix(index)}.{name}": scheme_name(index, site)
+            for index in range(hf_config.num_hidden_layers)
+            for site in self.scheme.active_sites(family, index)
+            for name in site.linears
+        }
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -69,54 +84,53 @@ class MxrotQuantization(CompressedTensorsConfig):
             raise ConfigError(f"{prefix}: has experts, which mxrot does not compute in vLLM")
         if not isinstance(layer, LinearBase):
             return super().get_quant_method(layer, prefix)
-        if should_ignore_layer(prefix, self.ignore, self.packed_modules_mapping):
+        parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
+        own = self.scheme_of(prefix, parts)
+        if own is None:
             return UnquantizedLinearMethod()
-        return MxrotLinearMethod(self, prefix, self._scheme(layer, prefix))
+        if reason := why_not_in_plugin(own):
+            raise ConfigError(f"{prefix}: {reason}")
+        return MxrotLinearMethod(prefix, own, self.transform_names[parts[0]], self.transforms)
 
-    def scheme_of(self, prefix: str) -> SiteScheme:
-        """What is installed at a linear; ConfigError if its parts have different schemes."""
-        parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
-        found = {self.checkpoint.layout.scheme_of(part) for part in parts}
-        scheme = found.pop()
-        if found or scheme is None:
-            raise ConfigError(f"{prefix}: its parts {', '.join(parts)} are not quantized alike")
-        return scheme
+    def scheme_of(self, prefix: str, parts: list[str]) -> SiteScheme | None:
+        """What is installed at a linear of vLLM, all of whose parts have the same; None where it is left as it is.
 
-    def _scheme(self, layer: nn.Module, prefix: str) -> str | None:
-        """The name of the transform of this linear's inputs; ConfigError if its parts have different ones."""
-        found, _ = get_linear_transform_schemes(layer, prefix, self.transform_config, self.packed_modules_mapping)
-        names = {transform.scheme_name for transform in found.values()}
-        parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
-        if names and (len(names) > 1 or len(found) < len(parts)):
-            raise ConfigError(f"{prefix}: its parts {', '.join(parts)} do not share one transform")
-        return names.pop() if names else None
+        ConfigError if they do not, or if a part is none that the checkpoint knows.
+        """
+        for part in parts:
+            if part not in self.scheme.linears and part not in self.scheme.left:
+                raise ConfigError(f"{prefix}: {part} is no linear of this checkpoint")
+        found = {(self.scheme.linears.get(part), self.transform_names.get(part)) for part in parts}
+        if len(found) > 1:
+            raise ConfigError(f"{prefix}: its parts {', '.join(parts)} are not of one site, or not quantized alike")
+        return found.pop()[0]
 
 
 class SlicedTransform(nn.Module):
     """sqrt(B) T of the blocks that a linear reads here, of all blocks in the checkpoint."""
 
-    def __init__(self, spec: BlockDiagonalSpec, columns: int, first: int) -> None:
+    def __init__(self, stage: BlockDiagonalSpec, width: int, first: int) -> None:
         super().__init__()
-        self.spec, self.first = spec, first
-        one = (spec.block, spec.block)
-        shape = (columns // spec.block, *one) if spec.sharing == "block" else one
-        self.weight = nn.Parameter(torch.empty(shape, dtype=STORED_DTYPE), requires_grad=False)
+        shape, dtype = stage.tensors(width)["weight"]
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        self.first = first
         set_weight_attrs(self.weight, {"weight_loader": self.load})
 
     def load(self, parameter: nn.Parameter, stored: Tensor, *shard: Any) -> None:
         """Take the matrices of these blocks; one matrix stands for all."""
-        if stored.dim() == 3:
-            stored = stored[self.first : self.first + len(parameter)]
-        parameter.data.copy_(stored)
+        matrices = parameter.data.view(-1, *stored.shape[-2:])
+        matrices.copy_(stored[self.first : self.first + len(matrices)] if stored.dim() == 3 else stored)
 
 
 @register_weight_loader_v2_supported_method
 class MxrotLinearMethod(LinearMethodBase):
-    """Q(x T) W_q^T + b, as `layers.product` computes it."""
+    """Q(x T) W_q^T + b, as `layers.product` computes it, for one linear of vLLM."""
 
-    def __init__(self, config: MxrotQuantization, prefix: str, scheme: str | None) -> None:
-        self.config, self.prefix, self.scheme = config, prefix, scheme
-        self.site = config.scheme_of(prefix)
+    def __init__(
+        self, prefix: str, scheme: SiteScheme, transform_name: str, transforms: dict[str, SlicedTransform]
+    ) -> None:
+        self.prefix, self.scheme = prefix, scheme
+        self.transform_name, self.transforms = transform_name, transforms
 
     def create_weights(
         self,
@@ -130,43 +144,49 @@ class MxrotLinearMethod(LinearMethodBase):
     ) -> None:
         """Parameters with the names and shapes of the checkpoint, for the part that is kept here."""
         rows, columns = sum(output_partition_sizes), input_size_per_partition
-        block = self.site.input_block
+        block = input_block(self.scheme, input_size)
         if columns % block:
             raise ConfigError(
                 f"{self.prefix}: {input_size} inputs on {input_size // columns} devices are {columns} each, not a "
                 f"multiple of {block}; use fewer devices"
             )
         loader = attributes["weight_loader"]
-        codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
-        scales = torch.empty(rows, columns // self.site.weights.format.block_in(columns), dtype=torch.uint8)
-        places = {"input_dim": 1, "output_dim": 0, "weight_loader": loader}
-        layer.register_parameter("weight_packed", ModelWeightParameter(data=codes, **places))
-        layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=scales, **places))
-        if self.scheme is not None:
-            layer.add_module(f"{self.scheme}_input", self._transform(layer, columns, input_size))
+        for name, (shape, dtype) in self.scheme.weights.stored_parts(rows, columns).items():
+            empty = torch.empty(shape, dtype=dtype)
+            layer.register_parameter(name, self._parameter(name, empty, loader))
+        if self.scheme.stages:
+            layer.add_module(f"{self.transform_name}_input", self._transform(layer, columns, input_size))
+
+    def _parameter(self, name: str, empty: Tensor, loader: Any) -> nn.Parameter:
+        """One that vLLM fills with the rows and columns that belong here."""
+        per = {PART + part.name: part.per for part in self.scheme.weights.format.grid.parts(self.scheme.weights.rule)}
+        if per.get(name) == "row":
+            return ChannelQuantScaleParameter(data=empty, output_dim=0, weight_loader=loader)
+        kind = ModelWeightParameter if name == PACKED else GroupQuantScaleParameter
+        return kind(data=empty, input_dim=1, output_dim=0, weight_loader=loader)
 
     def _transform(self, layer: Any, columns: int, input_size: int) -> SlicedTransform:
-        assert self.scheme is not None
-        (spec,) = self.site.stages
-        assert isinstance(spec, BlockDiagonalSpec)
-        first = layer.tp_rank * (columns // spec.block) if columns < input_size else 0
-        return self.config.transforms.setdefault(self.scheme, SlicedTransform(spec, columns, first))
+        (stage,) = self.scheme.stages
+        assert isinstance(stage, BlockDiagonalSpec)
+        first = layer.tp_rank * columns // stage.block if columns < input_size else 0
+        return self.transforms.setdefault(self.transform_name, SlicedTransform(stage, columns, first))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put a QuantLinear into the place of the parameters."""
-        codes, scales = layer.weight_packed.data, layer.weight_scale.data
-        site = self.site
-        linear = QuantLinear(2 * codes.shape[1], len(codes), site.weights, site.activations, device="meta")
-        linear.weight_packed = nn.Parameter(codes, requires_grad=False)
-        linear.weight_scale = nn.Parameter(scales, requires_grad=False)
-        linear.fast = site.accumulation == "fast"
-        if self.scheme is not None:
-            stored: SlicedTransform = getattr(layer, f"{self.scheme}_input")
-            linear.own_transform(self.scheme, InputTransform((stored.spec,), {"weight": stored.weight.data}))
-            delattr(layer, f"{self.scheme}_input")
+        columns, rows = layer.input_size_per_partition, len(layer.weight_packed)
+        linear = QuantLinear(columns, rows, self.scheme.weights, self.scheme.activations, device="meta")
+        for name in self.scheme.weights.stored_parts(rows, columns):
+            setattr(linear, name, nn.Parameter(getattr(layer, name).data, requires_grad=False))
+            delattr(layer, name)
+        linear.fast = self.scheme.accumulation == "fast"
+        if self.scheme.stages:
+            stored: SlicedTransform = getattr(layer, f"{self.transform_name}_input")
+            linear.own_transform(
+                self.transform_name, InputTransform(self.scheme.stages, {"weight": stored.weight.data})
+            )
+            delattr(layer, f"{self.transform_name}_input")
         prepare_site((linear,))
         layer.add_module("quantized", linear)
-        del layer.weight_packed, layer.weight_scale
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         linear: QuantLinear = layer.quantized

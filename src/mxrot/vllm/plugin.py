@@ -1,7 +1,7 @@
 """vLLM loads mxrot's checkpoints as mxrot computes them, where both are installed.
 
 vLLM calls `register` in each of its processes (entry point `mxrot` of the group `vllm.general_plugins`). A checkpoint
-with mxrot's marker is then run by `checkpoint.vllm_linear`, which knows what stock vLLM does not: a matrix a block,
+with mxrot's marker is then run by `vllm.linear`, which knows what stock vLLM does not: a matrix a block,
 biases, several devices, and mxrot's kernels. `--quantization compressed-tensors` leaves it to stock vLLM all the same.
 
 Nothing of vLLM is imported before it calls, and nothing else of mxrot before it meets such a checkpoint.

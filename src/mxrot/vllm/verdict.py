@@ -1,7 +1,7 @@
-"""What vLLM makes of a checkpoint: as it comes, and with mxrot installed beside it (`checkpoint.vllm`).
+"""What vLLM makes of a checkpoint: as it comes, and with mxrot installed beside it (`vllm.plugin`).
 
-What is said here of vLLM holds for the version named below and was read in its Python code; docs/vllm.md says where
-each of it stands there, and which of it was run.
+One verdict for all who ask: `mxrot plan` of a checkpoint that is not there yet, `mxrot export` of one that is. What is
+said here of vLLM was read in its Python code; docs/vllm.md says where each of it stands there, and which of it was run.
 """
 
 from __future__ import annotations
@@ -13,49 +13,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mxrot.checkpoint.checked import check_checkpoint
-from mxrot.checkpoint.contents import install_linears
+from mxrot.checkpoint.config import why_unfaithful
 from mxrot.models import Family
 from mxrot.recipe import Recipe
-from mxrot.scheme import Scheme
+from mxrot.scheme import SiteScheme
+from mxrot.transforms.stages import BlockDiagonalSpec
+from mxrot.vllm.devices import DEVICES, VERSION
+from mxrot.vllm.facts import Facts
 
-VERSION = "0.32.0"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Those whose model vLLM holds itself, with q, k, v and gate, up as separate linears in the checkpoint."""
 FUSED = ("Phi3ForCausalLM",)
 """The same, with q, k and v as one linear, and gate and up."""
 _SIZES = (1, 2, 4, 8, 16)
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """How stock vLLM multiplies MXFP4 weights on one kind of device."""
-
-    device: str
-    computes: str
-    """Bits of weights and activations, and by what; `none` where vLLM refuses."""
-    note: str = ""
-
-
-DEVICES = (
-    Arithmetic("B200, B300 (10.x)", "W4A4, FlashInfer", "scale rule rceil"),
-    Arithmetic(
-        "RTX 50, RTX PRO (12.x)",
-        "unclear",
-        "chooses a FlashInfer product that FlashInfer lists for 10.x only; --linear-backend marlin: W4A16",
-    ),
-    Arithmetic(
-        "H100, H200 (9.0)",
-        "W4A8, Humming",
-        "activations in FP8 E4M3 with a scale a token; --linear-backend marlin: W4A16",
-    ),
-    Arithmetic("A100, L4, L40S, RTX 30 and 40 (8.x)", "W4A16, Marlin"),
-    Arithmetic("V100, T4 (7.x)", "none", "the scheme wants 8.0"),
-    Arithmetic("MI350 (gfx950)", "W4A4, AITER"),
-    Arithmetic("other AMD", "W4A4, emulated with amd-quark", "scale rule even, slow"),
-    Arithmetic("CPU", "none", "no kernel"),
-)
-"""What is chosen with no option, when everything is installed that vLLM's wheel asks for."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +36,14 @@ class Serving:
     """One sentence each; none if it runs."""
     tensor_parallel: tuple[int, ...]
     """Sizes that fit, of 1, 2, 4, 8 and 16; none where it does not run."""
+    needs_export: bool = False
+    """Is it what `mxrot export -o` writes that runs, and not the folder as it is?"""
 
 
 @dataclass(frozen=True)
 class VllmReport:
-    """A checkpoint in the eyes of vLLM."""
+    """A checkpoint in the eyes of vLLM, whether it is there or planned."""
 
-    folder: str
     stock: Serving
     plugin: Serving
     """With mxrot installed in vLLM's environment."""
@@ -80,106 +51,93 @@ class VllmReport:
     """What runs, but otherwise than accuracy was measured."""
 
     def as_table(self) -> dict[str, Any]:
-        """As `export --json` writes it."""
+        """As `--json` of `export` and `plan` writes it."""
         devices = [asdict(device) for device in DEVICES] if not self.stock.stops else []
         return {"vllm": VERSION, **asdict(self), "devices": devices}
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What decides, of one checkpoint, written or planned."""
-
-    config: Any
-    family: Family
-    scheme: Scheme
-    shapes: dict[str, tuple[int, ...]]
-    """Of every tensor, by its name."""
-
-    @staticmethod
-    def planned(skeleton: PreTrainedModel, family: Family, recipe: Recipe) -> Facts:
-        """Of what `recipe` would make of a model, whose linears are replaced in `skeleton`."""
-        scheme = Scheme.of(recipe, family, skeleton)
-        install_linears(skeleton, family, scheme)
-        shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-        return Facts(skeleton.config, family, scheme, shapes)
-
-    @property
-    def architecture(self) -> str:
-        return str((self.config.architectures or ["none"])[0])
-
-    @property
-    def has_transform(self) -> bool:
-        return self.scheme.has_transform
-
-    def named(self, ending: str) -> list[str]:
-        return [name.removesuffix(ending) for name in self.shapes if name.endswith(ending)]
-
-    @property
-    def row_parallel(self) -> set[tuple[int, int]]:
-        """in_features of the quantized linears that vLLM splits along their inputs, and what they are multiples of."""
-        endings = tuple(f".{site.linears[0]}" for site in self.family.sites if site.name in ("o", "down"))
-        names = (name for name in self.named(".weight_packed") if name.endswith(endings))
-        return {(2 * self.shapes[f"{name}.weight_packed"][1], self.scheme.input_block(name)) for name in names}
-
-
 def check_for_vllm(folder: Path, verify: bool | None = None) -> VllmReport:
-    """What vLLM does with the checkpoint in `folder`, from its config and the headers of its files.
-
-    CheckpointError if it is none or does not fit itself; `verify` as for `mxrot.load`.
-    """
-    checked = check_checkpoint(folder, verify)
-    shapes = {name: tensor.shape for name, tensor in checked.tensors.items()}
-    return judge(str(folder), Facts(checked.config, checked.family, checked.scheme, shapes))
+    """What vLLM does with the checkpoint in `folder`; raises as `Facts.written`."""
+    return judge(Facts.written(folder, verify))
 
 
-def judge(name: str, facts: Facts) -> VllmReport:
-    """The one verdict on a checkpoint called `name`, whether it is there or planned."""
+def plan_for_vllm(skeleton: PreTrainedModel, family: Family, recipe: Recipe) -> VllmReport:
+    """What vLLM would do with the checkpoint that `recipe` makes of a model: the same, said before it is there."""
+    return judge(Facts.planned(skeleton, family, recipe))
+
+
+def judge(facts: Facts) -> VllmReport:
+    """The one verdict."""
     both = tuple(_stops_of_both(facts))
     stock = (*both, *_stops_of_stock(facts))
+    plugin = (*both, *_stops_of_plugin(facts))
     sizes = tuple(size for size in _SIZES if _divides(facts, size))
-    alone = (1,) if facts.has_transform else sizes
+    alone = (1,) if facts.scheme.has_transform else sizes
     return VllmReport(
-        name,
-        Serving(stock, () if stock else alone),
-        Serving(both, () if both else sizes),
+        Serving(stock, () if stock else alone, facts.is_native and not stock),
+        Serving(plugin, () if plugin else sizes),
         tuple(_notes(facts)),
     )
 
 
 def _stops_of_both(facts: Facts) -> Iterator[str]:
-    if any(".experts." in name for name in facts.shapes):
+    if facts.family.experts is not None:
         yield "it has experts, which were not tried in vLLM, and whose inputs neither vLLM nor the plugin transforms"
-    if facts.has_transform and facts.architecture not in ARCHITECTURES + FUSED:
+    if facts.scheme.cache is not None:
+        yield "it quantizes keys and values of attention by blocks, which neither vLLM nor the plugin does"
+    if facts.scheme.has_transform and facts.architecture not in ARCHITECTURES + FUSED:
         tried = ", ".join(ARCHITECTURES + FUSED)
         yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {tried}"
-    ignored = set(facts.scheme.left)
+    left = set(facts.scheme.left)
     for index in range(facts.config.num_hidden_layers):
         for site in facts.family.sites:
             names = [f"{facts.family.block_prefix(index)}.{linear}" for linear in site.linears]
-            left = [name for name in names if name in ignored]
-            if left and len(left) < len(names):
-                yield f"{left[0]} is not quantized while others of its site are, and vLLM holds these as one linear"
+            apart = [name for name in names if name in left]
+            if apart and len(apart) < len(names):
+                yield f"{apart[0]} is not quantized while others of its site are, and vLLM holds these as one linear"
                 return
 
 
 def _stops_of_stock(facts: Facts) -> Iterator[str]:
-    if facts.has_transform and facts.architecture in FUSED:
+    has_transform = facts.scheme.has_transform
+    if has_transform and facts.architecture in FUSED:
         yield (
             f"{facts.architecture}: vLLM wants a transform each for q, k and v, which are one linear in this model; "
             "install mxrot where vLLM runs, or quantize with a recipe without a transform"
         )
-    blockwise = [name for name in facts.named("_input.weight") if len(facts.shapes[f"{name}_input.weight"]) == 3]
-    if blockwise:
+    if any(stage == BlockDiagonalSpec(32, "block") for one in facts.scheme.distinct for stage in one.stages):
         yield (
             "it has one matrix a block, and vLLM takes one a site: quantize with --recipe mxrot-vllm or "
             "--set transform.sharing=site, or install mxrot where vLLM runs"
         )
-    biased = [name for name in facts.named(".weight_packed") if f"{name}.bias" in facts.shapes]
-    if biased and facts.has_transform:
+    elif facts.scheme.cache is None and (reason := why_unfaithful(facts.scheme)) is not None:
+        yield f"vLLM reads the words of compressed-tensors: {reason}; install mxrot where vLLM runs"
+    biased = [name for name in facts.biased if facts.scheme.linears[name].stages]
+    if biased:
         yield (
             f"{biased[0]} has a bias, which vLLM does not take beside a transform: install mxrot where vLLM runs, "
             "or quantize with a recipe without a transform"
         )
+
+
+def _stops_of_plugin(facts: Facts) -> Iterator[str]:
+    for one in facts.scheme.distinct:
+        if reason := why_not_in_plugin(one):
+            yield reason
+            return
+
+
+def why_not_in_plugin(scheme: SiteScheme) -> str | None:
+    """Why mxrot does not compute such linears in vLLM; None if it does."""
+    if scheme.stages and not (len(scheme.stages) == 1 and isinstance(scheme.stages[0], BlockDiagonalSpec)):
+        kinds = " then ".join(stage.kind for stage in scheme.stages)
+        return f"inputs are transformed by {kinds}; the plugin computes one block-diagonal stage"
+    if any(part.per == "tensor" for part in scheme.weights.format.grid.parts(scheme.weights.rule)):
+        return (
+            f"weights in {scheme.weights.format.name} have a number for the whole tensor, and vLLM holds several "
+            "linears as one tensor"
+        )
+    return None
 
 
 def _notes(facts: Facts) -> Iterator[str]:
@@ -195,23 +153,26 @@ def _notes(facts: Facts) -> Iterator[str]:
     if rules:
         named = " and ".join(rules)
         yield f"accuracy was measured with activations in MXFP4, scale rule {named}; vLLM does as the table says"
-    if facts.has_transform and _stored_type(facts.config) != "bfloat16":
+    if facts.scheme.has_transform and facts.dtype != "bfloat16":
         yield (
-            f"the model is in {_stored_type(facts.config)}, and in that vLLM rounds transforms otherwise than the "
-            "weights were folded for; a written export says bfloat16 in config.json"
+            f"the model is in {facts.dtype}, and in that vLLM rounds transforms otherwise than the weights were folded "
+            "for; a written export says bfloat16 in config.json"
         )
-    if facts.has_transform:
+    if facts.scheme.has_transform:
         yield "transformed activations are rounded to bfloat16 by vLLM before they are quantized, and not by mxrot"
-
-
-def _stored_type(config: Any) -> str:
-    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 
 def _divides(facts: Facts, size: int) -> bool:
     """Can so many devices share the linears? Whole blocks of inputs, and whole heads."""
-    blocks = all(width % (size * block) == 0 for width, block in facts.row_parallel)
+    widths = [(facts.scheme.linears[name], facts.widths[name]) for name in facts.row_parallel]
+    blocks = all(width % (size * input_block(one, width)) == 0 for one, width in widths)
     heads = facts.config.num_attention_heads
     key_heads = getattr(facts.config, "num_key_value_heads", None) or heads
     shares = key_heads % size == 0 or size % key_heads == 0
     return blocks and heads % size == 0 and shares and facts.config.intermediate_size % size == 0
+
+
+def input_block(scheme: SiteScheme, width: int) -> int:
+    """What the share that a device has of `width` inputs is a multiple of: where a row is one block, all of them."""
+    quantizers = [quantizer for quantizer in (scheme.weights, scheme.activations) if quantizer is not None]
+    return width if any(quantizer.format.block is None for quantizer in quantizers) else scheme.input_block

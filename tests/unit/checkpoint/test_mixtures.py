@@ -193,6 +193,9 @@ def test_a_rule_edited_in_either_file_is_refused(copied: Path, opened: Callable[
     (copied / "recipe.toml").write_text(toml)
     opened(copied)
     edited(copied, lambda q: q["mxrot"]["schemes"]["group_1"]["activations"].update(rule="floor"))
+    with pytest.raises(CheckpointError, match=r"group_1.input_activations.rule: expected 'floor', got 'even'"):
+        opened(copied)
+    edited(copied, lambda q: q["config_groups"]["group_1"]["input_activations"].update(rule="floor"))
     with pytest.raises(CheckpointError, match=RULE.format("even") + r"recipe.toml, mxfp8_e4m3 floor in config.json"):
         opened(copied)
 

@@ -103,18 +103,24 @@ QWEN = Qwen2Config(
 
 
 @pytest.mark.parametrize(
-    ("config", "name", "follows", "because"),
+    ("config", "name", "stops"),
     [
-        (LLAMA_3_8B, "rtn", True, "plain compressed-tensors"),
-        (LLAMA_3_8B, "mxrot", False, "one matrix a block, and vLLM takes one a site"),
-        (LLAMA_3_8B, "duquant++", True, "has not been verified"),
-        (QWEN, "duquant++", False, "q_proj has a bias, which vLLM does not take beside a transform"),
-        (LLAMA_3_8B, "duquant++-released", False, "no checkpoint would be written"),
+        (LLAMA_3_8B, "rtn", None),
+        (LLAMA_3_8B, "mxrot", "one matrix a block, and vLLM takes one a site"),
+        (LLAMA_3_8B, "duquant++", None),
+        (QWEN, "duquant++", "q_proj has a bias, which vLLM does not take beside a transform"),
     ],
 )
-def test_what_vllm_does_with_it(tmp_path: Path, config: Any, name: str, follows: bool, because: str) -> None:
-    answer = plan_of(tmp_path, config, recipe(name)).vllm
-    assert answer is not None and answer.follows_layout is follows and because in answer.because
+def test_what_vllm_does_with_it(tmp_path: Path, config: Any, name: str, stops: str | None) -> None:
+    made = plan_of(tmp_path, config, recipe(name))
+    assert made.vllm is not None and made.vllm.plugin.stops == ()
+    assert made.vllm.stock.stops == () if stops is None else stops in made.vllm.stock.stops[0]
+    assert made.as_table()["vllm"]["stock"]["needs_export"] == (name == "duquant++" and stops is None)
+
+
+def test_vllm_is_not_asked_about_what_is_refused(tmp_path: Path) -> None:
+    made = plan_of(tmp_path, LLAMA_3_8B, recipe("duquant++-released"))
+    assert made.problems and made.vllm is None and made.as_table()["vllm"] is None
 
 
 def test_the_table_holds_every_stage_and_sums_up(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def test_the_pieces_of_a_plan(tmp_path: Path) -> None:
         "down: factorizing",
         "the Hessian and its factor",
         "Time on this machine (cpu); an estimate",
-        "vLLM: not by itself; it has one matrix a block, and vLLM takes one a site",
+        "vLLM 0.32.0: does not run it",
+        "  it has one matrix a block, and vLLM takes one a site",
+        "vLLM 0.32.0 with mxrot installed: runs it; tensor parallel 1",
         "warning: the GPU will run out of memory",
         "nothing would be refused",
     ):
@@ -53,7 +55,7 @@ def test_the_pieces_of_a_plan(tmp_path: Path) -> None:
 
 def test_a_recipe_without_text_or_transform(tmp_path: Path) -> None:
     text = shown(tmp_path, "rtn")
-    assert "no calibration text" in text and "(no transforms)" in text and "plain compressed-tensors" in text
+    assert "no calibration text" in text and "(no transforms)" in text and "vLLM 0.32.0: runs it; tensor" in text
 
 
 def test_terms_are_shown_from_the_largest_and_sum_up(tmp_path: Path) -> None:

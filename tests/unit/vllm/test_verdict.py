@@ -16,8 +16,8 @@ from transformers import Olmo2Config, Olmo2ForCausalLM, Phi3Config, Phi3ForCausa
 
 from mxrot.checkpoint import load
 from mxrot.checkpoint.checked import check_checkpoint
-from mxrot.checkpoint.config import MARKER
 from mxrot.errors import CheckpointError
+from mxrot.marker import MARKER
 from mxrot.vllm import plugin
 from mxrot.vllm.export import export_for_vllm
 from mxrot.vllm.verdict import check_for_vllm
@@ -99,12 +99,20 @@ def test_a_recipe_that_leaves_activations_alone_is_told_that_vllm_does_not(tmp_p
 
 def test_an_export_is_the_same_model_in_bfloat16(site: Path, tmp_path: Path) -> None:
     before = digests(site)
+    assert check_for_vllm(site).stock.needs_export
     report = export_for_vllm(site, tmp_path / "out")
     assert report == check_for_vllm(tmp_path / "out") and digests(site) == before
+    assert not report.stock.needs_export and not report.plugin.needs_export
     assert not any("float16, and in that" in note for note in report.notes)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "torch_dtype" not in config
     assert json.loads((site / "config.json").read_text())["dtype"] == "float16"
+    said, exported = (check_checkpoint(folder) for folder in (site, tmp_path / "out"))
+    assert said.layout.is_native and not exported.layout.is_native and exported.scheme == said.scheme
+    assert exported.quantization["format"] == "mxfp4-pack-quantized"
+    group = exported.quantization["config_groups"]["group_0"]  # vLLM reads the words, transformers the format
+    assert group["weights"]["num_bits"] == 4 and group["format"] == "mxrot"
+    assert len(exported.quantization["transform_config"]["config_groups"]) == 2 * 4
     changed = {name for name, digest in digests(tmp_path / "out").items() if before.get(name) != digest}
     assert changed == {"README.md", "config.json", "run.json"}
     check_checkpoint(tmp_path / "out", verify=True)
