@@ -2,10 +2,10 @@
 
     python benchmarks/one_block.py --config config.json --windows 128 --json one_block.json
 
-Writes a model of two decoder blocks of the config's shape (that of Llama-3.1-70B unless told), with random weights, into
-a temporary folder, quantizes the first of them on random tokens, and stops there: a whole model takes no more, because
-one block is on the device at a time. The second is there so that the block's outputs are made, as they are in the
-midst of a model. Perplexity means nothing here.
+Writes a model of two decoder blocks of the config's shape (that of Llama-3.1-70B unless told), with random weights,
+into a temporary folder, quantizes the first of them on random tokens, and stops there: a whole model takes no more,
+because one block is on the device at a time. The second is there so that the block's outputs are made, as they are in
+the midst of a model. Perplexity means nothing here.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def main() -> None:
     print(f"{options.recipe}, {options.windows} windows of {options.seq_len}: {seconds:.1f} s on {device_name(device)}")
     show(estimate, measured)
     if options.json is not None:
+        stages = [{"stage": stage.name, "bytes": stage.total, "terms": stage.terms} for stage in estimate.stages]
         found = {
             "command": shlex.join(["python", *sys.argv]),
             "commit": options.commit,
@@ -66,13 +67,7 @@ def main() -> None:
             "config": config.to_diff_dict(),
             "windows": [options.windows, options.seq_len],
             "seconds": seconds,
-            "planned": {
-                "peak_bytes": estimate.peak.total,
-                "peak_at": estimate.peak.name,
-                "stages": [
-                    {"stage": stage.name, "bytes": stage.total, "terms": stage.terms} for stage in estimate.stages
-                ],
-            },
+            "planned": {"peak_bytes": estimate.peak.total, "peak_at": estimate.peak.name, "stages": stages},
             "measured": {
                 "peak_bytes": max((peak for _, peak in measured.peaks), default=None),
                 "steps": measured.peaks,

@@ -71,6 +71,7 @@ class SiteInputs:
             hessian.update(seen, size)
             missing.update(goal, seen, size)
         mean, shift = hessian.result(self.executor.world), missing.result(self.executor.world)
+        del hessian, missing  # their sums
         for rows in weights.groups:
             shift[rows.place] -= weights.folded(rows) @ mean
         return mean, shift
@@ -83,6 +84,7 @@ class SiteInputs:
             hessian.update(seen)
             cross.update(x_original, seen)
         mean, across = hessian.result(self.executor.world), cross.result(self.executor.world)
+        del hessian, cross  # their sums
         shift = torch.empty(weights.shape, dtype=torch.float64, device=mean.device)
         for rows in weights.groups:
             torch.mm(weights.as_read(rows), across, out=shift[rows.place])

@@ -39,12 +39,26 @@ class Rows:
         return [stop - start for _, start, stop in self.pieces]
 
 
+def together(weights: Mapping[str, Tensor], linears: Sequence[str]) -> Tensor:
+    """All rows of these linears, float64 [N, K]."""
+    return _one_above_other([weights[name] for name in linears])
+
+
+def _one_above_other(pieces: Sequence[Tensor]) -> Tensor:
+    """float64 [N, K] of [n, K] of any dtype, without each of them in float64 beside it."""
+    shape = sum(len(piece) for piece in pieces), pieces[0].shape[1]
+    found = torch.empty(shape, dtype=torch.float64, device=pieces[0].device)
+    for place, piece in zip(found.split([len(piece) for piece in pieces]), pieces, strict=True):
+        place.copy_(piece)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class SiteWeights:
     """Those of the linears of a site, [N, K] all together."""
 
     weights: Mapping[str, Tensor]
-    """[rows, K], by their names; may hold more than those of the site."""
+    """[rows, K] of any floating-point dtype, by their names; may hold more than those of the site."""
     linears: Sequence[str]
     transform: SiteTransform | None = None
     """As it is applied."""
@@ -89,7 +103,7 @@ class SiteWeights:
 
     def as_read(self, rows: Rows) -> Tensor:
         """float64, for the untransformed inputs."""
-        return torch.cat([self.weights[name][start:stop].double() for name, start, stop in rows.pieces])
+        return _one_above_other([self.weights[name][start:stop] for name, start, stop in rows.pieces])
 
     def folded(self, rows: Rows) -> Tensor:
         """float64, for the transformed inputs."""
@@ -97,14 +111,16 @@ class SiteWeights:
             return self.as_read(rows)
         if self.is_taken_whole:
             return self._all_folded[rows.place]
-        fold = self.transform.fold
-        return torch.cat([fold(self.weights[name][start:stop]) for name, start, stop in rows.pieces])
+        return self.transform.fold(self.as_read(rows))
 
     @cached_property
     def _all_folded(self) -> Tensor:
         """Kept: they are wanted several times."""
         assert self.transform is not None
-        return torch.cat([self.transform.fold(self.weights[name]) for name in self.linears])
+        found = torch.empty(self.shape, dtype=torch.float64, device=self.weights[self.linears[0]].device)
+        for name, rows in zip(self.linears, self.whole_linears, strict=True):
+            found[rows.place] = self.transform.fold(self.weights[name])
+        return found
 
     def parts(self, dtype: torch.dtype) -> Tensor:
         """As `kernels.weight_parts` gives them for inputs of `dtype`, of all rows."""

@@ -47,7 +47,7 @@ def quantize_block(
     prefix = run.family.block_prefix(index)
     tensors = run.source.block(index, run.device)
     linears = [linear for site in run.family.sites for linear in site.linears]
-    weights: Weights = {name: tensors[f"{name}.weight"].double() for name in linears if f"{name}.weight" in tensors}
+    weights: Weights = {name: tensors[f"{name}.weight"] for name in linears if f"{name}.weight" in tensors}
     fill_original(run, block, tensors, prefix)
 
     sites = run.active_sites(index)

@@ -20,7 +20,7 @@ from mxrot.calibration import (
     World,
 )
 from mxrot.calibration.site_inputs import SiteInputs, watched_modules
-from mxrot.calibration.site_weights import Rows, SiteWeights
+from mxrot.calibration.site_weights import Rows, SiteWeights, together
 from mxrot.cuda_graphs import Replays
 from mxrot.errors import NumericsError
 from mxrot.formats import QTensor
@@ -110,7 +110,7 @@ class Part:
     """Of the decoder block."""
     module: nn.Module
     weights: Weights
-    """By their names in the module."""
+    """By their names in the module, as they were read; in float64 where smoothing has changed them."""
     executor: Executor | None
     """Runs the module; None where no data is looked at."""
     original: Executor | None = None
@@ -169,7 +169,7 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
         seen = maxima[site.name].result(run.world)
         if not torch.isfinite(seen).all():
             raise NumericsError(f"{part.name}.{site.linears[0]}: its input holds NaN or Inf on the calibration text")
-        scales = smoothing_scales(seen, torch.cat([part.weights[name] for name in site.linears]), smoothing.alpha)
+        scales = smoothing_scales(seen, together(part.weights, site.linears), smoothing.alpha)
         if run.rules.of(part.index, site.name).sharing == "block":
             found[site.name] = scales
         else:
@@ -231,7 +231,7 @@ def fit_transform(
             raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
     if not scheme.stages:
         return None
-    smoothed = torch.cat([part.weights[linear] for linear in site.linears])
+    smoothed = together(part.weights, site.linears)
     if scales is not None:
         smoothed = smoothed * scales
     seen = {need: collector.result(run.world) for need, collector in collectors.items()}
@@ -375,5 +375,5 @@ def _output_error(block: nn.Module, linear: str, weight: Tensor, x: Tensor) -> T
     module = block.get_submodule(linear)
     assert isinstance(module, QuantLinear)
     bias = 0 if module.bias is None else module.bias
-    expected = x.double() @ weight.t()
+    expected = x.double() @ weight.double().t()
     return _ratio(((module(x) - bias).double() - expected).norm(), expected.norm())

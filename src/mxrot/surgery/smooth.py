@@ -15,7 +15,7 @@ from mxrot.models import Site
 from mxrot.transforms.smoothing import equal_over_groups, per_value_row
 
 Weights = dict[str, Tensor]
-"""float64 weights of the linears of one block, by their names in it."""
+"""Weights of the linears of one block, by their names in it: as they were read, float64 once they are changed."""
 
 
 def shareable_scales(scales: Tensor, site: Site, heads: tuple[int, int]) -> Tensor:
@@ -34,7 +34,7 @@ def fold_into_producer(
 ) -> None:
     """Divide what makes the site's input by `scales` (float64 [K]) and multiply the weights of its readers.
 
-    `weights` is changed in place, and the norm gain or bias in `block`. A norm gain is rounded once, to the
+    `weights` gets new ones in float64, and `block` another norm gain or bias. A norm gain is rounded once, to the
     checkpoint's `dtype`; the weights are multiplied by the ratio that this rounding left, so that the product
     stays exact. So are those of a router, which are rounded to `router_dtype` (`dtype`) again. ConfigError for a site
     whose input has no such place.
