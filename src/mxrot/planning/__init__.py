@@ -1,11 +1,13 @@
 """What quantizing a model would take, from its config alone."""
 
 from mxrot.planning.disk import estimate_disk, needed_on_disk
-from mxrot.planning.memory import MemoryEstimate, Run, Stage, estimate_host_memory, estimate_memory, gigabytes
+from mxrot.planning.memory import MemoryEstimate, estimate_host_memory, estimate_memory, gigabytes
 from mxrot.planning.plan import HOW, Machine, Plan, make_plan
 from mxrot.planning.rates import Rates, measure_rates
+from mxrot.planning.run import Run
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
 from mxrot.planning.shape import ModelShape, SiteShape
+from mxrot.planning.site_memory import Stage
 
 __all__ = [
     "HOW",

@@ -7,7 +7,7 @@ from pathlib import Path
 from mxrot.errors import FamilyError
 from mxrot.layers import build_apart
 from mxrot.models import WeightFiles, find_family, read_config
-from mxrot.planning.memory import Run
+from mxrot.planning.run import Run
 from mxrot.planning.shape import ModelShape
 from mxrot.recipe import Recipe
 

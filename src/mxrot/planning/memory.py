@@ -4,9 +4,9 @@ A stage is a moment at which many tensors are alive; the peak is the largest of 
 so that a plan can say what fills the memory, and what to change. Where the code keeps what fits below a bound (a
 norm's outputs, a site's inputs), so does this.
 
-The formulas follow quantizing/, calibration/, rounding/gptq.py and tuning/; tests compare them with the tensors that
-are really alive during a run. What is not counted: workspaces of matrix libraries and what an allocator loses between
-tensors.
+The formulas follow quantizing/, calibration/ and tuning/, those of site_memory.py also rounding/; tests compare them
+with the tensors that are really alive during a run. What is not counted: workspaces of matrix libraries and what an
+allocator loses between tensors.
 """
 
 from __future__ import annotations
@@ -14,16 +14,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
-from mxrot.calibration.placement import MOST_ON_DEVICE, MOST_REMEMBERED
-from mxrot.kernels.chunked import CHUNK_ELEMENTS
-from mxrot.kernels.plain.moments import LEAST_CHUNK, MOST_PARTIAL
-from mxrot.planning.shape import ModelShape, SiteShape
-from mxrot.quantizing.run import tokens_at_once
-from mxrot.recipe import Recipe
-from mxrot.transforms import FitSize
+from mxrot.planning.run import Run, reads_residual
+from mxrot.planning.shape import SiteShape
+from mxrot.planning.site_memory import Stage, forward_bytes, site_stages
 from mxrot.tuning.network import CHECKPOINT_BYTES, LOGIT_TOKENS
 
 PROCESS_BYTES = {"cpu": 5e8, "cuda": 3e9}
@@ -32,28 +26,9 @@ PROCESS_BYTES = {"cpu": 5e8, "cuda": 3e9}
 KEPT_SHARE, MOST_KEPT = 0.45, 2.5e8
 """What the allocator holds back within a site (heap.py), relative to the tensors alive, and at most: glibc maps tensors
 of more than 32 MiB one by one. Both were measured on Linux."""
-ENCODING = 7
-"""float64 and int64 numbers a weight while it becomes a code (formats/element.py)."""
-FACTORING = 5
-"""Matrices of the Hessian's size while it is factorized, besides the Hessian itself (rounding/linalg.py)."""
-CODED_BYTES = 1 + 1 / 32
-"""A rounded weight before it is packed: its code and its part of a scale."""
 TUNED_BYTES = 28.2
 """A tunable weight, besides its code and scale: value and two distances, what rounding took away (2 each), offset, its
 gradient, two averages of Adam, the best so far (4 each), and the moved weight."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is alive at one moment."""
-
-    name: str
-    terms: dict[str, float]
-    """Bytes, by what they are for."""
-
-    @property
-    def total(self) -> float:
-        return sum(self.terms.values())
 
 
 @dataclass(frozen=True)
@@ -67,102 +42,12 @@ class MemoryEstimate:
         return max(self.stages, key=lambda stage: stage.total)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One way to quantize a model: what the estimates depend on."""
-
-    shape: ModelShape
-    recipe: Recipe
-    device: str
-    """"cpu" or "cuda"."""
-    stored: torch.dtype
-    """The model's own type."""
-    windows: int
-    """Calibration windows of the text."""
-    seq_len: int
-    keeps_model: bool = False
-    """In memory, for `compare`, instead of being written to a folder block by block."""
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number that the model computes with."""
-        return 4 if self.device == "cpu" else self.stored.itemsize
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.device != "cpu"
-
-    @property
-    def all_windows(self) -> int:
-        """With those that the model writes."""
-        if self.recipe.is_data_free:
-            return 0
-        written = self.recipe.calibration.generated * self.windows
-        return self.windows + (max(1, round(written)) if written else 0)
-
-    @property
-    def tokens(self) -> int:
-        return self.all_windows * self.seq_len
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens that pass through a block together."""
-        widest = max(self.shape.widest, self.token_scores)
-        return min(self.tokens, max(1, tokens_at_once(widest, self.device) // self.seq_len) * self.seq_len)
-
-    @property
-    def token_scores(self) -> int:
-        """Scores that attention writes out for a token."""
-        return self.shape.score_heads * self.seq_len
-
-    @property
-    def mask_bytes(self) -> int:
-        """Masks that blocks are called with: none where attention is plainly causal, one for each kind of blocks."""
-        config = self.shape.config
-        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-        if not self.shape.score_heads:
-            is_short = self.seq_len <= (getattr(config, "sliding_window", None) or self.seq_len)
-            return 0 if is_short else self.seq_len**2
-        return len(kinds) * self.itemsize * self.seq_len**2
-
-    @property
-    def remembered(self) -> int:
-        return MOST_REMEMBERED["cuda" if self.is_gpu else "cpu"]
-
-    @property
-    def stream_bytes(self) -> int:
-        """The states between two blocks, of all tokens."""
-        return self.tokens * self.shape.hidden * self.itemsize
-
-    @property
-    def is_on_host(self) -> bool:
-        """Do the states between blocks, and the outputs of attention and MLP, wait in main memory beside a GPU?"""
-        return self.is_gpu and self.stream_bytes > MOST_ON_DEVICE["cuda"]
-
-    @property
-    def model_bytes(self) -> float:
-        """The original model."""
-        return float(self.shape.parameters * self.itemsize)
-
-    @property
-    def packed_block(self) -> float:
-        """A quantized block."""
-        after = self.shape.size_after(self.stored)
-        inside = after.code_bytes + after.scale_bytes + after.transform_bytes
-        return inside / max(1, len(self.shape.blocks))
-
-    @property
-    def sees_original(self) -> bool:
-        """Does rounding look at the original block's inputs?"""
-        return self.recipe.rounding.requirements.target != "own"
-
-
 def estimate_memory(run: Run) -> MemoryEstimate:
     """Of the device that computes: main memory on a CPU, the GPU's own on a GPU."""
     process = {} if run.is_gpu else {"the process": PROCESS_BYTES["cpu"]}
     stages = [*_loading(run), *_writing_text(run)]
     for position, _ in enumerate(run.shape.fullest):
-        stages += _site_stages(run, position)
+        stages += site_stages(run, position, _resident(run, position) | _remembered(run, position))
     stages += [*_block_end(run), *_tuning(run)]
     return MemoryEstimate(
         tuple(Stage(stage.name, _named(process | stage.terms | _kept_back(run, stage))) for stage in stages)
@@ -248,7 +133,7 @@ def _resident(run: Run, position: int) -> dict[str, float]:
         **({} if run.is_on_host else _states(run)),
         "masks": float(run.mask_bytes if run.tokens else 0),
         "the block as it was read": float(shape.block_parameters * run.stored.itemsize),
-        "the block in float64": 8.0 * weights,
+        "weights that smoothing has changed": 8.0 * _smoothed(run),
         "the block of the original": float(shape.block_parameters * s) if recipe.looks_at_original else 0.0,
     }
     if not run.is_gpu:  # a GPU computes in the type that was read, with the very same tensors
@@ -262,6 +147,21 @@ def _resident(run: Run, position: int) -> dict[str, float]:
         own = sum(site.weights for site in sites[:position])
         terms["what rounding took away"] = 2.0 * (kept + own)
     return terms
+
+
+def _smoothed(run: Run) -> int:
+    """Weights of a block that are float64 numbers, because smoothing scales are in them."""
+    smoothing = run.recipe.smoothing
+    if smoothing is None or run.recipe.sharing == "block":
+        return 0
+    sites = [here for here in run.shape.fullest if here.site.group not in smoothing.skip]
+    changed = {linear for here in sites for linear in (*here.site.linears, here.site.producer)}
+    return sum(
+        rows * here.inputs
+        for here in run.shape.fullest
+        for linear, rows in zip(here.site.linears, here.rows, strict=True)
+        if linear in changed
+    )
 
 
 def _remembered(run: Run, position: int) -> dict[str, float]:
@@ -306,128 +206,6 @@ def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
     return kept + beside
 
 
-def keeps_share(run: Run, here: SiteShape) -> float:
-    """The share of a site's inputs that are kept for the pass that its Hessian is taken from."""
-    beside = run.stream_bytes if reads_residual(run, here) else 0
-    return min(1.0, run.remembered / max(1, here.share * run.tokens * here.inputs * run.itemsize + beside))
-
-
-def reads_residual(run: Run, here: SiteShape) -> bool:
-    """Does rounding look at the residual stream that a site's output is added to?"""
-    requirements = run.recipe.rounding.requirements
-    return here.site.residual is not None and (requirements.relative or requirements.target == "residual")
-
-
-def _forward(run: Run, position: int) -> float:
-    """Bytes at the height of a pass of one batch up to site `position`."""
-    sites, here = run.shape.fullest, run.shape.fullest[position]
-    b, s = run.batch_tokens, run.itemsize
-    before = [site for site in sites[:position] if site.child == here.child]
-    made = sum(site.share * site.rounded for site in before)
-    quantizing = _quantizing(run, max((site.inputs for site in before), default=0))
-    # A norm computes in float32; a product of quantized inputs is float32 before it is `s` bytes wide.
-    norm = b * run.shape.hidden * (s + 8.0)
-    is_attention = run.shape.fullest[0].child == here.child
-    # Scores, and what they become: probabilities in float32.
-    scores = b * run.token_scores * (s + 4.0) if is_attention and before else 0.0
-    return max(norm, quantizing + b * made * (5.0 * s if is_attention else (4.0 if run.is_gpu else 6.0)) + scores)
-
-
-def _quantizing(run: Run, channels: int) -> float:
-    """Bytes that quantizing inputs takes on a CPU, a piece after the other; one kernel on a GPU."""
-    return 0.0 if run.is_gpu else 14.0 * min(run.batch_tokens * channels, CHUNK_ELEMENTS)
-
-
-def _moment(run: Run, n: int, m: int, is_scaled: bool) -> float:
-    """Bytes of a second moment [n, m] of one batch: parts of its operands, products, and their sums."""
-    b = run.batch_tokens
-    if not run.is_gpu:
-        return 12.0 * n * m + (4.0 * b * n if is_scaled else 0.0)
-    wide = 2 * n if is_scaled else n
-    count = 1
-    while b // (2 * count) >= LEAST_CHUNK and 2 * count * wide * m <= MOST_PARTIAL:
-        count *= 2
-    return (2.0 * b * wide if is_scaled else 0.0) + max(4.0 * count * wide * m + 4.0 * n * m, 12.0 * n * m)
-
-
-def _site_stages(run: Run, position: int) -> list[Stage]:
-    """The stages of one site."""
-    here, recipe = run.shape.fullest[position], run.recipe
-    requirements = recipe.rounding.requirements
-    n, k = here.rounded, here.inputs
-    u, h = 8.0 * n * k, 8.0 * k * k
-    base = _resident(run, position) | _remembered(run, position)
-    name = here.site.name
-    folded = u if recipe.has_transform else 0.0
-    stages = []
-    if run.tokens:
-        stages.append(Stage(f"{name}: collecting", base | {"one batch": _forward(run, position)}))
-    if recipe.has_transform:
-        weights, of_fit = 16.0 * here.weights / here.transforms, run.recipe.transform.fitting_bytes(fit_size(run, here))
-        stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": weights + of_fit}))
-    if here.transforms < here.experts:
-        base["rounded weights of the other experts"] = CODED_BYTES * (here.weights - n * k)
-    matrices = 0.0
-    shift = u if run.sees_original else 0.0
-    if requirements.hessian:
-        stages.append(Stage(f"{name}: statistics", base | _statistics(run, position)))
-        weights = folded + 2 * u + shift
-        factoring = {"the Hessian and its factor": (1 + FACTORING) * h, "weights while they are rounded": weights}
-        stages.append(Stage(f"{name}: factorizing", base | factoring))
-        matrices = (3 if run.sees_original else 2) * h
-    # Weights, what they are rounded to and what that took away, and the numbers on the way to codes.
-    kept = (4 if requirements.hessian else 1) * u + shift + folded
-    rounding = {"the Hessian and its factor": matrices, "weights while they are rounded": kept + ENCODING * u}
-    stages.append(Stage(f"{name}: rounding", base | rounding))
-    return stages
-
-
-def fit_size(run: Run, here: SiteShape) -> FitSize:
-    """What one transform of a site is fitted to; on a GPU the fits of all sites are recorded."""
-    recorded = tuple(site.inputs for site in run.shape.fullest) if run.is_gpu else ()
-    return FitSize(here.outputs // here.transforms, here.inputs, run.recipe.sharing, run.tokens, recorded)
-
-
-def _statistics(run: Run, position: int) -> dict[str, float]:
-    """The Hessian of a site and the shift towards its target.
-
-    What a batch leaves is alive while the next one passes through the block, if it does: where inputs were kept, none
-    has to.
-    """
-    here = run.shape.fullest[position]
-    requirements = run.recipe.rounding.requirements
-    n, k, b = here.rounded, here.inputs, math.ceil(here.share * run.batch_tokens)
-    u, h = 8.0 * n * k, 8.0 * k * k
-    is_residual = reads_residual(run, here)
-    is_relative = requirements.relative and here.site.residual is not None
-    of_hessian = _moment(run, k, k, is_relative)
-    left = b * k * (2.0 if run.is_gpu else 4.0)  # what the site sees: transformed and quantized
-    weights = u + (u if run.recipe.has_transform else 0.0)
-    if is_residual:
-        weights += (2.0 if run.is_gpu else 4.0) * n * k
-    if not run.sees_original:
-        left += 4.0 * b * n if is_residual else 0.0
-        totals, temporary, ending = h, of_hessian, h
-    else:
-        weights += u
-        left += b * k * run.itemsize
-        if is_residual:
-            left += 12.0 * b * n  # the output that is wanted, the stream with it, and what is missing there
-            of_shift = _moment(run, n, k, True) + (0.0 if run.is_gpu else 4.0 * b * k)
-            totals, temporary, ending = h + u, max(of_hessian, of_shift), h + 3 * u
-        else:
-            totals, temporary, ending = 2 * h, max(of_hessian, _moment(run, k, k, False)), 2 * h + 3 * u
-    runs_again = run.sees_original or keeps_share(run, here) < 1
-    others = here.share * run.tokens - b
-    forward = _forward(run, position) * min(1.0, others / b) if runs_again else 0.0
-    during = left + max(temporary, forward, _quantizing(run, k))
-    return {
-        "one batch": left if ending > during else during,
-        "sums over all batches": totals + (ending - left if ending > during else 0.0),
-        "weights while they are rounded": weights,
-    }
-
-
 def _block_end(run: Run) -> list[Stage]:
     """The block's outputs become the next one's inputs."""
     if not run.tokens:
@@ -435,7 +213,7 @@ def _block_end(run: Run) -> list[Stage]:
     last = len(run.shape.fullest) - 1
     base = _resident(run, last)
     known = {"outputs of attention and MLP": 0.0 if run.is_on_host else _outputs_of_children(run)}
-    stages = [Stage("the block's outputs", base | known | {"one batch": _forward(run, last)})]
+    stages = [Stage("the block's outputs", base | known | {"one batch": forward_bytes(run, last)})]
     options = run.recipe.tuning
     if options is not None and options.scope == "block":
         weights = sum(site.weights for site in run.shape.fullest)

@@ -18,8 +18,9 @@ from mxrot.layers import ModelSize, build_apart
 from mxrot.models import Family, FolderSource, find_family, read_config
 from mxrot.models.folder import has_no_weights
 from mxrot.planning.disk import estimate_disk
-from mxrot.planning.memory import MemoryEstimate, Run, estimate_host_memory, estimate_memory, gigabytes
+from mxrot.planning.memory import MemoryEstimate, estimate_host_memory, estimate_memory, gigabytes
 from mxrot.planning.rates import measure_rates
+from mxrot.planning.run import Run
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
 from mxrot.planning.shape import ModelShape
 from mxrot.quantizing.loading import compute_dtype

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
-from mxrot.planning.memory import Run, activation_bytes, fit_size, keeps_share, reads_residual
+from mxrot.planning.memory import activation_bytes
 from mxrot.planning.rates import Rates
+from mxrot.planning.run import Run, fit_size, keeps_share, reads_residual
 from mxrot.planning.shape import SiteShape
 
 DISK_BYTES = 1e9

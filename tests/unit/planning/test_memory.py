@@ -11,10 +11,11 @@ from tests.contracts.tiny_configs import config_of
 from tests.live_bytes import LiveBytes
 from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import recipe
-from tests.unit.planning.shapes import DEMO, LLAMA_3_8B, run_of
+from tests.unit.planning.shapes import DEMO, LLAMA_3_8B, LLAMA_3_70B, run_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mxrot.calibration import site_weights
 from mxrot.models import FAMILIES, read_config
 from mxrot.planning import Run, estimate_host_memory, estimate_memory, gigabytes, memory
 from mxrot.quantizing.run import quantize
@@ -74,6 +75,29 @@ def test_the_peak_is_that_of_the_tensors_alive(
     windows = None if chosen.is_data_free else random_windows(*shape)
     run = run_of(read_config(folder), chosen, *shape)
     assert estimate_memory(run).peak.total == pytest.approx(bytes_alive(folder, chosen, windows), rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["duquant++", "smoothquant", "duquant++-gptq", "mxrot", "target original"])
+def test_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Weights that are too many to be taken together: an eighth of gate and up."""
+    monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    monkeypatch.setattr(memory, "KEPT_SHARE", 0.0)
+    together = run_of(read_config(write_tiny_model(tmp_path / "tiny", **WIDE)), CHOSEN[name], 2, 64)
+    whole = estimate_memory(together).peak.total
+    monkeypatch.setattr(site_weights, "MOST_TOGETHER", 1)
+    monkeypatch.setattr(site_weights, "ELEMENTS_AT_ONCE", 192 * 256)
+    windows = None if CHOSEN[name].is_data_free else random_windows(2, 64)
+    expected = estimate_memory(together).peak.total
+    assert expected < 0.8 * whole
+    assert expected == pytest.approx(bytes_alive(tmp_path / "tiny", CHOSEN[name], windows), rel=0.03)
+
+
+def test_a_70b_model_fits_a_gpu_of_40_gb() -> None:
+    """Without text of its own, for which the whole model would have to be there. 65 GB before rows were pieces."""
+    for name, windows in (("mxrot", 128), ("mxrot", 256), ("duquant++-gptq", 128)):
+        chosen = recipe(name, calibration__generated=0.0)
+        peak = estimate_memory(run_of(LLAMA_3_70B, chosen, windows, 2048, torch.bfloat16, "cuda")).peak
+        assert 25e9 < peak.total < 35e9 and peak.name.startswith("down: ")
 
 
 @pytest.mark.parametrize("name", ["phi3", "olmo2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"])
@@ -154,7 +178,7 @@ def test_the_terms_of_known_tensors() -> None:
     terms = estimate_memory(llama("duquant++-gptq", windows=64)).peak.terms
     assert terms["hidden states"] == 64 * 2048 * 4096 * 2
     assert terms["embedding, last norm and head"] == (2 * 128256 * 4096 + 4096) * 2
-    assert terms["the block in float64"] == 8 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
+    assert terms["the block as it was read"] == 2 * (2 * 4096 + 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
     writing = {stage.name: stage for stage in estimate_memory(llama("mxrot")).stages}["writing calibration text"]
     assert writing.terms["the original model"] == 8030261248 * 2
     assert writing.terms["keys and values"] <= 4e9 < writing.terms["keys and values"] * 1.01

@@ -275,9 +275,9 @@ def test_damping_is_recorded_where_there_is_a_hessian(source: Path, monkeypatch:
     # One more failed attempt, ten times the damping.
     original, calls = torch.linalg.cholesky_ex, [0]
 
-    def failing_first(matrix: Tensor) -> Any:
+    def failing_first(matrix: Tensor, out: tuple[Tensor, Tensor]) -> Any:
         calls[0] += 1
-        return (matrix, torch.tensor(1)) if calls[0] % 2 else original(matrix)
+        return (matrix, out[1].fill_(1)) if calls[0] % 2 else original(matrix, out=out)
 
     monkeypatch.setattr(linalg.torch.linalg, "cholesky_ex", failing_first)
     record = quantize(source, PLAIN_GPTQ, windows=WINDOWS).record

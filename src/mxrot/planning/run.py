@@ -1,0 +1,121 @@
+"""One way to quantize a model: what plans of memory, disk and time depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mxrot.calibration.placement import MOST_ON_DEVICE, MOST_REMEMBERED
+from mxrot.planning.shape import ModelShape, SiteShape
+from mxrot.quantizing.run import tokens_at_once
+from mxrot.recipe import Recipe
+from mxrot.transforms import FitSize
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to quantize a model: what the estimates depend on."""
+
+    shape: ModelShape
+    recipe: Recipe
+    device: str
+    """"cpu" or "cuda"."""
+    stored: torch.dtype
+    """The model's own type."""
+    windows: int
+    """Calibration windows of the text."""
+    seq_len: int
+    keeps_model: bool = False
+    """In memory, for `compare`, instead of being written to a folder block by block."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number that the model computes with."""
+        return 4 if self.device == "cpu" else self.stored.itemsize
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def all_windows(self) -> int:
+        """With those that the model writes."""
+        if self.recipe.is_data_free:
+            return 0
+        written = self.recipe.calibration.generated * self.windows
+        return self.windows + (max(1, round(written)) if written else 0)
+
+    @property
+    def tokens(self) -> int:
+        return self.all_windows * self.seq_len
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that pass through a block together."""
+        widest = max(self.shape.widest, self.token_scores)
+        return min(self.tokens, max(1, tokens_at_once(widest, self.device) // self.seq_len) * self.seq_len)
+
+    @property
+    def token_scores(self) -> int:
+        """Scores that attention writes out for a token."""
+        return self.shape.score_heads * self.seq_len
+
+    @property
+    def mask_bytes(self) -> int:
+        """Masks that blocks are called with: none where attention is plainly causal, one for each kind of blocks."""
+        config = self.shape.config
+        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+        if not self.shape.score_heads:
+            is_short = self.seq_len <= (getattr(config, "sliding_window", None) or self.seq_len)
+            return 0 if is_short else self.seq_len**2
+        return len(kinds) * self.itemsize * self.seq_len**2
+
+    @property
+    def remembered(self) -> int:
+        return MOST_REMEMBERED["cuda" if self.is_gpu else "cpu"]
+
+    @property
+    def stream_bytes(self) -> int:
+        """The states between two blocks, of all tokens."""
+        return self.tokens * self.shape.hidden * self.itemsize
+
+    @property
+    def is_on_host(self) -> bool:
+        """Do the states between blocks, and the outputs of attention and MLP, wait in main memory beside a GPU?"""
+        return self.is_gpu and self.stream_bytes > MOST_ON_DEVICE["cuda"]
+
+    @property
+    def model_bytes(self) -> float:
+        """The original model."""
+        return float(self.shape.parameters * self.itemsize)
+
+    @property
+    def packed_block(self) -> float:
+        """A quantized block."""
+        after = self.shape.size_after(self.stored)
+        inside = after.code_bytes + after.scale_bytes + after.transform_bytes
+        return inside / max(1, len(self.shape.blocks))
+
+    @property
+    def sees_original(self) -> bool:
+        """Does rounding look at the original block's inputs?"""
+        return self.recipe.rounding.requirements.target != "own"
+
+
+def keeps_share(run: Run, here: SiteShape) -> float:
+    """The share of a site's inputs that are kept for the pass that its Hessian is taken from."""
+    beside = run.stream_bytes if reads_residual(run, here) else 0
+    return min(1.0, run.remembered / max(1, here.share * run.tokens * here.inputs * run.itemsize + beside))
+
+
+def reads_residual(run: Run, here: SiteShape) -> bool:
+    """Does rounding look at the residual stream that a site's output is added to?"""
+    requirements = run.recipe.rounding.requirements
+    return here.site.residual is not None and (requirements.relative or requirements.target == "residual")
+
+
+def fit_size(run: Run, here: SiteShape) -> FitSize:
+    """What one transform of a site is fitted to; on a GPU the fits of all sites are recorded."""
+    recorded = tuple(site.inputs for site in run.shape.fullest) if run.is_gpu else ()
+    return FitSize(here.outputs // here.transforms, here.inputs, run.recipe.sharing, run.tokens, recorded)

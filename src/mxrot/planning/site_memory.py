@@ -1,0 +1,178 @@
+"""How much memory one site takes: passes over its inputs, statistics, the fit of its transform, rounding.
+
+The formulas follow quantizing/site.py, calibration/site_inputs.py, calibration/site_weights.py and rounding/.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mxrot.calibration import site_weights
+from mxrot.formats.block import ENCODED_ELEMENTS
+from mxrot.kernels.chunked import CHUNK_ELEMENTS
+from mxrot.kernels.plain.moments import LEAST_CHUNK, MOST_PARTIAL
+from mxrot.planning.run import Run, fit_size, keeps_share, reads_residual
+from mxrot.planning.shape import SiteShape
+from mxrot.rounding.linalg import COPIED_ELEMENTS
+
+ENCODING = 7
+"""float64 and int64 numbers a weight while it becomes a code (formats/element.py)."""
+DECODING = 3
+"""The same while a code becomes a float64 number again."""
+WALKING = 3
+"""float64 numbers a weight that GPTQ walks over: the columns, what they are rounded to, and what that took away."""
+CODED_BYTES = 1 + 1 / 32
+"""A rounded weight before it is packed: its code and its part of a scale."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is alive at one moment."""
+
+    name: str
+    terms: dict[str, float]
+    """Bytes, by what they are for."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.terms.values())
+
+
+def forward_bytes(run: Run, position: int) -> float:
+    """Bytes at the height of a pass of one batch up to site `position`."""
+    sites, here = run.shape.fullest, run.shape.fullest[position]
+    b, s = run.batch_tokens, run.itemsize
+    before = [site for site in sites[:position] if site.child == here.child]
+    made = sum(site.share * site.rounded for site in before)
+    quantizing = _quantizing(run, max((site.inputs for site in before), default=0))
+    # A norm computes in float32; a product of quantized inputs is float32 before it is `s` bytes wide.
+    norm = b * run.shape.hidden * (s + 8.0)
+    is_attention = run.shape.fullest[0].child == here.child
+    # Scores, and what they become: probabilities in float32.
+    scores = b * run.token_scores * (s + 4.0) if is_attention and before else 0.0
+    return max(norm, quantizing + b * made * (5.0 * s if is_attention else (4.0 if run.is_gpu else 6.0)) + scores)
+
+
+def _quantizing(run: Run, channels: int) -> float:
+    """Bytes that quantizing inputs takes on a CPU, a piece after the other; one kernel on a GPU."""
+    return 0.0 if run.is_gpu else 14.0 * min(run.batch_tokens * channels, CHUNK_ELEMENTS)
+
+
+def _moment(run: Run, n: int, m: int, is_scaled: bool) -> float:
+    """Bytes of a second moment [n, m] of one batch: parts of its operands, products, and their sums."""
+    b = run.batch_tokens
+    if not run.is_gpu:
+        return 12.0 * n * m + (4.0 * b * n if is_scaled else 0.0)
+    wide = 2 * n if is_scaled else n
+    count = 1
+    while b // (2 * count) >= LEAST_CHUNK and 2 * count * wide * m <= MOST_PARTIAL:
+        count *= 2
+    return (2.0 * b * wide if is_scaled else 0.0) + max(4.0 * count * wide * m + 4.0 * n * m, 12.0 * n * m)
+
+
+def site_stages(run: Run, position: int, base: dict[str, float]) -> list[Stage]:
+    """The stages of one site, with what is alive in all of them."""
+    here, recipe = run.shape.fullest[position], run.recipe
+    name = here.site.name
+    stages = []
+    if run.tokens:
+        stages.append(Stage(f"{name}: collecting", base | {"one batch": forward_bytes(run, position)}))
+    if recipe.has_transform:
+        weights, of_fit = 16.0 * here.weights / here.transforms, recipe.transform.fitting_bytes(fit_size(run, here))
+        stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": weights + of_fit}))
+    if here.transforms < here.experts:
+        base = base | {
+            "rounded weights of the other experts": CODED_BYTES * (here.weights - here.rounded * here.inputs)
+        }
+    if recipe.rounding.requirements.hessian:
+        stages.append(Stage(f"{name}: statistics", base | _statistics(run, position)))
+        stages.append(Stage(f"{name}: factorizing", base | _factorizing(run, here)))
+    stages.append(Stage(f"{name}: rounding", base | _rounding(run, here)))
+    return stages
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Bytes of the float64 weights [N, K] of a site that are rounded, and of those that are taken together."""
+
+    whole: float
+    together: float
+    folded: float
+    """Of the folded weights that are kept meanwhile."""
+
+    @staticmethod
+    def of(run: Run, here: SiteShape) -> Pieces:
+        count = here.rounded * here.inputs
+        if count <= site_weights.MOST_TOGETHER:
+            return Pieces(8.0 * count, 8.0 * count, 8.0 * count if run.recipe.has_transform else 0.0)
+        rows = max(1, site_weights.ELEMENTS_AT_ONCE // here.inputs)
+        return Pieces(8.0 * count, 8.0 * min(rows, max(here.rows)) * here.inputs, 0.0)
+
+
+def _factorizing(run: Run, here: SiteShape) -> dict[str, float]:
+    """The Hessian, and two matrices of its size beside it, or one in the place of it (rounding/linalg.py)."""
+    h, pieces = 8.0 * here.inputs**2, Pieces.of(run, here)
+    reversing = 8.0 * min(here.inputs**2, COPIED_ELEMENTS)
+    if not run.sees_original:
+        return {"the Hessian and its factor": 2 * h + reversing}
+    # The regression leaves its factor, with which some rows after the others are moved towards the target.
+    moved = 2 * pieces.together
+    return {
+        "the Hessian and its factor": max(3 * h + reversing, 2 * h + moved),
+        "weights while they are rounded": pieces.whole + pieces.folded,
+    }
+
+
+def _rounding(run: Run, here: SiteShape) -> dict[str, float]:
+    """Weights, what they are rounded to and what that took away, and the numbers on the way to codes."""
+    pieces, count = Pieces.of(run, here), here.rounded * here.inputs
+    u, shift = pieces.together, pieces.whole if run.sees_original else 0.0
+    encoding = 8.0 * ENCODING * min(u / 8, ENCODED_ELEMENTS)
+    coded = 0.0 if u == pieces.whole else 2 * CODED_BYTES * count
+    kept = shift + u + coded  # the folded weights of some rows
+    if not run.recipe.rounding.requirements.hessian:
+        return {"weights while they are rounded": kept + max(encoding, DECODING * u)}
+    walked = u if run.sees_original else 0.0  # moved towards the target
+    walked += max(WALKING * u, 2 * u + encoding)
+    return {"the factor of the Hessian": 8.0 * here.inputs**2, "weights while they are rounded": kept + walked}
+
+
+def _statistics(run: Run, position: int) -> dict[str, float]:
+    """The Hessian of a site and the shift towards its target.
+
+    What a batch leaves is alive while the next one passes through the block, if it does: where inputs were kept, none
+    has to.
+    """
+    here = run.shape.fullest[position]
+    requirements = run.recipe.rounding.requirements
+    n, k, b = here.rounded, here.inputs, math.ceil(here.share * run.batch_tokens)
+    pieces, h = Pieces.of(run, here), 8.0 * k * k
+    u = pieces.whole
+    is_residual = reads_residual(run, here)
+    temporary = _moment(run, k, k, requirements.relative and here.site.residual is not None)
+    left = b * k * (2.0 if run.is_gpu else 4.0)  # what the site sees: transformed and quantized
+    weights = (2.0 if run.is_gpu else 4.0) * n * k if is_residual else 0.0  # for its outputs
+    # Some rows of the folded weights, and what of the shift is their own output; folding takes as much.
+    own = pieces.folded + (1 if pieces.folded else 2) * pieces.together
+    if not run.sees_original:
+        left += 4.0 * b * n if is_residual else 0.0
+        totals, ending = h, 2 * h
+    else:
+        left += b * k * run.itemsize
+        if is_residual:
+            left += 12.0 * b * n  # the output that is wanted, the stream with it, and what is missing there
+            temporary = max(temporary, _moment(run, n, k, True) + (0.0 if run.is_gpu else 4.0 * b * k))
+            totals, ending = h + u, max(2 * h + 2 * u, h + u + own)
+        else:
+            totals, ending = 2 * h, max(4 * h, 2 * h + u + max(own, pieces.folded + pieces.together))
+    runs_again = run.sees_original or keeps_share(run, here) < 1
+    others = here.share * run.tokens - b
+    forward = forward_bytes(run, position) * min(1.0, others / b) if runs_again else 0.0
+    during = left + max(temporary, forward, _quantizing(run, k))
+    is_at_end = left + ending > during + totals
+    return {
+        "one batch": left if is_at_end else during,
+        "sums over all batches": ending if is_at_end else totals,
+        "weights for the outputs": weights,
+    }
