@@ -79,8 +79,9 @@ def site_stages(run: Run, position: int, base: dict[str, float]) -> list[Stage]:
     if run.tokens:
         stages.append(Stage(f"{name}: collecting", base | {"one batch": forward_bytes(run, position)}))
     if recipe.has_transform:
-        weights, of_fit = 16.0 * here.weights / here.transforms, recipe.transform.fitting_bytes(fit_size(run, here))
-        stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": weights + of_fit}))
+        weights, of_fit = 8.0 * here.weights / here.transforms, recipe.transform.fitting_bytes(fit_size(run, here))
+        smoothed = weights if recipe.smoothing is not None else 0.0  # beside those that it is made from
+        stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": weights + max(smoothed, of_fit)}))
     if here.transforms < here.experts:
         base = base | {
             "rounded weights of the other experts": CODED_BYTES * (here.weights - here.rounded * here.inputs)

@@ -105,13 +105,13 @@ def test_through_transformers(folders: dict[str, Path], tmp_path: Path, kind: st
 def hessians_of(source: Path, chosen: Recipe, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], Any]:
     """What rounding is given for each linear (the first of those that are rounded together), and the result."""
     given: dict[str, Tensor] = {}
-    original = GPTQ.round
+    original = GPTQ.prepare
 
-    def spy(self: GPTQ, weight: Tensor, format: Any, rule: Any, hessian: Tensor, name: str, shift: Any = None) -> Any:
-        given[name] = hessian
-        return original(self, weight, format, rule, hessian, name, shift)
+    def spy(self: GPTQ, hessian: Tensor, shifts: Any, name: str) -> Any:
+        given[name] = hessian.clone()
+        return original(self, hessian, shifts, name)
 
-    monkeypatch.setattr(GPTQ, "round", spy)
+    monkeypatch.setattr(GPTQ, "prepare", spy)
     return given, pipeline.quantize(source, chosen, windows=WINDOWS)
 
 
