@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from mxrot import api
 from mxrot.bench import llama_config, random_model
 from mxrot.environment import device_name, versions
-from mxrot.models import build_skeleton, find_family, read_config
+from mxrot.layers import build_apart
+from mxrot.models import find_family, read_config
 from mxrot.planning import MemoryEstimate, ModelShape, Run, estimate_memory
 from mxrot.quantizing.run import quantize
 from mxrot.recipe import Recipe, load_recipe
@@ -152,7 +153,7 @@ def config_of(options: argparse.Namespace) -> Any:
 
 def estimate_of(config: Any, recipe: Recipe, options: argparse.Namespace, device: torch.device) -> MemoryEstimate:
     """What `plan` says of the device."""
-    shape = ModelShape.of(build_skeleton(config), find_family(config, "the model"), recipe.ignore)
+    shape = ModelShape.of(build_apart(config), find_family(config, "the model"), recipe)
     return estimate_memory(Run(shape, recipe, device.type, torch.bfloat16, options.windows, options.seq_len))
 
 

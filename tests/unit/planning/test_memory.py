@@ -77,7 +77,7 @@ def test_the_peak_is_that_of_the_tensors_alive(
     assert estimate_memory(run).peak.total == pytest.approx(bytes_alive(folder, chosen, windows), rel=tolerance)
 
 
-@pytest.mark.parametrize("name", ["duquant++", "smoothquant", "duquant++-gptq", "mxrot", "target original"])
+@pytest.mark.parametrize("name", ["hadamard", "smoothquant", "duquant++-gptq", "mxrot", "target original"])
 def test_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Weights that are too many to be taken together: an eighth of gate and up."""
     monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
