@@ -89,3 +89,16 @@ def test_a_model_of_one_type_stays_one(tmp_path: Path, dtype: torch.dtype) -> No
     mxrot.quantize(folder, "rtn", tmp_path / "out", device="cpu")
     found = {value.dtype for name, value in tensors_of(tmp_path / "out").items() if "proj" not in name}
     assert found == {dtype}
+
+
+@pytest.mark.case("B7")
+def test_a_router_under_an_older_name_keeps_bits_that_computing_does_not_hold(tmp_path: Path) -> None:
+    """Mixtral's files call it block_sparse_moe.gate; float64, where a CPU computes in float32."""
+    folder = write_tiny_mixture(tmp_path / "tiny", "mixtral", torch.bfloat16)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.block_sparse_moe.gate.weight"
+    exact = tensors[name].double() + 2.0**-40
+    save_file(tensors | {name: exact}, path, {"format": "pt"})
+    mxrot.quantize(folder, "rtn", tmp_path / "out", device="cpu")
+    assert torch.equal(tensors_of(tmp_path / "out")["model.layers.0.mlp.gate.weight"], exact)
