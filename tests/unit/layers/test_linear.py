@@ -240,7 +240,8 @@ def test_what_is_said_to_be_exact_in_bfloat16_is(format: Format) -> None:
             assert TensorQuantizer(format, rule).is_exact_in_bfloat16
         if TensorQuantizer(format, rule).is_exact_in_bfloat16:
             values = fake_quantize(x, format, rule)
-            assert torch.equal(values.bfloat16().float(), values)
+            values = values[values.isfinite()]  # a scale that is no power of two may overflow its type
+            assert len(values) > x.numel() // 2 and torch.equal(values.bfloat16().float(), values)
     no_powers = {"x3", "log256", "absmax"} if isinstance(format.grid, Uniform) else set()
     for name in no_powers & set(format.rules):
         assert not TensorQuantizer(format, format.rule(name)).is_exact_in_bfloat16
