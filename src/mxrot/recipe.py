@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 from mxrot import rounding, transforms
 from mxrot.errors import ConfigError
-from mxrot.formats import Uniform, get_format
-from mxrot.layers import TensorQuantizer
+from mxrot.formats import TensorQuantizer, Uniform, get_format
 from mxrot.nearest import brief
 from mxrot.overrides import Override
 from mxrot.recipe_files import BUILTIN_FOLDER as BUILTIN_FOLDER

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError
-from mxrot.formats import QTensor
-from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare_linears, prepare_on_gpus
+from mxrot.formats import QTensor, TensorQuantizer
+from mxrot.layers import InputTransform, QuantLinear, prepare_linears, prepare_on_gpus
 from mxrot.models import Family, Site
 from mxrot.recipe import Accumulation, Recipe
 from mxrot.rules import Rules

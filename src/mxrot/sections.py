@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mxrot.errors import ConfigError
-from mxrot.formats import get_format
-from mxrot.layers import TensorQuantizer
+from mxrot.formats import TensorQuantizer, get_format
 from mxrot.typed import check_fields
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mxrot.formats import QTensor, get_format, quantize
-from mxrot.layers import TensorQuantizer
+from mxrot.formats import QTensor, TensorQuantizer, get_format, quantize
 from mxrot.rounding.gptq import GPTQ
 from mxrot.transforms import SiteSample, TransformMethod, generator_for
 from mxrot.transforms.moments import SecondMoment

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mxrot.calibration import CrossMoment, Executor, Hessian
 from mxrot.calibration.site_weights import SiteWeights
+from mxrot.formats import TensorQuantizer
 from mxrot.kernels import outputs, rotate_quantize
-from mxrot.layers import TensorQuantizer
 from mxrot.models import Site
 from mxrot.rounding.base import Requirements
 from mxrot.transforms import SiteTransform

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 
 from mxrot.errors import CheckpointError, ConfigError
-from mxrot.formats import Format
+from mxrot.formats import Format, TensorQuantizer
 from mxrot.formats.grid import Uniform
-from mxrot.layers import TensorQuantizer
 from mxrot.marker import MARKER, METHOD, NATIVE
 from mxrot.models import Family
 from mxrot.recipe import Recipe

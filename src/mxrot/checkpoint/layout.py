@@ -25,8 +25,7 @@ from mxrot.checkpoint.config import (
     scheme_table,
 )
 from mxrot.errors import CheckpointError, ConfigError
-from mxrot.formats import FORMATS, get_format
-from mxrot.layers import TensorQuantizer
+from mxrot.formats import FORMATS, TensorQuantizer, get_format
 from mxrot.marker import MARKER
 from mxrot.models import Family
 from mxrot.recipe import Accumulation

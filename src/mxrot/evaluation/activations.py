@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.calibration import watched_inputs
-from mxrot.layers import QuantLinear, TensorQuantizer, separate_experts
+from mxrot.formats import TensorQuantizer
+from mxrot.layers import QuantLinear, separate_experts
 from mxrot.models import Family
 from mxrot.progress import Progress, silent
 from mxrot.scheme import Scheme

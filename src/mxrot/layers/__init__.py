@@ -1,6 +1,5 @@
 """Modules that a quantized model is made of, and what models compute in another way here than in transformers."""
 
-from mxrot.formats import TensorQuantizer
 from mxrot.layers.attention import score_heads, shared_heads, step_mask, unmasked
 from mxrot.layers.experts import build_apart, separate_experts
 from mxrot.layers.kv_cache import FixedCache
@@ -19,7 +18,6 @@ __all__ = [
     "ModelSize",
     "QuantLinear",
     "SiteProducts",
-    "TensorQuantizer",
     "build_apart",
     "check_logits",
     "fused_norms",

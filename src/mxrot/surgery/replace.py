@@ -9,7 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from mxrot.layers import InputTransform, QuantLinear, SiteProducts, TensorQuantizer
+from mxrot.formats import TensorQuantizer
+from mxrot.layers import InputTransform, QuantLinear, SiteProducts
 from mxrot.models import Site
 
 NO_TYPES: Mapping[str, torch.dtype] = MappingProxyType({})

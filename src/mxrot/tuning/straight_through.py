@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxrot.formats import TensorQuantizer
 from mxrot.formats.element import Element
 from mxrot.kernels import WeightMoves, divergence, moved_weights, moved_weights_gradients, rotate_quantize
-from mxrot.layers import TensorQuantizer
 from mxrot.transforms.stages import STORED_DTYPE
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mxrot.formats import as_blocks, encode_blocks
+from mxrot.formats import TensorQuantizer, as_blocks, encode_blocks
 from mxrot.formats.element import Element, look_up
 from mxrot.formats.scale import E8M0_MAX_BYTE
 from mxrot.kernels import WeightMoves
-from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
+from mxrot.layers import InputTransform, QuantLinear
 from mxrot.models import Site
 from mxrot.sections import Tuning
 from mxrot.transforms import BlockDiagonal

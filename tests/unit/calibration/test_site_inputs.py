@@ -13,8 +13,7 @@ from transformers import LlamaForCausalLM
 from mxrot.calibration import Executor, first_executor
 from mxrot.calibration.site_inputs import SiteInputs
 from mxrot.calibration.site_weights import SiteWeights
-from mxrot.formats import get_format
-from mxrot.layers import TensorQuantizer
+from mxrot.formats import TensorQuantizer, get_format
 from mxrot.models import Site
 from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.models.families.llama import LLAMA_SITES

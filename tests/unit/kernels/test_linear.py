@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxrot.formats import get_format, quantize
+from mxrot.formats import TensorQuantizer, get_format, quantize
 from mxrot.kernels import Inputs, PackedWeight, choose_path, crossovers, dispatch
 from mxrot.kernels.crossovers import Crossovers
 from mxrot.kernels.linear import PATHS, by_fp8
-from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer, prepare, prepare_linears, prepare_site
+from mxrot.layers import InputTransform, QuantLinear, prepare, prepare_linears, prepare_site
 from mxrot.transforms.base import random_orthogonal
 from mxrot.transforms.site_transform import SiteTransform
 from mxrot.transforms.stages import BlockDiagonal

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxrot.formats import FORMATS, RULES, BlockScales, Format, QTensor, ScaleRule, Uniform
+from mxrot.formats import FORMATS, RULES, BlockScales, Format, QTensor, ScaleRule, TensorQuantizer, Uniform
 from mxrot.formats.element import FloatElement
 from mxrot.kernels import chunked, plain_rotate_quantize
 from mxrot.kernels.dispatch import rotate_quantize as dispatched
@@ -20,7 +20,6 @@ from mxrot.kernels.plain import (
     swizzle_scales,
     swizzled_bytes,
 )
-from mxrot.layers import TensorQuantizer
 from mxrot.transforms.base import random_orthogonal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from tests.oracles.sample_blocks import bits
 from torch import Tensor
 
-from mxrot.formats import FORMATS, Format, Uniform, fake_quantize, get_format, quantize
-from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
+from mxrot.formats import FORMATS, Format, TensorQuantizer, Uniform, fake_quantize, get_format, quantize
+from mxrot.layers import InputTransform, QuantLinear
 from mxrot.transforms import BlockDiagonal, SiteTransform
 from mxrot.transforms.base import random_orthogonal
 

@@ -12,17 +12,9 @@ from tests.unit.checkpoint.folders import recipe
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxrot.formats import get_format, quantize
+from mxrot.formats import TensorQuantizer, get_format, quantize
 from mxrot.kernels import dispatch
-from mxrot.layers import (
-    InputTransform,
-    QuantLinear,
-    SiteProducts,
-    TensorQuantizer,
-    prepare_linears,
-    prepare_site,
-    sites_of,
-)
+from mxrot.layers import InputTransform, QuantLinear, SiteProducts, prepare_linears, prepare_site, sites_of
 from mxrot.quantizing import run as pipeline
 from mxrot.transforms.base import random_orthogonal
 from mxrot.transforms.site_transform import SiteTransform

@@ -7,8 +7,8 @@ from tests.unit.surgery.tiny_llama import first_block, tiny_llama
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mxrot.formats import QTensor, get_format, quantize
-from mxrot.layers import InputTransform, QuantLinear, TensorQuantizer
+from mxrot.formats import QTensor, TensorQuantizer, get_format, quantize
+from mxrot.layers import InputTransform, QuantLinear
 from mxrot.models import Site
 from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.scheme import scheme_name

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mxrot.calibration import COLLECTORS
 from mxrot.errors import ConfigError
-from mxrot.formats import get_format
-from mxrot.layers import TensorQuantizer
+from mxrot.formats import TensorQuantizer, get_format
 from mxrot.transforms import SiteSample, outlier
 from mxrot.transforms.base import random_orthogonal
 from mxrot.transforms.outlier import OutlierRotation, spreading_rotation

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxrot.formats import get_format
+from mxrot.formats import TensorQuantizer, get_format
 from mxrot.kernels import WeightMoves, plain_rotate_quantize
-from mxrot.layers import TensorQuantizer
 from mxrot.transforms.stages import BlockDiagonal, apply_matrices
 from mxrot.tuning.straight_through import (
     Divergence,

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from mxrot.errors import ConfigError
-from mxrot.formats import FORMATS, Format, get_format, quantize
-from mxrot.layers import TensorQuantizer
+from mxrot.formats import FORMATS, Format, TensorQuantizer, get_format, quantize
 
 ROWS, COLUMNS = 24, 256
 
