@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from mxrot.bench.timing import Seconds, seconds_of
+from mxrot.formats import quantize
 from mxrot.layers import FixedCache, QuantLinear, build_apart, unmasked
 from mxrot.models import find_family, rebuild_buffers
 from mxrot.recipe import Recipe
@@ -115,7 +116,7 @@ def random_model(config: LlamaConfig, device: torch.device) -> PreTrainedModel:
 def random_quantized_model(
     config: LlamaConfig, device: torch.device, recipe: Recipe, keeps_fp8: bool = False
 ) -> PreTrainedModel:
-    """The same sizes with drawn codes and orthogonal transforms, in MXFP4 on both sides."""
+    """The same sizes with drawn codes and orthogonal transforms, in the formats of the recipe."""
     model, family = random_model(config, device), find_family(config, "the model")
     generator, codes = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(1)
     scheme = Scheme.of(recipe, family, model)
@@ -125,17 +126,27 @@ def random_quantized_model(
             for name in site.linears:
                 linear = block.get_submodule(name)
                 assert isinstance(linear, QuantLinear)
-                width, transform = linear.in_features, linear.transform
+                transform = linear.transform
                 if transform is not None and transform.has_matrices and name == site.linears[0]:
                     blocks, size = transform.weight.shape[:-2].numel(), transform.weight.shape[-1]
                     matrices = random_orthogonal(blocks, size, generator)
                     transform.weight.data = BlockDiagonal(matrices.to(device)).to_stored()
-                linear.weight_packed.data.random_(0, 256, generator=codes)
-                # Codes are 3 in the mean square, so 2^-e is about 1/sqrt(inputs).
-                byte = 127 - round(torch.tensor(3.0 * width**0.5).log2().item())
-                linear.weight_scale.data.fill_(byte)
+                draw_weight(linear, codes)
     prepare(model, scheme, keeps_fp8)
     return model
+
+
+def draw_weight(linear: QuantLinear, generator: torch.Generator) -> None:
+    """Codes of MXFP4 are drawn as they are; in another format a code may be no number, so weights are drawn."""
+    width, weights = linear.in_features, linear.weights
+    if not weights.is_mxfp4:
+        drawn = torch.empty(linear.out_features, width, device=generator.device).normal_(generator=generator)
+        linear.set_weight(quantize(drawn * width**-0.5, weights.format, weights.rule))
+        return
+    linear.weight_packed.data.random_(0, 256, generator=generator)
+    # Codes are 3 in the mean square, so 2^-e is about 1/sqrt(inputs).
+    byte = 127 - round(torch.tensor(3.0 * width**0.5).log2().item())
+    linear.weight_scale.data.fill_(byte)
 
 
 def linear_bytes(model: PreTrainedModel) -> int:

@@ -51,8 +51,10 @@ def test_a_generated_token_is_the_next_one_of_the_prompt() -> None:
         torch.testing.assert_close(logits[:, -1:], random(ids).logits[:, -1:], rtol=1e-4, atol=1e-5)
 
 
-def test_drawn_weights_are_as_large_as_those_of_the_model() -> None:
-    quantized = model.random_quantized_model(CONFIG, CPU, load_recipe("mxrot"))
+@pytest.mark.parametrize("format", ["mxfp4", "mxfp8_e4m3", "nvfp4", "int4_g32_asym"])
+def test_drawn_weights_are_as_large_as_those_of_the_model(format: str) -> None:
+    recipe = load_recipe("mxrot").changed({"weights.format": format, "weights.rule": "", "rounding.method": "rtn"})
+    quantized = model.random_quantized_model(CONFIG, CPU, recipe)
     sizes = [
         float(module.dequantized_weight().square().mean()) * module.in_features
         for module in quantized.modules()
