@@ -1,6 +1,6 @@
 """How much memory one site takes: passes over its inputs, statistics, the fit of its transform, rounding.
 
-The formulas follow quantizing/site.py, calibration/site_inputs.py, calibration/site_weights.py and rounding/.
+The formulas follow quantizing/rounded.py, calibration/site_inputs.py, calibration/site_weights.py and rounding/.
 """
 
 from __future__ import annotations

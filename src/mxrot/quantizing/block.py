@@ -19,8 +19,9 @@ from mxrot.heap import give_back
 from mxrot.models import Family, Site, fill
 from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.experts import quantize_experts, smooth_experts
+from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.record import BlockReport, LinearReport
-from mxrot.quantizing.site import BlockRun, Part, quantize_site, smooth_sites, smoothed_sites
+from mxrot.quantizing.site import quantize_site, smooth_sites, smoothed_sites
 from mxrot.surgery import Weights, stored_tensors
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, tune_block

@@ -18,18 +18,10 @@ from torch import Tensor
 from mxrot.calibration import Routing, RowSample
 from mxrot.models import Site
 from mxrot.progress import Progress
+from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.record import LinearReport
-from mxrot.quantizing.site import (
-    ERROR_ROWS,
-    BlockRun,
-    Part,
-    RoundedLinear,
-    fit_transform,
-    install_rounded,
-    quantize_site,
-    round_site,
-    smooth_sites,
-)
+from mxrot.quantizing.rounded import RoundedLinear, round_site
+from mxrot.quantizing.site import ERROR_ROWS, fit_transform, install_rounded, quantize_site, smooth_sites
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from mxrot.models import FolderSource, Source, read_generation_config
 from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
+from mxrot.quantizing.part import BlockRun
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.record import BlockReport, RunRecord
-from mxrot.quantizing.site import BlockRun
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, prepare
 from mxrot.transforms import generator_for

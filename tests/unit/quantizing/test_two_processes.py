@@ -18,7 +18,7 @@ from mxrot.calibration import first_block
 from mxrot.calibration.world import ONE, World
 from mxrot.errors import NumericsError
 from mxrot.quantizing import run as pipeline
-from mxrot.quantizing.site import BlockRun
+from mxrot.quantizing.part import BlockRun
 from mxrot.recipe import Recipe
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,135 @@
+"""Round the weights of a site: statistics once, then some rows after the other where there are many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxrot.calibration.site_inputs import SiteInputs
+from mxrot.calibration.site_weights import Rows, SiteWeights
+from mxrot.formats import QTensor
+from mxrot.models import Site
+from mxrot.quantizing.finite import check_rounded
+from mxrot.quantizing.part import BlockRun, Part
+from mxrot.rounding import Prepared
+from mxrot.transforms import SiteTransform
+
+ERROR_ELEMENTS = 1 << 24
+"""Weights whose error is taken at once."""
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """Some rows of a linear."""
+
+    weight: QTensor
+    lost: Tensor
+    """The Frobenius norm of what the transformed weights have lost, a scalar."""
+    norm: Tensor
+    """That of the transformed weights."""
+    remainder: Tensor | None
+    """As in `RoundedLinear`."""
+
+
+@dataclass(frozen=True)
+class RoundedLinear:
+    """A linear that is about to be replaced."""
+
+    weight: QTensor
+    error: Tensor
+    """Relative Frobenius error of the transformed weights, a scalar."""
+    damping: float | None
+    remainder: Tensor | None
+    """What rounding took away, bfloat16; None unless tuning follows."""
+    tokens: int | None
+    """That the Hessian is a mean over; None without one."""
+
+
+def round_site(run: BlockRun, part: Part, site: Site, transform: SiteTransform | None) -> dict[str, RoundedLinear]:
+    """Round the linears of a site, by their names, for the inputs of the part."""
+    weights = SiteWeights(part.weights, site.linears, transform)
+    recipe, scheme = run.of(part, site)
+    groups = weights.whole_linears if scheme.weights.looks_at_whole_tensor else weights.groups
+    hessian, shift = _statistics(run, part, site, weights)
+    moves = [] if shift is None else [shift[rows.place] for rows in groups]
+    prepared = recipe.rounding.prepare(hessian, moves, f"{part.name}.{site.linears[0]}")
+    tokens = None if hessian is None or part.executor is None else part.executor.tokens
+    del hessian  # what it has become is in `prepared`
+    found: dict[str, list[RoundedRows]] = {linear: [] for linear in site.linears}
+    for position, rows in enumerate(groups):
+        for linear, piece in _round_rows(run, part, site, weights, rows, prepared, moves[position] if moves else None):
+            found[linear].append(piece)
+    return {linear: _together(pieces, prepared.damping, tokens) for linear, pieces in found.items()}
+
+
+def _round_rows(
+    run: BlockRun, part: Part, site: Site, weights: SiteWeights, rows: Rows, prepared: Prepared, move: Tensor | None
+) -> list[tuple[str, RoundedRows]]:
+    """Round some rows, which belong to the linears of these names."""
+    recipe, scheme = run.of(part, site)
+    folded = weights.folded(rows)
+    name, quantizer = f"{part.name}.{weights.linears[0]}", scheme.weights
+    result = recipe.rounding.round_rows(folded, quantizer.format, quantizer.rule, prepared, name, move)
+    pieces = zip(
+        rows.pieces,
+        result.weight.split_rows(rows.counts),
+        folded.split(rows.counts),
+        result.remainder.split(rows.counts),
+        strict=True,
+    )
+    found = []
+    for (linear, _, _), weight, wanted, remainder in pieces:
+        check_rounded(weight, wanted, f"{part.name}.{linear}")
+        kept = None if recipe.tuning is None else remainder.to(torch.bfloat16)
+        found.append((linear, RoundedRows(weight, *error_norms(weight, wanted), kept)))
+    return found
+
+
+def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> tuple[Tensor | None, Tensor | None]:
+    """The Hessian of a site [K, K], and the shift towards its target [N, K], where rounding asks for them."""
+    recipe, scheme = run.of(part, site)
+    requirements = recipe.rounding.requirements
+    if not requirements.hessian:
+        return None, None
+    assert part.executor is not None
+    seen = SiteInputs(part.executor, site, weights.transform, scheme.activations)
+    shift = None
+    if part.original is None or requirements.target == "own":
+        hessian = seen.hessian(weights, requirements)
+    else:
+        hessian, shift = seen.hessian_and_shift(part.original, weights, requirements)
+    part.executor.forget_inputs()
+    return hessian, shift
+
+
+def _together(pieces: Sequence[RoundedRows], damping: float | None, tokens: int | None) -> RoundedLinear:
+    """The whole of a linear."""
+    remainders = [piece.remainder for piece in pieces if piece.remainder is not None]
+    return RoundedLinear(
+        QTensor.one_above_other([piece.weight for piece in pieces]),
+        error_ratio(_norm([piece.lost for piece in pieces]), _norm([piece.norm for piece in pieces])),
+        damping,
+        torch.cat(remainders) if remainders else None,
+        tokens,
+    )
+
+
+def error_norms(weight: QTensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The Frobenius norms of what `weight` [n, K] has lost of the `wanted`, and of that; some rows at a time."""
+    counts = [len(rows) for rows in wanted.split(max(1, ERROR_ELEMENTS // max(1, wanted.shape[1])))]
+    pieces = list(zip(weight.split_rows(counts), wanted.split(counts), strict=True))
+    lost = [(rows.dequantize(torch.float64) - expected).norm() for rows, expected in pieces]
+    return _norm(lost), _norm([expected.norm() for _, expected in pieces])
+
+
+def _norm(norms: Sequence[Tensor]) -> Tensor:
+    """That of a matrix, from those of its rows."""
+    return norms[0] if len(norms) == 1 else torch.stack(list(norms)).norm()
+
+
+def error_ratio(lost: Tensor, norm: Tensor) -> Tensor:
+    """A relative error, a scalar; what is lost itself where the norm is zero."""
+    return torch.where(norm > 0, lost / norm, lost)
