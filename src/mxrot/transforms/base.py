@@ -128,8 +128,8 @@ class TransformMethod(ABC):
         """The transform; randomness comes from the CPU `generator` alone, so a seed gives the same bits."""
 
     def fitting_bytes(self, size: FitSize) -> float:
-        """Memory that `fit` takes besides the weights and the statistics."""
-        return 8.0 * size.outputs * size.width
+        """Memory that `fit` takes besides the weights and the statistics: a matrix, where it looks at neither."""
+        return 8.0 * self.block**2
 
     def fitting_work(self, size: FitSize) -> Work:
         """What `fit` computes, as far as it takes time."""

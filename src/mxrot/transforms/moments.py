@@ -61,6 +61,10 @@ class SecondMoment(TransformMethod):
         found = balancing_transform(inputs, weights, self.damping)
         return found if math.isinf(self.condition) else conditioned(found, self.condition)
 
+    def fitting_bytes(self, size: FitSize) -> float:
+        """The weights once more, by blocks."""
+        return 8.0 * size.outputs * size.width
+
     def fitting_work(self, size: FitSize) -> Work:
         """Units are transforms of one block."""
         transforms = 1 if size.sharing == "site" else size.width // self.block
