@@ -156,6 +156,13 @@ class Recipe:
         return self.transform.specs(self.transform.block, self.sharing, self.smoothing is not None)
 
     @property
+    def formats(self) -> str:
+        """Of weights and of activations, in words."""
+        weights = dict.fromkeys(one.weights.format for one in self.variants)
+        inputs = dict.fromkeys("16-bit" if one.activations is None else one.activations.format for one in self.variants)
+        return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations"
+
+    @property
     def input_block(self) -> int:
         """in_features of every quantized linear without an override must be a multiple of this."""
         blocks = [get_format(self.weights.format).block or 1]

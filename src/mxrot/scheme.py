@@ -43,6 +43,13 @@ class SiteScheme:
         blocks = [quantizer.format.block or 1 for quantizer in quantizers]
         return math.lcm(*blocks, *(stage.multiple for stage in self.stages))
 
+    @property
+    def spelled(self) -> str:
+        """In words: "weights mxfp4 even, inputs mxfp4 even, block-diagonal"."""
+        inputs = "in 16 bit" if self.activations is None else self.activations.spelled
+        stages = ", ".join(stage.kind for stage in self.stages) or "no transform"
+        return f"weights {self.weights.spelled}, inputs {inputs}, {stages}"
+
     def weight_bytes(self, rows: int, width: int) -> tuple[int, int]:
         """What the codes of a weight [rows, width] take, and its scales."""
         return self.weights.stored_bytes(rows, width)
@@ -121,6 +128,31 @@ def site_scheme(recipe: Recipe, width: int, is_smoothed: bool) -> SiteScheme:
     stages = recipe.transform.specs(width, recipe.sharing, is_smoothed)
     activations = None if recipe.activations is None else recipe.activations.for_inputs()
     return SiteScheme(recipe.weights.quantizer(), activations, stages, recipe.accumulation)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one scheme of a model is for."""
+
+    scheme: SiteScheme
+    linears: tuple[str, ...]
+    """Full names."""
+    weights: int
+    bits_per_weight: float
+    """Of codes and what stands beside them."""
+
+
+def shares_of(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> list[Share]:
+    """The distinct schemes, with the linears that have each; `shapes` are those of all, by their full names."""
+    names: dict[SiteScheme, list[str]] = {}
+    for name, one in scheme.linears.items():
+        names.setdefault(one, []).append(name)
+    found = []
+    for one, linears in names.items():
+        weights = sum(math.prod(shapes[name]) for name in linears)
+        taken = sum(sum(one.weight_bytes(*shapes[name])) for name in linears)
+        found.append(Share(one, tuple(linears), weights, 8 * taken / weights))
+    return found
 
 
 def scheme_name(block_index: int, site: Site) -> str:

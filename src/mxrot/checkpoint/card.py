@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from mxrot.checkpoint.config import why_unfaithful
 from mxrot.checkpoint.files import write_bytes, write_json
 from mxrot.checkpoint.markdown import cell, code, code_block, plain_text
 from mxrot.checkpoint.metric import Metric
@@ -20,6 +21,7 @@ from mxrot.layers import ModelSize
 from mxrot.models import commit_of
 from mxrot.quantizing.record import alike
 from mxrot.recipe import Recipe
+from mxrot.scheme import Scheme, shares_of
 
 _ACCURACY = ("<!-- accuracy, written by mxrot report --card -->", "<!-- end of accuracy -->")
 _TEMPLATE = """---
@@ -40,8 +42,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 ## What it is
 
-{summary}{source}, from {base}. Activations are quantized at run time with scale rule `{activation_rule}`; accuracy
-figures hold under that rule.
+{summary}{source}, from {base}. {activations}
 
 | | bytes | bits a weight |
 |---|---|---|
@@ -50,7 +51,7 @@ figures hold under that rule.
 | everything else, in its own type | {other_bytes:,} | |
 
 Bits are means over the linears of the decoder blocks. {left}
-
+{mixture}
 `run.json` holds seeds, versions, data, per-layer errors and a SHA-256 of each file, `recipe.toml` the recipe:
 
 {toml}
@@ -85,26 +86,27 @@ With vLLM: {vllm}
 {limits}
 """
 
-_WITH_TRANSFORM = (
-    "Without mxrot, transformers (with compressed-tensors) loads the packed weights and leaves out the transforms of "
-    "the inputs: where that does not stop with an error, the model computes garbage."
+_NATIVE = (
+    "Without mxrot nothing loads it: `config.json` calls the format `mxrot`, which no other reader knows, because "
+    "{why}."
 )
-_WITHOUT_TRANSFORM = (
+_PLAIN = (
     "Without mxrot, transformers loads the same weights where compressed-tensors is installed, but runs in bfloat16 "
     "only (seen with compressed-tensors 0.20) and rounds its sums differently; accuracy was not measured that way. No "
     "transform is applied at run time."
 )
 _VLLM_PLAIN = (
-    "the tensors are plain compressed-tensors `mxfp4-pack-quantized`, which vLLM reads. `mxrot export "
-    "path/to/this/folder --to vllm` says what vLLM does with this one."
+    "the tensors are plain compressed-tensors `{layout}`, which vLLM reads. `mxrot export path/to/this/folder --to "
+    "vllm` says what vLLM does with this one."
 )
 _VLLM_SITE = (
-    "one 32x32 matrix a site is the layout that compressed-tensors and vLLM (tensor parallel 1) define for input "
-    "transforms. `mxrot export path/to/this/folder --to vllm` says what vLLM does with this one."
+    "with mxrot installed beside it. Without, one 32x32 matrix a site is the layout that compressed-tensors and vLLM "
+    "(tensor parallel 1) define for input transforms: `mxrot export path/to/this/folder --to vllm` says what vLLM does "
+    "with this one, and writes it in their words with `-o`."
 )
 _VLLM_BIAS = " vLLM without mxrot takes no bias on linears with a transform, and this model has some."
-_VLLM_BLOCK = (
-    "each block of 32 channels has its own matrix; only mxrot reads that, and vLLM with mxrot installed beside it."
+_VLLM_OWN = (
+    "only with mxrot installed beside it, if at all: {why}. `mxrot export path/to/this/folder --to vllm` says more."
 )
 
 
@@ -141,61 +143,112 @@ def _is_hub_id(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def model_card(
-    source: Source,
-    recipe: Recipe,
-    size: ModelSize,
-    has_bias: bool = False,
-    left: Sequence[str] = (),
-    data: dict[str, Any] | None = None,
-) -> str:
-    """The card's Markdown. `has_bias`: does a quantized linear have one?
+@dataclass(frozen=True)
+class Made:
+    """What a card says of the result."""
 
-    `left` are the full names of the linears that are as they were; `data` is what run.json says of calibration.
-    """
-    activations = None if recipe.activations is None else recipe.activations.for_inputs()
-    formats = f"{recipe.weights.format} weights"
-    formats += " and 16-bit activations" if activations is None else f" and {activations.format.name} activations"
+    recipe: Recipe
+    scheme: Scheme
+    size: ModelSize
+    shapes: Mapping[str, tuple[int, int]]
+    """Of the weights that are quantized, by the full names of their linears."""
+    has_bias: bool = False
+    """Has a quantized linear one?"""
+    left: Sequence[str] = ()
+    """Full names of the linears that are as they were."""
+    data: dict[str, Any] | None = None
+    """What run.json says of calibration."""
+
+
+def model_card(source: Source, made: Made) -> str:
+    """The card's Markdown."""
+    recipe, size = made.recipe, made.size
     return _TEMPLATE.format(
-        header=_header(source),
+        header=_header(source, made.scheme),
         name=plain_text(source.name),
         base=(code(source.hub_id) if source.hub_id else f"the folder {code(source.name)}")
         + (f" at commit {code(source.commit)}" if source.commit else ""),
-        formats=formats,
+        formats=_formats(made.scheme),
         recipe=plain_text(recipe.name),
-        warning=_WITH_TRANSFORM if recipe.has_transform else _WITHOUT_TRANSFORM,
+        warning=_warning(made.scheme),
         summary=plain_text(recipe.summary or f"Recipe {recipe.name}"),
         source=f" ({plain_text(recipe.source)})" if recipe.source else "",
-        activation_rule="none" if activations is None else activations.rule.name,
+        activations=_activations(made.scheme),
         weight_bytes=size.code_bytes + size.scale_bytes,
         bits=size.bits_per_weight or 0,
         transform_bytes=size.transform_bytes,
         transform_bits=size.transform_bits_per_weight or 0,
         other_bytes=size.other_bytes,
-        left=_left(left, size),
+        left=_left(made.left, size),
+        mixture=_mixture(made),
         toml=code_block(recipe.to_toml(), "toml"),
         before_accuracy=_ACCURACY[0],
         after_accuracy=_ACCURACY[1],
-        vllm=_vllm(recipe, has_bias),
-        limits="\n".join(f"- {limit}" for limit in _limits(source, recipe, data)),
+        vllm=_vllm(made),
+        limits="\n".join(f"- {limit}" for limit in _limits(source, recipe, made.data)),
     )
 
 
-def _header(source: Source) -> str:
+def _formats(scheme: Scheme) -> str:
+    weights = dict.fromkeys(one.weights.format.name for one in scheme.distinct)
+    inputs = dict.fromkeys(
+        "16-bit" if one.activations is None else one.activations.format.name for one in scheme.distinct
+    )
+    return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations"
+
+
+def _activations(scheme: Scheme) -> str:
+    rules = dict.fromkeys(code(one.activations.rule.name) for one in scheme.distinct if one.activations is not None)
+    if not rules:
+        return "Activations are left as they are."
+    return (
+        f"Activations are quantized at run time with scale rule {' and '.join(rules)}; accuracy\n"
+        f"figures hold under {'that rule' if len(rules) == 1 else 'these rules'}."
+    )
+
+
+def _warning(scheme: Scheme) -> str:
+    why = "others would leave out the transforms of its inputs" if scheme.has_transform else why_unfaithful(scheme)
+    return _PLAIN if why is None else _NATIVE.format(why=why.replace("it has", "compressed-tensors has"))
+
+
+def _mixture(made: Made) -> str:
+    """What has which scheme, where there are several."""
+    shares = shares_of(made.scheme, made.shapes)
+    if len(shares) < 2:
+        return ""
+    whole = made.size.quantized_weights + made.size.left_weights
+    rows = [("weights", "inputs", "transform", "linears", "share of weights", "bits a weight"), ("---",) * 6]
+    for one in shares:
+        scheme = one.scheme
+        inputs = "16 bit" if scheme.activations is None else scheme.activations.spelled
+        stages = ", ".join(stage.kind for stage in scheme.stages) or "none"
+        named = ", ".join(f"{code(name)} ({count})" for name, count in alike(one.linears).items())
+        share = f"{100 * one.weights / whole:.1f} %"
+        rows.append((scheme.weights.spelled, inputs, stages, named, share, f"{one.bits_per_weight:.3f}"))
+    if made.size.left_weights:
+        bits = 8 * made.size.left_bytes / made.size.left_weights
+        share = f"{100 * made.size.left_weights / whole:.1f} %"
+        rows.append(("left as they were", "as they are", "none", "see above", share, f"{bits:.3f}"))
+    return "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def _header(source: Source, scheme: Scheme) -> str:
     """The fields that the hub reads, as YAML. A base model is named only where it is a hub id."""
     fields: dict[str, Any] = {"license": "unknown"} | source.licence
     if source.hub_id:
         fields |= {"base_model": source.hub_id, "base_model_relation": "quantized"}
-    tags = ["mxfp4", "compressed-tensors", "mxrot"]
+    tags = [*dict.fromkeys(one.weights.format.name for one in scheme.distinct), "compressed-tensors", "mxrot"]
     return ModelCardData(library_name="mxrot", pipeline_tag="text-generation", tags=tags, **fields).to_yaml()
 
 
-def _vllm(recipe: Recipe, has_bias: bool) -> str:
-    if not recipe.has_transform:
-        return _VLLM_PLAIN
-    if recipe.sharing == "block":
-        return _VLLM_BLOCK
-    return _VLLM_SITE + (_VLLM_BIAS if has_bias else "")
+def _vllm(made: Made) -> str:
+    why = why_unfaithful(made.scheme)
+    if why is not None:
+        return _VLLM_OWN.format(why=why.replace("it has", "compressed-tensors has"))
+    if not made.scheme.has_transform:
+        return _VLLM_PLAIN.format(layout=made.scheme.distinct[0].weights.format.compressed_tensors)
+    return _VLLM_SITE + (_VLLM_BIAS if made.has_bias else "")
 
 
 def _left(linears: Sequence[str], size: ModelSize) -> str:

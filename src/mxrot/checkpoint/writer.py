@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxrot.checkpoint.card import describe_source, model_card
+from mxrot.checkpoint.card import Made, describe_source, model_card
 from mxrot.checkpoint.config import check_exportable, native_config
 from mxrot.checkpoint.files import check_hashes, write_bytes, write_json
 from mxrot.checkpoint.fingerprint import Stamps, differences, fingerprint_of, hash_files, hash_model
@@ -197,7 +197,8 @@ def _write_around(
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
     has_bias = any(f"{name.removesuffix('.bias')}.weight_packed" in store.weight_map for name in store.weight_map)
     left = store.left_table()
-    card = model_card(describe_source(base_name, source.folder), recipe, store.size, has_bias, left["linears"], data)
+    made = Made(recipe, result.scheme, store.size, store.shapes, has_bias, left["linears"], data)
+    card = model_card(describe_source(base_name, source.folder), made)
     write_bytes(folder / "README.md", card.encode())
     size = {**vars(store.size), "bits_per_weight": store.size.bits_per_weight, "total_bytes": store.size.total_bytes}
     run = {

@@ -73,7 +73,9 @@ def estimate_host_memory(run: Run) -> MemoryEstimate:
 def _read_by_experts(run: Run, here: SiteShape) -> float:
     """Bytes of the tokens of all experts of a block, where statistics are taken of what each of them gets."""
     recipe = run.recipe
-    looks = recipe.rounding.requirements.hessian or bool(recipe.transform.needs) or recipe.smoothing is not None
+    looks = recipe.smoothing is not None or any(
+        one.rounding.requirements.hessian or one.transform.needs for one in recipe.variants
+    )
     streams = 2 if run.sees_original else 1
     return float(streams * run.stream_bytes) if here.site.is_of_experts and looks else 0.0
 
@@ -152,9 +154,10 @@ def _resident(run: Run, position: int) -> dict[str, float]:
 def _smoothed(run: Run) -> int:
     """Weights of a block that are float64 numbers, because smoothing scales are in them."""
     smoothing = run.recipe.smoothing
-    if smoothing is None or run.recipe.sharing == "block":
+    if smoothing is None:
         return 0
-    sites = [here for here in run.shape.fullest if here.site.group not in smoothing.skip]
+    smoothed = (here for here in run.shape.fullest if here.site.group not in smoothing.skip)
+    sites = [here for here in smoothed if here.recipe.sharing == "site"]
     changed = {linear for here in sites for linear in (*here.site.linears, here.site.producer)}
     return sum(
         rows * here.inputs
@@ -170,7 +173,7 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
         return {}
     sites, here = run.shape.fullest, run.shape.fullest[position]
     streams = 2 if run.sees_original else 1
-    requirements = run.recipe.rounding.requirements
+    requirements = here.recipe.rounding.requirements
     before = {site.child for site in sites[:position]} - {here.child}
     ends = all(site.child != here.child for site in sites[position + 1 :])
     of_children = len(before) * streams + (1 if ends and run.sees_original else 0)
@@ -183,7 +186,7 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
         "outputs of attention and MLP": 0.0 if run.is_on_host else float(of_children * run.stream_bytes),
         "outputs of the norm": float(of_norm),
         "inputs of the site": _kept_inputs(run, here, ends)
-        if requirements.hessian or run.recipe.transform.needs
+        if requirements.hessian or here.recipe.transform.needs
         else 0.0,
     }
 
@@ -191,7 +194,7 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
 def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
     """Bytes of what goes into a site, as far as they are kept from one pass to the next."""
     whole = here.share * run.tokens * here.inputs * run.itemsize
-    requirements = run.recipe.rounding.requirements
+    requirements = here.recipe.rounding.requirements
     kept = beside = 0.0
     if requirements.hessian:
         beside = float(run.stream_bytes) if reads_residual(run, here) else 0.0

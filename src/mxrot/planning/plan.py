@@ -235,8 +235,9 @@ def _few_tokens(run: Run) -> list[str]:
     """A Hessian of fewer tokens than channels is not of full rank: damping alone decides about the rest."""
     recipe = run.recipe
     tokens = round(run.windows * run.seq_len * (1 + recipe.calibration.generated))
-    widest = max((site.inputs for sites in run.shape.blocks for site in sites), default=0)
-    if not recipe.rounding.requirements.hessian or tokens >= widest:
+    every = (site for sites in run.shape.blocks for site in sites)
+    widest = max((site.inputs for site in every if site.recipe.rounding.requirements.hessian), default=0)
+    if tokens >= widest:
         return []
     return [
         f"{tokens} calibration tokens are fewer than the {widest} inputs of the widest linear, whose Hessian is not of "
@@ -262,6 +263,8 @@ def _sites_table(shape: ModelShape) -> list[dict[str, Any]]:
             "linears": {name: [rows, found.inputs] for name, rows in zip(found.site.linears, found.rows, strict=True)},
             "blocks": count,
             "weights": count * found.weights,
+            "scheme": found.scheme.spelled,
+            "bits_per_weight": found.size.bits_per_weight,
         }
         for found, count in shape.site_counts()
     ]

@@ -100,7 +100,7 @@ class Run:
     @property
     def sees_original(self) -> bool:
         """Does rounding look at the original block's inputs?"""
-        return self.recipe.rounding.requirements.target != "own"
+        return any(one.rounding.requirements.target != "own" for one in self.recipe.variants)
 
 
 def keeps_share(run: Run, here: SiteShape) -> float:
@@ -111,11 +111,11 @@ def keeps_share(run: Run, here: SiteShape) -> float:
 
 def reads_residual(run: Run, here: SiteShape) -> bool:
     """Does rounding look at the residual stream that a site's output is added to?"""
-    requirements = run.recipe.rounding.requirements
+    requirements = here.recipe.rounding.requirements
     return here.site.residual is not None and (requirements.relative or requirements.target == "residual")
 
 
 def fit_size(run: Run, here: SiteShape) -> FitSize:
     """What one transform of a site is fitted to; on a GPU the fits of all sites are recorded."""
     recorded = tuple(site.inputs for site in run.shape.fullest) if run.is_gpu else ()
-    return FitSize(here.outputs // here.transforms, here.inputs, run.recipe.sharing, run.tokens, recorded)
+    return FitSize(here.outputs // here.transforms, here.inputs, here.recipe.sharing, run.tokens, recorded)

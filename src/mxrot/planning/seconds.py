@@ -61,7 +61,7 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
 
 def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[str, Work]:
     """What one site of one block takes."""
-    here, recipe = sites[position], run.recipe
+    here, recipe = sites[position], sites[position].recipe
     n, k, tokens = here.outputs, here.inputs, run.tokens
     requirements = recipe.rounding.requirements
     found = {
@@ -73,7 +73,7 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
         found["statistics of the inputs"] = _statistics(run, here)
         found["rounding"].add(float64=2.0 * ERROR_TOKENS * n * k, product=2.0 * ERROR_TOKENS * n * k)
     if requirements.hessian:
-        factors = (2 if run.sees_original else 1) * here.experts
+        factors = (2 if here.follows_original else 1) * here.experts
         found["factors of the Hessians"] = Work(factor=float(factors * k**3), operations=30.0 * factors)
         candidates = recipe.rounding.candidates
         steps = here.experts * k // (recipe.weights.quantizer().format.block or k)
@@ -82,16 +82,16 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
             block_steps=float(steps),
             operations=6.0 * steps,
             # Spreading what was lost; the regression that leads to the target.
-            float64=n * float(k * k) * (5.0 if run.sees_original else 1.0),
+            float64=n * float(k * k) * (5.0 if here.follows_original else 1.0),
         )
     return found
 
 
 def _transform(run: Run, here: SiteShape) -> Work:
     """Fitting a transform and folding it into the weights."""
-    if not run.recipe.has_transform:
+    if not here.scheme.stages:
         return Work()
-    n, k, method = here.outputs, here.inputs, run.recipe.transform
+    n, k, method = here.outputs, here.inputs, here.recipe.transform
     work = Work(copy=48.0 * n * k, float64=2.0 * n * k * method.block, operations=100)
     amounts = method.fitting_work(fit_size(run, here))
     work.add(**{name: here.transforms * amount for name, amount in amounts.items()})
@@ -104,7 +104,7 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
     n, k, tokens = here.outputs, here.inputs, here.share * run.tokens
     batches = run.tokens / run.batch_tokens
     later = [site for site in sites[position + 1 :] if site.child == here.child]
-    again = sum(1 - keeps_share(run, site) for site in later) if recipe.rounding.requirements.hessian else 0.0
+    again = sum(1 - keeps_share(run, site) for site in later) if here.recipe.rounding.requirements.hessian else 0.0
     quantized = 1 + again  # passes with this site quantized
     plain = (1.0 if recipe.looks_at_original else 0.0) + (1.0 if recipe.smoothing is not None else 0.0)
     work = Work(product=2.0 * tokens * n * k * (quantized + plain))
@@ -123,7 +123,7 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
 
 def _statistics(run: Run, here: SiteShape) -> Work:
     """Statistics that transforms are fitted to, Hessians, and shifts towards the target."""
-    recipe, tokens = run.recipe, here.experts * here.share * run.tokens
+    recipe, tokens = here.recipe, here.experts * here.share * run.tokens
     requirements, n, k = recipe.rounding.requirements, here.rounded, here.inputs
     batches = here.experts * run.tokens / run.batch_tokens
     work = Work(operations=30 * batches)
@@ -138,11 +138,11 @@ def _statistics(run: Run, here: SiteShape) -> Work:
     work.add(quantized=tokens * k)
     work.add(product=2.0 * parts * tokens * k * k)
     work.add(copy=40.0 * batches * k * k + 8.0 * tokens * k)
-    if run.sees_original and reads_residual(run, here):
+    if here.follows_original and reads_residual(run, here):
         work.add(product=2.0 * tokens * n * k * (1 + (2 if run.is_gpu else 1)))
         work.add(copy=40.0 * tokens * n + 40.0 * batches * n * k)
         work.add(operations=30 * batches)
-    elif run.sees_original:
+    elif here.follows_original:
         work.add(product=2.0 * tokens * k * k)
         work.add(copy=40.0 * batches * k * k)
     return work

@@ -56,6 +56,11 @@ class SiteShape:
         return ModelSize(self.weights, sum(one for one, _ in taken), sum(two for _, two in taken), transforms)
 
     @property
+    def follows_original(self) -> bool:
+        """Is it rounded towards what the original model computes?"""
+        return self.recipe.rounding.requirements.target != "own"
+
+    @property
     def rounded(self) -> int:
         """Rows that are rounded together: those of one expert."""
         return self.outputs // self.experts

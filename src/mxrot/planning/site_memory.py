@@ -73,12 +73,13 @@ def _moment(run: Run, n: int, m: int, is_scaled: bool) -> float:
 
 def site_stages(run: Run, position: int, base: dict[str, float]) -> list[Stage]:
     """The stages of one site, with what is alive in all of them."""
-    here, recipe = run.shape.fullest[position], run.recipe
+    here = run.shape.fullest[position]
+    recipe = here.recipe
     name = here.site.name
     stages = []
     if run.tokens:
         stages.append(Stage(f"{name}: collecting", base | {"one batch": forward_bytes(run, position)}))
-    if recipe.has_transform:
+    if here.scheme.stages:
         weights, of_fit = 8.0 * here.weights / here.transforms, recipe.transform.fitting_bytes(fit_size(run, here))
         smoothed = weights if recipe.smoothing is not None else 0.0  # beside those that it is made from
         stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": weights + max(smoothed, of_fit)}))
@@ -88,8 +89,8 @@ def site_stages(run: Run, position: int, base: dict[str, float]) -> list[Stage]:
         }
     if recipe.rounding.requirements.hessian:
         stages.append(Stage(f"{name}: statistics", base | _statistics(run, position)))
-        stages.append(Stage(f"{name}: factorizing", base | _factorizing(run, here)))
-    stages.append(Stage(f"{name}: rounding", base | _rounding(run, here)))
+        stages.append(Stage(f"{name}: factorizing", base | _factorizing(here)))
+    stages.append(Stage(f"{name}: rounding", base | _rounding(here)))
     return stages
 
 
@@ -103,19 +104,19 @@ class Pieces:
     """Of the folded weights that are kept meanwhile."""
 
     @staticmethod
-    def of(run: Run, here: SiteShape) -> Pieces:
+    def of(here: SiteShape) -> Pieces:
         count = here.rounded * here.inputs
         if count <= site_weights.MOST_TOGETHER:
-            return Pieces(8.0 * count, 8.0 * count, 8.0 * count if run.recipe.has_transform else 0.0)
+            return Pieces(8.0 * count, 8.0 * count, 8.0 * count if here.scheme.stages else 0.0)
         rows = max(1, site_weights.ELEMENTS_AT_ONCE // here.inputs)
         return Pieces(8.0 * count, 8.0 * min(rows, max(here.rows)) * here.inputs, 0.0)
 
 
-def _factorizing(run: Run, here: SiteShape) -> dict[str, float]:
+def _factorizing(here: SiteShape) -> dict[str, float]:
     """The Hessian, and two matrices of its size beside it, or one in the place of it (rounding/linalg.py)."""
-    h, pieces = 8.0 * here.inputs**2, Pieces.of(run, here)
+    h, pieces = 8.0 * here.inputs**2, Pieces.of(here)
     reversing = 8.0 * min(here.inputs**2, COPIED_ELEMENTS)
-    if not run.sees_original:
+    if not here.follows_original:
         return {"the Hessian and its factor": 2 * h + reversing}
     # The regression leaves its factor, with which some rows after the others are moved towards the target.
     moved = 2 * pieces.together
@@ -125,16 +126,16 @@ def _factorizing(run: Run, here: SiteShape) -> dict[str, float]:
     }
 
 
-def _rounding(run: Run, here: SiteShape) -> dict[str, float]:
+def _rounding(here: SiteShape) -> dict[str, float]:
     """Weights, what they are rounded to and what that took away, and the numbers on the way to codes."""
-    pieces, count = Pieces.of(run, here), here.rounded * here.inputs
-    u, shift = pieces.together, pieces.whole if run.sees_original else 0.0
+    pieces, count = Pieces.of(here), here.rounded * here.inputs
+    u, shift = pieces.together, pieces.whole if here.follows_original else 0.0
     encoding = 8.0 * ENCODING * min(u / 8, ENCODED_ELEMENTS)
     coded = 0.0 if u == pieces.whole else 2 * CODED_BYTES * count
     kept = shift + u + coded  # the folded weights of some rows
-    if not run.recipe.rounding.requirements.hessian:
+    if not here.recipe.rounding.requirements.hessian:
         return {"weights while they are rounded": kept + max(encoding, DECODING * u)}
-    walked = u if run.sees_original else 0.0  # moved towards the target
+    walked = u if here.follows_original else 0.0  # moved towards the target
     walked += max(WALKING * u, 2 * u + encoding)
     return {"the factor of the Hessian": 8.0 * here.inputs**2, "weights while they are rounded": kept + walked}
 
@@ -146,9 +147,9 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
     has to.
     """
     here = run.shape.fullest[position]
-    requirements = run.recipe.rounding.requirements
+    requirements = here.recipe.rounding.requirements
     n, k, b = here.rounded, here.inputs, math.ceil(here.share * run.batch_tokens)
-    pieces, h = Pieces.of(run, here), 8.0 * k * k
+    pieces, h = Pieces.of(here), 8.0 * k * k
     u = pieces.whole
     is_residual = reads_residual(run, here)
     temporary = _moment(run, k, k, requirements.relative and here.site.residual is not None)
@@ -156,7 +157,7 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
     weights = (2.0 if run.is_gpu else 4.0) * n * k if is_residual else 0.0  # for its outputs
     # Some rows of the folded weights, and what of the shift is their own output; folding takes as much.
     own = pieces.folded + (1 if pieces.folded else 2) * pieces.together
-    if not run.sees_original:
+    if not here.follows_original:
         left += 4.0 * b * n if is_residual else 0.0
         totals, ending = h, 2 * h
     else:
@@ -167,7 +168,7 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
             totals, ending = h + u, max(2 * h + 2 * u, h + u + own)
         else:
             totals, ending = 2 * h, max(4 * h, 2 * h + u + max(own, pieces.folded + pieces.together))
-    runs_again = run.sees_original or keeps_share(run, here) < 1
+    runs_again = here.follows_original or keeps_share(run, here) < 1
     others = here.share * run.tokens - b
     forward = forward_bytes(run, position) * min(1.0, others / b) if runs_again else 0.0
     during = left + max(temporary, forward, _quantizing(run, k))

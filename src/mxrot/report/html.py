@@ -39,7 +39,6 @@ def _variables(palette: Palette) -> str:
 
 def _heading(contents: Contents, drawn: dict[str, str]) -> str:
     recipe, size = contents.recipe, contents.run["size"]
-    activations = "16-bit" if recipe.activations is None else recipe.activations.format
     tiles = [(f"{size['bits_per_weight']:.2f}", "bits a weight of the blocks, scales included")]
     tiles.append((f"{size['total_bytes'] / 1e6:,.1f} MB", f"{_original_bytes(contents) / 1e6:,.1f} MB in 16 bit"))
     for metric in contents.metrics:
@@ -50,8 +49,8 @@ def _heading(contents: Contents, drawn: dict[str, str]) -> str:
     shown = "".join(f'<div class="tile"><b>{escape(b)}</b><span>{escape(t)}</span></div>' for b, t in tiles)
     return (
         f"<h1>{escape(contents.name)}</h1>\n"
-        f'<p class="soft">Quantized with mxrot, recipe <code>{escape(recipe.name)}</code>: weights in '
-        f"{escape(recipe.weights.format)}, activations in {escape(activations)}. {escape(recipe.summary)}"
+        f'<p class="soft">Quantized with mxrot, recipe <code>{escape(recipe.name)}</code>: {escape(recipe.formats)}. '
+        f"{escape(recipe.summary)}"
         f"{'.' if recipe.summary else ''}</p>\n"
         f'<div class="tiles">{shown}</div>'
     )

@@ -41,13 +41,24 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
 def _sites_table(plan: Plan) -> Table:
     assert plan.sizes is not None
     table = Table(title=f"{plan.model} with {plan.recipe.name}", title_justify="left")
-    for heading in ("site", "linears", "N x K", "blocks", "weights"):
-        table.add_column(heading, justify="left" if heading in ("site", "linears") else "right")
+    is_mixture = len({site.scheme for sites in plan.sizes.shape.blocks for site in sites}) > 1
+    words = ("site", "linears", *(("weights in, inputs in",) if is_mixture else ()))
+    numbers = ("N x K", "blocks", "weights", *(("bits",) if is_mixture else ()))
+    for heading in (*words, *numbers):
+        table.add_column(heading, justify="left" if heading in words else "right")
     for found, count in plan.sizes.shape.site_counts():
         names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in found.site.linears)  # once for all experts
         shapes = [f"{rows} x {found.inputs}" for rows, _ in zip(found.rows, names, strict=False)]
         label = found.site.name + (f", {found.experts} experts" if found.experts > 1 else "")
-        table.add_row(label, "\n".join(names), "\n".join(shapes), str(count), f"{count * found.weights / 1e6:,.1f} M")
+        cells = ["\n".join(shapes), str(count), f"{count * found.weights / 1e6:,.1f} M"]
+        if is_mixture:
+            scheme = found.scheme
+            inputs = "16 bit" if scheme.activations is None else scheme.activations.format.name
+            cells = [f"{scheme.weights.format.name}, {inputs}", *cells, f"{found.size.bits_per_weight:.3f}"]
+        table.add_row(label, "\n".join(names), *cells)
+    left = plan.sizes.after.left_weights
+    if left and is_mixture:
+        table.add_row("left", "", "16 bit", "", "", f"{left / 1e6:,.1f} M", "")
     return table
 
 

@@ -14,17 +14,20 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tests.tiny_model import write_tiny_model
+from tests.tiny_model import tiny_config, write_tiny_model
 from tests.unit.checkpoint.folders import TOKENS, recipe, write
 from typer.testing import CliRunner
 
 from mxrot.checkpoint import load, write_metrics
-from mxrot.checkpoint.card import Source, describe_source, model_card
+from mxrot.checkpoint.card import Made, Source, describe_source, model_card
 from mxrot.checkpoint.metric import Metric
 from mxrot.cli import app
 from mxrot.errors import CheckpointError
-from mxrot.layers import ModelSize
+from mxrot.layers import ModelSize, build_apart
 from mxrot.models import demo
+from mxrot.models.families.llama import FAMILY as LLAMA
+from mxrot.recipe import Recipe
+from mxrot.scheme import Scheme
 
 HERE = "path/to/this/folder"
 SIZE = ModelSize(1_000_000, code_bytes=500_000, scale_bytes=31_250, transform_bytes=4_000, other_bytes=2_000_000)
@@ -32,6 +35,14 @@ METRICS = [
     Metric("words", "perplexity", 8.0, None, 6.0, 0.25, "4 x 512 tokens"),
     Metric("a|b", "acc", 0.5, 0.01, 0.625, None, "200 questions", is_share=True),
 ]
+
+
+def card_of(source: Source, chosen: Recipe, size: ModelSize = SIZE, **options: Any) -> str:
+    """The card of what a recipe makes of a tiny Llama."""
+    model = build_apart(tiny_config(architectures=["LlamaForCausalLM"]))
+    scheme = Scheme.of(chosen, LLAMA, model)
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in scheme.linears}
+    return model_card(source, Made(chosen, scheme, size, shapes, **options))
 
 
 def header(card: str) -> dict[str, Any]:
@@ -62,7 +73,7 @@ def test_the_header_is_what_the_hub_reads(folder: Path) -> None:
 
 
 def test_a_name_that_is_no_hub_id_is_no_base_model() -> None:
-    card = model_card(Source('local: "folder" # {x}'), recipe("rtn"), SIZE)
+    card = card_of(Source('local: "folder" # {x}'), recipe("rtn"))
     found = header(card)
     assert "base_model" not in found and found["license"] == "unknown"
     limits = card.split("## Limits")[1]
@@ -104,36 +115,50 @@ def test_the_demo_model_has_a_licence_and_a_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["rtn", "hadamard", "duquant++-gptq"])
 def test_the_first_lines_say_what_happens_without_the_import(name: str) -> None:
     chosen = recipe(name)
-    first = model_card(Source("a/b"), chosen, SIZE).split("# a/b")[1].strip().splitlines()[2]
-    assert first.startswith("**Install mxrot, and `import mxrot` before you load it.** Without mxrot, transformers")
-    assert ("computes garbage" in first) == chosen.has_transform
+    first = card_of(Source("a/b"), chosen).split("# a/b")[1].strip().splitlines()[2]
+    assert first.startswith("**Install mxrot, and `import mxrot` before you load it.** Without mxrot")
+    assert ("nothing loads it: `config.json` calls the format `mxrot`" in first) == chosen.has_transform
+    assert ("transformers loads the same weights" in first) == (not chosen.has_transform)
 
 
 def test_vllm_is_promised_only_what_it_reads() -> None:
     def said(chosen: Any, has_bias: bool = False) -> str:
-        found = re.search(r"With vLLM: (.*)", model_card(Source("a/b"), chosen, SIZE, has_bias))
+        found = re.search(r"With vLLM: (.*)", card_of(Source("a/b"), chosen, has_bias=has_bias))
         assert found
         return found[1]
 
-    shared, own = recipe("hadamard"), recipe("hadamard", transform__sharing="block")
+    shared, own = recipe("hadamard"), recipe("duquant++", transform__sharing="block")
     assert "mxrot export" in said(shared) and "bias" not in said(shared)
     assert "takes no bias" in said(shared, has_bias=True)
-    assert "only mxrot reads" in said(own)
+    assert said(own).startswith("only with mxrot installed beside it, if at all: compressed-tensors has one matrix")
+    eight = recipe("rtn", weights__format="mxfp8_e4m3")
+    assert "compressed-tensors has no layout for weights in mxfp8_e4m3 with inputs in mxfp4" in said(eight)
     assert "plain compressed-tensors" in said(recipe("rtn"), has_bias=True)
 
 
 def test_the_recipe_is_in_it_as_it_is() -> None:
     chosen = recipe("duquant++", ignore=["down_proj"])
-    card = model_card(Source("a/b"), chosen, SIZE)
+    card = card_of(Source("a/b"), chosen)
     assert f"```toml\n{chosen.to_toml()}```" in card
 
 
 def test_what_was_left_alone_is_said_from_what_was_done() -> None:
     chosen = recipe("duquant++", ignore=["down_proj"])
-    assert "All linears are quantized." in model_card(Source("a/b"), chosen, SIZE)
+    assert "All linears are quantized." in card_of(Source("a/b"), chosen)
     left = ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.11.mlp.down_proj"]
-    card = model_card(Source("a/b"), chosen, replace(SIZE, left_weights=250_000, left_bytes=500_000), left=left)
+    card = card_of(Source("a/b"), chosen, replace(SIZE, left_weights=250_000, left_bytes=500_000), left=left)
     assert "left as they were: `lm_head`, `model.layers.*.mlp.down_proj` (2); 20.0 % of the weights" in card
+
+
+def test_a_mixture_says_what_has_which_scheme() -> None:
+    tables = [{"sites": ["down_proj"], "format": "mxfp8_e4m3"}, {"blocks": [-1, -1], "weights": "none"}]
+    half = replace(SIZE, left_weights=1_000_000, left_bytes=2_000_000)
+    card = card_of(Source("a/b"), recipe("hadamard", override=tables), half)
+    assert "# a/b, quantized to mxfp4 and mxfp8_e4m3 weights and mxfp4 and mxfp8_e4m3 activations" in card
+    assert header(card)["tags"] == ["mxfp4", "mxfp8_e4m3", "compressed-tensors", "mxrot"]
+    down = "| mxfp8_e4m3 even | mxfp8_e4m3 even | block-diagonal | `model.layers.*.mlp.down_proj` (1) | 0.3 % | 8.250 |"
+    assert f"\n{down}\n| left as they were | as they are | none | see above | 50.0 % | 16.000 |\n" in card
+    assert "| share of weights |" not in card_of(Source("a/b"), recipe("hadamard"))
 
 
 def test_figures_come_and_are_replaced_and_the_hash_is_kept(folder: Path) -> None:
