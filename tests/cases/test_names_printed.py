@@ -73,7 +73,7 @@ def test_names_of_recipes_are_printed_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.case("A8")
 def test_progress_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxrot.report import progress as shown
+    from mxrot.progress import display as shown
 
     terminal = io.StringIO()
     monkeypatch.setattr("sys.stderr", terminal)

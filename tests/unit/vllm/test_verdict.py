@@ -168,3 +168,11 @@ def test_the_plugin_costs_nothing_before_it_is_called() -> None:
 
 def test_the_plugin_knows_the_marker() -> None:
     assert plugin.is_ours({MARKER: {}}) and not plugin.is_ours({"format": "mxfp4-pack-quantized"})
+
+
+def test_the_native_form_is_known_without_the_marker() -> None:
+    """Others refuse it by the format of its groups; where mxrot is installed, mxrot says that it is damaged."""
+    assert plugin.is_ours({"format": "mxrot"})
+    assert plugin.is_ours({"config_groups": {"group_0": {"format": "mxrot"}}})
+    for groups in ({"group_0": {"format": "pack-quantized"}}, {"W8A8": ["Linear"]}, ["mxrot"], None):
+        assert not plugin.is_ours({"format": "mixed-precision", "config_groups": groups})
