@@ -92,6 +92,7 @@ _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "site": _FITTED,
     "block": (_FITTED[0], _FITTED[1] | {"transform__sharing": "block"}),
     "one-for-all-blocks": ("hadamard", {"transform__sharing": "block"}),
+    "blocks-of-16": ("hadamard", {"transform__block": 16}),
     "weights-only": ("hadamard", {"activations": "none"}),
     "ignores-down": ("hadamard", {"ignore": ["down_proj"]}),
     "bias": _FITTED,

@@ -35,6 +35,7 @@ KINDS = [
     "site",
     "block",
     "one-for-all-blocks",
+    "blocks-of-16",
     "bias",
     "ignores-down",
     "weights-only",

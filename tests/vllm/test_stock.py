@@ -182,11 +182,17 @@ def test_what_the_check_stops_fails(kind: str, checkpoint: Checkpoints, exported
         logits(load(config), config, TOKENS)
 
 
-@pytest.mark.parametrize("kind", ["site", "block", "weights-only", "mixture", "whole-rows", "tensor-scale"])
+OWN = ["site", "block", "blocks-of-16", "weights-only", "mixture", "other-formats", "whole-rows", "tensor-scale"]
+
+
+@pytest.mark.parametrize("kind", OWN)
 def test_mxrots_own_form_is_refused_before_weights_are_read(
     kind: str, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weight_utils, "safe_open", None)
+    runs = kind in ("site", "weights-only")
+    assert check_for_vllm(checkpoint(kind)).stock.needs_export is runs
+    assert bool(check_for_vllm(checkpoint(kind)).stock.stops) is not runs
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         load(configure(checkpoint(kind), "bfloat16"))
 
