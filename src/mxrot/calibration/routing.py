@@ -55,7 +55,8 @@ class Routing:
         for chosen in self.chosen:
             gets = torch.zeros(experts, len(chosen), dtype=torch.bool, device=chosen.device)
             gets.t().scatter_(1, chosen, True)
-            found.append(gets.nonzero(as_tuple=True)[1].split(gets.sum(dim=1).tolist()))
+            rows = gets.nonzero(as_tuple=True)[1].contiguous()  # without the column of experts
+            found.append(rows.split(gets.sum(dim=1).tolist()))
         return found
 
     def sent_to(self, module: nn.Module, expert: int | None, routing: Routing | None = None) -> Executor:

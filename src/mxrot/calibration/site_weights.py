@@ -44,6 +44,18 @@ def together(weights: Mapping[str, Tensor], linears: Sequence[str]) -> Tensor:
     return _one_above_other([weights[name] for name in linears])
 
 
+def to_fit_to(weights: Mapping[str, Tensor], linears: Sequence[str], scales: Tensor | None) -> Tensor:
+    """All rows of these linears [N, K], times smoothing scales [K]: float64, or as they were read above the bound.
+
+    gate and up of all experts of a block are such: a method makes float64 of as much as it takes at once.
+    """
+    if scales is not None:
+        return together(weights, linears) * scales
+    pieces = [weights[name] for name in linears]
+    is_small = sum(piece.numel() for piece in pieces) <= MOST_TOGETHER
+    return _one_above_other(pieces) if is_small else torch.cat(pieces)
+
+
 def _one_above_other(pieces: Sequence[Tensor]) -> Tensor:
     """float64 [N, K] of [n, K] of any dtype, without each of them in float64 beside it."""
     shape = sum(len(piece) for piece in pieces), pieces[0].shape[1]

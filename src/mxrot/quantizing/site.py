@@ -14,7 +14,7 @@ from mxrot.calibration import (
     RowSample,
 )
 from mxrot.calibration.site_inputs import watched_modules
-from mxrot.calibration.site_weights import together
+from mxrot.calibration.site_weights import to_fit_to, together
 from mxrot.errors import NumericsError
 from mxrot.layers import QuantLinear
 from mxrot.models import Site, value_heads
@@ -120,12 +120,10 @@ def fit_transform(
             raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
     if not scheme.stages:
         return None
-    smoothed = together(part.weights, site.linears)
-    if scales is not None:
-        smoothed = smoothed * scales
+    weights = to_fit_to(part.weights, site.linears, scales)
     seen = {need: collector.result(run.world) for need, collector in collectors.items()}
     check_statistics(seen, name)
-    sample = SiteSample(smoothed, method.block, seen, scheme.activations, scheme.weights, run.replay)
+    sample = SiteSample(weights, method.block, seen, scheme.activations, scheme.weights, run.replay)
     with named_factorizations(name):
         transform = SiteTransform.of(method.fit(sample, recipe.sharing, generator_for(run.seed, name)))
         if scales is not None:

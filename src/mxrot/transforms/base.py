@@ -27,7 +27,7 @@ class SiteSample:
     """What a transform method may look at: weights, and what calibration saw of the inputs of one site."""
 
     weights: Tensor
-    """All weights that read the site, float64 [rows, K]."""
+    """All weights that read the site [rows, K]: float64, or of any floating-point dtype where they are many."""
     block: int
     seen: dict[str, Tensor] = field(default_factory=dict)
     """Statistics by the name under which the method asked for them in `needs`."""

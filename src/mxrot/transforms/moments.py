@@ -27,6 +27,9 @@ from mxrot.transforms.base import FitSize, SiteSample, TransformMethod, Work
 from mxrot.transforms.orders import hadamard_matrix
 from mxrot.transforms.stages import BlockDiagonal, Sharing
 
+MOST_TOGETHER = 1 << 27
+"""Weights (1 GiB in float64) whose moments are taken at once."""
+
 
 @dataclass(frozen=True)
 class SecondMoment(TransformMethod):
@@ -62,8 +65,9 @@ class SecondMoment(TransformMethod):
         return found if math.isinf(self.condition) else conditioned(found, self.condition)
 
     def fitting_bytes(self, size: FitSize) -> float:
-        """The weights once more, by blocks."""
-        return 8.0 * size.outputs * size.width
+        """The weights once more, by blocks; where they are many, those that are taken at once, and their float64."""
+        count = size.outputs * size.width
+        return 8.0 * count if count <= MOST_TOGETHER else 16.0 * MOST_TOGETHER
 
     def fitting_work(self, size: FitSize) -> Work:
         """Units are transforms of one block."""
@@ -79,8 +83,12 @@ class SecondMoment(TransformMethod):
 
 def weight_moments(sample: SiteSample) -> Tensor:
     """S_w of each block: float64 [G, B, B]."""
-    blocks = sample.weights.unflatten(-1, (-1, sample.block)).transpose(0, 1)
-    return blocks.transpose(1, 2) @ blocks / len(sample.weights)
+    channels = sample.block * max(1, MOST_TOGETHER // (len(sample.weights) * sample.block))
+    found = []
+    for weights in sample.weights.split(channels, dim=1):
+        blocks = weights.double().unflatten(-1, (-1, sample.block)).transpose(0, 1)
+        found.append(blocks.transpose(1, 2) @ blocks / len(sample.weights))
+    return torch.cat(found)
 
 
 def shared_moments(inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

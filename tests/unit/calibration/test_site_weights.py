@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mxrot.calibration import site_weights
-from mxrot.calibration.site_weights import SiteWeights
+from mxrot.calibration.site_weights import SiteWeights, to_fit_to
 from mxrot.transforms import BlockDiagonal
 from mxrot.transforms.base import random_orthogonal
 
@@ -72,3 +72,15 @@ def test_parts_are_those_of_the_whole(at_once: int, moved: str, monkeypatch: pyt
     found = SiteWeights(weights, LINEARS).parts(torch.bfloat16)
     assert len(found) == (57 if moved == "nothing" else 114)
     assert torch.equal(found, parts_on_a_gpu(torch.cat([weights[name] for name in LINEARS]), torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_a_transform_is_fitted_to(dtype: torch.dtype, at_once: int) -> None:
+    """float64 of a small site; of a large one what was read, unless smoothing scales it. The numbers are the same."""
+    weights = weights_of(dtype)
+    expected = torch.cat([weights[name].double() for name in LINEARS])
+    found = to_fit_to(weights, LINEARS, None)
+    assert found.dtype == (torch.float64 if at_once >= expected.numel() else dtype)
+    assert torch.equal(found.double(), expected)
+    scales = torch.arange(1, 65).double() / 7
+    assert torch.equal(to_fit_to(weights, LINEARS, scales), expected * scales)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mxrot.calibration.statistics import BlockMoments
 from mxrot.errors import ConfigError
+from mxrot.transforms import moments
 from mxrot.transforms.base import SiteSample
 from mxrot.transforms.moments import SecondMoment, balancing_transform, shared_moments, weight_moments
 from mxrot.transforms.orders import hadamard_matrix
@@ -169,3 +170,15 @@ def test_singular_values_are_brought_within_a_ratio() -> None:
 def test_a_ratio_below_one_is_none(condition: float) -> None:
     with pytest.raises(ConfigError, match="condition must be at least 1"):
         SecondMoment(condition=condition)
+
+
+@pytest.mark.parametrize("together", [1, 40 * B * 2, 1 << 27])
+def test_moments_of_many_weights_are_taken_some_blocks_after_the_other(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of bfloat16 as of the same numbers in float64."""
+    weight = torch.randn(40, 5 * B, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = weight_moments(SiteSample(weight.double(), B))
+    monkeypatch.setattr(moments, "MOST_TOGETHER", together)
+    found = weight_moments(SiteSample(weight, B))
+    assert found.dtype == torch.float64 and torch.equal(found, expected)
