@@ -9,6 +9,7 @@ from functools import cached_property
 from mxrot.errors import ConfigError
 from mxrot.models import Family, Site
 from mxrot.models.family import is_ignored
+from mxrot.nearest import did_you_mean, listed
 from mxrot.recipe import Recipe
 
 
@@ -84,7 +85,11 @@ class Rules:
         if not any(one.covers(index, self.blocks) for index in range(self.blocks)):
             first, last = one.blocks or (0, -1)
             return f"; blocks = [{first}, {last}], and the model has {self.blocks}, from 0 to {self.blocks - 1}"
-        return f" that is quantized; sites = {list(one.sites)!r}"
+        known = dict.fromkeys(
+            name for _, site, names in self._all for name in (site.group, names[0].rpartition(".")[2])
+        )
+        near = "".join(did_you_mean(pattern, known) for pattern in one.sites)
+        return f" that is quantized; sites = {list(one.sites)!r};{near} sites are {listed('', known)}"
 
     @cached_property
     def _all(self) -> list[tuple[int, Site, list[str]]]:

@@ -41,7 +41,7 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
 def _sites_table(plan: Plan) -> Table:
     assert plan.sizes is not None
     table = Table(title=f"{plan.model} with {plan.recipe.name}", title_justify="left")
-    is_mixture = len({site.scheme for sites in plan.sizes.shape.blocks for site in sites}) > 1
+    is_mixture = bool(plan.recipe.override)
     words = ("site", "linears", *(("weights in, inputs in",) if is_mixture else ()))
     numbers = ("N x K", "blocks", "weights", *(("bits",) if is_mixture else ()))
     for heading in (*words, *numbers):
@@ -56,9 +56,10 @@ def _sites_table(plan: Plan) -> Table:
             inputs = "16 bit" if scheme.activations is None else scheme.activations.format.name
             cells = [f"{scheme.weights.format.name}, {inputs}", *cells, f"{found.size.bits_per_weight:.3f}"]
         table.add_row(label, "\n".join(names), *cells)
-    left = plan.sizes.after.left_weights
-    if left and is_mixture:
-        table.add_row("left", "", "16 bit", "", "", f"{left / 1e6:,.1f} M", "")
+    after = plan.sizes.after
+    if is_mixture and after.left_weights:
+        bits = 8 * after.left_bytes / after.left_weights
+        table.add_row("left", "", "as they are", "", "", f"{after.left_weights / 1e6:,.1f} M", f"{bits:.3f}")
     return table
 
 
@@ -70,9 +71,10 @@ def _size_lines(plan: Plan) -> str:
     transforms = (
         f"transforms {after.transform_bits_per_weight:.2g} bits beside" if after.transform_bytes else "no transforms"
     )
+    weights = (after.quantized_weights + after.left_weights) / 1e9
     return (
         f"size: {gigabytes(plan.sizes.before)} before, {gigabytes(after.total_bytes)} after: "
-        f"{after.quantized_weights / 1e9:.3g} billion weights in {after.bits_per_weight:.3f} bits ({transforms}), "
+        f"{weights:.3g} billion weights in {after.bits_per_weight:.3f} bits ({transforms}), "
         f"everything else {gigabytes(after.other_bytes)}"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from mxrot.report import plan_report
 from mxrot.report.plans import duration
 
 
-def shown(tmp_path: Path, name: str, gpu_bytes: float | None = None) -> str:
+def shown(tmp_path: Path, name: str, gpu_bytes: float | None = None, **changes: Any) -> str:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLAMA_3_8B.to_dict()))
-    made = make_plan("some/model", path, recipe(name), Machine(torch.device("cpu"), gpu_bytes))
+    made = make_plan("some/model", path, recipe(name, **changes), Machine(torch.device("cpu"), gpu_bytes))
     console = Console(width=140, file=io.StringIO(), color_system=None)
     for piece in plan_report(made):
         console.print(piece, markup=False, highlight=False, soft_wrap=isinstance(piece, str))
@@ -51,6 +52,17 @@ def test_the_pieces_of_a_plan(tmp_path: Path) -> None:
     ):
         assert expected in text
     assert max(map(len, text.splitlines())) <= 140
+
+
+def test_a_mixture_says_what_each_site_is_in(tmp_path: Path) -> None:
+    tables = [{"sites": ["down_proj"], "format": "mxfp8_e4m3"}, {"blocks": [-2, -1], "weights": "none"}]
+    lines = shown(tmp_path, "hadamard", override=tables).splitlines()
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
+    assert ["o", "o_proj", "mxfp4, mxfp4", "4096 x 4096", "30", "503.3 M", "4.250"] in rows
+    assert ["down", "down_proj", "mxfp8_e4m3, mxfp8_e4m3", "4096 x 14336", "30", "1,761.6 M", "8.250"] in rows
+    assert ["left", "", "as they are", "", "", "436.2 M", "16.000"] in rows
+    bits = (4.25 * (6979.3 - 436.2 - 1761.6) + 8.25 * 1761.6 + 16 * 436.2) / 6979.3
+    assert any(f"6.98 billion weights in {bits:.2f}" in line for line in lines)
 
 
 def test_a_recipe_without_text_or_transform(tmp_path: Path) -> None:
