@@ -51,7 +51,7 @@ def fit(name: str, sharing: Sharing, seed: int = 0, site: str = "a.q_proj") -> B
 
 
 def refit(name: str, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
-    found = fitted(METHODS[name](), sharing, generator)
+    found = fitted(METHODS[name](block=BLOCK), sharing, generator)
     assert isinstance(found, BlockDiagonal)
     return found
 
