@@ -10,7 +10,7 @@ from tests.oracles.sample_blocks import bits
 from torch import Tensor, nn
 
 from mxrot.formats import TensorQuantizer, get_format, quantize
-from mxrot.layers import InputTransform, QuantLinear, SiteProducts
+from mxrot.layers import InputTransform, QuantLinear, SiteProducts, prepare_site
 from mxrot.transforms import (
     BlockDiagonal,
     HadamardOfWidth,
@@ -100,8 +100,6 @@ def test_linears_of_a_site_apply_it_once(name: str, monkeypatch: pytest.MonkeyPa
     x = random(4, K, seed=0)
     alone = first(x), second(x)
     first.site = second.site = SiteProducts((first, second))
-    from mxrot.layers import prepare_site
-
     prepare_site((first, second))
     calls: list[Tensor] = []
     lead = InputTransform.lead
@@ -146,3 +144,23 @@ def test_offloaded_stages_are_brought_by_a_call() -> None:
     owner.register_forward_pre_hook(bring)
     owner.register_forward_hook(take)
     assert torch.equal(linear(x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each
+@pytest.mark.parametrize("rows", [4, 600])
+def test_kernels_multiply_what_the_transform_says(name: str, rows: int) -> None:
+    """On every path of the product; blocks that the kernels do not mix are multiplied in float32 before them."""
+    transform = transform_called(name)
+    linear = linear_with(transform).cuda()
+    x = random(rows, K, seed=0).to("cuda", torch.bfloat16)
+    seen = linear.quantized_input(x).double()
+    on_cpu = MXFP4(transform.apply(x.cpu())).double()
+    # Sums in another order round to another code where they lie at a tie.
+    assert ((seen.cpu() != on_cpu).double().mean() < 0.01) and (seen.cpu() - on_cpu).norm() < 0.05 * on_cpu.norm()
+    expected = seen @ linear.dequantized_weight().double().T
+    prepare_site((linear,))
+    found = linear(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
