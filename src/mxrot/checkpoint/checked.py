@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from mxrot.checkpoint.agreement import check_layout, check_recipe, settled
 from mxrot.checkpoint.contents import (
     check_blocks,
     check_counts,
@@ -21,7 +22,7 @@ from mxrot.checkpoint.contents import (
     install_linears,
     read_stored,
 )
-from mxrot.checkpoint.layout import Layout, check_layout, check_marker, check_recipe, read_layout, settled
+from mxrot.checkpoint.layout import Layout, check_marker, read_layout
 from mxrot.checkpoint.verification import Records, check_files, read_records
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, MxrotError

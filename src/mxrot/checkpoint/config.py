@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mxrot.errors import CheckpointError, ConfigError
+from mxrot.errors import ConfigError
 from mxrot.formats import Format, TensorQuantizer
 from mxrot.formats.grid import Uniform
 from mxrot.marker import MARKER, METHOD, NATIVE
@@ -253,33 +253,3 @@ def _transform_scheme(target: str) -> dict[str, Any]:
         "head_dim": THEIR_BLOCK,
         "precision": "torch.bfloat16",
     }
-
-
-def check_spelling(quantization: dict[str, Any], expected: dict[str, Any]) -> None:
-    """CheckpointError unless a `quantization_config` says what is `expected` of it.
-
-    Fields of other programs may stand beside ours.
-    """
-    marker = expected[MARKER] | {key: value for key, value in quantization[MARKER].items() if key in expected[MARKER]}
-    found = {key: quantization.get(key) for key in expected} | {MARKER: marker}
-    if "transform_config" not in expected and "transform_config" in quantization:
-        raise CheckpointError("config.json: quantization_config: 'transform_config' is not expected")
-    if difference := _first_difference(expected, found, "quantization_config"):
-        raise CheckpointError(f"config.json: {difference}; it contradicts the rest, or the file is damaged")
-
-
-def _first_difference(expected: Any, found: Any, place: str) -> str | None:
-    if not (isinstance(expected, dict) and isinstance(found, dict)):
-        is_same = type(expected) is type(found) and expected == found
-        return None if is_same else f"{place}: expected {_shortly(expected)}, got {_shortly(found)}"
-    for key in sorted(expected.keys() | found.keys(), key=str):
-        if key not in found or key not in expected:
-            return f"{place}: {key!r} is {'missing' if key not in found else 'not expected'}"
-        if difference := _first_difference(expected[key], found[key], f"{place}.{key}"):
-            return difference
-    return None
-
-
-def _shortly(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."

@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxrot import quantizing
+from mxrot.checkpoint.agreement import check_layout, check_recipe, settled
 from mxrot.checkpoint.checked import checkpoint_errors
 from mxrot.checkpoint.config import check_exportable, native_config
 from mxrot.checkpoint.contents import (
@@ -33,7 +34,7 @@ from mxrot.checkpoint.contents import (
     read_files,
 )
 from mxrot.checkpoint.files import INDEX
-from mxrot.checkpoint.layout import check_layout, check_recipe, read_layout, settled
+from mxrot.checkpoint.layout import read_layout
 from mxrot.checkpoint.verification import check_files, read_records
 from mxrot.documents import read_json
 from mxrot.errors import ConfigError

@@ -1,14 +1,9 @@
-"""What a `quantization_config` says is installed. It alone decides what runs.
-
-recipe.toml tells how a checkpoint came about. Where it says something else about what runs, one of the two was edited,
-and neither is believed.
-"""
+"""What a `quantization_config` says is installed. It alone decides what runs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
@@ -19,9 +14,6 @@ from mxrot.checkpoint.config import (
     FORMAT_VERSION,
     NATIVE,
     THEIR_BLOCK,
-    check_spelling,
-    compressed_tensors_config,
-    native_config,
     scheme_table,
 )
 from mxrot.errors import CheckpointError, ConfigError
@@ -29,7 +21,7 @@ from mxrot.formats import FORMATS, TensorQuantizer, get_format
 from mxrot.marker import MARKER
 from mxrot.models import Family
 from mxrot.recipe import Accumulation
-from mxrot.scheme import CacheScheme, Scheme, SiteScheme, transform_name
+from mxrot.scheme import CacheScheme, Scheme, SiteScheme
 from mxrot.transforms import Sharing
 from mxrot.transforms.stages import BlockDiagonalSpec, spec_from_table
 
@@ -234,64 +226,3 @@ def _one_of(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, str) or value not in known:
         raise CheckpointError(f"{where} {value!r} is not one of {', '.join(known)}")
     return value
-
-
-def check_layout(quantization: dict[str, Any], layout: Layout, scheme: Scheme, family: Family) -> None:
-    """CheckpointError unless a `quantization_config` is one that is written for `scheme`."""
-    dtype = layout.dtype or torch.float32
-    write = native_config if layout.is_native or not scheme.has_transform else compressed_tensors_config
-    if layout.version > 1:
-        check_spelling(quantization, write(scheme, family, dtype))
-        return
-    one_matrix = {  # of one matrix a block, or each its own, version 1 said the same
-        name: replace(one, stages=one.stages and (BlockDiagonalSpec(THEIR_BLOCK, "site"),))
-        for name, one in scheme.linears.items()
-    }
-    expected = compressed_tensors_config(replace(scheme, linears=one_matrix), family, dtype)
-    for group in expected["config_groups"].values():
-        group["format"] = expected["format"]
-    check_spelling(quantization, expected | {MARKER: dict(quantization[MARKER])})
-
-
-def settled(layout: Layout, scheme: Scheme, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Scheme:
-    """The scheme of a checkpoint of version 1 with as many matrices as its file holds, which its config did not say."""
-    if layout.version > 1:
-        return scheme
-    linears = dict(scheme.linears)
-    blocks = {int(name.removeprefix(f"{family.blocks}.").partition(".")[0]) for name in linears}
-    for index in blocks:
-        for site in scheme.active_sites(family, index):
-            shape = shapes.get(f"{transform_name(family, index, site)}.weight", ())
-            for name in site.linears:
-                own = linears[f"{family.block_prefix(index)}.{name}"]
-                if own.stages and len(shape) == 2:
-                    own = replace(own, stages=(BlockDiagonalSpec(THEIR_BLOCK, "site"),))
-                linears[f"{family.block_prefix(index)}.{name}"] = own
-    return replace(scheme, linears=linears)
-
-
-def check_recipe(said: Scheme, scheme: Scheme, family: Family, version: int = FORMAT_VERSION) -> None:
-    """CheckpointError if a recipe would install something else: `said` is what it installs in this model."""
-    prefix = f"{family.blocks}."
-    for name in [name for name in {**said.linears, **scheme.linears} if name.startswith(prefix)]:
-        one, other = said.linears.get(name), scheme.linears.get(name)
-        if one is None or other is None:
-            raise CheckpointError(
-                f"recipe.toml and config.json contradict each other: {name} is left as it is in "
-                f"{'recipe.toml' if one is None else 'config.json'} only; take both from one run of `mxrot quantize`"
-            )
-        if version == 1:  # which had no word for the rule of weights
-            one = replace(one, weights=other.weights if one.weights.format is other.weights.format else one.weights)
-        for what in ("weights", "activations", "transform", "accumulation"):
-            a, b = scheme_table(one)[what], scheme_table(other)[what]
-            if a != b:
-                raise CheckpointError(
-                    f"recipe.toml and config.json contradict each other: {name}: {what} {_said(a)} in recipe.toml, "
-                    f"{_said(b)} in config.json; take both from one run of `mxrot quantize`"
-                )
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(map(str, value.values()))
-    return ("none" if not value else " then ".join(map(_said, value))) if isinstance(value, list) else str(value)

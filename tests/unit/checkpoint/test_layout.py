@@ -11,8 +11,9 @@ from tests.unit.checkpoint.folders import logits, recipe, write
 from transformers import PreTrainedModel
 
 from mxrot.checkpoint import load, read_run
+from mxrot.checkpoint.agreement import check_layout, check_recipe
 from mxrot.checkpoint.config import compressed_tensors_config, native_config, why_unfaithful
-from mxrot.checkpoint.layout import check_layout, check_recipe, read_layout
+from mxrot.checkpoint.layout import read_layout
 from mxrot.errors import CheckpointError
 from mxrot.layers import build_apart
 from mxrot.models.families.llama import FAMILY as LLAMA
