@@ -292,8 +292,8 @@ def test_the_record_says_what_was_done(source: Path, tmp_path: Path) -> None:
 def test_the_card_says_how_to_load_it(source: Path, tmp_path: Path) -> None:
     write(source, tmp_path / "out", recipe("duquant++"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "\nimport mxrot\n" in card.split("## What it is")[0] and "computes garbage" in card
+    assert "\nimport mxrot\n" in card.split("## What it is")[0] and "Without mxrot nothing loads it" in card
     assert "mxrot.load(" in card
     assert "4.250" in card
     write(source, tmp_path / "plain", RTN)
-    assert "compute garbage" not in (tmp_path / "plain" / "README.md").read_text()
+    assert "nothing loads it" not in (tmp_path / "plain" / "README.md").read_text()
