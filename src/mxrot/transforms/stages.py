@@ -200,11 +200,26 @@ class BlockDiagonal(Stage):
     @staticmethod
     def from_stored(stored: Tensor) -> BlockDiagonal:
         """What a runtime applies: bf16(stored / sqrt(B)), the division in float32, as float64."""
-        effective = (stored.float() / math.sqrt(stored.shape[-1])).to(STORED_DTYPE).double()
+        effective = _opaquely_applied(stored) if torch.compiler.is_compiling() else _applied(stored)
         return BlockDiagonal(effective if effective.dim() == 3 else effective[None])
 
     def as_applied(self) -> BlockDiagonal:
         return self.from_stored(self.to_stored())
+
+
+def _applied(stored: Tensor) -> Tensor:
+    return (stored.float() / math.sqrt(stored.shape[-1])).to(STORED_DTYPE).double()
+
+
+@torch.library.custom_op("mxrot::applied_blocks", mutates_args=())
+def _opaquely_applied(stored: Tensor) -> Tensor:
+    """The same as one operation for compilers, which leave out a rounding that they can see."""
+    return _applied(stored).contiguous()
+
+
+@_opaquely_applied.register_fake
+def _applied_shape(stored: Tensor) -> Tensor:
+    return torch.empty_like(stored, dtype=torch.float64, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
