@@ -42,6 +42,7 @@ lint: $(STAMPS)/lint ## style, types and the order of imports
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports --no-logo
+	@$(PY) benchmarks/import_arrows.py --check
 
 bench: $(STAMPS)/demo $(STAMPS)/demo-model ## measure accuracy, e.g. ARGS="--help"
 	@$(PY) benchmarks/accuracy.py $(ARGS)

@@ -16,7 +16,7 @@ from mxrot.errors import ConfigError
 from mxrot.models import find_model, read_config, start_token
 from mxrot.opening import load_tokenizer
 from mxrot.progress import Progress, silent
-from mxrot.quantizing.run import windows_to_write
+from mxrot.quantizing.written import windows_to_write
 from mxrot.recipe import Recipe
 from mxrot.text import Reader, Text, TokenWindows, Windows, load_texts, mixed_windows, read_windows
 

@@ -19,7 +19,7 @@ from tests.tiny_model import write_tiny_model
 
 import mxrot as package
 from mxrot.errors import CheckpointError
-from mxrot.quantizing import run as pipeline
+from mxrot.quantizing import written as writing
 from mxrot.recipe import Recipe, load_recipe
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 60
@@ -194,13 +194,13 @@ def test_the_text_is_not_written_again(
     chosen = load_recipe("mxrot").changed({"calibration.generated": 0.5})
     options: dict[str, Any] = {"calib": str(text), "samples": 4, "seq_len": 64}
     written: list[int] = []
-    original = pipeline.generated_windows
+    original = writing.generated_windows
 
     def spy(*words: Any, **more: Any) -> Any:
         written.append(1)
         return original(*words, **more)
 
-    monkeypatch.setattr(pipeline, "generated_windows", spy)
+    monkeypatch.setattr(writing, "generated_windows", spy)
     ended(model, tmp_path / "out", chosen, KeyboardInterrupt(), "model.layers.1", **options)
     assert len(written) == 1
     quantized(model, tmp_path / "out", chosen, resume=True, **options)

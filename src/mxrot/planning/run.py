@@ -8,7 +8,7 @@ import torch
 
 from mxrot.calibration.placement import MOST_ON_DEVICE, MOST_REMEMBERED
 from mxrot.planning.shape import ModelShape, SiteShape
-from mxrot.quantizing.run import tokens_at_once
+from mxrot.quantizing.batches import tokens_at_once
 from mxrot.recipe import Recipe
 from mxrot.transforms import FitSize
 

@@ -22,6 +22,7 @@ from mxrot.errors import ConfigError, FamilyError, MxrotError, NumericsError
 from mxrot.layers import QuantLinear, build_apart
 from mxrot.models import FAMILIES, Site, WeightFiles
 from mxrot.models.families.llama import FAMILY as LLAMA
+from mxrot.quantizing import batches
 from mxrot.quantizing import run as pipeline
 from mxrot.quantizing.record import BlockReport
 from mxrot.quantizing.run import quantize
@@ -108,10 +109,10 @@ def full_blocks(model: PreTrainedModel) -> list[int]:
 
 def test_scores_that_attention_writes_out_bound_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four heads: 192 scores a token of a window of 48, and 96 channels in the widest linear."""
-    monkeypatch.setattr(pipeline, "BATCH_ELEMENTS", 48 * 192 * 3)
+    monkeypatch.setattr(batches, "BATCH_ELEMENTS", 48 * 192 * 3)
     for name, windows in (("gemma2", 3), ("gemma3", 6)):
         model = build_apart(config_of(FAMILIES[name]))
-        assert pipeline._windows_at_once(model, torch.device("cpu"), 48) == windows
+        assert batches.windows_at_once(model, torch.device("cpu"), 48) == windows
 
 
 # --- the order of things
@@ -187,7 +188,7 @@ def test_progress(source: Path) -> None:
 
 
 def test_windows_in_several_batches_are_all_seen(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "BATCH_TOKENS", {"cpu": 48})
+    monkeypatch.setattr(batches, "BATCH_TOKENS", {"cpu": 48})
     counts: list[int] = []
     original = Hessian.result
     monkeypatch.setattr(Hessian, "result", lambda self, world: (counts.append(self.count), original(self, world))[1])
@@ -198,7 +199,7 @@ def test_windows_in_several_batches_are_all_seen(source: Path, monkeypatch: pyte
 @pytest.mark.parametrize("name", ["duquant++-gptq", "mxrot", "mxrot-tuned"])
 def test_states_that_wait_in_host_memory_are_the_same(source: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """On a CPU a copy; each is looked up where it was put."""
-    monkeypatch.setattr(pipeline, "BATCH_TOKENS", {"cpu": 48})
+    monkeypatch.setattr(batches, "BATCH_TOKENS", {"cpu": 48})
     changes: dict[str, Any] = {"calibration__generated": 0.0} if "mxrot" in name else {}
     if name == "mxrot-tuned":
         changes |= {"tuning__scope": "block", "tuning__generated": 0.0, "tuning__steps": 3}
