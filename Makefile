@@ -14,7 +14,7 @@ INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --constraint con
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install demo test faults test-vllm lint bench clean
+.PHONY: help install demo quick test faults test-vllm lint bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ demo: $(STAMPS)/demo $(STAMPS)/demo-model ## quantize and measure the demo model
 	@$(VENV)/bin/mxrot demo $(ARGS)
 
 # One thread a worker: the workers share the cores, and a sum keeps its order on any machine.
+quick: $(STAMPS)/test $(STAMPS)/interpreter ## a sample of the tests, in a minute and a half: the first case of each that is fast
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --quick -n $(WORKERS) tests/unit tests/contracts tests/golden tests/oracles $(ARGS)
+
 test: $(STAMPS)/test $(STAMPS)/interpreter $(STAMPS)/demo-model ## run the tests, e.g. ARGS="-k gptq"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
 

@@ -12,6 +12,8 @@ NATIVE = "mxrot"
 """The `format` of a checkpoint, and of its config groups, that only mxrot reads."""
 ON_LOAD = "mxrot"
 """The `quant_method` of `mxrot.MxrotConfig`."""
+IN_VLLM = "mxrot"
+"""The name of the quantization method in vLLM, where the plugin is."""
 
 
 def is_ours(table: object) -> bool:

@@ -22,8 +22,9 @@ from torch import Tensor
 import mxrot
 from mxrot import api
 from mxrot.layers import QuantLinear
+from mxrot.marker import IN_VLLM
 from mxrot.text import load_text, token_windows
-from mxrot.vllm.plugin import METHOD, register
+from mxrot.vllm.plugin import register
 
 
 def own(folder: Path, dtype: torch.dtype, quantizes_inputs: bool) -> Any:
@@ -68,7 +69,7 @@ def main(folder: Path, windows: int, length: int) -> None:
         say(f"{bits} mxrot, bfloat16", ours[0], *ours)
         say(f"{bits} mxrot, float32", ours[1], *ours)
         ways = [("stock", "compressed-tensors", "bfloat16")]
-        ways += [("plugin", METHOD, "bfloat16"), ("plugin", METHOD, "float32")] if quantizes else []
+        ways += [("plugin", IN_VLLM, "bfloat16"), ("plugin", IN_VLLM, "float32")] if quantizes else []
         for way, method, dtype in ways:
             config = plain_vllm.configure(folder, dtype, method, max(64, length))
             model = plain_vllm.load(config)

@@ -25,8 +25,9 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 import mxrot
 from mxrot.errors import ConfigError
+from mxrot.marker import IN_VLLM
 from mxrot.vllm.linear import MxrotLinearMethod, MxrotQuantization
-from mxrot.vllm.plugin import METHOD, register
+from mxrot.vllm.plugin import register
 from mxrot.vllm.verdict import check_for_vllm
 
 Checkpoints = Callable[[str], Path]
@@ -55,27 +56,27 @@ def plugin() -> Any:
     register()
     register()
     yield
-    del CUSTOM[METHOD]
-    QUANTIZATION_METHODS.remove(METHOD)
+    del CUSTOM[IN_VLLM]
+    QUANTIZATION_METHODS.remove(IN_VLLM)
 
 
 def test_vllm_finds_the_plugin_by_itself() -> None:
-    (found,) = entry_points(group="vllm.general_plugins", name=METHOD)
+    (found,) = entry_points(group="vllm.general_plugins", name=IN_VLLM)
     assert found.load() is register
 
 
 def test_the_marker_decides_and_the_user_decides_before_it(checkpoint: Checkpoints, exported: Checkpoints) -> None:
     for folder in (checkpoint("site"), exported("site")):
-        assert configure(folder, "bfloat16").model_config.quantization == METHOD
+        assert configure(folder, "bfloat16").model_config.quantization == IN_VLLM
     assert configure(folder, "bfloat16", "compressed-tensors").model_config.quantization == "compressed-tensors"
     foreign = json.loads((exported("site") / "config.json").read_text())["quantization_config"]
     del foreign["mxrot"]
     # Transforms by mxrot's names and no marker: damaged, and to be refused by mxrot instead of run without them.
-    assert CUSTOM[METHOD].override_quantization_method(foreign, None) == METHOD
+    assert CUSTOM[IN_VLLM].override_quantization_method(foreign, None) == IN_VLLM
     del foreign["transform_config"]
-    assert CUSTOM[METHOD].override_quantization_method(foreign, None) == METHOD  # its groups are
+    assert CUSTOM[IN_VLLM].override_quantization_method(foreign, None) == IN_VLLM  # its groups are
     foreign["config_groups"]["group_0"]["format"] = foreign["format"]
-    assert CUSTOM[METHOD].override_quantization_method(foreign, None) is None
+    assert CUSTOM[IN_VLLM].override_quantization_method(foreign, None) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,19 +13,17 @@ from mxrot.formats.quantizer import PART
 from mxrot.kernels import Choice, choose_path
 from mxrot.layers.prepare import is_in_one_place, prepare_site
 from mxrot.layers.product import StoredWeight, product, quantized_input, traced_product
-from mxrot.layers.site import PREPARED, SiteProducts, lies_apart, prepared_of
+from mxrot.layers.site import PREPARED, SiteLinear, SiteProducts, lies_apart, prepared_of
 from mxrot.layers.transform import InputTransform, keep, keeping_type
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(SiteLinear):
     """y = Q(x T) W_q^T + b with W_q kept as packed codes and their parts: `weight_packed` and `weight_<part>`.
 
     The first linear of a site owns the transform as a submodule under its checkpoint name; the others refer to it.
     """
 
-    weight_packed: nn.Parameter
-    weight_scale: nn.Parameter
-    """Of formats that have a part of this name, as MXFP4 has."""
+    site: SiteProducts[QuantLinear] | None
 
     def __init__(
         self,
@@ -43,18 +41,11 @@ class QuantLinear(nn.Module):
             empty = torch.zeros(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.row_exponents: Tensor | None
-        self.lifted_scales: Tensor | None
-        self.lifted: Tensor | None
-        self.swizzled: Tensor | None
-        self.whole_codes: Tensor | None
-        self.whole_scales: Tensor | None
         # What `prepare_site` makes; moves with the module and is no part of a checkpoint.
         for name in PREPARED:
             keep(self, name, None)
-        self.keeps_lifted: bool | None = None
-        """As the site was prepared, so that it can be again on another device; None where it was not."""
-        self.site: SiteProducts | None = None
+        self.keeps_lifted = None
+        self.site = None
         self.fast = False
         """Sum FP8 products in fewer bits, where they run."""
         self._transform: tuple[InputTransform, ...] = ()

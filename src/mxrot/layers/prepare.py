@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from mxrot.kernels import takes_block_scales
 from mxrot.kernels.plain import lift_exponents, plain_lift_weights, swizzle_scales
-from mxrot.layers.site import share_weights
+from mxrot.layers.site import SiteLinear, share_weights
 from mxrot.layers.transform import keep
-
-if TYPE_CHECKING:
-    from mxrot.layers.linear import QuantLinear
 
 
 @torch.no_grad()
-def prepare_site(linears: Sequence[QuantLinear], keeps_lifted: bool = False) -> None:
+def prepare_site(linears: Sequence[SiteLinear], keeps_lifted: bool = False) -> None:
     """Put the MXFP4 weights of a site into one tensor, and look whether they can be lifted to FP8.
 
     With `keeps_lifted` they are, which takes a byte a weight more. The linears keep their parameters, as parts.
@@ -55,7 +51,7 @@ def prepare_site(linears: Sequence[QuantLinear], keeps_lifted: bool = False) -> 
         keep(first, "lifted", plain_lift_weights(codes, scales, exponents).view(torch.uint8))
 
 
-def is_in_one_place(linears: Sequence[QuantLinear]) -> bool:
+def is_in_one_place(linears: Sequence[SiteLinear]) -> bool:
     """Are the weights and the transform of a site on one device, and not held back by hooks that offload them?"""
     stored = [linear.weight_packed for linear in linears]
     transforms = {linear.transform for linear in linears if linear.transform is not None}

@@ -11,17 +11,17 @@ knows whether it was changed between two linears: there each computes its own (`
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mxrot.formats import TensorQuantizer
 from mxrot.layers.product import Prepared, StoredWeight
-
-if TYPE_CHECKING:
-    from mxrot.layers.linear import QuantLinear
+from mxrot.layers.transform import InputTransform
 
 PREPARED = ("row_exponents", "lifted_scales", "lifted", "swizzled", "whole_codes", "whole_scales")
 """Buffers of a linear that `prepare_site` fills."""
@@ -43,10 +43,50 @@ class _ProductsOfThread(_Products, threading.local):
     """The same, for each thread."""
 
 
-class SiteProducts:
+class SiteLinear(nn.Module):
+    """A linear, as far as its site asks."""
+
+    out_features: int
+    weights: TensorQuantizer
+    weight_packed: nn.Parameter
+    weight_scale: nn.Parameter
+    """Of formats that have a part of this name, as MXFP4 has."""
+    bias: nn.Parameter | None
+    row_exponents: Tensor | None
+    lifted_scales: Tensor | None
+    lifted: Tensor | None
+    swizzled: Tensor | None
+    whole_codes: Tensor | None
+    whole_scales: Tensor | None
+    keeps_lifted: bool | None
+    """As the site was prepared, so that it can be again on another device; None where it was not."""
+    site: SiteProducts[Any] | None
+
+    @property
+    @abstractmethod
+    def transform(self) -> InputTransform | None:
+        """What the linears of the site apply to their input."""
+
+    @abstractmethod
+    def stored_weight(self) -> StoredWeight:
+        """Codes and their parts, without what was prepared."""
+
+    @abstractmethod
+    def compute(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
+        """The product with a weight in the format of this one."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Let go of what was prepared, here and in the other linears of the site."""
+
+
+L = TypeVar("L", bound=SiteLinear)
+
+
+class SiteProducts(Generic[L]):
     """The linears of a site, and the products that were computed but not yet taken."""
 
-    def __init__(self, linears: Sequence[QuantLinear]) -> None:
+    def __init__(self, linears: Sequence[L]) -> None:
         self.linears = tuple(linears)
         self.forget()
 
@@ -57,7 +97,7 @@ class SiteProducts:
         """While a model is compiled, which settles who takes what once for all calls. A change in place between two
         linears of a site is not seen there."""
 
-    def take(self, linear: QuantLinear, x: Tensor) -> Tensor | None:
+    def take(self, linear: L, x: Tensor) -> Tensor | None:
         """The product of `linear` with x; None where the site has not computed it."""
         if torch.compiler.is_compiling():
             products, state = self._traced, None
@@ -80,7 +120,7 @@ class SiteProducts:
             products.input = None
         return waiting[0]
 
-    def _compute(self, first: QuantLinear, x: Tensor) -> tuple[Tensor, ...]:
+    def _compute(self, first: L, x: Tensor) -> tuple[Tensor, ...]:
         whole = first.compute(x, self.weight_of(first), self._bias())
         parts = whole.split([linear.out_features for linear in self.linears], dim=-1)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -91,7 +131,7 @@ class SiteProducts:
         ends = list(accumulate(linear.out_features for linear in self.linears))
         return tuple(whole[..., start:end] for start, end in zip([0, *ends], ends, strict=False))
 
-    def weight_of(self, linear: QuantLinear) -> StoredWeight:
+    def weight_of(self, linear: L) -> StoredWeight:
         """The weight that is multiplied when `linear` is called: of the whole site where that was prepared."""
         first = self.linears[0]
         if first.whole_codes is None or first.whole_scales is None:
@@ -118,7 +158,7 @@ class SiteProducts:
 
     def join(self) -> None:
         """Make the weights parts of the whole one again, after a copy that took them apart."""
-        linears: tuple[QuantLinear, ...] = vars(self).get("linears", ())
+        linears: tuple[L, ...] = vars(self).get("linears", ())
         if any("_parameters" not in vars(linear) for linear in linears):
             return  # the copy is not complete yet, and the last one calls again
         if linears and linears[0].whole_codes is not None and linears[0].whole_scales is not None:
@@ -132,14 +172,14 @@ class SiteProducts:
         self.forget()
 
 
-def share_weights(linears: Sequence[QuantLinear], codes: Tensor, scales: Tensor) -> None:
+def share_weights(linears: Sequence[SiteLinear], codes: Tensor, scales: Tensor) -> None:
     """Let the parameters of the linears of a site be parts of its whole weight."""
     rows = [linear.out_features for linear in linears]
     for linear, own_codes, own_scales in zip(linears, codes.split(rows), scales.split(rows), strict=True):
         linear.weight_packed.data, linear.weight_scale.data = own_codes, own_scales
 
 
-def lies_apart(linear: QuantLinear) -> bool:
+def lies_apart(linear: SiteLinear) -> bool:
     """Is the weight of a linear no longer a part of the whole one of its site?"""
     whole = None if linear.site is None else linear.site.linears[0].whole_codes
     if whole is None:
@@ -147,6 +187,6 @@ def lies_apart(linear: QuantLinear) -> bool:
     return whole.untyped_storage().data_ptr() != linear.weight_packed.untyped_storage().data_ptr()
 
 
-def prepared_of(linear: QuantLinear) -> Prepared:
+def prepared_of(linear: SiteLinear) -> Prepared:
     """What `prepare_site` has made and `linear` holds."""
     return Prepared(linear.row_exponents, linear.lifted_scales, linear.lifted, linear.swizzled)

@@ -6,8 +6,6 @@ an expert.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import FamilyError
-from mxrot.models.family import Family, Site
+from mxrot.models.site import Site
 
 FUSED = ("gate_up_proj", "down_proj")
 """What transformers calls its two tensors."""
@@ -108,18 +106,3 @@ class ExpertNames:
             return {f"{number}.{down}": one.clone() for number, one in enumerate(tensor)}
         halves = [(number, part, half) for number, one in enumerate(tensor) for part, half in enumerate(one.chunk(2))]
         return {f"{number}.{(gate, up)[part]}": half.clone() for number, part, half in halves}
-
-
-def shapes_apart(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's tensors by name, with one for each linear of each expert."""
-    if family.experts is None:
-        return dict(shapes)
-    found: dict[str, tuple[int, ...]] = {}
-    block = re.compile(rf"({re.escape(family.blocks)}\.\d+\.)(.*)")
-    for name, shape in shapes.items():
-        match = block.match(name)
-        if match is None:
-            found[name] = shape
-        else:
-            found |= {match[1] + key: value for key, value in family.experts.shapes_apart(match[2], shape).items()}
-    return found

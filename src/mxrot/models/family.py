@@ -5,60 +5,18 @@ A site is the set of linears that read the same input. Families hold no numerics
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from mxrot.errors import ConfigError, FamilyError
-
-if TYPE_CHECKING:
-    from mxrot.models.expert_names import ExpertNames
-
-
-@dataclass(frozen=True)
-class Site:
-    """Linears of a decoder block that read the same input; names are relative to the block."""
-
-    name: str
-    """Lower-case letters, digits and underscores; part of tensor names in a checkpoint."""
-    linears: tuple[str, ...]
-    norm: str | None = None
-    """The norm whose output this site reads directly, if there is one: a channel scale can go into its gain."""
-    producer: str | None = None
-    """The linear whose rows are the channels of this site, up to factors that do not mix channels."""
-    residual: str | None = None
-    """The module whose input is the residual stream that this site's output is added to, if it is."""
-    producer_is_value: bool = False
-    """The producer is v_proj: under grouped queries one of its rows feeds several channels."""
-    norm_adds_one: bool = False
-    """The norm multiplies by 1 + its weight."""
-    experts: str | None = None
-    """The module of all experts, where the linears are in these: it reads what they read, each a part of the tokens."""
-    router: str | None = None
-    """The module that reads the same input and is not quantized: what smoothing takes from the norm goes into it."""
-    expert: str | None = None
-    """The expert that the site is in, where that is one."""
-    kind: str = ""
-    """What such sites of all experts are called together; empty for the name."""
-
-    @property
-    def group(self) -> str:
-        """The name without the number of an expert."""
-        return self.kind or self.name
-
-    @property
-    def is_of_experts(self) -> bool:
-        """Does it see only the tokens that are sent to experts?"""
-        return self.experts is not None or self.expert is not None
-
-    @property
-    def reader(self) -> str:
-        """The module whose input is the site's."""
-        return self.experts or self.linears[0]
+from mxrot.models.expert_names import ExpertNames
+from mxrot.models.site import Site as Site
 
 
 @dataclass(frozen=True)
@@ -135,6 +93,21 @@ class Family:
             if linears:
                 kept.append(replace(site, linears=linears))
         return tuple(kept)
+
+
+def shapes_apart(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's tensors by name, with one for each linear of each expert."""
+    if family.experts is None:
+        return dict(shapes)
+    found: dict[str, tuple[int, ...]] = {}
+    block = re.compile(rf"({re.escape(family.blocks)}\.\d+\.)(.*)")
+    for name, shape in shapes.items():
+        match = block.match(name)
+        if match is None:
+            found[name] = shape
+        else:
+            found |= {match[1] + key: value for key, value in family.experts.shapes_apart(match[2], shape).items()}
+    return found
 
 
 def is_ignored(name: str, ignore: tuple[str, ...]) -> bool:

@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import FamilyError
-from mxrot.models.expert_names import shapes_apart
-from mxrot.models.family import Family
+from mxrot.models.family import Family, shapes_apart
 from mxrot.models.skeleton import find_family, read_config
 from mxrot.models.tensors import check_depth, tensor_problems
 from mxrot.models.weights import WeightFiles

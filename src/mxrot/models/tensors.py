@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mxrot.errors import FamilyError
-from mxrot.models.expert_names import shapes_apart
-from mxrot.models.family import Family
+from mxrot.models.family import Family, shapes_apart
 from mxrot.models.folder import RESAVE
 from mxrot.models.weights import DTYPES, WeightFiles
 

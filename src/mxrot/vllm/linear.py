@@ -29,10 +29,10 @@ from mxrot.checkpoint.layout import Layout, read_layout
 from mxrot.errors import ConfigError
 from mxrot.formats.quantizer import PACKED, PART
 from mxrot.layers import InputTransform, QuantLinear, prepare_site
+from mxrot.marker import IN_VLLM
 from mxrot.models import find_family
 from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
-from mxrot.vllm.plugin import METHOD
 from mxrot.vllm.verdict import input_block, why_not_in_plugin
 
 
@@ -77,7 +77,7 @@ class MxrotQuantization(CompressedTensorsConfig):
         return 80
 
     def get_name(self) -> str:
-        return METHOD
+        return IN_VLLM
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mxrot.marker import is_ours
-
-METHOD = "mxrot"
-"""The name of the quantization method in vLLM."""
+from mxrot.marker import IN_VLLM, is_ours
 
 
 def register() -> None:
@@ -30,7 +27,7 @@ def register() -> None:
             cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
         ) -> str | None:
             """Ours is what `is_ours` knows, unless the user names another method."""
-            return METHOD if is_ours(hf_quant_cfg) and user_quant in (None, METHOD) else None
+            return IN_VLLM if is_ours(hf_quant_cfg) and user_quant in (None, IN_VLLM) else None
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> Any:
@@ -38,4 +35,4 @@ def register() -> None:
 
             return MxrotQuantization.from_config(config)
 
-    register_quantization_config(METHOD)(MxrotMethod)
+    register_quantization_config(IN_VLLM)(MxrotMethod)

@@ -1,0 +1,47 @@
+"""Linears of a decoder block that read the same input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears of a decoder block that read the same input; names are relative to the block."""
+
+    name: str
+    """Lower-case letters, digits and underscores; part of tensor names in a checkpoint."""
+    linears: tuple[str, ...]
+    norm: str | None = None
+    """The norm whose output this site reads directly, if there is one: a channel scale can go into its gain."""
+    producer: str | None = None
+    """The linear whose rows are the channels of this site, up to factors that do not mix channels."""
+    residual: str | None = None
+    """The module whose input is the residual stream that this site's output is added to, if it is."""
+    producer_is_value: bool = False
+    """The producer is v_proj: under grouped queries one of its rows feeds several channels."""
+    norm_adds_one: bool = False
+    """The norm multiplies by 1 + its weight."""
+    experts: str | None = None
+    """The module of all experts, where the linears are in these: it reads what they read, each a part of the tokens."""
+    router: str | None = None
+    """The module that reads the same input and is not quantized: what smoothing takes from the norm goes into it."""
+    expert: str | None = None
+    """The expert that the site is in, where that is one."""
+    kind: str = ""
+    """What such sites of all experts are called together; empty for the name."""
+
+    @property
+    def group(self) -> str:
+        """The name without the number of an expert."""
+        return self.kind or self.name
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Does it see only the tokens that are sent to experts?"""
+        return self.experts is not None or self.expert is not None
+
+    @property
+    def reader(self) -> str:
+        """The module whose input is the site's."""
+        return self.experts or self.linears[0]
