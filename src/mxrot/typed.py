@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import fields
+from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +24,7 @@ def check_fields(record: Any, where: str) -> None:
             object.__setattr__(record, key, found)
 
 
+@cache
 def _hints(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {item.name: hints[item.name] for item in fields(kind)}

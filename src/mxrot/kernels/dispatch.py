@@ -136,6 +136,10 @@ def outputs(x: Tensor, parts: Tensor, rows: int) -> Tensor:
     return product if len(parts) == rows else product.unflatten(1, (-1, rows)).sum(dim=1)
 
 
+FP8_OUTPUTS = 16
+"""What the outputs of an FP8 product must be a multiple of (torch._scaled_mm)."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which way a linear is computed, and why."""
@@ -166,6 +170,8 @@ def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice
     limit = limits.packed if weight.lifted is None else limits.kept
     if rows <= limit:
         return Choice("matrix units", f"up to {limit} rows")
+    if len(weight.codes) % FP8_OUTPUTS:
+        return Choice(None, f"FP8 products make outputs in multiples of {FP8_OUTPUTS}")
     return Choice("fp8", f"more than {limit} rows")
 
 

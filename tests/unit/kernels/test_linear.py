@@ -19,8 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMAT = get_format("mxfp4")
 QUANTIZER = TensorQuantizer(FORMAT, FORMAT.rule())
 GPU = torch.device("cuda")
-WEIGHT = PackedWeight(torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.uint8))
-FITS = PackedWeight(WEIGHT.codes, WEIGHT.scales, torch.zeros(2, dtype=torch.int32))
+WEIGHT = PackedWeight(torch.zeros(32, 16, dtype=torch.uint8), torch.zeros(32, 1, dtype=torch.uint8))
+FITS = PackedWeight(WEIGHT.codes, WEIGHT.scales, torch.zeros(32, dtype=torch.int32))
 
 
 def linear(groups: int = 3, width: int = 96, height: int = 40, bias: bool = False) -> QuantLinear:
@@ -80,6 +80,14 @@ def test_many_rows_go_through_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_path(65, FITS, GPU).path == "fp8"
 
 
+def test_outputs_that_fp8_products_do_not_take_stay_on_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch)
+    odd = PackedWeight(WEIGHT.codes[:24], WEIGHT.scales[:24], torch.zeros(24, dtype=torch.int32))
+    assert choose_path(64, odd, GPU).path == "matrix units"
+    choice = choose_path(65, odd, GPU)
+    assert choice.path is None and "multiples of 16" in choice.reason
+
+
 @pytest.mark.parametrize("rows", [1, 65])
 def test_weights_that_do_not_fit_stay_on_the_plain_path(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu(monkeypatch)
@@ -89,8 +97,8 @@ def test_weights_that_do_not_fit_stay_on_the_plain_path(rows: int, monkeypatch: 
 
 def test_weights_that_are_kept_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu(monkeypatch)
-    exponents = torch.zeros(2, dtype=torch.int32)
-    kept = PackedWeight(WEIGHT.codes, WEIGHT.scales, exponents, lifted=torch.zeros(2, 32))
+    exponents = torch.zeros(32, dtype=torch.int32)
+    kept = PackedWeight(WEIGHT.codes, WEIGHT.scales, exponents, lifted=torch.zeros(32, 32))
     assert choose_path(16, kept, GPU).path == "matrix units" and choose_path(17, kept, GPU).path == "fp8"
 
 
