@@ -15,8 +15,13 @@ if not torch.cuda.is_available():
 
 NOT_QUICK = ("slow", "demo", "gpu", "nightly")
 """Markers of tests that `--quick` leaves out."""
-SLOW_FOLDERS = ("cases", "faults")
-"""Their tests run commands and start processes."""
+NOT_QUICK_PLACES = (
+    *("cases", "faults", "oracles", "unit/bench", "unit/evaluation", "unit/report", "contracts/test_packages.py"),
+    *("unit/test_api.py", "unit/test_autoload.py", "unit/test_cli.py", "unit/tuning/test_paths.py"),
+    *("unit/calibration/test_world.py", "unit/planning/test_memory.py"),
+    *("unit/checkpoint/test_huggingface.py", "unit/checkpoint/test_other_readers.py", "unit/checkpoint/test_resume.py"),
+)
+"""Their tests run commands, start processes, tune, or import what takes seconds."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,10 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--quick"):
         return
+    left_out = tuple(str(config.rootpath / "tests" / place) for place in NOT_QUICK_PLACES)
     functions: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
-        parts = item.path.relative_to(config.rootpath).parts
-        takes_long = any(item.get_closest_marker(name) for name in NOT_QUICK) or parts[1] in SLOW_FOLDERS
+        takes_long = any(item.get_closest_marker(name) for name in NOT_QUICK) or str(item.path).startswith(left_out)
         if not takes_long:
             functions[str(item.path), getattr(item, "originalname", item.name)].append(item)
     kept = {cases[0] for cases in functions.values()}

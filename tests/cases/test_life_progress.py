@@ -64,7 +64,7 @@ def test_the_bar_has_a_time_to_go_for_a_block_of_minutes(monkeypatch: pytest.Mon
     """rich's own forgets what came more than half a minute ago, and shows -:--:-- from then on."""
     from rich.progress import Progress
 
-    from mxrot.report import progress
+    from mxrot.progress import display as progress
 
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -103,7 +103,7 @@ def test_what_says_nothing_still_shows_that_it_goes_on(tmp_path: Path) -> None:
     """On no terminal, where a model is opened for minutes: a line now and then, with what is done and since when."""
     program = """
 import time
-from mxrot.report import progress
+from mxrot.progress import display as progress
 progress.SECONDS_BETWEEN_LINES = 0.2
 with progress.progress_on_stderr("Evaluating") as told:
     told(0, 1, "opening a model")

@@ -53,7 +53,7 @@ def test_a_405b_model_does_not_fit_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_a_warning_where_memory_is_short_without_a_check(tmp_path: Path) -> None:
-    for gigabytes, is_short in ((16e9, True), (80e9, False)):
+    for gigabytes, is_short in ((8e9, True), (80e9, False)):
         made = plan_of(tmp_path, LLAMA_3_8B, recipe("duquant++-gptq"), Machine(torch.device("cpu"), gigabytes))
         assert not made.problems
         assert bool([line for line in made.warnings if line.startswith("the GPU will run out")]) == is_short

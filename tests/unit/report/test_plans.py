@@ -34,15 +34,15 @@ def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_pieces_of_a_plan(tmp_path: Path) -> None:
-    text = shown(tmp_path, "duquant++-gptq", 16e9)
+    text = shown(tmp_path, "duquant++-gptq", 8e9)
     for expected in (
         "some/model with duquant++-gptq",
         "14336 x 4096",
         "16.1 GB before, 5.86 GB after: 6.98 billion weights in 4.250 bits (transforms 0.062 bits beside)",
         "Peak memory, 128 windows of 2048; an estimate",
         "GPU, on a GPU",
-        "down: factorizing",
-        "the Hessian and its factor",
+        "down: statistics",
+        "sums over all batches",
         "Time on this machine (cpu); an estimate",
         "vLLM 0.32.0: does not run it",
         "  it has one matrix a block, and vLLM takes one a site",
