@@ -100,9 +100,9 @@ class Measured:
     peaks: list[tuple[str, int]] = field(default_factory=list)
     step: str = "loading"
 
-    def see(self, done: int, total: int, what: str) -> None:
+    def see(self, done: float, total: int, what: str) -> None:
         self.end()
-        self.step = f"{done}/{total} {what}"
+        self.step = f"{done:.2f} of {total} {what}"
 
     def end(self) -> None:
         if self.device.type == "cuda":
