@@ -16,14 +16,14 @@ NAMES = ("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "mxint8", "nvfp4", "int4_g32", "in
 COLUMNS = 96
 
 
-REQUIRED = ("target", "tokens")
+ASKED = ("target", "tokens")
 """Choices of what a method asks for, which `round` itself does not look at (tests/unit/test_hessian.py)."""
 
 
 def variants(kind: type[RoundingMethod]) -> list[RoundingMethod]:
     """The method under every combination of its named choices that it accepts."""
     hints = get_type_hints(kind)
-    named = [item.name for item in fields(kind) if get_origin(hints[item.name]) is Literal and item.name not in REQUIRED]
+    named = [item.name for item in fields(kind) if get_origin(hints[item.name]) is Literal and item.name not in ASKED]
     choices = {name: get_args(hints[name]) for name in named}
     found = []
     for values in product(*choices.values()):
