@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Hashable
 from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
@@ -17,7 +18,8 @@ def check_fields(record: Any, where: str) -> None:
 
     For `__post_init__`, so that `dataclasses.replace` is checked too.
     """
-    for key, hint in _hints(type(record)).items():
+    kind: Hashable = type(record)
+    for key, hint in _hints(kind).items():
         value = getattr(record, key)
         found = checked(value, hint, f"{where}.{key}" if where else key)
         if found is not value:
@@ -25,7 +27,7 @@ def check_fields(record: Any, where: str) -> None:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {item.name: hints[item.name] for item in fields(kind)}
 
