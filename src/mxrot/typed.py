@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from mxrot.errors import ConfigError
 from mxrot.nearest import brief, listed
@@ -18,8 +18,7 @@ def check_fields(record: Any, where: str) -> None:
 
     For `__post_init__`, so that `dataclasses.replace` is checked too.
     """
-    kind: Hashable = type(record)
-    for key, hint in _hints(kind).items():
+    for key, hint in _hints(cast(Hashable, type(record))).items():
         value = getattr(record, key)
         found = checked(value, hint, f"{where}.{key}" if where else key)
         if found is not value:
