@@ -47,11 +47,15 @@ def test_a_rotation_of_the_residual_stream_changes_nothing(family: Family, tmp_p
 
 @each
 def test_a_permutation_of_inner_channels_changes_nothing(family: Family, tmp_path: Path) -> None:
+    """Or is refused."""
     source = exact_folder(tmp_path, family)
     after_rows = [site for site in family.sites if site.producer is not None and not site.producer_is_value]
-    if not after_rows:
-        pytest.skip(f"family {family.name} names no rows that feed one channel each")
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    if not after_rows:  # no rows feed one channel each: refused
+        last = family.sites[-1].linears[0]
+        with pytest.raises(ConfigError, match=last.rpartition(".")[2]):
+            PermutedFfn(source, {f"{family.block_prefix(1)}.{last}": order})
+        return
     permuted = PermutedFfn(source, {f"{family.block_prefix(1)}.{site.linears[0]}": order for site in after_rows})
     added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
     assert off_by(logits(permuted, IDS, added), logits(source, IDS, added)) < max(
