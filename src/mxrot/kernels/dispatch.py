@@ -212,14 +212,26 @@ def round_columns(
 
 
 def round_reached(
-    columns: Tensor, upper: Tensor, format: Format, rule: ScaleRule, offsets: tuple[int, ...]
+    columns: Tensor,
+    upper: Tensor,
+    format: Format,
+    rule: ScaleRule,
+    offsets: tuple[int, ...],
+    reciprocals: Tensor,
+    into: tuple[Tensor, Tensor],
 ) -> ReachedColumns:
-    """GPTQ over one block of columns, scales included, as `plain_round_reached` defines it."""
+    """GPTQ over one block of columns, scales included, as `plain_round_reached` defines it.
+
+    `reciprocals` [B] are those of the diagonal of `upper`. Values and differences [N, B] are written `into` these.
+    """
     if columns.is_cuda and has_triton() and _rounds_reached_on_gpu(format, rule, offsets):
         from mxrot.kernels.fused.round_reached import round_reached as fused
 
-        return fused(columns, upper, format, rule, offsets)
-    return plain_round_reached(columns, upper, format, rule, offsets, round_columns)
+        return fused(columns, upper, format, rule, offsets, reciprocals, into)
+    found = plain_round_reached(columns, upper, format, rule, offsets, round_columns)
+    into[0].copy_(found.values)
+    into[1].copy_(found.differences)
+    return found
 
 
 def moved_weights(offset: Tensor, moves: WeightMoves, element: Element) -> Tensor:

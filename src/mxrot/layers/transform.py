@@ -161,4 +161,5 @@ def keep(module: nn.Module, name: str, value: Tensor | None) -> None:
 
     None is no such buffer, though its name is: who goes through all of them (accelerate) takes each for a tensor.
     """
-    module.register_buffer(name, value, persistent=value is None)
+    if value is not None or module._buffers.get(name, module) is not None:
+        module.register_buffer(name, value, persistent=value is None)

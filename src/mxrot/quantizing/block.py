@@ -58,7 +58,7 @@ def quantize_block(
         scales = _smooth_block(run, index, Part(prefix, index, block, weights, executor))
         executor.begin(block, _readers(run.family))
     if original is not None:
-        original.begin(deepcopy(block), _readers(run.family))
+        original.begin(_copy_of(run, block), _readers(run.family))
     part = Part(prefix, index, block, weights, executor, original)
     reports: list[LinearReport] = []
     few_tokens: dict[str, int] = {}
@@ -141,10 +141,15 @@ def finished_tensors(run: BlockRun, index: int, block: nn.Module) -> dict[str, T
 def advance_original(run: BlockRun, index: int, block: nn.Module, original: Executor) -> None:
     """Let the original model go on behind a block; `block` has no weights yet."""
     prefix = run.family.block_prefix(index)
-    own = deepcopy(block)
+    own = _copy_of(run, block)
     fill_original(run, own, run.source.block(index, run.device), prefix)
     original.begin(own)
     original.advance(f"{prefix} of the original model")
+
+
+def _copy_of(run: BlockRun, block: nn.Module) -> nn.Module:
+    """The block with tensors of its own; the config that its modules refer to is the same."""
+    return deepcopy(block, {id(run.config): run.config})
 
 
 def _smooth_block(run: BlockRun, index: int, part: Part) -> dict[str, Tensor]:

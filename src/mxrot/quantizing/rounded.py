@@ -119,7 +119,9 @@ def _together(pieces: Sequence[RoundedRows], damping: float | None, tokens: int 
 
 def error_norms(weight: QTensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """The Frobenius norms of what `weight` [n, K] has lost of the `wanted`, and of that; some rows at a time."""
-    counts = [len(rows) for rows in wanted.split(max(1, ERROR_ELEMENTS // max(1, wanted.shape[1])))]
+    if wanted.numel() <= ERROR_ELEMENTS:
+        return (weight.dequantize(torch.float64) - wanted).norm(), wanted.norm()
+    counts = [len(rows) for rows in wanted.split(max(1, ERROR_ELEMENTS // wanted.shape[1]))]
     pieces = list(zip(weight.split_rows(counts), wanted.split(counts), strict=True))
     lost = [(rows.dequantize(torch.float64) - expected).norm() for rows, expected in pieces]
     return _norm(lost), _norm([expected.norm() for _, expected in pieces])

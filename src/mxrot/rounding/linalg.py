@@ -25,8 +25,7 @@ def inverse_factor(hessian: Tensor, damping: float, name: str, overwrites: bool 
 
     Takes two more matrices of that size, of which U is one; with `overwrites` one, and H holds no Hessian any more.
     """
-    if not torch.stack(hessian.aminmax()).isfinite().all():  # without a matrix of their magnitudes
-        raise NumericsError(f"{name}: the Hessian of its inputs holds NaN or Inf; check the calibration activations")
+    finite = torch.stack(hessian.aminmax()).isfinite().all()  # without a matrix of their magnitudes
     matrix = hessian.double()
     mean_diagonal = matrix.diagonal().mean()
     # All inputs zero: any positive multiple of the identity leaves GPTQ equal to rounding to nearest.
@@ -41,11 +40,16 @@ def inverse_factor(hessian: Tensor, damping: float, name: str, overwrites: bool 
         work.add_(0.0)  # -0 becomes +0, as when a matrix is added
         work.diagonal().add_(used * scale)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if not failed:
+        # One wait for the device; what was made of NaN is thrown away.
+        if bool(finite & (failed == 0)):
             inverse = _identity(matrix, overwrites)
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             _copy_reversed(inverse, work)
             return work, used
+        if not finite:
+            raise NumericsError(
+                f"{name}: the Hessian of its inputs holds NaN or Inf; check the calibration activations"
+            )
     raise NumericsError(
         f"{name}: the Hessian of its inputs cannot be factorized even with damping {used:g} of its mean diagonal; "
         "use more calibration samples, or rounding rtn"

@@ -35,10 +35,10 @@ def walk_fixed(blocks: Tensor, factor: Tensor, parts: Parts, order: Tensor, form
     result = torch.empty_like(columns)
     round_under = rounding_under(parts, format)
 
-    def round_some(here: slice) -> Tensor:
+    def round_some(here: slice, lost: Tensor) -> None:
         found = round_under(columns[:, here], factor[here, here], group[here])
         result[:, here] = found.values
-        return found.differences
+        lost.copy_(found.differences)
 
     remainder = walk(columns, factor, block, round_some)
     back = order.argsort()
@@ -56,22 +56,22 @@ def walk_reached(
     block = blocks.shape[-1]
     columns = blocks.flatten(-2).clone()
     result = torch.empty_like(columns)
+    reciprocals = factor.diagonal().reciprocal()
     chosen: list[Parts] = []
 
-    def round_block(here: slice) -> Tensor:
-        found = round_reached(columns[:, here], factor[here, here], format, rule, offsets)
-        result[:, here] = found.values
+    def round_block(here: slice, lost: Tensor) -> None:
+        into = result[:, here], lost
+        found = round_reached(columns[:, here], factor[here, here], format, rule, offsets, reciprocals[here], into)
         chosen.append(found.scales)
-        return found.differences
 
-    def round_some(here: slice) -> Tensor:
+    def round_some(here: slice, lost: Tensor) -> None:
         if here.start % block == 0:
             whole = columns[:, None, here.start : here.start + block]
             chosen.append(format.grid.choose(whole, rule))
         first = torch.zeros(here.stop - here.start, dtype=torch.int64, device=columns.device)
         found = rounding_under(chosen[-1], format)(columns[:, here], factor[here, here], first)
         result[:, here] = found.values
-        return found.differences
+        lost.copy_(found.differences)
 
     remainder = walk(columns, factor, block, round_block if walks_whole_blocks(format) else round_some)
     return result.view_as(blocks), remainder, Parts.side_by_side(chosen)
@@ -96,20 +96,20 @@ def rounding_under(parts: Parts, format: Format) -> RoundUnder:
     return round_uniform
 
 
-def walk(columns: Tensor, factor: Tensor, block: int, round_some: Callable[[slice], Tensor]) -> Tensor:
+def walk(columns: Tensor, factor: Tensor, block: int, round_some: Callable[[slice, Tensor], None]) -> Tensor:
     """Round `columns` [N, K] in blocks of so many; what rounding took away from each, [N, K].
 
-    `round_some` rounds the columns of a slice and gives their differences. When it gets the first columns of a block,
-    all columns of the block have made up for everything before it.
+    `round_some` rounds the columns of a slice and writes what they have lost into the tensor that it is given. When it
+    gets the first columns of a block, all columns of the block have made up for everything before it.
     """
     width = columns.shape[1]
-    remainder = torch.empty_like(columns)
+    remainder, diagonal = torch.empty_like(columns), factor.diagonal()
     for start, stop, step in spans(width, block):
         for first in range(start, stop, step):
             here = slice(first, min(first + step, stop))
-            remainder[:, here] = round_some(here)
-            spread(remainder, columns, here, stop, factor)
-        spread(remainder, columns, slice(start, stop), width, factor)
+            round_some(here, remainder[:, here])
+            spread(remainder, columns, here, stop, factor, diagonal)
+        spread(remainder, columns, slice(start, stop), width, factor, diagonal)
     return remainder
 
 
@@ -125,8 +125,8 @@ def spans(width: int, block: int) -> Iterator[tuple[int, int, int]]:
             yield start, min(start + longest, begin + part), step
 
 
-def spread(remainder: Tensor, columns: Tensor, here: slice, stop: int, factor: Tensor) -> None:
+def spread(remainder: Tensor, columns: Tensor, here: slice, stop: int, factor: Tensor, diagonal: Tensor) -> None:
     """Let the columns [N, K] behind `here`, up to `stop`, make up for what those in it have lost; in place."""
     if here.stop < stop:
-        errors = remainder[:, here] / factor.diagonal()[here]
+        errors = remainder[:, here] / diagonal[here]
         columns[:, here.stop : stop].addmm_(errors, factor[here, here.stop : stop], alpha=-1)

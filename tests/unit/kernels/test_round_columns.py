@@ -123,7 +123,13 @@ def test_the_fused_walk_chooses_the_scales_of_the_plain_one(format: str, rule: s
     here = slice(32, 32 + target.block), slice(16, 16 + target.block)
     arguments = target, target.rule(rule), offsets
     expected = plain_round_reached(columns, upper, *arguments)
-    found = fused(wide[:, here[0]], factor[here[1], here[1]], *arguments)
+    values, differences = torch.zeros_like(wide), torch.zeros_like(wide).repeat(1, 2)
+    into = values[:, here[0]], differences[:, here[0]]
+    reciprocals = factor.diagonal().reciprocal()[here[1]]
+    found = fused(wide[:, here[0]], factor[here[1], here[1]], *arguments, reciprocals, into)
+    assert torch.equal(found.values, values[:, here[0]]) and torch.equal(found.differences, differences[:, here[0]])
+    for whole in (values, differences):  # nothing is written beside the block
+        assert whole.count_nonzero() == whole[:, here[0]].count_nonzero()
     assert found.scales.stored.shape == expected.scales.stored.shape and found.scales.type == expected.scales.type
     same = (found.values == expected.values).all(dim=1) & (found.scales.stored == expected.scales.stored)[:, 0]
     if DEVICE == "cpu":
@@ -150,7 +156,8 @@ def test_scales_at_the_edge_of_a_rule_and_of_their_range(rule: str) -> None:
     upper = torch.eye(32, dtype=torch.float64, device=DEVICE)
     for offsets in ((0,), (0, -1, 1)):
         expected = plain_round_reached(columns, upper, target, target.rule(rule), offsets)
-        found = fused(columns, upper, target, target.rule(rule), offsets)
+        into = torch.empty_like(columns), torch.empty_like(columns)
+        found = fused(columns, upper, target, target.rule(rule), offsets, upper.diagonal().reciprocal(), into)
         assert torch.equal(found.scales.stored, expected.scales.stored)
         assert found.scales.stored[-2:].tolist() == [[255], [255]]
         torch.testing.assert_close(found.values[:-2], expected.values[:-2], rtol=0, atol=0)

@@ -60,6 +60,8 @@ def _round_reached(
     stored_pointer,
     rows_in_all,
     columns_stride,
+    values_stride,
+    differences_stride,
     upper_stride,
     offset_0,
     offset_1,
@@ -111,36 +113,47 @@ def _round_reached(
     least = tl.min(cost, axis=0)
     chosen = tl.min(tl.where(cost == least[None, :], candidate[:, None], CANDIDATES), axis=0)
     is_chosen = candidate[:, None] == chosen[None, :]
-    place = rows[:, None] * B + columns[None, :]
+    place = rows[:, None] * values_stride + columns[None, :]
     tl.store(values_pointer + place, _of_chosen(values, is_chosen), mask=mask)
+    place = rows[:, None] * differences_stride + columns[None, :]
     tl.store(differences_pointer + place, _of_chosen(differences, is_chosen), mask=mask)
     stored = tl.where(is_finite, tl.sum(tl.where(is_chosen, tried, 0), axis=0) + 127, 255)
     tl.store(stored_pointer + rows, stored.to(tl.uint8), mask=inside)
 
 
 def round_reached(
-    columns: Tensor, upper: Tensor, format: Format, rule: ScaleRule, offsets: tuple[int, ...]
+    columns: Tensor,
+    upper: Tensor,
+    format: Format,
+    rule: ScaleRule,
+    offsets: tuple[int, ...],
+    reciprocals: Tensor,
+    into: tuple[Tensor, Tensor],
 ) -> ReachedColumns:
     """As `plain_round_reached` defines it, for a FloatElement in blocks of a power of two with E8M0 scales.
 
-    Under a rule with `raises_from`; at most four offsets.
+    Under a rule with `raises_from`; at most four offsets. `reciprocals` [B] are those of the diagonal of `upper`.
+    Values and differences [N, B] are written `into` these, whose rows may lie in those of a larger matrix.
     """
     element = format.element
     assert isinstance(element, FloatElement) and rule.raises_from is not None
     rows, width = columns.shape
     columns = columns if columns.stride(1) == 1 else columns.contiguous()
     upper = upper if upper.stride(1) == 1 else upper.contiguous()
-    values, differences = (torch.empty(rows, width, dtype=columns.dtype, device=columns.device) for _ in range(2))
+    values, differences = into
+    assert values.stride(1) == differences.stride(1) == reciprocals.stride(0) == 1
     stored = torch.empty(rows, 1, dtype=torch.uint8, device=columns.device)
     _round_reached[(triton.cdiv(rows, ROWS),)](
         columns,
         upper,
-        upper.diagonal().reciprocal(),
+        reciprocals,
         values,
         differences,
         stored,
         rows,
         columns.stride(0),
+        values.stride(0),
+        differences.stride(0),
         upper.stride(0),
         *offsets,
         *[0] * (4 - len(offsets)),
