@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from mxrot.errors import ConfigError
+from mxrot.formats.by_sign import BySign
 from mxrot.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT8, UINT4, Element
 from mxrot.formats.grid import Grid, Uniform
 from mxrot.formats.scale import E4M3_SCALE, E8M0, FP16_SCALE, ScaleRule, ScaleType, get_rule
@@ -89,6 +90,7 @@ MXFP8_E4M3 = Format("mxfp8_e4m3", Uniform(E4M3, E8M0), 32, _MX_RULES)
 MXFP8_E5M2 = Format("mxfp8_e5m2", Uniform(E5M2, E8M0), 32, _MX_RULES)
 MXINT8 = Format("mxint8", Uniform(INT8, E8M0), 32, _MX_RULES)
 NVFP4 = Format("nvfp4", Uniform(E2M1, E4M3_SCALE), 16, ("absmax",))
+AMXFP4 = Format("amxfp4", BySign(E2M1, E5M2), 32, ("absmax",))
 INT4_G32 = Format("int4_g32", Uniform(INT4, FP16_SCALE), 32, ("absmax",))
 INT4_G128 = Format("int4_g128", Uniform(INT4, FP16_SCALE), 128, ("absmax",))
 INT4_G32_ASYM = Format("int4_g32_asym", Uniform(UINT4, FP16_SCALE), 32, ("minmax",))

@@ -176,6 +176,15 @@ class FloatElement(Element):
         step = self._steps(y)
         return y.div_(step).round_().mul_(step)
 
+    def round_half_away(self, y: Tensor) -> Tensor:
+        """As `round`, with ties to the value farther from 0; the sign of a zero stays."""
+        magnitude = y.abs().clamp_(max=self.max)
+        step = self._steps(magnitude)
+        multiples = magnitude.div_(step)
+        whole = multiples.floor()
+        rest = multiples.sub_(whole)  # exact, as a half added to it would not be
+        return whole.add_(rest >= 0.5).mul_(step).copysign_(y)
+
     def encode(self, y: Tensor) -> Tensor:
         y = y.clamp(-self.max, self.max)
         exponents = binary_exponents(y).clamp(min=self.min_exponent)

@@ -14,6 +14,7 @@ BITS_PER_ELEMENT = {
     "mxfp8_e5m2": 8.25,
     "mxint8": 8.25,
     "nvfp4": 4.5,
+    "amxfp4": 4.5,
     "int4_g32": 4.5,
     "int4_g128": 4.125,
     "int4_g32_asym": 4.625,
