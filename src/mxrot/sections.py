@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mxrot.errors import ConfigError
-from mxrot.formats import TensorQuantizer, get_format
+from mxrot.formats import TensorQuantizer
 from mxrot.typed import check_fields
 
 
@@ -18,13 +18,14 @@ class QuantizerChoice:
     format: str
     rule: str = ""
     """Empty: the format's default rule."""
+    clip: float = 1.0
+    """What the largest and the smallest element of a block are multiplied by before the scale is chosen."""
 
     def __post_init__(self) -> None:
         check_fields(self, "")
 
     def quantizer(self) -> TensorQuantizer:
-        format = get_format(self.format)
-        return TensorQuantizer(format, format.rule(self.rule or None))
+        return TensorQuantizer.of(self.format, self.rule or None, self.clip)
 
     def for_inputs(self) -> TensorQuantizer:
         """The same for inputs, each row, which is a token, by itself."""

@@ -114,6 +114,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("ignore", merged(ignore="lm_head"), r'ignore: expected a list of strings, .*\["lm_head"\].*, got .lm_head'),
     ("ignored", merged(ignore=["a", 1]), r"ignore: expected a list of strings"),
     ("skip", merged(smoothing={"skip": "o"}), r"smoothing\.skip: expected a list of strings"),
+    ("clip", merged(weights={"clip": "0.9"}), r"^mine\.toml: weights\.clip: expected float, got '0\.9'"),
     ("alpha", merged(smoothing={"alpha": "0.5"}), r"smoothing\.alpha: expected float, got '0\.5'"),
     ("boolean alpha", merged(smoothing={"alpha": True}), r"smoothing\.alpha: expected float, got True"),
     ("steps", merged(transform={"steps": 1.5}), r"transform\.steps: expected int, got 1\.5"),
@@ -155,6 +156,8 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         r'transform score = "error" sees blocks of 32, and activations in int4_g128 have blocks of 128',
     ),
     # numbers out of range
+    ("clip", merged(weights={"clip": 0}), r"^recipe mine: weights: clip 0\.0 is not above 0 and at most 1"),
+    ("clip", merged(activations={"clip": 1.1}), r"^recipe mine: activations: clip 1\.1 is not above 0 and at most 1"),
     ("alpha", merged(smoothing={"alpha": 1.5}), r"^smoothing: alpha 1\.5 is not in \[0, 1\]"),
     ("alpha", merged(smoothing={"alpha": -0.1}), r"smoothing: alpha -0\.1 is not in \[0, 1\]"),
     ("alpha", merged(smoothing={"alpha": float("nan")}), r"smoothing: alpha nan is not in \[0, 1\]"),

@@ -198,7 +198,7 @@ def _formats(scheme: Scheme) -> str:
 
 
 def _activations(scheme: Scheme) -> str:
-    rules = dict.fromkeys(code(one.activations.rule.name) for one in scheme.distinct if one.activations is not None)
+    rules = dict.fromkeys(code(one.activations.spelled_rule) for one in scheme.distinct if one.activations is not None)
     if not rules:
         return "Activations are left as they are."
     return (

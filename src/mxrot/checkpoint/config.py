@@ -81,7 +81,8 @@ def compressed_tensors_config(scheme: Scheme, family: Family, dtype: torch.dtype
 def why_unfaithful(scheme: Scheme) -> str | None:
     """Why compressed-tensors has no words for a scheme; None if it has.
 
-    What runtimes choose themselves, the scale rule of inputs and how products are summed, does not count.
+    What runtimes choose themselves, the scale rule of inputs and how products are summed, does not count; but no
+    runtime clips inputs. Weights may be clipped: their scales are stored, however they were chosen.
     """
     if scheme.cache is not None:
         return "keys and values of attention are quantized"
@@ -89,6 +90,8 @@ def why_unfaithful(scheme: Scheme) -> str | None:
         if _layout_of(one) is None:
             inputs = "" if one.activations is None else f" with inputs in {one.activations.format.name}"
             return f"it has no layout for weights in {one.weights.format.name}{inputs}"
+        if one.activations is not None and one.activations.rule.is_clipped:
+            return f"it has no word for inputs that are clipped ({one.activations.spelled})"
         if one.stages and not _is_one_matrix(one):
             return "it has one matrix for all blocks of a site, and this checkpoint has others"
     return None
@@ -148,8 +151,10 @@ def scheme_table(scheme: SiteScheme) -> dict[str, Any]:
     }
 
 
-def _quantizer_table(quantizer: TensorQuantizer) -> dict[str, str]:
-    return {"format": quantizer.format.name, "rule": quantizer.rule.name}
+def _quantizer_table(quantizer: TensorQuantizer) -> dict[str, Any]:
+    """With a key for the clip only where there is one: other checkpoints read as before."""
+    table: dict[str, Any] = {"format": quantizer.format.name, "rule": quantizer.rule.name}
+    return table | {"clip": quantizer.rule.clip} if quantizer.rule.is_clipped else table
 
 
 def _words(scheme: SiteScheme) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mxrot.checkpoint.config import (
     scheme_table,
 )
 from mxrot.errors import CheckpointError, ConfigError
-from mxrot.formats import FORMATS, TensorQuantizer, get_format
+from mxrot.formats import FORMATS, TensorQuantizer
 from mxrot.marker import MARKER
 from mxrot.models import Family
 from mxrot.recipe import Accumulation
@@ -173,9 +173,11 @@ def _quantizer(table: Any, where: str) -> TensorQuantizer:
     name, rule = (table.get("format"), table.get("rule")) if isinstance(table, dict) else (None, None)
     if not (isinstance(name, str) and isinstance(rule, str) and rule):
         raise CheckpointError(f"{where}: expected a format and a rule, got {table!r}")
+    clip = table.get("clip", 1.0)
+    if not isinstance(clip, float):
+        raise CheckpointError(f"{where}: expected a number for the clip, got {clip!r}")
     try:
-        format = get_format(name)
-        return TensorQuantizer(format, format.rule(rule))
+        return TensorQuantizer.of(name, rule, clip)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
 

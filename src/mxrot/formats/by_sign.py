@@ -40,7 +40,7 @@ class BySign(Grid):
         return tuple(PartSpec(name, torch.float8_e5m2, self.scale.bits) for name in (ABOVE, OTHERS))
 
     def choose(self, blocks: Tensor, rule: ScaleRule) -> NamedParts:
-        low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+        low, high = rule.cut(blocks.amin(dim=-1)), rule.cut(blocks.amax(dim=-1))
         poison = (low - low) + (high - high)  # NaN where there is NaN or Inf
         ends = {ABOVE: high, OTHERS: -low}
         return NamedParts({name: self._stored(end / self.element.max + poison) for name, end in ends.items()})

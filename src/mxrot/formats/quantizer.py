@@ -81,12 +81,22 @@ class TensorQuantizer:
 
     @property
     def spelled(self) -> str:
-        """Format and rule by name, as `named` reads it."""
-        return f"{self.format.name} {self.rule.name}"
+        """Format and rule by name, and the clip where there is one, as `named` reads it: "mxfp4 even clip 0.9"."""
+        return f"{self.format.name} {self.spelled_rule}"
+
+    @property
+    def spelled_rule(self) -> str:
+        """The rule by its name, and its clip where it has one."""
+        return f"{self.rule.name} clip {self.rule.clip}" if self.rule.is_clipped else self.rule.name
 
     @staticmethod
     def named(spelled: str) -> TensorQuantizer:
         """The inverse of `spelled`."""
-        format_name, rule = spelled.split(" ")
-        format = get_format(format_name)
-        return TensorQuantizer(format, format.rule(rule))
+        format, rule, *clip = spelled.split(" ")
+        return TensorQuantizer.of(format, rule, float(clip[1]) if clip else 1.0)
+
+    @staticmethod
+    def of(format: str, rule: str | None = None, clip: float = 1.0) -> TensorQuantizer:
+        """By the names of its format and rule; ConfigError if there is none of that name, or no such clip."""
+        found = get_format(format)
+        return TensorQuantizer(found, found.rule(rule).clipped(clip))

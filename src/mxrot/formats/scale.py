@@ -20,13 +20,21 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError
-from mxrot.formats.element import Element, binary_exponents, look_up, powers_of_two
+from mxrot.formats.element import Element, look_up
+from mxrot.formats.exponents import (
+    E8M0_BIAS,
+    block_maxima,
+    ceil_exponents,
+    e8m0_bytes,
+    even_exponents,
+    floor_exponents,
+    least_error_exponents,
+    seven_and_a_quarter_exponents,
+    third_exponents,
+)
 from mxrot.formats.parts import Parts
 from mxrot.nearest import not_known
 
-E8M0_BIAS = 127
-E8M0_MIN, E8M0_MAX = -127, 127
-E8M0_MAX_BYTE = E8M0_MAX + E8M0_BIAS
 _E8M0_VALUES = (*(2.0 ** (byte - E8M0_BIAS) for byte in range(255)), math.nan)
 _SMALLEST_NORMAL = 2.0**-126
 _WHOLE = 1 << 23
@@ -91,6 +99,33 @@ class ScaleRule(ABC):
     another kind."""
     by_row: bool = False
     """Where a scale depends on other blocks: on those of its own row only."""
+    clip: float = 1.0
+    """What the largest and the smallest element of a block are multiplied by before the rule sees them: below 1 what
+    is beyond saturates, and the other elements get finer steps."""
+
+    def clipped(self, clip: float) -> ScaleRule:
+        """This rule with that clip; ConfigError unless it is above 0 and at most 1."""
+        if not 0 < clip <= 1:
+            raise ConfigError(f"clip {clip} is not above 0 and at most 1")
+        # With a clip no fraction field of the unclipped maximum says which exponent is chosen.
+        return self if clip == self.clip else replace(self, clip=clip, raises_from=None)
+
+    @property
+    def is_clipped(self) -> bool:
+        return self.clip != 1
+
+    @property
+    def sees_extremes_only(self) -> bool:
+        """Are the scales made from the largest and the smallest element of each block, whatever lies between?"""
+        return True
+
+    def maxima(self, blocks: Tensor) -> Tensor:
+        """max |x| of each block, clipped; NaN where the block holds one."""
+        return self.cut(block_maxima(blocks))
+
+    def cut(self, extremes: Tensor) -> Tensor:
+        """Largest or smallest elements of blocks, clipped."""
+        return extremes * self.clip if self.is_clipped else extremes
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
         """Does the scale of a block depend on blocks of other rows?"""
@@ -122,78 +157,12 @@ class ScaleRule(ABC):
         """Scales of float32/float64 `blocks` [..., B]. A block that holds NaN or Inf gets the scale NaN."""
 
 
-def block_maxima(blocks: Tensor) -> Tensor:
-    """max |x| over the last dimension; NaN if there is one."""
-    return blocks.abs().amax(dim=-1)
-
-
-def e8m0_bytes(exponents: Tensor, maxima: Tensor) -> Tensor:
-    """E8M0 bytes of integer exponents, saturating at 2^-127 and 2^127; NaN (255) where `maxima` is not finite."""
-    clamped = exponents.clamp(E8M0_MIN, E8M0_MAX) + E8M0_BIAS
-    return torch.where(maxima.isfinite(), clamped, 255).to(torch.uint8)
-
-
-def floor_exponents(blocks: Tensor, element: Element) -> Tensor:
-    """floor(log2 amax) - emax (OCP section 6.3)."""
-    return binary_exponents(block_maxima(blocks)) - element.max_exponent
-
-
-def even_exponents(blocks: Tensor, element: Element) -> Tensor:
-    """The exponent of amax rounded to the element's mantissa bits (half away from zero), minus emax.
-
-    For E2M1: `floor`, and one more when the mantissa of amax is at least 1.75.
-    """
-    exponents, mantissas = _split(block_maxima(blocks))
-    rounds_to_two = mantissas >= 2 - 2.0 ** -(element.mantissa_bits + 1)
-    return exponents - element.max_exponent + rounds_to_two.to(exponents.dtype)
-
-
-def ceil_exponents(blocks: Tensor, element: Element) -> Tensor:
-    """ceil(log2(amax / max)): the smallest exponent at which nothing saturates."""
-    exponents, mantissas = _split(block_maxima(blocks))
-    exceeds_max = mantissas > math.ldexp(element.max, -element.max_exponent)
-    return exponents - element.max_exponent + exceeds_max.to(exponents.dtype)
-
-
-def seven_and_a_quarter_exponents(blocks: Tensor, element: Element) -> Tensor:
-    """ceil(log2(amax / 7.25)) of E2M1, the rule of AutoRound: up to 7.25 the maximum saturates at 6."""
-    exponents, mantissas = _split(block_maxima(blocks))
-    return exponents - element.max_exponent + (mantissas > 7.25 / 4).to(exponents.dtype)
-
-
-def _split(maxima: Tensor) -> tuple[Tensor, Tensor]:
-    """Exponents e and mantissas m of maxima = m 2^e, exact; m in [1, 2) unless the E8M0 byte saturates."""
-    exponents = binary_exponents(maxima)
-    return exponents, maxima * powers_of_two(-exponents.clamp(E8M0_MIN, E8M0_MAX)).to(maxima.dtype)
-
-
-def third_exponents(blocks: Tensor, element: Element) -> Tensor:
-    """floor(log2 amax), to be divided by 3: amax lands in [max / 2, max) of E2M1 (FP-Quant, arXiv 2509.23202)."""
-    return binary_exponents(block_maxima(blocks))
-
-
-def least_error_exponents(blocks: Tensor, element: Element) -> Tensor:
-    """Of e-1, e, e+1 around `floor`, the exponent with the least squared error; the smallest of equals."""
-    middle = floor_exponents(blocks, element)
-    candidates = torch.stack([middle - 1, middle, middle + 1]).clamp(E8M0_MIN, E8M0_MAX)
-    # Measured in units of 2^middle: the squares of very small or large blocks would vanish or overflow.
-    unit = candidates[1]
-    relative = blocks / powers_of_two(unit).to(blocks.dtype)[..., None]
-    errors = torch.stack([_squared_error(relative, exponents - unit, element) for exponents in candidates])
-    return candidates.gather(0, errors.argmin(dim=0, keepdim=True)).squeeze(0)
-
-
-def _squared_error(blocks: Tensor, exponents: Tensor, element: Element) -> Tensor:
-    scale = powers_of_two(exponents).to(blocks.dtype)[..., None]
-    return (element.round(blocks / scale).mul_(scale).sub_(blocks)).square_().sum(dim=-1)
-
-
 @dataclass(frozen=True)
 class ExponentRule(ScaleRule):
     """A rule that picks a power of two."""
 
     exponents: Callable[[Tensor, Element], Tensor] = floor_exponents
-    """Integer exponents [...] of blocks [..., B]; out-of-range ones saturate."""
+    """Integer exponents [...] for the maxima [...] of blocks; out-of-range ones saturate."""
     factor: float | None = None
     """Constant that multiplies every scale; None stands for 1."""
 
@@ -205,9 +174,25 @@ class ExponentRule(ScaleRule):
         return self.factor is not None
 
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
-        stored = e8m0_bytes(self.exponents(blocks, element), block_maxima(blocks))
+        maxima = self.maxima(blocks)
+        stored = e8m0_bytes(self._exponents(blocks, maxima, element), maxima)
         factor = None if self.factor is None else blocks.new_full((), self.factor, dtype=torch.float32)
         return BlockScales(stored, scale_type, tensor_scale=factor)
+
+    def _exponents(self, blocks: Tensor, maxima: Tensor, element: Element) -> Tensor:
+        return self.exponents(maxima, element)
+
+
+@dataclass(frozen=True)
+class LeastErrorRule(ExponentRule):
+    """A rule that tries each exponent and its two neighbours on the block itself."""
+
+    @property
+    def sees_extremes_only(self) -> bool:
+        return False
+
+    def _exponents(self, blocks: Tensor, maxima: Tensor, element: Element) -> Tensor:
+        return least_error_exponents(blocks, self.exponents(maxima, element), element)
 
 
 @dataclass(frozen=True)
@@ -228,7 +213,7 @@ class Log256Rule(ScaleRule):
         return LOG256_LEVELS
 
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
-        logs = (block_maxima(blocks).float() / element.max).clamp(min=_SMALLEST_NORMAL).log2()
+        logs = (self.maxima(blocks).float() / element.max).clamp(min=_SMALLEST_NORMAL).log2()
         if logs.numel() == 0:
             return BlockScales(logs, LOG256_LEVELS)
         low, high = logs.aminmax(dim=-1, keepdim=True) if self.by_row else logs.aminmax()
@@ -251,7 +236,7 @@ class AbsMaxRule(ScaleRule):
         return replace(self, by_row=True)
 
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
-        maxima = block_maxima(blocks)
+        maxima = self.maxima(blocks)
         scales = maxima / element.max
         if scale_type == FP16_SCALE:
             return BlockScales(scales.to(torch.float16), scale_type)
@@ -271,7 +256,7 @@ class MinMaxRule(ScaleRule):
     """(max - min) / 15 in FP16 and an integer zero point, for unsigned elements; the range always holds 0."""
 
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
-        low, high = blocks.amin(dim=-1).clamp(max=0), blocks.amax(dim=-1).clamp(min=0)
+        low, high = self.cut(blocks.amin(dim=-1).clamp(max=0)), self.cut(blocks.amax(dim=-1).clamp(min=0))
         stored = ((high - low) / element.max).to(scale_type.dtype)
         scale = stored.to(blocks.dtype)
         zero_points = (-low / torch.where(scale > 0, scale, 1.0)).round().clamp(0, element.max)
@@ -319,7 +304,7 @@ RULES: dict[str, ScaleRule] = {
             exponents=seven_and_a_quarter_exponents,
         ),
         ExponentRule("x3", "2^floor(log2 amax) / 3: QuTLASS, FP-Quant", exponents=third_exponents, factor=1 / 3),
-        ExponentRule("mse", "least squared error of three exponents", dynamic=False, exponents=least_error_exponents),
+        LeastErrorRule("mse", "least squared error of three exponents", dynamic=False),
         Log256Rule("log256", "256 levels of log2(scale): released DuQuant++ code, no hardware"),
         AbsMaxRule("absmax", "amax / max in the scale's own type"),
         MinMaxRule("minmax", "(max - min) / 15 and a zero point"),

@@ -177,6 +177,8 @@ class QuantLinear(SiteLinear):
         """What computes this linear for so many rows of input, and why."""
         if self.activations is None or not (self.weights.is_mxfp4 and self.activations.is_mxfp4):
             return Choice(None, "weights and inputs are not both MXFP4")
+        if self.activations.rule.is_clipped:
+            return Choice(None, "inputs are clipped, which kernels do not do")
         return choose_path(rows, self.site_weight().packed(), self.weight_packed.device)
 
     def site_weight(self) -> StoredWeight:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mxrot.formats import TensorQuantizer, as_blocks, encode_blocks
 from mxrot.formats.element import Element, look_up
-from mxrot.formats.scale import E8M0_MAX_BYTE
+from mxrot.formats.exponents import E8M0_MAX_BYTE
 from mxrot.kernels import WeightMoves
 from mxrot.layers import InputTransform, QuantLinear
 from mxrot.models import Site

@@ -142,7 +142,7 @@ def why_not_in_plugin(scheme: SiteScheme) -> str | None:
 
 def _notes(facts: Facts) -> Iterator[str]:
     inputs = [one.activations for one in facts.scheme.distinct]
-    rules = sorted({one.rule.name for one in inputs if one is not None})
+    rules = sorted({one.spelled_rule for one in inputs if one is not None})
     if facts.architecture not in ARCHITECTURES + FUSED:
         yield f"{facts.architecture} was not tried in vLLM; tried were {', '.join(ARCHITECTURES + FUSED)}"
     if None in inputs:

@@ -19,6 +19,7 @@ BITS_PER_ELEMENT = {
     "int4_g128": 4.125,
     "int4_g32_asym": 4.625,
     "int4_g128_asym": 4.15625,
+    "int4_row_asym": 4,
     "int4_row": 4,
     "int8_row": 8,
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule, encode_blocks, fake_quantize, pack_codes, round_blocks
-from mxrot.formats.scale import E8M0_BIAS
+from mxrot.formats.exponents import E8M0_BIAS
 from mxrot.transforms.stages import apply_matrices
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mxrot.formats import BlockScales, QTensor, get_format, unpack_codes
 from mxrot.formats.element import powers_of_two
-from mxrot.formats.scale import E8M0_BIAS
+from mxrot.formats.exponents import E8M0_BIAS
 from mxrot.kernels.plain.activations import PackedRows, out_of_pairs
 
 E4M3_SHIFTS = -8, 6
