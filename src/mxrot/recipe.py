@@ -23,7 +23,7 @@ from mxrot.recipe_files import BUILTIN_FOLDER as BUILTIN_FOLDER
 from mxrot.recipe_files import builtin_recipes as builtin_recipes
 from mxrot.recipe_files import recipe_text, tomllib
 from mxrot.rounding import RoundingMethod
-from mxrot.sections import CalibrationChoice, QuantizerChoice, Smoothing, Tuning
+from mxrot.sections import CalibrationChoice, QuantizerChoice, Rotation, Smoothing, Tuning
 from mxrot.tables import build, build_method, keys_of, misplaced, plain, section, write_toml
 from mxrot.transforms import BlockDiagonalSpec, Sharing, StageSpec, TransformMethod
 from mxrot.typed import check_fields, checked
@@ -44,6 +44,8 @@ class Recipe:
     activations: QuantizerChoice | None = None
     """None leaves activations as they are."""
     sharing: Sharing = "site"
+    rotation: Rotation | None = None
+    """What is merged into the weights before anything else is done; None for nothing."""
     smoothing: Smoothing | None = None
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
     tuning: Tuning | None = None
@@ -178,6 +180,8 @@ class Recipe:
         table["weights"] = plain(self.weights)
         if self.activations is not None:
             table["activations"] = plain(self.activations)
+        if self.rotation is not None:
+            table["rotation"] = plain(self.rotation)
         if self.smoothing is not None:
             table["smoothing"] = plain(self.smoothing)
         table["transform"] = {
@@ -257,6 +261,7 @@ class Recipe:
 _SECTIONS: dict[str, type] = {
     "weights": QuantizerChoice,
     "activations": QuantizerChoice,
+    "rotation": Rotation,
     "smoothing": Smoothing,
     "calibration": CalibrationChoice,
     "tuning": Tuning,

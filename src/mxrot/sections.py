@@ -70,6 +70,47 @@ class CalibrationChoice:
             raise ConfigError(f"calibration: generated must be finite and not negative, got {self.generated}")
 
 
+RotationKind = Literal["none", "hadamard", "orthogonal"]
+"""None, a Hadamard matrix under random signs, or one from the uniform distribution over all orthogonal matrices."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotations that are merged into the weights on both sides: nothing is computed at run time."""
+
+    residual: RotationKind = "none"
+    """Of the residual stream (R1 in SpinQuant); norm gains are folded, and the head gets weights of its own."""
+    value_heads: RotationKind = "none"
+    """Of the values of attention, one matrix a decoder block for all of its heads (R2)."""
+    steps: int = 0
+    """Of training; 0 leaves the matrices as they are drawn."""
+    rate: float = 1.5
+    """Learning rate of the training at its start."""
+    batch_windows: int = 8
+    """Calibration windows a step."""
+    quantized_weights: bool = False
+    """Does the training see quantized weights, too, and not only quantized inputs?"""
+
+    @property
+    def spelled(self) -> str:
+        """In words: "the residual stream (hadamard) and the value heads (orthogonal)"."""
+        kinds = {"the residual stream": self.residual, "the value heads": self.value_heads}
+        return " and ".join(f"{what} ({kind})" for what, kind in kinds.items() if kind != "none")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rotation")
+        if self.residual == self.value_heads == "none":
+            raise ConfigError('rotation: residual and value_heads are both "none"; set one of them, or leave both out')
+        if self.steps < 0:
+            raise ConfigError(f"rotation: steps must not be negative, got {self.steps}")
+        if self.steps:
+            raise ConfigError(f"rotation: steps {self.steps}: rotations are not trained yet; set rotation.steps = 0")
+        if not 0 < self.rate < math.inf:
+            raise ConfigError(f"rotation: rate must be positive and finite, got {self.rate}")
+        if self.batch_windows < 1:
+            raise ConfigError(f"rotation: batch_windows must be at least 1, got {self.batch_windows}")
+
+
 @dataclass(frozen=True)
 class Tuning:
     """How to tune rounding and transforms after the closed form."""

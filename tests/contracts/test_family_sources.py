@@ -12,8 +12,11 @@ from tests.unit.surgery.changed_sources import logits, off_by, rotation
 from transformers import AutoModelForCausalLM
 
 from mxrot.errors import ConfigError
-from mxrot.models import Family, FolderSource
-from mxrot.surgery import PermutedFfn, Rotated, Untied
+from mxrot.models import Family, FolderSource, WeightFiles
+from mxrot.quantizing import quantize
+from mxrot.quantizing.rotating import Rotations, drawn_rotations, rotated_source
+from mxrot.recipe import load_recipe
+from mxrot.surgery import PermutedFfn, Rotated, RotatedHeads, Untied
 
 IDS = torch.arange(40)[None]
 
@@ -37,12 +40,65 @@ def test_a_rotation_of_the_residual_stream_changes_nothing(family: Family, tmp_p
     """Or is refused."""
     source = exact_folder(tmp_path, family, tie_word_embeddings=True)
     if not family.is_rotatable:
-        with pytest.raises(ConfigError, match=rf"the residual stream of family {family.name} passes more than plain"):
+        assert family.rotation_obstacle
+        reason = rf"residual stream of family {family.name} can be merged into the weights: {family.rotation_obstacle};"
+        with pytest.raises(ConfigError, match=reason):
             Rotated(Untied(source), rotation())
         return
     rotated = Rotated(Untied(source), rotation())
     assert off_by(logits(rotated, IDS), logits(source, IDS)) < tolerance_of(family)
     assert off_by(rotated.outer()[f"{family.head}.weight"], source.outer()[f"{family.embedding}.weight"]) > 0.1
+
+
+@each
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
+def test_the_rotations_of_a_recipe_change_nothing(family: Family, kind: str, tmp_path: Path) -> None:
+    """Of the value heads in every family, and of the residual stream, too, in those that take it."""
+    source = exact_folder(tmp_path, family, tie_word_embeddings=True)
+    recipe = load_recipe("rtn").changed({"rotation.value_heads": kind})
+    if family.is_rotatable:
+        recipe = recipe.changed({"rotation.residual": kind})
+    drawn = drawn_rotations(source.config, recipe, 0, "cpu")
+    rotated = rotated_source(source, drawn)
+    added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
+    tolerance = max(tolerance_of(family), 2.0**-20 * added)
+    assert off_by(logits(rotated, IDS, added), logits(source, IDS, added)) < tolerance
+    before, after = source.block(1), rotated.block(1)
+    for name in (family.values, family.values_read_by):
+        assert off_by(after[f"{name}.weight"], before[f"{name}.weight"]) > 0.1
+    half = Rotations(value_heads=drawn.value_heads)
+    assert off_by(logits(rotated_source(source, half), IDS, added), logits(source, IDS, added)) < tolerance
+
+
+@each
+def test_values_are_rotated_on_both_sides(family: Family, tmp_path: Path) -> None:
+    """Else the test above would see nothing."""
+    source = exact_folder(tmp_path, family)
+    matrices = torch.stack([rotation(16, seed) for seed in range(2)])
+    added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
+    for linear in (family.values, family.values_read_by):
+
+        class Forgotten(RotatedHeads):
+            def changed_block(self, index, tensors):  # type: ignore[no-untyped-def]
+                name = f"{linear}.weight"  # noqa: B023
+                return super().changed_block(index, tensors) | {name: tensors[name]}
+
+        assert off_by(logits(Forgotten(source, matrices), IDS, added), logits(source, IDS, added)) > 1e-4
+
+
+@each
+def test_a_recipe_that_rotates_is_refused_before_a_weight_is_read(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = exact_folder(tmp_path, family)
+    monkeypatch.setattr(WeightFiles, "read_all", None)  # who calls it fails otherwise
+    recipe = load_recipe("rtn").changed({"rotation.residual": "hadamard"})
+    if family.is_rotatable:
+        with pytest.raises(TypeError):
+            quantize(source, recipe)
+    else:
+        with pytest.raises(ConfigError, match=rf"family {family.name} can be .* {family.rotation_obstacle}; take a"):
+            quantize(source, recipe)
 
 
 @each

@@ -42,7 +42,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 ## What it is
 
-{summary}{source}, from {base}. {activations}
+{summary}{source}, from {base}. {activations}{rotations}
 
 | | bytes | bits a weight |
 |---|---|---|
@@ -174,6 +174,7 @@ def model_card(source: Source, made: Made) -> str:
         summary=plain_text(recipe.summary or f"Recipe {recipe.name}"),
         source=f" ({plain_text(recipe.source)})" if recipe.source else "",
         activations=_activations(made.scheme),
+        rotations=_rotations(recipe),
         weight_bytes=size.code_bytes + size.scale_bytes,
         bits=size.bits_per_weight or 0,
         transform_bytes=size.transform_bytes,
@@ -205,6 +206,13 @@ def _activations(scheme: Scheme) -> str:
         f"Activations are quantized at run time with scale rule {' and '.join(rules)}; accuracy\n"
         f"figures hold under {'that rule' if len(rules) == 1 else 'these rules'}."
     )
+
+
+def _rotations(recipe: Recipe) -> str:
+    if recipe.rotation is None:
+        return ""
+    head = "" if recipe.rotation.residual == "none" else "; norm gains are 1, and the head is no copy of the embedding"
+    return f"\nRotations are merged into all weights: {recipe.rotation.spelled}{head}."
 
 
 def _warning(scheme: Scheme) -> str:

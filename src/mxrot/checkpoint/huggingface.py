@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
@@ -224,12 +225,29 @@ def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
         save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
         quantized = quantizing.quantize(Path(folder), recipe, device=model.device).model
     assert quantized is not None
+    if recipe.rotation is not None:
+        take_rotated(model, quantized)
     names = {module: name for name, module in quantized.named_modules()}
     for linears in list(sites_of(quantized)):
         for linear in linears:
             linear.bias = getattr(model.get_submodule(names[linear]), "bias", None)
             model.set_submodule(names[linear], linear)
     with_config(model, recipe)
+
+
+def take_rotated(model: PreTrainedModel, quantized: PreTrainedModel) -> None:
+    """Give a loaded model what rotations have changed beside the weights that are codes: embedding, norms, biases,
+    routers, and a head of its own."""
+    if model.config.tie_word_embeddings and not quantized.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    own = dict(model.named_parameters())
+    for name, rotated in quantized.named_parameters():
+        if name in own and own[name].shape == rotated.shape:
+            own[name].data.copy_(rotated)
 
 
 def with_config(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:

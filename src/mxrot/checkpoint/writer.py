@@ -94,7 +94,7 @@ def quantize_to_folder(
                 copy_file(path, place.partial / path.relative_to(folder))
             result = quantize(source, recipe, windows=windows, device=device, seed=seed, store=store, progress=progress)
             _check_unchanged(folder, files, stamps)
-            run = _write_around(store, source, result, base_name, data, fingerprint)
+            run = _write_around(store, result, base_name, data, fingerprint)
             put_in_place(place, is_note)
         except BaseException as error:
             _keep_work(place.partial, fingerprint, error)
@@ -181,14 +181,13 @@ def _keep_work(partial: Path, fingerprint: dict[str, Any], error: BaseException)
 
 def _write_around(
     store: PartialCheckpoint,
-    source: Source,
     result: QuantizedModel,
     base_name: str,
     data: dict[str, Any] | None,
     fingerprint: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything but the shards and what is copied: index, config, recipe, card and run.json."""
-    folder, recipe = store.folder, result.record.recipe
+    folder, source, recipe = store.folder, result.source, result.record.recipe
     store.write_index()
     config = {**read_json(source.folder / "config.json"), **source.config_changes}
     config.pop("transformers_weights", None)  # names a file of the source

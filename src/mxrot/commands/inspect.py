@@ -38,6 +38,7 @@ def inspect(
     from mxrot.evaluation import kernel_choices, site_maxima
     from mxrot.models import find_family
     from mxrot.report import (
+        changes_line,
         choices_table,
         errors_table,
         experts_line,
@@ -65,7 +66,8 @@ def inspect(
         run = read_run(folder)
         show(errors_table(run["blocks"]))
         print(size_line(run["size"]))
-        for line in filter(None, (left_line(run), rank_line(run), tuning_line(run), experts_line(run))):
+        lines = (changes_line, left_line, rank_line, tuning_line, experts_line)
+        for line in filter(None, (said(run) for said in lines)):
             print(line)
         result |= {"blocks": run["blocks"], "size": run["size"]}
     if kernels:

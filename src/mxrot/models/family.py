@@ -57,12 +57,21 @@ class Family:
     norm_class: str | None = None
     """transformers' class of its norms, where that computes x / rms(x) * weight, with an attribute `variance_epsilon`:
     they can run as one operation."""
-    is_rotatable: bool = False
-    """The residual stream passes plain RMSNorms alone, whose output nothing reads but the site that names the norm, and
-    the head; what the sites without a norm give is added to it, times a number at most. A rotation of it can be merged
-    into the weights."""
+    rotation_obstacle: str | None = "nobody has looked what the residual stream passes"
+    """Why no rotation of the residual stream can be merged into the weights. None where it passes plain RMSNorms alone,
+    whose output nothing reads but the site that names the norm, and the head, and where what the sites without a norm
+    give is added to it, times a number at most."""
+    values: str = "self_attn.v_proj"
+    """The linear whose last rows are the value heads, one after the other."""
+    values_read_by: str = "self_attn.o_proj"
+    """The linear whose inputs are sums of values over tokens, query head after query head."""
     experts: ExpertNames | None = None
     """Of a mixture of experts, whose sites `find_family` adds to `sites`, as the config has it."""
+
+    @property
+    def is_rotatable(self) -> bool:
+        """Can a rotation of the residual stream be merged into the weights?"""
+        return self.rotation_obstacle is None
 
     @cached_property
     def linears(self) -> frozenset[str]:

@@ -48,6 +48,10 @@ class Source(ABC):
     def types(self) -> Mapping[str, torch.dtype]:
         """The types of tensors that are stored in another one, by full names, with linears for each expert."""
 
+    def type_of(self, name: str) -> torch.dtype:
+        """The type in which the tensor of this full name is stored."""
+        return self.types.get(name, self.dtype)
+
     @abstractmethod
     def outer(self) -> dict[str, Tensor]:
         """Every tensor outside of the decoder blocks by its full name, in the type that it is stored in, on the CPU."""

@@ -9,6 +9,7 @@ from mxrot.layers import build_apart
 from mxrot.models import WeightFiles, find_family, read_config
 from mxrot.planning.run import Run
 from mxrot.planning.shape import ModelShape
+from mxrot.quantizing.rotating import config_after
 from mxrot.recipe import Recipe
 
 STATE_NUMBERS = 4
@@ -38,7 +39,7 @@ def needed_on_disk(folder: Path, recipe: Recipe, windows: tuple[int, int]) -> fl
     try:
         config = read_config(folder)
         family = find_family(config, str(folder))
-        shape = ModelShape.of(build_apart(config), family, recipe)
+        shape = ModelShape.of(build_apart(config_after(config, recipe)), family, recipe)
         stored = WeightFiles(folder).dtype_of_most()
     except (FamilyError, AttributeError):  # what is wrong with it is said where it is quantized
         return 0.0

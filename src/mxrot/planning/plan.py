@@ -25,6 +25,7 @@ from mxrot.planning.seconds import TimeEstimate, estimate_seconds
 from mxrot.planning.shape import ModelShape
 from mxrot.quantizing.loading import compute_dtype
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
+from mxrot.quantizing.rotating import config_after
 from mxrot.recipe import Recipe
 from mxrot.vllm.verdict import VllmReport, plan_for_vllm
 
@@ -150,10 +151,13 @@ def make_plan(
     problems += _summarized(list(find_problems(skeleton, family, recipe, model, source)), family)
     problems += _memory_problems(skeleton, recipe, stored, machine)
     try:
+        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        changed = config_after(config, recipe)
+        skeleton = skeleton if changed is config else build_apart(changed)
         shape = ModelShape.of(skeleton, family, recipe)
         run = Run(shape, recipe, "cpu", stored, given, length)
         needs = _needs(run)
-        sizes = Sizes(shape, shape.parameters * stored.itemsize, shape.size_after(stored))
+        sizes = Sizes(shape, parameters * stored.itemsize, shape.size_after(stored))
     except (AttributeError, ConfigError):  # a linear that is not there, or is not whole blocks wide: a problem by now
         return replace(plan, problems=problems)
     warnings += _short_memory(needs, machine) + _few_tokens(run)

@@ -15,6 +15,7 @@ from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.models import Family, Source, linear_problems, quantized_by
 from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.quantizing.patterns import matches_nothing
+from mxrot.quantizing.rotating import rotation_problems
 from mxrot.quantizing.site import smoothed_sites
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
@@ -35,6 +36,7 @@ def find_problems(
     if wrong:
         return
     yield from expert_problems(rules)
+    yield from rotation_problems(model.config, family, recipe, where)
     yield from smoothing_problems(rules)
     yield from linear_problems(model, family, rules.input_block)
     yield from stage_problems(model, rules)

@@ -34,6 +34,7 @@ from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_or
 from mxrot.quantizing.part import BlockRun
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.record import BlockReport, RunRecord
+from mxrot.quantizing.rotating import config_after, drawn_rotations, rotated_source
 from mxrot.quantizing.store import BlockStore
 from mxrot.quantizing.written import Writing
 from mxrot.recipe import Recipe
@@ -51,8 +52,13 @@ class QuantizedModel:
     record: RunRecord
     scheme: Scheme
     """What is installed."""
-    dtype: torch.dtype
-    """The type of most weights of the model that was quantized."""
+    source: Source
+    """What was quantized: the model as it was given, after the rotations of the recipe."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of most of its weights."""
+        return self.source.dtype
 
 
 @torch.no_grad()
@@ -68,6 +74,7 @@ def quantize(
 ) -> QuantizedModel:
     """Quantize a model, by its source or its folder.
 
+    Rotations of the recipe are merged into the weights first, and all else is read from what comes out.
     `windows` are calibration token windows [W, T] (None for a recipe that needs no data). Computes on `device`,
     in the checkpoint's own type on a GPU and in float32 on a CPU; everything a checkpoint keeps is rounded to its
     type either way, so that a reloaded model is the same model. With a `store`, finished blocks go there.
@@ -80,6 +87,7 @@ def quantize(
     given = 0 if windows is None else len(windows)
     windows = _calibration_windows(job, windows)
     record = _new_record(job, windows)
+    source = job.run.source
     load_outer(job.model, source.family, source.outer(), job.run.dtype, job.run.device)
     streams = _first_streams(job, windows)
     for index, block in enumerate(job.blocks):
@@ -99,7 +107,7 @@ def quantize(
     record.seconds = time.monotonic() - started
     if job.run.device.type == "cuda":
         record.peak_gpu_bytes = torch.cuda.max_memory_allocated(job.run.device)
-    return QuantizedModel(model, record, job.run.scheme, source.dtype)
+    return QuantizedModel(model, record, job.run.scheme, source)
 
 
 @dataclass(frozen=True)
@@ -146,11 +154,14 @@ def _checked(
     if not has_text and not recipe.is_data_free:
         raise ConfigError(f"recipe {recipe.name} needs calibration text")
     scheme = Scheme.of(recipe, source.family, model)
-    run = BlockRun(recipe, source, device, compute_dtype(source.dtype, device), seed, scheme)
-    too_large = memory_problem(model, recipe, run.dtype, device, free_memory(device))
+    changed = config_after(source.config, recipe)
+    model = model if changed is source.config else build_apart(changed)
+    dtype = compute_dtype(source.dtype, device)
+    too_large = memory_problem(model, recipe, dtype, device, free_memory(device))
     if too_large is not None:
         raise too_large
-    return _Job(run, model, store, progress)
+    source = rotated_source(source, drawn_rotations(source.config, recipe, seed, device))
+    return _Job(BlockRun(recipe, source, device, dtype, seed, scheme), model, store, progress)
 
 
 def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from mxrot.report.plans import plan_report
 from mxrot.report.plots import pictures
 from mxrot.report.tables import (
     ComparedRow,
+    changes_line,
     choices_table,
     compared_tasks_table,
     comparison_table,
@@ -30,6 +31,7 @@ __all__ = [
     "ComparedRow",
     "Contents",
     "ProgressOption",
+    "changes_line",
     "check_matplotlib",
     "choices_table",
     "compared_tasks_table",

@@ -21,6 +21,8 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
     if plan.sizes is not None:
         yield _sites_table(plan)
         yield _size_lines(plan)
+    if plan.recipe.rotation is not None:
+        yield f"rotations, merged into the weights: {plan.recipe.rotation.spelled}"
     if plan.needs is not None:
         yield _memory_table(plan)
         yield _disk_line(plan.needs.disk)

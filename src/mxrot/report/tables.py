@@ -228,6 +228,12 @@ def size_line(size: dict[str, Any]) -> str:
     )
 
 
+def changes_line(run: dict[str, Any]) -> str:
+    """One line on what was merged into the weights before they were quantized, from a run.json; empty for nothing."""
+    changes = run.get("changes")
+    return f"merged into the weights first: {', '.join(changes)}" if changes else ""
+
+
 def tuning_line(run: dict[str, Any]) -> str:
     """One line on the losses of tuning, from a run.json; empty where nothing was tuned."""
     of_blocks = [block["tuning"] for block in run["blocks"] if block.get("tuning")]

@@ -4,6 +4,7 @@ from mxrot.surgery.fold_norms import FoldedNorms
 from mxrot.surgery.permute import PermutedFfn
 from mxrot.surgery.replace import install_empty_site, stored_tensors
 from mxrot.surgery.rotate import Rotated
+from mxrot.surgery.rotate_heads import RotatedHeads
 from mxrot.surgery.smooth import Weights, fold_into_producer, shareable_scales
 from mxrot.surgery.untie import Untied
 
@@ -11,6 +12,7 @@ __all__ = [
     "FoldedNorms",
     "PermutedFfn",
     "Rotated",
+    "RotatedHeads",
     "Untied",
     "Weights",
     "fold_into_producer",

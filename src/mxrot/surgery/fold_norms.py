@@ -40,16 +40,24 @@ class FoldedNorms(ChangedSource):
 
 def check_rotatable(source: Source) -> None:
     """ConfigError unless gains can be folded away, and the residual stream rotated."""
-    if not source.family.is_rotatable:
-        raise ConfigError(
-            f"{source.name}: the residual stream of family {source.family.name} passes more than plain norms that its "
-            "sites read, so that no rotation of it can be merged into the weights; take a recipe that rotates online"
-        )
+    problem = rotation_problem(source.family, source.name)
+    if problem is not None:
+        raise problem
     if source.config.tie_word_embeddings:
         raise ConfigError(
             f"{source.name}: the head is the embedding, and cannot take the gain of the final norm alone; untie it "
             "first (Untied)"
         )
+
+
+def rotation_problem(family: Family, where: str) -> ConfigError | None:
+    """Why the residual stream of a family cannot be rotated; None if it can."""
+    if family.is_rotatable:
+        return None
+    return ConfigError(
+        f"{where}: no rotation of the residual stream of family {family.name} can be merged into the weights: "
+        f"{family.rotation_obstacle}; take a recipe that rotates online"
+    )
 
 
 def gains_by_reader(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,11 +81,13 @@ ROWS = 8192
 
 
 def product_by_rows(name: str, tensor: Tensor, gain: Tensor | None = None, matrix: Tensor | None = None) -> Tensor:
-    """Rows [V, H], times a gain [H], times a matrix [H, H], in float64; rounded once to the type of `tensor`."""
+    """Rows [V, H], times a gain [H], times a matrix [H, H], in float64 on its device; rounded once to the type of
+    `tensor`, and on its device again."""
     found = torch.empty_like(tensor)
+    device = tensor.device if matrix is None else matrix.device
     for part, target in zip(tensor.split(ROWS), found.split(ROWS), strict=True):
-        exact = part.double()
-        exact = exact if gain is None else exact * gain
+        exact = part.to(device).double()
+        exact = exact if gain is None else exact * gain.to(device)
         target.copy_(rounded(name, exact if matrix is None else exact @ matrix, tensor.dtype))
     return found
 

@@ -23,24 +23,16 @@ TOLERANCE = 1e-9
 class Rotated(ChangedSource):
     """Norm gains folded as by `FoldedNorms`, and the residual stream rotated by an orthogonal `matrix` [H, H].
 
-    In float64, rounded once to the type that each weight is stored in. ConfigError as for `FoldedNorms`, and for a
-    matrix of another size, or one that is not orthogonal in float64.
+    In float64, on the device of the matrix or of the weights, rounded once to the type that each weight is stored in.
+    ConfigError as for `FoldedNorms`, and for a matrix of another size, or one that is not orthogonal in float64.
     """
 
     def __init__(self, inner: Source, matrix: Tensor) -> None:
         check_rotatable(inner)
         width = inner.config.hidden_size
-        self.matrix = matrix.detach().cpu().double().contiguous()
-        if self.matrix.shape != (width, width):
-            raise ConfigError(f"{inner.name}: a rotation of shape {list(matrix.shape)}; expected {[width, width]}")
-        error = float((self.matrix.T @ self.matrix - torch.eye(width, dtype=torch.float64)).abs().max())
-        if not error < TOLERANCE:
-            raise ConfigError(
-                f"{inner.name}: a rotation that is off by {error:.2g} from an orthogonal matrix; expected less than "
-                f"{TOLERANCE:g}, as float64 gives it"
-            )
-        digest = hashlib.sha256(self.matrix.numpy().tobytes()).hexdigest()
-        super().__init__(inner, f"rotated by {digest[:16]}")
+        self.matrix = matrix.detach().double().contiguous()
+        check_orthogonal(self.matrix, (width, width), inner.name)
+        super().__init__(inner, f"rotated by {digest_of(self.matrix)}")
 
     def changed_outer(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         family = self.family
@@ -56,9 +48,31 @@ class Rotated(ChangedSource):
         matrix = self.matrix.to(next(iter(tensors.values())).device)
         found = tensors | gains_of_one(self.family, tensors)
         for name, gain in gains_by_reader(self.family, tensors).items():
-            found[name] = rounded(f"{prefix}.{name}", (tensors[name].double() * gain) @ matrix, tensors[name].dtype)
+            found[name] = self.as_stored(f"{prefix}.{name}", (tensors[name].double() * gain) @ matrix)
         writers = [linear for site in self.family.sites if site.norm is None for linear in site.linears]
         for name in (f"{linear}.{kind}" for linear in writers for kind in ("weight", "bias")):
             if name in tensors:  # a bias need not be there
-                found[name] = rounded(f"{prefix}.{name}", matrix.T @ tensors[name].double(), tensors[name].dtype)
+                found[name] = self.as_stored(f"{prefix}.{name}", matrix.T @ tensors[name].double())
         return found
+
+    def as_stored(self, name: str, exact: Tensor) -> Tensor:
+        """A float64 tensor, by its full name, in the type that it is stored in; NumericsError as of `rounded`."""
+        return rounded(name, exact, self.type_of(name))
+
+
+def check_orthogonal(matrices: Tensor, shape: tuple[int, ...], where: str) -> None:
+    """ConfigError unless these are orthogonal matrices [..., B, B] of this shape, in float64."""
+    if matrices.shape != shape:
+        raise ConfigError(f"{where}: a rotation of shape {list(matrices.shape)}; expected {list(shape)}")
+    identity = torch.eye(shape[-1], dtype=torch.float64, device=matrices.device)
+    error = float((matrices.mT @ matrices - identity).abs().max())
+    if not error < TOLERANCE:
+        raise ConfigError(
+            f"{where}: a rotation that is off by {error:.2g} from an orthogonal matrix; expected less than "
+            f"{TOLERANCE:g}, as float64 gives it"
+        )
+
+
+def digest_of(matrices: Tensor) -> str:
+    """A name for these numbers: 16 letters."""
+    return hashlib.sha256(matrices.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -131,6 +131,16 @@ def _powers_of_generator(p: int, e: int) -> list[int]:
     raise AssertionError(f"no primitive polynomial for {p}^{e}")
 
 
+def random_hadamard(order: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """diag(s) H with random signs s, drawn on the CPU, and H the orthonormal Hadamard matrix of this order: float64
+    [order, order] on `device`. ConfigError as of `factors_of`.
+    """
+    factors_of(order)
+    signs = torch.randint(0, 2, (order,), generator=generator).double() * 2 - 1
+    found: Tensor = multiply_by_hadamard(torch.diag(signs.to(device)), False)
+    return found
+
+
 @torch.library.custom_op("mxrot::multiply_by_hadamard", mutates_args=())
 def multiply_by_hadamard(x: Tensor, transposed: bool) -> Tensor:
     """x H for the orthonormal Hadamard matrix over the last dimension, or x H^T: in the type of x, float32 or float64.

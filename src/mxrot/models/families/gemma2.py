@@ -17,4 +17,13 @@ GEMMA_SITES = tuple(
     for site in LLAMA_SITES
 )
 
-FAMILY = Family("gemma2", ("Gemma2ForCausalLM",), GEMMA_SITES, starts_with_bos=True, windows="by kind")
+GEMMA_OBSTACLE = "what attention and MLP give passes a norm with gains of its own before it joins the stream"
+
+FAMILY = Family(
+    "gemma2",
+    ("Gemma2ForCausalLM",),
+    GEMMA_SITES,
+    starts_with_bos=True,
+    windows="by kind",
+    rotation_obstacle=GEMMA_OBSTACLE,
+)

@@ -4,7 +4,14 @@ Queries and keys have norms of their own, behind their linears, and the two kind
 their own. Models that see images, too, are another class.
 """
 
-from mxrot.models.families.gemma2 import GEMMA_SITES
+from mxrot.models.families.gemma2 import GEMMA_OBSTACLE, GEMMA_SITES
 from mxrot.models.family import Family
 
-FAMILY = Family("gemma3", ("Gemma3ForCausalLM",), GEMMA_SITES, starts_with_bos=True, windows="by kind")
+FAMILY = Family(
+    "gemma3",
+    ("Gemma3ForCausalLM",),
+    GEMMA_SITES,
+    starts_with_bos=True,
+    windows="by kind",
+    rotation_obstacle=GEMMA_OBSTACLE,
+)

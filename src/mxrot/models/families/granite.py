@@ -12,5 +12,5 @@ FAMILY = Family(
     ("GraniteForCausalLM",),
     tuple(replace(site, residual=None) for site in LLAMA_SITES),
     norm_class="GraniteRMSNorm",
-    is_rotatable=True,
+    rotation_obstacle=None,
 )

@@ -17,4 +17,4 @@ LLAMA_SITES = (
 
 ATTENTION_SITES = tuple(site for site in LLAMA_SITES if site.name in ("qkv", "o"))
 
-FAMILY = Family("llama", ("LlamaForCausalLM",), LLAMA_SITES, norm_class="LlamaRMSNorm", is_rotatable=True)
+FAMILY = Family("llama", ("LlamaForCausalLM",), LLAMA_SITES, norm_class="LlamaRMSNorm", rotation_obstacle=None)

@@ -9,5 +9,5 @@ FAMILY = Family(
     LLAMA_SITES,
     windows="all",
     norm_class="MistralRMSNorm",
-    is_rotatable=True,
+    rotation_obstacle=None,
 )

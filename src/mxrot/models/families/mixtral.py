@@ -9,7 +9,7 @@ FAMILY = Family(
     ("MixtralForCausalLM",),
     ATTENTION_SITES,
     norm_class="MixtralRMSNorm",
-    is_rotatable=True,
+    rotation_obstacle=None,
     experts=ExpertNames(
         "MixtralExperts", "num_local_experts", ("w1", "w3", "w2"), renamed=(("block_sparse_moe.", "mlp."),)
     ),

@@ -11,4 +11,5 @@ FAMILY = Family(
     ("Olmo2ForCausalLM",),
     tuple(replace(site, norm=None, residual=None) for site in LLAMA_SITES),
     norm_class="Olmo2RMSNorm",
+    rotation_obstacle="what attention and MLP give passes a norm with gains of its own before it joins the stream",
 )

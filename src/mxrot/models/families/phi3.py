@@ -16,5 +16,6 @@ FAMILY = Family(
     ),
     windows="all",
     norm_class="Phi3RMSNorm",
-    is_rotatable=True,
+    rotation_obstacle=None,
+    values="self_attn.qkv_proj",
 )

@@ -9,5 +9,5 @@ FAMILY = Family(
     LLAMA_SITES,
     windows="by kind",
     norm_class="Qwen3RMSNorm",
-    is_rotatable=True,
+    rotation_obstacle=None,
 )

@@ -10,6 +10,6 @@ FAMILY = Family(
     ("Qwen3MoeForCausalLM",),
     ATTENTION_SITES,
     norm_class="Qwen3MoeRMSNorm",
-    is_rotatable=True,
+    rotation_obstacle=None,
     experts=ExpertNames("Qwen3MoeExperts", "num_experts", ("gate_proj", "up_proj", "down_proj")),
 )

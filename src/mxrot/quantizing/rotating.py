@@ -1,0 +1,106 @@
+"""The rotations that a recipe merges into a model before it is quantized, and the model as it is read then.
+
+Everything else, the original model that runs beside and the one that writes text included, is read from this source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxrot.errors import ConfigError
+from mxrot.models import Family, Source, value_heads
+from mxrot.recipe import Recipe
+from mxrot.surgery import Rotated, RotatedHeads, Untied
+from mxrot.surgery.fold_norms import rotation_problem
+from mxrot.transforms import generator_for
+from mxrot.transforms.base import random_orthogonal
+from mxrot.transforms.orders import factors_of, random_hadamard
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Matrices that are merged into the weights of a model; float64."""
+
+    residual: Tensor | None = None
+    """[H, H] of the residual stream; None where it stays as it is."""
+    value_heads: Tensor | None = None
+    """[decoder blocks, D, D]; None where the values stay as they are."""
+
+
+def rotation_problems(config: Any, family: Family, recipe: Recipe, where: str) -> Iterator[ConfigError]:
+    """Why the rotations of `recipe` cannot be merged into a model of this config."""
+    wanted = recipe.rotation
+    if wanted is None:
+        return
+    if wanted.residual != "none":
+        obstacle = rotation_problem(family, where)
+        if obstacle is not None:
+            yield obstacle
+    widths = {"residual": (wanted.residual, config.hidden_size, "the hidden size")}
+    widths["value_heads"] = (wanted.value_heads, value_heads(config)[1], "the width of a head")
+    for key, (kind, width, what) in widths.items():
+        if kind == "hadamard":
+            try:
+                factors_of(width)
+            except ConfigError as error:
+                yield ConfigError(
+                    f'recipe {recipe.name}: rotation.{key}: {error}, which {what} is; take "orthogonal", or '
+                    "Hadamard matrices over blocks of 128 (transform.method = hadamard, transform.block = 128)"
+                )
+
+
+def config_after(config: Any, recipe: Recipe) -> Any:
+    """The config of the model that is quantized: the very same, unless its head gets weights of its own."""
+    if not (unties(recipe) and config.tie_word_embeddings):
+        return config
+    found = deepcopy(config)
+    found.tie_word_embeddings = False
+    return found
+
+
+def unties(recipe: Recipe) -> bool:
+    """Does the head need weights of its own?"""
+    return recipe.rotation is not None and recipe.rotation.residual != "none"
+
+
+def drawn_rotations(config: Any, recipe: Recipe, seed: int, device: torch.device | str) -> Rotations:
+    """The random rotations that `recipe` asks for a model of this config, on `device`; the same for the same seed."""
+    wanted = recipe.rotation
+    if wanted is None:
+        return Rotations()
+    names = {"residual": ["rotation of the residual stream"]}
+    names["value_heads"] = [f"rotation of the value heads of block {i}" for i in range(config.num_hidden_layers)]
+    width = value_heads(config)[1]
+    return Rotations(
+        residual=None
+        if wanted.residual == "none"
+        else _drawn(wanted.residual, config.hidden_size, seed, names["residual"], device)[0],
+        value_heads=None
+        if wanted.value_heads == "none"
+        else _drawn(wanted.value_heads, width, seed, names["value_heads"], device),
+    )
+
+
+def _drawn(kind: str, size: int, seed: int, names: list[str], device: torch.device | str) -> Tensor:
+    """A matrix for each name: [count, size, size]."""
+    generators = [generator_for(seed, name) for name in names]
+    if kind == "hadamard":
+        return torch.stack([random_hadamard(size, generator, device) for generator in generators])
+    return torch.cat([random_orthogonal(1, size, generator, device) for generator in generators])
+
+
+def rotated_source(source: Source, rotations: Rotations) -> Source:
+    """The model with these rotations merged into its weights, each of which is rounded once."""
+    if rotations.residual is not None and source.config.tie_word_embeddings:
+        source = Untied(source)
+    if rotations.value_heads is not None:
+        source = RotatedHeads(source, rotations.value_heads, rounds=rotations.residual is None)
+    if rotations.residual is not None:
+        source = Rotated(source, rotations.residual)
+    return source
