@@ -154,8 +154,8 @@ class Recipe:
 
     @property
     def _stages(self) -> tuple[StageSpec, ...]:
-        """Those of a site of one block, without overrides."""
-        return self.transform.specs(self.transform.block, self.sharing, self.smoothing is not None)
+        """Those of the narrowest site, without overrides."""
+        return self.transform.specs(self.transform.multiple, self.sharing, self.smoothing is not None)
 
     @property
     def formats(self) -> str:

@@ -92,7 +92,8 @@ def _transform(run: Run, here: SiteShape) -> Work:
     if not here.scheme.stages:
         return Work()
     n, k, method = here.outputs, here.inputs, here.recipe.transform
-    work = Work(copy=48.0 * n * k, float64=2.0 * n * k * method.block, operations=100)
+    mixed = sum(stage.multiple for stage in here.scheme.stages)
+    work = Work(copy=48.0 * n * k, float64=2.0 * n * k * mixed, operations=100)
     amounts = method.fitting_work(fit_size(run, here))
     work.add(**{name: here.transforms * amount for name, amount in amounts.items()})
     return work

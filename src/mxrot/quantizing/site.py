@@ -96,10 +96,11 @@ def fit_transform(
     recipe, scheme = run.of(part, site)
     method, executor = recipe.transform, part.executor
     name = f"{part.name}.{site.linears[0]}"
+    block = method.block_in(part.weights[site.linears[0]].shape[1])
     collectors = {}
     if executor is not None:
         collectors = {
-            need: COLLECTORS[need](method.block, method.tokens_kept, executor.tokens, executor.tokens_before)
+            need: COLLECTORS[need](block, method.tokens_kept, executor.tokens, executor.tokens_before)
             for need in sorted(method.needs)
         }
         largest = LargestMagnitude()
@@ -123,7 +124,7 @@ def fit_transform(
     weights = to_fit_to(part.weights, site.linears, scales)
     seen = {need: collector.result(run.world) for need, collector in collectors.items()}
     check_statistics(seen, name)
-    sample = SiteSample(weights, method.block, seen, scheme.activations, scheme.weights, run.replay)
+    sample = SiteSample(weights, block, seen, scheme.activations, scheme.weights, run.replay)
     with named_factorizations(name):
         transform = SiteTransform.of(method.fit(sample, recipe.sharing, generator_for(run.seed, name)))
         if scales is not None:

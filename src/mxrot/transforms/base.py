@@ -98,10 +98,20 @@ class TransformMethod(ABC):
         """ConfigError if this method cannot work with these formats; None where inputs are not quantized."""
         return
 
+    @property
+    def multiple(self) -> int:
+        """Widths that it takes are multiples of this."""
+        return self.block
+
+    def block_in(self, width: int) -> int:
+        """Channels that one matrix mixes where inputs have `width`."""
+        return self.block
+
     def own_specs(self, width: int, sharing: Sharing) -> tuple[StageSpec, ...]:
         """The stages that `fit` gives for `width` channels; none where no transform is applied."""
-        is_each = sharing == "block" and not self.is_one_for_all and width > self.block
-        return (BlockDiagonalSpec(self.block, "block" if is_each else "site"),)
+        block = self.block_in(width)
+        is_each = sharing == "block" and not self.is_one_for_all and width > block
+        return (BlockDiagonalSpec(block, "block" if is_each else "site"),)
 
     def specs(self, width: int, sharing: Sharing, smoothed: bool) -> tuple[StageSpec, ...]:
         """The stages that a site of `width` channels gets, known before any weight is read.
@@ -111,7 +121,7 @@ class TransformMethod(ABC):
         own = self.own_specs(width, sharing)
         if not smoothed or sharing == "site":
             return own
-        return scaled_specs(own or (BlockDiagonalSpec(self.block),), width)
+        return scaled_specs(own or (BlockDiagonalSpec(self.block_in(width)),), width)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -47,7 +47,12 @@ from mxrot.transforms.orders import hadamard_matrix
 from mxrot.transforms.stages import BlockDiagonal, Sharing
 
 GROUPS_AT_ONCE = 128
-"""Blocks that are searched together; bounds the memory of the rotations they take."""
+"""Blocks of 32 that are searched together; bounds the memory of the rotations they take."""
+
+
+def groups_at_once(block: int) -> int:
+    """How many blocks of this size are searched together."""
+    return max(1, min(GROUPS_AT_ONCE, GROUPS_AT_ONCE * 32**2 // block**2))
 
 
 @cache
@@ -186,12 +191,12 @@ class OutlierRotation(TransformMethod):
         drawn = random_orthogonal(self.steps if self.redraw else 1, size - 1, generator, sample.device)
         mixed = torch.eye(size, dtype=torch.float64, device=sample.device).repeat(len(drawn), 1, 1)
         mixed[:, 1:, 1:] = drawn
-        rotations = conjugated_by_swaps(spreading_rotation(size).to(sample.device) @ mixed)
+        rotations = spreading_rotation(size).to(sample.device) @ mixed
         quantizers = sample.fake_quantize, sample.fake_quantize_weight
         search = partial(self._search, sample)
         found = [
             sample.replay(("outlier", self, *quantizers), search, rotations, *group.tensors())
-            for group in operands.split(GROUPS_AT_ONCE)
+            for group in operands.split(groups_at_once(size))
         ]
         rotation = BlockDiagonal(torch.cat(found))
         return rotation if start is None else start.compose(rotation)
@@ -199,10 +204,11 @@ class OutlierRotation(TransformMethod):
     def fitting_bytes(self, size: FitSize) -> float:
         """Of the rotations and the search; where searches are recorded, of one for each number of blocks."""
         is_shared, B = size.sharing == "site", self.block
-        groups = {1 if is_shared else min(GROUPS_AT_ONCE, width // B) for width in size.recorded or (size.width,)}
+        together = 1 if is_shared else groups_at_once(B)
+        groups = {min(together, width // B) for width in size.recorded or (size.width,)}
         rows = self.rows * (8 if is_shared else 1)
         searches = [count * (3 * 4.0 * rows * B + 3 * 8.0 * self.steps * B * B) for count in groups]
-        return 3 * 8.0 * self.steps * B**3 + sum(searches)
+        return 3 * 8.0 * self.steps * B**2 + sum(searches)
 
     def fitting_work(self, size: FitSize) -> Work:
         """Units are numbers that one step rotates."""
@@ -254,17 +260,17 @@ class OutlierRotation(TransformMethod):
         """
         operands = Operands(*tensors)
         x = operands.x
-        single = rotations.to(x.dtype)
+        single, swaps = rotations.to(x.dtype), swaps_with_first(x.shape[-1], x.device)
         scores, pivots = [], []
         for step in range(self.steps):
             score, pivot = self._look(operands, sample)
             scores.append(score)
             pivots.append(pivot)
-            operands = operands.rotated(single[step % len(single)].index_select(0, pivot))
+            operands = operands.rotated(swapped(single[step % len(single)][None], swaps[pivot][None])[0])
         scores.append(self._look(operands, sample)[0])
         kept = torch.stack(scores).argmin(dim=0)
         steps = torch.arange(self.steps, device=x.device)[:, None]
-        taken = rotations[steps % len(rotations), torch.stack(pivots)]
+        taken = swapped(rotations[steps[:, 0] % len(rotations)], swaps[torch.stack(pivots)])
         identity = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
         return ordered_product(torch.where((steps < kept)[..., None, None], taken, identity))
 
@@ -292,14 +298,19 @@ def _largest_rows(blocks: Tensor, count: int) -> Tensor:
     return rows[rows.abs().amax(dim=-1).topk(min(len(rows), count)).indices.sort().values][None]
 
 
-def conjugated_by_swaps(rotations: Tensor) -> Tensor:
-    """E_c R E_c for every c: [n, B, B] to [n, B, B, B], indexed by c second."""
-    size = rotations.shape[-1]
-    swaps = torch.arange(size, device=rotations.device).repeat(size, 1)
-    pivots = torch.arange(size, device=rotations.device)
-    swaps[:, 0] = pivots
-    swaps[pivots, pivots] = 0
-    return rotations[:, swaps[:, :, None], swaps[:, None, :]]
+def swaps_with_first(size: int, device: torch.device) -> Tensor:
+    """Row c exchanges channels 0 and c: int64 [B, B]."""
+    channels = torch.arange(size, device=device)
+    swaps = channels.repeat(size, 1)
+    swaps[:, 0] = channels
+    swaps[channels, channels] = 0
+    return swaps
+
+
+def swapped(rotations: Tensor, swaps: Tensor) -> Tensor:
+    """E R E with the exchanges of `swaps` for E: [n, B, B] and int64 [n, batch, B] to [n, batch, B, B]."""
+    number = torch.arange(len(rotations), device=rotations.device)[:, None, None, None]
+    return rotations[number, swaps[..., :, None], swaps[..., None, :]]
 
 
 def ordered_product(matrices: Tensor) -> Tensor:

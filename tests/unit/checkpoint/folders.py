@@ -24,7 +24,7 @@ TOKENS = random_windows(2, 16, seed=1)
 def recipe(name: str, **changes: Any) -> Recipe:
     """A built-in recipe with a short search for outliers; double underscores stand for dots."""
     found = load_recipe(name)
-    shorter = {"transform.steps": 16} if found.transform.name == "outlier" else {}
+    shorter = {"transform.steps": 16} if found.transform.name in ("outlier", "dual") else {}
     return found.changed(shorter | {key.replace("__", "."): value for key, value in changes.items()})
 
 

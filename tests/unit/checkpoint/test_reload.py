@@ -22,6 +22,9 @@ RECIPES = {
     "duquant++": recipe("duquant++"),
     "duquant++ block": recipe("duquant++", transform__sharing="block"),
     "duquant++-gptq": recipe("duquant++-gptq"),
+    "duquant": recipe("duquant"),
+    "duquant block": recipe("duquant", transform__sharing="block"),
+    "duquant-mxfp4": recipe("duquant-mxfp4"),
 }
 recipes = pytest.mark.parametrize("chosen", RECIPES.values(), ids=RECIPES)
 
@@ -51,8 +54,8 @@ def test_logits_are_the_same_bits(tmp_path: Path, dtype: torch.dtype, tied_with_
     tensors = all_tensors(tmp_path / "out")
     assert ("lm_head.weight" in tensors) is not tied_with_biases
     assert ("model.layers.1.mlp.down_proj.bias" in tensors) is tied_with_biases
-    endings = (".weight_packed", ".weight_scale", "_input.weight")
-    assert all(value.dtype == dtype for name, value in tensors.items() if not name.endswith(endings))
+    parts = (".weight_packed", ".weight_scale", "_input.weight", "_input.order")
+    assert all(value.dtype == dtype for name, value in tensors.items() if not any(part in name for part in parts))
 
 
 @recipes

@@ -75,6 +75,7 @@ CASES = {
         replace(recipe("duquant++-gptq").transform, block=64),
         "block",
     ),
+    "dual of 64 a block, smoothed, gptq": ("duquant++-gptq", transforms.get_transform("dual")(block=64), "block"),
 }
 
 
@@ -97,7 +98,7 @@ def test_a_checkpoint_computes_what_was_quantized(
     is_each = sharing == "block" and not transform.is_one_for_all
     block = transform.block
     assert tensors[f"{down}.weight"].shape == ((128 // block, block, block) if is_each else (block, block))
-    assert (f"{down}.order" in tensors) == isinstance(transform, Mixed)
+    assert (f"{down}.order" in tensors) == (transform.name in ("mixed", "dual"))
 
 
 def test_the_wide_stages_are_folded_into_the_weights(tmp_path: Path) -> None:

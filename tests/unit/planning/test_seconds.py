@@ -58,7 +58,7 @@ def test_work_grows_with_blocks_and_with_text() -> None:
     assert 1.9 < passes[1] / passes[0] < 2.3
 
 
-@pytest.mark.parametrize("name", ["rtn", "duquant++", "mxrot"])
+@pytest.mark.parametrize("name", ["rtn", "duquant++", "mxrot", "duquant"])
 def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(rates, "SECONDS", 0.0)
     found = measure_rates(torch.device("cpu"), torch.float32, recipe(name))

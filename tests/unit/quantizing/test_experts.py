@@ -25,7 +25,7 @@ from mxrot.transforms import moments
 from mxrot.vllm.verdict import check_for_vllm
 
 WINDOWS = random_windows(60, 32)
-EACH = ["rtn", "hadamard", "smoothquant", "duquant++", "duquant++-gptq", "mxrot", "mxrot-vllm"]
+EACH = ["rtn", "hadamard", "smoothquant", "duquant++", "duquant++-gptq", "mxrot", "mxrot-vllm", "duquant"]
 each_kind = pytest.mark.parametrize("kind", EXPERT_MODELS)
 
 

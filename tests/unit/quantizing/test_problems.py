@@ -38,6 +38,18 @@ def test_every_problem_is_found_and_quantize_raises_the_first(tmp_path: Path) ->
     assert str(raised.value) == texts[0]
 
 
+def test_a_width_that_no_block_of_the_dual_transform_divides() -> None:
+    """Multiples of 32 are taken, by smaller blocks than 128; others are named."""
+    family = FAMILIES["llama"]
+    assert not list(find_problems(build_apart(tiny_config(intermediate_size=160)), family, recipe("duquant"), "here"))
+    found = list(find_problems(build_apart(tiny_config(intermediate_size=104)), family, recipe("duquant"), "here"))
+    assert [str(problem) for problem in found] == [
+        f"model.layers.{index}.mlp.down_proj: in_features 104 is not a multiple of the block size 32; list it "
+        "under `ignore`"
+        for index in range(2)
+    ]
+
+
 def test_a_site_without_a_place_for_smoothing_is_named_once() -> None:
     family = FAMILIES["phi3"]
     found = list(find_problems(build_apart(config_of(family)), family, recipe("smoothquant"), "here"))

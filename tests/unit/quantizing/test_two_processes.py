@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 WINDOWS = random_windows(8, 24)
 MANY = random_windows(60, 32)
 """For experts."""
-EXACT = ["smoothquant", "duquant++"]
+EXACT = ["smoothquant", "duquant++", "duquant"]
 """Recipes whose statistics are maxima and samples."""
 
 
