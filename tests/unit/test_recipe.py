@@ -129,7 +129,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     # names that do not exist
     ("format", merged(weights={"format": "fp3"}), r"^recipe mine: weights: unknown format 'fp3'; known: mxfp4"),
     ("rule", merged(weights={"rule": "ceil"}), r"weights: unknown scale rule 'ceil'; did you mean 'rceil'"),
-    ("method", merged(transform={"method": "fft"}), r"transform\.method: unknown transform 'fft'; known: dual, hadamard"),
+    ("method", merged(transform={"method": "fft"}), r"transform\.method: unknown transform 'fft'; known: dual, had"),
     ("method", merged(rounding={"method": "up"}), r"rounding\.method: unknown rounding 'up'; known: rtn"),
     # combinations that cannot work
     ("rule of no format", merged(weights={"rule": "absmax"}), r"weights: format mxfp4 has no scale rule 'absmax'"),

@@ -118,9 +118,7 @@ def slow_dual(method: DualRotation, tokens: np.ndarray, sharing: Sharing, seed: 
         blocks = [x[:, start : start + BLOCK] for start in range(0, WIDTH, BLOCK)]
         if sharing == "site":
             blocks = [slow_search.largest_rows(np.concatenate(blocks), 8 * method.rows)]
-        searches = [
-            slow_search.search(block, q, lambda rows: float(np.abs(rows).max()), "channel") for block in blocks
-        ]
+        searches = [slow_search.search(block, q, lambda rows: float(np.abs(rows).max()), "channel") for block in blocks]
         margins.extend(found.margin for found in searches)
         dense = np.zeros((WIDTH, WIDTH))
         for group in range(GROUPS):
@@ -147,10 +145,8 @@ def test_the_transform_equals_its_slow_twin(options: dict[str, Any], sharing: Sh
     for seed in (0, 1):
         x = spiked(seed)
         flat = x.double().numpy().reshape(-1, WIDTH)
-        if method.sample == "mean":
-            tokens = flat.reshape(6, 12, WIDTH).mean(axis=0)
-        else:
-            tokens = flat[:: 72 // method.rows]
+        mean = flat.reshape(6, 12, WIDTH).mean(axis=0)
+        tokens = mean if method.sample == "mean" else flat[:: 72 // method.rows]
         expected, margin = slow_dual(method, tokens, sharing, seed)
         # The search rotates in float32: 6 steps of B products, each to 6e-8.
         assert margin > 1e-5, "choose another seed"
