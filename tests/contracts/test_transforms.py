@@ -205,6 +205,8 @@ def rounding_bound(transform: SiteTransform, x: Tensor) -> Tensor:
         summed = BLOCK if isinstance(stage, BlockDiagonal) else WIDTH
         share = 0.0 if isinstance(stage, Permutation) else (summed + 1) * 2.0**-24 * 1.01
         size, error = size @ dense, error @ dense + share * ((size + error) @ dense)
+    if transform.matrices is None:  # what comes out has the type of `x`
+        error += 0.5 * torch.finfo(x.dtype).eps * (size + error)
     return error
 
 
@@ -250,7 +252,12 @@ def test_randomness_comes_from_the_seed_and_the_name_alone(name: str, sharing: S
 
 @each
 def test_it_mixes_as_many_channels_as_it_is_told(name: str, sharing: Sharing) -> None:
-    """16 in the place of 32: what is fitted is what is promised, and the product is unchanged."""
+    """16 in the place of 32: what is fitted is what is promised, and the product is unchanged. Or it mixes all of them,
+    and takes no number."""
+    if METHODS[name]().multiple == 1:
+        with pytest.raises(ConfigError, match=f"transform {name}: mixes all channels, so block = 16 says nothing"):
+            METHODS[name](block=16)
+        return
     method = METHODS[name](block=16)
     found = SiteTransform.of(fitted(method, sharing, generator_for(0, "a.q_proj")))
     promised = method.own_specs(WIDTH, sharing)

@@ -25,6 +25,7 @@ RECIPES = {
     "duquant": recipe("duquant"),
     "duquant block": recipe("duquant", transform__sharing="block"),
     "duquant-mxfp4": recipe("duquant-mxfp4"),
+    "rtn-int4": recipe("rtn-int4"),
 }
 recipes = pytest.mark.parametrize("chosen", RECIPES.values(), ids=RECIPES)
 

@@ -1,4 +1,4 @@
-"""Recipes that merge rotations: into a folder and back, killed and gone on with, planned, and while a model is loaded."""
+"""Recipes that merge rotations: written, loaded, killed and gone on with, planned, and while a model is loaded."""
 
 from __future__ import annotations
 
