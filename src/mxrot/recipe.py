@@ -73,19 +73,34 @@ class Recipe:
         except ConfigError as error:
             raise ConfigError(f"recipe {self.name}: {error}") from error
         if self.tuning is not None:
-            self._require(self.activations is not None, "tuning needs quantized activations")
-            self._require(
-                isinstance(weights.format.grid, Uniform),
-                f"tuning moves codes under one scale a block, and {weights.format.name} has others",
-            )
-            self._require(weights.is_exact_in_bfloat16, f"tuning cannot hold {weights.format.name} in bfloat16")
-            stages = self.transform.own_specs(self.transform.block, self.sharing)
-            self._require(
-                len(stages) < 2 and all(isinstance(stage, BlockDiagonalSpec) for stage in stages),
-                f"tuning moves one block-diagonal stage, and transform {self.transform.name} is of "
-                f"{', '.join(stage.kind for stage in stages)}",
-            )
+            self._check_tuning(self.tuning, weights)
         _ = self.variants  # each override must be right by itself
+
+    def _check_tuning(self, tuning: Tuning, weights: TensorQuantizer) -> None:
+        self._require(self.activations is not None, "tuning needs quantized activations")
+        self._require(
+            isinstance(weights.format.grid, Uniform),
+            f"tuning moves codes under one scale a block, and {weights.format.name} has others",
+        )
+        if tuning.moves == "clipping":
+            self._require(
+                weights.rule.sees_extremes_only and not weights.looks_at_whole_tensor,
+                f"tuning clips scales that are made from the ends of each block, and rule {weights.rule.name!r} of "
+                f"{weights.format.name} looks at more",
+            )
+            self._require(
+                not self.rounding.requirements.hessian,
+                f"tuning clips weights that are rounded to nearest, and rounding {self.rounding.name} does otherwise; "
+                'set rounding.method = "rtn"',
+            )
+            return
+        self._require(weights.is_exact_in_bfloat16, f"tuning cannot hold {weights.format.name} in bfloat16")
+        stages = self.transform.own_specs(self.transform.block, self.sharing)
+        self._require(
+            len(stages) < 2 and all(isinstance(stage, BlockDiagonalSpec) for stage in stages),
+            f"tuning moves one block-diagonal stage, and transform {self.transform.name} is of "
+            f"{', '.join(stage.kind for stage in stages)}",
+        )
 
     @cached_property
     def variants(self) -> tuple[Recipe, ...]:

@@ -117,6 +117,9 @@ class Tuning:
 
     scope: Literal["network", "block"] = "network"
     """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
+    moves: Literal["rounding", "clipping"] = "rounding"
+    """"rounding": codes, transforms and exponents; "clipping": the ends of each block of weights, which are rounded to
+    nearest between them again, only with scope "block"."""
     steps: int = 400
     """Optimizer steps: in all, or for each block."""
     generated: float = 0.0
@@ -135,6 +138,8 @@ class Tuning:
     """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
     exponent_rate: float = 0.0
     """Peak learning rate of the exponents of weight scales, in binades; 0 leaves them as they are."""
+    clip_rate: float = 1e-2
+    """Peak learning rate of the ends of blocks of weights, where these move."""
     decay: float = 0.0
     """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
     held_out: float = 0.1
@@ -157,6 +162,10 @@ class Tuning:
             raise ConfigError(
                 "tuning: offset_rate must be positive, transform_rate and exponent_rate not negative, all finite"
             )
+        if self.moves == "clipping" and self.scope != "block":
+            raise ConfigError(f'tuning: moves = "clipping" needs scope = "block", got {self.scope!r}')
+        if not 0 < self.clip_rate < math.inf:
+            raise ConfigError(f"tuning: clip_rate {self.clip_rate} is not positive and finite")
         if not 0 <= self.generated < math.inf or (self.generated and self.scope == "block"):
             raise ConfigError(
                 f'tuning: generated {self.generated} must be finite and not negative, and 0 with scope "block", '

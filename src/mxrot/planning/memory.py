@@ -29,6 +29,8 @@ of more than 32 MiB one by one. Both were measured on Linux."""
 TUNED_BYTES = 28.2
 """A tunable weight, besides its code and scale: value and two distances, what rounding took away (2 each), offset, its
 gradient, two averages of Adam, the best so far (4 each), and the moved weight."""
+CLIPPED_BYTES = 14.0
+"""The same while only the ends of its blocks are learned: the weight, what it is rounded to, and its gradient."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def _block_end(run: Run) -> list[Stage]:
         weights = sum(site.weights for site in run.shape.fullest)
         tokens = options.batch_windows * run.seq_len
         tuned = {
-            "tunable weights": TUNED_BYTES * weights,
+            "tunable weights": (CLIPPED_BYTES if options.moves == "clipping" else TUNED_BYTES) * weights,
             "activations": tokens * activation_bytes(run, run.shape.fullest),
         }
         stages.append(Stage("tuning the block", base | known | tuned))

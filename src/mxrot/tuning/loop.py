@@ -29,7 +29,8 @@ class Check:
 
     step: int
     train: float | None
-    """Mean since the look before; None at the start."""
+    """Mean since the look before; None at the start, and where a loss was not finite and tuning ended: that is a look
+    at the parameters it went back to."""
     held_out: float
 
 
@@ -88,6 +89,8 @@ class Problem:
     windows: Tensor
     """Positions of the windows to train on, int64 [n]; one that is in it several times comes that often."""
     name: str
+    rolls_back: bool = False
+    """Where a loss is not finite, end with the best parameters so far; otherwise that is an error."""
 
 
 def tune(
@@ -99,7 +102,7 @@ def tune(
 ) -> list[Check]:
     """Minimise; the parameters end at the least held-out loss that was seen, the start included.
 
-    NumericsError with the problem's name if a loss is not finite.
+    NumericsError with the problem's name if a loss is not finite, unless the problem rolls back.
     """
     parameters = [parameter for group in problem.groups for parameter in group.parameters]
     if not parameters:
@@ -125,6 +128,11 @@ def tune(
             settings["lr"] = group.rate * rate_factor(state.step, options.steps)
         optimizer.zero_grad(set_to_none=False)  # a recorded step adds to where the gradients are
         losses.append(problem.backward(batches[state.step]))
+        if not math.isfinite(losses[-1]) and problem.rolls_back:
+            _go_back(parameters, state)
+            problem.settle()
+            _look(problem, parameters, state, None)
+            break
         if not math.isfinite(losses[-1]):
             raise NumericsError(f"{problem.name}: the loss of tuning is {losses[-1]} at step {state.step}")
         optimizer.step()
@@ -140,11 +148,15 @@ def tune(
                 tuning_checkpoint.save(_kept(parameters, optimizer, state))
                 kept_at = time.monotonic()
         progress(state.step, options.steps, f"{problem.name}, held-out loss {state.least:.4g}")
-    with torch.no_grad():
-        for parameter, best in zip(parameters, state.best, strict=True):
-            parameter.copy_(best)
+    _go_back(parameters, state)
     problem.settle()
     return state.checks
+
+
+@torch.no_grad()
+def _go_back(parameters: list[nn.Parameter], state: TuningState) -> None:
+    for parameter, best in zip(parameters, state.best, strict=True):
+        parameter.copy_(best)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from mxrot.cuda_graphs import Replays
 from mxrot.models import Site
 from mxrot.progress import Progress, silent
 from mxrot.sections import Tuning
+from mxrot.tuning.clipping import ClippedBlock
 from mxrot.tuning.loop import Check, Problem, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
-from mxrot.tuning.tunable import TunableBlock, parameter_groups, settle
+from mxrot.tuning.tunable import TunableBlock
 
 
 def tune_block(
@@ -37,7 +37,8 @@ def tune_block(
     train, test = (part.tolist() for part in split_windows(executor.windows, options.held_out))
     dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
     block.float()
-    tunable = TunableBlock.of(block, sites, options.margin)
+    clips = options.moves == "clipping"
+    tunable = ClippedBlock.of(block, sites) if clips else TunableBlock.of(block, sites, options.margin)
     arguments = as_float32(executor.keywords)
 
     replay = Replays()
@@ -66,11 +67,11 @@ def tune_block(
         size = options.batch_windows
         parts = [test[start : start + size] for start in range(0, len(test), size)]
         losses = [run(measure, part) * len(part) for part in parts]
-        settle([tunable])
+        tunable.settle()
         return sum(losses) / len(test)
 
-    groups = parameter_groups([tunable], options)
-    problem = Problem(groups, backward, held_out_loss, partial(settle, [tunable]), torch.arange(len(train)), name)
+    groups, windows = tunable.groups(options), torch.arange(len(train))
+    problem = Problem(groups, backward, held_out_loss, tunable.settle, windows, name, rolls_back=clips)
     with deterministic(), torch.enable_grad():
         checks = tune(problem, options, generator, progress=progress)
     tunable.finish()

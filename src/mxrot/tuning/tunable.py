@@ -39,16 +39,24 @@ class TunableInputs(nn.Module):
         super().__init__()
         self.quantizer, self.readers = quantizer, readers
         self._transform = (transform,)  # in a tuple, so that it is not registered here
-        block = 32 if transform is None else transform.weight.shape[-1]
-        start = BlockDiagonal.identity(block, device).matrices if transform is None else transform.matrices()
+        matrices = transform.matrices() if transform is not None and transform.has_matrices else None
+        block = 32 if matrices is None else matrices.shape[-1]
+        start = BlockDiagonal.identity(block, device).matrices if matrices is None else matrices
         self.start: Tensor
         self.register_buffer("start", start.to(device, torch.float32), persistent=False)
         identity = torch.eye(block, device=device).expand_as(self.start).contiguous()
-        self.correction = nn.Parameter(identity, requires_grad=transform is not None)
+        self.correction = nn.Parameter(identity, requires_grad=matrices is not None)
         self.inverse: Tensor
         self.register_buffer("inverse", identity.clone(), persistent=False)
         self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._reads_left = 0
+
+    @staticmethod
+    def of(block: nn.Module, site: Site) -> TunableInputs:
+        """Those of a quantized site of a decoder block."""
+        first = block.get_submodule(site.linears[0])
+        assert isinstance(first, QuantLinear) and first.activations is not None
+        return TunableInputs(first.transform, first.activations, len(site.linears), first.weight_packed.device)
 
     @property
     def transform(self) -> InputTransform | None:
@@ -72,7 +80,8 @@ class TunableInputs(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Q(x T), and `follow`."""
         if self._last is None or self._last[0] is not x:
-            self._last = x, RotateQuantize.apply(x, self.matrices(), self.quantizer), self.follow()
+            led = x if self.transform is None else self.transform.lead(x)
+            self._last = x, RotateQuantize.apply(led, self.matrices(), self.quantizer), self.follow()
             self._reads_left = self.readers
         _, quantized, follow = self._last
         self._reads_left -= 1
@@ -160,10 +169,7 @@ class TunableBlock:
         """Put tunable linears in the place of quantized ones; `margin` as in `Tuning`."""
         inputs, linears = {}, {}
         for site in sites:
-            first = block.get_submodule(site.linears[0])
-            assert isinstance(first, QuantLinear) and first.activations is not None
-            device = first.weight_packed.device
-            inputs[site.name] = TunableInputs(first.transform, first.activations, len(site.linears), device)
+            inputs[site.name] = TunableInputs.of(block, site)
             for name in site.linears:
                 old = block.get_submodule(name)
                 assert isinstance(old, QuantLinear)
@@ -190,23 +196,18 @@ class TunableBlock:
         for site in self.inputs.values():
             site.correction.requires_grad_(False)
 
+    def groups(self, options: Tuning) -> list[Group]:
+        """As `parameter_groups` gives them for this block alone."""
+        return parameter_groups([self], options)
+
     def settle(self) -> None:
-        """After parameters have changed: offsets within bounds, inverses of the corrections, no graph kept."""
-        for linear in self.linears.values():
-            linear.clamp()
-        for site in self.inputs.values():
-            site.forget()
-        moving = [site for site in self.inputs.values() if site.correction.requires_grad]
-        if moving:
-            # Here and not where it is needed, because a CUDA graph could not hold it, and for all sites at once.
-            inverse, _ = torch.linalg.inv_ex(torch.cat([site.correction.detach() for site in moving]))
-            for site, part in zip(moving, inverse.split([len(site.correction) for site in moving]), strict=True):
-                site.inverse.copy_(part)
+        """As `settle` does for this block alone."""
+        settle([self])
 
     @torch.no_grad()
     def finish(self) -> None:
         """Put quantized linears back, with the codes and the transform that tuning has led to."""
-        settle([self])
+        self.settle()
         matrices = {name: site.matrices().clone() for name, site in self.inputs.items()}
         finished = {name: linear.finished() for name, linear in self.linears.items()}
         for name, linear in finished.items():

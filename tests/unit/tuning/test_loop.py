@@ -74,6 +74,20 @@ def test_it_stops_when_the_held_out_loss_rises_and_goes_back() -> None:
     assert abs(float((line.slope.detach() - 2).abs()) - checks[1].held_out) < 1e-6
 
 
+def test_a_loss_that_is_not_finite_may_end_it_with_the_best_so_far() -> None:
+    """The ninth step gives NaN: what the look at step 8 saw is kept, and looked at again."""
+    line = Line()
+
+    def backward(chosen: Tensor) -> float:
+        loss = line.backward(chosen)
+        return math.nan if line.steps == 9 else loss
+
+    checks = tune(replace(line.problem(), backward=backward, rolls_back=True), OPTIONS, generator())
+    assert [(check.step, check.train is None) for check in checks] == [(0, True), (4, False), (8, False), (8, True)]
+    assert checks[3].held_out == checks[2].held_out == abs(line.slope.item() - 2)
+    assert line.settled == line.slope.item()
+
+
 def test_if_nothing_helps_the_start_is_kept() -> None:
     line = Line(rises_from=0)
     tune(line.problem(), OPTIONS, generator())
