@@ -16,7 +16,7 @@ NAMES = ("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "mxint8", "nvfp4", "int4_g32", "in
 COLUMNS = 96
 
 
-ASKED = ("target", "tokens")
+ASKED = ("target", "tokens", "inputs")
 """Choices of what a method asks for, which `round` itself does not look at (tests/unit/test_hessian.py)."""
 
 
@@ -54,7 +54,7 @@ CASES = [
 each = pytest.mark.parametrize(("method", "format", "rule"), CASES)
 
 # Their scale is below amax / max on purpose: the largest values saturate, and the next scale is another one.
-SATURATING_RULES = ("log256", "x3")
+SATURATING_RULES = ("log256", "x3", "search", "x3-search")
 each_not_saturating = pytest.mark.parametrize(
     ("method", "format", "rule"), [case for case in CASES if case.values[2].name not in SATURATING_RULES]
 )

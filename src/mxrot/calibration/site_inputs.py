@@ -30,13 +30,14 @@ def watched_modules(site: Site, requirements: Requirements) -> list[str]:
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """The inputs of a site as its linears will see them: transformed and quantized."""
+    """The inputs of a site as its linears will see them, transformed and quantized; or before they are quantized."""
 
     executor: Executor
     site: Site
     transform: SiteTransform | None
     """As it is applied: after the rounding of a checkpoint."""
     quantizer: TensorQuantizer | None
+    """None for inputs that are not quantized, or not yet."""
 
     def hessian(self, weights: SiteWeights, requirements: Requirements) -> Tensor:
         """The mean of x^T x, float64 [K, K]."""

@@ -83,7 +83,13 @@ class Format:
 
 _MX_RULES = ("even", "floor", "rceil", "mse", "log256")
 
-MXFP4 = Format("mxfp4", Uniform(E2M1, E8M0), 32, (*_MX_RULES, "x3", "7.25"), compressed_tensors="mxfp4-pack-quantized")
+MXFP4 = Format(
+    "mxfp4",
+    Uniform(E2M1, E8M0),
+    32,
+    (*_MX_RULES, "x3", "7.25", "search", "x3-search"),
+    compressed_tensors="mxfp4-pack-quantized",
+)
 MXFP6_E2M3 = Format("mxfp6_e2m3", Uniform(E2M3, E8M0), 32, _MX_RULES)
 MXFP6_E3M2 = Format("mxfp6_e3m2", Uniform(E3M2, E8M0), 32, _MX_RULES)
 MXFP8_E4M3 = Format("mxfp8_e4m3", Uniform(E4M3, E8M0), 32, _MX_RULES)

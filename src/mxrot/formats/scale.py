@@ -33,6 +33,7 @@ from mxrot.formats.exponents import (
     third_exponents,
 )
 from mxrot.formats.parts import Parts
+from mxrot.formats.shrinks import shrunk_maxima
 from mxrot.nearest import not_known
 
 _E8M0_VALUES = (*(2.0 ** (byte - E8M0_BIAS) for byte in range(255)), math.nan)
@@ -196,6 +197,18 @@ class LeastErrorRule(ExponentRule):
 
 
 @dataclass(frozen=True)
+class ShrunkRule(ExponentRule):
+    """A rule whose maxima are shrunk before (`formats.shrinks`): a clip for each block, by its own error."""
+
+    @property
+    def sees_extremes_only(self) -> bool:
+        return False
+
+    def _exponents(self, blocks: Tensor, maxima: Tensor, element: Element) -> Tensor:
+        return self.exponents(shrunk_maxima(blocks, maxima, element), element)
+
+
+@dataclass(frozen=True)
 class Log256Rule(ScaleRule):
     """amax / max, its logarithm floored to 256 levels between the smallest and the largest of the tensor.
 
@@ -305,6 +318,19 @@ RULES: dict[str, ScaleRule] = {
         ),
         ExponentRule("x3", "2^floor(log2 amax) / 3: QuTLASS, FP-Quant", exponents=third_exponents, factor=1 / 3),
         LeastErrorRule("mse", "least squared error of three exponents", dynamic=False),
+        ShrunkRule(
+            "search",
+            "even, of maxima that are shrunk by least |error|^2.4: MR-GPTQ's search, its scales cast to E8M0",
+            dynamic=False,
+            exponents=even_exponents,
+        ),
+        ShrunkRule(
+            "x3-search",
+            "x3, of maxima that are shrunk by least |error|^2.4: MR-GPTQ",
+            dynamic=False,
+            exponents=third_exponents,
+            factor=1 / 3,
+        ),
         Log256Rule("log256", "256 levels of log2(scale): released DuQuant++ code, no hardware"),
         AbsMaxRule("absmax", "amax / max in the scale's own type"),
         MinMaxRule("minmax", "(max - min) / 15 and a zero point"),

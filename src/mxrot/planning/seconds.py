@@ -135,7 +135,7 @@ def _statistics(run: Run, here: SiteShape) -> Work:
     if not requirements.hessian:
         return work
     scaled = requirements.relative and here.site.residual is not None
-    parts = 2 if scaled and run.is_gpu else 1
+    parts = 2 if (scaled or requirements.inputs == "unquantized") and run.is_gpu else 1
     work.add(quantized=tokens * k)
     work.add(product=2.0 * parts * tokens * k * k)
     work.add(copy=40.0 * batches * k * k + 8.0 * tokens * k)

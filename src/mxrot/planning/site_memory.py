@@ -154,8 +154,10 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
     pieces, h = Pieces.of(here), 8.0 * k * k
     u = pieces.whole
     is_residual = reads_residual(run, here)
-    temporary = _moment(run, k, k, requirements.relative and here.site.residual is not None)
-    left = b * k * (2.0 if run.is_gpu else 4.0)  # what the site sees: transformed and quantized
+    is_wide = requirements.inputs == "unquantized"
+    is_scaled = requirements.relative and here.site.residual is not None
+    temporary = _moment(run, k, k, is_scaled or (run.is_gpu and is_wide))
+    left = b * k * (2.0 if run.is_gpu and not is_wide else 4.0)  # what the site sees: transformed and quantized
     weights = (2.0 if run.is_gpu else 4.0) * n * k if is_residual else 0.0  # for its outputs
     # Some rows of the folded weights, and what of the shift is their own output; folding takes as much.
     own = pieces.folded + (1 if pieces.folded else 2) * pieces.together

@@ -95,7 +95,8 @@ def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> 
     if not requirements.hessian:
         return None, None
     assert part.executor is not None
-    seen = SiteInputs(part.executor, site, weights.transform, scheme.activations)
+    quantizer = scheme.activations if requirements.inputs == "quantized" else None
+    seen = SiteInputs(part.executor, site, weights.transform, quantizer)
     shift = None
     if part.original is None or requirements.target == "own":
         hessian = seen.hessian(weights, requirements)

@@ -16,6 +16,9 @@ Target = Literal["own", "original", "residual"]
 """What a quantized linear shall reproduce: its own output on the inputs it will see, that of the original linear in
 the original model, or what the residual stream lacks of the original's."""
 
+Inputs = Literal["quantized", "unquantized"]
+"""Which inputs a Hessian is of: those that a linear will see, or the same before they are quantized."""
+
 
 @dataclass(frozen=True)
 class Requirements:
@@ -26,6 +29,8 @@ class Requirements:
     """What the `shift` leads to; none for "own"."""
     relative: bool = False
     """Where outputs go into the residual stream, count each token's error relative to the size of the stream."""
+    inputs: Inputs = "quantized"
+    """What the Hessian is of; transformed they are."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class RoundingMethod(ABC):
         return
 
     def prepare(self, hessian: Tensor | None, shifts: Sequence[Tensor], name: str) -> Prepared:
-        """What rounding needs of `hessian` [K, K], the mean of x^T x over the inputs that the linears will really see.
+        """What rounding needs of `hessian` [K, K], the mean of x^T x over the inputs that `requirements` names.
 
         `shifts` [n, K], of so many rows each, are the mean of d^T x, with d what the outputs lack of the target; none
         for the target "own". Both are overwritten: there is no Hessian left, and each shift has become the move of its

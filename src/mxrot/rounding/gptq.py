@@ -16,6 +16,8 @@ the residual stream, what is missing there from the original's. With D the diffe
 output, and x the quantized inputs, the quadratic objective has its minimum at W + E[D^T x] (H + d I)^-1; GPTQ then
 starts from there, and nothing else changes.
 
+`inputs` says what H is of: the inputs as the linear will really see them, or, as in MR-GPTQ, before they are quantized.
+
 All arithmetic is float64. With H a multiple of the identity nothing is spread and the codes equal rounding to
 nearest bit for bit (but for a weight of -0, which may come out as +0).
 """
@@ -32,7 +34,7 @@ from torch import Tensor
 
 from mxrot.errors import ConfigError
 from mxrot.formats import Format, ScaleRule, as_blocks, check_finite, check_parts, encode_blocks
-from mxrot.rounding.base import Prepared, Requirements, Rounded, RoundingMethod, Target
+from mxrot.rounding.base import Inputs, Prepared, Requirements, Rounded, RoundingMethod, Target
 from mxrot.rounding.linalg import inverse_factor
 from mxrot.rounding.walk import SPAN, walk_fixed, walk_reached, walks_whole_blocks
 
@@ -53,18 +55,25 @@ class GPTQ(RoundingMethod):
     target: Target = "own"
     target_damping: float = 0.01
     """The same as `damping`, in the regression that leads to the target."""
+    inputs: Inputs = "quantized"
+    """What H is of: the inputs as the linear will really see them, or before they are quantized (MR-GPTQ)."""
     tokens: Literal["equal", "relative"] = "equal"
     """How much each token counts: as it is, or (where outputs go into the residual stream) relative to its size."""
 
     @property
     def requirements(self) -> Requirements:
-        return Requirements(True, self.target, self.tokens == "relative")
+        return Requirements(True, self.target, self.tokens == "relative", self.inputs)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("damping", "target_damping"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(f"rounding gptq: {key} must be positive and finite, got {getattr(self, key)}")
+        if self.inputs == "unquantized" and self.target != "own":
+            raise ConfigError(
+                f'rounding gptq: target = "{self.target}" makes up for what quantized inputs lack, and needs inputs = '
+                '"quantized"'
+            )
         if self.scales != "fixed" and self.columns == "descending":
             raise ConfigError('rounding gptq: columns = "descending" needs scales = "fixed"')
 
