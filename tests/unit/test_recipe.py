@@ -139,6 +139,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         r"^recipe mine: activations: format mxfp8_e4m3 has no scale rule 'x3'; it has even",
     ),
     ("weights only", merged(activations={"rule": "mse"}), r"activations: rule 'mse' is for weights only"),
+    (
+        "target of unquantized inputs",
+        merged(rounding={"inputs": "unquantized", "target": "original"}),
+        r'^rounding gptq: target = "original" makes up for what quantized inputs lack, and needs inputs = "quantized"$',
+    ),
     ("descending", merged(rounding={"scales": "reached"}), r'^rounding gptq: columns = "descending" needs scales'),
     (
         "reached",
