@@ -18,6 +18,7 @@ from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences
 from mxrot.planning.run import Run, reads_residual
 from mxrot.planning.shape import SiteShape
 from mxrot.planning.site_memory import Stage, forward_bytes, site_stages
+from mxrot.surgery.fold_norms import ROWS
 from mxrot.tuning.network import CHECKPOINT_BYTES, LOGIT_TOKENS
 
 PROCESS_BYTES = {"cpu": 5e8, "cuda": 3e9}
@@ -47,7 +48,7 @@ class MemoryEstimate:
 def estimate_memory(run: Run) -> MemoryEstimate:
     """Of the device that computes: main memory on a CPU, the GPU's own on a GPU."""
     process = {} if run.is_gpu else {"the process": PROCESS_BYTES["cpu"]}
-    stages = [*_loading(run), *_writing_text(run)]
+    stages = [*_loading(run), *_writing_text(run), *_rotating(run)]
     for position, _ in enumerate(run.shape.fullest):
         stages += site_stages(run, position, _resident(run, position) | _remembered(run, position))
     stages += [*_block_end(run), *_tuning(run)]
@@ -65,6 +66,8 @@ def estimate_host_memory(run: Run) -> MemoryEstimate:
     """Main memory beside a GPU."""
     process = {"the process and the GPU's driver": PROCESS_BYTES["cuda"]}
     outer = {"embedding, last norm and head, as they are read": run.shape.outer_parameters * run.stored.itemsize}
+    if run.rotates_residual:
+        outer["the same, rotated"] = run.shape.outer_parameters * run.stored.itemsize
     block = {"a finished block, as it is written": 2 * run.packed_block}
     if run.is_on_host:
         block |= _states(run) | {"outputs of attention and MLP": _outputs_of_children(run)}
@@ -105,7 +108,42 @@ def _loading(run: Run) -> list[Stage]:
     terms = {"embedding, last norm and head": float(run.shape.outer_parameters * run.itemsize)}
     if not run.is_gpu:
         terms["the same, as they are read"] = run.shape.outer_parameters * run.stored.itemsize
-    return [Stage("loading", terms)]
+    found = [Stage("loading", terms | _rotations(run))]
+    if run.rotates_residual:
+        rows = min(ROWS, run.shape.vocabulary)
+        found.append(
+            Stage(
+                "rotating embedding and head",
+                _rotations(run)
+                | {
+                    "some of their rows in float64": 16.0 * rows * run.shape.hidden,
+                    "both as they are read, and rotated": 0.0
+                    if run.is_gpu
+                    else 2.0 * run.shape.outer_parameters * run.stored.itemsize,
+                },
+            )
+        )
+    return found
+
+
+def _rotations(run: Run) -> dict[str, float]:
+    """The matrices that are merged into the weights, which are kept as long as these are read."""
+    return {"rotations": float(run.rotation_bytes)} if run.rotation_bytes else {}
+
+
+def _rotating(run: Run) -> list[Stage]:
+    """A block that is read, and its rotated weights."""
+    if not run.rotation_bytes:
+        return []
+    resident = _resident(run, 0)
+    for later in ("the block in float32", "the block of the original"):
+        resident.pop(later, None)
+    largest = max(rows * site.inputs for site in run.shape.fullest for rows in site.rows)
+    beside = {
+        "the block before it was rotated": float(run.shape.block_parameters * run.stored.itemsize),
+        "a weight in float64, twice": 16.0 * largest,
+    }
+    return [Stage("rotating a block", resident | beside)]
 
 
 def _writing_text(run: Run) -> list[Stage]:
@@ -113,7 +151,7 @@ def _writing_text(run: Run) -> list[Stage]:
     if not generated or run.recipe.is_data_free:
         return []
     written = (run.all_windows - run.windows) * run.seq_len
-    original = {"the original model": run.model_bytes}
+    original = {"the original model": run.model_bytes, **_rotations(run)}
     return [Stage("writing calibration text", original | _generation(run, written))]
 
 
@@ -134,6 +172,7 @@ def _resident(run: Run, position: int) -> dict[str, float]:
     weights = sum(site.weights for site in sites)
     terms = {
         "embedding, last norm and head": float(shape.outer_parameters * s),
+        **_rotations(run),
         **({} if run.is_on_host else _states(run)),
         "masks": float(run.mask_bytes if run.tokens else 0),
         "the block as it was read": float(shape.block_parameters * run.stored.itemsize),
@@ -242,7 +281,7 @@ def _tuning(run: Run) -> list[Stage]:
     if options is None or not run.recipe.tunes_network:
         return []
     blocks, weights = len(shape.blocks), shape.quantized_weights
-    original = {"the original model": float(shape.parameters * run.itemsize)}
+    original = {"the original model": float(shape.parameters * run.itemsize), **_rotations(run)}
     packed = {"the quantized model": blocks * run.packed_block + shape.outer_parameters * run.itemsize}
     stages = []
     if options.generated:

@@ -91,6 +91,20 @@ class Run:
         return float(self.shape.parameters * self.itemsize)
 
     @property
+    def rotates_residual(self) -> bool:
+        """Is a rotation of the residual stream merged into the weights?"""
+        return self.recipe.rotation is not None and self.recipe.rotation.residual != "none"
+
+    @property
+    def rotation_bytes(self) -> int:
+        """Of the matrices that are merged into the weights, in float64."""
+        wanted, shape = self.recipe.rotation, self.shape
+        if wanted is None:
+            return 0
+        of_heads = len(shape.blocks) * shape.head_width**2 if wanted.value_heads != "none" else 0
+        return 8 * (of_heads + (shape.hidden**2 if self.rotates_residual else 0))
+
+    @property
     def packed_block(self) -> float:
         """A quantized block."""
         after = self.shape.size_after(self.stored)

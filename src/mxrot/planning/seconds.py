@@ -53,10 +53,20 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
                 works[name].add(**work.amounts)
     works["writing calibration text"] = _writing(run, run.all_windows - run.windows)
     works["tuning"] = _tuning(run)
+    works["rotations"] = _rotations(run)
     terms = {name: work.seconds(rates) for name, work in works.items()}
     terms["files"] = (run.shape.parameters * run.stored.itemsize * 1.3) / DISK_BYTES
     terms["starting"] = building * (1 + run.recipe.runs_whole_original)
     return TimeEstimate({name: value for name, value in terms.items() if value}, rates)
+
+
+def _rotations(run: Run) -> Work:
+    """Rotating the residual stream in all weights, each time that they are read; heads are narrow, and left out."""
+    if not run.rotates_residual:
+        return Work()
+    shape, models = run.shape, 1 + run.recipe.runs_whole_original
+    read = models * shape.linear_weights + (1 + models) * shape.outer_parameters
+    return Work(float64=2.0 * shape.hidden * read, copy=24.0 * read)
 
 
 def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[str, Work]:

@@ -90,6 +90,7 @@ class ModelShape:
     """Outside of the decoder blocks."""
     query_width: int
     """Query heads times their width."""
+    head_width: int
     widest: int
     """The largest in_features or out_features of a linear in a block."""
     score_heads: int
@@ -120,6 +121,7 @@ class ModelShape:
             linear_weights=sum(in_linears),
             outer_parameters=whole - inside,
             query_width=config.num_attention_heads * width,
+            head_width=width,
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),
             score_heads=score_heads(model),
             config=config,

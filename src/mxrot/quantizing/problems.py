@@ -129,7 +129,7 @@ def stage_problems(model: PreTrainedModel, rules: Rules) -> Iterator[MxrotError]
                     spec.check(width)
                 except ConfigError as error:
                     place = f"{rules.family.block_prefix(index)}.{site.linears[0]}"
-                    yield ConfigError(f"{place}: {error}; list it under `ignore` to leave it as it is")
+                    yield ConfigError(f"{place}: {error}; listed under `ignore` it is left as it is")
 
 
 def memory_problem(

@@ -269,7 +269,14 @@ class HadamardOfWidthSpec(StageSpec):
     kind = "hadamard-of-width"
 
     def check(self, width: int) -> None:
-        factors_of(width)
+        try:
+            factors_of(width)
+        except ConfigError as error:
+            if width % 128:
+                raise
+            raise ConfigError(
+                f'{error}; take Hadamard matrices over blocks of 128 there (method = "hadamard", block = 128)'
+            ) from error
 
     def tensors(self, width: int) -> StoredTensors:
         self.check(width)

@@ -33,6 +33,8 @@ CHOSEN = {
     "duquant++-gptq": recipe("duquant++-gptq", transform__steps=4),
     "mxrot": recipe("mxrot", **ALONE),
     "target original": recipe("mxrot", **ALONE, rounding__target="original"),
+    "quarot": recipe("quarot"),
+    "rotated, to nearest": recipe("rtn", rotation__residual="orthogonal", rotation__value_heads="hadamard"),
     "target own": recipe("mxrot", **ALONE, rounding__target="own"),
 }
 

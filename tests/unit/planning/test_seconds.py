@@ -30,6 +30,7 @@ def test_terms_of_a_recipe() -> None:
     }
     assert set(seconds("mxrot").terms) - set(seconds("duquant++-gptq").terms) == {"writing calibration text"}
     assert set(seconds("mxrot-tuned").terms) - set(seconds("mxrot").terms) == {"tuning"}
+    assert set(seconds("quarot").terms) - set(seconds("duquant++-gptq").terms) == {"rotations"}
     assert seconds("mxrot").total == sum(seconds("mxrot").terms.values())
 
 

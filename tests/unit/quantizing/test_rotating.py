@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
 from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import tiny_config, write_tiny_model
@@ -114,6 +115,19 @@ def test_a_size_without_a_hadamard_matrix_is_named_with_what_to_do(hidden: int) 
     assert f"rotation.residual: a Hadamard matrix of order {hidden} is not known" in found[0]
     assert 'take "orthogonal", or Hadamard matrices over blocks of 128' in found[0]
     assert not list(find_problems(model, FAMILIES["llama"], rotating(residual="orthogonal"), "here"))
+
+
+@pytest.mark.parametrize("inner", [13696, 27392])
+def test_quarot_before_down_is_refused_with_what_to_do(inner: int) -> None:
+    """In Baichuan 2 and Qwen 1.8B; blocks of 128 are taken there instead."""
+    family, model = FAMILIES["llama"], build_apart(tiny_config(intermediate_size=inner))
+    quarot = load_recipe("quarot")
+    (problem,) = find_problems(model, family, quarot, "here")
+    assert str(problem).startswith(f"model.layers.0.mlp.down_proj: a Hadamard matrix of order {inner} is not known")
+    assert 'take Hadamard matrices over blocks of 128 there (method = "hadamard", block = 128)' in str(problem)
+    table = tomllib.loads(quarot.to_toml())
+    table["override"][0]["transform"] = {"method": "hadamard", "block": 128}
+    assert not list(find_problems(model, family, Recipe.from_table(table, "blocks"), "here"))
 
 
 def test_a_head_width_without_a_hadamard_matrix_is_refused(tmp_path: Path) -> None:

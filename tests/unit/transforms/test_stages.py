@@ -159,6 +159,28 @@ def test_every_order_has_an_orthogonal_matrix(order: int) -> None:
     )
 
 
+SIZES = """
+576 896 960 1152 1280 1408 1536 2048 2304 2560 2880 3072 3584 4096 4544 4864 5120 5376 5504 6144 6656 6912 7168 8192 8960
+9216 9728 10240 10944 11008 12288 12800 13824 14336 16384 17408 17920 18432 18944 20480 21504 22016 24576 25600 27648
+28672 29568 53248
+"""
+"""Hidden and feed-forward sizes of language models."""
+
+
+def test_the_sizes_of_models_are_reached() -> None:
+    """Each by the product of matrices that are exact; there and back is where it began."""
+    for order in map(int, SIZES.split()):
+        *paley, power = factors_of(order)
+        assert prod(paley) * power == order and power & (power - 1) == 0
+        for factor in paley:
+            H = hadamard_factor(factor)
+            assert H.abs().eq(1).all() and torch.equal(H @ H.T, factor * torch.eye(factor, dtype=torch.float64))
+        x = random(1, order)
+        there = multiply_by_hadamard(x, False)
+        torch.testing.assert_close(multiply_by_hadamard(there, True), x, rtol=0, atol=1e-12)
+        assert (there - x).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("order", [12, 20, 28, 36, 44, 52, 76, 104, 148, 284, 344])
 def test_paleys_matrices_are_exact(order: int) -> None:
     """Entries +-1 and H H^T = n I, in whole numbers; 28 and 344 are of fields 3^3 and 7^3."""
@@ -179,8 +201,9 @@ def test_the_fast_product_is_that_of_the_kronecker_matrix() -> None:
 
 @pytest.mark.parametrize("order", [0, 3, 6, 92, 13696, 27392])
 def test_an_order_that_is_not_reached_is_a_mistake(order: int) -> None:
-    with pytest.raises(ConfigError, match=f"order {order} is not known"):
+    with pytest.raises(ConfigError, match=f"order {order} is not known") as caught:
         HadamardOfWidthSpec().check(order)
+    assert ("blocks of 128 there" in str(caught.value)) == (order % 128 == 0)
 
 
 def test_widths_are_whole_blocks() -> None:
@@ -221,13 +244,13 @@ def test_damaged_tensors_are_told() -> None:
 )
 def test_a_method_installs_what_it_says(name: str, sharing: Sharing, smoothed: bool, width: int) -> None:
     method = METHODS[name]()
-    specs = method.specs(width, sharing, smoothed)
-    collectors = {need: COLLECTORS[need](method.block, 8, 80) for need in method.needs}
+    specs, block = method.specs(width, sharing, smoothed), method.block_in(width)
+    collectors = {need: COLLECTORS[need](block, 8, 80) for need in method.needs}
     for collector in collectors.values():
         collector.update(random(2, 40, width, seed=4).float())
     seen = {need: collector.result() for need, collector in collectors.items()}
     quantizer = TensorQuantizer(get_format("mxfp4"), get_format("mxfp4").rule())
-    sample = SiteSample(random(9, width, seed=3), method.block, seen, quantizer, quantizer)
+    sample = SiteSample(random(9, width, seed=3), block, seen, quantizer, quantizer)
     own: tuple[StageSpec, ...] = ()
     if specs:
         transform = SiteTransform.of(method.fit(sample, sharing, generator_for(0, "a")))
