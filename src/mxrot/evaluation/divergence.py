@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, NumericsError
-from mxrot.evaluation.perplexity import LOGITS_AT_ONCE, Perplexity
+from mxrot.evaluation.perplexity import LOGITS_AT_ONCE, Perplexity, states_of
 from mxrot.layers import check_logits, logits_of
 from mxrot.progress import Progress, silent
 
@@ -69,7 +69,12 @@ def divergence(
         found.append(_window_means(model, original, batch).double().cpu())
         scored += batch.numel()
     progress(scored, windows.numel(), "tokens")
-    means = torch.cat(found, dim=1)
+    return divergence_of_means(torch.cat(found, dim=1), windows)
+
+
+def divergence_of_means(means: Tensor, windows: Tensor) -> Divergence:
+    """The record of what `means_of_states` has given for these windows, float64 [4, W]; NumericsError if something is
+    not finite."""
     if not torch.isfinite(means).all():
         raise NumericsError("the logits of one of the models hold NaN or Inf; nothing can be compared")
     kl, agreement, nll, original_nll = means
@@ -91,10 +96,18 @@ def divergence(
 
 def _window_means(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor) -> Tensor:
     """Of each window KL, agreement and both negative log-likelihoods: float32 [4, W]."""
-    device = next(model.parameters()).device
-    ids = ids.to(device)
-    hidden, expected = (m.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state for m in (model, original))
-    totals = torch.zeros(4, len(ids), device=device)
+    ids = ids.to(next(model.parameters()).device)
+    return means_of_states(model, states_of(model, ids), original, states_of(original, ids), ids)
+
+
+def means_of_states(
+    model: PreTrainedModel, hidden: Tensor, original: PreTrainedModel, expected: Tensor, ids: Tensor
+) -> Tensor:
+    """The same from the last hidden states [W, T, hidden] of both, of which only the heads are asked.
+
+    Log-probabilities and sums are float32; the logits of LOGITS_AT_ONCE positions exist at once.
+    """
+    totals = torch.zeros(4, len(ids), device=hidden.device)
     positions = ids.shape[1] - 1
     step = max(1, LOGITS_AT_ONCE // len(ids))
     for start in range(0, positions, step):

@@ -52,18 +52,29 @@ def perplexity(
     scored = 0
     for batch in windows.split(batch_windows):
         progress(scored, windows.numel(), "tokens")
-        sums.append(_window_nll(model, batch.to(device)).double().cpu())
+        ids = batch.to(device)
+        sums.append(nll_of_states(model, states_of(model, ids), ids).double().cpu())
         scored += batch.numel()
     progress(scored, windows.numel(), "tokens")
-    nll = float(torch.cat(sums).mean())
+    return perplexity_of_means(torch.cat(sums), windows)
+
+
+def perplexity_of_means(means: Tensor, windows: Tensor) -> Perplexity:
+    """The record of these windows' mean negative log-likelihoods, float64 [W]; NumericsError if one is not finite."""
+    nll = float(means.mean())
     if not math.isfinite(nll):
         raise NumericsError("the model's logits hold NaN or Inf; perplexity is not defined")
     return Perplexity(math.exp(nll), nll, len(windows), len(windows) * (windows.shape[1] - 1), windows.shape[1])
 
 
-def _window_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def states_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The last hidden states [W, T, hidden] of token ids [W, T], of which the head makes logits."""
+    states: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return states
+
+
+def nll_of_states(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
     """Mean negative log-likelihood of each window, float32 [W]."""
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     total = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
     positions = ids.shape[1] - 1
     step = max(1, LOGITS_AT_ONCE // len(ids))

@@ -1,0 +1,113 @@
+"""What a comparison needs of the original when the original is gone: KL divergence with one model in memory.
+
+Log-probabilities of a vocabulary take hundreds of megabytes a window. What is kept are the original's last hidden
+states, [T, hidden] a window in the type that it computes in: about a hundredth of that, and exact, because its own head
+makes the same logits of them again, bit for bit. The head, and nothing else of the original, is on the device while a
+quantized model is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxrot.evaluation.divergence import Divergence, divergence_of_means, means_of_states
+from mxrot.evaluation.perplexity import Perplexity, nll_of_states, perplexity_of_means, states_of
+from mxrot.layers import check_logits
+from mxrot.models import Source, build_skeleton
+from mxrot.progress import Progress, silent
+from mxrot.quantizing.loading import compute_dtype, load_outer
+
+_STATES = "states"
+
+
+class KeptOriginal:
+    """The original's last hidden states on the first `count` windows of each text (None: on all), in a folder.
+
+    A folder is for one model, one set of windows and one device; whoever keeps it for longer sees to that.
+    """
+
+    def __init__(self, source: Source, folder: Path, count: int | None = None) -> None:
+        self._source, self._folder, self._count = source, folder, count
+
+    def holds(self, name: str, windows: Tensor, batch_windows: int) -> bool:
+        """Are the states of the text `name` all there?"""
+        seen = len(windows[: self._count])
+        return all(self._path(name, start).exists() for start in range(0, seen, batch_windows))
+
+    @torch.no_grad()
+    def keep(
+        self, model: PreTrainedModel, name: str, windows: Tensor, batch_windows: int = 1, progress: Progress = silent
+    ) -> Perplexity:
+        """Perplexity of the original on token windows [W, T] of the text `name`, as `perplexity` computes it, and its
+        states in the folder, a file for each batch."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        check_logits(model, windows)
+        device, seen = next(model.parameters()).device, len(windows[: self._count])
+        means = []
+        for start in range(0, len(windows), batch_windows):
+            progress(start * windows.shape[1], windows.numel(), "tokens")
+            ids = windows[start : start + batch_windows].to(device)
+            hidden = states_of(model, ids)
+            means.append(nll_of_states(model, hidden, ids).double().cpu())
+            if start < seen:
+                self._write(self._path(name, start), hidden[: seen - start])
+        progress(windows.numel(), windows.numel(), "tokens")
+        return perplexity_of_means(torch.cat(means), windows)
+
+    def head(self, device: torch.device | str) -> PreTrainedModel:
+        """The original's head, as `logits_of` takes a model: its decoder blocks are on the meta device."""
+        model, family = build_skeleton(self._source.config), self._source.family
+        device = torch.device(device)
+        load_outer(model, family, self._source.outer(), compute_dtype(self._source.dtype, device), device)
+        if not model.config.tie_word_embeddings:
+            model.get_submodule(family.embedding).to("meta")
+        return model
+
+    @torch.no_grad()
+    def measure(
+        self,
+        model: PreTrainedModel,
+        head: PreTrainedModel,
+        name: str,
+        windows: Tensor,
+        batch_windows: int = 1,
+        progress: Progress = silent,
+    ) -> tuple[Perplexity, Divergence]:
+        """Perplexity of a model on token windows [W, T] of the text `name`, and how far it is from the original, whose
+        `head` it is, on those whose states are kept.
+
+        The figures are those of `perplexity` and `divergence`. NumericsError if one is not finite.
+        """
+        check_logits(model, windows)
+        device, seen = next(model.parameters()).device, len(windows[: self._count])
+        means, both = [], []
+        for start in range(0, len(windows), batch_windows):
+            progress(start * windows.shape[1], windows.numel(), "tokens")
+            ids = windows[start : start + batch_windows].to(device)
+            hidden = states_of(model, ids)
+            expected = load_file(self._path(name, start), device=str(device))[_STATES] if start < seen else hidden[:0]
+            few = len(expected)
+            if few:
+                found = means_of_states(model, hidden[:few], head, expected, ids[:few]).double().cpu()
+                means.append(found[2])
+                both.append(found)
+            if few < len(ids):
+                means.append(nll_of_states(model, hidden[few:], ids[few:]).double().cpu())
+        progress(windows.numel(), windows.numel(), "tokens")
+        apart = divergence_of_means(torch.cat(both, dim=1), windows[:seen])
+        return perplexity_of_means(torch.cat(means), windows), apart
+
+    def _write(self, path: Path, states: Tensor) -> None:
+        unfinished = path.with_suffix(".tmp")
+        save_file({_STATES: states.cpu().contiguous()}, unfinished)
+        unfinished.replace(path)
+
+    def _path(self, name: str, start: int) -> Path:
+        digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
+        return self._folder / f"{digest}-{start}.safetensors"
