@@ -31,6 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).write_text("".join(lines))
     monkeypatch.setattr(lookup, "demo_folder", lambda *_, **__: tmp_path / "demo-model")
     monkeypatch.setattr(generation, "SEQUENCE_TOKENS", 16)  # one at a time, 256 of them take most of the test
+    monkeypatch.setenv("MXROT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     transformers_logging.disable_progress_bar()
     yield tmp_path

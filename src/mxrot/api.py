@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "base_name",
+    "batch_windows",
     "calibrate",
     "default_device",
     "diverge",
@@ -224,7 +225,7 @@ def evaluate(
     with shown_progress(progress, "Evaluating") as told:
         read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
         model = _opened(model, device, told)
-        return {part.text.name: perplexity(model, part.ids, _batch_windows(model, part), told) for part in read}
+        return {part.text.name: perplexity(model, part.ids, batch_windows(model.device, part), told) for part in read}
 
 
 def diverge(
@@ -249,7 +250,8 @@ def diverge(
         read = read_texts(model, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
         original, model = _opened(original, device, told), _opened(model, device, told)
         return {
-            part.text.name: divergence(model, original, part.ids, _batch_windows(model, part), told) for part in read
+            part.text.name: divergence(model, original, part.ids, batch_windows(model.device, part), told)
+            for part in read
         }
 
 
@@ -302,6 +304,6 @@ def _opened(model: PreTrainedModel | str | Path, device: str | None, progress: P
     return open_model(model, device)[0]
 
 
-def _batch_windows(model: PreTrainedModel, windows: Windows) -> int:
-    """Windows that pass through the model at once."""
-    return max(1, EVALUATION_TOKENS.get(next(model.parameters()).device.type, 2048) // windows.ids.shape[1])
+def batch_windows(device: torch.device, windows: Windows) -> int:
+    """Windows that pass through a model at once on that device."""
+    return max(1, EVALUATION_TOKENS.get(device.type, 2048) // windows.ids.shape[1])

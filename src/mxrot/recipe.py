@@ -148,6 +148,11 @@ class Recipe:
         return self.tunes_blocks or any(one.rounding.requirements.target != "own" for one in self.variants)
 
     @property
+    def is_tuned(self) -> bool:
+        """Does an optimizer take steps on the quantized model?"""
+        return self.tuning is not None or (self.rotation is not None and self.rotation.steps > 0)
+
+    @property
     def tunes_blocks(self) -> bool:
         """Is each block tuned by itself?"""
         return self.tuning is not None and self.tuning.scope == "block"

@@ -5,6 +5,7 @@ Cases go through what a user can call (`mxrot ...`, `import mxrot`, transformers
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ def mxrot(*words: str | Path, **environment: Any) -> Result:
     """Run `mxrot WORDS`; its `exit_code`, `stdout`, `stderr` and, if it ended in a traceback, its `exception`."""
     from mxrot.cli import app
 
-    return CliRunner().invoke(app, [str(word) for word in words], env=environment or None)
+    with tempfile.TemporaryDirectory() as cache:
+        if words[0] == "compare":
+            environment.setdefault("MXROT_CACHE", cache)  # where finished runs are kept
+        return CliRunner().invoke(app, [str(word) for word in words], env=environment or None)
 
 
 def refused(*words: str | Path, exit_code: int = 2) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -36,8 +37,9 @@ OPTIONS = {
         *("--batch-size", "--resume", "--revision", "--device", "--verify", "--json"),
     ],
     "compare": [
-        *("model", "--recipes", "--set", "--calib", "--samples", "--text", "--windows", "--seq-len", "--seed"),
-        *("--tasks", "--task-data", "--limit", "--revision", "--device", "--json"),
+        *("model", "--recipes", "--without", "--set", "--calib", "--samples", "--text", "--windows", "--seq-len"),
+        *("--kl-windows", "--tasks", "--task-data", "--limit", "--seed", "--seeds", "--work", "--resume"),
+        *("--revision", "--device", "--json", "--csv", "--plot"),
     ],
     "inspect": [
         *("model", "--text", "--windows", "--seq-len", "--kernels", "--revision", "--device", "--verify", "--json"),
@@ -261,7 +263,7 @@ def test_eval_tasks_json_and_resume(scorable: dict[str, str], tmp_path: Path, mo
 
 def test_compare_tasks(scorable: dict[str, str], tmp_path: Path) -> None:
     table = tmp_path / "table.json"
-    text = ("--text", scorable["text"], "--windows", "1", "--seq-len", "32")
+    text = ("--text", scorable["text"], "--windows", "1", "--seq-len", "32", "--work", str(tmp_path / "work"))
     asked = ("--tasks", "piqa", "--task-data", scorable["data"], "--limit", "3", "--json", str(table))
     shown = run("compare", scorable["model"], "--recipes", "rtn", *text, *asked).stdout
     rows = read_json(table)["rows"]
@@ -269,21 +271,75 @@ def test_compare_tasks(scorable: dict[str, str], tmp_path: Path) -> None:
     assert [row["tasks"]["piqa"]["n"] for row in rows] == [3, 3]
 
 
+COMPARED = ("--samples", "2", "--seq-len", "32", "--windows", "4")
+
+
 def test_compare_json(folders: dict[str, str], tmp_path: Path) -> None:
-    table = tmp_path / "table.json"
-    text = ("--text", folders["text"], "--calib", folders["text"], "--windows", "4")
-    result = run(
-        *("compare", folders["model"], "--recipes", "rtn, hadamard", "--samples", "2", "--seq-len", "32"),
-        *(*text, "--json", str(table)),
-    )
+    table, lines = tmp_path / "table.json", tmp_path / "table.csv"
+    text = ("--text", folders["text"], "--calib", folders["text"], "--work", str(tmp_path / "work"))
+    files = ("--json", str(table), "--csv", str(lines))
+    result = run("compare", folders["model"], "--recipes", "rtn, hadamard", *COMPARED, *text, *files)
     found = read_json(table)
-    assert list(found) == ["rows"]
-    assert [row["recipe"] for row in found["rows"]] == ["FP16", "rtn", "hadamard"]
-    for row in found["rows"]:
-        assert {"recipe", "bits_per_weight", "seconds", "perplexity"} <= row.keys()
+    assert {"rows", "model", "seeds", "texts", "device", "kernels", "versions"} <= found.keys()
+    rows = found["rows"]
+    assert rows[0]["recipe"] == "FP16" and sorted(row["recipe"] for row in rows[1:]) == ["hadamard", "rtn"]
+    assert [row["ratio"] for row in rows[1:]] == sorted(row["ratio"] for row in rows[1:])
+    for row in rows:
+        assert {"recipe", "bits_per_weight", "seconds", "perplexity", "megabytes"} <= row.keys()
         assert f"{row['perplexity']['words']:.2f}" in result.stdout
-    assert [row["bits_per_weight"] for row in found["rows"]] == [16.0, 4.25, 4.25]
-    assert [row["seconds"] is None for row in found["rows"]] == [True, False, False]
+        assert row["perplexity"]["words"] / rows[0]["perplexity"]["words"] == pytest.approx(row["ratio"])
+    assert [row["bits_per_weight"] for row in rows] == [16.0, 4.25, 4.25]
+    assert [row["bits_per_kv_element"] for row in rows] == [16.0] * 3
+    assert [row["seconds"] is None for row in rows] == [True, False, False]
+    assert [row["kl"] is None for row in rows] == [True, False, False]
+    with lines.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [line["recipe"] for line in read] == [row["recipe"] for row in rows]
+    assert [float(line["perplexity words"]) for line in read] == [row["perplexity"]["words"] for row in rows]
+
+
+def test_compare_goes_on_with_what_was_finished(folders: dict[str, str], tmp_path: Path) -> None:
+    text = ("--text", folders["text"], "--calib", folders["text"], "--work", str(tmp_path / "work"))
+    tables = [tmp_path / "first.json", tmp_path / "second.json"]
+    run("compare", folders["model"], "--recipes", "rtn", *COMPARED, *text, "--json", str(tables[0]))
+    again = run(
+        *("compare", folders["model"], "--recipes", "rtn,hadamard", *COMPARED, *text),
+        *("--resume", "--json", str(tables[1])),
+    )
+    assert "2 of 3 runs were finished before" in again.stderr
+    first, second = ({row["recipe"]: row for row in read_json(table)["rows"]} for table in tables)
+    assert {name: second[name] for name in first} == first and "hadamard" in second
+
+
+def test_compare_draws(folders: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    text = ("--text", folders["text"], "--work", str(tmp_path / "work"))
+    for name, begins in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
+        run(
+            "compare",
+            folders["model"],
+            "--recipes",
+            "rtn",
+            *COMPARED,
+            *text,
+            "--resume",
+            "--plot",
+            str(tmp_path / name),
+        )
+        assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+def test_compare_where_a_recipe_cannot_be_taken(folders: dict[str, str], tmp_path: Path) -> None:
+    wide = tmp_path / "wide.toml"
+    wide.write_text('name = "wide"\n[weights]\nformat = "mxfp4"\n[transform]\nmethod = "hadamard"\nblock = 64\n')
+    table = tmp_path / "table.json"
+    text = ("--text", folders["text"], "--work", str(tmp_path / "work"), "--json", str(table))
+    shown = run("compare", folders["model"], "--recipes", f"{wide},rtn", *COMPARED, *text).stdout
+    rows = read_json(table)["rows"]
+    assert [row["recipe"] for row in rows] == ["FP16", "rtn", "wide"]
+    assert "96 is not a multiple of" in rows[2]["reason"] and rows[2]["reason"] in shown
+    message = one_line_error(call("compare", folders["model"], "--recipes", str(wide), *COMPARED, *text), 2)
+    assert message == rows[2]["reason"]
 
 
 def test_inspect_a_model_and_a_checkpoint(folders: dict[str, str], tmp_path: Path) -> None:
@@ -379,6 +435,16 @@ BAD_INPUT = {
     "bad recipe": (("quantize", "{model}", "-r", "nosuch"), "no recipe 'nosuch'"),
     "bad recipe of compare": (("compare", "{model}", "--recipes", "rtn,nosuch"), "no recipe 'nosuch'"),
     "no recipe": (("compare", "{model}", "--recipes", ","), "--recipes"),
+    "all left out": (("compare", "{model}", "--recipes", "rtn", "--without", "rtn"), "--recipes: name at least one"),
+    "nothing to leave out": (("compare", "{model}", "--without", "hadamrd"), "did you mean 'hadamard'?"),
+    "seeds in words": (("compare", "{model}", "--seeds", "few"), "--seeds few: expected a number of seeds"),
+    "no seed": (("compare", "{model}", "--seeds", "0"), "--seeds 0: expected 1 to 100"),
+    "a seed twice": (("compare", "{model}", "--seeds", "1,1"), "names a seed twice"),
+    "plot of no kind": (("compare", "{model}", "--plot", "a.jpeg"), "--plot a.jpeg: expected a name that ends in .png"),
+    "work in a file": (
+        ("compare", "{model}", "--recipes", "rtn", "--text", "{text}", "--seq-len", "32", "--work", "{short}"),
+        "is a file; name a folder",
+    ),
     "set without value": (("quantize", "{model}", "--set", "weights"), "--set 'weights'"),
     "set unknown key": (("quantize", "{model}", "--set", "weights.colour=1"), "unknown key 'colour'"),
     "set bad value": (("quantize", "{model}", "-r", "duquant++", "--set", "transform.steps=few"), "transform.steps"),

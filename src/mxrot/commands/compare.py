@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from mxrot.commands.options import (
+    KEPT,
     Calib,
     Changes,
     Device,
     Json,
     Limit,
     Model,
-    Recipes,
     Revision,
     Samples,
     Seed,
@@ -21,7 +23,8 @@ from mxrot.commands.options import (
     Tasks,
     Texts,
     Windows,
-    chosen_recipe,
+    announce,
+    check_file,
     chosen_tasks,
     loaded_texts,
     prepare,
@@ -31,34 +34,56 @@ from mxrot.commands.options import (
     with_revision,
     write_json,
 )
+from mxrot.commands.selection import Recipes, Seeds, Without, chosen_recipes, chosen_seeds
 from mxrot.errors import ConfigError
 
 
 def compare(
+    ctx: typer.Context,
     model: Model = "demo",
     recipes: Recipes = "rtn,duquant++",
+    without: Without = "",
     changes: Changes = [],  # noqa: B006
     calib: Calib = ["demo"],  # noqa: B006
     samples: Samples = None,
     text: Texts = ["demo"],  # noqa: B006
     windows: Windows = None,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window, for both")] = 2048,
+    kl_windows: Annotated[
+        int | None, typer.Option("--kl-windows", min=0, help="Of them for KL from the original; 0 for none (all)")
+    ] = None,
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Limit = None,
     seed: Seed = 0,
+    seeds: Seeds = None,
+    work: Annotated[
+        Path | None, typer.Option("--work", metavar="DIR", help="Folder for finished runs (one in the cache)")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take the runs that an earlier comparison finished")] = False,
     revision: Revision = None,
     device: Device = None,
     json_file: Json = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the table to this file as CSV")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw ratio against bits into this file, .png or .svg")
+    ] = None,
 ) -> None:
     """Quantize a model in memory with several recipes, and compare."""
     from mxrot import api
-    from mxrot.report import compared_tasks_table, comparison_table, progress_on_stderr
+    from mxrot.checkpoint.named_file import write_named
+    from mxrot.models import find_model
+    from mxrot.report import compared_tasks_table, csv_text, picture_file, progress_on_stderr, remarks, side_by_side
     from mxrot.report.comparing import compare_recipes
+    from mxrot.report.trade_off import check_plot
+    from mxrot.report.work_folder import default_work_folder
 
-    chosen = [chosen_recipe(name.strip(), changes) for name in recipes.split(",") if name.strip()]
-    if not chosen:
-        raise ConfigError("--recipes: name at least one")
+    started = time.monotonic()
+    chosen = chosen_recipes(recipes, without, changes)
+    each_seed = chosen_seeds(seed, seeds)
+    check_file("--csv", csv_file)
+    check_plot(plot)
+    check_file("--plot", plot)
     texts = loaded_texts("--text", text)
     needs_text = any(not recipe.is_data_free for recipe in chosen)
     calibration = loaded_texts("--calib", calib) if needs_text else None
@@ -68,6 +93,8 @@ def compare(
     names = ", ".join(recipe.name for recipe in chosen)
     with progress_on_stderr("Comparing", f"{model}, {where(device)}, with {names}") as told:
         read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told)
+        place = default_work_folder(find_model(model)) if work is None else work
+        ctx.meta[KEPT] = "finished runs"
         rows = compare_recipes(
             model,
             chosen,
@@ -76,17 +103,47 @@ def compare(
             texts=read,
             windows=windows,
             seq_len=seq_len,
-            seed=seed,
+            seeds=each_seed,
+            kl_windows=kl_windows,
             device=device,
             tasks=loaded,
             limit=limit,
+            work=place,
+            resume=resume,
+            announce=announce,
             progress=told,
         )
-    show(comparison_table(rows, f"{model}, windows of {seq_len}"))
+    for table in side_by_side(rows, f"{model}, windows of {seq_len}"):
+        show(table)
+        print()
+    for line in remarks(rows):
+        print(line)
     print_texts([part.as_table() for part in read])
     if loaded:
         show(compared_tasks_table(rows))
-    write_json(json_file, {"rows": [row.as_table() for row in rows]})
+    protocol = {"model": model, "seeds": each_seed, "texts": {part.text.name: part.as_table() for part in read}}
+    seconds = round(time.monotonic() - started, 2)
+    write_json(
+        json_file, {"rows": [row.as_table() for row in rows], **protocol, "seconds": seconds, **_machine(device)}
+    )
+    if csv_file is not None:
+        write_named(csv_file, csv_text(rows).encode())
+    if all(row.reason is not None for row in rows[1:]):
+        raise ConfigError("none of the recipes ran; the reasons stand under the table")
+    if plot is not None:
+        write_named(plot, picture_file(rows, f"{model}, windows of {seq_len}", plot.suffix.lower().lstrip(".")))
+
+
+def _machine(device: str | None) -> dict[str, Any]:
+    """What computed."""
+    import torch
+
+    from mxrot.environment import device_name, versions
+    from mxrot.kernels.choices import kernel_choices
+    from mxrot.opening import default_device
+
+    used = torch.device(device or default_device())
+    return {"device": device_name(used), "kernels": kernel_choices(used), "versions": versions()}
 
 
 def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:
@@ -105,9 +162,11 @@ def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:
             seq_len=512,
             seed=seed,
             device=device,
+            kl_windows=0,
             prompt="The three primary colors are",
             progress=told,
         )
+    rows.sort(key=lambda row: row.recipe == "duquant++")  # the plainest first
     show(comparison_table(rows, "SmolLM2-135M-Instruct, weights and activations in MXFP4; held-out demo text"))
     for row in rows:
         print(f"{row.recipe}: {row.extra['generated']}")

@@ -99,6 +99,11 @@ def prepare(model: str, device: str | None, json_file: Path | None, gets_weights
         print(download_note(model), file=sys.stderr, flush=True)
 
 
+def announce(line: str) -> None:
+    """Tell a person, beside what the command prints as its result."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def check_file(option: str, path: Path | None) -> None:
     """ConfigError unless a file can be written there, found out before the work."""
     if path is None:

@@ -7,8 +7,9 @@ from mxrot.report.html import page
 from mxrot.report.metrics import metrics_of, read_results
 from mxrot.report.plans import plan_report
 from mxrot.report.plots import pictures
+from mxrot.report.rows import ComparedRow, Run
+from mxrot.report.side_by_side import csv_text, remarks, side_by_side
 from mxrot.report.tables import (
-    ComparedRow,
     changes_line,
     choices_table,
     compared_tasks_table,
@@ -25,17 +26,20 @@ from mxrot.report.tables import (
     tuning_line,
 )
 from mxrot.report.texts import text_lines
+from mxrot.report.trade_off import picture_file
 from mxrot.report.vllm import print_vllm_report
 
 __all__ = [
     "ComparedRow",
     "Contents",
     "ProgressOption",
+    "Run",
     "changes_line",
     "check_matplotlib",
     "choices_table",
     "compared_tasks_table",
     "comparison_table",
+    "csv_text",
     "divergence_table",
     "errors_table",
     "experts_line",
@@ -44,13 +48,16 @@ __all__ = [
     "metrics_of",
     "page",
     "perplexity_table",
+    "picture_file",
     "pictures",
     "plan_report",
     "print_vllm_report",
     "progress_on_stderr",
     "rank_line",
     "read_results",
+    "remarks",
     "shown_progress",
+    "side_by_side",
     "size_line",
     "tasks_table",
     "text_lines",

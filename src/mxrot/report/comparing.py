@@ -1,26 +1,34 @@
-"""Several recipes on one model, side by side and in memory."""
+"""Several recipes on one model, side by side and in memory, one model at a time.
+
+Every run has a key of all that decides its figures. With a folder to work in, what an earlier comparison has finished
+under the same key is taken from there.
+"""
 
 from __future__ import annotations
 
-import gc
-import re
-import time
-from collections.abc import Sequence
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from mxrot import api, quantizing
-from mxrot.evaluation import score_tasks
-from mxrot.layers import ModelSize, QuantLinear, build_apart
+from mxrot import api
+from mxrot.errors import ConfigError, MxrotError
+from mxrot.evaluation import KeptOriginal
+from mxrot.layers import build_apart
 from mxrot.models import FolderSource, find_model
 from mxrot.progress import Progress, silent
-from mxrot.quantizing.problems import find_problems
+from mxrot.quantizing.problems import find_problems, weight_problems
 from mxrot.recipe import Recipe
-from mxrot.report import ComparedRow
-from mxrot.text import load_texts
+from mxrot.report.rows import ComparedRow, in_order
+from mxrot.report.running import Comparison, Job, key_of
+from mxrot.report.trials import Trials
+from mxrot.report.work_folder import Key, WorkFolder
+from mxrot.text import Windows, load_texts
 from mxrot.tokenizing import Calibration
 
 _TYPE_NAMES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32", torch.float64: "FP64"}
@@ -36,75 +44,129 @@ def compare_recipes(
     windows: int | None = None,
     seq_len: int = 2048,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    kl_windows: int | None = None,
     device: str | None = None,
     prompt: str | None = None,
     tasks: dict[str, Any] | None = None,
     limit: int | None = None,
+    work: Path | None = None,
+    resume: bool = False,
+    announce: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
 ) -> list[ComparedRow]:
-    """The model as it is, then quantized by each recipe: perplexity on `texts`, size, seconds to quantize.
+    """The model as it is, then quantized by each recipe: a row each, the best first, with what cannot be taken last.
 
-    `tasks` are those of `evaluation.load_tasks`, of which `limit` takes the first examples. With a `prompt`, each row's
-    `extra["generated"]` is what the model makes of it. One model is in memory at a time.
+    Each recipe runs with each of `seeds` (by default with `seed`); where two seeds give the same figures to the last
+    bit, chance has no part in it, and the others are not run. KL from the original is taken on the first `kl_windows`
+    of each text, on all by default; 0 takes none. `tasks` are those of `evaluation.load_tasks`, of which `limit` takes
+    the first examples. With a `prompt`, each row's `extra["generated"]` is what the model makes of it.
+    Finished runs are kept in the folder `work`, where one is given, and with `resume` taken from there; `announce` is
+    told how many. One model is in memory at a time, and beside a quantized one the head of the original, for KL.
+    Errors of the model itself, of the texts and of the machine are raised. A recipe's own stand in its row; where no
+    recipe can be taken, that is an error before any weight is read.
     """
+    _check_names(recipes)
     folder = find_model(model)
     source = FolderSource(folder, model)
-    skeleton = build_apart(source.config)
-    for recipe in recipes:
-        for problem in find_problems(skeleton, source.family, recipe, model, source):
-            raise problem
-    tokenizer = api.load_tokenizer(folder)
+    problems = _problems(source, recipes)
+    if len(problems) == len(recipes):
+        raise _of_all(problems)
     read = api.read_texts(folder, texts, windows=windows, seq_len=seq_len, progress=progress)
+    able = [recipe for recipe in recipes if recipe.name not in problems]
+    calibrations = _calibrations(folder, able, calib, samples, seq_len, progress)
+    device = device or api.default_device()
+    with _work_place(work) as place:
+        hashes = {} if work is None else place.hashes(folder, progress)
+        protocol = _protocol(read, kl_windows, tasks, limit, prompt)
+        jobs = _jobs(calibrations, list(seeds or [seed]), hashes, protocol, device)
+        original = Job(_TYPE_NAMES[source.dtype], None, 0, key_of(hashes, protocol, None, device, 0))
+        kept = None if kl_windows == 0 else KeptOriginal(source, place.states(original.key), kl_windows)
+        trials = Trials(folder, source.dtype, device, read, kept, tasks or {}, limit, prompt)
+        comparison = Comparison(trials, place, original, jobs, resume, progress)
+        if resume and comparison.taken:
+            announce(f"{comparison.taken} of {1 + len(jobs)} runs were finished before, and are taken from {work}")
+        rows = comparison.rows()
+        place.drop_states()
+    rows += [ComparedRow(name, reason=str(error)) for name, error in problems.items()]
+    spelled = {recipe.name: recipe.to_toml() for recipe in recipes}
+    return in_order([replace(row, recipe_toml=spelled.get(row.recipe)) for row in rows])
+
+
+@contextmanager
+def _work_place(work: Path | None) -> Iterator[WorkFolder]:
+    """The folder that was given, or one that is gone afterwards."""
+    if work is not None:
+        with WorkFolder.opened(work) as place:
+            yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="mxrot-compare-") as made:
+        yield WorkFolder(Path(made))
+
+
+def _check_names(recipes: Sequence[Recipe]) -> None:
+    """ConfigError if two are called the same: nobody could tell their rows apart."""
+    names = [recipe.name for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two recipes are called {name!r}; change `name` in the file of one")
+
+
+def _problems(source: FolderSource, recipes: Sequence[Recipe]) -> dict[str, MxrotError]:
+    """Why recipes cannot quantize the model, by name; what is wrong with the model itself is raised."""
+    skeleton = build_apart(source.config)
+    for problem in weight_problems(skeleton, source.name, source):
+        raise problem
+    first = {recipe.name: next(find_problems(skeleton, source.family, recipe, source.name), None) for recipe in recipes}
+    return {name: problem for name, problem in first.items() if problem is not None}
+
+
+def _of_all(problems: dict[str, MxrotError]) -> MxrotError:
+    """One error where no recipe can be taken: that of all, or what each says."""
+    said = {str(problem): problem for problem in problems.values()}
+    if len(said) == 1:
+        return next(iter(said.values()))
+    return ConfigError("no recipe can be taken: " + "; ".join(f"{name}: {said}" for name, said in problems.items()))
+
+
+def _calibrations(
+    folder: Path, recipes: Sequence[Recipe], calib: Any, samples: int | None, seq_len: int, progress: Progress
+) -> list[Calibration]:
+    """One for each recipe; those that read the same windows share them."""
     if not all(recipe.is_data_free for recipe in recipes):
         calib = load_texts(calib, "calibration")
-    calibrations = [api.calibrate(folder, recipe, calib, samples, seq_len, progress) for recipe in recipes]
-    device = device or api.default_device()
-    stored = source.dtype
-    rows = []
-    entries: list[Calibration | None] = [None, *calibrations]
-    for entry in entries:
-        seconds = None
-        if entry is None:
-            label, (opened, _) = _TYPE_NAMES[stored], api.open_model(folder, device)
-        else:
-            recipe = entry.recipe
-            label, told = recipe.name, _labelled(progress, recipe.name)
-            started = time.monotonic()
-            result = quantizing.quantize(folder, recipe, windows=entry.windows, device=device, seed=seed, progress=told)
-            seconds = time.monotonic() - started
-            assert result.model is not None
-            opened = result.model
-        told = _labelled(progress, f"perplexity of {label}")
-        scores = api.evaluate(opened, read, tokenizer=tokenizer, progress=told)
-        told = _labelled(progress, f"tasks of {label}")
-        shares = score_tasks(opened, tokenizer, tasks, limit=limit, progress=told) if tasks else {}
-        extra = {} if prompt is None else {"generated": _sentence(opened, tokenizer, prompt)}
-        rows.append(ComparedRow(label, model_size(opened, stored), seconds, scores, extra, shares))
-        del opened
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return rows
+    known: dict[tuple[int, float, bool], Calibration] = {}
+    found = []
+    for recipe in recipes:
+        choice = recipe.calibration
+        alike = (choice.samples, choice.generated, recipe.is_data_free)
+        if alike not in known:
+            known[alike] = api.calibrate(folder, recipe, calib, samples, seq_len, progress)
+        read = known[alike]
+        happened = {"samples": read.recipe.calibration.samples, "seq_len": read.recipe.calibration.seq_len}
+        found.append(replace(read, recipe=replace(recipe, calibration=replace(choice, **happened))))
+    return found
 
 
-def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
-    """Bytes the model takes in a checkpoint: what is not quantized counts in the type `stored`."""
-    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
-    head = model.get_output_embeddings()
-    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    left = {f"{name}.weight" for name, module in linears if module is not head}
-    return ModelSize.of(model.state_dict(), quantized, stored.itemsize, left)
+def _jobs(
+    calibrations: Sequence[Calibration], seeds: Sequence[int], hashes: dict[str, str], protocol: Key, device: str
+) -> list[Job]:
+    return [
+        Job(one.recipe.name, one, seed, key_of(hashes, protocol, one, device, seed))
+        for one in calibrations
+        for seed in seeds
+    ]
 
 
-def _labelled(progress: Progress, label: str) -> Progress:
-    def told(done: float, total: int, what: str) -> None:
-        progress(done, total, f"{label}, {what}")
-
-    return told
-
-
-def _sentence(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:
-    """The prompt and the first sentence that the model makes of it."""
-    continuation = api.generate_text(model, tokenizer, prompt, max_tokens=32)
-    sentence = re.split(r"(?<=[.!?])\s|\n", continuation.strip(), maxsplit=1)[0]
-    return f"{prompt} {sentence}"
+def _protocol(
+    read: Sequence[Windows], kl_windows: int | None, tasks: dict[str, Any] | None, limit: int | None, prompt: str | None
+) -> Key:
+    """What is measured, and on which tokens."""
+    return {
+        "texts": {part.text.name: hashlib.sha256(part.ids.numpy().tobytes()).hexdigest() for part in read},
+        "shapes": {part.text.name: list(part.ids.shape) for part in read},
+        "kl_windows": kl_windows,
+        "tasks": sorted(tasks or {}),
+        "limit": limit,
+        "prompt": prompt,
+    }

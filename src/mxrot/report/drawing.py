@@ -74,17 +74,18 @@ class Picture:
     height: int
     """In points."""
     draw: Draw
+    width: int = WIDTH
 
 
-def check_matplotlib() -> None:
-    """ConfigError if it is not installed."""
+def check_matplotlib(what: str = "a report") -> None:
+    """ConfigError, which says `what` needs it, if it is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a report needs the package matplotlib: pip install 'mxrot[report]'")
+        raise ConfigError(f"{what} needs the package matplotlib: pip install 'mxrot[report]'")
 
 
 def inline_svg(name: str, picture: Picture) -> str:
     """The picture as an SVG element of a page, in the CSS variables of `Palette.named`."""
-    drawn = _render(name, picture, _STANDS, "svg").decode()
+    drawn = render(name, picture, _STANDS, "svg").decode()
     svg = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     for variable, color in _STANDS.named().items():
@@ -104,17 +105,17 @@ def write_files(folder: Path, drawn: dict[str, Picture]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
         for kind in ("svg", "png"):
-            write_named(folder / f"{name}.{kind}", _render(name, picture, LIGHT, kind, "white"))
+            write_named(folder / f"{name}.{kind}", render(name, picture, LIGHT, kind, "white"))
 
 
-def _render(name: str, picture: Picture, colors: Palette, kind: str, background: str = "none") -> bytes:
+def render(name: str, picture: Picture, colors: Palette, kind: str, background: str = "none") -> bytes:
     """The bytes of a file; the same for the same picture."""
     import matplotlib
     from matplotlib.figure import Figure
 
     own = {**dict.fromkeys(_INKED, colors.ink), "grid.color": colors.grid, "svg.hashsalt": name}
     with matplotlib.rc_context({**_SETTINGS, **own}):
-        figure = Figure(figsize=(WIDTH / 72, picture.height / 72), layout="constrained", facecolor="none")
+        figure = Figure(figsize=(picture.width / 72, picture.height / 72), layout="constrained", facecolor="none")
         picture.draw(figure, colors)
         for axes in figure.axes:
             axes.set_facecolor("none")

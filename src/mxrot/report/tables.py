@@ -4,43 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
 
 from mxrot.evaluation import Divergence, KernelChoice, Perplexity, SiteMaxima, TaskScore
-from mxrot.layers import ModelSize
 from mxrot.quantizing.record import alike
+from mxrot.report.rows import ComparedRow
 
 _MOST_NAMED = 8
 """Kinds of linears in a line."""
-
-
-@dataclass(frozen=True)
-class ComparedRow:
-    """One model of a comparison."""
-
-    recipe: str
-    """Name of the recipe; the type of the weights for the model as it was."""
-    size: ModelSize
-    quantize_seconds: float | None
-    perplexity: dict[str, Perplexity]
-    extra: dict[str, Any] = field(default_factory=dict)
-    tasks: dict[str, TaskScore] = field(default_factory=dict)
-
-    def as_table(self) -> dict[str, Any]:
-        """The row as `compare --json` writes it."""
-        return {
-            "recipe": self.recipe,
-            "bits_per_weight": self.size.bits_per_weight or 16.0,
-            "transform_bits_per_weight": self.size.transform_bits_per_weight or 0.0,
-            "megabytes": self.size.total_bytes / 1e6,
-            "seconds": self.quantize_seconds,
-            "perplexity": {name: result.ppl for name, result in self.perplexity.items()},
-            **({"tasks": {name: score.as_table() for name, score in self.tasks.items()}} if self.tasks else {}),
-            **self.extra,
-        }
 
 
 def comparison_table(rows: Sequence[ComparedRow], title: str) -> Table:
@@ -53,11 +26,14 @@ def comparison_table(rows: Sequence[ComparedRow], title: str) -> Table:
     for heading in ("bits a weight", "transforms", "MB", "seconds"):
         table.add_column(heading, justify="right")
     for row in rows:
+        if not row.runs:
+            table.add_row(row.recipe, *("-" for _ in texts))
+            continue
         bits, transforms = row.size.bits_per_weight, row.size.transform_bits_per_weight
         table.add_row(
             row.recipe,
             *(f"{row.perplexity[text].ppl:.2f}" for text in texts),
-            "16" if bits is None else f"{bits:.2f}",
+            f"{row.runs[0].stored_bits}" if bits is None else f"{bits:.2f}",
             f"+{transforms:.3f}" if transforms else "",
             f"{row.size.total_bytes / 1e6:.1f}",
             "" if row.quantize_seconds is None else f"{row.quantize_seconds:.1f}",
@@ -73,6 +49,9 @@ def compared_tasks_table(rows: Sequence[ComparedRow]) -> Table:
         table.add_column(f"{name}\n{score.best}", justify="right", no_wrap=True)
     table.add_column("mean", justify="right")
     for row in rows:
+        if not row.runs:
+            table.add_row(row.recipe, *("-" for _ in rows[0].tasks))
+            continue
         shares = [score.mean(score.best) or 0.0 for score in row.tasks.values()]
         cells = [share(score, score.best, unit="") for score in row.tasks.values()]
         table.add_row(row.recipe, *cells, f"{100 * sum(shares) / len(shares):.2f}")

@@ -11,6 +11,7 @@ from mxrot.evaluation import Perplexity, SiteMaxima, TaskScore
 from mxrot.layers import ModelSize
 from mxrot.report import (
     ComparedRow,
+    Run,
     compared_tasks_table,
     comparison_table,
     errors_table,
@@ -42,12 +43,14 @@ def lines(table: RenderableType) -> list[list[str]]:
 
 def test_comparison() -> None:
     rows = [
-        ComparedRow("original", PLAIN, None, {"a": scored(2.0), "b": scored(3.0)}),
-        ComparedRow("duquant++", QUANTIZED, 12.34, {"a": scored(2.5), "b": scored(3.5)}),
+        ComparedRow("original", (Run(PLAIN, {"a": scored(2.0), "b": scored(3.0)}),)),
+        ComparedRow("duquant++", (Run(QUANTIZED, {"a": scored(2.5), "b": scored(3.5)}, seconds=12.34),)),
+        ComparedRow("mxrot", reason="it cannot be taken"),
     ]
     assert lines(comparison_table(rows, "title")) == [
         ["original", "7.39", "20.09", "16", "", "269.0", ""],
         ["duquant++", "12.18", "33.12", "4.25", "+0.032", "2.5", "12.3"],
+        ["mxrot", "-", "-", "", "", "", ""],
     ]
 
 
@@ -65,24 +68,10 @@ def test_tasks() -> None:
 
 
 def test_compared_tasks() -> None:
-    rows = [ComparedRow(name, PLAIN, None, {}, tasks=SCORES) for name in ("original", "rtn")]
+    rows = [ComparedRow(name, (Run(PLAIN, {}, tasks=SCORES),)) for name in ("original", "rtn")]
     figures = ["50.00 +- 50.00", "100.00", "75.00"]
     assert lines(compared_tasks_table(rows)) == [["original", *figures], ["rtn", *figures]]
     assert list(rows[0].as_table()["tasks"]) == list(SCORES)
-
-
-def test_row_as_json() -> None:
-    row = ComparedRow("rtn", QUANTIZED, 1.5, {"a": scored(2.0)}, {"generated": "text"})
-    assert row.as_table() == {
-        "recipe": "rtn",
-        "bits_per_weight": 4.25,
-        "transform_bits_per_weight": 0.032,
-        "megabytes": 2.53525,
-        "seconds": 1.5,
-        "perplexity": {"a": math.exp(2.0)},
-        "generated": "text",
-    }
-    assert ComparedRow("original", PLAIN, None, {}).as_table()["bits_per_weight"] == 16.0
 
 
 def test_perplexity() -> None:

@@ -1,0 +1,46 @@
+"""How long the parts of a comparison take beside each other, roughly: for the time to go, and for nothing else.
+
+The unit is a token that passes through the model. What stands here was chosen by a look at a few runs; the pace of what
+has been done corrects it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mxrot.text import Windows
+from mxrot.tokenizing import Calibration
+
+ROUNDING = 2000.0
+"""To read all weights, round and encode them."""
+STATISTICS = 4.0
+"""Of a calibration token: passes before and after the sites, moments, Hessians."""
+TUNING = 4.0
+"""Of a token in a step: the original, forwards and backwards."""
+KL = 1.5
+"""Of an evaluation token, with the head of the original."""
+
+
+def measuring_costs(read: Sequence[Windows], has_tasks: bool) -> list[float]:
+    """Of each text, and of tasks, as long as all texts together."""
+    texts = [KL * part.ids.numel() for part in read]
+    return [*texts, sum(texts)] if has_tasks else texts
+
+
+def quantizing_costs(calibration: Calibration) -> list[float]:
+    """Of the phases that `quantize` tells: text that is written, the blocks, text written for tuning, its steps."""
+    recipe, windows = calibration.recipe, calibration.windows
+    if windows is None:
+        return [ROUNDING]
+    tokens, length = float(windows.numel()), windows.shape[1]
+    generated = recipe.calibration.generated
+    written = [generated * tokens] if generated else []
+    blocks = ROUNDING + STATISTICS * (1 + generated) * tokens
+    tuning = recipe.tuning
+    if tuning is None:
+        return [*written, blocks]
+    steps = TUNING * tuning.steps * tuning.batch_windows * length
+    if not recipe.tunes_network:
+        return [*written, blocks + steps]
+    prompted = [tuning.generated * tokens] if tuning.generated else []
+    return [*written, blocks, *prompted, steps]

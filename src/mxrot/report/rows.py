@@ -1,0 +1,222 @@
+"""What a comparison has found: runs of models, and a row for each recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from mxrot.evaluation import Divergence, Perplexity, TaskScore, standard_error
+from mxrot.layers import ModelSize
+
+
+class Mean(NamedTuple):
+    """Over the seeds of a row."""
+
+    value: float
+    error: float | None
+    """Standard error over seeds; None with one."""
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """The mean of at least one value."""
+    return Mean(sum(values) / len(values), standard_error(values))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model, quantized once and measured."""
+
+    size: ModelSize
+    perplexity: dict[str, Perplexity]
+    """By the text's name."""
+    seed: int | None = None
+    """None for the original."""
+    seconds: float | None = None
+    """To quantize; None for the original."""
+    peak_bytes: int | None = None
+    """While quantizing: allocated on a GPU, resident on a CPU; None where that is not told, and for the original."""
+    divergence: dict[str, Divergence] = field(default_factory=dict)
+    """From the original, by text; empty where that was not asked for."""
+    stored_bits: int = 16
+    """Of a weight that is not quantized."""
+    bits_per_kv_element: float = 16.0
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of codes and scales; those of the stored type where nothing is quantized."""
+        return self.size.bits_per_weight or float(self.stored_bits)
+
+    def measures_as(self, other: Run) -> bool:
+        """Are its figures the same, to the last bit?"""
+        mine, others = ([x.nll for x in run.perplexity.values()] for run in (self, other))
+        my_kl, other_kl = ([x.kl for x in run.divergence.values()] for run in (self, other))
+        return mine == others and my_kl == other_kl
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` makes the same run of."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(table: dict[str, Any]) -> Run:
+        """A run that was kept; KeyError or TypeError for anything else."""
+        tasks = {
+            name: TaskScore({key: tuple(hits) for key, hits in score["hits"].items()}, score["split"], score["digest"])
+            for name, score in table["tasks"].items()
+        }
+        return Run(
+            **{
+                **table,
+                "size": ModelSize(**table["size"]),
+                "perplexity": {name: Perplexity(**one) for name, one in table["perplexity"].items()},
+                "divergence": {name: Divergence(**one) for name, one in table["divergence"].items()},
+                "tasks": tasks,
+            }
+        )
+
+    def as_table(self) -> dict[str, Any]:
+        """The figures of one seed as `compare --json` writes them."""
+        return {
+            "seed": self.seed,
+            "perplexity": {name: one.ppl for name, one in self.perplexity.items()},
+            "divergence": {name: finite(vars(one)) for name, one in self.divergence.items()},
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One recipe of a comparison, or the original: a run for each seed, or the reason why there is none."""
+
+    recipe: str
+    """Name of the recipe; the type of the weights for the model as it was."""
+    runs: tuple[Run, ...] = ()
+    original: Run | None = None
+    """What ratios are to; None in the row of the original, whose ratio is 1."""
+    reason: str | None = None
+    """Why the recipe cannot be taken, or what went wrong."""
+    recipe_toml: str | None = None
+    """The recipe with every key."""
+    is_alike: bool = False
+    """Did another seed give the same figures, so that the rest was not run?"""
+
+    @property
+    def texts(self) -> list[str]:
+        return list(self.runs[0].perplexity) if self.runs else []
+
+    @property
+    def size(self) -> ModelSize:
+        return self.runs[0].size
+
+    @property
+    def perplexity(self) -> dict[str, Perplexity]:
+        """Of the first seed."""
+        return self.runs[0].perplexity
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Of the first seed."""
+        return self.runs[0].extra
+
+    @property
+    def quantize_seconds(self) -> float | None:
+        """Mean over seeds."""
+        seconds = [run.seconds for run in self.runs if run.seconds is not None]
+        return sum(seconds) / len(seconds) if seconds else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The largest over seeds."""
+        return max((run.peak_bytes for run in self.runs if run.peak_bytes is not None), default=None)
+
+    @property
+    def tasks(self) -> dict[str, TaskScore]:
+        """Each answer a mean over seeds."""
+        scores = {name: [run.tasks[name] for run in self.runs] for name in (self.runs[0].tasks if self.runs else ())}
+        return {
+            name: TaskScore(
+                {
+                    metric: tuple(
+                        sum(hits) / len(hits) for hits in zip(*(one.hits[metric] for one in each), strict=True)
+                    )
+                    for metric in each[0].hits
+                },
+                each[0].split,
+                each[0].digest,
+            )
+            for name, each in scores.items()
+        }
+
+    def mean_perplexity(self, text: str) -> Mean:
+        return mean_of([run.perplexity[text].ppl for run in self.runs])
+
+    def ratio(self, text: str | None = None) -> Mean:
+        """Perplexity over that of the original, on one text or as the geometric mean over all."""
+        return mean_of([self._ratio(run, text) for run in self.runs])
+
+    def _ratio(self, run: Run, text: str | None) -> float:
+        if self.original is None:
+            return 1.0
+        chosen = self.texts if text is None else [text]
+        apart = [run.perplexity[name].nll - self.original.perplexity[name].nll for name in chosen]
+        return math.exp(sum(apart) / len(apart))
+
+    def kl(self, text: str | None = None) -> Mean | None:
+        """KL(original || quantized), nats a token, on one text or as the mean over all; None where it was not taken."""
+        if not all(run.divergence for run in self.runs):
+            return None
+        chosen = self.texts if text is None else [text]
+        return mean_of([sum(run.divergence[name].kl for name in chosen) / len(chosen) for run in self.runs])
+
+    def as_table(self) -> dict[str, Any]:
+        """The row as `compare --json` writes it; errors are standard errors over seeds, null with one."""
+        if not self.runs:
+            return {"recipe": self.recipe, "recipe_toml": self.recipe_toml, "reason": self.reason, "runs": []}
+        run, ratio, kl = self.runs[0], self.ratio(), self.kl()
+        by_text = {text: (self.mean_perplexity(text), self.ratio(text), self.kl(text)) for text in self.texts}
+        return {
+            "recipe": self.recipe,
+            "bits_per_weight": run.bits_per_weight,
+            "transform_bits_per_weight": run.size.transform_bits_per_weight or 0.0,
+            "bits_per_kv_element": run.bits_per_kv_element,
+            "megabytes": run.size.total_bytes / 1e6,
+            "seconds": self.quantize_seconds,
+            "peak_bytes": self.peak_bytes,
+            "perplexity": {text: found[0].value for text, found in by_text.items()},
+            "perplexity_error": {text: found[0].error for text, found in by_text.items()},
+            "ratio": ratio.value,
+            "ratio_error": ratio.error,
+            "ratio_of_text": {text: found[1].value for text, found in by_text.items()},
+            "kl": None if kl is None else kl.value,
+            "kl_error": None if kl is None else kl.error,
+            "kl_of_text": {text: found[2].value for text, found in by_text.items() if found[2] is not None},
+            **({"tasks": {name: score.as_table() for name, score in self.tasks.items()}} if run.tasks else {}),
+            "seeds": [each.seed for each in self.runs if each.seed is not None],
+            "seeds_alike": self.is_alike,
+            "runs": [each.as_table() for each in self.runs],
+            "reason": self.reason,
+            "recipe_toml": self.recipe_toml,
+            **self.extra,
+        }
+
+
+def in_order(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
+    """The original, then by ratio, then those that have a reason to have none, as they came."""
+
+    def place(row: ComparedRow) -> tuple[int, float]:
+        if row.reason is not None:
+            return 2, 0.0
+        return (0, 0.0) if row.original is None else (1, row.ratio().value)
+
+    return sorted(rows, key=place)
+
+
+def finite(table: dict[str, Any]) -> dict[str, Any]:
+    """With null for what JSON has no word for."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in table.items()
+    }

@@ -1,0 +1,124 @@
+"""The runs of a comparison: those that are finished are known by their keys, and the others are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mxrot.checkpoint.fingerprint import fingerprint_of
+from mxrot.environment import device_name, versions
+from mxrot.errors import ConfigError, FamilyError, NumericsError, OutOfMemoryError
+from mxrot.failures import machine_failure
+from mxrot.progress import Progress
+from mxrot.progress.steps import Steps
+from mxrot.report.costs import measuring_costs, quantizing_costs
+from mxrot.report.rows import ComparedRow, Run
+from mxrot.report.trials import Trials, let_go
+from mxrot.report.work_folder import Key, WorkFolder
+from mxrot.tokenizing import Calibration
+
+_OWN_ERRORS = (ConfigError, FamilyError, NumericsError)
+"""Of a recipe on a model: the others can still be compared."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that is to be made."""
+
+    label: str
+    calibration: Calibration | None
+    """None for the original."""
+    seed: int
+    key: Key
+
+
+class Comparison:
+    """The runs of a comparison, those that are finished and those that are not."""
+
+    def __init__(
+        self, trials: Trials, work: WorkFolder, original: Job, jobs: Sequence[Job], resume: bool, progress: Progress
+    ) -> None:
+        self._trials, self._work, self._original, self._jobs = trials, work, original, jobs
+        self._found: dict[int, Run | str] = {}
+        for number, job in enumerate([original, *jobs]):
+            known = work.find(job.key) if resume else None
+            if known is not None:
+                self._found[number] = known
+            elif not resume:
+                work.forget(job.key)
+        self.taken = len(self._found)
+        self._steps = Steps(progress, self._costs())
+
+    def _costs(self) -> list[list[float]]:
+        """Of the original, and of each job that is left, to quantize and to measure."""
+        measuring = measuring_costs(self._trials.read, bool(self._trials.tasks))
+        quantizing = [[0.0] if job.calibration is None else quantizing_costs(job.calibration) for job in self._jobs]
+        left = [number + 1 not in self._found for number in range(len(self._jobs))]
+        pairs = [
+            [costs, measuring] if is_left else [[0.0], [0.0]] for costs, is_left in zip(quantizing, left, strict=True)
+        ]
+        return [measuring if self._needs_original else [0.0], *(costs for pair in pairs for costs in pair)]
+
+    @property
+    def _needs_original(self) -> bool:
+        """Also where its run is known, if there is something left to be compared with its states."""
+        is_left = len(self._found) < 1 + len(self._jobs)
+        return 0 not in self._found or (is_left and not self._trials.has_states())
+
+    def rows(self) -> list[ComparedRow]:
+        """The original's, and one for each recipe."""
+        if self._needs_original:
+            told = self._steps.of(0, f"perplexity of {self._original.label}")
+            self._keep(0, self._original, self._trials.original(told))
+            let_go()
+        original = self._found[0]
+        assert isinstance(original, Run)
+        rows = [ComparedRow(self._original.label, (original,))]
+        for label in dict.fromkeys(job.label for job in self._jobs):
+            numbers = [number for number, job in enumerate(self._jobs, 1) if job.label == label]
+            rows.append(self._row(label, numbers, original))
+        return rows
+
+    def _row(self, label: str, numbers: Sequence[int], original: Run) -> ComparedRow:
+        runs: list[Run] = []
+        for number in numbers:
+            if len(runs) > 1 and all(runs[0].measures_as(run) for run in runs[1:]):
+                return ComparedRow(label, tuple(runs), original, is_alike=True)
+            if number not in self._found:
+                self._run(number)
+                let_go()
+            found = self._found[number]
+            if isinstance(found, str):
+                return ComparedRow(label, tuple(runs), original, found)
+            runs.append(found)
+        return ComparedRow(label, tuple(runs), original)
+
+    def _run(self, number: int) -> None:
+        """Make one run, or find out why there is none."""
+        job = self._jobs[number - 1]
+        assert job.calibration is not None
+        told = self._steps.of(2 * number - 1, job.label), self._steps.of(2 * number, f"perplexity of {job.label}")
+        try:
+            self._keep(number, job, self._trials.quantized(job.calibration, job.seed, *told))
+        except _OWN_ERRORS as error:
+            self._keep(number, job, str(error))
+        except Exception as error:
+            lacked = machine_failure(error)
+            if not isinstance(lacked, OutOfMemoryError):
+                raise
+            self._found[number] = str(lacked)  # not kept: another time there may be more memory
+
+    def _keep(self, number: int, job: Job, found: Run | str) -> None:
+        self._found[number] = found
+        self._work.keep(job.key, found)
+
+
+def key_of(hashes: dict[str, str], protocol: Key, calibration: Calibration | None, device: str, seed: int) -> Key:
+    """Everything that decides what a run finds."""
+    if calibration is None:
+        made: Key = {"model": hashes, "device": device_name(torch.device(device)), "versions": versions()}
+    else:
+        made = fingerprint_of(hashes, {}, calibration.recipe, calibration.windows, device, seed)
+    return {"made": made, "measured": protocol}

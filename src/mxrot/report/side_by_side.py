@@ -1,0 +1,154 @@
+"""The table of a comparison, for a terminal of 100 columns, and the same as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mxrot.report.rows import ComparedRow, Mean
+
+WIDTH = 100
+"""Columns that a table may take."""
+
+
+def side_by_side(rows: Sequence[ComparedRow], title: str) -> list[Table]:
+    """One table; where the texts do not fit into it, others with the perplexity on each."""
+    texts = next((row.texts for row in rows if row.runs), [])
+    whole = _table(rows, title, texts)
+    if len(texts) < 2 or _width(whole) <= WIDTH:
+        return [whole]
+    tables, begin = [_table(rows, title, [])], 0
+    for end in range(1, len(texts) + 1):
+        if end == len(texts) or _width(_of_texts(rows, texts[begin : end + 1])) > WIDTH:
+            tables.append(_of_texts(rows, texts[begin:end]))
+            begin = end
+    return tables
+
+
+def remarks(rows: Sequence[ComparedRow]) -> list[str]:
+    """What the figures mean, what was not run, and why recipes have none."""
+    ran = [row for row in rows if row.runs and row.original is not None]
+    lines = []
+    if len(next((row.texts for row in rows if row.runs), [])) > 1:
+        lines.append("ratio: the geometric mean over texts; KL: the mean over texts")
+    apart = next((run for row in ran for run in row.runs if run.divergence), None)
+    if apart is not None:
+        text, found = next(iter(apart.divergence.items()))
+        few = f", on the first {found.windows} windows" if found.windows < apart.perplexity[text].windows else ""
+        lines.append(f"KL: KL(original || quantized), nats a token{few}")
+    if any(row.size.transform_bits_per_weight for row in ran):
+        lines.append("bits a weight: codes and scales, + transforms")
+    seeds = max((len(row.runs) for row in ran), default=0)
+    if seeds > 1:
+        lines.append(f"+- one standard error over {seeds} seeds")
+    alike = [row for row in ran if row.is_alike]
+    if alike:
+        first = " and ".join(str(run.seed) for run in alike[0].runs)
+        named = ", ".join(row.recipe for row in alike)
+        lines.append(f"{named}: seeds {first} gave the same figures to the last bit; the others were not run")
+    return lines + [f"{row.recipe} has no figures: {row.reason}" for row in rows if row.reason is not None]
+
+
+def csv_text(rows: Sequence[ComparedRow]) -> str:
+    """A line for each row, with every digit; what a row does not have is empty."""
+    lines = [_flat(row.as_table()) for row in rows]
+    columns = dict.fromkeys(column for line in sorted(lines, key=len, reverse=True) for column in line)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def _flat(table: dict[str, Any]) -> dict[str, Any]:
+    """What a line of CSV holds: figures, those of each text under its name, and no recipes or single runs."""
+    line: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in ("runs", "recipe_toml", "tasks"):
+            continue
+        if isinstance(value, dict):
+            line |= {f"{key} {name}": figure for name, figure in value.items()}
+        else:
+            line[key] = " ".join(map(str, value)) if isinstance(value, list) else value
+    for name, score in table.get("tasks", {}).items():
+        line |= {f"{metric} {name}": score[metric] for metric in ("acc", "acc_norm") if score[metric] is not None}
+    return line
+
+
+def _table(rows: Sequence[ComparedRow], title: str, texts: Sequence[str]) -> Table:
+    table = _empty(title, [*(f"perplexity\n{text}" for text in texts), "ratio", "KL", "bits a\nweight"])
+    for heading in ("bits a\nKV", "sec-\nonds", "peak\nGB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row.reason is not None:
+            table.add_row(row.recipe, *("-" for _ in (*texts, "ratio")))
+            continue
+        run, seconds, peak = row.runs[0], row.quantize_seconds, row.peak_bytes
+        transforms = run.size.transform_bits_per_weight
+        table.add_row(
+            row.recipe,
+            *(perplexity(row.mean_perplexity(text)) for text in texts),
+            "1" if row.original is None else _shown(row.ratio(), 4 if row.ratio().error is None else 3),
+            _kl(row.kl()),
+            _plain(run.bits_per_weight) + (f" +{_short(transforms, 2)}" if transforms else ""),
+            _plain(run.bits_per_kv_element),
+            "" if seconds is None else f"{seconds:.{1 if seconds < 1000 else 0}f}",
+            "" if peak is None else f"{peak / 1e9:.2f}",
+        )
+    return table
+
+
+def _of_texts(rows: Sequence[ComparedRow], texts: Sequence[str]) -> Table:
+    table = _empty("Perplexity on each text", texts)
+    for row in rows:
+        if row.reason is None:
+            table.add_row(row.recipe, *(perplexity(row.mean_perplexity(text)) for text in texts))
+    return table
+
+
+def _empty(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table.padding = (0, 0, 0, 1)
+    table.add_column("recipe", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _width(table: Table) -> int:
+    console = Console(width=1000, markup=False, emoji=False)
+    return console.measure(table).maximum
+
+
+def perplexity(mean: Mean) -> str:
+    """With two digits behind the point; fewer where it is in the thousands, as of a model that is broken."""
+    if mean.value >= 1e7:
+        return f"{mean.value:.1e}"
+    return _shown(mean, 2 if mean.value < 1000 else 0)
+
+
+def _kl(mean: Mean | None) -> str:
+    return "" if mean is None else _shown(mean, 4 if mean.error is None else 3)
+
+
+def _shown(mean: Mean, digits: int) -> str:
+    """A figure and, where there is one, its error."""
+    digits = digits if abs(mean.value) < 1000 else 0
+    shown = f"{mean.value:,.{digits}f}"
+    return shown if mean.error is None else f"{shown} +-{_short(mean.error, digits)}"
+
+
+def _short(value: float, digits: int) -> str:
+    """Without the zero before the point."""
+    shown = f"{value:.{digits}f}"
+    return shown[1:] if shown.startswith("0.") else shown
+
+
+def _plain(bits: float) -> str:
+    return f"{bits:.0f}" if bits == round(bits) else f"{bits:.2f}"

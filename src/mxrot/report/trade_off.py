@@ -1,0 +1,124 @@
+"""The picture of a comparison: what a bit buys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mxrot.errors import ConfigError
+from mxrot.report.drawing import LIGHT, Palette, Picture, check_matplotlib, render
+from mxrot.report.plots import log_ticks
+from mxrot.report.rows import ComparedRow
+
+KINDS = ("png", "svg")
+_LINE = 13.0
+"""Points from one name to the next."""
+_WIDTH = 520
+_BOTTOM = 0.16
+"""Of the axes, as a share of the height of the picture."""
+_NAMES = 0.62
+"""Where the names begin, as a share of the picture's width."""
+
+
+def check_plot(path: Path | None) -> None:
+    """ConfigError for a file of a kind that is not drawn, and without matplotlib."""
+    if path is None:
+        return
+    if path.suffix.lower().lstrip(".") not in KINDS:
+        raise ConfigError(f"--plot {path}: expected a name that ends in .png or .svg")
+    check_matplotlib("--plot")
+
+
+def picture_file(rows: Sequence[ComparedRow], title: str, kind: str) -> bytes:
+    """Ratio to the original against bits a weight, transforms included, of each recipe that ran, as PNG or SVG.
+
+    Bars are standard errors over seeds, where there is more than one.
+    """
+    shown = [row for row in rows if row.reason is None and row.original is not None]
+    height = max(240, int(1.4 * _LINE * len(shown)) + 100)
+    return render("trade-off", Picture(height, partial(draw, rows=shown, title=title), _WIDTH), LIGHT, kind, "white")
+
+
+def bits_of(row: ComparedRow) -> float:
+    """A weight, with its share of the transforms."""
+    return row.runs[0].bits_per_weight + (row.size.transform_bits_per_weight or 0.0)
+
+
+def draw(figure: Any, colors: Palette, rows: Sequence[ComparedRow], title: str) -> None:
+    """On a logarithmic axis of ratios; each point has a line to its name, the names stand one below the other."""
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0.11, _BOTTOM, _NAMES - 0.15, 0.88 - _BOTTOM))
+    axes.set_yscale("log")
+    ratios = [row.ratio() for row in rows]
+    for number, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
+        color = colors.series[number % len(colors.series)]
+        axes.errorbar(bits_of(row), ratio.value, ratio.error, color=color, marker="o", capsize=2.5, linestyle="none")
+    axes.axhline(1.0, color=colors.ink, linewidth=1, linestyle=(0, (2, 2)))
+    _set_limits(axes, rows)
+    axes.set(xlabel="bits a weight, with transforms", ylabel="perplexity beside the original")
+    figure.text(0.02, 0.95, title)
+    _write_names(figure, axes, colors, rows)
+
+
+def _set_limits(axes: Any, rows: Sequence[ComparedRow]) -> None:
+    """With room around the points, also where all have the same bits."""
+    bits = [bits_of(row) for row in rows]
+    least, most = min(bits), max(bits)
+    room = max(0.1, 0.08 * (most - least))
+    axes.set_xlim(least - room, most + room)
+    tops = [row.ratio().value + (row.ratio().error or 0.0) for row in rows]
+    bottoms = [row.ratio().value - (row.ratio().error or 0.0) for row in rows]
+    low = min(1.0, *(max(bottom, 1e-3) for bottom in bottoms))
+    high = max(1.05, *tops)
+    span = (high / low) ** 0.06
+    axes.set_ylim(low / span, high * span)
+    axes.set_yticks(log_ticks(low / span, high * span))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
+    axes.minorticks_off()
+
+
+def _write_names(figure: Any, axes: Any, colors: Palette, rows: Sequence[ComparedRow]) -> None:
+    """To the right, in the order of the points from above, no two of them closer than a line."""
+    figure.canvas.draw()
+    scale = figure.dpi / 72
+    spots = [axes.transData.transform((bits_of(row), row.ratio().value)) for row in rows]
+    order = sorted(range(len(rows)), key=lambda number: -spots[number][1])
+    wanted = [float(spots[number][1]) / scale for number in order]
+    heights = spread(wanted, _LINE, top=figure.bbox.height / scale - 30, bottom=_BOTTOM * figure.bbox.height / scale)
+    width = figure.bbox.width / scale
+    for number, height in zip(order, heights, strict=True):
+        color = colors.series[number % len(colors.series)]
+        row, (x, y) = rows[number], spots[number]
+        axes.annotate(
+            f"{row.recipe}  {row.ratio().value:.3f}",
+            (x / scale, y / scale),
+            (_NAMES * width, height),
+            xycoords="figure points",
+            textcoords="figure points",
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def spread(wanted: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
+    """Heights that fall by at least `gap`, near the `wanted` ones, which fall; above `bottom` if they can be."""
+    heights: list[float] = []
+    for height in wanted:
+        heights.append(min([height, top, *(heights[-1:] and [heights[-1] - gap])]))
+    if heights and heights[-1] < bottom:
+        lowest = bottom
+        for number in reversed(range(len(heights))):
+            heights[number] = max(heights[number], lowest)
+            lowest = heights[number] + gap
+    return heights

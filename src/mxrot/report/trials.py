@@ -1,0 +1,120 @@
+"""Where each model of a comparison is made, measured and let go of: one at a time."""
+
+from __future__ import annotations
+
+import gc
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mxrot import api, quantizing
+from mxrot.evaluation import Divergence, KeptOriginal, Perplexity, score_tasks
+from mxrot.heap import give_back
+from mxrot.layers import ModelSize, QuantLinear
+from mxrot.progress import Progress
+from mxrot.report.peak_memory import peak_memory
+from mxrot.report.rows import Run
+from mxrot.text import Windows
+from mxrot.tokenizing import Calibration
+
+
+@dataclass
+class Trials:
+    """What all models of a comparison have in common."""
+
+    folder: Path
+    """Of the original."""
+    stored: torch.dtype
+    """The type of most of its weights."""
+    device: str
+    read: list[Windows]
+    """What is measured on."""
+    kept: KeptOriginal | None
+    """None where no KL is taken."""
+    tasks: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    prompt: str | None = None
+
+    def original(self, progress: Progress) -> Run:
+        """The model as it is, of which what is needed for the others is kept."""
+        model, _ = api.open_model(self.folder, self.device)
+        return self._measured(model, progress, is_original=True)
+
+    def quantized(self, calibration: Calibration, seed: int, quantizes: Progress, measures: Progress) -> Run:
+        """The model quantized by a recipe. What `quantize` raises, and NumericsError for logits that are not finite."""
+        options: dict[str, Any] = {"windows": calibration.windows, "device": self.device, "seed": seed}
+        with peak_memory(self.device) as peak:
+            result = quantizing.quantize(self.folder, calibration.recipe, progress=quantizes, **options)
+        assert result.model is not None
+        made: dict[str, Any] = {"seed": seed, "seconds": result.record.seconds, "peak_bytes": peak.bytes}
+        return self._measured(result.model, measures, **made)
+
+    def has_states(self) -> bool:
+        """Is everything there that quantized models are compared with?"""
+        kept = self.kept
+        return kept is None or all(kept.holds(part.text.name, part.ids, self._at_once(part)) for part in self.read)
+
+    def _measured(self, model: PreTrainedModel, progress: Progress, is_original: bool = False, **made: Any) -> Run:
+        scores, apart = self._scores(model, progress, is_original)
+        tokenizer = api.load_tokenizer(self.folder) if self.tasks or self.prompt is not None else None
+        return Run(
+            model_size(model, self.stored),
+            scores,
+            divergence=apart,
+            stored_bits=8 * self.stored.itemsize,
+            bits_per_kv_element=bits_per_kv_element(model, self.stored),
+            tasks=score_tasks(model, tokenizer, self.tasks, limit=self.limit, progress=progress) if self.tasks else {},
+            extra={} if self.prompt is None else {"generated": _sentence(model, tokenizer, self.prompt)},
+            **made,
+        )
+
+    def _scores(
+        self, model: PreTrainedModel, progress: Progress, is_original: bool
+    ) -> tuple[dict[str, Perplexity], dict[str, Divergence]]:
+        """Perplexity on each text and, of a quantized model, how far it is from the original."""
+        if self.kept is None:
+            return api.evaluate(model, self.read, progress=progress), {}
+        options = [(part.text.name, part.ids, self._at_once(part), progress) for part in self.read]
+        if is_original:
+            return {one[0]: self.kept.keep(model, *one) for one in options}, {}
+        head = self.kept.head(self.device)
+        both = {one[0]: self.kept.measure(model, head, *one) for one in options}
+        return {name: found[0] for name, found in both.items()}, {name: found[1] for name, found in both.items()}
+
+    def _at_once(self, part: Windows) -> int:
+        """Windows that pass through a model together, as in `api.evaluate`."""
+        return api.batch_windows(torch.device(self.device), part)
+
+
+def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
+    """Bytes the model takes in a checkpoint: what is not quantized counts in the type `stored`."""
+    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
+    head = model.get_output_embeddings()
+    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    left = {f"{name}.weight" for name, module in linears if module is not head}
+    return ModelSize.of(model.state_dict(), quantized, stored.itemsize, left)
+
+
+def bits_per_kv_element(model: PreTrainedModel, stored: torch.dtype) -> float:
+    """Bits of a key or a value that waits in the cache: transformers keeps them in the type of the model."""
+    return 8.0 * stored.itemsize
+
+
+def let_go() -> None:
+    """Give back what nobody holds any more: the model before, in main memory and on the GPU."""
+    gc.collect()
+    give_back()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _sentence(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:
+    """The prompt and the first sentence that the model makes of it."""
+    continuation = api.generate_text(model, tokenizer, prompt, max_tokens=32)
+    sentence = re.split(r"(?<=[.!?])\s|\n", continuation.strip(), maxsplit=1)[0]
+    return f"{prompt} {sentence}"
