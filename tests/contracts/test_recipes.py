@@ -49,7 +49,8 @@ def test_its_file_says_nothing_that_is_ignored(name: str) -> None:
 @each
 def test_a_misspelt_key_in_any_section_is_refused(name: str) -> None:
     text = load_recipe(name).to_toml()
-    for section in ("weights", "activations", "transform", "rounding", "calibration"):
+    sections = ("weights", "activations", "transform", "rounding", "calibration")
+    for section in [one for one in sections if one != "activations" or load_recipe(name).activations is not None]:
         spoilt = text.replace(f"[{section}]\n", f"[{section}]\nstepps = 3\n")
         assert spoilt != text
         with pytest.raises(ConfigError, match=rf"^{section}\.toml: {section}: unknown key 'stepps'"):
