@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import CheckpointError, FamilyError
+from mxrot.layers import separate_experts
 from mxrot.layers.transform import is_of_transform
 from mxrot.models import Family, Source, build_skeleton, fill, no_place, rebuild_buffers
 from mxrot.scheme import Scheme, install_site
@@ -39,8 +40,11 @@ def load_outer(
     rebuild_buffers(model, family, device)
 
 
-def load_original(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The whole model as its source gives it, ready to run: experts as transformers computes them.
+def load_original(
+    source: Source, dtype: torch.dtype, device: torch.device, separates_experts: bool = False
+) -> PreTrainedModel:
+    """The whole model as its source gives it, ready to run: experts as transformers computes them, or with linears of
+    its own for each.
 
     FamilyError unless the source has the tensors of the config, all of them and no others.
     """
@@ -48,9 +52,11 @@ def load_original(source: Source, dtype: torch.dtype, device: torch.device) -> P
     for problem in source.problems(model):
         raise problem
     load_outer(model, family, source.outer(), dtype, device)
+    if separates_experts:
+        separate_experts(model)
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         tensors = source.block(index, device)
-        if family.experts is not None:
+        if family.experts is not None and not separates_experts:
             tensors = family.experts.together(tensors)
         fill(block, {name: value.to(dtype) for name, value in tensors.items()}, family.block_prefix(index))
     return model

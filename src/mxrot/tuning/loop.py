@@ -113,7 +113,7 @@ def tune(
         fused=parameters[0].is_cuda or None,
     )
     starts = [[p.detach().clone() for p in group.parameters] if group.decay else [] for group in problem.groups]
-    batches = list(window_batches(problem.windows, options, generator))
+    batches = list(window_batches(problem.windows, options.batch_windows, options.steps, generator))
     every = max(1, options.steps // options.checks)
     state = TuningState()
     if tuning_checkpoint is not None and (kept := tuning_checkpoint.load()):
@@ -184,11 +184,11 @@ def split_windows(windows: int, held_out: float) -> tuple[Tensor, Tensor]:
     return (~is_held_out).nonzero().flatten(), test
 
 
-def window_batches(windows: Tensor, options: Tuning, generator: torch.Generator) -> Iterator[Tensor]:
-    """For each step the positions of its windows; each of `windows` once before any comes again."""
-    size = min(options.batch_windows, len(windows))
+def window_batches(windows: Tensor, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """For each step the positions of its windows, `size` of them; each of `windows` once before any comes again."""
+    size = min(size, len(windows))
     left = torch.empty(0, dtype=torch.int64)
-    for _ in range(options.steps):
+    for _ in range(steps):
         if len(left) < size:
             left = torch.cat([left, windows[torch.randperm(len(windows), generator=generator)]])
         yield left[:size]

@@ -39,7 +39,7 @@ def tune_block(
     block.float()
     clips = options.moves == "clipping"
     tunable = ClippedBlock.of(block, sites) if clips else TunableBlock.of(block, sites, options.margin)
-    arguments = as_float32(executor.keywords)
+    arguments = in_type(executor.keywords, torch.float32)
 
     replay = Replays()
 
@@ -80,14 +80,14 @@ def tune_block(
     return checks
 
 
-def as_float32(value: Any) -> Any:
-    """Tensors of floating-point types as float32, in dictionaries, lists and tuples too."""
+def in_type(value: Any, dtype: torch.dtype) -> Any:
+    """Tensors of floating-point types in another one, in dictionaries, lists and tuples too."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
-        return {key: as_float32(part) for key, part in value.items()}
+        return {key: in_type(part, dtype) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(as_float32(part) for part in value)
+        return type(value)(in_type(part, dtype) for part in value)
     return value
 
 

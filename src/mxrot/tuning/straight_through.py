@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,20 @@ from mxrot.formats import TensorQuantizer
 from mxrot.formats.element import Element
 from mxrot.kernels import WeightMoves, divergence, moved_weights, moved_weights_gradients, rotate_quantize
 from mxrot.transforms.stages import STORED_DTYPE
+
+
+class PassThrough(torch.autograd.Function):
+    """What a rounding function makes of x; the gradient is that of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounds: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of the shape of `x`, in whatever type `rounds` gives."""
+        ctx.dtype = x.dtype
+        return rounds(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
 
 
 class RotateQuantize(torch.autograd.Function):

@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_names_the_problem() -> None:
 
 @pytest.mark.parametrize(("windows", "size"), [(10, 2), (10, 3), (3, 8), (1, 1)])
 def test_every_window_comes_once_before_any_comes_again(windows: int, size: int) -> None:
-    batches = list(window_batches(torch.arange(windows), replace(OPTIONS, steps=30, batch_windows=size), generator()))
+    batches = list(window_batches(torch.arange(windows), size, 30, generator()))
     assert len(batches) == 30 and all(len(batch) == min(size, windows) for batch in batches)
     counts = torch.zeros(windows)
     for batch in batches:

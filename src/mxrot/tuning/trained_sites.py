@@ -1,0 +1,113 @@
+"""How sites are quantized while rotations are trained: by the rules of the recipe, with gradients that pass rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from mxrot.calibration.site_weights import to_fit_to
+from mxrot.errors import ConfigError
+from mxrot.formats import TensorQuantizer
+from mxrot.kernels import rotate_quantize
+from mxrot.models import Site
+from mxrot.rules import Rules
+from mxrot.transforms import SiteSample, SiteTransform, generator_for
+from mxrot.tuning.straight_through import PassThrough
+
+Rounds = Callable[[Tensor], Tensor]
+"""What rounding makes of a tensor, with a gradient."""
+
+
+@dataclass(frozen=True)
+class TrainedSite:
+    """How a site is quantized while rotations move."""
+
+    site: Site
+    """With those of its linears that are quantized."""
+    transform: SiteTransform | None = None
+    """What is applied to its inputs at run time, and is not trained."""
+    inputs: Rounds | None = None
+    """Rounds the transformed inputs; None leaves them as they are."""
+    weights: Rounds | None = None
+    """Rounds the folded weights; None leaves them as they are."""
+
+
+def training_problems(rules: Rules) -> Iterator[ConfigError]:
+    """Why rotations cannot be trained by this recipe; none where they are not to be."""
+    recipe = rules.recipe
+    if recipe.rotation is None or not recipe.rotation.steps:
+        return
+    start = f"recipe {recipe.name}: rotation.steps = {recipe.rotation.steps}"
+    if recipe.smoothing is not None:
+        yield ConfigError(
+            f"{start}: training cannot know the smoothing scales, which follow it; take out [smoothing], or set "
+            "rotation.steps = 0"
+        )
+    fitted = next((one.transform for one in rules.in_use if one.transform.needs), None)
+    if fitted is not None:
+        yield ConfigError(
+            f"{start}: training cannot know transform {fitted.name!r}, which is fitted to the rotated model; take one "
+            "that needs no data, such as hadamard, or set rotation.steps = 0"
+        )
+    if not recipe.rotation.quantized_weights and all(one.activations is None for one in rules.in_use):
+        yield ConfigError(
+            f"{start}: nothing is quantized that training could see; set rotation.quantized_weights = true, or "
+            "rotation.steps = 0"
+        )
+
+
+def trained_sites(rules: Rules, index: int, block: nn.Module, seed: int) -> list[TrainedSite]:
+    """The sites of a block with linears of its own for each expert; weights are rounded only if the recipe's rotation
+    is trained on quantized ones.
+
+    Transforms are those that quantizing will find: they look at no text, which `training_problems` sees to.
+    """
+    rotation = rules.recipe.rotation
+    assert rotation is not None
+    found = []
+    for site in rules.active_sites(index):
+        recipe = rules.of(index, site.name)
+        inputs = None if recipe.activations is None else recipe.activations.for_inputs()
+        weights = recipe.weights.quantizer() if rotation.quantized_weights else None
+        found.append(
+            TrainedSite(
+                site,
+                _transform(rules, index, site, block, seed),
+                None if inputs is None else partial(rounded_inputs, inputs),
+                None if weights is None else partial(rounded_weights, weights),
+            )
+        )
+    return found
+
+
+def _transform(rules: Rules, index: int, site: Site, block: nn.Module, seed: int) -> SiteTransform | None:
+    recipe = rules.of(index, site.name)
+    weights = {linear: block.get_parameter(f"{linear}.weight") for linear in site.linears}
+    if not recipe.transform.specs(weights[site.linears[0]].shape[1], recipe.sharing, smoothed=False):
+        return None
+    sample = SiteSample(to_fit_to(weights, site.linears, None), recipe.transform.block)
+    generator = generator_for(seed, f"{rules.family.block_prefix(index)}.{site.linears[0]}")
+    return SiteTransform.of(recipe.transform.fit(sample, recipe.sharing, generator)).as_applied()
+
+
+def rounded_inputs(quantizer: TensorQuantizer, x: Tensor) -> Tensor:
+    """Q(x) as `rotate_quantize` gives it."""
+
+    def rounds(x: Tensor) -> Tensor:
+        return rotate_quantize(x, None, quantizer.format, quantizer.rule)
+
+    found: Tensor = PassThrough.apply(x, rounds)
+    return found
+
+
+def rounded_weights(quantizer: TensorQuantizer, weight: Tensor) -> Tensor:
+    """Q(W) in the type of `weight`."""
+
+    def rounds(weight: Tensor) -> Tensor:
+        return quantizer(weight).to(weight.dtype)
+
+    found: Tensor = PassThrough.apply(weight, rounds)
+    return found

@@ -1,0 +1,47 @@
+"""Every family in the network that rotations are trained in.
+
+With nothing rounded it is the original model, whatever the rotations. So the loss does not change along the orthogonal
+matrices, and its gradient has no part along them: one matrix that is missing somewhere, or on the wrong side, is seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.contracts.test_families import TINY_FAMILIES
+from tests.contracts.test_family_sources import exact_folder, tolerance_of
+from tests.unit.surgery.changed_sources import logits, off_by
+from tests.unit.tuning.rotated_networks import loss_and_gradients, network_of, random_rotations
+
+from mxrot.layers import logits_of
+from mxrot.models import Family
+from mxrot.tuning.cayley import skew_direction
+
+IDS = torch.arange(40).view(2, 20)
+each_rotatable = pytest.mark.parametrize(
+    "family", [pytest.param(family, id=name) for name, family in TINY_FAMILIES.items() if family.is_rotatable]
+)
+
+
+@each_rotatable
+def test_nothing_rounded_is_the_original(family: Family, tmp_path: Path) -> None:
+    source = exact_folder(tmp_path, family, tie_word_embeddings=True)
+    network, rotations = network_of(source, IDS), random_rotations(source)
+    with network.open(), torch.no_grad():
+        found = logits_of(network.model, network.states(IDS, rotations.residual, rotations.value_heads))
+    assert off_by(found, logits(source, IDS)) < tolerance_of(family)
+
+
+@each_rotatable
+def test_nothing_rounded_has_no_gradient_along_the_rotations(family: Family, tmp_path: Path) -> None:
+    source = exact_folder(tmp_path, family)
+    rotations = random_rotations(source)
+    loss, *gradients = loss_and_gradients(network_of(source, IDS), IDS, rotations)
+    other, *_ = loss_and_gradients(network_of(source, IDS), IDS, random_rotations(source, seed=1))
+    assert loss == pytest.approx(other, rel=tolerance_of(family))
+    for matrices, gradient in zip((rotations.residual, rotations.value_heads), gradients, strict=True):
+        assert matrices is not None and gradient.abs().max() > 1e-5
+        along = skew_direction(matrices, gradient)
+        assert along.abs().max() < 10 * tolerance_of(family) * gradient.abs().max()
