@@ -140,7 +140,13 @@ class Recipe:
     def is_data_free(self) -> bool:
         """Does it need no calibration text?"""
         looks_at_data = any(one.transform.needs or one.rounding.requirements.hessian for one in self.variants)
-        return self.smoothing is None and self.tuning is None and not looks_at_data
+        learns = self.tuning is not None or self.trains_rotations
+        return self.smoothing is None and not learns and not looks_at_data
+
+    @property
+    def trains_rotations(self) -> bool:
+        """Are rotations learned before anything is quantized?"""
+        return self.rotation is not None and self.rotation.steps > 0
 
     @property
     def looks_at_original(self) -> bool:
@@ -165,7 +171,8 @@ class Recipe:
     @property
     def runs_whole_original(self) -> bool:
         """Must the device hold the whole original model at once?"""
-        return bool(self.calibration.generated and not self.is_data_free) or self.tunes_network
+        writes = bool(self.calibration.generated and not self.is_data_free)
+        return writes or self.tunes_network or self.trains_rotations
 
     @property
     def has_transform(self) -> bool:

@@ -83,9 +83,11 @@ class Rotation:
     value_heads: RotationKind = "none"
     """Of the values of attention, one matrix a decoder block for all of its heads (R2)."""
     steps: int = 0
-    """Of training; 0 leaves the matrices as they are drawn."""
+    """Of training on the calibration text, by the quantized network's cross entropy; 0 leaves the matrices as they are
+    drawn."""
     rate: float = 1.5
-    """Learning rate of the training at its start."""
+    """Of the training at its start, from where it falls to 0 along a cosine; no step is longer than 1 / |A|_1
+    (tuning/cayley.py)."""
     batch_windows: int = 8
     """Calibration windows a step."""
     quantized_weights: bool = False
@@ -95,7 +97,8 @@ class Rotation:
     def spelled(self) -> str:
         """In words: "the residual stream (hadamard) and the value heads (orthogonal)"."""
         kinds = {"the residual stream": self.residual, "the value heads": self.value_heads}
-        return " and ".join(f"{what} ({kind})" for what, kind in kinds.items() if kind != "none")
+        found = " and ".join(f"{what} ({kind})" for what, kind in kinds.items() if kind != "none")
+        return f"{found}, trained in {self.steps} steps" if self.steps else found
 
     def __post_init__(self) -> None:
         check_fields(self, "rotation")
@@ -103,8 +106,6 @@ class Rotation:
             raise ConfigError('rotation: residual and value_heads are both "none"; set one of them, or leave both out')
         if self.steps < 0:
             raise ConfigError(f"rotation: steps must not be negative, got {self.steps}")
-        if self.steps:
-            raise ConfigError(f"rotation: steps {self.steps}: rotations are not trained yet; set rotation.steps = 0")
         if not 0 < self.rate < math.inf:
             raise ConfigError(f"rotation: rate must be positive and finite, got {self.rate}")
         if self.batch_windows < 1:

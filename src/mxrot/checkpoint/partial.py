@@ -2,7 +2,8 @@
 
 `fingerprint.json` makes a folder ours: none other is ever used, and none other is ever removed. A decoder block is a
 shard and a note beside it with its hash; the note comes last, so a block with a note is finished. Calibration text that
-the model has written, and an unfinished tuning of the whole network, are kept beside them (noted.py).
+the model has written, the training of rotations, and an unfinished tuning of the whole network, are kept beside them
+(noted.py).
 
 Whatever ends a run, what is in the folder stays. A run that finds one with work in it goes on with `resume`, starts
 over with `force`, and is refused without either; with `resume` nothing is ever thrown away.
@@ -35,9 +36,9 @@ from mxrot.quantizing.record import BlockReport, LinearReport
 from mxrot.tuning import Check
 
 FINGERPRINT = "fingerprint.json"
-_TUNING, _WINDOWS = "tuning", "windows"
+_TUNING, _ROTATIONS, _WINDOWS = "tuning", "rotations", "windows"
 _NOTES = re.compile(
-    rf"block-\d+\.json|({NEW})?({_TUNING}|{_WINDOWS}(-\w+)?)\.(safetensors|json)|{FINGERPRINT}|{PLACING}"
+    rf"block-\d+\.json|({NEW})?({_TUNING}|{_ROTATIONS}|{_WINDOWS}(-\w+)?)\.(safetensors|json)|{FINGERPRINT}|{PLACING}"
 )
 _RESULTS = re.compile(
     rf"model-\d+-of-\d+\.safetensors|{REPLACED}|{TEMPLATES}|README\.md|recipe\.toml|(config|run)\.json"
@@ -133,6 +134,10 @@ class PartialCheckpoint:
     def tuning_checkpoint(self) -> NotedTensors:
         return NotedTensors(self.folder / f"{_TUNING}.safetensors", "the state of tuning")
 
+    @property
+    def rotation_checkpoint(self) -> NotedTensors:
+        return NotedTensors(self.folder / f"{_ROTATIONS}.safetensors", "the training of rotations")
+
     def load_windows(self, purpose: str) -> Tensor | None:
         """Token windows that `save_windows` kept; CheckpointError if they were changed."""
         kept = self._windows(purpose).load()
@@ -167,6 +172,8 @@ def holds_work(folder: Path) -> str | None:
         return f"{blocks} finished block" + "s" * (blocks > 1)
     if (folder / f"{_TUNING}.safetensors").is_file():
         return "an unfinished tuning"
+    if (folder / f"{_ROTATIONS}.safetensors").is_file():
+        return "a training of rotations"
     return "text that the model has written" if any(folder.glob(f"{_WINDOWS}-*.safetensors")) else None
 
 

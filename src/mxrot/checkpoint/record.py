@@ -56,7 +56,7 @@ def read_run(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: blocks.{index}: a linear has the shape {linear['shape']!r}")
     if run.get("tuning") is not None:
         _check(run["tuning"], _CHECKS, f"{path}: tuning")
-    for key, kind in (("data", dict), ("windows", [int])):
+    for key, kind in (("data", dict), ("windows", [int]), ("rotation_losses", [_NUMBER])):
         if run.get(key) is not None:
             _check(run[key], kind, f"{path}: {key}")
     return run

@@ -46,6 +46,7 @@ def inspect(
         maxima_table,
         progress_on_stderr,
         rank_line,
+        rotation_line,
         size_line,
         tuning_line,
     )
@@ -66,7 +67,7 @@ def inspect(
         run = read_run(folder)
         show(errors_table(run["blocks"]))
         print(size_line(run["size"]))
-        lines = (changes_line, left_line, rank_line, tuning_line, experts_line)
+        lines = (changes_line, left_line, rank_line, rotation_line, tuning_line, experts_line)
         for line in filter(None, (said(run) for said in lines)):
             print(line)
         result |= {"blocks": run["blocks"], "size": run["size"]}

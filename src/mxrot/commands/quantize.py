@@ -46,7 +46,15 @@ def quantize(
 ) -> None:
     """Quantize a model into a checkpoint folder."""
     from mxrot import api
-    from mxrot.report import experts_line, left_line, progress_on_stderr, rank_line, size_line, tuning_line
+    from mxrot.report import (
+        experts_line,
+        left_line,
+        progress_on_stderr,
+        rank_line,
+        rotation_line,
+        size_line,
+        tuning_line,
+    )
 
     chosen = chosen_recipe(recipe, changes)
     texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
@@ -75,7 +83,8 @@ def quantize(
         )
     print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
     print(size_line(run["size"]))
-    for line in filter(None, (left_line(run), rank_line(run), tuning_line(run), experts_line(run))):
+    told = (left_line(run), rank_line(run), rotation_line(run), tuning_line(run), experts_line(run))
+    for line in filter(None, told):
         print(line)
     print_texts((run["data"] or {}).get("texts", []))
     if run["peak_gpu_bytes"] is not None:

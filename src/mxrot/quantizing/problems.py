@@ -17,6 +17,7 @@ from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.quantizing.patterns import matches_nothing
 from mxrot.quantizing.rotating import rotation_problems
 from mxrot.quantizing.site import smoothed_sites
+from mxrot.quantizing.trained_rotations import training_problems
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
 
@@ -37,6 +38,7 @@ def find_problems(
         return
     yield from expert_problems(rules)
     yield from rotation_problems(model.config, family, recipe, where)
+    yield from training_problems(rules)
     yield from smoothing_problems(rules)
     yield from linear_problems(model, family, rules.input_block)
     yield from stage_problems(model, rules)
@@ -146,6 +148,7 @@ def memory_problem(
         "calibration.generated = 0": recipe.calibration.generated > 0,
         "tuning.generated = 0": tuning is not None and tuning.generated > 0,
         'tuning.scope = "block"': recipe.tunes_network,
+        "rotation.steps = 0": recipe.trains_rotations,
     }
     return ConfigError(
         f"recipe {recipe.name} runs the whole original model on {device}: that takes {needed / 1e9:.1f} GB, "

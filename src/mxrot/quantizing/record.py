@@ -60,6 +60,9 @@ class RunRecord:
     peak_gpu_bytes: int | None = None
     tuning: list[Check] | None = None
     """Losses of the distillation; None where the whole network was not tuned."""
+    rotation_losses: list[float] | None = None
+    """Cross entropy of the next token, in nats, at each step of the training of rotations, on its windows and before
+    it; None where none were trained."""
 
     def as_table(self) -> dict[str, Any]:
         """The record as JSON takes it."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +15,11 @@ from torch import Tensor
 from mxrot.errors import ConfigError
 from mxrot.models import Family, Source, value_heads
 from mxrot.recipe import Recipe
-from mxrot.surgery import Rotated, RotatedHeads, Untied
+from mxrot.surgery import Rotated, RotatedHeads, Rotations, Untied
 from mxrot.surgery.fold_norms import rotation_problem
 from mxrot.transforms import generator_for
 from mxrot.transforms.base import random_orthogonal
 from mxrot.transforms.orders import factors_of, random_hadamard
-
-
-@dataclass(frozen=True)
-class Rotations:
-    """Matrices that are merged into the weights of a model; float64."""
-
-    residual: Tensor | None = None
-    """[H, H] of the residual stream; None where it stays as it is."""
-    value_heads: Tensor | None = None
-    """[decoder blocks, D, D]; None where the values stay as they are."""
 
 
 def rotation_problems(config: Any, family: Family, recipe: Recipe, where: str) -> Iterator[ConfigError]:

@@ -12,7 +12,7 @@ it back instead of having it quantized again, with the same bits.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.record import BlockReport, RunRecord
 from mxrot.quantizing.rotating import config_after, drawn_rotations, rotated_source
 from mxrot.quantizing.store import BlockStore
+from mxrot.quantizing.trained_rotations import learned_rotations
 from mxrot.quantizing.written import Writing
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, prepare
@@ -85,8 +86,10 @@ def quantize(
     source = FolderSource(source) if isinstance(source, Path) else source
     job = _checked(source, recipe, device, seed, store, progress, has_text=windows is not None)
     given = 0 if windows is None else len(windows)
+    job, rotation_losses = _rotated(job, windows)
     windows = _calibration_windows(job, windows)
     record = _new_record(job, windows)
+    record.rotation_losses = rotation_losses
     source = job.run.source
     load_outer(job.model, source.family, source.outer(), job.run.dtype, job.run.device)
     streams = _first_streams(job, windows)
@@ -160,8 +163,18 @@ def _checked(
     too_large = memory_problem(model, recipe, dtype, device, free_memory(device))
     if too_large is not None:
         raise too_large
-    source = rotated_source(source, drawn_rotations(source.config, recipe, seed, device))
     return _Job(BlockRun(recipe, source, device, dtype, seed, scheme), model, store, progress)
+
+
+def _rotated(job: _Job, windows: Tensor | None) -> tuple[_Job, list[float] | None]:
+    """The job with the recipe's rotations merged into its source, and the losses of their training, if they are."""
+    run, losses = job.run, None
+    rotations = drawn_rotations(run.config, run.recipe, run.seed, run.device)
+    if run.recipe.trains_rotations:
+        assert windows is not None
+        training = learned_rotations(run, rotations, windows, job.store, job.progress)
+        rotations, losses = training.rotations, training.losses
+    return replace(job, run=replace(run, source=rotated_source(run.source, rotations))), losses
 
 
 def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:

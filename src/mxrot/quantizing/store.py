@@ -26,6 +26,10 @@ class BlockStore(Protocol):
     def tuning_checkpoint(self) -> TuningCheckpoint:
         """Keeps tuning of the whole network until it is done."""
 
+    @property
+    def rotation_checkpoint(self) -> TuningCheckpoint:
+        """Keeps the training of rotations until the run is done."""
+
     def load_windows(self, purpose: str) -> Tensor | None:
         """Windows that `save_windows` was given for it, given and written ones, or None."""
 

@@ -12,7 +12,7 @@ from string import Template
 
 from mxrot.report.contents import Contents
 from mxrot.report.drawing import DARK, LIGHT, Palette, Picture, inline_svg
-from mxrot.report.tables import tuning_line
+from mxrot.report.tables import rotation_line, tuning_line
 
 _PAGE = Path(__file__).with_name("page.html")
 _METRIC_HEADINGS = ("", "original", "quantized", "difference")
@@ -162,6 +162,8 @@ def _making(contents: Contents, drawn: dict[str, str]) -> str:
         facts.append(("calibration text", f"{data.get('text')}, SHA-256 {data.get('sha256')}"))
     if run.get("windows"):
         facts.append(("calibration windows", " of ".join(map(str, run["windows"])) + " tokens"))
+    if rotated := rotation_line(run):
+        facts.append(("rotations", rotated))
     if tuned := tuning_line(run):
         facts.append(("tuning", tuned))
     facts += [("versions", _listed(run["versions"])), ("versions, this report", _listed(contents.versions))]

@@ -213,6 +213,19 @@ def changes_line(run: dict[str, Any]) -> str:
     return f"merged into the weights first: {', '.join(changes)}" if changes else ""
 
 
+def rotation_line(run: dict[str, Any]) -> str:
+    """One line on the training of rotations, from a run.json; empty where none were trained."""
+    losses = run.get("rotation_losses")
+    if not losses:
+        return ""
+    few = max(1, len(losses) // 10)
+    first, last = (sum(part) / few for part in (losses[:few], losses[-few:]))
+    return (
+        f"rotations: trained in {len(losses)} steps, cross entropy in nats a token {first:.4f} at first and {last:.4f} "
+        f"at last (means of {few})"
+    )
+
+
 def tuning_line(run: dict[str, Any]) -> str:
     """One line on the losses of tuning, from a run.json; empty where nothing was tuned."""
     of_blocks = [block["tuning"] for block in run["blocks"] if block.get("tuning")]

@@ -3,7 +3,7 @@
 from mxrot.surgery.fold_norms import FoldedNorms
 from mxrot.surgery.permute import PermutedFfn
 from mxrot.surgery.replace import install_empty_site, stored_tensors
-from mxrot.surgery.rotate import Rotated
+from mxrot.surgery.rotate import Rotated, Rotations
 from mxrot.surgery.rotate_heads import RotatedHeads
 from mxrot.surgery.smooth import Weights, fold_into_producer, shareable_scales
 from mxrot.surgery.untie import Untied
@@ -13,6 +13,7 @@ __all__ = [
     "PermutedFfn",
     "Rotated",
     "RotatedHeads",
+    "Rotations",
     "Untied",
     "Weights",
     "fold_into_producer",

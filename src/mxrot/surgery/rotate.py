@@ -8,6 +8,7 @@ takes W G R, with G the gain of its norm, which is folded first, because only a 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,6 +59,16 @@ class Rotated(ChangedSource):
     def as_stored(self, name: str, exact: Tensor) -> Tensor:
         """A float64 tensor, by its full name, in the type that it is stored in; NumericsError as of `rounded`."""
         return rounded(name, exact, self.type_of(name))
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Matrices that are merged into the weights of a model; float64."""
+
+    residual: Tensor | None = None
+    """[H, H] of the residual stream; None where it stays as it is."""
+    value_heads: Tensor | None = None
+    """[decoder blocks, D, D]; None where the values stay as they are."""
 
 
 def check_orthogonal(matrices: Tensor, shape: tuple[int, ...], where: str) -> None:

@@ -1,7 +1,19 @@
-"""Tuning after the closed form: rounding offsets and transforms by gradient, nothing else."""
+"""What is learned by gradient: rotations before quantizing; rounding offsets and transforms after the closed form."""
 
 from mxrot.tuning.loop import Check, TuningCheckpoint
 from mxrot.tuning.network import tune_network
 from mxrot.tuning.reconstruction import tune_block
+from mxrot.tuning.rotated_network import RotatedNetwork
+from mxrot.tuning.rotations import RotationTraining, train_rotations
+from mxrot.tuning.trained_sites import trained_sites
 
-__all__ = ["Check", "TuningCheckpoint", "tune_block", "tune_network"]
+__all__ = [
+    "Check",
+    "RotatedNetwork",
+    "RotationTraining",
+    "TuningCheckpoint",
+    "train_rotations",
+    "trained_sites",
+    "tune_block",
+    "tune_network",
+]

@@ -13,7 +13,6 @@ decomposition, which the paper's code does at random in one step of a hundred.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mxrot.transforms.base import orthonormalized

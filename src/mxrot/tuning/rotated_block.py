@@ -1,4 +1,4 @@
-"""A decoder block in the basis of rotations that are still moving: the same modules, whose weights are computed from the
+"""A decoder block in the basis of rotations that still move: the same modules, with weights that are computed from the
 rotations in every forward pass.
 
 With W the weights as the files hold them, R the rotation of the residual stream, G the gain of a norm and S the
@@ -21,6 +21,7 @@ from torch.func import functional_call
 from mxrot.models import Family, value_heads
 from mxrot.surgery.fold_norms import gains_by_reader
 from mxrot.tuning.trained_sites import TrainedSite
+
 
 class SharedInputs:
     """A forward pre-hook: the inputs of linears of one module as they are quantized, computed once for all of them."""

@@ -35,6 +35,16 @@ class RotationTraining:
     losses: list[float] = field(default_factory=list)
     """Of each step that was made, in nats a token, on its own windows and before it."""
 
+    @staticmethod
+    def begin(
+        start: Rotations, device: torch.device | str, checkpoint: TuningCheckpoint | None = None
+    ) -> RotationTraining:
+        """From `start`, or from what `checkpoint` has kept; CheckpointError if that is not of this training."""
+        training = RotationTraining(*(None if m is None else m.to(device) for m in (start.residual, start.value_heads)))
+        if checkpoint is not None and (kept := checkpoint.load()):
+            training.take_up(kept)
+        return training
+
     @property
     def rotations(self) -> Rotations:
         return Rotations(self.residual, self.value_heads)
@@ -62,22 +72,18 @@ class RotationTraining:
 def train_rotations(
     network: RotatedNetwork,
     windows: Tensor,
-    start: Rotations,
+    training: RotationTraining,
     options: Rotation,
     generator: torch.Generator,
     checkpoint: TuningCheckpoint | None = None,
     progress: Progress = silent,
-) -> RotationTraining:
-    """Minimise over the rotations of `start`, on token windows [W, T]; those that are None stay so.
+) -> None:
+    """Go on with `training` to the last step, on token windows [W, T]; rotations that are None stay so.
 
     The same generator gives the same bits on one machine, whether or not a run goes on from `checkpoint`. NumericsError
     if a loss or a gradient is not finite.
     """
-    device = network.device
-    training = RotationTraining(*(None if m is None else m.to(device) for m in (start.residual, start.value_heads)))
     batches = list(window_batches(torch.arange(len(windows)), options.batch_windows, options.steps, generator))
-    if checkpoint is not None and (kept := checkpoint.load()):
-        training.take_up(kept)
     kept_at = time.monotonic()
     with network.open():
         for step in range(len(training.losses), options.steps):
@@ -89,7 +95,6 @@ def train_rotations(
                 checkpoint.save(training.tensors())
                 kept_at = time.monotonic()
     progress(options.steps, options.steps, _told(training))
-    return training
 
 
 def cosine_rate(step: int, options: Rotation) -> float:

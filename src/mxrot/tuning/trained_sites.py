@@ -1,15 +1,14 @@
-"""How sites are quantized while rotations are trained: by the rules of the recipe, with gradients that pass rounding."""
+"""How sites are quantized while rotations are trained: by the rules of the recipe, rounding with a gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
 from mxrot.calibration.site_weights import to_fit_to
-from mxrot.errors import ConfigError
 from mxrot.formats import TensorQuantizer
 from mxrot.kernels import rotate_quantize
 from mxrot.models import Site
@@ -35,35 +34,11 @@ class TrainedSite:
     """Rounds the folded weights; None leaves them as they are."""
 
 
-def training_problems(rules: Rules) -> Iterator[ConfigError]:
-    """Why rotations cannot be trained by this recipe; none where they are not to be."""
-    recipe = rules.recipe
-    if recipe.rotation is None or not recipe.rotation.steps:
-        return
-    start = f"recipe {recipe.name}: rotation.steps = {recipe.rotation.steps}"
-    if recipe.smoothing is not None:
-        yield ConfigError(
-            f"{start}: training cannot know the smoothing scales, which follow it; take out [smoothing], or set "
-            "rotation.steps = 0"
-        )
-    fitted = next((one.transform for one in rules.in_use if one.transform.needs), None)
-    if fitted is not None:
-        yield ConfigError(
-            f"{start}: training cannot know transform {fitted.name!r}, which is fitted to the rotated model; take one "
-            "that needs no data, such as hadamard, or set rotation.steps = 0"
-        )
-    if not recipe.rotation.quantized_weights and all(one.activations is None for one in rules.in_use):
-        yield ConfigError(
-            f"{start}: nothing is quantized that training could see; set rotation.quantized_weights = true, or "
-            "rotation.steps = 0"
-        )
-
-
 def trained_sites(rules: Rules, index: int, block: nn.Module, seed: int) -> list[TrainedSite]:
     """The sites of a block with linears of its own for each expert; weights are rounded only if the recipe's rotation
     is trained on quantized ones.
 
-    Transforms are those that quantizing will find: they look at no text, which `training_problems` sees to.
+    Transforms are those that quantizing will find: they look at no text.
     """
     rotation = rules.recipe.rotation
     assert rotation is not None

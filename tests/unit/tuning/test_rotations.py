@@ -15,6 +15,7 @@ from torch import Tensor
 from mxrot.errors import CheckpointError, NumericsError
 from mxrot.formats import TensorQuantizer
 from mxrot.models import FolderSource
+from mxrot.progress import Progress, silent
 from mxrot.quantizing.loading import load_original
 from mxrot.sections import Rotation
 from mxrot.surgery import Rotations
@@ -51,9 +52,13 @@ def network(source: FolderSource) -> RotatedNetwork:
     return network_of(source, WINDOWS, partial(rounded_inputs, MXFP4), weights, torch.float32)
 
 
-def train(source: FolderSource, options: Rotation = OPTIONS, seed: int = 0, **more: object) -> RotationTraining:
-    start, generator = random_rotations(source), torch.Generator().manual_seed(seed)
-    return train_rotations(network(source), WINDOWS, start, options, generator, **more)  # type: ignore[arg-type]
+def train(
+    source: FolderSource, seed: int = 0, checkpoint: Kept | None = None, progress: Progress = silent
+) -> RotationTraining:
+    found = RotationTraining.begin(random_rotations(source), "cpu", checkpoint)
+    generator = torch.Generator().manual_seed(seed)
+    train_rotations(network(source), WINDOWS, found, OPTIONS, generator, checkpoint, progress)
+    return found
 
 
 def confident(folder: Path) -> tuple[FolderSource, Tensor]:
@@ -79,7 +84,8 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     with torch.no_grad():
         original = float(load_original(source, torch.float32, torch.device("cpu"))(windows, labels=windows).loss)
     options = Rotation(residual="hadamard", value_heads="hadamard", steps=20, batch_windows=8)
-    found = train_rotations(network(source), windows, random_rotations(source), options, torch.Generator())
+    found = RotationTraining.begin(random_rotations(source), "cpu")
+    train_rotations(network(source), windows, found, options, torch.Generator())
     assert len(found.losses) == 20
     assert sum(found.losses[-5:]) / 5 - original < 0.5 * (found.losses[0] - original)
     for matrices in (found.residual, found.value_heads):
@@ -123,8 +129,9 @@ def test_a_seed_decides_about_the_order_of_windows(source: FolderSource) -> None
 
 def test_only_what_is_there_is_trained(source: FolderSource) -> None:
     start = Rotations(random_rotations(source).residual)
-    generator = torch.Generator().manual_seed(0)
-    found = train_rotations(network(source), WINDOWS, start, OPTIONS, generator).rotations
+    began = RotationTraining.begin(start, "cpu")
+    train_rotations(network(source), WINDOWS, began, OPTIONS, torch.Generator())
+    found = began.rotations
     assert found.value_heads is None and found.residual is not None and start.residual is not None
     assert not torch.equal(found.residual, start.residual)
 
@@ -132,8 +139,9 @@ def test_only_what_is_there_is_trained(source: FolderSource) -> None:
 def test_a_loss_that_is_not_finite_says_what_to_do(source: FolderSource) -> None:
     broken = network(source)
     broken.model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(NumericsError, match=r"the loss is nan at step 0.* smaller rotation.rate, or set rotation.steps"):
-        train_rotations(broken, WINDOWS, random_rotations(source), OPTIONS, torch.Generator())
+    began = RotationTraining.begin(random_rotations(source), "cpu")
+    with pytest.raises(NumericsError, match=r"the loss is nan at step 0.* smaller rotation.rate, or"):
+        train_rotations(broken, WINDOWS, began, OPTIONS, torch.Generator())
 
 
 def test_the_rate_falls_along_a_cosine() -> None:
