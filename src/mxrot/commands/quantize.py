@@ -83,8 +83,8 @@ def quantize(
         )
     print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
     print(size_line(run["size"]))
-    told = (left_line(run), rank_line(run), rotation_line(run), tuning_line(run), experts_line(run))
-    for line in filter(None, told):
+    lines = (left_line, rank_line, rotation_line, tuning_line, experts_line)
+    for line in filter(None, (line_of(run) for line_of in lines)):
         print(line)
     print_texts((run["data"] or {}).get("texts", []))
     if run["peak_gpu_bytes"] is not None:

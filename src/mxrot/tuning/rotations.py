@@ -40,7 +40,8 @@ class RotationTraining:
         start: Rotations, device: torch.device | str, checkpoint: TuningCheckpoint | None = None
     ) -> RotationTraining:
         """From `start`, or from what `checkpoint` has kept; CheckpointError if that is not of this training."""
-        training = RotationTraining(*(None if m is None else m.to(device) for m in (start.residual, start.value_heads)))
+        residual, value_heads = (None if m is None else m.to(device) for m in (start.residual, start.value_heads))
+        training = RotationTraining(residual, value_heads)
         if checkpoint is not None and (kept := checkpoint.load()):
             training.take_up(kept)
         return training

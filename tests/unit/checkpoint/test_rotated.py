@@ -23,6 +23,8 @@ RECIPES = {
     "quarot": recipe("quarot"),
     "quarot-int4": recipe("quarot-int4"),
     "quarot-int4 to nearest": recipe("quarot-int4", rounding__method="rtn"),
+    "spinquant": recipe("spinquant", rotation__steps=2),
+    "spinquant-int4": recipe("spinquant-int4", rotation__steps=2),
     "rtn, orthogonal": recipe("rtn", rotation__residual="orthogonal", rotation__value_heads="orthogonal"),
     "mxrot": recipe("mxrot", rotation__residual="hadamard", calibration__generated=0.5),
 }

@@ -18,6 +18,7 @@ from mxrot.report import (
     experts_line,
     maxima_table,
     perplexity_table,
+    rotation_line,
     size_line,
     tasks_table,
     tuning_line,
@@ -98,6 +99,13 @@ def test_errors_with_and_without_data() -> None:
 def test_size_line() -> None:
     said = size_line({**vars(QUANTIZED), "bits_per_weight": QUANTIZED.bits_per_weight})
     assert said == ("codes and scales 0.5 MB (4.250 bits a weight), transforms 0.00 MB, everything else 2.0 MB")
+
+
+def test_rotation_line() -> None:
+    assert rotation_line({}) == rotation_line({"rotation_losses": None}) == ""
+    found = rotation_line({"rotation_losses": [4.0, 3.0, *[2.9] * 16, 2.5, 2.0]})
+    assert "20 steps" in found and "3.5000 at first and 2.2500 at last (means of 2)" in found
+    assert "4.0000 at first and 4.0000 at last (means of 1)" in rotation_line({"rotation_losses": [4.0]})
 
 
 def test_tuning_line() -> None:
