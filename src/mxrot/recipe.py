@@ -23,7 +23,7 @@ from mxrot.recipe_files import BUILTIN_FOLDER as BUILTIN_FOLDER
 from mxrot.recipe_files import builtin_recipes as builtin_recipes
 from mxrot.recipe_files import recipe_text, tomllib
 from mxrot.rounding import RoundingMethod
-from mxrot.sections import CalibrationChoice, QuantizerChoice, Rotation, Smoothing, Tuning
+from mxrot.sections import AttentionChoice, CalibrationChoice, QuantizerChoice, Rotation, Smoothing, Tuning
 from mxrot.tables import build, build_method, keys_of, misplaced, plain, section, write_toml
 from mxrot.transforms import BlockDiagonalSpec, Sharing, StageSpec, TransformMethod
 from mxrot.typed import check_fields, checked
@@ -50,6 +50,8 @@ class Recipe:
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
     tuning: Tuning | None = None
     """What follows the closed form; None for nothing."""
+    attention: AttentionChoice | None = None
+    """Of the products of attention; None leaves their operands as they are."""
     ignore: tuple[str, ...] = ()
     """Shell-style patterns of linears to leave as they are, on the full name or its last part."""
     accumulation: Accumulation = "exact"
@@ -77,6 +79,9 @@ class Recipe:
         _ = self.variants  # each override must be right by itself
 
     def _check_tuning(self, tuning: Tuning, weights: TensorQuantizer) -> None:
+        self._require(
+            self.attention is None, "tuning through quantized products of attention was not tried; leave one out"
+        )
         self._require(self.activations is not None, "tuning needs quantized activations")
         self._require(
             isinstance(weights.format.grid, Uniform),
@@ -189,7 +194,8 @@ class Recipe:
         """Of weights and of activations, in words."""
         weights = dict.fromkeys(one.weights.format for one in self.variants)
         inputs = dict.fromkeys("16-bit" if one.activations is None else one.activations.format for one in self.variants)
-        return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations"
+        operands = "" if self.attention is None else f"; attention's {self.attention.operands().spelled}"
+        return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations{operands}"
 
     @property
     def input_block(self) -> int:
@@ -220,6 +226,8 @@ class Recipe:
         table["calibration"] = plain(self.calibration)
         if self.tuning is not None:
             table["tuning"] = plain(self.tuning)
+        if self.attention is not None:
+            table["attention"] = plain(self.attention)
         if self.override:
             table["override"] = [one.to_table() for one in self.override]
         return write_toml(table)
@@ -292,6 +300,7 @@ _SECTIONS: dict[str, type] = {
     "smoothing": Smoothing,
     "calibration": CalibrationChoice,
     "tuning": Tuning,
+    "attention": AttentionChoice,
 }
 _PLAIN_KEYS: dict[str, Any] = {
     "name": str,

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError
-from mxrot.formats import QTensor, TensorQuantizer
-from mxrot.layers import InputTransform, QuantLinear, prepare_linears, prepare_on_gpus
+from mxrot.formats import AttentionOperands, QTensor, TensorQuantizer
+from mxrot.layers import InputTransform, QuantLinear, prepare_linears, prepare_on_gpus, quantize_attention
 from mxrot.models import Family, Site
 from mxrot.recipe import Accumulation, Recipe
 from mxrot.rules import Rules
@@ -78,6 +78,8 @@ class Scheme:
     """Full names of the linears of decoder blocks that are left as they are, sorted."""
     cache: CacheScheme | None = None
     """None where keys and values are kept as they are."""
+    attention: AttentionOperands | None = None
+    """Of the products of attention; None where they are computed as transformers does."""
 
     @staticmethod
     def of(recipe: Recipe, family: Family, model: PreTrainedModel) -> Scheme:
@@ -95,7 +97,8 @@ class Scheme:
                 found |= {f"{prefix}.{name}": own for name in site.linears}
             names = (f"{prefix}.{name}" for name, module in block.named_modules() if isinstance(module, nn.Linear))
             left += [name for name in names if name not in found]
-        return Scheme(found, tuple(sorted(left)))
+        attention = None if recipe.attention is None else recipe.attention.operands()
+        return Scheme(found, tuple(sorted(left)), attention=attention)
 
     @property
     def distinct(self) -> tuple[SiteScheme, ...]:
@@ -202,6 +205,15 @@ def install(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
         prefix = family.block_prefix(index)
         for site in scheme.active_sites(family, index):
             install_site(block, index, site, scheme.linears[f"{prefix}.{site.linears[0]}"])
+    install_attention(model, scheme, family)
+
+
+def install_attention(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
+    """Let the attention of all decoder blocks quantize its operands, where the scheme says so."""
+    if scheme.attention is None:
+        return
+    for block in model.get_submodule(family.blocks).children():
+        quantize_attention(block.get_submodule(family.attention), scheme.attention)
 
 
 def check_cache(scheme: Scheme) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mxrot.errors import ConfigError
-from mxrot.formats import TensorQuantizer
+from mxrot.formats import AttentionOperands, TensorQuantizer
 from mxrot.typed import check_fields
 
 
@@ -31,6 +31,29 @@ class QuantizerChoice:
         """The same for inputs, each row, which is a token, by itself."""
         found = self.quantizer()
         return TensorQuantizer(found.format, found.rule.for_rows())
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """Formats of the operands of attention's two products, by name, each under its default rule; empty: 16 bit."""
+
+    queries_keys: str = ""
+    """Of q k^T: blocks along the width of a head."""
+    probabilities_values: str = ""
+    """Of p v: blocks along the tokens that are attended to."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "attention")
+        self.operands()
+
+    def operands(self) -> AttentionOperands:
+        """ConfigError for what the operands cannot have."""
+        named = (self.queries_keys, self.probabilities_values)
+        try:
+            return AttentionOperands(*(QuantizerChoice(name).for_inputs() if name else None for name in named))
+        except ConfigError as error:
+            said = str(error)
+            raise ConfigError(said if said.startswith("attention: ") else f"attention: {said}") from error
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,12 @@ def settled(layout: Layout, scheme: Scheme, family: Family, shapes: Mapping[str,
 
 def check_recipe(said: Scheme, scheme: Scheme, family: Family, version: int = FORMAT_VERSION) -> None:
     """CheckpointError if a recipe would install something else: `said` is what it installs in this model."""
+    if said.attention != scheme.attention:
+        words = ("none" if one.attention is None else one.attention.spelled for one in (said, scheme))
+        raise CheckpointError(
+            "recipe.toml and config.json contradict each other: attention: {} in recipe.toml, {} in config.json; take "
+            "both from one run of `mxrot quantize`".format(*words)
+        )
     prefix = f"{family.blocks}."
     for name in [name for name in {**said.linears, **scheme.linears} if name.startswith(prefix)]:
         one, other = said.linears.get(name), scheme.linears.get(name)

@@ -195,16 +195,20 @@ def _formats(scheme: Scheme) -> str:
     inputs = dict.fromkeys(
         "16-bit" if one.activations is None else one.activations.format.name for one in scheme.distinct
     )
-    return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations"
+    operands = "" if scheme.attention is None else " with quantized attention"
+    return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations{operands}"
 
 
 def _activations(scheme: Scheme) -> str:
+    attention = ""
+    if scheme.attention is not None:
+        attention = f"\nBoth operands of attention's products are quantized at run time: {scheme.attention.spelled}."
     rules = dict.fromkeys(code(one.activations.spelled_rule) for one in scheme.distinct if one.activations is not None)
     if not rules:
-        return "Activations are left as they are."
+        return f"Activations are left as they are.{attention}"
     return (
         f"Activations are quantized at run time with scale rule {' and '.join(rules)}; accuracy\n"
-        f"figures hold under {'that rule' if len(rules) == 1 else 'these rules'}."
+        f"figures hold under {'that rule' if len(rules) == 1 else 'these rules'}.{attention}"
     )
 
 

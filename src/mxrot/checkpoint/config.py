@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mxrot.errors import ConfigError
-from mxrot.formats import Format, TensorQuantizer
+from mxrot.formats import AttentionOperands, Format, TensorQuantizer
 from mxrot.formats.grid import Uniform
 from mxrot.marker import MARKER, METHOD, NATIVE
 from mxrot.models import Family
@@ -30,7 +30,10 @@ from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""The newest."""
+WITHOUT_ATTENTION = 2
+"""What is written where attention is as it was: those that know no newer one read it."""
 EVERY = ["Linear"]
 """Targets of a scheme that all linears have which are not ignored."""
 THEIR_BLOCK = 32
@@ -86,6 +89,8 @@ def why_unfaithful(scheme: Scheme) -> str | None:
     """
     if scheme.cache is not None:
         return "keys and values of attention are quantized"
+    if scheme.attention is not None:
+        return "the operands of attention's products are quantized"
     for one in scheme.distinct:
         if _layout_of(one) is None:
             inputs = "" if one.activations is None else f" with inputs in {one.activations.format.name}"
@@ -124,7 +129,14 @@ def _config(scheme: Scheme, family: Family, dtype: torch.dtype, called: str | No
             "format": formats[-1],
         }
         schemes[f"group_{number}"] = own
-    cache = scheme.cache
+    cache, attention = scheme.cache, scheme.attention
+    marker: dict[str, Any] = {
+        "format_version": WITHOUT_ATTENTION if attention is None else FORMAT_VERSION,
+        "dtype": str(dtype).removeprefix("torch."),
+        "schemes": schemes,
+    }
+    if attention is not None:
+        marker["attention"] = attention_table(attention)
     return {
         "quant_method": METHOD,
         "format": formats[0] if len(set(formats)) == 1 else _MIXED,
@@ -133,11 +145,7 @@ def _config(scheme: Scheme, family: Family, dtype: torch.dtype, called: str | No
         "ignore": [family.head, *scheme.left],
         "kv_cache_scheme": cache and {"keys": _quantizer_table(cache.keys), "values": _quantizer_table(cache.values)},
         "sparsity_config": {},
-        MARKER: {
-            "format_version": FORMAT_VERSION,
-            "dtype": str(dtype).removeprefix("torch."),
-            "schemes": schemes,
-        },
+        MARKER: marker,
     }
 
 
@@ -149,6 +157,11 @@ def scheme_table(scheme: SiteScheme) -> dict[str, Any]:
         "transform": [stage.to_table() for stage in scheme.stages],
         "accumulation": scheme.accumulation,
     }
+
+
+def attention_table(attention: AttentionOperands) -> dict[str, Any]:
+    """What the marker says of the operands of attention's products."""
+    return {name: one and _quantizer_table(one) for name, one in attention.by_name.items()}
 
 
 def _quantizer_table(quantizer: TensorQuantizer) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from mxrot.layers import separate_experts, sites_of
 from mxrot.marker import MARKER, METHOD, ON_LOAD, SAVED_BY
 from mxrot.models import WeightFiles, check_for_transformers, find_family, needed_attention
 from mxrot.recipe import Recipe, load_recipe
-from mxrot.scheme import Scheme, prepare
+from mxrot.scheme import Scheme, install_attention, prepare
 
 
 class CheckpointConfig(QuantizationConfigMixin):
@@ -232,6 +232,8 @@ def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
         for linear in linears:
             linear.bias = getattr(model.get_submodule(names[linear]), "bias", None)
             model.set_submodule(names[linear], linear)
+    family = find_family(model.config, "the model")
+    install_attention(model, Scheme.of(recipe, family, model), family)
     with_config(model, recipe)
 
 

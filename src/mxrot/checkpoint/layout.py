@@ -17,7 +17,7 @@ from mxrot.checkpoint.config import (
     scheme_table,
 )
 from mxrot.errors import CheckpointError, ConfigError
-from mxrot.formats import FORMATS, TensorQuantizer
+from mxrot.formats import FORMATS, AttentionOperands, TensorQuantizer
 from mxrot.marker import MARKER
 from mxrot.models import Family
 from mxrot.recipe import Accumulation
@@ -61,6 +61,7 @@ class Layout:
     dtype: torch.dtype | None
     """Of what is not quantized; None where the first version does not say."""
     cache: CacheScheme | None = None
+    attention: AttentionOperands | None = None
 
     def scheme_of(self, linear: str) -> SiteScheme | None:
         """What is installed at a linear, by its full name; None where it is left as it is.
@@ -78,7 +79,8 @@ class Layout:
     def scheme(self, family: Family, blocks: int) -> Scheme:
         """What is installed in a model of so many decoder blocks; CheckpointError as for `scheme_of`."""
         found = {name: self.scheme_of(name) for name in linears_of(family, blocks)}
-        return Scheme({name: one for name, one in found.items() if one is not None}, self.left, self.cache)
+        linears = {name: one for name, one in found.items() if one is not None}
+        return Scheme(linears, self.left, self.cache, self.attention)
 
 
 def linears_of(family: Family, blocks: int) -> list[str]:
@@ -129,6 +131,7 @@ def read_layout(quantization: Any, where: str = "the checkpoint") -> Layout:
         tuple(left),
         _dtype(marker.get("dtype")),
         _cache(quantization.get("kv_cache_scheme")),
+        _attention(marker.get("attention")),
     )
 
 
@@ -202,6 +205,20 @@ def _cache(table: Any) -> CacheScheme | None:
     if not isinstance(table, dict) or table.keys() != {"keys", "values"}:
         raise CheckpointError(f"{_WHERE}: kv_cache_scheme: expected keys and values, got {table!r}")
     return CacheScheme(*(_quantizer(table[key], f"{_WHERE}: kv_cache_scheme.{key}") for key in ("keys", "values")))
+
+
+def _attention(table: Any) -> AttentionOperands | None:
+    if table is None:
+        return None
+    names = ("queries_keys", "probabilities_values")
+    where = f"{_WHERE}: {MARKER}.attention"
+    if not isinstance(table, dict) or table.keys() != set(names):
+        raise CheckpointError(f"{where}: expected {' and '.join(names)}, got {table!r}")
+    own = (None if table[name] is None else _input_quantizer(table[name], f"{where}.{name}") for name in names)
+    try:
+        return AttentionOperands(*own)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _scheme_of_version_1(quantization: dict[str, Any], marker: dict[str, Any], layout: str) -> SiteScheme:

@@ -14,6 +14,7 @@ from mxrot.formats.catalog import FORMATS, Format, get_format
 from mxrot.formats.element import Element
 from mxrot.formats.exponents import E8M0_MAX_BYTE
 from mxrot.formats.grid import Grid, Uniform
+from mxrot.formats.operands import AttentionOperands
 from mxrot.formats.packing import pack_codes, unpack_codes
 from mxrot.formats.parts import NamedParts, Parts, PartSpec
 from mxrot.formats.qtensor import QTensor
@@ -24,6 +25,7 @@ __all__ = [
     "E8M0_MAX_BYTE",
     "FORMATS",
     "RULES",
+    "AttentionOperands",
     "BlockScales",
     "Element",
     "Format",

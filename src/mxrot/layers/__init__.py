@@ -7,6 +7,7 @@ from mxrot.layers.linear import QuantLinear
 from mxrot.layers.logits import check_logits, logits_of
 from mxrot.layers.norms import fused_norms
 from mxrot.layers.prepare import prepare_site
+from mxrot.layers.quantized_attention import operands_of, quantize_attention, restore_attention
 from mxrot.layers.site import SiteProducts
 from mxrot.layers.sites import prepare_linears, prepare_on_gpus, sites_of
 from mxrot.layers.size import ModelSize
@@ -22,9 +23,12 @@ __all__ = [
     "check_logits",
     "fused_norms",
     "logits_of",
+    "operands_of",
     "prepare_linears",
     "prepare_on_gpus",
     "prepare_site",
+    "quantize_attention",
+    "restore_attention",
     "score_heads",
     "separate_experts",
     "shared_heads",

@@ -21,6 +21,8 @@ from mxrot.models import Family
 
 NAME = "mxrot_shared_heads"
 UNMASKED = "mxrot_unmasked"
+OPERANDS = "quantized_operands"
+"""The attribute of a module whose products have quantized operands (`layers.quantized_attention`)."""
 _KNOWN_ARGUMENTS = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "logits_to_keep"})
 """Arguments that change nothing here; transformers' own function gets a call with others (soft caps, windows)."""
 
@@ -111,7 +113,8 @@ def _attention(function: str, models: Sequence[PreTrainedModel]) -> Iterator[Non
 def score_heads(model: PreTrainedModel) -> int:
     """How many heads write out a score for each pair of tokens; none with PyTorch's own attention."""
     config = model.config.get_text_config()
-    return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
+    writes = config._attn_implementation == "eager" or any(hasattr(module, OPERANDS) for module in model.modules())
+    return int(config.num_attention_heads) if writes else 0
 
 
 def step_mask(

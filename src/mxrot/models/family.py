@@ -46,6 +46,8 @@ class Family:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    attention: str = "self_attn"
+    """The module of a block, by its name there, that calls transformers' attention function."""
     rotary: str | None = "model.rotary_emb"
     """Module without weights, rebuilt from the config."""
     starts_with_bos: bool = False

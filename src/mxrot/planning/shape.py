@@ -123,7 +123,7 @@ class ModelShape:
             query_width=config.num_attention_heads * width,
             head_width=width,
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),
-            score_heads=score_heads(model),
+            score_heads=score_heads(model) if recipe.attention is None else config.num_attention_heads,
             config=config,
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mxrot.calibration import Executor
 from mxrot.heap import give_back
+from mxrot.layers import restore_attention
 from mxrot.models import Family, Site, fill
 from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.experts import quantize_experts, smooth_experts
@@ -148,8 +149,10 @@ def advance_original(run: BlockRun, index: int, block: nn.Module, original: Exec
 
 
 def _copy_of(run: BlockRun, block: nn.Module) -> nn.Module:
-    """The block with tensors of its own; the config that its modules refer to is the same."""
-    return deepcopy(block, {id(run.config): run.config})
+    """The block with tensors of its own and attention as transformers computes it; its config is the same."""
+    found = deepcopy(block, {id(run.config): run.config})
+    restore_attention(found.get_submodule(run.family.attention))
+    return found
 
 
 def _smooth_block(run: BlockRun, index: int, part: Part) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, FamilyError, MxrotError
-from mxrot.models import Family, Source, linear_problems, quantized_by
+from mxrot.models import Family, Source, linear_problems, quantized_by, value_heads
 from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.quantizing.patterns import matches_nothing
 from mxrot.quantizing.rotating import rotation_problems
@@ -41,6 +41,7 @@ def find_problems(
     yield from training_problems(rules)
     yield from smoothing_problems(rules)
     yield from linear_problems(model, family, rules.input_block)
+    yield from attention_problems(model, family, recipe)
     yield from stage_problems(model, rules)
 
 
@@ -111,6 +112,33 @@ def smoothing_problems(rules: Rules) -> Iterator[MxrotError]:
                 f"recipe {recipe.name}: site {site.name!r} of family {family.name} has nothing before it that can "
                 'take smoothing scales; list it under smoothing.skip, or set transform.sharing = "block"'
             )
+
+
+def attention_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[MxrotError]:
+    """Attention whose operands are to be quantized and that does more than its two products, or of odd heads."""
+    if recipe.attention is None:
+        return
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    by_kind = family.windows == "by kind" and "sliding_attention" in kinds
+    window = getattr(config, "sliding_window", None)
+    found = []
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        found.append("soft caps (attn_logit_softcapping)")
+    if by_kind or (family.windows == "all" and window is not None):
+        found.append(f"windows (sliding_window {window})")
+    if found:
+        yield ConfigError(
+            f"recipe {recipe.name}: attention: products with quantized operands know no {' and no '.join(found)}, "
+            f"which this model of family {family.name} has; leave out the table [attention]"
+        )
+    width, block = value_heads(config)[1], recipe.attention.operands().head_block
+    if width % block:
+        yield ConfigError(
+            f"recipe {recipe.name}: attention: queries_keys: heads are {width} wide, which is not a multiple of the "
+            f"block size {block} of {recipe.attention.queries_keys}; set attention.queries_keys to another format, or "
+            "leave it out"
+        )
 
 
 def stage_problems(model: PreTrainedModel, rules: Rules) -> Iterator[MxrotError]:

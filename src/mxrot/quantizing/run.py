@@ -39,7 +39,7 @@ from mxrot.quantizing.store import BlockStore
 from mxrot.quantizing.trained_rotations import learned_rotations
 from mxrot.quantizing.written import Writing
 from mxrot.recipe import Recipe
-from mxrot.scheme import Scheme, prepare
+from mxrot.scheme import Scheme, install_attention, prepare
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, tune_network
 
@@ -163,6 +163,7 @@ def _checked(
     too_large = memory_problem(model, recipe, dtype, device, free_memory(device))
     if too_large is not None:
         raise too_large
+    install_attention(model, scheme, source.family)
     return _Job(BlockRun(recipe, source, device, dtype, seed, scheme), model, store, progress)
 
 

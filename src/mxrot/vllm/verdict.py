@@ -85,6 +85,8 @@ def _stops_of_both(facts: Facts) -> Iterator[str]:
         yield "it has experts, which were not tried in vLLM, and whose inputs neither vLLM nor the plugin transforms"
     if facts.scheme.cache is not None:
         yield "it quantizes keys and values of attention by blocks, which neither vLLM nor the plugin does"
+    if facts.scheme.attention is not None:
+        yield "it quantizes the operands of attention's products, which neither vLLM nor the plugin does"
     if facts.scheme.has_transform and facts.architecture not in ARCHITECTURES + FUSED:
         tried = ", ".join(ARCHITECTURES + FUSED)
         yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {tried}"
@@ -110,7 +112,7 @@ def _stops_of_stock(facts: Facts) -> Iterator[str]:
             "it has one matrix a block, and vLLM takes one a site: quantize with --recipe mxrot-vllm or "
             "--set transform.sharing=site, or install mxrot where vLLM runs"
         )
-    elif facts.scheme.cache is None and (reason := why_unfaithful(facts.scheme)) is not None:
+    elif facts.scheme.cache is facts.scheme.attention is None and (reason := why_unfaithful(facts.scheme)) is not None:
         yield f"vLLM reads the words of compressed-tensors: {reason}; install mxrot where vLLM runs"
     biased = [name for name in facts.biased if facts.scheme.linears[name].stages]
     if biased:
