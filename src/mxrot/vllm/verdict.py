@@ -112,7 +112,11 @@ def _stops_of_stock(facts: Facts) -> Iterator[str]:
             "it has one matrix a block, and vLLM takes one a site: quantize with --recipe mxrot-vllm or "
             "--set transform.sharing=site, or install mxrot where vLLM runs"
         )
-    elif facts.scheme.cache is facts.scheme.attention is None and (reason := why_unfaithful(facts.scheme)) is not None:
+    elif (
+        facts.scheme.cache is None
+        and facts.scheme.attention is None
+        and (reason := why_unfaithful(facts.scheme)) is not None
+    ):
         yield f"vLLM reads the words of compressed-tensors: {reason}; install mxrot where vLLM runs"
     biased = [name for name in facts.biased if facts.scheme.linears[name].stages]
     if biased:
