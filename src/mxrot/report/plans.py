@@ -23,6 +23,8 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
         yield _size_lines(plan)
     if plan.recipe.rotation is not None:
         yield f"rotations, merged into the weights: {plan.recipe.rotation.spelled}"
+    if plan.recipe.attention is not None:
+        yield f"operands of attention: {plan.recipe.attention.operands().spelled}"
     if plan.needs is not None:
         yield _memory_table(plan)
         yield _disk_line(plan.needs.disk)

@@ -19,8 +19,10 @@ from mxrot.checkpoint.config import compressed_tensors_config
 from mxrot.errors import CheckpointError, ConfigError
 from mxrot.layers import build_apart, operands_of
 from mxrot.models import FAMILIES, find_family
+from mxrot.planning import Machine, make_plan, rates
 from mxrot.quantizing.problems import find_problems
 from mxrot.recipe import Recipe, load_recipe
+from mxrot.report import plan_report
 from mxrot.scheme import Scheme
 from mxrot.vllm.verdict import plan_for_vllm
 
@@ -215,3 +217,15 @@ def test_the_original_beside_it_is_left_alone(source: Path, monkeypatch: pytest.
     model = mxrot.quantizing.quantize(source, chosen, windows=WINDOWS).model
     assert seen == [True, True] and model is not None
     assert all(operands_of(block.self_attn) is not None for block in model.model.layers)
+
+
+def test_a_plan_says_it_and_counts_the_scores(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "SECONDS", 0.0)
+    machine = Machine(torch.device("cpu"))
+    attention, plain = (
+        make_plan("tiny", source, recipe("duquant++-gptq", **changes), machine, 8, 2048) for changes in (ATTENTION, {})
+    )
+    said = "operands of attention: queries and keys amxfp4 absmax, probabilities and values mxfp4 even"
+    assert said in plan_report(attention) and said not in plan_report(plain)
+    assert attention.sizes is not None and plain.sizes is not None
+    assert attention.sizes.shape.score_heads == 4 and plain.sizes.shape.score_heads == 0
