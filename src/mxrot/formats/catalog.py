@@ -102,7 +102,7 @@ INT4_G128 = Format("int4_g128", Uniform(INT4, FP16_SCALE), 128, ("absmax",))
 INT4_G32_ASYM = Format("int4_g32_asym", Uniform(UINT4, FP16_SCALE), 32, ("minmax",))
 INT4_G128_ASYM = Format("int4_g128_asym", Uniform(UINT4, FP16_SCALE), 128, ("minmax",))
 INT4_ROW_ASYM = Format("int4_row_asym", Uniform(UINT4, FP16_SCALE), None, ("minmax",))
-INT4_ROW = Format("int4_row", Uniform(INT4, FP16_SCALE), None, ("absmax",))
+INT4_ROW = Format("int4_row", Uniform(INT4, FP16_SCALE), None, ("absmax", "absmax-search"))
 INT8_ROW = Format("int8_row", Uniform(INT8, FP16_SCALE), None, ("absmax",))
 
 FORMATS: dict[str, Format] = {value.name: value for value in list(globals().values()) if isinstance(value, Format)}

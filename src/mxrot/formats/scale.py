@@ -239,6 +239,13 @@ class Log256Rule(ScaleRule):
 class AbsMaxRule(ScaleRule):
     """amax / max, rounded to the scale type."""
 
+    shrinks: bool = False
+    """Is amax shrunk first, as for `ShrunkRule`?"""
+
+    @property
+    def sees_extremes_only(self) -> bool:
+        return not self.shrinks
+
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
         return scale_type == E4M3_SCALE and not self.by_row
 
@@ -250,6 +257,7 @@ class AbsMaxRule(ScaleRule):
 
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
         maxima = self.maxima(blocks)
+        maxima = shrunk_maxima(blocks, maxima, element) if self.shrinks else maxima
         scales = maxima / element.max
         if scale_type == FP16_SCALE:
             return BlockScales(scales.to(torch.float16), scale_type)
@@ -333,6 +341,12 @@ RULES: dict[str, ScaleRule] = {
         ),
         Log256Rule("log256", "256 levels of log2(scale): released DuQuant++ code, no hardware"),
         AbsMaxRule("absmax", "amax / max in the scale's own type"),
+        AbsMaxRule(
+            "absmax-search",
+            "absmax, of maxima that are shrunk by least |error|^2.4: QuaRot's weights",
+            dynamic=False,
+            shrinks=True,
+        ),
         MinMaxRule("minmax", "(max - min) / 15 and a zero point"),
     )
 }

@@ -44,7 +44,9 @@ def test_even_is_the_default_rule_of_mx_formats() -> None:
 
 
 def test_which_rules_are_for_weights_alone() -> None:
-    assert [name for name, rule in RULES.items() if not rule.dynamic] == ["7.25", "mse", "search", "x3-search"]
+    assert [name for name, rule in RULES.items() if not rule.dynamic] == [
+        *("7.25", "mse", "search", "x3-search", "absmax-search")
+    ]
 
 
 def test_the_checkpoint_layout() -> None:

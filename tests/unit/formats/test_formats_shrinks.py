@@ -5,8 +5,8 @@ import torch
 from tests.oracles.sample_blocks import SAMPLES, sample
 from torch import Tensor
 
-from mxrot.formats import FORMATS, as_blocks, choose_parts, get_rule, shrinks
-from mxrot.formats.element import E2M1
+from mxrot.formats import FORMATS, as_blocks, choose_parts, fake_quantize, get_format, get_rule, shrinks
+from mxrot.formats.element import E2M1, INT4
 from mxrot.formats.exponents import block_maxima, even_exponents, third_exponents
 from mxrot.formats.shrinks import POWER, SHRINKS, shrunk_maxima
 
@@ -68,6 +68,23 @@ def test_the_scale_is_the_cast_of_the_shrunk_maximum(rule: str, cast: object) ->
     expected = cast(shrunk_maxima(blocks, block_maxima(blocks), E2M1), E2M1) + 127  # type: ignore[operator]
     assert torch.equal(found["scale"].int(), expected.int())
     assert ("tensor_scale" in found) is (rule == "x3-search")
+
+
+def test_int4_of_a_row_is_clipped_where_that_costs_least() -> None:
+    """The scale is that of the shrunk maximum; one outlier among a thousand ordinary weights is given up."""
+    rows = torch.randn(4, 1, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    rows[0, 0, 5] = 6.5
+    format = get_format("int4_row")
+    found = choose_parts(rows, format, get_rule("absmax-search")).tensors["scale"].double()
+    expected = shrunk_maxima(rows, block_maxima(rows), INT4) / 7
+    assert torch.equal(found.flatten(), expected.to(torch.float16).double().flatten())
+    assert (found < choose_parts(rows, format, get_rule("absmax")).tensors["scale"].double()).all()
+
+    def cost(rule: str) -> torch.Tensor:
+        rounded = fake_quantize(rows[:, 0], format, get_rule(rule)).double()
+        return (rounded - rows[:, 0]).abs().pow(POWER).sum(dim=1)
+
+    assert (cost("absmax-search") < 0.75 * cost("absmax")).all()
 
 
 def test_the_scale_of_the_paper_is_x3() -> None:
