@@ -94,7 +94,7 @@ def _depth(contents: Contents, drawn: dict[str, str]) -> str:
 
 
 def _activations(contents: Contents, drawn: dict[str, str]) -> str:
-    cards = []
+    cards, recipe = [], contents.recipe
     for name in contents.chosen:
         before, after = contents.before[name], contents.after[name]
         rows = [
@@ -112,8 +112,10 @@ def _activations(contents: Contents, drawn: dict[str, str]) -> str:
     where = "in the original model"
     if not contents.before_is_original:
         where = "in this model, without the transform"
-        where += "" if contents.recipe.smoothing is None else " but with the smoothing that is in its norms"
-    unchanged = "" if contents.recipe.has_transform or contents.recipe.smoothing else " This recipe changes no input."
+        where += "" if recipe.smoothing is None else " but with the smoothing that is in its norms"
+        where += "" if recipe.rotation is None else " but with the rotations that are in its weights"
+    is_changed = recipe.has_transform or recipe.smoothing or recipe.rotation
+    unchanged = "" if is_changed else " This recipe changes no input."
     about = (
         f"<p>Before is the input of a site {where}; after is what is rounded.{unchanged} {escape(contents.looked_at)} "
         "A map shows the first tokens of it, and of neighbouring channels the largest. Values are in units of the "

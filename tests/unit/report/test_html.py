@@ -124,3 +124,11 @@ def test_pictures_as_files(report_contents: Contents, tmp_path: Path) -> None:
     for name in drawn:
         assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "#3b4250" in (tmp_path / "plots" / f"{name}.svg").read_text()
+
+
+def test_inputs_of_a_rotated_model_are_said_to_be_changed(report_contents: Contents) -> None:
+    rotated = load_recipe("rtn").changed({"rotation.residual": "hadamard"})
+    found = replace(report_contents, recipe=rotated, before_is_original=False)
+    written = page(found, pictures(found))
+    assert "without the transform but with the rotations that are in its weights" in written
+    assert "This recipe changes no input" not in written
