@@ -161,7 +161,7 @@ class Recipe:
     @property
     def is_tuned(self) -> bool:
         """Does an optimizer take steps on the quantized model?"""
-        return self.tuning is not None or (self.rotation is not None and self.rotation.steps > 0)
+        return self.tuning is not None or self.trains_rotations
 
     @property
     def tunes_blocks(self) -> bool:

@@ -23,8 +23,13 @@ from tests.unit.evaluation.task_folder import write_scorable_model, write_task_f
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
+from mxrot import quantizing
 from mxrot.cli import app
+from mxrot.commands.selection import chosen_recipes
+from mxrot.errors import NumericsError
 from mxrot.opening import default_device
+from mxrot.recipe import Recipe
+from mxrot.recipe_files import builtin_recipes
 
 HELP = ["-h", "--help"]
 OPTIONS = {
@@ -340,6 +345,29 @@ def test_compare_where_a_recipe_cannot_be_taken(folders: dict[str, str], tmp_pat
     assert "96 is not a multiple of" in rows[2]["reason"] and rows[2]["reason"] in shown
     message = one_line_error(call("compare", folders["model"], "--recipes", str(wide), *COMPARED, *text), 2)
     assert message == rows[2]["reason"]
+
+
+def test_compare_exits_with_2_if_nothing_ran(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(source: Path, recipe: Recipe, **_: object) -> None:
+        raise NumericsError(f"model.layers.1 by {recipe.name}: NaN")
+
+    monkeypatch.setattr(quantizing, "quantize", broken)
+    text = ("--text", folders["text"], "--work", str(tmp_path / "work"))
+    result = call("compare", folders["model"], "--recipes", "rtn,hadamard", *COMPARED, *text)
+    assert result.exit_code == 2 and "none of the recipes ran" in result.stderr
+    for name in ("rtn", "hadamard"):
+        assert f"{name} has no figures: model.layers.1 by {name}: NaN" in result.stdout
+
+
+def test_all_and_untuned_are_recipes_that_come_with_mxrot() -> None:
+    every = [recipe.name for recipe in chosen_recipes("all", "", [])]
+    assert every == list(builtin_recipes())
+    untuned = [recipe.name for recipe in chosen_recipes("untuned", "rtn", [])]
+    assert not {"mxrot-tuned", "duquant-lwc", "spinquant", "rtn"} & set(untuned)
+    assert {"mxrot", "quarot", "duquant", "hadamard"} <= set(untuned)
+    assert [recipe.name for recipe in chosen_recipes("rtn,all,rtn", "mxrot", [])][:2] == ["rtn", every[0]]
 
 
 def test_inspect_a_model_and_a_checkpoint(folders: dict[str, str], tmp_path: Path) -> None:

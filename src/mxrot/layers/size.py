@@ -88,7 +88,9 @@ class ModelSize:
 
 
 def _kind(name: str) -> str:
+    if is_of_transform(name):  # asked first: a stage's tensor may be called as a part is
+        return "transforms"
     last = name.rpartition(".")[2]
     if last.startswith(PART):
         return "codes" if last == PACKED else "scales"
-    return "transforms" if is_of_transform(name) else "other"
+    return "other"

@@ -28,13 +28,16 @@ def measuring_costs(read: Sequence[Windows], has_tasks: bool) -> list[float]:
 
 
 def quantizing_costs(calibration: Calibration) -> list[float]:
-    """Of the phases that `quantize` tells: text that is written, the blocks, text written for tuning, its steps."""
+    """Of the phases that `quantize` tells: training of rotations, text that is written, the blocks, text written for
+    tuning, its steps."""
     recipe, windows = calibration.recipe, calibration.windows
     if windows is None:
         return [ROUNDING]
     tokens, length = float(windows.numel()), windows.shape[1]
     generated = recipe.calibration.generated
-    written = [generated * tokens] if generated else []
+    rotation = recipe.rotation
+    trained = [] if rotation is None else [TUNING * rotation.steps * rotation.batch_windows * length]
+    written = [*trained, *([generated * tokens] if generated else [])]
     blocks = ROUNDING + STATISTICS * (1 + generated) * tokens
     tuning = recipe.tuning
     if tuning is None:

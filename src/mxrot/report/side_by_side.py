@@ -134,7 +134,8 @@ def perplexity(mean: Mean) -> str:
 
 
 def _kl(mean: Mean | None) -> str:
-    return "" if mean is None else _shown(mean, 4 if mean.error is None else 3)
+    """With a digit more where it is small, and where there is room for it."""
+    return "" if mean is None else _shown(mean, 4 if mean.error is None or mean.value < 0.1 else 3)
 
 
 def _shown(mean: Mean, digits: int) -> str:

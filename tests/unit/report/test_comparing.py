@@ -350,6 +350,16 @@ def test_transforms_are_counted_apart(folder: Path, words: str, sharing: str, ma
     assert size.total_bytes == size.code_bytes + size.scale_bytes + size.transform_bytes + 2 * OUTER
 
 
+def test_stages_are_counted_apart_whatever_their_tensors_are_called(words: str, tmp_path: Path) -> None:
+    """The first of two block diagonals is kept as `weight_0`, and scales are `weight_scale`."""
+    model = write_tiny_model(tmp_path, hidden_size=128, intermediate_size=128, head_dim=32)
+    recipe = load_recipe("duquant").changed({"transform.steps": 2})
+    size = model_size(mxrot.quantize(model, recipe, calib=words, samples=1, seq_len=32), torch.float16)  # type: ignore[arg-type]
+    sites, rows = 2 * 4, 2 * (2 * 128 + 2 * 64 + 3 * 128)
+    assert size.transform_bytes == sites * (2 * 128 * 128 * 2 + 128 * 4)
+    assert size.scale_bytes == rows * (2 + 1)
+
+
 def test_a_model_that_is_not_quantized_has_no_bits_per_weight() -> None:
     size = model_size(LlamaForCausalLM(tiny_config()), torch.bfloat16)
     assert size.bits_per_weight is None and size.transform_bits_per_weight is None
