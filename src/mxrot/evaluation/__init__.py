@@ -3,7 +3,14 @@
 from mxrot.evaluation.activations import ActivationView, activation_views
 from mxrot.evaluation.answers import Answers
 from mxrot.evaluation.divergence import Divergence, divergence
-from mxrot.evaluation.inspection import KernelChoice, SiteMaxima, kernel_choices, site_maxima, weight_exponents
+from mxrot.evaluation.inspection import (
+    KernelChoice,
+    SiteMaxima,
+    kernel_choices,
+    quantizers,
+    site_maxima,
+    weight_exponents,
+)
 from mxrot.evaluation.kept_original import KeptOriginal
 from mxrot.evaluation.perplexity import Perplexity, perplexity
 from mxrot.evaluation.tasks import TaskScore, load_tasks, score_tasks, standard_error
@@ -22,6 +29,7 @@ __all__ = [
     "kernel_choices",
     "load_tasks",
     "perplexity",
+    "quantizers",
     "score_tasks",
     "site_maxima",
     "standard_error",

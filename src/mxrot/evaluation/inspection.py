@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -70,6 +70,16 @@ def site_maxima(
 def _describe(name: str, maxima: Tensor) -> SiteMaxima:
     largest, channel = maxima.max(dim=0)
     return SiteMaxima(name, len(maxima), float(largest), int(channel), float(maxima.median()))
+
+
+def quantizers(model: PreTrainedModel) -> dict[str, int]:
+    """How many linears have which formats, rules and clips of weights and inputs, which are spelled out."""
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            inputs = "in 16 bit" if module.activations is None else module.activations.spelled
+            found[f"weights {module.weights.spelled}, inputs {inputs}"] += 1
+    return dict(found)
 
 
 CHOICE_ROWS = (1, 16, 128, 2048)

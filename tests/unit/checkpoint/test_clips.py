@@ -14,6 +14,7 @@ from mxrot.checkpoint import load
 from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.config import why_unfaithful
 from mxrot.errors import CheckpointError
+from mxrot.evaluation import quantizers
 from mxrot.layers import QuantLinear
 from mxrot.recipe import Recipe
 from mxrot.vllm.verdict import check_for_vllm
@@ -99,3 +100,10 @@ def test_a_clip_that_is_none_or_another(source: Path, tmp_path: Path, clip: Any,
     file.write_text(json.dumps(table))
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "out", verify=False)
+
+
+def test_what_is_clipped_is_seen_in_a_model(source: Path) -> None:
+    chosen = recipe("rtn", weights__clip=0.8, activations__clip=0.9)
+    model = quantizing.quantize(source, chosen).model
+    assert model is not None
+    assert quantizers(model) == {"weights mxfp4 even clip 0.8, inputs mxfp4 even clip 0.9": 14}
