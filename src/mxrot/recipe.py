@@ -76,12 +76,14 @@ class Recipe:
             raise ConfigError(f"recipe {self.name}: {error}") from error
         if self.tuning is not None:
             self._check_tuning(self.tuning, weights)
+        self._require(
+            self.attention is None or not (self.tuning is not None or self.trains_rotations),
+            "tuning and trained rotations were not tried through quantized products of attention; leave out the table "
+            "[attention], or set tuning = none and rotation.steps = 0",
+        )
         _ = self.variants  # each override must be right by itself
 
     def _check_tuning(self, tuning: Tuning, weights: TensorQuantizer) -> None:
-        self._require(
-            self.attention is None, "tuning through quantized products of attention was not tried; leave one out"
-        )
         self._require(self.activations is not None, "tuning needs quantized activations")
         self._require(
             isinstance(weights.format.grid, Uniform),

@@ -62,6 +62,15 @@ class Run:
         return self.shape.score_heads * self.seq_len
 
     @property
+    def rounded_in_attention(self) -> float:
+        """Numbers that the products of attention round for a token: probabilities, and values of the block it is in."""
+        if self.recipe.attention is None:
+            return 0.0
+        values = self.recipe.attention.operands().probabilities_values
+        own = 0 if values is None else self.token_scores + self.shape.query_width * (values.format.block or 1)
+        return float(own + 3 * self.shape.query_width)
+
+    @property
     def mask_bytes(self) -> int:
         """Masks that blocks are called with: none where attention is plainly causal, one for each kind of blocks."""
         config = self.shape.config

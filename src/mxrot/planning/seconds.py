@@ -127,6 +127,7 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
         work.add(copy=24.0 * tokens * n * s * (quantized + plain))
         # Scores are read and written in each of the steps between the two products.
         work.add(copy=tokens * run.token_scores * (12.0 * s + 8) * (quantized + plain))
+        work.add(quantized=tokens * run.rounded_in_attention * (quantized + plain))
     work.add(copy=20.0 * run.tokens * run.shape.hidden * s * (1 + bool(recipe.looks_at_original)))
     work.add(operations=40 * here.experts * batches * (quantized + plain))
     return work

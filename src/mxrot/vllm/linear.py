@@ -33,7 +33,7 @@ from mxrot.marker import IN_VLLM
 from mxrot.models import find_family
 from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
-from mxrot.vllm.verdict import input_block, why_not_in_plugin
+from mxrot.vllm.verdict import OPERANDS_STOP, input_block, why_not_in_plugin
 
 
 class MxrotQuantization(CompressedTensorsConfig):
@@ -57,7 +57,8 @@ class MxrotQuantization(CompressedTensorsConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, **options: Any) -> None:
         """Look at the model that it is for, and at the files where they are here already; vLLM calls it.
 
-        CheckpointError if the folder that vLLM is about to read contradicts itself.
+        CheckpointError if the folder that vLLM is about to read contradicts itself, ConfigError for quantized products
+        of attention.
         """
         super().maybe_update_config(model_name, hf_config=hf_config, **options)
         family = find_family(hf_config, model_name)
@@ -65,6 +66,8 @@ class MxrotQuantization(CompressedTensorsConfig):
             self.scheme = check_checkpoint(Path(model_name)).scheme
         else:
             self.scheme = self.layout.scheme(family, hf_config.num_hidden_layers)
+        if self.scheme.attention is not None:
+            raise ConfigError(f"{model_name}: {OPERANDS_STOP}")
         self.transform_names = {
             f"{family.block_prefix(index)}.{name}": scheme_name(index, site)
             for index in range(hf_config.num_hidden_layers)

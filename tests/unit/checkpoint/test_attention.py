@@ -140,7 +140,11 @@ def test_a_config_that_was_changed_is_refused(name: str, written: Path, tmp_path
             "probabilities_values: int4_row absmax has scales that depend",
         ),
         ({"attention.values": "mxfp4"}, "attention: unknown key 'values'"),
-        ({"attention.queries_keys": "mxfp4", "tuning.steps": 3}, "tuning through quantized products of attention"),
+        ({"attention.queries_keys": "mxfp4", "tuning.steps": 3}, "tuning and trained rotations were not tried through"),
+        (
+            {"attention.queries_keys": "mxfp4", "rotation.residual": "hadamard", "rotation.steps": 3},
+            "tuning and trained rotations were not tried through",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be(changes: dict[str, Any], said: str) -> None:

@@ -1,0 +1,47 @@
+"""Quantized products of attention in every family: taken, or refused by name before any weight is read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.contracts.tiny_configs import config_of
+from transformers import AutoModelForCausalLM
+
+from mxrot.layers import build_apart, operands_of, separate_experts
+from mxrot.models import FAMILIES, find_family
+from mxrot.quantizing.problems import find_problems
+from mxrot.recipe import load_recipe
+from mxrot.scheme import Scheme, install_attention
+
+RECIPE = load_recipe("amxfp4-attention")
+HEADS = {"head_dim": 32, "hidden_size": 128}
+BESIDES = {"gemma2": "no soft caps", "gemma3": "no windows"}
+"""What these families do besides the two products, whatever their config."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_takes_it_or_is_refused_by_name(name: str) -> None:
+    """Where it is taken, token by token gives what the whole text gives, and not what it was before."""
+    changes = {"sliding_window": None} if FAMILIES[name].windows == "all" else {}
+    config = config_of(FAMILIES[name], **HEADS, **changes)
+    family = find_family(config, name)
+    refused = [str(one) for one in find_problems(build_apart(config), family, RECIPE, name)]
+    if refused:
+        assert len(refused) == 1 and BESIDES[name] in refused[0] and f"family {name} has" in refused[0]
+        return
+    assert name not in BESIDES
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().double().requires_grad_(False)
+    separate_experts(model)  # those of transformers know no float64
+    ids = torch.randint(2, 50, (2, 40), generator=torch.Generator().manual_seed(0))
+    before = model(ids).logits
+    install_attention(model, Scheme.of(RECIPE, family, build_apart(config)), family)
+    assert all(operands_of(block.self_attn) is not None for block in model.model.layers)
+    whole = model(ids).logits
+    assert not torch.allclose(whole, before, rtol=1e-6)
+    cache, logits = None, []
+    for piece in ids.split([30, *[1] * 10], dim=1):
+        out = model(piece, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    assert torch.allclose(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-10)
