@@ -12,10 +12,11 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mxrot.checkpoint.files import write_tensors
 from mxrot.evaluation.divergence import Divergence, divergence_of_means, means_of_states
 from mxrot.evaluation.perplexity import Perplexity, nll_of_states, perplexity_of_means, states_of
 from mxrot.layers import check_logits
@@ -45,7 +46,7 @@ class KeptOriginal:
         self, model: PreTrainedModel, name: str, windows: Tensor, batch_windows: int = 1, progress: Progress = silent
     ) -> Perplexity:
         """Perplexity of the original on token windows [W, T] of the text `name`, as `perplexity` computes it, and its
-        states in the folder, a file for each batch."""
+        states in the folder, a file for each batch. DiskFullError if they do not fit."""
         self._folder.mkdir(parents=True, exist_ok=True)
         check_logits(model, windows)
         device, seen = next(model.parameters()).device, len(windows[: self._count])
@@ -56,7 +57,7 @@ class KeptOriginal:
             hidden = states_of(model, ids)
             means.append(nll_of_states(model, hidden, ids).double().cpu())
             if start < seen:
-                self._write(self._path(name, start), hidden[: seen - start])
+                write_tensors(self._path(name, start), {_STATES: hidden[: seen - start]})
         progress(windows.numel(), windows.numel(), "tokens")
         return perplexity_of_means(torch.cat(means), windows)
 
@@ -102,11 +103,6 @@ class KeptOriginal:
         progress(windows.numel(), windows.numel(), "tokens")
         apart = divergence_of_means(torch.cat(both, dim=1), windows[:seen])
         return perplexity_of_means(torch.cat(means), windows), apart
-
-    def _write(self, path: Path, states: Tensor) -> None:
-        unfinished = path.with_suffix(".tmp")
-        save_file({_STATES: states.cpu().contiguous()}, unfinished)
-        unfinished.replace(path)
 
     def _path(self, name: str, start: int) -> Path:
         digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]

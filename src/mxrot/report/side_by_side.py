@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ def remarks(rows: Sequence[ComparedRow]) -> list[str]:
     if alike:
         first = " and ".join(str(run.seed) for run in alike[0].runs)
         named = ", ".join(row.recipe for row in alike)
-        lines.append(f"{named}: seeds {first} gave the same figures to the last bit; the others were not run")
+        said = f"seeds {first} gave the same figures to the last bit, and the others were not run: {named}"
+        lines += textwrap.wrap(said, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     return lines + [f"{row.recipe} has no figures: {row.reason}" for row in rows if row.reason is not None]
 
 

@@ -76,13 +76,15 @@ def _kl(run: Any) -> dict[str, float]:
 
 def test_rows_are_what_the_parts_give_alone(folder: Path, words: str) -> None:
     options = {"calib": words, "samples": 2, "seq_len": 32, "seed": 3}
-    rows = compare_recipes(str(folder), [RTN, RECIPE], texts=[words], windows=3, **options)  # type: ignore[arg-type]
+    recipes = [RTN, RECIPE, load_recipe("quarot")]  # the last one with a head of its own
+    rows = compare_recipes(str(folder), recipes, texts=[words], windows=3, **options)  # type: ignore[arg-type]
     windows = token_windows(load_text(words, "evaluation"), api.load_tokenizer(folder), 32, 3)
     original = api.open_model(folder)[0]
     alone = {
         "FP16": original,
         "rtn": mxrot.quantize(folder, "rtn"),
         "duquant++": mxrot.quantize(folder, RECIPE, **options),  # type: ignore[arg-type]
+        "quarot": mxrot.quantize(folder, "quarot", **options),  # type: ignore[arg-type]
     }
     batch = api.EVALUATION_TOKENS["cpu"] // 32
     assert rows[0].recipe == "FP16" and {row.recipe for row in rows} == set(alone)
@@ -93,7 +95,7 @@ def test_rows_are_what_the_parts_give_alone(folder: Path, words: str) -> None:
             assert row.runs[0].divergence == {"words": divergence(model, original, windows, batch)}
             assert row.ratio().value == pytest.approx(row.perplexity["words"].ppl / rows[0].perplexity["words"].ppl)
     ratios = [row.ratio().value for row in rows[1:]]
-    assert ratios == sorted(ratios) and len(set(ratios)) == 2
+    assert ratios == sorted(ratios) and len(set(ratios)) == 3
     assert rows[0].quantize_seconds is None and all(row.quantize_seconds > 0 for row in rows[1:])  # type: ignore[operator]
     if sys.platform == "linux":
         assert rows[0].peak_bytes is None and all(row.peak_bytes > 1e8 for row in rows[1:])  # type: ignore[operator]

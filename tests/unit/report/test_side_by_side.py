@@ -47,7 +47,10 @@ def test_errors_over_seeds_and_rows_without_figures() -> None:
 
 def test_seeds_that_were_not_run_are_said() -> None:
     row = ComparedRow("rtn", (run(2.1, 3.1, 0.1), run(2.1, 3.1, 0.1, 1)), ORIGINAL, is_alike=True)
-    assert any("rtn: seeds 0 and 1 gave the same figures" in line for line in remarks([*ROWS, row]))
+    said = remarks([*ROWS, row])
+    assert "seeds 0 and 1 gave the same figures to the last bit, and the others were not run: rtn" in said
+    many = [ComparedRow(f"a-long-name-{number}", row.runs, ORIGINAL, is_alike=True) for number in range(20)]
+    assert max(map(len, remarks([ROWS[0], *many]))) <= 100
 
 
 def wide_row(name: str, texts: int, kl: float = 11.7) -> ComparedRow:
