@@ -72,9 +72,9 @@ def _size_lines(plan: Plan) -> str:
     after = plan.sizes.after
     if after.bits_per_weight is None:
         return f"size: {gigabytes(plan.sizes.before)}; nothing would be quantized"
-    transforms = (
-        f"transforms {after.transform_bits_per_weight:.2g} bits beside" if after.transform_bytes else "no transforms"
-    )
+    transforms = "transforms without numbers" if plan.recipe.has_transform else "no transforms"
+    if after.transform_bytes:
+        transforms = f"transforms {after.transform_bits_per_weight:.2g} bits beside"
     weights = (after.quantized_weights + after.left_weights) / 1e9
     return (
         f"size: {gigabytes(plan.sizes.before)} before, {gigabytes(after.total_bytes)} after: "

@@ -70,6 +70,12 @@ def test_a_recipe_without_text_or_transform(tmp_path: Path) -> None:
     assert "no calibration text" in text and "(no transforms)" in text and "vLLM 0.32.0: runs it; tensor" in text
 
 
+def test_rotations_are_shown_and_a_transform_without_numbers(tmp_path: Path) -> None:
+    text = shown(tmp_path, "quarot")
+    assert "merged into the weights: the residual stream (hadamard) and the value heads (hadamard)" in text
+    assert "(transforms without numbers)" in text
+
+
 def test_terms_are_shown_from_the_largest_and_sum_up(tmp_path: Path) -> None:
     lines = shown(tmp_path, "mxrot").splitlines()
     start = next(index for index, line in enumerate(lines) if "GPU, on a GPU" in line)
