@@ -43,13 +43,18 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @each
-@pytest.mark.parametrize("name", ["mxrot", "rtn"])
+@pytest.mark.parametrize("name", ["mxrot", "rtn", "quarot"])
 def test_what_is_loaded_is_what_was_quantized(
     folders: dict[str, Path], tmp_path: Path, family: Family, name: str
 ) -> None:
     changes = {"calibration__generated": 0.5} if name == "mxrot" else {}
     chosen = recipe(name, **changes)
     windows = None if chosen.is_data_free else WINDOWS
+    if name == "quarot" and not family.is_rotatable:
+        with pytest.raises(ConfigError, match=f"no rotation of the residual stream of family {family.name} can be"):
+            write(folders[family.name], tmp_path / "out", chosen, windows=windows)
+        assert not list(tmp_path.iterdir())
+        return
     in_memory = pipeline.quantize(folders[family.name], chosen, windows=windows).model
     assert in_memory is not None
     write(folders[family.name], tmp_path / "out", chosen, windows=windows)
