@@ -380,7 +380,7 @@ def test_inspect_a_model_and_a_checkpoint(folders: dict[str, str], tmp_path: Pat
     assert set(plain["sites"][0]) == {"site", "channels", "largest", "channel", "median", "ratio"}
     shown = run("inspect", folders["checkpoint"], *options).stdout
     found = read_json(table)
-    assert list(found) == ["model", "sites", "blocks", "size", "quantizers"]
+    assert list(found) == ["model", "sites", "blocks", "size", "quantizers", "attention"]
     assert found["quantizers"] == {"weights mxfp4 even, inputs mxfp4 even": 14}
     assert "14 linears: weights mxfp4 even, inputs mxfp4 even" in shown
     assert "model.layers.1.mlp.down_proj" in shown

@@ -6,6 +6,7 @@ from mxrot.evaluation.divergence import Divergence, divergence
 from mxrot.evaluation.inspection import (
     KernelChoice,
     SiteMaxima,
+    attention_operands,
     kernel_choices,
     quantizers,
     site_maxima,
@@ -25,6 +26,7 @@ __all__ = [
     "SiteMaxima",
     "TaskScore",
     "activation_views",
+    "attention_operands",
     "divergence",
     "kernel_choices",
     "load_tasks",

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.calibration import ChannelMaxima, watched_inputs
-from mxrot.layers import QuantLinear, separate_experts
+from mxrot.layers import QuantLinear, operands_of, separate_experts
 from mxrot.models import Family
 from mxrot.progress import Progress, silent
 
@@ -80,6 +80,11 @@ def quantizers(model: PreTrainedModel) -> dict[str, int]:
             inputs = "in 16 bit" if module.activations is None else module.activations.spelled
             found[f"weights {module.weights.spelled}, inputs {inputs}"] += 1
     return dict(found)
+
+
+def attention_operands(model: PreTrainedModel) -> dict[str, int]:
+    """How many decoder blocks quantize which operands of attention's products, which are spelled out."""
+    return dict(Counter(found.spelled for module in model.modules() if (found := operands_of(module)) is not None))
 
 
 CHOICE_ROWS = (1, 16, 128, 2048)

@@ -17,6 +17,7 @@ import mxrot
 from mxrot.checkpoint import load
 from mxrot.checkpoint.config import compressed_tensors_config
 from mxrot.errors import CheckpointError, ConfigError
+from mxrot.evaluation import attention_operands
 from mxrot.layers import build_apart, operands_of
 from mxrot.models import FAMILIES, find_family
 from mxrot.planning import Machine, make_plan, rates
@@ -58,6 +59,9 @@ def test_a_checkpoint_gives_the_logits_of_the_model(source: Path, written: Path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)), expected)
     other = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32, attn_implementation="eager")
     assert torch.allclose(logits(other), expected, atol=1e-4)
+    assert attention_operands(loaded) == {
+        "queries and keys amxfp4 absmax, probabilities and values amxfp4 absmax": len(loaded.model.layers)
+    }
     assert not torch.allclose(logits(mxrot.quantize(source, "amxfp4", device="cpu")), expected, atol=1e-3)
     for block in loaded.model.layers:
         found = operands_of(block.self_attn)
