@@ -299,11 +299,10 @@ def _largest_rows(blocks: Tensor, count: int) -> Tensor:
 
 
 def swaps_with_first(size: int, device: torch.device) -> Tensor:
-    """Row c exchanges channels 0 and c: int64 [B, B]."""
+    """Row c exchanges channels 0 and c: int64 [B, B]. Nothing is copied from the CPU: it is recorded on a GPU."""
     channels = torch.arange(size, device=device)
-    swaps = channels.repeat(size, 1)
+    swaps = channels.repeat(size, 1).masked_fill(channels == channels[:, None], 0)
     swaps[:, 0] = channels
-    swaps[channels, channels] = 0
     return swaps
 
 
