@@ -17,6 +17,7 @@ from mxrot.models import Family, Site, value_heads
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
 from mxrot.scheme import SiteScheme, site_scheme
+from mxrot.transforms import BlockDiagonalSpec
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ class SiteShape:
         taken = [self.scheme.weight_bytes(rows, self.inputs) for rows in self.rows]
         transforms = self.transforms * self.scheme.transform_bytes(self.inputs)
         return ModelSize(self.weights, sum(one for one, _ in taken), sum(two for _, two in taken), transforms)
+
+    @property
+    def is_fused(self) -> bool:
+        """Is its transform one that a kernel applies where it quantizes, or none?"""
+        quantizer, stages = self.scheme.activations, self.scheme.stages
+        if quantizer is None or not stages:
+            return True
+        (first, *others) = stages
+        return not others and isinstance(first, BlockDiagonalSpec) and first.block == quantizer.format.block
 
     @property
     def follows_original(self) -> bool:

@@ -22,6 +22,8 @@ DECODING = 3
 """The same while a code becomes a float64 number again."""
 WALKING = 3
 """float64 numbers a weight that GPTQ walks over: the columns, what they are rounded to, and what that took away."""
+WIDE_TRANSFORM = 8.0
+"""What a transform and its inverse take in float64, relative to what is stored of it in bfloat16."""
 CODED_BYTES = 1 + 1 / 32
 """A rounded weight before it is packed: its code and its part of a scale."""
 
@@ -46,6 +48,7 @@ def forward_bytes(run: Run, position: int) -> float:
     before = [site for site in sites[:position] if site.child == here.child]
     made = sum(site.share * site.rounded for site in before)
     quantizing = _quantizing(run, max((site.inputs for site in before), default=0))
+    quantizing += max((_transforming(run, site) for site in before), default=0.0)
     # A norm computes in float32; a product of quantized inputs is float32 before it is `s` bytes wide.
     norm = b * run.shape.hidden * (s + 8.0)
     is_attention = run.shape.fullest[0].child == here.child
@@ -57,6 +60,15 @@ def forward_bytes(run: Run, position: int) -> float:
 def _quantizing(run: Run, channels: int) -> float:
     """Bytes that quantizing inputs takes on a CPU, a piece after the other; one kernel on a GPU."""
     return 0.0 if run.is_gpu else 14.0 * min(run.batch_tokens * channels, CHUNK_ELEMENTS)
+
+
+def _transforming(run: Run, here: SiteShape) -> float:
+    """Bytes of inputs between stages that no kernel applies: float32 on both sides of one, and what comes out of all
+    but the last."""
+    if here.is_fused:
+        return 0.0
+    led = run.itemsize if len(here.scheme.stages) > 1 else 0
+    return (8.0 + led) * run.batch_tokens * here.inputs
 
 
 def _moment(run: Run, n: int, m: int, is_scaled: bool) -> float:
@@ -85,6 +97,7 @@ def site_stages(run: Run, position: int, base: dict[str, float]) -> list[Stage]:
         weights = count * (8.0 if is_wide else run.stored.itemsize)
         smoothed = weights if recipe.smoothing is not None else 0.0  # beside those that it is made from
         stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": weights + max(smoothed, of_fit)}))
+        base = base | {"the transform and its inverse": WIDE_TRANSFORM * here.scheme.transform_bytes(here.inputs)}
     if here.transforms < here.experts:
         base = base | {
             "rounded weights of the other experts": CODED_BYTES * (here.weights - here.rounded * here.inputs)
@@ -133,7 +146,7 @@ def _rounding(here: SiteShape) -> dict[str, float]:
     pieces, count = Pieces.of(here), here.rounded * here.inputs
     u, shift = pieces.together, pieces.whole if here.follows_original else 0.0
     encoding = 8.0 * ENCODING * min(u / 8, ENCODED_ELEMENTS)
-    coded = 0.0 if u == pieces.whole else 2 * CODED_BYTES * count
+    coded = CODED_BYTES * (count - u / 8)  # the other rows
     kept = shift + u + coded  # the folded weights of some rows
     if not here.recipe.rounding.requirements.hessian:
         return {"weights while they are rounded": kept + max(encoding, DECODING * u)}
@@ -175,7 +188,7 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
     runs_again = here.follows_original or keeps_share(run, here) < 1
     others = here.share * run.tokens - b
     forward = forward_bytes(run, position) * min(1.0, others / b) if runs_again else 0.0
-    during = left + max(temporary, forward, _quantizing(run, k))
+    during = left + max(temporary, forward, _quantizing(run, k) + _transforming(run, here))
     is_at_end = left + ending > during + totals
     return {
         "one batch": left if is_at_end else during,

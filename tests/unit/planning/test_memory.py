@@ -32,6 +32,8 @@ CHOSEN = {
     "duquant++": recipe("duquant++", transform__steps=4),
     "duquant++-gptq": recipe("duquant++-gptq", transform__steps=4),
     "mxrot": recipe("mxrot", **ALONE),
+    "duquant-mxfp4": recipe("duquant-mxfp4", transform__steps=4),
+    "duquant-mxfp4 block": recipe("duquant-mxfp4", transform__steps=4, transform__sharing="block"),
     "target original": recipe("mxrot", **ALONE, rounding__target="original"),
     "quarot": recipe("quarot"),
     "rotated, to nearest": recipe("rtn", rotation__residual="orthogonal", rotation__value_heads="hadamard"),
