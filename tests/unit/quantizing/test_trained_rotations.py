@@ -36,8 +36,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @NAMES
 def test_training_sees_the_model_that_is_quantized(source: Path, name: str) -> None:
     """Rounded to nearest under the matrices that training starts from: the same but for float32 sums in another order,
-    a hundred roundings of 2**-24, where none of them moves a number over the middle between two codes."""
-    chosen = recipe(name, rounding__method="rtn", rotation__quantized_weights=True, rotation__steps=0)
+    a hundred roundings of 2**-24, where none of them moves a number over the middle between two codes (or a search from
+    one clip to another: the rule is the format's own)."""
+    changes = {"rotation__quantized_weights": True, "rotation__steps": 0, "weights__rule": ""}
+    chosen = recipe(name, rounding__method="rtn", **changes)
     found = quantize(source, chosen, windows=WINDOWS).model
     assert found is not None
     folder = FolderSource(source)
