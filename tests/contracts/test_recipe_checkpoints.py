@@ -32,6 +32,8 @@ def short(name: str) -> Recipe:
         chosen = chosen.changed({"transform.steps": 8})
     if chosen.calibration.generated:
         chosen = chosen.changed({"calibration.generated": 0.0})
+    if chosen.rotation is not None and chosen.rotation.steps:
+        chosen = chosen.changed({"rotation.steps": 2})
     if chosen.tuning is not None:
         chosen = chosen.changed({"tuning.steps": 2, "tuning.generated": 0.0, "tuning.held_out": 0.2})
     return chosen
