@@ -22,7 +22,7 @@ def side_by_side(rows: Sequence[ComparedRow], title: str) -> list[Table]:
     """One table; where the texts do not fit into it, others with the perplexity on each."""
     texts = next((row.texts for row in rows if row.runs), [])
     whole = _table(rows, title, texts)
-    if len(texts) < 2 or _width(whole) <= WIDTH:
+    if _width(whole) <= WIDTH:
         return [whole]
     tables, begin = [_table(rows, title, [])], 0
     for end in range(1, len(texts) + 1):
@@ -115,7 +115,7 @@ def _of_texts(rows: Sequence[ComparedRow], texts: Sequence[str]) -> Table:
 
 
 def _empty(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.padding = (0, 0, 0, 1)
     table.add_column("recipe", no_wrap=True)
     for heading in headings:
@@ -129,10 +129,10 @@ def _width(table: Table) -> int:
 
 
 def perplexity(mean: Mean) -> str:
-    """With two digits behind the point; fewer where it is in the thousands, as of a model that is broken."""
+    """With two digits behind the point; fewer beside an error from a hundred on, and for a model that is broken."""
     if mean.value >= 1e7:
         return f"{mean.value:.1e}"
-    return _shown(mean, 2 if mean.value < 1000 else 0)
+    return _shown(mean, 1 if mean.error is not None and mean.value >= 100 else 2)
 
 
 def _kl(mean: Mean | None) -> str:

@@ -16,8 +16,8 @@ KINDS = ("png", "svg")
 _LINE = 13.0
 """Points from one name to the next."""
 _WIDTH = 520
-_BOTTOM = 0.16
-"""Of the axes, as a share of the height of the picture."""
+_BELOW, _ABOVE = 40, 34
+"""Points below the axes and above them."""
 _NAMES = 0.62
 """Where the names begin, as a share of the picture's width."""
 
@@ -49,7 +49,8 @@ def bits_of(row: ComparedRow) -> float:
 def draw(figure: Any, colors: Palette, rows: Sequence[ComparedRow], title: str) -> None:
     """On a logarithmic axis of ratios; each point has a line to its name, the names stand one below the other."""
     figure.set_layout_engine("none")
-    axes = figure.add_axes((0.11, _BOTTOM, _NAMES - 0.15, 0.88 - _BOTTOM))
+    height = 72 * figure.get_figheight()
+    axes = figure.add_axes((0.11, _BELOW / height, _NAMES - 0.15, 1 - (_BELOW + _ABOVE) / height))
     axes.set_yscale("log")
     ratios = [row.ratio() for row in rows]
     for number, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
@@ -58,7 +59,7 @@ def draw(figure: Any, colors: Palette, rows: Sequence[ComparedRow], title: str) 
     axes.axhline(1.0, color=colors.ink, linewidth=1, linestyle=(0, (2, 2)))
     _set_limits(axes, rows)
     axes.set(xlabel="bits a weight, with transforms", ylabel="perplexity beside the original")
-    figure.text(0.02, 0.95, title)
+    figure.text(0.02, 1 - 18 / height, title)
     _write_names(figure, axes, colors, rows)
 
 
@@ -86,7 +87,7 @@ def _write_names(figure: Any, axes: Any, colors: Palette, rows: Sequence[Compare
     spots = [axes.transData.transform((bits_of(row), row.ratio().value)) for row in rows]
     order = sorted(range(len(rows)), key=lambda number: -spots[number][1])
     wanted = [float(spots[number][1]) / scale for number in order]
-    heights = spread(wanted, _LINE, top=figure.bbox.height / scale - 30, bottom=_BOTTOM * figure.bbox.height / scale)
+    heights = spread(wanted, _LINE, top=figure.bbox.height / scale - 30, bottom=_BELOW)
     width = figure.bbox.width / scale
     for number, height in zip(order, heights, strict=True):
         color = colors.series[number % len(colors.series)]

@@ -53,14 +53,14 @@ def test_seeds_that_were_not_run_are_said() -> None:
     assert max(map(len, remarks([ROWS[0], *many]))) <= 100
 
 
-def wide_row(name: str, texts: int, kl: float = 11.7) -> ComparedRow:
+def wide_row(name: str, texts: int, kl: float = 11.7, nll: float = 8.9) -> ComparedRow:
     """Thousands of everything, on two seeds."""
     names = [f"wikitext-{number}" for number in range(texts)]
     original = Run(ORIGINAL.size, {text: scored(2.0) for text in names})
     runs = tuple(
         Run(
             QUANTIZED,
-            {text: scored(8.9 + 0.1 * seed) for text in names},
+            {text: scored(nll + 0.1 * seed) for text in names},
             seed,
             123456.7,
             123 * 10**9,
@@ -74,7 +74,14 @@ def wide_row(name: str, texts: int, kl: float = 11.7) -> ComparedRow:
 @pytest.mark.parametrize("texts", [1, 2, 3, 6])
 def test_a_table_has_at_most_100_columns(texts: int) -> None:
     original = ComparedRow("FP16", (wide_row("x", texts).original,))  # type: ignore[arg-type]
-    rows = [original, wide_row("duquant++-released-gptq", texts), wide_row("rtn", texts), wide_row("x", texts, 0.0412)]
+    rows = [
+        original,
+        wide_row("good", texts, 0.0412, 4.55),
+        wide_row("fair", texts, 0.5, 5.6),
+        wide_row("duquant++-released-gptq", texts),
+        wide_row("rtn", texts),
+        wide_row("x", texts, 0.0412),
+    ]
     shown = lines(rows)
     tables = max(len(line) for line in shown)
     assert tables <= 100, "\n".join(shown)
