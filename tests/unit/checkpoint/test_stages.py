@@ -75,7 +75,11 @@ CASES = {
         replace(recipe("duquant++-gptq").transform, block=64),
         "block",
     ),
-    "dual of 64 a block, smoothed, gptq": ("duquant++-gptq", transforms.get_transform("dual")(block=64), "block"),
+    "dual of 64 a block, smoothed, gptq": (
+        "duquant++-gptq",
+        transforms.get_transform("dual")(block=64, steps=8),
+        "block",
+    ),
 }
 
 
@@ -99,6 +103,24 @@ def test_a_checkpoint_computes_what_was_quantized(
     block = transform.block
     assert tensors[f"{down}.weight"].shape == ((128 // block, block, block) if is_each else (block, block))
     assert (f"{down}.order" in tensors) == (transform.name in ("mixed", "dual"))
+
+
+@pytest.mark.parametrize("name", ["duquant", "duquant-mxfp4"])
+def test_transformers_loads_a_dual_transform(tmp_path: Path, name: str) -> None:
+    """Widths of 96 and 160, which blocks of 96 and of 32 divide; the same logits as in memory and as `load` gives."""
+    sizes = {"hidden_size": 96, "head_dim": 24, "intermediate_size": 160}
+    source = write_tiny_model(tmp_path / "source", torch.bfloat16, **sizes)
+    chosen = recipe(name, transform__steps=4)
+    kept = quantize(source, chosen, windows=windows_for(chosen)).model
+    assert kept is not None
+    write(source, tmp_path / "out", chosen)
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(logits(by_transformers), logits(kept))
+    assert torch.equal(logits(load(tmp_path / "out")), logits(kept))
+    prefix = "model.layers.1.mlp"
+    tensors = all_tensors(tmp_path / "out")
+    assert tensors[f"{prefix}.gate_proj.layer1_gate_up_input.weight_0"].shape == (96, 96)
+    assert tensors[f"{prefix}.down_proj.layer1_down_input.weight"].shape == (32, 32)
 
 
 def test_the_wide_stages_are_folded_into_the_weights(tmp_path: Path) -> None:
