@@ -26,6 +26,8 @@ def estimate_disk(run: Run) -> dict[str, float]:
     if tuning is not None and run.recipe.tunes_network:
         # The new state is written beside the old one.
         found["the state of tuning, twice while it is replaced"] = 2.0 * _state_bytes(run)
+    if run.recipe.trains_rotations:
+        found["the state of training rotations, twice while it is replaced"] = 2.0 * run.rotation_bytes
     written = run.tokens if run.recipe.calibration.generated else 0
     if tuning is not None and tuning.generated and run.recipe.tunes_network:
         written += round((1 + tuning.generated) * run.windows) * run.seq_len

@@ -9,6 +9,7 @@ from mxrot.planning.memory import activation_bytes
 from mxrot.planning.rates import Rates
 from mxrot.planning.run import Run, fit_size, keeps_share, reads_residual
 from mxrot.planning.shape import SiteShape
+from mxrot.planning.training import trained_bytes, training_pieces
 
 DISK_BYTES = 1e9
 """Bytes a second that files are read, hashed and written at; assumed, not measured."""
@@ -54,6 +55,7 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
     works["writing calibration text"] = _writing(run, run.all_windows - run.windows)
     works["tuning"] = _tuning(run)
     works["rotations"] = _rotations(run)
+    works["training of rotations"] = _training(run)
     terms = {name: work.seconds(rates) for name, work in works.items()}
     terms["files"] = (run.shape.parameters * run.stored.itemsize * 1.3) / DISK_BYTES
     terms["starting"] = building * (1 + run.recipe.runs_whole_original)
@@ -67,6 +69,24 @@ def _rotations(run: Run) -> Work:
     shape, models = run.shape, 1 + run.recipe.runs_whole_original
     read = models * shape.linear_weights + (1 + models) * shape.outer_parameters
     return Work(float64=2.0 * shape.hidden * read, copy=24.0 * read)
+
+
+def _training(run: Run) -> Work:
+    """Steps of rotations: passes forward and back, with what is computed again, and the rotated weights of each."""
+    rotation, shape = run.recipe.rotation, run.shape
+    if rotation is None or not run.recipe.trains_rotations:
+        return Work()
+    pieces, batch = training_pieces(run), min(rotation.batch_windows, max(1, run.windows))
+    passes, tokens = -(-batch // pieces.windows), batch * run.seq_len
+    weights, times = shape.linear_weights, 3 + pieces.recompute
+    kept = sum(trained_bytes(run, sites) for sites in shape.blocks)
+    # The widths of heads are left out; weights are rotated in float32, at about the rate of float64.
+    rotated = times * passes * weights * shape.hidden + 20.0 * shape.hidden**3
+    work = Work(product=2.0 * times * tokens * shape.active_parameters, float64=2.0 * rotated)
+    work.add(copy=passes * 60.0 * weights + 10.0 * tokens * kept + 30.0 * tokens * shape.vocabulary)
+    work.add(quantized=2.0 * tokens * sum(site.inputs for sites in shape.blocks for site in sites))
+    work.add(operations=300.0 * times * passes * len(shape.blocks))
+    return Work(**{name: rotation.steps * amount for name, amount in work.amounts.items()})
 
 
 def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[str, Work]:

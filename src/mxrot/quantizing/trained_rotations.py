@@ -61,7 +61,7 @@ def learned_rotations(
     model = load_original(run.source, run.dtype, run.device, separates_experts=True)
     blocks = model.get_submodule(run.family.blocks).children()
     sites = [trained_sites(run.rules, index, block, run.seed) for index, block in enumerate(blocks)]
-    network = RotatedNetwork.of(model, run.family, windows, sites)
+    network = RotatedNetwork.of(model, run.family, windows, sites, options.batch_windows)
     generator = generator_for(run.seed, "training of rotations")
     train_rotations(network, windows, training, options, generator, checkpoint, progress)
     del model, network

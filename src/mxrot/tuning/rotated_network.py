@@ -25,11 +25,14 @@ from mxrot.tuning.reconstruction import in_type
 from mxrot.tuning.rotated_block import RotatedBlock
 from mxrot.tuning.trained_sites import TrainedSite
 
-DEVICE_SHARE = 1 / 3
-"""Of the memory of a GPU that a backward pass may keep; so much, and no more than is free, because what is computed at
-once decides about the last bits."""
-HOST_BYTES = 4e9
-"""The same on a CPU."""
+ROOM = {"cuda": 16e9, "cpu": 4e9}
+"""Bytes that a backward pass may keep. A number, and not what is free: what is computed at once decides about the last
+bits."""
+WEIGHT_BYTES = 8.0
+"""That a pass keeps of each weight of a block: as it is read, and rotated. On a CPU, where what is read need not be
+cast, it was measured as 6."""
+CHANNEL_BYTES = 5.0
+"""That it keeps of a token for each input and output of a linear; measured in float32."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,24 @@ class Pieces:
     """Is a block computed once more for its gradients?"""
 
     @staticmethod
-    def of(model: PreTrainedModel, family: Family, length: int, dtype: torch.dtype) -> Pieces:
-        """For windows of so many tokens, on the device that `model` is on."""
+    def within(room: float, batch: int, blocks: int, weights: float, window: float, states: float) -> Pieces:
+        """Of batches of so many windows, where a pass keeps so many bytes of the weights of a block, of a window in a
+        block, and of its states between two blocks."""
+        if (weights + batch * window) * blocks <= room:
+            return Pieces(batch, recompute=False)
+        most = max(1, int((room - weights) / (window + states * blocks)))
+        return Pieces(-(-batch // -(-batch // most)), recompute=True)
+
+    @staticmethod
+    def of(model: PreTrainedModel, family: Family, shape: tuple[int, int], dtype: torch.dtype) -> Pieces:
+        """For batches of so many windows of so many tokens, on the device that `model` is on."""
         blocks = list(model.get_submodule(family.blocks).children())
-        weights = sum(parameter.numel() for parameter in blocks[0].parameters()) * 3.0 * dtype.itemsize
+        batch, length = shape
+        weights = WEIGHT_BYTES * sum(parameter.numel() for parameter in blocks[0].parameters())
         window = length * _token_bytes(model, family, blocks[0], length)
-        states = length * model.config.hidden_size * 4.0
-        device = next(blocks[0].parameters()).device
-        room = HOST_BYTES
-        if device.type == "cuda":
-            room = DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory
-        if (weights + window) * len(blocks) <= room:
-            return Pieces(max(1, int((room / len(blocks) - weights) / window)), recompute=False)
-        return Pieces(max(1, int((room - weights) / (window + states * len(blocks)))), recompute=True)
+        states = float(dtype.itemsize * length * model.config.hidden_size)
+        room = ROOM.get(model.device.type, ROOM["cpu"])
+        return Pieces.within(room, batch, len(blocks), weights, window, states)
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,11 @@ class RotatedNetwork:
         family: Family,
         windows: Tensor,
         sites: Sequence[Sequence[TrainedSite]],
+        batch: int,
         dtype: torch.dtype = torch.float32,
     ) -> RotatedNetwork:
-        """With linears of its own for each expert, for token windows [W, T]; `sites` are those of each block."""
+        """With linears of its own for each expert, for `batch` of the token windows [W, T] at a time; `sites` are those
+        of each block."""
         check_logits(model, windows)
         model.get_submodule(family.final_norm).to(dtype)
         modules = model.get_submodule(family.blocks).children()
@@ -85,7 +95,7 @@ class RotatedNetwork:
             RotatedBlock.of(block, family, model.config, own, dtype) for block, own in zip(modules, sites, strict=True)
         ]
         arguments = [in_type(keywords, dtype) for keywords in block_arguments(model, family, windows[:1])]
-        pieces = Pieces.of(model, family, windows.shape[1], dtype)
+        pieces = Pieces.of(model, family, (min(batch, len(windows)), windows.shape[1]), dtype)
         return RotatedNetwork(model, family, blocks, arguments, pieces, dtype)
 
     @property
@@ -152,8 +162,8 @@ class RotatedNetwork:
 
 
 def _token_bytes(model: PreTrainedModel, family: Family, block: nn.Module, length: int) -> float:
-    """About what a backward pass keeps of one token in one block: each linear's input and output, twice for what lies
-    between them; scores that attention writes out, and the probabilities that they become."""
+    """About what a backward pass keeps of one token in one block: for each linear's input and output, and scores that
+    attention writes out, with the probabilities that they become."""
     share = 1.0
     if family.experts is not None:
         share = model.config.num_experts_per_tok / getattr(model.config, family.experts.count)
@@ -161,4 +171,4 @@ def _token_bytes(model: PreTrainedModel, family: Family, block: nn.Module, lengt
     for site in family.sites:
         shapes = [block.get_parameter(f"{linear}.weight").shape for linear in site.linears]
         widths += sum(map(sum, shapes)) * (share if site.is_of_experts else 1.0)
-    return 8.0 * (widths + score_heads(model) * length)
+    return CHANNEL_BYTES * widths + 8.0 * score_heads(model) * length

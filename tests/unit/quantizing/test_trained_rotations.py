@@ -47,7 +47,7 @@ def test_training_sees_the_model_that_is_quantized(source: Path, name: str) -> N
     model = load_original(folder, torch.float32, torch.device("cpu"), separates_experts=True)
     rules = Rules(chosen, folder.family, folder.config.num_hidden_layers)
     sites = [trained_sites(rules, index, block, 0) for index, block in enumerate(model.model.layers)]
-    network = RotatedNetwork.of(model, folder.family, WINDOWS, sites)
+    network = RotatedNetwork.of(model, folder.family, WINDOWS, sites, len(WINDOWS))
     with network.open(), torch.no_grad():
         states = network.states(WINDOWS, start.residual, start.value_heads)
         expected = logits_of(model, states)

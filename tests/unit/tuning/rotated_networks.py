@@ -42,7 +42,7 @@ def network_with(
     source: Source, windows: Tensor, sites: Sequence[Sequence[TrainedSite]], dtype: torch.dtype = torch.float64
 ) -> RotatedNetwork:
     model = load_original(source, dtype, torch.device("cpu"), separates_experts=True)
-    return RotatedNetwork.of(model, source.family, windows, sites, dtype)
+    return RotatedNetwork.of(model, source.family, windows, sites, len(windows), dtype)
 
 
 def loss_and_gradients(network: RotatedNetwork, windows: Tensor, rotations: Rotations) -> tuple[float, Tensor, Tensor]:

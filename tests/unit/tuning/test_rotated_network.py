@@ -16,7 +16,7 @@ from mxrot.models import FolderSource
 from mxrot.surgery import Rotations
 from mxrot.transforms import BlockDiagonal, HadamardOfWidth, SiteTransform
 from mxrot.transforms.base import random_orthogonal
-from mxrot.tuning.rotated_network import Pieces, RotatedNetwork
+from mxrot.tuning.rotated_network import ROOM, Pieces, RotatedNetwork
 from mxrot.tuning.trained_sites import TrainedSite
 
 WINDOWS = random_windows(3, 20)
@@ -70,7 +70,7 @@ def test_gradients_are_finite_differences(source: FolderSource, kind: str) -> No
 
 def test_pieces_and_recomputation_change_nothing(source: FolderSource) -> None:
     network, rotations = with_transforms(source), random_rotations(source)
-    assert network.pieces == Pieces(network.pieces.windows, recompute=False) and network.pieces.windows >= 3
+    assert network.pieces == Pieces(3, recompute=False)
     expected = loss_and_gradients(network, WINDOWS, rotations)
     for pieces in (Pieces(1, False), Pieces(2, True)):
         found = loss_and_gradients(replace(network, pieces=pieces), WINDOWS, rotations)
@@ -80,18 +80,20 @@ def test_pieces_and_recomputation_change_nothing(source: FolderSource) -> None:
 
 
 def test_large_models_are_computed_in_pieces(source: FolderSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal sizes; all at once where that fits, and each block once more if not."""
     network = network_of(source, WINDOWS)
 
     def pieces(room: float) -> Pieces:
-        monkeypatch.setattr("mxrot.tuning.rotated_network.HOST_BYTES", room)
-        return Pieces.of(network.model, network.family, 20, torch.float64)
+        monkeypatch.setitem(ROOM, "cpu", room)
+        return Pieces.of(network.model, network.family, (8, 20), torch.float64)
 
-    found = [pieces(room) for room in (1e4, 1e6, 3e6, 1e7, 1e8)]
-    assert [one.recompute for one in found] == sorted((one.recompute for one in found), reverse=True)
-    assert found[0] == Pieces(1, True) and not found[-1].recompute
-    for recompute in (True, False):
-        counts = [one.windows for one in found if one.recompute is recompute]
-        assert counts == sorted(counts)
+    found = [pieces(room) for room in (1e4, 5e5, 8e5, 1.5e6, 1e8)]
+    assert found[0] == Pieces(1, True) and found[-1] == Pieces(8, False)
+    assert [one.windows for one in found[:-1]] == sorted(one.windows for one in found[:-1])
+    assert all(one.recompute for one in found[:-1]) and len(set(found)) > 3
+    assert Pieces.within(100, batch=8, blocks=4, weights=10, window=10, states=2) == Pieces(4, True)  # not 5 and 3
+    assert Pieces.within(360, batch=8, blocks=4, weights=10, window=10, states=2) == Pieces(8, False)
+    assert Pieces.within(359, batch=8, blocks=4, weights=10, window=10, states=2) == Pieces(8, True)
 
 
 def test_float32_is_enough(source: FolderSource) -> None:
