@@ -69,10 +69,11 @@ def _transform(rules: Rules, index: int, site: Site, block: nn.Module, seed: int
 
 
 def rounded_inputs(quantizer: TensorQuantizer, x: Tensor) -> Tensor:
-    """Q(x) as `rotate_quantize` gives it."""
+    """Q(x) as `rotate_quantize` gives it; on a CPU, where nothing casts what a linear reads, in the type of `x`."""
 
     def rounds(x: Tensor) -> Tensor:
-        return rotate_quantize(x, None, quantizer.format, quantizer.rule)
+        found = rotate_quantize(x, None, quantizer.format, quantizer.rule)
+        return found.to(x.dtype) if x.device.type == "cpu" else found
 
     found: Tensor = PassThrough.apply(x, rounds)
     return found
