@@ -1,4 +1,4 @@
-"""Results of benchmarks/accuracy.py as a Markdown table, as docs/results.md has it.
+"""Results of benchmarks/accuracy.py, and of `mxrot compare --json`, as a Markdown table, as docs/results.md has it.
 
     python benchmarks/markdown.py benchmarks/results/demo_ablation_*.json
 
@@ -21,11 +21,34 @@ def main() -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     """One line for each label: perplexity and its ratio to FP16 on each text, seeds, seconds, GPU memory."""
+    if all("ratio_of_text" in row for result in results for row in result["rows"]):
+        return compared([row for result in results for row in result["rows"]])
     rows = {row["label"]: row for result in results for row in result["rows"]}
     texts = next((list(row["means"]) for row in rows.values() if "means" in row), [])
     heads = ["", *(head for text in texts for head in (text, "x")), "seeds", "seconds", "GB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     lines += ["| " + " | ".join(cells(row, texts)) + " |" for row in rows.values()]
+    return "\n".join(lines)
+
+
+def compared(rows: list[Row]) -> str:
+    """One line for each row of `mxrot compare`: perplexity and ratio on each text, KL, bits, seconds, memory."""
+    texts = list(rows[0]["perplexity"])
+    heads = ["", *(head for text in texts for head in (text, "x")), "KL", "bits", "seconds", "GB"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        if row["reason"] is not None:
+            lines.append(f"| {row['recipe']} | {row['reason'].replace('|', chr(92) + '|')} |" + " |" * (len(heads) - 2))
+            continue
+        found = [row["recipe"]]
+        for text in texts:
+            found += [f"{row['perplexity'][text]:.2f}", f"{row['ratio_of_text'][text]:.3f}"]
+        transforms = f" + {row['transform_bits_per_weight']:.2f}" if row["transform_bits_per_weight"] else ""
+        found.append("" if row["kl"] is None else f"{row['kl']:.3f}")
+        found.append(f"{row['bits_per_weight']:.2f}{transforms}")
+        found.append("" if row["seconds"] is None else f"{row['seconds']:.1f}")
+        found.append("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}")
+        lines.append("| " + " | ".join(found) + " |")
     return "\n".join(lines)
 
 
