@@ -21,7 +21,7 @@ def main() -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     """One line for each label: perplexity and its ratio to FP16 on each text, seeds, seconds, GPU memory."""
-    if all("ratio_of_text" in row for result in results for row in result["rows"]):
+    if not any("label" in row for result in results for row in result["rows"]):
         return compared([row for result in results for row in result["rows"]])
     rows = {row["label"]: row for result in results for row in result["rows"]}
     texts = next((list(row["means"]) for row in rows.values() if "means" in row), [])
