@@ -29,8 +29,8 @@ from mxrot.formats import (
     round_blocks,
     unpack_codes,
 )
+from mxrot.formats.block_scales import E8M0
 from mxrot.formats.element import E2M1, FloatElement
-from mxrot.formats.scale import E8M0
 from mxrot.formats.shrinks import SHRINKS
 
 ROW_BLOCK = 64

@@ -19,8 +19,8 @@ from tests.oracles.sample_blocks import SAMPLES, bits, sample
 from torch import Tensor
 
 from mxrot.formats import FORMATS, BlockScales, QTensor, pack_codes, quantize, unpack_codes
+from mxrot.formats.block_scales import E8M0
 from mxrot.formats.element import E2M3
-from mxrot.formats.scale import E8M0
 
 MXFP4 = FORMATS["mxfp4"]
 ARGS = QuantizationArgs(

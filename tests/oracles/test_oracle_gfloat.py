@@ -16,8 +16,8 @@ from tests.oracles.element_grid import rounding_grid
 from tests.oracles.sample_blocks import bits, sample
 
 from mxrot.formats import FORMATS, BlockScales, Element, Format, quantize
+from mxrot.formats.block_scales import E8M0
 from mxrot.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT8
-from mxrot.formats.scale import E8M0
 
 ELEMENTS = {
     E2M1: gfloat_formats.format_info_ocp_e2m1,

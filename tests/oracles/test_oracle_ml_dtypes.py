@@ -15,8 +15,9 @@ from tests.oracles.element_grid import rounding_grid
 from tests.oracles.sample_blocks import bits
 
 from mxrot.formats import BlockScales
+from mxrot.formats.block_scales import E8M0
 from mxrot.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, FloatElement
-from mxrot.formats.scale import E8M0, e8m0_bytes
+from mxrot.formats.exponents import e8m0_bytes
 
 ELEMENTS = {
     E2M1: ml_dtypes.float4_e2m1fn,

@@ -10,6 +10,7 @@ from mxrot.formats.block import (
     quantize,
     round_blocks,
 )
+from mxrot.formats.block_scales import BlockScales
 from mxrot.formats.catalog import FORMATS, Format, get_format
 from mxrot.formats.element import Element
 from mxrot.formats.exponents import E8M0_MAX_BYTE
@@ -19,7 +20,7 @@ from mxrot.formats.packing import pack_codes, unpack_codes
 from mxrot.formats.parts import NamedParts, Parts, PartSpec
 from mxrot.formats.qtensor import QTensor
 from mxrot.formats.quantizer import TensorQuantizer
-from mxrot.formats.scale import RULES, BlockScales, ScaleRule, get_rule
+from mxrot.formats.scale import RULES, ScaleRule, get_rule
 
 __all__ = [
     "E8M0_MAX_BYTE",

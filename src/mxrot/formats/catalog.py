@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from mxrot.errors import ConfigError
+from mxrot.formats.block_scales import E4M3_SCALE, E8M0, FP16_SCALE, ScaleType
 from mxrot.formats.by_sign import BySign
 from mxrot.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT8, UINT4, Element
 from mxrot.formats.grid import Grid, Uniform
-from mxrot.formats.scale import E4M3_SCALE, E8M0, FP16_SCALE, ScaleRule, ScaleType, get_rule
+from mxrot.formats.scale import ScaleRule, get_rule
 from mxrot.nearest import not_known
 
 

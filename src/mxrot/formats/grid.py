@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxrot.formats.block_scales import BlockScales, ScaleType
 from mxrot.formats.element import Element, look_up_pairs
 from mxrot.formats.packing import unpack_codes
 from mxrot.formats.parts import NamedParts, Parts, PartSpec
-from mxrot.formats.scale import BlockScales, ScaleRule, ScaleType
+from mxrot.formats.scale import ScaleRule
 
 
 @dataclass(frozen=True)

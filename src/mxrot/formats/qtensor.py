@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxrot.formats.block_scales import BlockScales
 from mxrot.formats.catalog import Format
 from mxrot.formats.packing import pack_codes, unpack_codes
 from mxrot.formats.parts import Parts
-from mxrot.formats.scale import BlockScales
 
 
 @dataclass(frozen=True)

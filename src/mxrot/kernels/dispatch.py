@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, Uniform, get_format
+from mxrot.formats.block_scales import E8M0
 from mxrot.formats.element import Element, FloatElement
-from mxrot.formats.scale import E8M0
 from mxrot.kernels.chunked import packed_product_in_chunks, rotate_quantize_in_chunks
 from mxrot.kernels.crossovers import crossovers_of
 from mxrot.kernels.linear import PATHS, Inputs, PackedWeight

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from mxrot.formats import TensorQuantizer, as_blocks, encode_blocks
 from mxrot.formats.block import choose_parts, round_blocks
+from mxrot.formats.block_scales import BlockScales
 from mxrot.formats.element import Element
-from mxrot.formats.scale import BlockScales
 from mxrot.layers import QuantLinear
 from mxrot.models import Site
 from mxrot.sections import Tuning
