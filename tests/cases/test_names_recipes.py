@@ -135,7 +135,7 @@ def test_an_unknown_key_is_told_all_valid_ones_the_nearest_first(key: str, known
         ("ignore=down_proj", 'such as ["down_proj"]'),
         ("ignore=[down_proj, up_proj]", 'such as ["down_proj", "up_proj"]'),
         ("transform.sharing=blok", "block, site"),
-        ("transform.steps=3", "'outlier' has"),
+        ("transform.steps=3", "'dual' and 'outlier' have"),
         ("calibration.generated=1" + 400 * "0", "expected float"),
         ("calibration.samples=" + 5000 * "[", "expected int"),
         ("calibration.samples=" + 5000 * "1", "expected int"),
