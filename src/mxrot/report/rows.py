@@ -102,7 +102,7 @@ class ComparedRow:
     recipe_toml: str | None = None
     """The recipe with every key."""
     is_alike: bool = False
-    """Did another seed give the same figures, so that the rest was not run?"""
+    """Did another seed give the same figures, so that no more were run?"""
 
     @property
     def texts(self) -> list[str]:

@@ -84,8 +84,8 @@ class Comparison:
     def _row(self, label: str, numbers: Sequence[int], original: Run) -> ComparedRow:
         runs: list[Run] = []
         for number in numbers:
-            if len(runs) > 1 and all(runs[0].measures_as(run) for run in runs[1:]):
-                return ComparedRow(label, tuple(runs), original, is_alike=True)
+            if _are_alike(runs):
+                break
             if number not in self._found:
                 self._run(number)
                 let_go()
@@ -93,7 +93,7 @@ class Comparison:
             if isinstance(found, str):
                 return ComparedRow(label, tuple(runs), original, found)
             runs.append(found)
-        return ComparedRow(label, tuple(runs), original)
+        return ComparedRow(label, tuple(runs), original, is_alike=_are_alike(runs))
 
     def _run(self, number: int) -> None:
         """Make one run, or find out why there is none."""
@@ -122,3 +122,8 @@ def key_of(hashes: dict[str, str], protocol: Key, calibration: Calibration | Non
     else:
         made = fingerprint_of(hashes, {}, calibration.recipe, calibration.windows, device, seed)
     return {"made": made, "measured": protocol}
+
+
+def _are_alike(runs: Sequence[Run]) -> bool:
+    """Did several seeds give the same figures, all of them?"""
+    return len(runs) > 1 and all(runs[0].measures_as(run) for run in runs[1:])

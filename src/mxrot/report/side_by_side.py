@@ -52,7 +52,7 @@ def remarks(rows: Sequence[ComparedRow]) -> list[str]:
     if alike:
         first = " and ".join(str(run.seed) for run in alike[0].runs)
         named = ", ".join(row.recipe for row in alike)
-        said = f"seeds {first} gave the same figures to the last bit, and the others were not run: {named}"
+        said = f"seeds {first} gave the same figures to the last bit, and no others were run: {named}"
         lines += textwrap.wrap(said, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     return lines + [f"{row.recipe} has no figures: {row.reason}" for row in rows if row.reason is not None]
 
@@ -96,7 +96,7 @@ def _table(rows: Sequence[ComparedRow], title: str, texts: Sequence[str]) -> Tab
         table.add_row(
             row.recipe,
             *(perplexity(row.mean_perplexity(text)) for text in texts),
-            "1" if row.original is None else _shown(row.ratio(), 4 if row.ratio().error is None else 3),
+            "1" if row.original is None else _shown(row.ratio(), 3 if row.ratio().error else 4),
             _kl(row.kl()),
             _plain(run.bits_per_weight) + (f" +{_short(transforms, 2)}" if transforms else ""),
             _plain(run.bits_per_kv_element),
@@ -132,19 +132,19 @@ def perplexity(mean: Mean) -> str:
     """With two digits behind the point; fewer beside an error from a hundred on, and for a model that is broken."""
     if mean.value >= 1e7:
         return f"{mean.value:.1e}"
-    return _shown(mean, 1 if mean.error is not None and mean.value >= 100 else 2)
+    return _shown(mean, 1 if mean.error and mean.value >= 100 else 2)
 
 
 def _kl(mean: Mean | None) -> str:
     """With a digit more where it is small, and where there is room for it."""
-    return "" if mean is None else _shown(mean, 4 if mean.error is None or mean.value < 0.1 else 3)
+    return "" if mean is None else _shown(mean, 4 if not mean.error or mean.value < 0.1 else 3)
 
 
 def _shown(mean: Mean, digits: int) -> str:
-    """A figure and, where there is one, its error."""
+    """A figure and, where there is one that is not 0, its error."""
     digits = digits if abs(mean.value) < 1000 else 0
     shown = f"{mean.value:,.{digits}f}"
-    return shown if mean.error is None else f"{shown} +-{_short(mean.error, digits)}"
+    return shown if not mean.error else f"{shown} +-{_short(mean.error, digits)}"
 
 
 def _short(value: float, digits: int) -> str:

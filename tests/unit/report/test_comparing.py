@@ -194,6 +194,8 @@ def test_seeds_are_runs_and_chance_is_found_out(folder: Path, words: str, monkey
     assert asked == ["rtn"] * 2 + ["duquant++"] * 4
     assert rows["rtn"].is_alike and [run.seed for run in rows["rtn"].runs] == [4, 7]
     assert not rows["duquant++"].is_alike and [run.seed for run in rows["duquant++"].runs] == [4, 7, 9, 11]
+    two = compared(folder, words, [RTN, RECIPE], seeds=[4, 7])
+    assert {row.recipe: row.is_alike for row in two[1:]} == {"rtn": True, "duquant++": False}
     alone = compared(folder, words, [RECIPE], seed=9)[1]
     assert rows["duquant++"].runs[2].perplexity == alone.perplexity
     assert rows["rtn"].ratio().error == 0 and rows["duquant++"].ratio().error > 0  # type: ignore[operator]

@@ -37,7 +37,7 @@ def test_one_text_and_one_seed() -> None:
 def test_errors_over_seeds_and_rows_without_figures() -> None:
     mxrot, rtn = lines(ROWS)[-2:]
     assert cells(mxrot) == [
-        *("mxrot", "9.07+-.90", "24.66+-2.46", "1.221+-.000", "0.300+-.150", "4.25+.03", "16", "3.0", "0.00"),
+        *("mxrot", "9.07+-.90", "24.66+-2.46", "1.2214", "0.300+-.150", "4.25+.03", "16", "3.0", "0.00"),
     ]
     assert cells(rtn) == ["rtn", "-", "-", "-"]
     said = remarks(ROWS)
@@ -48,7 +48,7 @@ def test_errors_over_seeds_and_rows_without_figures() -> None:
 def test_seeds_that_were_not_run_are_said() -> None:
     row = ComparedRow("rtn", (run(2.1, 3.1, 0.1), run(2.1, 3.1, 0.1, 1)), ORIGINAL, is_alike=True)
     said = remarks([*ROWS, row])
-    assert "seeds 0 and 1 gave the same figures to the last bit, and the others were not run: rtn" in said
+    assert "seeds 0 and 1 gave the same figures to the last bit, and no others were run: rtn" in said
     many = [ComparedRow(f"a-long-name-{number}", row.runs, ORIGINAL, is_alike=True) for number in range(20)]
     assert max(map(len, remarks([ROWS[0], *many]))) <= 100
 
