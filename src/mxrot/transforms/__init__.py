@@ -11,12 +11,11 @@ from importlib import import_module
 from mxrot.errors import ConfigError
 from mxrot.nearest import not_known
 from mxrot.transforms.base import FitSize, SiteSample, TransformMethod, generator_for
+from mxrot.transforms.hadamard_of_width import HadamardOfWidth, HadamardOfWidthSpec
 from mxrot.transforms.site_transform import SiteTransform, empty_tensors, stored_tensors
 from mxrot.transforms.stages import (
     BlockDiagonal,
     BlockDiagonalSpec,
-    HadamardOfWidth,
-    HadamardOfWidthSpec,
     Permutation,
     PermutationSpec,
     Sharing,

@@ -7,13 +7,59 @@ signs, as in QuaRot: `orders.factors_of` says how it is made up, and which width
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
+from torch import Tensor
 
 from mxrot.errors import ConfigError
 from mxrot.transforms.base import SiteSample, TransformMethod
-from mxrot.transforms.stages import HadamardOfWidth, HadamardOfWidthSpec, Sharing, StageSpec
+from mxrot.transforms.orders import factors_of, multiply_by_hadamard
+from mxrot.transforms.stages import Sharing, Stage, StageSpec, StoredTensors, working_type
+
+
+@dataclass(frozen=True)
+class HadamardOfWidthSpec(StageSpec):
+    """One Hadamard matrix over all channels; `orders.factors_of` says which widths have one."""
+
+    kind = "hadamard-of-width"
+
+    def check(self, width: int) -> None:
+        try:
+            factors_of(width)
+        except ConfigError as error:
+            if width % 128:
+                raise
+            raise ConfigError(
+                f'{error}; take Hadamard matrices over blocks of 128 there (method = "hadamard", block = 128)'
+            ) from error
+
+    def tensors(self, width: int) -> StoredTensors:
+        self.check(width)
+        return {}
+
+    def stage(self, stored: Mapping[str, Tensor]) -> HadamardOfWidth:
+        return HadamardOfWidth()
+
+
+@dataclass(frozen=True)
+class HadamardOfWidth(Stage):
+    """x -> x H with H orthonormal over all channels: its own inverse transpose."""
+
+    @property
+    def spec(self) -> HadamardOfWidthSpec:
+        return HadamardOfWidthSpec()
+
+    def apply(self, x: Tensor) -> Tensor:
+        found: Tensor = multiply_by_hadamard(x.to(working_type(x)), False)
+        return found
+
+    def fold(self, weight: Tensor) -> Tensor:
+        return self.apply(weight.double())
+
+    def stored(self) -> dict[str, Tensor]:
+        return {}
 
 
 @dataclass(frozen=True)

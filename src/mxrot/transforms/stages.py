@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError
-from mxrot.transforms.orders import factors_of, multiply_by_hadamard
 from mxrot.typed import check_fields
 
 Sharing = Literal["site", "block"]
@@ -260,49 +259,6 @@ class Permutation(Stage):
 
     def stored(self) -> dict[str, Tensor]:
         return {"order": self.order.to(torch.int32)}
-
-
-@dataclass(frozen=True)
-class HadamardOfWidthSpec(StageSpec):
-    """One Hadamard matrix over all channels; `orders.factors_of` says which widths have one."""
-
-    kind = "hadamard-of-width"
-
-    def check(self, width: int) -> None:
-        try:
-            factors_of(width)
-        except ConfigError as error:
-            if width % 128:
-                raise
-            raise ConfigError(
-                f'{error}; take Hadamard matrices over blocks of 128 there (method = "hadamard", block = 128)'
-            ) from error
-
-    def tensors(self, width: int) -> StoredTensors:
-        self.check(width)
-        return {}
-
-    def stage(self, stored: Mapping[str, Tensor]) -> HadamardOfWidth:
-        return HadamardOfWidth()
-
-
-@dataclass(frozen=True)
-class HadamardOfWidth(Stage):
-    """x -> x H with H orthonormal over all channels: its own inverse transpose."""
-
-    @property
-    def spec(self) -> HadamardOfWidthSpec:
-        return HadamardOfWidthSpec()
-
-    def apply(self, x: Tensor) -> Tensor:
-        found: Tensor = multiply_by_hadamard(x.to(working_type(x)), False)
-        return found
-
-    def fold(self, weight: Tensor) -> Tensor:
-        return self.apply(weight.double())
-
-    def stored(self) -> dict[str, Tensor]:
-        return {}
 
 
 def spec_from_table(table: Mapping[str, Any]) -> StageSpec:
