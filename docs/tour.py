@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import QTensor, fake_quantize, get_format, quantize
-from mxrot.formats.scale import E8M0_BIAS
+from mxrot.formats.exponents import E8M0_BIAS
 from mxrot.models import WeightFiles, find_model
 from mxrot.transforms import BlockDiagonal
 from mxrot.transforms.orders import hadamard_matrix
