@@ -42,14 +42,20 @@ def compared(rows: list[Row]) -> str:
             continue
         found = [row["recipe"]]
         for text in texts:
-            found += [f"{row['perplexity'][text]:.2f}", f"{row['ratio_of_text'][text]:.3f}"]
+            perplexity = f"{row['perplexity'][text]:.2f}{error(row['perplexity_error'][text])}"
+            found += [perplexity, f"{row['ratio_of_text'][text]:.3f}"]
         transforms = f" + {row['transform_bits_per_weight']:.2f}" if row["transform_bits_per_weight"] else ""
-        found.append("" if row["kl"] is None else f"{row['kl']:.3f}")
+        found.append("" if row["kl"] is None else f"{row['kl']:.3f}{error(row['kl_error'], 3)}")
         found.append(f"{row['bits_per_weight']:.2f}{transforms}")
         found.append("" if row["seconds"] is None else f"{row['seconds']:.1f}")
         found.append("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}")
         lines.append("| " + " | ".join(found) + " |")
     return "\n".join(lines)
+
+
+def error(value: float | None, places: int = 2) -> str:
+    """A standard error over seeds, if there is one."""
+    return "" if value is None else f" ± {value:.{places}f}"
 
 
 def cells(row: Row, texts: list[str]) -> list[str]:
