@@ -6,6 +6,7 @@ from mxrot.layers.kv_cache import FixedCache
 from mxrot.layers.linear import QuantLinear
 from mxrot.layers.logits import check_logits, logits_of
 from mxrot.layers.norms import fused_norms
+from mxrot.layers.packed_tokens import PackedTokens
 from mxrot.layers.prepare import prepare_site
 from mxrot.layers.quantized_attention import operands_of, quantize_attention, restore_attention
 from mxrot.layers.site import SiteProducts
@@ -17,6 +18,7 @@ __all__ = [
     "FixedCache",
     "InputTransform",
     "ModelSize",
+    "PackedTokens",
     "QuantLinear",
     "SiteProducts",
     "build_apart",
