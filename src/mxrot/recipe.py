@@ -23,7 +23,7 @@ from mxrot.recipe_files import BUILTIN_FOLDER as BUILTIN_FOLDER
 from mxrot.recipe_files import builtin_recipes as builtin_recipes
 from mxrot.recipe_files import recipe_text, tomllib
 from mxrot.rounding import RoundingMethod
-from mxrot.sections import AttentionChoice, CalibrationChoice, QuantizerChoice, Rotation, Smoothing, Tuning
+from mxrot.sections import AttentionChoice, CacheChoice, CalibrationChoice, QuantizerChoice, Rotation, Smoothing, Tuning
 from mxrot.tables import build, build_method, keys_of, misplaced, plain, section, write_toml
 from mxrot.transforms import BlockDiagonalSpec, Sharing, StageSpec, TransformMethod
 from mxrot.typed import check_fields, checked
@@ -52,6 +52,8 @@ class Recipe:
     """What follows the closed form; None for nothing."""
     attention: AttentionChoice | None = None
     """Of the products of attention; None leaves their operands as they are."""
+    cache: CacheChoice | None = None
+    """Of keys and values; None leaves them as they are."""
     ignore: tuple[str, ...] = ()
     """Shell-style patterns of linears to leave as they are, on the full name or its last part."""
     accumulation: Accumulation = "exact"
@@ -80,6 +82,16 @@ class Recipe:
             self.attention is None or not (self.tuning is not None or self.trains_rotations),
             "tuning and trained rotations were not tried through quantized products of attention; leave out the table "
             "[attention], or set tuning = none and rotation.steps = 0",
+        )
+        self._require(
+            self.attention is None or self.cache is None,
+            "[attention] quantizes the operands of attention's products, and [cache] what is kept of tokens: no "
+            "attention does both; leave one of the tables out",
+        )
+        self._require(
+            self.cache is None or self.cache.transform != "second_moment" or not self.trains_rotations,
+            "rotations are trained before the cache's transform is fitted, which would see other values; set "
+            'cache.transform = "hadamard", or rotation.steps = 0',
         )
         _ = self.variants  # each override must be right by itself
 
@@ -197,7 +209,8 @@ class Recipe:
         weights = dict.fromkeys(one.weights.format for one in self.variants)
         inputs = dict.fromkeys("16-bit" if one.activations is None else one.activations.format for one in self.variants)
         operands = "" if self.attention is None else f"; attention's {self.attention.operands().spelled}"
-        return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations{operands}"
+        cache = "" if self.cache is None else f"; {self.cache.scheme().spelled} in the cache"
+        return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations{operands}{cache}"
 
     @property
     def input_block(self) -> int:
@@ -230,6 +243,8 @@ class Recipe:
             table["tuning"] = plain(self.tuning)
         if self.attention is not None:
             table["attention"] = plain(self.attention)
+        if self.cache is not None:
+            table["cache"] = plain(self.cache)
         if self.override:
             table["override"] = [one.to_table() for one in self.override]
         return write_toml(table)
@@ -303,6 +318,7 @@ _SECTIONS: dict[str, type] = {
     "calibration": CalibrationChoice,
     "tuning": Tuning,
     "attention": AttentionChoice,
+    "cache": CacheChoice,
 }
 _PLAIN_KEYS: dict[str, Any] = {
     "name": str,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError
 from mxrot.formats import AttentionOperands, QTensor, TensorQuantizer
+from mxrot.formats import CacheScheme as CacheScheme
 from mxrot.layers import InputTransform, QuantLinear, prepare_linears, prepare_on_gpus, quantize_attention
 from mxrot.models import Family, Site
 from mxrot.recipe import Accumulation, Recipe
@@ -61,14 +62,6 @@ class SiteScheme:
 
 
 @dataclass(frozen=True)
-class CacheScheme:
-    """How keys and values of attention are kept."""
-
-    keys: TensorQuantizer
-    values: TensorQuantizer
-
-
-@dataclass(frozen=True)
 class Scheme:
     """What is installed in a model."""
 
@@ -98,7 +91,8 @@ class Scheme:
             names = (f"{prefix}.{name}" for name, module in block.named_modules() if isinstance(module, nn.Linear))
             left += [name for name in names if name not in found]
         attention = None if recipe.attention is None else recipe.attention.operands()
-        return Scheme(found, tuple(sorted(left)), attention=attention)
+        cache = None if recipe.cache is None else recipe.cache.scheme()
+        return Scheme(found, tuple(sorted(left)), cache, attention)
 
     @property
     def distinct(self) -> tuple[SiteScheme, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mxrot.errors import ConfigError
-from mxrot.formats import AttentionOperands, TensorQuantizer
+from mxrot.formats import AttentionOperands, CacheScheme, CacheTransform, TensorQuantizer
 from mxrot.typed import check_fields
 
 
@@ -54,6 +54,45 @@ class AttentionChoice:
         except ConfigError as error:
             said = str(error)
             raise ConfigError(said if said.startswith("attention: ") else f"attention: {said}") from error
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """How keys and values of attention are kept, each token and head by itself, in blocks along the width of a head."""
+
+    keys: str = "mxfp4"
+    """The format of keys, after their norm and RoPE."""
+    values: str = "mxfp4"
+    """The format of values."""
+    rule: str = ""
+    """The scale rule of both; empty: each format's default rule."""
+    clip: float = 1.0
+    """What the largest and the smallest element of a block are multiplied by before the scale is chosen."""
+    transform: Literal["none", "hadamard", "second_moment"] = "none"
+    """What keys are multiplied with at run time, and queries with its inverse transpose; and what is merged into the
+    weights before and behind the values, where the recipe does not rotate value heads. "hadamard": the Hadamard matrix
+    of the width of a head (R3 of QuaRot and SpinQuant); "second_moment": fitted to keys, queries, values and o_proj, a
+    matrix for each head of keys and values."""
+    first: int = 0
+    """Tokens at the start of a sequence that are read in 16 bits."""
+    last: int = 0
+    """Tokens before each query that it reads in 16 bits, its own included."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "cache")
+        self.scheme()
+
+    def scheme(self) -> CacheScheme:
+        """What is installed; ConfigError for what a cache cannot have."""
+        transforms: dict[str, CacheTransform] = {"none": "none", "hadamard": "hadamard", "second_moment": "stored"}
+        try:
+            keys, values = (
+                QuantizerChoice(name, self.rule, self.clip).for_inputs() for name in (self.keys, self.values)
+            )
+            return CacheScheme(keys, values, self.first, self.last, key_transform=transforms[self.transform])
+        except ConfigError as error:
+            said = str(error)
+            raise ConfigError(said if said.startswith("cache: ") else f"cache: {said}") from error
 
 
 @dataclass(frozen=True)

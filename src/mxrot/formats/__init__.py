@@ -11,6 +11,7 @@ from mxrot.formats.block import (
     round_blocks,
 )
 from mxrot.formats.block_scales import BlockScales
+from mxrot.formats.cache import CacheScheme, CacheTransform
 from mxrot.formats.catalog import FORMATS, Format, get_format
 from mxrot.formats.element import Element
 from mxrot.formats.exponents import E8M0_MAX_BYTE
@@ -28,6 +29,8 @@ __all__ = [
     "RULES",
     "AttentionOperands",
     "BlockScales",
+    "CacheScheme",
+    "CacheTransform",
     "Element",
     "Format",
     "Grid",

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 from mxrot.errors import ConfigError
 from mxrot.formats.block_scales import E4M3_SCALE, E8M0, FP16_SCALE, ScaleType
 from mxrot.formats.by_sign import BySign
-from mxrot.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT8, UINT4, Element
+from mxrot.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT8, UINT2, UINT4, Element
 from mxrot.formats.grid import Grid, Uniform
 from mxrot.formats.scale import ScaleRule, get_rule
 from mxrot.nearest import not_known
@@ -103,6 +103,8 @@ INT4_G128 = Format("int4_g128", Uniform(INT4, FP16_SCALE), 128, ("absmax",))
 INT4_G32_ASYM = Format("int4_g32_asym", Uniform(UINT4, FP16_SCALE), 32, ("minmax",))
 INT4_G128_ASYM = Format("int4_g128_asym", Uniform(UINT4, FP16_SCALE), 128, ("minmax",))
 INT4_ROW_ASYM = Format("int4_row_asym", Uniform(UINT4, FP16_SCALE), None, ("minmax",))
+INT2_G32_ASYM = Format("int2_g32_asym", Uniform(UINT2, FP16_SCALE), 32, ("minmax",))
+INT2_ROW_ASYM = Format("int2_row_asym", Uniform(UINT2, FP16_SCALE), None, ("minmax",))
 INT4_ROW = Format("int4_row", Uniform(INT4, FP16_SCALE), None, ("absmax", "absmax-search"))
 INT8_ROW = Format("int8_row", Uniform(INT8, FP16_SCALE), None, ("absmax",))
 

@@ -249,3 +249,4 @@ E5M2 = FloatElement(
 INT8 = IntElement("int8", bits=8, step_exponent=-6)
 INT4 = IntElement("int4", bits=4)
 UINT4 = IntElement("uint4", bits=4, signed=False)
+UINT2 = IntElement("uint2", bits=2, signed=False)

@@ -227,7 +227,8 @@ class AbsMaxRule(ScaleRule):
 
 @dataclass(frozen=True)
 class MinMaxRule(ScaleRule):
-    """(max - min) / 15 in FP16 and an integer zero point, for unsigned elements; the range always holds 0."""
+    """(max - min) / the largest code in FP16, and an integer zero point, for unsigned elements; the range always holds
+    0."""
 
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
         low, high = self.cut(blocks.amin(dim=-1).clamp(max=0)), self.cut(blocks.amax(dim=-1).clamp(min=0))
@@ -300,7 +301,7 @@ RULES: dict[str, ScaleRule] = {
             dynamic=False,
             shrinks=True,
         ),
-        MinMaxRule("minmax", "(max - min) / 15 and a zero point"),
+        MinMaxRule("minmax", "(max - min) / the largest code, and a zero point"),
     )
 }
 

@@ -20,6 +20,7 @@ from mxrot.quantizing.site import smoothed_sites
 from mxrot.quantizing.trained_rotations import training_problems
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
+from mxrot.transforms.orders import factors_of
 
 
 def find_problems(
@@ -42,6 +43,7 @@ def find_problems(
     yield from smoothing_problems(rules)
     yield from linear_problems(model, family, rules.input_block)
     yield from attention_problems(model, family, recipe)
+    yield from cache_problems(model, recipe)
     yield from stage_problems(model, rules)
 
 
@@ -139,6 +141,27 @@ def attention_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -
             f"block size {block} of {recipe.attention.queries_keys}; set attention.queries_keys to another format, or "
             "leave it out"
         )
+
+
+def cache_problems(model: PreTrainedModel, recipe: Recipe) -> Iterator[MxrotError]:
+    """Heads whose width is not whole blocks of what keys and values are kept in, or that have no Hadamard matrix."""
+    if recipe.cache is None:
+        return
+    width, block = value_heads(model.config.get_text_config())[1], recipe.cache.scheme().head_block
+    if width % block:
+        names = " and ".join(dict.fromkeys((recipe.cache.keys, recipe.cache.values)))
+        yield ConfigError(
+            f"recipe {recipe.name}: cache: heads are {width} wide, which is not a multiple of {block}, as {names} "
+            "need; set cache.keys and cache.values to other formats, such as int4_row_asym, or leave out the table [cache]"
+        )
+    if recipe.cache.transform != "none":
+        try:
+            factors_of(width)
+        except ConfigError as error:
+            yield ConfigError(
+                f"recipe {recipe.name}: cache.transform: {error}, which the width of a head is; set cache.transform to "
+                '"none"'
+            )
 
 
 def stage_problems(model: PreTrainedModel, rules: Rules) -> Iterator[MxrotError]:

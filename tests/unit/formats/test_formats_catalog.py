@@ -20,6 +20,8 @@ BITS_PER_ELEMENT = {
     "int4_g32_asym": 4.625,
     "int4_g128_asym": 4.15625,
     "int4_row_asym": 4,
+    "int2_g32_asym": 2.5625,
+    "int2_row_asym": 2,
     "int4_row": 4,
     "int8_row": 8,
 }

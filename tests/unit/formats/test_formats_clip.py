@@ -81,7 +81,8 @@ def test_what_is_beyond_saturates_and_the_rest_gets_finer_steps(format: Format, 
     slack = step * 0.51  # half a step of rounding, or by which a zero point moves the range; an FP16 scale beside it
     assert (found <= 0.8 * high + slack).all() and (found >= 0.8 * low - slack).all()
     inside = (blocks <= 0.8 * high - slack) & (blocks >= 0.8 * low + slack)
-    assert ((found - blocks).abs() <= slack)[inside].all() and inside.float().mean() > 0.8
+    assert ((found - blocks).abs() <= slack)[inside].all()
+    assert inside.float().mean() > (0.8 if format.bits > 2 else 0.6)  # of three steps one is slack
     assert not torch.equal(plain, clipped)
 
 

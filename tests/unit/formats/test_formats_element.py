@@ -15,6 +15,7 @@ from mxrot.formats.element import (
     E5M2,
     INT4,
     INT8,
+    UINT2,
     UINT4,
     Element,
     binary_exponents,
@@ -23,7 +24,7 @@ from mxrot.formats.element import (
 
 FLOATS = [E2M1, E2M3, E3M2, E4M3, E5M2]
 each_float = pytest.mark.parametrize("element", FLOATS, ids=lambda element: element.name)
-each_element = pytest.mark.parametrize("element", [*FLOATS, INT8, INT4, UINT4], ids=lambda element: element.name)
+each_element = pytest.mark.parametrize("element", [*FLOATS, INT8, INT4, UINT4, UINT2], ids=lambda element: element.name)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
@@ -45,6 +46,7 @@ def test_e2m1_codes() -> None:
         (INT8, 127 / 64, 0, 1 / 64, 6),
         (INT4, 7.0, 2, 1.0, 2),
         (UINT4, 15.0, 3, 1.0, 3),
+        (UINT2, 3.0, 1, 1.0, 1),
     ],
     ids=lambda value: value.name if isinstance(value, Element) else "",
 )
@@ -72,7 +74,7 @@ def test_e5m2_and_e4m3_have_codes_that_are_no_numbers() -> None:
 
 def test_integer_codes() -> None:
     assert INT4.values == (0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
-    assert UINT4.values == tuple(range(16))
+    assert UINT4.values == tuple(range(16)) and UINT2.values == (0, 1, 2, 3)
     assert INT8.values[0x7F] == 127 / 64 and INT8.values[0x80] == -2.0 and INT8.values[0xFF] == -1 / 64
 
 
@@ -96,7 +98,7 @@ def test_every_value_keeps_its_code(element: Element, dtype: torch.dtype) -> Non
     assert torch.equal(element.encode(values[is_written]), codes[is_written])
     assert torch.equal(bits(element.round(values[is_written])), bits(values[is_written]))
     lowest = element.round(values.nan_to_num(neginf=-math.inf)).min()
-    assert lowest == (0 if element is UINT4 else -element.max)
+    assert lowest == (0 if element in (UINT4, UINT2) else -element.max)
 
 
 @dtypes
@@ -104,7 +106,7 @@ def test_every_value_keeps_its_code(element: Element, dtype: torch.dtype) -> Non
 def test_saturation(element: Element, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     y = torch.tensor([element.max, element.max * 1.001, element.max * 2, 1e38, largest, math.inf], dtype=dtype)
-    low = 0.0 if element is UINT4 else -element.max
+    low = 0.0 if element in (UINT4, UINT2) else -element.max
     assert (element.round(y) == element.max).all()
     assert (element.round(-y) == low).all()
     assert (element.decode(element.encode(y), dtype) == element.max).all()
