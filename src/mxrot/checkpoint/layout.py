@@ -204,7 +204,8 @@ def _cache(table: Any) -> CacheScheme | None:
         return None
     if not isinstance(table, dict) or table.keys() != {"keys", "values"}:
         raise CheckpointError(f"{_WHERE}: kv_cache_scheme: expected keys and values, got {table!r}")
-    return CacheScheme(*(_quantizer(table[key], f"{_WHERE}: kv_cache_scheme.{key}") for key in ("keys", "values")))
+    keys, values = (_quantizer(table[key], f"{_WHERE}: kv_cache_scheme.{key}") for key in ("keys", "values"))
+    return CacheScheme(keys, values)
 
 
 def _attention(table: Any) -> AttentionOperands | None:

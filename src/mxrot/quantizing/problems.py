@@ -152,7 +152,8 @@ def cache_problems(model: PreTrainedModel, recipe: Recipe) -> Iterator[MxrotErro
         names = " and ".join(dict.fromkeys((recipe.cache.keys, recipe.cache.values)))
         yield ConfigError(
             f"recipe {recipe.name}: cache: heads are {width} wide, which is not a multiple of {block}, as {names} "
-            "need; set cache.keys and cache.values to other formats, such as int4_row_asym, or leave out the table [cache]"
+            "need; set cache.keys and cache.values to other formats, such as int4_row_asym, or leave out the table "
+            "[cache]"
         )
     if recipe.cache.transform != "none":
         try:

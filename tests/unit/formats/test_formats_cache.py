@@ -21,7 +21,7 @@ def scheme(keys: str = "mxfp4", values: str = "mxfp4", **more: Any) -> CacheSche
         ("mxfp8_e4m3", "int4_row_asym", 32),
         ("int4_row_asym", "int4_row_asym", 2),
         ("int2_row_asym", "int4_row_asym", 4),
-        ("nvfp4", "int4_g128", 128),
+        ("amxfp4", "int4_g128", 128),
         ("int8_row", "int8_row", 1),
     ],
 )
