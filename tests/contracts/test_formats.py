@@ -35,7 +35,12 @@ from mxrot.formats.shrinks import SHRINKS
 
 ROW_BLOCK = 64
 """Blocks by which a format of whole rows is tested: what it owes a row, one of such blocks owes each of them."""
-EVERY = [format if format.block else replace(format, block=ROW_BLOCK) for format in FORMATS.values()]
+EVERY = [
+    replace(format, block=format.longest_block or format.block or ROW_BLOCK, longest_block=None)
+    if format.longest_block or not format.block
+    else format
+    for format in FORMATS.values()
+]
 ALL = [(format, RULES[rule]) for format in EVERY for rule in format.rules]
 UNIFORM = [case for case in ALL if isinstance(case[0].grid, Uniform)]
 POWER_OF_TWO = [(format, rule) for format, rule in UNIFORM if rule.is_power_of_two]

@@ -189,7 +189,7 @@ def _arguments(format: Format) -> dict[str, Any]:
         "strategy": "channel" if format.block is None else "group",
         "symmetric": "zero_point" not in parts,
         "dynamic": False,
-        "group_size": format.block,
+        "group_size": format.longest_block or format.block,
         "scale_dtype": str(parts["scale"].dtype) if "scale" in parts else None,
         "zp_dtype": "torch.uint8",
         "actorder": None,

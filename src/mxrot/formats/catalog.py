@@ -11,6 +11,7 @@ from mxrot.formats.block_scales import E4M3_SCALE, E8M0, FP16_SCALE, ScaleType
 from mxrot.formats.by_sign import BySign
 from mxrot.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT8, UINT2, UINT4, Element
 from mxrot.formats.grid import Grid, Uniform
+from mxrot.formats.look_up_table import LookUpTable
 from mxrot.formats.scale import ScaleRule, get_rule
 from mxrot.nearest import not_known
 
@@ -25,6 +26,8 @@ class Format:
     """Elements that share scales and what else stands beside the codes; None for the whole row."""
     rules: tuple[str, ...]
     """Scale rules that make sense for it; the first is the default."""
+    longest_block: int | None = None
+    """Where blocks fit the row: one is as many times `block` as divide the row, up to so many elements."""
     compressed_tensors: str | None = None
     """Name of its layout in compressed-tensors checkpoints, where mxrot writes one."""
 
@@ -55,7 +58,10 @@ class Format:
 
     def block_in(self, columns: int) -> int:
         """Elements of a block in a row of so many, at least 1."""
-        return max(columns, 1) if self.block is None else self.block
+        if self.block is None:
+            return max(columns, 1)
+        sizes = range(self.longest_block or self.block, self.block, -self.block)
+        return next((size for size in sizes if columns and columns % size == 0), self.block)
 
     def bits_in(self, columns: int) -> float:
         """Bits that a row of so many elements takes under the default rule, with all that stands beside the codes."""
@@ -67,8 +73,12 @@ class Format:
 
     @property
     def bits_per_element(self) -> float:
-        """Bits of storage an element, scales and zero points included; those of a whole row or tensor are not."""
-        return float(self.bits) if self.block is None else self.bits_in(self.block) / self.block
+        """Bits of storage an element, scales and zero points included; those of a whole row or tensor are not.
+
+        In the longest blocks that there are.
+        """
+        block = self.longest_block or self.block
+        return float(self.bits) if block is None else self.bits_in(block) / block
 
     @property
     def default_rule(self) -> str:
@@ -106,6 +116,8 @@ INT4_ROW_ASYM = Format("int4_row_asym", Uniform(UINT4, FP16_SCALE), None, ("minm
 INT2_G32_ASYM = Format("int2_g32_asym", Uniform(UINT2, FP16_SCALE), 32, ("minmax",))
 INT2_ROW_ASYM = Format("int2_row_asym", Uniform(UINT2, FP16_SCALE), None, ("minmax",))
 INT4_ROW = Format("int4_row", Uniform(INT4, FP16_SCALE), None, ("absmax", "absmax-search"))
+LUT2 = Format("lut2", LookUpTable(), 32, ("lloyd", "spaced"), longest_block=128)
+LUT2_G128 = Format("lut2_g128", LookUpTable(), 128, ("lloyd", "spaced"))
 INT8_ROW = Format("int8_row", Uniform(INT8, FP16_SCALE), None, ("absmax",))
 
 FORMATS: dict[str, Format] = {value.name: value for value in list(globals().values()) if isinstance(value, Format)}

@@ -238,6 +238,21 @@ class MinMaxRule(ScaleRule):
         return BlockScales(stored, scale_type, zero_points=zero_points.nan_to_num().to(torch.uint8))
 
 
+@dataclass(frozen=True)
+class LevelsRule(ScaleRule):
+    """A rule for formats whose blocks bring their values along: these read from it what it looks at."""
+
+    is_spaced: bool = True
+    """Are the values equally spaced between the ends of the block?"""
+
+    @property
+    def sees_extremes_only(self) -> bool:
+        return self.is_spaced
+
+    def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
+        raise TypeError(f"rule {self.name} chooses values, and a uniform format has those of its element")
+
+
 # Functions with a name: a rule that does not stand in RULES can be pickled, too.
 def _never_raises(element: Element, whole: int = _WHOLE) -> int:
     return whole
@@ -302,6 +317,8 @@ RULES: dict[str, ScaleRule] = {
             shrinks=True,
         ),
         MinMaxRule("minmax", "(max - min) / the largest code, and a zero point"),
+        LevelsRule("lloyd", "the four values of least squared error", dynamic=False, is_spaced=False),
+        LevelsRule("spaced", "four equally spaced values from the smallest to the largest element", dynamic=False),
     )
 }
 

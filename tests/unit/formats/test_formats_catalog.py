@@ -23,6 +23,8 @@ BITS_PER_ELEMENT = {
     "int2_g32_asym": 2.5625,
     "int2_row_asym": 2,
     "int4_row": 4,
+    "lut2": 2.375,
+    "lut2_g128": 2.375,
     "int8_row": 8,
 }
 
@@ -47,7 +49,7 @@ def test_even_is_the_default_rule_of_mx_formats() -> None:
 
 def test_which_rules_are_for_weights_alone() -> None:
     assert [name for name, rule in RULES.items() if not rule.dynamic] == [
-        *("7.25", "mse", "search", "x3-search", "absmax-search")
+        *("7.25", "mse", "search", "x3-search", "absmax-search", "lloyd", "spaced")
     ]
 
 
