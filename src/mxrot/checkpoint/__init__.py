@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mxrot.checkpoint.card import write_metrics
+    from mxrot.checkpoint.card_figures import write_metrics
     from mxrot.checkpoint.config import check_exportable
     from mxrot.checkpoint.fingerprint import hash_model
     from mxrot.checkpoint.huggingface import with_config
@@ -41,7 +41,7 @@ _HOME = {
     "quantize_to_folder": "writer",
     "read_run": "record",
     "with_config": "huggingface",
-    "write_metrics": "card",
+    "write_metrics": "card_figures",
 }
 
 

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from hashlib import sha256
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
+from mxrot.checkpoint.card_figures import ACCURACY
+from mxrot.checkpoint.card_source import Source
 from mxrot.checkpoint.config import why_unfaithful
-from mxrot.checkpoint.files import write_bytes, write_json
-from mxrot.checkpoint.markdown import cell, code, code_block, plain_text
-from mxrot.checkpoint.metric import Metric
-from mxrot.errors import CheckpointError
+from mxrot.checkpoint.markdown import code, code_block, plain_text
 from mxrot.layers import ModelSize
-from mxrot.models import commit_of
 from mxrot.quantizing.record import alike
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, shares_of
 
-_ACCURACY = ("<!-- accuracy, written by mxrot report --card -->", "<!-- end of accuracy -->")
 _TEMPLATE = """---
 {header}
 ---
@@ -111,39 +104,6 @@ _VLLM_OWN = (
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a card says of the model that was quantized."""
-
-    name: str
-    """Hub id, or the name of its folder."""
-    hub_id: str | None = None
-    """None where it is not known."""
-    licence: dict[str, str] = field(default_factory=dict)
-    """`license`, `license_name` and `license_link` of its own card, as far as it has them."""
-    commit: str | None = None
-    """Of the hub, where its cache says so."""
-
-
-def describe_source(name: str, folder: Path) -> Source:
-    """The model called `name` in `folder`, with what its own card says.
-
-    A folder that is a quantized form of a model on the hub counts as that model.
-    """
-    try:
-        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # somebody else's file: whatever is wrong with it, it says nothing
-        data = {}
-    fields = {key: data.get(key) for key in ("license", "license_name", "license_link")}
-    licence = {key: value for key, value in fields.items() if isinstance(value, str)}
-    hub_id = data.get("base_model") if data.get("base_model_relation") == "quantized" else name
-    return Source(name, hub_id if _is_hub_id(hub_id) else None, licence, commit_of(folder))
-
-
-def _is_hub_id(name: Any) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-
-
-@dataclass(frozen=True)
 class Made:
     """What a card says of the result."""
 
@@ -183,8 +143,8 @@ def model_card(source: Source, made: Made) -> str:
         left=_left(made.left, size),
         mixture=_mixture(made),
         toml=code_block(recipe.to_toml(), "toml"),
-        before_accuracy=_ACCURACY[0],
-        after_accuracy=_ACCURACY[1],
+        before_accuracy=ACCURACY[0],
+        after_accuracy=ACCURACY[1],
         vllm=_vllm(made),
         limits="\n".join(f"- {limit}" for limit in _limits(source, recipe, made.data)),
     )
@@ -296,26 +256,3 @@ def _texts(data: dict[str, Any]) -> str:
     if data.get("generated"):
         named.append(f"{data['generated']:,} that the original wrote")
     return " and ".join(named) or "some text (`run.json` says which)"
-
-
-def write_metrics(folder: Path, metrics: Sequence[Metric]) -> None:
-    """Put measured figures into the card of a checkpoint, in place of those that are there, and its new SHA-256 into
-    run.json. CheckpointError if the card has no place for them."""
-    path = folder / "README.md"
-    card = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, start, rest = card.partition(_ACCURACY[0])
-    _, end, after = rest.partition(_ACCURACY[1])
-    if not start or not end:
-        raise CheckpointError(f"{path}: has no lines {_ACCURACY[0]} and {_ACCURACY[1]} to put figures between")
-    data = f"{before}{start}\n{metrics_table(metrics)}{end}{after}".encode()
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    run["files"][path.name] = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
-    write_bytes(path, data)
-    write_json(folder / "run.json", run)
-
-
-def metrics_table(metrics: Sequence[Metric]) -> str:
-    """Figures as a Markdown table."""
-    rows = [("", "measure", "original", "quantized", "difference", "on"), ("---",) * 6]
-    rows += [metric.cells for metric in metrics]
-    return "".join("| " + " | ".join(map(cell, row)) + " |\n" for row in rows)

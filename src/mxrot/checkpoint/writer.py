@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxrot.checkpoint.card import Made, describe_source, model_card
+from mxrot.checkpoint.card import Made, model_card
+from mxrot.checkpoint.card_source import describe_source
 from mxrot.checkpoint.config import check_exportable, native_config
 from mxrot.checkpoint.files import check_hashes, write_bytes, write_json
 from mxrot.checkpoint.fingerprint import Stamps, differences, fingerprint_of, hash_files, hash_model

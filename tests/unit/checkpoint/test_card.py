@@ -19,7 +19,8 @@ from tests.unit.checkpoint.folders import TOKENS, recipe, write
 from typer.testing import CliRunner
 
 from mxrot.checkpoint import load, write_metrics
-from mxrot.checkpoint.card import Made, Source, describe_source, model_card
+from mxrot.checkpoint.card import Made, model_card
+from mxrot.checkpoint.card_source import Source, describe_source
 from mxrot.checkpoint.metric import Metric
 from mxrot.cli import app
 from mxrot.errors import CheckpointError
