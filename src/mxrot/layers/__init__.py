@@ -1,11 +1,14 @@
 """Modules that a quantized model is made of, and what models compute in another way here than in transformers."""
 
 from mxrot.layers.attention import score_heads, shared_heads, step_mask, unmasked
+from mxrot.layers.cached_attention import quantize_cache, restore_cache
 from mxrot.layers.experts import build_apart, separate_experts
+from mxrot.layers.installed_cache import cache_scheme_of
 from mxrot.layers.kv_cache import FixedCache
 from mxrot.layers.linear import QuantLinear
 from mxrot.layers.logits import check_logits, logits_of
 from mxrot.layers.norms import fused_norms
+from mxrot.layers.packed_cache import PackedCache, PackedCacheLayer
 from mxrot.layers.packed_tokens import PackedTokens
 from mxrot.layers.prepare import prepare_site
 from mxrot.layers.quantized_attention import operands_of, quantize_attention, restore_attention
@@ -18,10 +21,13 @@ __all__ = [
     "FixedCache",
     "InputTransform",
     "ModelSize",
+    "PackedCache",
+    "PackedCacheLayer",
     "PackedTokens",
     "QuantLinear",
     "SiteProducts",
     "build_apart",
+    "cache_scheme_of",
     "check_logits",
     "fused_norms",
     "logits_of",
@@ -30,7 +36,9 @@ __all__ = [
     "prepare_on_gpus",
     "prepare_site",
     "quantize_attention",
+    "quantize_cache",
     "restore_attention",
+    "restore_cache",
     "score_heads",
     "separate_experts",
     "shared_heads",

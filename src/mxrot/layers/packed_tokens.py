@@ -2,7 +2,7 @@
 
 Tokens are appended at the end, and may leave from both ends: a rejected draft from the end, what a sliding window has
 passed from the start. Room is made in steps that grow with the length, so that a token costs a bounded number of
-copies; at most one part in 32 and 64 tokens lie idle.
+copies; at most one part in 64 and 64 tokens lie idle.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mxrot.formats import Parts, QTensor, TensorQuantizer, as_blocks, choose_par
 
 STEP = 64
 """Room for so many tokens is made at least."""
-SHARE = 32
+SHARE = 64
 """And for one part in so many of those that are kept."""
 
 
@@ -79,11 +79,19 @@ class PackedTokens:
         """Make room for so many more; `like` has tensors of the shapes and types of the first buffers."""
         if self.end + tokens <= self.capacity and self.buffers:
             return
-        needed = self.length + tokens
-        room = -(-(needed + needed // SHARE) // STEP) * STEP
         before = self.buffers or like
         assert before is not None
-        made = {name: old.new_empty(*old.shape[:2], room, *old.shape[3:]) for name, old in before.items()}
+        self._move_to(before, self.length + tokens)
+
+    def shrink(self) -> None:
+        """Give room back where more than half of it lies idle."""
+        if self.capacity > 2 * _room_for(self.length):
+            self._move_to(self.buffers, self.length)
+
+    def _move_to(self, like: dict[str, Tensor], tokens: int) -> None:
+        """New buffers for so many tokens, with those that are kept."""
+        with torch.inference_mode(False):  # buffers that may be written in any mode
+            made = {n: x.new_empty(*x.shape[:2], _room_for(tokens), *x.shape[3:]) for n, x in like.items()}
         for name in self.buffers:
             made[name][:, :, : self.length] = self._kept(name, 0, self.length)
         self.buffers, self.start = made, 0
@@ -120,3 +128,7 @@ class PackedTokens:
 
     def _kept(self, name: str, start: int, stop: int) -> Tensor:
         return self.buffers[name][:, :, self.start + start : self.start + stop]
+
+
+def _room_for(tokens: int) -> int:
+    return -(-(tokens + tokens // SHARE) // STEP) * STEP

@@ -39,7 +39,7 @@ from mxrot.layers.attention import NAME, OPERANDS, UNMASKED
 QUANTIZED = "mxrot_quantized_attention"
 NUMBERS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Scores, or values in blocks that are not full, that exist at once; some ten tensors of so many."""
-_MASKS = ("sdpa", "eager", NAME, UNMASKED)
+KNOWN_MASKS = ("sdpa", "eager", NAME, UNMASKED)
 """Attention functions of the model, for which it makes its masks."""
 _REFUSED = ("softcap", "sliding_window", "s_aux")
 
@@ -102,7 +102,7 @@ def quantized_attention(
 def _check_call(masks: str | None, dropout: float, more: dict[str, Any]) -> None:
     wrong = [name for name in _REFUSED if more.get(name) is not None]
     wrong += ["dropout"] if dropout else []
-    wrong += [] if masks in _MASKS else [f"masks of attn_implementation={masks!r}"]
+    wrong += [] if masks in KNOWN_MASKS else [f"masks of attn_implementation={masks!r}"]
     if wrong:
         raise ConfigError(
             f"attention with quantized operands knows no {', '.join(wrong)}; take attn_implementation='sdpa' and the "
@@ -115,10 +115,10 @@ def _attend(
 ) -> Tensor:
     """Float32 or float64 [batch, heads, tokens, width]."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
-    query, key, value = (_rounded(x.to(work), own) for x, own in _with(operands.queries_keys, query, key, value))
+    query, key, value = (rounded(x.to(work), own) for x, own in _with(operands.queries_keys, query, key, value))
     mask = None if mask is None else mask[..., : key.shape[2]]
     if mask is not None:
-        value = value.masked_fill(~_seen(mask).any(dim=2).unsqueeze(-1), 0)
+        value = value.masked_fill(~seen_in(mask).any(dim=2).unsqueeze(-1), 0)
     values = _Values.of(value, operands.probabilities_values)
     query = query.unflatten(1, (key.shape[1], -1))
     parts = []
@@ -128,7 +128,7 @@ def _attend(
             seen = _causal(rows, query.shape[3], key.shape[2], key.device)
         else:
             some = mask[:, :, None, rows]
-            seen, scores = _seen(some), scores if some.dtype == torch.bool else scores + some
+            seen, scores = seen_in(some), scores if some.dtype == torch.bool else scores + some
         # A query of padding sees nothing, and gets zeros.
         p = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).masked_fill(~seen, 0)
         parts.append(values.summed(p, seen))
@@ -141,7 +141,8 @@ def _with(quantizer: TensorQuantizer | None, *tensors: Tensor) -> Iterator[tuple
     yield from ((query, quantizer), (key, quantizer), (value, None))
 
 
-def _seen(mask: Tensor) -> Tensor:
+def seen_in(mask: Tensor) -> Tensor:
+    """Which keys a query sees, flags, by a mask of flags or of numbers to add."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
@@ -176,7 +177,7 @@ class _Values:
         keys = value.shape[2]
         if quantizer is not None:
             value = F.pad(value, (0, 0, 0, -keys % _block_of(quantizer)))
-        return _Values(value, _rounded(value.mT, quantizer), keys, quantizer)
+        return _Values(value, rounded(value.mT, quantizer), keys, quantizer)
 
     @property
     def numbers_per_query(self) -> int:
@@ -188,7 +189,7 @@ class _Values:
         if self.quantizer is None:
             return (p.flatten(2, 3) @ self.whole.mT).unflatten(2, p.shape[2:4])
         block, keys = _block_of(self.quantizer), self.value.shape[2]
-        p = _rounded(F.pad(p, (0, keys - self.keys)), self.quantizer).unflatten(-1, (-1, block))
+        p = rounded(F.pad(p, (0, keys - self.keys)), self.quantizer).unflatten(-1, (-1, block))
         places = torch.arange(self.keys, device=p.device)
         last = torch.where(seen, places, 0).amax(dim=-1)[:, 0, 0].expand(len(p), -1)
         own = last // block
@@ -206,7 +207,7 @@ class _Values:
         blocks = self.value.unflatten(2, (-1, block)).transpose(1, 2)
         sequence = torch.arange(len(own), device=own.device)[:, None]
         beyond = own[..., None] * block + torch.arange(block, device=own.device) > last[..., None]
-        return _rounded(blocks[sequence, own].masked_fill(beyond[:, :, None, :, None], 0).mT, self.quantizer)
+        return rounded(blocks[sequence, own].masked_fill(beyond[:, :, None, :, None], 0).mT, self.quantizer)
 
 
 def _block_of(quantizer: TensorQuantizer) -> int:
@@ -215,7 +216,8 @@ def _block_of(quantizer: TensorQuantizer) -> int:
     return block
 
 
-def _rounded(x: Tensor, quantizer: TensorQuantizer | None) -> Tensor:
+def rounded(x: Tensor, quantizer: TensorQuantizer | None) -> Tensor:
+    """Q(x), or x without a quantizer; with the gradient of x."""
     if quantizer is None:
         return x
     if x.requires_grad and torch.is_grad_enabled():

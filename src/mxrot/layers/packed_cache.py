@@ -1,0 +1,269 @@
+"""A cache for transformers whose keys and values are kept packed.
+
+`update` is given keys and values after RoPE, but neither the query nor the mask, and attention needs both: the query is
+transformed inversely, and `first` counts from the first token that is no padding. So `update` only notes what is new
+and gives the layer itself in place of keys and values; the attention function (`layers.cached_attention`) lets the
+layer `take` them, and reads from it.
+
+In 16 bits a layer keeps the first tokens, and the newest `last - 1`, which is what later queries read so. A few more
+stay until the next call, so that drafts can be taken back; `activate_past_recording` keeps all until `crop`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from mxrot.errors import ConfigError
+from mxrot.formats import CacheScheme
+from mxrot.layers.installed_cache import CacheMatrices, cache_scheme_of
+from mxrot.layers.packed_tokens import PackedTokens
+
+TAKEN_BACK = 24
+"""As many of the tokens of a call can be cropped after it where `last` is used and no past is recorded."""
+
+Pair = tuple[Tensor, Tensor]
+"""Of keys and values, [B, heads, tokens, D] each."""
+
+
+class PackedCacheLayer(CacheLayerMixin):
+    """Keys and values of one attention module."""
+
+    is_compileable = False
+    is_croppable = True
+    keys: PackedTokens  # type: ignore[assignment]
+    values: PackedTokens  # type: ignore[assignment]
+
+    def __init__(self, scheme: CacheScheme, sliding_window: int | None = None) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.sliding_window = sliding_window
+        self.record_past = False
+        self.reset()
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.sliding_window is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors that are kept."""
+        exact = [tensor for pair in (self.recent, self.leading) if pair is not None for tensor in pair]
+        return self.keys.nbytes + self.values.nbytes + sum(tensor.untyped_storage().nbytes() for tensor in exact)
+
+    def reset(self) -> None:
+        self.keys, self.values = PackedTokens(self.scheme.keys), PackedTokens(self.scheme.values)
+        self.tokens = 0
+        """Seen so far, also those that a window has left behind."""
+        self.new: Pair | None = None
+        """What `update` was given and `take` has not taken."""
+        self.recent: Pair | None = None
+        """The newest tokens as they came."""
+        self.leading: Pair | None = None
+        """The `first` tokens of each sequence as they came, zeros where there are none yet."""
+        self.padding: Tensor | None = None
+        """How many tokens of padding each sequence starts with, int64 [B]: all so far where no other was seen."""
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Note new keys and values [B, heads, n, D]; the layer itself, twice, which the attention function reads.
+
+        ConfigError if a gradient would have to pass what is packed.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise ConfigError(
+                "no gradient passes a cache of packed keys and values; call the model under torch.no_grad(), or with "
+                "use_cache=False, where they are quantized with a straight-through gradient"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.new is None, "keys and values that no attention function has read"
+        self.new = key_states, value_states
+        self.tokens += key_states.shape[2]
+        return self, self
+
+    @property
+    def visible(self) -> int:
+        """Keys that the queries of this call are given, as `get_mask_sizes` said; the newest ones."""
+        window = self.keys.length if self.sliding_window is None else self.sliding_window - 1 + self._call
+        return min(self.keys.length, window)
+
+    def take(self, matrices: CacheMatrices) -> None:
+        """Pack what is new."""
+        assert self.new is not None
+        (key, value), self.new = self.new, None
+        self._call = key.shape[2]
+        self.keys.append(matrices.turned_keys(key))
+        self.values.append(matrices.turned_values(value))
+        if self.scheme.last or self.scheme.first:
+            before = self.recent
+            self.recent = (
+                (key, value)
+                if before is None
+                else (torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2))
+            )
+
+    def note_padding(self, padding: Tensor | None) -> None:
+        """Keep those of the new tokens that are among the `first`; `padding` as the attribute, None where there is
+        none in this call."""
+        assert self.recent is not None
+        recent, count = self.recent, self.scheme.first
+        batch, heads, held, _ = recent[0].shape
+        start = self.tokens - self._call
+        if padding is None:
+            padding = torch.full((batch,), start, device=recent[0].device)
+        # Where nothing but padding had been seen, the call says more.
+        self.padding = padding if self.padding is None else torch.where(self.padding < start, self.padding, padding)
+        if self.leading is None:
+            self.leading = tuple(x.new_zeros(batch, heads, count, x.shape[3]) for x in recent)  # type: ignore[assignment]
+            assert self.leading is not None
+        places = self.padding[:, None] + torch.arange(count, device=self.padding.device)
+        is_new = ((places >= start) & (places < self.tokens))[:, None, :, None]
+        index = (places - (self.tokens - held)).clamp(0, held - 1)[:, None, :, None]
+        kept = [
+            torch.where(is_new, x.gather(2, index.expand(-1, heads, -1, x.shape[3])), old)
+            for x, old in zip(recent, self.leading, strict=True)
+        ]
+        self.leading = kept[0], kept[1]
+
+    def trim(self) -> None:
+        """Let go of what no later query reads."""
+        if self.record_past:
+            return
+        if self.sliding_window is not None:
+            self._keep_window()
+        self._keep_recent(self.scheme.last - 1 + min(self._call, TAKEN_BACK))
+
+    def _keep_window(self) -> None:
+        assert self.sliding_window is not None
+        for tokens in (self.keys, self.values):
+            tokens.drop_first(max(0, tokens.length - self.sliding_window + 1))
+            tokens.shrink()
+
+    def _keep_recent(self, tokens: int) -> None:
+        if self.scheme.last < 2:  # a query finds itself among the new ones
+            self.recent = None
+        elif self.recent is not None and self.recent[0].shape[2] > tokens:
+            key, value = (x[:, :, x.shape[2] - tokens :].clone() for x in self.recent)
+            self.recent = key, value
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys a call of so many queries is given, and how many came before them."""
+        kept = self.tokens if self.sliding_window is None else min(self.tokens, self.sliding_window - 1)
+        return kept + query_length, self.tokens - kept
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def activate_past_recording(self) -> None:
+        """Keep all tokens until `crop`."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens: so many for a negative number; all but so many for a positive one, as until
+        transformers 5.17. RuntimeError where what comes before them is not kept any more."""
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.tokens - tokens_to_remove)
+        removed = min(removed, self.tokens)
+        left = self.tokens - removed
+        needed = left if self.sliding_window is None else min(left, self.sliding_window - 1)
+        exact = min(self.scheme.last - 1, needed)
+        held = 0 if self.recent is None else self.recent[0].shape[2]
+        if removed and (self.keys.length - removed < needed or (exact > 0 and held - removed < exact)):
+            raise RuntimeError(
+                f"crop of {removed} tokens: what attention reads before them is no longer kept; call "
+                "activate_past_recording() on the cache before the tokens come"
+            )
+        for tokens in (self.keys, self.values):
+            tokens.drop_last(removed)
+        self.tokens = left
+        if self.recent is not None:
+            self.recent = self.recent[0][:, :, : max(0, held - removed)], self.recent[1][:, :, : max(0, held - removed)]
+        if self.record_past:
+            if self.sliding_window is not None:
+                self._keep_window()
+            self._keep_recent(self.scheme.last - 1)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences of the batch: places, or flags."""
+        if not self.tokens:
+            return
+        indices = torch.as_tensor(indices, device=self.device)
+        places = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._of_batch(places)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.tokens:
+            batch = self.keys.buffers["codes"].shape[0]
+            self._of_batch(torch.arange(batch, device=self.device).repeat_interleave(repeats))
+
+    def _of_batch(self, places: Tensor) -> None:
+        for tokens in (self.keys, self.values):
+            tokens.select(places)
+        for name in ("recent", "leading"):
+            pair = getattr(self, name)
+            setattr(self, name, pair and tuple(x.index_select(0, places) for x in pair))
+        self.padding = None if self.padding is None else self.padding.index_select(0, places)
+
+    def offload(self) -> None:
+        """Nothing: attention reads after a cache has offloaded the layer."""
+
+    def prefetch(self) -> None:
+        """Nothing."""
+
+
+class PackedCache(Cache):
+    """Keys and values of a model, packed where its attention modules quantize them."""
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> PackedCache:
+        """An empty one for a model of transformers; ConfigError if none of its modules quantizes its cache."""
+        like = DynamicCache(config=model.config)
+        for module in model.modules():
+            if cache_scheme_of(module) is not None:
+                pack_layer(like, module)
+        if not isinstance(like, PackedCache):
+            raise ConfigError("no attention module of this model quantizes its keys and values; take DynamicCache")
+        return like
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values of all layers, with all that stands beside them."""
+        return sum(_bytes_of(layer) for layer in self.layers)
+
+
+def pack_layer(cache: Any, attention: nn.Module) -> None:
+    """Make the layer of an attention module a packed one, in a `DynamicCache` or `PackedCache` where it holds nothing
+    yet; the cache becomes a `PackedCache`. What transformers offloads stays as it is."""
+    scheme = cache_scheme_of(attention)
+    if scheme is None or type(cache) not in (DynamicCache, PackedCache) or cache.offloading:
+        return
+    index: int = attention.layer_idx  # type: ignore[assignment]
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, PackedCacheLayer) or layer.get_seq_length():
+        return
+    packed = PackedCacheLayer(scheme, getattr(layer, "sliding_window", None))
+    packed.record_past = getattr(layer, "record_past", False)
+    cache.layers[index] = packed
+    cache.__class__ = PackedCache
+
+
+def _bytes_of(layer: Any) -> int:
+    if isinstance(layer, PackedCacheLayer):
+        return layer.nbytes
+    return sum(x.nbytes for x in (layer.keys, layer.values) if isinstance(x, Tensor))

@@ -1,0 +1,177 @@
+"""softmax(q k^T) v where some keys and values are read from codes and others in 16 bits, slice by slice.
+
+Keys are visited in slices, and for each of them the queries in slices; what a query has summed so far is kept with the
+largest score that it has met and the sum of its weights, and a larger score scales both down (Milakov and Gimelshein,
+arXiv 1805.02867; FlashAttention, 2205.14135, section 3.1). So each slice of keys is dequantized once, and what exists
+at once is bounded. Products and sums are float32, or float64 for queries in float64.
+
+Query t reads key and value j in 16 bits where t - j < last, or where j is among the `first` tokens that are no padding.
+Each pair of t and j has one place: among the codes, among the first tokens, or among the last ones.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import CacheScheme
+from mxrot.layers.installed_cache import CacheMatrices
+from mxrot.layers.quantized_attention import NUMBERS_AT_ONCE, seen_in
+
+KEYS_AT_ONCE = 4096
+
+
+class Reading(ABC):
+    """Keys and values of the tokens that attention is given, the newest last; float32 or float64."""
+
+    count: int
+
+    @abstractmethod
+    def codes(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Q(k T) and Q(v U) of some of them, [B, heads, n, D]."""
+
+    @abstractmethod
+    def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """k and v of some that a query reads in 16 bits because it is near."""
+
+    @abstractmethod
+    def leading(self) -> tuple[Tensor, Tensor, Tensor]:
+        """k and v of the first tokens of each sequence [B, heads, first, D], and where they begin, int64 [B]: what a
+        window has left behind begins below 0."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The queries of a call, and what they see."""
+
+    query: Tensor
+    """float32 or float64 [B, heads of keys, heads that share them, T, D]."""
+    matrices: CacheMatrices
+    mask: Tensor | None
+    """Flags or numbers to add, [B or 1, 1, T, keys]."""
+    places: Tensor
+    """Where each query stands among the keys, int64 [B or 1, T]."""
+    places_are_last: bool
+    """Is query i of T known to stand at the i-th of the last T places?"""
+    scaling: float
+    softcap: float | None
+
+    def scores(self, rows: slice, keys: Tensor, mask: Tensor | None, is_exact: bool) -> Tensor:
+        """[B, heads of keys, sharing heads, rows, n]; `mask` is of these."""
+        query = self.query[:, :, :, rows]
+        if not is_exact and self.matrices.queries is not None:
+            query = query @ self.matrices.queries[:, None]
+        found = (query.flatten(2, 3) @ keys.mT).unflatten(2, query.shape[2:4]) * self.scaling
+        if self.softcap is not None:
+            found = (found / self.softcap).tanh() * self.softcap
+        return found if mask is None or mask.dtype == torch.bool else found + mask
+
+    def distance(self, rows: slice, keys: Tensor) -> Tensor:
+        """t - j for keys at these places [n] or [B, n]: int64 [B or 1, 1, 1, rows, n]."""
+        return (self.places[:, rows, None] - keys.view(-1, 1, keys.shape[-1]))[:, None, None]
+
+    def keys_near(self, rows: slice, columns: slice, count: int, last: int) -> slice:
+        """Those of `columns` that are near a query of these rows, or more."""
+        start, stop = 0, count
+        if self.places_are_last:
+            before = count - self.query.shape[3]
+            start, stop = before + rows.start - last + 1, before + rows.stop
+        start = min(max(start, columns.start), columns.stop)
+        return slice(start, max(start, min(stop, columns.stop)))
+
+
+class _Sums:
+    """What some queries have summed so far."""
+
+    def __init__(self) -> None:
+        self.largest: Tensor | None = None
+
+    def add(self, scores: Tensor, seen: Tensor, values: Tensor, is_exact: bool) -> None:
+        """`values` [B, heads of keys, n, D] with the weights exp(scores) where they are seen."""
+        scores = scores.masked_fill(~seen, -torch.inf)
+        largest = scores.detach().amax(dim=-1, keepdim=True)
+        if self.largest is not None:
+            largest = torch.maximum(largest, self.largest)
+        finite = largest.masked_fill(largest == -torch.inf, 0)
+        weights = (scores - finite).exp()
+        summed = (weights.flatten(2, 3) @ values).unflatten(2, weights.shape[2:4])
+        total = weights.sum(dim=-1, keepdim=True)
+        if self.largest is None:
+            self.total, self.summed = total, [torch.zeros_like(summed), torch.zeros_like(summed)]
+        else:
+            factor = (self.largest - finite).exp()
+            self.total, self.summed = self.total * factor + total, [x * factor for x in self.summed]
+        self.summed[is_exact] = self.summed[is_exact] + summed
+        self.largest = largest
+
+    def result(self, matrices: CacheMatrices) -> Tensor:
+        """[B, heads of keys, sharing heads, rows, D]; zeros for a query that sees nothing, which is padding."""
+        turned, exact = self.summed
+        if matrices.outputs is not None:
+            turned = turned @ matrices.outputs[:, None]
+        return (turned + exact) / self.total.masked_fill(self.total == 0, 1)
+
+
+def attend(call: Call, reading: Reading, scheme: CacheScheme) -> Tensor:
+    """What the heads give, float32 or float64 [B, heads, T, D]."""
+    batch, kept, shared, queries, width = call.query.shape
+    numbers = NUMBERS_AT_ONCE.get(call.query.device.type, NUMBERS_AT_ONCE["cpu"])
+    keys = max(1, min(reading.count, KEYS_AT_ONCE, numbers // (batch * kept * width)))
+    step = max(1, numbers // (batch * kept * shared * keys))
+    slices = [(slice(start, min(start + step, queries)), _Sums()) for start in range(0, queries, step)]
+    leading = reading.leading() if scheme.first else None
+    for start in range(0, reading.count, keys):
+        columns = slice(start, min(start + keys, reading.count))
+        read = reading.codes(columns.start, columns.stop)
+        for rows, sums in slices:
+            if call.places_are_last and reading.count - queries + rows.stop <= start:
+                continue  # all of these queries come before these keys
+            _add_slice(call, reading, scheme, rows, columns, read, None if leading is None else leading[2], sums)
+    if leading is not None:
+        for rows, sums in slices:
+            _add_leading(call, rows, leading, reading.count, sums)
+    return torch.cat([sums.result(call.matrices) for _, sums in slices], dim=3).flatten(1, 2)
+
+
+def _add_slice(
+    call: Call,
+    reading: Reading,
+    scheme: CacheScheme,
+    rows: slice,
+    columns: slice,
+    read: tuple[Tensor, Tensor],
+    leading: Tensor | None,
+    sums: _Sums,
+) -> None:
+    """Keys at `columns`, without those among the first tokens, which begin at the places `leading` [B]."""
+    places = torch.arange(columns.start, columns.stop, device=call.places.device)
+    mask = None if call.mask is None else call.mask[:, :, None, rows, columns]
+    seen = call.distance(rows, places) >= 0 if mask is None else seen_in(mask)
+    if leading is not None:
+        after = (places - leading[:, None])[:, None, None, None]
+        seen = seen & ~((after >= 0) & (after < scheme.first))
+    if scheme.last:
+        is_near = call.distance(rows, places) < scheme.last
+        near = call.keys_near(rows, columns, reading.count, scheme.last)
+        if near.start < near.stop:
+            inside = slice(near.start - columns.start, near.stop - columns.start)
+            k, v = reading.exact(near.start, near.stop)
+            scores = call.scores(rows, k, None if mask is None else mask[..., inside], is_exact=True)
+            sums.add(scores, (seen & is_near)[..., inside], v, is_exact=True)
+        seen = seen & ~is_near
+    sums.add(call.scores(rows, read[0], mask, is_exact=False), seen, read[1], is_exact=False)
+
+
+def _add_leading(call: Call, rows: slice, leading: tuple[Tensor, Tensor, Tensor], count: int, sums: _Sums) -> None:
+    k, v, begin = leading
+    places = begin[:, None] + torch.arange(k.shape[2], device=begin.device)
+    there = ((places >= 0) & (places < count))[:, None, None, None]
+    mask = None
+    if call.mask is not None:
+        index = places.clamp(0, count - 1)[:, None, None].expand(-1, -1, rows.stop - rows.start, -1)
+        mask = call.mask[:, :, rows].expand(len(begin), -1, -1, -1).gather(3, index)[:, :, None]
+    seen = there & (call.distance(rows, places) >= 0 if mask is None else seen_in(mask))
+    sums.add(call.scores(rows, k, mask, is_exact=True), seen, v, is_exact=True)
