@@ -1,5 +1,6 @@
 """Fast code for what the plain path defines, and the choice between them."""
 
+from mxrot.kernels.cached_attention import append_tokens, decode_attention, decodes_packed
 from mxrot.kernels.dispatch import (
     Choice,
     block_moments,
@@ -20,10 +21,15 @@ from mxrot.kernels.dispatch import (
 )
 from mxrot.kernels.linear import Inputs, PackedWeight
 from mxrot.kernels.plain import (
+    CachedTokens,
+    CacheMatrices,
     ReachedColumns,
     RoundedColumns,
+    TokenRows,
     WeightGradients,
     WeightMoves,
+    plain_append_tokens,
+    plain_decode_attention,
     plain_divergence,
     plain_moved_weights,
     plain_moved_weights_gradients,
@@ -34,21 +40,29 @@ from mxrot.kernels.plain import (
 )
 
 __all__ = [
+    "CacheMatrices",
+    "CachedTokens",
     "Choice",
     "Inputs",
     "PackedWeight",
     "ReachedColumns",
     "RoundedColumns",
+    "TokenRows",
     "WeightGradients",
     "WeightMoves",
+    "append_tokens",
     "block_moments",
     "choose_path",
+    "decode_attention",
+    "decodes_packed",
     "divergence",
     "moved_weights",
     "moved_weights_gradients",
     "multiply",
     "multiply_by_mxfp4",
     "outputs",
+    "plain_append_tokens",
+    "plain_decode_attention",
     "plain_divergence",
     "plain_moved_weights",
     "plain_moved_weights_gradients",

@@ -11,6 +11,13 @@ from mxrot.kernels.plain.activations import (
     swizzle_scales,
     swizzled_bytes,
 )
+from mxrot.kernels.plain.cached_attention import (
+    CachedTokens,
+    CacheMatrices,
+    TokenRows,
+    plain_append_tokens,
+    plain_decode_attention,
+)
 from mxrot.kernels.plain.moments import (
     count_parts,
     diagonal_blocks,
@@ -44,9 +51,12 @@ from mxrot.kernels.plain.tuning import (
 __all__ = [
     "E4M3_SHIFTS",
     "E5M2_EXPONENTS",
+    "CacheMatrices",
+    "CachedTokens",
     "PackedRows",
     "ReachedColumns",
     "RoundedColumns",
+    "TokenRows",
     "WeightGradients",
     "WeightMoves",
     "count_parts",
@@ -56,7 +66,9 @@ __all__ = [
     "lift_rows",
     "moment_of_parts",
     "out_of_pairs",
+    "plain_append_tokens",
     "plain_bfloat16_parts",
+    "plain_decode_attention",
     "plain_divergence",
     "plain_fp8_product",
     "plain_lift_weights",

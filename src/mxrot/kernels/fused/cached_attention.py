@@ -1,0 +1,370 @@
+"""One token of every sequence attends to a packed cache (Triton).
+
+Tokens are split among programs, each of which goes through its share for all queries that read one head of the cache:
+codes become numbers in registers (`fused.packed_rows`), scores and what they sum up are products on matrix hardware,
+and the softmax goes along with the sums (Flash-Decoding; arXiv 2205.14135). A second launch puts the shares together.
+
+Products have bfloat16 operands for bfloat16 queries, as in PyTorch's own attention: probabilities are rounded to them,
+and integers with several scales a row. For float16 queries both queries and probabilities are sums of two bfloat16
+numbers. For float32, and by Triton's interpreter, all is float32. Sums are float32. `plain_decode_attention` is the
+specification.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mxrot.kernels.fused.append_tokens import strides_of
+from mxrot.kernels.fused.overlap import can_overlap
+from mxrot.kernels.fused.packed_rows import RowLayout, columns_of, numbers_of
+from mxrot.kernels.plain.cached_attention import CachedTokens, TokenRows, times_each
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _dot(a, b, total, DTYPE: tl.constexpr):
+    if tl.float32 == DTYPE:
+        return tl.dot(a, b, total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total)
+
+
+@triton.jit
+def _product(x, y, total, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """total + x y, where float32 x becomes so many numbers of DTYPE, and y is of that."""
+    first = x.to(DTYPE)
+    total = _dot(first, y, total, DTYPE)
+    if PARTS == 2:
+        total = _dot((x - first.to(tl.float32)).to(DTYPE), y, total, DTYPE)
+    return total
+
+
+@triton.jit
+def _load(
+    codes_pointer,
+    scale_pointer,
+    zero_pointer,
+    code_stride,
+    part_stride,
+    start,
+    count,
+    UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+):
+    """Units, scales and zero points of TOKENS tokens from `start` on; zeros from `count` on."""
+    token = start + tl.arange(0, TOKENS)
+    inside = (token < count)[:, None]
+    row = token.to(tl.int64)[:, None]
+    units = tl.load(codes_pointer + row * code_stride + tl.arange(0, UNITS)[None, :], mask=inside, other=0)
+    place = row * part_stride + tl.arange(0, GROUPS)[None, :]
+    scales = tl.load(scale_pointer + place, mask=inside, other=0)
+    zeros = scales
+    if HAS_ZEROS:
+        zeros = tl.load(zero_pointer + place, mask=inside, other=0)
+    return units, scales, zeros
+
+
+@triton.jit
+def _row_scales(scales, TOKENS: tl.constexpr):
+    """float32 [TOKENS] of the only scale of each row."""
+    return tl.reshape(scales, [TOKENS]).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _share(
+    query_pointer,
+    sums_pointer,
+    maxima_pointer,
+    totals_pointer,
+    key_codes,
+    key_scales,
+    key_zeros,
+    value_codes,
+    value_scales,
+    value_zeros,
+    visible_pointer,
+    length,
+    kv_heads,
+    query_batch,
+    query_head,
+    kc_batch,
+    kc_head,
+    kc_token,
+    kp_batch,
+    kp_head,
+    kp_token,
+    vc_batch,
+    vc_head,
+    vc_token,
+    vp_batch,
+    vp_head,
+    vp_token,
+    visible_batch,
+    scaling,
+    softcap,
+    LENGTH_AT_POINTER: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr,
+    K_BITS: tl.constexpr,
+    K_GROUPS: tl.constexpr,
+    K_FRACTION: tl.constexpr,
+    K_MIN_EXPONENT: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_GROUPS: tl.constexpr,
+    V_FRACTION: tl.constexpr,
+    V_MIN_EXPONENT: tl.constexpr,
+):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    K_UNITS: tl.constexpr = WIDTH if K_BITS == 8 else WIDTH // 4
+    V_UNITS: tl.constexpr = WIDTH if V_BITS == 8 else WIDTH // 4
+    batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    count = (tl.load(length) if LENGTH_AT_POINTER else length).to(tl.int32)
+    each = (count + TOKENS * splits - 1) // (TOKENS * splits) * TOKENS
+    heads = tl.arange(0, HEADS)
+    of_query = heads[:, None] * query_head + columns_of(WIDTH, K_BITS)[None, :]
+    query_pointer += batch * query_batch + kv_head * GROUP * query_head
+    query = tl.load(query_pointer + of_query, mask=heads[:, None] < GROUP, other=0).to(tl.float32)
+    if K_FRACTION >= 0:
+        query = query * 2.0**60
+    key_codes += batch * kc_batch + kv_head * kc_head
+    key_scales += batch * kp_batch + kv_head * kp_head
+    key_zeros += batch * kp_batch + kv_head * kp_head
+    value_codes += batch * vc_batch + kv_head * vc_head
+    value_scales += batch * vp_batch + kv_head * vp_head
+    value_zeros += batch * vp_batch + kv_head * vp_head
+    largest = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    sums = tl.zeros([HEADS, WIDTH], tl.float32)
+    for start in tl.range(split * each, tl.minimum(split * each + each, count), TOKENS, num_stages=STAGES):
+        units, scales, zeros = _load(
+            key_codes,
+            key_scales,
+            key_zeros,
+            kc_token,
+            kp_token,
+            start,
+            count,
+            K_UNITS,
+            K_GROUPS,
+            TOKENS,
+            K_FRACTION < 0,
+        )
+        v_units, v_scales, v_zeros = _load(
+            value_codes,
+            value_scales,
+            value_zeros,
+            vc_token,
+            vp_token,
+            start,
+            count,
+            V_UNITS,
+            V_GROUPS,
+            TOKENS,
+            V_FRACTION < 0,
+        )
+        keys = numbers_of(units, scales, zeros, K_BITS, K_FRACTION, K_MIN_EXPONENT, DTYPE)
+        scores = _product(query, tl.trans(keys), tl.zeros([HEADS, TOKENS], tl.float32), PARTS, DTYPE)
+        if K_FRACTION < 0 and K_GROUPS == 1:
+            scores = scores * _row_scales(scales, TOKENS)[None, :]
+        token = start + tl.arange(0, TOKENS)
+        seen = token < count
+        if HAS_VISIBLE:
+            flags = tl.load(visible_pointer + batch * visible_batch + token, mask=seen, other=0)
+            seen = seen & (flags != 0)
+        if HAS_SOFTCAP:
+            # tanh x = 2 sigmoid(2 x) - 1; `scaling` is over the cap here, and `softcap` in units of log 2.
+            scores = (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634) * scaling)) - 1.0) * softcap
+        else:
+            scores = scores * scaling
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        before = largest
+        largest = tl.maximum(largest, tl.max(scores, axis=1))
+        # Where nothing was seen so far, anything finite will do.
+        origin = tl.where(largest == float("-inf"), 0.0, largest)
+        p = tl.exp2(scores - origin[:, None])
+        shrink = tl.exp2(before - origin)
+        total = total * shrink + tl.sum(p, axis=1)
+        if V_FRACTION < 0 and V_GROUPS == 1:
+            p = p * _row_scales(v_scales, TOKENS)[None, :]
+        values = numbers_of(v_units, v_scales, v_zeros, V_BITS, V_FRACTION, V_MIN_EXPONENT, DTYPE)
+        sums = _product(p, values, sums * shrink[:, None], PARTS, DTYPE)
+    if V_FRACTION >= 0:
+        sums = sums * 2.0**60
+    row = (tl.program_id(0).to(tl.int64) * GROUP + heads) * splits + split
+    tl.store(maxima_pointer + row, largest, mask=heads < GROUP)
+    tl.store(totals_pointer + row, total, mask=heads < GROUP)
+    place = row[:, None] * WIDTH + columns_of(WIDTH, V_BITS)[None, :]
+    tl.store(sums_pointer + place, sums, mask=heads[:, None] < GROUP)
+
+
+@triton.jit
+def _combine(
+    sums_pointer,
+    maxima_pointer,
+    totals_pointer,
+    out_pointer,
+    splits,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The shares of one head of one sequence."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    split, columns = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    maxima = tl.load(maxima_pointer + row * splits + split, mask=split < splits, other=float("-inf"))
+    totals = tl.load(totals_pointer + row * splits + split, mask=split < splits, other=0)
+    largest = tl.max(maxima, axis=0)
+    factors = tl.exp2(maxima - tl.where(largest == float("-inf"), 0.0, largest))
+    place = (row * splits + split)[:, None] * WIDTH + columns[None, :]
+    sums = tl.load(sums_pointer + place, mask=(split < splits)[:, None], other=0)
+    total = tl.sum(totals * factors, axis=0)
+    found = tl.sum(sums * factors[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_pointer + row * WIDTH + columns, found.to(out_pointer.dtype.element_ty))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How tokens are shared out."""
+
+    tokens: int
+    """That a program takes at a time."""
+    splits: int
+    """Programs for one head of the cache of one sequence."""
+    warps: int = 4
+    stages: int = 2
+
+
+def choose_tile(pairs: int, tokens: int, processors: int) -> Tile:
+    """For so many pairs of a sequence and a head of the cache, of up to so many tokens each, and multiprocessors."""
+    size = 64
+    wanted = triton.cdiv(4 * processors, pairs)
+    splits = min(triton.cdiv(tokens, size), wanted, MOST_SPLITS)
+    return Tile(size, max(1, splits))
+
+
+MOST_SPLITS = 64
+"""What one program puts together."""
+
+
+def decode_attention(
+    query: Tensor,
+    cached: CachedTokens,
+    length: int | Tensor,
+    visible: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """As `plain_decode_attention` defines it, for rows that `RowLayout` knows, of a power of two from 64 on."""
+    batch, kv_heads = cached.keys.codes.shape[:2]
+    tokens = length if isinstance(length, int) else cached.keys.capacity
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 4
+    return attend_by_tiles(
+        query, cached, length, visible, scaling, softcap, choose_tile(batch * kv_heads, tokens, processors)
+    )
+
+
+def attend_by_tiles(
+    query: Tensor,
+    cached: CachedTokens,
+    length: int | Tensor,
+    visible: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    tile: Tile,
+) -> Tensor:
+    """`decode_attention` by a given tile."""
+    batch, heads, _, width = query.shape
+    kv_heads, device = cached.keys.codes.shape[1], query.device
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    layouts = [RowLayout.of(rows.quantizer, width) for rows in (cached.keys, cached.values)]
+    assert layouts[0] is not None and layouts[1] is not None
+    out = torch.empty(query.shape, dtype=query.dtype, device=device)
+    if not out.numel():
+        return out
+    parts, dtype = _operands(query)
+    sums = torch.empty(batch * heads, tile.splits, width, dtype=torch.float32, device=device)
+    maxima, totals = (torch.empty(batch * heads, tile.splits, dtype=torch.float32, device=device) for _ in range(2))
+    overlaps = can_overlap(device)
+    group = heads // kv_heads
+    _share[(batch * kv_heads, tile.splits)](
+        query,
+        sums,
+        maxima,
+        totals,
+        *_units(cached.keys, layouts[0]),
+        *_units(cached.values, layouts[1]),
+        query if visible is None else visible.view(torch.uint8) if visible.dtype == torch.bool else visible,
+        length,
+        kv_heads,
+        *query.stride()[:2],
+        *strides_of(cached.keys, layouts[0].unit_bytes),
+        *strides_of(cached.values, layouts[1].unit_bytes),
+        0 if visible is None else visible.stride(0),
+        scaling * LOG2_E if softcap is None else scaling / softcap,
+        0.0 if softcap is None else softcap * LOG2_E,
+        LENGTH_AT_POINTER=isinstance(length, Tensor),
+        HAS_VISIBLE=visible is not None,
+        HAS_SOFTCAP=softcap is not None,
+        GROUP=group,
+        HEADS=max(16, triton.next_power_of_2(group)),
+        WIDTH=width,
+        TOKENS=tile.tokens,
+        PARTS=parts,
+        DTYPE=dtype,
+        OVERLAP=overlaps,
+        STAGES=tile.stages,
+        **layouts[0].reading("K"),
+        **layouts[1].reading("V"),
+        num_warps=tile.warps,
+        launch_pdl=overlaps,
+    )
+    _combine[(batch * heads,)](
+        sums,
+        maxima,
+        totals,
+        out,
+        tile.splits,
+        WIDTH=width,
+        SPLITS=triton.next_power_of_2(tile.splits),
+        OVERLAP=overlaps,
+        num_warps=4,
+        launch_pdl=overlaps,
+    )
+    return out if cached.matrices.outputs is None else times_each(out, cached.matrices.outputs).to(query.dtype)
+
+
+def _operands(query: Tensor) -> tuple[int, tl.dtype]:
+    """Of how many numbers the other operands of products are sums, and of which type."""
+    if not query.is_cuda or query.dtype == torch.float32:
+        return 1, tl.float32
+    return (1 if query.dtype == torch.bfloat16 else 2), tl.bfloat16
+
+
+def _units(rows: TokenRows, layout: RowLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes in units, scales, and zero points, or anything where there are none."""
+    scales = rows.parts["scale"]
+    codes = rows.codes.view(torch.int16) if layout.unit_bytes == 2 else rows.codes
+    return codes, scales, rows.parts.get("zero_point", scales)

@@ -1,0 +1,150 @@
+"""Attention of new tokens to packed keys and values, and how those get there.
+
+One token of one head is a row of a quantized tensor. Keys are kept as k T and queries multiplied by T^-T, so that their
+products stay; values as v U, and what attention sums of them is multiplied by U^-1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import QTensor, TensorQuantizer, as_blocks, choose_parts, encode_blocks
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Packed keys or values, with room for more tokens than there are."""
+
+    quantizer: TensorQuantizer
+    codes: Tensor
+    """uint8 [B, kv heads, capacity, D * bits / 8]."""
+    parts: dict[str, Tensor]
+    """What stands beside them, by name: [B, kv heads, capacity, G, ...]."""
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens there is room for."""
+        return self.codes.shape[2]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.codes.shape[-1] * 8 // self.quantizer.format.bits
+
+    def first(self, count: int) -> TokenRows:
+        """The first tokens, as views."""
+        parts = {name: part[:, :, :count] for name, part in self.parts.items()}
+        return TokenRows(self.quantizer, self.codes[:, :, :count], parts)
+
+    def dequantize(self) -> Tensor:
+        """What they stand for, float32 [B, kv heads, capacity, D]."""
+        parts = self.quantizer.as_parts([self.parts[name] for name in self.quantizer.part_names])
+        return QTensor.dequantize_packed(self.codes, parts, self.quantizer.format)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all places, filled or not."""
+        return self.codes.nbytes + sum(part.nbytes for part in self.parts.values())
+
+    @staticmethod
+    def empty(
+        quantizer: TensorQuantizer, batch: int, kv_heads: int, capacity: int, width: int, device: torch.device | str
+    ) -> TokenRows:
+        """Room for so many tokens, all zeros. ConfigError if a row of `width` is not whole blocks."""
+        (codes, dtype), *parts = quantizer.stored_parts(1, width).values()
+        lead = batch, kv_heads, capacity
+        made = [torch.zeros(*lead, *shape[1:], dtype=of, device=device) for shape, of in parts]
+        filled = torch.zeros(*lead, *codes[1:], dtype=dtype, device=device)
+        return TokenRows(quantizer, filled, dict(zip(quantizer.part_names, made, strict=True)))
+
+
+@dataclass(frozen=True)
+class CacheMatrices:
+    """[1 or kv heads, D, D] each, multiplied from the right; None is the identity. Products and their sums are in their
+    type, float32 or float64: in float64, codes do not depend on the order of sums."""
+
+    keys: Tensor | None = None
+    """T."""
+    queries: Tensor | None = None
+    """T^-T."""
+    values: Tensor | None = None
+    """U."""
+    outputs: Tensor | None = None
+    """U^-1."""
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """Keys and values of one layer, and how they are transformed."""
+
+    keys: TokenRows
+    values: TokenRows
+    matrices: CacheMatrices = CacheMatrices()
+
+
+def plain_append_tokens(
+    query: Tensor, key: Tensor, value: Tensor, cached: CachedTokens, position: int | Tensor
+) -> Tensor:
+    """Pack key and value [B, kv heads, T, D] of new tokens, transformed, as float32 numbers into the places from
+    `position` on, an int, or int64 [1] on the device.
+
+    Returns the query [B, heads, T, D], transformed, in its own type.
+    Nothing is refused: what holds NaN or Inf is read back as NaN.
+    """
+    _write(cached.keys, times_each(key, cached.matrices.keys), position)
+    _write(cached.values, times_each(value, cached.matrices.values), position)
+    return query if cached.matrices.queries is None else times_each(query, cached.matrices.queries).to(query.dtype)
+
+
+def plain_decode_attention(
+    query: Tensor,
+    cached: CachedTokens,
+    length: int | Tensor,
+    visible: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of one token a sequence, query [B, heads, 1, D], to the first `length` tokens: shape and type of it.
+
+    `length` is an int, or int64 [1] on the device. Where `visible` [B, N], N at least `length`, is 0 a token is not
+    seen; a query that sees none gets zeros. Arithmetic is float32. With `softcap` c scores are c tanh(score / c).
+    """
+    tokens = length if isinstance(length, int) else cached.keys.capacity
+    keys, values = cached.keys.first(tokens).dequantize(), cached.values.first(tokens).dequantize()
+    grouped = query.float().reshape(len(query), keys.shape[1], -1, query.shape[-1])
+    scores = grouped @ keys.mT * scaling
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    seen = (torch.arange(tokens, device=query.device) < length)[None]
+    if visible is not None:
+        seen = seen & (torch.nn.functional.pad(visible, (0, max(0, tokens - visible.shape[1])))[:, :tokens] != 0)
+    seen = seen[:, None, None]
+    p = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).masked_fill(~seen, 0)
+    # Whatever lies in places that are not filled yet is not read.
+    found = p @ values.masked_fill(~seen.mT, 0)
+    outputs = cached.matrices.outputs
+    found = found.reshape(query.shape)
+    return (found if outputs is None else times_each(found, outputs)).to(query.dtype)
+
+
+def times_each(x: Tensor, matrices: Tensor | None) -> Tensor:
+    """x [B, heads, T, D] times the matrix of its kv head, float32."""
+    if matrices is None:
+        return x.float()
+    grouped = x.to(matrices.dtype).unflatten(1, (len(matrices), -1))
+    return (grouped @ matrices[:, None]).flatten(1, 2).float()
+
+
+def _write(rows: TokenRows, x: Tensor, position: int | Tensor) -> None:
+    format, rule = rows.quantizer.format, rows.quantizer.rule
+    blocks = as_blocks(x, format, "keys or values")
+    quantized = encode_blocks(blocks, choose_parts(blocks, format, rule), format)
+    targets, sources = {"codes": rows.codes, **rows.parts}, {"codes": quantized.packed(), **quantized.parts.tensors}
+    for name, target in targets.items():
+        if isinstance(position, int):
+            target[:, :, position : position + x.shape[2]] = sources[name]
+        else:
+            places = position + torch.arange(x.shape[2], device=position.device)
+            target.index_copy_(2, places, sources[name])

@@ -1,0 +1,401 @@
+"""Tokens packed and read in registers: against the plain twins, float64, and every code and scale."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxrot.formats import TensorQuantizer, fake_quantize
+from mxrot.kernels.cached_attention import append_tokens, decode_attention, decodes_packed
+from mxrot.kernels.plain.cached_attention import (
+    CachedTokens,
+    CacheMatrices,
+    TokenRows,
+    plain_append_tokens,
+    plain_decode_attention,
+    times_each,
+)
+from mxrot.transforms.base import random_orthogonal
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMATS = ["mxfp4", "mxfp8_e4m3", "mxfp8_e5m2", "int4_row_asym", "int4_g32_asym", "int2_g32_asym", "int2_row_asym"]
+QUANTIZERS = [TensorQuantizer.of(name) for name in FORMATS]
+OTHER_RULES = [
+    *(TensorQuantizer.of("mxfp4", rule) for rule in ("floor", "rceil")),
+    TensorQuantizer.of("mxfp4", "even", 0.9),
+    TensorQuantizer.of("mxfp8_e4m3", "floor", 0.75),
+    TensorQuantizer.of("int4_row_asym", None, 0.95),
+    TensorQuantizer.of("int2_g32_asym", None, 0.8),
+]
+
+# The interpreter is NumPy, which reports what IEEE arithmetic does silently.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
+
+
+def spelled(quantizer: object) -> str:
+    return quantizer.spelled if isinstance(quantizer, TensorQuantizer) else str(quantizer)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Rows of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator) * torch.exp(torch.randn(*shape[:-1], 1, generator=generator))
+    return x.to(DEVICE)
+
+
+def empty(
+    keys: TensorQuantizer,
+    values: TensorQuantizer,
+    shape: tuple[int, int, int, int],
+    matrices: CacheMatrices = CacheMatrices(),  # noqa: B008
+) -> CachedTokens:
+    """Room for [B, heads, tokens, D], in which anything lies: scales that are NaN, too."""
+    batch, heads, tokens, width = shape
+    rows = [TokenRows.empty(one, batch, heads, tokens, width, DEVICE) for one in (keys, values)]
+    for each in rows:
+        for tensor in (each.codes, *each.parts.values()):
+            tensor.view(torch.uint8).fill_(255)
+    return CachedTokens(rows[0], rows[1], matrices)
+
+
+def filled(
+    keys: TensorQuantizer, values: TensorQuantizer, shape: tuple[int, int, int, int], room: int = 0
+) -> CachedTokens:
+    batch, heads, tokens, width = shape
+    cached = empty(keys, values, (batch, heads, tokens + room, width))
+    key, value = random(*shape, seed=1), random(*shape, seed=2)
+    plain_append_tokens(key, key, value, cached, 0)
+    return cached
+
+
+def fused_append(query: Tensor, key: Tensor, value: Tensor, cached: CachedTokens, position: int | Tensor) -> Tensor:
+    from mxrot.kernels.fused.append_tokens import append_tokens as fused
+
+    return fused(query, key, value, cached, position)
+
+
+def fused_attention(
+    query: Tensor,
+    cached: CachedTokens,
+    length: int | Tensor,
+    visible: Tensor | None = None,
+    softcap: float | None = None,
+    tokens: int = 16,
+    splits: int = 2,
+) -> Tensor:
+    from mxrot.kernels.fused.cached_attention import Tile, attend_by_tiles
+
+    scaling = query.shape[-1] ** -0.5
+    return attend_by_tiles(query, cached, length, visible, scaling, softcap, Tile(tokens, splits))
+
+
+def same_bits(a: CachedTokens, b: CachedTokens) -> bool:
+    pairs = [(a.keys, b.keys), (a.values, b.values)]
+    tensors = [((x.codes, *x.parts.values()), (y.codes, *y.parts.values())) for x, y in pairs]
+    return all(
+        torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+        for one, other in tensors
+        for x, y in zip(one, other, strict=True)
+    )
+
+
+def exact(
+    query: Tensor, cached: CachedTokens, length: int, visible: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention in float64, one query and one key after the other in no clever order; and how far the kernel may be.
+
+    Operands of products may be rounded to bfloat16, scores and sums to float32 at each of their terms.
+    """
+    q, scaling = query.double(), query.shape[-1] ** -0.5
+    keys, values = (x.first(length).dequantize().double() for x in (cached.keys, cached.values))
+    group = q.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    scores = torch.einsum("bhqd,bhnd->bhqn", q, keys) * scaling
+    size = torch.einsum("bhqd,bhnd->bhqn", q.abs(), keys.abs()).amax() * scaling
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    if visible is not None:
+        scores = scores.masked_fill(visible[:, None, None, :length] == 0, -math.inf)
+    p = scores.softmax(dim=-1).nan_to_num()
+    expected = torch.einsum("bhqn,bhnd->bhqd", p, values)
+    bfloat16 = 0.0 if DEVICE == "cpu" or query.dtype == torch.float32 else 2.0**-8
+    rounded = bfloat16 if query.dtype == torch.bfloat16 or len(cached.keys.parts) > 1 else 2.0**-16
+    of_p = 2 * size * (rounded * (len(cached.keys.parts) > 1) + query.shape[-1] * 2.0**-22) + rounded
+    own = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[query.dtype]
+    bound = (of_p + length * 2.0**-22 + 2.0**-18 + rounded + own) * values.abs().amax(dim=2, keepdim=True)
+    return expected, bound
+
+
+def assert_is_attention(
+    found: Tensor,
+    query: Tensor,
+    cached: CachedTokens,
+    length: int,
+    visible: Tensor | None = None,
+    softcap: float | None = None,
+) -> None:
+    expected, bound = exact(query, cached, length, visible, softcap)
+    assert found.shape == query.shape and found.dtype == query.dtype
+    assert ((found.double() - expected).abs() <= bound).all(), float((found.double() - expected).abs().max())
+
+
+@pytest.mark.parametrize("position", [3, torch.tensor([3])], ids=["int", "on the device"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, *OTHER_RULES], ids=spelled)
+def test_a_token_has_the_bits_of_the_format(quantizer: TensorQuantizer, width: int, position: int | Tensor) -> None:
+    """Zeros, ties, subnormal numbers, the largest ones, and rows of one sign among them."""
+    key, value, query = random(4, 2, 1, width), random(4, 2, 1, width, seed=1), random(4, 6, 1, width, seed=2)
+    key[0, 0], key[0, 1, 0, :8] = 0, -0.0
+    key[1] = torch.arange(width, device=DEVICE) * 0.25 - 3.5
+    key[2, 0] *= 2.0**-130
+    key[2, 1], value[2, 0] = 2.0**15, value[2, 0].abs()
+    value[3, 1] = -value[3, 1].abs()
+    expected, found = (empty(quantizer, QUANTIZERS[0], (4, 2, 5, width)) for _ in range(2))
+    swapped, own = (empty(QUANTIZERS[0], quantizer, (4, 2, 5, width)) for _ in range(2))
+    place = position if isinstance(position, int) else position.to(DEVICE)
+    assert fused_append(query, key, value, found, place) is query
+    assert plain_append_tokens(query, key, value, expected, place) is query
+    assert same_bits(found, expected)
+    fused_append(query, value, key, own, place)
+    plain_append_tokens(query, value, key, swapped, place)
+    assert same_bits(own, swapped)
+    row = TokenRows(quantizer, *(_of_token(found.keys, 3))).dequantize()
+    assert torch.equal(row, fake_quantize(key, quantizer.format, quantizer.rule))
+
+
+def _of_token(rows: TokenRows, token: int) -> tuple[Tensor, dict[str, Tensor]]:
+    parts = {name: part[:, :, token : token + 1] for name, part in rows.parts.items()}
+    return rows.codes[:, :, token : token + 1], parts
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=spelled)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_read_as_none(quantizer: TensorQuantizer, bad: float) -> None:
+    key, value = random(1, 1, 1, 64), random(1, 1, 1, 64, seed=1)
+    key[..., 40] = bad
+    cached = empty(quantizer, quantizer, (1, 1, 2, 64))
+    fused_append(key, key, value, cached, 1)
+    block = slice(32, 64) if len(cached.keys.parts["scale"][0, 0, 0]) > 1 else slice(None)
+    assert cached.keys.dequantize()[0, 0, 1, block].isnan().all()
+    assert cached.values.dequantize()[0, 0, 1].isfinite().all()
+
+
+def signed_permutations(count: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    found = torch.stack([torch.eye(width)[torch.randperm(width, generator=generator)] for _ in range(count)])
+    return (found * (torch.randint(0, 2, (count, 1, width), generator=generator) * 2 - 1)).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("count", "group", "batch", "most"), [(1, 3, 1, 256), (2, 4, 3, 5), (2, 1, 5, 2)])
+def test_matrices_of_a_head(
+    count: int, group: int, batch: int, most: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products with permutations are the same numbers in any order, so all bits are; for one row a program or more."""
+    monkeypatch.setattr(importlib.import_module("mxrot.kernels.fused.append_tokens"), "PROGRAMS", most)
+    width = 64
+    permutations = signed_permutations(count, width)
+    matrices = CacheMatrices(permutations, permutations.roll(1, dims=2), permutations.double().mT.contiguous())
+    expected, found = (empty(QUANTIZERS[0], QUANTIZERS[3], (batch, 2, 3, width), matrices) for _ in range(2))
+    # As a model gives them: the heads of a token side by side.
+    query = random(batch, 1, 2 * group, width).to(dtype).transpose(1, 2)
+    key, value = (random(batch, 1, 2, width, seed=seed).to(dtype).transpose(1, 2) for seed in (1, 2))
+    turned = fused_append(query, key, value, found, 2)
+    assert turned.dtype == dtype and turned.is_contiguous()
+    assert torch.equal(turned, plain_append_tokens(query, key, value, expected, 2)) and same_bits(found, expected)
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_float64_matrices_leave_no_choice(width: int) -> None:
+    T = random_orthogonal(2, width, torch.Generator().manual_seed(0)).to(DEVICE)
+    matrices = CacheMatrices(T, T.float(), T)
+    expected, found = (empty(QUANTIZERS[0], QUANTIZERS[1], (2, 2, 1, width), matrices) for _ in range(2))
+    query, key, value = random(2, 4, 1, width), random(2, 2, 1, width, seed=1), random(2, 2, 1, width, seed=2)
+    turned = fused_append(query, key, value, found, 0)
+    torch.testing.assert_close(turned, plain_append_tokens(query, key, value, expected, 0), rtol=1e-5, atol=1e-5)
+    assert same_bits(found, expected)
+    # And transforms cancel in what they are for.
+    torch.testing.assert_close(
+        (turned.double() * times_each(key, T).double().repeat_interleave(2, 1)).sum(-1),
+        (query.double() * key.double().repeat_interleave(2, 1)).sum(-1),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize(("width", "group", "length"), [(64, 1, 15), (128, 3, 37), (64, 4, 1), (128, 8, 16)])
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=spelled)
+def test_it_is_attention(quantizer: TensorQuantizer, width: int, group: int, length: int) -> None:
+    cached = filled(quantizer, quantizer, (2, 2, length, width), room=5)
+    query = random(2, 2 * group, 1, width)
+    assert_is_attention(fused_attention(query, cached, length), query, cached, length)
+    assert_is_attention(plain_decode_attention(query, cached, length, None, width**-0.5), query, cached, length)
+
+
+@pytest.mark.parametrize(("keys", "values"), [(0, 3), (3, 1), (1, 5), (6, 0)])
+def test_keys_of_another_format_than_values(keys: int, values: int) -> None:
+    cached = filled(QUANTIZERS[keys], QUANTIZERS[values], (1, 2, 21, 128))
+    query = random(1, 4, 1, 128)
+    assert_is_attention(fused_attention(query, cached, 21), query, cached, 21)
+
+
+@pytest.mark.parametrize(("tokens", "splits"), [(16, 1), (16, 7), (32, 3), (64, 5)])
+def test_any_sharing_out(tokens: int, splits: int) -> None:
+    """More programs than there are tokens for, too; and a length that lies on the device, in a larger room."""
+    cached = filled(QUANTIZERS[0], QUANTIZERS[0], (1, 2, 70, 64), room=30)
+    query = random(1, 6, 1, 64)
+    found = fused_attention(query, cached, 70, None, None, tokens, splits)
+    assert_is_attention(found, query, cached, 70)
+    length = torch.tensor([70], device=DEVICE)
+    assert torch.equal(fused_attention(query, cached, length, None, None, tokens, splits), found)
+    assert_is_attention(plain_decode_attention(query, cached, length, None, 64**-0.5), query, cached, 70)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool], ids=str)
+def test_left_padding(dtype: torch.dtype) -> None:
+    """Sequences of 70, 20, 1 and no tokens: the last one gets zeros."""
+    length = 70
+    cached = filled(QUANTIZERS[0], QUANTIZERS[3], (4, 1, length, 64))
+    query = random(4, 2, 1, 64)
+    visible = (torch.arange(length) >= torch.tensor([0, 50, 69, 70])[:, None]).to(dtype).to(DEVICE)
+    for found in (
+        fused_attention(query, cached, length, visible),
+        plain_decode_attention(query, cached, length, visible, 64**-0.5),
+    ):
+        assert_is_attention(found, query, cached, length, visible)
+        assert not found[3].any()
+
+
+@pytest.mark.parametrize("cap", [2.0, 50.0])
+def test_soft_caps(cap: float) -> None:
+    cached = filled(QUANTIZERS[1], QUANTIZERS[1], (1, 1, 20, 64))
+    query = random(1, 2, 1, 64) * 5
+    assert_is_attention(fused_attention(query, cached, 20, None, cap), query, cached, 20, None, cap)
+    plain = plain_decode_attention(query, cached, 20, None, 64**-0.5, cap)
+    assert_is_attention(plain, query, cached, 20, None, cap)
+
+
+def test_values_are_transformed_back() -> None:
+    U = random_orthogonal(2, 64, torch.Generator().manual_seed(0)).to(DEVICE)
+    matrices = CacheMatrices(values=U, outputs=U.mT.contiguous())
+    cached = empty(QUANTIZERS[1], QUANTIZERS[1], (1, 2, 1, 64), matrices)
+    query, key, value = random(1, 4, 1, 64), random(1, 2, 1, 64, seed=1), random(1, 2, 1, 64, seed=2)
+    fused_append(query, key, value, cached, 0)
+    expected = times_each(cached.values.dequantize(), U.mT).repeat_interleave(2, 1)
+    # One token is all that is seen, so this is its value: what is left of it in 8 bits.
+    for found in (fused_attention(query, cached, 1), plain_decode_attention(query, cached, 1, None, 0.125)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - value.repeat_interleave(2, 1)).norm() < 0.04 * value.norm() * 2**0.5
+
+
+def test_every_code_and_scale() -> None:
+    """Exhaustive: each byte of MXFP4 and E4M3, under scales from 2^-60 to 2^60, as the one value that is seen."""
+    for quantizer in QUANTIZERS[:2]:
+        codes = torch.arange(256, dtype=torch.uint8).view(2, 1, 1, -1)
+        codes = codes.masked_fill(codes & 127 == 127, 0) if quantizer.format.bits == 8 else codes
+        groups = 128 * 8 // quantizer.format.bits // 32
+        scales = torch.tensor([67, 127, 187, 100, 128, 150, 90, 140], dtype=torch.uint8)[:groups].repeat(2, 1, 1, 1)
+        rows = TokenRows(quantizer, codes.to(DEVICE), {"scale": scales.to(DEVICE)})
+        query = torch.zeros(2, 1, 1, 32 * groups, device=DEVICE)
+        found = fused_attention(query, CachedTokens(rows, rows), 1, splits=1)
+        assert torch.equal(found, rows.dequantize())
+
+
+def test_scales_of_keys() -> None:
+    """A score that is exact: one column of the query against each code, where another token has the score 0."""
+    for quantizer in (QUANTIZERS[0], QUANTIZERS[1]):
+        cached = filled(quantizer, quantizer, (1, 1, 2, 64))
+        cached.keys.parts["scale"][:, :, 0] = 127
+        cached.keys.codes[:, :, 1] = 0
+        query = torch.zeros(1, 1, 1, 64, device=DEVICE)
+        for column in (0, 3, 31, 32, 62):
+            query.zero_()[..., column] = 1.5
+            assert_is_attention(fused_attention(query, cached, 2), query, cached, 2)
+
+
+def test_no_sequences() -> None:
+    cached = empty(QUANTIZERS[0], QUANTIZERS[0], (0, 2, 3, 64))
+    assert fused_attention(random(0, 4, 1, 64), cached, 3).shape == (0, 4, 1, 64)
+
+
+@pytest.mark.parametrize("pairs", [1, 8, 64, 256, 4096])
+@pytest.mark.parametrize("tokens", [1, 63, 1024, 16384, 131072])
+@pytest.mark.parametrize("processors", [1, 108, 132])
+def test_tiles_are_what_the_kernels_take(pairs: int, tokens: int, processors: int) -> None:
+    from mxrot.kernels.fused.cached_attention import MOST_SPLITS, choose_tile
+
+    tile = choose_tile(pairs, tokens, processors)
+    assert tile.tokens in (16, 32, 64, 128) and 1 <= tile.splits <= MOST_SPLITS
+    # No program is left without a token, unless rounding up left it so.
+    assert (tile.splits - 1) * tile.tokens < tokens
+
+
+def test_what_the_kernels_read() -> None:
+    from mxrot.kernels.fused.packed_rows import RowLayout
+
+    assert all(RowLayout.of(quantizer, 128) is not None for quantizer in (*QUANTIZERS, *OTHER_RULES))
+    others = ["mxfp6_e2m3", "mxint8", "nvfp4", "amxfp4", "int4_g32", "int8_row"]
+    assert not any(RowLayout.of(TensorQuantizer.of(name), 128) for name in others)
+    assert RowLayout.of(TensorQuantizer.of("mxfp4", "x3"), 128) is None
+    assert RowLayout.of(TensorQuantizer.of("int4_g128_asym"), 64) is None
+
+
+def test_without_a_gpu_plain_code_runs() -> None:
+    cached, same = (filled(QUANTIZERS[0], QUANTIZERS[2], (1, 2, 7, 64), room=1) for _ in range(2))
+    query, key, value = random(1, 4, 1, 64), random(1, 2, 1, 64, seed=4), random(1, 2, 1, 64, seed=5)
+    assert decodes_packed(query, cached) == (DEVICE == "cuda")
+    turned = append_tokens(query, key, value, cached, 7)
+    plain_append_tokens(query, key, value, same, 7)
+    assert torch.equal(turned, query) and same_bits(cached, same)
+    found = decode_attention(query, cached, 8, None, 0.125)
+    assert_is_attention(found, query, cached, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=spelled)
+def test_on_matrix_hardware(quantizer: TensorQuantizer, dtype: torch.dtype) -> None:
+    for width, group, length in ((128, 4, 1000), (64, 3, 77), (256, 1, 300), (128, 32, 2049)):
+        cached = filled(quantizer, quantizer, (2, 2, length, width), room=9)
+        query = random(2, 2 * group, 1, width).to(dtype)
+        assert decodes_packed(query, cached)
+        found = decode_attention(query, cached, length, None, width**-0.5)
+        assert_is_attention(found, query, cached, length)
+        visible = (torch.arange(length, device=DEVICE) >= torch.tensor([[0], [length // 2]], device=DEVICE)).byte()
+        found = decode_attention(query, cached, length, visible, width**-0.5)
+        assert_is_attention(found, query, cached, length, visible)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_step_goes_on() -> None:
+    """A CUDA graph whose position moves on the device writes and reads what single calls do."""
+    width, quantizer = 128, QUANTIZERS[0]
+    T = random_orthogonal(8, width, torch.Generator().manual_seed(0)).to(DEVICE)
+    recorded, single = (empty(quantizer, quantizer, (2, 8, 300, width), CacheMatrices(T, T.float())) for _ in range(2))
+    query, key, value = (torch.empty(2, heads, 1, width, device=DEVICE, dtype=torch.bfloat16) for heads in (32, 8, 8))
+    position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+
+    def step() -> Tensor:
+        turned = append_tokens(query, key, value, recorded, position)
+        return decode_attention(turned, recorded, position + 1, None, width**-0.5)
+
+    for x in (query, key, value):
+        x.normal_()
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for token in range(300):
+        for x in (query, key, value):
+            x.normal_()
+        position.fill_(token)
+        graph.replay()
+        turned = append_tokens(query, key, value, single, token)
+    assert same_bits(recorded, single)
+    assert_is_attention(out, turned, single, 300)
