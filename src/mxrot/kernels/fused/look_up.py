@@ -1,0 +1,286 @@
+"""A few rows of integers times 2-bit weights whose codes are looked up in four levels a group (Triton).
+
+For one row the weights are read once, 16 of them in four bytes, and memory sets the pace only if a weight costs about
+one instruction. Hence:
+
+- The four int8 levels of a group are one 32-bit register. PRMT picks four of its bytes by four selectors of four bits,
+  and two-bit codes are such selectors as they lie, every other one of them: codes 0, 2, 4, 6 of a word under the mask
+  0x3333, codes 1, 3, 5, 7 two bits further. DP4A multiplies what was picked by four inputs and adds the products up.
+  That is 13 instructions for 16 weights, and integers all the way: the product of a group is exact.
+- Inputs lie in the order that this asks for (`plain.in_planes`), so a thread loads 16 bytes of them at a time, too.
+- A thread takes 64 weights of each of several rows; what it picked serves all rows of inputs. All its weights are on
+  their way before it waits for the inputs: the kernel is launched while the one that writes them runs.
+- Warps of a program lie along K or along rows of weights (`Tile`). The dimensions of all tensors are those of the
+  layout, so that threads exchange nothing before the sums over K; these have a fixed order.
+
+`plain_look_up_product` is the specification, up to the order of the float32 sums. Triton's interpreter has no inline
+assembly: there PRMT and DP4A are written out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
+
+from mxrot.kernels.fused.overlap import can_overlap
+from mxrot.kernels.plain.look_up import IntegerRows
+
+MOST_INPUTS = 8
+"""Rows of inputs that a program takes at once."""
+
+
+@triton.jit
+def _pick(levels, selectors, ASSEMBLY: tl.constexpr):
+    """Four of the bytes of `levels` by the lower four nibbles of `selectors`, each 0 to 3: int32."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [levels, selectors], tl.int32, is_pure=True, pack=1
+        )
+    else:
+        picked = (levels >> ((selectors & 3) << 3)) & 255
+        for place in tl.static_range(1, 4):
+            picked |= ((levels >> (((selectors >> (4 * place)) & 3) << 3)) & 255) << (8 * place)
+        return picked
+
+
+@triton.jit
+def _add_products(total, left, right, ASSEMBLY: tl.constexpr):
+    """total + the sum of the products of four int8 each."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [left, right, total], tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for place in tl.static_range(4):
+            total += ((left << (24 - 8 * place)) >> 24) * ((right << (24 - 8 * place)) >> 24)
+        return total
+
+
+@triton.jit
+def _load_weights(
+    words_pointer,
+    scales_pointer,
+    levels_pointer,
+    rows,
+    FIRST: tl.constexpr,
+    ACROSS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+):
+    """Words [RUN, DOWN, ACROSS, WORDS] of the chunks from FIRST on, and scales and levels [RUN, DOWN, ACROSS, 1] of
+    their groups; zeros beyond the end."""
+    chunk = FIRST + tl.arange(0, ACROSS)[None, None, :, None]
+    at = (rows * CHUNKS + chunk) * WORDS + tl.arange(0, WORDS)[None, None, None, :]
+    group = rows * (CHUNKS // PER_GROUP) + chunk // PER_GROUP
+    if PER_GROUP == 1:
+        group = tl.max_contiguous(group, [1, 1, 1, 1])  # a thread has one of them, as it has one chunk
+    if FIRST + ACROSS <= CHUNKS:
+        words = tl.load(words_pointer + at, eviction_policy="evict_first")
+        return words, tl.load(scales_pointer + group), tl.load(levels_pointer + group)
+    else:
+        inside = chunk < CHUNKS
+        words = tl.load(words_pointer + at, mask=inside, other=0, eviction_policy="evict_first")
+        scales = tl.load(scales_pointer + group, mask=inside, other=0.0)
+        return words, scales, tl.load(levels_pointer + group, mask=inside, other=0)
+
+
+@triton.jit
+def _load_inputs(
+    pointer, DOWN: tl.constexpr, FIRST: tl.constexpr, ACROSS: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr
+):
+    """The four planes of a row of inputs for the chunks from FIRST on, each [1, DOWN, ACROSS, WORDS]; zeros beyond.
+
+    The same for all of DOWN, so that each warp has what it needs.
+    """
+    chunk = FIRST + tl.arange(0, ACROSS)[None, None, :, None] + tl.zeros([1, DOWN, 1, 1], tl.int32)
+    at = pointer + chunk * WORDS + tl.arange(0, WORDS)[None, None, None, :]
+    SIZE: tl.constexpr = CHUNKS * WORDS
+    if FIRST + ACROSS <= CHUNKS:
+        return tl.load(at), tl.load(at + SIZE), tl.load(at + 2 * SIZE), tl.load(at + 3 * SIZE)
+    else:
+        inside = chunk < CHUNKS
+        return (
+            tl.load(at, mask=inside, other=0),
+            tl.load(at + SIZE, mask=inside, other=0),
+            tl.load(at + 2 * SIZE, mask=inside, other=0),
+            tl.load(at + 3 * SIZE, mask=inside, other=0),
+        )
+
+
+@triton.jit
+def _side_by_side(parts, COUNT: tl.constexpr):
+    """1, 2, 4 or 8 tensors [A, B, C] as one [A, B, C, COUNT]."""
+    if COUNT == 1:
+        return parts[0][:, :, :, None]
+    elif COUNT == 2:
+        return tl.join(parts[0], parts[1])
+    elif COUNT == 4:
+        return _flat(tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])))
+    else:
+        even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
+        odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
+        return _flat(tl.join(even, odd))
+
+
+@triton.jit
+def _flat(joined):
+    """All dimensions from the fourth on as one."""
+    A: tl.constexpr = joined.shape[0]
+    B: tl.constexpr = joined.shape[1]
+    C: tl.constexpr = joined.shape[2]
+    return tl.reshape(joined, [A, B, C, joined.numel // (A * B * C)])
+
+
+@triton.jit(do_not_specialize=["inputs_in_all"])
+def _look_up_product(
+    inputs_pointer,
+    input_scales_pointer,
+    words_pointer,
+    scales_pointer,
+    levels_pointer,
+    out_pointer,
+    inputs_in_all,
+    rows_in_all,
+    ASSEMBLY: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    INPUTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    STEPS: tl.constexpr = (CHUNKS + ACROSS - 1) // ACROSS
+    first_row = tl.program_id(0) * (RUN * DOWN)
+    place = tl.arange(0, RUN)[:, None] * DOWN + tl.arange(0, DOWN)[None, :]
+    rows = tl.minimum(first_row + place, rows_in_all - 1)[:, :, None, None]
+    loaded: tl.tuple = ()
+    for step in tl.static_range(STEPS):
+        if step < AHEAD:
+            loaded += _load_weights(
+                words_pointer, scales_pointer, levels_pointer, rows, step * ACROSS, ACROSS, CHUNKS, WORDS, PER_GROUP
+            )
+    if OVERLAP:
+        gdc_wait()
+    totals: tl.tuple = ()
+    for _ in tl.static_range(INPUTS):
+        totals += (tl.zeros([RUN, DOWN, ACROSS], tl.float32),)
+    for step in tl.static_range(STEPS):
+        if step + AHEAD < STEPS:
+            loaded += _load_weights(
+                words_pointer,
+                scales_pointer,
+                levels_pointer,
+                rows,
+                (step + AHEAD) * ACROSS,
+                ACROSS,
+                CHUNKS,
+                WORDS,
+                PER_GROUP,
+            )
+        words, levels = loaded[3 * step], loaded[3 * step + 2]
+        scales = tl.reshape(loaded[3 * step + 1].to(tl.float32), [RUN, DOWN, ACROSS])
+        even, odd = words & 0x33333333, (words >> 2) & 0x33333333
+        first, second = _pick(levels, even, ASSEMBLY), _pick(levels, even >> 16, ASSEMBLY)
+        third, fourth = _pick(levels, odd, ASSEMBLY), _pick(levels, odd >> 16, ASSEMBLY)
+        added: tl.tuple = ()
+        for which in tl.static_range(INPUTS):
+            # Of rows beyond the end the last one.
+            pointer = inputs_pointer + tl.minimum(which, inputs_in_all - 1) * (4 * CHUNKS * WORDS)
+            one, two, three, four = _load_inputs(pointer, DOWN, step * ACROSS, ACROSS, CHUNKS, WORDS)
+            sums = _add_products(tl.zeros_like(words), first, one, ASSEMBLY)
+            sums = _add_products(sums, second, two, ASSEMBLY)
+            sums = _add_products(sums, third, three, ASSEMBLY)
+            sums = _add_products(sums, fourth, four, ASSEMBLY)
+            added += (totals[which] + tl.sum(sums, axis=3).to(tl.float32) * scales,)
+        totals = added
+    row, count = (first_row + place)[:, :, None], tl.arange(0, INPUTS)[None, None, :]
+    inside = (row < rows_in_all) & (count < inputs_in_all)
+    sums = tl.sum(_side_by_side(totals, INPUTS), axis=2)
+    product = sums * tl.load(input_scales_pointer + tl.minimum(count, inputs_in_all - 1))
+    tl.store(out_pointer + count * rows_in_all + row, product.to(out_pointer.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program computes, and how."""
+
+    run: int
+    """Rows of weights that a thread takes."""
+    down: int
+    """Warps that have rows of their own."""
+    across: int
+    """Warps that share a row: each has its part of K."""
+    ahead: int = 8
+    """Steps along K whose weights are loaded before anything is computed."""
+
+
+def choose_tile(inputs: int, rows: int, chunks: int) -> Tile:
+    """For so many rows of inputs and of weights, and chunks of K."""
+    across = 1 if chunks <= 32 else 2 if chunks <= 64 else 4
+    return Tile(4 if rows >= 16384 else 2, 4 // across, across)
+
+
+def words_of_chunk(group: int) -> int:
+    """Words of 16 weights that a thread loads at once, all of one group of so many weights; 0 where there are none."""
+    return next((words for words in (4, 2, 1) if group % (16 * words) == 0), 0)
+
+
+def look_up_product(inputs: IntegerRows, packed: Tensor, scales: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `plain_look_up_product` defines it, for at most MOST_INPUTS rows of inputs in the order of `plain.in_planes`,
+    and groups that are a multiple of 16."""
+    rows, groups = scales.shape
+    words = words_of_chunk(4 * packed.shape[1] // max(1, groups))
+    tile = choose_tile(inputs.scales.numel(), rows, packed.shape[1] // (4 * words))
+    return product_by_tiles(inputs, packed, scales, levels, dtype, tile, packed.is_cuda)
+
+
+def product_by_tiles(
+    inputs: IntegerRows,
+    packed: Tensor,
+    scales: Tensor,
+    levels: Tensor,
+    dtype: torch.dtype,
+    tile: Tile,
+    has_assembly: bool,
+) -> Tensor:
+    """`look_up_product` by tiles of a given kind, with PRMT and DP4A or with arithmetic in their place."""
+    rows, groups = scales.shape
+    count = inputs.scales.numel()
+    width = 4 * packed.shape[1]
+    words = words_of_chunk(width // groups)
+    assert count <= MOST_INPUTS and words and rows * width < 2**35
+    out = torch.empty(count, rows, dtype=dtype, device=packed.device)
+    if out.numel():
+        overlaps = can_overlap(packed.device)
+        _look_up_product[(triton.cdiv(rows, tile.run * tile.down),)](
+            inputs.codes.view(-1, width).view(torch.int32),
+            inputs.scales,
+            packed.view(torch.int32),
+            scales,
+            levels.view(torch.int32),
+            out,
+            count,
+            rows,
+            ASSEMBLY=has_assembly,
+            OVERLAP=overlaps,
+            INPUTS=triton.next_power_of_2(count),
+            CHUNKS=width // (16 * words),
+            WORDS=words,
+            PER_GROUP=width // groups // (16 * words),
+            RUN=tile.run,
+            DOWN=tile.down,
+            ACROSS=32 * tile.across,
+            AHEAD=tile.ahead,
+            num_warps=tile.down * tile.across,
+            launch_pdl=overlaps,
+        )
+    return out.view(*inputs.codes.shape[:-1], rows)

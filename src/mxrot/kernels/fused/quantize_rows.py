@@ -1,0 +1,110 @@
+"""Rows of inputs as integers with one scale each, in one launch (Triton).
+
+Reads fp16, bf16 or fp32 [M, K], a program a row: the largest magnitude or both ends, the scale, rounding, and the order
+in which `fused.look_up` reads what comes out. `plain_quantize_rows` and `in_planes` are the specification, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mxrot.formats import Format, ScaleRule
+from mxrot.formats.element import IntElement
+from mxrot.kernels.fused.overlap import can_overlap
+from mxrot.kernels.plain.look_up import IntegerRows
+
+INFINITY = tl.constexpr(0x7F800000)
+"""The bits of a float32; those of NaN are more."""
+HALF_EVEN = tl.constexpr(12582912.0)
+"""1.5 * 2^23: float32 holds no fraction next to it."""
+
+
+@triton.jit
+def _quantize_rows(
+    x_pointer,
+    codes_pointer,
+    scales_pointer,
+    words_in_all,
+    stride,
+    clip,
+    LARGEST: tl.constexpr,
+    UNIT: tl.constexpr,
+    SIGNED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    word = tl.arange(0, WORDS)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    at = row.to(tl.int64) * stride + word[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(x_pointer + at, mask=(word < words_in_all)[:, None], other=0.0).to(tl.float32)
+    # By bits, which do not lose a NaN.
+    magnitude = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0)
+    if SIGNED:
+        low = 0.0
+        span = magnitude.to(tl.float32, bitcast=True) * clip
+    else:
+        low = tl.minimum(tl.min(tl.min(x, axis=1), axis=0), 0.0) * clip
+        span = tl.maximum(tl.max(tl.max(x, axis=1), axis=0), 0.0) * clip - low
+    scale = tl.div_rn(span, LARGEST * UNIT).to(tl.float16).to(tl.float32)
+    is_finite = (magnitude < INFINITY) & (scale.to(tl.int32, bitcast=True) < INFINITY)
+    divisor = tl.where(is_finite & (scale > 0), scale, 1.0)
+    scaled = tl.div_rn(tl.where(is_finite & (scale > 0), x, 0.0), tl.zeros_like(x) + divisor)
+    if SIGNED:
+        integers = _rounded(scaled * (1 / UNIT), -LARGEST, LARGEST)
+    else:
+        zero = _rounded(tl.div_rn(-low, divisor), 0.0, LARGEST)
+        zero = tl.where(is_finite, zero, 0.0)
+        integers = _rounded(scaled + zero, 0.0, LARGEST) - zero
+    bytes_ = tl.reshape(integers.to(tl.int32) & 255, [WORDS, 2, 4, 2])
+    words = tl.xor_sum(bytes_ << (8 * tl.arange(0, 4)[None, None, :, None]), axis=2)
+    plane = 2 * tl.arange(0, 2)[None, None, :] + tl.arange(0, 2)[None, :, None]
+    inside = (word < words_in_all)[:, None, None]
+    target = row.to(tl.int64) * (4 * words_in_all) + plane * words_in_all + word[:, None, None]
+    tl.store(codes_pointer + target, words, mask=inside)
+    tl.store(scales_pointer + row, tl.where(is_finite, scale * UNIT, float("nan")))
+
+
+@triton.jit
+def _rounded(x, least, most):
+    """The nearest integer within these, ties to even."""
+    return (tl.minimum(tl.maximum(x, least), most) + HALF_EVEN) - HALF_EVEN
+
+
+def quantize_rows(x: Tensor, format: Format, rule: ScaleRule) -> IntegerRows:
+    """`plain_quantize_rows` of x [..., K], K a multiple of 16, with the codes in the order of `plain.in_planes`."""
+    element = format.element
+    assert isinstance(element, IntElement) and format.block is None
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    count, width = rows.shape
+    codes = torch.empty(count, width // 4, dtype=torch.int32, device=x.device)
+    scales = torch.empty(count, 1, dtype=torch.float32, device=x.device)
+    if rows.numel():
+        overlaps = can_overlap(x.device)
+        words = triton.next_power_of_2(width // 16)
+        _quantize_rows[(count,)](
+            rows,
+            codes,
+            scales,
+            width // 16,
+            rows.stride(0),
+            float(rule.clip),
+            LARGEST=float(element.max_code),
+            UNIT=2.0**element.step_exponent,
+            SIGNED=element.is_signed,
+            OVERLAP=overlaps,
+            WORDS=words,
+            num_warps=max(1, min(16, words // 32)),
+            launch_pdl=overlaps,
+            # high * clip - low, fused, would not round the product as the twin does.
+            enable_fp_fusion=False,
+        )
+    shape = x.shape[:-1]
+    return IntegerRows(codes.view(torch.int8).view(*shape, width), scales.view(*shape, 1))

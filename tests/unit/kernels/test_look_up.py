@@ -1,0 +1,155 @@
+"""Integers by weights that are looked up: the kernel against the plain twin, float64 and every code at every place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxrot.formats import pack_codes
+from mxrot.kernels.plain import IntegerRows, in_planes, look_up, out_of_planes, plain_look_up_product
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Weights:
+    packed: Tensor
+    scales: Tensor
+    levels: Tensor
+
+    @classmethod
+    def of(cls, rows: int, columns: int, group: int, seed: int, exact: bool = False) -> Weights:
+        """Random; with `exact` scales of powers of two, so that no float32 sum is rounded."""
+        generator = torch.Generator().manual_seed(seed)
+        groups = columns // group
+        codes = torch.randint(0, 4, (rows, columns), generator=generator).to(torch.uint8)
+        scales = torch.exp(torch.randn(rows, groups, generator=generator) - 5)
+        scales = torch.exp2(scales.log2().floor().clamp(-10, -4)) if exact else scales
+        levels = torch.randint(-127, 128, (rows, groups, 4), generator=generator).to(torch.int8)
+        return cls(pack_codes(codes, 2).to(DEVICE), scales.half().to(DEVICE), levels.to(DEVICE))
+
+    def values(self) -> Tensor:
+        """float64 [N, K]."""
+        return (look_up(self.packed, self.levels).double() * self.scales.double()[..., None]).flatten(1)
+
+
+def inputs(rows: int, columns: int, seed: int, largest: int = 7) -> IntegerRows:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-largest, largest + 1, (rows, columns), generator=generator).to(torch.int8)
+    return IntegerRows(codes.to(DEVICE), torch.exp2(torch.randn(rows, 1, generator=generator).round()).to(DEVICE))
+
+
+def planes(x: IntegerRows) -> IntegerRows:
+    return IntegerRows(in_planes(x.codes), x.scales)
+
+
+def product(x: IntegerRows, w: Weights, dtype: torch.dtype = torch.float32) -> Tensor:
+    from mxrot.kernels.fused.look_up import look_up_product
+
+    return look_up_product(planes(x), w.packed, w.scales, w.levels, dtype)
+
+
+def plain(x: IntegerRows, w: Weights) -> Tensor:
+    return plain_look_up_product(x, w.packed, w.scales, w.levels, torch.float32)
+
+
+def assert_is_product(found: Tensor, x: IntegerRows, w: Weights) -> None:
+    """Groups are exact; of each a product and a sum are rounded, and the product with the scale of the row."""
+    a, b = x.codes.double() * x.scales.double(), w.values()
+    # A group may be summed in parts: in as many as 16 weights make one.
+    exact, bound = a @ b.mT, (a.shape[-1] / 16 + 2) * 2.0**-24 * (a.abs() @ b.abs().mT)
+    assert found.shape == exact.shape and ((found.double() - exact).abs() <= bound).all()
+
+
+def test_the_order_of_inputs() -> None:
+    x = torch.arange(96).view(2, 48)
+    found = in_planes(x)
+    assert found[0].view(4, 3, 4)[:, 0].tolist() == [[0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15]]
+    assert found[0].view(4, 3, 4)[0].tolist() == [[0, 2, 4, 6], [16, 18, 20, 22], [32, 34, 36, 38]]
+    assert torch.equal(out_of_planes(found), x) and torch.equal(in_planes(x[1]), found[1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"), [(1, 16, 16), (5, 128, 128), (37, 288, 96), (9, 576, 192), (70, 1152, 128)]
+)
+def test_it_is_the_product(count: int, rows: int, columns: int, group: int) -> None:
+    x, w = inputs(count, columns, 0), Weights.of(rows, columns, group, 1)
+    assert_is_product(product(x, w), x, w)
+    assert_is_product(plain(x, w), x, w)
+
+
+@pytest.mark.parametrize(("columns", "group"), [(1152, 128), (576, 96), (1344, 192)])
+@pytest.mark.parametrize("tile", [(1, 1, 1), (2, 2, 1), (4, 1, 2, 1), (1, 1, 4), (2, 2, 2, 0), (8, 1, 1, 2)])
+def test_every_kind_of_tile_gives_the_bits_of_the_twin(tile: tuple[int, ...], columns: int, group: int) -> None:
+    """Where no sum is rounded, its order changes nothing."""
+    from mxrot.kernels.fused.look_up import Tile, product_by_tiles
+
+    x, w = inputs(3, columns, 0), Weights.of(21, columns, group, 1, exact=True)
+    found = product_by_tiles(planes(x), w.packed, w.scales, w.levels, torch.float32, Tile(*tile), DEVICE == "cuda")
+    assert torch.equal(found, plain(x, w))
+
+
+def test_the_largest_integers() -> None:
+    """Inputs of 8 bits: the product of a group does not overflow, and is exact."""
+    x, w = inputs(2, 384, 0, largest=127), Weights.of(6, 384, 192, 1, exact=True)
+    x.codes[0], w.levels[:3] = -127, -127
+    assert product(x, w)[0, 0] == (127 * 127 * 192 * w.scales[0].double().sum() * x.scales[0].double()).item()
+    assert torch.equal(product(x, w), plain(x, w))
+
+
+def test_every_code_at_every_place() -> None:
+    """Exhaustive: each code, at each place of a group, against 1."""
+    ones = IntegerRows(torch.eye(128, dtype=torch.int8).to(DEVICE), torch.ones(128, 1).to(DEVICE))
+    codes = torch.arange(4, dtype=torch.uint8).repeat(32)
+    turned = torch.stack([codes.roll(turn) for turn in range(4)])
+    levels = torch.tensor([-128, -1, 3, 127], dtype=torch.int8)
+    w = Weights(
+        pack_codes(turned, 2).to(DEVICE), torch.ones(4, 1).half().to(DEVICE), levels.expand(4, 1, 4).contiguous().to(DEVICE)
+    )
+    expected = levels.float()[turned.long()].T
+    for start in range(0, 128, 8):
+        some = IntegerRows(ones.codes[start : start + 8], ones.scales[start : start + 8])
+        assert torch.equal(product(some, w).cpu(), expected[start : start + 8])
+    assert torch.equal(plain(ones, w).cpu(), expected)
+
+
+def test_types_leading_shapes_and_no_rows() -> None:
+    x, w = inputs(6, 256, 0), Weights.of(5, 256, 128, 1)
+    folded = IntegerRows(x.codes.view(2, 3, -1), x.scales.view(2, 3, 1))
+    found = product(folded, w, torch.bfloat16)
+    assert found.shape == (2, 3, 5) and found.dtype == torch.bfloat16
+    # Triton's interpreter cuts float32 off instead of rounding it.
+    torch.testing.assert_close(found.view(6, 5).float(), product(x, w), rtol=2.0**-7, atol=0)
+    assert plain_look_up_product(folded, w.packed, w.scales, w.levels, torch.float32).shape == (2, 3, 5)
+    assert product(IntegerRows(x.codes[:0], x.scales[:0]), w).shape == (0, 5)
+
+
+def test_a_row_that_is_nan() -> None:
+    x, w = inputs(2, 128, 0), Weights.of(5, 128, 128, 1)
+    x.scales[1] = float("nan")
+    assert product(x, w)[0].isfinite().all() and product(x, w)[1].isnan().all() and plain(x, w)[1].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+@pytest.mark.parametrize(("rows", "columns", "group"), [(1001, 4096, 128), (333, 14336, 128), (70, 576, 96), (90, 960, 192)])
+def test_instructions_are_the_arithmetic(rows: int, columns: int, group: int, count: int) -> None:
+    """PRMT and DP4A against shifts and products: the same tile, so the same sums, bit for bit."""
+    from mxrot.kernels.fused.look_up import Tile, product_by_tiles
+
+    x, w = inputs(count, columns, 0, largest=127), Weights.of(rows, columns, group, 1)
+    for tile in (Tile(2, 2, 2), Tile(4, 1, 1, 2)):
+        by, arithmetic = (
+            product_by_tiles(planes(x), w.packed, w.scales, w.levels, torch.float32, tile, has_assembly)
+            for has_assembly in (True, False)
+        )
+        assert torch.equal(by, arithmetic)
+        assert_is_product(by, x, w)
+    exact = Weights.of(rows, columns, group, 1, exact=True)
+    x = inputs(count, columns, 2)
+    assert torch.equal(product(x, exact), plain(x, exact))
