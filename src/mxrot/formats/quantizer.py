@@ -12,6 +12,7 @@ from torch import Tensor
 from mxrot.errors import ConfigError
 from mxrot.formats.block import fake_quantize
 from mxrot.formats.catalog import Format, get_format
+from mxrot.formats.look_up_table import LookUpTable
 from mxrot.formats.parts import Parts
 from mxrot.formats.scale import ScaleRule
 
@@ -40,6 +41,11 @@ class TensorQuantizer:
     @property
     def is_mxfp4(self) -> bool:
         return self.format.name == "mxfp4" and self.rule.is_power_of_two
+
+    @property
+    def looks_up(self) -> bool:
+        """Are codes the places of values in a table that each block has?"""
+        return isinstance(self.format.grid, LookUpTable)
 
     @property
     def looks_at_whole_tensor(self) -> bool:

@@ -4,8 +4,10 @@ from mxrot.kernels.cached_attention import append_tokens, decode_attention, deco
 from mxrot.kernels.dispatch import (
     Choice,
     block_moments,
+    choose_look_up,
     choose_path,
     divergence,
+    look_up_linear,
     moved_weights,
     moved_weights_gradients,
     multiply,
@@ -19,7 +21,7 @@ from mxrot.kernels.dispatch import (
     takes_block_scales,
     weight_parts,
 )
-from mxrot.kernels.linear import Inputs, PackedWeight
+from mxrot.kernels.linear import Inputs, LookUpWeight, PackedWeight
 from mxrot.kernels.plain import (
     CachedTokens,
     CacheMatrices,
@@ -44,6 +46,7 @@ __all__ = [
     "CachedTokens",
     "Choice",
     "Inputs",
+    "LookUpWeight",
     "PackedWeight",
     "ReachedColumns",
     "RoundedColumns",
@@ -52,10 +55,12 @@ __all__ = [
     "WeightMoves",
     "append_tokens",
     "block_moments",
+    "choose_look_up",
     "choose_path",
     "decode_attention",
     "decodes_packed",
     "divergence",
+    "look_up_linear",
     "moved_weights",
     "moved_weights_gradients",
     "multiply",

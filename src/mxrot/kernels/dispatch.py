@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mxrot.formats import BlockScales, Format, QTensor, ScaleRule, Uniform, get_format
 from mxrot.formats.block_scales import E8M0
-from mxrot.formats.element import Element, FloatElement
+from mxrot.formats.element import Element, FloatElement, IntElement
 from mxrot.kernels.chunked import packed_product_in_chunks, rotate_quantize_in_chunks
 from mxrot.kernels.crossovers import crossovers_of
-from mxrot.kernels.linear import PATHS, Inputs, PackedWeight
+from mxrot.kernels.linear import PATHS, Inputs, LookUpWeight, PackedWeight, by_look_up
 from mxrot.kernels.plain import (
     ReachedColumns,
     RoundedColumns,
@@ -186,6 +186,33 @@ def quantized_linear(inputs: Inputs, weight: PackedWeight) -> Tensor | None:
     if x is inputs.x:
         return PATHS[choice.path](inputs, weight)
     return PATHS[choice.path](replace(inputs, x=x, matrices=matrices), weight).to(inputs.x.dtype)
+
+
+LOOK_UP_ROWS = 8
+"""Up to so many rows codes of 2 bits are looked up; for more they are written out."""
+
+
+def choose_look_up(rows: int, weight: LookUpWeight, inputs: Format, device: torch.device) -> Choice:
+    """How y = Q(x T) W_q^T is computed for so many rows of x, with weights that are looked up."""
+    if device.type != "cuda" or torch.version.hip is not None or not has_triton():
+        return Choice(None, "weights are looked up on Nvidia's GPUs only, by Triton")
+    if not (isinstance(inputs.grid, Uniform) and isinstance(inputs.element, IntElement) and inputs.block is None):
+        return Choice(None, "inputs are not integers with one scale a row")
+    if weight.group % 16:
+        return Choice(None, f"a group of {weight.group} weights is not a multiple of 16")
+    if rows > LOOK_UP_ROWS:
+        return Choice(None, f"more than {LOOK_UP_ROWS} rows")
+    return Choice("look-up", f"up to {LOOK_UP_ROWS} rows")
+
+
+def look_up_linear(inputs: Inputs, weight: LookUpWeight) -> Tensor | None:
+    """Q(x T) W_q^T in the type of x where a kernel looks the weights up; None where the plain path computes it."""
+    if choose_look_up(inputs.rows, weight, inputs.format, inputs.x.device).path is None:
+        return None
+    x, matrices = inputs.x, inputs.matrices
+    if matrices is not None:
+        x = apply_matrices(x.to(torch.float32), matrices.to(torch.float32))
+    return by_look_up(replace(inputs, x=x, matrices=None), weight).to(inputs.x.dtype)
 
 
 def _fused_or_applied(x: Tensor, matrices: Tensor | None, format: Format) -> tuple[Tensor, Tensor | None]:

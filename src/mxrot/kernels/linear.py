@@ -35,6 +35,22 @@ class PackedWeight:
 
 
 @dataclass(frozen=True)
+class LookUpWeight:
+    """Weights whose 2-bit codes are looked up in four levels a group."""
+
+    packed: Tensor
+    """Four codes a byte, uint8 [N, K/4]."""
+    scales: Tensor
+    """float16 [N, G]."""
+    levels: Tensor
+    """int8 [N, G, 4]."""
+
+    @property
+    def group(self) -> int:
+        return 4 * self.packed.shape[1] // max(1, self.scales.shape[1])
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What goes into a linear."""
 
@@ -83,6 +99,15 @@ def by_block_scales(inputs: Inputs, weight: PackedWeight) -> Tensor:
     assert weight.swizzled is not None
     packed = rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule, swizzled=True)
     return block_scaled_product(packed, weight.codes, weight.swizzled, inputs.x.dtype)
+
+
+def by_look_up(inputs: Inputs, weight: LookUpWeight) -> Tensor:
+    """A few rows of integers: weights are read packed (Triton). The matrices are not applied."""
+    from mxrot.kernels.fused.look_up import look_up_product
+    from mxrot.kernels.fused.quantize_rows import quantize_rows
+
+    rows = quantize_rows(inputs.x, inputs.format, inputs.rule)
+    return look_up_product(rows, weight.packed, weight.scales, weight.levels, inputs.x.dtype)
 
 
 PATHS: dict[str, Callable[[Inputs, PackedWeight], Tensor]] = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mxrot.formats import QTensor, TensorQuantizer
 from mxrot.formats.quantizer import PART
-from mxrot.kernels import Choice, choose_path
+from mxrot.kernels import Choice, choose_look_up, choose_path
 from mxrot.layers.prepare import is_in_one_place, prepare_site
 from mxrot.layers.product import StoredWeight, product, quantized_input, traced_product
 from mxrot.layers.site import PREPARED, SiteLinear, SiteProducts, lies_apart, prepared_of
@@ -175,6 +175,9 @@ class QuantLinear(SiteLinear):
 
     def choose_path(self, rows: int) -> Choice:
         """What computes this linear for so many rows of input, and why."""
+        if self.activations is not None and self.weights.looks_up:
+            weight = self.stored_weight().looked_up()
+            return choose_look_up(rows, weight, self.activations.format, self.weight_packed.device)
         if self.activations is None or not (self.weights.is_mxfp4 and self.activations.is_mxfp4):
             return Choice(None, "weights and inputs are not both MXFP4")
         if self.activations.rule.is_clipped:

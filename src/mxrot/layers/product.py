@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import QTensor, TensorQuantizer
-from mxrot.kernels import Inputs, PackedWeight, multiply, multiply_by_mxfp4, quantized_linear, rotate_quantize
+from mxrot.kernels import (
+    Inputs,
+    LookUpWeight,
+    PackedWeight,
+    look_up_linear,
+    multiply,
+    multiply_by_mxfp4,
+    quantized_linear,
+    rotate_quantize,
+)
 from mxrot.transforms.stages import STORED_DTYPE, BlockDiagonal, apply_matrices
 
 
@@ -55,6 +64,10 @@ class StoredWeight:
         powers = None if powers is None else powers.view(torch.float32)
         return PackedWeight(self.codes, self.parts[0], exponents, powers, lifted, swizzled)
 
+    def looked_up(self) -> LookUpWeight:
+        """As the kernels take it; for formats that look up."""
+        return LookUpWeight(self.codes, *self.parts)
+
     def dequantized(self, quantizer: TensorQuantizer) -> Tensor:
         """W_q in float32, [N, K]."""
         return QTensor.dequantize_packed(self.codes, quantizer.as_parts(self.parts), quantizer.format)
@@ -78,6 +91,9 @@ def product(
     if activations is not None and weights.is_mxfp4 and activations.is_mxfp4:
         inputs = Inputs(x, matrices, activations.format, activations.rule, fast)
         found = quantized_linear(inputs, weight.packed())
+    elif activations is not None and weights.looks_up:
+        inputs = Inputs(x, matrices, activations.format, activations.rule)
+        found = look_up_linear(inputs, weight.looked_up())
     if found is None:
         found = _plain_product(quantized_input(x, matrices, activations), weight, weights, activations)
     if bias is not None:

@@ -10,7 +10,13 @@ from mxrot.formats import TensorQuantizer
 from mxrot.kernels.plain import IntegerRows, in_planes, plain_quantize_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-QUANTIZERS = ("int4_row absmax clip 0.9", "int4_row absmax", "int8_row absmax", "int4_row_asym minmax", "int4_row_asym minmax clip 0.85")
+QUANTIZERS = (
+    "int4_row absmax clip 0.9",
+    "int4_row absmax",
+    "int8_row absmax",
+    "int4_row_asym minmax",
+    "int4_row_asym minmax clip 0.85",
+)
 
 # The interpreter is NumPy, which reports what IEEE arithmetic does silently.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")

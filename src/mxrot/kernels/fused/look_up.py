@@ -66,75 +66,61 @@ def _load_weights(
     words_pointer,
     scales_pointer,
     levels_pointer,
-    rows,
-    FIRST: tl.constexpr,
-    ACROSS: tl.constexpr,
+    row,
+    chunk,
+    IS_WHOLE: tl.constexpr,
     CHUNKS: tl.constexpr,
     WORDS: tl.constexpr,
     PER_GROUP: tl.constexpr,
 ):
-    """Words [RUN, DOWN, ACROSS, WORDS] of the chunks from FIRST on, and scales and levels [RUN, DOWN, ACROSS, 1] of
-    their groups; zeros beyond the end."""
-    chunk = FIRST + tl.arange(0, ACROSS)[None, None, :, None]
-    at = (rows * CHUNKS + chunk) * WORDS + tl.arange(0, WORDS)[None, None, None, :]
-    group = rows * (CHUNKS // PER_GROUP) + chunk // PER_GROUP
-    if PER_GROUP == 1:
-        group = tl.max_contiguous(group, [1, 1, 1, 1])  # a thread has one of them, as it has one chunk
-    if FIRST + ACROSS <= CHUNKS:
-        words = tl.load(words_pointer + at, eviction_policy="evict_first")
-        return words, tl.load(scales_pointer + group), tl.load(levels_pointer + group)
-    else:
-        inside = chunk < CHUNKS
-        words = tl.load(words_pointer + at, mask=inside, other=0, eviction_policy="evict_first")
-        scales = tl.load(scales_pointer + group, mask=inside, other=0.0)
-        return words, scales, tl.load(levels_pointer + group, mask=inside, other=0)
+    """Words [T, WORDS] of the chunk of each thread, and scales [T] and levels [T, 1] of its group; zeros beyond the
+    end."""
+    inside = None if IS_WHOLE else chunk < CHUNKS
+    inside_of_two = None if IS_WHOLE else (chunk < CHUNKS)[:, None]
+    nothing = None if IS_WHOLE else 0
+    at = (row * CHUNKS + chunk)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    words = tl.load(words_pointer + at, mask=inside_of_two, other=nothing, eviction_policy="evict_first")
+    group = row * (CHUNKS // PER_GROUP) + chunk // PER_GROUP
+    scales = tl.load(scales_pointer + group, mask=inside, other=nothing)
+    return words, scales, tl.load(levels_pointer + group[:, None], mask=inside_of_two, other=nothing)
 
 
 @triton.jit
-def _load_inputs(
-    pointer, DOWN: tl.constexpr, FIRST: tl.constexpr, ACROSS: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr
-):
-    """The four planes of a row of inputs for the chunks from FIRST on, each [1, DOWN, ACROSS, WORDS]; zeros beyond.
-
-    The same for all of DOWN, so that each warp has what it needs.
-    """
-    chunk = FIRST + tl.arange(0, ACROSS)[None, None, :, None] + tl.zeros([1, DOWN, 1, 1], tl.int32)
-    at = pointer + chunk * WORDS + tl.arange(0, WORDS)[None, None, None, :]
+def _load_inputs(pointer, chunk, IS_WHOLE: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr):
+    """The four planes of a row of inputs at the chunk of each thread, [T, WORDS]; zeros beyond the end."""
     SIZE: tl.constexpr = CHUNKS * WORDS
-    if FIRST + ACROSS <= CHUNKS:
-        return tl.load(at), tl.load(at + SIZE), tl.load(at + 2 * SIZE), tl.load(at + 3 * SIZE)
-    else:
-        inside = chunk < CHUNKS
-        return (
-            tl.load(at, mask=inside, other=0),
-            tl.load(at + SIZE, mask=inside, other=0),
-            tl.load(at + 2 * SIZE, mask=inside, other=0),
-            tl.load(at + 3 * SIZE, mask=inside, other=0),
-        )
+    inside = None if IS_WHOLE else (chunk < CHUNKS)[:, None]
+    nothing = None if IS_WHOLE else 0
+    at = pointer + chunk[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    first, second = tl.load(at, mask=inside, other=nothing), tl.load(at + SIZE, mask=inside, other=nothing)
+    at += 2 * SIZE
+    return first, second, tl.load(at, mask=inside, other=nothing), tl.load(at + SIZE, mask=inside, other=nothing)
 
 
 @triton.jit
-def _side_by_side(parts, COUNT: tl.constexpr):
-    """1, 2, 4 or 8 tensors [A, B, C] as one [A, B, C, COUNT]."""
-    if COUNT == 1:
-        return parts[0][:, :, :, None]
-    elif COUNT == 2:
-        return tl.join(parts[0], parts[1])
-    elif COUNT == 4:
-        return _flat(tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])))
-    else:
-        even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
-        odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
-        return _flat(tl.join(even, odd))
+def _products(words, levels, inputs, INPUTS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Integers [T] for each row of inputs: sums over the chunk of each thread."""
+    even, odd = words & 0x33333333, (words >> 2) & 0x33333333
+    first, second = _pick(levels, even, ASSEMBLY), _pick(levels, even >> 16, ASSEMBLY)
+    third, fourth = _pick(levels, odd, ASSEMBLY), _pick(levels, odd >> 16, ASSEMBLY)
+    found: tl.tuple = ()
+    for which in tl.static_range(INPUTS):
+        sums = _add_products(tl.zeros_like(words), first, inputs[4 * which], ASSEMBLY)
+        sums = _add_products(sums, second, inputs[4 * which + 1], ASSEMBLY)
+        sums = _add_products(sums, third, inputs[4 * which + 2], ASSEMBLY)
+        found += (tl.sum(_add_products(sums, fourth, inputs[4 * which + 3], ASSEMBLY), axis=1),)
+    return found
 
 
 @triton.jit
-def _flat(joined):
-    """All dimensions from the fourth on as one."""
-    A: tl.constexpr = joined.shape[0]
-    B: tl.constexpr = joined.shape[1]
-    C: tl.constexpr = joined.shape[2]
-    return tl.reshape(joined, [A, B, C, joined.numel // (A * B * C)])
+def _side_by_side(parts, DOWN: tl.constexpr, COUNT: tl.constexpr, LEVELS: tl.constexpr):
+    """2^LEVELS = COUNT tensors [T] as one [DOWN, T / DOWN, COUNT]."""
+    for level in tl.static_range(LEVELS):
+        joined: tl.tuple = ()
+        for place in tl.static_range(COUNT >> (level + 1)):
+            joined += (tl.join(parts[place], parts[place + (COUNT >> (level + 1))]),)
+        parts = joined
+    return tl.reshape(parts[0], [DOWN, parts[0].numel // (DOWN * COUNT), COUNT])
 
 
 @triton.jit(do_not_specialize=["inputs_in_all"])
@@ -157,56 +143,66 @@ def _look_up_product(
     DOWN: tl.constexpr,
     ACROSS: tl.constexpr,
     AHEAD: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):
     STEPS: tl.constexpr = (CHUNKS + ACROSS - 1) // ACROSS
+    COUNT: tl.constexpr = RUN * INPUTS
     first_row = tl.program_id(0) * (RUN * DOWN)
-    place = tl.arange(0, RUN)[:, None] * DOWN + tl.arange(0, DOWN)[None, :]
-    rows = tl.minimum(first_row + place, rows_in_all - 1)[:, :, None, None]
+    thread = tl.arange(0, DOWN * ACROSS)
+    row, chunk = first_row + thread // ACROSS * RUN, thread % ACROSS
     loaded: tl.tuple = ()
-    for step in tl.static_range(STEPS):
-        if step < AHEAD:
-            loaded += _load_weights(
-                words_pointer, scales_pointer, levels_pointer, rows, step * ACROSS, ACROSS, CHUNKS, WORDS, PER_GROUP
-            )
-    if OVERLAP:
-        gdc_wait()
-    totals: tl.tuple = ()
-    for _ in tl.static_range(INPUTS):
-        totals += (tl.zeros([RUN, DOWN, ACROSS], tl.float32),)
-    for step in tl.static_range(STEPS):
-        if step + AHEAD < STEPS:
+    for step in tl.static_range(min(AHEAD, STEPS)):
+        for run in tl.static_range(RUN):
             loaded += _load_weights(
                 words_pointer,
                 scales_pointer,
                 levels_pointer,
-                rows,
-                (step + AHEAD) * ACROSS,
-                ACROSS,
+                tl.minimum(row + run, rows_in_all - 1),
+                step * ACROSS + chunk,
+                (step + 1) * ACROSS <= CHUNKS,
                 CHUNKS,
                 WORDS,
                 PER_GROUP,
             )
-        words, levels = loaded[3 * step], loaded[3 * step + 2]
-        scales = tl.reshape(loaded[3 * step + 1].to(tl.float32), [RUN, DOWN, ACROSS])
-        even, odd = words & 0x33333333, (words >> 2) & 0x33333333
-        first, second = _pick(levels, even, ASSEMBLY), _pick(levels, even >> 16, ASSEMBLY)
-        third, fourth = _pick(levels, odd, ASSEMBLY), _pick(levels, odd >> 16, ASSEMBLY)
-        added: tl.tuple = ()
+    if OVERLAP:
+        gdc_wait()
+    totals: tl.tuple = ()
+    for _ in tl.static_range(COUNT):
+        totals += (tl.zeros([DOWN * ACROSS], tl.float32),)
+    for step in tl.static_range(STEPS):
+        if step + AHEAD < STEPS:
+            for run in tl.static_range(RUN):
+                loaded += _load_weights(
+                    words_pointer,
+                    scales_pointer,
+                    levels_pointer,
+                    tl.minimum(row + run, rows_in_all - 1),
+                    (step + AHEAD) * ACROSS + chunk,
+                    (step + AHEAD + 1) * ACROSS <= CHUNKS,
+                    CHUNKS,
+                    WORDS,
+                    PER_GROUP,
+                )
+        inputs: tl.tuple = ()
         for which in tl.static_range(INPUTS):
             # Of rows beyond the end the last one.
             pointer = inputs_pointer + tl.minimum(which, inputs_in_all - 1) * (4 * CHUNKS * WORDS)
-            one, two, three, four = _load_inputs(pointer, DOWN, step * ACROSS, ACROSS, CHUNKS, WORDS)
-            sums = _add_products(tl.zeros_like(words), first, one, ASSEMBLY)
-            sums = _add_products(sums, second, two, ASSEMBLY)
-            sums = _add_products(sums, third, three, ASSEMBLY)
-            sums = _add_products(sums, fourth, four, ASSEMBLY)
-            added += (totals[which] + tl.sum(sums, axis=3).to(tl.float32) * scales,)
+            inputs += _load_inputs(pointer, step * ACROSS + chunk, (step + 1) * ACROSS <= CHUNKS, CHUNKS, WORDS)
+        added: tl.tuple = ()
+        for run in tl.static_range(RUN):
+            words, levels = loaded[3 * (step * RUN + run)], loaded[3 * (step * RUN + run) + 2]
+            found = _products(words, levels, inputs, INPUTS, ASSEMBLY)
+            scales = loaded[3 * (step * RUN + run) + 1].to(tl.float32)
+            for which in tl.static_range(INPUTS):
+                added += (totals[run * INPUTS + which] + found[which].to(tl.float32) * scales,)
         totals = added
-    row, count = (first_row + place)[:, :, None], tl.arange(0, INPUTS)[None, None, :]
-    inside = (row < rows_in_all) & (count < inputs_in_all)
-    sums = tl.sum(_side_by_side(totals, INPUTS), axis=2)
-    product = sums * tl.load(input_scales_pointer + tl.minimum(count, inputs_in_all - 1))
-    tl.store(out_pointer + count * rows_in_all + row, product.to(out_pointer.dtype.element_ty), mask=inside)
+    sums = tl.sum(_side_by_side(totals, DOWN, COUNT, LEVELS), axis=1)
+    place = tl.arange(0, COUNT)[None, :]
+    row = first_row + tl.arange(0, DOWN)[:, None] * RUN + place // INPUTS
+    which = place % INPUTS
+    product = sums * tl.load(input_scales_pointer + tl.minimum(which, inputs_in_all - 1))
+    inside = (row < rows_in_all) & (which < inputs_in_all)
+    tl.store(out_pointer + which * rows_in_all + row, product.to(out_pointer.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -280,6 +276,7 @@ def product_by_tiles(
             DOWN=tile.down,
             ACROSS=32 * tile.across,
             AHEAD=tile.ahead,
+            LEVELS=(tile.run * triton.next_power_of_2(count)).bit_length() - 1,
             num_warps=tile.down * tile.across,
             launch_pdl=overlaps,
         )
