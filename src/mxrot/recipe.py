@@ -89,9 +89,14 @@ class Recipe:
             "attention does both; leave one of the tables out",
         )
         self._require(
-            self.cache is None or self.cache.transform != "second_moment" or not self.trains_rotations,
-            "rotations are trained before the cache's transform is fitted, which would see other values; set "
+            not (self.fits_cache and self.trains_rotations),
+            "rotations are trained before the cache's transforms are fitted, and cannot know them; set "
             'cache.transform = "hadamard", or rotation.steps = 0',
+        )
+        self._require(
+            not (self.turns_values_for_cache and self.trains_rotations),
+            'rotations would be trained without the Hadamard matrix that cache.transform = "hadamard" merges into the '
+            "values; set rotation.value_heads, which takes its place",
         )
         _ = self.variants  # each override must be right by itself
 
@@ -159,13 +164,29 @@ class Recipe:
     def is_data_free(self) -> bool:
         """Does it need no calibration text?"""
         looks_at_data = any(one.transform.needs or one.rounding.requirements.hessian for one in self.variants)
-        learns = self.tuning is not None or self.trains_rotations
+        learns = self.tuning is not None or self.trains_rotations or self.fits_cache
         return self.smoothing is None and not learns and not looks_at_data
 
     @property
     def trains_rotations(self) -> bool:
         """Are rotations learned before anything is quantized?"""
         return self.rotation is not None and self.rotation.steps > 0
+
+    @property
+    def fits_cache(self) -> bool:
+        """Are transforms of keys and values fitted to what attention is given?"""
+        return self.cache is not None and self.cache.transform == "second_moment"
+
+    @property
+    def turns_values_for_cache(self) -> bool:
+        """Is a Hadamard matrix merged into the weights around the values because of the cache, and nothing else?"""
+        is_wanted = self.cache is not None and self.cache.transform == "hadamard"
+        return is_wanted and (self.rotation is None or self.rotation.value_heads == "none")
+
+    @property
+    def rotates_weights(self) -> bool:
+        """Are rotations merged into the weights before anything else is done?"""
+        return self.rotation is not None or self.turns_values_for_cache
 
     @property
     def looks_at_original(self) -> bool:

@@ -14,11 +14,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mxrot.errors import ConfigError
 from mxrot.formats import AttentionOperands, QTensor, TensorQuantizer
 from mxrot.formats import CacheScheme as CacheScheme
-from mxrot.layers import InputTransform, QuantLinear, prepare_linears, prepare_on_gpus, quantize_attention
-from mxrot.models import Family, Site
+from mxrot.layers import (
+    InputTransform,
+    QuantLinear,
+    prepare_linears,
+    prepare_on_gpus,
+    quantize_attention,
+    quantize_cache,
+)
+from mxrot.models import Family, Site, value_heads
 from mxrot.recipe import Accumulation, Recipe
 from mxrot.rules import Rules
 from mxrot.surgery import install_empty_site
@@ -190,11 +196,7 @@ def fill_site(block: nn.Module, site: Site, weights: Mapping[str, QTensor], tran
 
 
 def install(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
-    """Install a scheme in a model whose linears are those of its family, without values.
-
-    ConfigError if keys and values of attention are to be quantized.
-    """
-    check_cache(scheme)
+    """Install a scheme in a model whose linears are those of its family, without values."""
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         prefix = family.block_prefix(index)
         for site in scheme.active_sites(family, index):
@@ -203,18 +205,17 @@ def install(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
 
 
 def install_attention(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
-    """Let the attention of all decoder blocks quantize its operands, where the scheme says so."""
-    if scheme.attention is None:
-        return
+    """Let the attention of all decoder blocks quantize its operands, or keys and values, where the scheme says so.
+
+    Matrices that a quantized cache stores have no values yet.
+    """
+    heads, width = value_heads(model.config.get_text_config())
     for block in model.get_submodule(family.blocks).children():
-        quantize_attention(block.get_submodule(family.attention), scheme.attention)
-
-
-def check_cache(scheme: Scheme) -> None:
-    """ConfigError if keys and values of attention are to be quantized."""
-    if scheme.cache is not None:
-        names = f"{scheme.cache.keys.format.name} and {scheme.cache.values.format.name}"
-        raise ConfigError(f"kv_cache_scheme: keys and values in {names}: this version of mxrot quantizes no cache")
+        attention = block.get_submodule(family.attention)
+        if scheme.attention is not None:
+            quantize_attention(attention, scheme.attention)
+        if scheme.cache is not None:
+            quantize_cache(attention, scheme.cache, width, heads)
 
 
 def prepare(model: nn.Module, scheme: Scheme, keeps_fp8: bool = False, only_on_gpus: bool = False) -> None:

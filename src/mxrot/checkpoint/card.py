@@ -156,6 +156,9 @@ def _formats(scheme: Scheme) -> str:
         "16-bit" if one.activations is None else one.activations.format.name for one in scheme.distinct
     )
     operands = "" if scheme.attention is None else " with quantized attention"
+    if scheme.cache is not None:
+        kept = dict.fromkeys(one.format.name for one in scheme.cache.by_name.values())
+        operands = f", keys and values in {' and '.join(kept)}"
     return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations{operands}"
 
 
@@ -163,6 +166,10 @@ def _activations(scheme: Scheme) -> str:
     attention = ""
     if scheme.attention is not None:
         attention = f"\nBoth operands of attention's products are quantized at run time: {scheme.attention.spelled}."
+    if scheme.cache is not None:
+        attention = (
+            f"\nAttention reads quantized keys and values, from the cache and without one: {scheme.cache.spelled}."
+        )
     rules = dict.fromkeys(code(one.activations.spelled_rule) for one in scheme.distinct if one.activations is not None)
     if not rules:
         return f"Activations are left as they are.{attention}"

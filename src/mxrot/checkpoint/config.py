@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mxrot.errors import ConfigError
-from mxrot.formats import AttentionOperands, Format, TensorQuantizer
+from mxrot.formats import AttentionOperands, CacheScheme, Format, TensorQuantizer
 from mxrot.formats.grid import Uniform
 from mxrot.marker import MARKER, METHOD, NATIVE
 from mxrot.models import Family
@@ -30,9 +30,11 @@ from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
 
-FORMAT_VERSION = 3
-"""The newest."""
-WITHOUT_ATTENTION = 2
+FORMAT_VERSION = 4
+"""The newest: keys and values of attention are kept in few bits."""
+WITH_OPERANDS = 3
+"""What is written where the operands of attention's products are quantized."""
+PLAIN = 2
 """What is written where attention is as it was: those that know no newer one read it."""
 EVERY = ["Linear"]
 """Targets of a scheme that all linears have which are not ignored."""
@@ -131,7 +133,7 @@ def _config(scheme: Scheme, family: Family, dtype: torch.dtype, called: str | No
         schemes[f"group_{number}"] = own
     cache, attention = scheme.cache, scheme.attention
     marker: dict[str, Any] = {
-        "format_version": WITHOUT_ATTENTION if attention is None else FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if cache is not None else PLAIN if attention is None else WITH_OPERANDS,
         "dtype": str(dtype).removeprefix("torch."),
         "schemes": schemes,
     }
@@ -143,7 +145,7 @@ def _config(scheme: Scheme, family: Family, dtype: torch.dtype, called: str | No
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [family.head, *scheme.left],
-        "kv_cache_scheme": cache and {"keys": _quantizer_table(cache.keys), "values": _quantizer_table(cache.values)},
+        "kv_cache_scheme": None if cache is None else cache_table(cache),
         "sparsity_config": {},
         MARKER: marker,
     }
@@ -162,6 +164,13 @@ def scheme_table(scheme: SiteScheme) -> dict[str, Any]:
 def attention_table(attention: AttentionOperands) -> dict[str, Any]:
     """What the marker says of the operands of attention's products."""
     return {name: one and _quantizer_table(one) for name, one in attention.by_name.items()}
+
+
+def cache_table(cache: CacheScheme) -> dict[str, Any]:
+    """What `kv_cache_scheme` says, in mxrot's words."""
+    return {name: _quantizer_table(one) for name, one in cache.by_name.items()} | {
+        name: getattr(cache, name) for name in ("first", "last", "key_transform", "value_transform")
+    }
 
 
 def _quantizer_table(quantizer: TensorQuantizer) -> dict[str, Any]:

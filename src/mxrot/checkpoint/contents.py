@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mxrot.checkpoint.files import INDEX, TYPE_NAMES
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError
-from mxrot.layers import InputTransform, QuantLinear, separate_experts
+from mxrot.layers import InputTransform, QuantLinear, cache_scheme_of, separate_experts
 from mxrot.layers.transform import is_of_transform
 from mxrot.models import Family, check_linears
 from mxrot.models.families import EXPERTS
@@ -164,7 +164,7 @@ def check_tensors(model: nn.Module, family: Family, tensors: dict[str, StoredTen
 
 
 def _types(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The types that tensors of quantized linears can have in a file."""
+    """The types that tensors of quantized linears and caches can have in a file."""
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
@@ -172,6 +172,8 @@ def _types(model: nn.Module) -> dict[str, tuple[str, ...]]:
             found |= {f"{name}.{part}": (TYPE_NAMES[dtype],) for part, (_, dtype) in parts.items()}
         elif isinstance(module, InputTransform):
             found |= {f"{name}.{own}": (TYPE_NAMES[tensor.dtype],) for own, tensor in module.named_parameters()}
+        elif (cache := cache_scheme_of(module)) is not None:
+            found |= {f"{name}.{own}": (TYPE_NAMES[torch.float32],) for own in cache.stored_names}
     return found
 
 
@@ -183,8 +185,16 @@ def check_value(name: str, tensor: Tensor) -> None:
             raise CheckpointError(f"{name}: holds the scale NaN (byte 255); the file is damaged")
     elif tensor.is_floating_point() and not bool(all_finite(tensor)):
         raise CheckpointError(f"{name}: the weights hold NaN or Inf; the file is damaged")
+    if name.endswith((".key_transform", ".value_transform")) and not _is_invertible(tensor):
+        raise CheckpointError(f"{name}: holds a matrix that has no inverse; the file is damaged")
     if is_of_transform(name) and (problem := tensor_problem(name.rpartition(".")[2], tensor)):
         raise CheckpointError(f"{name}: {problem}; the file is damaged")
+
+
+def _is_invertible(matrices: Tensor) -> bool:
+    """Have all of [heads, D, D] an inverse that float64 can find?"""
+    found, wrong = torch.linalg.inv_ex(matrices.double())
+    return not bool(wrong.any()) and bool(torch.isfinite(found).all())
 
 
 def _shortly(value: Any) -> str:

@@ -225,7 +225,7 @@ def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
         save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
         quantized = quantizing.quantize(Path(folder), recipe, device=model.device).model
     assert quantized is not None
-    if recipe.rotation is not None:
+    if recipe.rotates_weights:
         take_rotated(model, quantized)
     names = {module: name for name, module in quantized.named_modules()}
     for linears in list(sites_of(quantized)):

@@ -202,10 +202,15 @@ def _dtype(name: Any) -> torch.dtype:
 def _cache(table: Any) -> CacheScheme | None:
     if table is None:
         return None
-    if not isinstance(table, dict) or table.keys() != {"keys", "values"}:
-        raise CheckpointError(f"{_WHERE}: kv_cache_scheme: expected keys and values, got {table!r}")
-    keys, values = (_quantizer(table[key], f"{_WHERE}: kv_cache_scheme.{key}") for key in ("keys", "values"))
-    return CacheScheme(keys, values)
+    names = ("keys", "values", "first", "last", "key_transform", "value_transform")
+    where = f"{_WHERE}: kv_cache_scheme"
+    if not isinstance(table, dict) or table.keys() != set(names):
+        raise CheckpointError(f"{where}: expected {', '.join(names)}, got {table!r}")
+    keys, values = (_input_quantizer(table[key], f"{where}.{key}") for key in ("keys", "values"))
+    try:
+        return CacheScheme(keys, values, *(table[name] for name in names[2:]))
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _attention(table: Any) -> AttentionOperands | None:

@@ -203,7 +203,7 @@ def quantize_cache(attention: nn.Module, scheme: CacheScheme, width: int, kv_hea
     attention.config = own
     device = next(attention.parameters()).device
     for name in scheme.stored_names:
-        matrices = torch.eye(width, device=device).repeat(kv_heads, 1, 1)
+        matrices = torch.eye(width, dtype=torch.float32, device=device).repeat(kv_heads, 1, 1)
         attention.register_parameter(name, nn.Parameter(matrices, requires_grad=False))
     setattr(attention, INSTALLED, InstalledCache(scheme, before))
     attention._apply = _apply_without_casts.__get__(attention)  # type: ignore[method-assign]

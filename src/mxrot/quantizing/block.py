@@ -1,4 +1,4 @@
-"""Quantize one decoder block: smooth it, then take its sites one after the other.
+"""Quantize one decoder block: fit its cache, smooth it, then take its sites one after the other.
 
 A site's statistics are taken, its transform fitted, its weights rounded and its linears replaced before the next
 site is looked at. Smoothing scales come first, from one pass over the block as it was, because they must go into
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from mxrot.calibration import Executor
 from mxrot.heap import give_back
-from mxrot.layers import restore_attention
+from mxrot.layers import cache_scheme_of, restore_attention, restore_cache
 from mxrot.models import Family, Site, fill
 from mxrot.progress import Progress, part_of, silent
+from mxrot.quantizing.cache import fit_block
 from mxrot.quantizing.experts import quantize_experts, smooth_experts
 from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.record import BlockReport, LinearReport
@@ -47,10 +48,7 @@ def quantize_block(
     """
     started = time.monotonic()
     prefix = run.family.block_prefix(index)
-    tensors = run.source.block(index, run.device)
-    linears = [linear for site in run.family.sites for linear in site.linears]
-    weights: Weights = {name: tensors[f"{name}.weight"] for name in linears if f"{name}.weight" in tensors}
-    fill_original(run, block, tensors, prefix)
+    weights = _load(run, index, block, executor, run.source.block(index, run.device))
 
     sites = run.active_sites(index)
     scales = {}
@@ -90,6 +88,17 @@ def quantize_block(
     return BlockReport(index, round(time.monotonic() - started, 3), reports, checks, few_tokens)
 
 
+def _load(run: BlockRun, index: int, block: nn.Module, executor: Executor | None, tensors: Weights) -> Weights:
+    """Fill a block, and fit the transforms of its cache, where the recipe has some; the weights of its linears."""
+    prefix = run.family.block_prefix(index)
+    linears = [linear for site in run.family.sites for linear in site.linears]
+    weights: Weights = {name: tensors[f"{name}.weight"] for name in linears if f"{name}.weight" in tensors}
+    fill_original(run, block, tensors, prefix)
+    if run.recipe.fits_cache:
+        fit_block(run, Part(prefix, index, block, weights, executor))
+    return weights
+
+
 def _tune(run: BlockRun, part: Part, sites: Sequence[Site], progress: Progress) -> list[Check] | None:
     """Tune the whole block, where the recipe says so; the losses."""
     tuning = run.recipe.tuning
@@ -123,8 +132,14 @@ def _readers(family: Family) -> dict[str, frozenset[str]]:
 
 
 def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str) -> None:
-    """Give a block without weights those of the original model."""
-    fill(block, {name: value.to(run.dtype) for name, value in tensors.items()}, prefix)
+    """Give a block without weights those of the original model; matrices of a quantized cache change nothing yet."""
+    own = {name: value.to(run.dtype) for name, value in tensors.items()}
+    attention = block.get_submodule(run.family.attention)
+    if (cache := cache_scheme_of(attention)) is not None:
+        for name in cache.stored_names:
+            shape = attention.get_parameter(name).shape
+            own[f"{run.family.attention}.{name}"] = torch.eye(shape[-1], device=run.device).expand(shape).clone()
+    fill(block, own, prefix)
 
 
 def finished_tensors(run: BlockRun, index: int, block: nn.Module) -> dict[str, Tensor]:
@@ -139,11 +154,19 @@ def finished_tensors(run: BlockRun, index: int, block: nn.Module) -> dict[str, T
     return found | {name: original[name] for name in unchanged}
 
 
-def advance_original(run: BlockRun, index: int, block: nn.Module, original: Executor) -> None:
-    """Let the original model go on behind a block; `block` has no weights yet."""
+def advance_original(
+    run: BlockRun, index: int, block: nn.Module, executor: Executor | None, original: Executor
+) -> None:
+    """Let the original model go on behind a block; `block` has no weights yet, and `executor` stands before it."""
     prefix = run.family.block_prefix(index)
-    own = _copy_of(run, block)
-    fill_original(run, own, run.source.block(index, run.device), prefix)
+    tensors = run.source.block(index, run.device)
+    if run.recipe.fits_cache:  # once more, for the very bits of the weights around the values
+        whole = deepcopy(block, {id(run.config): run.config})
+        _load(run, index, whole, executor, tensors)
+        own = _copy_of(run, whole)
+    else:
+        own = _copy_of(run, block)
+        fill_original(run, own, tensors, prefix)
     original.begin(own)
     original.advance(f"{prefix} of the original model")
 
@@ -151,7 +174,9 @@ def advance_original(run: BlockRun, index: int, block: nn.Module, original: Exec
 def _copy_of(run: BlockRun, block: nn.Module) -> nn.Module:
     """The block with tensors of its own and attention as transformers computes it; its config is the same."""
     found = deepcopy(block, {id(run.config): run.config})
-    restore_attention(found.get_submodule(run.family.attention))
+    attention = found.get_submodule(run.family.attention)
+    restore_attention(attention)
+    restore_cache(attention)
     return found
 
 

@@ -19,7 +19,7 @@ from mxrot.surgery import Rotated, RotatedHeads, Rotations, Untied
 from mxrot.surgery.fold_norms import rotation_problem
 from mxrot.transforms import generator_for
 from mxrot.transforms.base import random_orthogonal
-from mxrot.transforms.orders import factors_of, random_hadamard
+from mxrot.transforms.orders import factors_of, multiply_by_hadamard, random_hadamard
 
 
 def rotation_problems(config: Any, family: Family, recipe: Recipe, where: str) -> Iterator[ConfigError]:
@@ -59,10 +59,13 @@ def unties(recipe: Recipe) -> bool:
 
 
 def drawn_rotations(config: Any, recipe: Recipe, seed: int, device: torch.device | str) -> Rotations:
-    """The random rotations that `recipe` asks for a model of this config, on `device`; the same for the same seed."""
+    """The rotations that `recipe` asks for in a model of this config, on `device`; the same for the same seed.
+
+    Random ones, but for the values of a cache whose transform is the Hadamard matrix.
+    """
     wanted = recipe.rotation
     if wanted is None:
-        return Rotations()
+        return Rotations(value_heads=_of_cache(config, device) if recipe.turns_values_for_cache else None)
     names = {"residual": ["rotation of the residual stream"]}
     names["value_heads"] = [f"rotation of the value heads of block {i}" for i in range(config.num_hidden_layers)]
     width = value_heads(config)[1]
@@ -70,10 +73,17 @@ def drawn_rotations(config: Any, recipe: Recipe, seed: int, device: torch.device
         residual=None
         if wanted.residual == "none"
         else _drawn(wanted.residual, config.hidden_size, seed, names["residual"], device)[0],
-        value_heads=None
+        value_heads=(_of_cache(config, device) if recipe.turns_values_for_cache else None)
         if wanted.value_heads == "none"
         else _drawn(wanted.value_heads, width, seed, names["value_heads"], device),
     )
+
+
+def _of_cache(config: Any, device: torch.device | str) -> Tensor:
+    """The Hadamard matrix of the width of a head, for the values of each block: [blocks, D, D]."""
+    _, width = value_heads(config)
+    matrix: Tensor = multiply_by_hadamard(torch.eye(width, dtype=torch.float64, device=device), False)
+    return matrix.expand(config.num_hidden_layers, -1, -1)
 
 
 def _drawn(kind: str, size: int, seed: int, names: list[str], device: torch.device | str) -> Tensor:

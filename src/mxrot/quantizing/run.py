@@ -226,7 +226,7 @@ def _next_block(job: _Job, index: int, block: nn.Module, streams: _Streams | Non
         else:
             tensors, report = finished
             if original is not None and not run.is_last(index):
-                advance_original(run, index, block, original)
+                advance_original(run, index, block, executor, original)
             load_finished_block(block, index, tensors, run.scheme, family, run.dtype, run.device)
             if executor is not None:
                 executor.begin(block)

@@ -14,6 +14,7 @@ from mxrot.quantizing.loading import load_original
 from mxrot.quantizing.part import BlockRun
 from mxrot.quantizing.store import BlockStore
 from mxrot.rules import Rules
+from mxrot.scheme import install_attention
 from mxrot.surgery import Rotations
 from mxrot.transforms import generator_for
 from mxrot.tuning import RotatedNetwork, RotationTraining, train_rotations, trained_sites
@@ -59,6 +60,7 @@ def learned_rotations(
         return training
     progress(0, 1, "opening the original model")
     model = load_original(run.source, run.dtype, run.device, separates_experts=True)
+    install_attention(model, run.scheme, run.family)
     blocks = model.get_submodule(run.family.blocks).children()
     sites = [trained_sites(run.rules, index, block, run.seed) for index, block in enumerate(blocks)]
     network = RotatedNetwork.of(model, run.family, windows, sites, options.batch_windows)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.formats import TensorQuantizer
-from mxrot.layers import InputTransform, QuantLinear, SiteProducts
+from mxrot.layers import InputTransform, QuantLinear, SiteProducts, cache_scheme_of
 from mxrot.models import Site
 
 NO_TYPES: Mapping[str, torch.dtype] = MappingProxyType({})
@@ -51,7 +51,8 @@ def install_empty_site(
 def stored_tensors(
     block: nn.Module, dtype: torch.dtype, own: Mapping[str, torch.dtype] = NO_TYPES
 ) -> dict[str, Tensor]:
-    """The tensors of a block as a checkpoint keeps them: quantized ones as they are, all others in `dtype`, or in the
+    """The tensors of a block as a checkpoint keeps them: quantized ones and the matrices of a quantized
+    cache as they are, all others in `dtype`, or in the
     type that `own` has for their name."""
     quantized = {
         f"{name}.{parameter}" if name else parameter
@@ -60,6 +61,9 @@ def stored_tensors(
         for parameter, _ in module.named_parameters(recurse=False)
         if parameter != "bias"
     }
+    for name, module in block.named_modules():
+        if (cache := cache_scheme_of(module)) is not None:
+            quantized |= {f"{name}.{matrix}" for matrix in cache.stored_names}
     return {
         name: (value if name in quantized else value.to(own.get(name, dtype))).detach()
         for name, value in block.state_dict().items()

@@ -25,6 +25,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 """Those whose model vLLM holds itself, with q, k, v and gate, up as separate linears in the checkpoint."""
 FUSED = ("Phi3ForCausalLM",)
 """The same, with q, k and v as one linear, and gate and up."""
+CACHE_STOP = "quantizes keys and values of attention by blocks, which neither vLLM nor the plugin does"
 OPERANDS_STOP = "quantizes the operands of attention's products, which neither vLLM nor the plugin does"
 _SIZES = (1, 2, 4, 8, 16)
 
@@ -85,7 +86,7 @@ def _stops_of_both(facts: Facts) -> Iterator[str]:
     if facts.family.experts is not None:
         yield "it has experts, which were not tried in vLLM, and whose inputs neither vLLM nor the plugin transforms"
     if facts.scheme.cache is not None:
-        yield "it quantizes keys and values of attention by blocks, which neither vLLM nor the plugin does"
+        yield f"it {CACHE_STOP}"
     if facts.scheme.attention is not None:
         yield f"it {OPERANDS_STOP}"
     if facts.scheme.has_transform and facts.architecture not in ARCHITECTURES + FUSED:

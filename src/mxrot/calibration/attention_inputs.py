@@ -1,0 +1,79 @@
+"""What a block's attention function is given: queries, keys and values, after norms, RoPE and whatever the family does.
+
+They are seen at the function itself, which is the one place that all families share: q, k and v may come from one
+linear, or pass norms of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from mxrot.calibration.executor import Executor
+from mxrot.calibration.hooks import StopForwardError
+from mxrot.calibration.statistics import Summed
+from mxrot.kernels import block_moments
+
+SeeHeads = Callable[[Tensor, Tensor, Tensor], None]
+"""Is shown queries [windows, heads, tokens, D], and keys and values [windows, KV heads, tokens, D]."""
+NAME = "mxrot_watched_attention"
+_SEE = "sees_attention_inputs"
+
+
+def watched_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    """Show what it was given to who watches, and end the pass."""
+    getattr(module, _SEE)(query, key, value)
+    raise StopForwardError
+
+
+AttentionInterface.register(NAME, watched_attention)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+
+
+@contextmanager
+def watched_heads(attention: nn.Module, see: SeeHeads) -> Iterator[None]:
+    """While open, `see` gets the inputs of the attention function of the module `attention`; the pass ends there."""
+    before: Any = attention.config
+    own = copy(before)
+    own._attn_implementation = NAME
+    attention.config = own
+    setattr(attention, _SEE, see)
+    try:
+        yield
+    finally:
+        attention.config = before
+        delattr(attention, _SEE)
+
+
+class HeadMoments(Summed):
+    """The mean of x^T x over tokens, head by head: float64 [KV heads, D, D]; products of one batch in float32."""
+
+    def update(self, x: Tensor, kept: int) -> None:
+        """Take in one batch [windows, heads, tokens, D]; heads that share one of the `kept` count together."""
+        rows = x.unflatten(1, (kept, -1)).permute(0, 2, 3, 1, 4).reshape(-1, kept * x.shape[-1])
+        self._add(block_moments(rows, x.shape[-1]), len(rows))
+
+
+def head_moments(executor: Executor, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Second moments of queries, keys and values, each float64 [KV heads, D, D], of the block that has begun.
+
+    `attention` is its module that calls the attention function. Moments are means over tokens, those of queries also
+    over the heads that share a key; of all processes of the executor's world.
+    """
+    moments = [HeadMoments() for _ in range(3)]
+
+    def see(query: Tensor, key: Tensor, value: Tensor) -> None:
+        for one, x in zip(moments, (query, key, value), strict=True):
+            one.update(x, key.shape[1])
+
+    with watched_heads(attention, see):
+        for _ in executor.outputs():
+            pass
+    queries, keys, values = (one.result(executor.world) for one in moments)
+    return queries, keys, values
