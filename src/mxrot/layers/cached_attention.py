@@ -69,12 +69,11 @@ def cached_attention(
             count, are_last = key.shape[2], attention_mask is None
         mask = None if attention_mask is None else attention_mask[..., :count]
         call = Call(
-            query.to(work).unflatten(1, (_kept_heads(key), -1)),
+            (query.to(work) * scaling).unflatten(1, (_kept_heads(key), -1)),
             matrices,
             mask,
             _places(query, mask, count, are_last),
             are_last,
-            scaling,
             softcap,
         )
         reading: Reading

@@ -48,7 +48,7 @@ class Call:
     """The queries of a call, and what they see."""
 
     query: Tensor
-    """float32 or float64 [B, heads of keys, heads that share them, T, D]."""
+    """Times what scores are scaled by, float32 or float64 [B, heads of keys, heads that share them, T, D]."""
     matrices: CacheMatrices
     mask: Tensor | None
     """Flags or numbers to add, [B or 1, 1, T, keys]."""
@@ -56,7 +56,6 @@ class Call:
     """Where each query stands among the keys, int64 [B or 1, T]."""
     places_are_last: bool
     """Is query i of T known to stand at the i-th of the last T places?"""
-    scaling: float
     softcap: float | None
 
     def scores(self, rows: slice, keys: Tensor, mask: Tensor | None, is_exact: bool) -> Tensor:
@@ -64,7 +63,7 @@ class Call:
         query = self.query[:, :, :, rows]
         if not is_exact and self.matrices.queries is not None:
             query = query @ self.matrices.queries[:, None]
-        found = (query.flatten(2, 3) @ keys.mT).unflatten(2, query.shape[2:4]) * self.scaling
+        found = (query.flatten(2, 3) @ keys.mT).unflatten(2, query.shape[2:4])
         if self.softcap is not None:
             found = (found / self.softcap).tanh() * self.softcap
         return found if mask is None or mask.dtype == torch.bool else found + mask
@@ -75,12 +74,16 @@ class Call:
 
     def keys_near(self, rows: slice, columns: slice, count: int, last: int) -> slice:
         """Those of `columns` that are near a query of these rows, or more."""
-        start, stop = 0, count
-        if self.places_are_last:
+        start, stop = 0, count if last else 0
+        if self.places_are_last and last:
             before = count - self.query.shape[3]
             start, stop = before + rows.start - last + 1, before + rows.stop
         start = min(max(start, columns.start), columns.stop)
         return slice(start, max(start, min(stop, columns.stop)))
+
+    def come_after(self, rows: slice, columns: slice, count: int) -> bool:
+        """Are all these queries known to stand behind these keys, or at the last one?"""
+        return self.places_are_last and columns.stop <= count - self.query.shape[3] + rows.start + 1
 
 
 class _Sums:
@@ -89,14 +92,16 @@ class _Sums:
     def __init__(self) -> None:
         self.largest: Tensor | None = None
 
-    def add(self, scores: Tensor, seen: Tensor, values: Tensor, is_exact: bool) -> None:
-        """`values` [B, heads of keys, n, D] with the weights exp(scores) where they are seen."""
-        scores = scores.masked_fill(~seen, -torch.inf)
+    def add(self, scores: Tensor, seen: Tensor | None, values: Tensor, is_exact: bool) -> None:
+        """`values` [B, heads of keys, n, D] with the weights exp(scores) where they are seen, by default everywhere."""
+        in_place = not scores.requires_grad  # `scores` are the caller's no more
+        if seen is not None:
+            scores = scores.masked_fill_(~seen, -torch.inf) if in_place else scores.masked_fill(~seen, -torch.inf)
         largest = scores.detach().amax(dim=-1, keepdim=True)
         if self.largest is not None:
             largest = torch.maximum(largest, self.largest)
         finite = largest.masked_fill(largest == -torch.inf, 0)
-        weights = (scores - finite).exp()
+        weights = scores.sub_(finite).exp_() if in_place else (scores - finite).exp()
         summed = (weights.flatten(2, 3) @ values).unflatten(2, weights.shape[2:4])
         total = weights.sum(dim=-1, keepdim=True)
         if self.largest is None:
@@ -149,20 +154,25 @@ def _add_slice(
     """Keys at `columns`, without those among the first tokens, which begin at the places `leading` [B]."""
     places = torch.arange(columns.start, columns.stop, device=call.places.device)
     mask = None if call.mask is None else call.mask[:, :, None, rows, columns]
-    seen = call.distance(rows, places) >= 0 if mask is None else seen_in(mask)
+    seen = None if mask is None else seen_in(mask)
+    if mask is None and not call.come_after(rows, columns, reading.count):
+        seen = call.distance(rows, places) >= 0
     if leading is not None:
         after = (places - leading[:, None])[:, None, None, None]
-        seen = seen & ~((after >= 0) & (after < scheme.first))
-    if scheme.last:
+        seen = _both(seen, (after < 0) | (after >= scheme.first))
+    near = call.keys_near(rows, columns, reading.count, scheme.last)
+    if near.start < near.stop:
         is_near = call.distance(rows, places) < scheme.last
-        near = call.keys_near(rows, columns, reading.count, scheme.last)
-        if near.start < near.stop:
-            inside = slice(near.start - columns.start, near.stop - columns.start)
-            k, v = reading.exact(near.start, near.stop)
-            scores = call.scores(rows, k, None if mask is None else mask[..., inside], is_exact=True)
-            sums.add(scores, (seen & is_near)[..., inside], v, is_exact=True)
-        seen = seen & ~is_near
+        inside = slice(near.start - columns.start, near.stop - columns.start)
+        k, v = reading.exact(near.start, near.stop)
+        scores = call.scores(rows, k, None if mask is None else mask[..., inside], is_exact=True)
+        sums.add(scores, _both(seen, is_near)[..., inside], v, is_exact=True)
+        seen = _both(seen, ~is_near)
     sums.add(call.scores(rows, read[0], mask, is_exact=False), seen, read[1], is_exact=False)
+
+
+def _both(seen: Tensor | None, flags: Tensor) -> Tensor:
+    return flags if seen is None else seen & flags
 
 
 def _add_leading(call: Call, rows: slice, leading: tuple[Tensor, Tensor, Tensor], count: int, sums: _Sums) -> None:
