@@ -23,9 +23,11 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from mxrot.errors import ConfigError
 from mxrot.formats import CacheScheme
+from mxrot.kernels import CacheMatrices
 from mxrot.layers.attention import OPERANDS
-from mxrot.layers.installed_cache import INSTALLED, CacheMatrices, InstalledCache, installed_cache
+from mxrot.layers.installed_cache import INSTALLED, InstalledCache, installed_cache, turned
 from mxrot.layers.packed_cache import PackedCacheLayer, pack_layer
+from mxrot.layers.packed_decoding import decode_packed
 from mxrot.layers.quantized_attention import KNOWN_MASKS, rounded, seen_in
 from mxrot.layers.sliced_attention import Call, Reading, attend
 from mxrot.layers.transform import keeping_type
@@ -60,6 +62,9 @@ def cached_attention(
     matrices = installed.matrices(module, query.shape[-1], query.device, work)
     with torch.autocast(query.device.type, enabled=False):
         if isinstance(key, PackedCacheLayer):
+            decoded = decode_packed(key, matrices, query, attention_mask, scaling, softcap)
+            if decoded is not None:
+                return decoded.transpose(1, 2).contiguous(), None
             key.take(matrices)
             count, are_last = key.visible, True
         else:
@@ -167,8 +172,8 @@ class _GivenReading(Reading):
         self.count = key.shape[2]
 
     def codes(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        key = self.matrices.turned_keys(self.key[:, :, start:stop])
-        value = self.matrices.turned_values(self.value[:, :, start:stop])
+        key = turned(self.key[:, :, start:stop], self.matrices.keys)
+        value = turned(self.value[:, :, start:stop], self.matrices.values)
         return rounded(key, self.scheme.keys), rounded(value, self.scheme.values)
 
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:

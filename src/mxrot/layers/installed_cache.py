@@ -14,34 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.formats import CacheScheme
+from mxrot.kernels import CacheMatrices
 from mxrot.transforms.orders import multiply_by_hadamard
 
 INSTALLED = "quantized_cache"
 """The attribute of an attention module that says how its cache is quantized."""
 
 
-@dataclass(frozen=True)
-class CacheMatrices:
-    """Each [1 or heads of keys and values, D, D]; None leaves things as they are."""
-
-    keys: Tensor | None = None
-    """T, float64."""
-    queries: Tensor | None = None
-    """T^-T, float32, or float64 for a model in float64; as `outputs`."""
-    values: Tensor | None = None
-    """U, float64."""
-    outputs: Tensor | None = None
-    """U^-1."""
-
-    def turned_keys(self, key: Tensor) -> Tensor:
-        """k T of [B, heads, n, D], in the type of k without a T."""
-        return _turned(key, self.keys)
-
-    def turned_values(self, value: Tensor) -> Tensor:
-        return _turned(value, self.values)
-
-
-def _turned(x: Tensor, matrix: Tensor | None) -> Tensor:
+def turned(x: Tensor, matrix: Tensor | None) -> Tensor:
+    """x T of [B, heads, n, D] and a float64 matrix, or x without one: float32, or float64 for x in float64."""
     if matrix is None:
         return x
     return (x.double() @ matrix).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -58,7 +39,8 @@ class InstalledCache:
     """Matrices, by what they were made of; the stored ones are held, so that no other tensor comes to lie there."""
 
     def matrices(self, module: nn.Module, width: int, device: torch.device, work: torch.dtype) -> CacheMatrices:
-        """Those of `module` on a device, for products in float32 or float64; kept until what is stored changes."""
+        """Those of `module` on a device: T and U in float64, their inverses in `work`, float32 or float64. Kept until
+        what is stored changes."""
         stored = [getattr(module, name).to(device) for name in self.scheme.stored_names]
         if any(one.is_inference() or (one.requires_grad and torch.is_grad_enabled()) for one in stored):
             return _made_of(self.scheme, dict(zip(self.scheme.stored_names, stored, strict=True)), width, device, work)

@@ -11,6 +11,7 @@ stay until the next call, so that drafts can be taken back; `activate_past_recor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from mxrot.errors import ConfigError
 from mxrot.formats import CacheScheme
-from mxrot.layers.installed_cache import CacheMatrices, cache_scheme_of
+from mxrot.kernels import CacheMatrices
+from mxrot.layers.installed_cache import cache_scheme_of, turned
 from mxrot.layers.packed_tokens import PackedTokens
 
 TAKEN_BACK = 24
@@ -101,8 +103,8 @@ class PackedCacheLayer(CacheLayerMixin):
         assert self.new is not None
         (key, value), self.new = self.new, None
         self._call = key.shape[2]
-        self.keys.append(matrices.turned_keys(key))
-        self.values.append(matrices.turned_values(value))
+        self.keys.append(turned(key, matrices.keys))
+        self.values.append(turned(value, matrices.values))
         if self.scheme.last or self.scheme.first:
             before = self.recent
             self.recent = (
@@ -110,6 +112,17 @@ class PackedCacheLayer(CacheLayerMixin):
                 if before is None
                 else (torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2))
             )
+
+    def take_by(self, pack: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Let `pack` write the key and value of one token at the end of the tokens, where room was made; what it
+        returns."""
+        assert self.new is not None and self.scheme.first == self.scheme.last == 0
+        (key, value), self.new = self.new, None
+        self._call = key.shape[2]
+        found = pack(key, value)
+        for tokens in (self.keys, self.values):
+            tokens.length += self._call
+        return found
 
     def note_padding(self, padding: Tensor | None) -> None:
         """Keep those of the new tokens that are among the `first`; `padding` as the attribute, None where there is

@@ -13,7 +13,7 @@ from mxrot.errors import ConfigError
 from mxrot.formats import CacheScheme, TensorQuantizer
 from mxrot.layers import PackedCacheLayer, cache_scheme_of, quantize_cache, restore_cache
 from mxrot.layers.cached_attention import cached_attention
-from mxrot.layers.installed_cache import installed_cache
+from mxrot.layers.installed_cache import installed_cache, turned
 
 WIDTH = 32
 
@@ -151,7 +151,7 @@ def test_what_is_kept_is_what_is_quantized_without_a_cache_bit_for_bit(name: str
     scheme, installed = cache_scheme_of(module), installed_cache(module)
     assert scheme is not None and installed is not None
     matrices = installed.matrices(module, WIDTH, k.device, torch.float32)
-    keys, values = scheme.keys(matrices.turned_keys(k)), scheme.values(matrices.turned_values(v))
+    keys, values = scheme.keys(turned(k, matrices.keys)), scheme.values(turned(v, matrices.values))
     for pieces in ([40], [1] * 40, [7, 33]):
         layer = PackedCacheLayer(scheme)
         for key, value in zip(k.split(pieces, dim=2), v.split(pieces, dim=2), strict=True):

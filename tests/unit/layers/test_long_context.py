@@ -29,7 +29,12 @@ def test_pieces_of_a_long_text_and_what_is_generated_are_one_pass() -> None:
     for piece in ids[:, :-1].split(PIECE, dim=1):
         logits.append(model(piece, past_key_values=cache).logits)
     made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=MADE, do_sample=False, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=MADE,
+        do_sample=False,
+        pad_token_id=0,
     )
     whole = model(made, use_cache=False).logits
     assert torch.equal(whole[:, TOKENS - 1 : -1].argmax(dim=-1), made[:, TOKENS:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from mxrot.errors import ConfigError
 from mxrot.formats import CacheScheme, TensorQuantizer
+from mxrot.kernels import CacheMatrices, decode_attention
 from mxrot.layers import PackedCache, PackedCacheLayer, cache_scheme_of, quantize_cache, restore_cache
-from mxrot.layers.installed_cache import CacheMatrices
 
 WINDOW = 12
 KINDS: dict[str, dict[str, Any]] = {
@@ -255,3 +256,54 @@ def test_a_model_without_a_scheme_has_no_such_cache() -> None:
     assert cache_scheme_of(model.model.layers[0].self_attn) is None
     with pytest.raises(ConfigError, match="no attention module of this model quantizes"):
         PackedCache.of(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_single_tokens_by_way_of_kernels_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their plain twins here, which are float32; with padding, windows and a sequence that leaves."""
+    model = quantized(plain_model(kind).float(), scheme_of(key_transform="hadamard", value_transform="hadamard"))
+    ids, mask = padded([random_windows(1, length, seed=length)[0] for length in (19, 30)])
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    read = Mock(wraps=decode_attention)
+    monkeypatch.setattr("mxrot.layers.packed_decoding.decode_attention", read)
+    logits = []
+    for runs in (False, True):
+        monkeypatch.setattr("mxrot.layers.packed_decoding.decodes_packed", lambda *_, runs=runs: runs)
+        cache, found = PackedCache.of(model), []
+        for some in (slice(0, 29), slice(29, 30)):
+            more = {"attention_mask": mask[:, : some.stop], "position_ids": places[:, some]}
+            found.append(model(ids[:, some], past_key_values=cache, **more).logits.flatten())
+        cache.batch_select_indices(torch.tensor([1]))
+        found.append(in_pieces(model, random_windows(1, 20), [1] * 20, cache).flatten())
+        logits.append(torch.cat(found))
+        assert read.call_count == (21 * 2 if runs else 0)
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["mxfp4", "mxfp8_e4m3", "int4_row_asym", "int2_g32_asym"])
+def test_on_a_gpu_single_tokens_take_kernels_and_are_those_of_the_plain_path(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, of a model with heads of 64; the texts differ in length."""
+    torch.manual_seed(0)
+    config = tiny_config(head_dim=64, hidden_size=256)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for block in model.model.layers:
+        quantize_cache(block.self_attn, scheme_of(format, key_transform="hadamard", value_transform="hadamard"), 64, 2)
+    ids, mask = (x.cuda() for x in padded([random_windows(1, length, seed=length)[0] for length in (99, 300)]))
+    model.cuda()
+    read = Mock(wraps=decode_attention)
+    monkeypatch.setattr("mxrot.layers.packed_decoding.decode_attention", read)
+    logits = []
+    for runs in (True, False):
+        if not runs:
+            monkeypatch.setattr("mxrot.layers.packed_decoding.decodes_packed", lambda *_: False)
+        cache, found = PackedCache.of(model), []
+        for some in (slice(0, 280), *(slice(i, i + 1) for i in range(280, 300))):
+            places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, some]
+            out = model(ids[:, some], past_key_values=cache, attention_mask=mask[:, : some.stop], position_ids=places)
+            found.append(out.logits)
+        logits.append(torch.cat(found, dim=1)[:, 280:])
+        assert read.call_count == 20 * 2
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
