@@ -65,7 +65,11 @@ OPTIONS = {
     "bench quantize": [
         *("model", "--recipes", "--set", "--calib", "--samples", "--seq-len", "--repeats", "--device", "--json"),
     ],
+    "bench cache": [
+        *("--kv", "--kv-transform", "--batch", "--context", "--heads", "--kv-heads", "--width", "--device", "--json"),
+    ],
     "bench model": [
+        *("--kv", "--kv-transform"),
         *("-r", "--recipe", "--set", "--blocks", "--hidden", "--ffn", "--heads", "--kv-heads", "--vocabulary"),
         *("--prompt", "--context", "--compile", "--device", "--json"),
     ],

@@ -1,22 +1,28 @@
 """Speed, measured side by side in one run, and only of what computes the right thing."""
 
+from mxrot.bench.cache import HeadShapes, bench_cache, cache_scheme, sizes_of
 from mxrot.bench.kernels import LLAMA_3_8B, ROWS, KernelRow, bench_kernels, measured_crossovers
-from mxrot.bench.model import ModelRow, bench_model, llama_config, random_model
+from mxrot.bench.model import ModelRow, Works, bench_model, llama_config, random_model
 from mxrot.bench.quantize import QuantizeRow, bench_quantize
 from mxrot.bench.tables import geometric_means, kernel_table, model_table, quantize_table
-from mxrot.bench.timing import Seconds, ceilings, seconds_of
+from mxrot.bench.timing import Seconds, ceilings, copy_speed, seconds_of
 
 __all__ = [
     "LLAMA_3_8B",
     "ROWS",
+    "HeadShapes",
     "KernelRow",
     "ModelRow",
     "QuantizeRow",
     "Seconds",
+    "Works",
+    "bench_cache",
     "bench_kernels",
     "bench_model",
     "bench_quantize",
+    "cache_scheme",
     "ceilings",
+    "copy_speed",
     "geometric_means",
     "kernel_table",
     "llama_config",
@@ -25,4 +31,5 @@ __all__ = [
     "quantize_table",
     "random_model",
     "seconds_of",
+    "sizes_of",
 ]

@@ -3,6 +3,9 @@
 Speed does not depend on what weights are, so nothing is quantized here: codes are drawn. All models are run by
 transformers, their decoder blocks compiled by torch.compile where that is asked for. On a GPU a token is recorded as a
 CUDA graph. A prompt is not: it keeps the device busy as it is, and transformers masks attention otherwise in a graph.
+
+With the scheme of a packed cache each model generates a token with that cache and with one of its own type, which take
+turns; so do both run as transformers has them, not compiled. All places of both hold numbers that were drawn.
 """
 
 from __future__ import annotations
@@ -17,14 +20,26 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
-from mxrot.bench.timing import Seconds, seconds_of
-from mxrot.formats import quantize
-from mxrot.layers import FixedCache, QuantLinear, build_apart, unmasked
+from mxrot.bench.timing import Seconds, seconds_of_each
+from mxrot.formats import CacheScheme, quantize
+from mxrot.kernels import plain_append_tokens
+from mxrot.layers import (
+    FixedCache,
+    FixedPackedCache,
+    QuantLinear,
+    build_apart,
+    quantize_cache,
+    restore_cache,
+    unmasked,
+)
 from mxrot.models import find_family, rebuild_buffers
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, install, prepare
 from mxrot.transforms.base import random_orthogonal
 from mxrot.transforms.stages import BlockDiagonal
+
+DRAWN_AT_ONCE = 2048
+"""Tokens of a layer that are packed at once."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +52,40 @@ class ModelRow:
     """None if its logits were not finite."""
     linear_bytes: int
     """Of the linears of all decoder blocks, transforms included."""
+    cache: str = ""
+    """How keys and values are kept."""
+    cache_bytes: int | None = None
+    """What those of this context take, the new token's included; None where there are none."""
 
     def as_record(self) -> dict[str, Any]:
         """For a JSON file."""
         return vars(self) | {"seconds": None if self.seconds is None else vars(self.seconds)}
 
 
+@dataclass(frozen=True)
+class Works:
+    """What models do."""
+
+    prompt: int | None = 8192
+    """Tokens; None for no prompt."""
+    contexts: tuple[int, ...] = (1024,)
+    """Tokens before the one that is generated."""
+    cache: CacheScheme | None = None
+    """A token is generated with this cache, too."""
+    compiler: str | None = "inductor"
+    """A backend of torch.compile; None for none."""
+
+
 def bench_model(
     config: LlamaConfig,
     recipe: Recipe,
     device: torch.device,
-    prompt: int = 8192,
-    context: int = 1024,
-    compiler: str | None = "inductor",
+    works: Works = Works(),
     told: Callable[[str], None] = lambda line: None,
 ) -> list[ModelRow]:
-    """A prompt of so many tokens, and one token after a context of so many, by the model and by the quantized one.
+    """What `works` says, by the model and by the quantized one.
 
-    `compiler` is a backend of torch.compile, None for none. On a GPU the quantized one is measured with weights in FP8
-    beside the packed ones, too.
+    On a GPU the quantized one is measured with weights in FP8 beside the packed ones, too.
     """
     rows = []
     makers: list[tuple[str, Callable[[LlamaConfig, torch.device], PreTrainedModel]]] = [
@@ -67,17 +97,33 @@ def bench_model(
         makers.append((f"{recipe.name}, kept in FP8", kept))
     for name, make in makers:
         model = make(config, device)
-        linears = linear_bytes(model)
-        for work, step, is_recorded in (
-            (f"prompt of {prompt}", prompt_step(model, prompt, compiler), False),
-            (f"token after {context}", token_step(model, context, compiler), True),
-        ):
-            is_fine = bool(step().isfinite().all())
-            seconds = seconds_of([step], device, is_recorded=is_recorded) if is_fine else None
-            rows.append(ModelRow(name, work, seconds, linears))
-            told(f"{name}, {work}: {seconds or 'LOGITS ARE NOT FINITE'}")
-        del model, step
+        for row in _rows_of(name, model, works, device):
+            rows.append(row)
+            told(f"{name}, {row.work}{row.cache and ', cache '}{row.cache}: {row.seconds or 'LOGITS ARE NOT FINITE'}")
+        del model
     return rows
+
+
+def _rows_of(name: str, model: PreTrainedModel, works: Works, device: torch.device) -> Iterator[ModelRow]:
+    linears, compiler = linear_bytes(model), works.compiler
+    if works.prompt is not None:
+        step = prompt_step(model, works.prompt, compiler)
+        yield ModelRow(name, f"prompt of {works.prompt}", _seconds([step], device, False)[0], linears)
+    for context in works.contexts:
+        tokens = [token_step(model, context, compiler)]
+        if works.cache is not None:
+            tokens.append(packed_token_step(model, context, works.cache))
+        for found, seconds in zip(tokens, _seconds(tokens, device, True), strict=True):
+            kept = found.cache.nbytes
+            yield ModelRow(name, f"token after {context}", seconds, linears, found.kept, kept)
+
+
+def _seconds(steps: Sequence[Callable[[], Tensor]], device: torch.device, is_recorded: bool) -> list[Seconds | None]:
+    """None for steps whose logits are not finite; the others take turns."""
+    are_fine = [bool(step().isfinite().all()) for step in steps]
+    fine = [[step] for step, is_fine in zip(steps, are_fine, strict=True) if is_fine]
+    seconds = iter(seconds_of_each(fine, device, is_recorded=is_recorded) if fine else [])
+    return [next(seconds) if is_fine else None for is_fine in are_fine]
 
 
 def llama_config(
@@ -189,13 +235,44 @@ def forwards_replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable[
             del module.forward
 
 
-def token_step(model: PreTrainedModel, context: int, compiler: str | None = None) -> Callable[[], Tensor]:
-    """Logits of one token, with keys and values of so many before it, all of which it sees. Blocks differ by their
-    place in the cache, so the model is compiled as a whole."""
+@dataclass(frozen=True)
+class TokenStep:
+    """One token with keys and values of those before it; a call gives its logits."""
+
+    run: Callable[[], Tensor]
+    cache: FixedCache | FixedPackedCache
+    kept: str
+    """How keys and values are, in words."""
+
+    def __call__(self) -> Tensor:
+        return self.run()
+
+
+def token_step(model: PreTrainedModel, context: int, compiler: str | None = None) -> TokenStep:
+    """One token, with keys and values of so many before it, all of which it sees. Blocks differ by their place in the
+    cache, so the model is compiled as a whole."""
     cache = FixedCache(context + 1)
+    run: Callable[..., Any] = model if compiler is None else torch.compile(model, fullgraph=True, backend=compiler)
+    return TokenStep(_step(model, run, cache, context), cache, str(model.dtype).removeprefix("torch."))
+
+
+def packed_token_step(model: PreTrainedModel, context: int, scheme: CacheScheme) -> TokenStep:
+    """As `token_step`, not compiled, with a packed cache, which the model has at this step alone."""
+    cache = FixedPackedCache(context + 1)
+    run = _step(model, model, cache, context)
+
+    def step() -> Tensor:
+        with _packed(model, scheme):
+            return run()
+
+    return TokenStep(step, cache, scheme.spelled)
+
+
+def _step(
+    model: PreTrainedModel, run: Callable[..., Any], cache: FixedCache | FixedPackedCache, context: int
+) -> Callable[[], Tensor]:
     place = torch.tensor([context], device=model.device)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    run: Callable[..., Any] = model if compiler is None else torch.compile(model, fullgraph=True, backend=compiler)
 
     @torch.no_grad()
     def step() -> Tensor:
@@ -204,8 +281,38 @@ def token_step(model: PreTrainedModel, context: int, compiler: str | None = None
         with unmasked(model):
             if not cache.is_filled:
                 model(**arguments)
+                _draw(cache)
             output = run(**arguments)
         logits: Tensor = output.logits
         return logits
 
     return step
+
+
+def _draw(cache: FixedCache | FixedPackedCache) -> None:
+    """Numbers at all places; nothing is left to what zeros may be spared."""
+    if isinstance(cache, FixedCache):
+        for tensor in (tensor for pair in cache.kept for tensor in pair):
+            tensor.normal_()
+        return
+    for tokens in cache.kept:
+        batch, heads, positions = tokens.keys.codes.shape[:3]
+        for start in range(0, positions, DRAWN_AT_ONCE):
+            shape = batch, heads, min(DRAWN_AT_ONCE, positions - start), tokens.keys.width
+            key, value = torch.randn(2, *shape, device=tokens.keys.codes.device)
+            plain_append_tokens(key, key, value, tokens, start)
+
+
+@contextmanager
+def _packed(model: PreTrainedModel, scheme: CacheScheme) -> Iterator[None]:
+    """While open, attention of the decoder blocks keeps keys and values so."""
+    family, config = find_family(model.config, "the model"), model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    modules = [block.get_submodule(family.attention) for block in model.get_submodule(family.blocks).children()]
+    for module in modules:
+        quantize_cache(module, scheme, width, config.num_key_value_heads)
+    try:
+        yield
+    finally:
+        for module in modules:
+            restore_cache(module)

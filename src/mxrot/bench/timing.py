@@ -120,7 +120,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     GPU the seconds of a kernel that does nothing, and of one that loads and stores what quantizing a few rows does.
     """
     is_gpu = device.type == "cuda"
-    found = {"copy": _copy_speed(device)}
+    found = {"copy": copy_speed(device)}
     size = 8192 if is_gpu else 1024
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     found["bf16 product"] = 2 * size**3 / seconds_of([lambda: a @ b.mT], device, 7).median
@@ -138,8 +138,9 @@ def ceilings(device: torch.device) -> dict[str, float]:
     return found
 
 
-def _copy_speed(device: torch.device) -> float:
-    """By the library's copy, which in a CUDA graph may be the copy engine, or by a kernel: the faster of the two."""
+def copy_speed(device: torch.device) -> float:
+    """Bytes a second, read and written, by the library's copy, which in a CUDA graph may be the copy engine, or by a
+    kernel: the faster of the two."""
     source = torch.zeros(2**28 if device.type == "cuda" else 2**24, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     ways: list[Callable[[], Any]] = [partial(target.copy_, source), partial(torch.neg, source, out=target)]

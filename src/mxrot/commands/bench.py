@@ -88,9 +88,20 @@ def bench_model_command(
     heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads")] = 32,
     kv_heads: Annotated[int, typer.Option("--kv-heads", min=1, help="Heads of keys and values")] = 8,
     vocabulary: Annotated[int, typer.Option("--vocabulary", min=1, help="Tokens there are")] = 128256,
-    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt")] = 8192,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens before the one generated")] = 1024,
-    compiles: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile the decoder blocks")] = True,
+    prompt: Annotated[int, typer.Option("--prompt", min=0, help="Tokens of the prompt; 0 for none")] = 8192,
+    contexts: Annotated[str, typer.Option("--context", help="Tokens before the one generated, comma-separated")] = (
+        "1024"
+    ),
+    cache: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="FORMAT", help="Generate with keys and values so, too: mxfp4, int4, ..."),
+    ] = None,
+    cache_transform: Annotated[
+        str, typer.Option("--kv-transform", metavar="KIND", help="Of keys and queries: hadamard or none")
+    ] = "hadamard",
+    compiles: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the decoder blocks (not with --kv)")
+    ] = None,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -105,18 +116,54 @@ def bench_model_command(
     chosen = chosen_recipe(recipe, changes)
     if hidden % (32 * heads) or hidden % 32 or ffn % 32 or heads % kv_heads:
         raise ConfigError("--hidden must be a multiple of 32 times --heads, --ffn of 32, --heads of --kv-heads")
-    positions = max(prompt, context + 1)
-    config = bench.llama_config(hidden, ffn, blocks, heads, kv_heads, vocabulary, positions)
-    compiler = "inductor" if compiles else None
-    rows = bench.bench_model(
-        config, chosen, where, prompt, context, compiler, lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    if compiles and cache is not None:
+        raise ConfigError("--compile: with --kv both caches run as transformers has them; leave one of the two out")
+    lengths = _numbers("--context", contexts)
+    scheme = None if cache is None else bench.cache_scheme(cache, cache_transform, hidden // heads)
+    config = bench.llama_config(hidden, ffn, blocks, heads, kv_heads, vocabulary, max(prompt, *lengths) + 1)
+    compiler = None if cache is not None or compiles is False else "inductor"
+    works = bench.Works(prompt or None, lengths, scheme, compiler)
+    rows = bench.bench_model(config, chosen, where, works, lambda line: print(line, file=sys.stderr, flush=True))
     show(bench.model_table(rows))
     table = {"device": device_name(where), "versions": versions(), "rows": [row.as_record() for row in rows]}
-    write_json(
-        json_file, table | {"config": config.to_diff_dict(), "recipe_toml": chosen.to_toml(), "compiled": compiles}
-    )
+    more = {"config": config.to_diff_dict(), "recipe_toml": chosen.to_toml(), "compiled": compiler is not None}
+    write_json(json_file, table | more)
     if any(row.seconds is None for row in rows):
+        raise typer.Exit(1)
+
+
+@benchmarks.command("cache")
+def bench_cache_command(
+    format: Annotated[str, typer.Option("--kv", metavar="FORMAT", help="Of keys and values")] = "mxfp4",
+    transform: Annotated[
+        str, typer.Option("--kv-transform", metavar="KIND", help="Of keys and queries: hadamard or none")
+    ] = "hadamard",
+    batches: Annotated[str, typer.Option("--batch", help="Sequences, comma-separated")] = "1,8,32",
+    tokens: Annotated[str, typer.Option("--context", help="Tokens of each, comma-separated")] = "1024,8192,16384",
+    heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads (Llama-3-8B's)")] = 32,
+    kv_heads: Annotated[int, typer.Option("--kv-heads", min=1, help="Heads of keys and values")] = 8,
+    width: Annotated[int, typer.Option("--width", min=32, help="Width of a head")] = 128,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Attention to a packed cache beside PyTorch's own to a bfloat16 one; what fails its check has no speed."""
+    import torch
+
+    from mxrot import api, bench
+    from mxrot.environment import device_name, versions
+
+    check_device(device)
+    where = torch.device(device or api.default_device())
+    if heads % kv_heads:
+        raise ConfigError("--heads must be a multiple of --kv-heads")
+    scheme, shapes = bench.cache_scheme(format, transform, width), bench.HeadShapes(heads, kv_heads, width)
+    sizes = bench.sizes_of(_numbers("--batch", batches), _numbers("--context", tokens))
+    limits = {"copy": bench.copy_speed(where)}
+    found = bench.bench_cache(where, scheme, sizes, shapes, lambda line: print(line, file=sys.stderr, flush=True))
+    show(bench.kernel_table(found, limits))
+    table = {"device": device_name(where), "versions": versions(), "ceilings": limits, "cache": scheme.spelled}
+    write_json(json_file, table | {"shapes": vars(shapes), "rows": [row.as_record() for row in found]})
+    if not all(row.holds for row in found):
         raise typer.Exit(1)
 
 
@@ -148,6 +195,14 @@ def bench_quantize_command(
     show(bench.quantize_table(rows))
     table = {"device": device_name(where), "versions": versions(), "rows": [vars(row) for row in rows]}
     write_json(json_file, table)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Positive numbers of a comma-separated list."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise ConfigError(f"{option} {text}: not positive numbers between commas, such as 1024,16384")
+    return tuple(map(int, words))
 
 
 def _shape(text: str) -> tuple[int, int]:

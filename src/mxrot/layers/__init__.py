@@ -3,6 +3,7 @@
 from mxrot.layers.attention import score_heads, shared_heads, step_mask, unmasked
 from mxrot.layers.cached_attention import quantize_cache, restore_cache
 from mxrot.layers.experts import build_apart, separate_experts
+from mxrot.layers.fixed_packed_cache import FixedPackedCache
 from mxrot.layers.installed_cache import cache_scheme_of
 from mxrot.layers.kv_cache import FixedCache
 from mxrot.layers.linear import QuantLinear
@@ -19,6 +20,7 @@ from mxrot.layers.transform import InputTransform
 
 __all__ = [
     "FixedCache",
+    "FixedPackedCache",
     "InputTransform",
     "ModelSize",
     "PackedCache",

@@ -25,6 +25,7 @@ from mxrot.errors import ConfigError
 from mxrot.formats import CacheScheme
 from mxrot.kernels import CacheMatrices
 from mxrot.layers.attention import OPERANDS
+from mxrot.layers.fixed_packed_cache import FixedPackedLayer
 from mxrot.layers.installed_cache import INSTALLED, InstalledCache, installed_cache, turned
 from mxrot.layers.packed_cache import PackedCacheLayer, pack_layer
 from mxrot.layers.packed_decoding import decode_packed
@@ -39,8 +40,8 @@ _HOOK = "quantized_cache_hook"
 def cached_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | PackedCacheLayer,
-    value: Tensor | PackedCacheLayer,
+    key: Tensor | PackedCacheLayer | FixedPackedLayer,
+    value: Tensor | PackedCacheLayer | FixedPackedLayer,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -58,6 +59,9 @@ def cached_attention(
     assert installed is not None
     _check_call(installed.before._attn_implementation, dropout, more)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, FixedPackedLayer):
+        found = key.attend(module, query, attention_mask, scaling, softcap)
+        return found.transpose(1, 2).contiguous(), None
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     matrices = installed.matrices(module, query.shape[-1], query.device, work)
     with torch.autocast(query.device.type, enabled=False):

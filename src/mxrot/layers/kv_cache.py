@@ -23,6 +23,16 @@ class FixedCache(Cache):
         """Do keys and values have their addresses?"""
         return bool(self._kept)
 
+    @property
+    def kept(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [S, heads, positions, width] of all layers that were called."""
+        return list(self._kept.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values of all positions."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.kept)
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Keep the keys and values [S, heads, 1, width] of a layer; all visible ones, [S, heads, visible, width]."""
         assert self.position is not None

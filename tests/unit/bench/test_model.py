@@ -10,19 +10,23 @@ from tests.tiny_model import tiny_config
 from typer.testing import CliRunner
 
 from mxrot import cli
-from mxrot.bench import ModelRow, Seconds, bench_model, model, model_table
+from mxrot.bench import ModelRow, Seconds, Works, bench_model, cache_scheme, model, model_table
+from mxrot.errors import ConfigError
 from mxrot.layers import QuantLinear
 from mxrot.recipe import load_recipe
 
 CPU = torch.device("cpu")
 CONFIG = tiny_config(architectures=["LlamaForCausalLM"])
+WIDE = tiny_config(architectures=["LlamaForCausalLM"], head_dim=32)
+"""With heads of 32."""
 
 
 @pytest.mark.parametrize(("name", "compiler"), [("mxrot", "aot_eager"), ("mxrot-vllm", None), ("rtn", None)])
 def test_both_models_do_both_kinds_of_work(name: str, compiler: str | None) -> None:
     torch.compiler.reset()
     told: list[str] = []
-    rows = bench_model(CONFIG, load_recipe(name), CPU, 16, 8, compiler, told.append)
+    works = Works(16, (8,), None, compiler)
+    rows = bench_model(CONFIG, load_recipe(name), CPU, works, told.append)
     assert [(row.model, row.work) for row in rows] == [
         (kind, work) for kind in ("bf16", name) for work in ("prompt of 16", "token after 8")
     ]
@@ -30,6 +34,44 @@ def test_both_models_do_both_kinds_of_work(name: str, compiler: str | None) -> N
     # 4.25 bits instead of 16, and transforms, which weigh much in a model this small
     share = rows[2].linear_bytes / rows[0].linear_bytes
     assert share == pytest.approx(4.25 / 16, abs=1e-3) if name == "rtn" else 0.27 < share < 2
+
+
+def test_a_token_with_a_packed_cache_beside_one_without() -> None:
+    """All numbers of a context are drawn, and the packed cache is 4.25/16 of the other."""
+    works = Works(None, (8, 40), cache_scheme("mxfp4", "hadamard", 32), None)
+    rows = bench_model(WIDE, load_recipe("rtn"), CPU, works)
+    kinds = ["bfloat16", "keys mxfp4 even under hadamard, values mxfp4 even"]
+    assert [(row.model, row.work, row.cache) for row in rows] == [
+        (name, f"token after {context}", kind) for name in ("bf16", "rtn") for context in (8, 40) for kind in kinds
+    ]
+    for unpacked, packed in zip(rows[::2], rows[1::2], strict=True):
+        assert packed.seconds is not None and packed.cache_bytes == unpacked.cache_bytes * 4.25 / 16
+    cells = [list(column.cells) for column in model_table(rows).columns]
+    assert cells[9][:2] == ["1.000", "0.266"] and all(cells[10])
+
+
+def test_packed_and_unpacked_tokens_are_nearly_the_same() -> None:
+    """In eight bits, with the numbers that were drawn for one of them in both."""
+    random = model.random_model(WIDE, CPU)
+    dense = model.token_step(random, 8)
+    packed = model.packed_token_step(random, 8, cache_scheme("mxfp8", "none", 32))
+    dense(), packed()
+    for (keys, values), tokens in zip(dense.cache.kept, packed.cache.kept, strict=True):
+        keys.copy_(tokens.keys.dequantize())
+        values.copy_(tokens.values.dequantize())
+    expected, found = dense(), packed()
+    assert expected.std() > 0.1 and (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_formats_of_caches_by_their_short_names() -> None:
+    assert cache_scheme("int4", "hadamard", 64).spelled == "keys int4_row_asym minmax under hadamard, values " + (
+        "int4_row_asym minmax"
+    )
+    assert cache_scheme("mxfp8_e5m2", "none", 64).keys.format.name == "mxfp8_e5m2"
+    with pytest.raises(ConfigError, match="transform"):
+        cache_scheme("mxfp4", "second_moment", 64)
+    with pytest.raises(ConfigError, match="48"):
+        cache_scheme("mxfp4", "none", 48)
 
 
 def test_a_generated_token_is_the_next_one_of_the_prompt() -> None:
@@ -72,7 +114,7 @@ def test_logits_that_are_not_finite_have_no_speed(monkeypatch: pytest.MonkeyPatc
         return found
 
     monkeypatch.setattr(model, "random_model", broken)
-    rows = bench_model(CONFIG, load_recipe("rtn"), CPU, 16, 8, None)
+    rows = bench_model(CONFIG, load_recipe("rtn"), CPU, Works(16, (8,), None, None))
     assert all(row.seconds is None for row in rows)
     assert "LOGITS ARE NOT FINITE" in list(model_table(rows).columns[2].cells)
 
@@ -93,5 +135,18 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["bench", "model", *shape, *work])
     assert result.exit_code == 0, result.output
     assert len(json.loads(path.read_text())["rows"]) == 4
+    more = ["--prompt", "0", "--context", "8,9", "--kv", "mxfp4", "--device", "cpu", "--json", str(path)]
+    result = CliRunner().invoke(cli.app, ["bench", "model", *shape, *more])
+    assert result.exit_code == 0, result.output
+    written = json.loads(path.read_text())
+    assert len(written["rows"]) == 8 and written["compiled"] is False
+    wrong = (
+        ["--kv", "mxfp4", "--compile"],
+        ["--context", "8,x"],
+        ["--kv", "mxfp5"],
+        ["--kv-transform", "x", "--kv", "int4"],
+    )
+    for options in wrong:
+        assert CliRunner().invoke(cli.app, ["bench", "model", *shape, *options, "--device", "cpu"]).exit_code == 2
     bad = CliRunner().invoke(cli.app, ["bench", "model", "--hidden", "100", "--device", "cpu"])
     assert bad.exit_code == 2 and "--hidden must be" in bad.output

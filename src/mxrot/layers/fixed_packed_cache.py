@@ -1,0 +1,83 @@
+"""Packed keys and values of all positions, at addresses that stay: `FixedCache` for attention with a quantized cache.
+
+A step of it is what a CUDA graph can hold: the place of the next token lies on the device, and nothing grows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from mxrot.kernels import CachedTokens, TokenRows, append_tokens, decode_attention
+from mxrot.layers.installed_cache import installed_cache
+from mxrot.layers.quantized_attention import seen_in
+
+
+class FixedPackedLayer:
+    """Keys and values of one attention module, and the newest token until attention packs it."""
+
+    def __init__(self, cache: FixedPackedCache) -> None:
+        self.cache = cache
+        self.tokens: CachedTokens | None = None
+        self.new: tuple[Tensor, Tensor] | None = None
+
+    def attend(
+        self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """The newest token of every sequence, query [B, heads, 1, D], into its place, and what it reads of the visible
+        ones: [B, heads, 1, D]. `mask` hides some of them, as for PyTorch's own attention, [B, 1, 1, positions]."""
+        assert self.new is not None and self.cache.position is not None and query.shape[2] == 1
+        (key, value), self.new = self.new, None
+        if self.tokens is None:
+            self.tokens = self._empty(module, key)
+        seen = None if mask is None else seen_in(mask)[:, 0, 0].expand(len(query), -1)
+        turned = append_tokens(query, key, value, self.tokens, self.cache.position)
+        return decode_attention(turned, self.tokens, self.cache.visible, seen, scaling, softcap)
+
+    def _empty(self, module: nn.Module, key: Tensor) -> CachedTokens:
+        installed = installed_cache(module)
+        assert installed is not None
+        batch, heads, _, width = key.shape
+        keys, values = (
+            TokenRows.empty(quantizer, batch, heads, self.cache.positions, width, key.device)
+            for quantizer in (installed.scheme.keys, installed.scheme.values)
+        )
+        return CachedTokens(keys, values, installed.matrices(module, width, key.device, torch.float32))
+
+
+class FixedPackedCache(Cache):
+    """One token a call, for modules whose scheme keeps no token in 16 bits; attention sees the first `visible` ones."""
+
+    def __init__(self, positions: int) -> None:  # without what Cache sets up: layers of kinds of its own
+        self.layers = []
+        self.positions = self.visible = positions
+        self.position: Tensor | None = None
+        """int64 [1], where the next token goes."""
+        self._kept: dict[int, FixedPackedLayer] = {}
+
+    @property
+    def is_filled(self) -> bool:
+        """Do keys and values have their addresses?"""
+        return bool(self.kept)
+
+    @property
+    def kept(self) -> list[CachedTokens]:
+        """Of all layers that were called."""
+        return [layer.tokens for layer in self._kept.values() if layer.tokens is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values, with all that stands beside them, of all positions."""
+        return sum(tokens.keys.nbytes + tokens.values.nbytes for tokens in self.kept)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Note the keys and values [B, heads, 1, width] of a layer; the layer itself, twice, which attention reads."""
+        layer = self._kept.setdefault(layer_idx, FixedPackedLayer(self))
+        layer.new = key_states, value_states
+        return layer, layer
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        return 0
