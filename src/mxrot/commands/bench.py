@@ -41,6 +41,7 @@ def bench_kernels_command(
     remember: Annotated[
         bool, typer.Option("--remember", help="Let models here choose kernels by what was measured")
     ] = (False),
+    lut: Annotated[bool, typer.Option("--lut", help="2-bit weights that are looked up, and nothing else")] = False,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -55,9 +56,12 @@ def bench_kernels_command(
     where = torch.device(device or api.default_device())
     if remember and where.type != "cuda":
         raise ConfigError(f"--remember: on {where.type} there is nothing to choose from")
-    sizes = [_shape(text) for text in shapes] or bench.LLAMA_3_8B
+    if remember and lut:
+        raise ConfigError("--remember: with --lut nothing is measured that models choose by; leave one of them out")
+    sizes = [_shape(text, 128 if lut else 32) for text in shapes] or bench.LLAMA_3_8B
     limits = bench.ceilings(where)
-    found = bench.bench_kernels(where, sizes, rows or bench.ROWS, lambda line: print(line, file=sys.stderr, flush=True))
+    run, counts = (bench.bench_look_up, bench.LOOK_UP_COUNTS) if lut else (bench.bench_kernels, bench.ROWS)
+    found = run(where, sizes, rows or counts, lambda line: print(line, file=sys.stderr, flush=True))
     show(bench.kernel_table(found, limits))
     for (kernel, count), ratio in bench.geometric_means(found).items():
         print(f"{kernel}, {count} rows: {ratio:.2f} times as fast, geometric mean over the shapes")
@@ -205,14 +209,14 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def _shape(text: str) -> tuple[int, int]:
+def _shape(text: str, block: int) -> tuple[int, int]:
     """(N, K) of NxK."""
     try:
         height, width = map(int, text.lower().split("x"))
     except ValueError:
         raise ConfigError(f"--shape {text}: not of the form NxK, such as 4096x4096") from None
-    if height < 1 or width < 32 or width % 32:
-        raise ConfigError(f"--shape {text}: N must be positive and K a multiple of 32")
+    if height < 1 or width < 1 or width % block:
+        raise ConfigError(f"--shape {text}: N must be positive and K a multiple of {block}")
     if height * width > MOST_WEIGHTS:
         raise ConfigError(f"--shape {brief(text)}: more than {MOST_WEIGHTS:,} weights")
     return height, width

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import pack_codes
-from mxrot.kernels.plain import IntegerRows, in_planes, look_up, out_of_planes, plain_look_up_product
+from mxrot.kernels.plain import IntegerRows, in_planes, looked_up, out_of_planes, plain_look_up_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,7 +33,7 @@ class Weights:
 
     def values(self) -> Tensor:
         """float64 [N, K]."""
-        return (look_up(self.packed, self.levels).double() * self.scales.double()[..., None]).flatten(1)
+        return (looked_up(self.packed, self.levels).double() * self.scales.double()[..., None]).flatten(1)
 
 
 def inputs(rows: int, columns: int, seed: int, largest: int = 7) -> IntegerRows:

@@ -77,6 +77,11 @@ def _rounded(x, least, most):
     return (tl.minimum(tl.maximum(x, least), most) + HALF_EVEN) - HALF_EVEN
 
 
+def choose_warps(words: int) -> int:
+    """For a row of so many words of 16 numbers, a power of two."""
+    return max(1, min(16, words // 32))
+
+
 def quantize_rows(x: Tensor, format: Format, rule: ScaleRule) -> IntegerRows:
     """`plain_quantize_rows` of x [..., K], K a multiple of 16, with the codes in the order of `plain.in_planes`."""
     element = format.element
@@ -101,7 +106,7 @@ def quantize_rows(x: Tensor, format: Format, rule: ScaleRule) -> IntegerRows:
             SIGNED=element.is_signed,
             OVERLAP=overlaps,
             WORDS=words,
-            num_warps=max(1, min(16, words // 32)),
+            num_warps=choose_warps(words),
             launch_pdl=overlaps,
             # high * clip - low, fused, would not round the product as the twin does.
             enable_fp_fusion=False,

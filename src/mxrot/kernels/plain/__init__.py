@@ -21,7 +21,7 @@ from mxrot.kernels.plain.cached_attention import (
 from mxrot.kernels.plain.look_up import (
     IntegerRows,
     in_planes,
-    look_up,
+    looked_up,
     out_of_planes,
     plain_look_up_product,
     plain_quantize_rows,
@@ -74,7 +74,7 @@ __all__ = [
     "in_planes",
     "lift_exponents",
     "lift_rows",
-    "look_up",
+    "looked_up",
     "moment_of_parts",
     "out_of_pairs",
     "out_of_planes",

@@ -68,16 +68,16 @@ def plain_look_up_product(
 
 def _product(x: Tensor, packed: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
     """float32 [M, rows] for some rows of weights; x float64 [G, M, B]."""
-    looked_up = look_up(packed, levels).transpose(0, 1)  # [G, rows, B]
+    values = looked_up(packed, levels).transpose(0, 1)  # [G, rows, B]
     # Integers below 2^53: exact in float64, whatever the order.
-    exact = (x @ looked_up.double().mT).to(torch.float32)
+    exact = (x @ values.double().mT).to(torch.float32)
     total = exact.new_zeros(exact.shape[1:])
     for each, scale in zip(exact, scales.to(torch.float32).t(), strict=True):
         total = total + each * scale
     return total
 
 
-def look_up(packed: Tensor, levels: Tensor) -> Tensor:
+def looked_up(packed: Tensor, levels: Tensor) -> Tensor:
     """The levels that codes name, int8 [N, G, B] of uint8 [N, K/4] and int8 [N, G, 4]."""
     codes = unpack_codes(packed, 2).unflatten(-1, (levels.shape[1], -1))
     return levels.gather(2, codes.to(torch.int64))
