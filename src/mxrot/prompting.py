@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError
+from mxrot.models.positions import position_count as position_count
 from mxrot.text import Reader, check_ids, lone_surrogate
 from mxrot.tokenizing import reader_for
 
@@ -39,19 +40,6 @@ def new_tokens(config: Any, prompt_tokens: int, wanted: int) -> int:
     if prompt_tokens >= positions:
         raise ConfigError(f"the prompt has {prompt_tokens} tokens, and the model {positions} positions; shorten it")
     return min(wanted, positions - prompt_tokens)
-
-
-def position_count(config: Any) -> int | None:
-    """Positions that a model was made for, with stretched rotary embeddings too; None where its config says none."""
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if not isinstance(positions, int):
-        return None
-    rope = getattr(text, "rope_parameters", None) or {}
-    factor, before = rope.get("factor"), rope.get("original_max_position_embeddings")
-    if isinstance(factor, (int, float)) and isinstance(before, int):
-        return max(positions, int(factor * before))
-    return positions
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from mxrot.checkpoint import check_exportable
 from mxrot.environment import device_name, versions
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.layers import ModelSize, build_apart
+from mxrot.layers.cache_size import CacheSize
 from mxrot.models import Family, FolderSource, find_family, read_config
 from mxrot.models.folder import has_no_weights
 from mxrot.planning.disk import estimate_disk
@@ -60,6 +61,8 @@ class Sizes:
     before: int
     """Bytes of all weights as they are."""
     after: ModelSize
+    cache: CacheSize
+    """Of keys and values, once it is quantized."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Plan:
             "warnings": self.warnings,
             "sites": [] if self.sizes is None else _sites_table(self.sizes.shape),
             "size": None if self.sizes is None else _size_table(self.sizes),
+            "cache": None if self.sizes is None else self.sizes.cache.as_table(),
             "memory": None if self.needs is None else _memory_table(self.needs),
             "disk": None if self.needs is None else {"total": sum(self.needs.disk.values()), "terms": self.needs.disk},
             "seconds": None if self.time is None else _time_table(self.time, self.device),
@@ -157,7 +161,8 @@ def make_plan(
         shape = ModelShape.of(skeleton, family, recipe)
         run = Run(shape, recipe, "cpu", stored, given, length)
         needs = _needs(run)
-        sizes = Sizes(shape, parameters * stored.itemsize, shape.size_after(stored))
+        cache = CacheSize.of(config, family, None if recipe.cache is None else recipe.cache.scheme())
+        sizes = Sizes(shape, parameters * stored.itemsize, shape.size_after(stored), cache)
     except (AttributeError, ConfigError):  # a linear that is not there, or is not whole blocks wide: a problem by now
         return replace(plan, problems=problems)
     warnings += _short_memory(needs, machine) + _few_tokens(run)

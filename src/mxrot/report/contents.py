@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mxrot.checkpoint.metric import Metric
 from mxrot.evaluation import ActivationView
+from mxrot.layers.cache_size import CacheSize
 from mxrot.models import Family
 from mxrot.recipe import Recipe
 
@@ -36,6 +37,8 @@ class Contents:
     """The text that activations were looked at on."""
     exponents: dict[str, Tensor]
     """Blocks of weights by exponent, [256] a site."""
+    cache: CacheSize | None = None
+    """Of keys and values."""
     commands: list[tuple[str, str]] = field(default_factory=list)
     """What a command does, and the command."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from string import Template
 
 from mxrot.report.contents import Contents
 from mxrot.report.drawing import DARK, LIGHT, Palette, Picture, inline_svg
+from mxrot.report.plans import cache_line
 from mxrot.report.tables import rotation_line, tuning_line
 
 _PAGE = Path(__file__).with_name("page.html")
@@ -143,6 +144,7 @@ def _size(contents: Contents, drawn: dict[str, str]) -> str:
         ("together", size["total_bytes"]),
         ("the original in 16 bit", whole),
     )
+    cache = "" if contents.cache is None else f"<p>{escape(cache_line(contents.cache))}.</p>"
     rows = [
         [name, f"{count / 1e6:,.2f}", f'<span class="bar" style="width: {100 * count / whole:.2f}%"></span>']
         for name, count in parts
@@ -153,7 +155,7 @@ def _size(contents: Contents, drawn: dict[str, str]) -> str:
     table = _table(("", "MB", ""), rows, wide_last=True)
     return (
         "<h2>Size and memory</h2>\n<p>On disk; on a GPU the model takes about as much, and what its inputs and the "
-        f"key-value cache take. {escape(took)}.</p>\n{table}"
+        f"key-value cache take. {escape(took)}.</p>\n{cache}{table}"
     )
 
 

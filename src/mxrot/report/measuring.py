@@ -18,6 +18,7 @@ from mxrot.documents import read_text
 from mxrot.environment import versions
 from mxrot.errors import CheckpointError, ConfigError, DataError
 from mxrot.evaluation import ActivationView, activation_views, weight_exponents
+from mxrot.layers.cache_size import CacheSize, cache_of
 from mxrot.models import Family, find_family, find_model, read_config
 from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.progress import Progress, silent
@@ -98,6 +99,7 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
         looked_at=f"The text is {looked_at.text.name}, {len(windows)} x {request.seq_len} tokens."
         + ("" if request.sites else " Of each kind of site, the one is shown whose blocks have the largest maxima."),
         exponents=weight_exponents(model, family),
+        cache=CacheSize.of(config, family, cache_of(model)),
         commands=_commands(request, run),
         versions=versions(),
     )

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from mxrot.layers.cache_size import CacheSize
 from mxrot.planning import HOW, MemoryEstimate, Plan, Stage, gigabytes
 from mxrot.report.vllm import vllm_lines
 
 WIDTH = 120
 """Of lines that are longer than a terminal is wide."""
+AT_TOKENS = 8192
+"""For which the size of a cache is shown, beside all positions."""
 SHARE_SHOWN = 0.02
 """Terms below this share of their sum are shown together."""
 
@@ -25,6 +28,8 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
         yield f"rotations, merged into the weights: {plan.recipe.rotation.spelled}"
     if plan.recipe.attention is not None:
         yield f"operands of attention: {plan.recipe.attention.operands().spelled}"
+    if plan.sizes is not None:
+        yield cache_line(plan.sizes.cache)
     if plan.needs is not None:
         yield _memory_table(plan)
         yield _disk_line(plan.needs.disk)
@@ -81,6 +86,14 @@ def _size_lines(plan: Plan) -> str:
         f"{weights:.3g} billion weights in {after.bits_per_weight:.3f} bits ({transforms}), "
         f"everything else {gigabytes(after.other_bytes)}"
     )
+
+
+def cache_line(cache: CacheSize) -> str:
+    """Bits of keys and values, and what a sequence takes."""
+    scheme = "as they are" if cache.scheme is None else cache.scheme.spelled
+    lengths = sorted({AT_TOKENS} if cache.positions is None else {min(AT_TOKENS, cache.positions), cache.positions})
+    taken = " and ".join(f"{gigabytes(cache.bytes_at(tokens))} at {tokens:,} tokens" for tokens in lengths)
+    return f"cache: keys and values in {cache.bits_per_element:.4g} bits ({scheme}): {taken}, for each sequence"
 
 
 def _memory_table(plan: Plan) -> Table:
