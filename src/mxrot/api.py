@@ -30,6 +30,7 @@ from mxrot.evaluation import (
     score_tasks,
 )
 from mxrot.kernels.choices import kernel_choices
+from mxrot.layers.cache_size import cache_of
 from mxrot.models import find_model
 from mxrot.opening import base_name, check_original, default_device, is_verifiable, load_tokenizer, open_model
 from mxrot.planning import needed_on_disk
@@ -286,13 +287,15 @@ def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool 
 
     With `resume` those that the file has; ConfigError if they were given by another model, device or version.
     """
-    owner = {
+    owner: dict[str, Any] = {
         "model": hash_model(folder)[0],
         "dtype": str(model.dtype),
         "device": device_name(model.device),
         "kernels": kernel_choices(model.device),
         "versions": versions(tasks=True),
     }
+    if (cache := cache_of(model)) is not None:
+        owner["cache"] = cache.spelled
     return Answers(path, owner, resume)
 
 

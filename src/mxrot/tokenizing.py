@@ -20,6 +20,9 @@ from mxrot.quantizing.written import windows_to_write
 from mxrot.recipe import Recipe
 from mxrot.text import Reader, Text, TokenWindows, Windows, load_texts, mixed_windows, read_windows
 
+FITTING_WINDOWS = 32
+"""Windows at most that a run-time transform is fitted on: a few numbers for each of many tokens."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -53,8 +56,7 @@ def calibrate(
     if recipe.is_data_free:
         return Calibration(None, None, recipe)
     texts = load_texts(calib, "calibration")
-    needs_tokenizer = any(text.needs_tokenizer for text in texts)
-    reader = reader_for(read_config(folder), load_tokenizer(folder) if needs_tokenizer else None)
+    reader = _reader_of(folder, texts)
     only = texts[0].content if len(texts) == 1 else None
     given = only.ids if isinstance(only, TokenWindows) else None
     if samples is None:
@@ -75,6 +77,21 @@ def calibrate(
         "texts": [part.as_table() | {"weight": part.text.weight} for part in parts],
     }
     return Calibration(windows, description, replace(recipe, calibration=happened))
+
+
+def fitting_windows(
+    folder: Path, calib: Any, seq_len: int, samples: int = FITTING_WINDOWS, progress: Progress = silent
+) -> Tensor:
+    """Token windows [W, T] for what is fitted to a model that stays as it is; `calib` as for `calibrate`."""
+    texts = load_texts(calib, "calibration")
+    parts = mixed_windows(texts, _reader_of(folder, texts), seq_len, samples, progress)
+    return torch.cat([part.ids for part in parts])
+
+
+def _reader_of(folder: Path, texts: Sequence[Text]) -> Reader:
+    """With a tokenizer where one is needed."""
+    needs_tokenizer = any(text.needs_tokenizer for text in texts)
+    return reader_for(read_config(folder), load_tokenizer(folder) if needs_tokenizer else None)
 
 
 def _digest(texts: Sequence[Text]) -> str:

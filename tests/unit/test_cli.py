@@ -39,10 +39,12 @@ OPTIONS = {
     ],
     "eval": [
         *("model", "--text", "--windows", "--seq-len", "--against", "--tasks", "--task-data", "--limit"),
+        *("--kv", "--kv-transform", "--kv-first", "--kv-last", "--calib"),
         *("--batch-size", "--resume", "--revision", "--device", "--verify", "--json"),
     ],
     "compare": [
         *("model", "--recipes", "--without", "--set", "--calib", "--samples", "--text", "--windows", "--seq-len"),
+        *("--kv", "--kv-transform", "--kv-first", "--kv-last"),
         *("--kl-windows", "--tasks", "--task-data", "--limit", "--seed", "--seeds", "--work", "--resume"),
         *("--revision", "--device", "--json", "--csv", "--plot"),
     ],
@@ -53,7 +55,10 @@ OPTIONS = {
         *("model", "-r", "--recipe", "--set", "--samples", "--seq-len", "--gpu-memory"),
         *("--revision", "--device", "--json"),
     ],
-    "generate": ["model", "prompt", "--max-tokens", "--revision", "--device", "--verify"],
+    "generate": [
+        *("model", "prompt", "--max-tokens", "--kv", "--kv-transform", "--kv-first", "--kv-last", "--calib"),
+        *("--revision", "--device", "--verify"),
+    ],
     "export": ["model", "--to", "-o", "--output", "--force", "--verify", "--json"],
     "recipes": ["name", "--defaults"],
     "report": [
@@ -209,8 +214,8 @@ def test_eval_json(folders: dict[str, str], tmp_path: Path, which: str) -> None:
     texts = ("--text", folders["text"], "--text", f"again={folders['text']}")
     result = run("eval", folders[which], *texts, "--windows", "3", "--seq-len", "64", "--json", str(table))
     found = read_json(table)
-    expected = ["model", "perplexity", "texts", "against", "divergence", "tasks", "seconds", "kernels", "versions"]
-    assert list(found) == expected
+    expected = ["model", "perplexity", "texts", "cache", "against", "divergence", "tasks", "seconds", "kernels"]
+    assert list(found) == [*expected, "versions"] and found["cache"] is None
     assert found["model"] == folders[which]
     assert list(found["perplexity"]) == ["words", "again"]
     words = found["perplexity"]["words"]
@@ -384,7 +389,7 @@ def test_inspect_a_model_and_a_checkpoint(folders: dict[str, str], tmp_path: Pat
     assert set(plain["sites"][0]) == {"site", "channels", "largest", "channel", "median", "ratio"}
     shown = run("inspect", folders["checkpoint"], *options).stdout
     found = read_json(table)
-    assert list(found) == ["model", "sites", "blocks", "size", "quantizers", "attention"]
+    assert list(found) == ["model", "sites", "blocks", "size", "quantizers", "attention", "cache"]
     assert found["quantizers"] == {"weights mxfp4 even, inputs mxfp4 even": 14}
     assert "14 linears: weights mxfp4 even, inputs mxfp4 even" in shown
     assert "model.layers.1.mlp.down_proj" in shown
@@ -430,7 +435,7 @@ def test_plan_of_a_folder_and_of_a_config_alone(folders: dict[str, str], tmp_pat
         result = run("plan", model, "-r", "duquant++", *QUICK, "--json", str(table))
         found = read_json(table)
         assert list(found) == [
-            *("model", "recipe", "recipe_toml", "windows", "refused", "warnings", "sites", "size", "memory"),
+            *("model", "recipe", "recipe_toml", "windows", "refused", "warnings", "sites", "size", "cache", "memory"),
             *("disk", "seconds", "vllm", "versions"),
         ]
         assert (found["model"], found["windows"], found["refused"]) == (model, [2, 32], [])

@@ -102,6 +102,10 @@ _VLLM_OWN = (
     "only with mxrot installed beside it, if at all: {why}. `mxrot export path/to/this/folder --to vllm` says more."
 )
 
+_VLLM_CACHE = (
+    "not with this cache, whose formats vLLM does not have. `mxrot export path/to/this/folder --to vllm` says more."
+)
+
 
 @dataclass(frozen=True)
 class Made:
@@ -223,6 +227,8 @@ def _header(source: Source, scheme: Scheme) -> str:
 
 def _vllm(made: Made) -> str:
     why = why_unfaithful(made.scheme)
+    if made.scheme.cache is not None:
+        return _VLLM_CACHE
     if why is not None:
         return _VLLM_OWN.format(why=why.replace("it has", "compressed-tensors has"))
     if not made.scheme.has_transform:

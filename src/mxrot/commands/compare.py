@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mxrot.commands.cache_options import KvFirst, KvLast, Kvs, KvTransforms, chosen_caches
 from mxrot.commands.options import (
     KEPT,
     Calib,
@@ -52,6 +53,10 @@ def compare(
     kl_windows: Annotated[
         int | None, typer.Option("--kl-windows", min=0, help="Of them for KL from the original; 0 for none (all)")
     ] = None,
+    kv: Kvs = None,
+    kv_transform: KvTransforms = None,
+    kv_first: KvFirst = 0,
+    kv_last: KvLast = 0,
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Limit = None,
@@ -81,16 +86,19 @@ def compare(
     started = time.monotonic()
     chosen = chosen_recipes(recipes, without, changes)
     each_seed = chosen_seeds(seed, seeds)
+    caches = chosen_caches(kv, kv_transform, kv_first, kv_last)
+    if not chosen and not caches:
+        raise ConfigError("--recipes none: compares nothing; name recipes, or caches with --kv")
     check_file("--csv", csv_file)
     check_plot(plot)
     check_file("--plot", plot)
     texts = loaded_texts("--text", text)
-    needs_text = any(not recipe.is_data_free for recipe in chosen)
+    needs_text = any(not recipe.is_data_free for recipe in chosen) or any(cache.needs_text for cache in caches)
     calibration = loaded_texts("--calib", calib) if needs_text else None
     model = with_revision(model, revision)
     prepare(model, device, json_file)
     loaded = chosen_tasks(tasks, task_data, limit)
-    names = ", ".join(recipe.name for recipe in chosen)
+    names = ", ".join([*(recipe.name for recipe in chosen), *(f"KV {cache.label}" for cache in caches)])
     with progress_on_stderr("Comparing", f"{model}, {where(device)}, with {names}") as told:
         read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told)
         place = default_work_folder(find_model(model)) if work is None else work
@@ -108,6 +116,7 @@ def compare(
             device=device,
             tasks=loaded,
             limit=limit,
+            caches=caches,
             work=place,
             resume=resume,
             announce=announce,

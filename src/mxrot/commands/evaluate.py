@@ -8,6 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from mxrot.commands.cache_options import (
+    Kv,
+    KvCalib,
+    KvFirst,
+    KvLast,
+    KvTransform,
+    cache_asked_for,
+)
 from mxrot.commands.options import (
     KEPT,
     Device,
@@ -42,6 +50,11 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="The original: how far from it, token by token")
     ] = None,
+    kv: Kv = None,
+    kv_transform: KvTransform = None,
+    kv_first: KvFirst = 0,
+    kv_last: KvLast = 0,
+    calib: KvCalib = [],  # noqa: B006
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Limit = None,
@@ -58,14 +71,16 @@ def evaluate(
     """
     from mxrot import api
     from mxrot.environment import versions
-    from mxrot.evaluation import score_tasks
+    from mxrot.evaluation import cache_table, score_tasks
     from mxrot.kernels.choices import kernel_choices
     from mxrot.report import divergence_table, perplexity_table, progress_on_stderr, tasks_table
 
     texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))
     check_resume(resume, tasks, json_file)
+    asked = cache_asked_for(kv, kv_transform, kv_first, kv_last, calib)
     model = with_revision(model, revision)
     prepare(model, device, json_file)
+    asked.check(model)
     if against is not None:
         prepare(against, device, None)
     loaded = chosen_tasks(tasks, task_data, limit)
@@ -78,7 +93,7 @@ def evaluate(
     with progress_on_stderr("Evaluating", task) as told, contextlib.ExitStack() as stack:
         read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told) if texts else []
         told(0, 1, f"opening {model}")
-        opened, folder = api.open_model(model, device, verify)
+        opened, folder = asked.open(model, device, verify, told)
         tokenizer = api.load_tokenizer(folder)
         answers = None
         if loaded and json_file is not None:
@@ -95,6 +110,9 @@ def evaluate(
             scores = score_tasks(opened, tokenizer, loaded, **options)
     if results:
         show(perplexity_table(model, results))
+    cache = cache_table(opened)
+    if cache is not None:
+        print(f"read through a cache: {cache['scheme']}; {cache['bits_per_element']:.4g} bits an element")
     print_texts([part.as_table() for part in read])
     if apart is not None:
         show(divergence_table(model, str(against), apart))
@@ -104,6 +122,7 @@ def evaluate(
         "model": model,
         "perplexity": {name: vars(result) for name, result in results.items()},
         "texts": {part.text.name: part.as_table() for part in read},
+        "cache": cache,
         "against": against,
         "divergence": None if apart is None else {name: vars(result) for name, result in apart.items()},
         "tasks": {name: score.as_table() for name, score in scores.items()},

@@ -35,7 +35,7 @@ def inspect(
     """Outliers in the inputs of each site; errors of a checkpoint."""
     from mxrot import api
     from mxrot.checkpoint import has_run, is_checkpoint, read_run
-    from mxrot.evaluation import attention_operands, kernel_choices, quantizers, site_maxima
+    from mxrot.evaluation import attention_operands, cache_schemes, kernel_choices, quantizers, site_maxima
     from mxrot.models import find_family
     from mxrot.report import (
         changes_line,
@@ -73,10 +73,14 @@ def inspect(
         attention = attention_operands(opened)
         for spelled, count in attention.items():
             print(f"attention of {count} decoder blocks: {spelled}")
+        cache = cache_schemes(opened)
+        for spelled, count in cache.items():
+            print(f"cache of {count} decoder blocks: {spelled}")
         lines = (changes_line, left_line, rank_line, rotation_line, tuning_line, experts_line)
         for line in filter(None, (said(run) for said in lines)):
             print(line)
         result |= {"blocks": run["blocks"], "size": run["size"], "quantizers": linears, "attention": attention}
+        result |= {"cache": cache}
     if kernels:
         choices = kernel_choices(opened)
         show(choices_table(choices))

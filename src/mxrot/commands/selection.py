@@ -16,7 +16,7 @@ Recipes = Annotated[
     str,
     typer.Option(
         "--recipes",
-        help="Names or TOML files, comma-separated; all: those that come with mxrot; untuned: those without steps",
+        help="Names or TOML files, comma-separated; all: those of mxrot; untuned: those without steps; none",
         autocompletion=complete_recipe,
     ),
 ]
@@ -32,8 +32,10 @@ MOST_SEEDS = 100
 def chosen_recipes(names: str, without: str, changes: list[str]) -> list[Any]:
     """The recipes that `--recipes` names and `--without` does not, each once, with the changes of `--set`.
 
-    ConfigError for a name that is none, or if nothing is left.
+    "none" alone names none. ConfigError for a name that no recipe has, or if nothing is left.
     """
+    if names.strip() == "none":
+        return []
     wanted = _split(names)
     left_out = _split(without)
     found: dict[str, Any] = {}

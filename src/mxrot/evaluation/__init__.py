@@ -2,11 +2,14 @@
 
 from mxrot.evaluation.activations import ActivationView, activation_views
 from mxrot.evaluation.answers import Answers
+from mxrot.evaluation.cache_memory import measured_cache
 from mxrot.evaluation.divergence import Divergence, divergence
 from mxrot.evaluation.inspection import (
     KernelChoice,
     SiteMaxima,
     attention_operands,
+    cache_schemes,
+    cache_table,
     kernel_choices,
     quantizers,
     site_maxima,
@@ -27,9 +30,12 @@ __all__ = [
     "TaskScore",
     "activation_views",
     "attention_operands",
+    "cache_schemes",
+    "cache_table",
     "divergence",
     "kernel_choices",
     "load_tasks",
+    "measured_cache",
     "perplexity",
     "quantizers",
     "score_tasks",

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.calibration import ChannelMaxima, watched_inputs
-from mxrot.layers import QuantLinear, operands_of, separate_experts
-from mxrot.models import Family
+from mxrot.layers import QuantLinear, cache_scheme_of, operands_of, separate_experts
+from mxrot.layers.cache_size import bits_per_element, cache_of
+from mxrot.models import Family, value_heads
 from mxrot.progress import Progress, silent
 
 
@@ -85,6 +87,21 @@ def quantizers(model: PreTrainedModel) -> dict[str, int]:
 def attention_operands(model: PreTrainedModel) -> dict[str, int]:
     """How many decoder blocks quantize which operands of attention's products, which are spelled out."""
     return dict(Counter(found.spelled for module in model.modules() if (found := operands_of(module)) is not None))
+
+
+def cache_schemes(model: PreTrainedModel) -> dict[str, int]:
+    """How many decoder blocks keep keys and values in which way, which is spelled out; none where they are as they
+    are."""
+    return dict(Counter(found.spelled for module in model.modules() if (found := cache_scheme_of(module)) is not None))
+
+
+def cache_table(model: PreTrainedModel) -> dict[str, Any] | None:
+    """How a model keeps keys and values, in words, and bits an element; None where they are as they are."""
+    scheme = cache_of(model)
+    if scheme is None:
+        return None
+    width = value_heads(model.config.get_text_config())[1]
+    return {"scheme": scheme.spelled, "bits_per_element": bits_per_element(scheme, width)}
 
 
 CHOICE_ROWS = (1, 16, 128, 2048)

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import NumericsError
-from mxrot.layers import check_logits, logits_of
+from mxrot.layers import PackedCache, check_logits, logits_of
+from mxrot.layers.cache_size import cache_of
 from mxrot.progress import Progress, silent
 
 LOGITS_AT_ONCE = 1024
@@ -40,9 +41,11 @@ def perplexity(
     windows: Tensor,
     batch_windows: int = 1,
     progress: Progress = silent,
+    piece: int | None = None,
 ) -> Perplexity:
     """Perplexity over token windows [W, T], each on its own, `batch_windows` at a time.
 
+    With a quantized cache it is read through that, `piece` tokens at once, or whole windows.
     Log-likelihoods are computed in float32 from the model's own logits. NumericsError if they are not finite,
     FamilyError if `logits_of` does not know them.
     """
@@ -53,7 +56,7 @@ def perplexity(
     for batch in windows.split(batch_windows):
         progress(scored, windows.numel(), "tokens")
         ids = batch.to(device)
-        sums.append(nll_of_states(model, states_of(model, ids), ids).double().cpu())
+        sums.append(nll_of_states(model, states_of(model, ids, piece), ids).double().cpu())
         scored += batch.numel()
     progress(scored, windows.numel(), "tokens")
     return perplexity_of_means(torch.cat(sums), windows)
@@ -67,10 +70,19 @@ def perplexity_of_means(means: Tensor, windows: Tensor) -> Perplexity:
     return Perplexity(math.exp(nll), nll, len(windows), len(windows) * (windows.shape[1] - 1), windows.shape[1])
 
 
-def states_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The last hidden states [W, T, hidden] of token ids [W, T], of which the head makes logits."""
-    states: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    return states
+def states_of(model: PreTrainedModel, ids: Tensor, piece: int | None = None) -> Tensor:
+    """The last hidden states [W, T, hidden] of token ids [W, T], of which the head makes logits.
+
+    A model with a quantized cache reads every key and value out of one, which is new for these windows; with `piece` so
+    many tokens at once, which gives the same up to the order of sums.
+    """
+    decoder = model.get_decoder()
+    if cache_of(model) is None:
+        states: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+    cache = PackedCache.of(model)
+    parts = ids.split(piece or ids.shape[1], dim=1)
+    return torch.cat([decoder(input_ids=part, past_key_values=cache, use_cache=True)[0] for part in parts], dim=1)
 
 
 def nll_of_states(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ from mxrot.report.rows import ComparedRow, in_order
 from mxrot.report.running import Comparison, Job, key_of
 from mxrot.report.trials import Trials
 from mxrot.report.work_folder import Key, WorkFolder
+from mxrot.run_time_cache import RunTimeCache
 from mxrot.text import Windows, load_texts
-from mxrot.tokenizing import Calibration
+from mxrot.tokenizing import Calibration, fitting_windows
 
 _TYPE_NAMES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32", torch.float64: "FP64"}
 
@@ -50,6 +51,7 @@ def compare_recipes(
     prompt: str | None = None,
     tasks: dict[str, Any] | None = None,
     limit: int | None = None,
+    caches: Sequence[RunTimeCache] = (),
     work: Path | None = None,
     resume: bool = False,
     announce: Callable[[str], None] = lambda line: None,
@@ -61,6 +63,8 @@ def compare_recipes(
     bit, chance has no part in it, and the others are not run. KL from the original is taken on the first `kl_windows`
     of each text, on all by default; 0 takes none. `tasks` are those of `evaluation.load_tasks`, of which `limit` takes
     the first examples. With a `prompt`, each row's `extra["generated"]` is what the model makes of it.
+    With `caches`, the original comes once more under each of them, and each recipe under each of them in the place of
+    its own; ratios and KL are still to the original with its own. What is fitted is fitted on `calib`.
     Finished runs are kept in the folder `work`, where one is given, and with `resume` taken from there; `announce` is
     told how many. One model is in memory at a time, and beside a quantized one the head of the original, for KL.
     Errors of the model itself, of the texts and of the machine are raised. A recipe's own stand in its row; where no
@@ -70,19 +74,26 @@ def compare_recipes(
     folder = find_model(model)
     source = FolderSource(folder, model)
     problems = _problems(source, recipes)
-    if len(problems) == len(recipes):
+    _check_caches(source, recipes, caches)
+    if recipes and len(problems) == len(recipes):
         raise _of_all(problems)
     read = api.read_texts(folder, texts, windows=windows, seq_len=seq_len, progress=progress)
     able = [recipe for recipe in recipes if recipe.name not in problems]
     calibrations = _calibrations(folder, able, calib, samples, seq_len, progress)
+    is_fitted = any(cache.needs_text for cache in caches)
+    fitted_on = fitting_windows(folder, calib, seq_len, progress=progress) if is_fitted else None
     device = device or api.default_device()
     with _work_place(work) as place:
         hashes = {} if work is None else place.hashes(folder, progress)
         protocol = _protocol(read, kl_windows, tasks, limit, prompt)
-        jobs = _jobs(calibrations, list(seeds or [seed]), hashes, protocol, device)
         original = Job(_TYPE_NAMES[source.dtype], None, 0, key_of(hashes, protocol, None, device, 0))
+        what = _with_caches(original.label, calibrations, caches, list(seeds or [seed]))
+        jobs = [
+            Job(label, one, each, key_of(hashes, protocol, one, device, each, cache, fitted_on), cache)
+            for label, one, each, cache in what
+        ]
         kept = None if kl_windows == 0 else KeptOriginal(source, place.states(original.key), kl_windows)
-        trials = Trials(folder, source.dtype, device, read, kept, tasks or {}, limit, prompt)
+        trials = Trials(folder, source.dtype, device, read, kept, tasks or {}, limit, prompt, fitted_on)
         comparison = Comparison(trials, place, original, jobs, resume, progress)
         if resume and comparison.taken:
             announce(f"{comparison.taken} of {1 + len(jobs)} runs were finished before, and are taken from {work}")
@@ -90,6 +101,7 @@ def compare_recipes(
         place.drop_states()
     rows += [ComparedRow(name, reason=str(error)) for name, error in problems.items()]
     spelled = {recipe.name: recipe.to_toml() for recipe in recipes}
+    spelled |= {job.label: spelled[job.calibration.recipe.name] for job in jobs if job.calibration is not None}
     return in_order([replace(row, recipe_toml=spelled.get(row.recipe)) for row in rows])
 
 
@@ -148,14 +160,28 @@ def _calibrations(
     return found
 
 
-def _jobs(
-    calibrations: Sequence[Calibration], seeds: Sequence[int], hashes: dict[str, str], protocol: Key, device: str
-) -> list[Job]:
-    return [
-        Job(one.recipe.name, one, seed, key_of(hashes, protocol, one, device, seed))
-        for one in calibrations
-        for seed in seeds
-    ]
+def _with_caches(
+    original: str, calibrations: Sequence[Calibration], caches: Sequence[RunTimeCache], seeds: Sequence[int]
+) -> Iterator[tuple[str, Calibration | None, int, RunTimeCache | None]]:
+    """What is to be run: its label, how it is quantized, its seed and its cache."""
+    for cache in caches:
+        yield f"{original} KV {cache.label}", None, 0, cache
+    for one in calibrations:
+        for chosen in caches or (None,):
+            label = one.recipe.name if chosen is None else f"{one.recipe.name} KV {chosen.label}"
+            yield from ((label, one, seed, chosen) for seed in seeds)
+
+
+def _check_caches(source: FolderSource, recipes: Sequence[Recipe], caches: Sequence[RunTimeCache]) -> None:
+    """ConfigError for caches that the model cannot have, or that would be fitted to what recipes make."""
+    for cache in caches:
+        for problem in cache.problems(source.config, source.family, source.name):
+            raise problem
+        if cache.needs_text and recipes:
+            raise ConfigError(
+                "--kv-transform second-moment: is fitted to the original only; take --recipes none, or set "
+                f'cache.transform = "second_moment" in recipe {recipes[0].name}'
+            )
 
 
 def _protocol(

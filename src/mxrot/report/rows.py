@@ -42,6 +42,9 @@ class Run:
     stored_bits: int = 16
     """Of a weight that is not quantized."""
     bits_per_kv_element: float = 16.0
+    cache: dict[str, Any] | None = None
+    """What keys and values of one sequence took, measured (`evaluation.measured_cache`); None where nothing is
+    quantized of them."""
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -118,6 +121,11 @@ class ComparedRow:
         return self.runs[0].perplexity
 
     @property
+    def cache(self) -> dict[str, Any] | None:
+        """Of the first seed."""
+        return self.runs[0].cache if self.runs else None
+
+    @property
     def extra(self) -> dict[str, Any]:
         """Of the first seed."""
         return self.runs[0].extra
@@ -183,6 +191,7 @@ class ComparedRow:
             "bits_per_weight": run.bits_per_weight,
             "transform_bits_per_weight": run.size.transform_bits_per_weight or 0.0,
             "bits_per_kv_element": run.bits_per_kv_element,
+            **({} if run.cache is None else {"cache": run.cache}),
             "megabytes": run.size.total_bytes / 1e6,
             "seconds": self.quantize_seconds,
             "peak_bytes": self.peak_bytes,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mxrot.checkpoint.fingerprint import fingerprint_of
 from mxrot.environment import device_name, versions
@@ -17,6 +19,7 @@ from mxrot.report.costs import measuring_costs, quantizing_costs
 from mxrot.report.rows import ComparedRow, Run
 from mxrot.report.trials import Trials, let_go
 from mxrot.report.work_folder import Key, WorkFolder
+from mxrot.run_time_cache import RunTimeCache
 from mxrot.tokenizing import Calibration
 
 _OWN_ERRORS = (ConfigError, FamilyError, NumericsError)
@@ -32,6 +35,8 @@ class Job:
     """None for the original."""
     seed: int
     key: Key
+    cache: RunTimeCache | None = None
+    """What replaces the cache that the model comes with."""
 
 
 class Comparison:
@@ -98,10 +103,9 @@ class Comparison:
     def _run(self, number: int) -> None:
         """Make one run, or find out why there is none."""
         job = self._jobs[number - 1]
-        assert job.calibration is not None
         told = self._steps.of(2 * number - 1, job.label), self._steps.of(2 * number, f"perplexity of {job.label}")
         try:
-            self._keep(number, job, self._trials.quantized(job.calibration, job.seed, *told))
+            self._keep(number, job, self._trials.made(job.calibration, job.seed, job.cache, *told))
         except _OWN_ERRORS as error:
             self._keep(number, job, str(error))
         except Exception as error:
@@ -115,13 +119,29 @@ class Comparison:
         self._work.keep(job.key, found)
 
 
-def key_of(hashes: dict[str, str], protocol: Key, calibration: Calibration | None, device: str, seed: int) -> Key:
+def key_of(
+    hashes: dict[str, str],
+    protocol: Key,
+    calibration: Calibration | None,
+    device: str,
+    seed: int,
+    cache: RunTimeCache | None = None,
+    fitted_on: Tensor | None = None,
+) -> Key:
     """Everything that decides what a run finds."""
     if calibration is None:
         made: Key = {"model": hashes, "device": device_name(torch.device(device)), "versions": versions()}
     else:
         made = fingerprint_of(hashes, {}, calibration.recipe, calibration.windows, device, seed)
-    return {"made": made, "measured": protocol}
+    if cache is None:
+        return {"made": made, "measured": protocol}
+    kept = vars(cache) | {"fitted_on": sha256_of_ids(fitted_on) if cache.needs_text else None}
+    return {"made": made, "cache": kept, "measured": protocol}
+
+
+def sha256_of_ids(windows: Tensor | None) -> str | None:
+    """Of token windows; None without any."""
+    return None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
 def _are_alike(runs: Sequence[Run]) -> bool:

@@ -45,6 +45,11 @@ def remarks(rows: Sequence[ComparedRow]) -> list[str]:
         lines.append(f"KL: KL(original || quantized), nats a token{few}")
     if any(row.size.transform_bits_per_weight for row in ran):
         lines.append("bits a weight: codes and scales, + transforms")
+    caches = [row.cache for row in ran if row.cache]
+    if caches:
+        lines.append(
+            f"x of 16 bit: bytes of a cache with {caches[0]['tokens']:,} tokens, measured, over those in 16 bits"
+        )
     seeds = max((len(row.runs) for row in ran), default=0)
     if seeds > 1:
         lines.append(f"+- one standard error over {seeds} seeds")
@@ -85,7 +90,8 @@ def _flat(table: dict[str, Any]) -> dict[str, Any]:
 
 def _table(rows: Sequence[ComparedRow], title: str, texts: Sequence[str]) -> Table:
     table = _empty(title, [*(f"perplexity\n{text}" for text in texts), "ratio", "KL", "bits a\nweight"])
-    for heading in ("bits a\nKV", "sec-\nonds", "peak\nGB"):
+    has_cache = any(row.cache for row in rows)
+    for heading in ("bits a\nKV", *(("x of\n16 bit",) if has_cache else ()), "sec-\nonds", "peak\nGB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if row.reason is not None:
@@ -100,6 +106,7 @@ def _table(rows: Sequence[ComparedRow], title: str, texts: Sequence[str]) -> Tab
             _kl(row.kl()),
             _plain(run.bits_per_weight) + (f" +{_short(transforms, 2)}" if transforms else ""),
             _plain(run.bits_per_kv_element),
+            *([f"{row.cache['ratio']:.3f}" if row.cache else ""] if has_cache else []),
             "" if seconds is None else f"{seconds:.{1 if seconds < 1000 else 0}f}",
             "" if peak is None else f"{peak / 1e9:.2f}",
         )

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot import api, quantizing
-from mxrot.evaluation import Divergence, KeptOriginal, Perplexity, score_tasks
+from mxrot.evaluation import Divergence, KeptOriginal, Perplexity, measured_cache, score_tasks
 from mxrot.heap import give_back
 from mxrot.layers import ModelSize, QuantLinear
+from mxrot.layers.cache_size import bits_per_element, cache_of
+from mxrot.models import value_heads
 from mxrot.progress import Progress
 from mxrot.report.peak_memory import peak_memory
 from mxrot.report.rows import Run
+from mxrot.run_time_cache import RunTimeCache, set_cache
 from mxrot.text import Windows
 from mxrot.tokenizing import Calibration
 
@@ -39,20 +42,43 @@ class Trials:
     tasks: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
     prompt: str | None = None
+    fitted_on: Tensor | None = None
+    """Token windows [W, T] for caches with something that is fitted."""
 
     def original(self, progress: Progress) -> Run:
         """The model as it is, of which what is needed for the others is kept."""
         model, _ = api.open_model(self.folder, self.device)
         return self._measured(model, progress, is_original=True)
 
-    def quantized(self, calibration: Calibration, seed: int, quantizes: Progress, measures: Progress) -> Run:
-        """The model quantized by a recipe. What `quantize` raises, and NumericsError for logits that are not finite."""
+    def made(
+        self,
+        calibration: Calibration | None,
+        seed: int,
+        cache: RunTimeCache | None,
+        quantizes: Progress,
+        measures: Progress,
+    ) -> Run:
+        """The model quantized by a recipe, or as it is without one, with a cache in place of its own if one is given.
+
+        What `quantize` and `set_cache` raise, and NumericsError for logits that are not finite.
+        """
+        if calibration is None:
+            model, made = api.open_model(self.folder, self.device)[0], dict[str, Any]()
+        else:
+            model, made = self._quantized(calibration, seed, quantizes)
+        if cache is not None:
+            set_cache(model, cache, self.fitted_on, quantizes)
+        return self._measured(model, measures, **made)
+
+    def _quantized(
+        self, calibration: Calibration, seed: int, progress: Progress
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model, and what it took."""
         options: dict[str, Any] = {"windows": calibration.windows, "device": self.device, "seed": seed}
         with peak_memory(self.device) as peak:
-            result = quantizing.quantize(self.folder, calibration.recipe, progress=quantizes, **options)
+            result = quantizing.quantize(self.folder, calibration.recipe, progress=progress, **options)
         assert result.model is not None
-        made: dict[str, Any] = {"seed": seed, "seconds": result.record.seconds, "peak_bytes": peak.bytes}
-        return self._measured(result.model, measures, **made)
+        return result.model, {"seed": seed, "seconds": result.record.seconds, "peak_bytes": peak.bytes}
 
     def has_states(self) -> bool:
         """Is everything there that quantized models are compared with?"""
@@ -68,6 +94,7 @@ class Trials:
             divergence=apart,
             stored_bits=8 * self.stored.itemsize,
             bits_per_kv_element=bits_per_kv_element(model, self.stored),
+            cache=measured_cache(model),
             tasks=score_tasks(model, tokenizer, self.tasks, limit=self.limit, progress=progress) if self.tasks else {},
             extra={} if self.prompt is None else {"generated": _sentence(model, tokenizer, self.prompt)},
             **made,
@@ -101,8 +128,11 @@ def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
 
 
 def bits_per_kv_element(model: PreTrainedModel, stored: torch.dtype) -> float:
-    """Bits of a key or a value that waits in the cache: transformers keeps them in the type of the model."""
-    return 8.0 * stored.itemsize
+    """Bits of a key or a value that waits in the cache: without a quantized one they are in the type of the model."""
+    scheme = cache_of(model)
+    if scheme is None:
+        return 8.0 * stored.itemsize
+    return bits_per_element(scheme, value_heads(model.config.get_text_config())[1])
 
 
 def let_go() -> None:

@@ -25,6 +25,10 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 """Those whose model vLLM holds itself, with q, k, v and gate, up as separate linears in the checkpoint."""
 FUSED = ("Phi3ForCausalLM",)
 """The same, with q, k and v as one linear, and gate and up."""
+KV_OF_VLLM = (
+    "from a checkpoint vLLM takes FP8 keys and values with a scale for a tensor or a head, which mxrot does not make: "
+    "for vLLM, quantize without [cache] and serve with --kv-cache-dtype fp8"
+)
 CACHE_STOP = "quantizes keys and values of attention by blocks, which neither vLLM nor the plugin does"
 OPERANDS_STOP = "quantizes the operands of attention's products, which neither vLLM nor the plugin does"
 _SIZES = (1, 2, 4, 8, 16)
@@ -86,7 +90,7 @@ def _stops_of_both(facts: Facts) -> Iterator[str]:
     if facts.family.experts is not None:
         yield "it has experts, which were not tried in vLLM, and whose inputs neither vLLM nor the plugin transforms"
     if facts.scheme.cache is not None:
-        yield f"it {CACHE_STOP}"
+        yield f"it {CACHE_STOP}; {KV_OF_VLLM}"
     if facts.scheme.attention is not None:
         yield f"it {OPERANDS_STOP}"
     if facts.scheme.has_transform and facts.architecture not in ARCHITECTURES + FUSED:

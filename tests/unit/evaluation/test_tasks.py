@@ -18,6 +18,8 @@ from mxrot import api
 from mxrot.errors import ConfigError, DataError, FamilyError, NumericsError
 from mxrot.evaluation import Answers, TaskScore, load_tasks, score_tasks, standard_error
 from mxrot.evaluation import tasks as module
+from mxrot.layers import PackedTokens
+from mxrot.run_time_cache import RunTimeCache, set_cache
 
 
 @pytest.fixture(scope="module")
@@ -300,3 +302,26 @@ def test_a_kill_while_answers_are_written_again_leaves_the_old_ones(
         assert answers.get(("a", "b")) == (-1.0, True)
         answers.add(("c", "d"), (-2.0, False))
     assert len(path.read_text().splitlines()) == 3
+
+
+# Through a quantized cache
+
+
+def test_requests_are_read_through_the_cache(
+    folder: Path, tokenizer: Any, tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = api.open_model(folder, "cpu")[0]
+    set_cache(model, RunTimeCache.of("int2_row_asym", "none"))
+    some = {"piqa": tasks["piqa"]}
+    packed: list[int] = []
+    before = PackedTokens.append
+    monkeypatch.setattr(PackedTokens, "append", lambda self, rows: packed.append(rows.shape[2]) or before(self, rows))
+    coarse, answers = Answers(), Answers()
+    score_tasks(model, tokenizer, some, answers=coarse)
+    assert len(packed) >= 2 * 2 and min(packed) > 1  # keys and values of both blocks
+    packed.clear()
+    set_cache(model, RunTimeCache.of("none"))
+    score_tasks(model, tokenizer, some, answers=answers)
+    assert not packed
+    apart = [abs(coarse._known[request][0] - found[0]) for request, found in answers._known.items()]
+    assert len(apart) == 2 * ROWS and max(apart) > 0.01

@@ -1,0 +1,111 @@
+"""The options of a cache that is asked for at run time, and what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mxrot.commands.options import announce, loaded_texts
+from mxrot.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mxrot.progress import Progress
+    from mxrot.run_time_cache import RunTimeCache
+
+KV_HELP = "Keep keys and values in: mxfp4, mxfp8, int4, int2, another format, none (as they are)"
+TRANSFORM_HELP = "What goes before them: none, hadamard, second-moment (fitted; needs --calib)"
+Kv = Annotated[str | None, typer.Option("--kv", metavar="FORMAT", help=KV_HELP)]
+KvTransform = Annotated[str | None, typer.Option("--kv-transform", metavar="KIND", help=f"{TRANSFORM_HELP} (hadamard)")]
+Kvs = Annotated[str | None, typer.Option("--kv", metavar="FORMATS", help=f"{KV_HELP}; comma-separated")]
+KvTransforms = Annotated[
+    str | None, typer.Option("--kv-transform", metavar="KINDS", help=f"{TRANSFORM_HELP} (hadamard); comma-separated")
+]
+KvFirst = Annotated[int, typer.Option("--kv-first", min=0, metavar="N", help="First tokens, read in 16 bits")]
+KvLast = Annotated[int, typer.Option("--kv-last", min=0, metavar="N", help="Newest tokens, read in 16 bits")]
+KvCalib = Annotated[
+    list[str], typer.Option("--calib", metavar="TEXT", help="Text that --kv-transform second-moment is fitted on")
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """For a cache, or for none in particular."""
+
+    cache: RunTimeCache | None
+    calib: Any
+    """Texts that it is fitted on."""
+
+    def check(self, model: str) -> None:
+        """ConfigError if the model, by its name, cannot have it; before a weight is read."""
+        if self.cache is not None:
+            from mxrot.run_time_cache import check_cache
+
+            check_cache(self.cache, model)
+
+    def open(
+        self, model: str, device: str | None, verify: bool | None, progress: Progress | None = None
+    ) -> tuple[PreTrainedModel, Path]:
+        """The model with it, and its folder. What it replaces is said on standard error."""
+        from mxrot.progress import silent
+        from mxrot.run_time_cache import open_with_cache
+
+        told = progress or silent
+        opened, folder, before = open_with_cache(model, self.cache, device, verify, calib=self.calib, progress=told)
+        if before is not None and self.cache is not None:
+            announce(f"mxrot: --kv {self.cache.label} replaces what {model} has: {before.spelled}")
+        return opened, folder
+
+
+def cache_asked_for(kv: str | None, transform: str | None, first: int, last: int, calib: list[str]) -> Asked:
+    """What the options of one model ask for; ConfigError where they cannot be meant together."""
+    cache = chosen_cache(kv, transform, first, last)
+    check_calib(cache, calib)
+    return Asked(cache, loaded_texts("--calib", calib) if calib else ())
+
+
+def chosen_cache(kv: str | None, transform: str | None, first: int, last: int) -> RunTimeCache | None:
+    """The cache that the options ask for; None without `--kv`.
+
+    ConfigError for a name that is none, for several, and for options that have nothing to say.
+    """
+    found = chosen_caches(kv, transform, first, last)
+    if len(found) > 1:
+        raise ConfigError(
+            f"--kv {kv} --kv-transform {transform or 'hadamard'}: one cache at a time; compare takes several"
+        )
+    return found[0] if found else None
+
+
+def chosen_caches(kv: str | None, transform: str | None, first: int, last: int) -> list[RunTimeCache]:
+    """The same for comma-separated formats and transforms: each format with each transform."""
+    from mxrot.run_time_cache import RunTimeCache
+
+    if kv is None:
+        given = {"--kv-transform": transform is not None, "--kv-first": first > 0, "--kv-last": last > 0}
+        for option in (name for name, is_given in given.items() if is_given):
+            raise ConfigError(f"{option}: is for --kv; name the format of keys and values")
+        return []
+    formats, transforms = _split("--kv", kv), _split("--kv-transform", transform or "hadamard")
+    found = [RunTimeCache.of(name, kind, first, last) for name in formats for kind in transforms]
+    return list(dict.fromkeys(found))
+
+
+def check_calib(cache: RunTimeCache | None, calib: list[str]) -> None:
+    """ConfigError where a text is needed and not there, or there and not needed."""
+    needs = cache is not None and cache.needs_text
+    if needs and not calib:
+        raise ConfigError("--kv-transform second-moment: is fitted to keys and values of a text; name one with --calib")
+    if calib and not needs:
+        raise ConfigError("--calib: is for --kv-transform second-moment here; leave it out")
+
+
+def _split(option: str, names: str) -> list[str]:
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if not found:
+        raise ConfigError(f"{option}: names nothing")
+    return found

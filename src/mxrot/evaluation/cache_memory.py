@@ -1,0 +1,52 @@
+"""What a quantized cache takes: counted in a real one, idle room included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mxrot.layers import PackedCache, PackedCacheLayer
+from mxrot.layers.cache_size import CacheSize, cache_of
+from mxrot.layers.installed_cache import CacheMatrices
+from mxrot.models import find_family, value_heads
+from mxrot.models.positions import position_count
+
+TOKENS = 8192
+"""Of the sequence, or as many as the model has positions."""
+_AT_ONCE = 1024
+
+
+@torch.no_grad()
+def measured_cache(model: PreTrainedModel) -> dict[str, Any] | None:
+    """The scheme of a model's cache, a number of tokens, and the bytes of a cache that holds one sequence of so many,
+    beside those in 16 bits; None where nothing is quantized.
+
+    The cache is filled with normal random keys and values, block by block of the model: nothing is computed.
+    """
+    scheme = cache_of(model)
+    if scheme is None:
+        return None
+    tokens = min(TOKENS, position_count(model.config) or TOKENS)
+    cache = PackedCache.of(model)
+    generator = torch.Generator().manual_seed(0)
+    heads, width = value_heads(model.config.get_text_config())
+    rows = torch.randn(1, heads, min(tokens, _AT_ONCE), width, generator=generator).to(model.device, model.dtype)
+    for layer in cache.layers:
+        assert isinstance(layer, PackedCacheLayer)
+        for start in range(0, tokens, _AT_ONCE):
+            some = rows[:, :, : tokens - start]
+            layer.update(some, some)
+            layer.take(CacheMatrices())
+            if scheme.first:
+                layer.note_padding(None)
+            layer.trim()
+    plain = CacheSize.of(model.config, find_family(model.config, str(model.name_or_path)), None)
+    return {
+        "scheme": scheme.spelled,
+        "tokens": tokens,
+        "bytes": cache.nbytes,
+        "bytes_in_16_bit": plain.bytes_at(tokens),
+        "ratio": cache.nbytes / plain.bytes_at(tokens),
+    }

@@ -1,0 +1,171 @@
+"""A quantized cache that is asked for when a model is opened, whatever the model is: the original or a checkpoint.
+
+Nothing is folded into weights. Keys and values are multiplied as they come, queries and what heads give by the inverse;
+so it goes on and off, and the same model is compared under several caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxrot.errors import ConfigError, MxrotError
+from mxrot.formats import FORMATS, CacheScheme, CacheTransform
+from mxrot.layers import QuantLinear, cache_scheme_of, operands_of, quantize_cache, restore_cache
+from mxrot.models import Family, find_family, find_model, quantized_by, read_config, value_heads
+from mxrot.nearest import not_known
+from mxrot.opening import open_model
+from mxrot.progress import Progress, silent
+from mxrot.quantizing.cache import fit_cache
+from mxrot.sections import QuantizerChoice
+from mxrot.tokenizing import fitting_windows
+from mxrot.transforms.orders import factors_of
+
+NAMES = {"mxfp8": "mxfp8_e4m3", "int4": "int4_row_asym", "int2": "int2_g32_asym"}
+"""Short names of formats, where the full one says more than most want to know."""
+NOTHING = "none"
+"""In the place of a format: keys and values as they are."""
+Transform = Literal["none", "hadamard", "second-moment"]
+_INSTALLED: dict[str, CacheTransform] = {"none": "none", "hadamard": "hadamard", "second-moment": "stored"}
+
+
+@dataclass(frozen=True)
+class RunTimeCache:
+    """What was asked for."""
+
+    format: str | None
+    """Of keys and values, by its full name, under its default rule; None for keys and values as they are."""
+    transform: Transform = "hadamard"
+    first: int = 0
+    """Tokens at the start of a sequence that are read in 16 bits."""
+    last: int = 0
+    """Tokens before each query that it reads in 16 bits, its own included."""
+
+    @staticmethod
+    def of(format: str, transform: str = "hadamard", first: int = 0, last: int = 0) -> RunTimeCache:
+        """By names that a person types; ConfigError for those that are none, and for what a cache cannot have."""
+        if format == NOTHING:
+            return RunTimeCache(None, "none")
+        full = NAMES.get(format, format)
+        if full not in FORMATS:
+            raise ConfigError(f"--kv: {not_known('format', format, [*NAMES, NOTHING, *FORMATS])}")
+        if transform not in _INSTALLED:
+            raise ConfigError(f"--kv-transform: {not_known('transform', transform, _INSTALLED)}")
+        found = RunTimeCache(full, transform, first, last)  # type: ignore[arg-type]
+        try:
+            _ = found.scheme
+        except ConfigError as error:
+            raise ConfigError(f"--kv {format}: {error}") from error
+        return found
+
+    @property
+    def scheme(self) -> CacheScheme | None:
+        """What is installed."""
+        if self.format is None:
+            return None
+        quantizer, transform = QuantizerChoice(self.format).for_inputs(), _INSTALLED[self.transform]
+        return CacheScheme(quantizer, quantizer, self.first, self.last, transform, transform)
+
+    @property
+    def needs_text(self) -> bool:
+        """Is something fitted to keys and values?"""
+        return self.transform == "second-moment"
+
+    @property
+    def label(self) -> str:
+        """In a few words: "mxfp4 hadamard", "int4 first 16 last 128"."""
+        if self.format is None:
+            return "16 bit"
+        short = next((name for name, full in NAMES.items() if full == self.format), self.format)
+        parts = [short, *([self.transform] if self.transform != "none" else [])]
+        parts += [f"{name} {count}" for name, count in (("first", self.first), ("last", self.last)) if count]
+        return " ".join(parts)
+
+    def problems(self, config: Any, family: Family, where: str) -> Iterator[MxrotError]:
+        """Why a model of this config cannot have it, found without a weight."""
+        if self.format is None or self.scheme is None:
+            return
+        width, block = value_heads(config.get_text_config())[1], self.scheme.head_block
+        if width % block:
+            yield ConfigError(
+                f"{where}: --kv {self.format}: heads are {width} wide, which is not a multiple of {block}, as it "
+                "needs; take another, such as int4"
+            )
+        if self.transform != "none":
+            try:
+                factors_of(width)
+            except ConfigError as error:
+                yield ConfigError(
+                    f"{where}: --kv-transform {self.transform}: {error}, which the width of a head is; take "
+                    "--kv-transform none"
+                )
+        if self.needs_text and quantized_by(config) is not None:
+            yield ConfigError(
+                f"{where}: --kv-transform second-moment: is fitted to the weights that read values, which are "
+                'quantized here; take hadamard, or quantize the original with cache.transform = "second_moment"'
+            )
+
+
+def check_cache(cache: RunTimeCache, model: str) -> None:
+    """ConfigError if a model, by its name, cannot have this cache; only its config is read."""
+    config = read_config(find_model(model))
+    for problem in cache.problems(config, find_family(config, model), model):
+        raise problem
+
+
+def set_cache(
+    model: PreTrainedModel, cache: RunTimeCache, windows: Tensor | None = None, progress: Progress = silent
+) -> CacheScheme | None:
+    """Let a model keep keys and values so from here on, in place of what it kept before, which comes back.
+
+    `windows` [W, T] of token ids are what is fitted to, where something is. ConfigError for a model that cannot have
+    it.
+    """
+    name = str(model.name_or_path or type(model).__name__)
+    family = find_family(model.config, name)
+    for problem in cache.problems(model.config, family, name):
+        raise problem
+    attentions = [block.get_submodule(family.attention) for block in model.get_submodule(family.blocks).children()]
+    if cache.needs_text and any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ConfigError(f"{name}: --kv-transform second-moment: is fitted to weights that are not quantized")
+    if any(operands_of(attention) is not None for attention in attentions):
+        raise ConfigError(
+            f"{name}: --kv: the operands of its attention's products are quantized, and no attention does both"
+        )
+    before = next((found for attention in attentions if (found := cache_scheme_of(attention)) is not None), None)
+    for attention in attentions:
+        restore_cache(attention)
+    scheme = cache.scheme
+    if scheme is None:
+        return before
+    if cache.needs_text:
+        if windows is None:
+            raise ConfigError(f"{name}: --kv-transform second-moment: is fitted on a text, and none was given")
+        fit_cache(model, family, windows, scheme)
+        return before
+    heads, width = value_heads(model.config.get_text_config())
+    for attention in attentions:
+        quantize_cache(attention, scheme, width, heads)
+    return before
+
+
+def open_with_cache(
+    name: str,
+    cache: RunTimeCache | None,
+    device: str | None = None,
+    verify: bool | None = None,
+    calib: Any = (),
+    seq_len: int = 2048,
+    progress: Progress = silent,
+) -> tuple[PreTrainedModel, Path, CacheScheme | None]:
+    """A model ready to run with a cache, its folder, and the scheme that the cache replaces, if it had one."""
+    model, folder = open_model(name, device, verify)
+    if cache is None:
+        return model, folder, None
+    windows = fitting_windows(folder, calib, seq_len, progress=progress) if cache.needs_text else None
+    return model, folder, set_cache(model, cache, windows, progress)
