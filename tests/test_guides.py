@@ -25,7 +25,7 @@ MODELS = ("demo-model", "meta-llama/Llama-3.1-8B-Instruct")
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the commands run: with models of the names that they use, and two texts."""
     for name in MODELS:
-        write_tiny_model(tmp_path / name, max_position_embeddings=4096)
+        write_tiny_model(tmp_path / name, max_position_embeddings=4096, head_dim=32)
     for name, step in (("my-text.txt", 1), ("other-text.txt", 7)):
         lines = (f"the number {number} follows {number - step}; " for number in range(0, 250 * step, step))
         (tmp_path / name).write_text("".join(lines))
