@@ -278,15 +278,16 @@ def test_soft_caps(cap: float) -> None:
     assert_is_attention(plain, query, cached, 20, None, cap)
 
 
-def test_values_are_transformed_back() -> None:
-    U = random_orthogonal(2, 64, torch.Generator().manual_seed(0)).to(DEVICE)
-    matrices = CacheMatrices(values=U, outputs=U.mT.contiguous())
-    cached = empty(QUANTIZERS[1], QUANTIZERS[1], (1, 2, 1, 64), matrices)
-    query, key, value = random(1, 4, 1, 64), random(1, 2, 1, 64, seed=1), random(1, 2, 1, 64, seed=2)
+@pytest.mark.parametrize(("width", "count"), [(64, 2), (128, 1), (256, 2)])
+def test_values_are_transformed_back(width: int, count: int) -> None:
+    U = random_orthogonal(count, width, torch.Generator().manual_seed(0)).to(DEVICE)
+    matrices = CacheMatrices(values=U, outputs=U.mT.float())
+    cached = empty(QUANTIZERS[1], QUANTIZERS[1], (2, 2, 1, width), matrices)
+    query, key, value = (random(2, heads, 1, width, seed=heads) for heads in (4, 2, 2))
     fused_append(query, key, value, cached, 0)
     expected = times_each(cached.values.dequantize(), U.mT).repeat_interleave(2, 1)
     # One token is all that is seen, so this is its value: what is left of it in 8 bits.
-    for found in (fused_attention(query, cached, 1), plain_decode_attention(query, cached, 1, None, 0.125)):
+    for found in (fused_attention(query, cached, 1), plain_decode_attention(query, cached, 1, None, width**-0.5)):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (expected - value.repeat_interleave(2, 1)).norm() < 0.04 * value.norm() * 2**0.5
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mxrot.kernels.fused.append_tokens import strides_of
+from mxrot.kernels.fused.append_tokens import matrix_stride, strides_of
 from mxrot.kernels.fused.overlap import can_overlap
 from mxrot.kernels.fused.packed_rows import RowLayout, columns_of, numbers_of
 from mxrot.kernels.plain.cached_attention import CachedTokens, TokenRows, times_each
@@ -223,12 +223,17 @@ def _combine(
     maxima_pointer,
     totals_pointer,
     out_pointer,
+    matrix_pointer,
+    matrix_stride,
     splits,
+    kv_heads,
+    group,
+    HAS_MATRIX: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The shares of one head of one sequence."""
+    """The shares of one head of one sequence, and what they give times the matrix of its kv head."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -242,6 +247,10 @@ def _combine(
     sums = tl.load(sums_pointer + place, mask=(split < splits)[:, None], other=0)
     total = tl.sum(totals * factors, axis=0)
     found = tl.sum(sums * factors[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    if HAS_MATRIX:
+        matrix_pointer += row // group % kv_heads * matrix_stride
+        matrix = tl.load(matrix_pointer + columns[:, None] * WIDTH + columns[None, :])
+        found = tl.sum(found.to(matrix.dtype)[:, None] * matrix, axis=0)
     tl.store(out_pointer + row * WIDTH + columns, found.to(out_pointer.dtype.element_ty))
 
 
@@ -257,14 +266,16 @@ class Tile:
     stages: int = 2
 
 
-def choose_tile(pairs: int, tokens: int, processors: int) -> Tile:
+def choose_tile(pairs: int, tokens: int, processors: int, is_float32: bool = False) -> Tile:
     """For so many pairs of a sequence and a head of the cache, of up to so many tokens each, and multiprocessors."""
-    size = 64
+    size = 16 if is_float32 else 64  # operands of 32 bits take twice the registers
     wanted = triton.cdiv(4 * processors, pairs)
     splits = min(triton.cdiv(tokens, size), wanted, MOST_SPLITS)
     return Tile(size, max(1, splits))
 
 
+MOST_COMBINED = 128
+"""Up to this width a matrix is in the registers of one program."""
 MOST_SPLITS = 64
 """What one program puts together."""
 
@@ -281,9 +292,8 @@ def decode_attention(
     batch, kv_heads = cached.keys.codes.shape[:2]
     tokens = length if isinstance(length, int) else cached.keys.capacity
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 4
-    return attend_by_tiles(
-        query, cached, length, visible, scaling, softcap, choose_tile(batch * kv_heads, tokens, processors)
-    )
+    tile = choose_tile(batch * kv_heads, tokens, processors, query.dtype == torch.float32)
+    return attend_by_tiles(query, cached, length, visible, scaling, softcap, tile)
 
 
 def attend_by_tiles(
@@ -341,19 +351,26 @@ def attend_by_tiles(
         num_warps=tile.warps,
         launch_pdl=overlaps,
     )
+    outputs = cached.matrices.outputs
+    is_small = outputs is not None and width <= MOST_COMBINED
     _combine[(batch * heads,)](
         sums,
         maxima,
         totals,
         out,
+        outputs.contiguous() if outputs is not None and is_small else sums,
+        matrix_stride(outputs),
         tile.splits,
+        kv_heads,
+        group,
+        HAS_MATRIX=is_small,
         WIDTH=width,
         SPLITS=triton.next_power_of_2(tile.splits),
         OVERLAP=overlaps,
-        num_warps=4,
+        num_warps=8 if is_small else 4,
         launch_pdl=overlaps,
     )
-    return out if cached.matrices.outputs is None else times_each(out, cached.matrices.outputs).to(query.dtype)
+    return out if outputs is None or is_small else times_each(out, outputs).to(query.dtype)
 
 
 def _operands(query: Tensor) -> tuple[int, tl.dtype]:
