@@ -98,18 +98,20 @@ def _load_inputs(pointer, chunk, IS_WHOLE: tl.constexpr, CHUNKS: tl.constexpr, W
 
 
 @triton.jit
-def _products(words, levels, inputs, INPUTS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Integers [T] for each row of inputs: sums over the chunk of each thread."""
+def _looked_up(words, levels, ASSEMBLY: tl.constexpr):
+    """The levels that the codes of words [T, WORDS] name, four int8 in an int32, in the order of the four planes."""
     even, odd = words & 0x33333333, (words >> 2) & 0x33333333
     first, second = _pick(levels, even, ASSEMBLY), _pick(levels, even >> 16, ASSEMBLY)
-    third, fourth = _pick(levels, odd, ASSEMBLY), _pick(levels, odd >> 16, ASSEMBLY)
-    found: tl.tuple = ()
-    for which in tl.static_range(INPUTS):
-        sums = _add_products(tl.zeros_like(words), first, inputs[4 * which], ASSEMBLY)
-        sums = _add_products(sums, second, inputs[4 * which + 1], ASSEMBLY)
-        sums = _add_products(sums, third, inputs[4 * which + 2], ASSEMBLY)
-        found += (tl.sum(_add_products(sums, fourth, inputs[4 * which + 3], ASSEMBLY), axis=1),)
-    return found
+    return first, second, _pick(levels, odd, ASSEMBLY), _pick(levels, odd >> 16, ASSEMBLY)
+
+
+@triton.jit
+def _product(weights, FIRST: tl.constexpr, inputs, ASSEMBLY: tl.constexpr):
+    """The product of a chunk for each thread, [T]: of what was looked up, four tensors from FIRST on, with inputs."""
+    sums = _add_products(tl.zeros_like(inputs[0]), weights[FIRST], inputs[0], ASSEMBLY)
+    for plane in tl.static_range(1, 4):
+        sums = _add_products(sums, weights[FIRST + plane], inputs[plane], ASSEMBLY)
+    return tl.sum(sums, axis=1)
 
 
 @triton.jit
@@ -183,23 +185,23 @@ def _look_up_product(
                     WORDS,
                     PER_GROUP,
                 )
-        inputs: tl.tuple = ()
+        weights: tl.tuple = ()
+        for run in tl.static_range(RUN):
+            weights += _looked_up(loaded[3 * (step * RUN + run)], loaded[3 * (step * RUN + run) + 2], ASSEMBLY)
+        added: tl.tuple = ()
         for which in tl.static_range(INPUTS):
             # Of rows beyond the end the last one.
             pointer = inputs_pointer + tl.minimum(which, inputs_in_all - 1) * (4 * CHUNKS * WORDS)
-            inputs += _load_inputs(pointer, step * ACROSS + chunk, (step + 1) * ACROSS <= CHUNKS, CHUNKS, WORDS)
-        added: tl.tuple = ()
-        for run in tl.static_range(RUN):
-            words, levels = loaded[3 * (step * RUN + run)], loaded[3 * (step * RUN + run) + 2]
-            found = _products(words, levels, inputs, INPUTS, ASSEMBLY)
-            scales = loaded[3 * (step * RUN + run) + 1].to(tl.float32)
-            for which in tl.static_range(INPUTS):
-                added += (totals[run * INPUTS + which] + found[which].to(tl.float32) * scales,)
+            inputs = _load_inputs(pointer, step * ACROSS + chunk, (step + 1) * ACROSS <= CHUNKS, CHUNKS, WORDS)
+            for run in tl.static_range(RUN):
+                product = _product(weights, 4 * run, inputs, ASSEMBLY).to(tl.float32)
+                scales = loaded[3 * (step * RUN + run) + 1].to(tl.float32)
+                added += (totals[which * RUN + run] + product * scales,)
         totals = added
     sums = tl.sum(_side_by_side(totals, DOWN, COUNT, LEVELS), axis=1)
     place = tl.arange(0, COUNT)[None, :]
-    row = first_row + tl.arange(0, DOWN)[:, None] * RUN + place // INPUTS
-    which = place % INPUTS
+    row = first_row + tl.arange(0, DOWN)[:, None] * RUN + place % RUN
+    which = place // RUN
     product = sums * tl.load(input_scales_pointer + tl.minimum(which, inputs_in_all - 1))
     inside = (row < rows_in_all) & (which < inputs_in_all)
     tl.store(out_pointer + which * rows_in_all + row, product.to(out_pointer.dtype.element_ty), mask=inside)
