@@ -17,13 +17,12 @@ from torch import Tensor
 from mxrot.bench.kernels import KernelRow
 from mxrot.bench.timing import copies_for, seconds_of_each
 from mxrot.errors import ConfigError
-from mxrot.formats import FORMATS, CacheScheme, TensorQuantizer
+from mxrot.formats import CacheScheme
 from mxrot.kernels import CachedTokens, CacheMatrices, TokenRows, append_tokens, decode_attention, plain_append_tokens
-from mxrot.nearest import not_known
+from mxrot.run_time_cache import RunTimeCache
+from mxrot.transforms.base import random_orthogonal
 from mxrot.transforms.orders import multiply_by_hadamard
 
-SHORT_NAMES = {"mxfp8": "mxfp8_e4m3", "int4": "int4_row_asym", "int2": "int2_g32_asym"}
-TRANSFORMS = ("hadamard", "none")
 BASELINE, OWN_APPEND = "bf16 attention", "bf16 keys and values written"
 BOUND = 1.5
 """Times the error of PyTorch's attention to the same numbers in bfloat16."""
@@ -41,16 +40,11 @@ class HeadShapes:
 
 
 def cache_scheme(name: str, transform: str, width: int) -> CacheScheme:
-    """Keys and values in the format of this name, full or short, under its default rule; `transform` is that of keys
-    and queries, where values have theirs in the weights. ConfigError for what there is not, and for heads of a width
-    that is not whole blocks."""
-    full = SHORT_NAMES.get(name, name)
-    if full not in FORMATS:
-        raise ConfigError(f"--kv: {not_known('format', name, [*SHORT_NAMES, *FORMATS])}")
-    if transform not in TRANSFORMS:
-        raise ConfigError(f"--kv-transform: {not_known('transform', transform, TRANSFORMS)}")
-    quantizer = TensorQuantizer.of(full)
-    scheme = CacheScheme(quantizer, quantizer, key_transform="hadamard" if transform == "hadamard" else "none")
+    """What `--kv` and `--kv-transform` of these names install in a model; ConfigError for what there is not, and for
+    heads of a width that is not whole blocks."""
+    scheme = RunTimeCache.of(name, transform).scheme
+    if scheme is None:
+        raise ConfigError(f"--kv {name}: is no other cache than the one that is measured beside it; name a format")
     if width % scheme.head_block:
         raise ConfigError(f"--kv {name}: heads of width {width} are not a multiple of {scheme.head_block}")
     return scheme
@@ -72,11 +66,22 @@ def bench_cache(
     return rows
 
 
-def _matrices(scheme: CacheScheme, width: int, device: torch.device) -> CacheMatrices:
-    if scheme.key_transform == "none":
-        return CacheMatrices()
-    T = multiply_by_hadamard(torch.eye(width, dtype=torch.float64), False)[None].to(device)
-    return CacheMatrices(T, torch.linalg.inv(T).mT.float().contiguous())
+def _matrices(scheme: CacheScheme, shapes: HeadShapes, device: torch.device) -> CacheMatrices:
+    """Of the kinds and types that a model has; in place of fitted matrices random ones."""
+    keys, values = (_matrix(kind, shapes, device) for kind in (scheme.key_transform, scheme.value_transform))
+    queries, outputs = (None if one is None else torch.linalg.inv(one) for one in (keys, values))
+    return CacheMatrices(
+        keys, None if queries is None else queries.mT.float(), values, None if outputs is None else outputs.float()
+    )
+
+
+def _matrix(kind: str, shapes: HeadShapes, device: torch.device) -> Tensor | None:
+    if kind == "hadamard":
+        found: Tensor = multiply_by_hadamard(torch.eye(shapes.width, dtype=torch.float64), False)
+        return found[None].to(device)
+    if kind == "stored":
+        return random_orthogonal(shapes.kv_heads, shapes.width, torch.Generator().manual_seed(0)).double().to(device)
+    return None
 
 
 def _drawn(scheme: CacheScheme, batch: int, tokens: int, shapes: HeadShapes, device: torch.device) -> CachedTokens:
@@ -131,7 +136,7 @@ def _appending(device: torch.device, scheme: CacheScheme, batch: int, shapes: He
     key, value = torch.randn(2, batch, heads, 1, width, device=device).to(dtype)
     position = torch.zeros(1, dtype=torch.int64, device=device)
     found, expected = (_drawn(scheme, batch, 1, shapes, device) for _ in range(2))
-    matrices = _matrices(scheme, width, device)
+    matrices = _matrices(scheme, shapes, device)
     found, expected = (CachedTokens(one.keys, one.values, matrices) for one in (found, expected))
     append_tokens(query, key, value, found, position)
     plain_append_tokens(query, key, value, expected, position)

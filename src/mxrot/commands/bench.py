@@ -101,7 +101,7 @@ def bench_model_command(
         typer.Option("--kv", metavar="FORMAT", help="Generate with keys and values so, too: mxfp4, int4, ..."),
     ] = None,
     cache_transform: Annotated[
-        str, typer.Option("--kv-transform", metavar="KIND", help="Of keys and queries: hadamard or none")
+        str, typer.Option("--kv-transform", metavar="KIND", help="Of keys and values: hadamard, second-moment or none")
     ] = "hadamard",
     compiles: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile the decoder blocks (not with --kv)")
@@ -124,6 +124,8 @@ def bench_model_command(
         raise ConfigError("--compile: with --kv both caches run as transformers has them; leave one of the two out")
     lengths = _numbers("--context", contexts)
     scheme = None if cache is None else bench.cache_scheme(cache, cache_transform, hidden // heads)
+    if scheme is not None and scheme.stored_names:
+        raise ConfigError(f"--kv-transform {cache_transform}: is fitted, and these weights were drawn; take hadamard")
     config = bench.llama_config(hidden, ffn, blocks, heads, kv_heads, vocabulary, max(prompt, *lengths) + 1)
     compiler = None if cache is not None or compiles is False else "inductor"
     works = bench.Works(prompt or None, lengths, scheme, compiler)
@@ -140,7 +142,7 @@ def bench_model_command(
 def bench_cache_command(
     format: Annotated[str, typer.Option("--kv", metavar="FORMAT", help="Of keys and values")] = "mxfp4",
     transform: Annotated[
-        str, typer.Option("--kv-transform", metavar="KIND", help="Of keys and queries: hadamard or none")
+        str, typer.Option("--kv-transform", metavar="KIND", help="Of keys and values: hadamard, second-moment or none")
     ] = "hadamard",
     batches: Annotated[str, typer.Option("--batch", help="Sequences, comma-separated")] = "1,8,32",
     tokens: Annotated[str, typer.Option("--context", help="Tokens of each, comma-separated")] = "1024,8192,16384",

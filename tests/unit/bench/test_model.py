@@ -40,7 +40,7 @@ def test_a_token_with_a_packed_cache_beside_one_without() -> None:
     """All numbers of a context are drawn, and the packed cache is 4.25/16 of the other."""
     works = Works(None, (8, 40), cache_scheme("mxfp4", "hadamard", 32), None)
     rows = bench_model(WIDE, load_recipe("rtn"), CPU, works)
-    kinds = ["bfloat16", "keys mxfp4 even under hadamard, values mxfp4 even"]
+    kinds = ["bfloat16", "keys mxfp4 even under hadamard, values mxfp4 even under hadamard"]
     assert [(row.model, row.work, row.cache) for row in rows] == [
         (name, f"token after {context}", kind) for name in ("bf16", "rtn") for context in (8, 40) for kind in kinds
     ]
@@ -63,15 +63,12 @@ def test_packed_and_unpacked_tokens_are_nearly_the_same() -> None:
     assert expected.std() > 0.1 and (found - expected).norm() < 0.03 * expected.norm()
 
 
-def test_formats_of_caches_by_their_short_names() -> None:
-    assert cache_scheme("int4", "hadamard", 64).spelled == "keys int4_row_asym minmax under hadamard, values " + (
-        "int4_row_asym minmax"
-    )
-    assert cache_scheme("mxfp8_e5m2", "none", 64).keys.format.name == "mxfp8_e5m2"
-    with pytest.raises(ConfigError, match="transform"):
-        cache_scheme("mxfp4", "second_moment", 64)
-    with pytest.raises(ConfigError, match="48"):
-        cache_scheme("mxfp4", "none", 48)
+def test_what_caches_are_measured() -> None:
+    assert cache_scheme("int4", "none", 64).spelled == "keys int4_row_asym minmax, values int4_row_asym minmax"
+    assert cache_scheme("mxfp4", "second-moment", 64).key_transform == "stored"
+    for name, transform, width in (("mxfp4", "x", 64), ("none", "none", 64), ("mxfp4", "none", 48)):
+        with pytest.raises(ConfigError, match="--kv"):
+            cache_scheme(name, transform, width)
 
 
 def test_a_generated_token_is_the_next_one_of_the_prompt() -> None:
@@ -145,6 +142,7 @@ def test_the_command(tmp_path: Path) -> None:
         ["--context", "8,x"],
         ["--kv", "mxfp5"],
         ["--kv-transform", "x", "--kv", "int4"],
+        ["--kv-transform", "second-moment", "--kv", "int4"],
     )
     for options in wrong:
         assert CliRunner().invoke(cli.app, ["bench", "model", *shape, *options, "--device", "cpu"]).exit_code == 2
