@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from mxrot import rounding, transforms
 from mxrot.errors import ConfigError
-from mxrot.formats import TensorQuantizer, Uniform, get_format
+from mxrot.formats import LookUpTable, TensorQuantizer, Uniform, get_format
 from mxrot.nearest import brief
 from mxrot.overrides import Override
 from mxrot.recipe_files import BUILTIN_FOLDER as BUILTIN_FOLDER
@@ -102,6 +102,12 @@ class Recipe:
 
     def _check_tuning(self, tuning: Tuning, weights: TensorQuantizer) -> None:
         self._require(self.activations is not None, "tuning needs quantized activations")
+        if tuning.moves == "levels":
+            self._require(
+                isinstance(weights.format.grid, LookUpTable),
+                f'tuning moves = "levels" needs look-up tables, and {weights.format.name} has none; take lut2',
+            )
+            return
         self._require(
             isinstance(weights.format.grid, Uniform),
             f"tuning moves codes under one scale a block, and {weights.format.name} has others",

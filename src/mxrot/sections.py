@@ -69,10 +69,10 @@ class CacheChoice:
     clip: float = 1.0
     """What the largest and the smallest element of a block are multiplied by before the scale is chosen."""
     transform: Literal["none", "hadamard", "second_moment"] = "none"
-    """What keys are multiplied with at run time, queries with its inverse transpose, and what is merged into the
-    weights before and behind the values. "hadamard": the Hadamard matrix of the width of a head (R3 of QuaRot and
-    SpinQuant), for values only where [rotation] does not turn their heads. "second_moment": a matrix for each head of
-    keys and of values, fitted to them and to what reads them (WUSH-KV)."""
+    """What keys are multiplied with at run time, and queries with its inverse transpose; and what is merged into the
+    weights before and behind the values, where the recipe does not rotate value heads. "hadamard": the Hadamard matrix
+    of the width of a head (R3 of QuaRot and SpinQuant); "second_moment": fitted to keys, queries, values and o_proj, a
+    matrix for each head of keys and values."""
     first: int = 0
     """Tokens at the start of a sequence that are read in 16 bits."""
     last: int = 0
@@ -180,9 +180,13 @@ class Tuning:
 
     scope: Literal["network", "block"] = "network"
     """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
-    moves: Literal["rounding", "clipping"] = "rounding"
+    moves: Literal["rounding", "clipping", "levels"] = "rounding"
     """"rounding": codes, transforms and exponents; "clipping": the ends of each block of weights, which are rounded to
-    nearest between them again, only with scope "block"."""
+    nearest between them again, only with scope "block"; "levels": weights of look-up tables, the ends and the
+    partition of their blocks, only with scope "network"."""
+    loss: Literal["forward", "weighted"] = "forward"
+    """Of the logits, with scope "network". "forward": KL(original || quantized); "weighted": that and its reverse, the
+    mean probability of the text being the weight of the latter."""
     steps: int = 400
     """Optimizer steps: in all, or for each block."""
     generated: float = 0.0
@@ -196,13 +200,21 @@ class Tuning:
     batch_windows: int = 4
     """Calibration windows a step."""
     offset_rate: float = 4e-3
-    """Peak learning rate of the rounding offsets, in steps between codes."""
+    """Peak learning rate of the rounding offsets, in steps between codes; with "levels", of the weights, in a third of
+    the span that the levels of their block have at the start, and 0 leaves them as they are."""
     transform_rate: float = 1e-4
     """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
     exponent_rate: float = 0.0
     """Peak learning rate of the exponents of weight scales, in binades; 0 leaves them as they are."""
     clip_rate: float = 1e-2
     """Peak learning rate of the ends of blocks of weights, where these move."""
+    level_rate: float = 1e-2
+    """With "levels": peak learning rate of the inner levels of blocks, before the sigmoid; 0 leaves them as they
+    are."""
+    boundary_rate: float = 1e-2
+    """The same of the boundaries between the levels."""
+    norm_rate: float = 0.0
+    """With "levels": peak learning rate of the gains of norms in decoder blocks; 0 leaves them as they are."""
     decay: float = 0.0
     """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
     held_out: float = 0.1
@@ -221,12 +233,22 @@ class Tuning:
             if getattr(self, key) < 1:
                 raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
         rates = self.offset_rate, self.transform_rate, self.exponent_rate
-        if not (self.offset_rate > 0 and all(0 <= rate < math.inf for rate in rates)):
+        moves = self.offset_rate > 0 or self.moves == "levels"
+        if not (moves and all(0 <= rate < math.inf for rate in rates)):
             raise ConfigError(
                 "tuning: offset_rate must be positive, transform_rate and exponent_rate not negative, all finite"
             )
         if self.moves == "clipping" and self.scope != "block":
             raise ConfigError(f'tuning: moves = "clipping" needs scope = "block", got {self.scope!r}')
+        if self.moves == "levels" and self.scope != "network":
+            raise ConfigError(f'tuning: moves = "levels" needs scope = "network", got {self.scope!r}')
+        if self.loss != "forward" and self.scope != "network":
+            raise ConfigError(f'tuning: loss = {self.loss!r} is of logits and needs scope = "network"')
+        for key in ("level_rate", "boundary_rate", "norm_rate"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(f"tuning: {key} {getattr(self, key)} is negative or not finite")
+        if self.norm_rate and self.moves != "levels":
+            raise ConfigError(f'tuning: norm_rate {self.norm_rate} needs moves = "levels"')
         if not 0 < self.clip_rate < math.inf:
             raise ConfigError(f"tuning: clip_rate {self.clip_rate} is not positive and finite")
         if not 0 <= self.generated < math.inf or (self.generated and self.scope == "block"):

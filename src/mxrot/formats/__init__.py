@@ -16,6 +16,7 @@ from mxrot.formats.catalog import FORMATS, Format, get_format
 from mxrot.formats.element import Element
 from mxrot.formats.exponents import E8M0_MAX_BYTE
 from mxrot.formats.grid import Grid, Uniform
+from mxrot.formats.look_up_table import LookUpTable
 from mxrot.formats.operands import AttentionOperands
 from mxrot.formats.packing import pack_codes, unpack_codes
 from mxrot.formats.parts import NamedParts, Parts, PartSpec
@@ -34,6 +35,7 @@ __all__ = [
     "Element",
     "Format",
     "Grid",
+    "LookUpTable",
     "NamedParts",
     "PartSpec",
     "Parts",

@@ -58,6 +58,12 @@ class LookUpTable(Grid):
         middles = (levels[..., 1:] + levels[..., :-1]) / 2  # exact: the levels are products of 18 bits
         return codes_between(blocks, middles)
 
+    def round(self, blocks: Tensor, parts: Parts) -> Tensor:
+        levels = level_values(parts, blocks.dtype)
+        middles = (levels[..., 1:] + levels[..., :-1]) / 2
+        # One operation for the codes: GPTQ rounds column by column, and a GPU waits for the number of them.
+        return levels.gather(-1, torch.searchsorted(middles, blocks.contiguous()))
+
     def decode(self, codes: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
         return level_values(parts, dtype).gather(-1, codes.long())
 

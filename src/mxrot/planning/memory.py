@@ -33,6 +33,11 @@ TUNED_BYTES = 28.2
 gradient, two averages of Adam, the best so far (4 each), and the moved weight."""
 CLIPPED_BYTES = 14.0
 """The same while only the ends of its blocks are learned: the weight, what it is rounded to, and its gradient."""
+LEARNED_BYTES = 22.0
+"""The same of a two-bit weight that is learned: itself, its gradient, two averages of Adam, the best so far (4 each),
+and the same of the seven numbers of its block, with what they become (about 2). What it is looked up to comes to it."""
+LOOKED_UP_BYTES = 50.0
+"""On the way back through one of the weights that are looked up, for each element of it."""
 
 
 @dataclass(frozen=True)
@@ -296,11 +301,15 @@ def _tuning(run: Run) -> list[Stage]:
     wide = {"embedding, last norm and head in float32": 4.0 * shape.outer_parameters}
     is_bounded = getattr(shape.config, "final_logit_softcapping", None) is not None
     logits = min(tokens, LOGIT_TOKENS) * shape.vocabulary * (12.0 if is_bounded else 10.0)
+    learns = options.moves == "levels"
     tuned = {
-        "tunable weights": TUNED_BYTES * weights,
+        "tunable weights": (LEARNED_BYTES + (2 if run.is_gpu else 4) if learns else TUNED_BYTES) * weights,
         "activations": activations + 8.0 * tokens * shape.hidden,
         "logits": logits,
     }
+    if learns:
+        largest = max(rows * site.inputs for site in shape.fullest for rows in site.rows)
+        tuned["the way back through one weight"] = LOOKED_UP_BYTES * largest
     stages.append(Stage("tuning", original | packed | wide | tuned))
     return stages
 

@@ -41,7 +41,7 @@ from mxrot.quantizing.written import Writing
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, install_attention, prepare
 from mxrot.transforms import generator_for
-from mxrot.tuning import Check, tune_network
+from mxrot.tuning import Check, gains_of, tune_network
 
 
 @dataclass
@@ -259,9 +259,20 @@ def _tune(job: _Job, windows: Tensor, given: int) -> list[Check]:
         windows = writing.after(original, windows, given, store, progress) if kept is None else kept
     generator = generator_for(run.seed, "tuning")
     checkpoint = None if store is None else store.tuning_checkpoint
-    return tune_network(
+    checks = tune_network(
         job.model, original, run.family, windows, given, options, generator, run.active_sites, checkpoint, progress
     )
+    if options.norm_rate:
+        _round_gains(job)
+    return checks
+
+
+def _round_gains(job: _Job) -> None:
+    """Give the gains of norms the values that their own type holds: a checkpoint keeps no others."""
+    for index, block in enumerate(job.blocks):
+        prefix = job.run.family.block_prefix(index)
+        for name, gain in gains_of(block).items():
+            gain.data.copy_(gain.data.to(job.run.rounding_type(f"{prefix}.{name}")))
 
 
 def _finish(job: _Job) -> PreTrainedModel | None:

@@ -1,5 +1,6 @@
-"""What is learned by gradient: rotations before quantizing; rounding offsets and transforms after the closed form."""
+"""What is learned by gradient: rotations before quantizing; rounding, transforms and levels after the closed form."""
 
+from mxrot.tuning.levels import gains_of
 from mxrot.tuning.loop import Check, TuningCheckpoint
 from mxrot.tuning.network import tune_network
 from mxrot.tuning.reconstruction import tune_block
@@ -12,6 +13,7 @@ __all__ = [
     "RotatedNetwork",
     "RotationTraining",
     "TuningCheckpoint",
+    "gains_of",
     "train_rotations",
     "trained_sites",
     "tune_block",

@@ -1,11 +1,15 @@
-"""Distillation of the whole network: KL(original || quantized) of the logits, through all decoder blocks at once."""
+"""Distillation of the whole network: the divergence of the logits, through all decoder blocks at once.
+
+That is KL(original || quantized), or with its reverse b KL(quantized || original) + (1 - b) KL(original || quantized),
+b the mean probability that the original gives the tokens of the text (RCP, arXiv 2502.15779, has it from
+BitDistiller, 2402.10631): where it is sure of itself, what it finds likely counts, and else all of what it says.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +19,20 @@ from transformers import PreTrainedModel
 
 from mxrot.calibration import block_arguments, first_hidden
 from mxrot.cuda_graphs import Replays
-from mxrot.layers import check_logits, fused_norms, logits_of, score_heads, shared_heads
+from mxrot.layers import check_logits, fused_norms, logits_of, score_heads, shared_heads, straight_caches
 from mxrot.models import Family, Site
 from mxrot.progress import Progress, silent
 from mxrot.sections import Tuning
 from mxrot.tuning.loop import Check, Problem, TuningCheckpoint, deterministic, split_windows, tune
-from mxrot.tuning.straight_through import Divergence
-from mxrot.tuning.tunable import TunableBlock, TunableLinear, parameter_groups, settle
+from mxrot.tuning.straight_through import Divergence, WeightedDivergence
+from mxrot.tuning.tuned_network import TunedNetwork, tuned_network
 
 LOGIT_TOKENS = 2048
 """Positions whose logits exist at once."""
 CHECKPOINT_BYTES = 40e9
 """Activations above this (estimated) are computed again in the backward pass."""
+PROBED_WINDOWS = 32
+"""Windows to train on in which the original is asked how probable the text is."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,11 @@ def tune_network(
     blocks = list(model.get_submodule(family.blocks).children())
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()
-    tunable = [TunableBlock.of(block, active_sites(index), options.margin) for index, block in enumerate(blocks)]
-    recompute = _activation_bytes(model, options.batch_windows, windows.shape[1]) > CHECKPOINT_BYTES
+    tuned = tuned_network(blocks, active_sites, options)
+    recompute = _activation_bytes(model, tuned, options.batch_windows, windows.shape[1]) > CHECKPOINT_BYTES
     student = Network(model, family, block_arguments(model, family, windows[:1]), recompute)
     teacher = Network(original, family, block_arguments(original, family, windows[:1]))
+    reverse = mean_probability(teacher, windows[train[:PROBED_WINDOWS]]) if options.loss == "weighted" else None
 
     replay = Replays()
 
@@ -94,16 +101,21 @@ def tune_network(
         return replay(step.__name__, step, *(first_hidden(m, family, batch) for m in (model, original)))
 
     def divergence(expected: Tensor, found: Tensor) -> Tensor:
-        """The mean of KL(teacher || student) in nats a token, for the states [tokens, hidden] of both; float32."""
+        """The mean loss in nats a token, for the states [tokens, hidden] of both; float32."""
         with torch.no_grad():
             wanted = teacher.logits(expected)
-        mean: Tensor = Divergence.apply(student.logits(found), wanted)
+        mean: Tensor
+        if reverse is None:
+            mean = Divergence.apply(student.logits(found), wanted)
+        else:
+            mean = WeightedDivergence.apply(student.logits(found), wanted, reverse)
         return mean
 
     def learn(first: Tensor, wanted: Tensor) -> Tensor:
         """Adds the gradients of the mean divergence, and gives it."""
         with torch.no_grad():
             expected = teacher.forward(wanted)
+        tuned.begin()
         with lower_precision(device):
             hidden = student.forward(first)
             leaf = hidden.detach().requires_grad_()
@@ -118,6 +130,7 @@ def tune_network(
     def measure(first: Tensor, wanted: Tensor) -> Tensor:
         """The divergence, summed over tokens."""
         expected = teacher.forward(wanted)
+        tuned.begin()
         with lower_precision(device):
             hidden = student.forward(first)
             losses = [
@@ -132,15 +145,19 @@ def tune_network(
     @torch.no_grad()
     def held_out_loss() -> float:
         losses = [float(run(measure, windows[part])) for part in test.split(options.batch_windows)]
-        settle(tunable)
+        tuned.settle()
         return sum(losses) / (len(test) * windows.shape[1])
 
-    groups = parameter_groups(tunable, options)
-    problem = Problem(groups, backward, held_out_loss, partial(settle, tunable), train, "distillation")
-    with deterministic(), torch.enable_grad(), shared_heads(model, original), fused_norms(model):
+    problem = Problem(tuned.groups(options), backward, held_out_loss, tuned.settle, train, "distillation")
+    with (
+        deterministic(),
+        torch.enable_grad(),
+        shared_heads(model, original),
+        fused_norms(model),
+        straight_caches(model),
+    ):
         checks = tune(problem, options, generator, tuning_checkpoint, progress)
-    for block in tunable:
-        block.finish()
+    tuned.finish()
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     return checks
@@ -151,9 +168,21 @@ def lower_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "cpu" else torch.autocast(device.type, torch.bfloat16)
 
 
-def _activation_bytes(model: PreTrainedModel, windows: int, length: int) -> float:
+@torch.no_grad()
+def mean_probability(teacher: Network, windows: Tensor) -> float:
+    """Of the tokens of `windows` [W, T] behind the first of each, as the teacher predicts them; 0 to 1."""
+    total = 0.0
+    for window in windows:
+        states = teacher.forward(first_hidden(teacher.model, teacher.family, window[None]))[:-1]
+        targets = window[1:].to(states.device)
+        for part, own in zip(states.split(LOGIT_TOKENS), targets.split(LOGIT_TOKENS), strict=True):
+            likely = teacher.logits(part).float().log_softmax(dim=-1).gather(-1, own[:, None])
+            total += float(likely.exp().sum())
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+def _activation_bytes(model: PreTrainedModel, tuned: TunedNetwork, windows: int, length: int) -> float:
     """About what a backward pass keeps: each linear's input and output, twice for what lies between them; scores that
     attention writes out, and the probabilities that they become."""
-    weights = [module.offset for module in model.modules() if isinstance(module, TunableLinear)]
     scores = model.config.num_hidden_layers * score_heads(model) * length
-    return windows * length * 8.0 * (sum(sum(weight.shape) for weight in weights) + scores)
+    return windows * length * 8.0 * (sum(sum(shape) for shape in tuned.shapes) + scores)

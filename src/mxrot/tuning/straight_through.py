@@ -92,6 +92,30 @@ class Divergence(torch.autograd.Function):
         return of_rows * (gradient / len(of_rows)).to(of_rows.dtype), None
 
 
+class WeightedDivergence(torch.autograd.Function):
+    """The mean over rows of b KL(found || expected) + (1 - b) KL(expected || found), for logits [M, V]; in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, expected: Tensor, reverse: float) -> Tensor:
+        """`reverse` is b."""
+        with torch.autocast(found.device.type, enabled=False):
+            own, other = found.float().log_softmax(dim=-1), expected.float().log_softmax(dim=-1)
+            probable, wanted = own.exp(), other.exp()
+            own = own.sub_(other)  # the logarithm of their ratio
+            backward = (probable * own).sum(dim=-1, keepdim=True)
+            forward = -(wanted * own).sum(dim=-1, keepdim=True)
+            # d KL(found || expected) = p (log(p / q) - KL), d KL(expected || found) = p - q
+            gradient = own.sub_(backward).mul_(reverse).add_(1 - reverse).mul_(probable)
+            gradient = gradient.sub_(wanted, alpha=1 - reverse)
+            ctx.save_for_backward(gradient.to(found.dtype))
+            return (reverse * backward + (1 - reverse) * forward).mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (of_rows,) = ctx.saved_tensors
+        return of_rows * (gradient / len(of_rows)).to(of_rows.dtype), None, None
+
+
 class InverseTransposed(torch.autograd.Function):
     """R^-T, from an inverse that was computed before; with the gradient for R."""
 

@@ -133,12 +133,13 @@ def test_scores_that_attention_writes_out(tmp_path: Path, monkeypatch: pytest.Mo
     assert peak.total == pytest.approx(bytes_alive(tmp_path, CHOSEN[name], random_windows(3, 1024)), rel=0.1)
 
 
-def test_tuning_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["mxrot-tuned", "rcp"])
+def test_tuning_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
     monkeypatch.setattr(memory, "KEPT_SHARE", 0.0)
     folder = write_tiny_model(tmp_path / "tiny", **WIDE, num_hidden_layers=3)
     tuning = {"tuning__steps": 2, "tuning__batch_windows": 4, "tuning__generated": 0.0}
-    chosen = recipe("mxrot-tuned", **ALONE, **tuning)
+    chosen = recipe(name, **ALONE, **tuning)
     peak = estimate_memory(run_of(read_config(folder), chosen, 8, 64)).peak
     assert peak.name == "tuning"
     assert peak.total == pytest.approx(bytes_alive(folder, chosen, random_windows(8, 64)), rel=0.2)
