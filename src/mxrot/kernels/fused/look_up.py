@@ -19,7 +19,7 @@ assembly: there PRMT and DP4A are written out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -63,26 +63,34 @@ def _add_products(total, left, right, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _load_weights(
-    words_pointer,
-    scales_pointer,
-    levels_pointer,
-    row,
+    words_at,
+    scales_at,
+    levels_at,
     chunk,
-    IS_WHOLE: tl.constexpr,
+    RUN: tl.constexpr,
+    FIRST: tl.constexpr,
+    ACROSS: tl.constexpr,
     CHUNKS: tl.constexpr,
     WORDS: tl.constexpr,
     PER_GROUP: tl.constexpr,
 ):
-    """Words [T, WORDS] of the chunk of each thread, and scales [T] and levels [T, 1] of its group; zeros beyond the
-    end."""
-    inside = None if IS_WHOLE else chunk < CHUNKS
-    inside_of_two = None if IS_WHOLE else (chunk < CHUNKS)[:, None]
+    """Of each of RUN rows words [T, WORDS] of the chunk of each thread, FIRST beyond `words_at`, and scales [T] and
+    levels [T, 1] of its group; zeros beyond the end."""
+    IS_WHOLE: tl.constexpr = FIRST + ACROSS <= CHUNKS
+    inside = None if IS_WHOLE else FIRST + chunk < CHUNKS
+    inside_of_two = None if IS_WHOLE else (FIRST + chunk < CHUNKS)[:, None]
     nothing = None if IS_WHOLE else 0
-    at = (row * CHUNKS + chunk)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    words = tl.load(words_pointer + at, mask=inside_of_two, other=nothing, eviction_policy="evict_first")
-    group = row * (CHUNKS // PER_GROUP) + chunk // PER_GROUP
-    scales = tl.load(scales_pointer + group, mask=inside, other=nothing)
-    return words, scales, tl.load(levels_pointer + group[:, None], mask=inside_of_two, other=nothing)
+    group = FIRST // PER_GROUP if FIRST % PER_GROUP == 0 else (FIRST + chunk) // PER_GROUP - chunk // PER_GROUP
+    loaded: tl.tuple = ()
+    for run in tl.static_range(RUN):
+        # What differs is a number known to the compiler: one address serves all.
+        at = words_at + (run * CHUNKS + FIRST) * WORDS
+        loaded += (tl.load(at, mask=inside_of_two, other=nothing, eviction_policy="evict_first"),)
+    for run in tl.static_range(RUN):
+        scales = tl.load(scales_at + group + run * (CHUNKS // PER_GROUP), mask=inside, other=nothing)
+        at = (levels_at + group + run * (CHUNKS // PER_GROUP))[:, None]
+        loaded += scales, tl.load(at, mask=inside_of_two, other=nothing)
+    return loaded
 
 
 @triton.jit
@@ -149,23 +157,18 @@ def _look_up_product(
 ):
     STEPS: tl.constexpr = (CHUNKS + ACROSS - 1) // ACROSS
     COUNT: tl.constexpr = RUN * INPUTS
-    first_row = tl.program_id(0) * (RUN * DOWN)
+    # Of the last program some rows may be those of the one before, which writes the same there.
+    first_row = tl.minimum(tl.program_id(0) * (RUN * DOWN), rows_in_all - RUN * DOWN)
     thread = tl.arange(0, DOWN * ACROSS)
     row, chunk = first_row + thread // ACROSS * RUN, thread % ACROSS
+    words_at = words_pointer + (row * CHUNKS + chunk)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    group = row * (CHUNKS // PER_GROUP) + chunk // PER_GROUP
+    scales_at, levels_at = scales_pointer + group, levels_pointer + group
     loaded: tl.tuple = ()
     for step in tl.static_range(min(AHEAD, STEPS)):
-        for run in tl.static_range(RUN):
-            loaded += _load_weights(
-                words_pointer,
-                scales_pointer,
-                levels_pointer,
-                tl.minimum(row + run, rows_in_all - 1),
-                step * ACROSS + chunk,
-                (step + 1) * ACROSS <= CHUNKS,
-                CHUNKS,
-                WORDS,
-                PER_GROUP,
-            )
+        loaded += _load_weights(
+            words_at, scales_at, levels_at, chunk, RUN, step * ACROSS, ACROSS, CHUNKS, WORDS, PER_GROUP
+        )
     if OVERLAP:
         gdc_wait()
     totals: tl.tuple = ()
@@ -173,21 +176,12 @@ def _look_up_product(
         totals += (tl.zeros([DOWN * ACROSS], tl.float32),)
     for step in tl.static_range(STEPS):
         if step + AHEAD < STEPS:
-            for run in tl.static_range(RUN):
-                loaded += _load_weights(
-                    words_pointer,
-                    scales_pointer,
-                    levels_pointer,
-                    tl.minimum(row + run, rows_in_all - 1),
-                    (step + AHEAD) * ACROSS + chunk,
-                    (step + AHEAD + 1) * ACROSS <= CHUNKS,
-                    CHUNKS,
-                    WORDS,
-                    PER_GROUP,
-                )
+            loaded += _load_weights(
+                words_at, scales_at, levels_at, chunk, RUN, (step + AHEAD) * ACROSS, ACROSS, CHUNKS, WORDS, PER_GROUP
+            )
         weights: tl.tuple = ()
         for run in tl.static_range(RUN):
-            weights += _looked_up(loaded[3 * (step * RUN + run)], loaded[3 * (step * RUN + run) + 2], ASSEMBLY)
+            weights += _looked_up(loaded[3 * RUN * step + run], loaded[3 * RUN * step + RUN + 2 * run + 1], ASSEMBLY)
         added: tl.tuple = ()
         for which in tl.static_range(INPUTS):
             # Of rows beyond the end the last one.
@@ -195,7 +189,7 @@ def _look_up_product(
             inputs = _load_inputs(pointer, step * ACROSS + chunk, (step + 1) * ACROSS <= CHUNKS, CHUNKS, WORDS)
             for run in tl.static_range(RUN):
                 product = _product(weights, 4 * run, inputs, ASSEMBLY).to(tl.float32)
-                scales = loaded[3 * (step * RUN + run) + 1].to(tl.float32)
+                scales = loaded[3 * RUN * step + RUN + 2 * run].to(tl.float32)
                 added += (totals[which * RUN + run] + product * scales,)
         totals = added
     sums = tl.sum(_side_by_side(totals, DOWN, COUNT, LEVELS), axis=1)
@@ -203,8 +197,8 @@ def _look_up_product(
     row = first_row + tl.arange(0, DOWN)[:, None] * RUN + place % RUN
     which = place // RUN
     product = sums * tl.load(input_scales_pointer + tl.minimum(which, inputs_in_all - 1))
-    inside = (row < rows_in_all) & (which < inputs_in_all)
-    tl.store(out_pointer + which * rows_in_all + row, product.to(out_pointer.dtype.element_ty), mask=inside)
+    at = out_pointer + which * rows_in_all + row
+    tl.store(at, product.to(out_pointer.dtype.element_ty), mask=which < inputs_in_all)
 
 
 @dataclass(frozen=True)
@@ -257,6 +251,8 @@ def product_by_tiles(
     words = words_of_chunk(width // groups)
     assert count <= MOST_INPUTS and words and rows * width < 2**35
     out = torch.empty(count, rows, dtype=dtype, device=packed.device)
+    if rows < tile.run * tile.down:
+        tile = replace(tile, run=1, down=1)
     if out.numel():
         overlaps = can_overlap(packed.device)
         _look_up_product[(triton.cdiv(rows, tile.run * tile.down),)](
