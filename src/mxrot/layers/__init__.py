@@ -16,7 +16,6 @@ from mxrot.layers.quantized_attention import operands_of, quantize_attention, re
 from mxrot.layers.site import SiteProducts
 from mxrot.layers.sites import prepare_linears, prepare_on_gpus, sites_of
 from mxrot.layers.size import ModelSize
-from mxrot.layers.straight_attention import straight_caches
 from mxrot.layers.transform import InputTransform
 
 __all__ = [
@@ -47,6 +46,5 @@ __all__ = [
     "shared_heads",
     "sites_of",
     "step_mask",
-    "straight_caches",
     "unmasked",
 ]

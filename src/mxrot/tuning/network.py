@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from mxrot.calibration import block_arguments, first_hidden
 from mxrot.cuda_graphs import Replays
-from mxrot.layers import check_logits, fused_norms, logits_of, score_heads, shared_heads, straight_caches
+from mxrot.layers import check_logits, fused_norms, logits_of, score_heads, shared_heads
 from mxrot.models import Family, Site
 from mxrot.progress import Progress, silent
 from mxrot.sections import Tuning
@@ -149,13 +149,7 @@ def tune_network(
         return sum(losses) / (len(test) * windows.shape[1])
 
     problem = Problem(tuned.groups(options), backward, held_out_loss, tuned.settle, train, "distillation")
-    with (
-        deterministic(),
-        torch.enable_grad(),
-        shared_heads(model, original),
-        fused_norms(model),
-        straight_caches(model),
-    ):
+    with deterministic(), torch.enable_grad(), shared_heads(model, original), fused_norms(model):
         checks = tune(problem, options, generator, tuning_checkpoint, progress)
     tuned.finish()
     for name, parameter in model.named_parameters():
