@@ -292,7 +292,8 @@ def test_values_are_transformed_back(width: int, count: int) -> None:
     assert (expected - value.repeat_interleave(2, 1)).norm() < 0.04 * value.norm() * 2**0.5
 
 
-def test_every_code_and_scale() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_code_and_scale(dtype: torch.dtype) -> None:
     """Exhaustive: each byte of MXFP4 and E4M3, under scales from 2^-60 to 2^60, as the one value that is seen."""
     for quantizer in QUANTIZERS[:2]:
         codes = torch.arange(256, dtype=torch.uint8).view(2, 1, 1, -1)
@@ -300,9 +301,24 @@ def test_every_code_and_scale() -> None:
         groups = 128 * 8 // quantizer.format.bits // 32
         scales = torch.tensor([67, 127, 187, 100, 128, 150, 90, 140], dtype=torch.uint8)[:groups].repeat(2, 1, 1, 1)
         rows = TokenRows(quantizer, codes.to(DEVICE), {"scale": scales.to(DEVICE)})
-        query = torch.zeros(2, 1, 1, 32 * groups, device=DEVICE)
+        query = torch.zeros(2, 1, 1, 32 * groups, device=DEVICE, dtype=dtype)
         found = fused_attention(query, CachedTokens(rows, rows), 1, splits=1)
-        assert torch.equal(found, rows.dequantize())
+        assert torch.equal(found.float(), rows.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantizer", QUANTIZERS[3:], ids=spelled)
+def test_every_integer(quantizer: TensorQuantizer, dtype: torch.dtype) -> None:
+    """Exhaustive: each code at each place, under zero points from the first to the last, as the one value seen."""
+    bits = quantizer.format.bits
+    codes = torch.arange(256, dtype=torch.uint8).view(8, 1, 1, -1)[..., : 64 * bits // 8].to(DEVICE)
+    groups = 64 // quantizer.format.block_in(64)
+    zeros = (torch.arange(8) * ((1 << bits) - 1) // 7).to(torch.uint8).view(8, 1, 1, 1).repeat(1, 1, 1, groups)
+    scales = torch.full((8, 1, 1, groups), 0.375, dtype=torch.float16)
+    rows = TokenRows(quantizer, codes, {"scale": scales.to(DEVICE), "zero_point": zeros.to(DEVICE)})
+    query = torch.zeros(8, 1, 1, 64, device=DEVICE, dtype=dtype)
+    found = fused_attention(query, CachedTokens(rows, rows), 1, splits=1)
+    assert torch.equal(found.float(), rows.dequantize())
 
 
 def test_scales_of_keys() -> None:

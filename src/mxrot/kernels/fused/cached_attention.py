@@ -26,6 +26,7 @@ from mxrot.kernels.fused.packed_rows import RowLayout, columns_of, numbers_of
 from mxrot.kernels.plain.cached_attention import CachedTokens, TokenRows, times_each
 
 LOG2_E = 1.4426950408889634
+UNIT_BYTES = 2
 
 
 @triton.jit
@@ -134,8 +135,8 @@ def _share(
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    K_UNITS: tl.constexpr = WIDTH if K_BITS == 8 else WIDTH // 4
-    V_UNITS: tl.constexpr = WIDTH if V_BITS == 8 else WIDTH // 4
+    K_UNITS: tl.constexpr = WIDTH * K_BITS // 16
+    V_UNITS: tl.constexpr = WIDTH * V_BITS // 16
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     split, splits = tl.program_id(1), tl.num_programs(1)
     count = (tl.load(length) if LENGTH_AT_POINTER else length).to(tl.int32)
@@ -324,14 +325,14 @@ def attend_by_tiles(
         sums,
         maxima,
         totals,
-        *_units(cached.keys, layouts[0]),
-        *_units(cached.values, layouts[1]),
+        *_units(cached.keys),
+        *_units(cached.values),
         query if visible is None else visible.view(torch.uint8) if visible.dtype == torch.bool else visible,
         length,
         kv_heads,
         *query.stride()[:2],
-        *strides_of(cached.keys, layouts[0].unit_bytes),
-        *strides_of(cached.values, layouts[1].unit_bytes),
+        *strides_of(cached.keys, UNIT_BYTES),
+        *strides_of(cached.values, UNIT_BYTES),
         0 if visible is None else visible.stride(0),
         scaling * LOG2_E if softcap is None else scaling / softcap,
         0.0 if softcap is None else softcap * LOG2_E,
@@ -380,8 +381,7 @@ def _operands(query: Tensor) -> tuple[int, tl.dtype]:
     return (1 if query.dtype == torch.bfloat16 else 2), tl.bfloat16
 
 
-def _units(rows: TokenRows, layout: RowLayout) -> tuple[Tensor, Tensor, Tensor]:
+def _units(rows: TokenRows) -> tuple[Tensor, Tensor, Tensor]:
     """Codes in units, scales, and zero points, or anything where there are none."""
     scales = rows.parts["scale"]
-    codes = rows.codes.view(torch.int16) if layout.unit_bytes == 2 else rows.codes
-    return codes, scales, rows.parts.get("zero_point", scales)
+    return rows.codes.view(torch.int16), scales, rows.parts.get("zero_point", scales)

@@ -1,13 +1,14 @@
 """Rows of 2-, 4- and 8-bit codes as the kernels of the cache read and write them (Triton).
 
-A row is read as units of 8 or 16 bits, each of 1 or 4 codes, and its numbers stand in an order of their own: first
-those of the first place of every unit, then those of the second. Sums over columns do not care, and what is written
-goes to `columns_of`.
+A row is read as units of 16 bits, each of 2, 4 or 8 codes, and its numbers stand in an order of their own: first those
+of the first place of every unit, then those of the second. Sums over columns do not care, and what is written goes to
+`columns_of`. Two units are taken apart at a time, into two bfloat16 numbers, by three to five instructions.
 
 Numbers of floating-point elements are made by moving the bits of a code to where a bfloat16 or float32 number has
 them: that is the value times a power of two, and one product puts it right and applies the scale. For that power to fit
 into one factor, numbers here are 2^-60 of what they stand for, of scales from 2^-60 to 2^60; others count as these.
-Integers less their zero point are exact; where a row has one scale it is applied to sums.
+Integers become the last bits of a number from 128 to 256, from which 128 and the zero point are taken, all exact; where
+a row has one scale it is applied to sums. Triton's interpreter has no assembly: there the numbers are float32.
 """
 
 from __future__ import annotations
@@ -69,11 +70,6 @@ class RowLayout:
     def is_integer(self) -> bool:
         return self.fraction == _INTEGER
 
-    @property
-    def unit_bytes(self) -> int:
-        """Of a unit."""
-        return 2 if self.bits == 4 else 1
-
     def reading(self, prefix: str) -> dict[str, int]:
         """Constants of a kernel that reads."""
         return {
@@ -96,11 +92,8 @@ class RowLayout:
 @triton.jit
 def columns_of(WIDTH: tl.constexpr, BITS: tl.constexpr):
     """Which columns the numbers of a row are, in the order in which `numbers_of` gives them."""
-    place = tl.arange(0, WIDTH)
-    if BITS == 8:
-        return place
-    else:
-        return place % (WIDTH // 4) * 4 + place // (WIDTH // 4)
+    place, UNITS = tl.arange(0, WIDTH), WIDTH * BITS // 16
+    return place % UNITS * (16 // BITS) + place // UNITS
 
 
 @triton.jit
@@ -114,84 +107,58 @@ def spread(x, WIDTH: tl.constexpr):
         return tl.reshape(tl.broadcast_to(x[:, :, None], [N, G, WIDTH // G]), [N, WIDTH])
 
 
-@triton.jit
-def _e2m1_pairs(units, factors, PLACE: tl.constexpr):
-    """bfloat16 numbers of the E2M1 codes at a place of 16-bit units, two units at a time.
+@triton.constexpr_function
+def _assembly(place: int, bits: int, fraction: int) -> str:
+    """Takes the codes at a place of two units ($1) to two bfloat16 numbers. For floating-point elements $2 is a factor
+    of both; of integers it is what is added to both, which are 128 and more.
 
-    lop3 0xEA is (a & b) | c. The product is a sum with -0, which any device has of two numbers at a time.
+    lop3 0xEA is (a & b) | c. A product is a sum with -0, which older devices have of two numbers at a time.
     """
-    if PLACE == 0:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 s, m, z; shl.b32 s, $1, 12; shl.b32 m, $1, 6; and.b32 m, m, 0x01C001C0; "
-            "lop3.b32 m, s, 0x80008000, m, 0xEA; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, m, $2, z; }",
-            "=r,r,r",
-            [units, factors],
-            tl.bfloat16,
-            True,
-            2,
-        )
-    elif PLACE == 1:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 s, m, z; shl.b32 s, $1, 8; shl.b32 m, $1, 2; and.b32 m, m, 0x01C001C0; "
-            "lop3.b32 m, s, 0x80008000, m, 0xEA; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, m, $2, z; }",
-            "=r,r,r",
-            [units, factors],
-            tl.bfloat16,
-            True,
-            2,
-        )
-    elif PLACE == 2:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 s, m, z; shl.b32 s, $1, 4; shr.u32 m, $1, 2; and.b32 m, m, 0x01C001C0; "
-            "lop3.b32 m, s, 0x80008000, m, 0xEA; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, m, $2, z; }",
-            "=r,r,r",
-            [units, factors],
-            tl.bfloat16,
-            True,
-            2,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 m, z; shr.u32 m, $1, 6; and.b32 m, m, 0x01C001C0; "
-            "lop3.b32 m, $1, 0x80008000, m, 0xEA; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, m, $2, z; }",
-            "=r,r,r",
-            [units, factors],
-            tl.bfloat16,
-            True,
-            2,
-        )
 
+    def moved(to: str, by: int) -> str:
+        return f"shl.b32 {to}, $1, {by};" if by >= 0 else f"shr.u32 {to}, $1, {-by};"
 
-@triton.jit
-def _float_numbers(codes, factors, BITS: tl.constexpr, FRACTION: tl.constexpr, DTYPE: tl.constexpr):
-    """Numbers of floating-point codes in int32, with float32 factors."""
-    SIGN: tl.constexpr = 1 << (BITS - 1)
-    bits = ((codes & (SIGN - 1)) << (23 - FRACTION)) | ((codes & SIGN) << (32 - BITS))
-    return (bits.to(tl.float32, bitcast=True) * factors).to(DTYPE)
+    def twice(mask: int) -> str:
+        return f"0x{mask << 16 | mask:08X}"
+
+    if fraction < 0:
+        number = moved("number", -bits * place)
+        return (
+            f"{{ .reg .b32 number, one; {number} lop3.b32 number, number, {twice((1 << bits) - 1)}, 0x43004300, 0xEA; "
+            "mov.b32 one, 0x3F803F80; fma.rn.bf16x2 $0, number, one, $2; }"
+        )
+    sign = moved("sign", 16 - bits * (place + 1))
+    number = moved("number", 7 - fraction - bits * place)
+    magnitude = twice(((1 << (bits - 1)) - 1) << (7 - fraction))
+    return (
+        f"{{ .reg .b32 sign, number, zero; {sign} {number} and.b32 number, number, {magnitude}; "
+        "lop3.b32 number, sign, 0x80008000, number, 0xEA; mov.b32 zero, 0x80008000; "
+        "fma.rn.bf16x2 $0, number, $2, zero; }"
+    )
 
 
 @triton.jit
 def _at_place(
-    units,
-    factors,
-    zeros,
-    PLACE: tl.constexpr,
-    BITS: tl.constexpr,
-    FRACTION: tl.constexpr,
-    SCALED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    units, factors, shifts, PLACE: tl.constexpr, BITS: tl.constexpr, FRACTION: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Numbers [N, W] of the codes at a place of units [N, W]."""
-    if FRACTION == 1 and BITS == 4 and tl.bfloat16 == DTYPE:
-        return _e2m1_pairs(units, factors, PLACE)
+    """Numbers [N, W] of the codes at a place of units [N, W]; integers with None for factors are not scaled."""
+    if tl.bfloat16 == DTYPE:
+        assembly: tl.constexpr = _assembly(PLACE, BITS, FRACTION)
+        operand = factors if FRACTION >= 0 else shifts
+        found = tl.inline_asm_elementwise(assembly, "=r,r,r", [units, operand], tl.bfloat16, True, 2)
+        if FRACTION < 0 and factors is not None:
+            found = (found.to(tl.float32) * factors).to(DTYPE)
+        return found
     else:
         codes = (units.to(tl.int32) >> (BITS * PLACE)) & ((1 << BITS) - 1)
         if FRACTION >= 0:
-            return _float_numbers(codes, factors, BITS, FRACTION, DTYPE)
-        elif SCALED:
-            return ((codes.to(tl.float32) - zeros) * factors).to(DTYPE)
+            magnitude, sign = codes & ((1 << (BITS - 1)) - 1), codes & (1 << (BITS - 1))
+            bits = (magnitude << (23 - FRACTION)) | (sign << (32 - BITS))
+            return bits.to(tl.float32, bitcast=True) * factors
+        elif factors is not None:
+            return ((codes + 128).to(tl.float32) + shifts) * factors
         else:
-            return (codes.to(tl.float32) - zeros).to(DTYPE)
+            return (codes + 128).to(tl.float32) + shifts
 
 
 @triton.jit
@@ -210,26 +177,32 @@ def numbers_of(
     """
     N: tl.constexpr = units.shape[0]
     W: tl.constexpr = units.shape[1]
-    SCALED: tl.constexpr = scales.shape[1] > 1
     if FRACTION >= 0:
         fields = tl.minimum(tl.maximum(scales.to(tl.int32) + (66 + MIN_EXPONENT), 1), 254) << 23
         found = tl.where(scales.to(tl.int32) == 255, float("nan"), fields.to(tl.float32, bitcast=True))
-        if FRACTION == 1 and BITS == 4:
-            found = found.to(DTYPE)
-        factors = spread(found, W)
-        shifts = factors
+        factors = spread(found.to(DTYPE), W)
+        shifts = None
     else:
-        shifts = spread(zeros.to(tl.float32), W)
-        factors = spread(scales.to(tl.float32), W) if SCALED else shifts
+        shifts = spread((-128.0 - zeros.to(tl.float32)).to(DTYPE), W)
+        factors = spread(scales.to(tl.float32), W) if scales.shape[1] > 1 else None
+    first = _at_place(units, factors, shifts, 0, BITS, FRACTION, DTYPE)
+    second = _at_place(units, factors, shifts, 1, BITS, FRACTION, DTYPE)
+    joined = tl.join(first, second)
     if BITS == 8:
-        return _at_place(units, factors, shifts, 0, BITS, FRACTION, SCALED, DTYPE)
+        return tl.reshape(tl.permute(joined, [0, 2, 1]), [N, 2 * W])
     else:
-        first = _at_place(units, factors, shifts, 0, BITS, FRACTION, SCALED, DTYPE)
-        second = _at_place(units, factors, shifts, 1, BITS, FRACTION, SCALED, DTYPE)
-        third = _at_place(units, factors, shifts, 2, BITS, FRACTION, SCALED, DTYPE)
-        fourth = _at_place(units, factors, shifts, 3, BITS, FRACTION, SCALED, DTYPE)
-        joined = tl.join(tl.join(first, second), tl.join(third, fourth))
-        return tl.reshape(tl.permute(joined, [0, 3, 2, 1]), [N, 4 * W])
+        third = _at_place(units, factors, shifts, 2, BITS, FRACTION, DTYPE)
+        fourth = _at_place(units, factors, shifts, 3, BITS, FRACTION, DTYPE)
+        joined = tl.join(joined, tl.join(third, fourth))
+        if BITS == 4:
+            return tl.reshape(tl.permute(joined, [0, 3, 2, 1]), [N, 4 * W])
+        else:
+            fifth = _at_place(units, factors, shifts, 4, BITS, FRACTION, DTYPE)
+            sixth = _at_place(units, factors, shifts, 5, BITS, FRACTION, DTYPE)
+            seventh = _at_place(units, factors, shifts, 6, BITS, FRACTION, DTYPE)
+            eighth = _at_place(units, factors, shifts, 7, BITS, FRACTION, DTYPE)
+            others = tl.join(tl.join(fifth, sixth), tl.join(seventh, eighth))
+            return tl.reshape(tl.permute(tl.join(joined, others), [0, 4, 3, 2, 1]), [N, 8 * W])
 
 
 @triton.jit
