@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -243,3 +244,12 @@ def test_matrices_move_with_the_module_and_stay_float32() -> None:
     assert module.key_transform.device.type == module.weight.device.type == "meta"
     model.to_empty(device="cpu")
     assert module.key_transform.device.type == "cpu"
+
+
+def test_a_copy_has_matrices_of_its_own() -> None:
+    module = module_with(scheme_of(key_transform="stored"))
+    other = copy.deepcopy(module)
+    other.to("meta")
+    assert module.key_transform.device.type == "cpu" and other.key_transform.device.type == "meta"
+    restore_cache(other)
+    assert cache_scheme_of(module) is not None and len(module._forward_pre_hooks) == 1
