@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.tiny_model import random_windows, tiny_config
 from tests.unit.evaluation.task_folder import write_scorable_model, write_task_folder
+from transformers import LlamaForCausalLM
 
 from mxrot.evaluation import TaskScore, standard_error
 
@@ -279,3 +282,23 @@ def test_one_block_is_quantized_and_planned(tmp_path: Path, monkeypatch: pytest.
     stages = {stage["stage"]: stage["bytes"] for stage in found["planned"]["stages"]}
     assert found["planned"]["peak_bytes"] == max(stages.values()) and "down: rounding" in stages
     assert found["measured"] == {"peak_bytes": None, "steps": []}
+
+
+def test_a_long_text_is_read_in_pieces_and_at_once() -> None:
+    """By a small model; the tokens in 16 bits are most of its cache."""
+    long_context = imported("long_context")
+    torch.manual_seed(0)
+    model = (
+        LlamaForCausalLM(tiny_config(head_dim=32, architectures=["LlamaForCausalLM"]))
+        .eval()
+        .double()
+        .requires_grad_(False)
+    )
+    options = Namespace(model="demo", piece=64, made=5)
+    scheme = long_context.scheme_of("mxfp4", "hadamard", 2, 3)
+    row = long_context.measure(model, scheme, random_windows(1, 200), options)
+    assert row["are_equal"] and row["same_as_one_pass"] == row["same_without_cache"] == 5
+    assert 4.25 / 16 < row["share_of_bfloat16"] < 0.5 and model.dtype == torch.float64
+    assert "after 200 in pieces of 64, 5 are those" in long_context.described(
+        {"format": "mxfp4", "first": 2, "last": 3} | row
+    )
