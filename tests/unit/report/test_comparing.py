@@ -209,7 +209,7 @@ def test_killed_between_runs_it_goes_on_to_the_same_table(
     folder: Path, words: str, whole: list[ComparedRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int
 ) -> None:
     recipes = [RTN, RECIPE, HADAMARD]
-    real, count = making.Trials.quantized, 0
+    real, count = making.Trials.made, 0
 
     def ends(*arguments: Any) -> Any:
         nonlocal count
@@ -219,7 +219,7 @@ def test_killed_between_runs_it_goes_on_to_the_same_table(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(making.Trials, "quantized", ends)
+        patch.setattr(making.Trials, "made", ends)
         with pytest.raises(KeyboardInterrupt):
             compared(folder, words, recipes, work=tmp_path)
     asked = _quantize_with(monkeypatch, {})
