@@ -371,20 +371,30 @@ def test_without_a_gpu_plain_code_runs() -> None:
     assert_is_attention(found, query, cached, 8)
 
 
+ON_HARDWARE = [
+    *((quantizer, torch.bfloat16, 128, 4, 1000, False) for quantizer in QUANTIZERS),
+    *((quantizer, torch.bfloat16, 64, 3, 77, True) for quantizer in QUANTIZERS),
+    *((quantizer, torch.float16, 128, 1, 300, True) for quantizer in QUANTIZERS[::2]),
+    *((quantizer, torch.float32, 64, 4, 130, True) for quantizer in QUANTIZERS[::3]),
+    (QUANTIZERS[0], torch.bfloat16, 256, 2, 200, False),
+    (QUANTIZERS[0], torch.bfloat16, 128, 32, 2049, False),
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=spelled)
-def test_on_matrix_hardware(quantizer: TensorQuantizer, dtype: torch.dtype) -> None:
-    for width, group, length in ((128, 4, 1000), (64, 3, 77), (256, 1, 300), (128, 32, 2049)):
-        cached = filled(quantizer, quantizer, (2, 2, length, width), room=9)
-        query = random(2, 2 * group, 1, width).to(dtype)
-        assert decodes_packed(query, cached)
-        found = decode_attention(query, cached, length, None, width**-0.5)
-        assert_is_attention(found, query, cached, length)
-        visible = (torch.arange(length, device=DEVICE) >= torch.tensor([[0], [length // 2]], device=DEVICE)).byte()
-        found = decode_attention(query, cached, length, visible, width**-0.5)
-        assert_is_attention(found, query, cached, length, visible)
+@pytest.mark.parametrize(("quantizer", "dtype", "width", "group", "length", "is_masked"), ON_HARDWARE, ids=spelled)
+def test_on_matrix_hardware(
+    quantizer: TensorQuantizer, dtype: torch.dtype, width: int, group: int, length: int, is_masked: bool
+) -> None:
+    cached = filled(quantizer, quantizer, (2, 2, length, width), room=9)
+    query = random(2, 2 * group, 1, width).to(dtype)
+    assert decodes_packed(query, cached)
+    visible = None
+    if is_masked:
+        visible = torch.arange(length, device=DEVICE) >= torch.tensor([[0], [length // 2]], device=DEVICE)
+    found = decode_attention(query, cached, length, visible, width**-0.5)
+    assert_is_attention(found, query, cached, length, visible)
 
 
 @pytest.mark.gpu
