@@ -98,7 +98,13 @@ class Recipe:
             'rotations would be trained without the Hadamard matrix that cache.transform = "hadamard" merges into the '
             "values; set rotation.value_heads, which takes its place",
         )
-        _ = self.variants  # each override must be right by itself
+        kinds = {
+            one.weights.quantizer().rule.sees_extremes_only for one in self.variants
+        }  # each must be right by itself
+        self._require(
+            self.tuning is None or self.tuning.moves != "levels" or len(kinds) == 1,
+            'tuning moves = "levels" learns equally spaced levels everywhere or nowhere; give all sites the same rule',
+        )
 
     def _check_tuning(self, tuning: Tuning, weights: TensorQuantizer) -> None:
         self._require(self.activations is not None, "tuning needs quantized activations")

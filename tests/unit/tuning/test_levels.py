@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
 from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import digests, logits, without_run, write
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mxrot.checkpoint import load
 from mxrot.errors import ConfigError
-from mxrot.formats import TensorQuantizer, get_format, quantize
+from mxrot.formats import TensorQuantizer, quantize
 from mxrot.layers import QuantLinear
 from mxrot.quantizing import run as pipeline
 from mxrot.recipe import Recipe, load_recipe
@@ -258,10 +259,15 @@ def test_what_cannot_be_learned(changes: dict[str, Any], message: str) -> None:
     assert message in str(raised.value)
 
 
-def test_the_start_has_no_rate_in_it() -> None:
-    """Groups name what moves, and only that."""
+def test_two_kinds_of_levels_are_refused() -> None:
+    table = tomllib.loads(LEARNED.to_toml())
+    table["override"].append({"sites": ["o"], "weights": {"rule": "spaced"}})
+    with pytest.raises(ConfigError, match="learns equally spaced levels everywhere or nowhere"):
+        Recipe.from_table(table, "mixed")
+
+
+def test_groups_name_what_moves() -> None:
     tables, _ = started("spaced", random(4, BLOCK))
     assert [group.parameters for group in tables.groups(Tuning(moves="levels"))] == [[tables.ends]]
     tables, _ = started("lloyd", random(4, BLOCK))
     assert [group.rate for group in tables.groups(Tuning(moves="levels", boundary_rate=0.0))] == [1e-2, 1e-2]
-    assert get_format("lut2").block_in(K) == K
