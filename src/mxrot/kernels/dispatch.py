@@ -188,8 +188,8 @@ def quantized_linear(inputs: Inputs, weight: PackedWeight) -> Tensor | None:
     return PATHS[choice.path](replace(inputs, x=x, matrices=matrices), weight).to(inputs.x.dtype)
 
 
-LOOK_UP_ROWS = 8
-"""Up to so many rows codes of 2 bits are looked up; for more they are written out."""
+LOOK_UP_ROWS = 1024
+"""Up to so many rows codes of 2 bits are looked up; for more they are written out in float32."""
 
 
 def choose_look_up(rows: int, weight: LookUpWeight, inputs: Format, device: torch.device) -> Choice:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mxrot.formats import TensorQuantizer, get_format, quantize
 from mxrot.kernels import Inputs, LookUpWeight, choose_look_up, dispatch
+from mxrot.kernels.dispatch import LOOK_UP_ROWS
 from mxrot.kernels.linear import by_look_up
 from mxrot.layers import InputTransform, QuantLinear
 from mxrot.transforms.base import random_orthogonal
@@ -69,7 +70,7 @@ def test_a_linear_takes_the_kernel_where_it_runs(rotated: bool, monkeypatch: pyt
     torch.testing.assert_close(found, expected, rtol=2.0**-7, atol=2.0**-7)
 
 
-@pytest.mark.parametrize(("rows", "path"), [(0, "look-up"), (1, "look-up"), (8, "look-up"), (9, None)])
+@pytest.mark.parametrize(("rows", "path"), [(0, "look-up"), (1, "look-up"), (1024, "look-up"), (1025, None)])
 def test_few_rows_are_looked_up(rows: int, path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -93,12 +94,11 @@ def test_a_linear_says_what_computes_it() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("width", [576, 1536])
+@pytest.mark.parametrize(("width", "dtype"), [(576, torch.bfloat16), (1536, torch.float32)])
 def test_few_rows_and_many_are_the_same(width: int, dtype: torch.dtype) -> None:
     """One path looks weights up, the other writes them out."""
-    module, x = linear(INPUTS[0], width, 200), random(20, width, dtype)
-    assert module.choose_path(8).path == "look-up" and module.choose_path(20).path is None
-    many, few = module(x), torch.cat([module(piece) for piece in x.split([1, 8, 8, 3])])
+    module, x = linear(INPUTS[0], width, 200), random(LOOK_UP_ROWS + 1, width, dtype)
+    assert module.choose_path(20).path == "look-up" and module.choose_path(len(x)).path is None
+    many, few = module(x)[:20], torch.cat([module(piece) for piece in x[:20].split([1, 8, 11])])
     tolerance = 1e-4 if dtype == torch.float32 else 2.0**-7
     torch.testing.assert_close(few, many, rtol=tolerance, atol=tolerance)

@@ -158,6 +158,7 @@ def _look_up_product(
     STEPS: tl.constexpr = (CHUNKS + ACROSS - 1) // ACROSS
     COUNT: tl.constexpr = RUN * INPUTS
     # Of the last program some rows may be those of the one before, which writes the same there.
+    first_input = tl.program_id(1) * INPUTS
     first_row = tl.minimum(tl.program_id(0) * (RUN * DOWN), rows_in_all - RUN * DOWN)
     thread = tl.arange(0, DOWN * ACROSS)
     row, chunk = first_row + thread // ACROSS * RUN, thread % ACROSS
@@ -185,7 +186,8 @@ def _look_up_product(
         added: tl.tuple = ()
         for which in tl.static_range(INPUTS):
             # Of rows beyond the end the last one.
-            pointer = inputs_pointer + tl.minimum(which, inputs_in_all - 1) * (4 * CHUNKS * WORDS)
+            place = tl.minimum(first_input + which, inputs_in_all - 1).to(tl.int64)
+            pointer = inputs_pointer + place * (4 * CHUNKS * WORDS)
             inputs = _load_inputs(pointer, step * ACROSS + chunk, (step + 1) * ACROSS <= CHUNKS, CHUNKS, WORDS)
             for run in tl.static_range(RUN):
                 product = _product(weights, 4 * run, inputs, ASSEMBLY).to(tl.float32)
@@ -195,9 +197,9 @@ def _look_up_product(
     sums = tl.sum(_side_by_side(totals, DOWN, COUNT, LEVELS), axis=1)
     place = tl.arange(0, COUNT)[None, :]
     row = first_row + tl.arange(0, DOWN)[:, None] * RUN + place % RUN
-    which = place // RUN
+    which = first_input + place // RUN
     product = sums * tl.load(input_scales_pointer + tl.minimum(which, inputs_in_all - 1))
-    at = out_pointer + which * rows_in_all + row
+    at = out_pointer + which.to(tl.int64) * rows_in_all + row
     tl.store(at, product.to(out_pointer.dtype.element_ty), mask=which < inputs_in_all)
 
 
@@ -216,9 +218,10 @@ class Tile:
 
 
 def choose_tile(inputs: int, rows: int, chunks: int) -> Tile:
-    """For so many rows of inputs and of weights, and chunks of K."""
-    across = 1 if chunks <= 32 else 2 if chunks <= 64 else 4
-    return Tile(4 if rows >= 16384 else 2, 4 // across, across)
+    """For so many rows of inputs and of weights, and chunks of K; measured on an H200."""
+    if inputs > 1:
+        return Tile(2, 1, 4, 2) if chunks > 64 else Tile(2, 4, 1)
+    return Tile(4, 2, 1, 1) if rows >= 16384 else Tile(1, 4, 1, 1)
 
 
 def words_of_chunk(group: int) -> int:
@@ -227,8 +230,11 @@ def words_of_chunk(group: int) -> int:
 
 
 def look_up_product(inputs: IntegerRows, packed: Tensor, scales: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `plain_look_up_product` defines it, for at most MOST_INPUTS rows of inputs in the order of `plain.in_planes`,
-    and groups that are a multiple of 16."""
+    """As `plain_look_up_product` defines it, for inputs in the order of `plain.in_planes`, and groups of weights that
+    are a multiple of 16.
+
+    Made for few rows of inputs: MOST_INPUTS of them at a time go through all weights.
+    """
     rows, groups = scales.shape
     words = words_of_chunk(4 * packed.shape[1] // max(1, groups))
     tile = choose_tile(inputs.scales.numel(), rows, packed.shape[1] // (4 * words))
@@ -249,13 +255,14 @@ def product_by_tiles(
     count = inputs.scales.numel()
     width = 4 * packed.shape[1]
     words = words_of_chunk(width // groups)
-    assert count <= MOST_INPUTS and words and rows * width < 2**35
+    assert words and rows * width < 2**35
     out = torch.empty(count, rows, dtype=dtype, device=packed.device)
     if rows < tile.run * tile.down:
         tile = replace(tile, run=1, down=1)
     if out.numel():
         overlaps = can_overlap(packed.device)
-        _look_up_product[(triton.cdiv(rows, tile.run * tile.down),)](
+        inputs_at_once = min(MOST_INPUTS, triton.next_power_of_2(count))
+        _look_up_product[(triton.cdiv(rows, tile.run * tile.down), triton.cdiv(count, inputs_at_once))](
             inputs.codes.view(-1, width).view(torch.int32),
             inputs.scales,
             packed.view(torch.int32),
@@ -266,7 +273,7 @@ def product_by_tiles(
             rows,
             ASSEMBLY=has_assembly,
             OVERLAP=overlaps,
-            INPUTS=triton.next_power_of_2(count),
+            INPUTS=inputs_at_once,
             CHUNKS=width // (16 * words),
             WORDS=words,
             PER_GROUP=width // groups // (16 * words),
@@ -274,7 +281,7 @@ def product_by_tiles(
             DOWN=tile.down,
             ACROSS=32 * tile.across,
             AHEAD=tile.ahead,
-            LEVELS=(tile.run * triton.next_power_of_2(count)).bit_length() - 1,
+            LEVELS=(tile.run * inputs_at_once).bit_length() - 1,
             num_warps=tile.down * tile.across,
             launch_pdl=overlaps,
         )

@@ -1,7 +1,10 @@
 """Rows of inputs as integers with one scale each, in one launch (Triton).
 
-Reads fp16, bf16 or fp32 [M, K], a program a row: the largest magnitude or both ends, the scale, rounding, and the order
-in which `fused.look_up` reads what comes out. `plain_quantize_rows` and `in_planes` are the specification, bit for bit.
+Reads fp16, bf16 or fp32 [M, K]: the largest magnitude or both ends of a row, the scale, rounding, and the order in
+which `fused.look_up` reads what comes out. `plain_quantize_rows` and `in_planes` are the specification, bit for bit.
+
+Divisions take longer than reading a row does. So where there are few rows several programs share one: each looks for
+the ends of the whole row, and rounds its part. That is one launch, and no program waits for another.
 """
 
 from __future__ import annotations
@@ -19,8 +22,17 @@ from mxrot.kernels.plain.look_up import IntegerRows
 
 INFINITY = tl.constexpr(0x7F800000)
 """The bits of a float32; those of NaN are more."""
+SHARED_ROWS = 16
+"""Up to so many rows have several programs each."""
 HALF_EVEN = tl.constexpr(12582912.0)
 """1.5 * 2^23: float32 holds no fraction next to it."""
+
+
+@triton.jit
+def _words(pointer, first, words_in_all, WORDS: tl.constexpr):
+    """float32 [WORDS, 16] of the words of 16 numbers from `first` on; zeros beyond the end."""
+    word = first + tl.arange(0, WORDS)[:, None]
+    return tl.load(pointer + word * 16 + tl.arange(0, 16)[None, :], mask=word < words_in_all, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -31,19 +43,21 @@ def _quantize_rows(
     words_in_all,
     stride,
     clip,
-    LARGEST: tl.constexpr,
-    UNIT: tl.constexpr,
+    largest,
+    unit,
+    inverse_unit,
     SIGNED: tl.constexpr,
     OVERLAP: tl.constexpr,
     WORDS: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    word = tl.arange(0, WORDS)
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * PART
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    at = row.to(tl.int64) * stride + word[:, None] * 16 + tl.arange(0, 16)[None, :]
-    x = tl.load(x_pointer + at, mask=(word < words_in_all)[:, None], other=0.0).to(tl.float32)
+    x_pointer += row * stride
+    x = _words(x_pointer, 0, words_in_all, WORDS)
     # By bits, which do not lose a NaN.
     magnitude = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0)
     if SIGNED:
@@ -52,23 +66,25 @@ def _quantize_rows(
     else:
         low = tl.minimum(tl.min(tl.min(x, axis=1), axis=0), 0.0) * clip
         span = tl.maximum(tl.max(tl.max(x, axis=1), axis=0), 0.0) * clip - low
-    scale = tl.div_rn(span, LARGEST * UNIT).to(tl.float16).to(tl.float32)
+    scale = tl.div_rn(span, largest * unit).to(tl.float16).to(tl.float32)
     is_finite = (magnitude < INFINITY) & (scale.to(tl.int32, bitcast=True) < INFINITY)
     divisor = tl.where(is_finite & (scale > 0), scale, 1.0)
+    if PART < WORDS:
+        x = _words(x_pointer, first, words_in_all, PART)
     scaled = tl.div_rn(tl.where(is_finite & (scale > 0), x, 0.0), tl.zeros_like(x) + divisor)
     if SIGNED:
-        integers = _rounded(scaled * (1 / UNIT), -LARGEST, LARGEST)
+        integers = _rounded(scaled * inverse_unit, -largest, largest)
     else:
-        zero = _rounded(tl.div_rn(-low, divisor), 0.0, LARGEST)
+        zero = _rounded(tl.div_rn(-low, divisor), 0.0, largest)
         zero = tl.where(is_finite, zero, 0.0)
-        integers = _rounded(scaled + zero, 0.0, LARGEST) - zero
-    bytes_ = tl.reshape(integers.to(tl.int32) & 255, [WORDS, 2, 4, 2])
+        integers = _rounded(scaled + zero, 0.0, largest) - zero
+    bytes_ = tl.reshape(integers.to(tl.int32) & 255, [PART, 2, 4, 2])
     words = tl.xor_sum(bytes_ << (8 * tl.arange(0, 4)[None, None, :, None]), axis=2)
     plane = 2 * tl.arange(0, 2)[None, None, :] + tl.arange(0, 2)[None, :, None]
-    inside = (word < words_in_all)[:, None, None]
-    target = row.to(tl.int64) * (4 * words_in_all) + plane * words_in_all + word[:, None, None]
-    tl.store(codes_pointer + target, words, mask=inside)
-    tl.store(scales_pointer + row, tl.where(is_finite, scale * UNIT, float("nan")))
+    word = (first + tl.arange(0, PART))[:, None, None]
+    target = codes_pointer + row * (4 * words_in_all) + plane * words_in_all + word
+    tl.store(target, words, mask=word < words_in_all)
+    tl.store(scales_pointer + row, tl.where(is_finite, scale * unit, float("nan")), mask=first == 0)
 
 
 @triton.jit
@@ -77,9 +93,14 @@ def _rounded(x, least, most):
     return (tl.minimum(tl.maximum(x, least), most) + HALF_EVEN) - HALF_EVEN
 
 
+def choose_part(rows: int, words: int) -> int:
+    """Words of 16 numbers that a program rounds of so many in each of `rows`, a power of two."""
+    return min(triton.next_power_of_2(words), 128) if rows <= SHARED_ROWS else triton.next_power_of_2(words)
+
+
 def choose_warps(words: int) -> int:
     """For a row of so many words of 16 numbers, a power of two."""
-    return max(1, min(16, words // 32))
+    return max(1, min(16, triton.next_power_of_2(words) // 32))
 
 
 def quantize_rows(x: Tensor, format: Format, rule: ScaleRule) -> IntegerRows:
@@ -93,19 +114,22 @@ def quantize_rows(x: Tensor, format: Format, rule: ScaleRule) -> IntegerRows:
     scales = torch.empty(count, 1, dtype=torch.float32, device=x.device)
     if rows.numel():
         overlaps = can_overlap(x.device)
-        words = triton.next_power_of_2(width // 16)
-        _quantize_rows[(count,)](
+        words = width // 16
+        part = choose_part(count, words)
+        _quantize_rows[(count, triton.cdiv(words, part))](
             rows,
             codes,
             scales,
-            width // 16,
+            words,
             rows.stride(0),
             float(rule.clip),
-            LARGEST=float(element.max_code),
-            UNIT=2.0**element.step_exponent,
+            float(element.max_code),
+            2.0**element.step_exponent,
+            2.0**-element.step_exponent,
             SIGNED=element.is_signed,
             OVERLAP=overlaps,
-            WORDS=words,
+            WORDS=triton.next_power_of_2(words),
+            PART=part,
             num_warps=choose_warps(words),
             launch_pdl=overlaps,
             # high * clip - low, fused, would not round the product as the twin does.
