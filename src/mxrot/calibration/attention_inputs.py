@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -18,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from mxrot.calibration.executor import Executor
 from mxrot.calibration.hooks import StopForwardError
 from mxrot.calibration.statistics import Summed
-from mxrot.kernels import block_moments
+from mxrot.kernels import second_moment
 
 SeeHeads = Callable[[Tensor, Tensor, Tensor], None]
 """Is shown queries [windows, heads, tokens, D], and keys and values [windows, KV heads, tokens, D]."""
@@ -52,12 +53,13 @@ def watched_heads(attention: nn.Module, see: SeeHeads) -> Iterator[None]:
 
 
 class HeadMoments(Summed):
-    """The mean of x^T x over tokens, head by head: float64 [KV heads, D, D]; products of one batch in float32."""
+    """The mean of x^T x over tokens, head by head: float64 [KV heads, D, D]; products of one batch as in
+    `second_moment`."""
 
     def update(self, x: Tensor, kept: int) -> None:
         """Take in one batch [windows, heads, tokens, D]; heads that share one of the `kept` count together."""
-        rows = x.unflatten(1, (kept, -1)).permute(0, 2, 3, 1, 4).reshape(-1, kept * x.shape[-1])
-        self._add(block_moments(rows, x.shape[-1]), len(rows))
+        heads = x.unflatten(1, (kept, -1)).transpose(0, 1).reshape(kept, -1, x.shape[-1])
+        self._add(torch.stack([second_moment(rows, rows) for rows in heads]), heads.shape[1])
 
 
 def head_moments(executor: Executor, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

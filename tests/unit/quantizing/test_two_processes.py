@@ -32,7 +32,9 @@ EXACT = ["smoothquant", "duquant++", "duquant"]
 
 
 def mixed() -> Recipe:
-    return recipe("mxrot", calibration__generated=0.0)
+    """With statistics that are sums, those of a cache's transforms included."""
+    rows = {"cache__keys": "int4_row_asym", "cache__values": "int4_row_asym"}
+    return recipe("mxrot", calibration__generated=0.0, cache__transform="second_moment", **rows)
 
 
 def state(folder: Path, chosen: Recipe, windows: Tensor, world: World) -> dict[str, Tensor]:
@@ -79,7 +81,9 @@ def message_of(folder: Path, chosen: Recipe, world: World) -> Tensor:
 def work(folder: Path, world: World) -> dict[str, Tensor]:
     found = {key: value.clone() for key, value in all_states(folder, world)}
     for name in ("smoothquant", "mxrot"):
-        found[f"message of {name}"] = message_of(folder, mixed() if name == "mxrot" else recipe(name), world)
+        found[f"message of {name}"] = message_of(
+            folder, recipe(name, **({"calibration__generated": 0.0} if name == "mxrot" else {})), world
+        )
     return found
 
 
