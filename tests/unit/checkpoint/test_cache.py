@@ -134,9 +134,8 @@ def test_others_refuse_it_whatever_the_linears_have(source: Path, written: Path)
         compressed_tensors_config(Scheme.of(HADAMARD, family, model), family, torch.float16)
     report = plan_for_vllm(model, family, HADAMARD)
     for serving in (report.stock, report.plugin):
-        assert serving.stops == (
-            "it quantizes keys and values of attention by blocks, which neither vLLM nor the plugin does",
-        )
+        (stop,) = serving.stops
+        assert stop.startswith("it quantizes keys and values of attention by blocks, which neither vLLM nor the plugin")
     table = json.loads((written / "config.json").read_text())["quantization_config"]
     with pytest.raises(ValueError, match="mxrot"):
         QuantizationConfig.model_validate(table)
