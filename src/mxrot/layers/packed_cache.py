@@ -5,8 +5,8 @@ transformed inversely, and `first` counts from the first token that is no paddin
 and gives the layer itself in place of keys and values; the attention function (`layers.cached_attention`) lets the
 layer `take` them, and reads from it.
 
-In 16 bits a layer keeps the first tokens, and the newest `last - 1`, which is what later queries read so. A few more
-stay until the next call, so that drafts can be taken back; `activate_past_recording` keeps all until `crop`.
+In 16 bits a layer keeps the first tokens, and the newest `last - 1`, which is what later queries read so, and a few
+more, so that drafts can be taken back; `activate_past_recording` keeps all until `crop`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mxrot.layers.installed_cache import cache_scheme_of, turned
 from mxrot.layers.packed_tokens import PackedTokens
 
 TAKEN_BACK = 24
-"""As many of the tokens of a call can be cropped after it where `last` is used and no past is recorded."""
+"""As many of the newest tokens can be cropped where `last` is used and no past is recorded."""
 
 Pair = tuple[Tensor, Tensor]
 """Of keys and values, [B, heads, tokens, D] each."""
@@ -153,7 +153,7 @@ class PackedCacheLayer(CacheLayerMixin):
             return
         if self.sliding_window is not None:
             self._keep_window()
-        self._keep_recent(self.scheme.last - 1 + min(self._call, TAKEN_BACK))
+        self._keep_recent(self.scheme.last - 1 + TAKEN_BACK)
 
     def _keep_window(self) -> None:
         assert self.sliding_window is not None
