@@ -33,9 +33,9 @@ TUNED_BYTES = 28.2
 gradient, two averages of Adam, the best so far (4 each), and the moved weight."""
 CLIPPED_BYTES = 14.0
 """The same while only the ends of its blocks are learned: the weight, what it is rounded to, and its gradient."""
-LEARNED_BYTES = 22.0
-"""The same of a two-bit weight that is learned: itself, its gradient, two averages of Adam, the best so far (4 each),
-and the same of the seven numbers of its block, with what they become (about 2). What it is looked up to comes to it."""
+LEARNED_BYTES = 16.0
+"""The same of a two-bit weight that is learned: its gradient, two averages of Adam, the best so far (4 each). To it
+come itself (4), the same of the seven numbers of its block with what they become (about 2), and its looked-up value."""
 LOOKED_UP_BYTES = 50.0
 """On the way back through one of the weights that are looked up, for each element of it."""
 
@@ -302,8 +302,11 @@ def _tuning(run: Run) -> list[Stage]:
     is_bounded = getattr(shape.config, "final_logit_softcapping", None) is not None
     logits = min(tokens, LOGIT_TOKENS) * shape.vocabulary * (12.0 if is_bounded else 10.0)
     learns = options.moves == "levels"
+    each = TUNED_BYTES
+    if learns:
+        each = LEARNED_BYTES * (options.offset_rate > 0) + 6.0 + (2 if run.is_gpu else 4)
     tuned = {
-        "tunable weights": (LEARNED_BYTES + (2 if run.is_gpu else 4) if learns else TUNED_BYTES) * weights,
+        "tunable weights": each * weights,
         "activations": activations + 8.0 * tokens * shape.hidden,
         "logits": logits,
     }

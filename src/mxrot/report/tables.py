@@ -234,7 +234,7 @@ def tuning_line(run: dict[str, Any]) -> str:
         return ""
     start, end = (sum(choose(look) for look in looks) / len(looks) for choose in (_first_loss, _least_loss))
     steps = sum(look[-1]["step"] for look in looks)
-    kind = "KL of the logits, nats a token" if run.get("tuning") else "relative squared error, mean over blocks"
+    kind = "divergence of the logits, nats a token" if run.get("tuning") else "relative squared error, mean over blocks"
     return f"tuned in {steps} steps: held-out loss {start:.4g} to {end:.4g} ({kind})"
 
 

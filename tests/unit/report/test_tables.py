@@ -114,7 +114,7 @@ def test_tuning_line() -> None:
 
     assert tuning_line({"blocks": [{"tuning": None}], "tuning": None}) == ""
     network = tuning_line({"blocks": [], "tuning": look(0.5, 0.25, 0.3)})
-    assert network == "tuned in 20 steps: held-out loss 0.5 to 0.25 (KL of the logits, nats a token)"
+    assert network == "tuned in 20 steps: held-out loss 0.5 to 0.25 (divergence of the logits, nats a token)"
     blocks = tuning_line({"blocks": [{"tuning": look(0.4, 0.1)}, {"tuning": look(0.2, 0.3)}], "tuning": None})
     assert blocks == "tuned in 20 steps: held-out loss 0.3 to 0.15 (relative squared error, mean over blocks)"
 
