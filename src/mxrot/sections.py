@@ -69,10 +69,10 @@ class CacheChoice:
     clip: float = 1.0
     """What the largest and the smallest element of a block are multiplied by before the scale is chosen."""
     transform: Literal["none", "hadamard", "second_moment"] = "none"
-    """What keys are multiplied with at run time, and queries with its inverse transpose; and what is merged into the
-    weights before and behind the values, where the recipe does not rotate value heads. "hadamard": the Hadamard matrix
-    of the width of a head (R3 of QuaRot and SpinQuant); "second_moment": fitted to keys, queries, values and o_proj, a
-    matrix for each head of keys and values."""
+    """What keys are multiplied with at run time, queries with its inverse transpose, and what is merged into the
+    weights before and behind the values. "hadamard": the Hadamard matrix of the width of a head (R3 of QuaRot and
+    SpinQuant), for values only where [rotation] does not turn their heads. "second_moment": a matrix for each head of
+    keys and of values, fitted to them and to what reads them (WUSH-KV)."""
     first: int = 0
     """Tokens at the start of a sequence that are read in 16 bits."""
     last: int = 0

@@ -49,14 +49,14 @@ def shared_heads_attention(
         grouped = query.reshape(len(query), kept, heads // kept, query.shape[-1])
         found = nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
         return found.reshape(query.shape).transpose(1, 2).contiguous(), None
-    key, value = (_for_each_head(part, heads // kept) for part in (key, value))
+    key, value = (for_each_head(part, heads // kept) for part in (key, value))
     found = nn.functional.scaled_dot_product_attention(
         query, key, value, scale=scaling, is_causal=query.shape[2] > 1 and getattr(module, "is_causal", True)
     )
     return found.transpose(1, 2).contiguous(), None
 
 
-def _for_each_head(part: Tensor, times: int) -> Tensor:
+def for_each_head(part: Tensor, times: int) -> Tensor:
     """[batch, heads, tokens, width] to [batch, heads * times, tokens, width]."""
     return part[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
 

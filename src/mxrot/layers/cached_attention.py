@@ -31,6 +31,7 @@ from mxrot.layers.packed_cache import PackedCacheLayer, pack_layer
 from mxrot.layers.packed_decoding import decode_packed
 from mxrot.layers.quantized_attention import KNOWN_MASKS, rounded, seen_in
 from mxrot.layers.sliced_attention import Call, Reading, attend
+from mxrot.layers.trained_attention import is_trained, trained_attention
 from mxrot.layers.transform import keeping_type
 
 CACHED = "mxrot_cached_attention"
@@ -64,6 +65,9 @@ def cached_attention(
         return found.transpose(1, 2).contiguous(), None
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     matrices = installed.matrices(module, query.shape[-1], query.device, work)
+    if is_trained(installed.scheme, (query, key, value), softcap):
+        assert isinstance(key, Tensor) and isinstance(value, Tensor)
+        return trained_attention(installed.scheme, matrices, (query, key, value), attention_mask, scaling), None
     with torch.autocast(query.device.type, enabled=False):
         if isinstance(key, PackedCacheLayer):
             decoded = decode_packed(key, matrices, query, attention_mask, scaling, softcap)

@@ -21,16 +21,17 @@ from mxrot.quantizing.loading import load_original
 from mxrot.quantizing.problems import find_problems
 from mxrot.quantizing.rotating import drawn_rotations
 from mxrot.rules import Rules
+from mxrot.scheme import Scheme, install_attention
 from mxrot.tuning import RotatedNetwork, rotations, trained_sites
 
 WINDOWS = random_windows(6, 24)
 CHANGES: dict[str, Any] = {"rotation__steps": 4, "rotation__batch_windows": 3}
-NAMES = pytest.mark.parametrize("name", ["spinquant", "spinquant-int4"])
+NAMES = pytest.mark.parametrize("name", ["spinquant", "spinquant-int4", "spinquant-kv4", "spinquant-int4-kv4"])
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"), torch.float32, tie_word_embeddings=True)
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"), torch.float32, tie_word_embeddings=True, head_dim=32)
 
 
 @NAMES
@@ -44,13 +45,15 @@ def test_training_sees_the_model_that_is_quantized(source: Path, name: str) -> N
     folder = FolderSource(source)
     start = drawn_rotations(folder.config, chosen, 0, "cpu")
     model = load_original(folder, torch.float64, torch.device("cpu"), separates_experts=True)
+    with torch.no_grad():
+        plain = model(WINDOWS).logits
+    install_attention(model, Scheme.of(chosen, folder.family, build_apart(folder.config)), folder.family)
     rules = Rules(chosen, folder.family, folder.config.num_hidden_layers)
     sites = [trained_sites(rules, index, block, 0) for index, block in enumerate(model.model.layers)]
     network = RotatedNetwork.of(model, folder.family, WINDOWS, sites, len(WINDOWS), torch.float64)
     with network.open(), torch.no_grad():
         states = network.states(WINDOWS, start.residual, start.value_heads)
         expected = logits_of(model, states)
-        plain = model(WINDOWS).logits
     with torch.no_grad():
         deployed = found(WINDOWS).logits
     assert off_by(deployed, expected) < 1e-5
@@ -70,11 +73,23 @@ def test_a_trained_checkpoint_loads_as_it_was_made(source: Path, tmp_path: Path,
     assert drawn.record.rotation_losses is None and drawn.source.changes != result.source.changes
 
 
+@pytest.mark.parametrize("name", ["spinquant-kv4", "spinquant-int4-kv4"])
+def test_training_sees_the_cache(source: Path, name: str) -> None:
+    """Other losses than without one, from the first step on, and other matrices."""
+    chosen = recipe(name, **CHANGES)
+    losses = []
+    for one in (chosen, chosen.changed({"cache": "none"})):
+        found = quantize(source, one, windows=WINDOWS).record.rotation_losses
+        assert found is not None
+        losses.append(found)
+    assert all(a != b for a, b in zip(*losses, strict=True))
+
+
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_killed_run_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """In the middle of training, and behind it: nothing that was learned is learned again."""
     monkeypatch.setattr(rotations, "KEEP_SECONDS", 0.0)
-    chosen = recipe("spinquant", **CHANGES)
+    chosen = recipe("spinquant-kv4", **CHANGES)
     whole = write(source, tmp_path / "whole", chosen, windows=WINDOWS)
 
     def kill(done: float, total: int, what: str) -> None:
