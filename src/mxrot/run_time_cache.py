@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, MxrotError
 from mxrot.formats import FORMATS, CacheScheme, CacheTransform
-from mxrot.layers import QuantLinear, cache_scheme_of, operands_of, quantize_cache, restore_cache
+from mxrot.layers import QuantLinear, operands_of, quantize_cache, restore_cache
+from mxrot.layers.cache_size import cache_of
+from mxrot.marker import MARKER
 from mxrot.models import Family, find_family, find_model, quantized_by, read_config, value_heads
 from mxrot.nearest import not_known
 from mxrot.opening import open_model
@@ -31,6 +33,7 @@ NAMES = {"mxfp8": "mxfp8_e4m3", "int4": "int4_row_asym", "int2": "int2_g32_asym"
 NOTHING = "none"
 """In the place of a format: keys and values as they are."""
 Transform = Literal["none", "hadamard", "second-moment"]
+_NO_ATTENTION = "the operands of its attention's products are quantized, and no attention does both"
 _INSTALLED: dict[str, CacheTransform] = {"none": "none", "hadamard": "hadamard", "second-moment": "stored"}
 
 
@@ -38,8 +41,9 @@ _INSTALLED: dict[str, CacheTransform] = {"none": "none", "hadamard": "hadamard",
 class RunTimeCache:
     """What was asked for."""
 
-    format: str | None
-    """Of keys and values, by its full name, under its default rule; None for keys and values as they are."""
+    keys: str | None
+    """Their format, by its full name, under its default rule; None for keys and values as they are."""
+    values: str | None
     transform: Transform = "hadamard"
     first: int = 0
     """Tokens at the start of a sequence that are read in 16 bits."""
@@ -48,15 +52,18 @@ class RunTimeCache:
 
     @staticmethod
     def of(format: str, transform: str = "hadamard", first: int = 0, last: int = 0) -> RunTimeCache:
-        """By names that a person types; ConfigError for those that are none, and for what a cache cannot have."""
+        """By names that a person types, KEYS/VALUES for two of them; ConfigError for those that are none, and for what
+        a cache cannot have."""
         if format == NOTHING:
-            return RunTimeCache(None, "none")
-        full = NAMES.get(format, format)
-        if full not in FORMATS:
-            raise ConfigError(f"--kv: {not_known('format', format, [*NAMES, NOTHING, *FORMATS])}")
+            return RunTimeCache(None, None, "none")
+        keys, slash, values = format.partition("/")
+        full = [NAMES.get(name, name) for name in ((keys, values) if slash else (keys, keys))]
+        for name in full:
+            if name not in FORMATS:
+                raise ConfigError(f"--kv: {not_known('format', name, [*NAMES, NOTHING, *FORMATS])}")
         if transform not in _INSTALLED:
             raise ConfigError(f"--kv-transform: {not_known('transform', transform, _INSTALLED)}")
-        found = RunTimeCache(full, transform, first, last)  # type: ignore[arg-type]
+        found = RunTimeCache(full[0], full[1], transform, first, last)  # type: ignore[arg-type]
         try:
             _ = found.scheme
         except ConfigError as error:
@@ -66,10 +73,11 @@ class RunTimeCache:
     @property
     def scheme(self) -> CacheScheme | None:
         """What is installed."""
-        if self.format is None:
+        if self.keys is None or self.values is None:
             return None
-        quantizer, transform = QuantizerChoice(self.format).for_inputs(), _INSTALLED[self.transform]
-        return CacheScheme(quantizer, quantizer, self.first, self.last, transform, transform)
+        keys, values = (QuantizerChoice(name).for_inputs() for name in (self.keys, self.values))
+        transform = _INSTALLED[self.transform]
+        return CacheScheme(keys, values, self.first, self.last, transform, transform)
 
     @property
     def needs_text(self) -> bool:
@@ -78,22 +86,27 @@ class RunTimeCache:
 
     @property
     def label(self) -> str:
-        """In a few words: "mxfp4 hadamard", "int4 first 16 last 128"."""
-        if self.format is None:
+        """In a few words: "mxfp4 hadamard", "mxfp8/int4 first 16 last 128"."""
+        if self.keys is None or self.values is None:
             return "16 bit"
-        short = next((name for name, full in NAMES.items() if full == self.format), self.format)
-        parts = [short, *([self.transform] if self.transform != "none" else [])]
+        parts = [self.formats, *([self.transform] if self.transform != "none" else [])]
         parts += [f"{name} {count}" for name, count in (("first", self.first), ("last", self.last)) if count]
         return " ".join(parts)
 
+    @property
+    def formats(self) -> str:
+        """As a person types them."""
+        short = {full: name for name, full in NAMES.items()}
+        return "/".join(dict.fromkeys(short.get(str(name), str(name)) for name in (self.keys, self.values)))
+
     def problems(self, config: Any, family: Family, where: str) -> Iterator[MxrotError]:
         """Why a model of this config cannot have it, found without a weight."""
-        if self.format is None or self.scheme is None:
+        if self.scheme is None:
             return
         width, block = value_heads(config.get_text_config())[1], self.scheme.head_block
         if width % block:
             yield ConfigError(
-                f"{where}: --kv {self.format}: heads are {width} wide, which is not a multiple of {block}, as it "
+                f"{where}: --kv {self.formats}: heads are {width} wide, which is not a multiple of {block}, as it "
                 "needs; take another, such as int4"
             )
         if self.transform != "none":
@@ -104,11 +117,20 @@ class RunTimeCache:
                     f"{where}: --kv-transform {self.transform}: {error}, which the width of a head is; take "
                     "--kv-transform none"
                 )
+        if "attention" in _marker(config):
+            yield ConfigError(f"{where}: --kv {self.formats}: {_NO_ATTENTION}")
         if self.needs_text and quantized_by(config) is not None:
             yield ConfigError(
                 f"{where}: --kv-transform second-moment: is fitted to the weights that read values, which are "
                 'quantized here; take hadamard, or quantize the original with cache.transform = "second_moment"'
             )
+
+
+def _marker(config: Any) -> dict[str, Any]:
+    """What a checkpoint of mxrot says of itself; empty for other models."""
+    table = getattr(config, "quantization_config", None)
+    found = table.get(MARKER) if isinstance(table, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def check_cache(cache: RunTimeCache, model: str) -> None:
@@ -131,26 +153,22 @@ def set_cache(
     for problem in cache.problems(model.config, family, name):
         raise problem
     attentions = [block.get_submodule(family.attention) for block in model.get_submodule(family.blocks).children()]
+    scheme = cache.scheme
+    if scheme is not None and any(operands_of(attention) is not None for attention in attentions):
+        raise ConfigError(f"{name}: --kv {cache.formats}: {_NO_ATTENTION}")
     if cache.needs_text and any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ConfigError(f"{name}: --kv-transform second-moment: is fitted to weights that are not quantized")
-    if any(operands_of(attention) is not None for attention in attentions):
-        raise ConfigError(
-            f"{name}: --kv: the operands of its attention's products are quantized, and no attention does both"
-        )
-    before = next((found for attention in attentions if (found := cache_scheme_of(attention)) is not None), None)
+    if cache.needs_text and windows is None:
+        raise ConfigError(f"{name}: --kv-transform second-moment: is fitted on a text, and none was given")
+    before = cache_of(model)
     for attention in attentions:
         restore_cache(attention)
-    scheme = cache.scheme
-    if scheme is None:
-        return before
-    if cache.needs_text:
-        if windows is None:
-            raise ConfigError(f"{name}: --kv-transform second-moment: is fitted on a text, and none was given")
+    if scheme is not None and windows is not None and cache.needs_text:
         fit_cache(model, family, windows, scheme)
-        return before
-    heads, width = value_heads(model.config.get_text_config())
-    for attention in attentions:
-        quantize_cache(attention, scheme, width, heads)
+    elif scheme is not None:
+        heads, width = value_heads(model.config.get_text_config())
+        for attention in attentions:
+            quantize_cache(attention, scheme, width, heads)
     return before
 
 

@@ -66,7 +66,7 @@ OPTIONS = {
         *("--baseline", "--plots", "--card", "--revision", "--device", "--verify"),
     ],
     "demo": ["--seed", "--device", "--json"],
-    "bench kernels": ["--rows", "--shape", "--remember", "--device", "--json"],
+    "bench kernels": ["--rows", "--shape", "--lut", "--remember", "--device", "--json"],
     "bench quantize": [
         *("model", "--recipes", "--set", "--calib", "--samples", "--seq-len", "--repeats", "--device", "--json"),
     ],

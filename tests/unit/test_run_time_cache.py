@@ -41,9 +41,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("short", "full"), FULL.items())
 def test_short_names_stand_for_formats(short: str, full: str) -> None:
-    assert RunTimeCache.of(short) == RunTimeCache.of(full) == RunTimeCache(full)
+    assert RunTimeCache.of(short) == RunTimeCache.of(full) == RunTimeCache(full, full)
     assert RunTimeCache.of(full).label == f"{short} hadamard"
     assert set(NAMES) <= set(FULL) and set(FULL.values()) <= set(FORMATS)
+
+
+def test_keys_and_values_may_have_formats_of_their_own() -> None:
+    found = RunTimeCache.of("mxfp8/int4", "none")
+    assert found == RunTimeCache("mxfp8_e4m3", "int4_row_asym", "none") and found.label == "mxfp8/int4"
+    assert found.scheme is not None
+    assert (found.scheme.keys.format.name, found.scheme.values.format.name) == ("mxfp8_e4m3", "int4_row_asym")
 
 
 def test_both_transforms_are_those_of_run_time() -> None:
@@ -64,6 +71,9 @@ def test_both_transforms_are_those_of_run_time() -> None:
     [
         ({"format": "mxpf4"}, "--kv: unknown format 'mxpf4'; did you mean 'mxfp4'"),
         ({"format": ""}, "--kv: unknown format ''"),
+        ({"format": "mxfp8/"}, "--kv: unknown format ''"),
+        ({"format": "mxfp8/mxpf4"}, "--kv: unknown format 'mxpf4'"),
+        ({"format": "mxfp8/none"}, "--kv: unknown format 'none'"),
         ({"format": "MXFP4"}, "did you mean 'mxfp4'"),
         ({"format": "int4_row", "transform": ""}, "--kv-transform: unknown transform ''"),
         (
@@ -132,10 +142,13 @@ def test_a_fitted_transform_needs_a_text_and_weights_that_are_not_quantized(fold
         set_cache(open_model(tmp_path / "out", "cpu")[0], fitted, WINDOWS)
 
 
-def test_operands_of_attention_that_are_quantized_stand_against_it(folder: Path) -> None:
+def test_operands_of_attention_that_are_quantized_stand_against_it(folder: Path, tmp_path: Path) -> None:
     quantized = mxrot.quantize(folder, recipe("rtn").changed({"attention.queries_keys": "mxfp4"}))
     with pytest.raises(ConfigError, match="operands of its attention's products are quantized"):
         set_cache(quantized, RunTimeCache.of("mxfp4"))
+    write(folder, tmp_path / "out", recipe("rtn").changed({"attention.queries_keys": "mxfp4"}))
+    with pytest.raises(ConfigError, match="operands of its attention's products are quantized"):
+        check_cache(RunTimeCache.of("mxfp4"), str(tmp_path / "out"))
 
 
 def test_a_checkpoint_opens_with_it(folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mxrot.progress import Progress
     from mxrot.run_time_cache import RunTimeCache
 
-KV_HELP = "Keep keys and values in: mxfp4, mxfp8, int4, int2, another format, none (as they are)"
+KV_HELP = "Keep keys and values in mxfp4, mxfp8, int4, int2, KEYS/VALUES, another format; none: as they are"
 TRANSFORM_HELP = "What goes before them: none, hadamard, second-moment (fitted; needs --calib)"
 Kv = Annotated[str | None, typer.Option("--kv", metavar="FORMAT", help=KV_HELP)]
 KvTransform = Annotated[str | None, typer.Option("--kv-transform", metavar="KIND", help=f"{TRANSFORM_HELP} (hadamard)")]

@@ -52,7 +52,7 @@ def appended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def quantized_by_hand(cache: RunTimeCache) -> str:
     """An attention function that reads keys and values which went through the format and back; no cache at all."""
-    format = get_format(str(cache.format))
+    format = get_format(str(cache.keys))
     turn = multiply_by_hadamard(torch.eye(32, dtype=torch.float64), False)
     matrix = torch.eye(32, dtype=torch.float64) if cache.transform == "none" else turn
 
