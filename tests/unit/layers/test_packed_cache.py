@@ -201,6 +201,19 @@ def test_a_draft_of_another_model_changes_nothing(kind: str, scheme: str) -> Non
     assert torch.equal(found, model.generate(ids, **options))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"], indirect=True)
+def test_a_prompt_that_many_texts_begin_with_is_read_once(model: PreTrainedModel) -> None:
+    """A copy of its cache goes on by itself; and a prompt may be read in chunks by `generate`."""
+    ids, cache = random_windows(2, 30), PackedCache.of(model)
+    in_pieces(model, ids[:1, :20], [20], cache)
+    for text in (ids[:1], torch.cat([ids[:1, :20], ids[1:, 20:]], dim=1)):
+        expected = model(text, use_cache=False).logits[:, 20:]
+        assert torch.allclose(in_pieces(model, text[:, 20:], [9, 1], copy.deepcopy(cache)), expected, rtol=0, atol=1e-9)
+    assert cache.get_seq_length() == 20
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options, prefill_chunk_size=7), model.generate(ids, **options))
+
+
 def random_weight(like: Tensor) -> Tensor:
     return torch.randn(like.shape, dtype=like.dtype, generator=torch.Generator().manual_seed(0)) * like.std()
 
