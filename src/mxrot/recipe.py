@@ -8,15 +8,16 @@ makes of a recipe is a recipe again, for some sites, and checked like any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from mxrot import rounding, transforms
+from mxrot.contradictions import table_problems, tuning_problems
 from mxrot.errors import ConfigError
-from mxrot.formats import LookUpTable, TensorQuantizer, Uniform, get_format
+from mxrot.formats import TensorQuantizer, get_format
 from mxrot.nearest import brief
 from mxrot.overrides import Override
 from mxrot.recipe_files import BUILTIN_FOLDER as BUILTIN_FOLDER
@@ -25,7 +26,7 @@ from mxrot.recipe_files import recipe_text, tomllib
 from mxrot.rounding import RoundingMethod
 from mxrot.sections import AttentionChoice, CacheChoice, CalibrationChoice, QuantizerChoice, Rotation, Smoothing, Tuning
 from mxrot.tables import build, build_method, keys_of, misplaced, plain, section, write_toml
-from mxrot.transforms import BlockDiagonalSpec, Sharing, StageSpec, TransformMethod
+from mxrot.transforms import Sharing, StageSpec, TransformMethod
 from mxrot.typed import check_fields, checked
 
 Accumulation = Literal["exact", "fast"]
@@ -76,67 +77,21 @@ class Recipe:
             self.transform.check(weights.format, None if activations is None else activations.format)
         except ConfigError as error:
             raise ConfigError(f"recipe {self.name}: {error}") from error
-        if self.tuning is not None:
-            self._check_tuning(self.tuning, weights)
-        self._require(
-            self.attention is None or not (self.tuning is not None or self.trains_rotations),
-            "tuning and trained rotations were not tried through quantized products of attention; leave out the table "
-            "[attention], or set tuning = none and rotation.steps = 0",
-        )
-        self._require(
-            self.attention is None or self.cache is None,
-            "[attention] quantizes the operands of attention's products, and [cache] what is kept of tokens: no "
-            "attention does both; leave one of the tables out",
-        )
-        self._require(
-            not (self.fits_cache and self.trains_rotations),
-            "rotations are trained before the cache's transforms are fitted, and cannot know them; set "
-            'cache.transform = "hadamard", or rotation.steps = 0',
-        )
-        self._require(
-            not (self.turns_values_for_cache and self.trains_rotations),
-            'rotations would be trained without the Hadamard matrix that cache.transform = "hadamard" merges into the '
-            "values; set rotation.value_heads, which takes its place",
-        )
-        kinds = {
-            one.weights.quantizer().rule.sees_extremes_only for one in self.variants
-        }  # each must be right by itself
-        self._require(
-            self.tuning is None or self.tuning.moves != "levels" or len(kinds) == 1,
-            'tuning moves = "levels" learns equally spaced levels everywhere or nowhere; give all sites the same rule',
-        )
+        for problem in self._contradictions(weights):
+            raise ConfigError(f"recipe {self.name}: {problem}")
 
-    def _check_tuning(self, tuning: Tuning, weights: TensorQuantizer) -> None:
-        self._require(self.activations is not None, "tuning needs quantized activations")
-        if tuning.moves == "levels":
-            self._require(
-                isinstance(weights.format.grid, LookUpTable),
-                f'tuning moves = "levels" needs look-up tables, and {weights.format.name} has none; take lut2',
+    def _contradictions(self, weights: TensorQuantizer) -> Iterator[str]:
+        """Tables that do not go together, and each override, which must be right by itself."""
+        tuning = self.tuning
+        if tuning is not None:
+            yield from tuning_problems(tuning, self.activations, weights, self.transform, self.sharing, self.rounding)
+        yield from table_problems(self.rotation, tuning, self.attention, self.cache)
+        kinds = {one.weights.quantizer().rule.sees_extremes_only for one in self.variants}
+        if tuning is not None and tuning.moves == "levels" and len(kinds) > 1:
+            yield (
+                'tuning moves = "levels" learns equally spaced levels everywhere or nowhere; give all sites the same '
+                "rule"
             )
-            return
-        self._require(
-            isinstance(weights.format.grid, Uniform),
-            f"tuning moves codes under one scale a block, and {weights.format.name} has others",
-        )
-        if tuning.moves == "clipping":
-            self._require(
-                weights.rule.sees_extremes_only and not weights.looks_at_whole_tensor,
-                f"tuning clips scales that are made from the ends of each block, and rule {weights.rule.name!r} of "
-                f"{weights.format.name} looks at more",
-            )
-            self._require(
-                not self.rounding.requirements.hessian,
-                f"tuning clips weights that are rounded to nearest, and rounding {self.rounding.name} does otherwise; "
-                'set rounding.method = "rtn"',
-            )
-            return
-        self._require(weights.is_exact_in_bfloat16, f"tuning cannot hold {weights.format.name} in bfloat16")
-        stages = self.transform.own_specs(self.transform.block, self.sharing)
-        self._require(
-            len(stages) < 2 and all(isinstance(stage, BlockDiagonalSpec) for stage in stages),
-            f"tuning moves one block-diagonal stage, and transform {self.transform.name} is of "
-            f"{', '.join(stage.kind for stage in stages)}",
-        )
 
     @cached_property
     def variants(self) -> tuple[Recipe, ...]:
@@ -187,13 +142,12 @@ class Recipe:
     @property
     def fits_cache(self) -> bool:
         """Are transforms of keys and values fitted to what attention is given?"""
-        return self.cache is not None and self.cache.transform == "second_moment"
+        return self.cache is not None and self.cache.is_fitted
 
     @property
     def turns_values_for_cache(self) -> bool:
         """Is a Hadamard matrix merged into the weights around the values because of the cache, and nothing else?"""
-        is_wanted = self.cache is not None and self.cache.transform == "hadamard"
-        return is_wanted and (self.rotation is None or self.rotation.value_heads == "none")
+        return self.cache is not None and self.cache.turns_values(self.rotation)
 
     @property
     def rotates_weights(self) -> bool:

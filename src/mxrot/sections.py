@@ -57,45 +57,6 @@ class AttentionChoice:
 
 
 @dataclass(frozen=True)
-class CacheChoice:
-    """How keys and values of attention are kept, each token and head by itself, in blocks along the width of a head."""
-
-    keys: str = "mxfp4"
-    """The format of keys, after their norm and RoPE."""
-    values: str = "mxfp4"
-    """The format of values."""
-    rule: str = ""
-    """The scale rule of both; empty: each format's default rule."""
-    clip: float = 1.0
-    """What the largest and the smallest element of a block are multiplied by before the scale is chosen."""
-    transform: Literal["none", "hadamard", "second_moment"] = "none"
-    """What keys are multiplied with at run time, queries with its inverse transpose, and what is merged into the
-    weights before and behind the values. "hadamard": the Hadamard matrix of the width of a head (R3 of QuaRot and
-    SpinQuant), for values only where [rotation] does not turn their heads. "second_moment": a matrix for each head of
-    keys and of values, fitted to them and to what reads them (WUSH-KV)."""
-    first: int = 0
-    """Tokens at the start of a sequence that are read in 16 bits."""
-    last: int = 0
-    """Tokens before each query that it reads in 16 bits, its own included."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "cache")
-        self.scheme()
-
-    def scheme(self) -> CacheScheme:
-        """What is installed; ConfigError for what a cache cannot have."""
-        transforms: dict[str, CacheTransform] = {"none": "none", "hadamard": "hadamard", "second_moment": "stored"}
-        try:
-            keys, values = (
-                QuantizerChoice(name, self.rule, self.clip).for_inputs() for name in (self.keys, self.values)
-            )
-            return CacheScheme(keys, values, self.first, self.last, key_transform=transforms[self.transform])
-        except ConfigError as error:
-            said = str(error)
-            raise ConfigError(said if said.startswith("cache: ") else f"cache: {said}") from error
-
-
-@dataclass(frozen=True)
 class Smoothing:
     """SmoothQuant scales."""
 
@@ -172,6 +133,54 @@ class Rotation:
             raise ConfigError(f"rotation: rate must be positive and finite, got {self.rate}")
         if self.batch_windows < 1:
             raise ConfigError(f"rotation: batch_windows must be at least 1, got {self.batch_windows}")
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """How keys and values of attention are kept, each token and head by itself, in blocks along the width of a head."""
+
+    keys: str = "mxfp4"
+    """The format of keys, after their norm and RoPE."""
+    values: str = "mxfp4"
+    """The format of values."""
+    rule: str = ""
+    """The scale rule of both; empty: each format's default rule."""
+    clip: float = 1.0
+    """What the largest and the smallest element of a block are multiplied by before the scale is chosen."""
+    transform: Literal["none", "hadamard", "second_moment"] = "none"
+    """What keys are multiplied with at run time, queries with its inverse transpose, and what is merged into the
+    weights before and behind the values. "hadamard": the Hadamard matrix of the width of a head (R3 of QuaRot and
+    SpinQuant), for values only where [rotation] does not turn their heads. "second_moment": a matrix for each head of
+    keys and of values, fitted to them and to what reads them (WUSH-KV)."""
+    first: int = 0
+    """Tokens at the start of a sequence that are read in 16 bits."""
+    last: int = 0
+    """Tokens before each query that it reads in 16 bits, its own included."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "cache")
+        self.scheme()
+
+    @property
+    def is_fitted(self) -> bool:
+        """Are its transforms fitted to what attention is given?"""
+        return self.transform == "second_moment"
+
+    def turns_values(self, rotation: Rotation | None) -> bool:
+        """Is a Hadamard matrix merged into the weights around the values? Not where a rotation turns them already."""
+        return self.transform == "hadamard" and (rotation is None or rotation.value_heads == "none")
+
+    def scheme(self) -> CacheScheme:
+        """What is installed; ConfigError for what a cache cannot have."""
+        transforms: dict[str, CacheTransform] = {"none": "none", "hadamard": "hadamard", "second_moment": "stored"}
+        try:
+            keys, values = (
+                QuantizerChoice(name, self.rule, self.clip).for_inputs() for name in (self.keys, self.values)
+            )
+            return CacheScheme(keys, values, self.first, self.last, key_transform=transforms[self.transform])
+        except ConfigError as error:
+            said = str(error)
+            raise ConfigError(said if said.startswith("cache: ") else f"cache: {said}") from error
 
 
 @dataclass(frozen=True)
