@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.unit.checkpoint.folders import digests, without_run, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import mxrot
 from mxrot import quantizing
 from mxrot.errors import NumericsError
 from mxrot.formats import CacheScheme, TensorQuantizer
@@ -200,3 +202,34 @@ def test_fitting_again_takes_the_place_of_what_was_there() -> None:
         fit_cache(model, family, WINDOWS % 50, scheme)
         names = [name for name in model.state_dict() if "transform" in name]
         assert len(names) == 2 * len(scheme.stored_names)
+
+
+ON_A_GPU = {
+    "mxrot-kv4": {},
+    "quarot-int4-kv4": {},
+    "spinquant-kv4": {"rotation.steps": 3, "rotation.batch_windows": 2},
+    "mxrot-tuned": {"tuning.steps": 6, "tuning.generated": 0.0, "tuning.held_out": 0.3, "tuning.batch_windows": 2}
+    | FITTED,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """Steps of tuning are recorded there, which nothing may wait in; what is written is what was made."""
+    source = write_tiny_model(tmp_path / "source", torch.bfloat16, hidden_size=128, intermediate_size=128, head_dim=64)
+    changes: dict[str, Any] = {"calibration.generated": 0.0} | ON_A_GPU[name]
+    chosen = load_recipe(name).changed(changes)
+    result = quantizing.quantize(source, chosen, windows=WINDOWS, device="cuda")
+    losses = result.record.rotation_losses or [check.held_out for check in result.record.tuning or []]
+    assert all(map(math.isfinite, losses)) and bool(losses) == (name in ("spinquant-kv4", "mxrot-tuned"))
+    assert result.model is not None
+    expected = result.model(TOKENS.cuda(), use_cache=False).logits
+    write(source, tmp_path / "out", chosen, windows=WINDOWS, device="cuda")
+    loaded = mxrot.load(tmp_path / "out", device="cuda")
+    assert torch.equal(loaded(TOKENS.cuda(), use_cache=False).logits, expected)
+    slow = mxrot.load(tmp_path / "out", device="cpu")(TOKENS, use_cache=False).logits
+    assert float((slow - expected.float().cpu()).norm() / slow.norm()) < 0.1  # bfloat16, and codes that it moves
+    options: Any = {"max_new_tokens": 8, "do_sample": False}
+    tokens = loaded.generate(TOKENS.cuda(), **options)
+    assert tokens.shape == (2, TOKENS.shape[1] + 8)
