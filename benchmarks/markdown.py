@@ -32,9 +32,14 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def compared(rows: list[Row]) -> str:
-    """One line for each row of `mxrot compare`: perplexity and ratio on each text, KL, bits, seconds, memory."""
+    """One line for each row of `mxrot compare`: perplexity and ratio on each text, KL, bits, seconds, memory.
+
+    Where a cache is quantized also bits of a key or a value, and the bytes of a cache over those in 16 bits.
+    """
     texts = list(rows[0]["perplexity"])
-    heads = ["", *(head for text in texts for head in (text, "x")), "KL", "bits", "seconds", "GB"]
+    has_cache = any(row.get("cache") for row in rows)
+    kept = ["bits of KV", "cache x"] if has_cache else []
+    heads = ["", *(head for text in texts for head in (text, "x")), "KL", "bits", *kept, "seconds", "GB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         if row["reason"] is not None:
@@ -47,6 +52,8 @@ def compared(rows: list[Row]) -> str:
         transforms = f" + {row['transform_bits_per_weight']:.2f}" if row["transform_bits_per_weight"] else ""
         found.append("" if row["kl"] is None else f"{row['kl']:.3f}{error(row['kl_error'], 3)}")
         found.append(f"{row['bits_per_weight']:.2f}{transforms}")
+        if has_cache:
+            found += [f"{row['bits_per_kv_element']:.2f}", f"{row['cache']['ratio']:.3f}" if row.get("cache") else ""]
         found.append("" if row["seconds"] is None else f"{row['seconds']:.1f}")
         found.append("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}")
         lines.append("| " + " | ".join(found) + " |")

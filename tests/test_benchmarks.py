@@ -302,3 +302,27 @@ def test_a_long_text_is_read_in_pieces_and_at_once() -> None:
     assert "after 200 in pieces of 64, 5 are those" in long_context.described(
         {"format": "mxfp4", "first": 2, "last": 3} | row
     )
+
+
+def test_the_table_of_a_comparison_has_the_caches_where_there_are_some() -> None:
+    markdown = imported("markdown")
+    row = {
+        "recipe": "FP16",
+        "perplexity": {"words": 10.0},
+        "perplexity_error": {"words": None},
+        "ratio_of_text": {"words": 1.0},
+        "kl": None,
+        "kl_error": None,
+        "bits_per_weight": 16.0,
+        "transform_bits_per_weight": 0.0,
+        "bits_per_kv_element": 16.0,
+        "seconds": None,
+        "peak_bytes": None,
+        "reason": None,
+    }
+    assert "bits of KV" not in markdown.table([{"rows": [row]}])
+    kept = {"bits_per_kv_element": 4.25, "cache": {"ratio": 0.27}, "kl": 0.5, "recipe": "FP16 KV mxfp4"}
+    lines = markdown.table([{"rows": [row, row | kept]}]).splitlines()
+    assert lines[0] == "|  | words | x | KL | bits | bits of KV | cache x | seconds | GB |"
+    assert lines[2] == "| FP16 | 10.00 | 1.000 |  | 16.00 | 16.00 |  |  |  |"
+    assert lines[3] == "| FP16 KV mxfp4 | 10.00 | 1.000 | 0.500 | 16.00 | 4.25 | 0.270 |  |  |"

@@ -11,6 +11,7 @@ from tests.unit.checkpoint.folders import recipe, write
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import mxrot
+from mxrot.api import kept_answers
 from mxrot.errors import ConfigError
 from mxrot.evaluation import perplexity
 from mxrot.formats import FORMATS
@@ -149,6 +150,18 @@ def test_operands_of_attention_that_are_quantized_stand_against_it(folder: Path,
     write(folder, tmp_path / "out", recipe("rtn").changed({"attention.queries_keys": "mxfp4"}))
     with pytest.raises(ConfigError, match="operands of its attention's products are quantized"):
         check_cache(RunTimeCache.of("mxfp4"), str(tmp_path / "out"))
+
+
+def test_answers_that_were_read_through_another_cache_are_not_taken(folder: Path, tmp_path: Path) -> None:
+    model, path = open_model(folder, "cpu")[0], tmp_path / "answers"
+    set_cache(model, RunTimeCache.of("mxfp4"))
+    with kept_answers(path, model, folder):
+        pass
+    kept_answers(path, model, folder, resume=True)
+    for other in (RunTimeCache.of("mxfp4", "none"), RunTimeCache.of("none")):
+        set_cache(model, other)
+        with pytest.raises(ConfigError, match="answers of a run with another cache"):
+            kept_answers(path, model, folder, resume=True)
 
 
 def test_a_checkpoint_opens_with_it(folder: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def bench_model_command(
     ),
     cache: Annotated[
         str | None,
-        typer.Option("--kv", metavar="FORMAT", help="Generate with keys and values so, too: mxfp4, int4, ..."),
+        typer.Option("--kv", metavar="FORMAT", help="Generate with keys and values so, too: mxfp4, int4 or another"),
     ] = None,
     cache_transform: Annotated[
         str, typer.Option("--kv-transform", metavar="KIND", help="Of keys and values: hadamard, second-moment or none")
