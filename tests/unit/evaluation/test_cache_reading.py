@@ -142,3 +142,18 @@ def test_the_measured_bytes_are_those_counted_and_little_idle_room(model: PreTra
     assert counted <= table["bytes"] <= counted * (512 + 512 / 32 + 64) / 512
     assert table["ratio"] == table["bytes"] / table["bytes_in_16_bit"]
     assert table["bytes_in_16_bit"] == 512 * 2 * 2 * 2 * 32 * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cache", [INT2, RunTimeCache.of("mxfp4", "hadamard", 3, 5)], ids=lambda cache: cache.label)
+def test_a_gpu_reads_what_a_cpu_reads(model: PreTrainedModel, cache: RunTimeCache) -> None:
+    plain = perplexity(model, WINDOWS).nll
+    set_cache(model, cache)
+    expected, weighed = perplexity(model, WINDOWS).nll, measured_cache(model)
+    on_gpu = model.cuda()
+    for piece in (None, 1):  # a token at once takes the kernels
+        assert abs(perplexity(on_gpu, WINDOWS, batch_windows=3, piece=piece).nll - expected) < 0.1 * abs(
+            expected - plain
+        )
+    assert measured_cache(on_gpu) == weighed
