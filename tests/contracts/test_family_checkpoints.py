@@ -20,9 +20,12 @@ from mxrot.quantizing import run as pipeline
 
 IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
 WINDOWS = torch.randint(0, 50, (6, 24), generator=torch.Generator().manual_seed(0))
-FITTED_CACHE = recipe(
-    "rtn", cache__keys="int4_row_asym", cache__values="int4_row_asym", cache__transform="second_moment"
-)
+CACHES = {
+    f"{transform} cache": recipe(
+        "rtn", cache__keys="int4_row_asym", cache__values="int4_row_asym", cache__transform=transform
+    )
+    for transform in ("hadamard", "second_moment")
+}
 SHARED_NORM_OR_PRODUCER = [f for f in TINY_FAMILIES.values() if all(s.norm or s.producer for s in f.sites)]
 
 
@@ -46,12 +49,12 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @each
-@pytest.mark.parametrize("name", ["mxrot", "rtn", "quarot", "fitted cache"])
+@pytest.mark.parametrize("name", ["mxrot", "rtn", "quarot", *CACHES])
 def test_what_is_loaded_is_what_was_quantized(
     folders: dict[str, Path], tmp_path: Path, family: Family, name: str
 ) -> None:
     changes = {"calibration__generated": 0.5} if name == "mxrot" else {}
-    chosen = FITTED_CACHE if name == "fitted cache" else recipe(name, **changes)
+    chosen = CACHES[name] if name in CACHES else recipe(name, **changes)
     windows = None if chosen.is_data_free else WINDOWS
     if name == "quarot" and not family.is_rotatable:
         with pytest.raises(ConfigError, match=f"no rotation of the residual stream of family {family.name} can be"):
