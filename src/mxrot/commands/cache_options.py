@@ -39,6 +39,8 @@ class Asked:
     cache: RunTimeCache | None
     calib: Any
     """Texts that it is fitted on."""
+    seq_len: int
+    """Tokens of a window of them."""
 
     def check(self, model: str) -> None:
         """ConfigError if the model, by its name, cannot have it; before a weight is read."""
@@ -54,18 +56,20 @@ class Asked:
         from mxrot.progress import silent
         from mxrot.run_time_cache import open_with_cache
 
-        told = progress or silent
-        opened, folder, before = open_with_cache(model, self.cache, device, verify, calib=self.calib, progress=told)
+        fitted: dict[str, Any] = {"calib": self.calib, "seq_len": self.seq_len, "progress": progress or silent}
+        opened, folder, before = open_with_cache(model, self.cache, device, verify, **fitted)
         if before is not None and self.cache is not None:
             announce(f"mxrot: --kv {self.cache.label} replaces what {model} has: {before.spelled}")
         return opened, folder
 
 
-def cache_asked_for(kv: str | None, transform: str | None, first: int, last: int, calib: list[str]) -> Asked:
+def cache_asked_for(
+    kv: str | None, transform: str | None, first: int, last: int, calib: list[str], seq_len: int = 2048
+) -> Asked:
     """What the options of one model ask for; ConfigError where they cannot be meant together."""
     cache = chosen_cache(kv, transform, first, last)
     check_calib(cache, calib)
-    return Asked(cache, loaded_texts("--calib", calib) if calib else ())
+    return Asked(cache, loaded_texts("--calib", calib) if calib else (), seq_len)
 
 
 def chosen_cache(kv: str | None, transform: str | None, first: int, last: int) -> RunTimeCache | None:

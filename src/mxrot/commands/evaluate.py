@@ -77,7 +77,7 @@ def evaluate(
 
     texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))
     check_resume(resume, tasks, json_file)
-    asked = cache_asked_for(kv, kv_transform, kv_first, kv_last, calib)
+    asked = cache_asked_for(kv, kv_transform, kv_first, kv_last, calib, seq_len)
     model = with_revision(model, revision)
     prepare(model, device, json_file)
     asked.check(model)
