@@ -115,17 +115,23 @@ def exact(
     group = q.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     scores = torch.einsum("bhqd,bhnd->bhqn", q, keys) * scaling
-    size = torch.einsum("bhqd,bhnd->bhqn", q.abs(), keys.abs()).amax() * scaling
+    size = torch.einsum("bhqd,bhnd->bhqn", q.abs(), keys.abs()).amax(dim=-1, keepdim=True) * scaling
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     if visible is not None:
         scores = scores.masked_fill(visible[:, None, None, :length] == 0, -math.inf)
     p = scores.softmax(dim=-1).nan_to_num()
     expected = torch.einsum("bhqn,bhnd->bhqd", p, values)
-    bfloat16 = 0.0 if DEVICE == "cpu" or query.dtype == torch.float32 else 2.0**-8
-    rounded = bfloat16 if query.dtype == torch.bfloat16 or len(cached.keys.parts) > 1 else 2.0**-16
-    of_p = 2 * size * (rounded * (len(cached.keys.parts) > 1) + query.shape[-1] * 2.0**-22) + rounded
+    # Keys of integers are rounded to bfloat16 where they have several scales a row; p to one such number, or to two.
+    is_bfloat16 = DEVICE == "cuda" and query.dtype != torch.float32
+    of_keys = (
+        2.0**-9 if is_bfloat16 and cached.keys.parts["scale"].shape[-1] > 1 and len(cached.keys.parts) > 1 else 0.0
+    )
+    of_values = 2.0**-9 if is_bfloat16 and len(cached.values.parts) > 1 else 0.0
+    of_p = 2.0**-9 if is_bfloat16 and query.dtype == torch.bfloat16 else 2.0**-17 if is_bfloat16 else 0.0
+    of_scores = size * (of_keys + query.shape[-1] * 2.0**-22)
     own = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[query.dtype]
-    bound = (of_p + length * 2.0**-22 + 2.0**-18 + rounded + own) * values.abs().amax(dim=2, keepdim=True)
+    each = torch.expm1(2 * of_scores) + of_p + of_values + length * 2.0**-22 + 2.0**-18
+    bound = each * 1.01 * (p @ values.abs()) + own * expected.abs() + 1e-30
     return expected, bound
 
 
