@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxrot.kernels.fused.append_tokens import matrix_stride, strides_of
 from mxrot.kernels.fused.overlap import can_overlap
-from mxrot.kernels.fused.packed_rows import RowLayout, columns_of, numbers_of
+from mxrot.kernels.fused.packed_rows import RowLayout, are_in_range, columns_of, numbers_of
 from mxrot.kernels.plain.cached_attention import CachedTokens, TokenRows, times_each
 
 LOG2_E = 1.4426950408889634
@@ -39,11 +39,11 @@ def _dot(a, b, total, DTYPE: tl.constexpr):
 
 @triton.jit
 def _product(x, y, total, PARTS: tl.constexpr, DTYPE: tl.constexpr):
-    """total + x y, where float32 x becomes so many numbers of DTYPE, and y is of that."""
-    first = x.to(DTYPE)
-    total = _dot(first, y, total, DTYPE)
+    """total + x y, where float32 y becomes so many numbers of DTYPE, and x is of that."""
+    first = y.to(DTYPE)
+    total = _dot(x, first, total, DTYPE)
     if PARTS == 2:
-        total = _dot((x - first.to(tl.float32)).to(DTYPE), y, total, DTYPE)
+        total = _dot(x, (y - first.to(tl.float32)).to(DTYPE), total, DTYPE)
     return total
 
 
@@ -142,9 +142,9 @@ def _share(
     count = (tl.load(length) if LENGTH_AT_POINTER else length).to(tl.int32)
     each = (count + TOKENS * splits - 1) // (TOKENS * splits) * TOKENS
     heads = tl.arange(0, HEADS)
-    of_query = heads[:, None] * query_head + columns_of(WIDTH, K_BITS)[None, :]
+    of_query = heads[None, :] * query_head + columns_of(WIDTH, K_BITS)[:, None]
     query_pointer += batch * query_batch + kv_head * GROUP * query_head
-    query = tl.load(query_pointer + of_query, mask=heads[:, None] < GROUP, other=0).to(tl.float32)
+    query = tl.load(query_pointer + of_query, mask=heads[None, :] < GROUP, other=0).to(tl.float32)
     if K_FRACTION >= 0:
         query = query * 2.0**60
     key_codes += batch * kc_batch + kv_head * kc_head
@@ -155,7 +155,7 @@ def _share(
     value_zeros += batch * vp_batch + kv_head * vp_head
     largest = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    sums = tl.zeros([HEADS, WIDTH], tl.float32)
+    sums = tl.zeros([WIDTH, HEADS], tl.float32)
     for start in tl.range(split * each, tl.minimum(split * each + each, count), TOKENS, num_stages=STAGES):
         units, scales, zeros = _load(
             key_codes,
@@ -184,9 +184,9 @@ def _share(
             V_FRACTION < 0,
         )
         keys = numbers_of(units, scales, zeros, K_BITS, K_FRACTION, K_MIN_EXPONENT, DTYPE)
-        scores = _product(query, tl.trans(keys), tl.zeros([HEADS, TOKENS], tl.float32), PARTS, DTYPE)
+        scores = _product(keys, query, tl.zeros([TOKENS, HEADS], tl.float32), PARTS, DTYPE)
         if K_FRACTION < 0 and K_GROUPS == 1:
-            scores = scores * _row_scales(scales, TOKENS)[None, :]
+            scores = scores * _row_scales(scales, TOKENS)[:, None]
         token = start + tl.arange(0, TOKENS)
         seen = token < count
         if HAS_VISIBLE:
@@ -197,25 +197,29 @@ def _share(
             scores = (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634) * scaling)) - 1.0) * softcap
         else:
             scores = scores * scaling
-        scores = tl.where(seen[None, :], scores, float("-inf"))
+        if K_FRACTION >= 0:
+            scores = tl.where(are_in_range(scales, K_FRACTION)[:, None], scores, float("nan"))
+        scores = tl.where(seen[:, None], scores, float("-inf"))
         before = largest
-        largest = tl.maximum(largest, tl.max(scores, axis=1))
+        largest = tl.maximum(largest, tl.max(scores, axis=0))
         # Where nothing was seen so far, anything finite will do.
         origin = tl.where(largest == float("-inf"), 0.0, largest)
-        p = tl.exp2(scores - origin[:, None])
+        p = tl.exp2(scores - origin[None, :])
         shrink = tl.exp2(before - origin)
-        total = total * shrink + tl.sum(p, axis=1)
+        total = total * shrink + tl.sum(p, axis=0)
         if V_FRACTION < 0 and V_GROUPS == 1:
-            p = p * _row_scales(v_scales, TOKENS)[None, :]
+            p = p * _row_scales(v_scales, TOKENS)[:, None]
+        if V_FRACTION >= 0:
+            p = tl.where(are_in_range(v_scales, V_FRACTION)[:, None], p, float("nan"))
         values = numbers_of(v_units, v_scales, v_zeros, V_BITS, V_FRACTION, V_MIN_EXPONENT, DTYPE)
-        sums = _product(p, values, sums * shrink[:, None], PARTS, DTYPE)
+        sums = _product(tl.trans(values), p, sums * shrink[None, :], PARTS, DTYPE)
     if V_FRACTION >= 0:
         sums = sums * 2.0**60
     row = (tl.program_id(0).to(tl.int64) * GROUP + heads) * splits + split
     tl.store(maxima_pointer + row, largest, mask=heads < GROUP)
     tl.store(totals_pointer + row, total, mask=heads < GROUP)
-    place = row[:, None] * WIDTH + columns_of(WIDTH, V_BITS)[None, :]
-    tl.store(sums_pointer + place, sums, mask=heads[:, None] < GROUP)
+    place = row[None, :] * WIDTH + columns_of(WIDTH, V_BITS)[:, None]
+    tl.store(sums_pointer + place, sums, mask=heads[None, :] < GROUP)
 
 
 @triton.jit
@@ -231,23 +235,33 @@ def _combine(
     group,
     HAS_MATRIX: tl.constexpr,
     WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The shares of one head of one sequence, and what they give times the matrix of its kv head."""
+    """The shares of one head of one sequence, some columns of them, and what they give times the matrix of its kv
+    head."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    split, columns = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.arange(0, SPLITS)
     maxima = tl.load(maxima_pointer + row * splits + split, mask=split < splits, other=float("-inf"))
-    totals = tl.load(totals_pointer + row * splits + split, mask=split < splits, other=0)
     largest = tl.max(maxima, axis=0)
-    factors = tl.exp2(maxima - tl.where(largest == float("-inf"), 0.0, largest))
-    place = (row * splits + split)[:, None] * WIDTH + columns[None, :]
-    sums = tl.load(sums_pointer + place, mask=(split < splits)[:, None], other=0)
-    total = tl.sum(totals * factors, axis=0)
-    found = tl.sum(sums * factors[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.zeros([AT_ONCE], tl.float32)
+    found = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
+    for start in tl.static_range(0, SPLITS, AT_ONCE):
+        split = start + tl.arange(0, AT_ONCE)
+        at = row * splits + split
+        factors = tl.exp2(tl.load(maxima_pointer + at, mask=split < splits, other=float("-inf")) - largest)
+        total += factors * tl.load(totals_pointer + at, mask=split < splits, other=0)
+        place = at[:, None] * WIDTH + columns[None, :]
+        found += factors[:, None] * tl.load(sums_pointer + place, mask=(split < splits)[:, None], other=0)
+    total = tl.sum(total, axis=0)
+    found = tl.sum(found, axis=0) / tl.where(total > 0, total, 1.0)
     if HAS_MATRIX:
         matrix_pointer += row // group % kv_heads * matrix_stride
         matrix = tl.load(matrix_pointer + columns[:, None] * WIDTH + columns[None, :])
@@ -263,22 +277,25 @@ class Tile:
     """That a program takes at a time."""
     splits: int
     """Programs for one head of the cache of one sequence."""
-    warps: int = 4
-    stages: int = 2
-
-
-def choose_tile(pairs: int, tokens: int, processors: int, is_float32: bool = False) -> Tile:
-    """For so many pairs of a sequence and a head of the cache, of up to so many tokens each, and multiprocessors."""
-    size = 16 if is_float32 else 64  # operands of 32 bits take twice the registers
-    wanted = triton.cdiv(4 * processors, pairs)
-    splits = min(triton.cdiv(tokens, size), wanted, MOST_SPLITS)
-    return Tile(size, max(1, splits))
+    warps: int = 1
+    stages: int = 1
 
 
 MOST_COMBINED = 128
 """Up to this width a matrix is in the registers of one program."""
-MOST_SPLITS = 64
+MOST_SPLITS = 256
 """What one program puts together."""
+COLUMNS = 32
+"""That it does so for, where no matrix wants them all."""
+PROGRAMS = 8
+"""For each multiprocessor, of one warp each."""
+
+
+def choose_tile(pairs: int, tokens: int, processors: int, is_float32: bool = False) -> Tile:
+    """For so many pairs of a sequence and a head of the cache, of up to so many tokens each, and multiprocessors."""
+    size = 16 if is_float32 else 32  # operands of 32 bits take twice the registers
+    splits = min(triton.cdiv(tokens, size), triton.cdiv(PROGRAMS * processors, pairs), MOST_SPLITS)
+    return Tile(size, max(1, splits))
 
 
 def decode_attention(
@@ -340,7 +357,7 @@ def attend_by_tiles(
         HAS_VISIBLE=visible is not None,
         HAS_SOFTCAP=softcap is not None,
         GROUP=group,
-        HEADS=max(16, triton.next_power_of_2(group)),
+        HEADS=max(8, triton.next_power_of_2(group)),
         WIDTH=width,
         TOKENS=tile.tokens,
         PARTS=parts,
@@ -354,7 +371,9 @@ def attend_by_tiles(
     )
     outputs = cached.matrices.outputs
     is_small = outputs is not None and width <= MOST_COMBINED
-    _combine[(batch * heads,)](
+    columns = width if is_small else min(width, COLUMNS)
+    splits = triton.next_power_of_2(tile.splits)
+    _combine[(batch * heads, width // columns)](
         sums,
         maxima,
         totals,
@@ -366,7 +385,9 @@ def attend_by_tiles(
         group,
         HAS_MATRIX=is_small,
         WIDTH=width,
-        SPLITS=triton.next_power_of_2(tile.splits),
+        COLUMNS=columns,
+        SPLITS=splits,
+        AT_ONCE=min(splits, 4096 // columns),
         OVERLAP=overlaps,
         num_warps=8 if is_small else 4,
         launch_pdl=overlaps,

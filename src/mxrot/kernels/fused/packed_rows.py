@@ -6,7 +6,8 @@ of the first place of every unit, then those of the second. Sums over columns do
 
 Numbers of floating-point elements are made by moving the bits of a code to where a bfloat16 or float32 number has
 them: that is the value times a power of two, and one product puts it right and applies the scale. For that power to fit
-into one factor, numbers here are 2^-60 of what they stand for, of scales from 2^-60 to 2^60; others count as these.
+into one factor, numbers here are 2^-60 of what they stand for. A row with a scale above 2^60, or NaN, counts as NaN;
+below 2^-60 numbers lose bits.
 Integers become the last bits of a number from 128 to 256, from which 128 and the zero point are taken, all exact; where
 a row has one scale it is applied to sums. Triton's interpreter has no assembly: there the numbers are float32.
 """
@@ -162,6 +163,33 @@ def _at_place(
 
 
 @triton.jit
+def _factors(scales, MIN_EXPONENT: tl.constexpr, DTYPE: tl.constexpr):
+    """What the bits of floating-point codes are multiplied with, by one instruction a scale; see `are_in_range`."""
+    if tl.bfloat16 == DTYPE:
+        return (scales.to(tl.int16) * 128 + (66 + MIN_EXPONENT) * 128).to(tl.bfloat16, bitcast=True)
+    else:
+        return ((scales.to(tl.int32) + (66 + MIN_EXPONENT)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _shifts(zeros, DTYPE: tl.constexpr):
+    """-128 less the zero points."""
+    if tl.bfloat16 == DTYPE:
+        return (zeros.to(tl.int16) | -0x3D00).to(tl.bfloat16, bitcast=True)
+    else:
+        return -128.0 - zeros.to(tl.float32)
+
+
+@triton.jit
+def are_in_range(scales, FRACTION: tl.constexpr):
+    """Which rows [N] have only scales that `numbers_of` can apply; of others it gives anything."""
+    if FRACTION >= 0:
+        return tl.max(scales.to(tl.int32), axis=1) < 188
+    else:
+        return tl.full([scales.shape[0]], True, tl.int1)
+
+
+@triton.jit
 def numbers_of(
     units,
     scales,
@@ -178,12 +206,11 @@ def numbers_of(
     N: tl.constexpr = units.shape[0]
     W: tl.constexpr = units.shape[1]
     if FRACTION >= 0:
-        fields = tl.minimum(tl.maximum(scales.to(tl.int32) + (66 + MIN_EXPONENT), 1), 254) << 23
-        found = tl.where(scales.to(tl.int32) == 255, float("nan"), fields.to(tl.float32, bitcast=True))
-        factors = spread(found.to(DTYPE), W)
+        found = _factors(scales, MIN_EXPONENT, DTYPE)
+        factors = spread(found, W)
         shifts = None
     else:
-        shifts = spread((-128.0 - zeros.to(tl.float32)).to(DTYPE), W)
+        shifts = spread(_shifts(zeros, DTYPE), W)
         factors = spread(scales.to(tl.float32), W) if scales.shape[1] > 1 else None
     first = _at_place(units, factors, shifts, 0, BITS, FRACTION, DTYPE)
     second = _at_place(units, factors, shifts, 1, BITS, FRACTION, DTYPE)
