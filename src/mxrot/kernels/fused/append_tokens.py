@@ -1,8 +1,9 @@
 """The newest token of every sequence into a packed cache, in one launch (Triton).
 
-A program takes one head's key, value or queries of a few sequences: row times matrix, quantizer, and the bytes at their
-place. `plain_append_tokens` is the specification: without matrices, and wherever products are the same numbers, codes
-and what stands beside them are the same bits. Products with float64 matrices are, but once in some 2^29 times.
+A program takes the keys, the values or the queries of one head of the cache for a few sequences: rows times matrix,
+which is read once for all of them, quantizer, and the bytes at their places. `plain_append_tokens` is the
+specification: without matrices, and wherever products are the same numbers, codes and what stands beside them are the
+same bits. Products with float64 matrices are, but once in some 2^29 times.
 """
 
 from __future__ import annotations
@@ -14,31 +15,44 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxrot.kernels.fused.overlap import can_overlap
-from mxrot.kernels.fused.packed_rows import RowLayout, store_row
+from mxrot.kernels.fused.packed_rows import RowLayout, store_rows
 from mxrot.kernels.plain.cached_attention import CachedTokens, TokenRows
 
-PROGRAMS = 256
-"""Of one kind; from so many on a program takes several rows, one after the other, with one matrix."""
+PROGRAMS = 32
+"""Of one kind; from so many on a program takes several rows, which share a matrix."""
 MOST_ROWS = 8
 """Such rows."""
-ENTRIES_AT_ONCE = 16384
-"""Of a matrix, in registers."""
+PRODUCTS = 8192
+"""That are in the registers of a program at once."""
+ENTRIES = 4096
+"""Of a matrix at once; the next ones are on their way."""
 
 
 @triton.jit
-def row_product(x_pointer, matrix_pointer, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr, HAS_MATRIX: tl.constexpr):
-    """float32 [WIDTH] of the row there, times the matrix there, in whose type products and their sums are."""
+def _rows_times(
+    x_pointer,
+    places,
+    inside,
+    matrix_pointer,
+    WIDTH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    HAS_MATRIX: tl.constexpr,
+):
+    """float32 [ROWS, WIDTH] of rows at places [ROWS], times the matrix there, in whose type products and sums are."""
+    ROWS: tl.constexpr = places.shape[0]
     columns = tl.arange(0, WIDTH)
     if not HAS_MATRIX:
-        return tl.load(x_pointer + columns).to(tl.float32)
+        place = places[:, None] + columns[None, :]
+        return tl.load(x_pointer + place, mask=inside[:, None], other=0).to(tl.float32)
     else:
         work = matrix_pointer.dtype.element_ty
-        total = tl.zeros([WIDTH], work)
-        for start in tl.static_range(0, WIDTH, AT_ONCE):
+        total = tl.zeros([ROWS, AT_ONCE, WIDTH], work)
+        for start in tl.range(0, WIDTH, AT_ONCE, num_stages=3):
             along = start + tl.arange(0, AT_ONCE)
             matrix = tl.load(matrix_pointer + along[:, None] * WIDTH + columns[None, :])
-            total += tl.sum(tl.load(x_pointer + along).to(work)[:, None] * matrix, axis=0)
-        return total.to(tl.float32)
+            x = tl.load(x_pointer + places[:, None] + along[None, :], mask=inside[:, None], other=0)
+            total += x.to(work)[:, :, None] * matrix[None, :, :]
+        return tl.sum(total, axis=1).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["position", "batch"])
@@ -111,54 +125,77 @@ def _append(
     kind, head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     token = tl.load(position) if POSITION_AT_POINTER else position
     token = token.to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * ROWS
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if kind == 0:
-        for row in range(first, tl.minimum(first + ROWS, batch)):
-            x_pointer = key_pointer + row * key_batch + head * key_head
-            x = row_product(x_pointer, key_matrix + head * key_matrix_stride, WIDTH, AT_ONCE, TRANSFORMS_KEYS)
-            at = row * kp_batch + head * kp_head + token * kp_token
-            store_row(
-                x,
-                key_codes + row * kc_batch + head * kc_head + token * kc_token,
-                key_scales + at,
-                key_zeros + at,
-                WIDTH,
-                K_BITS,
-                K_GROUPS,
-                K_FRACTION,
-                K_MIN_EXPONENT,
-                K_MAX_EXPONENT,
-                K_LARGEST,
-                K_RAISES_FROM,
-                K_CLIP,
-            )
+        inside = row < batch
+        x = _rows_times(
+            key_pointer + head * key_head,
+            row * key_batch,
+            inside,
+            key_matrix + head * key_matrix_stride,
+            WIDTH,
+            AT_ONCE,
+            TRANSFORMS_KEYS,
+        )
+        store_rows(
+            x,
+            key_codes,
+            row * kc_batch + head * kc_head + token * kc_token,
+            key_scales,
+            key_zeros,
+            row * kp_batch + head * kp_head + token * kp_token,
+            inside,
+            K_BITS,
+            K_GROUPS,
+            K_FRACTION,
+            K_MIN_EXPONENT,
+            K_MAX_EXPONENT,
+            K_LARGEST,
+            K_RAISES_FROM,
+            K_CLIP,
+        )
     elif kind == 1:
-        for row in range(first, tl.minimum(first + ROWS, batch)):
-            x_pointer = value_pointer + row * value_batch + head * value_head
-            x = row_product(x_pointer, value_matrix + head * value_matrix_stride, WIDTH, AT_ONCE, TRANSFORMS_VALUES)
-            at = row * vp_batch + head * vp_head + token * vp_token
-            store_row(
-                x,
-                value_codes + row * vc_batch + head * vc_head + token * vc_token,
-                value_scales + at,
-                value_zeros + at,
-                WIDTH,
-                V_BITS,
-                V_GROUPS,
-                V_FRACTION,
-                V_MIN_EXPONENT,
-                V_MAX_EXPONENT,
-                V_LARGEST,
-                V_RAISES_FROM,
-                V_CLIP,
-            )
+        inside = row < batch
+        x = _rows_times(
+            value_pointer + head * value_head,
+            row * value_batch,
+            inside,
+            value_matrix + head * value_matrix_stride,
+            WIDTH,
+            AT_ONCE,
+            TRANSFORMS_VALUES,
+        )
+        store_rows(
+            x,
+            value_codes,
+            row * vc_batch + head * vc_head + token * vc_token,
+            value_scales,
+            value_zeros,
+            row * vp_batch + head * vp_head + token * vp_token,
+            inside,
+            V_BITS,
+            V_GROUPS,
+            V_FRACTION,
+            V_MIN_EXPONENT,
+            V_MAX_EXPONENT,
+            V_LARGEST,
+            V_RAISES_FROM,
+            V_CLIP,
+        )
     else:
-        for row in range(first, tl.minimum(first + ROWS, batch * group)):
-            sequence, own = row // group, head * group + row % group
-            x_pointer = query_pointer + sequence * query_batch + own * query_head
-            x = row_product(x_pointer, query_matrix + head * query_matrix_stride, WIDTH, AT_ONCE, TRANSFORMS_KEYS)
-            place = out_pointer + (sequence * kv_heads * group + own) * WIDTH + tl.arange(0, WIDTH)
-            tl.store(place, x.to(out_pointer.dtype.element_ty))
+        inside = row < batch * group
+        sequence, own = row // group, head * group + row % group
+        x = _rows_times(
+            query_pointer,
+            sequence * query_batch + own * query_head,
+            inside,
+            query_matrix + head * query_matrix_stride,
+            WIDTH,
+            AT_ONCE,
+            TRANSFORMS_KEYS,
+        )
+        place = (sequence * kv_heads * group + own)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        tl.store(out_pointer + place, x.to(out_pointer.dtype.element_ty), mask=inside[:, None])
 
 
 def append_tokens(query: Tensor, key: Tensor, value: Tensor, cached: CachedTokens, position: int | Tensor) -> Tensor:
@@ -173,7 +210,8 @@ def append_tokens(query: Tensor, key: Tensor, value: Tensor, cached: CachedToken
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if moves else query
     group = query.shape[1] // kv_heads
     most = batch * group if moves else batch
-    rows = min(MOST_ROWS, max(1, kv_heads * most // PROGRAMS))
+    has_matrix = moves or matrices.values is not None
+    rows = min(MOST_ROWS, triton.next_power_of_2(max(1, kv_heads * most // PROGRAMS)))
     overlaps = can_overlap(query.device)
     _append[((3 if moves else 2) * kv_heads, triton.cdiv(most, rows))](
         query,
@@ -196,13 +234,13 @@ def append_tokens(query: Tensor, key: Tensor, value: Tensor, cached: CachedToken
         POSITION_AT_POINTER=isinstance(position, Tensor),
         ROWS=rows,
         WIDTH=width,
-        AT_ONCE=min(width, ENTRIES_AT_ONCE // width),
+        AT_ONCE=max(1, min(ENTRIES // width, PRODUCTS // (width * rows))),
         TRANSFORMS_KEYS=moves,
         TRANSFORMS_VALUES=matrices.values is not None,
         OVERLAP=overlaps,
         **layouts[0].writing("K"),
         **layouts[1].writing("V"),
-        num_warps=8 if moves or matrices.values is not None else 1,
+        num_warps=8 if has_matrix else 1 if rows == 1 else 4,
         enable_fp_fusion=False,  # a clip is rounded before extremes are subtracted
         launch_pdl=overlaps,
     )

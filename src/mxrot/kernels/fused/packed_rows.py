@@ -233,12 +233,14 @@ def numbers_of(
 
 
 @triton.jit
-def store_row(
+def store_rows(
     x,
     codes_pointer,
+    code_places,
     scale_pointer,
     zero_pointer,
-    WIDTH: tl.constexpr,
+    part_places,
+    inside,
     BITS: tl.constexpr,
     GROUPS: tl.constexpr,
     FRACTION: tl.constexpr,
@@ -248,12 +250,16 @@ def store_row(
     RAISES_FROM: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    """Quantize float32 x [WIDTH] as `formats.quantize` does, and write its bytes and what stands beside them.
+    """Quantize float32 x [ROWS, WIDTH] as `formats.quantize` does, and write the bytes of the rows that are `inside`
+    and what stands beside them from their places [ROWS] on.
 
     A block that holds NaN or Inf gets the scale NaN.
     """
-    blocks = tl.reshape(x, [GROUPS, WIDTH // GROUPS])
-    group = tl.arange(0, GROUPS)
+    ROWS: tl.constexpr = x.shape[0]
+    WIDTH: tl.constexpr = x.shape[1]
+    BLOCK: tl.constexpr = WIDTH // GROUPS
+    blocks = tl.reshape(x, [ROWS * GROUPS, BLOCK])
+    part_places = part_places[:, None] + tl.arange(0, GROUPS)[None, :]
     # As integers the bits of magnitudes are ordered like these, with NaN on top.
     bits = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     is_finite = bits < 0x7F800000
@@ -266,24 +272,27 @@ def store_row(
         fields = tl.maximum(fields, 0)
         scaled = blocks * power_of_field((254 << 23) - fields)[:, None]
         codes = _float_codes(scaled, BITS, FRACTION, MIN_EXPONENT, LARGEST)
-        tl.store(scale_pointer + group, tl.where(is_finite, fields >> 23, 255).to(tl.uint8))
+        scales = tl.where(is_finite, fields >> 23, 255).to(tl.uint8)
     else:
         low, high = tl.minimum(tl.min(blocks, axis=1), 0.0), tl.maximum(tl.max(blocks, axis=1), 0.0)
         if CLIP != 1:
             low, high = low * CLIP, high * CLIP
-        stored = tl.math.div_rn(high - low, tl.full([GROUPS], LARGEST, tl.float32)).to(tl.float16)
+        stored = tl.math.div_rn(high - low, tl.full([ROWS * GROUPS], LARGEST, tl.float32)).to(tl.float16)
         scale = stored.to(tl.float32)
         zero = _to_integer(tl.math.div_rn(0.0 - low, tl.where(scale > 0, scale, 1.0)), LARGEST)
         zero = tl.where(scale < float("inf"), zero, 0.0)
-        divisor = tl.broadcast_to(tl.where(scale > 0, scale, 1.0)[:, None], [GROUPS, WIDTH // GROUPS])
+        divisor = tl.broadcast_to(tl.where(scale > 0, scale, 1.0)[:, None], [ROWS * GROUPS, BLOCK])
         scaled = tl.where(scale[:, None] > 0, tl.math.div_rn(blocks, divisor), 0.0) + zero[:, None]
         codes = _to_integer(scaled, LARGEST).to(tl.int32)
-        tl.store(scale_pointer + group, tl.where(is_finite, stored, float("nan")))
-        tl.store(zero_pointer + group, zero.to(tl.uint8))
+        scales = tl.where(is_finite, stored, float("nan"))
+        zeros = tl.reshape(zero, [ROWS, GROUPS]).to(tl.uint8)
+        tl.store(zero_pointer + part_places, zeros, mask=inside[:, None])
+    tl.store(scale_pointer + part_places, tl.reshape(scales, [ROWS, GROUPS]), mask=inside[:, None])
     EACH: tl.constexpr = 8 // BITS
-    codes = tl.reshape(codes, [WIDTH // EACH, EACH])
-    packed = tl.sum(codes << (BITS * tl.arange(0, EACH))[None, :], axis=1)
-    tl.store(codes_pointer + tl.arange(0, WIDTH // EACH), packed.to(tl.uint8))
+    codes = tl.reshape(codes, [ROWS, WIDTH // EACH, EACH])
+    packed = tl.sum(codes << (BITS * tl.arange(0, EACH))[None, None, :], axis=2)
+    place = code_places[:, None] + tl.arange(0, WIDTH // EACH)[None, :]
+    tl.store(codes_pointer + place, packed.to(tl.uint8), mask=inside[:, None])
 
 
 @triton.jit
