@@ -377,13 +377,11 @@ def test_without_a_gpu_plain_code_runs() -> None:
     assert_is_attention(found, query, cached, 8)
 
 
-ON_HARDWARE = [
-    *((quantizer, torch.bfloat16, 128, 4, 1000, False) for quantizer in QUANTIZERS),
-    *((quantizer, torch.bfloat16, 64, 3, 77, True) for quantizer in QUANTIZERS),
-    *((quantizer, torch.float16, 128, 1, 300, True) for quantizer in QUANTIZERS[::2]),
-    *((quantizer, torch.float32, 64, 4, 130, True) for quantizer in QUANTIZERS[::3]),
-    (QUANTIZERS[0], torch.bfloat16, 256, 2, 200, False),
-    (QUANTIZERS[0], torch.bfloat16, 128, 32, 2049, False),
+ON_HARDWARE = [  # few, because each is compiled
+    *((QUANTIZERS[index], torch.bfloat16, 128, 4, 1000, False) for index in (0, 1, 3, 5)),
+    *((QUANTIZERS[index], torch.float16, 64, 3, 77, True) for index in (0, 4)),
+    (QUANTIZERS[0], torch.float32, 64, 4, 130, True),
+    (QUANTIZERS[0], torch.bfloat16, 256, 32, 300, True),
 ]
 
 

@@ -126,63 +126,7 @@ def _append(
     token = tl.load(position) if POSITION_AT_POINTER else position
     token = token.to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if kind == 0:
-        inside = row < batch
-        x = _rows_times(
-            key_pointer + head * key_head,
-            row * key_batch,
-            inside,
-            key_matrix + head * key_matrix_stride,
-            WIDTH,
-            AT_ONCE,
-            TRANSFORMS_KEYS,
-        )
-        store_rows(
-            x,
-            key_codes,
-            row * kc_batch + head * kc_head + token * kc_token,
-            key_scales,
-            key_zeros,
-            row * kp_batch + head * kp_head + token * kp_token,
-            inside,
-            K_BITS,
-            K_GROUPS,
-            K_FRACTION,
-            K_MIN_EXPONENT,
-            K_MAX_EXPONENT,
-            K_LARGEST,
-            K_RAISES_FROM,
-            K_CLIP,
-        )
-    elif kind == 1:
-        inside = row < batch
-        x = _rows_times(
-            value_pointer + head * value_head,
-            row * value_batch,
-            inside,
-            value_matrix + head * value_matrix_stride,
-            WIDTH,
-            AT_ONCE,
-            TRANSFORMS_VALUES,
-        )
-        store_rows(
-            x,
-            value_codes,
-            row * vc_batch + head * vc_head + token * vc_token,
-            value_scales,
-            value_zeros,
-            row * vp_batch + head * vp_head + token * vp_token,
-            inside,
-            V_BITS,
-            V_GROUPS,
-            V_FRACTION,
-            V_MIN_EXPONENT,
-            V_MAX_EXPONENT,
-            V_LARGEST,
-            V_RAISES_FROM,
-            V_CLIP,
-        )
-    else:
+    if kind == 2:
         inside = row < batch * group
         sequence, own = row // group, head * group + row % group
         x = _rows_times(
@@ -196,6 +140,63 @@ def _append(
         )
         place = (sequence * kv_heads * group + own)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         tl.store(out_pointer + place, x.to(out_pointer.dtype.element_ty), mask=inside[:, None])
+    elif tl.program_id(1) * ROWS < batch:  # there are fewer rows of keys and values than of queries
+        if kind == 0:
+            inside = row < batch
+            x = _rows_times(
+                key_pointer + head * key_head,
+                row * key_batch,
+                inside,
+                key_matrix + head * key_matrix_stride,
+                WIDTH,
+                AT_ONCE,
+                TRANSFORMS_KEYS,
+            )
+            store_rows(
+                x,
+                key_codes,
+                row * kc_batch + head * kc_head + token * kc_token,
+                key_scales,
+                key_zeros,
+                row * kp_batch + head * kp_head + token * kp_token,
+                inside,
+                K_BITS,
+                K_GROUPS,
+                K_FRACTION,
+                K_MIN_EXPONENT,
+                K_MAX_EXPONENT,
+                K_LARGEST,
+                K_RAISES_FROM,
+                K_CLIP,
+            )
+        else:
+            inside = row < batch
+            x = _rows_times(
+                value_pointer + head * value_head,
+                row * value_batch,
+                inside,
+                value_matrix + head * value_matrix_stride,
+                WIDTH,
+                AT_ONCE,
+                TRANSFORMS_VALUES,
+            )
+            store_rows(
+                x,
+                value_codes,
+                row * vc_batch + head * vc_head + token * vc_token,
+                value_scales,
+                value_zeros,
+                row * vp_batch + head * vp_head + token * vp_token,
+                inside,
+                V_BITS,
+                V_GROUPS,
+                V_FRACTION,
+                V_MIN_EXPONENT,
+                V_MAX_EXPONENT,
+                V_LARGEST,
+                V_RAISES_FROM,
+                V_CLIP,
+            )
 
 
 def append_tokens(query: Tensor, key: Tensor, value: Tensor, cached: CachedTokens, position: int | Tensor) -> Tensor:

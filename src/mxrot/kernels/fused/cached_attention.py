@@ -75,6 +75,15 @@ def _load(
 
 
 @triton.jit
+def _fetch(codes_pointer, scale_pointer, code_stride, part_stride, start, count, TOKENS: tl.constexpr):
+    """Let rows and scales of TOKENS tokens from `start` on be brought to the L2 cache."""
+    row = tl.minimum(start + tl.arange(0, TOKENS), count - 1).to(tl.int64)
+    assembly: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(assembly, "=r,l", [codes_pointer + row * code_stride], tl.int32, False, 1)
+    tl.inline_asm_elementwise(assembly, "=r,l", [scale_pointer + row * part_stride], tl.int32, False, 1)
+
+
+@triton.jit
 def _row_scales(scales, TOKENS: tl.constexpr):
     """float32 [TOKENS] of the only scale of each row."""
     return tl.reshape(scales, [TOKENS]).to(tl.float32)
@@ -123,6 +132,7 @@ def _share(
     DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
+    FETCHES: tl.constexpr,
     K_BITS: tl.constexpr,
     K_GROUPS: tl.constexpr,
     K_FRACTION: tl.constexpr,
@@ -183,6 +193,10 @@ def _share(
             TOKENS,
             V_FRACTION < 0,
         )
+        if FETCHES:
+            after = start + TOKENS
+            _fetch(key_codes, key_scales, kc_token, kp_token, after, count, TOKENS)
+            _fetch(value_codes, value_scales, vc_token, vp_token, after, count, TOKENS)
         keys = numbers_of(units, scales, zeros, K_BITS, K_FRACTION, K_MIN_EXPONENT, DTYPE)
         scores = _product(keys, query, tl.zeros([TOKENS, HEADS], tl.float32), PARTS, DTYPE)
         if K_FRACTION < 0 and K_GROUPS == 1:
@@ -279,6 +293,10 @@ class Tile:
     """Programs for one head of the cache of one sequence."""
     warps: int = 1
     stages: int = 1
+    fetches: bool = False
+    """Are the next tokens brought to the L2 cache?"""
+    registers: int | None = None
+    """The most that a thread may have."""
 
 
 MOST_COMBINED = 128
@@ -364,9 +382,11 @@ def attend_by_tiles(
         DTYPE=dtype,
         OVERLAP=overlaps,
         STAGES=tile.stages,
+        FETCHES=tile.fetches and query.is_cuda,
         **layouts[0].reading("K"),
         **layouts[1].reading("V"),
         num_warps=tile.warps,
+        maxnreg=tile.registers,
         launch_pdl=overlaps,
     )
     outputs = cached.matrices.outputs
