@@ -327,6 +327,60 @@ def test_every_integer(quantizer: TensorQuantizer, dtype: torch.dtype) -> None:
     assert torch.equal(found.float(), rows.dequantize())
 
 
+def run_assembly(text: str, units: Tensor, operand: Tensor) -> Tensor:
+    """What a few instructions of PTX make of pairs of 16 bits: bfloat16 [n, 2] of int [n] and bfloat16 [n, 2]."""
+    registers = {"$1": units.to(torch.int64), "$2": operand.contiguous().view(torch.int32).to(torch.int64).flatten()}
+    full = (1 << 32) - 1
+
+    def value(word: str) -> Tensor | int:
+        return registers[word] if word in registers else int(word, 0)
+
+    for line in text.strip("{} ").split(";"):
+        name, _, rest = line.strip().partition(" ")
+        to, *words = [word.strip() for word in rest.split(",")]
+        if name == "shl.b32":
+            registers[to] = value(words[0]) << value(words[1]) & full
+        elif name == "shr.u32":
+            registers[to] = (value(words[0]) & full) >> value(words[1])
+        elif name == "and.b32":
+            registers[to] = value(words[0]) & value(words[1])
+        elif name == "mov.b32":
+            registers[to] = torch.full_like(registers["$1"], value(words[0]))
+        elif name == "lop3.b32":
+            assert words[3] == "0xEA"
+            registers[to] = value(words[0]) & value(words[1]) | value(words[2])
+        elif name == "fma.rn.bf16x2":
+            halves = [value(word).to(torch.int32).view(torch.bfloat16).view(-1, 2).double() for word in words]
+            return (halves[0] * halves[1] + halves[2]).to(torch.bfloat16)
+        else:
+            assert name in (".reg", "")
+    raise AssertionError(text)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=spelled)
+def test_the_assembly_that_the_interpreter_does_not_run(quantizer: TensorQuantizer) -> None:
+    """Every code at every place of both of two units, all other bits set or not."""
+    from mxrot.kernels.fused.packed_rows import RowLayout, _assembly
+
+    layout, element = RowLayout.of(quantizer, 128), quantizer.format.element
+    assert layout is not None
+    codes = torch.tensor([code for code, value in enumerate(element.values) if math.isfinite(value)])
+    values = torch.tensor([element.values[code] for code in codes], dtype=torch.float64)
+    for place in range(16 // layout.bits):
+        assembly, moved = _assembly(place, layout.bits, layout.fraction), layout.bits * place
+        others = 0xFFFF & ~(((1 << layout.bits) - 1) << moved)
+        for background in (0, others):
+            low, high = codes << moved | background, codes.flip(0) << moved | background
+            pairs = torch.stack([values, values.flip(0)], dim=1)
+            if layout.is_integer:
+                operand, expected = torch.full((len(codes), 2), -130.0), pairs - 2
+            else:
+                operand = torch.full((len(codes), 2), 2.0**100)
+                expected = pairs * 2.0 ** (100 - 126 - layout.min_exponent)
+            found = run_assembly(assembly, low | high << 16, operand.to(torch.bfloat16))
+            assert torch.equal(found.double(), expected), (place, background)
+
+
 def test_scales_of_keys() -> None:
     """A score that is exact: one column of the query against each code, where another token has the score 0."""
     for quantizer in (QUANTIZERS[0], QUANTIZERS[1]):
