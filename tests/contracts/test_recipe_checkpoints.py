@@ -1,11 +1,12 @@
 """Every recipe that comes with mxrot: what is written is loaded again, by mxrot and by transformers, as it was made."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.tiny_model import random_windows, write_tiny_model
-from tests.unit.checkpoint.folders import logits, recipe, write
+from tests.unit.checkpoint.folders import TOKENS, logits, recipe, write
 from transformers import AutoModelForCausalLM
 
 from mxrot import quantizing
@@ -47,9 +48,14 @@ def test_it_is_loaded_as_it_was_made(source: Path, tmp_path: Path, name: str) ->
     assert made is not None
     expected = logits(made)
     write(source, tmp_path / "out", chosen, windows=windows)
-    assert torch.equal(logits(load(tmp_path / "out", verify=True)), expected)
+    ours = load(tmp_path / "out", verify=True)
+    assert torch.equal(logits(ours), expected)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(logits(theirs), expected)
+    for model in (ours, theirs) if chosen.cache is not None else ():
+        options: Any = {"max_new_tokens": 6, "do_sample": False}
+        cached = model.generate(TOKENS, **options)
+        assert torch.equal(cached, model.generate(TOKENS, **options, use_cache=False))
 
 
 @pytest.mark.parametrize("name", IN_MEMORY_ONLY)
