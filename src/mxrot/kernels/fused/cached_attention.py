@@ -77,7 +77,7 @@ def _load(
 @triton.jit
 def _fetch(codes_pointer, scale_pointer, code_stride, part_stride, start, count, TOKENS: tl.constexpr):
     """Let rows and scales of TOKENS tokens from `start` on be brought to the L2 cache."""
-    row = tl.minimum(start + tl.arange(0, TOKENS), count - 1).to(tl.int64)
+    row = tl.maximum(tl.minimum(start + tl.arange(0, TOKENS), count - 1), 0).to(tl.int64)
     assembly: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
     tl.inline_asm_elementwise(assembly, "=r,l", [codes_pointer + row * code_stride], tl.int32, False, 1)
     tl.inline_asm_elementwise(assembly, "=r,l", [scale_pointer + row * part_stride], tl.int32, False, 1)
@@ -142,27 +142,31 @@ def _share(
     V_FRACTION: tl.constexpr,
     V_MIN_EXPONENT: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     K_UNITS: tl.constexpr = WIDTH * K_BITS // 16
     V_UNITS: tl.constexpr = WIDTH * V_BITS // 16
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     split, splits = tl.program_id(1), tl.num_programs(1)
     count = (tl.load(length) if LENGTH_AT_POINTER else length).to(tl.int32)
     each = (count + TOKENS * splits - 1) // (TOKENS * splits) * TOKENS
-    heads = tl.arange(0, HEADS)
-    of_query = heads[None, :] * query_head + columns_of(WIDTH, K_BITS)[:, None]
-    query_pointer += batch * query_batch + kv_head * GROUP * query_head
-    query = tl.load(query_pointer + of_query, mask=heads[None, :] < GROUP, other=0).to(tl.float32)
-    if K_FRACTION >= 0:
-        query = query * 2.0**60
     key_codes += batch * kc_batch + kv_head * kc_head
     key_scales += batch * kp_batch + kv_head * kp_head
     key_zeros += batch * kp_batch + kv_head * kp_head
     value_codes += batch * vc_batch + kv_head * vc_head
     value_scales += batch * vp_batch + kv_head * vp_head
     value_zeros += batch * vp_batch + kv_head * vp_head
+    if FETCHES:
+        # Of these the kernel before writes the newest token at most, and nothing is read yet.
+        _fetch(key_codes, key_scales, kc_token, kp_token, split * each, count, TOKENS)
+        _fetch(value_codes, value_scales, vc_token, vp_token, split * each, count, TOKENS)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    heads = tl.arange(0, HEADS)
+    of_query = heads[None, :] * query_head + columns_of(WIDTH, K_BITS)[:, None]
+    query_pointer += batch * query_batch + kv_head * GROUP * query_head
+    query = tl.load(query_pointer + of_query, mask=heads[None, :] < GROUP, other=0).to(tl.float32)
+    if K_FRACTION >= 0:
+        query = query * 2.0**60
     largest = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     sums = tl.zeros([WIDTH, HEADS], tl.float32)
@@ -193,7 +197,7 @@ def _share(
             TOKENS,
             V_FRACTION < 0,
         )
-        if FETCHES:
+        if FETCHES > 1:
             after = start + TOKENS
             _fetch(key_codes, key_scales, kc_token, kp_token, after, count, TOKENS)
             _fetch(value_codes, value_scales, vc_token, vp_token, after, count, TOKENS)
@@ -293,8 +297,8 @@ class Tile:
     """Programs for one head of the cache of one sequence."""
     warps: int = 1
     stages: int = 1
-    fetches: bool = False
-    """Are the next tokens brought to the L2 cache?"""
+    fetches: int = 0
+    """Bring tokens to the L2 cache before they are loaded: 1 for the first ones of a program, 2 for all."""
     registers: int | None = None
     """The most that a thread may have."""
 
@@ -313,7 +317,7 @@ def choose_tile(pairs: int, tokens: int, processors: int, is_float32: bool = Fal
     """For so many pairs of a sequence and a head of the cache, of up to so many tokens each, and multiprocessors."""
     size = 16 if is_float32 else 32  # operands of 32 bits take twice the registers
     splits = min(triton.cdiv(tokens, size), triton.cdiv(PROGRAMS * processors, pairs), MOST_SPLITS)
-    return Tile(size, max(1, splits))
+    return Tile(size, max(1, splits), fetches=1)
 
 
 def decode_attention(
@@ -382,7 +386,7 @@ def attend_by_tiles(
         DTYPE=dtype,
         OVERLAP=overlaps,
         STAGES=tile.stages,
-        FETCHES=tile.fetches and query.is_cuda,
+        FETCHES=tile.fetches if query.is_cuda else 0,
         **layouts[0].reading("K"),
         **layouts[1].reading("V"),
         num_warps=tile.warps,
