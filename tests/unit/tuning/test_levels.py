@@ -246,7 +246,7 @@ def test_a_killed_run_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.
     [
         ({"tuning.scope": "block"}, 'moves = "levels" needs scope = "network", got \'block\''),
         ({"weights.format": "int4_g32", "weights.rule": ""}, 'moves = "levels" needs look-up tables, and int4_g32 has'),
-        ({"tuning.moves": "rounding"}, "norm_rate 0.001 needs moves"),
+        ({"tuning.moves": "rounding"}, "norm_rate 0.003 needs moves"),
         ({"tuning.moves": "rounding", "tuning.norm_rate": 0.0}, "tuning moves codes under one scale a block, and lut2"),
         ({"tuning.level_rate": -1.0}, "level_rate -1.0 is negative or not finite"),
         ({"activations": "none"}, "tuning needs quantized activations"),
