@@ -87,8 +87,9 @@ def fused_attention(
     tokens: int = 16,
     splits: int = 2,
 ) -> Tensor:
-    from mxrot.kernels.fused.cached_attention import Tile, attend_by_tiles
+    from mxrot.kernels.fused.cached_attention import LEAST_TOKENS, Tile, attend_by_tiles
 
+    tokens = tokens if query.dtype == torch.float32 else max(tokens, LEAST_TOKENS)
     scaling = query.shape[-1] ** -0.5
     return attend_by_tiles(query, cached, length, visible, scaling, softcap, Tile(tokens, splits))
 
@@ -402,12 +403,22 @@ def test_no_sequences() -> None:
 @pytest.mark.parametrize("tokens", [1, 63, 1024, 16384, 131072])
 @pytest.mark.parametrize("processors", [1, 108, 132])
 def test_tiles_are_what_the_kernels_take(pairs: int, tokens: int, processors: int) -> None:
-    from mxrot.kernels.fused.cached_attention import MOST_SPLITS, choose_tile
+    from mxrot.kernels.fused.cached_attention import LEAST_TOKENS, MOST_SPLITS, choose_tile
 
-    tile = choose_tile(pairs, tokens, processors)
-    assert tile.tokens in (16, 32, 64, 128) and 1 <= tile.splits <= MOST_SPLITS
-    # No program is left without a token, unless rounding up left it so.
-    assert (tile.splits - 1) * tile.tokens < tokens
+    for is_wide in (False, True):
+        tile = choose_tile(pairs, tokens, processors, is_wide)
+        assert tile.tokens == LEAST_TOKENS and 1 <= tile.splits <= MOST_SPLITS
+        # No program is left without a token, unless rounding up left it so.
+        assert (tile.splits - 1) * tile.tokens < tokens
+
+
+def test_sums_over_few_tokens_are_refused_on_matrix_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton gives wrong ones."""
+    module = importlib.import_module("mxrot.kernels.fused.cached_attention")
+    cached = filled(QUANTIZERS[0], QUANTIZERS[0], (1, 1, 16, 64))
+    monkeypatch.setattr(module, "_operands", lambda query: (1, module.tl.bfloat16))
+    with pytest.raises(AssertionError):
+        module.attend_by_tiles(random(1, 1, 1, 64), cached, 16, None, 0.125, None, module.Tile(16, 1))
 
 
 def test_what_the_kernels_read() -> None:

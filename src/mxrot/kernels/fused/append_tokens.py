@@ -24,8 +24,10 @@ MOST_ROWS = 8
 """Such rows."""
 PRODUCTS = 8192
 """That are in the registers of a program at once."""
+WHOLE = 128
+"""Up to this width one row is multiplied with all of a matrix at once."""
 ENTRIES = 4096
-"""Of a matrix at once; the next ones are on their way."""
+"""Of a matrix at once else; the next ones are on their way."""
 
 
 @triton.jit
@@ -46,13 +48,18 @@ def _rows_times(
         return tl.load(x_pointer + place, mask=inside[:, None], other=0).to(tl.float32)
     else:
         work = matrix_pointer.dtype.element_ty
-        total = tl.zeros([ROWS, AT_ONCE, WIDTH], work)
-        for start in tl.range(0, WIDTH, AT_ONCE, num_stages=3):
-            along = start + tl.arange(0, AT_ONCE)
-            matrix = tl.load(matrix_pointer + along[:, None] * WIDTH + columns[None, :])
-            x = tl.load(x_pointer + places[:, None] + along[None, :], mask=inside[:, None], other=0)
-            total += x.to(work)[:, :, None] * matrix[None, :, :]
-        return tl.sum(total, axis=1).to(tl.float32)
+        if AT_ONCE == WIDTH:
+            matrix = tl.load(matrix_pointer + columns[:, None] * WIDTH + columns[None, :])
+            x = tl.load(x_pointer + places[:, None] + columns[None, :], mask=inside[:, None], other=0)
+            return tl.sum(x.to(work)[:, :, None] * matrix[None, :, :], axis=1).to(tl.float32)
+        else:
+            total = tl.zeros([ROWS, AT_ONCE, WIDTH], work)
+            for start in tl.range(0, WIDTH, AT_ONCE, num_stages=3):
+                along = start + tl.arange(0, AT_ONCE)
+                matrix = tl.load(matrix_pointer + along[:, None] * WIDTH + columns[None, :])
+                x = tl.load(x_pointer + places[:, None] + along[None, :], mask=inside[:, None], other=0)
+                total += x.to(work)[:, :, None] * matrix[None, :, :]
+            return tl.sum(total, axis=1).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["position", "batch"])
@@ -235,7 +242,7 @@ def append_tokens(query: Tensor, key: Tensor, value: Tensor, cached: CachedToken
         POSITION_AT_POINTER=isinstance(position, Tensor),
         ROWS=rows,
         WIDTH=width,
-        AT_ONCE=max(1, min(ENTRIES // width, PRODUCTS // (width * rows))),
+        AT_ONCE=width if rows == 1 and width <= WHOLE else max(1, min(ENTRIES // width, PRODUCTS // (width * rows))),
         TRANSFORMS_KEYS=moves,
         TRANSFORMS_VALUES=matrices.values is not None,
         OVERLAP=overlaps,

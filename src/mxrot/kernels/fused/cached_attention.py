@@ -50,11 +50,15 @@ def _combine(
 ):
     """The shares of one head of one sequence, some columns of them, and what they give times the matrix of its kv
     head."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if HAS_MATRIX:
+        # No kernel writes it, so it is on its way while the one before still runs.
+        matrix_pointer += row // group % kv_heads * matrix_stride
+        matrix = tl.load(matrix_pointer + columns[:, None] * WIDTH + columns[None, :])
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, SPLITS)
     maxima = tl.load(maxima_pointer + row * splits + split, mask=split < splits, other=float("-inf"))
     largest = tl.max(maxima, axis=0)
@@ -71,8 +75,6 @@ def _combine(
     total = tl.sum(total, axis=0)
     found = tl.sum(found, axis=0) / tl.where(total > 0, total, 1.0)
     if HAS_MATRIX:
-        matrix_pointer += row // group % kv_heads * matrix_stride
-        matrix = tl.load(matrix_pointer + columns[:, None] * WIDTH + columns[None, :])
         found = tl.sum(found.to(matrix.dtype)[:, None] * matrix, axis=0)
     tl.store(out_pointer + row * WIDTH + columns, found.to(out_pointer.dtype.element_ty))
 
@@ -93,21 +95,28 @@ class Tile:
     """The most that a thread may have."""
 
 
+LEAST_TOKENS = 32
+"""That matrix hardware sums over: a thread may hold eight of them side by side, and four threads do. Triton 3.6 gives
+wrong sums over 16, and does not say so."""
 MOST_COMBINED = 128
 """Up to this width a matrix is in the registers of one program."""
 MOST_SPLITS = 256
 """What one program puts together."""
 COLUMNS = 32
 """That it does so for, where no matrix wants them all."""
-PROGRAMS = 8
-"""For each multiprocessor, of one warp each."""
 
 
-def choose_tile(pairs: int, tokens: int, processors: int, is_float32: bool = False) -> Tile:
-    """For so many pairs of a sequence and a head of the cache, of up to so many tokens each, and multiprocessors."""
-    size = 16 if is_float32 else 32  # operands of 32 bits take twice the registers
-    splits = min(triton.cdiv(tokens, size), triton.cdiv(PROGRAMS * processors, pairs), MOST_SPLITS)
-    return Tile(size, max(1, splits), fetches=1)
+def choose_tile(pairs: int, tokens: int, processors: int, is_wide: bool = False, is_float32: bool = False) -> Tile:
+    """For so many pairs of a sequence and a head of the cache, of up to so many tokens each, and multiprocessors;
+    wide: codes of 8 bits.
+
+    Measured on an H200, whose multiprocessors have room for nine programs: with 1 to 32 sequences of 8 heads 128 wide,
+    1024 to 16384 tokens. Many pairs fill them twice, because fewer splits would leave many of them empty.
+    """
+    size = 16 if is_float32 else LEAST_TOKENS
+    programs = (8 if pairs <= processors else 16) * processors
+    splits = min(triton.cdiv(tokens, size), triton.cdiv(programs, pairs), MOST_SPLITS)
+    return Tile(size, max(1, splits), fetches=1 if is_wide else 2)
 
 
 def decode_attention(
@@ -122,7 +131,8 @@ def decode_attention(
     batch, kv_heads = cached.keys.codes.shape[:2]
     tokens = length if isinstance(length, int) else cached.keys.capacity
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 4
-    tile = choose_tile(batch * kv_heads, tokens, processors, query.dtype == torch.float32)
+    is_wide = max(rows.quantizer.format.bits for rows in (cached.keys, cached.values)) == 8
+    tile = choose_tile(batch * kv_heads, tokens, processors, is_wide, _operands(query)[1] == tl.float32)
     return attend_by_tiles(query, cached, length, visible, scaling, softcap, tile)
 
 
@@ -145,6 +155,7 @@ def attend_by_tiles(
     if not out.numel():
         return out
     parts, dtype = _operands(query)
+    assert dtype == tl.float32 or tile.tokens >= LEAST_TOKENS
     sums = torch.empty(batch * heads, tile.splits, width, dtype=torch.float32, device=device)
     maxima, totals = (torch.empty(batch * heads, tile.splits, dtype=torch.float32, device=device) for _ in range(2))
     overlaps = can_overlap(device)
