@@ -214,6 +214,7 @@ ON_A_GPU = {
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_on_a_gpu(name: str, tmp_path: Path) -> None:
     """Steps of tuning are recorded there, which nothing may wait in; what is written is what was made."""
