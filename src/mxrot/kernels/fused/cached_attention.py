@@ -30,7 +30,7 @@ LOG2_E = 1.4426950408889634
 UNIT_BYTES = 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(
     sums_pointer,
     maxima_pointer,
@@ -100,8 +100,9 @@ LEAST_TOKENS = 32
 wrong sums over 16, and does not say so."""
 MOST_COMBINED = 128
 """Up to this width a matrix is in the registers of one program."""
-MOST_SPLITS = 256
-"""What one program puts together."""
+SPLITS = (1, 4, 16, 64, 256)
+"""What one program puts together at most. Few kinds, because each is compiled, and a text that grows sees them all."""
+MOST_SPLITS = SPLITS[-1]
 COLUMNS = 32
 """That it does so for, where no matrix wants them all."""
 
@@ -197,7 +198,7 @@ def attend_by_tiles(
     outputs = cached.matrices.outputs
     is_small = outputs is not None and width <= MOST_COMBINED
     columns = width if is_small else min(width, COLUMNS)
-    splits = triton.next_power_of_2(tile.splits)
+    splits = next(most for most in SPLITS if most >= tile.splits)
     _combine[(batch * heads, width // columns)](
         sums,
         maxima,
