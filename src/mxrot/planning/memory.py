@@ -176,16 +176,18 @@ def _resident(run: Run, position: int) -> dict[str, float]:
     shape, recipe, s = run.shape, run.recipe, run.itemsize
     sites = shape.fullest
     weights = sum(site.weights for site in sites)
+    # A GPU computes in the type that was read, with the very same tensors.
+    read = shape.block_parameters - (0 if run.is_gpu else _smoothed(run))
     terms = {
         "embedding, last norm and head": float(shape.outer_parameters * s),
         **_rotations(run),
         **({} if run.is_on_host else _states(run)),
         "masks": float(run.mask_bytes if run.tokens else 0),
-        "the block as it was read": float(shape.block_parameters * run.stored.itemsize),
+        "the block as it was read": float(read * run.stored.itemsize),
         "weights that smoothing has changed": 8.0 * _smoothed(run),
         "the block of the original": float(shape.block_parameters * s) if recipe.looks_at_original else 0.0,
     }
-    if not run.is_gpu:  # a GPU computes in the type that was read, with the very same tensors
+    if not run.is_gpu:
         left = shape.block_parameters - sum(site.weights for site in sites[:position])
         terms["the block in float32"] = 4.0 * left
     terms["the quantized block"] = run.packed_block * sum(site.weights for site in sites[:position]) / max(1, weights)
