@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
+from tests.unit.kernels.exact_attention import exact_attention, rounded_attention
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mxrot.formats import TensorQuantizer, fake_quantize
 from mxrot.kernels.cached_attention import append_tokens, decode_attention, decodes_packed
@@ -104,38 +106,6 @@ def same_bits(a: CachedTokens, b: CachedTokens) -> bool:
     )
 
 
-def exact(
-    query: Tensor, cached: CachedTokens, length: int, visible: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attention in float64, one query and one key after the other in no clever order; and how far the kernel may be.
-
-    Operands of products may be rounded to bfloat16, scores and sums to float32 at each of their terms.
-    """
-    q, scaling = query.double(), query.shape[-1] ** -0.5
-    keys, values = (x.first(length).dequantize().double() for x in (cached.keys, cached.values))
-    group = q.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
-    scores = torch.einsum("bhqd,bhnd->bhqn", q, keys) * scaling
-    size = torch.einsum("bhqd,bhnd->bhqn", q.abs(), keys.abs()).amax(dim=-1, keepdim=True) * scaling
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    if visible is not None:
-        scores = scores.masked_fill(visible[:, None, None, :length] == 0, -math.inf)
-    p = scores.softmax(dim=-1).nan_to_num()
-    expected = torch.einsum("bhqn,bhnd->bhqd", p, values)
-    # Keys of integers are rounded to bfloat16 where they have several scales a row; p to one such number, or to two.
-    is_bfloat16 = DEVICE == "cuda" and query.dtype != torch.float32
-    of_keys = (
-        2.0**-9 if is_bfloat16 and cached.keys.parts["scale"].shape[-1] > 1 and len(cached.keys.parts) > 1 else 0.0
-    )
-    of_values = 2.0**-9 if is_bfloat16 and len(cached.values.parts) > 1 else 0.0
-    of_p = 2.0**-9 if is_bfloat16 and query.dtype == torch.bfloat16 else 2.0**-17 if is_bfloat16 else 0.0
-    of_scores = size * (of_keys + query.shape[-1] * 2.0**-22)
-    own = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[query.dtype]
-    each = torch.expm1(2 * of_scores) + of_p + of_values + length * 2.0**-22 + 2.0**-18
-    bound = each * 1.01 * (p @ values.abs()) + own * expected.abs() + 1e-30
-    return expected, bound
-
-
 def assert_is_attention(
     found: Tensor,
     query: Tensor,
@@ -144,7 +114,7 @@ def assert_is_attention(
     visible: Tensor | None = None,
     softcap: float | None = None,
 ) -> None:
-    expected, bound = exact(query, cached, length, visible, softcap)
+    expected, bound = exact_attention(query, cached, length, visible, softcap, on_matrix_hardware=DEVICE == "cuda")
     assert found.shape == query.shape and found.dtype == query.dtype
     assert ((found.double() - expected).abs() <= bound).all(), float((found.double() - expected).abs().max())
 
@@ -450,18 +420,74 @@ ON_HARDWARE = [  # few, because each is compiled
 ]
 
 
+Arguments = tuple[Tensor, CachedTokens, int, Tensor | None]
+
+
+def case_on_hardware(
+    quantizer: TensorQuantizer, dtype: torch.dtype, width: int, group: int, length: int, is_masked: bool
+) -> Arguments:
+    """Queries, what they attend to, how many tokens, and which are seen: those at the edges matter most to some."""
+    cached = filled(quantizer, quantizer, (2, 2, length, width), room=9)
+    query = random(2, 2 * group, 1, width).to(dtype)
+    alike = query.float()[:, ::group]
+    alike = alike * (10 * width**0.5 / alike.norm(dim=-1, keepdim=True))
+    for token in (0, length // 2 - 1, length // 2, length - 1):
+        plain_append_tokens(alike, alike, random(2, 2, 1, width, seed=token), cached, token)
+    visible = torch.arange(length, device=DEVICE) >= torch.tensor([[0], [length // 2]], device=DEVICE)
+    return query, cached, length, visible if is_masked else None
+
+
+def faults(
+    query: Tensor, cached: CachedTokens, length: int, visible: Tensor | None
+) -> dict[str, tuple[Arguments, dict[str, float]]]:
+    """What a kernel may get wrong: what `rounded_attention` gives for these instead."""
+    seen = torch.ones(len(query), length, dtype=torch.bool, device=DEVICE) if visible is None else visible
+    place = torch.arange(length, device=DEVICE)
+    longer = None if visible is None else pad(visible, (0, 1), value=True)
+    scale, parts = cached.values.parts["scale"], dict(cached.values.parts)
+    parts["scale"] = scale * 2 if scale.is_floating_point() else scale + 1
+    doubled = CachedTokens(cached.keys, TokenRows(cached.values.quantizer, cached.values.codes, parts))
+    found: dict[str, tuple[Arguments, dict[str, float]]] = {
+        "the last token is left out": ((query, cached, length, seen & (place < length - 1)), {}),
+        "one more token": ((query, cached, length + 1, longer), {}),
+        "a tile is left out": ((query, cached, length, seen & (place // 32 != length // 64)), {}),
+        "scores are doubled": ((query, cached, length, visible), {"scaling": 2 * query.shape[-1] ** -0.5}),
+        "values are doubled": ((query, doubled, length, visible), {}),
+        "the head before": ((query.roll(1, dims=1), cached, length, visible), {}),
+    }
+    if visible is not None:
+        found["the mask begins late"] = (query, cached, length, visible & visible.roll(1, dims=1)), {}
+        found["the mask begins early"] = (query, cached, length, visible | visible.roll(-1, dims=1)), {}
+    if query.dtype == torch.float16:
+        found["numbers of one part"] = (query, cached, length, visible), {"parts": 1}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "dtype", "width", "group", "length", "is_masked"),
+    [case for case in ON_HARDWARE if case[1] != torch.float32],
+    ids=spelled,
+)
+def test_the_bound_holds_how_the_kernel_rounds_and_no_fault(
+    quantizer: TensorQuantizer, dtype: torch.dtype, width: int, group: int, length: int, is_masked: bool
+) -> None:
+    """On matrix hardware, as it is documented: Triton's interpreter rounds nothing."""
+    arguments = case_on_hardware(quantizer, dtype, width, group, length, is_masked)
+    expected, bound = exact_attention(*arguments, on_matrix_hardware=True)
+    assert ((rounded_attention(*arguments).double() - expected).abs() <= bound).all()
+    for name, (others, options) in faults(*arguments).items():
+        found = rounded_attention(*others, **options).double()
+        assert not ((found - expected).abs() <= bound).all(), name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("quantizer", "dtype", "width", "group", "length", "is_masked"), ON_HARDWARE, ids=spelled)
 def test_on_matrix_hardware(
     quantizer: TensorQuantizer, dtype: torch.dtype, width: int, group: int, length: int, is_masked: bool
 ) -> None:
-    cached = filled(quantizer, quantizer, (2, 2, length, width), room=9)
-    query = random(2, 2 * group, 1, width).to(dtype)
+    query, cached, _, visible = case_on_hardware(quantizer, dtype, width, group, length, is_masked)
     assert decodes_packed(query, cached)
-    visible = None
-    if is_masked:
-        visible = torch.arange(length, device=DEVICE) >= torch.tensor([[0], [length // 2]], device=DEVICE)
     found = decode_attention(query, cached, length, visible, width**-0.5)
     assert_is_attention(found, query, cached, length, visible)
 

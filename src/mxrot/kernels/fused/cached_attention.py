@@ -6,8 +6,8 @@ and the softmax goes along with the sums (Flash-Decoding; arXiv 2205.14135). A s
 
 Products have bfloat16 operands for bfloat16 queries, as in PyTorch's own attention: probabilities are rounded to them,
 and integers with several scales a row. For float16 queries both queries and probabilities are sums of two bfloat16
-numbers. For float32, and by Triton's interpreter, all is float32. Sums are float32. `plain_decode_attention` is the
-specification.
+numbers. For float32, and by Triton's interpreter, all is float32. Sums are float32; of floating-point elements in units
+of 2^60, so what is below 2^-89 is lost. `plain_decode_attention` is the specification.
 """
 
 from __future__ import annotations
