@@ -25,6 +25,7 @@ from mxrot.kernels.linear import Inputs, LookUpWeight, PackedWeight
 from mxrot.kernels.plain import (
     CachedTokens,
     CacheMatrices,
+    ExactTokens,
     ReachedColumns,
     RoundedColumns,
     TokenRows,
@@ -45,6 +46,7 @@ __all__ = [
     "CacheMatrices",
     "CachedTokens",
     "Choice",
+    "ExactTokens",
     "Inputs",
     "LookUpWeight",
     "PackedWeight",

@@ -11,6 +11,7 @@ from mxrot.kernels.plain.cached_attention import (
     plain_append_tokens,
     plain_decode_attention,
 )
+from mxrot.kernels.plain.exact_tokens import ExactTokens
 
 _WIDTHS = (64, 128, 256)
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -32,13 +33,14 @@ def decode_attention(
     visible: Tensor | None,
     scaling: float,
     softcap: float | None = None,
+    exact: ExactTokens | None = None,
 ) -> Tensor:
     """Attention of one token a sequence to the first `length` tokens, as `plain_decode_attention` defines it."""
     if decodes_packed(query, cached):
         from mxrot.kernels.fused.cached_attention import decode_attention as fused
 
-        return fused(query, cached, length, visible, scaling, softcap)
-    return plain_decode_attention(query, cached, length, visible, scaling, softcap)
+        return fused(query, cached, length, visible, scaling, softcap, exact)
+    return plain_decode_attention(query, cached, length, visible, scaling, softcap, exact)
 
 
 def decodes_packed(query: Tensor, cached: CachedTokens) -> bool:

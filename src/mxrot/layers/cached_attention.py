@@ -156,12 +156,9 @@ class _PackedReading(Reading):
         return self.layer.keys.read(start, stop, self.work), self.layer.values.read(start, stop, self.work)
 
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        assert self.layer.recent is not None
-        key, value = self.layer.recent
-        skipped = self.count - key.shape[2]
-        assert start >= skipped
-        start, stop = start - skipped, stop - skipped
-        return key[:, :, start:stop].to(self.work), value[:, :, start:stop].to(self.work)
+        skipped = self.count - self.layer.recent.length
+        key, value = self.layer.recent.read(start - skipped, stop - skipped)
+        return key.to(self.work), value.to(self.work)
 
     def leading(self) -> tuple[Tensor, Tensor, Tensor]:
         layer = self.layer

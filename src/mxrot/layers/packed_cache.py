@@ -24,12 +24,10 @@ from mxrot.formats import CacheScheme
 from mxrot.kernels import CacheMatrices
 from mxrot.layers.installed_cache import cache_scheme_of, turned
 from mxrot.layers.packed_tokens import PackedTokens
+from mxrot.layers.recent_tokens import Pair, RecentTokens
 
 TAKEN_BACK = 24
 """As many of the newest tokens can be cropped where `last` is used and no past is recorded."""
-
-Pair = tuple[Tensor, Tensor]
-"""Of keys and values, [B, heads, tokens, D] each."""
 
 
 class PackedCacheLayer(CacheLayerMixin):
@@ -54,8 +52,8 @@ class PackedCacheLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Of all tensors that are kept."""
-        exact = [tensor for pair in (self.recent, self.leading) if pair is not None for tensor in pair]
-        return self.keys.nbytes + self.values.nbytes + sum(tensor.untyped_storage().nbytes() for tensor in exact)
+        leading = 0 if self.leading is None else sum(tensor.nbytes for tensor in self.leading)
+        return self.keys.nbytes + self.values.nbytes + self.recent.nbytes + leading
 
     def reset(self) -> None:
         self.keys, self.values = PackedTokens(self.scheme.keys), PackedTokens(self.scheme.values)
@@ -63,12 +61,16 @@ class PackedCacheLayer(CacheLayerMixin):
         """Seen so far, also those that a window has left behind."""
         self.new: Pair | None = None
         """What `update` was given and `take` has not taken."""
-        self.recent: Pair | None = None
+        self.recent = RecentTokens()
         """The newest tokens as they came."""
         self.leading: Pair | None = None
         """The `first` tokens of each sequence as they came, zeros where there are none yet."""
         self.padding: Tensor | None = None
         """How many tokens of padding each sequence starts with, int64 [B]: all so far where no other was seen."""
+        self._ask_from = 0
+        """Before so many tokens have come, not all sequences can have their first ones."""
+        self._complete: int | None = None
+        """From so many tokens on they do; None where this was not seen yet."""
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -106,29 +108,42 @@ class PackedCacheLayer(CacheLayerMixin):
         self.keys.append(turned(key, matrices.keys))
         self.values.append(turned(value, matrices.values))
         if self.scheme.last or self.scheme.first:
-            before = self.recent
-            self.recent = (
-                (key, value)
-                if before is None
-                else (torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2))
-            )
+            self.recent.append(key, value)
 
     def take_by(self, pack: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Let `pack` write the key and value of one token at the end of the tokens, where room was made; what it
         returns."""
-        assert self.new is not None and self.scheme.first == self.scheme.last == 0
+        assert self.new is not None and self.has_first
         (key, value), self.new = self.new, None
         self._call = key.shape[2]
+        if self.scheme.last:  # before, because what `pack` starts may run into what is started next
+            self.recent.append(key, value)
         found = pack(key, value)
         for tokens in (self.keys, self.values):
             tokens.length += self._call
         return found
 
+    @property
+    def has_first(self) -> bool:
+        """Had all `first` tokens of all sequences come before the new ones? Asks the device until they had."""
+        assert self.new is not None
+        before = self.tokens - self.new[0].shape[2]
+        if not self.scheme.first:
+            return True
+        if self.padding is None or before < self._ask_from:
+            return False
+        if self._complete is None:
+            needed = int(self.padding.max()) + self.scheme.first
+            if needed > before:
+                self._ask_from = needed
+                return False
+            self._complete = needed
+        return before >= self._complete
+
     def note_padding(self, padding: Tensor | None) -> None:
         """Keep those of the new tokens that are among the `first`; `padding` as the attribute, None where there is
         none in this call."""
-        assert self.recent is not None
-        recent, count = self.recent, self.scheme.first
+        recent, count = self.recent.read(0, self.recent.length), self.scheme.first
         batch, heads, held, _ = recent[0].shape
         start = self.tokens - self._call
         if padding is None:
@@ -162,11 +177,8 @@ class PackedCacheLayer(CacheLayerMixin):
             tokens.shrink()
 
     def _keep_recent(self, tokens: int) -> None:
-        if self.scheme.last < 2:  # a query finds itself among the new ones
-            self.recent = None
-        elif self.recent is not None and self.recent[0].shape[2] > tokens:
-            key, value = (x[:, :, x.shape[2] - tokens :].clone() for x in self.recent)
-            self.recent = key, value
+        # With last = 1 a query finds itself among the new ones.
+        self.recent.keep(0 if self.scheme.last < 2 else tokens)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys a call of so many queries is given, and how many came before them."""
@@ -191,8 +203,7 @@ class PackedCacheLayer(CacheLayerMixin):
         left = self.tokens - removed
         needed = left if self.sliding_window is None else min(left, self.sliding_window - 1)
         exact = min(self.scheme.last - 1, needed)
-        held = 0 if self.recent is None else self.recent[0].shape[2]
-        if removed and (self.keys.length - removed < needed or (exact > 0 and held - removed < exact)):
+        if removed and (self.keys.length - removed < needed or (exact > 0 and self.recent.length - removed < exact)):
             raise RuntimeError(
                 f"crop of {removed} tokens: what attention reads before them is no longer kept; call "
                 "activate_past_recording() on the cache before the tokens come"
@@ -200,8 +211,9 @@ class PackedCacheLayer(CacheLayerMixin):
         for tokens in (self.keys, self.values):
             tokens.drop_last(removed)
         self.tokens = left
-        if self.recent is not None:
-            self.recent = self.recent[0][:, :, : max(0, held - removed)], self.recent[1][:, :, : max(0, held - removed)]
+        self.recent.drop_last(removed)
+        if self._complete is None or left < self._complete:
+            self._ask_from, self._complete = 0, None
         if self.record_past:
             if self.sliding_window is not None:
                 self._keep_window()
@@ -226,9 +238,9 @@ class PackedCacheLayer(CacheLayerMixin):
     def _of_batch(self, places: Tensor) -> None:
         for tokens in (self.keys, self.values):
             tokens.select(places)
-        for name in ("recent", "leading"):
-            pair = getattr(self, name)
-            setattr(self, name, pair and tuple(x.index_select(0, places) for x in pair))
+        self.recent.select(places)
+        if self.leading is not None:
+            self.leading = self.leading[0].index_select(0, places), self.leading[1].index_select(0, places)
         self.padding = None if self.padding is None else self.padding.index_select(0, places)
 
     def offload(self) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxrot.kernels import CachedTokens, CacheMatrices, TokenRows, append_tokens, decode_attention, decodes_packed
+from mxrot.kernels import (
+    CachedTokens,
+    CacheMatrices,
+    ExactTokens,
+    TokenRows,
+    append_tokens,
+    decode_attention,
+    decodes_packed,
+)
 from mxrot.layers.packed_cache import PackedCacheLayer
 from mxrot.layers.packed_tokens import PackedTokens
 
@@ -20,25 +28,42 @@ def decode_packed(
 ) -> Tensor | None:
     """Attention of a query [B, heads, 1, D] to what `layer` keeps, its new token included, in the shape and type of it.
 
-    None, and nothing is done, where kernels do not run: for several tokens, for the first token of a cache, where
-    tokens are read in 16 bits, and for masks of numbers, which may be other than large ones.
+    None, and nothing is done, where kernels do not run: for several tokens, for the first token of a cache, while
+    sequences lack some of the first tokens, and for masks of numbers, which may be other than large ones.
     """
     is_flags = mask is None or mask.dtype == torch.bool
-    if query.shape[2] != 1 or not layer.keys.length or layer.scheme.first or layer.scheme.last or not is_flags:
+    if query.shape[2] != 1 or not layer.keys.length or not is_flags or not _takes(layer, query):
         return None
     for tokens in (layer.keys, layer.values):
         tokens.reserve(1)
     cached = _rows(layer, matrices, 0)
-    if not decodes_packed(query, cached):
+    if not decodes_packed(query, cached) or not layer.has_first:
         return None
     place = layer.keys.length
     turned = layer.take_by(lambda key, value: append_tokens(query, key, value, cached, place))
     before = layer.keys.length - layer.visible
     seen = None if mask is None else mask[:, 0, 0, : layer.visible].expand(len(query), -1)
     read = cached if not before else _rows(layer, matrices, before)
-    found = decode_attention(turned, read, layer.visible, seen, scaling, softcap)
+    found = decode_attention(turned, read, layer.visible, seen, scaling, softcap, _exact(layer, query))
     layer.trim()
     return found
+
+
+def _takes(layer: PackedCacheLayer, query: Tensor) -> bool:
+    """Is what is read in 16 bits of the type of the query?"""
+    keeps = layer.scheme.first or layer.scheme.last
+    return not keeps or layer.dtype == query.dtype
+
+
+def _exact(layer: PackedCacheLayer, query: Tensor) -> ExactTokens | None:
+    """What is read as it came, by a query as it came."""
+    first, last = layer.scheme.first, layer.scheme.last
+    if not first and not last:
+        return None
+    rings, visible = layer.recent.rings if last else None, layer.visible
+    shift = (layer.recent.end - visible) % layer.recent.capacity if last else 0
+    begins = layer.padding if first else None
+    return ExactTokens(query, last, rings, shift, layer.leading, begins, layer.tokens - visible)
 
 
 def _rows(layer: PackedCacheLayer, matrices: CacheMatrices, skipped: int) -> CachedTokens:

@@ -286,10 +286,17 @@ def test_a_model_without_a_scheme_has_no_such_cache() -> None:
         PackedCache.of(model)
 
 
+NEAR = {"first": 3, "last": 5}
+TRANSFORMED = {"key_transform": "hadamard", "value_transform": "hadamard"}
+
+
+@pytest.mark.parametrize("more", [{}, NEAR, {"first": 3}, {"last": 1}, {"last": 5}], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_single_tokens_by_way_of_kernels_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_tokens_by_way_of_kernels_are_the_same(
+    kind: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By their plain twins here, which are float32; with padding, windows and a sequence that leaves."""
-    model = quantized(plain_model(kind).float(), scheme_of(key_transform="hadamard", value_transform="hadamard"))
+    model = quantized(plain_model(kind).float(), scheme_of(**TRANSFORMED, **more))
     ids, mask = padded([random_windows(1, length, seed=length)[0] for length in (19, 30)])
     places = (mask.cumsum(dim=1) - 1).clamp(min=0)
     read = Mock(wraps=decode_attention)
@@ -299,8 +306,8 @@ def test_single_tokens_by_way_of_kernels_are_the_same(kind: str, monkeypatch: py
         monkeypatch.setattr("mxrot.layers.packed_decoding.decodes_packed", lambda *_, runs=runs: runs)
         cache, found = PackedCache.of(model), []
         for some in (slice(0, 29), slice(29, 30)):
-            more = {"attention_mask": mask[:, : some.stop], "position_ids": places[:, some]}
-            found.append(model(ids[:, some], past_key_values=cache, **more).logits.flatten())
+            options = {"attention_mask": mask[:, : some.stop], "position_ids": places[:, some]}
+            found.append(model(ids[:, some], past_key_values=cache, **options).logits.flatten())
         cache.batch_select_indices(torch.tensor([1]))
         found.append(in_pieces(model, random_windows(1, 20), [1] * 20, cache).flatten())
         logits.append(torch.cat(found))
@@ -308,17 +315,56 @@ def test_single_tokens_by_way_of_kernels_are_the_same(kind: str, monkeypatch: py
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("more", [NEAR, {"first": 20, "last": 40}], ids=str)
+def test_kernels_take_over_when_all_first_tokens_have_come(
+    more: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token by token from the first one, back behind it, and to the end again; the texts begin at different places."""
+    model = quantized(plain_model("llama").float(), scheme_of(**TRANSFORMED, **more))
+    ids, mask = padded([random_windows(1, length, seed=length)[0] for length in (24, 30)])
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    read = Mock(wraps=decode_attention)
+    monkeypatch.setattr("mxrot.layers.packed_decoding.decode_attention", read)
+    logits = []
+    for runs in (False, True):
+        monkeypatch.setattr("mxrot.layers.packed_decoding.decodes_packed", lambda *_, runs=runs: runs)
+        cache, found = PackedCache.of(model), []
+        cache.activate_past_recording()
+        for start in (0, 8):
+            for token in range(start, 30):
+                options = {"attention_mask": mask[:, : token + 1], "position_ids": places[:, token : token + 1]}
+                out = model(ids[:, token : token + 1], past_key_values=cache, **options).logits
+                found.append(out[mask[:, token] == 1].flatten())
+            cache.crop(-22 if not start else 0)
+            cache.activate_past_recording()
+        logits.append(torch.cat(found))
+    complete = 6 + more["first"]
+    assert read.call_count == 2 * (30 - complete + 30 - max(complete, 8))
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("format", ["mxfp4", "mxfp8_e4m3", "int4_row_asym", "int2_g32_asym"])
+@pytest.mark.parametrize(
+    ("format", "more"),
+    [
+        ("mxfp4", {}),
+        ("mxfp8_e4m3", {}),
+        ("int4_row_asym", {}),
+        ("int2_g32_asym", {}),
+        ("mxfp4", {"first": 16, "last": 128}),
+        ("int4_row_asym", {"last": 7}),
+    ],
+    ids=str,
+)
 def test_on_a_gpu_single_tokens_take_kernels_and_are_those_of_the_plain_path(
-    format: str, monkeypatch: pytest.MonkeyPatch
+    format: str, more: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, of a model with heads of 64; the texts differ in length."""
     torch.manual_seed(0)
     config = tiny_config(head_dim=64, hidden_size=256)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for block in model.model.layers:
-        quantize_cache(block.self_attn, scheme_of(format, key_transform="hadamard", value_transform="hadamard"), 64, 2)
+        quantize_cache(block.self_attn, scheme_of(format, **TRANSFORMED, **more), 64, 2)
     ids, mask = (x.cuda() for x in padded([random_windows(1, length, seed=length)[0] for length in (99, 300)]))
     model.cuda()
     read = Mock(wraps=decode_attention)

@@ -23,7 +23,7 @@ def _dot(a, b, total, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _product(x, y, total, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+def product(x, y, total, PARTS: tl.constexpr, DTYPE: tl.constexpr):
     """total + x y, where float32 y becomes so many numbers of DTYPE, and x is of that."""
     first = y.to(DTYPE)
     total = _dot(x, first, total, DTYPE)
@@ -74,7 +74,7 @@ def _row_scales(scales, TOKENS: tl.constexpr):
     return tl.reshape(scales, [TOKENS]).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "last", "skipped", "shares"])
 def attention_share(
     query_pointer,
     sums_pointer,
@@ -87,7 +87,11 @@ def attention_share(
     value_scales,
     value_zeros,
     visible_pointer,
+    begins_pointer,
     length,
+    last,
+    skipped,
+    shares,
     kv_heads,
     query_batch,
     query_head,
@@ -109,6 +113,7 @@ def attention_share(
     LENGTH_AT_POINTER: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FIRST: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -131,7 +136,8 @@ def attention_share(
     V_UNITS: tl.constexpr = WIDTH * V_BITS // 16
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     split, splits = tl.program_id(1), tl.num_programs(1)
-    count = (tl.load(length) if LENGTH_AT_POINTER else length).to(tl.int32)
+    # The newest tokens, and FIRST tokens from a place on, are read as they came (`fused.exact_share`).
+    count = tl.maximum((tl.load(length) if LENGTH_AT_POINTER else length).to(tl.int32) - last, 0)
     each = (count + TOKENS * splits - 1) // (TOKENS * splits) * TOKENS
     key_codes += batch * kc_batch + kv_head * kc_head
     key_scales += batch * kp_batch + kv_head * kp_head
@@ -146,6 +152,8 @@ def attention_share(
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
+    if FIRST > 0:
+        begin = (tl.load(begins_pointer + batch) - skipped).to(tl.int32)
     heads = tl.arange(0, HEADS)
     of_query = heads[None, :] * query_head + columns_of(WIDTH, K_BITS)[:, None]
     query_pointer += batch * query_batch + kv_head * GROUP * query_head
@@ -187,11 +195,13 @@ def attention_share(
             _fetch(key_codes, key_scales, kc_token, kp_token, after, count, TOKENS)
             _fetch(value_codes, value_scales, vc_token, vp_token, after, count, TOKENS)
         keys = numbers_of(units, scales, zeros, K_BITS, K_FRACTION, K_MIN_EXPONENT, DTYPE)
-        scores = _product(keys, query, tl.zeros([TOKENS, HEADS], tl.float32), PARTS, DTYPE)
+        scores = product(keys, query, tl.zeros([TOKENS, HEADS], tl.float32), PARTS, DTYPE)
         if K_FRACTION < 0 and K_GROUPS == 1:
             scores = scores * _row_scales(scales, TOKENS)[:, None]
         token = start + tl.arange(0, TOKENS)
         seen = token < count
+        if FIRST > 0:
+            seen = seen & ((token < begin) | (token >= begin + FIRST))
         if HAS_VISIBLE:
             flags = tl.load(visible_pointer + batch * visible_batch + token, mask=seen, other=0)
             seen = seen & (flags != 0)
@@ -215,10 +225,10 @@ def attention_share(
         if V_FRACTION >= 0:
             p = tl.where(are_in_range(v_scales, V_FRACTION)[:, None], p, float("nan"))
         values = numbers_of(v_units, v_scales, v_zeros, V_BITS, V_FRACTION, V_MIN_EXPONENT, DTYPE)
-        sums = _product(tl.trans(values), p, sums * shrink[None, :], PARTS, DTYPE)
+        sums = product(tl.trans(values), p, sums * shrink[None, :], PARTS, DTYPE)
     if V_FRACTION >= 0:
         sums = sums * 2.0**60
-    row = (tl.program_id(0).to(tl.int64) * GROUP + heads) * splits + split
+    row = (tl.program_id(0).to(tl.int64) * GROUP + heads) * shares + split
     tl.store(maxima_pointer + row, largest, mask=heads < GROUP)
     tl.store(totals_pointer + row, total, mask=heads < GROUP)
     place = row[None, :] * WIDTH + columns_of(WIDTH, V_BITS)[:, None]

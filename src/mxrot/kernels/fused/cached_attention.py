@@ -2,7 +2,8 @@
 
 Tokens are split among programs, each of which goes through its share for all queries that read one head of the cache:
 codes become numbers in registers (`fused.packed_rows`), scores and what they sum up are products on matrix hardware,
-and the softmax goes along with the sums (Flash-Decoding; arXiv 2205.14135). A second launch puts the shares together.
+and the softmax goes along with the sums (Flash-Decoding; arXiv 2205.14135). Another launch puts the shares together,
+also those of tokens that are read as they came (`fused.exact_attention`).
 
 Products have bfloat16 operands for bfloat16 queries, as in PyTorch's own attention: probabilities are rounded to them,
 and integers with several scales a row. For float16 queries both queries and probabilities are sums of two bfloat16
@@ -12,7 +13,7 @@ of 2^60, so what is below 2^-89 is lost. `plain_decode_attention` is the specifi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -22,15 +23,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxrot.kernels.fused.append_tokens import matrix_stride, strides_of
 from mxrot.kernels.fused.attention_share import attention_share
+from mxrot.kernels.fused.exact_attention import Shares, share_exact, shares_of
 from mxrot.kernels.fused.overlap import can_overlap
 from mxrot.kernels.fused.packed_rows import RowLayout
 from mxrot.kernels.plain.cached_attention import CachedTokens, TokenRows, times_each
+from mxrot.kernels.plain.exact_tokens import ExactTokens
 
 LOG2_E = 1.4426950408889634
 UNIT_BYTES = 2
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "begin", "end"])
 def _combine(
     sums_pointer,
     maxima_pointer,
@@ -39,6 +42,8 @@ def _combine(
     matrix_pointer,
     matrix_stride,
     splits,
+    begin,
+    end,
     kv_heads,
     group,
     HAS_MATRIX: tl.constexpr,
@@ -46,10 +51,11 @@ def _combine(
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    HAS_EXACT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The shares of one head of one sequence, some columns of them, and what they give times the matrix of its kv
-    head."""
+    """The shares of one head of one sequence, some columns of them: what those from `begin` to `end` sum up, times the
+    matrix of its kv head, and with HAS_EXACT those from `end` on, which are not multiplied by it."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if HAS_MATRIX:
@@ -65,17 +71,24 @@ def _combine(
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros([AT_ONCE], tl.float32)
     found = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
+    exact = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
     for start in tl.static_range(0, SPLITS, AT_ONCE):
         split = start + tl.arange(0, AT_ONCE)
         at = row * splits + split
         factors = tl.exp2(tl.load(maxima_pointer + at, mask=split < splits, other=float("-inf")) - largest)
         total += factors * tl.load(totals_pointer + at, mask=split < splits, other=0)
         place = at[:, None] * WIDTH + columns[None, :]
-        found += factors[:, None] * tl.load(sums_pointer + place, mask=(split < splits)[:, None], other=0)
+        inside = (split >= begin) & (split < end)
+        found += factors[:, None] * tl.load(sums_pointer + place, mask=inside[:, None], other=0)
+        if HAS_EXACT:
+            inside = (split >= end) & (split < splits)
+            exact += factors[:, None] * tl.load(sums_pointer + place, mask=inside[:, None], other=0)
     total = tl.sum(total, axis=0)
     found = tl.sum(found, axis=0) / tl.where(total > 0, total, 1.0)
     if HAS_MATRIX:
         found = tl.sum(found.to(matrix.dtype)[:, None] * matrix, axis=0)
+    if HAS_EXACT:
+        found += (tl.sum(exact, axis=0) / tl.where(total > 0, total, 1.0)).to(found.dtype)
     tl.store(out_pointer + row * WIDTH + columns, found.to(out_pointer.dtype.element_ty))
 
 
@@ -127,14 +140,16 @@ def decode_attention(
     visible: Tensor | None,
     scaling: float,
     softcap: float | None = None,
+    exact: ExactTokens | None = None,
 ) -> Tensor:
     """As `plain_decode_attention` defines it, for rows that `RowLayout` knows, of a power of two from 64 on."""
     batch, kv_heads = cached.keys.codes.shape[:2]
     tokens = length if isinstance(length, int) else cached.keys.capacity
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 4
     is_wide = max(rows.quantizer.format.bits for rows in (cached.keys, cached.values)) == 8
-    tile = choose_tile(batch * kv_heads, tokens, processors, is_wide, _operands(query)[1] == tl.float32)
-    return attend_by_tiles(query, cached, length, visible, scaling, softcap, tile)
+    packed = tokens if exact is None else max(1, tokens - exact.last)
+    tile = choose_tile(batch * kv_heads, packed, processors, is_wide, _operands(query)[1] == tl.float32)
+    return attend_by_tiles(query, cached, length, visible, scaling, softcap, tile, exact)
 
 
 def attend_by_tiles(
@@ -145,41 +160,66 @@ def attend_by_tiles(
     scaling: float,
     softcap: float | None,
     tile: Tile,
+    exact: ExactTokens | None = None,
 ) -> Tensor:
     """`decode_attention` by a given tile."""
-    batch, heads, _, width = query.shape
-    kv_heads, device = cached.keys.codes.shape[1], query.device
+    if not query.numel():
+        return torch.empty_like(query)
     query = query if query.stride(-1) == 1 else query.contiguous()
+    if visible is not None and visible.dtype == torch.bool:
+        visible = visible.view(torch.uint8)
+    of_exact = 0 if exact is None else shares_of(exact)
+    tile = replace(tile, splits=min(tile.splits, MOST_SPLITS - of_exact))
+    shares = Shares.empty(query, tile.splits, of_exact)
+    scales = (scaling * LOG2_E, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2_E)
+    _share_packed(query, shares, cached, length, visible, scales, tile, exact)
+    if exact is not None and of_exact:
+        share_exact(shares, exact, cached.keys.codes.shape[1], length, visible, scales)
+    return _combined(query, shares, cached.matrices.outputs, cached.keys.codes.shape[1])
+
+
+def _share_packed(
+    query: Tensor,
+    shares: Shares,
+    cached: CachedTokens,
+    length: int | Tensor,
+    visible: Tensor | None,
+    scales: tuple[float, float],
+    tile: Tile,
+    exact: ExactTokens | None,
+) -> None:
+    batch, heads, _, width = query.shape
+    kv_heads = cached.keys.codes.shape[1]
     layouts = [RowLayout.of(rows.quantizer, width) for rows in (cached.keys, cached.values)]
     assert layouts[0] is not None and layouts[1] is not None
-    out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    if not out.numel():
-        return out
     parts, dtype = _operands(query)
     assert dtype == tl.float32 or tile.tokens >= LEAST_TOKENS
-    sums = torch.empty(batch * heads, tile.splits, width, dtype=torch.float32, device=device)
-    maxima, totals = (torch.empty(batch * heads, tile.splits, dtype=torch.float32, device=device) for _ in range(2))
-    overlaps = can_overlap(device)
+    overlaps = can_overlap(query.device)
     group = heads // kv_heads
+    begins = None if exact is None else exact.begins
     attention_share[(batch * kv_heads, tile.splits)](
         query,
-        sums,
-        maxima,
-        totals,
+        shares.sums,
+        shares.maxima,
+        shares.totals,
         *_units(cached.keys),
         *_units(cached.values),
-        query if visible is None else visible.view(torch.uint8) if visible.dtype == torch.bool else visible,
+        query if visible is None else visible,
+        query if begins is None else begins,
         length,
+        0 if exact is None else exact.last,
+        0 if exact is None else exact.skipped,
+        shares.count,
         kv_heads,
         *query.stride()[:2],
         *strides_of(cached.keys, UNIT_BYTES),
         *strides_of(cached.values, UNIT_BYTES),
         0 if visible is None else visible.stride(0),
-        scaling * LOG2_E if softcap is None else scaling / softcap,
-        0.0 if softcap is None else softcap * LOG2_E,
+        *scales,
         LENGTH_AT_POINTER=isinstance(length, Tensor),
         HAS_VISIBLE=visible is not None,
-        HAS_SOFTCAP=softcap is not None,
+        HAS_SOFTCAP=scales[1] != 0.0,
+        FIRST=0 if exact is None else exact.first,
         GROUP=group,
         HEADS=max(8, triton.next_power_of_2(group)),
         WIDTH=width,
@@ -195,30 +235,55 @@ def attend_by_tiles(
         maxnreg=tile.registers,
         launch_pdl=overlaps,
     )
-    outputs = cached.matrices.outputs
-    is_small = outputs is not None and width <= MOST_COMBINED
-    columns = width if is_small else min(width, COLUMNS)
-    splits = next(most for most in SPLITS if most >= tile.splits)
+
+
+def _combined(query: Tensor, shares: Shares, outputs: Tensor | None, kv_heads: int) -> Tensor:
+    """Of all shares, in the shape and type of the query; what packed ones sum up is multiplied by `outputs`."""
+    if outputs is None:
+        return _sum_shares(query, shares, 0, shares.count, None, kv_heads, query.dtype)
+    if query.shape[3] <= MOST_COMBINED:
+        return _sum_shares(query, shares, 0, shares.packed, outputs, kv_heads, query.dtype)
+    if shares.count == shares.packed:
+        found = _sum_shares(query, shares, 0, shares.count, None, kv_heads, query.dtype)
+        return times_each(found, outputs).to(query.dtype)
+    packed, exact = (
+        _sum_shares(query, shares, *of, None, kv_heads, torch.float32)
+        for of in ((0, shares.packed), (shares.packed, shares.count))
+    )
+    return (times_each(packed, outputs) + exact).to(query.dtype)
+
+
+def _sum_shares(
+    query: Tensor, shares: Shares, begin: int, end: int, outputs: Tensor | None, kv_heads: int, dtype: torch.dtype
+) -> Tensor:
+    batch, heads, _, width = query.shape
+    out = torch.empty(query.shape, dtype=dtype, device=query.device)
+    columns = min(width, COLUMNS) if outputs is None else width
+    splits = next(most for most in SPLITS if most >= shares.count)
+    overlaps = can_overlap(query.device)
     _combine[(batch * heads, width // columns)](
-        sums,
-        maxima,
-        totals,
+        shares.sums,
+        shares.maxima,
+        shares.totals,
         out,
-        outputs.contiguous() if outputs is not None and is_small else sums,
+        shares.sums if outputs is None else outputs.contiguous(),
         matrix_stride(outputs),
-        tile.splits,
+        shares.count,
+        begin,
+        end,
         kv_heads,
-        group,
-        HAS_MATRIX=is_small,
+        heads // kv_heads,
+        HAS_MATRIX=outputs is not None,
         WIDTH=width,
         COLUMNS=columns,
         SPLITS=splits,
         AT_ONCE=min(splits, 4096 // columns),
+        HAS_EXACT=outputs is not None and end < shares.count,
         OVERLAP=overlaps,
-        num_warps=8 if is_small else 4,
+        num_warps=4 if outputs is None else 8,
         launch_pdl=overlaps,
     )
-    return out if outputs is None or is_small else times_each(out, outputs).to(query.dtype)
+    return out
 
 
 def _operands(query: Tensor) -> tuple[int, tl.dtype]:

@@ -18,6 +18,7 @@ from mxrot.kernels.plain.cached_attention import (
     plain_append_tokens,
     plain_decode_attention,
 )
+from mxrot.kernels.plain.exact_tokens import ExactTokens
 from mxrot.kernels.plain.look_up import (
     IntegerRows,
     in_planes,
@@ -61,6 +62,7 @@ __all__ = [
     "E5M2_EXPONENTS",
     "CacheMatrices",
     "CachedTokens",
+    "ExactTokens",
     "IntegerRows",
     "PackedRows",
     "ReachedColumns",

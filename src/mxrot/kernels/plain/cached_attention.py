@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import QTensor, TensorQuantizer, as_blocks, choose_parts, encode_blocks
+from mxrot.kernels.plain.exact_tokens import ExactTokens
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,20 @@ def plain_decode_attention(
     visible: Tensor | None,
     scaling: float,
     softcap: float | None = None,
+    exact: ExactTokens | None = None,
 ) -> Tensor:
     """Attention of one token a sequence, query [B, heads, 1, D], to the first `length` tokens: shape and type of it.
 
     `length` is an int, or int64 [1] on the device. Where `visible` [B, N], N at least `length`, is 0 a token is not
     seen; a query that sees none gets zeros. Arithmetic is float32. With `softcap` c scores are c tanh(score / c).
+    With `exact` some tokens are read as they came, by the query as it came, and are not multiplied by U^-1.
     """
     tokens = length if isinstance(length, int) else cached.keys.capacity
     keys, values = cached.keys.first(tokens).dequantize(), cached.values.first(tokens).dequantize()
-    grouped = query.float().reshape(len(query), keys.shape[1], -1, query.shape[-1])
-    scores = grouped @ keys.mT * scaling
+    scores = _scores(query, keys, scaling)
+    if exact is not None:
+        own_keys, own_values, is_exact = exact.overlay(keys, values, length)
+        scores = torch.where(is_exact[:, None, None], _scores(exact.query, own_keys, scaling), scores)
     scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
     seen = (torch.arange(tokens, device=query.device) < length)[None]
     if visible is not None:
@@ -123,10 +128,19 @@ def plain_decode_attention(
     seen = seen[:, None, None]
     p = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).masked_fill(~seen, 0)
     # Whatever lies in places that are not filled yet is not read.
-    found = p @ values.masked_fill(~seen.mT, 0)
     outputs = cached.matrices.outputs
-    found = found.reshape(query.shape)
-    return (found if outputs is None else times_each(found, outputs)).to(query.dtype)
+    packed = seen if exact is None else seen & ~is_exact[:, None, None]
+    found = (p.masked_fill(~packed, 0) @ values.masked_fill(~packed.mT, 0)).reshape(query.shape)
+    found = found if outputs is None else times_each(found, outputs)
+    if exact is not None:
+        own = seen & is_exact[:, None, None]
+        found = found + (p.masked_fill(~own, 0) @ own_values.masked_fill(~own.mT, 0)).reshape(query.shape)
+    return found.to(query.dtype)
+
+
+def _scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """float32 [B, kv heads, heads that share them, tokens]."""
+    return query.float().reshape(len(query), keys.shape[1], -1, query.shape[-1]) @ keys.mT * scaling
 
 
 def times_each(x: Tensor, matrices: Tensor | None) -> Tensor:
