@@ -39,10 +39,10 @@ class HeadShapes:
     width: int = 128
 
 
-def cache_scheme(name: str, transform: str, width: int) -> CacheScheme:
-    """What `--kv` and `--kv-transform` of these names install in a model; ConfigError for what there is not, and for
-    heads of a width that is not whole blocks."""
-    scheme = RunTimeCache.of(name, transform).scheme
+def cache_scheme(name: str, transform: str, width: int, first: int = 0, last: int = 0) -> CacheScheme:
+    """What `--kv` and `--kv-transform` of these names, `--kv-first` and `--kv-last` install in a model; ConfigError for
+    what there is not, and for heads of a width that is not whole blocks."""
+    scheme = RunTimeCache.of(name, transform, first, last).scheme
     if scheme is None:
         raise ConfigError(f"--kv {name}: is no other cache than the one that is measured beside it; name a format")
     if width % scheme.head_block:

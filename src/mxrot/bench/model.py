@@ -295,6 +295,9 @@ def _draw(cache: FixedCache | FixedPackedCache) -> None:
         for tensor in (tensor for pair in cache.kept for tensor in pair):
             tensor.normal_()
         return
+    for exact in cache.kept_exact:
+        for tensor in exact.tensors:
+            tensor.normal_()
     for tokens in cache.kept:
         batch, heads, positions = tokens.keys.codes.shape[:3]
         for start in range(0, positions, DRAWN_AT_ONCE):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mxrot.commands.cache_options import KvFirst, KvLast
 from mxrot.commands.options import (
     Calib,
     Changes,
@@ -103,6 +104,8 @@ def bench_model_command(
     cache_transform: Annotated[
         str, typer.Option("--kv-transform", metavar="KIND", help="Of keys and values: hadamard, second-moment or none")
     ] = "hadamard",
+    cache_first: KvFirst = 0,
+    cache_last: KvLast = 0,
     compiles: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile the decoder blocks (not with --kv)")
     ] = None,
@@ -122,8 +125,12 @@ def bench_model_command(
         raise ConfigError("--hidden must be a multiple of 32 times --heads, --ffn of 32, --heads of --kv-heads")
     if compiles and cache is not None:
         raise ConfigError("--compile: with --kv both caches run as transformers has them; leave one of the two out")
+    if cache is None and (cache_first or cache_last):
+        raise ConfigError("--kv-first, --kv-last: are of a cache; name its format with --kv")
     lengths = _numbers("--context", contexts)
-    scheme = None if cache is None else bench.cache_scheme(cache, cache_transform, hidden // heads)
+    scheme = (
+        None if cache is None else bench.cache_scheme(cache, cache_transform, hidden // heads, cache_first, cache_last)
+    )
     if scheme is not None and scheme.stored_names:
         raise ConfigError(f"--kv-transform {cache_transform}: is fitted, and these weights were drawn; take hadamard")
     config = bench.llama_config(hidden, ffn, blocks, heads, kv_heads, vocabulary, max(prompt, *lengths) + 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from mxrot.kernels import CachedTokens, TokenRows, append_tokens, decode_attention
+from mxrot.layers.fixed_exact_tokens import FixedExactTokens
 from mxrot.layers.installed_cache import installed_cache
 from mxrot.layers.quantized_attention import seen_in
 
@@ -22,6 +23,7 @@ class FixedPackedLayer:
     def __init__(self, cache: FixedPackedCache) -> None:
         self.cache = cache
         self.tokens: CachedTokens | None = None
+        self.exact: FixedExactTokens | None = None
         self.new: tuple[Tensor, Tensor] | None = None
 
     def attend(
@@ -33,14 +35,22 @@ class FixedPackedLayer:
         (key, value), self.new = self.new, None
         if self.tokens is None:
             self.tokens = self._empty(module, key)
+        position = self.cache.position
         seen = None if mask is None else seen_in(mask)[:, 0, 0].expand(len(query), -1)
-        turned = append_tokens(query, key, value, self.tokens, self.cache.position)
-        return decode_attention(turned, self.tokens, self.cache.visible, seen, scaling, softcap)
+        if self.exact is None:
+            turned = append_tokens(query, key, value, self.tokens, position)
+            return decode_attention(turned, self.tokens, self.cache.visible, seen, scaling, softcap)
+        self.exact.append(key, value, position, seen)
+        turned = append_tokens(query, key, value, self.tokens, position)
+        exact = self.exact.read_by(query)
+        return decode_attention(turned, self.tokens, position + 1, seen, scaling, softcap, exact)
 
     def _empty(self, module: nn.Module, key: Tensor) -> CachedTokens:
         installed = installed_cache(module)
         assert installed is not None
         batch, heads, _, width = key.shape
+        if installed.scheme.first or installed.scheme.last:
+            self.exact = FixedExactTokens(installed.scheme, key)
         keys, values = (
             TokenRows.empty(quantizer, batch, heads, self.cache.positions, width, key.device)
             for quantizer in (installed.scheme.keys, installed.scheme.values)
@@ -49,7 +59,10 @@ class FixedPackedLayer:
 
 
 class FixedPackedCache(Cache):
-    """One token a call, for modules whose scheme keeps no token in 16 bits; attention sees the first `visible` ones."""
+    """One token a call; attention sees the first `visible` ones.
+
+    Where a scheme keeps tokens in 16 bits it sees those up to `position`, and tokens must come one after the other.
+    """
 
     def __init__(self, positions: int) -> None:  # without what Cache sets up: layers of kinds of its own
         self.layers = []
@@ -69,9 +82,15 @@ class FixedPackedCache(Cache):
         return [layer.tokens for layer in self._kept.values() if layer.tokens is not None]
 
     @property
+    def kept_exact(self) -> list[FixedExactTokens]:
+        """What they keep in 16 bits, where they do."""
+        return [layer.exact for layer in self._kept.values() if layer.exact is not None]
+
+    @property
     def nbytes(self) -> int:
         """Of keys and values, with all that stands beside them, of all positions."""
-        return sum(tokens.keys.nbytes + tokens.values.nbytes for tokens in self.kept)
+        exact = sum(kept.nbytes for kept in self.kept_exact)
+        return exact + sum(tokens.keys.nbytes + tokens.values.nbytes for tokens in self.kept)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Note the keys and values [B, heads, 1, width] of a layer; the layer itself, twice, which attention reads."""

@@ -63,7 +63,9 @@ def _exact(layer: PackedCacheLayer, query: Tensor) -> ExactTokens | None:
     rings, visible = layer.recent.rings if last else None, layer.visible
     shift = (layer.recent.end - visible) % layer.recent.capacity if last else 0
     begins = layer.padding if first else None
-    return ExactTokens(query, last, rings, shift, layer.leading, begins, layer.tokens - visible)
+    return ExactTokens(
+        query, first, last, rings, shift, layer.leading if first else None, begins, layer.tokens - visible
+    )
 
 
 def _rows(layer: PackedCacheLayer, matrices: CacheMatrices, skipped: int) -> CachedTokens:

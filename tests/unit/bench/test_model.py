@@ -132,7 +132,8 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["bench", "model", *shape, *work])
     assert result.exit_code == 0, result.output
     assert len(json.loads(path.read_text())["rows"]) == 4
-    more = ["--prompt", "0", "--context", "8,9", "--kv", "mxfp4", "--device", "cpu", "--json", str(path)]
+    more = ["--prompt", "0", "--context", "8,9", "--kv", "mxfp4", "--kv-first", "2", "--kv-last", "3"]
+    more += ["--device", "cpu", "--json", str(path)]
     result = CliRunner().invoke(cli.app, ["bench", "model", *shape, *more])
     assert result.exit_code == 0, result.output
     written = json.loads(path.read_text())
@@ -141,6 +142,7 @@ def test_the_command(tmp_path: Path) -> None:
         ["--kv", "mxfp4", "--compile"],
         ["--context", "8,x"],
         ["--kv", "mxfp5"],
+        ["--kv-last", "3"],
         ["--kv-transform", "x", "--kv", "int4"],
         ["--kv-transform", "second-moment", "--kv", "int4"],
     )

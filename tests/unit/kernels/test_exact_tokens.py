@@ -61,7 +61,7 @@ class Case:
         self.begins = torch.tensor(begins, device=DEVICE)
         self.exact = self._exact(ring or last + 5, skipped, 11)
 
-    def _exact(self, ring: int, skipped: int, shift: int) -> ExactTokens:
+    def _exact(self, ring: int, skipped: int, shift: int, spare: int = 3) -> ExactTokens:
         """Rows that no token has hold NaN."""
         places = torch.arange(max(0, self.length - ring), self.length, device=DEVICE)
         index = self.begins[:, None] + torch.arange(self.first, device=DEVICE)
@@ -72,9 +72,12 @@ class Case:
             rows[:, :, (places + shift) % ring] = x[:, :, places]
             recent.append(rows)
             at = index.clamp(0, self.length - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-            leading.append(torch.where(there, x.gather(2, at), math.nan).contiguous())
+            rows = x.new_full((*x.shape[:2], self.first + spare, x.shape[3]), math.nan)
+            rows[:, :, : self.first] = torch.where(there, x.gather(2, at), math.nan)
+            leading.append(rows)
         return ExactTokens(
             self.query,
+            self.first,
             self.last,
             (recent[0], recent[1]) if self.last else None,
             shift,

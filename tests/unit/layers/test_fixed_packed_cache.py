@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.tiny_model import tiny_config
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mxrot.bench.cache import cache_scheme
 from mxrot.bench.model import random_model
@@ -16,20 +17,29 @@ SCHEMES = [
     cache_scheme("mxfp8", "none", 32),
     CacheScheme(MXFP4, INT4, key_transform="hadamard"),
     CacheScheme(INT4, MXFP4, key_transform="stored", value_transform="hadamard"),
+    CacheScheme(INT4, MXFP4, first=2, last=3, key_transform="hadamard", value_transform="hadamard"),
+    CacheScheme(MXFP4, MXFP4, first=3),
+    CacheScheme(MXFP4, MXFP4, last=1),
 ]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.spelled)
-def test_token_by_token_it_is_the_whole(scheme: CacheScheme) -> None:
-    """With a mask that moves, as in a CUDA graph; and with the visible tokens counted, without one."""
-    config = tiny_config(architectures=["LlamaForCausalLM"], head_dim=32)
-    model = random_model(config, torch.device("cpu")).float()
+def model_of(scheme: CacheScheme, width: int = 32, device: str = "cpu") -> PreTrainedModel:
+    config = tiny_config(architectures=["LlamaForCausalLM"], head_dim=width)
+    model = random_model(config, torch.device(device)).float()
     family = find_family(config, "the model")
     for block in model.get_submodule(family.blocks).children():
         attention = block.get_submodule(family.attention)
         quantize_cache(attention, scheme, attention.head_dim, config.num_key_value_heads)
         for name in scheme.stored_names:
             getattr(attention, name).data.normal_(generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.spelled)
+def test_token_by_token_it_is_the_whole(scheme: CacheScheme) -> None:
+    """With a mask that moves, as in a CUDA graph; and with the visible tokens counted, without one."""
+    model = model_of(scheme)
+    config = model.config
     ids = torch.arange(14).view(2, 7) * 3
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
@@ -47,7 +57,51 @@ def test_token_by_token_it_is_the_whole(scheme: CacheScheme) -> None:
     assert masked.is_filled and masked.get_seq_length() == 0
     heads, width = config.num_key_value_heads, config.head_dim
     each = sum(sum(one.stored_bytes(1, width)) for one in (scheme.keys, scheme.values))
-    assert masked.nbytes == config.num_hidden_layers * 2 * heads * 9 * each
+    rows = 2 * (scheme.last + (scheme.first + 1 if scheme.first else 0))
+    assert masked.nbytes == config.num_hidden_layers * 2 * heads * (9 * each + rows * width * 4)
+
+
+def test_first_tokens_are_those_behind_the_padding() -> None:
+    """Of each sequence of a batch what it gets alone; a second text goes into the same cache."""
+    model = model_of(CacheScheme(MXFP4, MXFP4, first=3, last=2, key_transform="hadamard", value_transform="hadamard"))
+    ids, cache = torch.arange(24).view(2, 12) * 3, FixedPackedCache(12)
+    for padding in (torch.tensor([4, 0]), torch.tensor([0, 7])):
+        for position in range(12):
+            cache.position = torch.tensor([position])
+            places = torch.arange(12)
+            seen = ((places <= position) & (places >= padding[:, None]))[:, None, None]
+            step = {"input_ids": ids[:, position : position + 1], "attention_mask": seen}
+            of = (position - padding).clamp(min=0)[:, None]
+            with torch.no_grad():
+                found = model(**step, position_ids=of, past_key_values=cache).logits[:, 0]
+                for one, skipped in enumerate(padding.tolist()):
+                    if position >= skipped:
+                        text = ids[one : one + 1, skipped : position + 1]
+                        close(found[one], model(text, use_cache=False).logits[0, -1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("more", [{"first": 16, "last": 32}, {"last": 5}, {"first": 3}], ids=str)
+def test_a_recorded_token_goes_on(more: dict[str, int]) -> None:
+    """A CUDA graph whose position moves on the device gives what the whole text gives."""
+    model = model_of(CacheScheme(MXFP4, MXFP4, key_transform="hadamard", **more), 64, "cuda")
+    text, cache = torch.arange(90, device="cuda")[None] * 3 % 97, FixedPackedCache(90)
+    ids, place = text[:, :1].clone(), torch.zeros(1, dtype=torch.int64, device="cuda")
+    cache.position, graph, found = place, torch.cuda.CUDAGraph(), []
+    step = {"input_ids": ids, "position_ids": place[None], "past_key_values": cache}
+    with torch.no_grad(), unmasked(model):
+        model(**step)
+        with torch.cuda.graph(graph):
+            logits = model(**step).logits
+        for position in range(90):
+            ids.copy_(text[:, position : position + 1])
+            place.fill_(position)
+            graph.replay()
+            found.append(logits.clone())
+    with torch.no_grad():
+        expected = model(text, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-3, atol=1e-3)
 
 
 def close(found: Tensor, expected: Tensor) -> None:

@@ -81,6 +81,7 @@ def share_exact(
         0 if visible is None else visible.stride(0),
         exact.last,
         recent[0].shape[2],
+        leading[0].shape[2],
         exact.shift,
         exact.skipped,
         shares.count,

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mxrot.kernels.fused.attention_share import product
 
 
-@triton.jit(do_not_specialize=["length", "last", "ring", "shift", "skipped", "shares", "before"])
+@triton.jit(do_not_specialize=["length", "last", "ring", "leading_rows", "shift", "skipped", "shares", "before"])
 def exact_share(
     query_pointer,
     sums_pointer,
@@ -33,6 +33,7 @@ def exact_share(
     visible_batch,
     last,
     ring,
+    leading_rows,
     shift,
     skipped,
     shares,
@@ -75,7 +76,7 @@ def exact_share(
     if FIRST > 0:
         place = begin + item
         is_first = (item < FIRST) & (place >= 0) & (place < count)
-        at = (pair * FIRST + item)[:, None] * WIDTH + column[None, :]
+        at = (pair * leading_rows + item)[:, None] * WIDTH + column[None, :]
         keys = tl.where(
             is_first[:, None], tl.load(leading_keys + at, mask=is_first[:, None], other=0).to(keys.dtype), keys
         )

@@ -19,20 +19,17 @@ class ExactTokens:
 
     query: Tensor
     """As it came, [B, heads, 1, D]."""
+    first: int = 0
     last: int = 0
     recent: Pair | None = None
     """Keys and values [B, kv heads, ring, D], contiguous: token j is row (j + shift) % ring. None where last is 0."""
     shift: int = 0
     """At least 0."""
     leading: Pair | None = None
-    """Of the first tokens [B, kv heads, first, D], contiguous; None where there are none."""
+    """Of the first tokens [B, kv heads, first or more, D], contiguous; None where first is 0."""
     begins: Tensor | None = None
     """int64 [B]: where they begin, `skipped` more than among the tokens that attention is given."""
     skipped: int = 0
-
-    @property
-    def first(self) -> int:
-        return 0 if self.leading is None else self.leading[0].shape[2]
 
     def first_flags(self, places: Tensor) -> Tensor:
         """Which tokens at these places [n] are among the first ones, bool [B or 1, n]."""

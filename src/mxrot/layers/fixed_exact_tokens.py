@@ -1,0 +1,65 @@
+"""What a `FixedPackedCache` keeps in 16 bits of one attention module, at addresses that stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxrot.formats import CacheScheme
+from mxrot.kernels import ExactTokens
+
+
+class FixedExactTokens:
+    """A ring of the newest `last` tokens, and the `first` ones that are no padding, of each sequence.
+
+    Padding is what the mask hides of the newest token, from position 0 on; without masks there is none.
+    """
+
+    def __init__(self, scheme: CacheScheme, like: Tensor) -> None:
+        """`like`: keys or values [B, heads, 1, D]."""
+        batch, heads, _, width = like.shape
+        self.first, self.last = scheme.first, scheme.last
+
+        def empty(rows: int) -> tuple[Tensor, Tensor]:
+            return like.new_zeros(batch, heads, rows, width), like.new_zeros(batch, heads, rows, width)
+
+        self.recent = empty(self.last) if self.last else None
+        self.leading = empty(self.first + 1) if self.first else None
+        """The last row is for tokens that are none of them."""
+        self.begins = torch.zeros(batch, dtype=torch.int64, device=like.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All keys and values."""
+        return [x for pair in (self.recent, self.leading) if pair is not None for x in pair]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def append(self, key: Tensor, value: Tensor, position: Tensor, seen: Tensor | None) -> None:
+        """Keep what is new at `position`, int64 [1]; `seen` are flags of all positions, bool [B, N]."""
+        if self.recent is not None:
+            row = position % self.last
+            for ring, new in zip(self.recent, (key, value), strict=True):
+                ring.index_copy_(2, row, new)
+        if self.leading is None:
+            return
+        if seen is None:
+            row = position.clamp(max=self.first)
+            for rows, new in zip(self.leading, (key, value), strict=True):
+                rows.index_copy_(2, row, new)
+            return
+        begins = self.begins.masked_fill(position == 0, 0)
+        is_hidden = ~seen.index_select(1, position)[:, 0]
+        self.begins.copy_(begins + ((begins == position) & is_hidden))
+        place = position - self.begins
+        place = torch.where((place < 0) | (place >= self.first), self.first, place)[:, None, None, None]
+        for rows, new in zip(self.leading, (key, value), strict=True):
+            rows.scatter_(2, place.expand_as(new), new)
+
+    def read_by(self, query: Tensor) -> ExactTokens:
+        """As attention of this query [B, heads, 1, D] takes them."""
+        begins = self.begins if self.first else None
+        return ExactTokens(query, self.first, self.last, self.recent, 0, self.leading, begins)
