@@ -343,6 +343,24 @@ def test_kernels_take_over_when_all_first_tokens_have_come(
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
 
 
+def test_another_text_in_a_cropped_cache_has_first_tokens_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which begin later than those of the text before."""
+    model = quantized(plain_model("llama").float(), scheme_of(**TRANSFORMED, **NEAR))
+    ids, mask = padded([random_windows(1, length, seed=length)[0] for length in (10, 30)])
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+    monkeypatch.setattr("mxrot.layers.packed_decoding.decodes_packed", lambda *_: True)
+    cache = PackedCache.of(model)
+    cache.activate_past_recording()
+    in_pieces(model, random_windows(2, 20), [18, 1, 1], cache)
+    cache.crop(-20)
+    for token in range(30):
+        options = {"attention_mask": mask[:, : token + 1], "position_ids": places[:, token : token + 1]}
+        found = model(ids[:, token : token + 1], past_key_values=cache, **options).logits[:, 0]
+        seen = mask[:, token] == 1
+        torch.testing.assert_close(found[seen], expected[seen, token], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("format", "more"),
