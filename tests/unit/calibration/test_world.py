@@ -11,6 +11,7 @@ from tests.unit.surgery.tiny_llama import VOCABULARY, first_block, tiny_llama
 from torch import Tensor
 
 from mxrot.calibration import first_executor
+from mxrot.calibration.attention_inputs import HeadMoments
 from mxrot.calibration.statistics import (
     BlockMoments,
     ChannelMaxima,
@@ -73,6 +74,14 @@ def cross(positions: tuple[int, ...], world: World = ONE) -> Tensor:
     return collector.result(world)
 
 
+def of_heads(positions: tuple[int, ...], world: World = ONE) -> Tensor:
+    """Of four heads of queries that share two of keys."""
+    collector, seen = HeadMoments(), batches()
+    for position in positions:
+        collector.update(seen[position].unflatten(-1, (4, -1)).transpose(1, 2), kept=2)
+    return collector.result(world)
+
+
 def raises_of(positions: tuple[int, ...], world: World) -> bool:
     """Does the first block, with a NaN in the last window of all, say so?"""
     windows = torch.randint(0, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -94,7 +103,7 @@ def work(world: World) -> dict[str, Tensor]:
     mine, before = BATCHES[world.rank], BEFORE[world.rank]
     found = {name: collected(make(before), mine, world) for name, make in EXACT.items()}
     found |= {name: collected(make(before), mine, world) for name, (make, _) in SUMS.items()}
-    found["cross"] = cross(mine, world)
+    found["cross"], found["heads"] = cross(mine, world), of_heads(mine, world)
     for name, make in (EXACT | {name: make for name, (make, _) in SUMS.items()}).items():
         alone = (2, 3) if world.rank == 1 else ()
         found[f"{name}, seen by the second alone"] = collected(make(0), alone, world)
@@ -142,10 +151,11 @@ def test_sums_differ_by_their_order_alone(both: list[dict[str, Tensor]], name: s
     assert torch.equal(both[0][name], both[1][name])
 
 
-def test_cross_moments(both: list[dict[str, Tensor]]) -> None:
-    expected = cross((0, 1, 2, 3))
-    size = sum(cross((position,)).abs() for position in range(4))
-    assert all(((found["cross"] - expected).abs() <= 8 * 2.0**-53 * size).all() for found in both)
+@pytest.mark.parametrize(("name", "make"), [("cross", cross), ("heads", of_heads)])
+def test_moments_of_several(both: list[dict[str, Tensor]], name: str, make: Callable[..., Tensor]) -> None:
+    expected = make((0, 1, 2, 3))
+    size = sum(make((position,)).abs() for position in range(4))
+    assert all(((found[name] - expected).abs() <= 8 * 2.0**-53 * size).all() for found in both)
 
 
 @pytest.mark.parametrize("name", [*EXACT, *SUMS])
@@ -197,6 +207,9 @@ def concrete(kind: type) -> list[type]:
 
 def test_every_statistic_is_among_those_above() -> None:
     """A new one is tried in two processes, too."""
-    tried = {type(make(0)) for make in [*EXACT.values(), *(make for make, _ in SUMS.values())]} | {CrossMoment}
+    tried = {type(make(0)) for make in [*EXACT.values(), *(make for make, _ in SUMS.values())]} | {
+        CrossMoment,
+        HeadMoments,
+    }
     bases = {"Summed", "Maximum"}
     assert {kind for kind in concrete(Statistic) if kind.__name__ not in bases} == tried

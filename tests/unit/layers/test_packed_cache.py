@@ -362,6 +362,7 @@ def test_another_text_in_a_cropped_cache_has_first_tokens_of_its_own(monkeypatch
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     ("format", "more"),
     [
