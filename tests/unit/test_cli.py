@@ -74,7 +74,7 @@ OPTIONS = {
         *("--kv", "--kv-transform", "--batch", "--context", "--heads", "--kv-heads", "--width", "--device", "--json"),
     ],
     "bench model": [
-        *("--kv", "--kv-transform"),
+        *("--kv", "--kv-transform", "--kv-first", "--kv-last"),
         *("-r", "--recipe", "--set", "--blocks", "--hidden", "--ffn", "--heads", "--kv-heads", "--vocabulary"),
         *("--prompt", "--context", "--compile", "--device", "--json"),
     ],
