@@ -213,6 +213,13 @@ ON_A_GPU = {
 }
 
 
+def exact_logits(folder: Path, device: str) -> torch.Tensor:
+    """float64 [2, tokens, vocabulary]."""
+    loaded = mxrot.load(folder, device=device, dtype=torch.float64)
+    logits: torch.Tensor = loaded(TOKENS.to(device), use_cache=False).logits
+    return logits.cpu()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ON_A_GPU)
@@ -229,8 +236,9 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
     write(source, tmp_path / "out", chosen, windows=WINDOWS, device="cuda")
     loaded = mxrot.load(tmp_path / "out", device="cuda")
     assert torch.equal(loaded(TOKENS.cuda(), use_cache=False).logits, expected)
-    slow = mxrot.load(tmp_path / "out", device="cpu")(TOKENS, use_cache=False).logits
-    assert float((slow - expected.float().cpu()).norm() / slow.norm()) < 0.1  # bfloat16, and codes that it moves
+    # In bfloat16 sums of another order move codes of this model: on a CPU alone logits are .16 to .19 from float64.
+    fast, slow = (exact_logits(tmp_path / "out", device) for device in ("cuda", "cpu"))
+    assert float((fast - slow).norm() / slow.norm()) < 1e-5
     options: Any = {"max_new_tokens": 8, "do_sample": False}
     tokens = loaded.generate(TOKENS.cuda(), **options)
     assert tokens.shape == (2, TOKENS.shape[1] + 8)
