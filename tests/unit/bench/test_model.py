@@ -52,6 +52,7 @@ def test_a_token_with_a_packed_cache_beside_one_without() -> None:
 
 def test_packed_and_unpacked_tokens_are_nearly_the_same() -> None:
     """In eight bits, with the numbers that were drawn for one of them in both."""
+    torch.manual_seed(0)
     random = model.random_model(WIDE, CPU)
     dense = model.token_step(random, 8)
     packed = model.packed_token_step(random, 8, cache_scheme("mxfp8", "none", 32))
