@@ -17,13 +17,21 @@ _WIDTHS = (64, 128, 256)
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def append_tokens(query: Tensor, key: Tensor, value: Tensor, cached: CachedTokens, position: int | Tensor) -> Tensor:
+def append_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cached: CachedTokens,
+    position: int | Tensor,
+    exact: ExactTokens | None = None,
+    visible: Tensor | None = None,
+) -> Tensor:
     """Key and value into the cache, and the query transformed, as `plain_append_tokens` defines them."""
     if key.shape[2] == 1 and decodes_packed(query, cached):
         from mxrot.kernels.fused.append_tokens import append_tokens as fused
 
-        return fused(query, key, value, cached, position)
-    return plain_append_tokens(query, key, value, cached, position)
+        return fused(query, key, value, cached, position, exact, visible)
+    return plain_append_tokens(query, key, value, cached, position, exact, visible)
 
 
 def decode_attention(

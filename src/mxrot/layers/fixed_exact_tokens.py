@@ -24,8 +24,7 @@ class FixedExactTokens:
             return like.new_zeros(batch, heads, rows, width), like.new_zeros(batch, heads, rows, width)
 
         self.recent = empty(self.last) if self.last else None
-        self.leading = empty(self.first + 1) if self.first else None
-        """The last row is for tokens that are none of them."""
+        self.leading = empty(self.first) if self.first else None
         self.begins = torch.zeros(batch, dtype=torch.int64, device=like.device)
 
     @property
@@ -38,28 +37,7 @@ class FixedExactTokens:
         """Of all rows."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def append(self, key: Tensor, value: Tensor, position: Tensor, seen: Tensor | None) -> None:
-        """Keep what is new at `position`, int64 [1]; `seen` are flags of all positions, bool [B, N]."""
-        if self.recent is not None:
-            row = position % self.last
-            for ring, new in zip(self.recent, (key, value), strict=True):
-                ring.index_copy_(2, row, new)
-        if self.leading is None:
-            return
-        if seen is None:
-            row = position.clamp(max=self.first)
-            for rows, new in zip(self.leading, (key, value), strict=True):
-                rows.index_copy_(2, row, new)
-            return
-        begins = self.begins.masked_fill(position == 0, 0)
-        is_hidden = ~seen.index_select(1, position)[:, 0]
-        self.begins.copy_(begins + ((begins == position) & is_hidden))
-        place = position - self.begins
-        place = torch.where((place < 0) | (place >= self.first), self.first, place)[:, None, None, None]
-        for rows, new in zip(self.leading, (key, value), strict=True):
-            rows.scatter_(2, place.expand_as(new), new)
-
     def read_by(self, query: Tensor) -> ExactTokens:
-        """As attention of this query [B, heads, 1, D] takes them."""
+        """As a step of this query [B, heads, 1, D] writes and reads them."""
         begins = self.begins if self.first else None
         return ExactTokens(query, self.first, self.last, self.recent, 0, self.leading, begins)

@@ -40,10 +40,9 @@ class FixedPackedLayer:
         if self.exact is None:
             turned = append_tokens(query, key, value, self.tokens, position)
             return decode_attention(turned, self.tokens, self.cache.visible, seen, scaling, softcap)
-        self.exact.append(key, value, position, seen)
-        turned = append_tokens(query, key, value, self.tokens, position)
         exact = self.exact.read_by(query)
-        return decode_attention(turned, self.tokens, position + 1, seen, scaling, softcap, exact)
+        turned = append_tokens(query, key, value, self.tokens, position, exact, seen)
+        return decode_attention(turned, self.tokens, position, seen, scaling, softcap, exact)
 
     def _empty(self, module: nn.Module, key: Tensor) -> CachedTokens:
         installed = installed_cache(module)

@@ -75,7 +75,7 @@ def _made_of(
         keys,
         None if keys is None else torch.linalg.inv(keys).mT.to(work).contiguous(),
         values,
-        None if values is None else torch.linalg.inv(values).to(work),
+        None if values is None else torch.linalg.inv(values).to(work).contiguous(),
     )
 
 

@@ -111,14 +111,16 @@ class PackedCacheLayer(CacheLayerMixin):
             self.recent.append(key, value)
 
     def take_by(self, pack: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Let `pack` write the key and value of one token at the end of the tokens, where room was made; what it
-        returns."""
+        """Let `pack` write the key and value of one token at the end of the tokens, where room was made, and with
+        `last` into the ring of the newest, where it is made here; what it returns."""
         assert self.new is not None and self.has_first
         (key, value), self.new = self.new, None
         self._call = key.shape[2]
-        if self.scheme.last:  # before, because what `pack` starts may run into what is started next
-            self.recent.append(key, value)
+        if self.scheme.last:
+            self.recent.reserve(1, (key, value))
         found = pack(key, value)
+        if self.scheme.last:
+            self.recent.written(1)
         for tokens in (self.keys, self.values):
             tokens.length += self._call
         return found

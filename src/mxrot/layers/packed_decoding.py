@@ -40,7 +40,9 @@ def decode_packed(
     if not decodes_packed(query, cached) or not layer.has_first:
         return None
     place = layer.keys.length
-    turned = layer.take_by(lambda key, value: append_tokens(query, key, value, cached, place))
+    turned = layer.take_by(
+        lambda key, value: append_tokens(query, key, value, cached, place, _ring(layer, query, place))
+    )
     before = layer.keys.length - layer.visible
     seen = None if mask is None else mask[:, 0, 0, : layer.visible].expand(len(query), -1)
     read = cached if not before else _rows(layer, matrices, before)
@@ -55,13 +57,25 @@ def _takes(layer: PackedCacheLayer, query: Tensor) -> bool:
     return not keeps or layer.dtype == query.dtype
 
 
+def _ring(layer: PackedCacheLayer, query: Tensor, place: int) -> ExactTokens | None:
+    """Where a token that comes to a place is kept as it came; the first ones are there."""
+    if not layer.scheme.last:
+        return None
+    return ExactTokens(query, 0, layer.scheme.last, layer.recent.rings, _shift(layer, place))
+
+
+def _shift(layer: PackedCacheLayer, place: int) -> int:
+    """From the place of a token to its row in the ring, where the next one's place is this."""
+    return (layer.recent.end - place) % layer.recent.capacity
+
+
 def _exact(layer: PackedCacheLayer, query: Tensor) -> ExactTokens | None:
     """What is read as it came, by a query as it came."""
     first, last = layer.scheme.first, layer.scheme.last
     if not first and not last:
         return None
     rings, visible = layer.recent.rings if last else None, layer.visible
-    shift = (layer.recent.end - visible) % layer.recent.capacity if last else 0
+    shift = _shift(layer, visible) if last else 0
     begins = layer.padding if first else None
     return ExactTokens(
         query, first, last, rings, shift, layer.leading if first else None, begins, layer.tokens - visible

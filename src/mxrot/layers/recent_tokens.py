@@ -38,8 +38,7 @@ class RecentTokens:
     def append(self, key: Tensor, value: Tensor) -> None:
         """Keep tokens [B, heads, n, D]."""
         tokens = key.shape[2]
-        if self.rings is None or self.length + tokens > self.capacity:
-            self._move(self.length + tokens + (ROOM if self.length else 0), (key, value))
+        self.reserve(tokens, (key, value))
         assert self.rings is not None
         row = self.end % self.capacity
         before_the_turn = min(tokens, self.capacity - row)
@@ -47,6 +46,15 @@ class RecentTokens:
             ring[:, :, row : row + before_the_turn] = new[:, :, :before_the_turn]
             if before_the_turn < tokens:
                 ring[:, :, : tokens - before_the_turn] = new[:, :, before_the_turn:]
+        self.written(tokens)
+
+    def reserve(self, tokens: int, like: Pair) -> None:
+        """Make room for so many more: from row `end` on, which goes round."""
+        if self.rings is None or self.length + tokens > self.capacity:
+            self._move(self.length + tokens + (ROOM if self.length else 0), like)
+
+    def written(self, tokens: int) -> None:
+        """So many have come into the room."""
         self.end += tokens
         self.length += tokens
 

@@ -221,14 +221,14 @@ def test_keys_of_another_format_than_values(keys: int, values: int) -> None:
 
 @pytest.mark.parametrize(("tokens", "splits"), [(16, 1), (16, 7), (32, 3), (64, 5)])
 def test_any_sharing_out(tokens: int, splits: int) -> None:
-    """More programs than there are tokens for, too; and a length that lies on the device, in a larger room."""
+    """More programs than there are tokens for, too; and the newest at a place on the device, in a larger room."""
     cached = filled(QUANTIZERS[0], QUANTIZERS[0], (1, 2, 70, 64), room=30)
     query = random(1, 6, 1, 64)
     found = fused_attention(query, cached, 70, None, None, tokens, splits)
     assert_is_attention(found, query, cached, 70)
-    length = torch.tensor([70], device=DEVICE)
-    assert torch.equal(fused_attention(query, cached, length, None, None, tokens, splits), found)
-    assert_is_attention(plain_decode_attention(query, cached, length, None, 64**-0.5), query, cached, 70)
+    newest = torch.tensor([69], device=DEVICE)
+    assert torch.equal(fused_attention(query, cached, newest, None, None, tokens, splits), found)
+    assert_is_attention(plain_decode_attention(query, cached, newest, None, 64**-0.5), query, cached, 70)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool], ids=str)
@@ -504,7 +504,7 @@ def test_a_recorded_step_goes_on() -> None:
 
     def step() -> Tensor:
         turned = append_tokens(query, key, value, recorded, position)
-        return decode_attention(turned, recorded, position + 1, None, width**-0.5)
+        return decode_attention(turned, recorded, position, None, width**-0.5)
 
     for x in (query, key, value):
         x.normal_()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -189,17 +191,17 @@ def test_a_window_has_left_first_tokens_behind() -> None:
 
 
 @pytest.mark.parametrize("ring", [9, 10, 31])
-def test_rings_of_any_size_and_lengths_on_the_device(ring: int) -> None:
+def test_rings_of_any_size_and_places_on_the_device(ring: int) -> None:
     case = Case(70, 4, 9, ring=ring)
-    found, length = case.fused(), torch.tensor([70], device=DEVICE)
-    assert torch.equal(case.fused(length), found)
-    for each in (found, case.plain(length)):
+    found, newest = case.fused(), torch.tensor([69], device=DEVICE)
+    assert torch.equal(case.fused(newest), found)
+    for each in (found, case.plain(newest)):
         case.check(each)
 
 
 @pytest.mark.parametrize("splits", [1, 3, 256])
 def test_any_sharing_out(splits: int) -> None:
-    """As many as are put together at most, too: fewer then are left for packed tokens."""
+    """As many as are put together at most, too."""
     case = Case(90, 3, 40, group=1, heads=1, begins=(0,))
     case.check(case.fused(splits=splits))
 
@@ -221,23 +223,108 @@ def test_what_stands_packed_for_tokens_that_are_read_as_they_came_is_not_read() 
     assert torch.equal(case.fused(), expected[0]) and torch.equal(case.plain(), expected[1])
 
 
+def fused_append(*arguments: Any) -> Tensor:
+    from mxrot.kernels.fused.append_tokens import append_tokens as fused
+
+    return fused(*arguments)
+
+
+class Kept:
+    """An empty cache with tokens as they came beside it."""
+
+    def __init__(self, first: int, last: int, batch: int, width: int = 64, heads: int = 2) -> None:
+        rows = [TokenRows.empty(FORMATS["mxfp4"], batch, heads, 40, width, DEVICE) for _ in range(2)]
+        self.cached, self.first, self.last = CachedTokens(rows[0], rows[1]), first, last
+        self.begins = torch.full((batch,), 3, device=DEVICE)  # of a text before
+        self.recent, self.leading = (
+            tuple(torch.full((batch, heads, count, width), math.nan, device=DEVICE) for _ in range(2))
+            for count in (last + 2, first)
+        )
+
+    def exact(self, query: Tensor) -> ExactTokens:
+        return ExactTokens(
+            query,
+            self.first,
+            self.last,
+            (self.recent[0], self.recent[1]) if self.last else None,
+            5,
+            (self.leading[0], self.leading[1]) if self.first else None,
+            self.begins if self.first else None,
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        packed = [x for rows in (self.cached.keys, self.cached.values) for x in (rows.codes, *rows.parts.values())]
+        return [*packed, self.begins, *self.recent, *self.leading]
+
+
+@pytest.mark.parametrize(("first", "last"), [(3, 4), (0, 2), (5, 0)])
+@pytest.mark.parametrize(("batch", "most"), [(1, 64), (5, 2)])
+def test_tokens_are_kept_as_they_come(
+    first: int, last: int, batch: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By kernel and twin alike, bit for bit: token after token, in sequences that begin at different places; at places
+    that lie on the device and others; a second text after a first one; one sequence a program or more."""
+    monkeypatch.setattr(importlib.import_module("mxrot.kernels.fused.append_tokens"), "PROGRAMS", most)
+    kernel, twin = Kept(first, last, batch), Kept(first, last, batch)
+    generator = torch.Generator().manual_seed(0)
+    for text in range(2):
+        begins = (torch.arange(batch, device=DEVICE) * 5 + text) % 7
+        visible = (torch.arange(12, device=DEVICE) >= begins[:, None]) & (torch.arange(12, device=DEVICE) != 9)
+        keys, values = torch.randn(2, batch, 2, 12, 64, generator=generator).to(DEVICE)
+        query = torch.randn(batch, 4, 1, 64, generator=generator).to(DEVICE)
+        for token in range(12):
+            place: int | Tensor = token if token % 2 else torch.tensor([token], device=DEVICE)
+            new = keys[:, :, token : token + 1], values[:, :, token : token + 1]
+            flags = visible.to(torch.uint8) if token % 3 else visible
+            fused_append(query, *new, kernel.cached, place, kernel.exact(query), flags)
+            plain_append_tokens(query, *new, twin.cached, place, twin.exact(query), flags)
+            for found, expected in zip(kernel.tensors, twin.tensors, strict=True):
+                torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert not first or torch.equal(twin.begins, begins)
+        if last:
+            rows = (torch.arange(12 - last, 12, device=DEVICE) + 5) % (last + 2)
+            assert torch.equal(twin.recent[1][:, :, rows], values[:, :, -last:])
+        for b in range(batch) if first else ():
+            begin = int(begins[b])
+            count = min(first, 12 - begin)
+            assert torch.equal(twin.leading[0][b, :, :count], keys[b, :, begin : begin + count])
+
+
+def test_without_a_mask_a_text_begins_with_its_first_token() -> None:
+    kernel, twin = Kept(2, 3, 2), Kept(2, 3, 2)
+    new = torch.randn(6, 2, 2, 1, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    query = torch.zeros(2, 2, 1, 64, device=DEVICE)
+    for token, x in enumerate(new):
+        fused_append(query, x, -x, kernel.cached, token, kernel.exact(query))
+        plain_append_tokens(query, x, -x, twin.cached, token, twin.exact(query))
+    for kept in (kernel, twin):
+        assert not kept.begins.any()
+        assert torch.equal(torch.cat(list(new[:2]), dim=2), kept.leading[0])
+        assert torch.equal(-new[5][:, :, 0], kept.recent[1][:, :, (5 + 5) % 5])
+
+
 ON_HARDWARE = [  # few, because each is compiled
-    ("mxfp4", torch.bfloat16, 128, 4, False),
-    ("int4_row_asym", torch.bfloat16, 64, 8, False),
-    ("mxfp4", torch.float16, 64, 3, False),
-    ("mxfp4", torch.float32, 128, 2, True),
-    ("mxfp8_e4m3", torch.float32, 256, 2, True),
+    ("mxfp4", torch.bfloat16, 128, 4, False, (16, 128)),
+    ("int4_row_asym", torch.bfloat16, 64, 8, False, (16, 128)),
+    ("mxfp4", torch.float16, 64, 3, False, (16, 128)),
+    ("mxfp4", torch.float32, 128, 2, True, (16, 128)),
+    ("mxfp8_e4m3", torch.float32, 256, 2, True, (16, 128)),
+    ("mxfp4", torch.float32, 64, 2, False, (3, 0)),
+    ("mxfp4", torch.bfloat16, 64, 2, False, (0, 5)),
 ]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("format", "dtype", "width", "group", "transformed"), ON_HARDWARE, ids=str)
-def test_on_matrix_hardware(format: str, dtype: torch.dtype, width: int, group: int, transformed: bool) -> None:
+@pytest.mark.parametrize(("format", "dtype", "width", "group", "transformed", "exact"), ON_HARDWARE, ids=str)
+def test_on_matrix_hardware(
+    format: str, dtype: torch.dtype, width: int, group: int, transformed: bool, exact: tuple[int, int]
+) -> None:
     for length in (20, 300, 2000):
         options = {"begins": (0, 7), "width": width, "group": group, "format": format}
-        case = Case(length, 16, 128, **options, dtype=dtype, transformed=transformed)
+        case = Case(length, *exact, **options, dtype=dtype, transformed=transformed)
         visible = torch.arange(length, device=DEVICE) >= case.begins[:, None]
-        for each in (length, torch.tensor([length], device=DEVICE)):
+        for each in (length, torch.tensor([length - 1], device=DEVICE)):
             found = decode_attention(case.turned, case.cached, each, visible, width**-0.5, None, case.exact)
             case.check(found, visible)

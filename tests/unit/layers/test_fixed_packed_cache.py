@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 from tests.tiny_model import tiny_config
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from mxrot.bench.cache import cache_scheme
@@ -57,7 +61,7 @@ def test_token_by_token_it_is_the_whole(scheme: CacheScheme) -> None:
     assert masked.is_filled and masked.get_seq_length() == 0
     heads, width = config.num_key_value_heads, config.head_dim
     each = sum(sum(one.stored_bytes(1, width)) for one in (scheme.keys, scheme.values))
-    rows = 2 * (scheme.last + (scheme.first + 1 if scheme.first else 0))
+    rows = 2 * (scheme.first + scheme.last)
     assert masked.nbytes == config.num_hidden_layers * 2 * heads * (9 * each + rows * width * 4)
 
 
@@ -81,11 +85,66 @@ def test_first_tokens_are_those_behind_the_padding() -> None:
                 close(found[mask[:, position]], expected[mask[:, position], position])
 
 
+class Launches(TorchDispatchMode):
+    """Names of PyTorch's operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if not function.is_view and "empty" not in function.name():
+            self.names.append(function.name())
+        return function(*arguments, **named or {})
+
+
+class Kernel:
+    """In place of one of Triton: counts its launches."""
+
+    def __init__(self, launches: Launches, name: str) -> None:
+        self.launches, self.name = launches, name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *_, **__: self.launches.names.append(self.name)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("more", [{}, {"first": 16, "last": 128}, {"last": 5}], ids=str)
+def test_a_step_is_three_launches(more: dict[str, int], is_masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of attention, with tokens in 16 bits or without, on a GPU."""
+    launches = Launches()
+    for module, name in (
+        ("append_tokens", "_append"),
+        ("cached_attention", "attention_share"),
+        ("combine_shares", "_combine"),
+    ):
+        target = importlib.import_module(f"mxrot.kernels.fused.{module}")
+        monkeypatch.setattr(target, name, Kernel(launches, name))
+    monkeypatch.setattr("mxrot.kernels.cached_attention.decodes_packed", lambda *_: True)
+    scheme = CacheScheme(MXFP4, MXFP4, key_transform="hadamard", value_transform="hadamard", **more)
+    attention = model_of(scheme, 64).model.layers[0].self_attn
+    cache = FixedPackedCache(150)
+    cache.position = torch.tensor([140])
+    query, key = torch.randn(2, 4, 1, 64), torch.randn(2, 2, 1, 64)
+    mask = (torch.arange(150) <= 140)[None, None, None] if is_masked else None
+    for _ in range(2):
+        launches.names.clear()
+        layer, _ = cache.update(key, key, 0)
+        with torch.no_grad(), launches:
+            layer.attend(attention, query, mask, 0.125, None)
+    assert launches.names == ["_append", "attention_share", "_combine"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("more", [{"first": 16, "last": 32}, {"last": 5}, {"first": 3}], ids=str)
 def test_a_recorded_token_goes_on(more: dict[str, int]) -> None:
-    """A CUDA graph whose position moves on the device gives what the whole text gives."""
+    """A CUDA graph whose position moves on the device gives what the whole text gives.
+
+    But for codes that are next to a tie: of all keys and values a few are as near as float32 sums of another order are
+    far, so where numbers are off by 2^-20 of their spread 7 % of such texts have one that falls to the other side, and
+    are off by 0.004 (of 360; 0.0065 at 2^-17). The least that is wrong, a token fewer in 16 bits, is off by 0.012.
+    """
     model = model_of(CacheScheme(MXFP4, MXFP4, key_transform="hadamard", **more), 64, "cuda")
     text, cache = torch.arange(90, device="cuda")[None] * 3 % 97, FixedPackedCache(90)
     ids, place = text[:, :1].clone(), torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -102,7 +161,7 @@ def test_a_recorded_token_goes_on(more: dict[str, int]) -> None:
             found.append(logits.clone())
     with torch.no_grad():
         expected = model(text, use_cache=False).logits
-    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-3, atol=1e-3)
+    assert (torch.cat(found, dim=1) - expected).norm() < 0.009 * expected.norm()
 
 
 def close(found: Tensor, expected: Tensor) -> None:

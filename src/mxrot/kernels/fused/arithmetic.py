@@ -34,3 +34,21 @@ def round_to_element(scaled, smallest_normal, fraction_bits, largest):
     rounded = (magnitude + power) - power
     sign = scaled.to(tl.int32, bitcast=True) & -0x80000000
     return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b, total, DTYPE: tl.constexpr):
+    if tl.float32 == DTYPE:
+        return tl.dot(a, b, total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total)
+
+
+@triton.jit
+def product(x, y, total, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """total + x y, where float32 y becomes so many numbers of DTYPE, and x is of that."""
+    first = y.to(DTYPE)
+    total = _dot(x, first, total, DTYPE)
+    if PARTS == 2:
+        total = _dot(x, (y - first.to(tl.float32)).to(DTYPE), total, DTYPE)
+    return total

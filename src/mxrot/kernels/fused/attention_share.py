@@ -1,82 +1,24 @@
-"""Attention of queries to a share of the tokens of a packed cache: the kernel (Triton).
+"""Attention of queries to a share of the tokens of a cache: the kernel (Triton).
 
-A program has one head of the cache of one sequence, and goes through its tokens for all queries that read it. Tokens
-are rows of the first product, queries are columns of both: of eight at least, so
-few of them waste little. A program is best a single warp, which waits for no other.
+A program has one head of the cache of one sequence, and goes through its tokens for all queries that read it. Those of
+the last programs are what is read as it came (`fused.exact_share`), of the others packed (`fused.packed_share`). A
+program is best a single warp, which waits for no other.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mxrot.kernels.fused.packed_rows import are_in_range, columns_of, numbers_of
-
-
-@triton.jit
-def _dot(a, b, total, DTYPE: tl.constexpr):
-    if tl.float32 == DTYPE:
-        return tl.dot(a, b, total, input_precision="ieee")
-    else:
-        return tl.dot(a, b, total)
+from mxrot.kernels.fused.exact_share import exact_share
+from mxrot.kernels.fused.packed_rows import columns_of
+from mxrot.kernels.fused.packed_share import packed_share
 
 
-@triton.jit
-def product(x, y, total, PARTS: tl.constexpr, DTYPE: tl.constexpr):
-    """total + x y, where float32 y becomes so many numbers of DTYPE, and x is of that."""
-    first = y.to(DTYPE)
-    total = _dot(x, first, total, DTYPE)
-    if PARTS == 2:
-        total = _dot(x, (y - first.to(tl.float32)).to(DTYPE), total, DTYPE)
-    return total
-
-
-@triton.jit
-def _load(
-    codes_pointer,
-    scale_pointer,
-    zero_pointer,
-    code_stride,
-    part_stride,
-    start,
-    count,
-    UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-):
-    """Units, scales and zero points of TOKENS tokens from `start` on; zeros from `count` on."""
-    token = start + tl.arange(0, TOKENS)
-    inside = (token < count)[:, None]
-    row = token.to(tl.int64)[:, None]
-    units = tl.load(codes_pointer + row * code_stride + tl.arange(0, UNITS)[None, :], mask=inside, other=0)
-    place = row * part_stride + tl.arange(0, GROUPS)[None, :]
-    scales = tl.load(scale_pointer + place, mask=inside, other=0)
-    zeros = scales
-    if HAS_ZEROS:
-        zeros = tl.load(zero_pointer + place, mask=inside, other=0)
-    return units, scales, zeros
-
-
-@triton.jit
-def _fetch(codes_pointer, scale_pointer, code_stride, part_stride, start, count, TOKENS: tl.constexpr):
-    """Let rows and scales of TOKENS tokens from `start` on be brought to the L2 cache."""
-    row = tl.maximum(tl.minimum(start + tl.arange(0, TOKENS), count - 1), 0).to(tl.int64)
-    assembly: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(assembly, "=r,l", [codes_pointer + row * code_stride], tl.int32, False, 1)
-    tl.inline_asm_elementwise(assembly, "=r,l", [scale_pointer + row * part_stride], tl.int32, False, 1)
-
-
-@triton.jit
-def _row_scales(scales, TOKENS: tl.constexpr):
-    """float32 [TOKENS] of the only scale of each row."""
-    return tl.reshape(scales, [TOKENS]).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["length", "last", "skipped", "shares"])
+@triton.jit(do_not_specialize=["length", "last", "skipped", "packed", "ring", "leading_rows", "shift"])
 def attention_share(
     query_pointer,
+    exact_query_pointer,
     sums_pointer,
     maxima_pointer,
     totals_pointer,
@@ -86,15 +28,24 @@ def attention_share(
     value_codes,
     value_scales,
     value_zeros,
+    recent_keys,
+    recent_values,
+    leading_keys,
+    leading_values,
     visible_pointer,
     begins_pointer,
     length,
     last,
     skipped,
-    shares,
+    packed,
+    ring,
+    leading_rows,
+    shift,
     kv_heads,
     query_batch,
     query_head,
+    exact_query_batch,
+    exact_query_head,
     kc_batch,
     kc_head,
     kc_token,
@@ -110,9 +61,10 @@ def attention_share(
     visible_batch,
     scaling,
     softcap,
-    LENGTH_AT_POINTER: tl.constexpr,
+    PLACE_AT_POINTER: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_EXACT: tl.constexpr,
     FIRST: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
@@ -120,6 +72,7 @@ def attention_share(
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
+    EXACT_DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
     FETCHES: tl.constexpr,
@@ -132,104 +85,93 @@ def attention_share(
     V_FRACTION: tl.constexpr,
     V_MIN_EXPONENT: tl.constexpr,
 ):
-    K_UNITS: tl.constexpr = WIDTH * K_BITS // 16
-    V_UNITS: tl.constexpr = WIDTH * V_BITS // 16
-    batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    # The newest tokens, and FIRST tokens from a place on, are read as they came (`fused.exact_share`).
-    count = tl.maximum((tl.load(length) if LENGTH_AT_POINTER else length).to(tl.int32) - last, 0)
-    each = (count + TOKENS * splits - 1) // (TOKENS * splits) * TOKENS
-    key_codes += batch * kc_batch + kv_head * kc_head
-    key_scales += batch * kp_batch + kv_head * kp_head
-    key_zeros += batch * kp_batch + kv_head * kp_head
-    value_codes += batch * vc_batch + kv_head * vc_head
-    value_scales += batch * vp_batch + kv_head * vp_head
-    value_zeros += batch * vp_batch + kv_head * vp_head
-    if FETCHES:
-        # Of these the kernel before writes the newest token at most, and nothing is read yet.
-        _fetch(key_codes, key_scales, kc_token, kp_token, split * each, count, TOKENS)
-        _fetch(value_codes, value_scales, vc_token, vp_token, split * each, count, TOKENS)
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    if FIRST > 0:
-        begin = (tl.load(begins_pointer + batch) - skipped).to(tl.int32)
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, kv_head = pair // kv_heads, tl.program_id(0) % kv_heads
+    count = (tl.load(length) + 1 if PLACE_AT_POINTER else length).to(tl.int32)
+    visible_pointer += batch * visible_batch
+    begins_pointer += batch
     heads = tl.arange(0, HEADS)
-    of_query = heads[None, :] * query_head + columns_of(WIDTH, K_BITS)[:, None]
-    query_pointer += batch * query_batch + kv_head * GROUP * query_head
-    query = tl.load(query_pointer + of_query, mask=heads[None, :] < GROUP, other=0).to(tl.float32)
-    if K_FRACTION >= 0:
-        query = query * 2.0**60
-    largest = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    sums = tl.zeros([WIDTH, HEADS], tl.float32)
-    for start in tl.range(split * each, tl.minimum(split * each + each, count), TOKENS, num_stages=STAGES):
-        units, scales, zeros = _load(
-            key_codes,
-            key_scales,
-            key_zeros,
+    share = (pair * GROUP + heads) * tl.num_programs(1) + split
+    if split < packed:
+        largest, total, sums = packed_share(
+            split,
+            packed,
+            query_pointer + batch * query_batch + kv_head * GROUP * query_head,
+            query_head,
+            key_codes + batch * kc_batch + kv_head * kc_head,
+            key_scales + batch * kp_batch + kv_head * kp_head,
+            key_zeros + batch * kp_batch + kv_head * kp_head,
+            value_codes + batch * vc_batch + kv_head * vc_head,
+            value_scales + batch * vp_batch + kv_head * vp_head,
+            value_zeros + batch * vp_batch + kv_head * vp_head,
+            visible_pointer,
+            begins_pointer,
+            tl.maximum(count - last, 0),
+            skipped,
             kc_token,
             kp_token,
-            start,
-            count,
-            K_UNITS,
-            K_GROUPS,
-            TOKENS,
-            K_FRACTION < 0,
-        )
-        v_units, v_scales, v_zeros = _load(
-            value_codes,
-            value_scales,
-            value_zeros,
             vc_token,
             vp_token,
-            start,
-            count,
-            V_UNITS,
-            V_GROUPS,
+            scaling,
+            softcap,
+            HAS_VISIBLE,
+            HAS_SOFTCAP,
+            FIRST,
+            GROUP,
+            HEADS,
+            WIDTH,
             TOKENS,
-            V_FRACTION < 0,
+            PARTS,
+            DTYPE,
+            OVERLAP,
+            STAGES,
+            FETCHES,
+            K_BITS,
+            K_GROUPS,
+            K_FRACTION,
+            K_MIN_EXPONENT,
+            V_BITS,
+            V_GROUPS,
+            V_FRACTION,
+            V_MIN_EXPONENT,
         )
-        if FETCHES > 1:
-            after = start + TOKENS
-            _fetch(key_codes, key_scales, kc_token, kp_token, after, count, TOKENS)
-            _fetch(value_codes, value_scales, vc_token, vp_token, after, count, TOKENS)
-        keys = numbers_of(units, scales, zeros, K_BITS, K_FRACTION, K_MIN_EXPONENT, DTYPE)
-        scores = product(keys, query, tl.zeros([TOKENS, HEADS], tl.float32), PARTS, DTYPE)
-        if K_FRACTION < 0 and K_GROUPS == 1:
-            scores = scores * _row_scales(scales, TOKENS)[:, None]
-        token = start + tl.arange(0, TOKENS)
-        seen = token < count
-        if FIRST > 0:
-            seen = seen & ((token < begin) | (token >= begin + FIRST))
-        if HAS_VISIBLE:
-            flags = tl.load(visible_pointer + batch * visible_batch + token, mask=seen, other=0)
-            seen = seen & (flags != 0)
-        if HAS_SOFTCAP:
-            # tanh x = 2 sigmoid(2 x) - 1; `scaling` is over the cap here, and `softcap` in units of log 2.
-            scores = (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634) * scaling)) - 1.0) * softcap
-        else:
-            scores = scores * scaling
-        if K_FRACTION >= 0:
-            scores = tl.where(are_in_range(scales, K_FRACTION)[:, None], scores, float("nan"))
-        scores = tl.where(seen[:, None], scores, float("-inf"))
-        before = largest
-        largest = tl.maximum(largest, tl.max(scores, axis=0))
-        # Where nothing was seen so far, anything finite will do.
-        origin = tl.where(largest == float("-inf"), 0.0, largest)
-        p = tl.exp2(scores - origin[None, :])
-        shrink = tl.exp2(before - origin)
-        total = total * shrink + tl.sum(p, axis=0)
-        if V_FRACTION < 0 and V_GROUPS == 1:
-            p = p * _row_scales(v_scales, TOKENS)[:, None]
-        if V_FRACTION >= 0:
-            p = tl.where(are_in_range(v_scales, V_FRACTION)[:, None], p, float("nan"))
-        values = numbers_of(v_units, v_scales, v_zeros, V_BITS, V_FRACTION, V_MIN_EXPONENT, DTYPE)
-        sums = product(tl.trans(values), p, sums * shrink[None, :], PARTS, DTYPE)
-    if V_FRACTION >= 0:
-        sums = sums * 2.0**60
-    row = (tl.program_id(0).to(tl.int64) * GROUP + heads) * shares + split
-    tl.store(maxima_pointer + row, largest, mask=heads < GROUP)
-    tl.store(totals_pointer + row, total, mask=heads < GROUP)
-    place = row[None, :] * WIDTH + columns_of(WIDTH, V_BITS)[:, None]
-    tl.store(sums_pointer + place, sums, mask=heads[None, :] < GROUP)
+        tl.store(maxima_pointer + share, largest, mask=heads < GROUP)
+        tl.store(totals_pointer + share, total, mask=heads < GROUP)
+        place = share[None, :] * WIDTH + columns_of(WIDTH, V_BITS)[:, None]
+        tl.store(sums_pointer + place, sums, mask=heads[None, :] < GROUP)
+    elif HAS_EXACT:
+        largest, total, sums = exact_share(
+            split - packed,
+            pair,
+            exact_query_pointer + batch * exact_query_batch + kv_head * GROUP * exact_query_head,
+            exact_query_head,
+            recent_keys,
+            recent_values,
+            leading_keys,
+            leading_values,
+            begins_pointer,
+            visible_pointer,
+            count,
+            last,
+            ring,
+            leading_rows,
+            shift,
+            skipped,
+            scaling,
+            softcap,
+            HAS_VISIBLE,
+            HAS_SOFTCAP,
+            FIRST,
+            GROUP,
+            HEADS,
+            WIDTH,
+            TOKENS,
+            PARTS,
+            EXACT_DTYPE,
+            OVERLAP,
+            FETCHES,
+        )
+        tl.store(maxima_pointer + share, largest, mask=heads < GROUP)
+        tl.store(totals_pointer + share, total, mask=heads < GROUP)
+        place = share[None, :] * WIDTH + tl.arange(0, WIDTH)[:, None]
+        tl.store(sums_pointer + place, sums, mask=heads[None, :] < GROUP)

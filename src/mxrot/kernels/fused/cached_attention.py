@@ -2,94 +2,34 @@
 
 Tokens are split among programs, each of which goes through its share for all queries that read one head of the cache:
 codes become numbers in registers (`fused.packed_rows`), scores and what they sum up are products on matrix hardware,
-and the softmax goes along with the sums (Flash-Decoding; arXiv 2205.14135). Another launch puts the shares together,
-also those of tokens that are read as they came (`fused.exact_attention`).
+and the softmax goes along with the sums (Flash-Decoding; arXiv 2205.14135). A few programs more have those that are
+read as they came. Another launch puts the shares together (`fused.combine_shares`).
 
 Products have bfloat16 operands for bfloat16 queries, as in PyTorch's own attention: probabilities are rounded to them,
-and integers with several scales a row. For float16 queries both queries and probabilities are sums of two bfloat16
-numbers. For float32, and by Triton's interpreter, all is float32. Sums are float32; of floating-point elements in units
-of 2^60, so what is below 2^-89 is lost. `plain_decode_attention` is the specification.
+and integers with several scales a row. For float16 queries and packed tokens both queries and probabilities are sums of
+two bfloat16 numbers. For float32, and by Triton's interpreter, all is float32. Sums are float32; of floating-point
+elements in units of 2^60, so what is below 2^-89 is lost. `plain_decode_attention` is the specification.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mxrot.kernels.fused.append_tokens import matrix_stride, strides_of
+from mxrot.kernels.fused.append_tokens import strides_of
 from mxrot.kernels.fused.attention_share import attention_share
-from mxrot.kernels.fused.exact_attention import Shares, share_exact, shares_of
+from mxrot.kernels.fused.combine_shares import MOST_SPLITS, Shares, combined
 from mxrot.kernels.fused.overlap import can_overlap
 from mxrot.kernels.fused.packed_rows import RowLayout
-from mxrot.kernels.plain.cached_attention import CachedTokens, TokenRows, times_each
+from mxrot.kernels.plain.cached_attention import CachedTokens, TokenRows
 from mxrot.kernels.plain.exact_tokens import ExactTokens
 
 LOG2_E = 1.4426950408889634
 UNIT_BYTES = 2
-
-
-@triton.jit(do_not_specialize=["splits", "begin", "end"])
-def _combine(
-    sums_pointer,
-    maxima_pointer,
-    totals_pointer,
-    out_pointer,
-    matrix_pointer,
-    matrix_stride,
-    splits,
-    begin,
-    end,
-    kv_heads,
-    group,
-    HAS_MATRIX: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    HAS_EXACT: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """The shares of one head of one sequence, some columns of them: what those from `begin` to `end` sum up, times the
-    matrix of its kv head, and with HAS_EXACT those from `end` on, which are not multiplied by it."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    if HAS_MATRIX:
-        # No kernel writes it, so it is on its way while the one before still runs.
-        matrix_pointer += row // group % kv_heads * matrix_stride
-        matrix = tl.load(matrix_pointer + columns[:, None] * WIDTH + columns[None, :])
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    split = tl.arange(0, SPLITS)
-    maxima = tl.load(maxima_pointer + row * splits + split, mask=split < splits, other=float("-inf"))
-    largest = tl.max(maxima, axis=0)
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.zeros([AT_ONCE], tl.float32)
-    found = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
-    exact = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
-    for start in tl.static_range(0, SPLITS, AT_ONCE):
-        split = start + tl.arange(0, AT_ONCE)
-        at = row * splits + split
-        factors = tl.exp2(tl.load(maxima_pointer + at, mask=split < splits, other=float("-inf")) - largest)
-        total += factors * tl.load(totals_pointer + at, mask=split < splits, other=0)
-        place = at[:, None] * WIDTH + columns[None, :]
-        inside = (split >= begin) & (split < end)
-        found += factors[:, None] * tl.load(sums_pointer + place, mask=inside[:, None], other=0)
-        if HAS_EXACT:
-            inside = (split >= end) & (split < splits)
-            exact += factors[:, None] * tl.load(sums_pointer + place, mask=inside[:, None], other=0)
-    total = tl.sum(total, axis=0)
-    found = tl.sum(found, axis=0) / tl.where(total > 0, total, 1.0)
-    if HAS_MATRIX:
-        found = tl.sum(found.to(matrix.dtype)[:, None] * matrix, axis=0)
-    if HAS_EXACT:
-        found += (tl.sum(exact, axis=0) / tl.where(total > 0, total, 1.0)).to(found.dtype)
-    tl.store(out_pointer + row * WIDTH + columns, found.to(out_pointer.dtype.element_ty))
 
 
 @dataclass(frozen=True)
@@ -111,13 +51,6 @@ class Tile:
 LEAST_TOKENS = 32
 """That matrix hardware sums over: a thread may hold eight of them side by side, and four threads do. Triton 3.6 gives
 wrong sums over 16, and does not say so."""
-MOST_COMBINED = 128
-"""Up to this width a matrix is in the registers of one program."""
-SPLITS = (1, 4, 16, 64, 256)
-"""What one program puts together at most. Few kinds, because each is compiled, and a text that grows sees them all."""
-MOST_SPLITS = SPLITS[-1]
-COLUMNS = 32
-"""That it does so for, where no matrix wants them all."""
 
 
 def choose_tile(pairs: int, tokens: int, processors: int, is_wide: bool = False, is_float32: bool = False) -> Tile:
@@ -168,17 +101,17 @@ def attend_by_tiles(
     query = query if query.stride(-1) == 1 else query.contiguous()
     if visible is not None and visible.dtype == torch.bool:
         visible = visible.view(torch.uint8)
-    of_exact = 0 if exact is None else shares_of(exact)
-    tile = replace(tile, splits=min(tile.splits, MOST_SPLITS - of_exact))
-    shares = Shares.empty(query, tile.splits, of_exact)
+    # A copy, if it needs one, comes before what the last launch does not wait for.
+    outputs = None if cached.matrices.outputs is None else cached.matrices.outputs.contiguous()
+    exact = ExactTokens(query) if exact is None else exact
+    of_exact = triton.cdiv(exact.first, tile.tokens) + triton.cdiv(exact.last, tile.tokens)
+    shares = Shares.empty(query, min(tile.splits, MOST_SPLITS), of_exact)
     scales = (scaling * LOG2_E, 0.0) if softcap is None else (scaling / softcap, softcap * LOG2_E)
-    _share_packed(query, shares, cached, length, visible, scales, tile, exact)
-    if exact is not None and of_exact:
-        share_exact(shares, exact, cached.keys.codes.shape[1], length, visible, scales)
-    return _combined(query, shares, cached.matrices.outputs, cached.keys.codes.shape[1])
+    _share(query, shares, cached, length, visible, scales, tile, exact)
+    return combined(query, shares, outputs, cached.keys.codes.shape[1])
 
 
-def _share_packed(
+def _share(
     query: Tensor,
     shares: Shares,
     cached: CachedTokens,
@@ -186,46 +119,58 @@ def _share_packed(
     visible: Tensor | None,
     scales: tuple[float, float],
     tile: Tile,
-    exact: ExactTokens | None,
+    exact: ExactTokens,
 ) -> None:
+    """Fill the shares."""
     batch, heads, _, width = query.shape
     kv_heads = cached.keys.codes.shape[1]
     layouts = [RowLayout.of(rows.quantizer, width) for rows in (cached.keys, cached.values)]
     assert layouts[0] is not None and layouts[1] is not None
     parts, dtype = _operands(query)
     assert dtype == tl.float32 or tile.tokens >= LEAST_TOKENS
+    own = exact.query if exact.query.stride(-1) == 1 else exact.query.contiguous()
+    recent, leading = exact.recent or exact.leading or (query, query), exact.leading or exact.recent or (query, query)
+    assert not shares.exact or all(x.is_contiguous() for x in (*recent, *leading))
     overlaps = can_overlap(query.device)
     group = heads // kv_heads
-    begins = None if exact is None else exact.begins
-    attention_share[(batch * kv_heads, tile.splits)](
+    attention_share[(batch * kv_heads, shares.packed + shares.exact)](
         query,
+        own,
         shares.sums,
         shares.maxima,
         shares.totals,
         *_units(cached.keys),
         *_units(cached.values),
+        *recent,
+        *leading,
         query if visible is None else visible,
-        query if begins is None else begins,
+        query if exact.begins is None else exact.begins,
         length,
-        0 if exact is None else exact.last,
-        0 if exact is None else exact.skipped,
-        shares.count,
+        exact.last,
+        exact.skipped,
+        shares.packed,
+        recent[0].shape[2],
+        leading[0].shape[2],
+        exact.shift,
         kv_heads,
         *query.stride()[:2],
+        *own.stride()[:2],
         *strides_of(cached.keys, UNIT_BYTES),
         *strides_of(cached.values, UNIT_BYTES),
         0 if visible is None else visible.stride(0),
         *scales,
-        LENGTH_AT_POINTER=isinstance(length, Tensor),
+        PLACE_AT_POINTER=isinstance(length, Tensor),
         HAS_VISIBLE=visible is not None,
         HAS_SOFTCAP=scales[1] != 0.0,
-        FIRST=0 if exact is None else exact.first,
+        HAS_EXACT=shares.exact > 0,
+        FIRST=exact.first,
         GROUP=group,
         HEADS=max(8, triton.next_power_of_2(group)),
         WIDTH=width,
         TOKENS=tile.tokens,
         PARTS=parts,
         DTYPE=dtype,
+        EXACT_DTYPE=tl.float16 if parts == 2 else dtype,
         OVERLAP=overlaps,
         STAGES=tile.stages,
         FETCHES=tile.fetches if query.is_cuda else 0,
@@ -235,55 +180,6 @@ def _share_packed(
         maxnreg=tile.registers,
         launch_pdl=overlaps,
     )
-
-
-def _combined(query: Tensor, shares: Shares, outputs: Tensor | None, kv_heads: int) -> Tensor:
-    """Of all shares, in the shape and type of the query; what packed ones sum up is multiplied by `outputs`."""
-    if outputs is None:
-        return _sum_shares(query, shares, 0, shares.count, None, kv_heads, query.dtype)
-    if query.shape[3] <= MOST_COMBINED:
-        return _sum_shares(query, shares, 0, shares.packed, outputs, kv_heads, query.dtype)
-    if shares.count == shares.packed:
-        found = _sum_shares(query, shares, 0, shares.count, None, kv_heads, query.dtype)
-        return times_each(found, outputs).to(query.dtype)
-    packed, exact = (
-        _sum_shares(query, shares, *of, None, kv_heads, torch.float32)
-        for of in ((0, shares.packed), (shares.packed, shares.count))
-    )
-    return (times_each(packed, outputs) + exact).to(query.dtype)
-
-
-def _sum_shares(
-    query: Tensor, shares: Shares, begin: int, end: int, outputs: Tensor | None, kv_heads: int, dtype: torch.dtype
-) -> Tensor:
-    batch, heads, _, width = query.shape
-    out = torch.empty(query.shape, dtype=dtype, device=query.device)
-    columns = min(width, COLUMNS) if outputs is None else width
-    splits = next(most for most in SPLITS if most >= shares.count)
-    overlaps = can_overlap(query.device)
-    _combine[(batch * heads, width // columns)](
-        shares.sums,
-        shares.maxima,
-        shares.totals,
-        out,
-        shares.sums if outputs is None else outputs.contiguous(),
-        matrix_stride(outputs),
-        shares.count,
-        begin,
-        end,
-        kv_heads,
-        heads // kv_heads,
-        HAS_MATRIX=outputs is not None,
-        WIDTH=width,
-        COLUMNS=columns,
-        SPLITS=splits,
-        AT_ONCE=min(splits, 4096 // columns),
-        HAS_EXACT=outputs is not None and end < shares.count,
-        OVERLAP=overlaps,
-        num_warps=4 if outputs is None else 8,
-        launch_pdl=overlaps,
-    )
-    return out
 
 
 def _operands(query: Tensor) -> tuple[int, tl.dtype]:

@@ -1,8 +1,8 @@
-"""Attention of queries to tokens that are read as they came: the kernel (Triton).
+"""Attention of queries to tokens that are read as they came: what programs of `attention_share` do (Triton).
 
 They are few, the first tokens of a sequence and the newest ones, so a program has as many as it takes at a time: of one
-head of one sequence, for all queries that read it. Its share stands beside those of `attention_share`, in the same
-buffers.
+head of one sequence, for all queries that read it. Products have operands of the type of the query, float32 for the
+interpreter; probabilities of float16 queries are sums of two such numbers.
 """
 
 from __future__ import annotations
@@ -11,36 +11,45 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mxrot.kernels.fused.attention_share import product
+from mxrot.kernels.fused.arithmetic import product
 
 
-@triton.jit(do_not_specialize=["length", "last", "ring", "leading_rows", "shift", "skipped", "shares", "before"])
+@triton.jit
+def _fetch(pointer, row, WIDTH: tl.constexpr):
+    """Let these rows be brought to the L2 cache, 64 bytes by one instruction."""
+    EACH: tl.constexpr = 512 // pointer.dtype.element_ty.primitive_bitwidth
+    at = row[:, None] * WIDTH + tl.arange(0, WIDTH // EACH)[None, :] * EACH
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointer + at], tl.int32, False, 1)
+
+
+@triton.jit
+def _rows_at(keys_pointer, values_pointer, row, inside, WIDTH: tl.constexpr):
+    """Keys and values [TOKENS, WIDTH] of these rows, zeros for those that are not `inside`."""
+    at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    keys = tl.load(keys_pointer + at, mask=inside[:, None], other=0)
+    return keys, tl.load(values_pointer + at, mask=inside[:, None], other=0)
+
+
+@triton.jit
 def exact_share(
+    part,
+    pair,
     query_pointer,
-    sums_pointer,
-    maxima_pointer,
-    totals_pointer,
+    query_head,
     recent_keys,
     recent_values,
     leading_keys,
     leading_values,
     begins_pointer,
     visible_pointer,
-    length,
-    kv_heads,
-    query_batch,
-    query_head,
-    visible_batch,
+    count,
     last,
     ring,
     leading_rows,
     shift,
     skipped,
-    shares,
-    before,
     scaling,
     softcap,
-    LENGTH_AT_POINTER: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     FIRST: tl.constexpr,
@@ -51,46 +60,51 @@ def exact_share(
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
+    FETCHES: tl.constexpr,
 ):
-    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, kv_head = pair // kv_heads, tl.program_id(0) % kv_heads
-    count = (tl.load(length) if LENGTH_AT_POINTER else length).to(tl.int32)
+    """Maxima [HEADS] of scores in units of log 2, totals [HEADS] of weights, and values summed, [WIDTH, HEADS]: of a
+    part of these tokens, for the queries of a pair of a sequence and a head. Pointers are those of the sequence.
+
+    Parts of the first tokens come first, then those that go back from the newest of `count` tokens.
+    """
+    OF_FIRST: tl.constexpr = (FIRST + TOKENS - 1) // TOKENS
+    item = part * TOKENS + tl.arange(0, TOKENS)
+    back = item - OF_FIRST * TOKENS
+    token = count - 1 - back
+    inside = (back >= 0) & (back < last) & (token >= 0)
+    row = pair * ring + tl.where(inside, (token + shift) % ring, 0)
+    if FETCHES:
+        # The kernel before writes the newest token at most, and nothing is read yet.
+        if part >= OF_FIRST:
+            _fetch(recent_keys, row, WIDTH)
+            _fetch(recent_values, row, WIDTH)
+        else:
+            of_first = pair * leading_rows + tl.minimum(item, FIRST - 1)
+            _fetch(leading_keys, of_first, WIDTH)
+            _fetch(leading_values, of_first, WIDTH)
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    item = part * TOKENS + tl.arange(0, TOKENS)
-    column = tl.arange(0, WIDTH)
-    # Programs of the first tokens come first, then those that go back from the newest one.
-    OF_FIRST: tl.constexpr = (FIRST + TOKENS - 1) // TOKENS
-    back = item - OF_FIRST * TOKENS
-    token = count - 1 - back
-    is_recent = (back >= 0) & (back < last) & (token >= 0)
-    row = ((token + shift) % ring).to(tl.int64)
-    if FIRST > 0:
-        begin = (tl.load(begins_pointer + batch) - skipped).to(tl.int32)
-        is_recent = is_recent & ((token < begin) | (token >= begin + FIRST))
-    at = (pair * ring + row)[:, None] * WIDTH + column[None, :]
-    keys = tl.load(recent_keys + at, mask=is_recent[:, None], other=0)
-    values = tl.load(recent_values + at, mask=is_recent[:, None], other=0)
-    seen = is_recent
-    if FIRST > 0:
-        place = begin + item
-        is_first = (item < FIRST) & (place >= 0) & (place < count)
-        at = (pair * leading_rows + item)[:, None] * WIDTH + column[None, :]
-        keys = tl.where(
-            is_first[:, None], tl.load(leading_keys + at, mask=is_first[:, None], other=0).to(keys.dtype), keys
-        )
-        values = tl.where(
-            is_first[:, None], tl.load(leading_values + at, mask=is_first[:, None], other=0).to(values.dtype), values
-        )
-        token = tl.where(is_first, place, token)
-        seen = is_recent | is_first
+    if FIRST == 0:
+        keys, values = _rows_at(recent_keys, recent_values, row, inside, WIDTH)
+        seen = inside
+    else:
+        # Rows are on their way before it is known which of them are read.
+        begin = (tl.load(begins_pointer) - skipped).to(tl.int32)
+        if part < OF_FIRST:
+            rows = pair * leading_rows + item
+            keys, values = _rows_at(leading_keys, leading_values, rows, item < FIRST, WIDTH)
+            token = begin + item
+            seen = (item < FIRST) & (token >= 0) & (token < count)
+        else:
+            keys, values = _rows_at(recent_keys, recent_values, row, inside, WIDTH)
+            seen = inside & ((token < begin) | (token >= begin + FIRST))
+        values = tl.where(seen[:, None], values, 0)
     if HAS_VISIBLE:
-        flags = tl.load(visible_pointer + batch * visible_batch + token, mask=seen, other=0)
+        flags = tl.load(visible_pointer + token, mask=seen, other=0)
         seen = seen & (flags != 0)
     heads = tl.arange(0, HEADS)
-    query_pointer += batch * query_batch + kv_head * GROUP * query_head
-    of_query = heads[None, :] * query_head + column[:, None]
+    of_query = heads[None, :] * query_head + tl.arange(0, WIDTH)[:, None]
     query = tl.load(query_pointer + of_query, mask=heads[None, :] < GROUP, other=0).to(tl.float32)
     # Queries are of the type of products as they are.
     scores = product(keys.to(DTYPE), query, tl.zeros([TOKENS, HEADS], tl.float32), 1, DTYPE)
@@ -101,9 +115,5 @@ def exact_share(
     scores = tl.where(seen[:, None], scores, float("-inf"))
     largest = tl.max(scores, axis=0)
     p = tl.exp2(scores - tl.where(largest == float("-inf"), 0.0, largest)[None, :])
-    total = tl.sum(p, axis=0)
     sums = product(tl.trans(values.to(DTYPE)), p, tl.zeros([WIDTH, HEADS], tl.float32), PARTS, DTYPE)
-    share = (pair * GROUP + heads) * shares + before + part
-    tl.store(maxima_pointer + share, largest, mask=heads < GROUP)
-    tl.store(totals_pointer + share, total, mask=heads < GROUP)
-    tl.store(sums_pointer + share[None, :] * WIDTH + column[:, None], sums, mask=heads[None, :] < GROUP)
+    return largest, tl.sum(p, axis=0), sums

@@ -87,16 +87,25 @@ class CachedTokens:
 
 
 def plain_append_tokens(
-    query: Tensor, key: Tensor, value: Tensor, cached: CachedTokens, position: int | Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cached: CachedTokens,
+    position: int | Tensor,
+    exact: ExactTokens | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Pack key and value [B, kv heads, T, D] of new tokens, transformed, as float32 numbers into the places from
     `position` on, an int, or int64 [1] on the device.
 
-    Returns the query [B, heads, T, D], transformed, in its own type.
+    Returns the query [B, heads, T, D], transformed, in its own type. One token is kept in `exact` as it came, too, and
+    is padding as `visible` says, as `ExactTokens.keep` has it.
     Nothing is refused: what holds NaN or Inf is read back as NaN.
     """
     _write(cached.keys, times_each(key, cached.matrices.keys), position)
     _write(cached.values, times_each(value, cached.matrices.values), position)
+    if exact is not None:
+        exact.keep(key, value, position, visible)
     return query if cached.matrices.queries is None else times_each(query, cached.matrices.queries).to(query.dtype)
 
 
@@ -111,11 +120,13 @@ def plain_decode_attention(
 ) -> Tensor:
     """Attention of one token a sequence, query [B, heads, 1, D], to the first `length` tokens: shape and type of it.
 
-    `length` is an int, or int64 [1] on the device. Where `visible` [B, N], N at least `length`, is 0 a token is not
-    seen; a query that sees none gets zeros. Arithmetic is float32. With `softcap` c scores are c tanh(score / c).
+    `length` is an int, or the place of the newest of them, int64 [1] on the device. Where `visible` [B, N], N at least
+    so many, is 0 a token is not seen; a query that sees none gets zeros. Arithmetic is float32. With `softcap` c scores
+    are c tanh(score / c).
     With `exact` some tokens are read as they came, by the query as it came, and are not multiplied by U^-1.
     """
     tokens = length if isinstance(length, int) else cached.keys.capacity
+    length = length if isinstance(length, int) else length + 1
     keys, values = cached.keys.first(tokens).dequantize(), cached.values.first(tokens).dequantize()
     scores = _scores(query, keys, scaling)
     if exact is not None:

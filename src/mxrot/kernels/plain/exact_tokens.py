@@ -31,6 +31,31 @@ class ExactTokens:
     """int64 [B]: where they begin, `skipped` more than among the tokens that attention is given."""
     skipped: int = 0
 
+    def keep(self, key: Tensor, value: Tensor, position: int | Tensor, visible: Tensor | None) -> None:
+        """Write one token of each sequence, [B, kv heads, 1, D] at `position`, an int or int64 [1] on the device, where
+        it belongs: into the ring, and among the first ones if it is one.
+
+        Tokens come one after the other from position 0 on, which forgets what was noted. Those whose flags in `visible`
+        [B, N] are 0, before the first one that is not, are padding: `begins` is how many.
+        """
+        position = torch.as_tensor(position, device=key.device).reshape(1)
+        if self.recent is not None:
+            row = (position + self.shift) % self.recent[0].shape[2]
+            for ring, new in zip(self.recent, (key, value), strict=True):
+                ring.index_copy_(2, row, new)
+        if self.leading is None or self.begins is None:
+            return
+        begins = self.begins.masked_fill(position == 0, 0)
+        if visible is not None:
+            is_hidden = visible.index_select(1, position)[:, 0] == 0
+            begins = begins + ((begins == position) & is_hidden)
+        self.begins.copy_(begins)
+        place = (position - begins)[:, None, None, None]
+        is_first = (place >= 0) & (place < self.first)
+        for rows, new in zip(self.leading, (key, value), strict=True):
+            index = place.clamp(0, self.first - 1).expand_as(new)
+            rows.scatter_(2, index, torch.where(is_first, new, rows.gather(2, index)))
+
     def first_flags(self, places: Tensor) -> Tensor:
         """Which tokens at these places [n] are among the first ones, bool [B or 1, n]."""
         if self.begins is None:
