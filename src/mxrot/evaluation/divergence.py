@@ -75,9 +75,7 @@ def divergence(
 def divergence_of_means(means: Tensor, windows: Tensor) -> Divergence:
     """The record of what `means_of_states` has given for these windows, float64 [4, W]; NumericsError if something is
     not finite."""
-    if not torch.isfinite(means).all():
-        raise NumericsError("the logits of one of the models hold NaN or Inf; nothing can be compared")
-    kl, agreement, nll, original_nll = means
+    kl, agreement, nll, original_nll = checked_means(means)
     ppl, original_ppl = (math.exp(float(part.mean())) for part in (nll, original_nll))
     return Divergence(
         kl=float(kl.mean()),
@@ -92,6 +90,13 @@ def divergence_of_means(means: Tensor, windows: Tensor) -> Divergence:
         windows=len(windows),
         tokens=len(windows) * (windows.shape[1] - 1),
     )
+
+
+def checked_means(means: Tensor) -> Tensor:
+    """The same; NumericsError if something is not finite."""
+    if not torch.isfinite(means).all():
+        raise NumericsError("the logits of one of the models hold NaN or Inf; nothing can be compared")
+    return means
 
 
 def _window_means(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor) -> Tensor:

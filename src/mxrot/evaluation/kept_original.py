@@ -9,6 +9,7 @@ quantized model is measured.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.checkpoint.files import write_tensors
-from mxrot.evaluation.divergence import Divergence, divergence_of_means, means_of_states
+from mxrot.evaluation.divergence import Divergence, checked_means, divergence_of_means, means_of_states
 from mxrot.evaluation.perplexity import Perplexity, nll_of_states, perplexity_of_means, states_of
 from mxrot.layers import check_logits
 from mxrot.models import Source, build_skeleton
@@ -70,7 +71,6 @@ class KeptOriginal:
             model.get_submodule(family.embedding).to("meta")
         return model
 
-    @torch.no_grad()
     def measure(
         self,
         model: PreTrainedModel,
@@ -85,24 +85,56 @@ class KeptOriginal:
 
         The figures are those of `perplexity` and `divergence`. NumericsError if one is not finite.
         """
+        found = list(self._batches(model, head, name, windows, batch_windows, progress))
+        both = torch.cat([means for means, _ in found], dim=1)
+        nll = torch.cat([part for means, others in found for part in (means[2], others)])
+        return perplexity_of_means(nll, windows), divergence_of_means(both, windows[: both.shape[1]])
+
+    def means(
+        self,
+        model: PreTrainedModel,
+        head: PreTrainedModel,
+        name: str,
+        windows: Tensor,
+        batch_windows: int = 1,
+        progress: Progress = silent,
+    ) -> Tensor:
+        """Of each of those windows whose states are kept, on its own, what `means_of_states` gives, float64 [4, W].
+
+        Two models that were measured on the same windows can be compared window by window. NumericsError if a figure
+        is not finite.
+        """
+        kept = windows[: self._count]
+        found = [means for means, _ in self._batches(model, head, name, kept, batch_windows, progress)]
+        return checked_means(torch.cat(found, dim=1))
+
+    @torch.no_grad()
+    def _batches(
+        self,
+        model: PreTrainedModel,
+        head: PreTrainedModel,
+        name: str,
+        windows: Tensor,
+        batch_windows: int,
+        progress: Progress,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each batch the means [4, W] of the windows whose states are kept, and of the others the mean negative
+        log-likelihoods [W], float64."""
         check_logits(model, windows)
         device, seen = next(model.parameters()).device, len(windows[: self._count])
-        means, both = [], []
         for start in range(0, len(windows), batch_windows):
             progress(start * windows.shape[1], windows.numel(), "tokens")
             ids = windows[start : start + batch_windows].to(device)
             hidden = states_of(model, ids)
             expected = load_file(self._path(name, start), device=str(device))[_STATES] if start < seen else hidden[:0]
             few = len(expected)
+            means, others = torch.empty(4, 0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
             if few:
-                found = means_of_states(model, hidden[:few], head, expected, ids[:few]).double().cpu()
-                means.append(found[2])
-                both.append(found)
+                means = means_of_states(model, hidden[:few], head, expected, ids[:few]).double().cpu()
             if few < len(ids):
-                means.append(nll_of_states(model, hidden[few:], ids[few:]).double().cpu())
+                others = nll_of_states(model, hidden[few:], ids[few:]).double().cpu()
+            yield means, others
         progress(windows.numel(), windows.numel(), "tokens")
-        apart = divergence_of_means(torch.cat(both, dim=1), windows[:seen])
-        return perplexity_of_means(torch.cat(means), windows), apart
 
     def _path(self, name: str, start: int) -> Path:
         digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
