@@ -1,4 +1,5 @@
-"""Results of benchmarks/accuracy.py, and of `mxrot compare --json`, as a Markdown table, as docs/results.md has it.
+"""Results of benchmarks/accuracy.py, of benchmarks/everywhere.py and of `mxrot compare --json` as Markdown tables, as
+docs/results.md has them.
 
     python benchmarks/markdown.py benchmarks/results/demo_ablation_*.json
 
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import everywhere_tables
+
 Row = dict[str, Any]
 
 
@@ -21,6 +24,8 @@ def main() -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     """One line for each label: perplexity and its ratio to FP16 on each text, seeds, seconds, GPU memory."""
+    if any(result.get("kind") == "everywhere" for result in results):
+        return everywhere_tables.markdown(results)
     if not any("label" in row for result in results for row in result["rows"]):
         return compared([row for result in results for row in result["rows"]])
     rows = {row["label"]: row for result in results for row in result["rows"]}

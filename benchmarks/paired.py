@@ -53,12 +53,26 @@ def mean_over_seeds(seeds: Sequence[Values]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*seeds, strict=True)]
 
 
-def geometric_mean(figures: Sequence[Figure]) -> Figure:
-    """Of positive figures that do not depend on each other, as those of different models and texts."""
-    if not figures or any(not figure.value > 0 for figure in figures):
-        return Figure(math.nan, None)
-    value = math.exp(sum(math.log(figure.value) for figure in figures) / len(figures))
-    errors = [None if figure.error is None else figure.error / figure.value for figure in figures]
-    known = [error for error in errors if error is not None]
-    whole = value * math.sqrt(sum(error**2 for error in known)) / len(figures) if len(known) == len(figures) else None
-    return Figure(value, whole)
+def apart(over: Values, under: Values) -> list[float]:
+    """Of each window how far it moves the logarithm of `ratio`, to first order: a_i / a - b_i / b, of mean 0."""
+    a, b = sum(over) / len(over), sum(under) / len(under)
+    return [x / a - y / b for x, y in zip(over, under, strict=True)]
+
+
+def geometric_mean(values: Values) -> float:
+    """Of at least one value; NaN if one is not positive."""
+    if any(not value > 0 for value in values):
+        return math.nan
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def error_of_geometric_mean(value: float, groups: Sequence[Sequence[Values]]) -> float | None:
+    """The standard error of a geometric mean of ratios, from what `apart` gives of each.
+
+    Ratios of a group are of the same windows, as those after several calibrations are, and are no news of each other;
+    groups, of other models and texts, are taken to be independent.
+    """
+    sums = [[sum(windows) for windows in zip(*group, strict=True)] for group in groups]
+    errors = [standard_error(each) for each in sums]
+    count = sum(len(group) for group in groups)
+    return None if None in errors else value * math.sqrt(sum(error**2 for error in errors if error)) / count

@@ -68,6 +68,24 @@ def test_kl_is_the_sum_over_the_vocabulary_in_float64(folder: Path, tmp_path: Pa
     assert apart.kl == pytest.approx(exact, abs=4 * 2.0**-20)
 
 
+@pytest.mark.parametrize("count", [None, 3])
+def test_each_window_is_measured_on_its_own(folder: Path, tmp_path: Path, count: int | None) -> None:
+    """Their means are the figures, and a window alone has those that it has among others."""
+    original, model = api.open_model(folder, "cpu")[0], moved(folder)
+    kept = KeptOriginal(FolderSource(folder), tmp_path, count)
+    kept.keep(original, "words", WINDOWS, 2)
+    found = kept.means(model, kept.head("cpu"), "words", WINDOWS, 2)
+    few = WINDOWS[:count]
+    whole = divergence(model, original, few, 2)
+    assert found.shape == (4, len(few)) and found.dtype == torch.float64
+    assert found.mean(dim=1)[:2].tolist() == pytest.approx([whole.kl, whole.agreement], rel=1e-5)
+    assert found.mean(dim=1)[2:].exp().tolist() == pytest.approx([whole.ppl, whole.original_ppl], rel=1e-6)
+    for window, means in zip(few, found.T, strict=True):
+        alone = divergence(model, original, window[None])
+        assert means[:2].tolist() == pytest.approx([alone.kl, alone.agreement], rel=1e-5)
+        assert means[2:].exp().tolist() == pytest.approx([alone.ppl, alone.original_ppl], rel=1e-6)
+
+
 def test_states_are_a_small_part_of_what_log_probabilities_take(folder: Path, tmp_path: Path) -> None:
     original = api.open_model(folder, "cpu")[0]
     KeptOriginal(FolderSource(folder), tmp_path).keep(original, "words", WINDOWS, 2)
@@ -84,5 +102,6 @@ def test_what_is_not_finite_is_an_error(folder: Path, tmp_path: Path) -> None:
     kept = KeptOriginal(FolderSource(folder), tmp_path)
     kept.keep(original, "words", WINDOWS)
     model.get_output_embeddings().weight.data[3] = torch.nan
-    with pytest.raises(NumericsError, match="NaN"):
-        kept.measure(model, kept.head("cpu"), "words", WINDOWS)
+    for measure in (kept.measure, kept.means):
+        with pytest.raises(NumericsError, match="NaN"):
+            measure(model, kept.head("cpu"), "words", WINDOWS)
