@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ Entry = dict[str, Any]
 
 def main() -> None:
     options = parse_options()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that processes end with this one
     options.work.mkdir(parents=True, exist_ok=True)
     try:
         with (

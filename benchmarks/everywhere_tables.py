@@ -32,10 +32,11 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 def merged(results: Sequence[dict[str, Any]]) -> list[Row]:
     """The rows of several files, each once, in the order of the first that has it."""
-    models: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for result in results:
-        for name, described in result["models"].items():
-            if models.setdefault(name, described) != described:
+        for name, model in result["models"].items():
+            read = {text: digest for text, digest in model["windows"].items() if text.startswith("text ")}
+            if known.setdefault(name, (model["files"], read)) != (model["files"], read):
                 raise SystemExit(f"{name} is another model in two of the files, or was measured on other windows")
     found = {(row["model"], row["calibration"], row["recipe"]): row for result in results for row in result["rows"]}
     return list(found.values())
@@ -102,12 +103,14 @@ def terminal(rows: Sequence[Row], base: str) -> str:
 
 def text_lines(rows: Sequence[Row], base: str) -> list[list[str]]:
     """Of one model and calibration, its heads first."""
-    lines = [["text", "recipe", "KL", f"x {base}", "PPL", "x original", "same top", "seconds"]]
+    lines = [["text (windows)", "recipe", "KL", f"x {base}", "PPL", "x original", "same top", "seconds"]]
     for text in dict.fromkeys(text for row in rows for text in row.get("texts", {})):
         for place, row in enumerate(row for row in rows if text in row.get("texts", {})):
             one = row["texts"][text]
             if not place:
-                lines.append([text, "original", "", "", f"{one['original_perplexity']:.2f}", "", "", ""])
+                lines.append(
+                    [f"{text} ({one['windows']})", "original", "", "", f"{one['original_perplexity']:.2f}", "", "", ""]
+                )
             lines.append(
                 [
                     "",

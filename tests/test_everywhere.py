@@ -361,9 +361,12 @@ def test_a_text_is_not_measured_on_and_calibrated_on(bench: Any, place: Path) ->
 
 
 def test_other_windows_do_not_stand_in_one_table(bench: Any) -> None:
-    one = {"kind": "everywhere", "base": "rtn", "models": {"demo": {"windows": {"text a": "1"}}}, "rows": []}
-    other = one | {"models": {"demo": {"windows": {"text a": "2"}}}}
+    one: dict[str, Any] = {"kind": "everywhere", "base": "rtn", "rows": []}
+    one["models"] = {"demo": {"files": {}, "windows": {"text a": "1", "calibration b": "1"}}}
+    other = one | {"models": {"demo": {"files": {}, "windows": {"text a": "2"}}}}
     with pytest.raises(SystemExit, match="demo is another model in two of the files, or was measured on other windows"):
         bench.markdown.table([one, other])
     with pytest.raises(SystemExit, match="ratios to rtn and to mxrot"):
         bench.markdown.table([one, one | {"base": "mxrot"}])
+    again = one | {"models": {"demo": {"files": {}, "windows": {"text a": "1", "calibration c": "1"}}}}
+    assert bench.markdown.table([one, again]) == bench.markdown.table([one])
