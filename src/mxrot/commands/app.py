@@ -21,6 +21,7 @@ from mxrot.commands.plan import plan
 from mxrot.commands.quantize import quantize
 from mxrot.commands.recipes import recipes
 from mxrot.commands.report import report
+from mxrot.commands.search import search
 
 
 class _Commands(TyperGroup):
@@ -83,6 +84,6 @@ def every(version: Version = False) -> None:
 
 app.command()(quantize)
 app.command("eval")(evaluate)
-for command in (compare, inspect, plan, report, generate, export, recipes, demo):
+for command in (compare, search, inspect, plan, report, generate, export, recipes, demo):
     app.command()(command)
 app.add_typer(benchmarks, name="bench")

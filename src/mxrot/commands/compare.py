@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,6 +28,7 @@ from mxrot.commands.options import (
     check_file,
     chosen_tasks,
     loaded_texts,
+    machine_table,
     prepare,
     print_texts,
     show,
@@ -133,7 +134,7 @@ def compare(
     protocol = {"model": model, "seeds": each_seed, "texts": {part.text.name: part.as_table() for part in read}}
     seconds = round(time.monotonic() - started, 2)
     write_json(
-        json_file, {"rows": [row.as_table() for row in rows], **protocol, "seconds": seconds, **_machine(device)}
+        json_file, {"rows": [row.as_table() for row in rows], **protocol, "seconds": seconds, **machine_table(device)}
     )
     if csv_file is not None:
         write_named(csv_file, csv_text(rows).encode())
@@ -141,18 +142,6 @@ def compare(
         raise ConfigError("none of the recipes ran; the reasons stand under the table")
     if plot is not None:
         write_named(plot, picture_file(rows, f"{model}, windows of {seq_len}", plot.suffix.lower().lstrip(".")))
-
-
-def _machine(device: str | None) -> dict[str, Any]:
-    """What computed."""
-    import torch
-
-    from mxrot.environment import device_name, versions
-    from mxrot.kernels.choices import kernel_choices
-    from mxrot.opening import default_device
-
-    used = torch.device(device or default_device())
-    return {"device": device_name(used), "kernels": kernel_choices(used), "versions": versions()}
 
 
 def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:

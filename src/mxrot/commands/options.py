@@ -211,3 +211,15 @@ def write_json(path: Path | None, table: dict[str, Any]) -> None:
         from mxrot.checkpoint.named_file import write_named
 
         write_named(path, (json.dumps(table, indent=2) + "\n").encode())
+
+
+def machine_table(device: str | None) -> dict[str, Any]:
+    """What computed."""
+    import torch
+
+    from mxrot.environment import device_name, versions
+    from mxrot.kernels.choices import kernel_choices
+    from mxrot.opening import default_device
+
+    used = torch.device(device or default_device())
+    return {"device": device_name(used), "kernels": kernel_choices(used), "versions": versions()}

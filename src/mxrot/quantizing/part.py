@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mxrot.calibration import ONE, Executor, World
 from mxrot.cuda_graphs import Replays
@@ -32,6 +33,8 @@ class BlockRun:
     replay: Replays = field(default_factory=Replays)
     world: World = ONE
     """The processes that the calibration windows are spread over."""
+    beside: Beside | None = None
+    """Sees each site."""
 
     @property
     def family(self) -> Family:
@@ -90,3 +93,8 @@ class Part:
     """Runs the module; None where no data is looked at."""
     original: Executor | None = None
     """Runs that of the original model; None where neither rounding nor tuning asks for it."""
+
+
+Beside = Callable[[BlockRun, Part, Site, Tensor | None], None]
+"""Is shown a site whose weights are rounded and whose linears are not replaced yet, with its smoothing scales where
+these are not folded: it can round the same weights for the same inputs in another way."""

@@ -31,7 +31,7 @@ from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.batches import windows_at_once
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
-from mxrot.quantizing.part import BlockRun
+from mxrot.quantizing.part import Beside, BlockRun
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.record import BlockReport, RunRecord
 from mxrot.quantizing.rotating import config_after, drawn_rotations, rotated_source
@@ -72,13 +72,15 @@ def quantize(
     seed: int = 0,
     store: BlockStore | None = None,
     progress: Progress = silent,
+    beside: Beside | None = None,
 ) -> QuantizedModel:
     """Quantize a model, by its source or its folder.
 
     Rotations of the recipe are merged into the weights first, and all else is read from what comes out.
     `windows` are calibration token windows [W, T] (None for a recipe that needs no data). Computes on `device`,
     in the checkpoint's own type on a GPU and in float32 on a CPU; everything a checkpoint keeps is rounded to its
-    type either way, so that a reloaded model is the same model. With a `store`, finished blocks go there.
+    type either way, so that a reloaded model is the same model. With a `store`, finished blocks go there. `beside` is
+    shown each site of a block that is quantized here, but those of experts that share one.
 
     Raises ConfigError and FamilyError before any weight is read, NumericsError with the layer's name.
     """
@@ -86,6 +88,7 @@ def quantize(
     source = FolderSource(source) if isinstance(source, Path) else source
     job = _checked(source, recipe, device, seed, store, progress, has_text=windows is not None)
     given = 0 if windows is None else len(windows)
+    job = replace(job, run=replace(job.run, beside=beside))
     job, rotation_losses = _rotated(job, windows)
     windows = _calibration_windows(job, windows)
     record = _new_record(job, windows)

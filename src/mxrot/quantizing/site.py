@@ -83,7 +83,10 @@ def quantize_site(
     progress(0, 5, name)
     transform = fit_transform(run, part, site, scales, rows)
     progress(1, 5, name)  # with GPTQ most of the time goes into rounding, and the statistics for it
-    return install_rounded(run, part, site, transform, round_site(run, part, site, transform), rows)
+    rounded = round_site(run, part, site, transform)
+    if run.beside is not None:
+        run.beside(run, part, site, scales)
+    return install_rounded(run, part, site, transform, rounded, rows)
 
 
 def fit_transform(

@@ -27,10 +27,10 @@ FORMAT = 1
 Key = dict[str, Any]
 
 
-def default_work_folder(model: Path) -> Path:
-    """In the cache, one for each model folder."""
+def default_work_folder(model: Path, command: str = "compare") -> Path:
+    """In the cache, one for each model folder and command."""
     digest = hashlib.sha256(str(model.resolve()).encode(errors="surrogateescape")).hexdigest()[:12]
-    return cache_folder() / "compare" / f"{model.name[:60] or 'model'}-{digest}"
+    return cache_folder() / command / f"{model.name[:60] or 'model'}-{digest}"
 
 
 class WorkFolder:

@@ -1,0 +1,148 @@
+"""The search itself: what to measure next, and what to raise. It knows no model, only a ruler that gives the KL of a
+mixture.
+
+First each kind of site is raised in all blocks, and each block with all of its sites: no cheaper score tells what a
+raise is worth (arXiv 2609.01587). What a kind gains times the block's share of what all blocks gain is what is believed
+of a single cell, and only decides which is measured first. Then, from the best uniform choice that the limits admit,
+cells are raised one after the other. Gains do not add, so whatever is about to be raised is measured on top of what is
+raised already (the lazy greedy algorithm: Minoux 1978), a few candidates a step, and the one that gains most KL for its
+share of the bits that may be spent is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from mxrot.search.bits import Bits, Cell, Costs, Limits, Mixture
+from mxrot.search.choices import Choice
+
+LOOKS = 4
+"""Candidates that are measured before one of them is raised."""
+WITHOUT_GAIN = 12
+"""Candidates in a row that gain nothing, after which no more are looked at."""
+
+
+class Ruler(Protocol):
+    """Gives figures of mixtures."""
+
+    def kl(self, mixture: Mixture, stage: str) -> float:
+        """From the original, nats a token."""
+
+    def settle(self, mixture: Mixture) -> None:
+        """What follows will differ from this one in little."""
+
+
+Move = tuple[Cell, Choice]
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What raising one kind, or one block, gives."""
+
+    base: float
+    """KL with nothing raised."""
+    uniform: Mapping[Choice, float]
+    """With all raised."""
+    kinds: Mapping[tuple[str, Choice], float]
+    """With one kind raised in all blocks."""
+    blocks: Mapping[int, float]
+    """With one block raised to `blocks_to`."""
+    blocks_to: Choice
+
+    @staticmethod
+    def measure(costs: Costs, ruler: Ruler) -> Alone:
+        """All of it; blocks with the choice that takes most bits."""
+        choices = costs.choices
+        base = ruler.kl({}, "nothing raised")
+        ruler.settle({})
+        last = choices[-1]
+        blocks = {block: ruler.kl(costs.all_of(last, block=block), "a block") for block in reversed(costs.blocks)}
+        kinds = {
+            (kind, choice): ruler.kl(costs.all_of(choice, kind=kind), "a kind")
+            for choice in choices
+            for kind in costs.kinds
+            if costs.all_of(choice, kind=kind)
+        }
+        uniform = {choice: ruler.kl(costs.all_of(choice), "everything") for choice in choices}
+        return Alone(base, uniform, kinds, dict(sorted(blocks.items())), last)
+
+    def believed(self, costs: Costs) -> dict[Move, float]:
+        """The gain of each single raise from nothing raised, in nats a token, as kinds and blocks make believe."""
+        gains = {block: max(0.0, self.base - kl) for block, kl in self.blocks.items()}
+        whole = sum(gains.values())
+        count = len(gains)
+        return {
+            (cell, choice): max(0.0, self.base - self.kinds[cell.kind, choice])
+            * (gains[cell.block] / whole if whole else 1 / count)
+            for cell, choices in costs.added.items()
+            for choice in choices
+        }
+
+
+@dataclass
+class Climb:
+    """Raises cells until the bits are spent or nothing gains."""
+
+    costs: Costs
+    limits: Limits
+    ruler: Ruler
+    believed: dict[Move, float]
+    """Gains over nothing raised."""
+
+    def run(self, start: Mixture) -> dict[Cell, Choice]:
+        """What is raised in the end."""
+        chosen = dict(start)
+        gains = dict(self.believed)
+        for cell, choice in chosen.items():
+            for other in self.costs.added[cell]:
+                gains[cell, other] -= self.believed[cell, choice]
+        now = self.ruler.kl(chosen, "raised")
+        self.ruler.settle(chosen)
+        while True:
+            found = self._best(chosen, now, gains)
+            if found is None:
+                return chosen
+            (cell, choice), gain = found
+            for other in self.costs.added[cell]:
+                gains[cell, other] -= gain  # of another choice for it, what that gives more
+            chosen[cell] = choice
+            now -= gain
+            self.ruler.settle(chosen)
+
+    def _best(self, chosen: dict[Cell, Choice], now: float, gains: dict[Move, float]) -> tuple[Move, float] | None:
+        """The raise that gains most for its bits, of those that look best; None where none gains anything."""
+        looked: dict[Move, float] = {}
+        while True:
+            if len(looked) >= WITHOUT_GAIN:
+                return None
+            open_moves = [move for move, gain in gains.items() if gain > 0 and self._fits(chosen, move)]
+            if not open_moves:
+                return None
+            best = max(open_moves, key=lambda move: self._rate(chosen, move, gains[move]))
+            if best in looked:
+                return best, looked[best]
+            gains[best] = looked[best] = now - self.ruler.kl({**chosen, best[0]: best[1]}, "candidate")
+            if len(looked) >= LOOKS and max(looked.values()) > 0:
+                best = max(looked, key=lambda move: self._rate(chosen, move, looked[move]))
+                return best, looked[best]
+
+    def _more(self, chosen: Mixture, move: Move) -> Bits:
+        """Bits that a raise adds."""
+        cell, choice = move
+        before = self.costs.added[cell][chosen[cell]] if cell in chosen else Bits(0.0, 0.0)
+        after = self.costs.added[cell][choice]
+        return Bits(after.weights - before.weights, after.inputs - before.inputs)
+
+    def _fits(self, chosen: Mixture, move: Move) -> bool:
+        more, bits = self._more(chosen, move), self.costs.bits(chosen)
+        is_raise = min(more) >= 0 and max(more) > 0
+        return is_raise and self.limits.admit(Bits(bits.weights + more.weights, bits.inputs + more.inputs))
+
+    def _rate(self, chosen: Mixture, move: Move, gain: float) -> tuple[float, float]:
+        """Gain for the share of what may be spent over the recipe's own bits; what spends nothing of it comes first."""
+        pairs = zip(self._more(chosen, move), self.limits.pair, self.costs.base, strict=True)
+        spent = sum(more / (most - base) for more, most, base in pairs if most is not None and more > 0)
+        return (gain / spent if spent > 0 else math.copysign(math.inf, gain)), gain

@@ -1,0 +1,79 @@
+"""The folder of a search: the quantized model, every site rounded in each way, and what was measured.
+
+A folder is for one model, recipe, calibration text, seed, device and set of choices, by whose hash it is called; the
+budget is no part of it, so that a search with another one goes on from what is there. A block is finished when its note
+is there (checkpoint/partial.py), and the other roundings of its sites are written before that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mxrot.checkpoint.files import write_tensors
+from mxrot.checkpoint.partial import PartialCheckpoint
+from mxrot.models import Family
+from mxrot.search.bits import Cell
+from mxrot.search.choices import Choice
+
+
+class KeptSearch:
+    """What one search has on disk."""
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], resume: bool) -> None:
+        """Of the search that `key` describes, in `folder`; without `resume` it is begun anew."""
+        text = json.dumps(key, sort_keys=True)
+        self.folder = folder / hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
+        if not resume:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        (self.folder / "model").mkdir(parents=True, exist_ok=True)
+        self._log = self.folder / "measured.jsonl"
+        self.measured = _lines(self._log)
+        """Lists of KL, one a window, by what was measured."""
+
+    def store(self, family: Family, blocks: int) -> PartialCheckpoint:
+        """Where the model with nothing raised is kept."""
+        return PartialCheckpoint(self.folder / "model", family, blocks)
+
+    def keep_site(self, cell: Cell, choice: Choice, tensors: dict[str, Tensor]) -> None:
+        """A site in one of the other ways, by the names of its tensors in the block."""
+        path = self._path(cell, choice)
+        path.parent.mkdir(exist_ok=True)
+        write_tensors(path, tensors)
+
+    def site(self, cell: Cell, choice: Choice) -> dict[str, Tensor]:
+        """The tensors that `keep_site` was given."""
+        return load_file(self._path(cell, choice))
+
+    def has_sites(self, raises: Mapping[Cell, Sequence[Choice]]) -> bool:
+        """Are all of them there?"""
+        return all(self._path(cell, choice).exists() for cell, choices in raises.items() for choice in choices)
+
+    def note(self, what: str, kl: Sequence[float]) -> None:
+        """A measurement, kept whatever ends the search."""
+        self.measured[what] = list(kl)
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"what": what, "kl": list(kl)}) + "\n")
+
+    def _path(self, cell: Cell, choice: Choice) -> Path:
+        return self.folder / choice.spelled.replace("/", "-") / f"{cell.block:05d}-{cell.kind}.safetensors"
+
+
+def _lines(path: Path) -> dict[str, list[float]]:
+    """What is noted; a last line that was not written to its end is none."""
+    found: dict[str, list[float]] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                table = json.loads(line)
+                found[str(table["what"])] = [float(value) for value in table["kl"]]
+            except (ValueError, KeyError, TypeError):
+                continue
+    return found

@@ -1,0 +1,131 @@
+"""KL of mixtures on a few windows, with no more computed than changes.
+
+Blocks before the first one that is raised give what they gave before: what goes into each block is kept of the mixture
+that was settled last, and a pass begins where another one differs from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxrot.errors import NumericsError
+from mxrot.evaluation.divergence import means_of_states
+from mxrot.evaluation.perplexity import states_of
+from mxrot.layers import check_logits
+from mxrot.layers.cache_size import cache_of
+from mxrot.progress import Progress
+from mxrot.search.bits import Mixture, spelled
+from mxrot.search.kept import KeptSearch
+from mxrot.search.raised import RaisedModel
+
+
+class Original:
+    """The last hidden states of the original on some windows, and its head."""
+
+    def __init__(self, head: PreTrainedModel, batches: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+        """`batches` are token windows, `states` what the original makes of them [W, T, hidden]."""
+        self.head, self.batches, self.states = head, batches, states
+
+    @torch.no_grad()
+    def kl(self, model: PreTrainedModel, states: Sequence[Tensor] | None = None) -> list[float]:
+        """KL(original || model), nats a token, of each window; `states` are the model's own, if they are known."""
+        own = (states_of(model, ids) for ids in self.batches) if states is None else states
+        with_original = zip(own, self.states, self.batches, strict=True)
+        means = [means_of_states(model, hidden, self.head, wanted, ids)[0] for hidden, wanted, ids in with_original]
+        found: list[float] = torch.cat(means).double().tolist()
+        if not all(value < float("inf") for value in found):
+            raise NumericsError("the logits of a mixture hold NaN or Inf; nothing can be compared")
+        return found
+
+
+class Meter:
+    """A ruler for mixtures of one model; what the folder has measured is not measured again."""
+
+    def __init__(
+        self, raised: RaisedModel, original: Original, name: str, kept: KeptSearch, progress: Progress, about: int
+    ) -> None:
+        """`name` says which windows these are; `about` so many measurements are expected."""
+        self._raised, self._original, self._name, self._kept = raised, original, name, kept
+        self._progress, self._about = progress, about
+        self._settled: Mixture | None = None
+        self._entries: list[list[Tensor]] = []
+        """By batch, what goes into each block of the mixture that is settled; empty until it has run."""
+        self.stages: dict[str, tuple[Mixture, str]] = {}
+        """Of what was measured here, by its spelling: the mixture, and the first stage that asked for it."""
+
+    def kl(self, mixture: Mixture, stage: str) -> float:
+        """The mean over windows."""
+        values = self.values(mixture, stage)
+        return sum(values) / len(values)
+
+    def values(self, mixture: Mixture, stage: str) -> list[float]:
+        """Of each window."""
+        what = f"{self._name}: {spelled(mixture)}"
+        self.stages.setdefault(spelled(mixture), (dict(mixture), stage))
+        count = len(self.stages)
+        self._progress(count, max(self._about, count + 1), f"measuring {stage}")
+        if what not in self._kept.measured:
+            self._kept.note(what, self._measured(mixture))
+        return self._kept.measured[what]
+
+    def settle(self, mixture: Mixture) -> None:
+        """Passes begin from what goes into the blocks of this one."""
+        self._settled, self._entries = dict(mixture), []
+
+    @torch.no_grad()
+    def _measured(self, mixture: Mixture) -> list[float]:
+        model = self._raised.model
+        for ids in self._original.batches:
+            check_logits(model, ids)
+        if self._settled is not None and not self._entries and cache_of(model) is None:
+            self._raised.become(self._settled)
+            self._entries = [self._entries_of(ids) for ids in self._original.batches]
+        first = self._first_change(mixture)
+        self._raised.become(mixture)
+        states = []
+        for number, ids in enumerate(self._original.batches):
+            with self._from(first, self._entries[number][first] if first else None):
+                states.append(states_of(model, ids))
+        return self._original.kl(model, states)
+
+    def _first_change(self, mixture: Mixture) -> int:
+        """The first block that differs from the settled mixture; 0 where none is settled."""
+        if self._settled is None or not self._entries:
+            return 0
+        settled = self._settled
+        changed = [cell.block for cell in {*mixture, *settled} if mixture.get(cell) != settled.get(cell)]
+        return min(changed, default=len(self._raised.blocks) - 1)
+
+    def _entries_of(self, ids: Tensor) -> list[Tensor]:
+        """What goes into each block."""
+        found: list[Tensor] = []
+
+        def see(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            found.append(arguments[0] if arguments else keywords["hidden_states"])
+
+        with ExitStack() as stack:
+            for block in self._raised.blocks:
+                stack.callback(block.register_forward_pre_hook(see, with_kwargs=True).remove)
+            states_of(self._raised.model, ids)
+        return found
+
+    @contextmanager
+    def _from(self, first: int, entry: Tensor | None) -> Iterator[None]:
+        """While open, blocks before `first` compute nothing, and `entry` goes into that."""
+        if entry is None:
+            yield
+            return
+        skipped = self._raised.blocks[:first]
+        for block in skipped:
+            block.forward = lambda *_, **__: entry
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward

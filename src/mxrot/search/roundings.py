@@ -1,0 +1,67 @@
+"""Round each site in other ways, too, while the model is quantized.
+
+Every other way sees what the site sees as it is quantized: the inputs behind quantized blocks with nothing raised, its
+own transform fitted to them, and, with GPTQ, the Hessian of these inputs as they come out of its own format. It is what
+quantizing with that site alone raised would give. What follows it is not rounded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxrot.calibration import RowSample
+from mxrot.cuda_graphs import Replays
+from mxrot.formats import QTensor
+from mxrot.formats.quantizer import PACKED, PART
+from mxrot.models import Site
+from mxrot.quantizing.part import BlockRun, Part
+from mxrot.quantizing.rounded import round_site
+from mxrot.quantizing.site import fit_transform
+from mxrot.scheme import Scheme, scheme_name
+from mxrot.search.bits import Cell
+from mxrot.search.choices import Choice, everywhere
+from mxrot.search.kept import KeptSearch
+from mxrot.transforms import SiteTransform
+
+
+class OtherRoundings:
+    """Is shown sites by `quantize`, and keeps each as every choice makes it."""
+
+    def __init__(self, raises: Mapping[Cell, Sequence[Choice]], model: PreTrainedModel, kept: KeptSearch) -> None:
+        """`model` is a skeleton."""
+        self._raises, self._model, self._kept = raises, model, kept
+        self._runs: dict[Choice, BlockRun] = {}
+
+    def __call__(self, run: BlockRun, part: Part, site: Site, scales: Tensor | None) -> None:
+        cell = Cell(site.group, part.index)
+        for choice in self._raises[cell]:
+            other = self._other(run, choice)
+            transform = fit_transform(other, part, site, scales, RowSample(1))
+            rounded = round_site(other, part, site, transform)
+            weights = {linear: found.weight for linear, found in rounded.items()}
+            self._kept.keep_site(cell, choice, site_tensors(part.index, site, weights, transform))
+
+    def _other(self, run: BlockRun, choice: Choice) -> BlockRun:
+        if choice not in self._runs:
+            recipe = everywhere(run.recipe, choice)
+            scheme = Scheme.of(recipe, run.family, self._model)
+            self._runs[choice] = replace(run, recipe=recipe, scheme=scheme, replay=Replays(), beside=None)
+        return self._runs[choice]
+
+
+def site_tensors(
+    index: int, site: Site, weights: Mapping[str, QTensor], transform: SiteTransform | None
+) -> dict[str, Tensor]:
+    """What a checkpoint holds of a site of block `index`, by names in the block; without biases."""
+    found: dict[str, Tensor] = {}
+    for linear, weight in weights.items():
+        found[f"{linear}.{PACKED}"] = weight.packed()
+        found |= {f"{linear}.{PART}{name}": tensor for name, tensor in weight.parts.tensors.items()}
+    if transform is not None:
+        place = f"{site.linears[0]}.{scheme_name(index, site)}_input"
+        found |= {f"{place}.{name}": tensor for name, tensor in transform.stored().items()}
+    return {name: tensor.contiguous() for name, tensor in found.items()}

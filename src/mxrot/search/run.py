@@ -1,0 +1,183 @@
+"""A search from its beginning to its recipe.
+
+One pass quantizes the model by the recipe, and rounds each site in every other way beside (roundings.py). Then sites
+are raised in the model that is in memory and put back, and each mixture is measured (climb.py, meter.py). What was found
+is quantized once more from the original, as `mxrot quantize` would by the recipe that is written, and measured on
+windows that the search has not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxrot import api
+from mxrot.checkpoint.fingerprint import fingerprint_of
+from mxrot.errors import ConfigError
+from mxrot.layers import build_apart
+from mxrot.models import FolderSource, find_model
+from mxrot.progress import Progress, silent
+from mxrot.quantizing.problems import find_problems
+from mxrot.recipe import Recipe
+from mxrot.report.work_folder import WorkFolder
+from mxrot.search.bits import Cell, Costs, Limits, Mixture
+from mxrot.search.choices import Choice, base_choice, everywhere
+from mxrot.search.climb import Alone, Climb
+from mxrot.search.found import BASE, QUANTIZED, SEARCHED, Found, Kl, Measured, Row
+from mxrot.search.job import SearchJob
+from mxrot.search.kept import KeptSearch
+from mxrot.search.meter import Meter
+from mxrot.search.written import mixture_recipe, raised_runs
+from mxrot.text import Windows
+from mxrot.tokenizing import Calibration
+
+
+def search(
+    model: str,
+    recipe: Recipe,
+    choices: Sequence[Choice],
+    limits: Limits,
+    *,
+    calib: Any = "demo",
+    samples: int | None = None,
+    texts: Any = "demo",
+    windows: int = 8,
+    seq_len: int = 2048,
+    seed: int = 0,
+    device: str | None = None,
+    work: Path,
+    resume: bool = False,
+    announce: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
+) -> Found:
+    """The best mixture under `limits` that measuring finds; `texts` give `windows` windows each to search with, and the
+    next as many to judge by.
+
+    What is kept in the folder `work` is gone on from with `resume`, under the same limits or others. ConfigError before
+    any weight is read for what cannot be searched.
+    """
+    folder = find_model(model)
+    source = FolderSource(folder, model)
+    costs = _checked(source, recipe, choices, limits)
+    read = api.read_texts(folder, texts, windows=2 * windows, seq_len=seq_len, progress=progress)
+    parts = _halves(read, windows)
+    calibration = api.calibrate(folder, recipe, calib, samples, seq_len, progress)
+    where = torch.device(device or api.default_device())
+    with WorkFolder.opened(work) as place:
+        hashes = place.hashes(folder, progress)
+        key = {
+            "made": fingerprint_of(hashes, {}, calibration.recipe, calibration.windows, where, seed),
+            "choices": sorted(choice.spelled for choice in choices),
+            "measured": [hashlib.sha256(ids.numpy().tobytes()).hexdigest() for ids in parts],
+        }
+        kept = KeptSearch(place.folder, key, resume)
+        if resume and kept.measured:
+            announce(f"{len(kept.measured)} measurements were made before, and are taken from {kept.folder}")
+        job = SearchJob(model, source, recipe, costs, limits, calibration, where, seed, kept, progress)
+        job.quantize_all_ways()
+        return _found(job, read, parts)
+
+
+def _checked(source: FolderSource, recipe: Recipe, choices: Sequence[Choice], limits: Limits) -> Costs:
+    """What every raise costs; ConfigError for what cannot be searched, before any weight is read."""
+    if recipe.tuning is not None:
+        raise ConfigError(
+            f"recipe {recipe.name}: search raises what is rounded once, and this recipe is tuned; search with --set "
+            "tuning=none, and put [tuning] into the recipe that is written"
+        )
+    family = source.family
+    if family.experts is not None:
+        raise ConfigError(
+            f"{source.name}: search does not raise experts, as in family {family.name}; write [[override]] yourself"
+        )
+    skeleton = build_apart(source.config)
+    for one in (recipe, *(everywhere(recipe, choice) for choice in choices)):
+        for problem in find_problems(skeleton, family, one, source.name, source):
+            raise problem
+    costs = Costs.of(recipe, choices, family, skeleton, source.dtype)
+    if not costs.choices:
+        raise ConfigError(f"recipe {recipe.name}: none of the choices takes more bits than it has; raise to others")
+    counts_inputs = limits.weights is None
+    for option, most, base in (
+        ("--bits", limits.inputs if counts_inputs else limits.weights, costs.base[counts_inputs]),
+        ("--input-bits", None if counts_inputs else limits.inputs, costs.base.inputs),
+    ):
+        if most is not None and most < base:
+            raise ConfigError(
+                f"{option} {most:g}: recipe {recipe.name} takes {base:.3f} with nothing raised; give more, or another "
+                "--recipe"
+            )
+    return costs
+
+
+def _halves(read: Sequence[Windows], count: int) -> list[Tensor]:
+    """Token windows to search with [W, T], `count` of each text at most, and others to judge by if there are any."""
+    pairs = [(part.ids[: min(count, -(-len(part.ids) // 2))], part.ids) for part in read]
+    seen = torch.cat([first for first, _ in pairs])
+    unseen = torch.cat([whole[len(first) :] for first, whole in pairs])
+    return [seen, unseen] if len(unseen) else [seen]
+
+
+def _found(job: SearchJob, read: Sequence[Windows], parts: Sequence[Tensor]) -> Found:
+    costs = job.costs
+    originals = job.originals(parts)
+    raised = job.raised_model()
+    about = 2 * (len(costs.blocks) + (len(costs.kinds) + 1) * len(costs.choices))
+    meter = Meter(raised, originals[0], "seen", job.kept, job.progress, about)
+    alone = Alone.measure(costs, meter)
+    best = _best(job, meter, alone)
+    judge = Meter(raised, originals[1], "unseen", job.kept, job.progress, 3) if len(originals) > 1 else None
+    rows = _rows(costs, {BASE: {}, SEARCHED: best}, meter, judge)
+    rows += _rows(costs, {f"all in {one.spelled}": costs.all_of(one) for one in costs.choices}, meter, judge)
+    measured = [
+        Measured(mixture, stage, costs.bits(mixture), Kl(tuple(meter.values(mixture, stage))))
+        for mixture, stage in [*meter.stages.values()]
+    ]
+    del raised, meter, judge  # the memory of a model
+    bits = costs.bits(best)
+    recipe = mixture_recipe(_with_windows(job.recipe, job.calibration), best, costs.kinds, bits, job.name)
+    if best:
+        seen, *unseen = job.as_quantized(recipe, originals)
+        rows.insert(2, Row(QUANTIZED, bits, seen, unseen[0] if unseen else None))
+    kinds = {(kind, choice): costs.bits(costs.all_of(choice, kind=kind)) for kind, choice in alone.kinds}
+    tables = raised_runs(best, costs.kinds)
+    return Found(job.name, recipe, job.limits, base_choice(job.recipe), tables, rows, alone, kinds, measured, read)
+
+
+def _best(job: SearchJob, meter: Meter, alone: Alone) -> dict[Cell, Choice]:
+    """Of all mixtures within the limits that were measured, the one of least KL."""
+    costs, limits = job.costs, job.limits
+    starts: list[dict[Cell, Choice]] = [{}, *(costs.all_of(choice) for choice in costs.choices)]
+    admitted = [mixture for mixture in starts if limits.admit(costs.bits(mixture))]
+    start = min(admitted, key=lambda mixture: meter.kl(mixture, "raised"))
+    Climb(costs, limits, meter, alone.believed(costs)).run(start)
+    measured = [mixture for mixture, _ in meter.stages.values() if limits.admit(costs.bits(mixture))]
+    return dict(min(measured, key=lambda mixture: (meter.kl(mixture, "raised"), costs.bits(mixture))))
+
+
+def _rows(costs: Costs, mixtures: Mapping[str, Mixture], meter: Meter, judge: Meter | None) -> list[Row]:
+    """A row for each, by its label."""
+    return [
+        Row(
+            label,
+            costs.bits(mixture),
+            Kl(tuple(meter.values(mixture, label))),
+            None if judge is None else Kl(tuple(judge.values(mixture, label))),
+        )
+        for label, mixture in mixtures.items()
+    ]
+
+
+def _with_windows(recipe: Recipe, calibration: Calibration) -> Recipe:
+    """The recipe with the calibration windows that were asked for here."""
+    told = calibration.description
+    if told is None:
+        return recipe
+    choice = replace(recipe.calibration, samples=told["windows_asked"], seq_len=told["seq_len"])
+    return replace(recipe, calibration=choice)

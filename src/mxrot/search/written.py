@@ -1,0 +1,79 @@
+"""A mixture as a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mxrot.overrides import Override
+from mxrot.recipe import Recipe
+from mxrot.search.bits import Bits, Cell, Mixture
+from mxrot.search.choices import Choice, base_choice, with_overrides
+
+
+@dataclass(frozen=True)
+class Raised:
+    """Sites that one table raises."""
+
+    kinds: tuple[str, ...]
+    blocks: tuple[int, int]
+    """First and last, both included."""
+    choice: Choice
+
+    @property
+    def in_words(self) -> str:
+        """For a line of text."""
+        first, last = self.blocks
+        where = f"block {first}" if first == last else f"blocks {first} to {last}"
+        return f"{', '.join(self.kinds)} of {where}"
+
+    def as_table(self) -> dict[str, Any]:
+        return {
+            "sites": list(self.kinds),
+            "blocks": list(self.blocks),
+            "weights": self.choice.weights,
+            "inputs": self.choice.inputs,
+        }
+
+
+def raised_runs(mixture: Mixture, kinds: Sequence[str]) -> list[Raised]:
+    """What a mixture raises, neighbouring blocks together, and kinds together that are raised in the same blocks."""
+    together: dict[tuple[tuple[int, int], Choice], list[str]] = {}
+    for kind in kinds:
+        own = {cell.block: choice for cell, choice in mixture.items() if cell.kind == kind}
+        for choice in dict.fromkeys(own[block] for block in sorted(own)):
+            for run in _runs(sorted(block for block, one in own.items() if one == choice)):
+                together.setdefault((run, choice), []).append(kind)
+    ordered = sorted(together.items(), key=lambda item: (item[0][0], item[0][1].spelled))
+    return [Raised(tuple(names), run, choice) for (run, choice), names in ordered]
+
+
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of blocks that follow each other."""
+    first = last = None
+    for block in blocks:
+        if first is None or last is None:
+            first = last = block
+        elif block == last + 1:
+            last = block
+        else:
+            yield first, last
+            first = last = block
+    if first is not None and last is not None:
+        yield first, last
+
+
+def mixture_recipe(
+    recipe: Recipe, mixture: Mapping[Cell, Choice], kinds: Sequence[str], bits: Bits, model: str
+) -> Recipe:
+    """The recipe that makes a mixture, with a name that says that it is one."""
+    base = base_choice(recipe)
+    tables = [
+        Override(tuple(sorted(one.choice.changes(base))), one.kinds, one.blocks) for one in raised_runs(mixture, kinds)
+    ]
+    formats = ", ".join(dict.fromkeys([base.spelled, *sorted(choice.spelled for choice in mixture.values())]))
+    taken = f"{bits.weights:.3f} bits a weight, {bits.inputs:.3f} an input"
+    summary = f"A mixture of {formats}: {taken}; found by mxrot search on {model}"
+    found = replace(recipe, name=f"{recipe.name}-mixture", summary=" ".join(summary.split()))
+    return with_overrides(found, tables)
