@@ -48,6 +48,11 @@ OPTIONS = {
         *("--kl-windows", "--tasks", "--task-data", "--limit", "--seed", "--seeds", "--work", "--resume"),
         *("--revision", "--device", "--json", "--csv", "--plot"),
     ],
+    "search": [
+        *("model", "--bits", "--input-bits", "--choices", "--inputs-only", "-o", "--output", "-r", "--recipe", "--set"),
+        *("--calib", "--samples", "--text", "--windows", "--seq-len", "--seed", "--work", "--resume"),
+        *("--revision", "--device", "--json", "--plot"),
+    ],
     "inspect": [
         *("model", "--text", "--windows", "--seq-len", "--kernels", "--revision", "--device", "--verify", "--json"),
     ],

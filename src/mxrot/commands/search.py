@@ -76,7 +76,7 @@ def search(
         Path | None, typer.Option("--plot", help="Draw KL against bits into this file, .png or .svg")
     ] = None,
 ) -> None:
-    """Find the sites that are worth more bits, and write them as a recipe."""
+    """Find sites worth more bits, and write them as a recipe."""
     from mxrot.checkpoint.named_file import write_named
     from mxrot.models import find_model
     from mxrot.report import progress_on_stderr

@@ -115,7 +115,7 @@ class Costs:
     def choices(self) -> list[Choice]:
         """Those that raise anything, the cheapest first."""
         whole = {choice: self.bits(self.all_of(choice)) for choice in {x for more in self.added.values() for x in more}}
-        return sorted(whole, key=lambda choice: (sum(whole[choice]), choice.spelled))
+        return sorted(whole, key=lambda choice: (round(sum(whole[choice]), 6), choice.spelled))
 
     @property
     def kinds(self) -> list[str]:

@@ -50,7 +50,9 @@ class Meter:
     def __init__(
         self, raised: RaisedModel, original: Original, name: str, kept: KeptSearch, progress: Progress, about: int
     ) -> None:
-        """`name` says which windows these are; `about` so many measurements are expected."""
+        """`name` says which windows these are; `about` so many measurements are expected. FamilyError if `logits_of`
+        does not know the model's logits."""
+        check_logits(raised.model, original.batches[0])
         self._raised, self._original, self._name, self._kept = raised, original, name, kept
         self._progress, self._about = progress, about
         self._settled: Mixture | None = None
@@ -81,8 +83,6 @@ class Meter:
     @torch.no_grad()
     def _measured(self, mixture: Mixture) -> list[float]:
         model = self._raised.model
-        for ids in self._original.batches:
-            check_logits(model, ids)
         if self._settled is not None and not self._entries and cache_of(model) is None:
             self._raised.become(self._settled)
             self._entries = [self._entries_of(ids) for ids in self._original.batches]

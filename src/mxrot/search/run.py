@@ -1,8 +1,8 @@
 """A search from its beginning to its recipe.
 
 One pass quantizes the model by the recipe, and rounds each site in every other way beside (roundings.py). Then sites
-are raised in the model that is in memory and put back, and each mixture is measured (climb.py, meter.py). What was found
-is quantized once more from the original, as `mxrot quantize` would by the recipe that is written, and measured on
+are raised in the model that is in memory and put back, and each mixture is measured (climb.py, meter.py). What was
+found is quantized once more from the original, as `mxrot quantize` would by the recipe that is written, and measured on
 windows that the search has not seen.
 """
 
@@ -97,9 +97,14 @@ def _checked(source: FolderSource, recipe: Recipe, choices: Sequence[Choice], li
             f"{source.name}: search does not raise experts, as in family {family.name}; write [[override]] yourself"
         )
     skeleton = build_apart(source.config)
-    for one in (recipe, *(everywhere(recipe, choice) for choice in choices)):
-        for problem in find_problems(skeleton, family, one, source.name, source):
-            raise problem
+    for problem in find_problems(skeleton, family, recipe, source.name, source):
+        raise problem
+    for choice in choices:
+        try:
+            for problem in find_problems(skeleton, family, everywhere(recipe, choice), source.name):
+                raise problem
+        except ConfigError as error:
+            raise ConfigError(f"--choices {choice.spelled}: {error}") from error
     costs = Costs.of(recipe, choices, family, skeleton, source.dtype)
     if not costs.choices:
         raise ConfigError(f"recipe {recipe.name}: none of the choices takes more bits than it has; raise to others")
@@ -155,10 +160,11 @@ def _best(job: SearchJob, meter: Meter, alone: Alone) -> dict[Cell, Choice]:
     costs, limits = job.costs, job.limits
     starts: list[dict[Cell, Choice]] = [{}, *(costs.all_of(choice) for choice in costs.choices)]
     admitted = [mixture for mixture in starts if limits.admit(costs.bits(mixture))]
-    start = min(admitted, key=lambda mixture: meter.kl(mixture, "raised"))
+    start: Mixture = min(admitted, key=lambda mixture: meter.kl(mixture, "raised"))
     Climb(costs, limits, meter, alone.believed(costs)).run(start)
     measured = [mixture for mixture, _ in meter.stages.values() if limits.admit(costs.bits(mixture))]
-    return dict(min(measured, key=lambda mixture: (meter.kl(mixture, "raised"), costs.bits(mixture))))
+    best: Mixture = min(measured, key=lambda mixture: (meter.kl(mixture, "raised"), costs.bits(mixture)))
+    return dict(best)
 
 
 def _rows(costs: Costs, mixtures: Mapping[str, Mixture], meter: Meter, judge: Meter | None) -> list[Row]:
