@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -37,10 +38,14 @@ class RaisedModel:
     """Of each cell, with its block."""
     blank: Sequence[nn.Module]
     """The blocks without weights and with plain linears."""
+    blank_config: Any
+    """Theirs."""
 
     def __post_init__(self) -> None:
         self.mixture: dict[Cell, Choice] = {}
         self._own: dict[Cell, dict[str, nn.Module]] = {}
+        config = self.blank_config
+        self._shared = {id(config): config}  # of which a copy of a block needs none
 
     @staticmethod
     def load(
@@ -68,7 +73,8 @@ class RaisedModel:
                 sites.setdefault(Cell(site.group, index), []).append((index, site))
         if device.type == "cuda":
             prepare(model, scheme)
-        return RaisedModel(model, family, kept, schemes, sites, list(blank.get_submodule(family.blocks).children()))
+        blanks = list(blank.get_submodule(family.blocks).children())
+        return RaisedModel(model, family, kept, schemes, sites, blanks, blank.config)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -99,7 +105,7 @@ class RaisedModel:
         tensors = self.kept.site(cell, choice)
         found: dict[str, nn.Module] = {}
         for index, site in self.sites[cell]:
-            scratch = deepcopy(self.blank[index])
+            scratch = deepcopy(self.blank[index], self._shared.copy())
             scheme = self.schemes[choice].linears[f"{self.family.block_prefix(index)}.{site.linears[0]}"]
             install_site(scratch, index, site, scheme)
             linears = []

@@ -317,3 +317,14 @@ def test_experts_are_refused(tmp_path: Path) -> None:
     folder = write_tiny_mixture(tmp_path / "mixture", "mixtral")
     with pytest.raises(ConfigError, match="search does not raise experts, as in family mixtral"):
         search(str(folder), MXROT, (EIGHT,), Limits(5.0), work=tmp_path / "work", device="cpu")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(small: Path, tmp_path: Path) -> None:
+    """Sites that are raised are prepared for its kernels; put back, and quantized again, it is the same model."""
+    found = searched(small, tmp_path / "work", recipe("hadamard"), device="cuda")
+    rows = {row.label: row for row in found.rows}
+    assert found.raised and rows[SEARCHED].seen.mean < rows[BASE].seen.mean
+    assert rows[SEARCHED].seen.mean == pytest.approx(rows[QUANTIZED].seen.mean, rel=1e-3)
+    again = searched(small, tmp_path / "work", recipe("hadamard"), device="cuda", resume=True)
+    assert again.rows == found.rows
