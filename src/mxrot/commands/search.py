@@ -108,7 +108,7 @@ def search(
     prepare(model, device, json_file)
     spelled = ", ".join(choice.spelled for choice in named)
     with progress_on_stderr("Searching", f"{model}, {where(device)}, {chosen.name} raised to {spelled}") as told:
-        ctx.meta[KEPT] = "what was quantized and measured"
+        ctx.meta[KEPT] = "finished blocks and measurements"
         found = find(
             model,
             chosen,
@@ -134,7 +134,8 @@ def search(
         print(line)
     print_texts([one.as_table() for one in found.texts])
     write_named(output, found.recipe_text.encode())
-    given = [] if calibration is None else [word for spec in calib if spec != "demo" for word in ("--calib", spec)]
+    given = ["--seed", str(seed)] if seed else []
+    given += [] if calibration is None else [word for spec in calib if spec != "demo" for word in ("--calib", spec)]
     print(f"next: {command('mxrot', 'quantize', model, '--recipe', output, *given, '-o', output.with_suffix(''))}")
     seconds = round(time.monotonic() - started, 2)
     write_json(json_file, {**found.as_table(), "seed": seed, "seconds": seconds, **machine_table(device)})

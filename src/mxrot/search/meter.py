@@ -55,9 +55,11 @@ class Meter:
         check_logits(raised.model, original.batches[0])
         self._raised, self._original, self._name, self._kept = raised, original, name, kept
         self._progress, self._about = progress, about
-        self._settled: Mixture | None = None
+        self._wanted: Mixture | None = None
+        """What shall be settled before the next pass."""
+        self._settled: Mixture = {}
         self._entries: list[list[Tensor]] = []
-        """By batch, what goes into each block of the mixture that is settled; empty until it has run."""
+        """By batch, what goes into each block of the mixture that is settled; empty where none is."""
         self.stages: dict[str, tuple[Mixture, str]] = {}
         """Of what was measured here, by its spelling: the mixture, and the first stage that asked for it."""
 
@@ -78,14 +80,13 @@ class Meter:
 
     def settle(self, mixture: Mixture) -> None:
         """Passes begin from what goes into the blocks of this one."""
-        self._settled, self._entries = dict(mixture), []
+        self._wanted = dict(mixture)
 
     @torch.no_grad()
     def _measured(self, mixture: Mixture) -> list[float]:
         model = self._raised.model
-        if self._settled is not None and not self._entries and cache_of(model) is None:
-            self._raised.become(self._settled)
-            self._entries = [self._entries_of(ids) for ids in self._original.batches]
+        if self._wanted is not None and cache_of(model) is None:
+            self._settle(self._wanted)
         first = self._first_change(mixture)
         self._raised.become(mixture)
         states = []
@@ -94,16 +95,26 @@ class Meter:
                 states.append(states_of(model, ids))
         return self._original.kl(model, states)
 
+    def _settle(self, mixture: Mixture) -> None:
+        first = self._first_change(mixture)
+        self._raised.become(mixture)
+        entries = []
+        for number, ids in enumerate(self._original.batches):
+            before = self._entries[number][:first] if first else []
+            with self._from(first, self._entries[number][first] if first else None):
+                entries.append(before + self._entries_of(ids)[first:])
+        self._settled, self._entries, self._wanted = mixture, entries, None
+
     def _first_change(self, mixture: Mixture) -> int:
-        """The first block that differs from the settled mixture; 0 where none is settled."""
-        if self._settled is None or not self._entries:
+        """The first block that differs from the settled mixture, or the last; 0 where none is settled."""
+        if not self._entries:
             return 0
         settled = self._settled
         changed = [cell.block for cell in {*mixture, *settled} if mixture.get(cell) != settled.get(cell)]
         return min(changed, default=len(self._raised.blocks) - 1)
 
     def _entries_of(self, ids: Tensor) -> list[Tensor]:
-        """What goes into each block."""
+        """What goes into each block in a pass over a batch."""
         found: list[Tensor] = []
 
         def see(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:

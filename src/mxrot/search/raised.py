@@ -44,8 +44,7 @@ class RaisedModel:
     def __post_init__(self) -> None:
         self.mixture: dict[Cell, Choice] = {}
         self._own: dict[Cell, dict[str, nn.Module]] = {}
-        config = self.blank_config
-        self._shared = {id(config): config}  # of which a copy of a block needs none
+        self._shared = {id(self.blank_config): self.blank_config}  # a copy of a block needs no copy of its config
 
     @staticmethod
     def load(

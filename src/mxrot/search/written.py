@@ -11,6 +11,9 @@ from mxrot.recipe import Recipe
 from mxrot.search.bits import Bits, Cell, Mixture
 from mxrot.search.choices import Choice, base_choice, with_overrides
 
+SUFFIX = "-mixture"
+"""Of the name of a recipe that makes one."""
+
 
 @dataclass(frozen=True)
 class Raised:
@@ -75,5 +78,5 @@ def mixture_recipe(
     formats = ", ".join(dict.fromkeys([base.spelled, *sorted(choice.spelled for choice in mixture.values())]))
     taken = f"{bits.weights:.3f} bits a weight, {bits.inputs:.3f} an input"
     summary = f"A mixture of {formats}: {taken}; found by mxrot search on {model}"
-    found = replace(recipe, name=f"{recipe.name}-mixture", summary=" ".join(summary.split()))
+    found = replace(recipe, name=f"{recipe.name.removesuffix(SUFFIX)}{SUFFIX}", summary=" ".join(summary.split()))
     return with_overrides(found, tables)

@@ -17,6 +17,7 @@ from mxrot import api
 from mxrot.errors import ConfigError
 from mxrot.evaluation import divergence
 from mxrot.layers import build_apart
+from mxrot.layers.cache_size import cache_of
 from mxrot.models import FolderSource
 from mxrot.overrides import Override
 from mxrot.quantizing import block as quantizing_block
@@ -60,9 +61,10 @@ class Pass:
     """A finished pass over the tiny model."""
 
     def __init__(self, folder: Path, chosen: Recipe, place: Path) -> None:
+        self.choices = CHOICES if chosen.activations is not None else (Choice("mxfp8_e4m3", None),)
         self.source, self.recipe = FolderSource(folder), chosen
         self.family, skeleton = self.source.family, build_apart(self.source.config)
-        self.costs = Costs.of(chosen, CHOICES, self.family, skeleton, self.source.dtype)
+        self.costs = Costs.of(chosen, self.choices, self.family, skeleton, self.source.dtype)
         self.kept = KeptSearch(place, {"recipe": chosen.name}, resume=False)
         raises = {cell: list(choices) for cell, choices in self.costs.added.items()}
         self.windows = None if chosen.is_data_free else WINDOWS
@@ -72,7 +74,7 @@ class Pass:
 
     def model(self) -> RaisedModel:
         skeleton = build_apart(self.source.config)
-        schemes = {one: Scheme.of(everywhere(self.recipe, one), self.family, skeleton) for one in CHOICES}
+        schemes = {one: Scheme.of(everywhere(self.recipe, one), self.family, skeleton) for one in self.choices}
         own = Scheme.of(self.recipe, self.family, skeleton)
         return RaisedModel.load(self.source, self.recipe, schemes, own, self.kept, torch.device("cpu"))
 
@@ -174,6 +176,17 @@ def test_blocks_before_the_first_change_do_not_run(done: Pass, source: Path, mon
     assert ran == [2, 2, 1, 2, 1, 2]
     meter.kl({Cell("o", 2): EIGHT}, "x")
     assert len(ran) == 6, "what is known was measured again"
+
+
+def test_a_quantized_cache_is_measured_through(source: Path, tmp_path: Path) -> None:
+    """Every block of every pass runs: its keys and values lie in the cache."""
+    done = Pass(source, recipe("quarot-kv4", activations="none"), tmp_path)
+    raised, original, mixture = done.model(), original_of(source), {Cell("o", 2): Choice("mxfp8_e4m3", None)}
+    meter = Meter(raised, original, "seen", done.kept, lambda *_: None, 5)
+    meter.settle({})
+    found = meter.kl(mixture, "x")
+    assert cache_of(raised.model) is not None
+    assert found == pytest.approx(divergence(raised.model, original.head, TOKENS, batch_windows=2).kl, rel=1e-12)
 
 
 # From the beginning to the recipe
