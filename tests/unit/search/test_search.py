@@ -61,10 +61,9 @@ class Pass:
     """A finished pass over the tiny model."""
 
     def __init__(self, folder: Path, chosen: Recipe, place: Path) -> None:
-        self.choices = CHOICES if chosen.activations is not None else (Choice("mxfp8_e4m3", None),)
         self.source, self.recipe = FolderSource(folder), chosen
         self.family, skeleton = self.source.family, build_apart(self.source.config)
-        self.costs = Costs.of(chosen, self.choices, self.family, skeleton, self.source.dtype)
+        self.costs = Costs.of(chosen, CHOICES, self.family, skeleton, self.source.dtype)
         self.kept = KeptSearch(place, {"recipe": chosen.name}, resume=False)
         raises = {cell: list(choices) for cell, choices in self.costs.added.items()}
         self.windows = None if chosen.is_data_free else WINDOWS
@@ -74,7 +73,7 @@ class Pass:
 
     def model(self) -> RaisedModel:
         skeleton = build_apart(self.source.config)
-        schemes = {one: Scheme.of(everywhere(self.recipe, one), self.family, skeleton) for one in self.choices}
+        schemes = {one: Scheme.of(everywhere(self.recipe, one), self.family, skeleton) for one in CHOICES}
         own = Scheme.of(self.recipe, self.family, skeleton)
         return RaisedModel.load(self.source, self.recipe, schemes, own, self.kept, torch.device("cpu"))
 
@@ -180,8 +179,9 @@ def test_blocks_before_the_first_change_do_not_run(done: Pass, source: Path, mon
 
 def test_a_quantized_cache_is_measured_through(source: Path, tmp_path: Path) -> None:
     """Every block of every pass runs: its keys and values lie in the cache."""
-    done = Pass(source, recipe("quarot-kv4", activations="none"), tmp_path)
-    raised, original, mixture = done.model(), original_of(source), {Cell("o", 2): Choice("mxfp8_e4m3", None)}
+    rows = {f"cache__{name}": "int4_row_asym" for name in ("keys", "values")}
+    done = Pass(source, recipe("quarot-kv4", **rows), tmp_path)
+    raised, original, mixture = done.model(), original_of(source), {Cell("o", 2): EIGHT}
     meter = Meter(raised, original, "seen", done.kept, lambda *_: None, 5)
     meter.settle({})
     found = meter.kl(mixture, "x")
