@@ -60,7 +60,7 @@ class KeptSearch:
         """A measurement, kept whatever ends the search."""
         self.measured[what] = list(kl)
         with self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"what": what, "kl": list(kl)}) + "\n")
+            file.write("\n" + json.dumps({"what": what, "kl": list(kl)}))  # behind a line that has no end, too
 
     def _path(self, cell: Cell, choice: Choice) -> Path:
         return self.folder / choice.spelled.replace("/", "-") / f"{cell.block:05d}-{cell.kind}.safetensors"

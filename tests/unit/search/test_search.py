@@ -299,8 +299,19 @@ def test_another_budget_takes_what_was_measured(small: Path, tmp_path: Path, mon
     assert second.rows[0] == first.rows[0]
     third = searched(small, tmp_path, **ONE | {"bits": 4.6}, resume=True)
     assert blocks[0] == 2 and third.rows == second.rows
-    searched(small, tmp_path, **ONE)
-    assert blocks[0] == 6, "without --resume it begins anew"
+
+
+def test_what_was_measured_is_forgotten_without_resume(tmp_path: Path) -> None:
+    """And a line that was not written to its end is no measurement."""
+    KeptSearch(tmp_path, {"a": 1}, resume=False).note("seen: ", [0.5, 0.25])
+    kept = KeptSearch(tmp_path, {"a": 1}, resume=True)
+    assert kept.measured == {"seen: ": [0.5, 0.25]}
+    assert KeptSearch(tmp_path, {"a": 2}, resume=True).measured == {}
+    with (kept.folder / "measured.jsonl").open("a") as file:
+        file.write('{"what": "seen: o.1=')
+    KeptSearch(tmp_path, {"a": 1}, resume=True).note("seen: o.2=x", [1.0])
+    assert KeptSearch(tmp_path, {"a": 1}, resume=True).measured == {"seen: ": [0.5, 0.25], "seen: o.2=x": [1.0]}
+    assert KeptSearch(tmp_path, {"a": 1}, resume=False).measured == {}
 
 
 # What is refused
@@ -333,6 +344,7 @@ def test_experts_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(small: Path, tmp_path: Path) -> None:
     """Sites that are raised are prepared for its kernels; put back, and quantized again, it is the same model."""
     found = searched(small, tmp_path / "work", recipe("hadamard"), device="cuda")
