@@ -308,7 +308,7 @@ def test_what_was_measured_is_forgotten_without_resume(tmp_path: Path) -> None:
     assert kept.measured == {"seen: ": [0.5, 0.25]}
     assert KeptSearch(tmp_path, {"a": 2}, resume=True).measured == {}
     with (kept.folder / "measured.jsonl").open("a") as file:
-        file.write('{"what": "seen: o.1=')
+        file.write('\n{"what": "seen: o.1=')
     KeptSearch(tmp_path, {"a": 1}, resume=True).note("seen: o.2=x", [1.0])
     assert KeptSearch(tmp_path, {"a": 1}, resume=True).measured == {"seen: ": [0.5, 0.25], "seen: o.2=x": [1.0]}
     assert KeptSearch(tmp_path, {"a": 1}, resume=False).measured == {}
