@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxrot import rounding, transforms
-from mxrot.contradictions import table_problems, tuning_problems
+from mxrot.contradictions import permutation_problems, table_problems, tuning_problems
 from mxrot.errors import ConfigError
 from mxrot.formats import TensorQuantizer, get_format
 from mxrot.nearest import brief
@@ -24,7 +24,16 @@ from mxrot.recipe_files import BUILTIN_FOLDER as BUILTIN_FOLDER
 from mxrot.recipe_files import builtin_recipes as builtin_recipes
 from mxrot.recipe_files import recipe_text, tomllib
 from mxrot.rounding import RoundingMethod
-from mxrot.sections import AttentionChoice, CacheChoice, CalibrationChoice, QuantizerChoice, Rotation, Smoothing, Tuning
+from mxrot.sections import (
+    AttentionChoice,
+    CacheChoice,
+    CalibrationChoice,
+    PermutationChoice,
+    QuantizerChoice,
+    Rotation,
+    Smoothing,
+    Tuning,
+)
 from mxrot.tables import build, build_method, keys_of, misplaced, plain, section, write_toml
 from mxrot.transforms import Sharing, StageSpec, TransformMethod
 from mxrot.typed import check_fields, checked
@@ -47,6 +56,8 @@ class Recipe:
     sharing: Sharing = "site"
     rotation: Rotation | None = None
     """What is merged into the weights before anything else is done; None for nothing."""
+    permutation: PermutationChoice | None = None
+    """Which channels change places after that; None for none."""
     smoothing: Smoothing | None = None
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
     tuning: Tuning | None = None
@@ -86,6 +97,7 @@ class Recipe:
         if tuning is not None:
             yield from tuning_problems(tuning, self.activations, weights, self.transform, self.sharing, self.rounding)
         yield from table_problems(self.rotation, tuning, self.attention, self.cache)
+        yield from permutation_problems(self.permutation, self.cache)
         kinds = {one.weights.quantizer().rule.sees_extremes_only for one in self.variants}
         if tuning is not None and tuning.moves == "levels" and len(kinds) > 1:
             yield (
@@ -131,7 +143,7 @@ class Recipe:
     def is_data_free(self) -> bool:
         """Does it need no calibration text?"""
         looks_at_data = any(one.transform.needs or one.rounding.requirements.hessian for one in self.variants)
-        learns = self.tuning is not None or self.trains_rotations or self.fits_cache
+        learns = self.tuning is not None or self.trains_rotations or self.fits_cache or self.permutation is not None
         return self.smoothing is None and not learns and not looks_at_data
 
     @property
@@ -217,6 +229,8 @@ class Recipe:
             table["activations"] = plain(self.activations)
         if self.rotation is not None:
             table["rotation"] = plain(self.rotation)
+        if self.permutation is not None:
+            table["permutation"] = plain(self.permutation)
         if self.smoothing is not None:
             table["smoothing"] = plain(self.smoothing)
         table["transform"] = {
@@ -301,6 +315,7 @@ _SECTIONS: dict[str, type] = {
     "weights": QuantizerChoice,
     "activations": QuantizerChoice,
     "rotation": Rotation,
+    "permutation": PermutationChoice,
     "smoothing": Smoothing,
     "calibration": CalibrationChoice,
     "tuning": Tuning,

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mxrot.errors import ConfigError
 from mxrot.formats import AttentionOperands, CacheScheme, CacheTransform, TensorQuantizer
+from mxrot.transforms import ChannelOrder
 from mxrot.typed import check_fields
 
 
@@ -133,6 +134,28 @@ class Rotation:
             raise ConfigError(f"rotation: rate must be positive and finite, got {self.rate}")
         if self.batch_windows < 1:
             raise ConfigError(f"rotation: batch_windows must be at least 1, got {self.batch_windows}")
+
+
+@dataclass(frozen=True)
+class PermutationChoice:
+    """Orders of channels that are free at run time, found on the calibration text before anything is quantized
+    (transforms/channel_order.py)."""
+
+    ffn: ChannelOrder = "none"
+    """Of the inner channels of an MLP, or of each expert."""
+    value_heads: ChannelOrder = "none"
+    """Of the channels inside each value head."""
+
+    @property
+    def spelled(self) -> str:
+        """In words: "inner channels of MLPs (correlated) and channels of value heads (balanced)"."""
+        kinds = {"inner channels of MLPs": self.ffn, "channels of value heads": self.value_heads}
+        return " and ".join(f"{what} ({kind})" for what, kind in kinds.items() if kind != "none")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "permutation")
+        if self.ffn == self.value_heads == "none":
+            raise ConfigError('permutation: ffn and value_heads are both "none"; set one of them, or leave both out')
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ class Family:
     """The linear whose last rows are the value heads, one after the other."""
     values_read_by: str = "self_attn.o_proj"
     """The linear whose inputs are sums of values over tokens, query head after query head."""
+    gate_up: str | None = None
+    """The linear whose rows are those of gate and then those of up, where that is one."""
     experts: ExpertNames | None = None
     """Of a mixture of experts, whose sites `find_family` adds to `sites`, as the config has it."""
 

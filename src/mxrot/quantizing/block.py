@@ -57,7 +57,7 @@ def quantize_block(
         scales = _smooth_block(run, index, Part(prefix, index, block, weights, executor))
         executor.begin(block, _readers(run.family))
     if original is not None:
-        original.begin(_copy_of(run, block), _readers(run.family))
+        original.begin(copy_of(run, block), _readers(run.family))
     part = Part(prefix, index, block, weights, executor, original)
     reports: list[LinearReport] = []
     few_tokens: dict[str, int] = {}
@@ -91,12 +91,17 @@ def quantize_block(
 def _load(run: BlockRun, index: int, block: nn.Module, executor: Executor | None, tensors: Weights) -> Weights:
     """Fill a block, and fit the transforms of its cache, where the recipe has some; the weights of its linears."""
     prefix = run.family.block_prefix(index)
-    linears = [linear for site in run.family.sites for linear in site.linears]
-    weights: Weights = {name: tensors[f"{name}.weight"] for name in linears if f"{name}.weight" in tensors}
+    weights = linear_weights(run.family, tensors)
     fill_original(run, block, tensors, prefix)
     if run.recipe.fits_cache:
         fit_block(run, Part(prefix, index, block, weights, executor))
     return weights
+
+
+def linear_weights(family: Family, tensors: Weights) -> Weights:
+    """The weights of the linears of all sites, by their names in a block, among its tensors."""
+    linears = [linear for site in family.sites for linear in site.linears]
+    return {name: tensors[f"{name}.weight"] for name in linears if f"{name}.weight" in tensors}
 
 
 def _tune(run: BlockRun, part: Part, sites: Sequence[Site], progress: Progress) -> list[Check] | None:
@@ -163,15 +168,15 @@ def advance_original(
     if run.recipe.fits_cache:  # once more, for the very bits of the weights around the values
         whole = deepcopy(block, {id(run.config): run.config})
         _load(run, index, whole, executor, tensors)
-        own = _copy_of(run, whole)
+        own = copy_of(run, whole)
     else:
-        own = _copy_of(run, block)
+        own = copy_of(run, block)
         fill_original(run, own, tensors, prefix)
     original.begin(own)
     original.advance(f"{prefix} of the original model")
 
 
-def _copy_of(run: BlockRun, block: nn.Module) -> nn.Module:
+def copy_of(run: BlockRun, block: nn.Module) -> nn.Module:
     """The block with tensors of its own and attention as transformers computes it; its config is the same."""
     found = deepcopy(block, {id(run.config): run.config})
     attention = found.get_submodule(run.family.attention)

@@ -81,7 +81,7 @@ def smooth_experts(run: BlockRun, block: Part, experts: str, sites: Sequence[Sit
     for site in sites:
         assert site.expert is not None
         part = mixture.part(site.expert)
-        found |= smooth_sites(run, part, [_inside(site, site.expert)])
+        found |= smooth_sites(run, part, [inside(site, site.expert)])
         block.weights.update({f"{site.expert}.{name}": weight for name, weight in part.weights.items()})
     return found
 
@@ -105,7 +105,7 @@ def quantize_experts(
             reports += _quantize_shared(run, mixture, site, scales.get(site.name), told[site.name])
         else:
             part = mixture.part(site.expert)
-            reports += quantize_site(run, part, _inside(site, site.expert), scales.get(site.name), told[site.name])
+            reports += quantize_site(run, part, inside(site, site.expert), scales.get(site.name), told[site.name])
     return reports, mixture.few_tokens(sorted({x for site in sites for x in _experts_of(site)}, key=_number))
 
 
@@ -119,7 +119,7 @@ def _quantize_shared(
     experts = _experts_of(site)
     for position, expert in enumerate(experts):
         progress(position, len(experts), f"{mixture.block.name}.{expert}")
-        found = round_site(run, mixture.part(expert), _inside(site, expert), transform)
+        found = round_site(run, mixture.part(expert), inside(site, expert), transform)
         rounded |= {f"{expert}.{name}": linear for name, linear in found.items()}
     return install_rounded(run, mixture.block, site, transform, rounded, rows)
 
@@ -129,7 +129,7 @@ def _experts_of(site: Site) -> list[str]:
     return list(dict.fromkeys(linear.rpartition(".")[0] for linear in site.linears))
 
 
-def _inside(site: Site, expert: str) -> Site:
+def inside(site: Site, expert: str) -> Site:
     """What is in this expert of a site, by names in the expert."""
     dotted = f"{expert}."
     linears = tuple(linear.removeprefix(dotted) for linear in site.linears if linear.startswith(dotted))

@@ -15,6 +15,7 @@ from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.models import Family, Source, linear_problems, quantized_by, value_heads
 from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.quantizing.patterns import matches_nothing
+from mxrot.quantizing.permuting import permutation_problems
 from mxrot.quantizing.rotating import rotation_problems
 from mxrot.quantizing.site import smoothed_sites
 from mxrot.quantizing.trained_rotations import training_problems
@@ -39,6 +40,7 @@ def find_problems(
         return
     yield from expert_problems(rules)
     yield from rotation_problems(model.config, family, recipe, where)
+    yield from permutation_problems(rules, value_heads(model.config.get_text_config())[1])
     yield from training_problems(rules)
     yield from smoothing_problems(rules)
     yield from linear_problems(model, family, rules.input_block)

@@ -32,6 +32,7 @@ from mxrot.quantizing.batches import windows_at_once
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
 from mxrot.quantizing.part import Beside, BlockRun
+from mxrot.quantizing.permuting import permuted_run
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.record import BlockReport, RunRecord
 from mxrot.quantizing.rotating import config_after, drawn_rotations, rotated_source
@@ -54,7 +55,7 @@ class QuantizedModel:
     scheme: Scheme
     """What is installed."""
     source: Source
-    """What was quantized: the model as it was given, after the rotations of the recipe."""
+    """What was quantized: the model as it was given, after the rotations and permutations of the recipe."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,8 +94,9 @@ def quantize(
     windows = _calibration_windows(job, windows)
     record = _new_record(job, windows)
     record.rotation_losses = rotation_losses
+    load_outer(job.model, job.run.family, job.run.source.outer(), job.run.dtype, job.run.device)
+    job = _permuted(job, windows)
     source = job.run.source
-    load_outer(job.model, source.family, source.outer(), job.run.dtype, job.run.device)
     streams = _first_streams(job, windows)
     for index, block in enumerate(job.blocks):
         report, is_new = _next_block(job, index, block, streams)
@@ -179,6 +181,19 @@ def _rotated(job: _Job, windows: Tensor | None) -> tuple[_Job, list[float] | Non
         training = learned_rotations(run, rotations, windows, job.store, job.progress)
         rotations, losses = training.rotations, training.losses
     return replace(job, run=replace(run, source=rotated_source(run.source, rotations))), losses
+
+
+def _permuted(job: _Job, windows: Tensor | None) -> _Job:
+    """The job with channels in the order that the recipe asks for; a resumed run finds the same one again."""
+    run = job.run
+    if run.recipe.permutation is None:
+        return job
+    assert windows is not None
+    at_once = windows_at_once(job.model, run.device, windows.shape[1])
+    executor = first_executor(job.model, run.family, windows, at_once, run.world)
+    found = permuted_run(run, job.blocks, executor, job.progress)
+    give_back()
+    return replace(job, run=found)
 
 
 def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Changes to a model's modules: what must be folded where, and the replacement of linears."""
 
 from mxrot.surgery.fold_norms import FoldedNorms
-from mxrot.surgery.permute import PermutedFfn
+from mxrot.surgery.permute import PermutedFfn, permutable_linears
+from mxrot.surgery.permute_heads import PermutedHeads
 from mxrot.surgery.replace import install_empty_site, stored_tensors
 from mxrot.surgery.rotate import Rotated, Rotations
 from mxrot.surgery.rotate_heads import RotatedHeads
@@ -11,6 +12,7 @@ from mxrot.surgery.untie import Untied
 __all__ = [
     "FoldedNorms",
     "PermutedFfn",
+    "PermutedHeads",
     "Rotated",
     "RotatedHeads",
     "Rotations",
@@ -18,6 +20,7 @@ __all__ = [
     "Weights",
     "fold_into_producer",
     "install_empty_site",
+    "permutable_linears",
     "shareable_scales",
     "stored_tensors",
 ]

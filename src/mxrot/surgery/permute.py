@@ -16,7 +16,8 @@ class PermutedFfn(ChangedSource):
     """Channel j of what an MLP's last linear reads is the one that was channel order[j]; bits are moved, not changed.
 
     `orders` are permutations, int64 [I], by the full names of these linears (`model.layers.0.mlp.down_proj`, or one of
-    an expert); the others stay as they are. Their columns are permuted, and the rows (and biases) of gate and up.
+    an expert); the others stay as they are. Their columns are permuted, and the rows (and biases) of gate and up, both
+    halves where these are one linear.
     ConfigError for a linear whose channels do not come from such rows, and for what is no permutation of its width.
     """
 
@@ -43,7 +44,7 @@ class PermutedFfn(ChangedSource):
             found[weight] = tensors[weight][:, order]
             for name in (f"{linear}.{kind}" for linear in self._rows[full] for kind in ("weight", "bias")):
                 if name in tensors:  # a bias need not be there
-                    found[name] = tensors[name][order]
+                    found[name] = torch.cat([rows[order] for rows in tensors[name].split(len(order))])
         return found
 
 
@@ -54,7 +55,7 @@ def _rows_before(source: Source, full: str) -> tuple[str, ...]:
     is_there = full.startswith(f"{family.blocks}.") and blocks in map(str, range(source.config.num_hidden_layers))
     found = _feeding(family, rest) if is_there else ()
     if not found:
-        known = [linear for site in family.sites for linear in site.linears if _feeding(family, linear)]
+        known = permutable_linears(family)
         raise ConfigError(
             f"{source.name}: {full}: no linear of family {family.name} whose channels can be permuted"
             + (f"; those are {family.blocks}.*.{known[0]}" if known else "")
@@ -62,11 +63,18 @@ def _rows_before(source: Source, full: str) -> tuple[str, ...]:
     return found
 
 
+def permutable_linears(family: Family) -> list[str]:
+    """The linears of a block whose channels can be permuted, by their names in it."""
+    return [linear for site in family.sites for linear in site.linears if _feeding(family, linear)]
+
+
 def _feeding(family: Family, linear: str) -> tuple[str, ...]:
-    """The linears that make the channels of `linear` together, one by one; none where a channel feeds several."""
+    """The linears whose rows make the channels of `linear`, one by one, or once in each half of one linear; none where a
+    channel feeds several."""
     for site in family.sites:
         if linear in site.linears and site.producer is not None and not site.producer_is_value:
             module, _, _ = site.producer.rpartition(".")
             before = next(other for other in family.sites if site.producer in other.linears)
             return tuple(name for name in before.linears if name.rpartition(".")[0] == module)
-    return ()
+    is_last = family.gate_up is not None and linear in family.sites[-1].linears
+    return (family.gate_up,) if is_last and family.gate_up is not None else ()

@@ -11,6 +11,7 @@ from importlib import import_module
 from mxrot.errors import ConfigError
 from mxrot.nearest import not_known
 from mxrot.transforms.base import FitSize, SiteSample, TransformMethod, generator_for
+from mxrot.transforms.channel_order import ChannelOrder, channel_order
 from mxrot.transforms.hadamard_of_width import HadamardOfWidth, HadamardOfWidthSpec
 from mxrot.transforms.site_transform import SiteTransform, empty_tensors, stored_tensors
 from mxrot.transforms.stages import (
@@ -51,6 +52,7 @@ __all__ = [
     "METHODS",
     "BlockDiagonal",
     "BlockDiagonalSpec",
+    "ChannelOrder",
     "FitSize",
     "HadamardOfWidth",
     "HadamardOfWidthSpec",
@@ -62,6 +64,7 @@ __all__ = [
     "Stage",
     "StageSpec",
     "TransformMethod",
+    "channel_order",
     "empty_tensors",
     "generator_for",
     "get_transform",

@@ -8,6 +8,9 @@ S_x = L_x L_x^T, S_w = L_w L_w^T (Cholesky) and L_w^T L_x = U S V^T (SVD), the t
 with H the orthonormal Hadamard matrix: inputs and weights get the same second moments, their product of traces is
 the least that any invertible T can reach, and H gives every channel the same share.
 
+`brake` l is KBBQ's (2026-07): T = L_w U S^(-l/2) H = L_x^-T V S^(1 - l/2) H leaves inputs with the moments
+H^T S^(2 - l) H and weights with H^T S^l H; l = 1 is the transform above.
+
 With `sharing = "site"` one T serves all blocks. Each block counts by what it contributes to the output error of
 an optimal transform of its own: its moments are put on equal traces and weighted by the product of the traces.
 """
@@ -43,6 +46,8 @@ class SecondMoment(TransformMethod):
     condition: float = math.inf
     """Largest ratio of T's singular values; those beyond are brought in from both ends (HiRes, arXiv 2609.34680, caps
     them at 8)."""
+    brake: float = 1.0
+    """l: how much of the unevenness of the moments' product the weights keep; 1 gives both operands the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +56,8 @@ class SecondMoment(TransformMethod):
             raise ConfigError(f"transform moments: damping must be positive and finite, got {self.damping}")
         if not self.condition >= 1:
             raise ConfigError(f"transform moments: condition must be at least 1, got {self.condition}")
+        if not 0 <= self.brake <= 2:
+            raise ConfigError(f"transform moments: brake must be from 0 to 2, got {self.brake}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -61,7 +68,7 @@ class SecondMoment(TransformMethod):
         weights = weight_moments(sample)
         if sharing == "site":
             inputs, weights = shared_moments(inputs, weights)
-        found = balancing_transform(inputs, weights, self.damping)
+        found = balancing_transform(inputs, weights, self.damping, self.brake)
         return found if math.isinf(self.condition) else conditioned(found, self.condition)
 
     def fitting_bytes(self, size: FitSize) -> float:
@@ -103,7 +110,7 @@ def shared_moments(inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return (inputs * ratio).mean(dim=0, keepdim=True) / whole, (weights * inverse).mean(dim=0, keepdim=True) * whole
 
 
-def balancing_transform(inputs: Tensor, weights: Tensor, damping: float) -> BlockDiagonal:
+def balancing_transform(inputs: Tensor, weights: Tensor, damping: float, brake: float = 1.0) -> BlockDiagonal:
     """T of the second moments S_x and S_w, both [n, B, B] and symmetric; a block that is dead in either gets H."""
     size = inputs.shape[-1]
     rotation = hadamard_matrix(size).to(inputs)
@@ -111,7 +118,8 @@ def balancing_transform(inputs: Tensor, weights: Tensor, damping: float) -> Bloc
     lower_w = torch.linalg.cholesky(_damped(weights, damping))
     _, singular, right_t = torch.linalg.svd(lower_w.mT @ lower_x)
     right_t = right_t * _sign_of_largest(right_t)
-    spread = (right_t.mT * singular.sqrt()[:, None, :]) @ rotation
+    share = singular.sqrt() if brake == 1 else singular ** (1 - brake / 2)
+    spread = (right_t.mT * share[:, None, :]) @ rotation
     found = torch.linalg.solve_triangular(lower_x.mT, spread, upper=True)
     dead = (_traces(inputs) == 0) | (_traces(weights) == 0)
     return BlockDiagonal(torch.where(dead, rotation, found))

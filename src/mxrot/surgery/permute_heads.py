@@ -1,0 +1,52 @@
+"""The channels inside value heads in another order: v's rows and the columns of o that read them, at no cost at run time.
+
+Attention sums values over tokens, channel by channel, and no rotary embedding touches them. Under grouped queries the
+heads that read one value head share its order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxrot.errors import ConfigError
+from mxrot.models import ChangedSource, Source, value_heads
+from mxrot.surgery.rotate import digest_of
+
+
+class PermutedHeads(ChangedSource):
+    """Channel j of a value head is the one that was channel order[j]; bits are moved, not changed.
+
+    `orders` are permutations, int64 [decoder blocks, value heads, D], D the width of a head. The last rows (and biases)
+    of the linear that makes values are permuted, and the columns of the linear behind attention. ConfigError for orders
+    of another shape, and for what is no permutation.
+    """
+
+    def __init__(self, inner: Source, orders: Tensor) -> None:
+        self._heads, self._width = value_heads(inner.config)
+        self.orders = orders.detach().cpu().long().contiguous()
+        shape = (inner.config.num_hidden_layers, self._heads, self._width)
+        if self.orders.shape != shape:
+            raise ConfigError(
+                f"{inner.name}: value heads: orders of shape {list(orders.shape)}; expected {list(shape)}"
+            )
+        if not torch.equal(self.orders.sort(dim=-1).values, torch.arange(self._width).expand(shape)):
+            raise ConfigError(f"{inner.name}: value heads: an order that is no permutation of {self._width}")
+        super().__init__(inner, f"value heads permuted by {digest_of(self.orders)}")
+
+    def changed_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        values, reader = self.family.values, f"{self.family.values_read_by}.weight"
+        order = self.orders[index].to(tensors[reader].device)
+        columns = tensors[reader].unflatten(1, (self._heads, -1, self._width))
+        into = order[None, :, None].expand_as(columns)
+        found = {reader: columns.gather(-1, into).flatten(1)}
+        for name in (f"{values}.weight", f"{values}.bias"):
+            if name in tensors:  # a bias need not be there
+                found[name] = self._rows(tensors[name], order)
+        return tensors | found
+
+    def _rows(self, tensor: Tensor, order: Tensor) -> Tensor:
+        """The last rows, which are the value heads, in another order."""
+        first = len(tensor) - self._heads * self._width
+        starts = torch.arange(self._heads, device=order.device)[:, None] * self._width
+        return torch.cat([tensor[:first], tensor[first:][(starts + order).flatten()]])

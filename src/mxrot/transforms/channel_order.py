@@ -1,0 +1,175 @@
+"""In which order channels go into blocks: free where the rows that make them and the columns that read them can move.
+
+A transform that balances second moments leaves a block of channels the error (tr S_g)^2 / B, with S_g the singular
+values of L_w^T L_x, S_x = L_x L_x^T and S_w = L_w L_w^T the block's moments of inputs and weights (transforms/moments).
+So an order is good where F = sum_g (tr S_g)^2 is small. With a_i^2 = S_x,ii S_w,ii, and r and q the correlations of two
+channels in S_x and in S_w, a block of these two alone has the trace a_i + a_j - v_ij with (ours: the trace of the root
+of a matrix of two rows is the root of its trace and of twice the root of its determinant)
+
+    v_ij = a_i + a_j - (a_i^2 + a_j^2 + 2 a_i a_j (r q + ((1 - r^2) (1 - q^2))^(1/2)))^(1/2)
+
+- "balanced": the sums of a_i are made equal. The channels are dealt in decreasing order, each to the block that is not
+  full and that it costs least.
+- "correlated": from there pairs of channels of two blocks change places. Which may help is told by v: what a channel
+  is worth in a block is a share k_g of the sum of its v there, with k_g as the block's own trace has it,
+  tr S_g = sum_i a_i - k_g sum_(i<j) v_ij. What an exchange does is told by the traces themselves, and one that makes F
+  larger is taken back.
+
+The order as it is stays where F is no smaller by what was found. Else the blocks are put in decreasing order of tr S_g,
+so that GPTQ comes to the largest first. Several sets of moments may share one order (the query heads that read one
+value head): F is their sum.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ChannelOrder = Literal["none", "balanced", "correlated"]
+
+ROUNDS = 64
+"""Of exchanges at most; in each a block takes part in one."""
+LEAST_GAIN = 1e-4
+"""Of what an exchange is expected to take off F, relative to the mean of a block."""
+
+
+def channel_order(inputs: Tensor, weights: Tensor, block: int, kind: ChannelOrder, rounds: int = ROUNDS) -> Tensor:
+    """The order of K channels for blocks of `block`: int64 [K] on the CPU; channel j is the one that was order[j].
+
+    `inputs` and `weights` are second moments [n, K, K], float64, of n sets of channels that share the order. K is a
+    multiple of `block`. Channels whose moments are zero are dealt like the others.
+    """
+    width = inputs.shape[-1]
+    natural = torch.arange(width)
+    if kind == "none" or width == block:
+        return natural
+    sizes = (_diagonal(inputs) * _diagonal(weights)).clamp(min=0).sqrt()
+    places = dealt(sizes.cpu(), block).to(inputs.device)
+    if kind == "correlated":
+        places = exchanged(inputs, weights, places, block, rounds)
+    found = places.argsort(stable=True)
+    traces = block_traces(inputs, weights, found, block)
+    if not traces.square().sum() < block_traces(inputs, weights, natural.to(found.device), block).square().sum():
+        return natural
+    largest_first = traces.sum(dim=0).argsort(descending=True, stable=True)
+    return found.unflatten(0, (-1, block))[largest_first].flatten().cpu()
+
+
+def dealt(sizes: Tensor, block: int) -> Tensor:
+    """The block of each channel, int64 [K], from sizes a [n, K] on the CPU: those of the least sum of squared sums."""
+    count, width = sizes.shape
+    sums = torch.zeros(count, width // block, dtype=sizes.dtype)
+    room = torch.full((width // block,), block)
+    places = torch.empty(width, dtype=torch.int64)
+    for channel in sizes.square().sum(dim=0).argsort(descending=True, stable=True).tolist():
+        own = sizes[:, channel, None]
+        cost = (sums * own).sum(dim=0).masked_fill(room == 0, torch.inf)
+        # Of equals the emptiest: channels without any size would all go to the first one.
+        chosen = int(torch.where(cost == cost.min(), room, -1).argmax())
+        places[channel] = chosen
+        sums[:, chosen] += own[:, 0]
+        room[chosen] -= 1
+    return places
+
+
+def pair_gains(inputs: Tensor, weights: Tensor) -> Tensor:
+    """v: what two channels in one block take off its trace; float32 [n, K, K], zero on the diagonal."""
+    r, q = _correlations(inputs), _correlations(weights)
+    sizes = (_diagonal(inputs) * _diagonal(weights)).clamp(min=0).sqrt()
+    agreement = r * q + ((1 - r.square_()).clamp_(min=0) * (1 - q.square_()).clamp_(min=0)).sqrt_()
+    del r, q
+    products = sizes[:, :, None] * sizes[:, None, :]
+    sums = sizes[:, :, None] + sizes[:, None, :]
+    found = sums - (sums.square() - 2 * products * (1 - agreement)).clamp_(min=0).sqrt_()
+    found.diagonal(dim1=-2, dim2=-1).zero_()
+    return found.float()
+
+
+def exchanged(inputs: Tensor, weights: Tensor, places: Tensor, block: int, rounds: int = ROUNDS) -> Tensor:
+    """Places [K], the block of each channel, after exchanges of two channels each that take something off F."""
+    gains, places = pair_gains(inputs, weights), places.clone()
+    sizes = (_diagonal(inputs) * _diagonal(weights)).clamp(min=0).sqrt().float()
+    refused = torch.zeros(gains.shape[1:], dtype=torch.bool, device=gains.device)
+    traces = block_traces(inputs, weights, places.argsort(stable=True), block)
+    for _ in range(rounds):
+        change = exchange_costs(places, sizes, gains, traces).masked_fill_(refused, 0.0)
+        best, partner = change.min(dim=1)
+        bound = -LEAST_GAIN * float(traces.square().sum()) / traces.shape[1]
+        swaps = _apart(best.tolist(), partner.tolist(), places.tolist(), bound)
+        if not swaps:
+            break
+        first, second = (torch.tensor(side, device=places.device) for side in zip(*swaps, strict=True))
+        after = _swapped(places, first, second)
+        found = block_traces(inputs, weights, after.argsort(stable=True), block)
+        lost = (found.square() - traces.square()).sum(dim=0)
+        is_worse = lost[places[first]] + lost[places[second]] >= 0
+        refused[first[is_worse], second[is_worse]] = refused[second[is_worse], first[is_worse]] = True
+        touched = torch.cat([places[first[is_worse]], places[second[is_worse]]])
+        found[:, touched] = traces[:, touched]
+        places, traces = _swapped(places, first[~is_worse], second[~is_worse]), found
+    return places
+
+
+def _swapped(places: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    found = places.clone()
+    found[first], found[second] = places[second], places[first]
+    return found
+
+
+def exchange_costs(places: Tensor, sizes: Tensor, gains: Tensor, traces: Tensor) -> Tensor:
+    """What F should become more by when channels i and j change places: float32 [K, K]; 0 where they are in one block.
+
+    With t_g the trace of a block [n, G] and c_i,g = k_g sum of v_ij over the j in it, and i in g, j in h, the block g
+    gets t_g - a_i + a_j + c_i,g - c_j,g + k_g v_ij, and h the same with i and j the other way round.
+    """
+    member = torch.nn.functional.one_hot(places, traces.shape[1]).to(gains.dtype)
+    change = torch.zeros(gains.shape[1:], dtype=gains.dtype, device=gains.device)
+    for a, v, exact in zip(sizes, gains, traces.to(gains.dtype), strict=True):
+        beside = v @ member
+        whole = beside.gather(1, places[:, None])[:, 0] @ member / 2
+        share = torch.where(whole > 0, ((a @ member - exact) / whole).clamp(0, 1), 0.0)
+        beside *= share
+        own = beside.gather(1, places[:, None])[:, 0]
+        here = exact[places]
+        after = v * share[places][:, None]
+        after += (here - a + own)[:, None]
+        after += a - beside[:, places].T
+        squared = after.square_()
+        change += squared + squared.T
+        change -= here.square()[:, None] + here.square()
+    return change.masked_fill_(places[:, None] == places, 0.0)
+
+
+def _apart(best: list[float], partner: list[int], places: list[int], bound: float) -> list[tuple[int, int]]:
+    """The best exchanges, each below `bound`, of which no two touch the same block: their gains add up."""
+    taken: set[int] = set()
+    found = []
+    for channel in sorted(range(len(best)), key=best.__getitem__):
+        if best[channel] >= bound:
+            break
+        touched = {places[channel], places[partner[channel]]}
+        if taken.isdisjoint(touched):
+            taken |= touched
+            found.append((channel, partner[channel]))
+    return found
+
+
+def block_traces(inputs: Tensor, weights: Tensor, order: Tensor, block: int) -> Tensor:
+    """tr S_g of the blocks that an order [K] makes: float64 [n, G], from moments [n, K, K]."""
+    members = order.unflatten(0, (-1, block))
+    of_inputs, of_weights = (moments[:, members[:, :, None], members[:, None, :]] for moments in (inputs, weights))
+    values, vectors = torch.linalg.eigh(of_inputs)
+    root = vectors * values.clamp(min=0).sqrt()[..., None, :]
+    return torch.linalg.eigvalsh(root.mT @ of_weights @ root).clamp(min=0).sqrt().sum(dim=-1)
+
+
+def _correlations(moments: Tensor) -> Tensor:
+    scale = _diagonal(moments).clamp(min=0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    return moments * inverse[:, :, None] * inverse[:, None, :]
+
+
+def _diagonal(moments: Tensor) -> Tensor:
+    return moments.diagonal(dim1=-2, dim2=-1)
