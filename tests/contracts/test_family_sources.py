@@ -16,7 +16,7 @@ from mxrot.models import Family, FolderSource, WeightFiles
 from mxrot.quantizing import quantize
 from mxrot.quantizing.rotating import Rotations, drawn_rotations, rotated_source
 from mxrot.recipe import load_recipe
-from mxrot.surgery import PermutedFfn, Rotated, RotatedHeads, Untied
+from mxrot.surgery import PermutedFfn, PermutedHeads, Rotated, RotatedHeads, Untied, permutable_linears
 
 IDS = torch.arange(40)[None]
 
@@ -102,22 +102,41 @@ def test_a_recipe_that_rotates_is_refused_before_a_weight_is_read(
 
 
 @each
-def test_a_permutation_of_inner_channels_changes_nothing(family: Family, tmp_path: Path) -> None:
-    """Or is refused."""
+def test_a_permutation_of_channels_changes_nothing(family: Family, tmp_path: Path) -> None:
+    """Inner ones of every MLP, or of every expert, and those of each value head."""
     source = exact_folder(tmp_path, family)
-    after_rows = [site for site in family.sites if site.producer is not None and not site.producer_is_value]
-    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    if not after_rows:  # no rows feed one channel each: refused
-        last = family.sites[-1].linears[0]
-        with pytest.raises(ConfigError, match=last.rpartition(".")[2]):
-            PermutedFfn(source, {f"{family.block_prefix(1)}.{last}": order})
-        return
-    permuted = PermutedFfn(source, {f"{family.block_prefix(1)}.{site.linears[0]}": order for site in after_rows})
+    draws = torch.Generator().manual_seed(0)
+    inner = permutable_linears(family)
+    assert inner
+    ffn = {f"{family.block_prefix(1)}.{name}": torch.randperm(96, generator=draws) for name in inner}
+    heads = torch.stack([torch.randperm(16, generator=draws) for _ in range(4)]).unflatten(0, (2, 2))
     added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
-    assert off_by(logits(permuted, IDS, added), logits(source, IDS, added)) < max(
-        tolerance_of(family), 2.0**-20 * added
+    tolerance = max(tolerance_of(family), 2.0**-20 * added)
+    expected = logits(source, IDS, added)
+    for permuted in (PermutedFfn(source, ffn), PermutedHeads(source, heads)):
+        assert off_by(logits(permuted, IDS, added), expected) < tolerance
+    both = PermutedHeads(PermutedFfn(source, ffn), heads)
+    assert off_by(logits(both, IDS, added), expected) < tolerance
+    for name in (*inner, family.values, family.values_read_by):
+        assert not torch.equal(both.block(1)[f"{name}.weight"], source.block(1)[f"{name}.weight"])
+
+
+@each
+def test_the_permutations_of_a_recipe_change_nothing(family: Family, tmp_path: Path) -> None:
+    """As they are found: blocks of 8, of which a tiny head has two."""
+    source = exact_folder(tmp_path, family)
+    recipe = load_recipe("hadamard").changed(
+        {
+            "transform.block": 8,
+            "permutation.ffn": "correlated",
+            "permutation.value_heads": "correlated",
+            "calibration.seq_len": 40,
+        }
     )
+    windows = torch.randint(2, 50, (4, 40), generator=torch.Generator().manual_seed(0))
+    found = quantize(source, recipe, windows=windows).source
+    assert [change.split(" by ")[0] for change in found.changes] == ["MLP permuted", "value heads permuted"]
+    added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
+    tolerance = max(tolerance_of(family), 2.0**-20 * added)
+    assert off_by(logits(found, IDS, added), logits(source, IDS, added)) < tolerance
 
-
-def test_some_families_can_be_rotated_and_some_cannot() -> None:
-    assert {family.is_rotatable for family in TINY_FAMILIES.values()} == {True, False}

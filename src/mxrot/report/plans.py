@@ -26,6 +26,8 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
         yield _size_lines(plan)
     if plan.recipe.rotation is not None:
         yield f"rotations, merged into the weights: {plan.recipe.rotation.spelled}"
+    if plan.recipe.permutation is not None:
+        yield f"permutations, merged into the weights: {plan.recipe.permutation.spelled}"
     if plan.recipe.attention is not None:
         yield f"operands of attention: {plan.recipe.attention.operands().spelled}"
     if plan.sizes is not None:

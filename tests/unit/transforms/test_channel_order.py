@@ -1,0 +1,118 @@
+"""Orders of channels: the error that they stand for, and that what is found makes it smaller."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxrot.transforms.channel_order import (
+    ChannelOrder,
+    block_traces,
+    channel_order,
+    dealt,
+    exchange_costs,
+    exchanged,
+    pair_gains,
+)
+from mxrot.transforms.moments import balancing_transform
+
+K, BLOCK = 32, 8
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(count: int = 1, seed: int = 0, mixing: float = 0.4) -> Tensor:
+    """Second moments [count, K, K] of correlated channels of uneven sizes."""
+    mixed = torch.eye(K, dtype=torch.float64) + mixing * random(count, K, K, seed=seed)
+    rows = random(count, 200, K, seed=seed + 1) @ mixed * torch.logspace(-1, 1, K, dtype=torch.float64)
+    return rows.mT @ rows / 200
+
+
+def cost(inputs: Tensor, weights: Tensor, order: Tensor) -> float:
+    return float(block_traces(inputs, weights, order, BLOCK).square().sum())
+
+
+def test_a_trace_is_that_of_the_transformed_moments() -> None:
+    """tr S_g is what the balancing transform leaves of either operand."""
+    inputs, weights = moments(seed=0), moments(seed=5)
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(0))
+    (found,) = block_traces(inputs, weights, order, BLOCK)
+    for place, members in enumerate(order.unflatten(0, (-1, BLOCK))):
+        x, w = (one[0][members][:, members][None] for one in (inputs, weights))
+        T = balancing_transform(x, w, 1e-12).matrices[0]
+        assert torch.trace(T.T @ x[0] @ T).item() == pytest.approx(found[place].item(), rel=1e-8)
+
+
+def test_two_channels_gain_what_their_own_block_says() -> None:
+    inputs, weights = moments(seed=0), moments(seed=5)
+    gains = pair_gains(inputs, weights)[0]
+    sizes = (inputs[0].diagonal() * weights[0].diagonal()).sqrt()
+    for i, j in list(combinations(range(K), 2))[::7]:
+        (trace,) = block_traces(inputs[:, [i, j]][:, :, [i, j]], weights[:, [i, j]][:, :, [i, j]], torch.arange(2), 2)[0]
+        assert gains[i, j].item() == pytest.approx((sizes[i] + sizes[j] - trace).item(), abs=1e-6 * sizes.max().item())
+    assert torch.equal(gains, gains.T) and not gains.diagonal().any()
+
+
+def test_channels_are_dealt_evenly() -> None:
+    """Sums differ by no more than the smallest channel, where the sizes fall evenly; blocks are full."""
+    sizes = torch.linspace(1, 2, K, dtype=torch.float64)[None]
+    places = dealt(sizes, BLOCK)
+    assert places.bincount().tolist() == [BLOCK] * (K // BLOCK)
+    sums = torch.zeros(K // BLOCK, dtype=torch.float64).index_add(0, places, sizes[0])
+    assert sums.max() - sums.min() <= sizes.min()
+    assert dealt(torch.zeros(2, K), BLOCK).bincount().tolist() == [BLOCK] * (K // BLOCK)
+
+
+def test_what_an_exchange_costs() -> None:
+    """Beside blocks of a whole, whose traces are exactly a sum over pairs: then k is 1, and the estimate exact."""
+    sizes, gains = random(2, K, seed=0).abs().float() + 1, random(2, K, K, seed=1).abs().float() * 0.02
+    gains = gains + gains.mT
+    gains.diagonal(dim1=-2, dim2=-1).zero_()
+
+    def traces_of(places: Tensor) -> Tensor:
+        member = torch.nn.functional.one_hot(places, K // BLOCK).float()
+        return sizes @ member - (member.T @ gains @ member).diagonal(dim1=-2, dim2=-1) / 2
+
+    places = torch.arange(K).flip(0) // BLOCK
+    found = exchange_costs(places, sizes, gains, traces_of(places))
+    before = traces_of(places).square().sum()
+    for i, j in list(combinations(range(K), 2))[::5]:
+        swapped = places.clone()
+        swapped[i], swapped[j] = places[j], places[i]
+        expected = float(traces_of(swapped).square().sum() - before)
+        assert found[i, j].item() == pytest.approx(expected, abs=1e-4 * float(before) / K)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", ["balanced", "correlated"])
+def test_an_order_makes_the_error_smaller(kind: ChannelOrder, count: int) -> None:
+    inputs, weights = moments(count, seed=0), moments(count, seed=5)
+    order = channel_order(inputs, weights, BLOCK, kind)
+    assert torch.equal(order.sort().values, torch.arange(K))
+    assert cost(inputs, weights, order) < 0.97 * cost(inputs, weights, torch.arange(K))
+    traces = block_traces(inputs, weights, order, BLOCK).sum(dim=0)
+    assert (traces.diff() <= 0).all()
+
+
+def test_correlated_is_no_worse_than_balanced() -> None:
+    """Pairs of channels that are nearly the same find each other."""
+    half = random(400, K // 2, seed=0)
+    rows = torch.cat([half, half + 0.05 * random(400, K // 2, seed=1)], dim=1)
+    inputs, weights = (rows.T @ rows / 400)[None], torch.eye(K, dtype=torch.float64)[None]
+    costs = [cost(inputs, weights, channel_order(inputs, weights, BLOCK, kind)) for kind in ("balanced", "correlated")]
+    assert costs[1] < 0.85 * costs[0]
+    places = exchanged(inputs, weights, torch.arange(K) // BLOCK, BLOCK)
+    assert sum(places[i] == places[i + K // 2] for i in range(K // 2)) > K // 4
+
+
+def test_an_order_that_is_as_good_stays() -> None:
+    same = torch.eye(K, dtype=torch.float64)[None]
+    for kind in ("none", "balanced", "correlated"):
+        assert torch.equal(channel_order(same, same, BLOCK, kind), torch.arange(K))
+        assert torch.equal(channel_order(0 * same, same, BLOCK, kind), torch.arange(K))
+        assert torch.equal(channel_order(moments(), same, K, kind), torch.arange(K))
