@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxrot import rounding, transforms
-from mxrot.contradictions import permutation_problems, table_problems, tuning_problems
+from mxrot.contradictions import permutation_problems, table_problems, transform_problems, tuning_problems
 from mxrot.errors import ConfigError
 from mxrot.formats import TensorQuantizer, get_format
 from mxrot.nearest import brief
@@ -98,6 +98,7 @@ class Recipe:
             yield from tuning_problems(tuning, self.activations, weights, self.transform, self.sharing, self.rounding)
         yield from table_problems(self.rotation, tuning, self.attention, self.cache)
         yield from permutation_problems(self.permutation, self.cache)
+        yield from transform_problems(self.transform, self.rounding)
         kinds = {one.weights.quantizer().rule.sees_extremes_only for one in self.variants}
         if tuning is not None and tuning.moves == "levels" and len(kinds) > 1:
             yield (

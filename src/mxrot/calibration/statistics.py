@@ -219,6 +219,7 @@ COLLECTORS: dict[str, Callable[..., Collector]] = {
     "spaced": SpacedBlocks,
     "moments": lambda block, rows, tokens, before=0: BlockMoments(block),
     "mean": lambda block, rows, tokens, before=0: MeanWindow(),
+    "whole": lambda block, rows, tokens, before=0: Hessian(),
 }
 """Name in `TransformMethod.needs` to a constructor from (block size, rows, tokens that all processes will see, and how
 many of these come before this process's own: 0)."""

@@ -161,6 +161,8 @@ def _statistics(run: Run, here: SiteShape) -> Work:
     work = Work(operations=30 * batches)
     if "moments" in recipe.transform.needs:
         work.add(product=2.0 * tokens * k * (MOMENT_CHANNELS if run.is_gpu else 4 * recipe.transform.block))
+    if "whole" in recipe.transform.needs:
+        work.add(product=2.0 * tokens * k * k, copy=40.0 * batches * k * k)
     if recipe.transform.needs:
         work.add(copy=3.0 * tokens * k * run.itemsize)
     if not requirements.hessian:

@@ -80,6 +80,11 @@ class RoundingMethod(ABC):
         """Scales that each block is rounded under before one is kept: how often the work is done."""
         return 1
 
+    @property
+    def mends_later_columns(self) -> bool:
+        """Do columns make up for what those before them have lost, from the first to the last?"""
+        return False
+
     def check(self, format: Format, rule: ScaleRule) -> None:
         """ConfigError if this method cannot round to `format` under `rule`."""
         return

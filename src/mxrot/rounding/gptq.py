@@ -81,6 +81,10 @@ class GPTQ(RoundingMethod):
     def candidates(self) -> int:
         return len(NEIGHBOURS) if self.scales == "walked" else 1
 
+    @property
+    def mends_later_columns(self) -> bool:
+        return self.columns == "natural"
+
     def check(self, format: Format, rule: ScaleRule) -> None:
         if self.scales != "fixed" and format.grid.looks_at_whole_tensor(rule):
             raise ConfigError(

@@ -133,6 +133,11 @@ class TransformMethod(ABC):
         """Tokens that a statistic keeps of each block, for those that keep tokens."""
         return 0
 
+    @property
+    def counts_open_columns(self) -> bool:
+        """Is it made for weights whose later columns make up for what earlier ones lose?"""
+        return False
+
     @abstractmethod
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> Stage | SiteTransform:
         """The transform; randomness comes from the CPU `generator` alone, so a seed gives the same bits."""

@@ -11,6 +11,12 @@ the least that any invertible T can reach, and H gives every channel the same sh
 `brake` l is KBBQ's (2026-07): T = L_w U S^(-l/2) H = L_x^-T V S^(1 - l/2) H leaves inputs with the moments
 H^T S^(2 - l) H and weights with H^T S^l H; l = 1 is the transform above.
 
+`open` c counts what GPTQ cannot mend. The error that rounding inputs makes meets all of S_w; what rounding the weights
+of block g loses, columns behind it make up for, and what is left meets the Schur complement of M = E[x^T x] given these,
+S_open = R_gg R_gg^T with M = R R^T, R upper triangular. Both errors together are least where inputs have the moments
+S_x + c S_open, which take the place of S_x above. The complement is taken where GPTQ walks, of T^T M T with the T of
+c = 0, plus `open_damping` of its mean diagonal, and taken back.
+
 With `sharing = "site"` one T serves all blocks. Each block counts by what it contributes to the output error of
 an optimal transform of its own: its moments are put on equal traces and weighted by the product of the traces.
 """
@@ -33,6 +39,9 @@ from mxrot.transforms.stages import BlockDiagonal, Sharing
 MOST_TOGETHER = 1 << 27
 """Weights (1 GiB in float64) whose moments are taken at once."""
 
+OPEN_MATRICES = 4
+"""Of the size of M, while what is open is found: M itself, transformed, the other way round, and its factor."""
+
 
 @dataclass(frozen=True)
 class SecondMoment(TransformMethod):
@@ -48,6 +57,10 @@ class SecondMoment(TransformMethod):
     them at 8)."""
     brake: float = 1.0
     """l: how much of the unevenness of the moments' product the weights keep; 1 gives both operands the same."""
+    open: float = 0.0
+    """c: how much the moments count that later columns leave open, beside all of them."""
+    open_damping: float = 0.3
+    """Added to the diagonal of T^T M T for these, relative to its mean; what GPTQ is damped by."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,16 +69,27 @@ class SecondMoment(TransformMethod):
             raise ConfigError(f"transform moments: damping must be positive and finite, got {self.damping}")
         if not self.condition >= 1:
             raise ConfigError(f"transform moments: condition must be at least 1, got {self.condition}")
+        if not 0 <= self.open < math.inf:
+            raise ConfigError(f"transform moments: open must be finite and not negative, got {self.open}")
+        if not 0 < self.open_damping < math.inf:
+            raise ConfigError(f"transform moments: open_damping must be positive and finite, got {self.open_damping}")
         if not 0 <= self.brake <= 2:
             raise ConfigError(f"transform moments: brake must be from 0 to 2, got {self.brake}")
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"moments"})
+        return frozenset({"moments", "whole"} if self.open else {"moments"})
+
+    @property
+    def counts_open_columns(self) -> bool:
+        return self.open > 0
 
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
         inputs = sample.seen["moments"]
         weights = weight_moments(sample)
+        if self.open:
+            first = balancing_transform(inputs, weights, self.damping)
+            inputs = inputs + self.open * open_moments(sample.seen["whole"], first, self.open_damping)
         if sharing == "site":
             inputs, weights = shared_moments(inputs, weights)
         found = balancing_transform(inputs, weights, self.damping, self.brake)
@@ -74,12 +98,14 @@ class SecondMoment(TransformMethod):
     def fitting_bytes(self, size: FitSize) -> float:
         """The weights once more, by blocks; where they are many, those that are taken at once, and their float64."""
         count = size.outputs * size.width
-        return 8.0 * count if count <= MOST_TOGETHER else 16.0 * MOST_TOGETHER
+        whole = OPEN_MATRICES * 8.0 * size.width**2 if self.open else 0.0
+        return whole + (8.0 * count if count <= MOST_TOGETHER else 16.0 * MOST_TOGETHER)
 
     def fitting_work(self, size: FitSize) -> Work:
         """Units are transforms of one block."""
         transforms = 1 if size.sharing == "site" else size.width // self.block
-        return {"fitted": float(transforms), "float64": 2.0 * size.outputs * size.width * self.block}
+        found = {"fitted": float(transforms), "float64": 2.0 * size.outputs * size.width * self.block}
+        return found | ({"factor": float(size.width**3)} if self.open else {})
 
     def trial(self, device: torch.device) -> tuple[Callable[[], object], float]:
         draws = torch.Generator(device).manual_seed(0)
@@ -123,6 +149,27 @@ def balancing_transform(inputs: Tensor, weights: Tensor, damping: float, brake: 
     found = torch.linalg.solve_triangular(lower_x.mT, spread, upper=True)
     dead = (_traces(inputs) == 0) | (_traces(weights) == 0)
     return BlockDiagonal(torch.where(dead, rotation, found))
+
+
+def open_moments(whole: Tensor, first: BlockDiagonal, damping: float) -> Tensor:
+    """S_open of each block: float64 [G, B, B], from M [K, K].
+
+    Taken of T^T M T, T being `first`, plus `damping` of its mean diagonal, and given back in the channels of M.
+    """
+    matrices = first.matrices
+    size = matrices.shape[-1]
+    count = len(whole) // size
+    half = (whole.unflatten(1, (count, size)).movedim(1, 0) @ matrices).movedim(0, 1).flatten(1)  # M T
+    moved = (matrices.mT @ half.unflatten(0, (count, size))).flatten(0, 1)
+    del half
+    mean = moved.diagonal().mean()
+    moved.diagonal().add_(damping * torch.where(mean > 0, mean, torch.ones_like(mean)))
+    factor = torch.linalg.cholesky(moved.flip(0, 1)).flip(0, 1)
+    del moved
+    own = factor.unflatten(0, (count, size)).unflatten(2, (count, size)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    inverse = torch.linalg.inv(matrices)
+    rows = inverse.mT @ own
+    return rows @ rows.mT
 
 
 def conditioned(transform: BlockDiagonal, condition: float) -> BlockDiagonal:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mxrot.calibration.statistics import BlockMoments
 from mxrot.errors import ConfigError
+from mxrot.recipe import load_recipe
 from mxrot.transforms import moments
 from mxrot.transforms.base import SiteSample
 from mxrot.transforms.moments import SecondMoment, balancing_transform, shared_moments, weight_moments
@@ -182,3 +183,99 @@ def test_moments_of_many_weights_are_taken_some_blocks_after_the_other(
     monkeypatch.setattr(moments, "MOST_TOGETHER", together)
     found = weight_moments(SiteSample(weight, B))
     assert found.dtype == torch.float64 and torch.equal(found, expected)
+
+
+def sample_of(x: Tensor, weight: Tensor) -> SiteSample:
+    return SiteSample(weight, B, {"moments": moments_of(x), "whole": x.T @ x / len(x)})
+
+
+@pytest.mark.parametrize("brake", [0.0, 0.5, 0.75, 1.0, 2.0])
+def test_a_brake_shares_the_singular_values_out(brake: float) -> None:
+    """Inputs get H^T S^(2 - l) H and weights H^T S^l H, and T is L_w U S^(-l/2) H up to signs of singular vectors."""
+    x, weight = uneven(400, seed=0), uneven(300, seed=10)
+    of_x, of_weight = (damped(moments_of(rows), 0.01) for rows in (x, weight))
+    T = SecondMoment(brake=brake).fit(sample_of(x, weight), "block", torch.Generator()).matrices
+    lower_x, lower_w = torch.linalg.cholesky(of_x), torch.linalg.cholesky(of_weight)
+    left, singular, _ = torch.linalg.svd(lower_w.mT @ lower_x)
+    H, T_inverse = hadamard_matrix(B), torch.linalg.inv(T)
+    for power, found in ((2 - brake, T.mT @ of_x @ T), (brake, T_inverse @ of_weight @ T_inverse.mT)):
+        expected = H.T @ (singular**power).diag_embed() @ H
+        assert ((found - expected).abs().amax(dim=(1, 2)) <= 1e-7 * expected.abs().amax(dim=(1, 2))).all()
+    kbbq = lower_w @ left @ (singular ** (-brake / 2)).diag_embed()
+    signs = (kbbq.mT @ torch.linalg.inv(kbbq @ kbbq.mT) @ (T @ H.T)).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(signs.abs(), torch.ones_like(signs), rtol=1e-6, atol=0)
+
+
+def test_a_brake_of_one_changes_no_bit() -> None:
+    sample = sample_of(uneven(400, seed=0), uneven(300, seed=10))
+    plain, braked = (one.fit(sample, "block", torch.Generator()) for one in (SecondMoment(), SecondMoment(brake=1)))
+    inputs, weights = sample.seen["moments"], weight_moments(sample)
+    assert torch.equal(plain.matrices, braked.matrices)
+    assert torch.equal(plain.matrices, balancing_transform(inputs, weights, 0.01).matrices)
+
+
+def test_what_is_open_is_what_later_blocks_cannot_mend() -> None:
+    """The Schur complement, with an explicit inverse: M_gg - M_gl M_ll^-1 M_lg, l the channels behind block g."""
+    x = uneven(400, seed=0)
+    whole = x.T @ x / len(x)
+    found = moments.open_moments(whole, BlockDiagonal.identity(B), 0.01)
+    whole = whole + 0.01 * whole.diagonal().mean() * torch.eye(len(whole), dtype=torch.float64)
+    for group in range(GROUPS):
+        own, later = slice(group * B, (group + 1) * B), slice((group + 1) * B, GROUPS * B)
+        mended = whole[own, later] @ torch.linalg.inv(whole[later, later]) @ whole[later, own]
+        assert (found[group] - (whole[own, own] - mended)).abs().max() <= 1e-9 * whole.abs().max()
+        assert group == GROUPS - 1 or mended.abs().max() > 0.01 * whole[own, own].abs().max()
+
+
+def test_what_is_open_moves_with_the_channels() -> None:
+    """Under any T of blocks the same, but for what is added to the diagonal."""
+    x = random(400, GROUPS * B, seed=0) @ random(GROUPS * B, GROUPS * B, seed=1)
+    whole = x.T @ x / len(x) + torch.eye(GROUPS * B, dtype=torch.float64)
+    plain = moments.open_moments(whole, BlockDiagonal.identity(B), 1e-13)
+    moved = moments.open_moments(whole, BlockDiagonal(random(GROUPS, B, B, seed=5)), 1e-13)
+    assert (plain - moved).abs().max() <= 1e-7 * plain.abs().max()
+
+
+@pytest.mark.parametrize("c", [0.5, 1.0])
+def test_both_errors_together_are_least(c: float) -> None:
+    """tr(T^T (S_x + c S_open) T) tr(T^-1 S_w T^-T) of each block, beside c = 0 and neighbours of T."""
+    x, weight = uneven(400, seed=0), uneven(300, seed=10)
+    sample = sample_of(x, weight)
+    options = {"damping": 1e-9, "open_damping": 1e-6}
+    found = SecondMoment(open=c, **options).fit(sample, "block", torch.Generator()).matrices
+    first = SecondMoment(**options).fit(sample, "block", torch.Generator())
+    assert SecondMoment(open=c).needs == {"moments", "whole"} and SecondMoment().needs == {"moments"}
+    wanted = moments_of(x) + c * moments.open_moments(sample.seen["whole"], first, 1e-6)
+
+    def cost(T: Tensor) -> Tensor:
+        inverse = torch.linalg.inv(T)
+        left, right = T.mT @ wanted @ T, inverse @ moments_of(weight) @ inverse.mT
+        return left.diagonal(dim1=-2, dim2=-1).sum(dim=-1) * right.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
+    best = cost(found)
+    others = [first.matrices, *(found @ (torch.eye(B) + 0.05 * random(B, B, seed=seed)) for seed in range(20))]
+    for other in others:
+        assert (cost(other) >= best * (1 - 1e-6)).all()
+    assert (cost(first.matrices) > best * 1.001).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"brake": -0.1}, "brake must be from 0 to 2"),
+        ({"brake": float("nan")}, "brake must be from 0 to 2"),
+        ({"open": -1.0}, "open must be finite and not negative"),
+        ({"open_damping": 0.0}, "open_damping must be positive and finite"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SecondMoment(**options)
+
+
+def test_open_columns_need_a_walk_over_them() -> None:
+    recipe = load_recipe("mxrot")
+    assert recipe.changed({"transform.open": 1.0}).transform.counts_open_columns
+    for changes in ({"rounding.method": "rtn"}, {"rounding.scales": "fixed", "rounding.columns": "descending"}):
+        with pytest.raises(ConfigError, match=r"set transform\.open = 0, or rounding\.method = \"gptq\""):
+            recipe.changed({"transform.open": 1.0} | changes)
