@@ -16,6 +16,13 @@ the residual stream, what is missing there from the original's. With D the diffe
 output, and x the quantized inputs, the quadratic objective has its minimum at W + E[D^T x] (H + d I)^-1; GPTQ then
 starts from there, and nothing else changes.
 
+`first_column = "crossed"` is Qronos' (arXiv 2505.11695): where there is a target, the first column is rounded from where
+it would go if the others stayed as they came, w + E[d^T x]_1 / (H + d I)_11, and not from where it goes together with
+them. What follows is GPTQ's, which solves for the rest again whatever the first has become. `damping_of = "largest"` is
+also theirs: damping relative to the largest eigenvalue of H. `first_order` b is FOEM's term (arXiv 2507.11017): with each
+column that is rounded those still open go back by b of what they have moved (`walk_drawn_back`), a column at a time and
+without a kernel.
+
 `inputs` says what H is of: the inputs as the linear will really see them, or, as in MR-GPTQ, before they are quantized.
 
 All arithmetic is float64. With H a multiple of the identity nothing is spread and the codes equal rounding to
@@ -35,7 +42,7 @@ from torch import Tensor
 from mxrot.errors import ConfigError
 from mxrot.formats import Format, ScaleRule, as_blocks, check_finite, check_parts, encode_blocks
 from mxrot.rounding.base import Inputs, Prepared, Requirements, Rounded, RoundingMethod, Target
-from mxrot.rounding.linalg import inverse_factor
+from mxrot.rounding.linalg import Measure, damping_unit, inverse_factor
 from mxrot.rounding.walk import SPAN, walk_fixed, walk_reached, walks_whole_blocks
 
 NEIGHBOURS = (0, -1, 1)
@@ -59,6 +66,12 @@ class GPTQ(RoundingMethod):
     """What H is of: the inputs as the linear will really see them, or before they are quantized (MR-GPTQ)."""
     tokens: Literal["equal", "relative"] = "equal"
     """How much each token counts: as it is, or (where outputs go into the residual stream) relative to its size."""
+    damping_of: Measure = "mean"
+    """What both dampings are relative to: the mean of H's diagonal, or its largest eigenvalue."""
+    first_column: Literal["joint", "crossed"] = "joint"
+    """Where the first column is rounded from: its place in the minimum over all columns, or over itself alone."""
+    first_order: float = 0.0
+    """The share of what open columns have moved that each rounded column takes back."""
 
     @property
     def requirements(self) -> Requirements:
@@ -73,6 +86,18 @@ class GPTQ(RoundingMethod):
             raise ConfigError(
                 f'rounding gptq: target = "{self.target}" makes up for what quantized inputs lack, and needs inputs = '
                 '"quantized"'
+            )
+        if self.first_column == "crossed" and self.target == "own":
+            raise ConfigError(
+                'rounding gptq: first_column = "crossed" is about a target, and target = "own" has none; set target = '
+                '"original" or "residual"'
+            )
+        if not 0 <= self.first_order < 1:
+            raise ConfigError(f"rounding gptq: first_order must be at least 0 and below 1, got {self.first_order}")
+        if self.first_order and self.scales == "walked":
+            raise ConfigError(
+                'rounding gptq: first_order goes a column at a time, and scales = "walked" a block; set scales = '
+                '"reached"'
             )
         if self.scales != "fixed" and self.columns == "descending":
             raise ConfigError('rounding gptq: columns = "descending" needs scales = "fixed"')
@@ -104,16 +129,27 @@ class GPTQ(RoundingMethod):
         order = None
         if self.columns == "descending":
             order = hessian.diagonal().argsort(descending=True, stable=True)
+        first = 0 if order is None else int(order[0])
+        crossed = self._crossed(hessian, shifts, first)
         if shifts:
             # First, and let go: it needs the Hessian as it is, and the factor takes the place of that.
-            regression, _ = inverse_factor(hessian, self.target_damping, name)
+            regression, _ = inverse_factor(hessian, self.target_damping, name, relative_to=self.damping_of)
             for shift in shifts:
                 shift.copy_((shift @ regression.t()) @ regression)
             del regression
         if order is not None:
             hessian = hessian[order[:, None], order]
-        factor, damping = inverse_factor(hessian, self.damping, name, overwrites=True)
+        factor, damping = inverse_factor(hessian, self.damping, name, overwrites=True, relative_to=self.damping_of)
+        if crossed:
+            _move_first(shifts, crossed, first, factor, order)
         return Prepared(factor, order, damping)
+
+    def _crossed(self, hessian: Tensor, shifts: Sequence[Tensor], first: int) -> list[Tensor]:
+        """Where the first column of each shift goes if the others stay, [n]; none where it goes with them."""
+        if self.first_column == "joint" or not shifts:
+            return []
+        added = self.target_damping * damping_unit(hessian, self.damping_of)
+        return [shift[:, first] / (hessian[first, first] + added) for shift in shifts]
 
     def round_rows(
         self, weight: Tensor, format: Format, rule: ScaleRule, prepared: Prepared, name: str, move: Tensor | None = None
@@ -129,9 +165,24 @@ class GPTQ(RoundingMethod):
         blocks = as_blocks(weight, format, name)
         if self.scales == "fixed":
             parts = format.grid.choose(blocks, rule)
-            rounded, remainder = walk_fixed(blocks, factor, parts, order, format)
+            rounded, remainder = walk_fixed(blocks, factor, parts, order, format, self.first_order)
         else:
             offsets = NEIGHBOURS if self.scales == "walked" else NEIGHBOURS[:1]
-            rounded, remainder, parts = walk_reached(blocks, factor, format, rule, offsets)
+            rounded, remainder, parts = walk_reached(blocks, factor, format, rule, offsets, self.first_order)
         check_parts(parts, format, weight, name)
         return Rounded(encode_blocks(rounded, parts, format), remainder, prepared.damping)
+
+
+def _move_first(
+    moves: Sequence[Tensor], crossed: Sequence[Tensor], first: int, factor: Tensor, order: Tensor | None
+) -> None:
+    """Let the first column [n] of each move [n, K] be that of `crossed`, in place.
+
+    The others go where the walk then finds them as if the column had come from where it was: rounding it to q leaves
+    them at w - (w_1 - q) U_1 / U_11 either way.
+    """
+    ratios = factor[0] / factor[0, 0]
+    if order is not None:
+        ratios = torch.empty_like(ratios).index_copy_(0, order, ratios)
+    for move, wanted in zip(moves, crossed, strict=True):
+        move.addr_(wanted - move[:, first], ratios)

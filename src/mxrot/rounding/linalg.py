@@ -6,18 +6,29 @@ in place, and one that starts as the identity and ends as the inverse of the fac
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from mxrot.errors import NumericsError
 
+Measure = Literal["mean", "largest"]
+"""What a damping is relative to: the mean diagonal of a Hessian, or its largest eigenvalue (Qronos, arXiv 2505.11695)."""
+
 ATTEMPTS = 4
+POWER_ROUNDS = 64
+"""Products with a matrix after which its largest eigenvalue is known well enough to add a share of it."""
 COPIED_ELEMENTS = 1 << 24
 """Of a matrix that is copied the other way round, at once: what a flip allocates."""
 
 
-def inverse_factor(hessian: Tensor, damping: float, name: str, overwrites: bool = False) -> tuple[Tensor, float]:
+def inverse_factor(
+    hessian: Tensor, damping: float, name: str, overwrites: bool = False, relative_to: Measure = "mean"
+) -> tuple[Tensor, float]:
     """Upper triangular U with U^T U = (H + damping * mean(diag H) I)^-1, float64, and the damping that was used.
+
+    With `relative_to` "largest" the largest eigenvalue of H stands in the place of the mean of its diagonal.
 
     `hessian` [K, K] is symmetric positive semidefinite. With J the reversal of the order of the channels and
     J H J = L L^T, U is J L^-1 J: one Cholesky factorization, and no explicit inverse of H.
@@ -27,9 +38,7 @@ def inverse_factor(hessian: Tensor, damping: float, name: str, overwrites: bool 
     """
     finite = torch.stack(hessian.aminmax()).isfinite().all()  # without a matrix of their magnitudes
     matrix = hessian.double()
-    mean_diagonal = matrix.diagonal().mean()
-    # All inputs zero: any positive multiple of the identity leaves GPTQ equal to rounding to nearest.
-    scale = torch.where(mean_diagonal > 0, mean_diagonal, torch.ones_like(mean_diagonal))
+    scale = damping_unit(matrix, relative_to)
     work = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
     lower = work.mT  # LAPACK's order of columns: nothing is copied on the way there
     failed = torch.empty((), dtype=torch.int32, device=matrix.device)
@@ -54,6 +63,29 @@ def inverse_factor(hessian: Tensor, damping: float, name: str, overwrites: bool 
         f"{name}: the Hessian of its inputs cannot be factorized even with damping {used:g} of its mean diagonal; "
         "use more calibration samples, or rounding rtn"
     )
+
+
+def damping_unit(matrix: Tensor, relative_to: Measure) -> Tensor:
+    """What a damping of 1 adds to the diagonal of a Hessian [K, K]: a scalar; 1 where the Hessian is zero."""
+    unit = matrix.diagonal().mean() if relative_to == "mean" else largest_eigenvalue(matrix)
+    # All inputs zero: any positive multiple of the identity leaves GPTQ equal to rounding to nearest.
+    return torch.where(unit > 0, unit, torch.ones_like(unit))
+
+
+def largest_eigenvalue(matrix: Tensor) -> Tensor:
+    """Of a positive semidefinite matrix [K, K], from below: a Rayleigh quotient after rounds of the power method.
+
+    They begin at the row of the largest diagonal, which is in a direction that counts.
+    """
+    vector = _unit(matrix[matrix.diagonal().argmax()])
+    for _ in range(POWER_ROUNDS):
+        vector = _unit(matrix @ vector)
+    return vector @ (matrix @ vector)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """Of length 1; zero stays zero."""
+    return vector / torch.linalg.vector_norm(vector).clamp(min=torch.finfo(vector.dtype).tiny)
 
 
 def _identity(matrix: Tensor, overwrites: bool) -> Tensor:

@@ -24,8 +24,10 @@ RoundUnder = Callable[[Tensor, Tensor, Tensor], RoundedColumns]
 """Rounds columns [N, n] along their block `upper` [n, n] of the factor; [n] says which block of parts is whose."""
 
 
-def walk_fixed(blocks: Tensor, factor: Tensor, parts: Parts, order: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """GPTQ under given parts, columns in `order` [K].
+def walk_fixed(
+    blocks: Tensor, factor: Tensor, parts: Parts, order: Tensor, format: Format, first_order: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """GPTQ under given parts, columns in `order` [K]; with `first_order` as `walk_drawn_back` does it.
 
     Values [N, G, B] that lie on the grid of the parts, and what rounding took away from each weight [N, K].
     """
@@ -40,18 +42,27 @@ def walk_fixed(blocks: Tensor, factor: Tensor, parts: Parts, order: Tensor, form
         result[:, here] = found.values
         lost.copy_(found.differences)
 
-    remainder = walk(columns, factor, block, round_some)
+    if first_order:
+        remainder = walk_drawn_back(columns, factor, block, round_some, first_order)
+    else:
+        remainder = walk(columns, factor, block, round_some)
     back = order.argsort()
     return result[:, back].view_as(blocks), remainder[:, back]
 
 
 def walk_reached(
-    blocks: Tensor, factor: Tensor, format: Format, rule: ScaleRule, offsets: tuple[int, ...]
+    blocks: Tensor,
+    factor: Tensor,
+    format: Format,
+    rule: ScaleRule,
+    offsets: tuple[int, ...],
+    first_order: float = 0.0,
 ) -> tuple[Tensor, Tensor, Parts]:
     """GPTQ that chooses the parts of a block when it gets there, for all of the block.
 
     Values [N, G, B], what rounding took away from each weight [N, K], and the parts [N, G]. `offsets` are the
-    exponents to try, relative to the rule's; (0,) takes the rule's as they are. Others only for `walks_whole_blocks`.
+    exponents to try, relative to the rule's; (0,) takes the rule's as they are. Others only for `walks_whole_blocks`,
+    and without `first_order`, with which the walk is that of `walk_drawn_back`.
     """
     block = blocks.shape[-1]
     columns = blocks.flatten(-2).clone()
@@ -73,6 +84,9 @@ def walk_reached(
         result[:, here] = found.values
         lost.copy_(found.differences)
 
+    if first_order:
+        remainder = walk_drawn_back(columns, factor, block, round_some, first_order)
+        return result.view_as(blocks), remainder, Parts.side_by_side(chosen)
     remainder = walk(columns, factor, block, round_block if walks_whole_blocks(format) else round_some)
     return result.view_as(blocks), remainder, Parts.side_by_side(chosen)
 
@@ -110,6 +124,31 @@ def walk(columns: Tensor, factor: Tensor, block: int, round_some: Callable[[slic
             round_some(here, remainder[:, here])
             spread(remainder, columns, here, stop, factor, diagonal)
         spread(remainder, columns, slice(start, stop), width, factor, diagonal)
+    return remainder
+
+
+def walk_drawn_back(
+    columns: Tensor, factor: Tensor, block: int, round_some: Callable[[slice, Tensor], None], share: float
+) -> Tensor:
+    """`walk`, where each column that is rounded also takes the `share` b off how far those still open have moved.
+
+    With D what the open columns [N, K] have moved since they came, and e_j what column j loses over the factor's
+    diagonal, D <- (1 - b) D - e_j U_j (FOEM's first-order term, arXiv 2507.11017). One column is rounded at a time; those
+    behind a span of n columns get what that comes to, (1 - b)^n D - sum_j (1 - b)^(n - 1 - j) e_j U_j.
+    """
+    width, start = columns.shape[1], columns.clone()
+    remainder, diagonal = torch.empty_like(columns), factor.diagonal()
+    for first, stop, _ in spans(width, block):
+        for column in range(first, stop):
+            here, rest = slice(column, column + 1), slice(column + 1, stop)
+            round_some(here, remainder[:, here])
+            columns[:, rest].lerp_(start[:, rest], share)
+            spread(remainder, columns, here, stop, factor, diagonal)
+        span, behind = slice(first, stop), slice(stop, width)
+        kept = (1 - share) ** torch.arange(stop - first, dtype=columns.dtype, device=columns.device).flip(0)
+        columns[:, behind].lerp_(start[:, behind], 1 - (1 - share) ** (stop - first))
+        errors = remainder[:, span] / diagonal[span] * kept
+        columns[:, behind].addmm_(errors, factor[span, behind], alpha=-1)
     return remainder
 
 
