@@ -139,4 +139,3 @@ def test_the_permutations_of_a_recipe_change_nothing(family: Family, tmp_path: P
     added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
     tolerance = max(tolerance_of(family), 2.0**-20 * added)
     assert off_by(logits(found, IDS, added), logits(source, IDS, added)) < tolerance
-

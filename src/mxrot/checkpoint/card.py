@@ -184,7 +184,9 @@ def _activations(scheme: Scheme) -> str:
 
 
 def _rotations(recipe: Recipe) -> str:
-    order = "" if recipe.permutation is None else f"\nIn another order than in the original: {recipe.permutation.spelled}."
+    order = (
+        "" if recipe.permutation is None else f"\nIn another order than in the original: {recipe.permutation.spelled}."
+    )
     if recipe.rotation is None:
         return order
     head = "" if recipe.rotation.residual == "none" else "; norm gains are 1, and the head is no copy of the embedding"

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
+from mxrot.planning.ordering import ordering_stages
 from mxrot.planning.run import Run, reads_residual
 from mxrot.planning.shape import SiteShape
 from mxrot.planning.site_memory import Stage, forward_bytes, site_stages
@@ -54,7 +55,7 @@ class MemoryEstimate:
 def estimate_memory(run: Run) -> MemoryEstimate:
     """Of the device that computes: main memory on a CPU, the GPU's own on a GPU."""
     process = {} if run.is_gpu else {"the process": PROCESS_BYTES["cpu"]}
-    stages = [*training_stages(run), *_loading(run), *_writing_text(run), *_rotating(run)]
+    stages = [*training_stages(run), *_loading(run), *_writing_text(run), *_rotating(run), *ordering_stages(run)]
     for position, _ in enumerate(run.shape.fullest):
         stages += site_stages(run, position, _resident(run, position) | _remembered(run, position))
     stages += [*_block_end(run), *_tuning(run)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
 from mxrot.planning.memory import activation_bytes
+from mxrot.planning.ordering import ordering_work
 from mxrot.planning.rates import Rates
 from mxrot.planning.run import Run, fit_size, keeps_share, reads_residual
 from mxrot.planning.shape import SiteShape
@@ -56,6 +57,7 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
     works["tuning"] = _tuning(run)
     works["rotations"] = _rotations(run)
     works["training of rotations"] = _training(run)
+    works["order of channels"] = Work(**ordering_work(run))
     terms = {name: work.seconds(rates) for name, work in works.items()}
     terms["files"] = (run.shape.parameters * run.stored.itemsize * 1.3) / DISK_BYTES
     terms["starting"] = building * (1 + run.recipe.runs_whole_original)

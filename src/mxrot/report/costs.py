@@ -28,7 +28,8 @@ def measuring_costs(read: Sequence[Windows], has_tasks: bool) -> list[float]:
 
 
 def quantizing_costs(calibration: Calibration) -> list[float]:
-    """Of the phases that `quantize` tells: training of rotations, text that is written, the blocks, text written for
+    """Of the phases that `quantize` tells: training of rotations, text that is written, orders of
+    channels, the blocks, text written for
     tuning, its steps."""
     recipe, windows = calibration.recipe, calibration.windows
     if windows is None:
@@ -38,6 +39,8 @@ def quantizing_costs(calibration: Calibration) -> list[float]:
     rotation = recipe.rotation
     trained = [] if rotation is None else [TUNING * rotation.steps * rotation.batch_windows * length]
     written = [*trained, *([generated * tokens] if generated else [])]
+    if recipe.permutation is not None:
+        written.append(STATISTICS * (1 + generated) * tokens)
     blocks = ROUNDING + STATISTICS * (1 + generated) * tokens
     tuning = recipe.tuning
     if tuning is None:

@@ -37,6 +37,8 @@ CHOSEN = {
     "target original": recipe("mxrot", **ALONE, rounding__target="original"),
     "quarot": recipe("quarot"),
     "rotated, to nearest": recipe("rtn", rotation__residual="orthogonal", rotation__value_heads="hadamard"),
+    "permuted": recipe("rtn", transform__block=16, permutation__ffn="correlated", permutation__value_heads="balanced"),
+    "moments left open": recipe("mxrot", **ALONE, transform__open=1.0),
     "target own": recipe("mxrot", **ALONE, rounding__target="own"),
 }
 

@@ -31,6 +31,9 @@ def test_terms_of_a_recipe() -> None:
     assert set(seconds("mxrot").terms) - set(seconds("duquant++-gptq").terms) == {"writing calibration text"}
     assert set(seconds("mxrot-tuned").terms) - set(seconds("mxrot").terms) == {"tuning"}
     assert set(seconds("quarot").terms) - set(seconds("duquant++-gptq").terms) == {"rotations"}
+    permuted = recipe("rtn", permutation__ffn="correlated")
+    found = estimate_seconds(run_of(LLAMA_3_8B, permuted, 128, 2048, device="cuda"), ONES, 0.5)
+    assert {"order of channels", "passes over the calibration text"} <= set(found.terms) - set(seconds("rtn").terms)
     assert seconds("mxrot").total == sum(seconds("mxrot").terms.values())
 
 

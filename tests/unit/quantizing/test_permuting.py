@@ -98,6 +98,8 @@ def test_heads_that_are_not_whole_blocks_are_refused(recipe: Recipe, message: st
 def test_tables_that_say_nothing_or_contradict_are_refused() -> None:
     with pytest.raises(ConfigError, match='permutation: ffn and value_heads are both "none"; set one of them'):
         permuting(ffn="none")
-    with pytest.raises(ConfigError, match=r'permutation\.value_heads orders channels that cache\.transform = "hadamard"'):
+    with pytest.raises(
+        ConfigError, match=r'permutation\.value_heads orders channels that cache\.transform = "hadamard"'
+    ):
         permuting(value_heads="balanced").changed({"cache.transform": "hadamard"})
     assert not permuting(ffn="balanced").is_data_free and load_recipe("hadamard").is_data_free

@@ -168,5 +168,3 @@ def test_any_format_goes_back_and_nothing_is_lost(format: str, problem: tuple[Te
 def test_what_does_not_go_together_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPTQ(**options)  # type: ignore[arg-type]
-
-

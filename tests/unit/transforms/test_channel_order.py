@@ -53,7 +53,9 @@ def test_two_channels_gain_what_their_own_block_says() -> None:
     gains = pair_gains(inputs, weights)[0]
     sizes = (inputs[0].diagonal() * weights[0].diagonal()).sqrt()
     for i, j in list(combinations(range(K), 2))[::7]:
-        (trace,) = block_traces(inputs[:, [i, j]][:, :, [i, j]], weights[:, [i, j]][:, :, [i, j]], torch.arange(2), 2)[0]
+        (trace,) = block_traces(inputs[:, [i, j]][:, :, [i, j]], weights[:, [i, j]][:, :, [i, j]], torch.arange(2), 2)[
+            0
+        ]
         assert gains[i, j].item() == pytest.approx((sizes[i] + sizes[j] - trace).item(), abs=1e-6 * sizes.max().item())
     assert torch.equal(gains, gains.T) and not gains.diagonal().any()
 

@@ -1,0 +1,71 @@
+"""What finding orders of channels takes: memory, and work; quantizing/permuting.py has what it follows."""
+
+from __future__ import annotations
+
+from mxrot.planning.run import Run
+from mxrot.planning.shape import SiteShape
+from mxrot.planning.site_memory import Stage
+from mxrot.transforms.channel_order import ORDER_BYTES, ROUNDS
+
+EXCHANGE_BYTES = 60.0
+"""That a round of exchanges reads and writes for each pair of channels."""
+
+
+def ordered_sites(run: Run, sites: tuple[SiteShape, ...]) -> list[tuple[SiteShape, str, int]]:
+    """The sites of a block whose channels are put in order, how, and of how many channels at once."""
+    wanted = run.recipe.permutation
+    if wanted is None:
+        return []
+    found = []
+    for here in sites:
+        if here.site.producer_is_value or here.site.name == "o":
+            found.append((here, wanted.value_heads, run.shape.head_width))
+        elif here.site.group == "down":
+            found.append((here, wanted.ffn, here.inputs))
+    return [(here, kind, width) for here, kind, width in found if kind != "none"]
+
+
+def ordering_stages(run: Run) -> list[Stage]:
+    """Of memory; none where channels stay as they are."""
+    shape = run.shape
+    found = ordered_sites(run, shape.fullest)
+    if not found:
+        return []
+    base = {
+        "embedding, last norm and head": float(shape.outer_parameters * run.itemsize),
+        "rotations": float(run.rotation_bytes),
+        "hidden states": 0.0 if run.is_on_host else float(run.stream_bytes),
+        "masks": float(run.mask_bytes),
+        "the block as it was read": float(shape.block_parameters * run.stored.itemsize),
+        "the block in float32": 0.0 if run.is_gpu else 4.0 * shape.block_parameters,
+    }
+    stages = []
+    for here, kind, width in found:
+        whole = 8.0 * here.inputs**2  # of inputs, and the same of weights
+        pairs = max(2 * whole + ORDER_BYTES[kind] * width**2 * (here.inputs > width), 3 * whole)
+        if width == here.inputs:
+            pairs = max(ORDER_BYTES[kind] * width**2, 3 * whole)
+        weights = 8.0 * here.rounded * here.inputs
+        stages.append(Stage(f"{here.site.name}: order of channels", base | {"pairs of channels": max(pairs, weights)}))
+    return stages
+
+
+def ordering_work(run: Run) -> dict[str, float]:
+    """Amounts by the name of the rate that they are done at: a pass, moments, and rounds of exchanges."""
+    found: dict[str, float] = {}
+    for sites in run.shape.blocks:
+        chosen = ordered_sites(run, sites)
+        if not chosen:
+            continue
+        weights = sum(site.share * site.weights for site in sites)
+        amounts = {"product": 2.0 * run.tokens * weights, "operations": 200.0 * len(chosen)}
+        for here, kind, width in chosen:
+            amounts["product"] += 2.0 * run.tokens * here.share * here.inputs**2
+            amounts["float64"] = amounts.get("float64", 0.0) + 2.0 * here.rounded * here.inputs**2
+            if kind == "correlated":
+                pairs = here.inputs * width * ROUNDS
+                amounts["copy"] = amounts.get("copy", 0.0) + EXCHANGE_BYTES * pairs
+                amounts["operations"] += 60.0 * ROUNDS * max(1, here.inputs // width)
+        for name, amount in amounts.items():
+            found[name] = found.get(name, 0.0) + amount
+    return found
