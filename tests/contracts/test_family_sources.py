@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
+from tests.contracts.test_families import each, spread_gains
 from tests.contracts.tiny_configs import config_of
 from tests.unit.surgery.changed_sources import logits, off_by, rotation
 from transformers import AutoModelForCausalLM

@@ -16,12 +16,12 @@ the residual stream, what is missing there from the original's. With D the diffe
 output, and x the quantized inputs, the quadratic objective has its minimum at W + E[D^T x] (H + d I)^-1; GPTQ then
 starts from there, and nothing else changes.
 
-`first_column = "crossed"` is Qronos' (arXiv 2505.11695): where there is a target, the first column is rounded from where
-it would go if the others stayed as they came, w + E[d^T x]_1 / (H + d I)_11, and not from where it goes together with
-them. What follows is GPTQ's, which solves for the rest again whatever the first has become. `damping_of = "largest"` is
-also theirs: damping relative to the largest eigenvalue of H. `first_order` b is FOEM's term (arXiv 2507.11017): with each
-column that is rounded those still open go back by b of what they have moved (`walk_drawn_back`), a column at a time and
-without a kernel.
+`first_column = "crossed"` is Qronos' (arXiv 2505.11695): where there is a target, the first column is rounded from
+where it would go if the others stayed as they came, w + E[d^T x]_1 / (H + d I)_11, and not from where it goes together
+with them. What follows is GPTQ's, which solves for the rest again whatever the first has become. `damping_of =
+"largest"` is also theirs: damping relative to the largest eigenvalue of H. `first_order` b is FOEM's term (arXiv
+2507.11017): with each column that is rounded those still open go back by b of what they have moved (`walk_drawn_back`),
+a column at a time and without a kernel.
 
 `inputs` says what H is of: the inputs as the linear will really see them, or, as in MR-GPTQ, before they are quantized.
 

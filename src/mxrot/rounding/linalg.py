@@ -14,7 +14,8 @@ from torch import Tensor
 from mxrot.errors import NumericsError
 
 Measure = Literal["mean", "largest"]
-"""What a damping is relative to: the mean diagonal of a Hessian, or its largest eigenvalue (Qronos, arXiv 2505.11695)."""
+"""What a damping is relative to: the mean diagonal of a Hessian, or its largest eigenvalue (Qronos, arXiv
+2505.11695)."""
 
 ATTEMPTS = 4
 POWER_ROUNDS = 64

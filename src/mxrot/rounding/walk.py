@@ -133,8 +133,8 @@ def walk_drawn_back(
     """`walk`, where each column that is rounded also takes the `share` b off how far those still open have moved.
 
     With D what the open columns [N, K] have moved since they came, and e_j what column j loses over the factor's
-    diagonal, D <- (1 - b) D - e_j U_j (FOEM's first-order term, arXiv 2507.11017). One column is rounded at a time; those
-    behind a span of n columns get what that comes to, (1 - b)^n D - sum_j (1 - b)^(n - 1 - j) e_j U_j.
+    diagonal, D <- (1 - b) D - e_j U_j (FOEM's first-order term, arXiv 2507.11017). One column is rounded at a time;
+    those behind a span of n columns get what that comes to, (1 - b)^n D - sum_j (1 - b)^(n - 1 - j) e_j U_j.
     """
     width, start = columns.shape[1], columns.clone()
     remainder, diagonal = torch.empty_like(columns), factor.diagonal()

@@ -69,8 +69,8 @@ def permutable_linears(family: Family) -> list[str]:
 
 
 def _feeding(family: Family, linear: str) -> tuple[str, ...]:
-    """The linears whose rows make the channels of `linear`, one by one, or once in each half of one linear; none where a
-    channel feeds several."""
+    """The linears whose rows make the channels of `linear`, one by one, or once in each half of one linear; none where
+    a channel feeds several."""
     for site in family.sites:
         if linear in site.linears and site.producer is not None and not site.producer_is_value:
             module, _, _ = site.producer.rpartition(".")

@@ -1,4 +1,4 @@
-"""The channels inside value heads in another order: v's rows and the columns of o that read them, at no cost at run time.
+"""The channels inside value heads in another order: v's rows and the columns of o that read them. Free at run time.
 
 Attention sums values over tokens, channel by channel, and no rotary embedding touches them. Under grouped queries the
 heads that read one value head share its order.

@@ -12,10 +12,10 @@ the least that any invertible T can reach, and H gives every channel the same sh
 H^T S^(2 - l) H and weights with H^T S^l H; l = 1 is the transform above.
 
 `open` c counts what GPTQ cannot mend. The error that rounding inputs makes meets all of S_w; what rounding the weights
-of block g loses, columns behind it make up for, and what is left meets the Schur complement of M = E[x^T x] given these,
-S_open = R_gg R_gg^T with M = R R^T, R upper triangular. Both errors together are least where inputs have the moments
-S_x + c S_open, which take the place of S_x above. The complement is taken where GPTQ walks, of T^T M T with the T of
-c = 0, plus `open_damping` of its mean diagonal, and taken back.
+of block g loses, columns behind it make up for, and what is left meets the Schur complement of M = E[x^T x] given
+these, S_open = R_gg R_gg^T with M = R R^T, R upper triangular. Both errors together are least where inputs have the
+moments S_x + c S_open, which take the place of S_x above. The complement is taken where GPTQ walks, of T^T M T with the
+T of c = 0, plus `open_damping` of its mean diagonal, and taken back.
 
 With `sharing = "site"` one T serves all blocks. Each block counts by what it contributes to the output error of
 an optimal transform of its own: its moments are put on equal traces and weighted by the product of the traces.

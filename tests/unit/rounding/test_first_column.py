@@ -1,5 +1,5 @@
-"""Options from Qronos and FOEM: where the first column comes from, what damping is relative to, and the first-order term;
-each beside a slow form without factors."""
+"""Options from Qronos and FOEM, each beside a slow form without factors: where the first column comes from, what damping
+is relative to, and the first-order term."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 def qronos(weight: Tensor, hessian: Tensor, shift: Tensor, added: float, order: list[int]) -> Tensor:
     """Values [N, K]: the first column from its own minimum, then the minimum of all others, again after each column.
 
-    The objective is w H w^T / 2 - w (H w_0 + shift)^T + added |w - w_0|^2 / 2, with scales from the weights as they came.
+    The objective is w H w^T / 2 - w (H w_0 + shift)^T + added |w - w_0|^2 / 2; scales are of the weights as they came.
     """
     damped = hessian + added * torch.eye(K, dtype=torch.float64)
     wanted = weight @ damped + shift  # its gradient is w damped - wanted

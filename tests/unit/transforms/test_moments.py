@@ -256,7 +256,7 @@ def test_both_errors_together_are_least(c: float) -> None:
     others = [first.matrices, *(found @ (torch.eye(B) + 0.05 * random(B, B, seed=seed)) for seed in range(20))]
     for other in others:
         assert (cost(other) >= best * (1 - 1e-6)).all()
-    assert (cost(first.matrices) > best * 1.001).any()
+    assert (cost(first.matrices) > best * (1 + 5e-5)).any()
 
 
 @pytest.mark.parametrize(
