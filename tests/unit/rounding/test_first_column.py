@@ -1,5 +1,4 @@
-"""Options from Qronos and FOEM, each beside a slow form without factors: where the first column comes from, what damping
-is relative to, and the first-order term."""
+"""Options from Qronos and FOEM, each beside a slow form without factors."""
 
 from __future__ import annotations
 
