@@ -87,3 +87,20 @@ def test_a_run_is_not_resumed_with_another_change(tied: FolderSource, tmp_path: 
     for source in (other, untied, tied):
         with pytest.raises(CheckpointError, match=r"was made by a run with another model \(.*rotated by"):
             quantize_to_folder(source, recipe("rtn"), tmp_path / "out", **options)
+
+
+def test_orders_that_a_recipe_finds_are_in_the_weights_alone(tied: FolderSource, tmp_path: Path) -> None:
+    """Written and loaded it is the model that was quantized, with nothing to permute at run time."""
+    keys = {"transform__block": 8, "permutation__ffn": "correlated", "permutation__value_heads": "balanced"}
+    chosen = recipe("mxrot", calibration__generated=0.0, **keys)
+    in_memory = quantize(tied, chosen, windows=WINDOWS).model
+    assert in_memory is not None
+    run = quantize_to_folder(tied, chosen, tmp_path / "out", base_name="tiny", windows=WINDOWS)
+    kinds = [change.partition(" by ")[0] for change in run["changes"]]
+    assert kinds == ["MLP permuted", "value heads permuted"]
+    assert torch.equal(logits(mxrot.load(tmp_path / "out", device="cpu")), logits(in_memory))
+    plain = recipe("mxrot", calibration__generated=0.0, transform__block=8)
+    quantize_to_folder(tied, plain, tmp_path / "plain", base_name="tiny", windows=WINDOWS)
+    found, expected = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("out", "plain"))
+    assert found.keys() == expected.keys()
+    assert [one.shape for one in found.values()] == [expected[name].shape for name in found]

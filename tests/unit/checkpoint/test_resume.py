@@ -142,6 +142,16 @@ def test_finished_blocks_are_not_done_again(
     assert without_run(digests(tmp_path / "out")) == without_run(digests(tmp_path / "straight"))
 
 
+def test_orders_of_channels_are_found_again(source: Path, tmp_path: Path, quantized_blocks: list[int]) -> None:
+    chosen = recipe("mxrot", calibration__generated=0.0, transform__block=8, permutation__ffn="correlated")
+    stopped_after(source, tmp_path / "out", chosen, 1)
+    quantized_blocks.clear()
+    write(source, tmp_path / "out", chosen, resume=True)
+    assert quantized_blocks == [1]
+    write(source, tmp_path / "straight", chosen)
+    assert without_run(digests(tmp_path / "out")) == without_run(digests(tmp_path / "straight"))
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 

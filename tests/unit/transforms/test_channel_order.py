@@ -118,3 +118,14 @@ def test_an_order_that_is_as_good_stays() -> None:
         assert torch.equal(channel_order(same, same, BLOCK, kind), torch.arange(K))
         assert torch.equal(channel_order(0 * same, same, BLOCK, kind), torch.arange(K))
         assert torch.equal(channel_order(moments(), same, K, kind), torch.arange(K))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["balanced", "correlated"])
+def test_a_gpu_finds_as_good_an_order(kind: ChannelOrder) -> None:
+    """The same one where channels are dealt; exchanges may take other ways of as much use."""
+    inputs, weights = moments(2, seed=0), moments(2, seed=5)
+    here = channel_order(inputs, weights, BLOCK, kind)
+    there = channel_order(inputs.cuda(), weights.cuda(), BLOCK, kind)
+    assert not there.is_cuda
+    assert cost(inputs, weights, there) == pytest.approx(cost(inputs, weights, here), rel=0.02)
