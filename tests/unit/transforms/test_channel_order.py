@@ -121,6 +121,7 @@ def test_an_order_that_is_as_good_stays() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["balanced", "correlated"])
 def test_a_gpu_finds_as_good_an_order(kind: ChannelOrder) -> None:
     """The same one where channels are dealt; exchanges may take other ways of as much use."""
