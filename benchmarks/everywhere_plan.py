@@ -250,9 +250,9 @@ def refusals(model: Model, recipes: dict[str, Recipe]) -> dict[str, MxrotError]:
 
 @cache
 def code_digest() -> str:
-    """SHA-256 of everything in the package: what was measured with another one may be something else."""
+    """SHA-256 of everything in the package and of what measures: what was found with another may be something else."""
     root = Path(mxrot.__file__).parent
-    found = hashlib.sha256()
+    found = hashlib.sha256(Path(__file__).with_name("everywhere_worker.py").read_bytes())
     for path in sorted(root.rglob("*")):
         if path.suffix in (".py", ".toml"):
             found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
