@@ -43,7 +43,7 @@ def found_lines(found: Found) -> Iterator[str]:
     lines = [f"blocks that gain most, each raised alone to {alone.blocks_to.spelled}, and KL then: {said}"]
     if not found.raised:
         lines.append("raised: nothing; no raise that was measured gains anything within the limit")
-    lines += [f"raised: {one.in_words} to {one.choice.in_words}" for one in found.raised]
+    lines += _raised_lines(found)
     lines.append(
         "KL: KL(original || quantized), nats a token, +- one standard error over windows; "
         f"{len(found.measured)} mixtures were measured"
@@ -52,6 +52,18 @@ def found_lines(found: Found) -> Iterator[str]:
         lines.append("unseen: as many windows that the search was not given; judge the mixture by these")
     for line in lines:
         yield textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+
+
+def _raised_lines(found: Found) -> Iterator[str]:
+    """One for each choice, with the blocks of each kind."""
+    for choice in dict.fromkeys(one.choice for one in found.raised):
+        blocks: dict[str, list[str]] = {}
+        for one in found.raised:
+            if one.choice == choice:
+                for kind in one.kinds:
+                    blocks.setdefault(kind, []).append(one.blocks_in_words)
+        said = "; ".join(f"{kind} of {', '.join(runs)}" for kind, runs in blocks.items())
+        yield f"raised: to {choice.in_words}, by blocks: {said}"
 
 
 def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:

@@ -25,11 +25,10 @@ class Raised:
     choice: Choice
 
     @property
-    def in_words(self) -> str:
-        """For a line of text."""
+    def blocks_in_words(self) -> str:
+        """For a line of text: "3", or "3 to 5"."""
         first, last = self.blocks
-        where = f"block {first}" if first == last else f"blocks {first} to {last}"
-        return f"{', '.join(self.kinds)} of {where}"
+        return str(first) if first == last else f"{first} to {last}"
 
     def as_table(self) -> dict[str, Any]:
         return {

@@ -66,7 +66,7 @@ def test_runs_put_neighbours_together_and_kinds_that_are_alike() -> None:
         (("qkv",), (3, 3), BOTH),
         (("o", "down"), (5, 5), BOTH),
     ]
-    assert found[0].in_words == "o, down of blocks 0 to 2" and found[1].in_words == "qkv of block 2"
+    assert [one.blocks_in_words for one in found] == ["0 to 2", "2", "3", "5"]
 
 
 def test_a_mixture_is_written_and_called_one() -> None:
