@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mxrot.checkpoint import is_checkpoint, load
-from mxrot.documents import check_is_here
 from mxrot.environment import check_device
 from mxrot.errors import CheckpointError, FamilyError
 from mxrot.models import (
@@ -22,12 +21,11 @@ from mxrot.models import (
     read_generation_config,
 )
 from mxrot.models.folder import weight_map
+from mxrot.models.tokenizer import load_tokenizer as load_tokenizer
 from mxrot.quantizing.loading import compute_dtype, load_original
 from mxrot.quantizing.problems import weight_problems
 from mxrot.shell import expanded
 
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
-"""Files of which a tokenizer needs one. Without any, transformers makes an empty one for some families."""
 _REPORTED = {
     "missing_keys": "transformers finds no such tensor and would make one of random numbers",
     "mismatched_keys": "this tensor has another shape than the config says",
@@ -45,31 +43,6 @@ def base_name(model: str, folder: Path) -> str:
     if model == "demo":
         return "SmolLM2-135M-Instruct"
     return folder.name if expanded(model).exists() else model.partition("@")[0]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; FamilyError, with what to do, if there is none, or none that can be read."""
-    found = [path for pattern in _VOCABULARIES for path in sorted(folder.glob(pattern))]
-    if not found:
-        raise FamilyError(
-            f"{folder}: has no tokenizer; expected tokenizer.json, tokenizer.model, or vocab.json and merges.txt: copy "
-            "them and tokenizer_config.json from the model that this one was made from"
-        )
-    for path in (*found, *sorted(folder.glob("*token*.json"))):
-        check_is_here(path)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except ImportError as error:
-        needed = "pip install sentencepiece protobuf" if found[0].suffix == ".model" else "install what it names"
-        raise FamilyError(
-            f"{folder}: its tokenizer ({found[0].name}) needs a package that is missing here ({first_line(error)}); "
-            f"{needed}, or save it as tokenizer.json"
-        ) from error
-    except Exception as error:  # of the tokenizers library, which raises Exception itself, and of many parsers
-        raise FamilyError(
-            f"{folder}: transformers cannot read its tokenizer ({', '.join(path.name for path in found)}): "
-            f"{first_line(error)}; copy tokenizer.json and tokenizer_config.json from the original again"
-        ) from error
 
 
 def is_verifiable(name: str | Path) -> bool:

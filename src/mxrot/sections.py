@@ -72,6 +72,10 @@ class Smoothing:
             raise ConfigError(f"smoothing: alpha {self.alpha} is not in [0, 1]")
 
 
+First = Literal["uniform", "model"]
+"""The first token of free text that a model writes: any of its vocabulary alike, or one that it draws."""
+
+
 @dataclass(frozen=True)
 class CalibrationChoice:
     """How much text calibration sees."""
@@ -83,6 +87,15 @@ class CalibrationChoice:
     generated: float = 0.0
     """Windows that the original model writes itself, for each one of the text; it must fit on the device as a whole
     for that."""
+    first: First = "uniform"
+    """What it begins free text with."""
+    prompted: float = 0.0
+    """Share of the sequences that go on from a piece of the text."""
+    chats: float = 0.0
+    """Share of the sequences that are conversations in the words of its chat template, both sides written by the model;
+    where the tokenizer has no chat template they are free text like the others."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """It samples at; the sequences take them in turn."""
 
     def __post_init__(self) -> None:
         check_fields(self, "calibration")
@@ -92,6 +105,15 @@ class CalibrationChoice:
             raise ConfigError(f"calibration: seq_len must be at least 2, got {self.seq_len}")
         if not 0 <= self.generated < math.inf:
             raise ConfigError(f"calibration: generated must be finite and not negative, got {self.generated}")
+        if not (self.prompted >= 0 and self.chats >= 0 and self.prompted + self.chats <= 1):
+            raise ConfigError(
+                f"calibration: prompted {self.prompted} and chats {self.chats} are not shares from 0 to 1, together at "
+                "most 1"
+            )
+        if not self.temperatures or not all(0 < value < math.inf for value in self.temperatures):
+            raise ConfigError(
+                f"calibration: temperatures must be positive, finite and at least one, got {list(self.temperatures)}"
+            )
 
 
 RotationKind = Literal["none", "hadamard", "orthogonal"]

@@ -18,7 +18,7 @@ from mxrot.opening import load_tokenizer
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.written import windows_to_write
 from mxrot.recipe import Recipe
-from mxrot.text import Reader, Text, TokenWindows, Windows, load_texts, mixed_windows, read_windows
+from mxrot.text import Reader, Text, TokenWindows, Windows, load_texts, mixed_windows, read_windows, turns_of
 
 FITTING_WINDOWS = 32
 """Windows at most that a run-time transform is fitted on: a few numbers for each of many tokens."""
@@ -76,6 +76,8 @@ def calibrate(
         "generated": windows_to_write(each, len(windows)) if each else 0,
         "texts": [part.as_table() | {"weight": part.text.weight} for part in parts],
     }
+    if each and recipe.calibration.chats:
+        description["chat_template"] = turns_of(load_tokenizer(folder)) is not None
     return Calibration(windows, description, replace(recipe, calibration=happened))
 
 

@@ -47,6 +47,10 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(_text(item, where) for item in value)
         raise ConfigError(f"{where}: expected a list of strings, {_as_list(value)}got {brief(value)}")
+    if hint == tuple[float, ...]:
+        if isinstance(value, (list, tuple)):
+            return tuple(checked(item, float, where) for item in value)
+        raise ConfigError(f"{where}: expected a list of numbers, got {brief(value)}")
     if get_origin(hint) is tuple:
         kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) if kind is not ...)
         if isinstance(value, tuple) and all(isinstance(item, kinds) for item in value):

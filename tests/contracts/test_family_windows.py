@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import mxrot
 from mxrot.api import open_model
-from mxrot.calibration import Executor, block_arguments, first_executor, generated_windows
+from mxrot.calibration import Executor, Manner, block_arguments, first_executor, generated_windows
 from mxrot.errors import FamilyError
 from mxrot.evaluation import divergence, perplexity
 from mxrot.layers import logits_of, shared_heads
@@ -199,7 +199,7 @@ def test_what_gemma_writes_starts_as_its_texts_do(prompted: float) -> None:
     begin = model.config.bos_token_id
     text = torch.nn.functional.pad(WINDOWS[:, 1:], (1, 0), value=begin)
     text[:, 1:][text[:, 1:] == begin] = begin + 1
-    written = generated_windows(model, 3, LENGTH, torch.Generator().manual_seed(0), text, prompted)
+    written = generated_windows(model, 3, LENGTH, torch.Generator().manual_seed(0), text, Manner(prompted=prompted))
     assert (written[:, 0] == begin).all()
     pieces = {tuple(row.tolist()) for window in text for row in window[1:].unfold(0, 4, 1)}
     assert all((tuple(row[1:5].tolist()) in pieces) == (prompted == 1) for row in written)

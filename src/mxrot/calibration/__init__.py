@@ -4,6 +4,7 @@ from mxrot.calibration.executor import Executor
 from mxrot.calibration.first_block import block_arguments, first_executor, first_hidden
 from mxrot.calibration.generation import generated_windows
 from mxrot.calibration.hooks import watched_inputs
+from mxrot.calibration.manner import Manner
 from mxrot.calibration.routing import Routing
 from mxrot.calibration.statistics import (
     COLLECTORS,
@@ -25,6 +26,7 @@ __all__ = [
     "Executor",
     "Hessian",
     "LargestMagnitude",
+    "Manner",
     "Routing",
     "RowSample",
     "World",

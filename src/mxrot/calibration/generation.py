@@ -1,9 +1,9 @@
 """Calibration windows that the original model writes itself (LLM-QAT, arXiv 2305.17888, section 2.1).
 
 A text of one kind calibrates for that kind. What the model writes has the spread of what it was trained on, needs no
-data, and is never the text that is measured on. Each sequence starts with a random token, or with a piece of a given
-text, and goes on by sampling from the whole distribution; a window is several sequences, because many short ones take
-less time than few long ones.
+data, and is never the text that is measured on. Each sequence starts with a random token, one that the model draws, a
+piece of a given text, or what the chat template puts before a user's turn, and goes on by sampling from the whole
+distribution; a window is several sequences, because many short ones take less time than few long ones.
 
 On a GPU one token of all sequences is a CUDA graph; transformers' own generation launches every operation of every
 layer anew and takes ten times as long for a small model.
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mxrot.calibration.manner import Kinds, Manner
+from mxrot.calibration.speaking import Speakers
 from mxrot.cuda_graphs import Replays
 from mxrot.layers import FixedCache, shared_heads, step_mask
 from mxrot.models import Family, find_family, start_token, value_heads
@@ -28,6 +30,8 @@ from mxrot.progress import Progress, part_of, silent
 SEQUENCE_TOKENS = 256
 PROMPT_TOKENS = 64
 """Of a text that sequences go on from; half a sequence at most."""
+BURN_IN, BURN_INS = 16, 2
+"""Tokens that the model goes on from one by, to draw a first token; and how often it starts anew with what it drew."""
 FREE = -1
 """Where the model chooses the token."""
 CACHE_BYTES = {"cpu": 5e8, "cuda": 1.6e10}
@@ -39,6 +43,7 @@ STRIDE = 64
 """Attention looks at so many positions more whenever those it looked at are full."""
 TELL_TOKENS = 16
 """Of each sequence, between two words on how far the writing is."""
+PLAIN = Manner()
 
 
 @torch.no_grad()
@@ -48,15 +53,16 @@ def generated_windows(
     length: int,
     generator: torch.Generator,
     text: Tensor | None = None,
-    prompted: float = 0.0,
+    manner: Manner = PLAIN,
     progress: Progress = silent,
 ) -> Tensor:
     """`count` windows of `length` tokens, int64 [count, length] on the CPU.
 
-    A share `prompted` of the sequences goes on from PROMPT_TOKENS tokens at a random place of `text`, int64 [W, T]; the
-    others from one random token. Those and the seed of the sampling come from `generator`; other random states are
-    left as they are. No sequence ends early: the end-of-text token is not sampled. Where texts for this model must
-    start with one token, all sequences do. `progress` is told tokens.
+    Of the sequences a share `manner.prompted` goes on from PROMPT_TOKENS tokens at a random place of `text`, int64
+    [W, T], a share `manner.chats` are conversations, where the model has a template for them, and the others start with
+    one token as `manner.first` says. Those and the seed of the sampling come from `generator`; other random states are
+    left as they are. No sequence ends early: the end-of-text token is sampled only where it ends a turn of a
+    conversation. Where texts for this model must start with one token, all sequences do. `progress` is told tokens.
     """
     config = model.config.get_text_config()
     tokens = min(SEQUENCE_TOKENS, length)
@@ -64,22 +70,59 @@ def generated_windows(
     first = torch.randint(0, config.vocab_size, (sequences,), generator=generator)
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
     draws = torch.Generator(model.device).manual_seed(seed)
-    starts = first[:, None]
+    kinds = Kinds.of(manner, sequences, text is not None)
     begin = start_token(model.config)
-    if text is not None and prompted:
-        text = text if begin is None else text[:, 1:]  # pieces of it, which do not begin again
-        starts = _with_prompts(first, text, round(prompted * sequences), tokens // 2, generator)
-    if begin is not None:
-        starts = F.pad(starts, (1, 0), value=begin)
     with shared_heads(model):
+        if manner.first == "model" and len(kinds.free):
+            first[kinds.free] = _drawn_first(model, first[kinds.free], begin, draws)
+        starts = first[:, None]
+        if text is not None and len(kinds.prompted):
+            text = text if begin is None else text[:, 1:]  # pieces of it, which do not begin again
+            starts = _with(starts, kinds.prompted, _pieces(text, len(kinds.prompted), tokens // 2, generator))
+        if manner.turns is not None and len(kinds.chats):
+            opening = torch.tensor(manner.turns.opening)
+            opening = opening[1:] if begin is not None and opening[0] == begin else opening
+            starts = _with(starts, kinds.chats, opening.expand(len(kinds.chats), -1))
+        if begin is not None:
+            starts = F.pad(starts, (1, 0), value=begin)
+        is_chat = torch.isin(torch.arange(sequences), kinds.chats)
+        temperatures = kinds.temperatures(manner.temperatures)
         parts: list[Tensor] = []
         begun = 0
-        for part in starts.split(sequences_at_once(model, tokens)):
-            told = part_of(progress, begun, len(part) * tokens, sequences * tokens)
-            columns = _counted(_sequences(model, part.to(model.device), tokens, draws), tokens, told)
-            parts.append(torch.stack(list(columns), dim=1).cpu())
-            begun += len(part) * tokens
+        at_once = sequences_at_once(model, tokens)
+        for rows in torch.arange(sequences).split(at_once):
+            told = part_of(progress, begun, len(rows) * tokens, sequences * tokens)
+            speakers = _speakers(model, manner, is_chat[rows])
+            heat = None if temperatures is None else temperatures[rows].to(model.device)
+            written = _sequences(model, starts[rows].to(model.device), tokens, draws, heat, speakers)
+            parts.append(torch.stack(list(_counted(written, tokens, told)), dim=1).cpu())
+            begun += len(rows) * tokens
     return torch.cat(parts).flatten()[: count * length].view(count, length)
+
+
+def _drawn_first(model: PreTrainedModel, first: Tensor, begin: int | None, draws: torch.Generator) -> Tensor:
+    """First tokens [S] as the model draws them.
+
+    Where texts start with one token it is what follows that. Else no token says that a text begins, and windows of text
+    begin anywhere: each sequence goes on from a random token for a while, starts anew with the last token it drew
+    alone, and so on. What comes out is spread as tokens are in what the model writes, not as they are in its vocabulary.
+    """
+    tokens, rounds = (2, 1) if begin is not None else (BURN_IN, BURN_INS)
+    for _ in range(rounds):
+        found: list[Tensor] = []
+        for part in first.split(sequences_at_once(model, tokens)):
+            start = part if begin is None else torch.full_like(part, begin)
+            *_, last = _sequences(model, start[:, None].to(model.device), tokens, draws)
+            found.append(last.cpu())
+        first = torch.cat(found)
+    return first
+
+
+def _speakers(model: PreTrainedModel, manner: Manner, is_chat: Tensor) -> Speakers | None:
+    """The speakers of those of the sequences that are conversations; None if none is."""
+    if manner.turns is None or not bool(is_chat.any()):
+        return None
+    return Speakers(manner.turns, _end_tokens(model), is_chat.to(model.device))
 
 
 def _counted(columns: Iterator[Tensor], tokens: int, progress: Progress) -> Iterator[Tensor]:
@@ -92,43 +135,70 @@ def _counted(columns: Iterator[Tensor], tokens: int, progress: Progress) -> Iter
     progress(tokens, tokens, "tokens that the model writes")
 
 
-def _with_prompts(first: Tensor, text: Tensor, count: int, longest: int, generator: torch.Generator) -> Tensor:
-    """Starts [S, tokens] of which `count`, evenly spread, are pieces of `text`; the others are `first` [S] and FREE."""
-    length = min(PROMPT_TOKENS, longest, text.shape[1])
-    starts = torch.full((len(first), length), FREE)
-    starts[:, 0] = first
-    window = torch.randint(0, len(text), (count, 1), generator=generator)
-    place = torch.randint(0, text.shape[1] - length + 1, (count, 1), generator=generator)
-    starts[torch.arange(count) * len(first) // max(1, count)] = text[window, place + torch.arange(length)]
+def _with(starts: Tensor, rows: Tensor, pieces: Tensor) -> Tensor:
+    """`starts` [S, n] with `pieces` in `rows`; the shorter ones are filled up with FREE."""
+    missing = pieces.shape[1] - starts.shape[1]
+    starts = F.pad(starts, (0, max(0, missing)), value=FREE)
+    starts[rows] = F.pad(pieces, (0, max(0, -missing)), value=FREE)
     return starts
 
 
-def _sequences(model: PreTrainedModel, starts: Tensor, tokens: int, draws: torch.Generator) -> Iterator[Tensor]:
+def _pieces(text: Tensor, count: int, longest: int, generator: torch.Generator) -> Tensor:
+    """Pieces of `text`, PROMPT_TOKENS long and `longest` at most, int64 [count, tokens]."""
+    length = min(PROMPT_TOKENS, longest, text.shape[1])
+    window = torch.randint(0, len(text), (count, 1), generator=generator)
+    place = torch.randint(0, text.shape[1] - length + 1, (count, 1), generator=generator)
+    return text[window, place + torch.arange(length)]
+
+
+def _sequences(
+    model: PreTrainedModel,
+    starts: Tensor,
+    tokens: int,
+    draws: torch.Generator,
+    temperatures: Tensor | None = None,
+    speakers: Speakers | None = None,
+) -> Iterator[Tensor]:
     """The first tokens [S], then the second ones, up to `tokens`: those of `starts` [S, n] where they are not FREE."""
     first = starts[:, 0]
     family = find_family(model.config, "the model that writes")
     cache = FixedCache(tokens)
     places = torch.arange(tokens, device=model.device)
+    heat = () if temperatures is None else (temperatures,)
+    may_end = () if speakers is None else (speakers.is_chat[:, None],)
+    sampler = partial(_next_tokens, has_heat=bool(heat))
     current = first
     yield current
     for position in range(tokens - 1):
         if position % STRIDE == 0:
             cache.visible = min(tokens, position + STRIDE)
             replay = Replays()  # with this, the memory of the recording before goes
-            step = partial(_next_tokens, model, family, cache)
+            step = partial(sampler, model, family, cache)
         place = places[position : position + 1]
         drawn = torch.rand(len(first), 1, generator=draws, device=model.device)
-        current = replay("next", step, current, place, drawn)
-        if position + 1 < starts.shape[1]:
-            given = starts[:, position + 1]
+        current = replay("next", step, current, place, drawn, *heat, *may_end)
+        given = starts[:, position + 1] if position + 1 < starts.shape[1] else None
+        if speakers is not None:
+            current = speakers.next(current, None if given is None else given != FREE)
+        if given is not None:
             current = torch.where(given == FREE, current, given)
         yield current
 
 
 def _next_tokens(
-    model: PreTrainedModel, family: Family, cache: FixedCache, current: Tensor, position: Tensor, drawn: Tensor
+    model: PreTrainedModel,
+    family: Family,
+    cache: FixedCache,
+    current: Tensor,
+    position: Tensor,
+    drawn: Tensor,
+    *more: Tensor,
+    has_heat: bool = False,
 ) -> Tensor:
-    """A sample of the token after `current` [S] at `position` [1], int64 [S]; `drawn` [S, 1] from [0, 1) decides."""
+    """A sample of the token after `current` [S] at `position` [1], int64 [S]; `drawn` [S, 1] from [0, 1) decides.
+
+    `more` are, both [S, 1], temperatures, if `has_heat`, and which sequences may draw a token that ends a text, if any.
+    """
     cache.position = position
     output = model(
         input_ids=current[:, None],
@@ -137,14 +207,21 @@ def _next_tokens(
         past_key_values=cache,
         use_cache=True,
     )
-    probabilities = output.logits[:, -1].float().softmax(dim=-1)
-    ends = model.config.get_text_config().eos_token_id
-    for end in [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]:
-        probabilities[:, end] = 0.0
+    logits = output.logits[:, -1].float()
+    probabilities = (logits / more[0] if has_heat else logits).softmax(dim=-1)
+    may_end = more[1:] if has_heat else more
+    for end in _end_tokens(model):
+        probabilities[:, end : end + 1] *= may_end[0] if may_end else 0.0
     reached = probabilities.cumsum(dim=-1)
     # The first token whose sum lies beyond the drawn share: never one without a chance.
     found = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)[:, 0]
     return found.clamp(max=probabilities.shape[-1] - 1)
+
+
+def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    """Those that end a text."""
+    ends = model.config.get_text_config().eos_token_id
+    return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
 
 
 def sequences_at_once(model: PreTrainedModel, tokens: int) -> int:

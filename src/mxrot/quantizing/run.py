@@ -38,7 +38,7 @@ from mxrot.quantizing.record import BlockReport, RunRecord
 from mxrot.quantizing.rotating import config_after, drawn_rotations, rotated_source
 from mxrot.quantizing.store import BlockStore
 from mxrot.quantizing.trained_rotations import learned_rotations
-from mxrot.quantizing.written import Writing
+from mxrot.quantizing.written import Writing, manner_of
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, install_attention, prepare
 from mxrot.transforms import generator_for
@@ -198,15 +198,16 @@ def _permuted(job: _Job, windows: Tensor | None) -> _Job:
 
 def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
     """The given windows, and after them those that the original model writes, where the recipe wants some."""
-    each = job.run.recipe.calibration.generated
-    if windows is None or not each:
+    choice = job.run.recipe.calibration
+    if windows is None or not choice.generated:
         return windows
     kept = job.store.load_windows("calibration") if job.store else None
     if kept is not None:
         return kept
+    manner = manner_of(choice, job.run.source.folder, choice.prompted)
     job.progress(0, 1, "opening the model that writes text to be calibrated on")
     original = load_original(job.run.source, job.run.dtype, job.run.device)
-    writing = Writing("calibration", each, seed=job.run.seed)
+    writing = Writing("calibration", choice.generated, manner, job.run.seed)
     found = writing.after(original, windows, len(windows), job.store, job.progress)
     del original
     give_back()
@@ -273,7 +274,8 @@ def _tune(job: _Job, windows: Tensor, given: int) -> list[Check]:
     original = load_original(run.source, run.dtype, run.device)
     if options.generated:
         kept = store.load_windows("tuning") if store else None
-        writing = Writing("tuning", options.generated, options.prompted, run.seed)
+        manner = manner_of(run.recipe.calibration, run.source.folder, options.prompted)
+        writing = Writing("tuning", options.generated, manner, run.seed)
         windows = writing.after(original, windows, given, store, progress) if kept is None else kept
     generator = generator_for(run.seed, "tuning")
     checkpoint = None if store is None else store.tuning_checkpoint

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxrot.calibration import generated_windows
+from mxrot.calibration import Manner, generated_windows
+from mxrot.models.tokenizer import load_tokenizer
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.store import BlockStore
+from mxrot.sections import CalibrationChoice
+from mxrot.text import turns_of
 from mxrot.transforms import generator_for
 
 
@@ -22,8 +26,7 @@ class Writing:
     """Names the text in a store, and draws other numbers than another purpose."""
     each: float
     """Windows for every given one."""
-    prompted: float = 0.0
-    """Share of what is written that goes on from pieces of the text."""
+    manner: Manner
     seed: int = 0
 
     def after(
@@ -39,11 +42,18 @@ class Writing:
         generator = generator_for(self.seed, f"windows for {self.purpose}")
         count = windows_to_write(self.each, given)
         length, text = windows.shape[1], windows[:given]
-        written = generated_windows(original, count, length, generator, text, self.prompted, progress)
+        written = generated_windows(original, count, length, generator, text, self.manner, progress)
         found = torch.cat([windows, written])
         if store is not None:
             store.save_windows(self.purpose, found)
         return found
+
+
+def manner_of(choice: CalibrationChoice, folder: Path, prompted: float) -> Manner:
+    """How the model in a folder writes, with a share that goes on from the text; its tokenizer is read only where
+    conversations are wanted, and raises what it raises."""
+    turns = turns_of(load_tokenizer(folder)) if choice.chats else None
+    return Manner(choice.first, prompted, choice.chats, choice.temperatures, turns)
 
 
 def windows_to_write(each: float, given: int) -> int:

@@ -7,6 +7,7 @@ from mxrot.text.mixture import mixed_windows, split_by_weight
 from mxrot.text.objects import load_texts
 from mxrot.text.roles import Role
 from mxrot.text.tokens import Reader, check_ids, token_ids
+from mxrot.text.turns import Turns, turns_of
 from mxrot.text.windows import Windows, read_windows, token_windows
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Text",
     "TokenIds",
     "TokenWindows",
+    "Turns",
     "Windows",
     "check_ids",
     "is_fetched",
@@ -28,4 +30,5 @@ __all__ = [
     "split_by_weight",
     "token_ids",
     "token_windows",
+    "turns_of",
 ]

@@ -7,7 +7,7 @@ from tests.unit.checkpoint.folders import recipe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mxrot.calibration import generated_windows, generation
+from mxrot.calibration import Manner, generated_windows, generation
 from mxrot.errors import ConfigError
 from mxrot.quantizing import run as pipeline
 
@@ -81,13 +81,15 @@ def test_a_share_goes_on_from_the_text(model: PreTrainedModel, monkeypatch: pyte
     """Every second sequence starts with five tokens that stand in the text; without a share nothing changes."""
     monkeypatch.setattr(generation, "PROMPT_TOKENS", 5)
     text = random_windows(3, 40)
-    found = generated_windows(model, 70, 24, torch.Generator().manual_seed(0), text, 0.5)
+    found = generated_windows(model, 70, 24, torch.Generator().manual_seed(0), text, Manner(prompted=0.5))
     pieces = {tuple(piece.tolist()) for window in text for piece in window.unfold(0, 5, 1)}
     prompted = [tuple(start.tolist()) in pieces for start in found[:, :5]]
     assert prompted == [True, False] * 35
     assert len({tuple(start.tolist()) for start in found[::2, :5]}) > 20
     assert torch.equal(found[1::2, 0], windows(model)[1::2, 0])  # the random tokens of the others
-    assert torch.equal(generated_windows(model, 70, 24, torch.Generator().manual_seed(0), text, 0.0), windows(model))
+    assert torch.equal(
+        generated_windows(model, 70, 24, torch.Generator().manual_seed(0), text, Manner(prompted=0.0)), windows(model)
+    )
     assert (found[:, 5:] != 7).all()
 
 
@@ -95,7 +97,7 @@ def test_what_goes_on_from_a_text_follows_the_model(model: PreTrainedModel, monk
     """The same prompt everywhere: the token after it has the model's own probabilities."""
     monkeypatch.setattr(generation, "PROMPT_TOKENS", 6)
     text = random_windows(1, 6)
-    found = generated_windows(model, 4000, 12, torch.Generator().manual_seed(0), text, 1.0)
+    found = generated_windows(model, 4000, 12, torch.Generator().manual_seed(0), text, Manner(prompted=1.0))
     assert (found[:, :6] == text).all()
     with torch.no_grad():
         logits = model(text).logits[0, -1]
