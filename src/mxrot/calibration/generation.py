@@ -103,9 +103,9 @@ def generated_windows(
 def _drawn_first(model: PreTrainedModel, first: Tensor, begin: int | None, draws: torch.Generator) -> Tensor:
     """First tokens [S] as the model draws them.
 
-    Where texts start with one token it is what follows that. Else no token says that a text begins, and windows of text
-    begin anywhere: each sequence goes on from a random token for a while, starts anew with the last token it drew
-    alone, and so on. What comes out is spread as tokens are in what the model writes, not as they are in its vocabulary.
+    Where texts start with one token it is what follows that. Else windows of text begin anywhere: each sequence goes on
+    from a random token for a while, starts anew with the last token it drew alone, and so on. What comes out is spread
+    as tokens are in what the model writes, not as they are in its vocabulary.
     """
     tokens, rounds = (2, 1) if begin is not None else (BURN_IN, BURN_INS)
     for _ in range(rounds):
@@ -208,10 +208,14 @@ def _next_tokens(
         use_cache=True,
     )
     logits = output.logits[:, -1].float()
-    probabilities = (logits / more[0] if has_heat else logits).softmax(dim=-1)
-    may_end = more[1:] if has_heat else more
+    may_end = more[-1] if len(more) > has_heat else torch.zeros(1, 1, dtype=torch.bool, device=logits.device)
+    if has_heat:
+        logits = logits / more[0]
+        for end in _end_tokens(model):  # before the softmax, which may leave nothing to the others
+            logits[:, end : end + 1].masked_fill_(~may_end, -torch.inf)
+    probabilities = logits.softmax(dim=-1)
     for end in _end_tokens(model):
-        probabilities[:, end : end + 1] *= may_end[0] if may_end else 0.0
+        probabilities[:, end : end + 1] *= may_end
     reached = probabilities.cumsum(dim=-1)
     # The first token whose sum lies beyond the drawn share: never one without a chance.
     found = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)[:, 0]
