@@ -60,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_example_is_read(folder: Path) -> None:
     examples = [name for name in EXAMPLE.findall(PAGE) if not name.startswith(OF_THE_HUB) and name != "messages"]
-    assert len(examples) == 15
+    assert len(examples) == 16
     for example in examples:
         load_text(example, "calibration")
     same = [load_text(name, "calibration").content for name in examples if name.startswith(("rows.", "wiki", "books"))]

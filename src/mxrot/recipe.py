@@ -190,7 +190,7 @@ class Recipe:
     @property
     def runs_whole_original(self) -> bool:
         """Must the device hold the whole original model at once?"""
-        writes = bool(self.calibration.generated and not self.is_data_free)
+        writes = self.calibration.writes and not self.is_data_free
         return writes or self.tunes_network or self.trains_rotations
 
     @property

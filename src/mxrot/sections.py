@@ -87,6 +87,8 @@ class CalibrationChoice:
     generated: float = 0.0
     """Windows that the original model writes itself, for each one of the text; it must fit on the device as a whole
     for that."""
+    own: int = 0
+    """Windows that it writes besides, also where no text is given: the text `own` of --calib."""
     first: First = "uniform"
     """What it begins free text with."""
     prompted: float = 0.0
@@ -99,7 +101,9 @@ class CalibrationChoice:
 
     def __post_init__(self) -> None:
         check_fields(self, "calibration")
-        if self.samples < 1:
+        if self.own < 0:
+            raise ConfigError(f"calibration: own must not be negative, got {self.own}")
+        if self.samples < (self.own == 0):
             raise ConfigError(f"calibration: samples must be positive, got {self.samples}")
         if self.seq_len < 2:
             raise ConfigError(f"calibration: seq_len must be at least 2, got {self.seq_len}")
@@ -114,6 +118,15 @@ class CalibrationChoice:
             raise ConfigError(
                 f"calibration: temperatures must be positive, finite and at least one, got {list(self.temperatures)}"
             )
+
+    @property
+    def writes(self) -> bool:
+        """Does the original model write text?"""
+        return bool(self.generated or self.own)
+
+    def written(self, given: int) -> int:
+        """Windows that the original model writes, beside so many that are given."""
+        return self.own + (max(1, round(self.generated * given)) if self.generated and given else 0)
 
 
 RotationKind = Literal["none", "hadamard", "orthogonal"]

@@ -16,7 +16,6 @@ from mxrot.errors import ConfigError
 from mxrot.models import find_model, read_config, start_token
 from mxrot.opening import load_tokenizer
 from mxrot.progress import Progress, silent
-from mxrot.quantizing.written import windows_to_write
 from mxrot.recipe import Recipe
 from mxrot.text import Reader, Text, TokenWindows, Windows, load_texts, mixed_windows, read_windows, turns_of
 
@@ -65,18 +64,18 @@ def calibrate(
         seq_len = recipe.calibration.seq_len if given is None else given.shape[1]
     parts = mixed_windows(texts, reader, seq_len, samples, progress)
     windows = torch.cat([part.ids for part in parts])
-    happened = replace(recipe.calibration, samples=len(windows), seq_len=seq_len)
-    each = recipe.calibration.generated
+    own = recipe.calibration.own + sum(part.to_write for part in parts)
+    happened = replace(recipe.calibration, samples=len(windows), seq_len=seq_len, own=own)
     description = {
         "text": " + ".join(text.name for text in texts),
         "sha256": _digest(texts),
         "windows_asked": samples,
         "windows": len(windows),
         "seq_len": seq_len,
-        "generated": windows_to_write(each, len(windows)) if each else 0,
+        "generated": happened.written(len(windows)),
         "texts": [part.as_table() | {"weight": part.text.weight} for part in parts],
     }
-    if each and recipe.calibration.chats:
+    if happened.writes and happened.chats:
         description["chat_template"] = turns_of(load_tokenizer(folder)) is not None
     return Calibration(windows, description, replace(recipe, calibration=happened))
 
@@ -87,7 +86,10 @@ def fitting_windows(
     """Token windows [W, T] for what is fitted to a model that stays as it is; `calib` as for `calibrate`."""
     texts = load_texts(calib, "calibration")
     parts = mixed_windows(texts, _reader_of(folder, texts), seq_len, samples, progress)
-    return torch.cat([part.ids for part in parts])
+    windows = torch.cat([part.ids for part in parts])
+    if not len(windows):
+        raise ConfigError("own: the model writes text only while it is quantized; give a text for what is fitted to it")
+    return windows
 
 
 def _reader_of(folder: Path, texts: Sequence[Text]) -> Reader:

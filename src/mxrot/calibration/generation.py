@@ -70,6 +70,7 @@ def generated_windows(
     first = torch.randint(0, config.vocab_size, (sequences,), generator=generator)
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
     draws = torch.Generator(model.device).manual_seed(seed)
+    text = text if text is not None and len(text) else None
     kinds = Kinds.of(manner, sequences, text is not None)
     begin = start_token(model.config)
     with shared_heads(model):

@@ -16,6 +16,7 @@ from mxrot.layers import ModelSize
 from mxrot.quantizing.record import alike
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, shares_of
+from mxrot.text.document import OWN_READ_AS
 
 _TEMPLATE = """---
 {header}
@@ -268,6 +269,7 @@ def _texts(data: dict[str, Any]) -> str:
         f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {code(text['name'])} (SHA-256 `{text['sha256']}`"
         + (")" if text["read_as"] == "text" else f", read as {text['read_as']})")
         for text in data.get("texts", ())
+        if text["read_as"] != OWN_READ_AS
     ]
     if data.get("generated"):
         named.append(f"{data['generated']:,} that the original wrote")

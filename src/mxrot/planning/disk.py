@@ -28,9 +28,9 @@ def estimate_disk(run: Run) -> dict[str, float]:
         found["the state of tuning, twice while it is replaced"] = 2.0 * _state_bytes(run)
     if run.recipe.trains_rotations:
         found["the state of training rotations, twice while it is replaced"] = 2.0 * run.rotation_bytes
-    written = run.tokens if run.recipe.calibration.generated else 0
+    written = run.tokens if run.recipe.calibration.writes else 0
     if tuning is not None and tuning.generated and run.recipe.tunes_network:
-        written += round((1 + tuning.generated) * run.windows) * run.seq_len
+        written += round((1 + tuning.generated) * run.tuned_windows) * run.seq_len
     if written:
         found["the text that the model writes"] = float(TOKEN_BYTES * written)
     return found

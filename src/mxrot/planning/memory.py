@@ -154,8 +154,7 @@ def _rotating(run: Run) -> list[Stage]:
 
 
 def _writing_text(run: Run) -> list[Stage]:
-    generated = run.recipe.calibration.generated
-    if not generated or run.recipe.is_data_free:
+    if not run.recipe.calibration.writes or run.recipe.is_data_free:
         return []
     written = (run.all_windows - run.windows) * run.seq_len
     original = {"the original model": run.model_bytes, **_rotations(run)}
@@ -294,7 +293,7 @@ def _tuning(run: Run) -> list[Stage]:
     packed = {"the quantized model": blocks * run.packed_block + shape.outer_parameters * run.itemsize}
     stages = []
     if options.generated:
-        written = max(1, round(options.generated * run.windows)) * run.seq_len
+        written = max(1, round(options.generated * run.tuned_windows)) * run.seq_len
         kept = {"what rounding took away": 2.0 * weights}
         stages.append(Stage("writing text to tune on", original | packed | kept | _generation(run, written)))
     tokens = options.batch_windows * run.seq_len

@@ -242,8 +242,7 @@ def _short_memory(needs: Needs, machine: Machine) -> list[str]:
 
 def _few_tokens(run: Run) -> list[str]:
     """A Hessian of fewer tokens than channels is not of full rank: damping alone decides about the rest."""
-    recipe = run.recipe
-    tokens = round(run.windows * run.seq_len * (1 + recipe.calibration.generated))
+    tokens = run.tokens
     every = (site for sites in run.shape.blocks for site in sites)
     widest = max((site.inputs for site in every if site.recipe.rounding.requirements.hessian), default=0)
     if tokens >= widest:

@@ -43,8 +43,12 @@ class Run:
         """With those that the model writes."""
         if self.recipe.is_data_free:
             return 0
-        written = self.recipe.calibration.generated * self.windows
-        return self.windows + (max(1, round(written)) if written else 0)
+        return self.windows + self.recipe.calibration.written(self.windows)
+
+    @property
+    def tuned_windows(self) -> int:
+        """For each of which tuning has others written."""
+        return self.windows + self.recipe.calibration.own
 
     @property
     def tokens(self) -> int:

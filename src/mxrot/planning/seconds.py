@@ -223,5 +223,5 @@ def _tuning(run: Run) -> Work:
     if run.recipe.tunes_network:
         work.add(product=8.0 * tokens * shape.vocabulary * shape.hidden * steps)
         work.add(copy=30.0 * tokens * shape.vocabulary * steps)
-        work.add(**_writing(run, options.generated * run.windows).amounts)
+        work.add(**_writing(run, options.generated * run.tuned_windows).amounts)
     return work

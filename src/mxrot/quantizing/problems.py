@@ -200,6 +200,7 @@ def memory_problem(
     tuning = recipe.tuning
     remedies = {
         "calibration.generated = 0": recipe.calibration.generated > 0,
+        "calibration.own = 0 (--calib with a text)": recipe.calibration.own > 0,
         "tuning.generated = 0": tuning is not None and tuning.generated > 0,
         'tuning.scope = "block"': recipe.tunes_network,
         "rotation.steps = 0": recipe.trains_rotations,

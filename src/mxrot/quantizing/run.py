@@ -87,7 +87,7 @@ def quantize(
     """
     started = time.monotonic()
     source = FolderSource(source) if isinstance(source, Path) else source
-    job = _checked(source, recipe, device, seed, store, progress, has_text=windows is not None)
+    job = _checked(source, recipe, device, seed, store, progress, windows)
     given = 0 if windows is None else len(windows)
     job = replace(job, run=replace(job.run, beside=beside))
     job, rotation_losses = _rotated(job, windows)
@@ -149,7 +149,7 @@ def _checked(
     seed: int,
     store: BlockStore | None,
     progress: Progress,
-    has_text: bool,
+    windows: Tensor | None,
 ) -> _Job:
     """Everything that can be refused is refused here, before any weight is read."""
     check_device(device)
@@ -159,8 +159,10 @@ def _checked(
     model = build_apart(source.config)
     for problem in find_problems(model, source.family, recipe, source.name, source):
         raise problem
-    if not has_text and not recipe.is_data_free:
+    if windows is None and not recipe.is_data_free:
         raise ConfigError(f"recipe {recipe.name} needs calibration text")
+    if windows is not None and not len(windows):
+        _check_own_text(recipe)
     scheme = Scheme.of(recipe, source.family, model)
     changed = config_after(source.config, recipe)
     model = model if changed is source.config else build_apart(changed)
@@ -170,6 +172,17 @@ def _checked(
         raise too_large
     install_attention(model, scheme, source.family)
     return _Job(BlockRun(recipe, source, device, dtype, seed, scheme), model, store, progress)
+
+
+def _check_own_text(recipe: Recipe) -> None:
+    """ConfigError where a recipe cannot do with what the model writes."""
+    if not recipe.calibration.own:
+        raise ConfigError(f"recipe {recipe.name} needs calibration text, and no window of it is given")
+    if recipe.trains_rotations:
+        raise ConfigError(
+            f"recipe {recipe.name} trains rotations on text, before the model writes any; give a text with --calib, or "
+            "set rotation.steps = 0"
+        )
 
 
 def _rotated(job: _Job, windows: Tensor | None) -> tuple[_Job, list[float] | None]:
@@ -199,7 +212,7 @@ def _permuted(job: _Job, windows: Tensor | None) -> _Job:
 def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
     """The given windows, and after them those that the original model writes, where the recipe wants some."""
     choice = job.run.recipe.calibration
-    if windows is None or not choice.generated:
+    if windows is None or not choice.writes:
         return windows
     kept = job.store.load_windows("calibration") if job.store else None
     if kept is not None:
@@ -207,7 +220,7 @@ def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
     manner = manner_of(choice, job.run.source.folder, choice.prompted)
     job.progress(0, 1, "opening the model that writes text to be calibrated on")
     original = load_original(job.run.source, job.run.dtype, job.run.device)
-    writing = Writing("calibration", choice.generated, manner, job.run.seed)
+    writing = Writing("calibration", choice.written(len(windows)), manner, job.run.seed)
     found = writing.after(original, windows, len(windows), job.store, job.progress)
     del original
     give_back()
@@ -275,7 +288,8 @@ def _tune(job: _Job, windows: Tensor, given: int) -> list[Check]:
     if options.generated:
         kept = store.load_windows("tuning") if store else None
         manner = manner_of(run.recipe.calibration, run.source.folder, options.prompted)
-        writing = Writing("tuning", options.generated, manner, run.seed)
+        count = max(1, round(options.generated * (given + run.recipe.calibration.own)))
+        writing = Writing("tuning", count, manner, run.seed)
         windows = writing.after(original, windows, given, store, progress) if kept is None else kept
     generator = generator_for(run.seed, "tuning")
     checkpoint = None if store is None else store.tuning_checkpoint

@@ -24,8 +24,8 @@ class Writing:
 
     purpose: str
     """Names the text in a store, and draws other numbers than another purpose."""
-    each: float
-    """Windows for every given one."""
+    count: int
+    """Windows."""
     manner: Manner
     seed: int = 0
 
@@ -40,9 +40,8 @@ class Writing:
         """`windows` [W, T], of which the first `given` are text, and after them what `original` writes; a store gets
         all of them."""
         generator = generator_for(self.seed, f"windows for {self.purpose}")
-        count = windows_to_write(self.each, given)
         length, text = windows.shape[1], windows[:given]
-        written = generated_windows(original, count, length, generator, text, self.manner, progress)
+        written = generated_windows(original, self.count, length, generator, text, self.manner, progress)
         found = torch.cat([windows, written])
         if store is not None:
             store.save_windows(self.purpose, found)
@@ -54,8 +53,3 @@ def manner_of(choice: CalibrationChoice, folder: Path, prompted: float) -> Manne
     conversations are wanted, and raises what it raises."""
     turns = turns_of(load_tokenizer(folder)) if choice.chats else None
     return Manner(choice.first, prompted, choice.chats, choice.temperatures, turns)
-
-
-def windows_to_write(each: float, given: int) -> int:
-    """How many windows the original model writes: `each` for every one of the `given`."""
-    return max(1, round(each * given))

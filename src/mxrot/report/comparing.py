@@ -29,6 +29,7 @@ from mxrot.report.running import Comparison, Job, key_of
 from mxrot.report.trials import Trials
 from mxrot.report.work_folder import Key, WorkFolder
 from mxrot.run_time_cache import RunTimeCache
+from mxrot.sections import CalibrationChoice
 from mxrot.text import Windows, load_texts
 from mxrot.tokenizing import Calibration, fitting_windows
 
@@ -147,16 +148,14 @@ def _calibrations(
     """One for each recipe; those that read the same windows share them."""
     if not all(recipe.is_data_free for recipe in recipes):
         calib = load_texts(calib, "calibration")
-    known: dict[tuple[int, float, bool], Calibration] = {}
+    known: dict[tuple[CalibrationChoice, bool], Calibration] = {}
     found = []
     for recipe in recipes:
-        choice = recipe.calibration
-        alike = (choice.samples, choice.generated, recipe.is_data_free)
+        alike = (recipe.calibration, recipe.is_data_free)
         if alike not in known:
             known[alike] = api.calibrate(folder, recipe, calib, samples, seq_len, progress)
         read = known[alike]
-        happened = {"samples": read.recipe.calibration.samples, "seq_len": read.recipe.calibration.seq_len}
-        found.append(replace(read, recipe=replace(recipe, calibration=replace(choice, **happened))))
+        found.append(replace(read, recipe=replace(recipe, calibration=read.recipe.calibration)))
     return found
 
 

@@ -34,19 +34,19 @@ def quantizing_costs(calibration: Calibration) -> list[float]:
     recipe, windows = calibration.recipe, calibration.windows
     if windows is None:
         return [ROUNDING]
-    tokens, length = float(windows.numel()), windows.shape[1]
-    generated = recipe.calibration.generated
+    given, length = windows.shape
+    tokens, own = float(given * length), float(recipe.calibration.written(given) * length)
     rotation = recipe.rotation
     trained = [] if rotation is None else [TUNING * rotation.steps * rotation.batch_windows * length]
-    written = [*trained, *([generated * tokens] if generated else [])]
+    written = [*trained, *([own] if own else [])]
     if recipe.permutation is not None:
-        written.append(STATISTICS * (1 + generated) * tokens)
-    blocks = ROUNDING + STATISTICS * (1 + generated) * tokens
+        written.append(STATISTICS * (tokens + own))
+    blocks = ROUNDING + STATISTICS * (tokens + own)
     tuning = recipe.tuning
     if tuning is None:
         return [*written, blocks]
     steps = TUNING * tuning.steps * tuning.batch_windows * length
     if not recipe.tunes_network:
         return [*written, blocks + steps]
-    prompted = [tuning.generated * tokens] if tuning.generated else []
+    prompted = [tuning.generated * (tokens + recipe.calibration.own * length)] if tuning.generated else []
     return [*written, blocks, *prompted, steps]

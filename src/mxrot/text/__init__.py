@@ -1,7 +1,7 @@
 """Texts, and the token windows of them: what calibration and evaluation read."""
 
 from mxrot.text.decoding import lone_surrogate
-from mxrot.text.document import Chat, Origin, Text, TokenIds, TokenWindows
+from mxrot.text.document import Chat, Origin, Own, Text, TokenIds, TokenWindows
 from mxrot.text.load import is_fetched, load_text
 from mxrot.text.mixture import mixed_windows, split_by_weight
 from mxrot.text.objects import load_texts
@@ -13,6 +13,7 @@ from mxrot.text.windows import Windows, read_windows, token_windows
 __all__ = [
     "Chat",
     "Origin",
+    "Own",
     "Reader",
     "Role",
     "Text",

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+OWN_READ_AS = "written by the model"
+"""What a record says of a text that the model writes while it is quantized."""
 MOST_NAMED = 5
 """Rows or files that a record names; of others it has the number."""
 
@@ -36,6 +38,11 @@ class TokenWindows:
     """Windows that are to be taken as they are, int64 [W, T]."""
 
     ids: Tensor
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the model that is quantized will write."""
 
 
 Document = str | Chat | TokenIds
@@ -69,15 +76,15 @@ class Text:
     """A named text: one string, several documents, or windows of tokens."""
 
     name: str
-    content: str | tuple[Document, ...] | TokenWindows
+    content: str | tuple[Document, ...] | TokenWindows | Own
     weight: float = field(default=1.0, compare=False)
     """Its part in a mixture, beside the weights of the others."""
     origin: Origin = field(default=Origin(), compare=False)
 
     @property
     def documents(self) -> tuple[Document, ...]:
-        """What is tokenized apart; nothing where windows were given."""
-        if isinstance(self.content, TokenWindows):
+        """What is tokenized apart; nothing where windows were given, or are yet to be written."""
+        if isinstance(self.content, (TokenWindows, Own)):
             return ()
         return (self.content,) if isinstance(self.content, str) else self.content
 
@@ -86,6 +93,8 @@ class Text:
         """Is there nothing but white space?"""
         if isinstance(self.content, TokenWindows):
             return self.content.ids.numel() == 0
+        if isinstance(self.content, Own):
+            return False
         return not any(_holds_something(document) for document in self.documents)
 
     @property
@@ -98,6 +107,8 @@ class Text:
         """How its documents become tokens."""
         if isinstance(self.content, TokenWindows):
             return "windows of token ids"
+        if isinstance(self.content, Own):
+            return OWN_READ_AS
         kinds = {type(document): None for document in self.documents}
         return " and ".join(_RENDERED[kind] for kind in kinds) or _RENDERED[str]
 
@@ -108,6 +119,8 @@ class Text:
             return sha256(self.content.encode()).hexdigest()
         if isinstance(self.content, TokenWindows):
             plain: Any = self.content.ids.tolist()
+        elif isinstance(self.content, Own):
+            plain = None
         else:
             plain = [_plain(document) for document in self.content]
         return sha256(json.dumps(plain, ensure_ascii=False, sort_keys=True, default=str).encode()).hexdigest()

@@ -9,13 +9,15 @@ from mxrot.nearest import nearest
 from mxrot.shell import expanded
 from mxrot.text.contents import check_regular, unpacked_name
 from mxrot.text.demo import demo_text
-from mxrot.text.document import Document, Origin, Text
+from mxrot.text.document import Document, Origin, Own, Text
 from mxrot.text.files import is_known, read_file, read_folder
 from mxrot.text.hub import KNOWN, looks_like_id, read_hub
 from mxrot.text.roles import Role
 from mxrot.text.spec import Spec, exists, parse_spec
 
 DEMO = "demo"
+OWN = "own"
+"""No text at all, but what the model that is quantized writes."""
 _OF_OTHER_FILES = {
     *(".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".htm", ".html", ".xml", ".xls", ".xlsx", ".yaml", ".yml"),
     *(".zip", ".tar", ".tgz", ".7z", ".rar", ".pkl", ".pt", ".pth", ".bin", ".npy", ".npz", ".gguf", ".safetensors"),
@@ -25,15 +27,24 @@ _OF_OTHER_FILES = {
 
 
 def load_text(spec: str, role: Role) -> Text:
-    """The text that `spec`, [NAME=]PLACE[:COLUMN][@WEIGHT], names; `demo` and data sets have a part for each role.
+    """The text that `spec`, [NAME=]PLACE[:COLUMN][@WEIGHT], names; `demo` and data sets have a part for each role,
+    `own` is for calibration alone.
 
     DataError if it does not exist, cannot be read, or is empty; ConfigError if a package is missing for it.
     """
     if not spec.strip():
         raise DataError("a text without a name; expected a file, a folder, a data set of the hub or demo")
     parsed = parse_spec(spec)
+    if parsed.place == OWN:
+        return _own_text(parsed, role)
     documents, origin = _read(parsed, role)
     return make_text(parsed.name or _own_name(parsed.place), documents, origin, parsed.weight, parsed.place)
+
+
+def _own_text(spec: Spec, role: Role) -> Text:
+    if role != "calibration":
+        raise DataError(f"{OWN}: is what a model writes while it is quantized, to calibrate on; give a text")
+    return Text(spec.name or OWN, Own(), 1.0 if spec.weight is None else spec.weight)
 
 
 def make_text(name: str, documents: list[Document], origin: Origin, weight: float | None, where: str) -> Text:
@@ -49,7 +60,7 @@ def make_text(name: str, documents: list[Document], origin: Origin, weight: floa
 def names_something(spec: str) -> bool:
     """Is it the name of a text, known or there, and not a text itself?"""
     place = parse_spec(spec).place
-    return place == DEMO or place in KNOWN or exists(place)
+    return place in (DEMO, OWN, *KNOWN) or exists(place)
 
 
 def looks_like_file(place: str) -> bool:
@@ -71,7 +82,7 @@ def _read(spec: Spec, role: Role) -> tuple[list[Document], Origin]:
         return read_hub(place, role)
     if "://" in place:
         raise DataError(f"{place}: is a web address; download it, and name the file")
-    known = [DEMO, *KNOWN]
+    known = [DEMO, OWN, *KNOWN]
     near = nearest(place, known)
     hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(known)}"
     raise DataError(f"{place}: no such text file ({hint})")
@@ -80,7 +91,7 @@ def _read(spec: Spec, role: Role) -> tuple[list[Document], Origin]:
 def is_fetched(spec: str) -> bool:
     """Will it be asked for on the hub?"""
     place = parse_spec(spec).place
-    return place != DEMO and not exists(place) and (place in KNOWN or _may_be_on_hub(place))
+    return place not in (DEMO, OWN) and not exists(place) and (place in KNOWN or _may_be_on_hub(place))
 
 
 def _may_be_on_hub(place: str) -> bool:

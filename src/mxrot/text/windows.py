@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxrot.errors import ConfigError, DataError
 from mxrot.progress import Progress, silent
-from mxrot.text.document import Text, TokenWindows
+from mxrot.text.document import Own, Text, TokenWindows
 from mxrot.text.tokens import Reader, check_ids, token_ids
 
 
@@ -21,7 +21,7 @@ class Windows:
 
     text: Text
     ids: Tensor
-    """int64 [W, T]."""
+    """int64 [W, T]; none yet where the model is to write them."""
     tokens: int
     """Of the text, without those that windows begin with."""
     whole: int
@@ -33,6 +33,11 @@ class Windows:
     asked: int | None = None
     """How many windows were asked for; None for all."""
 
+    @property
+    def to_write(self) -> int:
+        """Windows that the model is to write."""
+        return self.whole if isinstance(self.text.content, Own) else 0
+
     def as_table(self) -> dict[str, Any]:
         """What a record says of them."""
         return {
@@ -43,7 +48,7 @@ class Windows:
             "tokens": self.tokens,
             "windows_asked": self.asked,
             "windows_filled": self.whole,
-            "windows": len(self.ids),
+            "windows": len(self.ids) + self.to_write,
             "seq_len": self.ids.shape[1],
             "tokens_left_out": self.left_out,
             "end_token_left_out": self.ends,
@@ -62,12 +67,16 @@ def read_windows(
 
     With a `limit` the first ones are kept, or with `spread` evenly spaced ones. Where the reader has a start, it stands
     before the text of each. Windows that were given keep their own length.
+    Of a text that the model is to write there are none, and `whole` says how many it is to write.
     DataError if the text does not fill one window; ConfigError if a token of those kept is beyond the embedding.
     """
     if seq_len < 2:
         raise ConfigError(f"seq_len must be at least 2, got {seq_len}")
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of windows must be positive, got {limit}")
+    if isinstance(text.content, Own):
+        count = 1 if limit is None else limit
+        return Windows(text, torch.empty(0, seq_len, dtype=torch.int64), 0, count, 0, False, count)
     if isinstance(text.content, TokenWindows):
         windows, tail = _checked(text.content.ids, text.name, reader), torch.empty(0, dtype=torch.int64)
         tokens = windows.numel()

@@ -149,7 +149,7 @@ def test_an_empty_file(tmp_path: Path, name: str, content: str) -> None:
 
 def test_a_missing_file_lists_the_known_names(tmp_path: Path) -> None:
     for spec in (str(tmp_path / "wiki.raw"), f"wiki={tmp_path / 'wiki.raw'}"):
-        with pytest.raises(DataError, match=r"no such text file \(known names: demo, wikitext2, c4\)$"):
+        with pytest.raises(DataError, match=r"no such text file \(known names: demo, own, wikitext2, c4\)$"):
             load_text(spec, "calibration")
 
 
