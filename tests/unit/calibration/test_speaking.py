@@ -92,6 +92,23 @@ def test_temperatures_are_taken_in_turn(model: PreTrainedModel) -> None:
     assert not torch.equal(found[1::2], written(model, Manner(), count=6)[1::2])
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_a_recording_writes_what_single_operations_write(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conversations, temperatures and burnt-in first tokens, all of them played back, and none."""
+    here = copy.deepcopy(model).to("cuda")
+    manner = Manner("model", chats=0.5, temperatures=(0.8, 1.1), turns=TURNS)
+    played = written(here, manner)
+    for index, row in enumerate(played.tolist()):
+        if row[:3] == [1, 2, 3]:
+            said(row)
+        else:
+            assert 7 not in row, index
+    monkeypatch.setattr(generation, "Replays", lambda: lambda key, function, *tensors: function(*tensors))
+    assert torch.equal(written(here, manner), played)
+
+
 def test_first_tokens_are_those_that_the_model_draws(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that draws one of four tokens, whatever went before: so are all first tokens."""
     favoured = torch.tensor([11, 22, 33, 44])
