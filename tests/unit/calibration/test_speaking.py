@@ -1,5 +1,7 @@
 """Conversations of a model with itself, read back by hand."""
 
+import copy
+
 import pytest
 import torch
 from tests.tiny_model import random_windows, write_tiny_model
