@@ -95,6 +95,7 @@ def test_temperatures_are_taken_in_turn(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_a_recording_writes_what_single_operations_write(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
