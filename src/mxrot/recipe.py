@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxrot import rounding, transforms
+from mxrot.choice import Choice
 from mxrot.contradictions import permutation_problems, table_problems, transform_problems, tuning_problems
 from mxrot.errors import ConfigError
 from mxrot.formats import TensorQuantizer, get_format
@@ -60,6 +61,8 @@ class Recipe:
     """Which channels change places after that; None for none."""
     smoothing: Smoothing | None = None
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
+    choice: Choice | None = None
+    """What is tried on the model before it is quantized for good; None for nothing."""
     tuning: Tuning | None = None
     """What follows the closed form; None for nothing."""
     attention: AttentionChoice | None = None
@@ -99,12 +102,32 @@ class Recipe:
         yield from table_problems(self.rotation, tuning, self.attention, self.cache)
         yield from permutation_problems(self.permutation, self.cache)
         yield from transform_problems(self.transform, self.rounding)
+        yield from self._choice_problems()
+        if self.rounding.requirements.folds != "none" and not self.calibration.held_out:
+            yield "rounding: candidates are measured on held-out windows; set calibration.held_out, such as 0.125"
         kinds = {one.weights.quantizer().rule.sees_extremes_only for one in self.variants}
         if tuning is not None and tuning.moves == "levels" and len(kinds) > 1:
             yield (
                 'tuning moves = "levels" learns equally spaced levels everywhere or nowhere; give all sites the same '
                 "rule"
             )
+
+    def _choice_problems(self) -> Iterator[str]:
+        """Candidates that make no recipe, and what cannot be done before or after a choice."""
+        if self.choice is None:
+            return
+        yield from self.choice.problems(self.calibration.writes, self.trains_rotations, self.is_data_free)
+        for candidate in self.choice.candidates:
+            one = self.with_candidate(candidate)
+            if one.calibration.generated > self.calibration.generated:
+                yield (
+                    f"choice: candidates: {candidate!r}: calibration.generated of the recipe, "
+                    f"{self.calibration.generated:g}, is the most that there can be of it; raise that one"
+                )
+
+    def with_candidate(self, candidate: str) -> Recipe:
+        """This recipe as a candidate of its choice has it, without the choice; ConfigError if there is none such."""
+        return replace(self, choice=None).changed(Choice.changes_of(candidate))
 
     @cached_property
     def variants(self) -> tuple[Recipe, ...]:
@@ -191,7 +214,7 @@ class Recipe:
     def runs_whole_original(self) -> bool:
         """Must the device hold the whole original model at once?"""
         writes = self.calibration.writes and not self.is_data_free
-        return writes or self.tunes_network or self.trains_rotations
+        return writes or self.tunes_network or self.trains_rotations or self.choice is not None
 
     @property
     def has_transform(self) -> bool:
@@ -241,6 +264,8 @@ class Recipe:
         }
         table["rounding"] = {"method": self.rounding.name, **plain(self.rounding)}
         table["calibration"] = plain(self.calibration)
+        if self.choice is not None:
+            table["choice"] = plain(self.choice)
         if self.tuning is not None:
             table["tuning"] = plain(self.tuning)
         if self.attention is not None:
@@ -319,6 +344,7 @@ _SECTIONS: dict[str, type] = {
     "permutation": PermutationChoice,
     "smoothing": Smoothing,
     "calibration": CalibrationChoice,
+    "choice": Choice,
     "tuning": Tuning,
     "attention": AttentionChoice,
     "cache": CacheChoice,

@@ -98,9 +98,14 @@ class CalibrationChoice:
     where the tokenizer has no chat template they are free text like the others."""
     temperatures: tuple[float, ...] = (1.0,)
     """It samples at; the sequences take them in turn."""
+    held_out: float = 0.0
+    """Share of the windows of each kind, given and written, that no statistic sees, for roundings that choose by
+    them."""
 
     def __post_init__(self) -> None:
         check_fields(self, "calibration")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"calibration: held_out {self.held_out} is not at least 0 and below 1")
         if self.own < 0:
             raise ConfigError(f"calibration: own must not be negative, got {self.own}")
         if self.samples < (self.own == 0):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from mxrot.errors import ConfigError
 from mxrot.nearest import brief, listed, nearest, not_known
+from mxrot.recipe_files import tomllib
 from mxrot.typed import checked
 
 T = TypeVar("T")
@@ -77,6 +78,18 @@ def misplaced(key: str, here: Iterable[str], everywhere: Iterable[str]) -> str:
     return f"unknown key {brief(key)};{asked} known: {listed(key, here)}"
 
 
+def key_and_value(text: str, where: str) -> tuple[str, Any]:
+    """What "KEY=VALUE" sets, the value read as TOML where it is that, else as a string; ConfigError without an =."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{where} {text!r}: expected KEY=VALUE")
+    try:
+        table = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):  # the latter where arrays are nested a thousand deep
+        return key, value
+    return key, table["value"] if len(table) == 1 else value
+
+
 def write_toml(table: dict[str, Any]) -> str:
     """A table of plain values, of one level of such tables, and of lists of tables, as TOML.
 
@@ -106,6 +119,8 @@ def _spelled(value: Any) -> str:
     """A plain value as TOML spells it: as JSON does, but for what JSON has no word for."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_spelled(item) for item in value)}]"
     # TOML wants every control character escaped; JSON leaves the last one as it is.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

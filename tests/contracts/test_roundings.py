@@ -16,7 +16,7 @@ NAMES = ("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "mxint8", "nvfp4", "int4_g32", "in
 COLUMNS = 96
 
 
-ASKED = ("target", "tokens", "inputs")
+ASKED = ("target", "tokens", "inputs", "folds")
 """Choices of what a method asks for, which `round` itself does not look at (tests/unit/test_hessian.py)."""
 
 

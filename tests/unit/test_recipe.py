@@ -96,7 +96,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         merged(transform={"stepps": 4}),
         r"did you mean 'steps'\? known: steps, method, sharing, block",
     ),
-    ("rounding", merged(rounding={"damp": 4}), r"did you mean 'damping'\? known: damping, .*method, scales"),
+    (
+        "rounding",
+        merged(rounding={"damp": 4}),
+        r"did you mean 'damping' or 'dampings'\? known: damping, .*method, scales",
+    ),
     ("calibration", merged(calibration={"n": 4}), r"calibration: unknown key 'n'; known: samples, seq_len"),
     ("rtn", {**SMALLEST, "rounding": {"method": "rtn", "a": 1}}, r"rounding: unknown key 'a'; known: method"),
     # missing ones

@@ -75,7 +75,7 @@ def head_moments(executor: Executor, attention: nn.Module) -> tuple[Tensor, Tens
             one.update(x, key.shape[1])
 
     with watched_heads(attention, see):
-        for _ in executor.outputs():
+        for _ in executor.outputs(executor.fitted):
             pass
     queries, keys, values = (one.result(executor.world) for one in moments)
     return queries, keys, values

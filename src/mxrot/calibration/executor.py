@@ -17,6 +17,8 @@ from mxrot.calibration.statistics import LargestMagnitude
 from mxrot.calibration.world import ONE, World
 from mxrot.errors import NumericsError
 
+HELD = "held"
+"""How the names of groups of batches begin that nothing is fitted to."""
 See = Callable[[Tensor], None]
 """Is shown inputs [windows, tokens, K], batch by batch."""
 
@@ -55,18 +57,21 @@ class Executor:
         placement: Placement,
         world: World = ONE,
         dtype: torch.dtype | None = None,
+        groups: Mapping[str, range] | None = None,
     ) -> None:
         """Before the first block. `hidden` are batches [windows, tokens, hidden_size], as `placement` keeps them, of
         this process of `world`; `arguments` what each decoder block is called with besides, as of `block_arguments`.
-        `dtype` is that of the hidden states where there may be none."""
+        `dtype` is that of the hidden states where there may be none. `groups` are batches by what they hold: those
+        whose names begin with "held" are for no statistic that something is fitted to."""
         self.arguments, self.placement, self.world = arguments, placement, world
+        self.groups = {} if groups is None else dict(groups)
         self.dtype = hidden[0].dtype if dtype is None else dtype
         self._hidden, self._position = hidden, 0
         self.end()
 
     def another(self) -> Executor:
         """The same for a block of another model, before anything has run."""
-        found = Executor(list(self._hidden), self.arguments, self.placement, self.world, self.dtype)
+        found = Executor(list(self._hidden), self.arguments, self.placement, self.world, self.dtype, self.groups)
         found._position = self._position
         return found
 
@@ -213,6 +218,16 @@ class Executor:
         """Positions of the batches."""
         return range(len(self._hidden))
 
+    @property
+    def fitted(self) -> Sequence[int]:
+        """Positions of the batches that something may be fitted to."""
+        held = {index for name, places in self.groups.items() if name.startswith(HELD) for index in places}
+        return [index for index in self.batches if index not in held] if held else self.batches
+
+    def tokens_of(self, batches: Sequence[int]) -> int:
+        """Tokens of some batches, of all processes, which ask together."""
+        return self.world.count(sum(self._hidden[index].shape[0] * self._hidden[index].shape[1] for index in batches))
+
     def stacked(self, windows: Sequence[int]) -> Tensor:
         """Hidden states [windows, tokens, hidden_size] of windows by their numbers, where the block computes."""
         places = [self._places[window] for window in windows]
@@ -230,7 +245,7 @@ class Executor:
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of all windows of all processes, which ask together for the first time."""
+        """Tokens that are fitted to, of all processes, which ask together for the first time."""
         return self.world.count(self._own_tokens)
 
     @cached_property
@@ -240,7 +255,7 @@ class Executor:
 
     @property
     def _own_tokens(self) -> int:
-        return sum(batch.shape[0] * batch.shape[1] for batch in self._hidden)
+        return sum(self._hidden[index].shape[0] * self._hidden[index].shape[1] for index in self.fitted)
 
 
 def _child(name: str) -> str:

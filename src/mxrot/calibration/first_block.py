@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -18,21 +19,33 @@ from mxrot.models import Family
 
 @torch.no_grad()
 def first_executor(
-    model: PreTrainedModel, family: Family, windows: Tensor, batch_windows: int, world: World = ONE
+    model: PreTrainedModel,
+    family: Family,
+    windows: Tensor,
+    batch_windows: int,
+    world: World = ONE,
+    groups: Mapping[str, Tensor] | None = None,
 ) -> Executor:
     """Before the first decoder block, for token windows [W, T] of this process of `world`.
 
-    Only the embedding has to hold weights.
+    Only the embedding has to hold weights. `groups` are the positions of windows by what they are for; all of them, and
+    no batch holds windows of two groups. Without, batches follow the windows.
     """
     device = _device_of(model, family)
     arguments = block_arguments(model, family, windows[:1])
     placement = Placement(device)
     kept: list[Tensor] = []
-    for batch in windows.split(batch_windows):
+    ranges: dict[str, range] = {}
+    batches: list[Tensor] = []
+    for name, chosen in ({"": torch.arange(len(windows))} if groups is None else groups).items():
+        own = [part for part in windows[chosen].split(batch_windows) if len(part)]
+        ranges[name] = range(len(batches), len(batches) + len(own))
+        batches += own
+    for batch in batches:
         hidden = first_hidden(model, family, batch)
         placement = Placement.of_states(device, windows.numel() * hidden.shape[-1] * hidden.element_size())
         kept.append(placement.put(hidden))
-    return Executor(kept, arguments, placement, world)
+    return Executor(kept, arguments, placement, world, groups=None if groups is None else ranges)
 
 
 @torch.no_grad()

@@ -38,13 +38,15 @@ class SiteInputs:
     """As it is applied: after the rounding of a checkpoint."""
     quantizer: TensorQuantizer | None
     """None for inputs that are not quantized, or not yet."""
+    batches: Sequence[int] | None = None
+    """Of the executor; None for all that is fitted to."""
 
     def hessian(self, weights: SiteWeights, requirements: Requirements) -> Tensor:
         """The mean of x^T x, float64 [K, K]."""
         hessian = Hessian()
         modules = watched_modules(self.site, requirements)
         parts = weights.parts(self._dtype) if len(modules) > 1 and requirements.relative else None
-        for *residual, x in self.executor.watch(modules):
+        for *residual, x in self.executor.watch(modules, self._batches):
             size = None if parts is None else _inverse_size(_outputs(x, parts, weights) + residual[0])
             hessian.update(self._seen(x), size)
         return hessian.result(self.executor.world)
@@ -94,7 +96,12 @@ class SiteInputs:
 
     def _beside(self, original: Executor, modules: Sequence[str]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Batch by batch, the inputs of `modules` here and in the original block, which run no further."""
-        return zip(self.executor.watch(modules), original.watch(modules), strict=True)
+        batches = self._batches
+        return zip(self.executor.watch(modules, batches), original.watch(modules, batches), strict=True)
+
+    @property
+    def _batches(self) -> Sequence[int]:
+        return self.executor.fitted if self.batches is None else self.batches
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -36,9 +36,9 @@ from mxrot.quantizing.record import BlockReport, LinearReport
 from mxrot.tuning import Check
 
 FINGERPRINT = "fingerprint.json"
-_TUNING, _ROTATIONS, _WINDOWS = "tuning", "rotations", "windows"
+_TUNING, _ROTATIONS, _CHOICE, _WINDOWS = "tuning", "rotations", "choice", "windows"
 _NOTES = re.compile(
-    rf"block-\d+\.json|({NEW})?({_TUNING}|{_ROTATIONS}|{_WINDOWS}(-\w+)?)\.(safetensors|json)|{FINGERPRINT}|{PLACING}"
+    rf"block-\d+\.json|({NEW})?({_TUNING}|{_ROTATIONS}|{_CHOICE}|{_WINDOWS}(-\w+)?)\.(safetensors|json)|{FINGERPRINT}|{PLACING}"
 )
 _RESULTS = re.compile(
     rf"model-\d+-of-\d+\.safetensors|{REPLACED}|{TEMPLATES}|README\.md|recipe\.toml|(config|run)\.json"
@@ -138,6 +138,10 @@ class PartialCheckpoint:
     def rotation_checkpoint(self) -> NotedTensors:
         return NotedTensors(self.folder / f"{_ROTATIONS}.safetensors", "the training of rotations")
 
+    @property
+    def choice_checkpoint(self) -> NotedTensors:
+        return NotedTensors(self.folder / f"{_CHOICE}.safetensors", "what candidates have cost")
+
     def load_windows(self, purpose: str) -> Tensor | None:
         """Token windows that `save_windows` kept; CheckpointError if they were changed."""
         kept = self._windows(purpose).load()
@@ -174,6 +178,8 @@ def holds_work(folder: Path) -> str | None:
         return "an unfinished tuning"
     if (folder / f"{_ROTATIONS}.safetensors").is_file():
         return "a training of rotations"
+    if (folder / f"{_CHOICE}.safetensors").is_file():
+        return "what candidates have cost"
     return "text that the model has written" if any(folder.glob(f"{_WINDOWS}-*.safetensors")) else None
 
 

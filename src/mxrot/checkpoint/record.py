@@ -13,6 +13,7 @@ _NUMBER = (int, float)
 _MAYBE = (int, float, type(None))
 _CHECKS: Any = [{"step": int, "held_out": _NUMBER}]
 _LINEAR = {"name": str, "shape": [int], "weight_error": _NUMBER, "output_error": _MAYBE, "damping": _MAYBE}
+_TRIAL = {"candidate": str, "nats_per_token": dict, "score": _NUMBER, "is_kept": bool}
 _SIZE = ("code_bytes", "scale_bytes", "transform_bytes", "other_bytes", "quantized_weights", "total_bytes")
 _RUN: dict[str, Any] = {
     "model": str,
@@ -56,7 +57,7 @@ def read_run(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: blocks.{index}: a linear has the shape {linear['shape']!r}")
     if run.get("tuning") is not None:
         _check(run["tuning"], _CHECKS, f"{path}: tuning")
-    for key, kind in (("data", dict), ("windows", [int]), ("rotation_losses", [_NUMBER])):
+    for key, kind in (("data", dict), ("windows", [int]), ("rotation_losses", [_NUMBER]), ("choice", [_TRIAL])):
         if run.get(key) is not None:
             _check(run[key], kind, f"{path}: {key}")
     return run
@@ -73,7 +74,7 @@ def _check(found: Any, wanted: Any, where: str) -> None:
         _check(found, list, where)
         for item in found:
             _check(item, wanted[0], where)
-    elif isinstance(found, bool) or not isinstance(found, wanted):
+    elif isinstance(found, bool) is not (wanted is bool) or not isinstance(found, wanted):
         kinds = wanted if isinstance(wanted, tuple) else (wanted,)
         named = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
         raise CheckpointError(f"{where}: expected {named}, got {repr(found)[:100]}")

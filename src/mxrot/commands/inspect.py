@@ -39,6 +39,7 @@ def inspect(
     from mxrot.models import find_family
     from mxrot.report import (
         changes_line,
+        choice_line,
         choices_table,
         errors_table,
         experts_line,
@@ -47,6 +48,7 @@ def inspect(
         progress_on_stderr,
         rank_line,
         rotation_line,
+        sites_choice_line,
         size_line,
         tuning_line,
     )
@@ -76,7 +78,16 @@ def inspect(
         cache = cache_schemes(opened)
         for spelled, count in cache.items():
             print(f"cache of {count} decoder blocks: {spelled}")
-        lines = (changes_line, left_line, rank_line, rotation_line, tuning_line, experts_line)
+        lines = (
+            changes_line,
+            left_line,
+            rank_line,
+            rotation_line,
+            choice_line,
+            sites_choice_line,
+            tuning_line,
+            experts_line,
+        )
         for line in filter(None, (said(run) for said in lines)):
             print(line)
         result |= {"blocks": run["blocks"], "size": run["size"], "quantizers": linears, "attention": attention}

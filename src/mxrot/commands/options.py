@@ -14,7 +14,7 @@ from mxrot import interrupts
 from mxrot.commands.completion import complete_recipe
 from mxrot.errors import ConfigError
 from mxrot.nearest import brief
-from mxrot.recipe_files import tomllib
+from mxrot.tables import key_and_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,19 +57,7 @@ def chosen_recipe(name: str, changes: list[str]) -> Any:
     """The recipe of that name or file, with the changes of `--set`."""
     from mxrot.recipe import load_recipe
 
-    return load_recipe(name).changed(dict(_change(text) for text in changes))
-
-
-def _change(text: str) -> tuple[str, Any]:
-    """A `--set KEY=VALUE`, the value read as TOML where it is that, else as a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {text!r}: expected KEY=VALUE")
-    try:
-        table = tomllib.loads(f"value = {value}")
-    except (ValueError, RecursionError):  # the latter where arrays are nested a thousand deep
-        return key, value
-    return key, table["value"] if len(table) == 1 else value
+    return load_recipe(name).changed(dict(key_and_value(text, "--set") for text in changes))
 
 
 def with_revision(model: str, revision: str | None) -> str:

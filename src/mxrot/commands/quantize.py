@@ -47,11 +47,13 @@ def quantize(
     """Quantize a model into a checkpoint folder."""
     from mxrot import api
     from mxrot.report import (
+        choice_line,
         experts_line,
         left_line,
         progress_on_stderr,
         rank_line,
         rotation_line,
+        sites_choice_line,
         size_line,
         tuning_line,
     )
@@ -83,7 +85,7 @@ def quantize(
         )
     print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
     print(size_line(run["size"]))
-    lines = (left_line, rank_line, rotation_line, tuning_line, experts_line)
+    lines = (left_line, rank_line, rotation_line, choice_line, sites_choice_line, tuning_line, experts_line)
     for line in filter(None, (line_of(run) for line_of in lines)):
         print(line)
     print_texts((run["data"] or {}).get("texts", []))

@@ -15,6 +15,8 @@ from mxrot.planning.training import trained_bytes, training_pieces
 DISK_BYTES = 1e9
 """Bytes a second that files are read, hashed and written at; assumed, not measured."""
 ERROR_TOKENS = 512
+FOLDS = 2
+"""That options of a rounding are tried on, where there are two kinds of text."""
 MOMENT_CHANNELS = 512
 
 
@@ -59,6 +61,10 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
     works["training of rotations"] = _training(run)
     works["order of channels"] = Work(**ordering_work(run))
     terms = {name: work.seconds(rates) for name, work in works.items()}
+    if run.recipe.choice is not None:
+        terms["candidates"] = (1 + len(run.recipe.choice.candidates)) * sum(
+            terms[name] for name in (*names, "rounding")
+        )
     terms["files"] = (run.shape.parameters * run.stored.itemsize * 1.3) / DISK_BYTES
     terms["starting"] = building * (1 + run.recipe.runs_whole_original)
     return TimeEstimate({name: value for name, value in terms.items() if value}, rates)
@@ -105,7 +111,7 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
         found["statistics of the inputs"] = _statistics(run, here)
         found["rounding"].add(float64=2.0 * ERROR_TOKENS * n * k, product=2.0 * ERROR_TOKENS * n * k)
     if requirements.hessian:
-        factors = (2 if here.follows_original else 1) * here.experts
+        factors = (2 if here.follows_original else 1) * here.experts + FOLDS * recipe.rounding.tried
         found["factors of the Hessians"] = Work(factor=float(factors * k**3), operations=30.0 * factors)
         candidates = recipe.rounding.candidates
         steps = here.experts * k // (recipe.weights.quantizer().format.block or k)

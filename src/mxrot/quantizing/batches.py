@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mxrot.calibration.executor import HELD
+from mxrot.errors import DataError
 from mxrot.layers import score_heads
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131072}
@@ -25,3 +27,35 @@ def windows_at_once(model: PreTrainedModel, device: torch.device, seq_len: int) 
 def tokens_at_once(widest: int, device_type: str) -> int:
     """The same in tokens, where a block makes so many numbers of a token at most, before it goes on."""
     return min(BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"]), BATCH_ELEMENTS // widest)
+
+
+def held_out(windows: int, share: float, kind: str) -> Tensor:
+    """Which windows of a kind of text nothing is fitted to: evenly spaced, away from the ends; bool [windows].
+
+    DataError where there are too few.
+    """
+    if windows < 2:
+        raise DataError(
+            f"calibration holds windows out and is fitted to others: of the kind {kind!r} it needs 2, and has "
+            f"{windows}; give more text"
+        )
+    count = min(max(1, round(share * windows)), windows - 1)
+    found = torch.zeros(windows, dtype=torch.bool)
+    found[(2 * torch.arange(count) + 1) * windows // (2 * count)] = True
+    return found
+
+
+def window_groups(windows: int, given: int, share: float) -> dict[str, Tensor] | None:
+    """Positions of windows by what they are for, as an executor takes them; None where none are held out.
+
+    The first `given` are text, the others the model has written.
+    """
+    if not share:
+        return None
+    found: dict[str, Tensor] = {}
+    places = torch.arange(windows)
+    for kind, own in (("text", places[:given]), ("written", places[given:])):
+        if len(own):
+            held = held_out(len(own), share, kind)
+            found |= {kind: own[~held], f"{HELD} {kind}": own[held]}
+    return found

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.models import Family, Source, linear_problems, quantized_by, value_heads
 from mxrot.nearest import brief, did_you_mean, listed
+from mxrot.quantizing.choosing import choice_problems
 from mxrot.quantizing.patterns import matches_nothing
 from mxrot.quantizing.permuting import permutation_problems
 from mxrot.quantizing.rotating import rotation_problems
@@ -46,7 +47,10 @@ def find_problems(
     yield from linear_problems(model, family, rules.input_block)
     yield from attention_problems(model, family, recipe)
     yield from cache_problems(model, recipe)
-    yield from stage_problems(model, rules)
+    found = list(stage_problems(model, rules))
+    yield from found
+    if not found:
+        yield from choice_problems(model, family, recipe)
 
 
 def weight_problems(model: PreTrainedModel, where: str, source: Source | None) -> Iterator[MxrotError]:
@@ -84,6 +88,11 @@ def expert_problems(rules: Rules) -> Iterator[MxrotError]:
         yield ConfigError(
             f"recipe {recipe.name}: experts, as in family {family.name}, are not tuned; set tuning = none, or take "
             "recipe mxrot"
+        )
+    if recipe.calibration.held_out:
+        yield ConfigError(
+            f"recipe {recipe.name}: calibration.held_out: experts, as in family {family.name}, get tokens, and not "
+            "windows that could be held out; set calibration.held_out = 0"
         )
     if any("mean" in one.transform.needs for one in rules.in_use):
         yield ConfigError(
@@ -204,6 +213,7 @@ def memory_problem(
         "tuning.generated = 0": tuning is not None and tuning.generated > 0,
         'tuning.scope = "block"': recipe.tunes_network,
         "rotation.steps = 0": recipe.trains_rotations,
+        "choice = none": recipe.choice is not None,
     }
     return ConfigError(
         f"recipe {recipe.name} runs the whole original model on {device}: that takes {needed / 1e9:.1f} GB, "

@@ -28,6 +28,9 @@ class LinearReport:
     tokens: int | None = None
     """Calibration tokens that the Hessian is a mean over; None without one. With fewer than the linear has inputs its
     rank is not full."""
+    target_strength: float | None = None
+    """1 / the damping of the way to the target that was chosen for the site, 0 for its own output; None where it was
+    not chosen."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,20 @@ class BlockReport:
     """Losses of its reconstruction; None where it was not tuned by itself."""
     few_tokens: dict[str, int] = field(default_factory=dict)
     """Experts that were calibrated on all tokens of the block, with the number of those that were sent to them."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a candidate of a choice has cost, on windows that it was not fitted to."""
+
+    candidate: str
+    """The changes, on top of what had been kept before; empty for the recipe as it is."""
+    nats_per_token: dict[str, float]
+    """KL(original || quantized) by the kind of text."""
+    score: float
+    """Their geometric mean."""
+    is_kept: bool
+    """Less than all before?"""
 
 
 @dataclass
@@ -60,16 +77,19 @@ class RunRecord:
     peak_gpu_bytes: int | None = None
     tuning: list[Check] | None = None
     """Losses of the distillation; None where the whole network was not tuned."""
+    choice: list[Trial] | None = None
+    """What was tried, in this order; None where there was nothing to choose."""
     rotation_losses: list[float] | None = None
     """Cross entropy of the next token, in nats, at each step of the training of rotations, on its windows and before
     it; None where none were trained."""
 
     def as_table(self) -> dict[str, Any]:
         """The record as JSON takes it."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("recipe", "blocks", "tuning")}
+        plain = {key: value for key, value in vars(self).items() if key not in ("recipe", "blocks", "tuning", "choice")}
         tuning = None if self.tuning is None else [asdict(check) for check in self.tuning]
         blocks = [asdict(block) for block in self.blocks]
-        return {"recipe": self.recipe.to_toml(), **plain, "tuning": tuning, "blocks": blocks}
+        tried = {} if self.choice is None else {"choice": [asdict(trial) for trial in self.choice]}
+        return {"recipe": self.recipe.to_toml(), **plain, **tried, "tuning": tuning, "blocks": blocks}
 
 
 def alike(linears: Iterable[str]) -> dict[str, int]:

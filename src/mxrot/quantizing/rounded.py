@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mxrot.calibration.executor import HELD
 from mxrot.calibration.site_inputs import SiteInputs
 from mxrot.calibration.site_weights import Rows, SiteWeights
 from mxrot.formats import QTensor
 from mxrot.models import Site
 from mxrot.quantizing.finite import check_rounded
 from mxrot.quantizing.part import BlockRun, Part
-from mxrot.rounding import Prepared
+from mxrot.rounding import Prepared, RoundingMethod
+from mxrot.rounding.base import Requirements
+from mxrot.rounding.held_out import Fold, Moments
 from mxrot.transforms import SiteTransform
 
 ERROR_ELEMENTS = 1 << 24
@@ -46,6 +49,8 @@ class RoundedLinear:
     """What rounding took away, bfloat16; None unless tuning follows."""
     tokens: int | None
     """That the Hessian is a mean over; None without one."""
+    target_strength: float | None = None
+    """As in `LinearReport`."""
 
 
 def round_site(run: BlockRun, part: Part, site: Site, transform: SiteTransform | None) -> dict[str, RoundedLinear]:
@@ -53,26 +58,36 @@ def round_site(run: BlockRun, part: Part, site: Site, transform: SiteTransform |
     weights = SiteWeights(part.weights, site.linears, transform)
     recipe, scheme = run.of(part, site)
     groups = weights.whole_linears if scheme.weights.looks_at_whole_tensor else weights.groups
-    hessian, shift = _statistics(run, part, site, weights)
+    method, seen = _statistics(run, part, site, weights)
+    hessian, shift = (None, None) if seen is None else (seen.hessian, seen.shift)
     moves = [] if shift is None else [shift[rows.place] for rows in groups]
-    prepared = recipe.rounding.prepare(hessian, moves, f"{part.name}.{site.linears[0]}")
-    tokens = None if hessian is None or part.executor is None else part.executor.tokens
-    del hessian  # what it has become is in `prepared`
+    prepared = method.prepare(hessian, moves, f"{part.name}.{site.linears[0]}")
+    tokens = None if seen is None else seen.tokens
+    del hessian, seen  # what they have become is in `prepared`
     found: dict[str, list[RoundedRows]] = {linear: [] for linear in site.linears}
     for position, rows in enumerate(groups):
-        for linear, piece in _round_rows(run, part, site, weights, rows, prepared, moves[position] if moves else None):
+        move = moves[position] if moves else None
+        for linear, piece in _round_rows(run, part, site, weights, rows, method, prepared, move):
             found[linear].append(piece)
-    return {linear: _together(pieces, prepared.damping, tokens) for linear, pieces in found.items()}
+    strength = method.target_strength if recipe.rounding.chooses_target else None
+    return {linear: _together(pieces, prepared.damping, tokens, strength) for linear, pieces in found.items()}
 
 
 def _round_rows(
-    run: BlockRun, part: Part, site: Site, weights: SiteWeights, rows: Rows, prepared: Prepared, move: Tensor | None
+    run: BlockRun,
+    part: Part,
+    site: Site,
+    weights: SiteWeights,
+    rows: Rows,
+    method: RoundingMethod,
+    prepared: Prepared,
+    move: Tensor | None,
 ) -> list[tuple[str, RoundedRows]]:
     """Round some rows, which belong to the linears of these names."""
     recipe, scheme = run.of(part, site)
     folded = weights.folded(rows)
     name, quantizer = f"{part.name}.{weights.linears[0]}", scheme.weights
-    result = recipe.rounding.round_rows(folded, quantizer.format, quantizer.rule, prepared, name, move)
+    result = method.round_rows(folded, quantizer.format, quantizer.rule, prepared, name, move)
     pieces = zip(
         rows.pieces,
         result.weight.split_rows(rows.counts),
@@ -88,25 +103,54 @@ def _round_rows(
     return found
 
 
-def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> tuple[Tensor | None, Tensor | None]:
-    """The Hessian of a site [K, K], and the shift towards its target [N, K], where rounding asks for them."""
+def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> tuple[RoundingMethod, Moments | None]:
+    """How a site is rounded, and the moments of its inputs where rounding asks for them, the shift towards its target
+    among them."""
     recipe, scheme = run.of(part, site)
     requirements = recipe.rounding.requirements
     if not requirements.hessian:
-        return None, None
-    assert part.executor is not None
+        return recipe.rounding, None
+    executor = part.executor
+    assert executor is not None
     quantizer = scheme.activations if requirements.inputs == "quantized" else None
-    seen = SiteInputs(part.executor, site, weights.transform, quantizer)
-    shift = None
-    if part.original is None or requirements.target == "own":
-        hessian = seen.hessian(weights, requirements)
+
+    def moments(batches: Sequence[int]) -> Moments:
+        seen = SiteInputs(executor, site, weights.transform, quantizer, batches)
+        if part.original is None or requirements.target == "own":
+            return Moments(seen.hessian(weights, requirements), None, executor.tokens_of(batches))
+        return Moments(*seen.hessian_and_shift(part.original, weights, requirements), executor.tokens_of(batches))
+
+    method = recipe.rounding
+    if requirements.folds == "none":
+        found = moments(executor.fitted)
     else:
-        hessian, shift = seen.hessian_and_shift(part.original, weights, requirements)
-    part.executor.forget_inputs()
-    return hessian, shift
+        groups = {name: moments(batches) for name, batches in executor.groups.items() if len(batches)}
+        pieces = [weights.folded(rows) for rows in weights.groups]
+        folded = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        by = scheme.weights
+        name = f"{part.name}.{site.linears[0]}"
+        method = method.chosen(folds_of(groups, requirements), folded, by.format, by.rule, name)
+        found = Moments.together([one for name, one in groups.items() if not name.startswith(HELD)])
+        if method.requirements.target == "own":
+            found = replace(found, shift=None)
+    executor.forget_inputs()
+    return method, found
 
 
-def _together(pieces: Sequence[RoundedRows], damping: float | None, tokens: int | None) -> RoundedLinear:
+def folds_of(groups: Mapping[str, Moments], requirements: Requirements) -> list[Fold]:
+    """What candidates are fitted to and measured on: "windows": all kinds, and what is held out of them; "kinds": each
+    kind, and what is held out of the others, where there are several."""
+    kinds = {name: one for name, one in groups.items() if not name.startswith(HELD)}
+    held = {name: groups[f"{HELD} {name}"] for name in kinds}
+    if requirements.folds == "windows" or len(kinds) == 1:
+        fitted = Moments.together(list(kinds.values()))
+        return [Fold(fitted, one) for one in held.values()]
+    return [Fold(one, held[other]) for name, one in kinds.items() for other in held if other != name]
+
+
+def _together(
+    pieces: Sequence[RoundedRows], damping: float | None, tokens: int | None, strength: float | None
+) -> RoundedLinear:
     """The whole of a linear."""
     remainders = [piece.remainder for piece in pieces if piece.remainder is not None]
     return RoundedLinear(
@@ -115,6 +159,7 @@ def _together(pieces: Sequence[RoundedRows], damping: float | None, tokens: int 
         damping,
         torch.cat(remainders) if remainders else None,
         tokens,
+        strength,
     )
 
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.calibration import Executor, first_executor
+from mxrot.calibration.executor import HELD
 from mxrot.environment import check_device, device_name, versions
 from mxrot.errors import ConfigError
 from mxrot.failures import named_failures
@@ -28,13 +30,14 @@ from mxrot.kernels.choices import kernel_choices
 from mxrot.layers import build_apart
 from mxrot.models import FolderSource, Source, read_generation_config
 from mxrot.progress import Progress, part_of, silent
-from mxrot.quantizing.batches import windows_at_once
+from mxrot.quantizing.batches import window_groups, windows_at_once
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
+from mxrot.quantizing.choosing import choose, folds_of
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
 from mxrot.quantizing.part import Beside, BlockRun
 from mxrot.quantizing.permuting import permuted_run
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
-from mxrot.quantizing.record import BlockReport, RunRecord
+from mxrot.quantizing.record import BlockReport, RunRecord, Trial
 from mxrot.quantizing.rotating import config_after, drawn_rotations, rotated_source
 from mxrot.quantizing.store import BlockStore
 from mxrot.quantizing.trained_rotations import learned_rotations
@@ -69,6 +72,7 @@ def quantize(
     recipe: Recipe,
     *,
     windows: Tensor | None = None,
+    given: int | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
     store: BlockStore | None = None,
@@ -78,7 +82,8 @@ def quantize(
     """Quantize a model, by its source or its folder.
 
     Rotations of the recipe are merged into the weights first, and all else is read from what comes out.
-    `windows` are calibration token windows [W, T] (None for a recipe that needs no data). Computes on `device`,
+    `windows` are calibration token windows [W, T] (None for a recipe that needs no data), of which the first `given`
+    are text and the others were written by the model; all are text by default. Computes on `device`,
     in the checkpoint's own type on a GPU and in float32 on a CPU; everything a checkpoint keeps is rounded to its
     type either way, so that a reloaded model is the same model. With a `store`, finished blocks go there. `beside` is
     shown each site of a block that is quantized here, but those of experts that share one.
@@ -88,16 +93,18 @@ def quantize(
     started = time.monotonic()
     source = FolderSource(source) if isinstance(source, Path) else source
     job = _checked(source, recipe, device, seed, store, progress, windows)
-    given = 0 if windows is None else len(windows)
+    if given is None:
+        given = 0 if windows is None else len(windows)
     job = replace(job, run=replace(job.run, beside=beside))
     job, rotation_losses = _rotated(job, windows)
     windows = _calibration_windows(job, windows)
-    record = _new_record(job, windows)
-    record.rotation_losses = rotation_losses
+    job, windows, trials = _chosen(job, source, windows, given)
+    record = _new_record(recipe, job, windows)
+    record.choice, record.rotation_losses = trials, rotation_losses
     load_outer(job.model, job.run.family, job.run.source.outer(), job.run.dtype, job.run.device)
-    job = _permuted(job, windows)
+    job = _permuted(job, windows, given)
     source = job.run.source
-    streams = _first_streams(job, windows)
+    streams = _first_streams(job, windows, given)
     for index, block in enumerate(job.blocks):
         report, is_new = _next_block(job, index, block, streams)
         record.blocks.append(report)
@@ -196,13 +203,16 @@ def _rotated(job: _Job, windows: Tensor | None) -> tuple[_Job, list[float] | Non
     return replace(job, run=replace(run, source=rotated_source(run.source, rotations))), losses
 
 
-def _permuted(job: _Job, windows: Tensor | None) -> _Job:
+def _permuted(job: _Job, windows: Tensor | None, given: int) -> _Job:
     """The job with channels in the order that the recipe asks for; a resumed run finds the same one again."""
     run = job.run
     if run.recipe.permutation is None:
         return job
     assert windows is not None
     at_once = windows_at_once(job.model, run.device, windows.shape[1])
+    groups = window_groups(len(windows), given, run.recipe.calibration.held_out) or {}
+    fitted = [places for name, places in groups.items() if not name.startswith(HELD)]
+    windows = windows[torch.cat(fitted)] if fitted else windows
     executor = first_executor(job.model, run.family, windows, at_once, run.world)
     found = permuted_run(run, job.blocks, executor, job.progress)
     give_back()
@@ -227,20 +237,43 @@ def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
     return found
 
 
-def _new_record(job: _Job, windows: Tensor | None) -> RunRecord:
+def _chosen(
+    job: _Job, source: Source, windows: Tensor | None, given: int
+) -> tuple[_Job, Tensor | None, list[Trial] | None]:
+    """The job with what its recipe's choice has kept, the windows that it asks for, and what was tried.
+
+    `source` is the model before rotations, which are merged again for each candidate.
+    """
+    run = job.run
+    if run.recipe.choice is None or windows is None:
+        return job, windows, None
+
+    def quantized(tried: Recipe, windows: Tensor, given: int, progress: Progress) -> PreTrainedModel:
+        options: dict[str, Any] = {"device": run.device, "seed": run.seed, "progress": progress}
+        model = quantize(source, tried, windows=windows, given=given, **options).model
+        assert model is not None
+        return model
+
+    folds = folds_of(windows, given, run.recipe)
+    best, trials = choose(replace(run, source=source), folds, given, quantized, job.store, job.progress)
+    return replace(job, run=replace(run, recipe=best)), windows[: given + best.calibration.written(given)], trials
+
+
+def _new_record(recipe: Recipe, job: _Job, windows: Tensor | None) -> RunRecord:
     shape = None if windows is None else (windows.shape[0], windows.shape[1])
     device = job.run.device
-    return RunRecord(job.run.recipe, job.run.seed, shape, device_name(device), versions(), kernel_choices(device))
+    return RunRecord(recipe, job.run.seed, shape, device_name(device), versions(), kernel_choices(device))
 
 
-def _first_streams(job: _Job, windows: Tensor | None) -> _Streams | None:
+def _first_streams(job: _Job, windows: Tensor | None, given: int) -> _Streams | None:
     """What goes into the first block; None for a recipe that needs no data."""
     run = job.run
     if run.recipe.is_data_free:
         return None
     assert windows is not None
     at_once = windows_at_once(job.model, run.device, windows.shape[1])
-    executor = first_executor(job.model, run.family, windows, at_once, run.world)
+    groups = window_groups(len(windows), given, run.recipe.calibration.held_out)
+    executor = first_executor(job.model, run.family, windows, at_once, run.world, groups)
     return _Streams(executor, executor.another() if run.recipe.looks_at_original else None)
 
 

@@ -51,7 +51,7 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
         return {}
     assert part.executor is not None
     maxima = {site.name: ChannelMaxima() for site in sites}
-    part.executor.observe([(site.reader, maxima[site.name].update) for site in sites])
+    part.executor.observe([(site.reader, maxima[site.name].update) for site in sites], part.executor.fitted)
     heads = value_heads(run.config)
     found = {}
     for site in sites:
@@ -116,7 +116,7 @@ def fit_transform(
                 collector.update(x if inverse is None else x * inverse)
 
         requirements = recipe.rounding.requirements
-        batches = None if collectors else executor.batches[:1]
+        batches = executor.fitted if collectors else executor.batches[:1]
         keeps = requirements.hessian and site.experts is None
         for *_, x in executor.watch(watched_modules(site, requirements), batches, keeps):
             see(x)
@@ -169,6 +169,7 @@ def install_rounded(
             errors[position + len(site.linears)] if output_errors else None,
             rounded[linear].damping,
             rounded[linear].tokens,
+            rounded[linear].target_strength,
         )
         for position, linear in enumerate(site.linears)
     ]

@@ -30,6 +30,10 @@ class BlockStore(Protocol):
     def rotation_checkpoint(self) -> TuningCheckpoint:
         """Keeps the training of rotations until the run is done."""
 
+    @property
+    def choice_checkpoint(self) -> TuningCheckpoint:
+        """Keeps what candidates have cost until the run is done."""
+
     def load_windows(self, purpose: str) -> Tensor | None:
         """Windows that `save_windows` was given for it, given and written ones, or None."""
 

@@ -11,6 +11,7 @@ from mxrot.report.rows import ComparedRow, Run
 from mxrot.report.side_by_side import csv_text, remarks, side_by_side
 from mxrot.report.tables import (
     changes_line,
+    choice_line,
     choices_table,
     compared_tasks_table,
     comparison_table,
@@ -22,6 +23,7 @@ from mxrot.report.tables import (
     perplexity_table,
     rank_line,
     rotation_line,
+    sites_choice_line,
     size_line,
     tasks_table,
     tuning_line,
@@ -37,6 +39,7 @@ __all__ = [
     "Run",
     "changes_line",
     "check_matplotlib",
+    "choice_line",
     "choices_table",
     "compared_tasks_table",
     "comparison_table",
@@ -60,6 +63,7 @@ __all__ = [
     "rotation_line",
     "shown_progress",
     "side_by_side",
+    "sites_choice_line",
     "size_line",
     "tasks_table",
     "text_lines",

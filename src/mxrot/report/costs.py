@@ -28,9 +28,8 @@ def measuring_costs(read: Sequence[Windows], has_tasks: bool) -> list[float]:
 
 
 def quantizing_costs(calibration: Calibration) -> list[float]:
-    """Of the phases that `quantize` tells: training of rotations, text that is written, orders of
-    channels, the blocks, text written for
-    tuning, its steps."""
+    """Of the phases that `quantize` tells: training of rotations, text that is written, candidates, orders of channels,
+    the blocks, text written for tuning, its steps."""
     recipe, windows = calibration.recipe, calibration.windows
     if windows is None:
         return [ROUNDING]
@@ -39,9 +38,11 @@ def quantizing_costs(calibration: Calibration) -> list[float]:
     rotation = recipe.rotation
     trained = [] if rotation is None else [TUNING * rotation.steps * rotation.batch_windows * length]
     written = [*trained, *([own] if own else [])]
+    blocks = ROUNDING + STATISTICS * (tokens + own)
+    if recipe.choice is not None:
+        written.append((1 + len(recipe.choice.candidates)) * blocks)
     if recipe.permutation is not None:
         written.append(STATISTICS * (tokens + own))
-    blocks = ROUNDING + STATISTICS * (tokens + own)
     tuning = recipe.tuning
     if tuning is None:
         return [*written, blocks]

@@ -13,7 +13,7 @@ from string import Template
 from mxrot.report.contents import Contents
 from mxrot.report.drawing import DARK, LIGHT, Palette, Picture, inline_svg
 from mxrot.report.plans import cache_line
-from mxrot.report.tables import rotation_line, tuning_line
+from mxrot.report.tables import choice_line, rotation_line, sites_choice_line, tuning_line
 
 _PAGE = Path(__file__).with_name("page.html")
 _METRIC_HEADINGS = ("", "original", "quantized", "difference")
@@ -168,6 +168,10 @@ def _making(contents: Contents, drawn: dict[str, str]) -> str:
         facts.append(("calibration windows", " of ".join(map(str, run["windows"])) + " tokens"))
     if rotated := rotation_line(run):
         facts.append(("rotations", rotated))
+    if chosen := choice_line(run):
+        facts.append(("choice", chosen))
+    if strengths := sites_choice_line(run):
+        facts.append(("target of sites", strengths))
     if tuned := tuning_line(run):
         facts.append(("tuning", tuned))
     facts += [("versions", _listed(run["versions"])), ("versions, this report", _listed(contents.versions))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -224,6 +225,29 @@ def rotation_line(run: dict[str, Any]) -> str:
         f"rotations: trained in {len(losses)} steps, cross entropy in nats a token {first:.4f} at first and {last:.4f} "
         f"at last (means of {few})"
     )
+
+
+def choice_line(run: dict[str, Any]) -> str:
+    """One line on what was chosen by held-out text, from a run.json; empty where there was nothing to choose."""
+    trials = run.get("choice")
+    if not trials:
+        return ""
+    kept = [trial for trial in trials if trial["is_kept"]]
+    named = "; ".join(trial["candidate"] for trial in kept if trial["candidate"]) or "the recipe as it is"
+    return (
+        f"chosen among {len(trials)} by divergence on held-out text, nats a token: {named} "
+        f"({trials[0]['score']:.4g} as it is, {kept[-1]['score']:.4g} as chosen)"
+    )
+
+
+def sites_choice_line(run: dict[str, Any]) -> str:
+    """One line on how strongly sites follow their target, from a run.json; empty where they have not chosen that."""
+    linears = [linear for block in run["blocks"] for linear in block["linears"]]
+    strengths = Counter(one["target_strength"] for one in linears if one.get("target_strength") is not None)
+    if not strengths:
+        return ""
+    found = [f"{'own' if not one else f'{1 / one:.3g}'} for {count}" for one, count in sorted(strengths.items())]
+    return f"target damping that sites chose on held-out windows, by linears: {', '.join(found)}"
 
 
 def tuning_line(run: dict[str, Any]) -> str:

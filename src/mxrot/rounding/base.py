@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mxrot.formats import Format, QTensor, ScaleRule
+from mxrot.rounding.held_out import Fold
 from mxrot.typed import check_fields
 
 Target = Literal["own", "original", "residual"]
@@ -31,6 +32,8 @@ class Requirements:
     """Where outputs go into the residual stream, count each token's error relative to the size of the stream."""
     inputs: Inputs = "quantized"
     """What the Hessian is of; transformed they are."""
+    folds: Literal["none", "windows", "kinds"] = "none"
+    """What `chosen` wants to see: nothing, tokens of windows that are held out, or those of the other kind of text."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,21 @@ class RoundingMethod(ABC):
         return Requirements()
 
     @property
+    def target_strength(self) -> float:
+        """1 / the damping of the way to the target; 0 where there is none but its own output."""
+        return 0.0
+
+    @property
+    def chooses_target(self) -> bool:
+        """Does `chosen` decide about that?"""
+        return False
+
+    @property
+    def tried(self) -> int:
+        """How many options `chosen` tries for each fold."""
+        return 0
+
+    @property
     def candidates(self) -> int:
         """Scales that each block is rounded under before one is kept: how often the work is done."""
         return 1
@@ -88,6 +106,13 @@ class RoundingMethod(ABC):
     def check(self, format: Format, rule: ScaleRule) -> None:
         """ConfigError if this method cannot round to `format` under `rule`."""
         return
+
+    def chosen(
+        self, folds: Sequence[Fold], weight: Tensor, format: Format, rule: ScaleRule, name: str
+    ) -> RoundingMethod:
+        """This method with the options that leave least on unseen tokens, for a site whose folded rows are `weight`
+        [N, K] float64; itself where it does not choose."""
+        return self
 
     def prepare(self, hessian: Tensor | None, shifts: Sequence[Tensor], name: str) -> Prepared:
         """What rounding needs of `hessian` [K, K], the mean of x^T x over the inputs that `requirements` names.

@@ -25,6 +25,8 @@ a column at a time and without a kernel.
 
 `inputs` says what H is of: the inputs as the linear will really see them, or, as in MR-GPTQ, before they are quantized.
 
+`dampings` and `target_dampings` are candidates for each site, chosen by what they leave on unseen tokens (held_out.py).
+
 All arithmetic is float64. With H a multiple of the identity nothing is spread and the codes equal rounding to
 nearest bit for bit (but for a weight of -0, which may come out as +0).
 """
@@ -33,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,6 +44,7 @@ from torch import Tensor
 from mxrot.errors import ConfigError
 from mxrot.formats import Format, ScaleRule, as_blocks, check_finite, check_parts, encode_blocks
 from mxrot.rounding.base import Inputs, Prepared, Requirements, Rounded, RoundingMethod, Target
+from mxrot.rounding.held_out import Fold, choose_damping, choose_target_damping, energy, spaced_rows
 from mxrot.rounding.linalg import Measure, damping_unit, inverse_factor
 from mxrot.rounding.walk import SPAN, walk_fixed, walk_reached, walks_whole_blocks
 
@@ -72,16 +75,35 @@ class GPTQ(RoundingMethod):
     """Where the first column is rounded from: its place in the minimum over all columns, or over itself alone."""
     first_order: float = 0.0
     """The share of what open columns have moved that each rounded column takes back."""
+    dampings: tuple[float, ...] = ()
+    """Candidates for `damping`, from which each site takes the one that leaves least on held-out tokens; none: it is
+    not chosen."""
+    target_dampings: tuple[float, ...] = ()
+    """The same for `target_damping`; infinity stands for the target "own"."""
+    folds: Literal["windows", "kinds"] = "kinds"
+    """What candidates are measured on: held-out windows of all kinds of text that they are fitted to, or those of one
+    kind while they are fitted to the other (docs/methods.md)."""
 
     @property
     def requirements(self) -> Requirements:
-        return Requirements(True, self.target, self.tokens == "relative", self.inputs)
+        chooses = self.dampings or self.target_dampings
+        relative = self.tokens == "relative"
+        return Requirements(True, self.target, relative, self.inputs, self.folds if chooses else "none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("damping", "target_damping"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(f"rounding gptq: {key} must be positive and finite, got {getattr(self, key)}")
+        for key, most in (("dampings", False), ("target_dampings", True)):
+            for value in getattr(self, key):
+                if not (0 < value < math.inf or (most and value == math.inf)):
+                    kind = "positive" if most else "positive and finite"
+                    raise ConfigError(f"rounding gptq: {key} must be {kind}, got {value}")
+        if self.target_dampings and self.target == "own":
+            raise ConfigError(
+                'rounding gptq: target_dampings are of the way to a target; set target = "residual" or "original"'
+            )
         if self.inputs == "unquantized" and self.target != "own":
             raise ConfigError(
                 f'rounding gptq: target = "{self.target}" makes up for what quantized inputs lack, and needs inputs = '
@@ -101,6 +123,18 @@ class GPTQ(RoundingMethod):
             )
         if self.scales != "fixed" and self.columns == "descending":
             raise ConfigError('rounding gptq: columns = "descending" needs scales = "fixed"')
+
+    @property
+    def target_strength(self) -> float:
+        return 0.0 if self.target == "own" else 1 / self.target_damping
+
+    @property
+    def chooses_target(self) -> bool:
+        return bool(self.target_dampings)
+
+    @property
+    def tried(self) -> int:
+        return len(self.dampings) + len(self.target_dampings)
 
     @property
     def candidates(self) -> int:
@@ -123,6 +157,31 @@ class GPTQ(RoundingMethod):
                 f'rounding gptq: scales = "walked" needs blocks of one scale and at most {SPAN} elements, which '
                 f"{format.name} has not"
             )
+
+    def chosen(self, folds: Sequence[Fold], weight: Tensor, format: Format, rule: ScaleRule, name: str) -> GPTQ:
+        found = replace(self, dampings=(), target_dampings=())
+        if self.target_dampings:
+            energies = [energy(weight, fold.unseen) for fold in folds]
+
+            def factor_of(damping: float, hessian: Tensor) -> Tensor:
+                return inverse_factor(hessian, damping, name, relative_to=self.damping_of)[0]
+
+            strength = choose_target_damping(folds, energies, self.target_dampings, factor_of)
+            if math.isinf(strength):
+                found = replace(found, target="own", first_column="joint")
+            else:
+                found = replace(found, target_damping=strength)
+        if self.dampings:
+            rows = weight[spaced_rows(len(weight)).to(weight.device)]
+            energies = [energy(rows, fold.unseen) for fold in folds]
+
+            def errors_of(damping: float, hessian: Tensor) -> Tensor:
+                tried = replace(found, damping=damping)
+                rounded = tried.round(rows, format, rule, hessian, name)
+                return rounded.weight.dequantize(torch.float64) - rows
+
+            found = replace(found, damping=choose_damping(folds, energies, self.dampings, errors_of))
+        return found
 
     def prepare(self, hessian: Tensor | None, shifts: Sequence[Tensor], name: str) -> Prepared:
         assert hessian is not None

@@ -1,0 +1,126 @@
+"""How strongly a regression, or GPTQ, is damped: by what it leaves on tokens that it has not seen.
+
+A site with weights W, whose outputs lack d of the target on inputs x, is left with |(Q - W) x - d|^2 a token by weights
+Q. Of other tokens than those that Q was made from this takes their moments alone, H = E[x^T x] and C = E[d^T x], up to
+a constant: tr((Q - W) H (Q - W)^T) - 2 tr((Q - W) C^T). Relative to tr(W H W^T), the energy of the outputs, folds can
+be added up.
+
+Two things are chosen by it, one after the other, because rounding adds to what the regression leaves nearly the same
+whatever that is. The damping of the regression by its own weights, M = C (H + c I)^-1, with infinity for M = 0, the
+target "own". The damping of GPTQ by really rounding a sample of rows: scales grow with what is passed on, which no
+formula for the error of a column knows.
+
+`Fold` says what is fitted to and what is left on: a kind of text and another kind, so that what is taken for a rule and
+is a habit of one kind costs on the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SAMPLED_ROWS = 128
+"""Rows that are rounded to choose a damping, evenly spaced among those of a site."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What some tokens say of a site."""
+
+    hessian: Tensor
+    """The mean of x^T x, float64 [K, K]."""
+    shift: Tensor | None
+    """The mean of d^T x, float64 [N, K]; None for the target "own"."""
+    tokens: int
+
+    @staticmethod
+    def together(parts: Sequence[Moments]) -> Moments:
+        """Those of the tokens of all parts."""
+        tokens = sum(part.tokens for part in parts)
+        hessian = torch.zeros_like(parts[0].hessian)
+        shift = None if parts[0].shift is None else torch.zeros_like(parts[0].shift)
+        for part in parts:
+            hessian.add_(part.hessian, alpha=part.tokens / tokens)
+            if shift is not None and part.shift is not None:
+                shift.add_(part.shift, alpha=part.tokens / tokens)
+        return Moments(hessian, shift, tokens)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Tokens to fit to, and others that say what it is worth."""
+
+    fitted: Moments
+    unseen: Moments
+
+
+def left_on(move: Tensor, seen: Moments) -> float:
+    """What weights that are changed by `move` [n, K] leave on these tokens, less what unchanged ones do: per token, the
+    mean of |move x - d|^2 - |d|^2; of n rows."""
+    found = ((move @ seen.hessian) * move).sum()
+    if seen.shift is not None:
+        found = found - 2 * (move * seen.shift).sum()
+    return float(found)
+
+
+def choose_target_damping(
+    folds: Sequence[Fold],
+    energies: Sequence[float],
+    candidates: Sequence[float],
+    factor_of: Callable[[float, Tensor], Tensor],
+) -> float:
+    """The candidate whose regression leaves least on unseen tokens, folds relative to their `energies`; of equals the
+    largest, and infinity stands for no regression.
+
+    `factor_of(damping, H)` gives U with U^T U the inverse of the damped H, as `inverse_factor` does.
+    """
+
+    def left(damping: float) -> float:
+        if math.isinf(damping):
+            return 0.0
+        total = 0.0
+        for fold, energy in zip(folds, energies, strict=True):
+            assert fold.fitted.shift is not None
+            factor = factor_of(damping, fold.fitted.hessian)
+            move = (fold.fitted.shift @ factor.t()) @ factor
+            total += left_on(move, fold.unseen) / energy
+        return total
+
+    return min(sorted(candidates, reverse=True), key=left)
+
+
+def choose_damping(
+    folds: Sequence[Fold],
+    energies: Sequence[float],
+    candidates: Sequence[float],
+    errors_of: Callable[[float, Tensor], Tensor],
+) -> float:
+    """The candidate whose rounding leaves least on unseen tokens; of equals the largest.
+
+    `errors_of(damping, H)` gives what rounding some rows with the Hessian H changes in them, [n, K].
+    """
+
+    def left(damping: float) -> float:
+        total = 0.0
+        for fold, energy in zip(folds, energies, strict=True):
+            error = errors_of(damping, fold.fitted.hessian)
+            total += float(((error @ fold.unseen.hessian) * error).sum()) / energy
+        return total
+
+    return min(sorted(candidates, reverse=True), key=left)
+
+
+def energy(weight: Tensor, seen: Moments) -> float:
+    """The mean of |x W^T|^2 over tokens; 1 where nothing comes out."""
+    found = float(((weight @ seen.hessian) * weight).sum())
+    return found if found > 0 else 1.0
+
+
+def spaced_rows(count: int) -> Tensor:
+    """SAMPLED_ROWS of so many rows, or all, evenly spaced; int64."""
+    taken = min(count, SAMPLED_ROWS)
+    return torch.arange(taken) * count // max(1, taken)
