@@ -83,8 +83,8 @@ def folds_of(windows: Tensor, given: int, recipe: Recipe) -> list[Fold]:
     measured = {name: of_kind[held[name]] for name, of_kind in kinds.items()}
     if len(kinds) < 2:
         raise DataError(
-            'choice: unseen = "kinds" fits to one kind of text and measures on another, and there is one; give text, or '
-            'set choice.unseen = "windows"'
+            'choice: unseen = "kinds" fits to one kind of text and measures on another, and there is one; give text, '
+            'or set choice.unseen = "windows"'
         )
     return [
         Fold(kinds["text"], nothing, {"written": measured["written"]}),
