@@ -25,6 +25,10 @@ def tuning_problems(
         if not isinstance(weights.format.grid, LookUpTable):
             yield f'tuning moves = "levels" needs look-up tables, and {weights.format.name} has none; take lut2'
         return
+    if tuning.moves == "gains":
+        if not weights.is_exact_in_bfloat16:
+            yield f"tuning cannot hold {weights.format.name} in bfloat16"
+        return
     if not isinstance(weights.format.grid, Uniform):
         yield f"tuning moves codes under one scale a block, and {weights.format.name} has others"
     if tuning.moves == "clipping":

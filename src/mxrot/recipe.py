@@ -31,6 +31,7 @@ from mxrot.sections import (
     CalibrationChoice,
     PermutationChoice,
     QuantizerChoice,
+    Refit,
     Rotation,
     Smoothing,
     Tuning,
@@ -63,6 +64,7 @@ class Recipe:
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
     choice: Choice | None = None
     """What is tried on the model before it is quantized for good; None for nothing."""
+    refit: Refit | None = None
     tuning: Tuning | None = None
     """What follows the closed form; None for nothing."""
     attention: AttentionChoice | None = None
@@ -99,6 +101,11 @@ class Recipe:
         tuning = self.tuning
         if tuning is not None:
             yield from tuning_problems(tuning, self.activations, weights, self.transform, self.sharing, self.rounding)
+        if self.refit is not None and not self.rounding.requirements.hessian:
+            yield (
+                f"refit fits transforms by the moments that rounding looks at, and rounding {self.rounding.name} looks "
+                'at none; set rounding.method = "gptq", or refit = none'
+            )
         yield from table_problems(self.rotation, tuning, self.attention, self.cache)
         yield from permutation_problems(self.permutation, self.cache)
         yield from transform_problems(self.transform, self.rounding)
@@ -211,6 +218,11 @@ class Recipe:
         return self.tuning is not None and self.tuning.scope == "network"
 
     @property
+    def keeps_remainders(self) -> bool:
+        """Does tuning start from what rounding took away?"""
+        return self.tuning is not None and self.tuning.moves != "gains"
+
+    @property
     def runs_whole_original(self) -> bool:
         """Must the device hold the whole original model at once?"""
         writes = self.calibration.writes and not self.is_data_free
@@ -266,6 +278,8 @@ class Recipe:
         table["calibration"] = plain(self.calibration)
         if self.choice is not None:
             table["choice"] = plain(self.choice)
+        if self.refit is not None:
+            table["refit"] = plain(self.refit)
         if self.tuning is not None:
             table["tuning"] = plain(self.tuning)
         if self.attention is not None:
@@ -345,6 +359,7 @@ _SECTIONS: dict[str, type] = {
     "smoothing": Smoothing,
     "calibration": CalibrationChoice,
     "choice": Choice,
+    "refit": Refit,
     "tuning": Tuning,
     "attention": AttentionChoice,
     "cache": CacheChoice,

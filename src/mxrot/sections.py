@@ -1,4 +1,5 @@
-"""The tables of a recipe, one record each; those of methods are the methods' own."""
+"""The tables of a recipe, one record each; those of methods are the methods' own, and that of tuning is in
+tuning_options.py."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from typing import Literal
 from mxrot.errors import ConfigError
 from mxrot.formats import AttentionOperands, CacheScheme, CacheTransform, TensorQuantizer
 from mxrot.transforms import ChannelOrder
+from mxrot.tuning_options import Refit as Refit
+from mxrot.tuning_options import Tuning as Tuning
 from mxrot.typed import check_fields
 
 
@@ -244,95 +247,3 @@ class CacheChoice:
         except ConfigError as error:
             said = str(error)
             raise ConfigError(said if said.startswith("cache: ") else f"cache: {said}") from error
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How to tune rounding and transforms after the closed form."""
-
-    scope: Literal["network", "block"] = "network"
-    """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
-    moves: Literal["rounding", "clipping", "levels"] = "rounding"
-    """"rounding": codes, transforms and exponents; "clipping": the ends of each block of weights, which are rounded to
-    nearest between them again, only with scope "block"; "levels": weights of look-up tables, the ends and the
-    partition of their blocks, only with scope "network"."""
-    loss: Literal["forward", "weighted"] = "forward"
-    """Of the logits, with scope "network". "forward": KL(original || quantized); "weighted": that and its reverse, the
-    mean probability of the text being the weight of the latter."""
-    steps: int = 400
-    """Optimizer steps: in all, or for each block."""
-    generated: float = 0.0
-    """Windows that the original model writes for tuning alone, for each one of the calibration text; only with scope
-    "network"."""
-    prompted: float = 0.0
-    """Share of what it writes that goes on from a piece of the calibration text, instead of from a random token.
-    Without `generated` this and `repeats` have nothing to say."""
-    repeats: int = 1
-    """How often a window of the calibration text comes for once that one comes which the original model has written."""
-    batch_windows: int = 4
-    """Calibration windows a step."""
-    offset_rate: float = 4e-3
-    """Peak learning rate of the rounding offsets, in steps between codes; with "levels", of the weights, in a third of
-    the span that the levels of their block have at the start, and 0 leaves them as they are."""
-    transform_rate: float = 1e-4
-    """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
-    exponent_rate: float = 0.0
-    """Peak learning rate of the exponents of weight scales, in binades; 0 leaves them as they are."""
-    clip_rate: float = 1e-2
-    """Peak learning rate of the ends of blocks of weights, where these move."""
-    level_rate: float = 1e-2
-    """With "levels": peak learning rate of the inner levels of blocks, before the sigmoid; 0 leaves them as they
-    are."""
-    boundary_rate: float = 1e-2
-    """The same of the boundaries between the levels."""
-    norm_rate: float = 0.0
-    """With "levels": peak learning rate of the gains of norms in decoder blocks; 0 leaves them as they are."""
-    decay: float = 0.0
-    """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
-    held_out: float = 0.1
-    """Share of the calibration windows that are never trained on; their loss decides when to stop."""
-    margin: float = 0.01
-    """How far from moving a weight starts at least, in steps between codes. A large one keeps all codes where they are
-    for many steps, and then moves many at once (docs/log.md)."""
-    checks: int = 20
-    """How often the held-out loss is looked at, evenly over the steps."""
-    patience: int = 4
-    """Looks in a row without a better held-out loss after which tuning stops."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "tuning")
-        for key in ("steps", "repeats", "batch_windows", "checks", "patience"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
-        rates = self.offset_rate, self.transform_rate, self.exponent_rate
-        moves = self.offset_rate > 0 or self.moves == "levels"
-        if not (moves and all(0 <= rate < math.inf for rate in rates)):
-            raise ConfigError(
-                "tuning: offset_rate must be positive, transform_rate and exponent_rate not negative, all finite"
-            )
-        if self.moves == "clipping" and self.scope != "block":
-            raise ConfigError(f'tuning: moves = "clipping" needs scope = "block", got {self.scope!r}')
-        if self.moves == "levels" and self.scope != "network":
-            raise ConfigError(f'tuning: moves = "levels" needs scope = "network", got {self.scope!r}')
-        if self.loss != "forward" and self.scope != "network":
-            raise ConfigError(f'tuning: loss = {self.loss!r} is of logits and needs scope = "network"')
-        for key in ("level_rate", "boundary_rate", "norm_rate"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ConfigError(f"tuning: {key} {getattr(self, key)} is negative or not finite")
-        if self.norm_rate and self.moves != "levels":
-            raise ConfigError(f'tuning: norm_rate {self.norm_rate} needs moves = "levels"')
-        if not 0 < self.clip_rate < math.inf:
-            raise ConfigError(f"tuning: clip_rate {self.clip_rate} is not positive and finite")
-        if not 0 <= self.generated < math.inf or (self.generated and self.scope == "block"):
-            raise ConfigError(
-                f'tuning: generated {self.generated} must be finite and not negative, and 0 with scope "block", '
-                "which sees the windows of the calibration only (calibration.generated)"
-            )
-        if not 0 <= self.prompted <= 1:
-            raise ConfigError(f"tuning: prompted {self.prompted} is not a share from 0 to 1")
-        if not 0 <= self.decay < math.inf:
-            raise ConfigError(f"tuning: decay {self.decay} is negative or not finite")
-        if not 0 < self.margin <= 0.5:
-            raise ConfigError(f"tuning: margin {self.margin} is not above 0 and at most 0.5")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"tuning: held_out {self.held_out} is not between 0 and 1")

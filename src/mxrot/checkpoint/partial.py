@@ -36,9 +36,10 @@ from mxrot.quantizing.record import BlockReport, LinearReport
 from mxrot.tuning import Check
 
 FINGERPRINT = "fingerprint.json"
-_TUNING, _ROTATIONS, _CHOICE, _WINDOWS = "tuning", "rotations", "choice", "windows"
+_TUNING, _LIGHT, _ROTATIONS, _CHOICE, _WINDOWS = "tuning", "light", "rotations", "choice", "windows"
 _NOTES = re.compile(
-    rf"block-\d+\.json|({NEW})?({_TUNING}|{_ROTATIONS}|{_CHOICE}|{_WINDOWS}(-\w+)?)\.(safetensors|json)|{FINGERPRINT}|{PLACING}"
+    rf"block-\d+\.json|({NEW})?({_TUNING}|{_LIGHT}|{_ROTATIONS}|{_CHOICE}|{_WINDOWS}(-\w+)?)\.(safetensors|json)"
+    rf"|{FINGERPRINT}|{PLACING}"
 )
 _RESULTS = re.compile(
     rf"model-\d+-of-\d+\.safetensors|{REPLACED}|{TEMPLATES}|README\.md|recipe\.toml|(config|run)\.json"
@@ -135,6 +136,10 @@ class PartialCheckpoint:
         return NotedTensors(self.folder / f"{_TUNING}.safetensors", "the state of tuning")
 
     @property
+    def light_checkpoint(self) -> NotedTensors:
+        return NotedTensors(self.folder / f"{_LIGHT}.safetensors", "the state of the light steps")
+
+    @property
     def rotation_checkpoint(self) -> NotedTensors:
         return NotedTensors(self.folder / f"{_ROTATIONS}.safetensors", "the training of rotations")
 
@@ -174,7 +179,7 @@ def holds_work(folder: Path) -> str | None:
     blocks = len(list(folder.glob("block-*.json")))
     if blocks:
         return f"{blocks} finished block" + "s" * (blocks > 1)
-    if (folder / f"{_TUNING}.safetensors").is_file():
+    if any((folder / f"{kept}.safetensors").is_file() for kept in (_TUNING, _LIGHT)):
         return "an unfinished tuning"
     if (folder / f"{_ROTATIONS}.safetensors").is_file():
         return "a training of rotations"

@@ -77,6 +77,11 @@ class Family:
         """Can a rotation of the residual stream be merged into the weights?"""
         return self.rotation_obstacle is None
 
+    @property
+    def norms_add_one(self) -> bool:
+        """Do the norms multiply by 1 + their weight? All norms of a model are of one class."""
+        return any(site.norm_adds_one for site in self.sites)
+
     @cached_property
     def linears(self) -> frozenset[str]:
         """The linears of all sites, by their names in a block."""

@@ -11,6 +11,7 @@ from mxrot.planning.run import Run
 from mxrot.planning.shape import ModelShape
 from mxrot.quantizing.rotating import config_after
 from mxrot.recipe import Recipe
+from mxrot.sections import Tuning
 
 STATE_NUMBERS = 4
 """float32 numbers that an unfinished tuning keeps of each parameter: now, at its best, and two averages of Adam."""
@@ -29,8 +30,8 @@ def estimate_disk(run: Run) -> dict[str, float]:
     if run.recipe.trains_rotations:
         found["the state of training rotations, twice while it is replaced"] = 2.0 * run.rotation_bytes
     written = run.tokens if run.recipe.calibration.writes else 0
-    if tuning is not None and tuning.generated and run.recipe.tunes_network:
-        written += round((1 + tuning.generated) * run.tuned_windows) * run.seq_len
+    if tuning is not None and run.recipe.tunes_network:
+        written += _written_for(tuning, run) * run.seq_len
     if written:
         found["the text that the model writes"] = float(TOKEN_BYTES * written)
     return found
@@ -48,6 +49,15 @@ def needed_on_disk(folder: Path, recipe: Recipe, windows: tuple[int, int]) -> fl
     return sum(estimate_disk(Run(shape, recipe, "cpu", stored, *windows)).values())
 
 
+def _written_for(tuning: Tuning, run: Run) -> int:
+    """Windows that are kept for tuning: those of the text, and after them the written ones, at each of both times."""
+    whole, kept = float(run.tuned_windows), 0.0
+    for each in (tuning.generated, tuning.rollouts):
+        whole += each * run.tuned_windows
+        kept += whole if each else 0.0
+    return round(kept)
+
+
 def _state_bytes(run: Run) -> float:
     """Of one state of tuning."""
     tuning = run.recipe.tuning
@@ -56,4 +66,9 @@ def _state_bytes(run: Run) -> float:
     transforms = run.shape.size_after(run.stored).transform_bytes // 2
     block = run.recipe.weights.quantizer().format.block or run.shape.widest
     parameters = weights * (1 + (tuning.exponent_rate > 0) / block) + transforms * (tuning.transform_rate > 0)
+    if tuning.moves == "gains" or tuning.light_steps:
+        # Of each channel of each site: a gain or a scale, and a bias, at most.
+        channels = sum(site.inputs + sum(site.rows) for sites in run.shape.blocks for site in sites)
+        light = channels + transforms * (tuning.light.transform_rate > 0)
+        parameters = light + (parameters if tuning.moves != "gains" else 0.0)
     return 4.0 * STATE_NUMBERS * parameters

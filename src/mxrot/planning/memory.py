@@ -193,7 +193,7 @@ def _resident(run: Run, position: int) -> dict[str, float]:
     terms["the quantized block"] = run.packed_block * sum(site.weights for site in sites[:position]) / max(1, weights)
     if run.keeps_model or recipe.tunes_network:
         terms["finished blocks"] = run.packed_block * (len(shape.blocks) - 1)
-    if recipe.tuning is not None:
+    if recipe.keeps_remainders:
         kept = shape.quantized_weights - weights if recipe.tunes_network else 0
         own = sum(site.weights for site in sites[:position])
         terms["what rounding took away"] = 2.0 * (kept + own)
@@ -270,8 +270,9 @@ def _block_end(run: Run) -> list[Stage]:
     if options is not None and options.scope == "block":
         weights = sum(site.weights for site in run.shape.fullest)
         tokens = options.batch_windows * run.seq_len
+        each = {"clipping": CLIPPED_BYTES, "gains": _frozen_bytes(run)}.get(options.moves, TUNED_BYTES)
         tuned = {
-            "tunable weights": (CLIPPED_BYTES if options.moves == "clipping" else TUNED_BYTES) * weights,
+            "tunable weights": each * weights,
             "activations": tokens * activation_bytes(run, run.shape.fullest),
         }
         stages.append(Stage("tuning the block", base | known | tuned))
@@ -283,6 +284,11 @@ def activation_bytes(run: Run, sites: tuple[SiteShape, ...]) -> float:
     return 8.0 * (sum(rows + site.inputs for site in sites for rows in site.rows) + run.token_scores)
 
 
+def _frozen_bytes(run: Run) -> float:
+    """A weight whose code stays: its value, in the type of products."""
+    return 2.0 if run.is_gpu else 4.0
+
+
 def _tuning(run: Run) -> list[Stage]:
     """Distillation of the whole network."""
     options, shape = run.recipe.tuning, run.shape
@@ -292,9 +298,9 @@ def _tuning(run: Run) -> list[Stage]:
     original = {"the original model": float(shape.parameters * run.itemsize), **_rotations(run)}
     packed = {"the quantized model": blocks * run.packed_block + shape.outer_parameters * run.itemsize}
     stages = []
-    if options.generated:
-        written = max(1, round(options.generated * run.tuned_windows)) * run.seq_len
-        kept = {"what rounding took away": 2.0 * weights}
+    if most := max(options.generated, options.rollouts):
+        written = max(1, round(most * run.tuned_windows)) * run.seq_len
+        kept = {"what rounding took away": 2.0 * weights} if run.recipe.keeps_remainders else {}
         stages.append(Stage("writing text to tune on", original | packed | kept | _generation(run, written)))
     tokens = options.batch_windows * run.seq_len
     activations = tokens * sum(activation_bytes(run, sites) for sites in shape.blocks)
@@ -304,7 +310,7 @@ def _tuning(run: Run) -> list[Stage]:
     is_bounded = getattr(shape.config, "final_logit_softcapping", None) is not None
     logits = min(tokens, LOGIT_TOKENS) * shape.vocabulary * (12.0 if is_bounded else 10.0)
     learns = options.moves == "levels"
-    each = TUNED_BYTES
+    each = _frozen_bytes(run) if options.moves == "gains" else TUNED_BYTES
     if learns:
         each = LEARNED_BYTES * (options.offset_rate > 0) + 6.0 + (2 if run.is_gpu else 4)
     tuned = {

@@ -218,7 +218,7 @@ def _tuning(run: Run) -> Work:
     blocks = len(shape.blocks)
     looks = 1 + min(options.checks, options.steps)
     held_out = max(1.0, options.held_out * run.all_windows) / options.batch_windows
-    steps = options.steps + looks * held_out / 4
+    steps = options.steps + options.light_steps + looks * held_out / 4
     kept = sum(activation_bytes(run, sites) for sites in shape.blocks)
     # A forward and a backward pass of the quantized model, with what is computed again, and a forward one of the
     # original. What is kept for the way back is read and written about ten times in all.
@@ -229,5 +229,6 @@ def _tuning(run: Run) -> Work:
     if run.recipe.tunes_network:
         work.add(product=8.0 * tokens * shape.vocabulary * shape.hidden * steps)
         work.add(copy=30.0 * tokens * shape.vocabulary * steps)
-        work.add(**_writing(run, options.generated * run.tuned_windows).amounts)
+        for each in (options.generated, options.rollouts):
+            work.add(**(_writing(run, each * run.tuned_windows).amounts if each else {}))
     return work

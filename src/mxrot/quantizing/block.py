@@ -112,7 +112,9 @@ def _tune(run: BlockRun, part: Part, sites: Sequence[Site], progress: Progress) 
     assert part.executor is not None and part.original is not None
     part.executor.begin(part.module)
     generator = generator_for(run.seed, f"{part.name} tuning")
-    return tune_block(part.executor, part.original, sites, tuning, generator, part.name, progress)
+    return tune_block(
+        part.executor, part.original, sites, tuning, generator, part.name, run.family, run.rounding_type, progress
+    )
 
 
 def _by_weights(progress: Progress, prefix: str, weights: Weights, sites: Sequence[Site]) -> dict[str, Progress]:

@@ -211,6 +211,8 @@ def memory_problem(
         "calibration.generated = 0": recipe.calibration.generated > 0,
         "calibration.own = 0 (--calib with a text)": recipe.calibration.own > 0,
         "tuning.generated = 0": tuning is not None and tuning.generated > 0,
+        "tuning.rollouts = 0": tuning is not None and tuning.rollouts > 0,
+        "tuning.light_steps = 0": tuning is not None and tuning.light_steps > 0,
         'tuning.scope = "block"': recipe.tunes_network,
         "rotation.steps = 0": recipe.trains_rotations,
         "choice = none": recipe.choice is not None,

@@ -98,7 +98,7 @@ def _round_rows(
     found = []
     for (linear, _, _), weight, wanted, remainder in pieces:
         check_rounded(weight, wanted, f"{part.name}.{linear}")
-        kept = None if recipe.tuning is None else remainder.to(torch.bfloat16)
+        kept = remainder.to(torch.bfloat16) if recipe.keeps_remainders else None
         found.append((linear, RoundedRows(weight, *error_norms(weight, wanted), kept)))
     return found
 

@@ -318,20 +318,45 @@ def _tune(job: _Job, windows: Tensor, given: int) -> list[Check]:
     assert options is not None
     progress(0, 1, "opening the original model")
     original = load_original(run.source, run.dtype, run.device)
-    if options.generated:
-        kept = store.load_windows("tuning") if store else None
-        manner = manner_of(run.recipe.calibration, run.source.folder, options.prompted)
-        count = max(1, round(options.generated * (given + run.recipe.calibration.own)))
-        writing = Writing("tuning", count, manner, run.seed)
-        windows = writing.after(original, windows, given, store, progress) if kept is None else kept
-    generator = generator_for(run.seed, "tuning")
-    checkpoint = None if store is None else store.tuning_checkpoint
-    checks = tune_network(
-        job.model, original, run.family, windows, given, options, generator, run.active_sites, checkpoint, progress
-    )
-    if options.norm_rate:
+    windows = _windows_to_tune_on(job, original, windows, given)
+    checks: list[Check] = []
+    stages = [("tuning", options, None if store is None else store.tuning_checkpoint)]
+    if options.light_steps:
+        stages.insert(0, ("light steps", options.light, None if store is None else store.light_checkpoint))
+    for purpose, own, checkpoint in stages:
+        generator = generator_for(run.seed, purpose)
+        found = tune_network(
+            job.model,
+            original,
+            run.family,
+            windows,
+            given,
+            own,
+            generator,
+            run.active_sites,
+            run.rounding_type,
+            checkpoint,
+            progress,
+        )
+        before = checks[-1].step if checks else 0
+        checks += [replace(check, step=before + check.step) for check in found]
+    if options.moves == "levels" and options.norm_rate:
         _round_gains(job)
     return checks
+
+
+def _windows_to_tune_on(job: _Job, original: PreTrainedModel, windows: Tensor, given: int) -> Tensor:
+    """The calibration windows, and after them what the original and the quantized model write, where they shall."""
+    options, calibration, store = job.run.recipe.tuning, job.run.recipe.calibration, job.store
+    assert options is not None
+    writers = ("tuning", original, options.generated), ("rollouts", job.model, options.rollouts)
+    for purpose, writer, each in writers:
+        if each:
+            kept = store.load_windows(purpose) if store else None
+            manner = manner_of(calibration, job.run.source.folder, options.prompted)
+            writing = Writing(purpose, max(1, round(each * (given + calibration.own))), manner, job.run.seed)
+            windows = writing.after(writer, windows, given, store, job.progress) if kept is None else kept
+    return windows
 
 
 def _round_gains(job: _Job) -> None:
@@ -342,6 +367,15 @@ def _round_gains(job: _Job) -> None:
             gain.data.copy_(gain.data.to(job.run.rounding_type(f"{prefix}.{name}")))
 
 
+def _learned_outside(job: _Job) -> dict[str, Tensor]:
+    """What tuning has changed outside of the decoder blocks: the gain of the last norm."""
+    options = job.run.recipe.tuning
+    if options is None or options.scope != "network" or options.moves == "levels" or not options.norm_rate:
+        return {}
+    name = f"{job.run.family.final_norm}.weight"
+    return {name: job.model.get_parameter(name).data.to(job.run.rounding_type(name))}
+
+
 def _finish(job: _Job) -> PreTrainedModel | None:
     """The model, ready to run; None where a store has taken it."""
     run, count = job.run, len(job.blocks)
@@ -350,6 +384,6 @@ def _finish(job: _Job) -> PreTrainedModel | None:
         if run.device.type == "cuda":
             prepare(job.model, run.scheme)
     else:
-        job.store.save_rest(run.source.outer())
+        job.store.save_rest(run.source.outer() | _learned_outside(job))
     job.progress(count, count, "done")
     return job.model if job.store is None else None

@@ -22,6 +22,7 @@ from mxrot.progress import Progress, silent
 from mxrot.quantizing.finite import check_folded, check_statistics, check_transform, named_factorizations
 from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.record import LinearReport
+from mxrot.quantizing.refit import refitted
 from mxrot.quantizing.rounded import RoundedLinear, error_ratio, round_site
 from mxrot.rules import Rules
 from mxrot.scheme import fill_site, install_site
@@ -86,7 +87,7 @@ def quantize_site(
     rounded = round_site(run, part, site, transform)
     if run.beside is not None:
         run.beside(run, part, site, scales)
-    return install_rounded(run, part, site, transform, rounded, rows)
+    return install_rounded(run, part, site, refitted(run, part, site, transform, rounded), rounded, rows)
 
 
 def fit_transform(

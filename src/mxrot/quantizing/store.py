@@ -27,6 +27,10 @@ class BlockStore(Protocol):
         """Keeps tuning of the whole network until it is done."""
 
     @property
+    def light_checkpoint(self) -> TuningCheckpoint:
+        """Keeps the light steps before it until the run is done."""
+
+    @property
     def rotation_checkpoint(self) -> TuningCheckpoint:
         """Keeps the training of rotations until the run is done."""
 

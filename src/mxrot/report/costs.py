@@ -29,7 +29,7 @@ def measuring_costs(read: Sequence[Windows], has_tasks: bool) -> list[float]:
 
 def quantizing_costs(calibration: Calibration) -> list[float]:
     """Of the phases that `quantize` tells: training of rotations, text that is written, candidates, orders of channels,
-    the blocks, text written for tuning, its steps."""
+    the blocks, texts written for tuning, its light steps, its steps."""
     recipe, windows = calibration.recipe, calibration.windows
     if windows is None:
         return [ROUNDING]
@@ -49,5 +49,7 @@ def quantizing_costs(calibration: Calibration) -> list[float]:
     steps = TUNING * tuning.steps * tuning.batch_windows * length
     if not recipe.tunes_network:
         return [*written, blocks + steps]
-    prompted = [tuning.generated * (tokens + recipe.calibration.own * length)] if tuning.generated else []
-    return [*written, blocks, *prompted, steps]
+    around = tokens + recipe.calibration.own * length
+    prompted = [each * around for each in (tuning.generated, tuning.rollouts) if each]
+    light = [TUNING * tuning.light_steps * tuning.batch_windows * length] if tuning.light_steps else []
+    return [*written, blocks, *prompted, *light, steps]

@@ -19,6 +19,7 @@ from mxrot.formats import QTensor
 from mxrot.formats.quantizer import PACKED, PART
 from mxrot.models import Site
 from mxrot.quantizing.part import BlockRun, Part
+from mxrot.quantizing.refit import refitted
 from mxrot.quantizing.rounded import round_site
 from mxrot.quantizing.site import fit_transform
 from mxrot.scheme import Scheme, scheme_name
@@ -42,8 +43,9 @@ class OtherRoundings:
             other = self._other(run, choice)
             transform = fit_transform(other, part, site, scales, RowSample(1))
             rounded = round_site(other, part, site, transform)
-            weights = {linear: found.weight for linear, found in rounded.items()}
-            self._kept.keep_site(cell, choice, site_tensors(part.index, site, weights, transform))
+            weights = {linear: one.weight for linear, one in rounded.items()}
+            found = refitted(other, part, site, transform, rounded)
+            self._kept.keep_site(cell, choice, site_tensors(part.index, site, weights, found))
 
     def _other(self, run: BlockRun, choice: Choice) -> BlockRun:
         if choice not in self._runs:

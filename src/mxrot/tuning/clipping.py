@@ -160,6 +160,15 @@ class ClippedBlock:
         ends = [end for linear in self.linears.values() for end in (linear.lower, linear.upper)]
         return [Group(ends, options.clip_rate)] if ends else []
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of the weights [N, K]."""
+        blocks = [linear.blocks for linear in self.linears.values()]
+        return [(own.shape[0], own.shape[1] * own.shape[2]) for own in blocks]
+
+    def begin(self) -> None:
+        """Before a pass: nothing."""
+
     def settle(self) -> None:
         """After parameters have changed: no graph kept."""
         for inputs in self.inputs:

@@ -15,20 +15,19 @@ Inputs are quantized with gradients straight-through.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mxrot.formats import NamedParts, QTensor, TensorQuantizer, as_blocks
+from mxrot.formats import NamedParts, QTensor, as_blocks
 from mxrot.formats.look_up_table import level_values
-from mxrot.layers import InputTransform, QuantLinear
+from mxrot.layers import QuantLinear
 from mxrot.models import Site
 from mxrot.sections import Tuning
 from mxrot.tuning.level_tables import LevelTables
 from mxrot.tuning.loop import Group
-from mxrot.tuning.straight_through import PassThrough, RotateQuantize
+from mxrot.tuning.straight_inputs import StraightInputs, product_type
 
 WINDOW = 0.25
 """How far from a boundary a weight counts for its gradient, in steps of the block."""
@@ -66,41 +65,6 @@ class LookUp(torch.autograd.Function):
             falls = (gradient[:, None, :] * near).sum(dim=-1) * (values[:, :-1] - values[:, 1:]).float()
             of_edges = nn.functional.pad(falls / (2 * WINDOW), (1, 1))
         return of_weights, of_edges, of_values, None
-
-
-class StraightInputs(nn.Module):
-    """The quantized inputs of a site, computed once for all its linears, with gradients straight-through."""
-
-    def __init__(self, transform: InputTransform | None, quantizer: TensorQuantizer, readers: int) -> None:
-        super().__init__()
-        self.quantizer, self.readers = quantizer, readers
-        self._transform = (transform,)  # in a tuple, so that it is not registered here
-        self._last: tuple[Tensor, Tensor] | None = None
-        self._reads_left = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Q(x T): bfloat16 on a GPU, where the products are; else float32."""
-        if self._last is None or self._last[0] is not x:
-            self._last, self._reads_left = (x, self._quantized(x)), self.readers
-        _, quantized = self._last
-        self._reads_left -= 1
-        if not self._reads_left:
-            self.forget()
-        return quantized
-
-    def _quantized(self, x: Tensor) -> Tensor:
-        transform = self._transform[0]
-        led = x if transform is None else transform.lead(x)
-        with torch.autocast(x.device.type, enabled=False):
-            if transform is not None and transform.has_matrices:
-                found: Tensor = RotateQuantize.apply(led, transform.matrices().float(), self.quantizer)
-                return found.to(product_type(x.device))
-            found = PassThrough.apply(led, partial(_rounded_for_product, self.quantizer))
-            return found
-
-    def forget(self) -> None:
-        """Let go of the last input and its graph."""
-        self._last = None
 
 
 class LevelsLinear(nn.Module):
@@ -231,12 +195,3 @@ class LevelsNetwork:
 def gains_of(block: nn.Module) -> dict[str, nn.Parameter]:
     """The gains of the norms of a decoder block, by their names in it."""
     return {name: one for name, one in block.named_parameters() if one.dim() == 1 and name.endswith("norm.weight")}
-
-
-def product_type(device: torch.device) -> torch.dtype:
-    """In which inputs and weights are multiplied while they are learned."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def _rounded_for_product(quantizer: TensorQuantizer, x: Tensor) -> Tensor:
-    return quantizer(x).to(product_type(x.device))

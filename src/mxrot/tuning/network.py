@@ -23,6 +23,7 @@ from mxrot.layers import check_logits, fused_norms, logits_of, score_heads, shar
 from mxrot.models import Family, Site
 from mxrot.progress import Progress, silent
 from mxrot.sections import Tuning
+from mxrot.tuning.gains import LearnedGain, learned_gains
 from mxrot.tuning.loop import Check, Problem, TuningCheckpoint, deterministic, split_windows, tune
 from mxrot.tuning.straight_through import Divergence, WeightedDivergence
 from mxrot.tuning.tuned_network import TunedNetwork, tuned_network
@@ -72,13 +73,14 @@ def tune_network(
     options: Tuning,
     generator: torch.Generator,
     active_sites: Callable[[int], Sequence[Site]],
+    rounding_type: Callable[[str], torch.dtype],
     tuning_checkpoint: TuningCheckpoint | None = None,
     progress: Progress = silent,
 ) -> list[Check]:
     """Tune `model`, quantized and on its device, towards `original` on token windows [W, T]; in place.
 
-    The first `given` windows are text, the others were written by `original`. `active_sites` gives those of
-    a block that are quantized.
+    The first `given` windows are text, the others were written by a model. `active_sites` gives those of
+    a block that are quantized, `rounding_type` what a tensor is rounded to, by its full name.
     """
     device = model.get_submodule(family.embedding).weight.device
     assert isinstance(device, torch.device)
@@ -88,7 +90,12 @@ def tune_network(
     blocks = list(model.get_submodule(family.blocks).children())
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()
-    tuned = tuned_network(blocks, active_sites, options)
+    gains = _gains(model, family, options, rounding_type)
+
+    def type_of(index: int, name: str) -> torch.dtype:
+        return rounding_type(f"{family.block_prefix(index)}.{name}")
+
+    tuned = tuned_network(blocks, active_sites, gains, type_of, options)
     recompute = _activation_bytes(model, tuned, options.batch_windows, windows.shape[1]) > CHECKPOINT_BYTES
     student = Network(model, family, block_arguments(model, family, windows[:1]), recompute)
     teacher = Network(original, family, block_arguments(original, family, windows[:1]))
@@ -155,6 +162,19 @@ def tune_network(
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     return checks
+
+
+def _gains(
+    model: PreTrainedModel, family: Family, options: Tuning, rounding_type: Callable[[str], torch.dtype]
+) -> list[LearnedGain]:
+    """Of the norms of all blocks and the last one, where they are learned relative to what they are."""
+    if not options.norm_rate or options.moves == "levels":
+        return []
+    return [
+        gain
+        for place in (family.blocks, family.final_norm)
+        for gain in learned_gains(model.get_submodule(place), place, family.norms_add_one, rounding_type)
+    ]
 
 
 def lower_precision(device: torch.device) -> AbstractContextManager[object]:

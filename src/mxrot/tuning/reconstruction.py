@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mxrot.calibration import Executor
 from mxrot.cuda_graphs import Replays
-from mxrot.models import Site
+from mxrot.models import Family, Site
 from mxrot.progress import Progress, silent
 from mxrot.sections import Tuning
 from mxrot.tuning.clipping import ClippedBlock
+from mxrot.tuning.gains import learned_gains
 from mxrot.tuning.loop import Check, Problem, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
-from mxrot.tuning.tunable import TunableBlock
+from mxrot.tuning.tuned_network import TunedNetwork, tuned_network
 
 
 def tune_block(
@@ -26,19 +27,30 @@ def tune_block(
     options: Tuning,
     generator: torch.Generator,
     name: str,
+    family: Family,
+    rounding_type: Callable[[str], torch.dtype],
     progress: Progress = silent,
 ) -> list[Check]:
-    """Tune a quantized block in place, that of `executor`.
+    """Tune a quantized block in place, that of `executor`, whose full name is `name`.
 
     The loss is the mean over tokens of |h - h_original|^2 / |h_original|^2 with h the block's output, its inputs
     coming from the quantized blocks before it, and those of the block of `original` from the original model.
+    `rounding_type` gives what a tensor is rounded to, by its full name.
     """
     block = executor.block
     train, test = (part.tolist() for part in split_windows(executor.windows, options.held_out))
     dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
     block.float()
     clips = options.moves == "clipping"
-    tunable = ClippedBlock.of(block, sites) if clips else TunableBlock.of(block, sites, options.margin)
+    tunable: TunedNetwork
+    if clips:
+        tunable = ClippedBlock.of(block, sites)
+    else:
+        norms = options.norm_rate > 0
+        gains = learned_gains(block, name, family.norms_add_one, rounding_type) if norms else []
+        tunable = tuned_network(
+            [block], lambda _: sites, gains, lambda _, tensor: rounding_type(f"{name}.{tensor}"), options
+        )
     arguments = in_type(executor.keywords, torch.float32)
 
     replay = Replays()
@@ -49,6 +61,7 @@ def tune_block(
     def measure(hidden: Tensor, wanted: Tensor) -> Tensor:
         with torch.no_grad():
             expected = _first(original.block(wanted, **original.keywords)).float()
+        tunable.begin()
         with lower_precision(executor.placement.device):
             found = _first(block(hidden.float(), **arguments))
         size = expected.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)

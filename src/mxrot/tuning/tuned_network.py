@@ -1,4 +1,4 @@
-"""What distillation moves in a network: rounding and transforms, or two-bit weights and their levels."""
+"""What distillation moves in a network: rounding and transforms, two-bit weights and their levels, or gains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import nn
 
 from mxrot.models import Site
 from mxrot.sections import Tuning
+from mxrot.tuning.gains import LearnedGain
 from mxrot.tuning.levels import LevelsNetwork
+from mxrot.tuning.light import LightNetwork, TypeOf
 from mxrot.tuning.loop import Group
 from mxrot.tuning.tunable import TunableBlock, parameter_groups, settle
 
@@ -37,9 +39,10 @@ class TunedNetwork(Protocol):
 
 @dataclass(frozen=True)
 class RoundedNetwork:
-    """One whose rounding, transforms and exponents move."""
+    """One whose rounding, transforms and exponents move, and gains of norms."""
 
     blocks: Sequence[TunableBlock]
+    gains: Sequence[LearnedGain] = ()
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -47,25 +50,40 @@ class RoundedNetwork:
         return [(offset.shape[0], offset.shape[1]) for offset in offsets]
 
     def groups(self, options: Tuning) -> list[Group]:
-        return parameter_groups(self.blocks, options)
+        gains = [Group([gain.vector.change for gain in self.gains], options.norm_rate)] if self.gains else []
+        return parameter_groups(self.blocks, options) + gains
 
     def begin(self) -> None:
-        return
+        for gain in self.gains:
+            gain.begin()
 
     def settle(self) -> None:
         settle(self.blocks)
+        for gain in self.gains:
+            gain.settle()
 
     def finish(self) -> None:
         for block in self.blocks:
             block.finish()
+        for gain in self.gains:
+            gain.finish()
 
 
 def tuned_network(
-    blocks: Sequence[nn.Module], active_sites: Callable[[int], Sequence[Site]], options: Tuning
+    blocks: Sequence[nn.Module],
+    active_sites: Callable[[int], Sequence[Site]],
+    gains: Sequence[LearnedGain],
+    type_of: TypeOf,
+    options: Tuning,
 ) -> TunedNetwork:
-    """Put what moves in the place of the quantized linears of decoder blocks, as the options say."""
+    """Put what moves in the place of the quantized linears of decoder blocks, as the options say.
+
+    `gains` are those that are learned, of norms that have them already; `type_of` gives the type of a block's tensors.
+    """
     if options.moves == "levels":
         return LevelsNetwork(blocks, active_sites)
+    if options.moves == "gains":
+        return LightNetwork(blocks, active_sites, gains, type_of, options)
     return RoundedNetwork(
-        [TunableBlock.of(block, active_sites(index), options.margin) for index, block in enumerate(blocks)]
+        [TunableBlock.of(block, active_sites(index), options.margin) for index, block in enumerate(blocks)], gains
     )

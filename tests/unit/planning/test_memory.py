@@ -135,7 +135,7 @@ def test_scores_that_attention_writes_out(tmp_path: Path, monkeypatch: pytest.Mo
     assert peak.total == pytest.approx(bytes_alive(tmp_path, CHOSEN[name], random_windows(3, 1024)), rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["mxrot-tuned", "rcp"])
+@pytest.mark.parametrize("name", ["mxrot-tuned", "mxrot-light", "rcp"])
 def test_tuning_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
     monkeypatch.setattr(memory, "KEPT_SHARE", 0.0)

@@ -21,7 +21,8 @@ from mxrot.recipe import Recipe, load_recipe
 from mxrot.sections import Tuning
 from mxrot.tuning import loop
 from mxrot.tuning.level_tables import LevelTables
-from mxrot.tuning.levels import WINDOW, LevelsLinear, LookUp, StraightInputs, codes_under
+from mxrot.tuning.levels import WINDOW, LevelsLinear, LookUp, codes_under
+from mxrot.tuning.straight_inputs import StraightInputs
 from mxrot.tuning.straight_through import Divergence, WeightedDivergence
 
 ROWS, K, BLOCK = 6, 64, 32
@@ -246,7 +247,10 @@ def test_a_killed_run_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.
     [
         ({"tuning.scope": "block"}, 'moves = "levels" needs scope = "network", got \'block\''),
         ({"weights.format": "int4_g32", "weights.rule": ""}, 'moves = "levels" needs look-up tables, and int4_g32 has'),
-        ({"tuning.moves": "rounding"}, "norm_rate 0.003 needs moves"),
+        (
+            {"tuning.moves": "clipping", "tuning.scope": "block", "tuning.loss": "forward"},
+            "norm_rate 0.003 has nothing",
+        ),
         ({"tuning.moves": "rounding", "tuning.norm_rate": 0.0}, "tuning moves codes under one scale a block, and lut2"),
         ({"tuning.level_rate": -1.0}, "level_rate -1.0 is negative or not finite"),
         ({"activations": "none"}, "tuning needs quantized activations"),

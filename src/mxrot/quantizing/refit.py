@@ -1,0 +1,61 @@
+"""Refit the transform of a site, once its weights are codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from mxrot.calibration.site_inputs import SiteInputs
+from mxrot.calibration.site_weights import SiteWeights
+from mxrot.models import Site
+from mxrot.quantizing.finite import check_transform
+from mxrot.quantizing.part import BlockRun, Part
+from mxrot.quantizing.rounded import RoundedLinear
+from mxrot.transforms import BlockDiagonal, SiteTransform
+from mxrot.transforms.refit import diagonal_blocks, refit_correction
+
+
+def refitted(
+    run: BlockRun,
+    part: Part,
+    site: Site,
+    transform: SiteTransform | None,
+    rounded: Mapping[str, RoundedLinear],
+) -> SiteTransform | None:
+    """The transform of a site whose weights are about to be replaced, as a checkpoint will hold it.
+
+    By the moments and the target of the recipe's rounding, taken once more; the same transform where the recipe refits
+    none, or where none is multiplied at run time.
+    """
+    recipe, scheme = run.of(part, site)
+    if recipe.refit is None or transform is None or transform.matrices is None:
+        return transform
+    assert part.executor is not None
+    weights = SiteWeights(part.weights, site.linears, transform)
+    seen = SiteInputs(part.executor, site, transform, scheme.activations)
+    requirements = recipe.rounding.requirements
+    shift = None
+    if part.original is None or requirements.target == "own":
+        hessian = seen.hessian(weights, requirements)
+    else:
+        hessian, shift = seen.hessian_and_shift(part.original, weights, requirements)
+    part.executor.forget_inputs()
+    start = transform.matrices
+    size = start.shape[-1]
+    gram, wanted = torch.zeros_like(hessian), torch.zeros_like(hessian)
+    for rows in weights.groups:
+        pieces = [rounded[name].weight.dequantize(torch.float64)[first:last] for name, first, last in rows.pieces]
+        codes = torch.cat(pieces)
+        lacks = (weights.folded(rows) - codes) @ hessian
+        if shift is not None:
+            lacks += shift[rows.place]
+        gram += codes.T @ codes
+        wanted += lacks.T @ codes
+    shared = len(start) == 1
+    correction = refit_correction(hessian, gram, diagonal_blocks(wanted, size), recipe.refit.damping, shared)
+    moved = BlockDiagonal(start + start @ correction)
+    found = replace(transform, stages=(*transform.stages[:-1], moved)).as_applied()
+    check_transform(found, f"{part.name}.{site.linears[0]}")
+    return found

@@ -1,0 +1,174 @@
+"""The tables of a recipe that say what follows rounding: a refit in closed form, and what is learned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mxrot.errors import ConfigError
+from mxrot.typed import check_fields
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Transforms fitted once more in closed form, behind the codes of their site."""
+
+    damping: float = 0.01
+    """How strongly a transform is held where it is, relative to the mean diagonals of what it is fitted by."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "refit")
+        if not 0 < self.damping < math.inf:
+            raise ConfigError(f"refit: damping must be positive and finite, got {self.damping}")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to tune rounding and transforms after the closed form."""
+
+    scope: Literal["network", "block"] = "network"
+    """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
+    moves: Literal["rounding", "clipping", "levels", "gains"] = "rounding"
+    """"rounding": codes, transforms and exponents; "clipping": the ends of each block of weights, which are rounded to
+    nearest between them again, only with scope "block"; "levels": weights of look-up tables, the ends and the
+    partition of their blocks, only with scope "network"; "gains": numbers of 16 bits beside codes that stay, which are
+    gains of norms, biases and transforms."""
+    loss: Literal["forward", "weighted"] = "forward"
+    """Of the logits, with scope "network". "forward": KL(original || quantized); "weighted": that and its reverse, the
+    mean probability of the text being the weight of the latter."""
+    steps: int = 400
+    """Optimizer steps: in all, or for each block."""
+    light_steps: int = 0
+    """Optimizer steps before these in which only what moves = "gains" learns is learned, at the rates for it; only with
+    scope "network" and moves = "rounding"."""
+    generated: float = 0.0
+    """Windows that the original model writes for tuning alone, for each one of the calibration text; only with scope
+    "network"."""
+    rollouts: float = 0.0
+    """Windows that the quantized model writes before it is tuned, for each one of the calibration text; only with scope
+    "network"."""
+    prompted: float = 0.0
+    """Share of what it writes that goes on from a piece of the calibration text, instead of from a random token.
+    Without `generated` and `rollouts` this and `repeats` have nothing to say."""
+    repeats: int = 1
+    """How often a window of the calibration text comes for once that one comes which a model has written."""
+    batch_windows: int = 4
+    """Calibration windows a step."""
+    offset_rate: float = 4e-3
+    """Peak learning rate of the rounding offsets, in steps between codes; with "levels", of the weights, in a third of
+    the span that the levels of their block have at the start, and 0 leaves them as they are."""
+    transform_rate: float = 1e-4
+    """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
+    exponent_rate: float = 0.0
+    """Peak learning rate of the exponents of weight scales, in binades; 0 leaves them as they are."""
+    clip_rate: float = 1e-2
+    """Peak learning rate of the ends of blocks of weights, where these move."""
+    level_rate: float = 1e-2
+    """With "levels": peak learning rate of the inner levels of blocks, before the sigmoid; 0 leaves them as they
+    are."""
+    boundary_rate: float = 1e-2
+    """The same of the boundaries between the levels."""
+    norm_rate: float = 0.0
+    """Peak learning rate of the gains of norms, relative to what they are; 0 leaves them as they are. With "levels", of
+    those in decoder blocks, as they are."""
+    scale_rate: float = 0.0
+    """With "gains": peak learning rate of a factor for each channel that comes into a transform, where no norm before
+    it has a gain that is learned; 0 leaves it out."""
+    bias_rate: float = 0.0
+    """With "gains": peak learning rate of biases, relative to what they are and to their mean magnitude; 0 leaves them
+    as they are."""
+    light_transform_rate: float = 1e-3
+    """In the light steps: peak learning rate of the transforms' corrections, where weights do not follow; 0 leaves the
+    transforms as they are."""
+    decay: float = 0.0
+    """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
+    held_out: float = 0.1
+    """Share of the calibration windows that are never trained on; their loss decides when to stop."""
+    margin: float = 0.01
+    """How far from moving a weight starts at least, in steps between codes. A large one keeps all codes where they are
+    for many steps, and then moves many at once (docs/log.md)."""
+    checks: int = 20
+    """How often the held-out loss is looked at, evenly over the steps."""
+    patience: int = 4
+    """Looks in a row without a better held-out loss after which tuning stops."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "tuning")
+        for key in ("steps", "repeats", "batch_windows", "checks", "patience"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"tuning: {key} must be at least 1, got {getattr(self, key)}")
+        rates = self.offset_rate, self.transform_rate, self.exponent_rate
+        moves = self.offset_rate > 0 or self.moves in ("levels", "gains")
+        if not (moves and all(0 <= rate < math.inf for rate in rates)):
+            raise ConfigError(
+                "tuning: offset_rate must be positive, transform_rate and exponent_rate not negative, all finite"
+            )
+        self._check_gains()
+        if self.moves == "clipping" and self.scope != "block":
+            raise ConfigError(f'tuning: moves = "clipping" needs scope = "block", got {self.scope!r}')
+        if self.moves == "levels" and self.scope != "network":
+            raise ConfigError(f'tuning: moves = "levels" needs scope = "network", got {self.scope!r}')
+        if self.loss != "forward" and self.scope != "network":
+            raise ConfigError(f'tuning: loss = {self.loss!r} is of logits and needs scope = "network"')
+        for key in ("level_rate", "boundary_rate"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(f"tuning: {key} {getattr(self, key)} is negative or not finite")
+        if not 0 < self.clip_rate < math.inf:
+            raise ConfigError(f"tuning: clip_rate {self.clip_rate} is not positive and finite")
+        for key in ("generated", "rollouts"):
+            each = getattr(self, key)
+            if not 0 <= each < math.inf or (each and self.scope == "block"):
+                raise ConfigError(
+                    f'tuning: {key} {each} must be finite and not negative, and 0 with scope "block", '
+                    "which sees the windows of the calibration only (calibration.generated)"
+                )
+        if not 0 <= self.prompted <= 1:
+            raise ConfigError(f"tuning: prompted {self.prompted} is not a share from 0 to 1")
+        if not 0 <= self.decay < math.inf:
+            raise ConfigError(f"tuning: decay {self.decay} is negative or not finite")
+        if not 0 < self.margin <= 0.5:
+            raise ConfigError(f"tuning: margin {self.margin} is not above 0 and at most 0.5")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"tuning: held_out {self.held_out} is not between 0 and 1")
+
+    def _check_gains(self) -> None:
+        for key in ("norm_rate", "scale_rate", "bias_rate", "light_transform_rate"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(f"tuning: {key} {getattr(self, key)} is negative or not finite")
+        if self.norm_rate and self.moves == "clipping":
+            raise ConfigError(f'tuning: norm_rate {self.norm_rate} has nothing to learn with moves = "clipping"')
+        lightly = self.moves == "gains" or self.light_steps > 0
+        for key in ("scale_rate", "bias_rate"):
+            if getattr(self, key) and not lightly:
+                raise ConfigError(
+                    f'tuning: {key} {getattr(self, key)} needs moves = "gains" or light_steps, got {self.moves!r} and 0'
+                )
+        if self.light_steps < 0 or (self.light_steps and (self.scope, self.moves) != ("network", "rounding")):
+            raise ConfigError(
+                f'tuning: light_steps {self.light_steps} must not be negative, and 0 unless scope = "network" and '
+                f'moves = "rounding", got {self.scope!r} and {self.moves!r}'
+            )
+        if lightly and not any(group for group in self.light.rates_of_gains):
+            raise ConfigError(
+                'tuning: moves = "gains" learns nothing, since norm_rate, scale_rate, bias_rate and the rate of '
+                "transforms are 0"
+            )
+
+    @property
+    def rates_of_gains(self) -> tuple[float, ...]:
+        """Those that moves = "gains" learns at."""
+        return self.norm_rate, self.scale_rate, self.bias_rate, self.transform_rate
+
+    @property
+    def light(self) -> Tuning:
+        """How to tune while codes stay: as it is with moves = "gains", else the light steps."""
+        if self.moves == "gains":
+            return self
+        return replace(
+            self,
+            moves="gains",
+            steps=self.light_steps,
+            light_steps=0,
+            transform_rate=self.light_transform_rate,
+        )
