@@ -213,14 +213,14 @@ def test_what_follows_attention_is_calibrated_on_what_that_gives(source: Path, t
 def test_the_original_beside_it_is_left_alone(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipe mxrot looks at both."""
     seen: list[bool] = []
-    copied = mxrot.quantizing.block._copy_of
+    copied = mxrot.quantizing.block.copy_of
 
     def copy_of(run: Any, block: torch.nn.Module) -> torch.nn.Module:
         found = copied(run, block)
         seen.append(operands_of(block.self_attn) is not None and operands_of(found.self_attn) is None)
         return found
 
-    monkeypatch.setattr("mxrot.quantizing.block._copy_of", copy_of)
+    monkeypatch.setattr("mxrot.quantizing.block.copy_of", copy_of)
     chosen = load_recipe("mxrot").changed({"calibration.generated": 0.0, "attention.queries_keys": "mxfp4"})
     model = mxrot.quantizing.quantize(source, chosen, windows=WINDOWS).model
     assert seen == [True, True] and model is not None
