@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contracts.test_families import each, spread_gains
+from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
 from tests.contracts.tiny_configs import config_of
 from tests.unit.surgery.changed_sources import logits, off_by, rotation
 from transformers import AutoModelForCausalLM
@@ -139,3 +139,7 @@ def test_the_permutations_of_a_recipe_change_nothing(family: Family, tmp_path: P
     added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
     tolerance = max(tolerance_of(family), 2.0**-20 * added)
     assert off_by(logits(found, IDS, added), logits(source, IDS, added)) < tolerance
+
+
+def test_some_families_can_be_rotated_and_some_cannot() -> None:
+    assert {family.is_rotatable for family in TINY_FAMILIES.values()} == {True, False}
