@@ -51,7 +51,7 @@ def test_a_mixture_has_its_share_of_each(source: Path, text: str) -> None:
     assert found.recipe.calibration.own == 6 and found.recipe.calibration.written(2) == 6
     assert found.description is not None and found.description["generated"] == 6
     assert [table["windows"] for table in found.description["texts"]] == [2, 6]
-    assert text_lines(found.description["texts"])[1] == "text own: 6 windows of 32, yet to be written"
+    assert text_lines(found.description["texts"])[1] == "text own: 6 windows of 32, written by the model"
 
 
 def test_what_a_recipe_has_written_for_each_window_of_the_text_comes_besides(source: Path, text: str) -> None:

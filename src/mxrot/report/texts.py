@@ -16,7 +16,7 @@ def text_lines(tables: Sequence[dict[str, Any]]) -> list[str]:
 def text_line(table: dict[str, Any]) -> str:
     """How many windows there are and were taken; what fills none; rows and files that were left out."""
     if table["read_as"] == OWN_READ_AS:
-        return f"text {table['name']}: {_count(table['windows'], 'window')} of {table['seq_len']:,}, yet to be written"
+        return f"text {table['name']}: {_count(table['windows'], 'window')} of {table['seq_len']:,}, {OWN_READ_AS}"
     taken, filled, asked = table["windows"], table["windows_filled"], table["windows_asked"]
     parts = [f"{table['tokens']:,} tokens, {_count(filled, 'window')} of {table['seq_len']:,}"]
     if asked is not None and asked > filled:
