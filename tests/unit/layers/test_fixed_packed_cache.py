@@ -139,24 +139,35 @@ def test_a_step_is_three_launches(more: dict[str, int], is_masked: bool, monkeyp
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("more", [{"first": 16, "last": 32}, {"last": 5}, {"first": 3}], ids=str)
 def test_a_recorded_token_goes_on(more: dict[str, int]) -> None:
-    """A CUDA graph whose position moves on the device gives what the whole text gives."""
+    """A CUDA graph whose position moves on the device gives the bits of the same steps without one, and what the whole
+    text gives: half of the tokens at least, because a code beside a tie may go the other way in a sum of another order,
+    and moves the tokens that read it."""
     model = model_of(CacheScheme(MXFP4, MXFP4, key_transform="hadamard", **more), 64, "cuda")
-    text, cache = torch.arange(90, device="cuda")[None] * 3 % 97, FixedPackedCache(90)
+    text = torch.arange(90, device="cuda")[None] * 3 % 97
     ids, place = text[:, :1].clone(), torch.zeros(1, dtype=torch.int64, device="cuda")
-    cache.position, graph, found = place, torch.cuda.CUDAGraph(), []
-    step = {"input_ids": ids, "position_ids": place[None], "past_key_values": cache}
+
+    def step(cache: FixedPackedCache) -> Tensor:
+        cache.position = place
+        logits: Tensor = model(input_ids=ids, position_ids=place[None], past_key_values=cache).logits
+        return logits
+
+    recorded, plain = FixedPackedCache(90), FixedPackedCache(90)
+    graph, found, expected = torch.cuda.CUDAGraph(), [], []
     with torch.no_grad(), unmasked(model):
-        model(**step)
+        step(recorded)
         with torch.cuda.graph(graph):
-            logits = model(**step).logits
+            logits = step(recorded)
         for position in range(90):
             ids.copy_(text[:, position : position + 1])
             place.fill_(position)
             graph.replay()
             found.append(logits.clone())
+            expected.append(step(plain))
+    assert torch.equal(torch.cat(found), torch.cat(expected))
     with torch.no_grad():
-        expected = model(text, use_cache=False).logits
-    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-3, atol=1e-3)
+        whole = model(text, use_cache=False).logits[0]
+    errors = (torch.cat(found)[:, 0] - whole).abs().amax(dim=1)
+    assert float(errors.median()) <= 1e-3
 
 
 def close(found: Tensor, expected: Tensor) -> None:
