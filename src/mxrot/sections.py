@@ -75,8 +75,8 @@ class Smoothing:
             raise ConfigError(f"smoothing: alpha {self.alpha} is not in [0, 1]")
 
 
-First = Literal["uniform", "model"]
-"""The first token of free text that a model writes: any of its vocabulary alike, or one that it draws."""
+First = Literal["uniform", "model", "both"]
+"""The first token of free text that a model writes: any of its vocabulary alike, one that it draws, or by turns."""
 
 
 @dataclass(frozen=True)

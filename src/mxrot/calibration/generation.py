@@ -74,8 +74,9 @@ def generated_windows(
     kinds = Kinds.of(manner, sequences, text is not None)
     begin = start_token(model.config)
     with shared_heads(model):
-        if manner.first == "model" and len(kinds.free):
-            first[kinds.free] = _drawn_first(model, first[kinds.free], begin, draws)
+        drawn = {"uniform": kinds.free[:0], "model": kinds.free, "both": kinds.free[1::2]}[manner.first]
+        if len(drawn):
+            first[drawn] = _drawn_first(model, first[drawn], begin, draws)
         starts = first[:, None]
         if text is not None and len(kinds.prompted):
             text = text if begin is None else text[:, 1:]  # pieces of it, which do not begin again

@@ -14,6 +14,13 @@ _MAYBE = (int, float, type(None))
 _CHECKS: Any = [{"step": int, "held_out": _NUMBER}]
 _LINEAR = {"name": str, "shape": [int], "weight_error": _NUMBER, "output_error": _MAYBE, "damping": _MAYBE}
 _TRIAL = {"candidate": str, "nats_per_token": dict, "score": _NUMBER, "is_kept": bool}
+_PLAIN: dict[str, Any] = {
+    "data": dict,
+    "windows": [int],
+    "rotation_losses": [_NUMBER],
+    "choice": [_TRIAL],
+    "left_out_of_recipe": [str],
+}
 _SIZE = ("code_bytes", "scale_bytes", "transform_bytes", "other_bytes", "quantized_weights", "total_bytes")
 _RUN: dict[str, Any] = {
     "model": str,
@@ -57,7 +64,7 @@ def read_run(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: blocks.{index}: a linear has the shape {linear['shape']!r}")
     if run.get("tuning") is not None:
         _check(run["tuning"], _CHECKS, f"{path}: tuning")
-    for key, kind in (("data", dict), ("windows", [int]), ("rotation_losses", [_NUMBER]), ("choice", [_TRIAL])):
+    for key, kind in _PLAIN.items():
         if run.get(key) is not None:
             _check(run[key], kind, f"{path}: {key}")
     return run

@@ -47,6 +47,7 @@ def inspect(
         maxima_table,
         progress_on_stderr,
         rank_line,
+        recipe_line,
         rotation_line,
         sites_choice_line,
         size_line,
@@ -81,6 +82,7 @@ def inspect(
         lines = (
             changes_line,
             left_line,
+            recipe_line,
             rank_line,
             rotation_line,
             choice_line,

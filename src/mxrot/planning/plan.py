@@ -28,6 +28,7 @@ from mxrot.quantizing.loading import compute_dtype
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.rotating import config_after
 from mxrot.recipe import Recipe
+from mxrot.suited import suited
 from mxrot.vllm.verdict import VllmReport, plan_for_vllm
 
 ASSUMED_DTYPE = torch.bfloat16
@@ -150,6 +151,8 @@ def make_plan(
         skeleton = build_apart(config)
         building = time.perf_counter() - started
         stored, warnings = _stored_dtype(config, source)
+        recipe, left_out = suited(recipe, family, config)
+        warnings += [f"left out of the recipe: {said}" for said in left_out]
     except FamilyError as error:
         return replace(plan, problems=[*problems, str(error)])
     problems += _summarized(list(find_problems(skeleton, family, recipe, model, source)), family)

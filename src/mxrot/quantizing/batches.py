@@ -48,7 +48,7 @@ def held_out(windows: int, share: float, kind: str) -> Tensor:
 def window_groups(windows: int, given: int, share: float) -> dict[str, Tensor] | None:
     """Positions of windows by what they are for, as an executor takes them; None where none are held out.
 
-    The first `given` are text, the others the model has written.
+    The first `given` are text, the others the model has written. Of a kind of one window nothing is held out.
     """
     if not share:
         return None
@@ -56,6 +56,6 @@ def window_groups(windows: int, given: int, share: float) -> dict[str, Tensor] |
     places = torch.arange(windows)
     for kind, own in (("text", places[:given]), ("written", places[given:])):
         if len(own):
-            held = held_out(len(own), share, kind)
-            found |= {kind: own[~held], f"{HELD} {kind}": own[held]}
+            held = held_out(len(own), share, kind) if len(own) > 1 else torch.zeros(1, dtype=torch.bool)
+            found |= {kind: own[~held]} | ({f"{HELD} {kind}": own[held]} if len(own) > 1 else {})
     return found

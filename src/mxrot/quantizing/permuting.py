@@ -5,7 +5,6 @@ Everything that comes after, the original model that runs beside included, is re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,41 +12,14 @@ from torch import Tensor, nn
 
 from mxrot.calibration import Executor, Hessian
 from mxrot.calibration.site_weights import together
-from mxrot.errors import ConfigError, FamilyError, NumericsError
+from mxrot.errors import NumericsError
 from mxrot.models import Site, value_heads
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.block import copy_of, fill_original, linear_weights
 from mxrot.quantizing.experts import Mixture, inside
 from mxrot.quantizing.part import BlockRun, Part
-from mxrot.rules import Rules
 from mxrot.surgery import PermutedFfn, PermutedHeads, permutable_linears
 from mxrot.transforms import channel_order
-
-
-def permutation_problems(rules: Rules, head_width: int) -> Iterator[ConfigError | FamilyError]:
-    """Why channels cannot be permuted as the recipe says; none where it says nothing."""
-    wanted, family = rules.recipe.permutation, rules.family
-    if wanted is None:
-        return
-    if wanted.ffn != "none" and not permutable_linears(family):
-        yield FamilyError(
-            f"recipe {rules.recipe.name}: permutation.ffn: family {family.name} has no linear whose channels can be "
-            'permuted; set it to "none"'
-        )
-    if wanted.value_heads == "none":
-        return
-    blocks = {
-        rules.of(index, site.name).transform.block
-        for index in range(rules.blocks)
-        for site in rules.active_sites(index)
-        if family.values_read_by in site.linears
-    }
-    for block in sorted(blocks):
-        if head_width % block:
-            yield ConfigError(
-                f"recipe {rules.recipe.name}: permutation.value_heads: heads are {head_width} wide, which is not a "
-                f'multiple of the transform\'s block of {block}; set it to "none"'
-            )
 
 
 @dataclass

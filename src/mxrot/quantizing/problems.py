@@ -16,12 +16,12 @@ from mxrot.models import Family, Source, linear_problems, quantized_by, value_he
 from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.quantizing.choosing import choice_problems
 from mxrot.quantizing.patterns import matches_nothing
-from mxrot.quantizing.permuting import permutation_problems
 from mxrot.quantizing.rotating import rotation_problems
 from mxrot.quantizing.site import smoothed_sites
 from mxrot.quantizing.trained_rotations import training_problems
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
+from mxrot.suited import suited
 from mxrot.transforms.orders import factors_of
 
 
@@ -34,6 +34,7 @@ def find_problems(
     """
     yield from weight_problems(model, where, source)
     yield from ignore_problems(model, family, recipe)
+    recipe, _ = suited(recipe, family, model.config)
     rules = Rules(recipe, family, model.config.num_hidden_layers)
     wrong = list(rules.problems())
     yield from wrong
@@ -41,7 +42,6 @@ def find_problems(
         return
     yield from expert_problems(rules)
     yield from rotation_problems(model.config, family, recipe, where)
-    yield from permutation_problems(rules, value_heads(model.config.get_text_config())[1])
     yield from training_problems(rules)
     yield from smoothing_problems(rules)
     yield from linear_problems(model, family, rules.input_block)
@@ -88,11 +88,6 @@ def expert_problems(rules: Rules) -> Iterator[MxrotError]:
         yield ConfigError(
             f"recipe {recipe.name}: experts, as in family {family.name}, are not tuned; set tuning = none, or take "
             "recipe mxrot"
-        )
-    if recipe.calibration.held_out:
-        yield ConfigError(
-            f"recipe {recipe.name}: calibration.held_out: experts, as in family {family.name}, get tokens, and not "
-            "windows that could be held out; set calibration.held_out = 0"
         )
     if any("mean" in one.transform.needs for one in rules.in_use):
         yield ConfigError(

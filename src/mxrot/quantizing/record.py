@@ -79,6 +79,8 @@ class RunRecord:
     """Losses of the distillation; None where the whole network was not tuned."""
     choice: list[Trial] | None = None
     """What was tried, in this order; None where there was nothing to choose."""
+    left_out_of_recipe: list[str] = field(default_factory=list)
+    """What the model had no room for of the recipe that was given, a sentence each; it is not in `recipe`."""
     rotation_losses: list[float] | None = None
     """Cross entropy of the next token, in nats, at each step of the training of rotations, on its windows and before
     it; None where none were trained."""
@@ -88,6 +90,8 @@ class RunRecord:
         plain = {key: value for key, value in vars(self).items() if key not in ("recipe", "blocks", "tuning", "choice")}
         tuning = None if self.tuning is None else [asdict(check) for check in self.tuning]
         blocks = [asdict(block) for block in self.blocks]
+        if not self.left_out_of_recipe:
+            del plain["left_out_of_recipe"]
         tried = {} if self.choice is None else {"choice": [asdict(trial) for trial in self.choice]}
         return {"recipe": self.recipe.to_toml(), **plain, **tried, "tuning": tuning, "blocks": blocks}
 

@@ -139,9 +139,9 @@ def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> 
 
 def folds_of(groups: Mapping[str, Moments], requirements: Requirements) -> list[Fold]:
     """What candidates are fitted to and measured on: "windows": all kinds, and what is held out of them; "kinds": each
-    kind, and what is held out of the others, where there are several."""
+    kind, and what is held out of the others, where there are several. Empty where nothing is held out."""
     kinds = {name: one for name, one in groups.items() if not name.startswith(HELD)}
-    held = {name: groups[f"{HELD} {name}"] for name in kinds}
+    held = {name: groups[f"{HELD} {name}"] for name in kinds if f"{HELD} {name}" in groups}
     if requirements.folds == "windows" or len(kinds) == 1:
         fitted = Moments.together(list(kinds.values()))
         return [Fold(fitted, one) for one in held.values()]

@@ -44,6 +44,7 @@ from mxrot.quantizing.trained_rotations import learned_rotations
 from mxrot.quantizing.written import Writing, manner_of
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, install_attention, prepare
+from mxrot.suited import suited
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, gains_of, tune_network
 
@@ -81,7 +82,8 @@ def quantize(
 ) -> QuantizedModel:
     """Quantize a model, by its source or its folder.
 
-    Rotations of the recipe are merged into the weights first, and all else is read from what comes out.
+    What the model has no room for is left out of the recipe (mxrot.suited), and the record says so. Rotations of the
+    recipe are merged into the weights first, and all else is read from what comes out.
     `windows` are calibration token windows [W, T] (None for a recipe that needs no data), of which the first `given`
     are text and the others were written by the model; all are text by default. Computes on `device`,
     in the checkpoint's own type on a GPU and in float32 on a CPU; everything a checkpoint keeps is rounded to its
@@ -92,6 +94,7 @@ def quantize(
     """
     started = time.monotonic()
     source = FolderSource(source) if isinstance(source, Path) else source
+    recipe, left_out = suited(recipe, source.family, source.config)
     job = _checked(source, recipe, device, seed, store, progress, windows)
     if given is None:
         given = 0 if windows is None else len(windows)
@@ -100,7 +103,7 @@ def quantize(
     windows = _calibration_windows(job, windows)
     job, windows, trials = _chosen(job, source, windows, given)
     record = _new_record(recipe, job, windows)
-    record.choice, record.rotation_losses = trials, rotation_losses
+    record.choice, record.rotation_losses, record.left_out_of_recipe = trials, rotation_losses, left_out
     load_outer(job.model, job.run.family, job.run.source.outer(), job.run.dtype, job.run.device)
     job = _permuted(job, windows, given)
     source = job.run.source

@@ -182,6 +182,11 @@ def left_line(run: dict[str, Any]) -> str:
     )
 
 
+def recipe_line(run: dict[str, Any]) -> str:
+    """One line on what the model had no room for of the recipe, from a run.json; empty where it had for all."""
+    return "; ".join(f"left out of the recipe: {said}" for said in run.get("left_out_of_recipe", []))
+
+
 def rank_line(run: dict[str, Any]) -> str:
     """One line on the linears whose Hessian has seen fewer tokens than they have inputs; empty where there are none."""
     linears = [linear for block in run["blocks"] for linear in block["linears"] if linear.get("tokens") is not None]

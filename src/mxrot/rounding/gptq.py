@@ -79,14 +79,14 @@ class GPTQ(RoundingMethod):
     """Candidates for `damping`, from which each site takes the one that leaves least on held-out tokens; none: it is
     not chosen."""
     target_dampings: tuple[float, ...] = ()
-    """The same for `target_damping`; infinity stands for the target "own"."""
+    """The same for `target_damping`; infinity stands for the target "own", under which there is nothing to choose."""
     folds: Literal["windows", "kinds"] = "kinds"
     """What candidates are measured on: held-out windows of all kinds of text that they are fitted to, or those of one
     kind while they are fitted to the other (docs/methods.md)."""
 
     @property
     def requirements(self) -> Requirements:
-        chooses = self.dampings or self.target_dampings
+        chooses = self.dampings or self.chooses_target
         relative = self.tokens == "relative"
         return Requirements(True, self.target, relative, self.inputs, self.folds if chooses else "none")
 
@@ -100,10 +100,6 @@ class GPTQ(RoundingMethod):
                 if not (0 < value < math.inf or (most and value == math.inf)):
                     kind = "positive" if most else "positive and finite"
                     raise ConfigError(f"rounding gptq: {key} must be {kind}, got {value}")
-        if self.target_dampings and self.target == "own":
-            raise ConfigError(
-                'rounding gptq: target_dampings are of the way to a target; set target = "residual" or "original"'
-            )
         if self.inputs == "unquantized" and self.target != "own":
             raise ConfigError(
                 f'rounding gptq: target = "{self.target}" makes up for what quantized inputs lack, and needs inputs = '
@@ -130,11 +126,11 @@ class GPTQ(RoundingMethod):
 
     @property
     def chooses_target(self) -> bool:
-        return bool(self.target_dampings)
+        return bool(self.target_dampings) and self.target != "own"
 
     @property
     def tried(self) -> int:
-        return len(self.dampings) + len(self.target_dampings)
+        return len(self.dampings) + len(self.target_dampings) * self.chooses_target
 
     @property
     def candidates(self) -> int:
@@ -160,7 +156,9 @@ class GPTQ(RoundingMethod):
 
     def chosen(self, folds: Sequence[Fold], weight: Tensor, format: Format, rule: ScaleRule, name: str) -> GPTQ:
         found = replace(self, dampings=(), target_dampings=())
-        if self.target_dampings:
+        if not folds:
+            return found
+        if self.chooses_target:
             energies = [energy(weight, fold.unseen) for fold in folds]
 
             def factor_of(damping: float, hessian: Tensor) -> Tensor:

@@ -25,14 +25,21 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ChannelOrder = Literal["none", "balanced", "correlated"]
 
-ROUNDS = 64
+ROUNDS = 32
 """Of exchanges at most; in each a block takes part in one."""
 ROWS = 128
 """Of v that are computed at once."""
+PART, FEWEST = 4, 256
+"""One channel in so many is looked at in a round, those first that another block draws most, and this many at least."""
+NARROW = 128
+"""Channels up to which a CPU is faster: a GPU takes longer to launch a round than the round takes."""
+JITTER = 1e-12
+"""Of the trace of a block, added to its diagonal so that what has no full rank has a Cholesky factor."""
 ORDER_BYTES = {"none": 0.0, "balanced": 18.0, "correlated": 42.0}
 """For each of K^2 pairs of channels, at the peak, the moments of inputs and weights (8 each) included."""
 LEAST_GAIN = 1e-4
@@ -49,6 +56,8 @@ def channel_order(inputs: Tensor, weights: Tensor, block: int, kind: ChannelOrde
     natural = torch.arange(width)
     if kind == "none" or width == block:
         return natural
+    if width <= NARROW:
+        inputs, weights = inputs.cpu(), weights.cpu()
     sizes = (_diagonal(inputs) * _diagonal(weights)).clamp(min=0).sqrt()
     places = dealt(sizes.cpu(), block).to(inputs.device)
     if kind == "correlated":
@@ -104,21 +113,24 @@ def exchanged(inputs: Tensor, weights: Tensor, places: Tensor, block: int, round
     refused = torch.zeros(gains.shape[1:], dtype=torch.bool, device=gains.device)
     traces = block_traces(inputs, weights, places.argsort(stable=True), block)
     for _ in range(rounds):
-        change = exchange_costs(places, sizes, gains, traces).masked_fill_(refused, 0.0)
+        worths = [worth(places, *one) for one in zip(sizes, gains, traces.float(), strict=True)]
+        rows = _restless(places, worths, traces)
+        change = exchange_costs(places, sizes, gains, traces, rows, worths).masked_fill_(refused[rows], 0.0)
         best, partner = change.min(dim=1)
         bound = -LEAST_GAIN * float(traces.square().sum()) / traces.shape[1]
-        swaps = _apart(best.tolist(), partner.tolist(), places.tolist(), bound)
+        swaps = _apart(rows.tolist(), best.tolist(), partner.tolist(), places.tolist(), bound)
         if not swaps:
             break
         first, second = (torch.tensor(side, device=places.device) for side in zip(*swaps, strict=True))
-        after = _swapped(places, first, second)
-        found = block_traces(inputs, weights, after.argsort(stable=True), block)
-        lost = (found.square() - traces.square()).sum(dim=0)
-        is_worse = lost[places[first]] + lost[places[second]] >= 0
+        touched = torch.cat([places[first], places[second]])
+        after = _swapped(places, first, second).argsort(stable=True).unflatten(0, (-1, block))[touched]
+        found = block_traces(inputs, weights, after.flatten(), block)
+        lost = (found.square() - traces[:, touched].square()).sum(dim=0)
+        is_worse = lost[: len(first)] + lost[len(first) :] >= 0
         refused[first[is_worse], second[is_worse]] = refused[second[is_worse], first[is_worse]] = True
-        touched = torch.cat([places[first[is_worse]], places[second[is_worse]]])
-        found[:, touched] = traces[:, touched]
-        places, traces = _swapped(places, first[~is_worse], second[~is_worse]), found
+        is_kept = ~is_worse.repeat(2)
+        traces[:, touched[is_kept]] = found[:, is_kept]
+        places = _swapped(places, first[~is_worse], second[~is_worse])
     return places
 
 
@@ -128,51 +140,71 @@ def _swapped(places: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return found
 
 
-def exchange_costs(places: Tensor, sizes: Tensor, gains: Tensor, traces: Tensor) -> Tensor:
-    """What F should become more by when channels i and j change places: float32 [K, K]; 0 where they are in one block.
+def exchange_costs(
+    places: Tensor, sizes: Tensor, gains: Tensor, traces: Tensor, rows: Tensor, worths: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """What F should become more by when channels i, of `rows` [R], and j change places: float32 [R, K]; 0 where they are
+    in one block.
 
     With t_g the trace of a block [n, G] and c_i,g = k_g sum of v_ij over the j in it, and i in g, j in h, the block g
     gets t_g - a_i + a_j + c_i,g - c_j,g + k_g v_ij, and h the same with i and j the other way round.
     """
-    member = torch.nn.functional.one_hot(places, traces.shape[1]).to(gains.dtype)
-    change = torch.zeros(gains.shape[1:], dtype=gains.dtype, device=gains.device)
-    for a, v, exact in zip(sizes, gains, traces.to(gains.dtype), strict=True):
-        beside = v @ member
-        whole = beside.gather(1, places[:, None])[:, 0] @ member / 2
-        share = torch.where(whole > 0, ((a @ member - exact) / whole).clamp(0, 1), 0.0)
-        beside *= share
-        own = beside.gather(1, places[:, None])[:, 0]
+    change = torch.zeros(len(rows), len(places), dtype=gains.dtype, device=gains.device)
+    for a, v, exact, (beside, share) in zip(sizes, gains, traces.to(gains.dtype), worths, strict=True):
+        own = beside.gather(0, places[None])[0]
         here = exact[places]
-        after = v * share[places][:, None]
-        after += (here - a + own)[:, None]
-        after += a - beside[:, places].T
-        squared = after.square_()
-        change += squared + squared.T
-        change -= here.square()[:, None] + here.square()
-    return change.masked_fill_(places[:, None] == places, 0.0)
+        left = here - a + own
+        pairs = v[rows]
+        after = torch.addcmul(left[rows, None] + a - beside[places[rows]], pairs, share[places[rows], None])
+        change += after.square_()
+        after = torch.addcmul(left + a[rows, None] - beside[:, rows].T[:, places], pairs, share[places])
+        change += after.square_()
+        change -= here[rows, None].square() + here.square()
+    return change.masked_fill_(places[rows, None] == places, 0.0)
 
 
-def _apart(best: list[float], partner: list[int], places: list[int], bound: float) -> list[tuple[int, int]]:
+def worth(places: Tensor, a: Tensor, v: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """What each channel is worth in each block, c [G, K], and the share k of each block [G], of one set of moments."""
+    member = F.one_hot(places, len(exact)).to(v.dtype)
+    beside = member.T @ v
+    whole = beside.gather(0, places[None])[0] @ member / 2
+    share = torch.where(whole > 0, ((a @ member - exact) / whole).clamp(0, 1), 0.0)
+    return beside.mul_(share[:, None]), share
+
+
+def _restless(places: Tensor, worths: list[tuple[Tensor, Tensor]], traces: Tensor) -> Tensor:
+    """The channels that most of what is theirs draws to another block: a part of all, int64 [R]."""
+    drawn = torch.zeros_like(worths[0][0][0])
+    for (beside, _), exact in zip(worths, traces.to(drawn.dtype), strict=True):
+        drawn += exact[places] * (beside.amax(dim=0) - beside.gather(0, places[None])[0])
+    return drawn.topk(max(min(len(places), FEWEST), len(places) // PART)).indices
+
+
+def _apart(
+    rows: list[int], best: list[float], partner: list[int], places: list[int], bound: float
+) -> list[tuple[int, int]]:
     """The best exchanges, each below `bound`, of which no two touch the same block: their gains add up."""
     taken: set[int] = set()
     found = []
-    for channel in sorted(range(len(best)), key=best.__getitem__):
-        if best[channel] >= bound:
+    for place in sorted(range(len(rows)), key=best.__getitem__):
+        if best[place] >= bound:
             break
-        touched = {places[channel], places[partner[channel]]}
+        touched = {places[rows[place]], places[partner[place]]}
         if taken.isdisjoint(touched):
             taken |= touched
-            found.append((channel, partner[channel]))
+            found.append((rows[place], partner[place]))
     return found
 
 
 def block_traces(inputs: Tensor, weights: Tensor, order: Tensor, block: int) -> Tensor:
-    """tr S_g of the blocks that an order [K] makes: float64 [n, G], from moments [n, K, K]."""
+    """tr S_g of the blocks that an order makes, int64 [G B]: float64 [n, G], from moments [n, K, K]."""
     members = order.unflatten(0, (-1, block))
     of_inputs, of_weights = (moments[:, members[:, :, None], members[:, None, :]] for moments in (inputs, weights))
-    values, vectors = torch.linalg.eigh(of_inputs)
-    root = vectors * values.clamp(min=0).sqrt()[..., None, :]
-    return torch.linalg.eigvalsh(root.mT @ of_weights @ root).clamp(min=0).sqrt().sum(dim=-1)
+    traces = of_inputs.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    added = torch.where(traces > 0, JITTER * traces, 1.0)[..., None, None]
+    root = torch.linalg.cholesky(of_inputs + added * torch.eye(block, dtype=inputs.dtype, device=inputs.device))
+    found = torch.linalg.eigvalsh(root.mT @ of_weights @ root).clamp(min=0).sqrt().sum(dim=-1)
+    return torch.where(traces > 0, found, 0.0)
 
 
 def _diagonal(moments: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from mxrot.transforms.channel_order import (
     exchange_costs,
     exchanged,
     pair_gains,
+    worth,
 )
 from mxrot.transforms.moments import balancing_transform
 
@@ -81,7 +82,11 @@ def test_what_an_exchange_costs() -> None:
         return sizes @ member - (member.T @ gains @ member).diagonal(dim1=-2, dim2=-1) / 2
 
     places = torch.arange(K).flip(0) // BLOCK
-    found = exchange_costs(places, sizes, gains, traces_of(places))
+    traces = traces_of(places)
+    worths = [worth(places, *one) for one in zip(sizes, gains, traces, strict=True)]
+    rows = torch.arange(K)
+    found = exchange_costs(places, sizes, gains, traces, rows, worths)
+    assert torch.equal(exchange_costs(places, sizes, gains, traces, rows[3::7], worths), found[3::7])
     before = traces_of(places).square().sum()
     for i, j in list(combinations(range(K), 2))[::5]:
         swapped = places.clone()
