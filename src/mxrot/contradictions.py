@@ -88,13 +88,3 @@ def permutation_problems(permutation: PermutationChoice | None, cache: CacheChoi
         f'permutation.value_heads orders channels that cache.transform = "{cache.transform}" mixes afterwards; set one '
         'of them to "none"'
     )
-
-
-def transform_problems(transform: TransformMethod, rounding: RoundingMethod) -> Iterator[str]:
-    """What a transform takes for granted of rounding."""
-    if transform.counts_open_columns and not rounding.mends_later_columns:
-        yield (
-            f"transform {transform.name} counts what later columns leave open (transform.open), and rounding "
-            f"{rounding.name} as it is set makes up for nothing in the order of columns; set transform.open = 0, or "
-            'rounding.method = "gptq" with rounding.columns = "natural"'
-        )

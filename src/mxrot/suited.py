@@ -3,14 +3,18 @@ for them, with a word on it, so that one recipe serves every family."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from mxrot.models import Family, value_heads
 from mxrot.recipe import Recipe
 from mxrot.rounding import GPTQ
+from mxrot.sections import PermutationChoice
 from mxrot.surgery import permutable_linears
+from mxrot.tables import build, plain
+
+Change = Callable[[Recipe], Recipe]
 
 
 def suited(recipe: Recipe, family: Family, config: Any) -> tuple[Recipe, list[str]]:
@@ -23,18 +27,21 @@ def suited(recipe: Recipe, family: Family, config: Any) -> tuple[Recipe, list[st
     return recipe, left_out
 
 
-def _concessions(recipe: Recipe, family: Family, config: Any) -> Iterator[tuple[Any, str]]:
+def _concessions(recipe: Recipe, family: Family, config: Any) -> Iterator[tuple[Change, str]]:
     if family.experts is not None and recipe.calibration.held_out:
         yield (
             _unchosen,
-            "rounding: damping and target_damping are not chosen by site: experts get tokens, and not windows that could "
-            "be held out",
+            "rounding: damping and target_damping are not chosen by site: experts get tokens, and not windows that "
+            "could be held out",
         )
     wanted = recipe.permutation
     if wanted is None:
         return
     if wanted.ffn != "none" and not permutable_linears(family):
-        yield _without_order("ffn"), f"permutation.ffn: family {family.name} has no linear whose channels can be permuted"
+        yield (
+            _without_order("ffn"),
+            f"permutation.ffn: family {family.name} has no linear whose channels can be permuted",
+        )
     width = value_heads(config.get_text_config())[1]
     block = next((one.transform.block for one in recipe.variants if width % one.transform.block), None)
     if wanted.value_heads != "none" and block is not None:
@@ -52,12 +59,11 @@ def _unchosen(recipe: Recipe) -> Recipe:
     return replace(recipe, rounding=rounding, calibration=replace(recipe.calibration, held_out=0.0))
 
 
-def _without_order(key: str) -> Any:
+def _without_order(key: str) -> Change:
     def changed(recipe: Recipe) -> Recipe:
         assert recipe.permutation is not None
-        others = {"ffn", "value_heads"} - {key}
-        if all(getattr(recipe.permutation, other) == "none" for other in others):
-            return replace(recipe, permutation=None)
-        return replace(recipe, permutation=replace(recipe.permutation, **{key: "none"}))
+        kinds = plain(recipe.permutation) | {key: "none"}
+        kept = None if set(kinds.values()) == {"none"} else build(PermutationChoice, kinds, "permutation")
+        return replace(recipe, permutation=kept)
 
     return changed

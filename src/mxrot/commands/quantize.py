@@ -86,7 +86,16 @@ def quantize(
         )
     print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
     print(size_line(run["size"]))
-    lines = (left_line, recipe_line, rank_line, rotation_line, choice_line, sites_choice_line, tuning_line, experts_line)
+    lines = (
+        left_line,
+        recipe_line,
+        rank_line,
+        rotation_line,
+        choice_line,
+        sites_choice_line,
+        tuning_line,
+        experts_line,
+    )
     for line in filter(None, (line_of(run) for line_of in lines)):
         print(line)
     print_texts((run["data"] or {}).get("texts", []))

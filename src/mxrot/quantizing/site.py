@@ -98,7 +98,7 @@ def fit_transform(
     With `sharing = "block"` it starts with the division by the smoothing scales. `rows` gets the raw inputs.
     """
     recipe, scheme = run.of(part, site)
-    method, executor = recipe.transform, part.executor
+    method, executor = recipe.transform.beside(recipe.rounding.mends_later_columns), part.executor
     name = f"{part.name}.{site.linears[0]}"
     block = method.block_in(part.weights[site.linears[0]].shape[1])
     collectors = {}

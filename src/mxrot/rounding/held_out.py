@@ -99,7 +99,7 @@ def choose_damping(
     candidates: Sequence[float],
     errors_of: Callable[[float, Tensor], Tensor],
 ) -> float:
-    """The candidate whose rounding leaves least on unseen tokens; of equals the largest.
+    """The candidate whose rounding leaves least on unseen tokens: from the largest down, as long as each leaves less.
 
     `errors_of(damping, H)` gives what rounding some rows with the Hessian H changes in them, [n, K].
     """
@@ -111,7 +111,14 @@ def choose_damping(
             total += float(((error @ fold.unseen.hessian) * error).sum()) / energy
         return total
 
-    return min(sorted(candidates, reverse=True), key=left)
+    best, *smaller = sorted(candidates, reverse=True)
+    least = left(best)
+    for damping in smaller:
+        found = left(damping)
+        if found >= least:
+            break
+        best, least = damping, found
+    return best
 
 
 def energy(weight: Tensor, seen: Moments) -> float:

@@ -133,10 +133,9 @@ class TransformMethod(ABC):
         """Tokens that a statistic keeps of each block, for those that keep tokens."""
         return 0
 
-    @property
-    def counts_open_columns(self) -> bool:
-        """Is it made for weights whose later columns make up for what earlier ones lose?"""
-        return False
+    def beside(self, mends_later_columns: bool) -> TransformMethod:
+        """This method beside a rounding whose later columns make up for what earlier ones lose, or one without."""
+        return self
 
     @abstractmethod
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> Stage | SiteTransform:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 ChannelOrder = Literal["none", "balanced", "correlated"]
 
-ROUNDS = 32
+ROUNDS = 64
 """Of exchanges at most; in each a block takes part in one."""
 ROWS = 128
 """Of v that are computed at once."""
@@ -143,8 +143,8 @@ def _swapped(places: Tensor, first: Tensor, second: Tensor) -> Tensor:
 def exchange_costs(
     places: Tensor, sizes: Tensor, gains: Tensor, traces: Tensor, rows: Tensor, worths: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """What F should become more by when channels i, of `rows` [R], and j change places: float32 [R, K]; 0 where they are
-    in one block.
+    """What F should become more by when channels i, of `rows` [R], and j change places: float32 [R, K]; 0 where they
+    are in one block.
 
     With t_g the trace of a block [n, G] and c_i,g = k_g sum of v_ij over the j in it, and i in g, j in h, the block g
     gets t_g - a_i + a_j + c_i,g - c_j,g + k_g v_ij, and h the same with i and j the other way round.

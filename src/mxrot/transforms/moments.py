@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -80,9 +80,9 @@ class SecondMoment(TransformMethod):
     def needs(self) -> frozenset[str]:
         return frozenset({"moments", "whole"} if self.open else {"moments"})
 
-    @property
-    def counts_open_columns(self) -> bool:
-        return self.open > 0
+    def beside(self, mends_later_columns: bool) -> SecondMoment:
+        """Where nothing is made up for, what is left open is everything, and S_x (1 + c) has the transform of S_x."""
+        return self if mends_later_columns else replace(self, open=0.0)
 
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
         inputs = sample.seen["moments"]

@@ -65,7 +65,8 @@ def _transform(rules: Rules, index: int, site: Site, block: nn.Module, seed: int
         return None
     sample = SiteSample(to_fit_to(weights, site.linears, None), recipe.transform.block)
     generator = generator_for(seed, f"{rules.family.block_prefix(index)}.{site.linears[0]}")
-    return SiteTransform.of(recipe.transform.fit(sample, recipe.sharing, generator)).as_applied()
+    method = recipe.transform.beside(recipe.rounding.mends_later_columns)
+    return SiteTransform.of(method.fit(sample, recipe.sharing, generator)).as_applied()
 
 
 def rounded_inputs(quantizer: TensorQuantizer, x: Tensor) -> Tensor:

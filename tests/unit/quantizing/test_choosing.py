@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_model import random_windows, write_tiny_mixture, write_tiny_model
+from tests.tiny_model import random_windows, tiny_config, write_tiny_mixture, write_tiny_model
 from tests.unit.checkpoint.folders import digests, without_run, write
 from transformers import LlamaForCausalLM
 
@@ -20,7 +20,8 @@ from mxrot.quantizing.batches import window_groups
 from mxrot.quantizing.choosing import Reference, folds_of
 from mxrot.quantizing.run import quantize
 from mxrot.recipe import Recipe, load_recipe
-from mxrot.report import choice_line, sites_choice_line
+from mxrot.report import choice_line, recipe_line, sites_choice_line
+from mxrot.suited import suited
 
 WINDOWS = random_windows(6, 24)
 CANDIDATES = ["rounding.target=own", "rounding.target_damping=3.0; rounding.damping=1.0"]
@@ -126,7 +127,7 @@ def test_a_resumed_run_measures_nothing_twice(source: Path, tmp_path: Path, monk
         ({"choice__candidates": ["rounding.damping=1.0"] * 9}, "at most 8 are tried, got 9"),
         ({"choice__held_out": 1.0}, "held_out 1.0 is not between 0 and 1"),
         ({"choice__unseen": "kinds", "calibration__generated": 0.0}, "no other kind is there without"),
-        ({"rounding__dampings": [0.1, 1.0]}, "set calibration.held_out"),
+        ({"rounding__dampings": [0.1, 1.0], "calibration__held_out": 0.0}, "set calibration.held_out"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_refused_at_once(changes: dict[str, Any], message: str) -> None:
@@ -135,10 +136,9 @@ def test_a_choice_that_cannot_be_made_is_refused_at_once(changes: dict[str, Any]
 
 
 def test_candidates_that_do_not_go_together_are_refused(source: Path) -> None:
-    candidates = ["rounding.target=own", "rounding.target_dampings=[1.0]"]
-    one = chosen(choice__candidates=candidates, calibration__held_out=0.25)
-    with pytest.raises(ConfigError, match="does not go on top of all before it: rounding gptq: target_dampings"):
-        quantize(source, one, windows=WINDOWS)
+    candidates = ["rounding.first_column=crossed", "rounding.target=own"]
+    with pytest.raises(ConfigError, match="does not go on top of all before it: rounding gptq: first_column"):
+        quantize(source, chosen(choice__candidates=candidates), windows=WINDOWS)
 
 
 def test_a_candidate_that_installs_something_else_is_refused(source: Path) -> None:
@@ -199,6 +199,35 @@ def test_groups_are_of_one_kind_each() -> None:
 
 
 def test_experts_have_no_windows_to_hold_out(tmp_path: Path) -> None:
+    """So nothing is chosen by site, and the record says so."""
     mixture = write_tiny_mixture(tmp_path / "mixture", "mixtral")
-    with pytest.raises(ConfigError, match=r"calibration.held_out: experts"):
-        quantize(mixture, chosen(**SITES, calibration__generated=0.0), windows=WINDOWS)
+    one = chosen(**SITES, calibration__generated=0.0)
+    plain = one.changed({"rounding.dampings": [], "rounding.target_dampings": [], "calibration.held_out": 0.0})
+    found, expected = (quantize(mixture, recipe, windows=WINDOWS) for recipe in (one, plain))
+    (said,) = found.record.left_out_of_recipe
+    assert said.startswith("rounding: damping and target_damping are not chosen by site: experts get tokens")
+    assert recipe_line(found.record.as_table()) == f"left out of the recipe: {said}"
+    assert found.record.recipe == plain and expected.record.left_out_of_recipe == []
+    assert "left_out_of_recipe" not in expected.record.as_table()
+    assert found.model is not None and expected.model is not None
+    states = expected.model.state_dict()
+    assert all(torch.equal(value, states[name]) for name, value in found.model.state_dict().items())
+
+
+def test_nothing_is_chosen_where_no_window_can_be_held_out(source: Path) -> None:
+    one = chosen(**SITES, calibration__generated=0.0)
+    found = quantize(source, one, windows=WINDOWS[:1])
+    dampings = {linear.damping for block in found.record.blocks for linear in block.linears}
+    assert dampings == {one.rounding.damping} and one.rounding.damping not in SITES["rounding__dampings"]
+
+
+def test_orders_are_left_out_where_channels_cannot_move() -> None:
+    orders = {"ffn": "correlated", "value_heads": "correlated"}
+    one = load_recipe("rtn").changed({f"permutation.{key}": kind for key, kind in orders.items()})
+    config = tiny_config(architectures=["LlamaForCausalLM"], head_dim=48)
+    one = one.changed({"transform.method": "moments", "rounding.method": "gptq"})
+    found, (said,) = suited(one, LLAMA, config)
+    assert "heads are 48 wide, which is not a multiple of the transform's block of 32" in said
+    assert found.permutation is not None and found.permutation.spelled == "inner channels of MLPs (correlated)"
+    assert suited(one.changed({"permutation.ffn": "none"}), LLAMA, config)[0].permutation is None
+    assert suited(one, LLAMA, tiny_config(architectures=["LlamaForCausalLM"], head_dim=64)) == (one, [])

@@ -10,7 +10,7 @@ from torch import Tensor
 from mxrot.errors import ConfigError
 from mxrot.formats import FORMATS
 from mxrot.rounding import GPTQ
-from mxrot.rounding.held_out import Fold, Moments, choose_target_damping, energy, left_on, spaced_rows
+from mxrot.rounding.held_out import Fold, Moments, choose_damping, choose_target_damping, energy, left_on, spaced_rows
 from mxrot.rounding.linalg import inverse_factor
 
 ROWS, COLUMNS = 6, 64
@@ -78,6 +78,23 @@ def test_the_choice_is_the_least_error_by_an_exhaustive_look() -> None:
     assert choose_target_damping([one], [1.0], list(left), factor_of) == min(left, key=left.__getitem__)
 
 
+def test_a_smaller_damping_is_looked_at_as_long_as_each_leaves_less() -> None:
+    hessian = torch.eye(2, dtype=torch.float64)
+    one = Fold(Moments(hessian, None, 1), Moments(hessian, None, 1))
+    for left, best, seen in (
+        ({1.0: 3.0, 0.3: 2.0, 0.1: 1.0}, 0.1, [1.0, 0.3, 0.1]),
+        ({1.0: 1.0, 0.3: 1.0, 0.1: 0.5}, 1.0, [1.0, 0.3]),
+        ({1.0: 2.0, 0.3: 1.0, 0.1: 1.5}, 0.3, [1.0, 0.3, 0.1]),
+    ):
+        asked: list[float] = []
+
+        def errors_of(damping: float, _: Tensor, left: dict[float, float] = left, asked: list[float] = asked) -> Tensor:
+            asked.append(damping)
+            return torch.tensor([[left[damping] ** 0.5, 0.0]], dtype=torch.float64)
+
+        assert choose_damping([one], [1.0], [0.3, 0.1, 1.0], errors_of) == best and asked == seen
+
+
 def test_folds_count_relative_to_their_energies() -> None:
     truth = random(ROWS, COLUMNS, seed=6)
     helps, hurts = fold(truth, truth, 0.01), fold(truth, -truth, 0.01)
@@ -127,7 +144,6 @@ def test_sampled_rows_are_evenly_spaced() -> None:
         ({"dampings": (0.0,)}, "dampings must be positive and finite, got 0"),
         ({"dampings": (INFINITY,)}, "dampings must be positive and finite, got inf"),
         ({"target": "residual", "target_dampings": (-1.0,)}, "target_dampings must be positive, got -1"),
-        ({"target_dampings": (1.0,)}, 'target_dampings are of the way to a target; set target = "residual"'),
     ],
 )
 def test_candidates_that_mean_nothing_are_refused(options: dict, message: str) -> None:

@@ -273,9 +273,15 @@ def test_options_out_of_range_are_refused(options: dict[str, float], message: st
         SecondMoment(**options)
 
 
-def test_open_columns_need_a_walk_over_them() -> None:
+def test_without_a_walk_over_columns_all_of_the_moments_are_open() -> None:
+    """And twice the moments have the transform of once the moments."""
     recipe = load_recipe("mxrot")
-    assert recipe.changed({"transform.open": 1.0}).transform.counts_open_columns
+    assert recipe.transform.beside(recipe.rounding.mends_later_columns) == recipe.transform
     for changes in ({"rounding.method": "rtn"}, {"rounding.scales": "fixed", "rounding.columns": "descending"}):
-        with pytest.raises(ConfigError, match=r"set transform\.open = 0, or rounding\.method = \"gptq\""):
-            recipe.changed({"transform.open": 1.0} | changes)
+        one = recipe.changed(changes)
+        found = one.transform.beside(one.rounding.mends_later_columns)
+        assert found == SecondMoment(brake=0.75) and "whole" not in found.needs
+    sample = sample_of(uneven(200, seed=1), random(24, GROUPS * B, seed=2))
+    once = balancing_transform(sample.seen["moments"], weight_moments(sample), 0.01).matrices
+    twice = balancing_transform(2 * sample.seen["moments"], weight_moments(sample), 0.01).matrices
+    torch.testing.assert_close(twice / twice.norm(), once / once.norm())
