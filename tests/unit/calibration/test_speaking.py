@@ -127,4 +127,7 @@ def test_first_tokens_are_those_that_the_model_draws(model: PreTrainedModel, mon
     found = written(model, Manner("model"), count=200)
     counts = torch.bincount(found[:, 0], minlength=256)[favoured]
     assert counts.sum() == 200 and counts.min() > 30
-    assert len(written(model, Manner(), count=200)[:, 0].unique()) > 100
+    plain = written(model, Manner(), count=200)[:, 0]
+    assert len(plain.unique()) > 100
+    both = written(model, Manner("both"), count=200)[:, 0]
+    assert torch.equal(both[0::2], plain[0::2]) and torch.isin(both[1::2], favoured).all()
