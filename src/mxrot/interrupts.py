@@ -1,4 +1,4 @@
-"""What ends a run early: Ctrl-C, SIGTERM and SIGHUP, which end it alike.
+"""What ends a run early: Ctrl-C, SIGTERM and SIGHUP, which end it alike, but for the exit code.
 
 An interrupt is a KeyboardInterrupt, so that what is half written is taken away and finished blocks are kept. There are
 two times at which that is no way out. While modules are imported nothing is half written, and compiled code may swallow
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+EXIT_CODE = 1
+TERMINATED = 128 + signal.SIGTERM
+"""143, which batch systems take for what they asked for, and not for a failure of the job."""
 ECHO_SECONDS = 1.0
 """Wrappers hand on what the terminal has sent already: the same interrupt, once more."""
 AFTERMATH_SECONDS = 10.0
@@ -37,7 +40,14 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+def exit_code(number: int | None) -> int:
+    """Of a process that this signal has ended."""
+    return TERMINATED if number == signal.SIGTERM else EXIT_CODE
+
+
 _raised_at: float | None = None
+_raised: int | None = None
+"""The signal of that time."""
 _waiting = 0
 """How many `interrupt_waits` are open."""
 _noted: int | None = None
@@ -49,8 +59,13 @@ def arrived() -> bool:
     return _raised_at is not None and time.monotonic() - _raised_at < AFTERMATH_SECONDS
 
 
+def last_raised() -> int | None:
+    """The signal of the interrupt that was raised last."""
+    return _raised
+
+
 def end_at_once() -> None:
-    """From now on an interrupt writes one line and ends the process with exit code 1, without any cleaning up."""
+    """From now on an interrupt writes one line and ends the process with its exit code, without any cleaning up."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, _end)
@@ -71,15 +86,15 @@ def raise_interrupts() -> None:
 def _end(number: int, frame: FrameType | None) -> None:
     clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # a bar, which hides the cursor
     os.write(2, f"{clear}mxrot: error: {Interrupted(number)}\n".encode())
-    os._exit(1)
+    os._exit(exit_code(number))
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    global _raised_at, _noted
+    global _raised_at, _raised, _noted
     if _waiting:
         _noted = number
     elif _raised_at is None:
-        _raised_at = time.monotonic()
+        _raised_at, _raised = time.monotonic(), number
         raise Interrupted(number)
     elif time.monotonic() - _raised_at > ECHO_SECONDS:
         _end(number, frame)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 from tests.cases.commands import mxrot, refused
 from tests.tiny_model import write_tiny_model
 from transformers import LlamaConfig
+
+from mxrot.checkpoint.room import Room
+from mxrot.errors import DiskFullError
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -38,3 +42,50 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(tmp_path: Path, monke
     line = refused("quantize", model, "-r", "rtn", "-o", tmp_path / "out", exit_code=1)
     assert "GB are to be written there, and 1e-05 GB are free; make room" in line
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.case("G14")
+@pytest.mark.parametrize("free", [1_000, 60_000])
+def test_a_disk_that_fills_up_is_seen_after_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Somebody else fills it. A block that fits is written first; the same bytes come out once there is room."""
+    model = write_tiny_model(tmp_path / "tiny", num_hidden_layers=3)
+    words = ("quantize", model, "-r", "rtn", "-o")
+    partial = tmp_path / "out.partial"
+
+    def usage(path: Path) -> Usage:
+        is_full = (partial / "block-00000.json").exists()
+        return Usage(10_000_000, 0, free if is_full else 10_000_000)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", usage)
+        line = refused(*words, tmp_path / "out", exit_code=1)
+        assert re.search(r"out: [\d.e-]+ GB are to be written there, and [\d.e-]+ GB are free; make room for", line)
+        assert line.endswith(f"kept in {partial}; the same command with --resume goes on from there")
+        assert [path.name for path in sorted(partial.glob("block-*"))] == ["block-00000.json"]
+        again = refused(*words, tmp_path / "out", "--resume", exit_code=1)
+        assert "make room for" in again
+    for extra in ((tmp_path / "out", "--resume"), (tmp_path / "straight",)):
+        assert mxrot(*words, *extra).exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+@pytest.mark.case("G14")
+def test_a_block_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody knows how much the whole takes, too."""
+    room = Room(tmp_path / "out", tmp_path, tmp_path, needed_bytes=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10_000, 9_000, 1_000))
+    with room.around(1_000):
+        pass
+    with (
+        pytest.raises(DiskFullError, match=r"1\.1e-06 GB are to be written there, and 1e-06 GB are free"),
+        room.around(1_100),
+    ):
+        raise AssertionError("it was begun")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+    with room.around(1_100):
+        pass  # some file systems do not tell
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but run.json, which holds times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.json"}

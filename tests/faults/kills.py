@@ -118,7 +118,8 @@ def check_end(ended: Ended, number: int, tally: Tally, where: str) -> bool:
             tally.wrong.append(f"{where}: exit code {ended.code}: {ended.text[-300:]}")
         return True
     said = [line for line in ended.text.splitlines() if line.startswith("mxrot: error: ")]
-    if ended.code != 1 or len(said) != 1 or "Traceback" in ended.text or "interrupted" not in said[0]:
+    code = 143 if number == signal.SIGTERM else 1
+    if ended.code != code or len(said) != 1 or "Traceback" in ended.text or "interrupted" not in said[0]:
         tally.wrong.append(f"{where}: exit code {ended.code}: {ended.text[-600:]}")
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,12 @@ def test_an_interrupt_that_became_another_error_is_an_interrupt(monkeypatch: pyt
     monkeypatch.setattr(interrupts, "arrived", lambda: True)
     assert failure_of(ImportError("initialization failed"), "finished blocks").line.startswith("interrupted; finished")
     assert failure_of(ConfigError("recipe")) == ("recipe", 2)
+
+
+def test_only_sigterm_has_a_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it came out as another error."""
+    codes = {number.name: failure_of(interrupts.Interrupted(number)).exit_code for number in interrupts.SIGNALS}
+    assert codes == {"SIGINT": 1, "SIGTERM": 143, "SIGHUP": 1} and failure_of(KeyboardInterrupt()).exit_code == 1
+    monkeypatch.setattr(interrupts, "arrived", lambda: True)
+    monkeypatch.setattr(interrupts, "_raised", signal.SIGTERM)
+    assert failure_of(ImportError("initialization failed")).exit_code == 143

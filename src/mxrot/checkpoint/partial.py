@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mxrot.checkpoint.files import INDEX, TEMPORARY, Written, seen, write_json, 
 from mxrot.checkpoint.fingerprint import Stamps, differences
 from mxrot.checkpoint.noted import NEW, NotedTensors
 from mxrot.checkpoint.placing import PLACING, REPLACED
+from mxrot.checkpoint.room import Room
 from mxrot.checkpoint.side_files import TEMPLATES, is_side_file
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, DamagedError
@@ -56,8 +58,9 @@ def is_note(name: str) -> bool:
 class PartialCheckpoint:
     """What a run has done so far: one shard a decoder block, and one for everything else."""
 
-    def __init__(self, folder: Path, family: Family, blocks: int) -> None:
-        self.folder, self.family, self.blocks = folder, family, blocks
+    def __init__(self, folder: Path, family: Family, blocks: int, room: Room | None = None) -> None:
+        """`room` is looked at around each block that is written."""
+        self.folder, self.family, self.blocks, self.room = folder, family, blocks, room
         self.size = ModelSize()
         self.weight_map: dict[str, str] = {}
         self._written: dict[str, Written] = {}
@@ -96,12 +99,15 @@ class PartialCheckpoint:
         prefix = self.family.block_prefix(index)
         named = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
         path = self.folder / self.shard(index + 1)
-        written = write_tensors(path, named)
-        self._count(named, path.name, written, report)
-        # Last: a block with a report is finished.
-        write_json(self._report_path(index), {"sha256": written.sha256, "report": asdict(report)})
+        with nullcontext() if self.room is None else self.room.around(_bytes_of(named)):
+            written = write_tensors(path, named)
+            self._count(named, path.name, written, report)
+            # Last: a block with a report is finished.
+            write_json(self._report_path(index), {"sha256": written.sha256, "report": asdict(report)})
 
     def save_rest(self, tensors: dict[str, Tensor]) -> None:
+        if self.room is not None:
+            self.room.check_for(_bytes_of(tensors))
         self._count(tensors, self.shard(0), write_tensors(self.folder / self.shard(0), tensors))
 
     def _count(self, named: dict[str, Tensor], shard: str, written: Written, report: BlockReport | None = None) -> None:
@@ -172,6 +178,10 @@ class PartialCheckpoint:
                     f"{self.folder / name}: is not what this run has written there; did something else write to it?"
                 )
         return {name: written for name, written in found.items() if name != "run.json"}
+
+
+def _bytes_of(named: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in named.values())
 
 
 def holds_work(folder: Path) -> str | None:

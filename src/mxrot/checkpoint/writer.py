@@ -12,7 +12,6 @@ there, and writes the same bytes in the end.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,10 @@ from mxrot.checkpoint.partial import (
     remove_partial,
 )
 from mxrot.checkpoint.placing import finish_placing, put_in_place
+from mxrot.checkpoint.room import Room
 from mxrot.checkpoint.side_files import copy_file, find_side_files, left_out
 from mxrot.documents import read_json
-from mxrot.errors import CheckpointError, DamagedError, DiskFullError, add_note
+from mxrot.errors import CheckpointError, DamagedError, add_note
 from mxrot.models import FolderSource, Source, check_generation_config, commit_of
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.run import QuantizedModel, quantize
@@ -80,7 +80,8 @@ def quantize_to_folder(
             check_empty(place, force)
         check_generation_config(folder)
         side_files = find_side_files(folder)
-        _check_room(place, needed_bytes)
+        room = Room(place.shown, place.partial, place.lock.parent, needed_bytes)
+        room.check()
         files, stamps = hash_model(folder, read_stamps(place.partial), progress)
         sides, _ = hash_files(folder, [*side_files, *folder.glob("README.md")])
         fingerprint = fingerprint_of(files, sides, recipe, windows, device, seed, source.changes)
@@ -89,7 +90,7 @@ def quantize_to_folder(
         check_free_to_work(place.partial, resume, force)
         check_empty(place, force)
         open_partial(place.partial, fingerprint, stamps, resume)
-        store = PartialCheckpoint(place.partial, source.family, source.config.num_hidden_layers)
+        store = PartialCheckpoint(place.partial, source.family, source.config.num_hidden_layers, room)
         try:
             for path in side_files:
                 copy_file(path, place.partial / path.relative_to(folder))
@@ -107,17 +108,6 @@ def _check_apart(source: Path, place: Place) -> None:
     for folder in (place.output, place.partial):
         if source.resolve().is_relative_to(folder):
             raise CheckpointError(f"{place.shown}: holds the model that is to be quantized; give another folder")
-
-
-def _check_room(place: Place, needed_bytes: float) -> None:
-    """DiskFullError if so many bytes will not fit beside what is there; some file systems do not tell."""
-    there = sum(path.stat().st_size for path in place.partial.rglob("*") if path.is_file())
-    disk = shutil.disk_usage(place.lock.parent)
-    if disk.total and needed_bytes - there > disk.free:
-        raise DiskFullError(
-            f"{place.shown}: {needed_bytes / 1e9:.3g} GB are to be written there, and {disk.free / 1e9:.3g} GB are "
-            "free; make room, or give a folder on another disk"
-        )
 
 
 def _check_unchanged(source: Path, files: dict[str, str], stamps: Stamps) -> None:

@@ -1,6 +1,7 @@
 """What a command that fails says: one line for each kind of error, and an exit code.
 
-2 is for what a person asked for and can ask for otherwise, 1 for the machine, an interrupt, and faults of mxrot.
+2 is for what a person asked for and can ask for otherwise, 1 for the machine, an interrupt, and faults of mxrot, 143
+for SIGTERM.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def failure_of(error: BaseException, kept: str | None = None) -> Failure:
 def _failure_of(error: BaseException, kept: str | None) -> Failure:
     if isinstance(error, KeyboardInterrupt) or (interrupts.arrived() and not isinstance(error, MxrotError)):
         said = str(error) if isinstance(error, interrupts.Interrupted) else "interrupted"
-        return Failure(said + (f"; {kept} are kept, and --resume goes on from them" if kept else ""), 1)
+        number = error.number if isinstance(error, interrupts.Interrupted) else interrupts.last_raised()
+        goes_on = f"; {kept} are kept, and --resume goes on from them" if kept else ""
+        return Failure(said + goes_on, interrupts.exit_code(number))
     lacked = machine_failure(error)
     if lacked is not None:
         return Failure(str(lacked), lacked.exit_code)

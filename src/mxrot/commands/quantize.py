@@ -46,6 +46,7 @@ def quantize(
 ) -> None:
     """Quantize a model into a checkpoint folder."""
     from mxrot import api
+    from mxrot.progress.display import HEARTBEAT_SECONDS
     from mxrot.report import (
         choice_line,
         experts_line,
@@ -70,7 +71,7 @@ def quantize(
         raise ConfigError(f"--json {json_file}: is the output folder, too; name another file")
     prepare(model, device, json_file)
     task = f"{model}, {where(device)}, {_calibration(chosen, samples, seq_len)}, into {output}"
-    with progress_on_stderr(f"Quantizing with {chosen.name}", task) as told:
+    with progress_on_stderr(f"Quantizing with {chosen.name}", task, HEARTBEAT_SECONDS) as told:
         run = api.quantize(
             model,
             chosen,

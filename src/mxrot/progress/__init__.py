@@ -13,10 +13,24 @@ def silent(done: float, total: int, what: str) -> None:
     """A progress that tells nobody."""
 
 
-def part_of(progress: Progress, begin: float, size: float, total: int) -> Progress:
-    """What a part of a phase tells: it begins at `begin` of `total` and takes `size` of them, whatever it counts."""
+class Counted(str):
+    """What is being done, and what `done` and `total` count, as in "blocks": a rate can be said of it."""
+
+    unit: str
+
+    def __new__(cls, what: str, unit: str) -> Counted:
+        counted = super().__new__(cls, what)
+        counted.unit = unit
+        return counted
+
+
+def part_of(progress: Progress, begin: float, size: float, total: int, unit: str = "") -> Progress:
+    """What a part of a phase tells: it begins at `begin` of `total` and takes `size` of them, whatever it counts.
+
+    `unit` names what `total` counts, where a rate of it means something.
+    """
 
     def told(done: float, of: int, what: str) -> None:
-        progress(begin + size * min(1.0, done / max(1, of)), total, what)
+        progress(begin + size * min(1.0, done / max(1, of)), total, Counted(what, unit) if unit else what)
 
     return told

@@ -20,13 +20,15 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from mxrot.progress import Progress, silent
+from mxrot.progress import Counted, Progress, silent
 from mxrot.progress.pace import Pace, duration
 
 SECONDS_BETWEEN_LINES = 5.0
 SHARE_BETWEEN_LINES = 0.05
 """Of the time that has passed: the log of hours has hundreds of lines, not thousands."""
 MOST_BETWEEN_LINES = 60.0
+HEARTBEAT_SECONDS = 60.0
+"""At least, between two lines of work that may last a day."""
 SECONDS_BETWEEN_CHANGES = 0.5
 """Of a line in a notebook."""
 
@@ -49,18 +51,18 @@ def shown_progress(progress: ProgressOption, title: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def progress_on_stderr(title: str, task: str = "") -> Iterator[Progress]:
+def progress_on_stderr(title: str, task: str = "", between: float = SECONDS_BETWEEN_LINES) -> Iterator[Progress]:
     """Yields a function to be told (done, total, what).
 
     `task` says what will be done; it is a line of its own, once the work has something to tell: what is refused before
-    is one line, that of the error.
+    is one line, that of the error. On no terminal so many seconds are at least `between` two lines.
     """
     place = _place()
     if place == "terminal":
         with _bar(Console(stderr=True), title, task) as told:
             yield told
         return
-    lines = _Lines(title, task, place)
+    lines = _Lines(title, task, place, between)
     try:
         yield lines.told
     finally:
@@ -117,8 +119,8 @@ def _bar_mover(bar: rich.progress.Progress, title: str, pace: Pace, task: str = 
 class _Lines:
     """Prints a line when it is told something, and now and then when it is not."""
 
-    def __init__(self, title: str, task: str, place: Place) -> None:
-        self._title, self._task, self._in_place = title, task, place == "notebook"
+    def __init__(self, title: str, task: str, place: Place, between: float) -> None:
+        self._title, self._task, self._in_place, self._between = title, task, place == "notebook", between
         self._started = time.monotonic()
         self._pace = Pace(self._started)
         self._printed, self._width = float("-inf"), 0
@@ -163,7 +165,8 @@ class _Lines:
     def _gap(self, now: float) -> float:
         if self._in_place:
             return SECONDS_BETWEEN_CHANGES
-        return min(MOST_BETWEEN_LINES, max(SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES * (now - self._started)))
+        longer = min(MOST_BETWEEN_LINES, SHARE_BETWEEN_LINES * (now - self._started))
+        return max(self._between, longer)
 
     def _line(self, now: float, is_told: bool) -> str:
         pace = self._pace
@@ -173,7 +176,15 @@ class _Lines:
         left = pace.seconds_to_go(now)
         to_go = passed if left is None else f", {duration(left)} to go"
         what = f" ({pace.what})" if pace.what else ""
-        return f"{self._title}: {int(pace.done + 1e-6)} of {pace.total}{what}{to_go}"
+        return f"{self._title}: {int(pace.done + 1e-6)} of {pace.total}{what}{self._rate(now)}{to_go}"
+
+    def _rate(self, now: float) -> str:
+        """Of what is counted, where it has a name."""
+        what = self._pace.what
+        rate = self._pace.an_hour(now) if isinstance(what, Counted) else None
+        if rate is None or not isinstance(what, Counted):
+            return ""
+        return f", {rate:{'.0f' if rate >= 100 else '.3g'}} {what.unit} an hour"
 
 
 def _place() -> Place:

@@ -38,13 +38,26 @@ class Pace:
         """From now on; None before the first step, and where the steps before say nothing any more."""
         if self.done >= self.total:
             return 0.0
+        each = self._seconds_each(now)
+        if each is None:
+            return None
+        last, after = self._seen[-1]
+        needed, waited = each * (self.total - after), now - last
+        return needed - waited if waited < needed else needed
+
+    def an_hour(self, now: float) -> float | None:
+        """How much of what is counted is done in an hour, at the pace of the time to go; None where there is none."""
+        each = None if self.done >= self.total else self._seconds_each(now)
+        return None if each is None else 3600 / each
+
+    def _seconds_each(self, now: float) -> float | None:
+        """Of one of what is counted; None before the first step, and where the steps before say nothing any more."""
         (first, before), (last, after) = self._seen[0], self._seen[-1]
         if after <= before or last <= first:
             return None
-        needed = (last - first) * (self.total - after) / (after - before)
-        waited = now - last
+        each = (last - first) / (after - before)
         # Once the whole of the rest should have been done the estimate was wrong: then by all that is known now.
-        return needed - waited if waited < needed else (now - first) * (self.total - after) / (after - before)
+        return each if now - last < each * (self.total - after) else (now - first) / (after - before)
 
     @property
     def is_one_step(self) -> bool:

@@ -283,7 +283,7 @@ def _first_streams(job: _Job, windows: Tensor | None, given: int) -> _Streams | 
 def _next_block(job: _Job, index: int, block: nn.Module, streams: _Streams | None) -> tuple[BlockReport, bool]:
     """Quantize a block, or take it from the store, and go on to the inputs of the next; was it quantized here?"""
     run, family = job.run, job.run.family
-    told = part_of(job.progress, index, 1, len(job.blocks))
+    told = part_of(job.progress, index, 1, len(job.blocks), "blocks")
     told(0, 1, family.block_prefix(index))
     finished = job.store.load(index) if job.store and not run.recipe.tunes_network else None
     run.source.prefetch(index + 1)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mxrot.progress import display as progress
+from mxrot.progress import part_of
 from mxrot.progress.pace import Pace
 from mxrot.report import progress_on_stderr
 
@@ -121,3 +122,30 @@ def test_what_will_be_done_is_said_once_there_is_something_to_tell(
         assert capsys.readouterr().err == ""
         told(0, 3, "parts")
         assert capsys.readouterr().err == "Work: everything, on cpu\nWork: 0 of 3 (parts)\n"
+
+
+def test_a_heartbeat_is_a_line_a_minute_with_the_rate_and_the_time_to_go(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_on_stderr("Work", between=progress.HEARTBEAT_SECONDS) as told:
+        for block in range(6):
+            of_block = part_of(told, block, 1, 80, "blocks")
+            of_block(0, 2, f"layers.{block}")
+            clock.now += 20
+            of_block(1, 2, f"layers.{block}.mlp")
+            clock.now += 20
+    assert capsys.readouterr().err.splitlines() == [
+        "Work: 0 of 80 (layers.0)",
+        "Work: 1 of 80 (layers.1.mlp), 90 blocks an hour, 52 min to go",
+        "Work: 3 of 80 (layers.3), 90 blocks an hour, 51 min to go",
+        "Work: 4 of 80 (layers.4.mlp), 90 blocks an hour, 50 min to go",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(300, "12"), (7, "514"), (3600 * 3, "0.333")])
+def test_a_rate_has_three_digits(clock: Clock, capsys: pytest.CaptureFixture[str], seconds: int, said: str) -> None:
+    with progress_on_stderr("Work") as told:
+        for done in (0, 1):
+            part_of(told, done, 1, 1000, "blocks")(0, 1, "a")
+            clock.now += seconds * (1 - done)
+    assert f"Work: 1 of 1000 (a), {said} blocks an hour, " in capsys.readouterr().err

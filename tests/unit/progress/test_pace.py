@@ -55,6 +55,14 @@ def test_a_new_phase_begins_where_the_count_goes_back_or_the_total_changes() -> 
     assert pace.begun == 30
 
 
+def test_the_rate_is_that_of_the_time_to_go() -> None:
+    """Ten a minute; and once a step takes longer than all the rest should have, it slows the rate."""
+    assert pace_of((0, 0)).an_hour(100.0) is None and pace_of((0, 0), (9, 10)).an_hour(9.0) is None
+    pace = pace_of((0, 0), (30, 5))
+    assert pace.an_hour(30) == pace.an_hour(59) == pytest.approx(600)
+    assert pace.an_hour(100) == pytest.approx(180)
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(0.4, "0 s"), (119, "119 s"), (121, "2 min"), (3600, "60 min"), (7200, "2 h 0 min"), (12000, "3 h 20 min")],
