@@ -51,18 +51,19 @@ def shown_progress(progress: ProgressOption, title: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def progress_on_stderr(title: str, task: str = "", between: float = SECONDS_BETWEEN_LINES) -> Iterator[Progress]:
+def progress_on_stderr(title: str, task: str = "", between: float | None = None) -> Iterator[Progress]:
     """Yields a function to be told (done, total, what).
 
     `task` says what will be done; it is a line of its own, once the work has something to tell: what is refused before
-    is one line, that of the error. On no terminal so many seconds are at least `between` two lines.
+    is one line, that of the error. On no terminal there are at least `between` seconds between two lines, or
+    SECONDS_BETWEEN_LINES.
     """
     place = _place()
     if place == "terminal":
         with _bar(Console(stderr=True), title, task) as told:
             yield told
         return
-    lines = _Lines(title, task, place, between)
+    lines = _Lines(title, task, place, SECONDS_BETWEEN_LINES if between is None else between)
     try:
         yield lines.told
     finally:
