@@ -73,8 +73,10 @@ class SiteInputs:
             goal = stream - here if requirements.target == "residual" else wanted
             hessian.update(seen, size)
             missing.update(goal, seen, size)
-        mean, shift = hessian.result(self.executor.world), missing.result(self.executor.world)
-        del hessian, missing  # their sums
+        mean = hessian.result(self.executor.world)
+        del hessian  # its sum
+        shift = missing.result(self.executor.world)
+        del missing
         for rows in weights.groups:
             shift[rows.place] -= weights.folded(rows) @ mean
         return mean, shift
@@ -86,8 +88,10 @@ class SiteInputs:
             seen = self._seen(x)
             hessian.update(seen)
             cross.update(x_original, seen)
-        mean, across = hessian.result(self.executor.world), cross.result(self.executor.world)
-        del hessian, cross  # their sums
+        mean = hessian.result(self.executor.world)
+        del hessian  # its sum
+        across = cross.result(self.executor.world)
+        del cross
         shift = torch.empty(weights.shape, dtype=torch.float64, device=mean.device)
         for rows in weights.groups:
             torch.mm(weights.as_read(rows), across, out=shift[rows.place])

@@ -125,6 +125,15 @@ class SiteWeights:
             return self._all_folded[rows.place]
         return self.transform.fold(self.as_read(rows))
 
+    def all_folded(self) -> Tensor:
+        """All rows, float64 [N, K], however many they are; for reading."""
+        if len(self.groups) == 1:
+            return self.folded(self.groups[0])
+        found = torch.empty(self.shape, dtype=torch.float64, device=self.weights[self.linears[0]].device)
+        for rows in self.groups:
+            found[rows.place] = self.folded(rows)
+        return found
+
     @cached_property
     def _all_folded(self) -> Tensor:
         """Kept: they are wanted several times."""

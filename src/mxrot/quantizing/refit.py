@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from mxrot.calibration.site_inputs import SiteInputs
-from mxrot.calibration.site_weights import SiteWeights
+from mxrot.calibration.site_weights import Rows, SiteWeights
 from mxrot.models import Site
 from mxrot.quantizing.finite import check_transform
 from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.rounded import RoundedLinear
 from mxrot.transforms import BlockDiagonal, SiteTransform
-from mxrot.transforms.refit import diagonal_blocks, refit_correction
+from mxrot.transforms.refit import added_to_diagonal, by_block, diagonal_blocks, refit_correction
 
 
 def refitted(
@@ -46,16 +47,26 @@ def refitted(
     size = start.shape[-1]
     gram, wanted = torch.zeros_like(hessian), torch.zeros_like(hessian)
     for rows in weights.groups:
-        pieces = [rounded[name].weight.dequantize(torch.float64)[first:last] for name, first, last in rows.pieces]
-        codes = torch.cat(pieces)
+        codes = _codes(rows, rounded)
         lacks = (weights.folded(rows) - codes) @ hessian
         if shift is not None:
             lacks += shift[rows.place]
         gram += codes.T @ codes
         wanted += lacks.T @ codes
-    shared = len(start) == 1
-    correction = refit_correction(hessian, gram, diagonal_blocks(wanted, size), recipe.refit.damping, shared)
+        del codes, lacks
+    added = added_to_diagonal(hessian, gram, recipe.refit.damping)
+    moments = [by_block(hessian, size)]
+    del hessian, shift, weights  # as large as those that the solver takes
+    moments.append(by_block(gram, size))
+    del gram
+    correction = refit_correction(*moments, diagonal_blocks(wanted, size), added, len(start) == 1)
     moved = BlockDiagonal(start + start @ correction)
     found = replace(transform, stages=(*transform.stages[:-1], moved)).as_applied()
     check_transform(found, f"{part.name}.{site.linears[0]}")
     return found
+
+
+def _codes(rows: Rows, rounded: Mapping[str, RoundedLinear]) -> Tensor:
+    """What some rows of a site have become, float64 [n, K]."""
+    pieces = [rounded[name].weight.dequantize(torch.float64)[first:last] for name, first, last in rows.pieces]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

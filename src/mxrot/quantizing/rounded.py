@@ -124,28 +124,30 @@ def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> 
     if requirements.folds == "none":
         found = moments(executor.fitted)
     else:
-        groups = {name: moments(batches) for name, batches in executor.groups.items() if len(batches)}
-        pieces = [weights.folded(rows) for rows in weights.groups]
-        folded = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        by = scheme.weights
-        name = f"{part.name}.{site.linears[0]}"
-        method = method.chosen(folds_of(groups, requirements), folded, by.format, by.rule, name)
-        found = Moments.together([one for name, one in groups.items() if not name.startswith(HELD)])
+        fitted, folds = folds_of({name: moments(own) for name, own in executor.groups.items() if own}, requirements)
+        by, name = scheme.weights, f"{part.name}.{site.linears[0]}"
+        method = method.chosen(folds, weights.all_folded(), by.format, by.rule, name)
+        del folds  # and with them what was held out
+        found = Moments.together(fitted)
         if method.requirements.target == "own":
             found = replace(found, shift=None)
     executor.forget_inputs()
     return method, found
 
 
-def folds_of(groups: Mapping[str, Moments], requirements: Requirements) -> list[Fold]:
-    """What candidates are fitted to and measured on: "windows": all kinds, and what is held out of them; "kinds": each
-    kind, and what is held out of the others, where there are several. Empty where nothing is held out."""
+def folds_of(groups: Mapping[str, Moments], requirements: Requirements) -> tuple[list[Moments], list[Fold]]:
+    """The moments that together are those of all that is fitted to, and what candidates are fitted to and measured on.
+
+    "windows": all kinds, and what is held out of them; "kinds": each kind, and what is held out of the others, where
+    there are several; nothing where none is held out. Of `groups` those of kinds may be overwritten.
+    """
     kinds = {name: one for name, one in groups.items() if not name.startswith(HELD)}
     held = {name: groups[f"{HELD} {name}"] for name in kinds if f"{HELD} {name}" in groups}
     if requirements.folds == "windows" or len(kinds) == 1:
         fitted = Moments.together(list(kinds.values()))
-        return [Fold(fitted, one) for one in held.values()]
-    return [Fold(one, held[other]) for name, one in kinds.items() for other in held if other != name]
+        return [fitted], [Fold(fitted, one) for one in held.values()]
+    folds = [Fold(one, held[other]) for name, one in kinds.items() for other in held if other != name]
+    return list(kinds.values()), folds
 
 
 def _together(

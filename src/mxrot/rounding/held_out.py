@@ -39,15 +39,17 @@ class Moments:
 
     @staticmethod
     def together(parts: Sequence[Moments]) -> Moments:
-        """Those of the tokens of all parts."""
+        """Those of the tokens of all parts, in the tensors of the first one, which is overwritten."""
         tokens = sum(part.tokens for part in parts)
-        hessian = torch.zeros_like(parts[0].hessian)
-        shift = None if parts[0].shift is None else torch.zeros_like(parts[0].shift)
-        for part in parts:
-            hessian.add_(part.hessian, alpha=part.tokens / tokens)
-            if shift is not None and part.shift is not None:
-                shift.add_(part.shift, alpha=part.tokens / tokens)
-        return Moments(hessian, shift, tokens)
+        (first, *others) = parts
+        for total in (first.hessian, first.shift):
+            if total is not None:
+                total.mul_(first.tokens / tokens).add_(0.0)  # -0 becomes +0, as when a matrix is added
+        for part in others:
+            first.hessian.add_(part.hessian, alpha=part.tokens / tokens)
+            if first.shift is not None and part.shift is not None:
+                first.shift.add_(part.shift, alpha=part.tokens / tokens)
+        return Moments(first.hessian, first.shift, tokens)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Fold:
 def left_on(move: Tensor, seen: Moments) -> float:
     """What weights that are changed by `move` [n, K] leave on these tokens, less what unchanged ones do: per token, the
     mean of |move x - d|^2 - |d|^2; of n rows."""
-    found = ((move @ seen.hessian) * move).sum()
+    found = (move @ seen.hessian).mul_(move).sum()
     if seen.shift is not None:
         found = found - 2 * (move * seen.shift).sum()
     return float(found)
@@ -87,7 +89,9 @@ def choose_target_damping(
             assert fold.fitted.shift is not None
             factor = factor_of(damping, fold.fitted.hessian)
             move = (fold.fitted.shift @ factor.t()) @ factor
+            del factor  # as large as a Hessian, of which the next factor takes two
             total += left_on(move, fold.unseen) / energy
+            del move
         return total
 
     return min(sorted(candidates, reverse=True), key=left)
@@ -123,7 +127,7 @@ def choose_damping(
 
 def energy(weight: Tensor, seen: Moments) -> float:
     """The mean of |x W^T|^2 over tokens; 1 where nothing comes out."""
-    found = float(((weight @ seen.hessian) * weight).sum())
+    found = float((weight @ seen.hessian).mul_(weight).sum())
     return found if found > 0 else 1.0
 
 

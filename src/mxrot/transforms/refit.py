@@ -22,15 +22,24 @@ TOLERANCE = 1e-8
 """Of the residual, relative to the right-hand side: far below what bfloat16 keeps of a transform."""
 
 
-def refit_correction(hessian: Tensor, gram: Tensor, wanted: Tensor, damping: float, shared: bool = False) -> Tensor:
+def by_block(matrix: Tensor, size: int) -> Tensor:
+    """The columns of [K, K] by block: [K / size, K, size], in tensors of their own."""
+    groups = len(matrix) // size
+    return matrix.view(len(matrix), groups, size).permute(1, 0, 2).contiguous()
+
+
+def added_to_diagonal(hessian: Tensor, gram: Tensor, damping: float) -> Tensor:
+    """damping h s, a scalar."""
+    return damping * hessian.diagonal().mean() * gram.diagonal().mean()
+
+
+def refit_correction(rows: Tensor, columns: Tensor, wanted: Tensor, added: Tensor, shared: bool = False) -> Tensor:
     """D, float64 [G, B, B], or [1, B, B] where one matrix is `shared` by all blocks.
 
-    `hessian` H and `gram` S are [K, K], `wanted` [G, B, B] are the diagonal blocks of C^T W_q; all float64.
+    `rows` and `columns` are H and S `by_block` [G, K, B], `wanted` [G, B, B] the diagonal blocks of C^T W_q; all
+    float64. Takes two more matrices [K, K].
     """
     groups, size, _ = wanted.shape
-    rows = hessian.view(groups * size, groups, size).permute(1, 0, 2).contiguous()  # [G, K, B], H's columns by block
-    columns = gram.view(groups * size, groups, size).permute(1, 0, 2).contiguous()
-    added = damping * hessian.diagonal().mean() * gram.diagonal().mean()
 
     def together(blocks: Tensor) -> Tensor:
         return blocks.sum(dim=0, keepdim=True) if shared else blocks
@@ -38,6 +47,7 @@ def refit_correction(hessian: Tensor, gram: Tensor, wanted: Tensor, damping: flo
     def applied(d: Tensor) -> Tensor:
         moved = torch.bmm(rows, d.expand(groups, size, size))  # [G, K, B]: H times the columns of D, block by block
         whole = moved.view(groups, groups, size, size).permute(1, 2, 0, 3).reshape(groups, size, groups * size)
+        del moved
         return together(torch.bmm(whole, columns)) + added * d
 
     residual = together(wanted)

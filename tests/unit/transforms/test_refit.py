@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxrot.transforms.refit import diagonal_blocks, refit_correction
+from mxrot.transforms.refit import added_to_diagonal, by_block, diagonal_blocks, refit_correction
 
 G, B, N, TOKENS = 3, 4, 7, 200
 K = G * B
@@ -24,7 +24,9 @@ def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def found_for(x: Tensor, weight: Tensor, lack: Tensor, damping: float, shared: bool) -> Tensor:
     hessian, cross = x.T @ x / len(x), lack.T @ x / len(x)
     wanted = diagonal_blocks(cross.T @ weight, B)
-    return refit_correction(hessian, weight.T @ weight, wanted, damping, shared)
+    gram = weight.T @ weight
+    added = added_to_diagonal(hessian, gram, damping)
+    return refit_correction(by_block(hessian, B), by_block(gram, B), wanted, added, shared)
 
 
 @pytest.mark.parametrize("shared", [False, True])
