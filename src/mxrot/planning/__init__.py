@@ -7,7 +7,7 @@ from mxrot.planning.rates import Rates, measure_rates
 from mxrot.planning.run import Run
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
 from mxrot.planning.shape import ModelShape, SiteShape
-from mxrot.planning.site_memory import Stage
+from mxrot.planning.stage import Stage
 
 __all__ = [
     "HOW",

@@ -14,14 +14,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
 from mxrot.planning.ordering import ordering_stages
-from mxrot.planning.run import Run, reads_residual
+from mxrot.planning.run import Run, keeps_share, reads_residual
 from mxrot.planning.shape import SiteShape
-from mxrot.planning.site_memory import Stage, forward_bytes, site_stages
+from mxrot.planning.site_memory import forward_bytes, site_stages
+from mxrot.planning.stage import Stage, merged_rotations
 from mxrot.planning.training import training_stages
+from mxrot.planning.tuning import block_tuning_terms, tuning_stages
+from mxrot.planning.writing import writing_stages
 from mxrot.surgery.fold_norms import ROWS
-from mxrot.tuning.network import CHECKPOINT_BYTES, LOGIT_TOKENS
 
 PROCESS_BYTES = {"cpu": 5e8, "cuda": 3e9}
 """Of main memory: the code of PyTorch and transformers (measured on Linux); with a GPU also its driver and libraries
@@ -29,16 +30,6 @@ PROCESS_BYTES = {"cpu": 5e8, "cuda": 3e9}
 KEPT_SHARE, MOST_KEPT = 0.45, 2.5e8
 """What the allocator holds back within a site (heap.py), relative to the tensors alive, and at most: glibc maps tensors
 of more than 32 MiB one by one. Both were measured on Linux."""
-TUNED_BYTES = 28.2
-"""A tunable weight, besides its code and scale: value and two distances, what rounding took away (2 each), offset, its
-gradient, two averages of Adam, the best so far (4 each), and the moved weight."""
-CLIPPED_BYTES = 14.0
-"""The same while only the ends of its blocks are learned: the weight, what it is rounded to, and its gradient."""
-LEARNED_BYTES = 16.0
-"""The same of a two-bit weight that is learned: its gradient, two averages of Adam, the best so far (4 each). To it
-come itself (4), the same of the seven numbers of its block with what they become (about 2), and its looked-up value."""
-LOOKED_UP_BYTES = 50.0
-"""On the way back through one of the weights that are looked up, for each element of it."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +46,10 @@ class MemoryEstimate:
 def estimate_memory(run: Run) -> MemoryEstimate:
     """Of the device that computes: main memory on a CPU, the GPU's own on a GPU."""
     process = {} if run.is_gpu else {"the process": PROCESS_BYTES["cpu"]}
-    stages = [*training_stages(run), *_loading(run), *_writing_text(run), *_rotating(run), *ordering_stages(run)]
+    stages = [*training_stages(run), *_loading(run), *writing_stages(run), *_rotating(run), *ordering_stages(run)]
     for position, _ in enumerate(run.shape.fullest):
         stages += site_stages(run, position, _resident(run, position) | _remembered(run, position))
-    stages += [*_block_end(run), *_tuning(run)]
+    stages += [*_block_end(run), *tuning_stages(run)]
     return MemoryEstimate(
         tuple(Stage(stage.name, _named(process | stage.terms | _kept_back(run, stage))) for stage in stages)
     )
@@ -115,13 +106,13 @@ def _loading(run: Run) -> list[Stage]:
     terms = {"embedding, last norm and head": float(run.shape.outer_parameters * run.itemsize)}
     if not run.is_gpu:
         terms["the same, as they are read"] = run.shape.outer_parameters * run.stored.itemsize
-    found = [Stage("loading", terms | _rotations(run))]
+    found = [Stage("loading", terms | merged_rotations(run))]
     if run.rotates_residual:
         rows = min(ROWS, run.shape.vocabulary)
         found.append(
             Stage(
                 "rotating embedding and head",
-                _rotations(run)
+                merged_rotations(run)
                 | {
                     "some of their rows in float64": 16.0 * rows * run.shape.hidden,
                     "both as they are read, and rotated": 0.0
@@ -131,11 +122,6 @@ def _loading(run: Run) -> list[Stage]:
             )
         )
     return found
-
-
-def _rotations(run: Run) -> dict[str, float]:
-    """The matrices that are merged into the weights, which are kept as long as these are read."""
-    return {"rotations": float(run.rotation_bytes)} if run.rotation_bytes else {}
 
 
 def _rotating(run: Run) -> list[Stage]:
@@ -153,24 +139,6 @@ def _rotating(run: Run) -> list[Stage]:
     return [Stage("rotating a block", resident | beside)]
 
 
-def _writing_text(run: Run) -> list[Stage]:
-    if not run.recipe.calibration.writes or run.recipe.is_data_free:
-        return []
-    written = (run.all_windows - run.windows) * run.seq_len
-    original = {"the original model": run.model_bytes, **_rotations(run)}
-    return [Stage("writing calibration text", original | _generation(run, written))]
-
-
-def _generation(run: Run, tokens: int) -> dict[str, float]:
-    """What writing so many tokens takes besides the model."""
-    length = min(SEQUENCE_TOKENS, run.seq_len)
-    keys = cache_bytes(run.shape.config, length, run.itemsize)
-    sequences = min(-(-tokens // length), sequences_within("cuda" if run.is_gpu else "cpu", keys, run.model_bytes))
-    # Logits, their probabilities, and the sums of these, the last two in float32.
-    logits = sequences * run.shape.vocabulary * (run.itemsize + 8.0)
-    return {"keys and values": float(sequences * keys), "logits and probabilities": logits}
-
-
 def _resident(run: Run, position: int) -> dict[str, float]:
     """What is alive during all of site `position`, but for what passes have left behind."""
     shape, recipe, s = run.shape, run.recipe, run.itemsize
@@ -180,7 +148,7 @@ def _resident(run: Run, position: int) -> dict[str, float]:
     read = shape.block_parameters - (0 if run.is_gpu else _smoothed(run))
     terms = {
         "embedding, last norm and head": float(shape.outer_parameters * s),
-        **_rotations(run),
+        **merged_rotations(run),
         **({} if run.is_on_host else _states(run)),
         "masks": float(run.mask_bytes if run.tokens else 0),
         "the block as it was read": float(read * run.stored.itemsize),
@@ -247,7 +215,7 @@ def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
     kept = beside = 0.0
     if requirements.hessian:
         beside = float(run.stream_bytes) if reads_residual(run, here) else 0.0
-        share = min(1.0, run.remembered / (whole + beside))
+        share = keeps_share(run, here)
         kept, beside = share * whole, share * beside
         if run.shape.fullest[0].child == here.child:
             beside = 0.0  # that of the first child is the hidden states themselves
@@ -266,62 +234,8 @@ def _block_end(run: Run) -> list[Stage]:
     base = _resident(run, last)
     known = {"outputs of attention and MLP": 0.0 if run.is_on_host else _outputs_of_children(run)}
     stages = [Stage("the block's outputs", base | known | {"one batch": forward_bytes(run, last)})]
-    options = run.recipe.tuning
-    if options is not None and options.scope == "block":
-        weights = sum(site.weights for site in run.shape.fullest)
-        tokens = options.batch_windows * run.seq_len
-        each = {"clipping": CLIPPED_BYTES, "gains": _frozen_bytes(run)}.get(options.moves, TUNED_BYTES)
-        tuned = {
-            "tunable weights": each * weights,
-            "activations": tokens * activation_bytes(run, run.shape.fullest),
-        }
+    if tuned := block_tuning_terms(run):
         stages.append(Stage("tuning the block", base | known | tuned))
-    return stages
-
-
-def activation_bytes(run: Run, sites: tuple[SiteShape, ...]) -> float:
-    """What a backward pass keeps of one token in one block, as tuning/network.py has it."""
-    return 8.0 * (sum(rows + site.inputs for site in sites for rows in site.rows) + run.token_scores)
-
-
-def _frozen_bytes(run: Run) -> float:
-    """A weight whose code stays: its value, in the type of products."""
-    return 2.0 if run.is_gpu else 4.0
-
-
-def _tuning(run: Run) -> list[Stage]:
-    """Distillation of the whole network."""
-    options, shape = run.recipe.tuning, run.shape
-    if options is None or not run.recipe.tunes_network:
-        return []
-    blocks, weights = len(shape.blocks), shape.quantized_weights
-    original = {"the original model": float(shape.parameters * run.itemsize), **_rotations(run)}
-    packed = {"the quantized model": blocks * run.packed_block + shape.outer_parameters * run.itemsize}
-    stages = []
-    if most := max(options.generated, options.rollouts):
-        written = max(1, round(most * run.tuned_windows)) * run.seq_len
-        kept = {"what rounding took away": 2.0 * weights} if run.recipe.keeps_remainders else {}
-        stages.append(Stage("writing text to tune on", original | packed | kept | _generation(run, written)))
-    tokens = options.batch_windows * run.seq_len
-    activations = tokens * sum(activation_bytes(run, sites) for sites in shape.blocks)
-    if activations > CHECKPOINT_BYTES:
-        activations = tokens * (activation_bytes(run, shape.fullest) + 4.0 * shape.hidden * blocks)
-    wide = {"embedding, last norm and head in float32": 4.0 * shape.outer_parameters}
-    is_bounded = getattr(shape.config, "final_logit_softcapping", None) is not None
-    logits = min(tokens, LOGIT_TOKENS) * shape.vocabulary * (12.0 if is_bounded else 10.0)
-    learns = options.moves == "levels"
-    each = _frozen_bytes(run) if options.moves == "gains" else TUNED_BYTES
-    if learns:
-        each = LEARNED_BYTES * (options.offset_rate > 0) + 6.0 + (2 if run.is_gpu else 4)
-    tuned = {
-        "tunable weights": each * weights,
-        "activations": activations + 8.0 * tokens * shape.hidden,
-        "logits": logits,
-    }
-    if learns:
-        largest = max(rows * site.inputs for site in shape.fullest for rows in site.rows)
-        tuned["the way back through one weight"] = LOOKED_UP_BYTES * largest
-    stages.append(Stage("tuning", original | packed | wide | tuned))
     return stages
 
 

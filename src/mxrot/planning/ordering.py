@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mxrot.planning.run import Run
 from mxrot.planning.shape import SiteShape
-from mxrot.planning.site_memory import Stage
+from mxrot.planning.stage import Stage
 from mxrot.transforms.channel_order import ORDER_BYTES, ROUNDS
 
 EXCHANGE_BYTES = 60.0
@@ -34,7 +34,7 @@ def ordering_stages(run: Run) -> list[Stage]:
     base = {
         "embedding, last norm and head": float(shape.outer_parameters * run.itemsize),
         "rotations": float(run.rotation_bytes),
-        "hidden states": 0.0 if run.is_on_host else float(run.stream_bytes),
+        "hidden states": 0.0 if run.is_on_host else float(run.fitted_tokens * shape.hidden * run.itemsize),
         "masks": float(run.mask_bytes),
         "the block as it was read": float(shape.block_parameters * run.stored.itemsize),
         "the block in float32": 0.0 if run.is_gpu else 4.0 * shape.block_parameters,
@@ -58,9 +58,9 @@ def ordering_work(run: Run) -> dict[str, float]:
         if not chosen:
             continue
         weights = sum(site.share * site.weights for site in sites)
-        amounts = {"product": 2.0 * run.tokens * weights, "operations": 200.0 * len(chosen)}
+        amounts = {"product": 2.0 * run.fitted_tokens * weights, "operations": 200.0 * len(chosen)}
         for here, kind, width in chosen:
-            amounts["product"] += 2.0 * run.tokens * here.share * here.inputs**2
+            amounts["product"] += 2.0 * run.fitted_tokens * here.share * here.inputs**2
             amounts["float64"] = amounts.get("float64", 0.0) + 2.0 * here.rounded * here.inputs**2
             if kind == "correlated":
                 pairs = here.inputs * width * ROUNDS

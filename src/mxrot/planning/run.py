@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from mxrot.calibration.executor import HELD
 from mxrot.calibration.placement import MOST_ON_DEVICE, MOST_REMEMBERED
 from mxrot.planning.shape import ModelShape, SiteShape
-from mxrot.quantizing.batches import tokens_at_once
+from mxrot.quantizing.batches import held_out, tokens_at_once
 from mxrot.recipe import Recipe
 from mxrot.transforms import FitSize
 
@@ -54,11 +56,38 @@ class Run:
     def tokens(self) -> int:
         return self.all_windows * self.seq_len
 
+    @cached_property
+    def groups(self) -> dict[str, int]:
+        """Tokens by what their windows are for, as `window_groups` parts them; of all where none are held out."""
+        share = self.recipe.calibration.held_out
+        if not share or not self.tokens:
+            return {"": self.tokens}
+        found: dict[str, int] = {}
+        for kind, windows in (("text", self.windows), ("written", self.all_windows - self.windows)):
+            held = int(held_out(windows, share, kind).sum()) if windows > 1 else 0
+            counts = {kind: windows - held, f"{HELD} {kind}": held}
+            found |= {name: count * self.seq_len for name, count in counts.items() if count}
+        return found
+
+    @property
+    def kinds(self) -> int:
+        """Kinds of text that are fitted to."""
+        return sum(not name.startswith(HELD) for name in self.groups)
+
+    @property
+    def fitted_tokens(self) -> int:
+        """Those that are not held out."""
+        return sum(count for name, count in self.groups.items() if not name.startswith(HELD))
+
     @property
     def batch_tokens(self) -> int:
-        """Tokens that pass through a block together."""
+        """Tokens that pass through a block together, at most: a batch holds windows of one group."""
+        return self.batch_of(max(self.groups.values()))
+
+    def batch_of(self, tokens: int) -> int:
+        """The same of a group of so many."""
         widest = max(self.shape.widest, self.token_scores)
-        return min(self.tokens, max(1, tokens_at_once(widest, self.device) // self.seq_len) * self.seq_len)
+        return min(tokens, max(1, tokens_at_once(widest, self.device) // self.seq_len) * self.seq_len)
 
     @property
     def token_scores(self) -> int:
@@ -131,9 +160,10 @@ class Run:
 
 
 def keeps_share(run: Run, here: SiteShape) -> float:
-    """The share of a site's inputs that are kept for the pass that its Hessian is taken from."""
+    """The share of a site's inputs that are kept for the pass that its Hessian is taken from; none are held out."""
     beside = run.stream_bytes if reads_residual(run, here) else 0
-    return min(1.0, run.remembered / max(1, here.share * run.tokens * here.inputs * run.itemsize + beside))
+    whole = here.share * run.tokens * here.inputs * run.itemsize + beside
+    return min(run.fitted_tokens / max(1, run.tokens), run.remembered / max(1, whole))
 
 
 def reads_residual(run: Run, here: SiteShape) -> bool:

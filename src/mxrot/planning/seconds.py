@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mxrot.calibration.generation import SEQUENCE_TOKENS, cache_bytes, sequences_within
-from mxrot.planning.memory import activation_bytes
+from mxrot.planning.choosing import choosing_work
 from mxrot.planning.ordering import ordering_work
 from mxrot.planning.rates import Rates
+from mxrot.planning.refitting import is_refitted, refitting_work
 from mxrot.planning.run import Run, fit_size, keeps_share, reads_residual
 from mxrot.planning.shape import SiteShape
 from mxrot.planning.training import trained_bytes, training_pieces
+from mxrot.planning.tuning import tuning_work
+from mxrot.planning.writing import writing_work
 
 DISK_BYTES = 1e9
 """Bytes a second that files are read, hashed and written at; assumed, not measured."""
 ERROR_TOKENS = 512
-FOLDS = 2
-"""That options of a rounding are tried on, where there are two kinds of text."""
 MOMENT_CHANNELS = 512
+OF_SITES = (
+    *("passes over the calibration text", "statistics of the inputs", "transforms", "factors of the Hessians"),
+    *("choices by site", "rounding", "refits of transforms"),
+)
+"""What is done at each site of each block."""
 
 
 class Work:
@@ -49,22 +54,21 @@ class TimeEstimate:
 
 def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
     """The time to quantize; `building` seconds are what making the skeleton of the model has taken."""
-    names = ("passes over the calibration text", "statistics of the inputs", "transforms", "factors of the Hessians")
-    works = {name: Work() for name in (*names, "rounding")}
+    works = {name: Work() for name in OF_SITES}
     for sites in run.shape.blocks:
         for position in range(len(sites)):
             for name, work in _site_work(run, sites, position).items():
                 works[name].add(**work.amounts)
-    works["writing calibration text"] = _writing(run, run.all_windows - run.windows)
-    works["tuning"] = _tuning(run)
+    works["writing calibration text"] = Work(**writing_work(run, run.all_windows - run.windows))
+    works["tuning"] = Work()
+    for amounts in tuning_work(run):
+        works["tuning"].add(**amounts)
     works["rotations"] = _rotations(run)
     works["training of rotations"] = _training(run)
     works["order of channels"] = Work(**ordering_work(run))
     terms = {name: work.seconds(rates) for name, work in works.items()}
     if run.recipe.choice is not None:
-        terms["candidates"] = (1 + len(run.recipe.choice.candidates)) * sum(
-            terms[name] for name in (*names, "rounding")
-        )
+        terms["candidates"] = (1 + len(run.recipe.choice.candidates)) * sum(terms[name] for name in OF_SITES)
     terms["files"] = (run.shape.parameters * run.stored.itemsize * 1.3) / DISK_BYTES
     terms["starting"] = building * (1 + run.recipe.runs_whole_original)
     return TimeEstimate({name: value for name, value in terms.items() if value}, rates)
@@ -111,7 +115,7 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
         found["statistics of the inputs"] = _statistics(run, here)
         found["rounding"].add(float64=2.0 * ERROR_TOKENS * n * k, product=2.0 * ERROR_TOKENS * n * k)
     if requirements.hessian:
-        factors = (2 if here.follows_original else 1) * here.experts + FOLDS * recipe.rounding.tried
+        factors = (2 if here.follows_original else 1) * here.experts
         found["factors of the Hessians"] = Work(factor=float(factors * k**3), operations=30.0 * factors)
         candidates = recipe.rounding.candidates
         steps = here.experts * k // (recipe.weights.quantizer().format.block or k)
@@ -122,6 +126,10 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
             # Spreading what was lost; the regression that leads to the target.
             float64=n * float(k * k) * (5.0 if here.follows_original else 1.0),
         )
+        found["choices by site"] = Work(**choosing_work(run, here))
+    if is_refitted(here):
+        found["refits of transforms"] = Work(**refitting_work(run, here))
+        found["refits of transforms"].add(**_second_moments(run, here, 1).amounts)
     return found
 
 
@@ -144,8 +152,9 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
     batches = run.tokens / run.batch_tokens
     later = [site for site in sites[position + 1 :] if site.child == here.child]
     again = sum(1 - keeps_share(run, site) for site in later) if here.recipe.rounding.requirements.hessian else 0.0
-    quantized = 1 + again  # passes with this site quantized
-    plain = (1.0 if recipe.looks_at_original else 0.0) + (1.0 if recipe.smoothing is not None else 0.0)
+    refits = sum(is_refitted(site) for site in later)
+    quantized = 1 + again + refits  # passes with this site quantized
+    plain = (1.0 + refits if recipe.looks_at_original else 0.0) + (1.0 if recipe.smoothing is not None else 0.0)
     work = Work(product=2.0 * tokens * n * k * (quantized + plain))
     work.add(quantized=quantized * tokens * k * len(here.rows))
     work.add(copy=(quantized * 10 + plain * 6) * tokens * n * s)
@@ -163,8 +172,8 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
 
 def _statistics(run: Run, here: SiteShape) -> Work:
     """Statistics that transforms are fitted to, Hessians, and shifts towards the target."""
-    recipe, tokens = here.recipe, here.experts * here.share * run.tokens
-    requirements, n, k = recipe.rounding.requirements, here.rounded, here.inputs
+    recipe, k = here.recipe, here.inputs
+    tokens = here.experts * here.share * run.fitted_tokens
     batches = here.experts * run.tokens / run.batch_tokens
     work = Work(operations=30 * batches)
     if "moments" in recipe.transform.needs:
@@ -173,62 +182,27 @@ def _statistics(run: Run, here: SiteShape) -> Work:
         work.add(product=2.0 * tokens * k * k, copy=40.0 * batches * k * k)
     if recipe.transform.needs:
         work.add(copy=3.0 * tokens * k * run.itemsize)
-    if not requirements.hessian:
-        return work
+    if recipe.rounding.requirements.hessian:
+        work.add(**_second_moments(run, here, len(run.groups)).amounts)
+    return work
+
+
+def _second_moments(run: Run, here: SiteShape, groups: int) -> Work:
+    """Hessians, and shifts towards the target, of so many groups of windows that are all windows together."""
+    requirements, n, k = here.recipe.rounding.requirements, here.rounded, here.inputs
+    tokens = here.experts * here.share * run.tokens
+    batches = here.experts * run.tokens / run.batch_tokens
     scaled = requirements.relative and here.site.residual is not None
     parts = 2 if (scaled or requirements.inputs == "unquantized") and run.is_gpu else 1
-    work.add(quantized=tokens * k)
-    work.add(product=2.0 * parts * tokens * k * k)
+    work = Work(quantized=tokens * k, product=2.0 * parts * tokens * k * k)
     work.add(copy=40.0 * batches * k * k + 8.0 * tokens * k)
-    if here.follows_original and reads_residual(run, here):
-        work.add(product=2.0 * tokens * n * k * (1 + (2 if run.is_gpu else 1)))
+    if not here.follows_original:
+        return work
+    if reads_residual(run, here):
+        work.add(product=2.0 * tokens * n * k * (1 + (2 if run.is_gpu else 1)), operations=30 * batches)
         work.add(copy=40.0 * tokens * n + 40.0 * batches * n * k)
-        work.add(operations=30 * batches)
-    elif here.follows_original:
-        work.add(product=2.0 * tokens * k * k)
-        work.add(copy=40.0 * batches * k * k)
-    return work
-
-
-def _writing(run: Run, windows: float) -> Work:
-    """Windows that the original model writes."""
-    if windows <= 0 or run.recipe.is_data_free:
-        return Work()
-    shape, s = run.shape, run.itemsize
-    length = min(SEQUENCE_TOKENS, run.seq_len)
-    keys = cache_bytes(shape.config, length, s)
-    sequences = windows * run.seq_len / length
-    rounds = -(-sequences // sequences_within("cuda" if run.is_gpu else "cpu", keys, run.model_bytes))
-    work = Work(product=2.0 * shape.active_parameters * windows * run.seq_len)
-    work.add(copy=rounds * length * shape.parameters * s)  # the weights, read for each token
-    work.add(copy=sequences * length * (keys / 2 + 30.0 * shape.vocabulary))
-    # On a GPU a token is one recorded graph, recorded and warmed up a few times.
-    operations = 30.0 * len(shape.blocks)
-    work.add(operations=rounds * operations * (0.25 * length if run.is_gpu else length))
-    return work
-
-
-def _tuning(run: Run) -> Work:
-    """Steps of distillation or of block-wise reconstruction, and the text written for them."""
-    options, shape = run.recipe.tuning, run.shape
-    if options is None:
-        return Work()
-    weights = shape.quantized_weights
-    tokens = options.batch_windows * run.seq_len
-    blocks = len(shape.blocks)
-    looks = 1 + min(options.checks, options.steps)
-    held_out = max(1.0, options.held_out * run.all_windows) / options.batch_windows
-    steps = options.steps + options.light_steps + looks * held_out / 4
-    kept = sum(activation_bytes(run, sites) for sites in shape.blocks)
-    # A forward and a backward pass of the quantized model, with what is computed again, and a forward one of the
-    # original. What is kept for the way back is read and written about ten times in all.
-    work = Work(product=10.0 * tokens * weights * steps)
-    work.add(copy=steps * (80.0 * weights + 10.0 * tokens * kept))
-    work.add(quantized=2.0 * steps * tokens * sum(site.inputs for sites in shape.blocks for site in sites))
-    work.add(operations=steps * (50.0 if run.is_gpu else 200.0 * blocks))
-    if run.recipe.tunes_network:
-        work.add(product=8.0 * tokens * shape.vocabulary * shape.hidden * steps)
-        work.add(copy=30.0 * tokens * shape.vocabulary * steps)
-        for each in (options.generated, options.rollouts):
-            work.add(**(_writing(run, each * run.tuned_windows).amounts if each else {}))
+    else:
+        work.add(product=2.0 * tokens * k * k, copy=40.0 * batches * k * k)
+    # What of a shift is the site's own output; that of the original, too, where it comes from moments.
+    work.add(float64=(2.0 if reads_residual(run, here) else 4.0) * groups * n * k * k)
     return work

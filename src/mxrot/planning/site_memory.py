@@ -6,39 +6,20 @@ The formulas follow quantizing/rounded.py, calibration/site_inputs.py, calibrati
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from mxrot.calibration import site_weights
 from mxrot.formats.block import ENCODED_ELEMENTS
 from mxrot.kernels.chunked import CHUNK_ELEMENTS
 from mxrot.kernels.plain.moments import LEAST_CHUNK, MOST_PARTIAL
+from mxrot.planning.choosing import DECODING, ENCODING, WALKING, chooses, choosing_terms, moment_bytes
+from mxrot.planning.refitting import is_refitted, refitting_terms, waiting_terms
 from mxrot.planning.run import Run, fit_size, keeps_share, reads_residual
 from mxrot.planning.shape import SiteShape
+from mxrot.planning.stage import CODED_BYTES, Pieces, Stage
 from mxrot.rounding.linalg import COPIED_ELEMENTS
 
-ENCODING = 7
-"""float64 and int64 numbers a weight while it becomes a code (formats/element.py)."""
-DECODING = 3
-"""The same while a code becomes a float64 number again."""
-WALKING = 3
-"""float64 numbers a weight that GPTQ walks over: the columns, what they are rounded to, and what that took away."""
 WIDE_TRANSFORM = 8.0
 """What a transform and its inverse take in float64, relative to what is stored of it in bfloat16."""
-CODED_BYTES = 1 + 1 / 32
-"""A rounded weight before it is packed: its code and its part of a scale."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is alive at one moment."""
-
-    name: str
-    terms: dict[str, float]
-    """Bytes, by what they are for."""
-
-    @property
-    def total(self) -> float:
-        return sum(self.terms.values())
 
 
 def forward_bytes(run: Run, position: int) -> float:
@@ -71,9 +52,8 @@ def _transforming(run: Run, here: SiteShape) -> float:
     return (8.0 + led) * run.batch_tokens * here.inputs
 
 
-def _moment(run: Run, n: int, m: int, is_scaled: bool) -> float:
-    """Bytes of a second moment [n, m] of one batch: parts of its operands, products, and their sums."""
-    b = run.batch_tokens
+def _moment(run: Run, b: int, n: int, m: int, is_scaled: bool) -> float:
+    """Bytes of a second moment [n, m] of a batch of so many tokens: parts of its operands, products, and their sums."""
     if not run.is_gpu:
         return 12.0 * n * m + (4.0 * b * n if is_scaled else 0.0)
     wide = 2 * n if is_scaled else n
@@ -103,28 +83,16 @@ def site_stages(run: Run, position: int, base: dict[str, float]) -> list[Stage]:
             "rounded weights of the other experts": CODED_BYTES * (here.weights - here.rounded * here.inputs)
         }
     if recipe.rounding.requirements.hessian:
-        stages.append(Stage(f"{name}: statistics", base | _statistics(run, position)))
+        stages += [Stage(f"{name}: statistics", base | _moments(run, position))]
+        if chooses(run, here):
+            stages.append(Stage(f"{name}: choosing", base | choosing_terms(run, here)))
         stages.append(Stage(f"{name}: factorizing", base | _factorizing(here)))
     stages.append(Stage(f"{name}: rounding", base | _rounding(here)))
+    if is_refitted(here):
+        base = base | waiting_terms(run, here)
+        stages.append(Stage(f"{name}: statistics for a refit", base | _statistics(run, position, run.fitted_tokens)))
+        stages.append(Stage(f"{name}: refit", base | refitting_terms(here)))
     return stages
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Bytes of the float64 weights [N, K] of a site that are rounded, and of those that are taken together."""
-
-    whole: float
-    together: float
-    folded: float
-    """Of the folded weights that are kept meanwhile."""
-
-    @staticmethod
-    def of(here: SiteShape) -> Pieces:
-        count = here.rounded * here.inputs
-        if count <= site_weights.MOST_TOGETHER:
-            return Pieces(8.0 * count, 8.0 * count, 8.0 * count if here.scheme.stages else 0.0)
-        rows = max(1, site_weights.ELEMENTS_AT_ONCE // here.inputs)
-        return Pieces(8.0 * count, 8.0 * min(rows, max(here.rows)) * here.inputs, 0.0)
 
 
 def _factorizing(here: SiteShape) -> dict[str, float]:
@@ -155,23 +123,38 @@ def _rounding(here: SiteShape) -> dict[str, float]:
     return {"the factor of the Hessian": 8.0 * here.inputs**2, "weights while they are rounded": kept + walked}
 
 
-def _statistics(run: Run, position: int) -> dict[str, float]:
-    """The Hessian of a site and the shift towards its target.
+def _moments(run: Run, position: int) -> dict[str, float]:
+    """The Hessian of a site and the shift towards its target; where options are chosen those of each group of windows,
+    one after the other, at the largest."""
+    here = run.shape.fullest[position]
+    if not chooses(run, here):
+        return _statistics(run, position, run.fitted_tokens)
+    found = []
+    for before, tokens in enumerate(run.groups.values()):
+        own, kept = _statistics(run, position, tokens, before > 0), before * moment_bytes(here)
+        found.append(own | ({"moments of kinds of text": kept} if kept else {}))
+    return max(found, key=lambda terms: sum(terms.values()))
+
+
+def _statistics(run: Run, position: int, tokens: int, is_folded: bool = False) -> dict[str, float]:
+    """The Hessian of a site and the shift towards its target, on so many tokens; with the weights folded before?
 
     What a batch leaves is alive while the next one passes through the block, if it does: where inputs were kept, none
     has to.
     """
     here = run.shape.fullest[position]
     requirements = here.recipe.rounding.requirements
-    n, k, b = here.rounded, here.inputs, math.ceil(here.share * run.batch_tokens)
+    n, k, batch = here.rounded, here.inputs, run.batch_of(tokens)
+    b = math.ceil(here.share * batch)
     pieces, h = Pieces.of(here), 8.0 * k * k
     u = pieces.whole
     is_residual = reads_residual(run, here)
     is_wide = requirements.inputs == "unquantized"
     is_scaled = requirements.relative and here.site.residual is not None
-    temporary = _moment(run, k, k, is_scaled or (run.is_gpu and is_wide))
+    temporary = _moment(run, batch, k, k, is_scaled or (run.is_gpu and is_wide))
     left = b * k * (2.0 if run.is_gpu and not is_wide else 4.0)  # what the site sees: transformed and quantized
     weights = (2.0 if run.is_gpu else 4.0) * n * k if is_residual else 0.0  # for its outputs
+    folded = pieces.folded if is_folded and here.follows_original else 0.0
     # Some rows of the folded weights, and what of the shift is their own output; folding takes as much.
     own = pieces.folded + (1 if pieces.folded else 2) * pieces.together
     if not here.follows_original:
@@ -181,14 +164,15 @@ def _statistics(run: Run, position: int) -> dict[str, float]:
         left += b * k * run.itemsize
         if is_residual:
             left += 12.0 * b * n  # the output that is wanted, the stream with it, and what is missing there
-            temporary = max(temporary, _moment(run, n, k, True) + (0.0 if run.is_gpu else 4.0 * b * k))
-            totals, ending = h + u, max(2 * h + 2 * u, h + u + own)
+            temporary = max(temporary, _moment(run, batch, n, k, True) + (0.0 if run.is_gpu else 4.0 * b * k))
+            totals, ending = h + u, max(2 * h + u + folded, h + 2 * u + folded, h + u + own)
         else:
-            totals, ending = 2 * h, max(4 * h, 2 * h + u + max(own, pieces.folded + pieces.together))
+            totals = 2 * h
+            ending = max(3 * h + folded, 2 * h + u + max(own, pieces.folded + pieces.together))
     runs_again = here.follows_original or keeps_share(run, here) < 1
-    others = here.share * run.tokens - b
+    others = here.share * tokens - b
     forward = forward_bytes(run, position) * min(1.0, others / b) if runs_again else 0.0
-    during = left + max(temporary, forward, _quantizing(run, k) + _transforming(run, here))
+    during = left + max(temporary, forward, _quantizing(run, k) + _transforming(run, here)) + folded
     is_at_end = left + ending > during + totals
     return {
         "one batch": left if is_at_end else during,

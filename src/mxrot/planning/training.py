@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mxrot.planning.run import Run
 from mxrot.planning.shape import SiteShape
-from mxrot.planning.site_memory import Stage
+from mxrot.planning.stage import Stage
 from mxrot.tuning.network import LOGIT_TOKENS
 from mxrot.tuning.rotated_network import CHANNEL_BYTES, ROOM, WEIGHT_BYTES, Pieces
 

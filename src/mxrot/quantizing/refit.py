@@ -55,11 +55,13 @@ def refitted(
         wanted += lacks.T @ codes
         del codes, lacks
     added = added_to_diagonal(hessian, gram, recipe.refit.damping)
-    moments = [by_block(hessian, size)]
-    del hessian, shift, weights  # as large as those that the solver takes
-    moments.append(by_block(gram, size))
+    del shift, weights
+    columns = by_block(hessian, size)
+    del hessian  # the solver takes two more of that size
+    columns_of_gram = by_block(gram, size)
     del gram
-    correction = refit_correction(*moments, diagonal_blocks(wanted, size), added, len(start) == 1)
+    goal = diagonal_blocks(wanted, size)
+    correction = refit_correction(columns, columns_of_gram, goal, added, len(start) == 1)
     moved = BlockDiagonal(start + start @ correction)
     found = replace(transform, stages=(*transform.stages[:-1], moved)).as_applied()
     check_transform(found, f"{part.name}.{site.linears[0]}")
@@ -68,5 +70,9 @@ def refitted(
 
 def _codes(rows: Rows, rounded: Mapping[str, RoundedLinear]) -> Tensor:
     """What some rows of a site have become, float64 [n, K]."""
-    pieces = [rounded[name].weight.dequantize(torch.float64)[first:last] for name, first, last in rows.pieces]
+    pieces = []
+    for name, first, last in rows.pieces:
+        weight = rounded[name].weight
+        _, own, _ = weight.split_rows([first, last - first, weight.shape[0] - last])
+        pieces.append(own.dequantize(torch.float64))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

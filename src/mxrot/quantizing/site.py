@@ -126,7 +126,7 @@ def fit_transform(
     if not scheme.stages:
         return None
     weights = to_fit_to(part.weights, site.linears, scales)
-    seen = {need: collector.result(run.world) for need, collector in collectors.items()}
+    seen = {need: collectors.pop(need).result(run.world) for need in list(collectors)}  # and their sums are let go
     check_statistics(seen, name)
     sample = SiteSample(weights, block, seen, scheme.activations, scheme.weights, run.replay)
     with named_factorizations(name):

@@ -89,8 +89,13 @@ class RoundingMethod(ABC):
         return False
 
     @property
-    def tried(self) -> int:
-        """How many options `chosen` tries for each fold."""
+    def tried_targets(self) -> int:
+        """Regressions that `chosen` tries for each fold."""
+        return 0
+
+    @property
+    def tried_dampings(self) -> int:
+        """The same of roundings of a sample of rows."""
         return 0
 
     @property

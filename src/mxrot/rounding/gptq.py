@@ -129,8 +129,12 @@ class GPTQ(RoundingMethod):
         return bool(self.target_dampings) and self.target != "own"
 
     @property
-    def tried(self) -> int:
-        return len(self.dampings) + len(self.target_dampings) * self.chooses_target
+    def tried_targets(self) -> int:
+        return sum(not math.isinf(damping) for damping in self.target_dampings) if self.chooses_target else 0
+
+    @property
+    def tried_dampings(self) -> int:
+        return len(self.dampings)
 
     @property
     def candidates(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,25 @@ from tests.unit.planning.shapes import DEMO, LLAMA_3_8B, LLAMA_3_70B, run_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mxrot.calibration import site_weights
+from mxrot.calibration import generated_windows, site_weights
 from mxrot.models import FAMILIES, read_config
 from mxrot.planning import Run, estimate_host_memory, estimate_memory, gigabytes, memory
+from mxrot.planning.writing import writing_stages
+from mxrot.quantizing.batches import window_groups
 from mxrot.quantizing.run import quantize
+from mxrot.quantizing.written import manner_of
 from mxrot.recipe import Recipe
 from mxrot.tuning import TuningCheckpoint
 
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
 MANY = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 3}
+DEEP = {"hidden_size": 128, "intermediate_size": 1536, "head_dim": 32, "num_hidden_layers": 1}
 ALONE = {"calibration__generated": 0.0}
+BY_SITE = {
+    "rounding__dampings": (0.1, 0.3, 1.0),
+    "rounding__target_dampings": (1.0, 3.0, 10.0, math.inf),
+    "calibration__held_out": 0.125,
+}
 CHOSEN = {
     "rtn": recipe("rtn"),
     "hadamard": recipe("hadamard"),
@@ -40,7 +50,32 @@ CHOSEN = {
     "permuted": recipe("rtn", transform__block=16, permutation__ffn="correlated", permutation__value_heads="balanced"),
     "moments left open": recipe("mxrot", **ALONE, transform__open=1.0),
     "target own": recipe("mxrot", **ALONE, rounding__target="own"),
+    "chosen by site": recipe("mxrot", **ALONE, **BY_SITE | {"rounding__target_dampings": (1.0, 3.0)}),
+    "refitted": recipe("mxrot", **ALONE, refit__damping=0.01),
 }
+DEEP_ONES = {
+    "moments left open": CHOSEN["moments left open"],
+    "one kind of text": CHOSEN["chosen by site"],
+    "two kinds": recipe("mxrot", **BY_SITE),
+    "two kinds together": recipe("mxrot", **BY_SITE, rounding__folds="windows"),
+    "two kinds, target original": recipe("mxrot", **BY_SITE, rounding__target="original"),
+    "two kinds, target own": recipe(
+        "mxrot", rounding__target="own", rounding__dampings=(0.1, 1.0), calibration__held_out=0.125
+    ),
+    "refitted": CHOSEN["refitted"],
+    "refitted, target own": recipe("mxrot", **ALONE, rounding__target="own", refit__damping=0.01),
+    "all of it": recipe(
+        "mxrot",
+        **BY_SITE,
+        calibration__first="model",
+        permutation__ffn="correlated",
+        permutation__value_heads="correlated",
+        refit__damping=0.01,
+        transform__brake=0.75,
+        transform__open=1.0,
+    ),
+}
+"""Where the matrices [K, K] of one wide site fill the memory."""
 
 
 class Nowhere:
@@ -50,6 +85,11 @@ class Nowhere:
 
     def load(self, index: int) -> None:
         return None
+
+    def load_windows(self, purpose: str) -> None:
+        return None
+
+    def save_windows(self, *_: Any) -> None: ...
 
     def save(self, *_: Any) -> None: ...
 
@@ -81,6 +121,45 @@ def test_the_peak_is_that_of_the_tensors_alive(
     windows = None if chosen.is_data_free else random_windows(*shape)
     run = run_of(read_config(folder), chosen, *shape)
     assert estimate_memory(run).peak.total == pytest.approx(bytes_alive(folder, chosen, windows), rel=tolerance)
+
+
+@pytest.mark.parametrize("name", DEEP_ONES)
+def test_one_wide_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(memory.PROCESS_BYTES, "cpu", 0.0)
+    monkeypatch.setattr(memory, "KEPT_SHARE", 0.0)
+    chosen = DEEP_ONES[name]
+    folder = write_tiny_model(tmp_path / "tiny", **DEEP)
+    peak = estimate_memory(run_of(read_config(folder), chosen, 8, 64)).peak
+    assert peak.name.startswith("down: ")
+    assert peak.total == pytest.approx(bytes_alive(folder, chosen, random_windows(8, 64)), rel=0.02)
+
+
+def test_groups_of_windows_are_those_of_a_run() -> None:
+    run = run_of(DEMO, DEEP_ONES["two kinds"], 20, 128)
+    counted = {name: 128 * len(places) for name, places in (window_groups(40, 20, 0.125) or {}).items()}
+    assert run.groups == counted and run.kinds == 2 and run.fitted_tokens == 2 * 18 * 128
+    alone = run_of(DEMO, CHOSEN["mxrot"], 20, 128)
+    assert alone.groups == {"": 20 * 128} and alone.kinds == 1 and alone.fitted_tokens == alone.tokens
+
+
+@pytest.mark.parametrize("first", ["uniform", "model"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperatures", [(1.0,), (0.7, 1.0)])
+def test_text_that_the_model_writes(
+    tmp_path: Path, first: str, dtype: torch.dtype, temperatures: tuple[float, ...]
+) -> None:
+    """Many sequences of a large vocabulary, whose logits fill the memory; on a CPU a model computes in float32."""
+    options = {"calibration__first": first, "calibration__temperatures": temperatures}
+    chosen = recipe("mxrot", **options)
+    folder = write_tiny_model(tmp_path / "tiny", vocab_size=8192)
+    run = run_of(read_config(folder), chosen, 128, 64, device="cpu" if dtype == torch.float32 else "cuda")
+    stages = {stage.name: stage for stage in writing_stages(run)}
+    assert ("drawing first tokens" in stages) == (first == "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    manner = manner_of(chosen.calibration, folder, 0.0)
+    with LiveBytes() as alive:
+        generated_windows(model, 128, 64, torch.Generator().manual_seed(0), manner=manner)
+    assert max(stage.total for stage in stages.values()) == pytest.approx(alive.peak, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["hadamard", "smoothquant", "duquant++-gptq", "mxrot", "target original"])

@@ -1,0 +1,105 @@
+"""What tuning takes: memory, and work; tuning/ has what it follows."""
+
+from __future__ import annotations
+
+from mxrot.planning.run import Run
+from mxrot.planning.shape import SiteShape
+from mxrot.planning.stage import Stage, merged_rotations
+from mxrot.planning.writing import writing_terms, writing_work
+from mxrot.tuning.network import CHECKPOINT_BYTES, LOGIT_TOKENS
+
+TUNED_BYTES = 28.2
+"""A tunable weight, besides its code and scale: value and two distances, what rounding took away (2 each), offset, its
+gradient, two averages of Adam, the best so far (4 each), and the moved weight."""
+CLIPPED_BYTES = 14.0
+"""The same while only the ends of its blocks are learned: the weight, what it is rounded to, and its gradient."""
+LEARNED_BYTES = 16.0
+"""The same of a two-bit weight that is learned: its gradient, two averages of Adam, the best so far (4 each). To it
+come itself (4), the same of the seven numbers of its block with what they become (about 2), and its looked-up value."""
+LOOKED_UP_BYTES = 50.0
+"""On the way back through one of the weights that are looked up, for each element of it."""
+
+
+def block_tuning_terms(run: Run) -> dict[str, float]:
+    """Of memory, where a block is tuned by itself."""
+    options = run.recipe.tuning
+    if options is None or options.scope != "block":
+        return {}
+    weights = sum(site.weights for site in run.shape.fullest)
+    tokens = options.batch_windows * run.seq_len
+    each = {"clipping": CLIPPED_BYTES, "gains": _frozen_bytes(run)}.get(options.moves, TUNED_BYTES)
+    return {"tunable weights": each * weights, "activations": tokens * activation_bytes(run, run.shape.fullest)}
+
+
+def activation_bytes(run: Run, sites: tuple[SiteShape, ...]) -> float:
+    """What a backward pass keeps of one token in one block, as tuning/network.py has it."""
+    return 8.0 * (sum(rows + site.inputs for site in sites for rows in site.rows) + run.token_scores)
+
+
+def _frozen_bytes(run: Run) -> float:
+    """A weight whose code stays: its value, in the type of products."""
+    return 2.0 if run.is_gpu else 4.0
+
+
+def tuning_stages(run: Run) -> list[Stage]:
+    """Of memory, for distillation of the whole network."""
+    options, shape = run.recipe.tuning, run.shape
+    if options is None or not run.recipe.tunes_network:
+        return []
+    blocks, weights = len(shape.blocks), shape.quantized_weights
+    original = {"the original model": float(shape.parameters * run.itemsize), **merged_rotations(run)}
+    packed = {"the quantized model": blocks * run.packed_block + shape.outer_parameters * run.itemsize}
+    stages = []
+    if most := max(options.generated, options.rollouts):
+        written = writing_terms(run, max(1, round(most * run.tuned_windows)))
+        kept = {"what rounding took away": 2.0 * weights} if run.recipe.keeps_remainders else {}
+        stages.append(Stage("writing text to tune on", original | packed | kept | written))
+    tokens = options.batch_windows * run.seq_len
+    activations = tokens * sum(activation_bytes(run, sites) for sites in shape.blocks)
+    if activations > CHECKPOINT_BYTES:
+        activations = tokens * (activation_bytes(run, shape.fullest) + 4.0 * shape.hidden * blocks)
+    wide = {"embedding, last norm and head in float32": 4.0 * shape.outer_parameters}
+    is_bounded = getattr(shape.config, "final_logit_softcapping", None) is not None
+    logits = min(tokens, LOGIT_TOKENS) * shape.vocabulary * (12.0 if is_bounded else 10.0)
+    learns = options.moves == "levels"
+    each = _frozen_bytes(run) if options.moves == "gains" else TUNED_BYTES
+    if learns:
+        each = LEARNED_BYTES * (options.offset_rate > 0) + 6.0 + (2 if run.is_gpu else 4)
+    tuned = {
+        "tunable weights": each * weights,
+        "activations": activations + 8.0 * tokens * shape.hidden,
+        "logits": logits,
+    }
+    if learns:
+        largest = max(rows * site.inputs for site in shape.fullest for rows in site.rows)
+        tuned["the way back through one weight"] = LOOKED_UP_BYTES * largest
+    stages.append(Stage("tuning", original | packed | wide | tuned))
+    return stages
+
+
+def tuning_work(run: Run) -> list[dict[str, float]]:
+    """Amounts by the name of the rate that they are done at: of steps of distillation or of block-wise reconstruction,
+    and of the text written for them."""
+    options, shape = run.recipe.tuning, run.shape
+    if options is None:
+        return []
+    weights = shape.quantized_weights
+    tokens = options.batch_windows * run.seq_len
+    blocks = len(shape.blocks)
+    looks = 1 + min(options.checks, options.steps)
+    held_out = max(1.0, options.held_out * run.all_windows) / options.batch_windows
+    steps = options.steps + options.light_steps + looks * held_out / 4
+    kept = sum(activation_bytes(run, sites) for sites in shape.blocks)
+    # A forward and a backward pass of the quantized model, with what is computed again, and a forward one of the
+    # original. What is kept for the way back is read and written about ten times in all.
+    found = {
+        "product": 10.0 * tokens * weights * steps,
+        "copy": steps * (80.0 * weights + 10.0 * tokens * kept),
+        "quantized": 2.0 * steps * tokens * sum(site.inputs for sites in shape.blocks for site in sites),
+        "operations": steps * (50.0 if run.is_gpu else 200.0 * blocks),
+    }
+    if not run.recipe.tunes_network:
+        return [found]
+    found["product"] += 8.0 * tokens * shape.vocabulary * shape.hidden * steps
+    found["copy"] += 30.0 * tokens * shape.vocabulary * steps
+    return [found, *(writing_work(run, each * run.tuned_windows) for each in (options.generated, options.rollouts))]
