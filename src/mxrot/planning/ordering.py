@@ -5,10 +5,14 @@ from __future__ import annotations
 from mxrot.planning.run import Run
 from mxrot.planning.shape import SiteShape
 from mxrot.planning.stage import Stage
-from mxrot.transforms.channel_order import ORDER_BYTES, ROUNDS
+from mxrot.transforms.channel_order import LOOK_BYTES, ORDER_BYTES, ROUNDS, looked_at
 
-EXCHANGE_BYTES = 60.0
-"""That a round of exchanges reads and writes for each pair of channels."""
+EXCHANGE_BYTES = 100.0
+"""That a round of exchanges reads and writes for each pair of which one channel is looked at."""
+DEALING = 13
+"""Small operations for each channel that is dealt to a block."""
+TRACING = 40
+"""The same, on a CPU, for the trace of one block."""
 
 
 def ordered_sites(run: Run, sites: tuple[SiteShape, ...]) -> list[tuple[SiteShape, str, int]]:
@@ -42,9 +46,8 @@ def ordering_stages(run: Run) -> list[Stage]:
     stages = []
     for here, kind, width in found:
         whole = 8.0 * here.inputs**2  # of inputs, and the same of weights
-        pairs = max(2 * whole + ORDER_BYTES[kind] * width**2 * (here.inputs > width), 3 * whole)
-        if width == here.inputs:
-            pairs = max(ORDER_BYTES[kind] * width**2, 3 * whole)
+        order = ORDER_BYTES[kind] * width**2 + (LOOK_BYTES * looked_at(width) * width if kind == "correlated" else 0.0)
+        pairs = max(order + (2 * whole if here.inputs > width else 0.0), 3 * whole)
         weights = 8.0 * here.rounded * here.inputs
         stages.append(Stage(f"{here.site.name}: order of channels", base | {"pairs of channels": max(pairs, weights)}))
     return stages
@@ -61,11 +64,15 @@ def ordering_work(run: Run) -> dict[str, float]:
         amounts = {"product": 2.0 * run.fitted_tokens * weights, "operations": 200.0 * len(chosen)}
         for here, kind, width in chosen:
             amounts["product"] += 2.0 * run.fitted_tokens * here.share * here.inputs**2
-            amounts["float64"] = amounts.get("float64", 0.0) + 2.0 * here.rounded * here.inputs**2
+            amounts["operations"] += DEALING * here.inputs
+            float64 = 2.0 * here.rounded * here.inputs**2
             if kind == "correlated":
-                pairs = here.inputs * width * ROUNDS
-                amounts["copy"] = amounts.get("copy", 0.0) + EXCHANGE_BYTES * pairs
-                amounts["operations"] += 60.0 * ROUNDS * max(1, here.inputs // width)
+                parts, block = here.inputs // width, here.recipe.transform.block_in(here.inputs)
+                amounts["copy"] = amounts.get("copy", 0.0) + EXCHANGE_BYTES * ROUNDS * here.inputs * looked_at(width)
+                traces = 0.0 if run.is_gpu else TRACING * here.inputs / block
+                amounts["operations"] += ROUNDS * (60.0 * max(1, parts) + traces)
+                float64 += ROUNDS * parts * width**3 / block  # what channels are worth: in float32, twice as fast
+            amounts["float64"] = amounts.get("float64", 0.0) + float64
         for name, amount in amounts.items():
             found[name] = found.get(name, 0.0) + amount
     return found

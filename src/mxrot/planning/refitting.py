@@ -48,6 +48,6 @@ def refitting_work(run: Run, here: SiteShape) -> dict[str, float]:
     n, k, block = here.rounded, here.inputs, here.recipe.transform.block
     return {
         "float64": 6.0 * n * k * k + 4.0 * ROUNDS * block * k * k,
-        "copy": 16.0 * ROUNDS * k * k + 40.0 * n * k,
+        "copy": 56.0 * ROUNDS * k * k + 40.0 * n * k,
         "operations": 20.0 * ROUNDS,
     }

@@ -40,8 +40,10 @@ NARROW = 128
 """Channels up to which a CPU is faster: a GPU takes longer to launch a round than the round takes."""
 JITTER = 1e-12
 """Of the trace of a block, added to its diagonal so that what has no full rank has a Cholesky factor."""
-ORDER_BYTES = {"none": 0.0, "balanced": 18.0, "correlated": 42.0}
+ORDER_BYTES = {"none": 0.0, "balanced": 18.0, "correlated": 20.0}
 """For each of K^2 pairs of channels, at the peak, the moments of inputs and weights (8 each) included."""
+LOOK_BYTES = 37.0
+"""For each pair of which one channel is looked at in a round."""
 LEAST_GAIN = 1e-4
 """Of what an exchange is expected to take off F, relative to the mean of a block."""
 
@@ -177,7 +179,12 @@ def _restless(places: Tensor, worths: list[tuple[Tensor, Tensor]], traces: Tenso
     drawn = torch.zeros_like(worths[0][0][0])
     for (beside, _), exact in zip(worths, traces.to(drawn.dtype), strict=True):
         drawn += exact[places] * (beside.amax(dim=0) - beside.gather(0, places[None])[0])
-    return drawn.topk(max(min(len(places), FEWEST), len(places) // PART)).indices
+    return drawn.topk(looked_at(len(places))).indices
+
+
+def looked_at(width: int) -> int:
+    """How many of so many channels are looked at in a round."""
+    return max(min(width, FEWEST), width // PART)
 
 
 def _apart(

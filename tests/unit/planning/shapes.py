@@ -30,6 +30,17 @@ def llama_config(hidden: int, ffn: int, blocks: int, heads: int, **changes: Any)
     return LlamaConfig(**(settings | changes))
 
 
+EARLIER: dict[str, Any] = {
+    "calibration__first": "uniform",
+    "calibration__held_out": 0.0,
+    "permutation": "none",
+    "rounding__dampings": (),
+    "rounding__target_dampings": (),
+    "transform__brake": 1.0,
+    "transform__open": 0.0,
+}
+"""Makes of `mxrot` what it was before it chose by site and ordered channels, which docs/results.md has measured."""
+
 LLAMA_3_8B = llama_config(4096, 14336, 32, 32)
 LLAMA_3_70B = llama_config(8192, 28672, 80, 64)
 LLAMA_3_405B = llama_config(16384, 53248, 126, 128)

@@ -16,7 +16,7 @@ from mxrot.planning import needed_on_disk
 def test_the_state_of_tuning_is_as_large_as_counted(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "tiny", torch.bfloat16)
     changes: dict[str, Any] = {"tuning__steps": 2, "tuning__checks": 2, "tuning__exponent_rate": 1e-3}
-    generated = {"calibration__generated": 0.0, "tuning__generated": 0.25}
+    generated = {"calibration__generated": 0.0, "tuning__generated": 0.25, "transform__open": 0.0}
     chosen = recipe("mxrot", rounding__method="rtn", tuning__scope="network", **changes, **generated)
 
     def stop(done: float, total: int, what: str) -> None:

@@ -12,7 +12,7 @@ from tests.contracts.tiny_configs import config_of
 from tests.live_bytes import LiveBytes
 from tests.tiny_model import random_windows, write_tiny_model
 from tests.unit.checkpoint.folders import recipe
-from tests.unit.planning.shapes import DEMO, LLAMA_3_8B, LLAMA_3_70B, run_of
+from tests.unit.planning.shapes import DEMO, EARLIER, LLAMA_3_8B, LLAMA_3_70B, run_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +30,8 @@ WIDE = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
 MANY = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 3}
 DEEP = {"hidden_size": 128, "intermediate_size": 1536, "head_dim": 32, "num_hidden_layers": 1}
 ALONE = {"calibration__generated": 0.0}
-BY_SITE = {
+PLAIN = EARLIER | ALONE
+BY_SITE = EARLIER | {
     "rounding__dampings": (0.1, 0.3, 1.0),
     "rounding__target_dampings": (1.0, 3.0, 10.0, math.inf),
     "calibration__held_out": 0.125,
@@ -41,17 +42,17 @@ CHOSEN = {
     "smoothquant": recipe("smoothquant"),
     "duquant++": recipe("duquant++", transform__steps=4),
     "duquant++-gptq": recipe("duquant++-gptq", transform__steps=4),
-    "mxrot": recipe("mxrot", **ALONE),
+    "mxrot": recipe("mxrot", **PLAIN),
     "duquant-mxfp4": recipe("duquant-mxfp4", transform__steps=4),
     "duquant-mxfp4 block": recipe("duquant-mxfp4", transform__steps=4, transform__sharing="block"),
-    "target original": recipe("mxrot", **ALONE, rounding__target="original"),
+    "target original": recipe("mxrot", **PLAIN, rounding__target="original"),
     "quarot": recipe("quarot"),
     "rotated, to nearest": recipe("rtn", rotation__residual="orthogonal", rotation__value_heads="hadamard"),
     "permuted": recipe("rtn", transform__block=16, permutation__ffn="correlated", permutation__value_heads="balanced"),
-    "moments left open": recipe("mxrot", **ALONE, transform__open=1.0),
-    "target own": recipe("mxrot", **ALONE, rounding__target="own"),
-    "chosen by site": recipe("mxrot", **ALONE, **BY_SITE | {"rounding__target_dampings": (1.0, 3.0)}),
-    "refitted": recipe("mxrot", **ALONE, refit__damping=0.01),
+    "moments left open": recipe("mxrot", **PLAIN | {"transform__open": 1.0}),
+    "target own": recipe("mxrot", **PLAIN, rounding__target="own"),
+    "chosen by site": recipe("mxrot", **ALONE | BY_SITE | {"rounding__target_dampings": (1.0, 3.0)}),
+    "refitted": recipe("mxrot", **PLAIN, refit__damping=0.01),
 }
 DEEP_ONES = {
     "moments left open": CHOSEN["moments left open"],
@@ -59,21 +60,11 @@ DEEP_ONES = {
     "two kinds": recipe("mxrot", **BY_SITE),
     "two kinds together": recipe("mxrot", **BY_SITE, rounding__folds="windows"),
     "two kinds, target original": recipe("mxrot", **BY_SITE, rounding__target="original"),
-    "two kinds, target own": recipe(
-        "mxrot", rounding__target="own", rounding__dampings=(0.1, 1.0), calibration__held_out=0.125
-    ),
+    "two kinds, target own": recipe("mxrot", **BY_SITE | {"rounding__target": "own", "rounding__target_dampings": ()}),
     "refitted": CHOSEN["refitted"],
-    "refitted, target own": recipe("mxrot", **ALONE, rounding__target="own", refit__damping=0.01),
-    "all of it": recipe(
-        "mxrot",
-        **BY_SITE,
-        calibration__first="model",
-        permutation__ffn="correlated",
-        permutation__value_heads="correlated",
-        refit__damping=0.01,
-        transform__brake=0.75,
-        transform__open=1.0,
-    ),
+    "refitted, target own": recipe("mxrot", **PLAIN, rounding__target="own", refit__damping=0.01),
+    "mxrot": recipe("mxrot"),
+    "mxrot, refitted": recipe("mxrot", calibration__first="model", refit__damping=0.01),
 }
 """Where the matrices [K, K] of one wide site fill the memory."""
 
@@ -142,19 +133,18 @@ def test_groups_of_windows_are_those_of_a_run() -> None:
     assert alone.groups == {"": 20 * 128} and alone.kinds == 1 and alone.fitted_tokens == alone.tokens
 
 
-@pytest.mark.parametrize("first", ["uniform", "model"])
+@pytest.mark.parametrize("first", ["uniform", "both", "model"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperatures", [(1.0,), (0.7, 1.0)])
 def test_text_that_the_model_writes(
     tmp_path: Path, first: str, dtype: torch.dtype, temperatures: tuple[float, ...]
 ) -> None:
     """Many sequences of a large vocabulary, whose logits fill the memory; on a CPU a model computes in float32."""
-    options = {"calibration__first": first, "calibration__temperatures": temperatures}
-    chosen = recipe("mxrot", **options)
+    chosen = recipe("mxrot", calibration__first=first, calibration__temperatures=temperatures)
     folder = write_tiny_model(tmp_path / "tiny", vocab_size=8192)
     run = run_of(read_config(folder), chosen, 128, 64, device="cpu" if dtype == torch.float32 else "cuda")
     stages = {stage.name: stage for stage in writing_stages(run)}
-    assert ("drawing first tokens" in stages) == (first == "model")
+    assert ("drawing first tokens" in stages) == (first != "uniform")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     manner = manner_of(chosen.calibration, folder, 0.0)
     with LiveBytes() as alive:
@@ -180,7 +170,7 @@ def test_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
 def test_a_70b_model_fits_a_gpu_of_40_gb() -> None:
     """Without text of its own, for which the whole model would have to be there. 65 GB before rows were pieces."""
     for name, windows in (("mxrot", 128), ("mxrot", 256), ("duquant++-gptq", 128)):
-        chosen = recipe(name, calibration__generated=0.0)
+        chosen = recipe(name, **PLAIN if name == "mxrot" else ALONE)
         peak = estimate_memory(run_of(LLAMA_3_70B, chosen, windows, 2048, torch.bfloat16, "cuda")).peak
         assert 25e9 < peak.total < 35e9 and peak.name.startswith("down: ")
 
@@ -228,13 +218,13 @@ def test_tuning_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 MEASURED = {
     # docs/results.md: GB of one H100 or H200, 112 windows of 2048.
-    "mxrot": (recipe("mxrot"), 9.0),
-    "generated text, half as much": (recipe("mxrot", calibration__generated=0.5), 7.9),
+    "mxrot": (recipe("mxrot", **EARLIER), 9.0),
+    "generated text, half as much": (recipe("mxrot", **EARLIER, calibration__generated=0.5), 7.9),
     "on the text alone": (CHOSEN["mxrot"], 6.3),
-    "to nearest": (recipe("mxrot", **ALONE, rounding__method="rtn"), 3.2),
+    "to nearest": (recipe("mxrot", **PLAIN).changed({"rounding.method": "rtn"}), 3.2),
     "target own": (CHOSEN["target own"], 3.9),
     "target original": (CHOSEN["target original"], 6.0),
-    "tokens equal": (recipe("mxrot", **ALONE, rounding__tokens="equal"), 6.2),
+    "tokens equal": (recipe("mxrot", **PLAIN, rounding__tokens="equal"), 6.2),
     "mxrot-tuned": (recipe("mxrot-tuned"), 18.8),
 }
 

@@ -49,7 +49,7 @@ def test_a_405b_model_does_not_fit_as_a_whole(tmp_path: Path) -> None:
         "recipe mxrot runs the whole original model on cuda: that takes 811.7 GB, and 80.0 GB are"
     )
     assert made.time is None and made.needs is not None
-    assert made.needs.gpu.peak.name == "writing calibration text"
+    assert made.needs.gpu.peak.name in ("drawing first tokens", "writing calibration text")
 
 
 def test_a_warning_where_memory_is_short_without_a_check(tmp_path: Path) -> None:

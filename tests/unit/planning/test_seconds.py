@@ -28,8 +28,12 @@ def test_terms_of_a_recipe() -> None:
         *("passes over the calibration text", "statistics of the inputs", "transforms"),
         *("factors of the Hessians", "rounding", "files", "starting"),
     }
-    assert set(seconds("mxrot").terms) - set(seconds("duquant++-gptq").terms) == {"writing calibration text"}
+    assert set(seconds("mxrot").terms) - set(seconds("duquant++-gptq").terms) == {
+        *("writing calibration text", "choices by site", "order of channels"),
+    }
     assert set(seconds("mxrot-tuned").terms) - set(seconds("mxrot").terms) == {"tuning"}
+    refitted = estimate_seconds(run_of(LLAMA_3_8B, recipe("mxrot", refit__damping=0.01), 128, 2048), ONES, 0.5)
+    assert set(refitted.terms) - set(seconds("mxrot").terms) == {"refits of transforms"}
     assert set(seconds("quarot").terms) - set(seconds("duquant++-gptq").terms) == {"rotations"}
     permuted = recipe("rtn", permutation__ffn="correlated")
     found = estimate_seconds(run_of(LLAMA_3_8B, permuted, 128, 2048, device="cuda"), ONES, 0.5)
@@ -51,6 +55,29 @@ def test_a_factor_for_each_site_and_two_where_there_is_a_target() -> None:
     one = 32 * (3 * 4096**3 + 14336**3)
     assert seconds("duquant++-gptq", only).terms["factors of the Hessians"] == pytest.approx(one, rel=1e-6)
     assert seconds("mxrot", only).terms["factors of the Hessians"] == pytest.approx(2 * one, rel=1e-6)
+
+
+def test_choices_take_a_factor_for_each_option_and_kind_of_text() -> None:
+    """Infinity stands for no regression, and needs none."""
+    only = replace(FAST, factor=1.0)
+    one = 32 * (3 * 4096**3 + 14336**3)
+    options = {"rounding__target_dampings": (1.0, 3.0, math.inf), "rounding__dampings": (0.1, 0.3, 1.0)}
+    for generated, kinds in ((1.0, 2), (0.0, 1)):
+        chosen = recipe("mxrot", calibration__generated=generated, **options)
+        found = estimate_seconds(run_of(LLAMA_3_8B, chosen, 128, 2048, device="cuda"), only, 0.0)
+        assert found.terms["choices by site"] == pytest.approx(kinds * (2 + 3) * one, rel=1e-4)
+
+
+def test_first_tokens_that_the_model_draws_take_longer() -> None:
+    """Twice 16 tokens more of each sequence of 256, or of every other one."""
+    only = replace(FAST, product=1.0)
+    found = [
+        estimate_seconds(run_of(LLAMA_3_8B, recipe("mxrot", calibration__first=first), 128, 2048), only, 0.0)
+        for first in ("uniform", "both", "model")
+    ]
+    none, some, all_of_it = (estimate.terms["writing calibration text"] for estimate in found)
+    assert some / none == pytest.approx(1 + 16 / 256, rel=1e-6)
+    assert all_of_it / none == pytest.approx(1 + 32 / 256, rel=1e-6)
 
 
 def test_work_grows_with_blocks_and_with_text() -> None:
