@@ -45,6 +45,21 @@ def test_moments_together_are_those_of_all_tokens() -> None:
     assert Moments.together([moments(x[:10]), moments(x[10:])]).shift is None
 
 
+def test_they_take_the_place_of_the_first_with_the_bits_of_a_sum_that_begins_at_zero() -> None:
+    x = random(30, COLUMNS, seed=0)
+    x[:, 0] = -0.0
+    parts = [moments(x[:7]), moments(x[7:20]), moments(x[20:])]
+    parts[0].hessian[1, 2] = -0.0
+    expected = torch.zeros_like(parts[0].hessian)
+    for part in parts:
+        expected.add_(part.hessian, alpha=part.tokens / 30)
+    alone = Moments.together([Moments(parts[0].hessian.clone(), None, 7)]).hessian
+    assert not torch.signbit(alone[alone == 0]).any()
+    found = Moments.together(parts).hessian
+    assert found is parts[0].hessian
+    assert torch.equal(found.view(torch.int64), expected.view(torch.int64))
+
+
 def fold(truth: Tensor, other: Tensor, noise: float, tokens: int = 200) -> Fold:
     """Tokens whose outputs lack x truth^T and noise, and unseen ones that lack x other^T."""
     seen, unseen = random(tokens, COLUMNS, seed=3), random(4000, COLUMNS, seed=4)
