@@ -64,7 +64,7 @@ DEEP_ONES = {
     "refitted": CHOSEN["refitted"],
     "refitted, target own": recipe("mxrot", **PLAIN, rounding__target="own", refit__damping=0.01),
     "mxrot": recipe("mxrot"),
-    "mxrot, refitted": recipe("mxrot", calibration__first="model", refit__damping=0.01),
+    "mxrot, ordered and refitted": recipe("mxrot", permutation={"ffn": "correlated"}, refit__damping=0.01),
 }
 """Where the matrices [K, K] of one wide site fill the memory."""
 
