@@ -202,9 +202,7 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
         "tokens of one expert": here.share * read,
         "outputs of attention and MLP": 0.0 if run.is_on_host else float(of_children * run.stream_bytes),
         "outputs of the norm": float(of_norm),
-        "inputs of the site": _kept_inputs(run, here, ends)
-        if requirements.hessian or here.recipe.transform.needs
-        else 0.0,
+        "inputs of the site": _kept_inputs(run, here, ends) if requirements.hessian or here.transform.needs else 0.0,
     }
 
 

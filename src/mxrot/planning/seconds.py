@@ -137,7 +137,7 @@ def _transform(run: Run, here: SiteShape) -> Work:
     """Fitting a transform and folding it into the weights."""
     if not here.scheme.stages:
         return Work()
-    n, k, method = here.outputs, here.inputs, here.recipe.transform
+    n, k, method = here.outputs, here.inputs, here.transform
     mixed = sum(stage.multiple for stage in here.scheme.stages)
     work = Work(copy=48.0 * n * k, float64=2.0 * n * k * mixed, operations=100)
     amounts = method.fitting_work(fit_size(run, here))
@@ -172,17 +172,17 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
 
 def _statistics(run: Run, here: SiteShape) -> Work:
     """Statistics that transforms are fitted to, Hessians, and shifts towards the target."""
-    recipe, k = here.recipe, here.inputs
+    transform, k = here.transform, here.inputs
     tokens = here.experts * here.share * run.fitted_tokens
     batches = here.experts * run.tokens / run.batch_tokens
     work = Work(operations=30 * batches)
-    if "moments" in recipe.transform.needs:
-        work.add(product=2.0 * tokens * k * (MOMENT_CHANNELS if run.is_gpu else 4 * recipe.transform.block))
-    if "whole" in recipe.transform.needs:
+    if "moments" in transform.needs:
+        work.add(product=2.0 * tokens * k * (MOMENT_CHANNELS if run.is_gpu else 4 * transform.block))
+    if "whole" in transform.needs:
         work.add(product=2.0 * tokens * k * k, copy=40.0 * batches * k * k)
-    if recipe.transform.needs:
+    if transform.needs:
         work.add(copy=3.0 * tokens * k * run.itemsize)
-    if recipe.rounding.requirements.hessian:
+    if here.recipe.rounding.requirements.hessian:
         work.add(**_second_moments(run, here, len(run.groups)).amounts)
     return work
 

@@ -17,7 +17,7 @@ from mxrot.models import Family, Site, value_heads
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
 from mxrot.scheme import SiteScheme, site_scheme
-from mxrot.transforms import BlockDiagonalSpec
+from mxrot.transforms import BlockDiagonalSpec, TransformMethod
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class SiteShape:
     def follows_original(self) -> bool:
         """Is it rounded towards what the original model computes?"""
         return self.recipe.rounding.requirements.target != "own"
+
+    @property
+    def transform(self) -> TransformMethod:
+        """How its transform is fitted, beside its rounding."""
+        return self.recipe.transform.beside(self.recipe.rounding.mends_later_columns)
 
     @property
     def rounded(self) -> int:

@@ -72,7 +72,7 @@ def site_stages(run: Run, position: int, base: dict[str, float]) -> list[Stage]:
     if run.tokens:
         stages.append(Stage(f"{name}: collecting", base | {"one batch": forward_bytes(run, position)}))
     if here.scheme.stages:
-        count, of_fit = here.weights / here.transforms, recipe.transform.fitting_bytes(fit_size(run, here))
+        count, of_fit = here.weights / here.transforms, here.transform.fitting_bytes(fit_size(run, here))
         is_wide = count <= site_weights.MOST_TOGETHER or recipe.smoothing is not None
         weights = count * (8.0 if is_wide else run.stored.itemsize)
         smoothed = weights if recipe.smoothing is not None else 0.0  # beside those that it is made from
