@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mxrot import quantizing
+from mxrot.calibration import World
 from mxrot.checkpoint import check_exportable, check_output, hash_model, quantize_to_folder, with_config
 from mxrot.checkpoint import load as load_checkpoint
 from mxrot.environment import device_name, versions
@@ -37,6 +38,8 @@ from mxrot.planning import needed_on_disk
 from mxrot.progress import Progress
 from mxrot.progress.display import ProgressOption, shown_progress
 from mxrot.prompting import generate_text
+from mxrot.quantizing.shared import check_shared
+from mxrot.ranks import joined
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.shell import expanded
 from mxrot.text import Windows, load_texts
@@ -129,6 +132,7 @@ def quantize(
     `progress` is a function to be told how far it is, or True to show it on standard error; it is shown in a notebook
     and at Python's prompt, too, unless it is False.
     Errors are those of mxrot.errors, raised before any weight is read where that is possible.
+    In processes that torchrun has started all call this, and share the work (docs/scale.md).
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if isinstance(model, PreTrainedModel) and tokenizer is None and not chosen.is_data_free:
@@ -136,16 +140,21 @@ def quantize(
         if need_tokenizer(calib):
             raise TypeError("quantize needs the tokenizer of a model that is passed itself")
     texts: dict[str, Any] = {"calib": calib, "samples": samples, "seq_len": seq_len}
-    options: dict[str, Any] = {"force": force, "resume": resume, "seed": seed}
-    with shown_progress(progress, f"Quantizing with {chosen.name}") as told:
+    own = model.device if isinstance(model, PreTrainedModel) else torch.device(default_device())
+    with (
+        joined(device or own.type) as world,
+        shown_progress(False if world.rank else progress, f"Quantizing with {chosen.name}") as told,
+    ):
+        device = str(world.device or device or own)
+        options: dict[str, Any] = {"force": force, "resume": resume, "seed": seed, "world": world}
         if not isinstance(model, PreTrainedModel):
-            return _quantize(str(model), chosen, output, device or default_device(), told, **texts, **options)
+            return _quantize(str(model), chosen, output, device, told, **texts, **options)
         with tempfile.TemporaryDirectory(prefix="mxrot-") as saved:
             named = Path(saved) / (Path(model.name_or_path or "").name or type(model).__name__)
             model.save_pretrained(named)
             if tokenizer is not None:
                 tokenizer.save_pretrained(named)
-            return _quantize(str(named), chosen, output, device or str(model.device), told, **texts, **options)
+            return _quantize(str(named), chosen, output, device, told, **texts, **options)
 
 
 def _quantize(
@@ -161,18 +170,22 @@ def _quantize(
     seed: int,
     force: bool,
     resume: bool,
+    world: World,
 ) -> PreTrainedModel | dict[str, Any]:
     """The same for a model by its name."""
+    check_shared(recipe, None, world)
     if output is not None:
         output = expanded(output)
         check_exportable(recipe)
-        check_output(output, force or resume)
-    loaded = None if recipe.is_data_free else load_texts(calib, "calibration")
-    folder = find_model(model)
+        if not world.rank:
+            check_output(output, force or resume)
+    with world.first_goes_ahead():
+        loaded = None if recipe.is_data_free else load_texts(calib, "calibration")
+        folder = find_model(model)
     check_original(folder, model)
     calibration = calibrate(folder, recipe, loaded, samples, seq_len, progress)
-    recipe = calibration.recipe
-    options: dict[str, Any] = {"windows": calibration.windows, "device": device, "seed": seed, "progress": progress}
+    recipe, windows = calibration.recipe, world.hand_out(calibration.windows)
+    options: dict[str, Any] = {"windows": windows, "device": device, "seed": seed, "progress": progress, "world": world}
     if output is None:
         result = quantizing.quantize(folder, recipe, **options)
         assert result.model is not None
@@ -185,13 +198,9 @@ def _quantize(
         data=calibration.description,
         force=force,
         resume=resume,
-        needed_bytes=needed_on_disk(folder, recipe, _shape(calibration.windows)),
+        needed_bytes=needed_on_disk(folder, recipe, (0, 0) if windows is None else (len(windows), windows.shape[1])),
         **options,
     )
-
-
-def _shape(windows: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if windows is None else (windows.shape[0], windows.shape[1])
 
 
 @torch.inference_mode(False)

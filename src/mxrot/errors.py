@@ -69,6 +69,24 @@ class DamagedError(FamilyError, CheckpointError):
     """A file of a model or a checkpoint that cannot be read as what its name says."""
 
 
+class RankError(MxrotError):
+    """What ended another process of the run, or the run as a whole."""
+
+    def __init__(self, message: str, rank: int = 0, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.rank, self.exit_code = rank, exit_code
+
+
+def leave_to_another(error: BaseException) -> None:
+    """Let another process of the run say what this error says."""
+    error.__dict__["is_left_to_another"] = True
+
+
+def is_left_to_another(error: BaseException) -> bool:
+    """Does another process of the run say it?"""
+    return "is_left_to_another" in error.__dict__
+
+
 class Note(str):
     """What mxrot has added to an error, of whatever kind."""
 

@@ -28,8 +28,8 @@ def first_executor(
 ) -> Executor:
     """Before the first decoder block, for token windows [W, T] of this process of `world`.
 
-    Only the embedding has to hold weights. `groups` are the positions of windows by what they are for; all of them, and
-    no batch holds windows of two groups. Without, batches follow the windows.
+    Only the embedding has to hold weights. `groups` are the positions of windows by what they are for; of those that
+    are there, and no batch holds windows of two groups. Without, batches follow the windows.
     """
     device = _device_of(model, family)
     arguments = block_arguments(model, family, windows[:1])
@@ -41,9 +41,10 @@ def first_executor(
         own = [part for part in windows[chosen].split(batch_windows) if len(part)]
         ranges[name] = range(len(batches), len(batches) + len(own))
         batches += own
+    tokens = sum(batch.numel() for batch in batches)
     for batch in batches:
         hidden = first_hidden(model, family, batch)
-        placement = Placement.of_states(device, windows.numel() * hidden.shape[-1] * hidden.element_size())
+        placement = Placement.of_states(device, tokens * hidden.shape[-1] * hidden.element_size())
         kept.append(placement.put(hidden))
     return Executor(kept, arguments, placement, world, groups=None if groups is None else ranges)
 

@@ -38,6 +38,18 @@ class Rows:
         """Rows of each piece."""
         return [stop - start for _, start, stop in self.pieces]
 
+    def share(self, rank: int, size: int) -> Rows:
+        """Those of one of so many processes: as many for each, one share behind the other."""
+        height = sum(self.counts)
+        start, stop = height * rank // size, height * (rank + 1) // size
+        found, before = [], 0
+        for name, first, last in self.pieces:
+            own = max(first, first + start - before), min(last, first + stop - before)
+            if own[0] < own[1]:
+                found.append((name, *own))
+            before += last - first
+        return Rows(tuple(found), slice(self.place.start + start, self.place.start + stop))
+
 
 def together(weights: Mapping[str, Tensor], linears: Sequence[str]) -> Tensor:
     """All rows of these linears, float64 [N, K]."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -30,6 +31,8 @@ class World(ABC):
     """Of this process, from 0."""
     size: int
     """How many there are."""
+    device: torch.device | None = None
+    """Where this process computes; None where that is not the world's to say."""
 
     @abstractmethod
     def sum(self, tensor: Tensor | None) -> Tensor:
@@ -50,6 +53,19 @@ class World(ABC):
     def largest(self, count: int) -> int:
         """The largest of a number of all processes."""
         return count if self.size == 1 else max(map(int, self.gather(torch.tensor([count]))))
+
+    def hand_out(self, value: T) -> T:
+        """What the first process gives; what the others give is not looked at."""
+        return value
+
+    @contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """The first process does what is inside before the others: it fetches what they find then."""
+        if self.rank:
+            self.hand_out(None)
+        yield
+        if not self.rank:
+            self.hand_out(None)
 
     def before(self, count: int) -> int:
         """The sum of a number over the processes of lower rank."""
@@ -83,6 +99,8 @@ class ProcessWorld(World):
     `device` is where this process computes; what it gives to a reduction may lie elsewhere, and stays as it is.
     """
 
+    device: torch.device
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
@@ -112,6 +130,12 @@ class ProcessWorld(World):
         return [
             flat[:size].view(shape) for flat, size, shape in zip(found, sizes, shapes, strict=True) if shape is not None
         ]
+
+    def hand_out(self, value: T) -> T:
+        """Pickled on the way; tensors should be on the CPU."""
+        given = [value if self.rank == 0 else None]
+        distributed.broadcast_object_list(given, src=0)
+        return cast(T, given[0])
 
     def _own(self, tensor: Tensor | None, neutral: float) -> Tensor:
         """A copy of `tensor` on the device; without one, as many of the neutral number as others have there."""

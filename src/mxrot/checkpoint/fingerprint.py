@@ -83,8 +83,10 @@ def fingerprint_of(
     device: torch.device | str,
     seed: int,
     changes: Sequence[str] = (),
+    ranks: int = 1,
 ) -> dict[str, Any]:
-    """Of a run that quantizes a model of these `files`, hashes by their names, after these `changes` of its source."""
+    """Of a run that quantizes a model of these `files`, hashes by their names, after these `changes` of its source, in
+    so many processes."""
     device = torch.device(device)
     data = None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return {
@@ -97,15 +99,22 @@ def fingerprint_of(
         "device": device_name(device),
         "kernels": kernel_choices(device),
         "versions": versions(),
+        "ranks": [ranks],
     }
 
 
+def going_on(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint of a run that goes on from that of `found`: with the numbers of processes of both."""
+    before: list[int] = found.get("ranks", [1])
+    return {**wanted, "ranks": [*before, *(one for one in wanted["ranks"] if before[-1:] != [one])]}
+
+
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What of a run is another one than in the fingerprint `found`, in words."""
+    """What of a run is another one than in the fingerprint `found`, in words; a run may go on in more processes."""
     if found.get("format") != FORMAT:
         return ["version of mxrot"]
     said = []
-    for key in sorted(wanted):
+    for key in sorted(wanted.keys() - {"ranks"}):
         one, other = found.get(key), wanted[key]
         if one == other:
             continue

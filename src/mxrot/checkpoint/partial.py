@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mxrot.checkpoint.files import INDEX, TEMPORARY, Written, seen, write_json, write_tensors
-from mxrot.checkpoint.fingerprint import Stamps, differences
+from mxrot.checkpoint.fingerprint import Stamps, differences, going_on
 from mxrot.checkpoint.noted import NEW, NotedTensors
 from mxrot.checkpoint.placing import PLACING, REPLACED
 from mxrot.checkpoint.room import Room
@@ -198,8 +198,9 @@ def holds_work(folder: Path) -> str | None:
     return "text that the model has written" if any(folder.glob(f"{_WINDOWS}-*.safetensors")) else None
 
 
-def open_partial(partial: Path, fingerprint: dict[str, Any], stamps: Stamps, resume: bool) -> None:
-    """Make the folder to work in, or take up what an earlier run left there; see `check_free_to_work`.
+def open_partial(partial: Path, fingerprint: dict[str, Any], stamps: Stamps, resume: bool) -> dict[str, Any]:
+    """Make the folder to work in, or take up what an earlier run left there; the fingerprint that is written there. See
+    `check_free_to_work`.
 
     CheckpointError, and nothing is changed, if the folder is not ours, or with `resume` of another run.
     """
@@ -214,6 +215,8 @@ def open_partial(partial: Path, fingerprint: dict[str, Any], stamps: Stamps, res
         if not resume or found is None:
             remove_partial(partial)
             partial.mkdir()
+        else:
+            fingerprint = going_on(found, fingerprint)
         # A killed run could not tidy up; the temporary file of a new one has both marks.
         for path in {*partial.glob(f"*{TEMPORARY}"), *partial.glob(f"{NEW}*")}:
             path.unlink()
@@ -222,6 +225,7 @@ def open_partial(partial: Path, fingerprint: dict[str, Any], stamps: Stamps, res
         if holds_work(partial) is None:
             remove_partial(partial)
         raise
+    return fingerprint
 
 
 def check_free_to_work(partial: Path, resume: bool, force: bool) -> None:

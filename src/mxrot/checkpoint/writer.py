@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxrot.calibration import ONE, World
 from mxrot.checkpoint.card import Made, model_card
 from mxrot.checkpoint.card_source import describe_source
 from mxrot.checkpoint.config import check_exportable, native_config
@@ -59,17 +60,27 @@ def quantize_to_folder(
     resume: bool = False,
     needed_bytes: float = 0,
     progress: Progress = silent,
+    world: World = ONE,
 ) -> dict[str, Any]:
     """Quantize a model, by its source or its folder, into the new folder `output`; returns what its run.json holds.
 
     `data` describes the calibration text for the record; so many `needed_bytes` must be free on the disk. With `resume`
     an unfinished run of the same kind is gone on from, and a finished one is checked. CheckpointError if `output` is in
     use, or exists and is not empty, unless `force`; or if there is an unfinished run and neither is given.
-    DiskFullError if the disk is, or becomes, too full. After any error what stood at `output` is intact.
+    DiskFullError if the disk is, or becomes, too full. After any error what stood at `output` is intact. The first
+    process of `world` alone looks at the output and writes there.
     """
     check_exportable(recipe)
     if isinstance(source, Path):
         source = FolderSource(source)
+    options: dict[str, Any] = {"windows": windows, "device": device, "seed": seed, "progress": progress, "world": world}
+    if world.rank:
+        found: dict[str, Any] | None = world.hand_out(None)
+        if found is None:
+            quantize(source, recipe, **options)
+            found = world.hand_out(None)
+        assert found is not None
+        return found
     folder = source.folder
     base_name = base_name.encode(errors="replace").decode()  # a folder's name need not be text
     with claimed(output) as place:
@@ -84,24 +95,25 @@ def quantize_to_folder(
         room.check()
         files, stamps = hash_model(folder, read_stamps(place.partial), progress)
         sides, _ = hash_files(folder, [*side_files, *folder.glob("README.md")])
-        fingerprint = fingerprint_of(files, sides, recipe, windows, device, seed, source.changes)
+        fingerprint = fingerprint_of(files, sides, recipe, windows, device, seed, source.changes, world.size)
         if resume and (finished := _finished_run(place, fingerprint, force)):
-            return finished
+            return world.hand_out(finished)
         check_free_to_work(place.partial, resume, force)
         check_empty(place, force)
-        open_partial(place.partial, fingerprint, stamps, resume)
+        fingerprint = open_partial(place.partial, fingerprint, stamps, resume)
+        world.hand_out(None)  # there is something to be done
         store = PartialCheckpoint(place.partial, source.family, source.config.num_hidden_layers, room)
         try:
             for path in side_files:
                 copy_file(path, place.partial / path.relative_to(folder))
-            result = quantize(source, recipe, windows=windows, device=device, seed=seed, store=store, progress=progress)
+            result = quantize(source, recipe, store=store, **options)
             _check_unchanged(folder, files, stamps)
             run = _write_around(store, result, base_name, data, fingerprint)
             put_in_place(place, is_note)
         except BaseException as error:
             _keep_work(place.partial, fingerprint, error)
             raise
-        return run
+        return world.hand_out(run)
 
 
 def _check_apart(source: Path, place: Place) -> None:
@@ -139,7 +151,7 @@ def _finished_run(place: Place, fingerprint: dict[str, Any], force: bool) -> dic
             if not force:
                 raise
     run = _run_of(place.partial)
-    if run is None or run["fingerprint"] != fingerprint:
+    if run is None or differences(run["fingerprint"], fingerprint):
         return None
     check_empty(place, force)
     try:

@@ -22,6 +22,7 @@ from mxrot.commands.quantize import quantize
 from mxrot.commands.recipes import recipes
 from mxrot.commands.report import report
 from mxrot.commands.search import search
+from mxrot.errors import is_left_to_another
 
 
 class _Commands(TyperGroup):
@@ -36,7 +37,8 @@ class _Commands(TyperGroup):
             if _is_typers(error):
                 raise
             failure = failure_of(error, ctx.meta.get(KEPT))
-            tell(failure)
+            if not is_left_to_another(error):
+                tell(failure)
             sys.exit(failure.exit_code)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,12 +48,53 @@ def quantize(
 ) -> None:
     """Quantize a model into a checkpoint folder."""
     from mxrot import api
+    from mxrot.progress import silent
     from mxrot.progress.display import HEARTBEAT_SECONDS
+    from mxrot.ranks import joined
+    from mxrot.report import progress_on_stderr
+
+    chosen = chosen_recipe(recipe, changes)
+    model = with_revision(model, revision)
+    if not is_utf8(output):
+        raise ConfigError(
+            f"--output {output}: the name is not UTF-8, and no reader of tokenizers takes it; give another one"
+        )
+    if json_file is not None and json_file.absolute() == output.absolute():
+        raise ConfigError(f"--json {json_file}: is the output folder, too; name another file")
+    with joined(device) as world:
+        quiet = redirect_stderr(io.StringIO()) if world.rank else nullcontext()
+        with world.first_goes_ahead(), quiet:
+            texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
+            prepare(model, device, json_file)
+        device = device if world.device is None else str(world.device)
+        task = f"{model}, {where(device)}, {_calibration(chosen, samples, seq_len)}, into {output}"
+        title = f"Quantizing with {chosen.name}"
+        shown = nullcontext(silent) if world.rank else progress_on_stderr(title, task, HEARTBEAT_SECONDS)
+        with shown as told:
+            run = api.quantize(
+                model,
+                chosen,
+                output,
+                calib=texts,
+                samples=samples,
+                seq_len=seq_len,
+                seed=seed,
+                device=device,
+                force=force,
+                resume=resume,
+                progress=told,
+            )
+    if not world.rank:
+        _tell(run, chosen.name, output)
+        write_json(json_file, run)
+
+
+def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
+    """What has been made, on standard output."""
     from mxrot.report import (
         choice_line,
         experts_line,
         left_line,
-        progress_on_stderr,
         rank_line,
         recipe_line,
         rotation_line,
@@ -60,43 +103,9 @@ def quantize(
         tuning_line,
     )
 
-    chosen = chosen_recipe(recipe, changes)
-    texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
-    model = with_revision(model, revision)
-    if not is_utf8(output):
-        raise ConfigError(
-            f"--output {output}: the name is not UTF-8, and no reader of tokenizers takes it; give another one"
-        )
-    if json_file is not None and json_file.absolute() == output.absolute():
-        raise ConfigError(f"--json {json_file}: is the output folder, too; name another file")
-    prepare(model, device, json_file)
-    task = f"{model}, {where(device)}, {_calibration(chosen, samples, seq_len)}, into {output}"
-    with progress_on_stderr(f"Quantizing with {chosen.name}", task, HEARTBEAT_SECONDS) as told:
-        run = api.quantize(
-            model,
-            chosen,
-            output,
-            calib=texts,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            device=device,
-            force=force,
-            resume=resume,
-            progress=told,
-        )
-    print(f"{output}: {len(run['blocks'])} blocks with {chosen.name} in {run['seconds']:.1f} s")
+    print(f"{output}: {len(run['blocks'])} blocks with {recipe} in {run['seconds']:.1f} s")
     print(size_line(run["size"]))
-    lines = (
-        left_line,
-        recipe_line,
-        rank_line,
-        rotation_line,
-        choice_line,
-        sites_choice_line,
-        tuning_line,
-        experts_line,
-    )
+    lines = left_line, recipe_line, rank_line, rotation_line, choice_line, sites_choice_line, tuning_line, experts_line
     for line in filter(None, (line_of(run) for line_of in lines)):
         print(line)
     print_texts((run["data"] or {}).get("texts", []))
@@ -104,7 +113,6 @@ def quantize(
         print(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
     next_ones = command("mxrot", "eval", output), command("mxrot", "generate", output, "Once upon a time")
     print(f"next: {'    '.join(next_ones)}")
-    write_json(json_file, run)
 
 
 def _calibration(recipe: Any, samples: int | None, seq_len: int | None) -> str:

@@ -15,6 +15,7 @@ from mxrot.formats import QTensor
 from mxrot.models import Site
 from mxrot.quantizing.finite import check_rounded
 from mxrot.quantizing.part import BlockRun, Part
+from mxrot.quantizing.shared import gathered, shares
 from mxrot.rounding import Prepared, RoundingMethod
 from mxrot.rounding.base import Requirements
 from mxrot.rounding.held_out import Fold, Moments
@@ -60,14 +61,15 @@ def round_site(run: BlockRun, part: Part, site: Site, transform: SiteTransform |
     groups = weights.whole_linears if scheme.weights.looks_at_whole_tensor else weights.groups
     method, seen = _statistics(run, part, site, weights)
     hessian, shift = (None, None) if seen is None else (seen.hessian, seen.shift)
-    moves = [] if shift is None else [shift[rows.place] for rows in groups]
+    own = groups if scheme.weights.looks_at_whole_tensor else shares(groups, run.world)
+    moves = [] if shift is None else [shift[rows.place] for rows in own]
     prepared = method.prepare(hessian, moves, f"{part.name}.{site.linears[0]}")
     tokens = None if seen is None else seen.tokens
     del hessian, seen  # what they have become is in `prepared`
     found: dict[str, list[RoundedRows]] = {linear: [] for linear in site.linears}
     for position, rows in enumerate(groups):
         move = moves[position] if moves else None
-        for linear, piece in _round_rows(run, part, site, weights, rows, method, prepared, move):
+        for linear, piece in _round_rows(run, part, site, weights, rows, own[position], method, prepared, move):
             found[linear].append(piece)
     strength = method.target_strength if recipe.rounding.chooses_target else None
     return {linear: _together(pieces, prepared.damping, tokens, strength) for linear, pieces in found.items()}
@@ -79,20 +81,25 @@ def _round_rows(
     site: Site,
     weights: SiteWeights,
     rows: Rows,
+    own: Rows,
     method: RoundingMethod,
     prepared: Prepared,
     move: Tensor | None,
 ) -> list[tuple[str, RoundedRows]]:
-    """Round some rows, which belong to the linears of these names."""
+    """Round some rows, which belong to the linears of these names; this process its `own` of them."""
     recipe, scheme = run.of(part, site)
-    folded = weights.folded(rows)
+    folded = weights.folded(own)
     name, quantizer = f"{part.name}.{weights.linears[0]}", scheme.weights
     result = method.round_rows(folded, quantizer.format, quantizer.rule, prepared, name, move)
+    rounded, remainder = result.weight, result.remainder
+    if own is not rows:
+        rounded, folded = gathered(rounded, run.world), weights.folded(rows)
+        remainder = torch.zeros(()).expand(folded.shape)  # is for tuning, which several processes do not do
     pieces = zip(
         rows.pieces,
-        result.weight.split_rows(rows.counts),
+        rounded.split_rows(rows.counts),
         folded.split(rows.counts),
-        result.remainder.split(rows.counts),
+        remainder.split(rows.counts),
         strict=True,
     )
     found = []
@@ -124,7 +131,8 @@ def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> 
     if requirements.folds == "none":
         found = moments(executor.fitted)
     else:
-        fitted, folds = folds_of({name: moments(own) for name, own in executor.groups.items() if own}, requirements)
+        groups = {name: own for name, own in executor.groups.items() if executor.tokens_of(own)}
+        fitted, folds = folds_of({name: moments(own) for name, own in groups.items()}, requirements)
         by, name = scheme.weights, f"{part.name}.{site.linears[0]}"
         method = method.chosen(folds, weights.all_folded(), by.format, by.rule, name)
         del folds  # and with them what was held out

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxrot.calibration import Executor, first_executor
+from mxrot.calibration import ONE, Executor, World
 from mxrot.calibration.executor import HELD
 from mxrot.environment import check_device, device_name, versions
 from mxrot.errors import ConfigError
@@ -30,7 +30,7 @@ from mxrot.kernels.choices import kernel_choices
 from mxrot.layers import build_apart
 from mxrot.models import FolderSource, Source, read_generation_config
 from mxrot.progress import Progress, part_of, silent
-from mxrot.quantizing.batches import window_groups, windows_at_once
+from mxrot.quantizing.batches import window_groups
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
 from mxrot.quantizing.choosing import choose, folds_of
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
@@ -39,6 +39,7 @@ from mxrot.quantizing.permuting import permuted_run
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.record import BlockReport, RunRecord, Trial
 from mxrot.quantizing.rotating import config_after, drawn_rotations, rotated_source
+from mxrot.quantizing.shared import check_alike, check_shared, own_executor
 from mxrot.quantizing.store import BlockStore
 from mxrot.quantizing.trained_rotations import learned_rotations
 from mxrot.quantizing.written import Writing, manner_of
@@ -79,6 +80,7 @@ def quantize(
     store: BlockStore | None = None,
     progress: Progress = silent,
     beside: Beside | None = None,
+    world: World = ONE,
 ) -> QuantizedModel:
     """Quantize a model, by its source or its folder.
 
@@ -88,14 +90,16 @@ def quantize(
     are text and the others were written by the model; all are text by default. Computes on `device`,
     in the checkpoint's own type on a GPU and in float32 on a CPU; everything a checkpoint keeps is rounded to its
     type either way, so that a reloaded model is the same model. With a `store`, finished blocks go there. `beside` is
-    shown each site of a block that is quantized here, but those of experts that share one.
+    shown each site of a block that is quantized here, but those of experts that share one. The processes of `world`
+    call this together, each with all windows, and take their shares; the first one alone has the store and writes text,
+    and all come to the same model.
 
     Raises ConfigError and FamilyError before any weight is read, NumericsError with the layer's name.
     """
     started = time.monotonic()
     source = FolderSource(source) if isinstance(source, Path) else source
     recipe, left_out = suited(recipe, source.family, source.config)
-    job = _checked(source, recipe, device, seed, store, progress, windows)
+    job = _checked(source, recipe, device, seed, store, progress, windows, world)
     if given is None:
         given = 0 if windows is None else len(windows)
     job = replace(job, run=replace(job.run, beside=beside))
@@ -136,7 +140,10 @@ class _Job:
     model: PreTrainedModel
     """A skeleton at first; blocks get tensors as they are taken."""
     store: BlockStore | None
+    """Of several processes that of the first one."""
     progress: Progress
+    is_stored: bool
+    """Is there a store, here or in the first process?"""
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -160,9 +167,11 @@ def _checked(
     store: BlockStore | None,
     progress: Progress,
     windows: Tensor | None,
+    world: World,
 ) -> _Job:
     """Everything that can be refused is refused here, before any weight is read."""
     check_device(device)
+    check_shared(recipe, None if windows is None else len(windows), world)
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -181,7 +190,8 @@ def _checked(
     if too_large is not None:
         raise too_large
     install_attention(model, scheme, source.family)
-    return _Job(BlockRun(recipe, source, device, dtype, seed, scheme), model, store, progress)
+    run = BlockRun(recipe, source, device, dtype, seed, scheme, world=world)
+    return _Job(run, model, store, progress, world.hand_out(store is not None))
 
 
 def _check_own_text(recipe: Recipe) -> None:
@@ -212,11 +222,9 @@ def _permuted(job: _Job, windows: Tensor | None, given: int) -> _Job:
     if run.recipe.permutation is None:
         return job
     assert windows is not None
-    at_once = windows_at_once(job.model, run.device, windows.shape[1])
     groups = window_groups(len(windows), given, run.recipe.calibration.held_out) or {}
     fitted = [places for name, places in groups.items() if not name.startswith(HELD)]
-    windows = windows[torch.cat(fitted)] if fitted else windows
-    executor = first_executor(job.model, run.family, windows, at_once, run.world)
+    executor = own_executor(run, job.model, windows[torch.cat(fitted)] if fitted else windows)
     found = permuted_run(run, job.blocks, executor, job.progress)
     give_back()
     return replace(job, run=found)
@@ -227,9 +235,12 @@ def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
     choice = job.run.recipe.calibration
     if windows is None or not choice.writes:
         return windows
-    kept = job.store.load_windows("calibration") if job.store else None
+    world = job.run.world
+    kept = world.hand_out(job.store.load_windows("calibration") if job.store else None)
     if kept is not None:
         return kept
+    if world.rank:
+        return world.hand_out(None)
     manner = manner_of(choice, job.run.source.folder, choice.prompted)
     job.progress(0, 1, "opening the model that writes text to be calibrated on")
     original = load_original(job.run.source, job.run.dtype, job.run.device)
@@ -237,7 +248,7 @@ def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
     found = writing.after(original, windows, len(windows), job.store, job.progress)
     del original
     give_back()
-    return found
+    return world.hand_out(found)
 
 
 def _chosen(
@@ -274,9 +285,8 @@ def _first_streams(job: _Job, windows: Tensor | None, given: int) -> _Streams | 
     if run.recipe.is_data_free:
         return None
     assert windows is not None
-    at_once = windows_at_once(job.model, run.device, windows.shape[1])
     groups = window_groups(len(windows), given, run.recipe.calibration.held_out)
-    executor = first_executor(job.model, run.family, windows, at_once, run.world, groups)
+    executor = own_executor(run, job.model, windows, groups)
     return _Streams(executor, executor.another() if run.recipe.looks_at_original else None)
 
 
@@ -285,12 +295,13 @@ def _next_block(job: _Job, index: int, block: nn.Module, streams: _Streams | Non
     run, family = job.run, job.run.family
     told = part_of(job.progress, index, 1, len(job.blocks), "blocks")
     told(0, 1, family.block_prefix(index))
-    finished = job.store.load(index) if job.store and not run.recipe.tunes_network else None
+    finished = run.world.hand_out(job.store.load(index) if job.store and not run.recipe.tunes_network else None)
     run.source.prefetch(index + 1)
     executor, original = (None, None) if streams is None else (streams.executor, streams.original)
     with named_failures(family.block_prefix(index)):
         if finished is None:
             report = quantize_block(run, index, block, executor, original, told)
+            check_alike(block, family.block_prefix(index), run.world)
         else:
             tensors, report = finished
             if original is not None and not run.is_last(index):
@@ -307,9 +318,9 @@ def _next_block(job: _Job, index: int, block: nn.Module, streams: _Streams | Non
 
 def _hand_over(job: _Job, index: int, block: nn.Module, report: BlockReport | None) -> None:
     """Give a block to the store, if there is one, and let go of it; without a report the store has it already."""
-    if job.store is None:
+    if not job.is_stored:
         return
-    if report is not None:
+    if job.store is not None and report is not None:
         job.store.save(index, finished_tensors(job.run, index, block), report)
     block.to("meta")
 
@@ -382,11 +393,11 @@ def _learned_outside(job: _Job) -> dict[str, Tensor]:
 def _finish(job: _Job) -> PreTrainedModel | None:
     """The model, ready to run; None where a store has taken it."""
     run, count = job.run, len(job.blocks)
-    if job.store is None:
+    if not job.is_stored:
         read_generation_config(job.model, run.source.folder)
         if run.device.type == "cuda":
             prepare(job.model, run.scheme)
-    else:
+    elif job.store is not None:
         job.store.save_rest(run.source.outer() | _learned_outside(job))
     job.progress(count, count, "done")
-    return job.model if job.store is None else None
+    return None if job.is_stored else job.model

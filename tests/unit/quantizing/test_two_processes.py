@@ -19,7 +19,6 @@ from mxrot.calibration.world import ONE, World
 from mxrot.errors import NumericsError
 from mxrot.quantizing import batches
 from mxrot.quantizing import run as pipeline
-from mxrot.quantizing.part import BlockRun
 from mxrot.recipe import Recipe
 
 pytestmark = pytest.mark.slow
@@ -40,12 +39,10 @@ def mixed() -> Recipe:
 def state(folder: Path, chosen: Recipe, windows: Tensor, world: World) -> dict[str, Tensor]:
     """The model that `world` makes of all these windows, one of which passes through a block at a time."""
     batch_tokens, batches.BATCH_TOKENS = batches.BATCH_TOKENS, {"cpu": windows.shape[1]}
-    pipeline.BlockRun = partial(BlockRun, world=world)  # type: ignore[misc, assignment]
     try:
-        own = windows.split(len(windows) // world.size)[world.rank]
-        model = pipeline.quantize(folder, chosen, windows=own).model
+        model = pipeline.quantize(folder, chosen, windows=windows, world=world).model
     finally:
-        batches.BATCH_TOKENS, pipeline.BlockRun = batch_tokens, BlockRun  # type: ignore[misc]
+        batches.BATCH_TOKENS = batch_tokens
     assert model is not None
     return dict(model.state_dict())
 

@@ -1,0 +1,138 @@
+"""`mxrot quantize` in two processes and in one, whole and with faults: `python -m tests.unit.ranked FOLDER`.
+
+A process of its own, because it forks (tests.faults.forked). What each command left and said goes to outcomes.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from tests.faults.forked import Ended, start
+from tests.tiny_model import write_tiny_mixture, write_tiny_model
+from tests.unit.checkpoint.folders import digests, without_run
+
+from mxrot import ranks
+from mxrot.errors import NumericsError
+from mxrot.quantizing import batches
+from mxrot.quantizing import run as pipeline
+
+LENGTH = 32
+MOST_SECONDS = 60.0
+Fault = Callable[[], None]
+
+
+def main(folder: Path) -> None:
+    """Every scenario after the other."""
+    found: dict[str, object] = {}
+    write_tiny_model(folder / "tiny")
+    write_tiny_mixture(folder / "experts", "mixtral")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+
+    def outcome(name: str, size: int, output: str, faults: dict[int, Fault] | None = None, *more: str) -> None:
+        model = "experts" if "experts" in output else "tiny"
+        words = ["quantize", str(folder / model), "-o", str(folder / output), "--calib", str(folder / "text.txt")]
+        words += ["--samples", "16", "--seq-len", str(LENGTH), *more]
+        found[name] = [asdict(one) for one in commands(folder, words, size, faults or {})]
+
+    for model in ("tiny", "experts"):
+        outcome(f"one {model}", 1, f"one-{model}")
+        outcome(f"two {model}", 2, f"two-{model}")
+    outcome("again", 2, "again")
+    outcome("raised", 2, "raised", {1: partial(at_second_block, raise_)})
+    for rank in (0, 1):
+        outcome(f"killed {rank}", 2, f"killed-{rank}", {rank: partial(at_second_block, kill)})
+    shutil.copytree(folder / "killed-1.partial", folder / "fewer.partial")
+    for name, size, output in (("resumed", 2, "killed-1"), ("resumed by one", 1, "fewer")):
+        outcome(name, size, output, None, "--resume")
+    outcome("stopped", 2, "stopped", {0: hasten, 1: partial(at_second_block, stop)})
+    outcome("refused", 2, "refused", None, "--recipe", "mxrot-tuned")
+    outcome("taken", 2, "again")
+    outcome("in memory of rtn", 2, "rtn", None, "--recipe", "rtn")
+    found["bytes"] = {
+        name: without_run(digests(folder / name))
+        for name in ("two-tiny", "again", "killed-1")
+        if (folder / name).is_dir()
+    }
+    (folder / "outcomes.json").write_text(json.dumps(found))
+
+
+def commands(folder: Path, words: list[str], size: int, faults: dict[int, Fault]) -> list[Ended]:
+    """`mxrot WORDS` in so many processes; how each has ended, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = time.monotonic()
+    logs = [folder / f"rank-{rank}.log" for rank in range(size)]
+    going = {
+        start(words, log, partial(as_rank, rank, size, port, faults.get(rank))): rank for rank, log in enumerate(logs)
+    }
+    ended: dict[int, Ended] = {}
+    while going:
+        for child, rank in list(going.items()):
+            if time.monotonic() - begun > MOST_SECONDS or (len(going) == 1 and is_stopped(child)):
+                os.kill(child, signal.SIGKILL)
+            gone, status = os.waitpid(child, os.WNOHANG)
+            if gone:
+                code = os.waitstatus_to_exitcode(status)
+                ended[rank] = Ended(code, logs[rank].read_text(errors="replace"), time.monotonic() - begun)
+                del going[child]
+        time.sleep(0.05)
+    return [ended[rank] for rank in range(size)]
+
+
+def is_stopped(child: int) -> bool:
+    return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def as_rank(rank: int, size: int, port: int, fault: Fault | None) -> None:
+    """What torchrun does for a process. With one window a batch, what is computed of it has the same bits in both."""
+    batches.BATCH_TOKENS = {"cpu": LENGTH}
+    if size > 1:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+        os.environ.update({name: str(value) for name, value in {**place, **numbers}.items()})
+    if fault is not None:
+        fault()
+
+
+def at_second_block(fault: Fault) -> None:
+    """Let `fault` happen once the first block is finished."""
+    original = pipeline.quantize_block
+
+    def quantize_block(run: object, index: int, *rest: object) -> object:
+        if index == 1:
+            fault()
+        return original(run, index, *rest)  # type: ignore[arg-type]
+
+    pipeline.quantize_block = quantize_block  # type: ignore[assignment]
+
+
+def raise_() -> None:
+    raise NumericsError("model.layers.1: of this process alone")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hasten() -> None:
+    ranks.LOST_SECONDS = 3.0
+    ranks.GRACE_SECONDS = 1.0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
