@@ -276,7 +276,8 @@ def test_on_a_gpu_it_gets_better_and_a_seed_gives_the_same_bits(source: Path, ch
 
 
 def test_gains_move_beside_rounding(source: Path, tmp_path: Path) -> None:
-    chosen = light(tuning__moves="rounding", tuning__scale_rate=0.0, tuning__bias_rate=0.0)
+    closed = {"transform__brake": 1.0, "calibration__held_out": 0.0}
+    chosen = light(tuning__moves="rounding", tuning__scale_rate=0.0, tuning__bias_rate=0.0, **closed)
     record = write(source, tmp_path / "out", chosen, windows=WINDOWS)
     before, after = all_tensors(source), all_tensors(tmp_path / "out")
     assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("norm.weight"))
