@@ -20,6 +20,7 @@ from mxrot.calibration import World
 from mxrot.checkpoint import check_exportable, check_output, hash_model, quantize_to_folder, with_config
 from mxrot.checkpoint import load as load_checkpoint
 from mxrot.environment import device_name, versions
+from mxrot.errors import ConfigError
 from mxrot.evaluation import (
     Answers,
     Divergence,
@@ -44,6 +45,7 @@ from mxrot.recipe import Recipe, load_recipe
 from mxrot.shell import expanded
 from mxrot.text import Windows, load_texts
 from mxrot.tokenizing import calibrate, need_tokenizer, read_texts, texts_or_windows
+from mxrot.watching import Watch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,6 +85,7 @@ class QuantizeOptions(TypedDict, total=False):
     resume: bool
     tokenizer: Any
     progress: ProgressOption
+    watch: Watch | None
 
 
 Source = str | Path | PreTrainedModel
@@ -121,6 +124,7 @@ def quantize(
     resume: bool = False,
     tokenizer: Any = None,
     progress: ProgressOption = None,
+    watch: Watch | None = None,
 ) -> PreTrainedModel | dict[str, Any]:
     """Quantize a model by its hub id, folder, or `demo`; or one that is loaded, which stays as it is.
 
@@ -130,7 +134,7 @@ def quantize(
     `calib` is a text, or several, as docs/text.md lists them: names, rows, token ids, tensors, data sets.
     `samples` and `seq_len` replace the recipe's calibration windows.
     `progress` is a function to be told how far it is, or True to show it on standard error; it is shown in a notebook
-    and at Python's prompt, too, unless it is False.
+    and at Python's prompt, too, unless it is False. `watch` hears of finished blocks and may end a run (docs/scale.md).
     Errors are those of mxrot.errors, raised before any weight is read where that is possible.
     In processes that torchrun has started all call this, and share the work (docs/scale.md).
     """
@@ -146,7 +150,7 @@ def quantize(
         shown_progress(False if world.rank else progress, f"Quantizing with {chosen.name}") as told,
     ):
         device = str(world.device or device or own)
-        options: dict[str, Any] = {"force": force, "resume": resume, "seed": seed, "world": world}
+        options: dict[str, Any] = {"force": force, "resume": resume, "seed": seed, "world": world, "watch": watch}
         if not isinstance(model, PreTrainedModel):
             return _quantize(str(model), chosen, output, device, told, **texts, **options)
         with tempfile.TemporaryDirectory(prefix="mxrot-") as saved:
@@ -171,9 +175,12 @@ def _quantize(
     force: bool,
     resume: bool,
     world: World,
+    watch: Watch | None,
 ) -> PreTrainedModel | dict[str, Any]:
     """The same for a model by its name."""
     check_shared(recipe, None, world)
+    if output is None and watch is not None and watch.limit is not None:
+        raise ConfigError("a time limit keeps finished blocks to go on from: it needs an output")
     if output is not None:
         output = expanded(output)
         check_exportable(recipe)
@@ -186,6 +193,7 @@ def _quantize(
     calibration = calibrate(folder, recipe, loaded, samples, seq_len, progress)
     recipe, windows = calibration.recipe, world.hand_out(calibration.windows)
     options: dict[str, Any] = {"windows": windows, "device": device, "seed": seed, "progress": progress, "world": world}
+    options["watch"] = watch
     if output is None:
         result = quantizing.quantize(folder, recipe, **options)
         assert result.model is not None

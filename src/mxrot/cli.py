@@ -1,7 +1,7 @@
 """The command `mxrot`. Its commands are in `mxrot.commands`, thin: they read options, call mxrot.api, and print.
 
-Exit codes: 0 done, 2 bad usage or bad input (one line, no traceback), 143 after SIGTERM, 1 anything else (one line,
-too).
+Exit codes: 0 done, 2 bad usage or bad input (one line, no traceback), 143 after SIGTERM, 75 after a
+time limit, 1 anything else (one line, too).
 Until an interrupt is taken care of it ends in a traceback; so what comes first here is quick to import.
 """
 

@@ -65,6 +65,12 @@ class DescriptorsError(MachineError):
     """Files that may be open at once."""
 
 
+class TimeLimitError(MxrotError):
+    """A run that has stopped by its limit of time; what was finished is kept to go on from."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
 class DamagedError(FamilyError, CheckpointError):
     """A file of a model or a checkpoint that cannot be read as what its name says."""
 

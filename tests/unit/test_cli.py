@@ -35,7 +35,7 @@ HELP = ["-h", "--help"]
 OPTIONS = {
     "quantize": [
         *("model", "-o", "--output", "-r", "--recipe", "--set", "--calib", "--samples", "--seq-len", "--seed"),
-        *("--revision", "--device", "--force", "--resume", "--json"),
+        *("--revision", "--device", "--force", "--resume", "--json", "--time-limit", "--metrics", "--tensorboard"),
     ],
     "eval": [
         *("model", "--text", "--windows", "--seq-len", "--against", "--tasks", "--task-data", "--limit"),

@@ -44,6 +44,7 @@ from mxrot.models import FolderSource, Source, check_generation_config, commit_o
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.run import QuantizedModel, quantize
 from mxrot.recipe import Recipe
+from mxrot.watching import Watch
 
 
 def quantize_to_folder(
@@ -61,19 +62,21 @@ def quantize_to_folder(
     needed_bytes: float = 0,
     progress: Progress = silent,
     world: World = ONE,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Quantize a model, by its source or its folder, into the new folder `output`; returns what its run.json holds.
 
     `data` describes the calibration text for the record; so many `needed_bytes` must be free on the disk. With `resume`
     an unfinished run of the same kind is gone on from, and a finished one is checked. CheckpointError if `output` is in
     use, or exists and is not empty, unless `force`; or if there is an unfinished run and neither is given.
-    DiskFullError if the disk is, or becomes, too full. After any error what stood at `output` is intact. The first
-    process of `world` alone looks at the output and writes there.
+    DiskFullError if the disk is, or becomes, too full, TimeLimitError if `watch` ends the run. After any error what
+    stood at `output` is intact. The first process of `world` alone looks at the output and writes there.
     """
     check_exportable(recipe)
     if isinstance(source, Path):
         source = FolderSource(source)
     options: dict[str, Any] = {"windows": windows, "device": device, "seed": seed, "progress": progress, "world": world}
+    options["watch"] = watch
     if world.rank:
         found: dict[str, Any] | None = world.hand_out(None)
         if found is None:

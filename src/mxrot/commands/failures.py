@@ -1,7 +1,7 @@
 """What a command that fails says: one line for each kind of error, and an exit code.
 
 2 is for what a person asked for and can ask for otherwise, 1 for the machine, an interrupt, and faults of mxrot, 143
-for SIGTERM.
+for SIGTERM, 75 for a time limit, which is no error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import traceback
 from typing import NamedTuple
 
 from mxrot import interrupts
-from mxrot.errors import MxrotError, notes_of
+from mxrot.errors import MxrotError, TimeLimitError, notes_of
 from mxrot.failures import machine_failure
 
 TRACEBACK = "MXROT_TRACEBACK"
@@ -54,7 +54,8 @@ def _failure_of(error: BaseException, kept: str | None) -> Failure:
 def tell(failure: Failure) -> None:
     """Write it to standard error, as one line, but for its breaks as it is: two spaces may be part of a path."""
     line = " ".join(part.strip() for part in failure.line.splitlines())
-    print(f"mxrot: error: {line}", file=sys.stderr, flush=True)
+    kind = "" if failure.exit_code == TimeLimitError.exit_code else "error: "
+    print(f"mxrot: {kind}{line}", file=sys.stderr, flush=True)
 
 
 def _of_nobody(error: BaseException) -> str:

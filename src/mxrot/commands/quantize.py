@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from contextlib import nullcontext, redirect_stderr
+from contextlib import closing, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mxrot.commands.lasting import Metrics, TensorBoard, TimeLimitOption, chosen_limit, chosen_watch
 from mxrot.commands.options import (
     Calib,
     Changes,
@@ -45,8 +46,12 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks, and go on where a run ended")] = False,
     json_file: Json = None,
+    time_limit: TimeLimitOption = None,
+    metrics: Metrics = None,
+    tensorboard: TensorBoard = None,
 ) -> None:
     """Quantize a model into a checkpoint folder."""
+    limit = chosen_limit(time_limit)  # first: importing takes time, too
     from mxrot import api
     from mxrot.progress import silent
     from mxrot.progress.display import HEARTBEAT_SECONDS
@@ -65,12 +70,13 @@ def quantize(
         quiet = redirect_stderr(io.StringIO()) if world.rank else nullcontext()
         with world.first_goes_ahead(), quiet:
             texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
+            watch = chosen_watch(limit, metrics, tensorboard, output, resume)
             prepare(model, device, json_file)
         device = device if world.device is None else str(world.device)
         task = f"{model}, {where(device)}, {_calibration(chosen, samples, seq_len)}, into {output}"
         title = f"Quantizing with {chosen.name}"
         shown = nullcontext(silent) if world.rank else progress_on_stderr(title, task, HEARTBEAT_SECONDS)
-        with shown as told:
+        with shown as told, closing(watch):
             run = api.quantize(
                 model,
                 chosen,
@@ -83,6 +89,7 @@ def quantize(
                 force=force,
                 resume=resume,
                 progress=told,
+                watch=watch,
             )
     if not world.rank:
         _tell(run, chosen.name, output)

@@ -113,7 +113,16 @@ def _tune(run: BlockRun, part: Part, sites: Sequence[Site], progress: Progress) 
     part.executor.begin(part.module)
     generator = generator_for(run.seed, f"{part.name} tuning")
     return tune_block(
-        part.executor, part.original, sites, tuning, generator, part.name, run.family, run.rounding_type, progress
+        part.executor,
+        part.original,
+        sites,
+        tuning,
+        generator,
+        part.name,
+        run.family,
+        run.rounding_type,
+        progress,
+        run.watch.without_limit(),
     )
 
 

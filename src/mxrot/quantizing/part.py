@@ -17,6 +17,7 @@ from mxrot.recipe import Recipe
 from mxrot.rules import Rules
 from mxrot.scheme import Scheme, SiteScheme
 from mxrot.surgery import Weights
+from mxrot.watching import Watch
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class BlockRun:
     """The processes that the calibration windows are spread over."""
     beside: Beside | None = None
     """Sees each site."""
+    watch: Watch = field(default_factory=Watch)
+    """Hears of blocks and looks of tuning, and ends the run in time."""
 
     @property
     def family(self) -> Family:

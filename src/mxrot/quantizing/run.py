@@ -33,6 +33,7 @@ from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.batches import window_groups
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
 from mxrot.quantizing.choosing import choose, folds_of
+from mxrot.quantizing.events import tell_of_block
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
 from mxrot.quantizing.part import Beside, BlockRun
 from mxrot.quantizing.permuting import permuted_run
@@ -48,6 +49,7 @@ from mxrot.scheme import Scheme, install_attention, prepare
 from mxrot.suited import suited
 from mxrot.transforms import generator_for
 from mxrot.tuning import Check, gains_of, tune_network
+from mxrot.watching import Watch
 
 
 @dataclass
@@ -81,6 +83,7 @@ def quantize(
     progress: Progress = silent,
     beside: Beside | None = None,
     world: World = ONE,
+    watch: Watch | None = None,
 ) -> QuantizedModel:
     """Quantize a model, by its source or its folder.
 
@@ -92,7 +95,7 @@ def quantize(
     type either way, so that a reloaded model is the same model. With a `store`, finished blocks go there. `beside` is
     shown each site of a block that is quantized here, but those of experts that share one. The processes of `world`
     call this together, each with all windows, and take their shares; the first one alone has the store and writes text,
-    and all come to the same model.
+    and all come to the same model. `watch` hears of finished blocks, and may end the run with a TimeLimitError.
 
     Raises ConfigError and FamilyError before any weight is read, NumericsError with the layer's name.
     """
@@ -102,7 +105,8 @@ def quantize(
     job = _checked(source, recipe, device, seed, store, progress, windows, world)
     if given is None:
         given = 0 if windows is None else len(windows)
-    job = replace(job, run=replace(job.run, beside=beside))
+    watch = (watch or Watch()).among(job.run.world)
+    job = replace(job, run=replace(job.run, beside=beside, watch=watch))
     job, rotation_losses = _rotated(job, windows)
     windows = _calibration_windows(job, windows)
     job, windows, trials = _chosen(job, source, windows, given)
@@ -117,6 +121,7 @@ def quantize(
         record.blocks.append(report)
         if not recipe.tunes_network:
             _hand_over(job, index, block, report if is_new else None)
+        tell_of_block(job.run, report, is_new, None if windows is None else windows.numel())
         give_back()
     if recipe.tunes_network:
         assert windows is not None
@@ -351,6 +356,7 @@ def _tune(job: _Job, windows: Tensor, given: int) -> list[Check]:
             run.rounding_type,
             checkpoint,
             progress,
+            run.watch,
         )
         before = checks[-1].step if checks else 0
         checks += [replace(check, step=before + check.step) for check in found]

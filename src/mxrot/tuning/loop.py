@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mxrot.errors import CheckpointError, DataError, NumericsError
 from mxrot.progress import Progress, silent
 from mxrot.sections import Tuning
+from mxrot.watching import Watch
 
 ADAM_EPSILON = 1e-12
 """Far below any gradient: those of many million offsets are 1e-7 or less, for a loss that is a mean over tokens."""
@@ -99,10 +100,12 @@ def tune(
     generator: torch.Generator,
     tuning_checkpoint: TuningCheckpoint | None = None,
     progress: Progress = silent,
+    watch: Watch | None = None,
 ) -> list[Check]:
     """Minimise; the parameters end at the least held-out loss that was seen, the start included.
 
-    NumericsError with the problem's name if a loss is not finite, unless the problem rolls back.
+    NumericsError with the problem's name if a loss is not finite, unless the problem rolls back. TimeLimitError after a
+    look, once all is kept, if the next one would probably end too late for `watch`.
     """
     parameters = [parameter for group in problem.groups for parameter in group.parameters]
     if not parameters:
@@ -119,8 +122,10 @@ def tune(
     if tuning_checkpoint is not None and (kept := tuning_checkpoint.load()):
         _restore(kept, parameters, optimizer, state)
         problem.settle()
+    watch = watch or Watch()
+    watch.skip("look")
     if not state.checks:
-        _look(problem, parameters, state, None)
+        _look(problem, parameters, state, None, watch)
     losses: list[float] = []
     kept_at = time.monotonic()
     while state.step < options.steps and not state.stops(options.patience):
@@ -131,7 +136,7 @@ def tune(
         if not math.isfinite(losses[-1]) and problem.rolls_back:
             _go_back(parameters, state)
             problem.settle()
-            _look(problem, parameters, state, None)
+            _look(problem, parameters, state, None, watch)
             break
         if not math.isfinite(losses[-1]):
             raise NumericsError(f"{problem.name}: the loss of tuning is {losses[-1]} at step {state.step}")
@@ -141,12 +146,15 @@ def tune(
         problem.settle()
         state.step += 1
         if state.step % every == 0 or state.step == options.steps:
-            _look(problem, parameters, state, sum(losses) / len(losses))
+            _look(problem, parameters, state, sum(losses) / len(losses), watch)
             losses = []
             ends = state.step == options.steps or state.stops(options.patience)
-            if tuning_checkpoint is not None and (ends or time.monotonic() - kept_at >= KEEP_SECONDS):
+            is_over = not ends and watch.is_over("look")
+            if tuning_checkpoint is not None and (ends or is_over or time.monotonic() - kept_at >= KEEP_SECONDS):
                 tuning_checkpoint.save(_kept(parameters, optimizer, state))
                 kept_at = time.monotonic()
+            if is_over:
+                raise watch.ending("look", f"step {state.step} of {options.steps} of {problem.name}")
         progress(state.step, options.steps, f"{problem.name}, held-out loss {state.least:.4g}")
     _go_back(parameters, state)
     problem.settle()
@@ -195,13 +203,16 @@ def window_batches(windows: Tensor, size: int, steps: int, generator: torch.Gene
         left = left[size:]
 
 
-def _look(problem: Problem, parameters: list[nn.Parameter], state: TuningState, train: float | None) -> None:
+def _look(
+    problem: Problem, parameters: list[nn.Parameter], state: TuningState, train: float | None, watch: Watch
+) -> None:
     loss = problem.held_out_loss()
     if not math.isfinite(loss):
         raise NumericsError(f"{problem.name}: the held-out loss of tuning is {loss} at step {state.step}")
     if loss < state.least:
         state.best = [parameter.detach().clone() for parameter in parameters]
     state.checks.append(Check(state.step, train, loss))
+    watch.finish("look", name=problem.name, **vars(state.checks[-1]))
 
 
 def _kept(parameters: list[nn.Parameter], optimizer: torch.optim.Adam, state: TuningState) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from mxrot.tuning.gains import LearnedGain, learned_gains
 from mxrot.tuning.loop import Check, Problem, TuningCheckpoint, deterministic, split_windows, tune
 from mxrot.tuning.straight_through import Divergence, WeightedDivergence
 from mxrot.tuning.tuned_network import TunedNetwork, tuned_network
+from mxrot.watching import Watch
 
 LOGIT_TOKENS = 2048
 """Positions whose logits exist at once."""
@@ -76,6 +77,7 @@ def tune_network(
     rounding_type: Callable[[str], torch.dtype],
     tuning_checkpoint: TuningCheckpoint | None = None,
     progress: Progress = silent,
+    watch: Watch | None = None,
 ) -> list[Check]:
     """Tune `model`, quantized and on its device, towards `original` on token windows [W, T]; in place.
 
@@ -157,7 +159,7 @@ def tune_network(
 
     problem = Problem(tuned.groups(options), backward, held_out_loss, tuned.settle, train, "distillation")
     with deterministic(), torch.enable_grad(), shared_heads(model, original), fused_norms(model):
-        checks = tune(problem, options, generator, tuning_checkpoint, progress)
+        checks = tune(problem, options, generator, tuning_checkpoint, progress, watch)
     tuned.finish()
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])

@@ -18,6 +18,7 @@ from mxrot.tuning.gains import learned_gains
 from mxrot.tuning.loop import Check, Problem, deterministic, split_windows, tune
 from mxrot.tuning.network import lower_precision
 from mxrot.tuning.tuned_network import TunedNetwork, tuned_network
+from mxrot.watching import Watch
 
 
 def tune_block(
@@ -30,6 +31,7 @@ def tune_block(
     family: Family,
     rounding_type: Callable[[str], torch.dtype],
     progress: Progress = silent,
+    watch: Watch | None = None,
 ) -> list[Check]:
     """Tune a quantized block in place, that of `executor`, whose full name is `name`.
 
@@ -86,7 +88,7 @@ def tune_block(
     groups, windows = tunable.groups(options), torch.arange(len(train))
     problem = Problem(groups, backward, held_out_loss, tunable.settle, windows, name, rolls_back=clips)
     with deterministic(), torch.enable_grad():
-        checks = tune(problem, options, generator, progress=progress)
+        checks = tune(problem, options, generator, progress=progress, watch=watch)
     tunable.finish()
     for key, parameter in block.named_parameters():
         parameter.data = parameter.data.to(dtypes[key])

@@ -1,0 +1,41 @@
+"""Options of commands that may run for a day."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mxrot.commands.options import check_file
+from mxrot.errors import ConfigError
+from mxrot.watching import Board, JsonLines, Listener, TimeLimit, Watch, check_board, seconds_of
+
+TIME_LIMIT_HELP = "Stop after a finished block, with exit code 75, before e.g. 90m, 8h, 1h30m are over"
+TimeLimitOption = Annotated[str | None, typer.Option("--time-limit", metavar="DURATION", help=TIME_LIMIT_HELP)]
+METRICS_HELP = "Write a line of JSON for each finished block and look of tuning"
+Metrics = Annotated[Path | None, typer.Option("--metrics", metavar="FILE.jsonl", help=METRICS_HELP)]
+BOARD_HELP = "Write the same for TensorBoard, with the package tensorboard"
+TensorBoard = Annotated[Path | None, typer.Option("--tensorboard", metavar="DIR", help=BOARD_HELP)]
+
+
+def chosen_limit(duration: str | None) -> TimeLimit | None:
+    """What `--time-limit` asks for, from now on."""
+    return None if duration is None else TimeLimit(seconds_of(duration, "--time-limit"))
+
+
+def chosen_watch(
+    limit: TimeLimit | None, metrics: Path | None, tensorboard: Path | None, output: Path, resume: bool
+) -> Watch:
+    """What these options ask for; ConfigError where it cannot be. Files are made with the first finished block."""
+    check_file("--metrics", metrics)
+    for option, path in (("--metrics", metrics), ("--tensorboard", tensorboard)):
+        if path is not None and path.absolute().is_relative_to(output.absolute()):
+            raise ConfigError(f"{option} {path}: is in the output folder, which appears at the end; name another place")
+    listeners: list[Listener] = []
+    if metrics is not None:
+        listeners.append(JsonLines(metrics, resume))
+    if tensorboard is not None:
+        check_board(tensorboard, "--tensorboard")
+        listeners.append(Board(tensorboard))
+    return Watch(limit, listeners)

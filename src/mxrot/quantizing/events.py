@@ -1,0 +1,71 @@
+"""What whoever watches a run is told of a finished block."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from mxrot.quantizing.part import BlockRun
+from mxrot.quantizing.record import BlockReport, LinearReport
+
+
+def tell_of_block(run: BlockRun, report: BlockReport, is_new: bool, tokens: int | None) -> None:
+    """Tell that a block is finished, and kept where the recipe keeps it; TimeLimitError if the next one would probably
+    come too late. `tokens` are those of all calibration windows."""
+    blocks, watch = run.config.num_hidden_layers, run.watch
+    if not is_new:
+        watch.skip("block", report.seconds)
+        return
+    name = run.family.block_prefix(report.index)
+    watch.finish("block", report.seconds, **block_event(report, name, blocks, tokens, run.device))
+    # What a network is tuned with is made again by a resumed run, so there is nothing to go on from before.
+    if not run.recipe.tunes_network and not run.is_last(report.index):
+        watch.end_if_over("block", f"block {report.index + 1} of {blocks}")
+
+
+def block_event(
+    report: BlockReport, name: str, blocks: int, tokens: int | None, device: torch.device
+) -> dict[str, Any]:
+    """Its place, errors by site, memory and tokens, as JSON takes it."""
+    sites: dict[str, list[LinearReport]] = {}
+    for linear in report.linears:
+        sites.setdefault(linear.site, []).append(linear)
+    return {
+        "block": report.index,
+        "blocks": blocks,
+        "name": name,
+        "tokens": tokens,
+        "errors": {site: _errors(linears) for site, linears in sites.items()},
+        "memory": {"gpu_peak_bytes": _gpu_peak(device), "host_peak_bytes": _host_peak()},
+    }
+
+
+def _errors(linears: list[LinearReport]) -> dict[str, float | None]:
+    """Means over the linears of a site, of all experts where it has some."""
+    return {
+        "weight": _mean(linear.weight_error for linear in linears),
+        "output": _mean(linear.output_error for linear in linears),
+    }
+
+
+def _mean(errors: Iterable[float | None]) -> float | None:
+    known = [error for error in errors if error is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _gpu_peak(device: torch.device) -> int | None:
+    """Allocated at most since the run began."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _host_peak() -> int | None:
+    """Resident at most since the process began; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

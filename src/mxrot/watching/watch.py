@@ -1,0 +1,110 @@
+"""Follows one run: hands on what it has finished, and ends it before its time is over.
+
+A run is ended only where something was finished and is kept, so every run with the same limit gets further than the one
+before. It ends where the next such moment would probably come too late, by the longest time between two of them so far.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import Any, Protocol
+
+from mxrot.errors import TimeLimitError
+from mxrot.progress.pace import duration
+from mxrot.watching.limit import TimeLimit
+
+Event = dict[str, Any]
+"""Something that a run has finished, as JSON takes it; `event` says what."""
+
+
+class Listener(Protocol):
+    """Keeps events."""
+
+    def hear(self, event: Event) -> None:
+        """Keep it for good: the run may end at any moment."""
+
+    def close(self) -> None:
+        """No more will come."""
+
+
+class Processes(Protocol):
+    """Those that run together: they end together, and one of them keeps events."""
+
+    rank: int
+
+    def largest(self, count: int) -> int:
+        """The largest of a number of all of them."""
+
+
+@dataclass
+class Watch:
+    """Without a limit and listeners nothing is done."""
+
+    limit: TimeLimit | None = None
+    listeners: Sequence[Listener] = ()
+    largest: Callable[[int], int] = int
+    """Of a number over all processes."""
+    _started: float = field(default_factory=lambda: time.monotonic())
+    _longest: dict[str, float] = field(default_factory=dict)
+    """Seconds, by what was finished."""
+    _last: dict[str, float] = field(default_factory=dict)
+    """When one was finished last, by its kind."""
+
+    def among(self, processes: Processes) -> Watch:
+        """The same in one of several processes."""
+        listeners = self.listeners if processes.rank == 0 else ()
+        return replace(self, listeners=listeners, largest=processes.largest)
+
+    def without_limit(self) -> Watch:
+        """The same where nothing that is kept is finished."""
+        return replace(self, limit=None)
+
+    def finish(self, what: str, seconds: float | None = None, **event: Any) -> None:
+        """Hand on that something of the kind `what` was finished, and took so many seconds: by default those since the
+        last one."""
+        now = time.monotonic()
+        since = now - self._last.get(what, now)
+        took = since if seconds is None else seconds
+        self._longest[what] = max(self._longest.get(what, 0.0), took, since)
+        self._last[what] = now
+        about = {"event": what, "time": _now(), "elapsed": round(now - self._started, 3), "seconds": round(took, 3)}
+        for listener in self.listeners:
+            listener.hear(about | event)
+
+    def skip(self, what: str, seconds: float = 0.0) -> None:
+        """Something of the kind was there already, and took so many seconds when it was made."""
+        self._longest[what] = max(self._longest.get(what, 0.0), seconds)
+        self._last[what] = time.monotonic()
+
+    def is_over(self, what: str) -> bool:
+        """Would another one of the kind probably end too late? The same in all processes, which all have to ask."""
+        if self.limit is None:
+            return False
+        return bool(self.largest(int(self.limit.left() < self._longest.get(what, 0.0))))
+
+    def end_if_over(self, what: str, done: str) -> None:
+        """TimeLimitError if another one of the kind would probably end too late; `done` says how far the run is."""
+        if self.is_over(what):
+            raise self.ending(what, done)
+
+    def ending(self, what: str, done: str) -> TimeLimitError:
+        """The error that ends a run."""
+        assert self.limit is not None
+        longest, left = self._longest.get(what, 0.0), self.limit.left()
+        next_one = f"; the next {what} would take about {duration(longest)}" if longest else ""
+        return TimeLimitError(
+            f"stopped after {done}, by the time limit of {duration(self.limit.seconds)}, of which "
+            f"{duration(max(0.0, left))} are left{next_one}"
+        )
+
+    def close(self) -> None:
+        """Close the listeners."""
+        for listener in self.listeners:
+            listener.close()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
