@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ class PartialCheckpoint:
     """What a run has done so far: one shard a decoder block, and one for everything else."""
 
     def __init__(self, folder: Path, family: Family, blocks: int, room: Room | None = None) -> None:
-        """`room` is looked at around each block that is written."""
+        """`room` is looked at before each block is made, and again before it is written."""
         self.folder, self.family, self.blocks, self.room = folder, family, blocks, room
         self.size = ModelSize()
         self.weight_map: dict[str, str] = {}
@@ -77,7 +76,14 @@ class PartialCheckpoint:
         return self.folder / f"block-{index:05d}.json"
 
     def load(self, index: int) -> tuple[dict[str, Tensor], BlockReport] | None:
-        """A block that an earlier run finished. One that cannot be read, or was changed, counts as unfinished."""
+        """A block that an earlier run finished. One that cannot be read, or was changed, counts as unfinished: then it
+        will be made, and there has to be room for what is still to be written."""
+        found = self._finished(index)
+        if found is None and self.room is not None:
+            self.room.check()
+        return found
+
+    def _finished(self, index: int) -> tuple[dict[str, Tensor], BlockReport] | None:
         try:
             note = read_json(self._report_path(index))
             path = self.folder / self.shard(index + 1)
@@ -99,16 +105,19 @@ class PartialCheckpoint:
         prefix = self.family.block_prefix(index)
         named = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
         path = self.folder / self.shard(index + 1)
-        with nullcontext() if self.room is None else self.room.around(_bytes_of(named)):
-            written = write_tensors(path, named)
-            self._count(named, path.name, written, report)
-            # Last: a block with a report is finished.
-            write_json(self._report_path(index), {"sha256": written.sha256, "report": asdict(report)})
+        self._check_room_for(named)
+        written = write_tensors(path, named)
+        self._count(named, path.name, written, report)
+        # Last: a block with a report is finished.
+        write_json(self._report_path(index), {"sha256": written.sha256, "report": asdict(report)})
 
     def save_rest(self, tensors: dict[str, Tensor]) -> None:
-        if self.room is not None:
-            self.room.check_for(_bytes_of(tensors))
+        self._check_room_for(tensors)
         self._count(tensors, self.shard(0), write_tensors(self.folder / self.shard(0), tensors))
+
+    def _check_room_for(self, named: dict[str, Tensor]) -> None:
+        if self.room is not None:
+            self.room.check_for(sum(tensor.nbytes for tensor in named.values()))
 
     def _count(self, named: dict[str, Tensor], shard: str, written: Written, report: BlockReport | None = None) -> None:
         self.weight_map |= dict.fromkeys(named, shard)
@@ -178,10 +187,6 @@ class PartialCheckpoint:
                     f"{self.folder / name}: is not what this run has written there; did something else write to it?"
                 )
         return {name: written for name, written in found.items() if name != "run.json"}
-
-
-def _bytes_of(named: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in named.values())
 
 
 def holds_work(folder: Path) -> str | None:

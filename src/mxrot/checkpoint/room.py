@@ -1,5 +1,4 @@
-"""Room on the disk: looked at before a run, and again around each block, so that a disk is seen to fill up before it is
-full.
+"""Room on the disk: looked at before a run and before each block, so that a disk is seen to fill up before it is full.
 
 Both looks count alike: what a run writes in all, less what is there already. So a run that is stopped here would be
 refused, too, if it were resumed before there is room, and one that was let begin is stopped only where somebody else
@@ -9,8 +8,6 @@ has filled the disk.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,16 +31,9 @@ class Room:
         """DiskFullError unless what is still to be written fits."""
         self.check_for(self._still())
 
-    @contextmanager
-    def around(self, size: int) -> Iterator[None]:
-        """While open, a block of so many bytes is written: DiskFullError before, unless it fits, and after it, unless
-        the rest does, too. A block that is finished is kept first."""
-        self.check_for(size)
-        yield
-        self.check()
-
     def check_for(self, size: float) -> None:
-        """DiskFullError unless so many bytes fit; it says what is still to be written in all."""
+        """DiskFullError unless so many bytes fit, also where what comes after them would not: what was made is kept
+        first. It says what is still to be written in all."""
         free = self._free()
         if free is not None and size > free:
             still = max(size, self._still())
