@@ -20,7 +20,6 @@ from mxrot.calibration import World
 from mxrot.checkpoint import check_exportable, check_output, hash_model, quantize_to_folder, with_config
 from mxrot.checkpoint import load as load_checkpoint
 from mxrot.environment import device_name, versions
-from mxrot.errors import ConfigError
 from mxrot.evaluation import (
     Answers,
     Divergence,
@@ -34,7 +33,7 @@ from mxrot.evaluation import (
 from mxrot.kernels.choices import kernel_choices
 from mxrot.layers.cache_size import cache_of
 from mxrot.models import find_model
-from mxrot.opening import base_name, check_original, default_device, is_verifiable, load_tokenizer, open_model
+from mxrot.opening import base_name, check_original, default_device, is_verifiable, load_tokenizer, open_model, opened
 from mxrot.planning import needed_on_disk
 from mxrot.progress import Progress
 from mxrot.progress.display import ProgressOption, shown_progress
@@ -179,8 +178,6 @@ def _quantize(
 ) -> PreTrainedModel | dict[str, Any]:
     """The same for a model by its name."""
     check_shared(recipe, None, world)
-    if output is None and watch is not None and watch.limit is not None:
-        raise ConfigError("a time limit keeps finished blocks to go on from: it needs an output")
     if output is not None:
         output = expanded(output)
         check_exportable(recipe)
@@ -242,7 +239,7 @@ def evaluate(
     """
     with shown_progress(progress, "Evaluating") as told:
         read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
-        model = _opened(model, device, told)
+        model = opened(model, device, told)
         return {part.text.name: perplexity(model, part.ids, batch_windows(model.device, part), told) for part in read}
 
 
@@ -266,7 +263,7 @@ def diverge(
         if tokenizer is None and need_tokenizer(texts) and not isinstance(original, PreTrainedModel):
             tokenizer = load_tokenizer(find_model(str(original)))
         read = read_texts(model, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
-        original, model = _opened(original, device, told), _opened(model, device, told)
+        original, model = opened(original, device, told), opened(model, device, told)
         return {
             part.text.name: divergence(model, original, part.ids, batch_windows(model.device, part), told)
             for part in read
@@ -295,8 +292,8 @@ def evaluate_tasks(
             if isinstance(model, PreTrainedModel):
                 raise TypeError("evaluate_tasks needs the tokenizer of a model that is passed itself")
             tokenizer = load_tokenizer(find_model(str(model)))
-        opened = _opened(model, device, told)
-        return score_tasks(opened, tokenizer, loaded, limit=limit, batch_size=batch_size, progress=told)
+        model = opened(model, device, told)
+        return score_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, progress=told)
 
 
 def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool = False) -> Answers:
@@ -314,14 +311,6 @@ def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool 
     if (cache := cache_of(model)) is not None:
         owner["cache"] = cache.spelled
     return Answers(path, owner, resume)
-
-
-def _opened(model: PreTrainedModel | str | Path, device: str | None, progress: Progress) -> PreTrainedModel:
-    """The model, opened where only its name is given."""
-    if isinstance(model, PreTrainedModel):
-        return model
-    progress(0, 1, f"opening {model}")
-    return open_model(model, device)[0]
 
 
 def batch_windows(device: torch.device, windows: Windows) -> int:

@@ -22,6 +22,7 @@ from mxrot.models import (
 )
 from mxrot.models.folder import weight_map
 from mxrot.models.tokenizer import load_tokenizer as load_tokenizer
+from mxrot.progress import Progress
 from mxrot.quantizing.loading import compute_dtype, load_original
 from mxrot.quantizing.problems import weight_problems
 from mxrot.shell import expanded
@@ -109,3 +110,11 @@ def _opened_by_transformers(folder: Path, config: Any, name: str, device: torch.
 def first_line(error: Exception) -> str:
     """What an error of another package says, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def opened(model: PreTrainedModel | str | Path, device: str | None, progress: Progress) -> PreTrainedModel:
+    """The model, opened where only its name is given."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    progress(0, 1, f"opening {model}")
+    return open_model(model, device)[0]

@@ -8,8 +8,19 @@ from typing import Any
 
 import torch
 
+from mxrot.calibration import World
+from mxrot.errors import ConfigError
 from mxrot.quantizing.part import BlockRun
 from mxrot.quantizing.record import BlockReport, LinearReport
+from mxrot.watching import Watch
+
+
+def watched(watch: Watch | None, world: World, is_stored: bool) -> Watch:
+    """What watches a run, in one of several processes; ConfigError where it may end one that keeps nothing."""
+    watch = Watch() if watch is None else watch.among(world)
+    if watch.limit is not None and not is_stored:
+        raise ConfigError("a time limit ends a run that can be gone on from: it needs an output")
+    return watch
 
 
 def tell_of_block(run: BlockRun, report: BlockReport, is_new: bool, tokens: int | None) -> None:

@@ -33,7 +33,7 @@ from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.batches import window_groups
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
 from mxrot.quantizing.choosing import choose, folds_of
-from mxrot.quantizing.events import tell_of_block
+from mxrot.quantizing.events import tell_of_block, watched
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
 from mxrot.quantizing.part import Beside, BlockRun
 from mxrot.quantizing.permuting import permuted_run
@@ -105,7 +105,7 @@ def quantize(
     job = _checked(source, recipe, device, seed, store, progress, windows, world)
     if given is None:
         given = 0 if windows is None else len(windows)
-    watch = (watch or Watch()).among(job.run.world)
+    watch = watched(watch, job.run.world, job.is_stored)
     job = replace(job, run=replace(job.run, beside=beside, watch=watch))
     job, rotation_losses = _rotated(job, windows)
     windows = _calibration_windows(job, windows)
