@@ -70,7 +70,7 @@ def test_a_time_limit_stops_after_a_block(
             is_short(patched, after=1)
             line = stopped(*words, out, *more, "--time-limit", "1h30m", *["--resume"] * (number > 1))
         assert line.startswith(
-            f"mxrot: stopped after block {number} of 3, by the time limit of 90 min, of which 0 s are"
+            f"mxrot: stopped after block {number} of 3, by the time limit of 90 min, of which 0.0 s are"
         )
         assert line.endswith(f"kept in {out}.partial; the same command with --resume goes on from there")
         assert len(list((tmp_path / "out.partial").glob("block-*"))) == number and not out.exists()

@@ -94,16 +94,20 @@ class Watch:
         """The error that ends a run."""
         assert self.limit is not None
         longest, left = self._longest.get(what, 0.0), self.limit.left()
-        next_one = f"; the next {what} would take about {duration(longest)}" if longest else ""
+        next_one = f"; the next {what} would take about {_brief(longest)}" if longest else ""
         return TimeLimitError(
             f"stopped after {done}, by the time limit of {duration(self.limit.seconds)}, of which "
-            f"{duration(max(0.0, left))} are left{next_one}"
+            f"{_brief(max(0.0, left))} are left{next_one}"
         )
 
     def close(self) -> None:
         """Close the listeners."""
         for listener in self.listeners:
             listener.close()
+
+
+def _brief(seconds: float) -> str:
+    return duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _now() -> str:
