@@ -63,7 +63,10 @@ def joined(device: str | None = None) -> Iterator[World]:
         yield _open
         _open.count(0)  # all have come to the end
     except BaseException as error:
-        first = watch.first(error)
+        try:
+            first = watch.first(error)
+        except KeyboardInterrupt as interrupt:  # torchrun ends the others, too
+            first = interrupt
         if first is error:
             raise
         for note in notes_of(error):

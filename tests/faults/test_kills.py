@@ -37,3 +37,10 @@ def test_sixty_kills(tmp_path: Path) -> None:
     found = printed("kills", tmp_path, "--kills", "60")
     same, resumed = map(int, re.findall(r"same bytes: (\d+) of (\d+)", found)[0])
     assert 60 <= same == resumed and all(name in found for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_twenty_kills_of_one_of_two_processes(tmp_path: Path) -> None:
+    found = printed("rank_kills", tmp_path, "--kills", "20")
+    assert "resumed to the same bytes: 20" in found

@@ -57,7 +57,9 @@ def main(folder: Path) -> None:
     outcome("stopped", 2, "stopped", {0: hasten, 1: partial(at_second_block, stop)})
     outcome("refused", 2, "refused", None, "--recipe", "mxrot-tuned")
     outcome("taken", 2, "again")
-    outcome("in memory of rtn", 2, "rtn", None, "--recipe", "rtn")
+    outcome("rtn", 2, "rtn", None, "--recipe", "rtn")
+    outcome("finished", 2, "rtn", None, "--recipe", "rtn", "--resume")
+    outcome("ended", 2, "ended", {0: partial(end_soon, signal.SIGTERM), 1: partial(at_second_block, kill)})
     found["bytes"] = {
         name: without_run(digests(folder / name))
         for name in ("two-tiny", "again", "killed-1")
@@ -127,6 +129,17 @@ def kill() -> None:
 
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def end_soon(number: int) -> None:
+    """Send a signal while this process finds out who was killed, as torchrun does."""
+    original = ranks._Watch._lost
+
+    def lost(watch: ranks._Watch) -> ranks.RankError:
+        os.kill(os.getpid(), number)
+        return original(watch)
+
+    ranks._Watch._lost = lost  # type: ignore[method-assign]
 
 
 def hasten() -> None:

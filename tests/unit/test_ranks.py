@@ -114,8 +114,15 @@ def test_what_is_refused_is_said_once(outcomes: dict[str, Any], name: str, said:
 
 
 @pytest.mark.slow
-def test_a_recipe_without_text(outcomes: dict[str, Any]) -> None:
-    assert [one["code"] for one in outcomes["in memory of rtn"]] == [0, 0]
+@pytest.mark.parametrize("name", ["rtn", "finished"])
+def test_a_recipe_without_text_and_once_more(outcomes: dict[str, Any], name: str) -> None:
+    assert [one["code"] for one in outcomes[name]] == [0, 0]
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_the_lost_one_is_looked_for(outcomes: dict[str, Any]) -> None:
+    first, _ = outcomes["ended"]
+    assert first["code"] == 143 and "interrupted by SIGTERM; finished blocks are kept" in first["text"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
