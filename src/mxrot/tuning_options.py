@@ -88,6 +88,9 @@ class Tuning:
     margin: float = 0.01
     """How far from moving a weight starts at least, in steps between codes. A large one keeps all codes where they are
     for many steps, and then moves many at once (docs/log.md)."""
+    reach: float = 1.0
+    """How far a weight may move, in steps from its code to the neighbour on that side; inf trains weights freely on the
+    grid that their scales give."""
     checks: int = 20
     """How often the held-out loss is looked at, evenly over the steps."""
     patience: int = 4
@@ -129,6 +132,8 @@ class Tuning:
             raise ConfigError(f"tuning: decay {self.decay} is negative or not finite")
         if not 0 < self.margin <= 0.5:
             raise ConfigError(f"tuning: margin {self.margin} is not above 0 and at most 0.5")
+        if not self.reach >= 1:
+            raise ConfigError(f"tuning: reach {self.reach} is not at least 1, the way to a neighbouring code")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"tuning: held_out {self.held_out} is not between 0 and 1")
 

@@ -2,8 +2,8 @@
 
 A site has a correction R of its transform, T = T_0 R, which starts as the identity. A linear has an offset for each
 weight, in steps between neighbouring codes, that starts at what rounding took away (but for a margin). Where it leads
-is rounded again, so beyond 1/2 the weight has moved to its neighbour. No offset goes further than one code: rounding
-is tuned, weights are not trained. When T moves, the weights follow, W' = W'_0 R^-T, before they are rounded. A block
+is rounded again, so beyond 1/2 the weight has moved to its neighbour. With a reach of 1 no offset goes further than one
+code: rounding is tuned, weights are not trained; with a longer one they are, on their grid. When T moves, the weights follow, W' = W'_0 R^-T, before they are rounded. A block
 of weights may have an offset of its scale's exponent, too.
 """
 
@@ -27,7 +27,7 @@ from mxrot.tuning.inverses import inverses
 from mxrot.tuning.loop import Group
 from mxrot.tuning.straight_through import InverseTransposed, MoveWeights, RotateQuantize, RoundToStored
 
-LARGEST_OFFSET = 1.0
+LARGEST_EXPONENT_OFFSET = 1.0
 
 
 class TunableInputs(nn.Module):
@@ -97,8 +97,10 @@ class TunableInputs(nn.Module):
 class TunableLinear(nn.Module):
     """A quantized linear whose codes and exponents may move."""
 
-    def __init__(self, linear: QuantLinear, inputs: TunableInputs, margin: float) -> None:
+    def __init__(self, linear: QuantLinear, inputs: TunableInputs, margin: float, reach: float = 1.0) -> None:
+        """`margin` and `reach` as in `Tuning`."""
         super().__init__()
+        self.reach = reach
         quantized = linear.qtensor()
         self.format = quantized.format
         element = self.format.element
@@ -135,10 +137,10 @@ class TunableLinear(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep offsets within one code, and exponents within one."""
-        self.offset.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
+        """Keep offsets within their reach, and those of exponents within one binade."""
+        self.offset.clamp_(-self.reach, self.reach)
         if self.exponent.requires_grad:
-            self.exponent.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
+            self.exponent.clamp_(-LARGEST_EXPONENT_OFFSET, LARGEST_EXPONENT_OFFSET)
 
     @torch.no_grad()
     def finished(self) -> QuantLinear:
@@ -165,15 +167,15 @@ class TunableBlock:
     """By their names in the block."""
 
     @staticmethod
-    def of(block: nn.Module, sites: Sequence[Site], margin: float) -> TunableBlock:
-        """Put tunable linears in the place of quantized ones; `margin` as in `Tuning`."""
+    def of(block: nn.Module, sites: Sequence[Site], margin: float, reach: float = 1.0) -> TunableBlock:
+        """Put tunable linears in the place of quantized ones; `margin` and `reach` as in `Tuning`."""
         inputs, linears = {}, {}
         for site in sites:
             inputs[site.name] = TunableInputs.of(block, site)
             for name in site.linears:
                 old = block.get_submodule(name)
                 assert isinstance(old, QuantLinear)
-                linears[name] = TunableLinear(old, inputs[site.name], margin)
+                linears[name] = TunableLinear(old, inputs[site.name], margin, reach)
                 block.set_submodule(name, linears[name])
         return TunableBlock(block, inputs, linears)
 

@@ -84,6 +84,7 @@ def tuned_network(
         return LevelsNetwork(blocks, active_sites)
     if options.moves == "gains":
         return LightNetwork(blocks, active_sites, gains, type_of, options)
-    return RoundedNetwork(
-        [TunableBlock.of(block, active_sites(index), options.margin) for index, block in enumerate(blocks)], gains
-    )
+    tunable = [
+        TunableBlock.of(block, active_sites(index), options.margin, options.reach) for index, block in enumerate(blocks)
+    ]
+    return RoundedNetwork(tunable, gains)

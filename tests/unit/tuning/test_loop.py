@@ -206,6 +206,8 @@ def test_when_to_stop() -> None:
         {"transform_rate": -1.0},
         {"held_out": 0.0},
         {"held_out": 1.0},
+        {"reach": 0.5},
+        {"reach": float("nan")},
     ],
     ids=str,
 )

@@ -208,3 +208,27 @@ def test_weights_start_at_what_rounding_took_away_but_for_a_margin(source: Path,
     has_neighbour = torch.where(lost > 0, up, down) > 0
     expected = torch.where(has_neighbour, lost, 0.0).clamp(margin - 0.5, 0.5 - margin)
     torch.testing.assert_close(offset, expected, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize("reach", [1.0, 3.0, float("inf")])
+def test_a_weight_moves_as_far_as_its_reach(source: Path, reach: float) -> None:
+    """Where no transform moves: to what lies nearest to code + offset * distance, on the grid of its block."""
+    block = quantized_block(source, "block")
+    name = "mlp.up_proj"
+    before = linear_of(block, name).qtensor()
+    linear = TunableBlock.of(block, LLAMA_SITES, MARGIN, reach).linears[name]
+    with torch.no_grad():
+        linear.offset.copy_(5.2 * torch.randn(linear.offset.shape, generator=torch.Generator().manual_seed(3)))
+        wanted = linear.offset.clamp(-reach, reach)
+        linear.clamp()
+    assert torch.equal(linear.offset, wanted)
+    after = linear.finished().qtensor()
+    element, scales = before.format.element, before.scales.values().repeat_interleave(32, -1)
+    up, down = neighbour_distances(element, before.codes)
+    led = before.dequantize() / scales + wanted * torch.where(wanted > 0, up, down)
+    grid = torch.tensor(sorted({value for value in element.values if abs(value) <= element.max}))
+    nearest = (led[..., None] - grid).abs().amin(dim=-1)
+    found = (after.dequantize() / scales - led).abs()
+    torch.testing.assert_close(found, nearest, rtol=1e-5, atol=1e-5)
+    farthest = (after.dequantize() - before.dequantize()).abs() / scales
+    assert (farthest > 2).any() == (reach > 1)
