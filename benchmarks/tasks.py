@@ -30,7 +30,7 @@ from accuracy import current_commit
 
 from mxrot import api
 from mxrot.environment import device_name, versions
-from mxrot.evaluation import TaskScore, load_tasks, score_tasks, standard_error
+from mxrot.evaluation import TaskScore, load_tasks, recovery, score_tasks, standard_error
 from mxrot.models import find_model
 from mxrot.recipe import load_recipe
 from mxrot.report import progress_on_stderr
@@ -59,7 +59,8 @@ ROWS = (
     Row("rtn", "rtn"),
     Row("duquant++-gptq", "duquant++-gptq"),
     Row("mxrot", "mxrot", least=0.95),
-    Row("mxrot-tuned", "mxrot-tuned"),
+    Row("mxrot-light", "mxrot-light", least=0.96),
+    Row("mxrot-tuned", "mxrot-tuned", least=0.97),
 )
 
 
@@ -188,44 +189,6 @@ def scores_of(entry: Entry) -> Scores:
     return {name: unpack(found) for name, found in entry["tasks"].items()}
 
 
-@dataclass(frozen=True)
-class Mean:
-    """Over tasks of a metric, and relative to the unquantized model."""
-
-    value: float
-    error: float
-    recovery: float
-    recovery_error: float
-
-
-def mean_over_tasks(scores: Scores, original: Scores, normed: bool) -> Mean:
-    """Of `acc`, or with `normed` of `acc_norm` where a task has it.
-
-    The error of the recovery r is that of the mean of q - r f over the examples' hits q and f, to first order.
-    """
-    hits = {name: [found[name].hits[chosen(found[name], normed)] for found in (scores, original)] for name in original}
-    q, f = ([sum(pair[index]) / len(pair[index]) for pair in hits.values()] for index in (0, 1))
-    recovery = sum(q) / sum(f)
-    apart = [[a - recovery * b for a, b in zip(*pair, strict=True)] for pair in hits.values()]
-    return Mean(
-        value=sum(q) / len(q),
-        error=together([pair[0] for pair in hits.values()]),
-        recovery=recovery,
-        recovery_error=together(apart) / (sum(f) / len(f)),
-    )
-
-
-def chosen(score: TaskScore, normed: bool) -> str:
-    """The metric of a task that counts."""
-    return score.best if normed else "acc"
-
-
-def together(samples: list[Any]) -> float:
-    """Standard error of the mean over tasks of the means over examples."""
-    errors = [standard_error(values) for values in samples]
-    return math.sqrt(sum(math.nan if error is None else error**2 for error in errors)) / len(errors)
-
-
 def table(rows: list[Row], entries: dict[str, Entry]) -> str:
     """Markdown, one line a row that has been measured."""
     measured = [row for row in rows if row.label in entries]
@@ -248,11 +211,11 @@ def cells(row: Row, entries: dict[str, Entry]) -> list[str]:
     first = next(other.label for other in ROWS if other.recipe is None)
     original = scores_of(entries[first]) if first in entries else None
     for normed in (False, True):
-        mean = mean_over_tasks(scores, original or scores, normed)
-        found.append(percent(mean.value, mean.error))
-        recovered = "" if original is None or row.recipe is None else percent(mean.recovery, mean.recovery_error)
+        mean = recovery(scores, original or scores, normed)
+        found.append(percent(mean.mean, mean.error))
+        recovered = "" if original is None or row.recipe is None else percent(mean.relative, mean.relative_error)
         if recovered and row.least is not None:
-            recovered += " ok" if mean.recovery >= row.least else " MISSED"
+            recovered += " ok" if mean.relative >= row.least else " MISSED"
         found.append(recovered)
     return [*found, f"{entries[row.label]['seconds']:.0f}"]
 

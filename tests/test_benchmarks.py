@@ -17,7 +17,7 @@ from tests.tiny_model import random_windows, tiny_config
 from tests.unit.evaluation.task_folder import write_scorable_model, write_task_folder
 from transformers import LlamaForCausalLM
 
-from mxrot.evaluation import TaskScore, standard_error
+from mxrot.evaluation import TaskScore
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -197,22 +197,8 @@ def test_hits_survive_a_file(tasks: Any, hits: str) -> None:
         assert tasks.unpack(json.loads(json.dumps(tasks.pack(found)))) == found
 
 
-def test_recovery_is_of_the_mean_over_tasks_and_its_error_of_paired_examples(tasks: Any) -> None:
-    original = {"a": score("1100", "1110"), "b": score("10")}
-    same = tasks.mean_over_tasks(original, original, normed=False)
-    assert (same.value, same.recovery, same.recovery_error) == (0.5, 1.0, 0.0)
-    worse = {"a": score("0100", "1110"), "b": score("10")}
-    found = tasks.mean_over_tasks(worse, original, normed=False)
-    assert found.value == (0.25 + 0.5) / 2 and found.recovery == 0.75
-    # q - r f: of a -0.75, 0.25, 0, 0 and of b 0.25, 0; half the root of the sum of squares, over the mean of f.
-    errors = [standard_error((-0.75, 0.25, 0.0, 0.0)), standard_error((0.25, 0.0))]
-    assert found.recovery_error == pytest.approx(math.hypot(*errors) / 2 / 0.5, rel=1e-12)
-    assert tasks.mean_over_tasks(worse, original, normed=True).recovery == 1.0
-    assert tasks.mean_over_tasks({"a": score("0000")}, {"a": score("1010")}, normed=False).error == 0.0
-
-
 def test_the_bound_is_seen(tasks: Any) -> None:
-    (row,) = (row for row in tasks.ROWS if row.least is not None)
+    row = next(row for row in tasks.ROWS if row.least == 0.95)
     entries = {"FP16": row_of(tasks, "FP16", a=score("1" * 20))}
     for hits, expected in (("1" * 19 + "0", "ok"), ("1" * 18 + "00", "MISSED")):
         entries[row.label] = row_of(tasks, row.label, a=score(hits))

@@ -17,6 +17,7 @@ from mxrot.evaluation.inspection import (
 )
 from mxrot.evaluation.kept_original import KeptOriginal
 from mxrot.evaluation.perplexity import Perplexity, perplexity
+from mxrot.evaluation.recovery import Recovery, recovery
 from mxrot.evaluation.tasks import TaskScore, load_tasks, score_tasks, standard_error
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "KeptOriginal",
     "KernelChoice",
     "Perplexity",
+    "Recovery",
     "SiteMaxima",
     "TaskScore",
     "activation_views",
@@ -38,6 +40,7 @@ __all__ = [
     "measured_cache",
     "perplexity",
     "quantizers",
+    "recovery",
     "score_tasks",
     "site_maxima",
     "standard_error",

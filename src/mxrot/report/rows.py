@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from mxrot.evaluation import Divergence, Perplexity, TaskScore, standard_error
+from mxrot.evaluation import Divergence, Perplexity, Recovery, TaskScore, recovery, standard_error
 from mxrot.layers import ModelSize
 
 
@@ -180,6 +180,20 @@ class ComparedRow:
         chosen = self.texts if text is None else [text]
         return mean_of([sum(run.divergence[name].kl for name in chosen) / len(chosen) for run in self.runs])
 
+    def recovery(self, normed: bool) -> Recovery:
+        """Of the mean over tasks of `acc`, or of what each task reports first; relative to itself in the original."""
+        original = self if self.original is None else ComparedRow("", (self.original,))
+        return recovery(self.tasks, original.tasks, normed)
+
+    def _means_of_tasks(self) -> dict[str, float | None]:
+        """By metric, with their standard errors and what is left of the original's; null where it is not a number."""
+        found: dict[str, float | None] = {}
+        for metric, one in (("acc", self.recovery(False)), ("first", self.recovery(True))):
+            figures = {"": one.mean, "_stderr": one.error, "_recovered": one.relative}
+            figures["_recovered_stderr"] = one.relative_error
+            found |= {metric + key: value if math.isfinite(value) else None for key, value in figures.items()}
+        return found
+
     def as_table(self) -> dict[str, Any]:
         """The row as `compare --json` writes it; errors are standard errors over seeds, null with one."""
         if not self.runs:
@@ -204,6 +218,7 @@ class ComparedRow:
             "kl_error": None if kl is None else kl.error,
             "kl_of_text": {text: found[2].value for text, found in by_text.items() if found[2] is not None},
             **({"tasks": {name: score.as_table() for name, score in self.tasks.items()}} if run.tasks else {}),
+            **({"tasks_mean": self._means_of_tasks()} if run.tasks else {}),
             "seeds": [each.seed for each in self.runs if each.seed is not None],
             "seeds_alike": self.is_alike,
             "runs": [each.as_table() for each in self.runs],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -43,20 +44,31 @@ def comparison_table(rows: Sequence[ComparedRow], title: str) -> Table:
 
 
 def compared_tasks_table(rows: Sequence[ComparedRow]) -> Table:
-    """Of each row acc_norm in each task that has it, else acc, and the mean over tasks."""
+    """Of each row acc_norm in each task that has it, else acc, and the mean over tasks of that and of acc alone, beside
+    which stands what is left of the original's."""
     table = Table(title="Tasks, percent +- one standard error over examples", title_justify="left")
     table.add_column("recipe")
     for name, score in rows[0].tasks.items():
         table.add_column(f"{name}\n{score.best}", justify="right", no_wrap=True)
-    table.add_column("mean", justify="right")
+    for heading in ("mean", "recov-\nered", "mean\nacc", "recov-\nered"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if not row.runs:
             table.add_row(row.recipe, *("-" for _ in rows[0].tasks))
             continue
-        shares = [score.mean(score.best) or 0.0 for score in row.tasks.values()]
         cells = [share(score, score.best, unit="") for score in row.tasks.values()]
-        table.add_row(row.recipe, *cells, f"{100 * sum(shares) / len(shares):.2f}")
+        for found in (row.recovery(True), row.recovery(False)):
+            cells.append(f"{100 * found.mean:.2f}")
+            cells.append("" if row.original is None else _percent(found.relative, found.relative_error))
+        table.add_row(row.recipe, *cells)
     return table
+
+
+def _percent(value: float, error: float) -> str:
+    """With its standard error where there is one; empty where there is no value."""
+    if math.isnan(value):
+        return ""
+    return f"{100 * value:.1f}" + ("" if math.isnan(error) else f" +- {100 * error:.1f}")
 
 
 def perplexity_table(model: str, results: dict[str, Perplexity]) -> Table:

@@ -3,8 +3,8 @@
 A site has a correction R of its transform, T = T_0 R, which starts as the identity. A linear has an offset for each
 weight, in steps between neighbouring codes, that starts at what rounding took away (but for a margin). Where it leads
 is rounded again, so beyond 1/2 the weight has moved to its neighbour. With a reach of 1 no offset goes further than one
-code: rounding is tuned, weights are not trained; with a longer one they are, on their grid. When T moves, the weights follow, W' = W'_0 R^-T, before they are rounded. A block
-of weights may have an offset of its scale's exponent, too.
+code: rounding is tuned, weights are not trained; with a longer one they are, on their grid. When T moves, the weights
+follow, W' = W'_0 R^-T, before they are rounded. A block of weights may have an offset of its scale's exponent, too.
 """
 
 from __future__ import annotations

@@ -69,10 +69,22 @@ def test_tasks() -> None:
 
 
 def test_compared_tasks() -> None:
-    rows = [ComparedRow(name, (Run(PLAIN, {}, tasks=SCORES),)) for name in ("original", "rtn")]
-    figures = ["50.00 +- 50.00", "100.00", "75.00"]
-    assert lines(compared_tasks_table(rows)) == [["original", *figures], ["rtn", *figures]]
-    assert list(rows[0].as_table()["tasks"]) == list(SCORES)
+    """Two seeds of the second, one of them without the hit that counts in acc."""
+    worse = {"arc_easy": SCORES["arc_easy"], "lambada_openai": TaskScore({"acc": (0.0,)}, "test", "")}
+    perplexity = {"words": scored(2.0)}
+    original = Run(PLAIN, perplexity, tasks=SCORES)
+    rows = [
+        ComparedRow("original", (original,)),
+        ComparedRow("rtn", tuple(Run(PLAIN, perplexity, tasks=scores) for scores in (SCORES, worse)), original),
+    ]
+    assert lines(compared_tasks_table(rows)) == [
+        ["original", "50.00 +- 50.00", "100.00", "75.00", "", "50.00", ""],
+        ["rtn", "50.00 +- 50.00", "50.00", "50.00", "66.7", "25.00", "50.0"],
+    ]
+    table = rows[1].as_table()
+    assert list(table["tasks"]) == list(SCORES)
+    expected = {"acc": 0.25, "acc_recovered": 0.5, "first": 0.5, "first_recovered": 2 / 3}
+    assert {key: value for key, value in table["tasks_mean"].items() if value is not None} == expected
 
 
 def test_perplexity() -> None:
