@@ -5,7 +5,8 @@
 Quantizes the model with each recipe into a checkpoint in the folder `--work`, scores what loading that gives, prints a
 line a row as it ends and a table in Markdown last, and writes JSON with what a run needs to be done again. Checkpoints
 and answers in `--work` are taken up again, so a run that was interrupted goes on when the same command is given;
-`--known` takes rows from result files of the same commit. Without `--data` the tasks' data are those of the hub.
+`--known` takes rows from result files of the same commit. `--merge` puts result files of several seeds into one, whose
+answers are means over seeds, and measures nothing. Without `--data` the tasks' data are those of the hub.
 
 A model's mean is that over tasks, and its recovery that mean relative to the unquantized model's. The standard error of
 a recovery is that of paired examples: both models have answered the same ones.
@@ -30,7 +31,7 @@ from accuracy import current_commit
 
 from mxrot import api
 from mxrot.environment import device_name, versions
-from mxrot.evaluation import TaskScore, load_tasks, recovery, score_tasks, standard_error
+from mxrot.evaluation import TaskScore, load_tasks, mean_score, recovery, score_tasks, standard_error
 from mxrot.models import find_model
 from mxrot.recipe import load_recipe
 from mxrot.report import progress_on_stderr
@@ -66,6 +67,11 @@ ROWS = (
 
 def main() -> None:
     options = parse_options()
+    if options.merge:
+        description, entries = merged([json.loads(path.read_text(encoding="utf-8")) for path in options.merge])
+        print(table(list(ROWS), entries), flush=True)
+        print(f"\nwritten: {write_result(options, description, entries)}", flush=True)
+        return
     started = time.monotonic()
     description = describe(options)
     entries = known_entries(options.known, description)
@@ -99,6 +105,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default=None)
     parser.add_argument("--work", type=Path, default=Path("work"), help="checkpoints and answers, kept")
     parser.add_argument("--known", type=Path, nargs="+", default=[], help="results that need not be measured again")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="results that differ in their seeds alone")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which no row is begun")
     parser.add_argument("--commit", default=None, help="what is measured, where there is no git checkout")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -185,8 +192,36 @@ def unpack(found: dict[str, Any]) -> TaskScore:
 
 
 def scores_of(entry: Entry) -> Scores:
-    """What a row has scored."""
-    return {name: unpack(found) for name, found in entry["tasks"].items()}
+    """What a row has scored; each answer a mean over its seeds."""
+    if "seeds" not in entry:
+        return {name: unpack(found) for name, found in entry["tasks"].items()}
+    scores = [scores_of(one) for one in entry["seeds"]]
+    return {name: mean_score([each[name] for each in scores]) for name in scores[0]}
+
+
+def merged(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """What results of several seeds have in common, and their rows; those without a recipe need one seed."""
+    first = results[0]
+    for result in results[1:]:
+        if other := [key for key in SAME if key != "seed" and result[key] != first[key]]:
+            raise SystemExit(f"results of seeds {first['seed']} and {result['seed']} differ in {', '.join(other)}")
+    seeds = [result["seed"] for result in results]
+    if len(set(seeds)) < len(seeds):
+        raise SystemExit(f"two results are of one seed: {' '.join(map(str, seeds))}")
+    found: dict[str, list[Entry]] = {}
+    for result in results:
+        for entry in result["rows"]:
+            found.setdefault(entry["label"], []).append({"seed": result["seed"], **entry})
+    entries: dict[str, Entry] = {}
+    for label, runs in found.items():
+        if runs[0]["recipe"] is None or len(runs) == 1:
+            entries[label] = runs[0]
+        else:
+            seconds = sum(run["seconds"] for run in runs) / len(runs)
+            entries[label] = {"label": label, "recipe": runs[0]["recipe"], "seconds": seconds, "seeds": runs}
+    commands = [result["command"] for result in results]
+    description = {key: first[key] for key in (*SAME, "machine")} | {"seed": seeds, "commands": commands}
+    return description, entries
 
 
 def table(rows: list[Row], entries: dict[str, Entry]) -> str:
@@ -230,7 +265,8 @@ def write_result(options: argparse.Namespace, description: dict[str, Any], entri
     ordered = [entries[row.label] for row in ROWS if row.label in entries]
     result = {"command": shlex.join(["python", *sys.argv]), **description, "rows": ordered}
     options.out.mkdir(parents=True, exist_ok=True)
-    words = [options.model.replace("/", "-"), "tasks", description["device"], time.strftime("%Y-%m-%d")]
+    seeds = "tasks" if isinstance(description["seed"], list) else f"tasks-seed-{description['seed']}"
+    words = [Path(description["model"]).name, seeds, description["device"], time.strftime("%Y-%m-%d")]
     path = options.out / ("_".join(words) + ".json")
     path.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     return path

@@ -220,6 +220,30 @@ def test_rows_of_tasks_are_recipes_and_known_ones_must_fit(tasks: Any, tmp_path:
         tasks.known_entries([path], description | {"limit": 3})
 
 
+def test_results_of_several_seeds_are_merged(tasks: Any) -> None:
+    """A row's answers are means over seeds; the original's are those of the first file that has them."""
+
+    def result(seed: int, **rows: TaskScore) -> dict[str, Any]:
+        found = [row_of(tasks, label, a=hits) | {"recipe": tasks_recipe[label]} for label, hits in rows.items()]
+        return dict.fromkeys(tasks.SAME, "same") | {"seed": seed, "machine": "", "command": f"{seed}", "rows": found}
+
+    tasks_recipe = {"FP16": None, "rtn": "rtn", "mxrot": "mxrot"}
+    results = [
+        result(0, FP16=score("1111"), mxrot=score("1100"), rtn=score("1000")),
+        result(2, mxrot=score("1001")),
+    ]
+    description, entries = tasks.merged(results)
+    assert description["seed"] == [0, 2] and description["commands"] == ["0", "2"]
+    (found,) = tasks.scores_of(entries["mxrot"]).values()
+    assert found == TaskScore({"acc": (1.0, 0.5, 0.0, 0.5)}, "test", "digest")
+    assert tasks.scores_of(entries["FP16"])["a"] == score("1111") and "seeds" not in entries["rtn"]
+    assert "50.00" in tasks.cells(next(row for row in tasks.ROWS if row.label == "mxrot"), entries)[1]
+    with pytest.raises(SystemExit, match="two results are of one seed: 0 0"):
+        tasks.merged([results[0], results[0]])
+    with pytest.raises(SystemExit, match="results of seeds 0 and 2 differ in limit"):
+        tasks.merged([results[0], results[1] | {"limit": 3}])
+
+
 @pytest.mark.slow
 def test_a_table_of_tasks_from_nothing(tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time nothing is quantized or asked again."""

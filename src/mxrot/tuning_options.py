@@ -42,6 +42,8 @@ class Tuning:
     light_steps: int = 0
     """Optimizer steps before these in which only what moves = "gains" learns is learned, at the rates for it; only with
     scope "network" and moves = "rounding"."""
+    polish_steps: int = 0
+    """The same after these: steps on what moves = "gains" learns, once codes stay where they are."""
     generated: float = 0.0
     """Windows that the original model writes for tuning alone, for each one of the calibration text; only with scope
     "network"."""
@@ -79,8 +81,10 @@ class Tuning:
     """With "gains": peak learning rate of biases, relative to what they are and to their mean magnitude; 0 leaves them
     as they are."""
     light_transform_rate: float = 1e-3
-    """In the light steps: peak learning rate of the transforms' corrections, where weights do not follow; 0 leaves the
-    transforms as they are."""
+    """In the light steps and the polish: peak learning rate of the transforms' corrections, where weights do not
+    follow; 0 leaves the transforms as they are."""
+    light_norm_rate: float = 0.0
+    """In them: that of the gains of norms; 0 takes `norm_rate`, which moves them beside rounding, too."""
     decay: float = 0.0
     """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
     held_out: float = 0.1
@@ -138,22 +142,28 @@ class Tuning:
             raise ConfigError(f"tuning: held_out {self.held_out} is not between 0 and 1")
 
     def _check_gains(self) -> None:
-        for key in ("norm_rate", "scale_rate", "bias_rate", "light_transform_rate"):
+        for key in ("norm_rate", "scale_rate", "bias_rate", "light_transform_rate", "light_norm_rate"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ConfigError(f"tuning: {key} {getattr(self, key)} is negative or not finite")
         if self.norm_rate and self.moves == "clipping":
             raise ConfigError(f'tuning: norm_rate {self.norm_rate} has nothing to learn with moves = "clipping"')
-        lightly = self.moves == "gains" or self.light_steps > 0
+        has_stages = self.light_steps > 0 or self.polish_steps > 0
+        lightly = self.moves == "gains" or has_stages
         for key in ("scale_rate", "bias_rate"):
             if getattr(self, key) and not lightly:
                 raise ConfigError(
-                    f'tuning: {key} {getattr(self, key)} needs moves = "gains" or light_steps, got {self.moves!r} and 0'
+                    f'tuning: {key} {getattr(self, key)} needs moves = "gains", light_steps or polish_steps, got '
+                    f"{self.moves!r}, 0 and 0"
                 )
-        if self.light_steps < 0 or (self.light_steps and (self.scope, self.moves) != ("network", "rounding")):
-            raise ConfigError(
-                f'tuning: light_steps {self.light_steps} must not be negative, and 0 unless scope = "network" and '
-                f'moves = "rounding", got {self.scope!r} and {self.moves!r}'
-            )
+        if self.light_norm_rate and not has_stages:
+            raise ConfigError(f"tuning: light_norm_rate {self.light_norm_rate} needs light_steps or polish_steps")
+        for key in ("light_steps", "polish_steps"):
+            steps = getattr(self, key)
+            if steps < 0 or (steps and (self.scope, self.moves) != ("network", "rounding")):
+                raise ConfigError(
+                    f'tuning: {key} {steps} must not be negative, and 0 unless scope = "network" and '
+                    f'moves = "rounding", got {self.scope!r} and {self.moves!r}'
+                )
         if lightly and not any(group for group in self.light.rates_of_gains):
             raise ConfigError(
                 'tuning: moves = "gains" learns nothing, since norm_rate, scale_rate, bias_rate and the rate of '
@@ -168,12 +178,26 @@ class Tuning:
     @property
     def light(self) -> Tuning:
         """How to tune while codes stay: as it is with moves = "gains", else the light steps."""
-        if self.moves == "gains":
-            return self
+        return self if self.moves == "gains" else self._gains_for(self.light_steps)
+
+    @property
+    def polish(self) -> Tuning:
+        """How to tune once codes have moved."""
+        return self._gains_for(self.polish_steps)
+
+    @property
+    def all_steps(self) -> int:
+        """With those on gains before and after the others."""
+        return self.light_steps + self.steps + self.polish_steps
+
+    def _gains_for(self, steps: int) -> Tuning:
         return replace(
             self,
             moves="gains",
-            steps=self.light_steps,
+            steps=max(1, steps),
             light_steps=0,
+            polish_steps=0,
             transform_rate=self.light_transform_rate,
+            norm_rate=self.light_norm_rate or self.norm_rate,
+            light_norm_rate=0.0,
         )

@@ -37,9 +37,10 @@ from mxrot.quantizing.record import BlockReport, LinearReport
 from mxrot.tuning import Check
 
 FINGERPRINT = "fingerprint.json"
-_TUNING, _LIGHT, _ROTATIONS, _CHOICE, _WINDOWS = "tuning", "light", "rotations", "choice", "windows"
+_TUNING, _LIGHT, _POLISH, _ROTATIONS = "tuning", "light", "polish", "rotations"
+_CHOICE, _WINDOWS = "choice", "windows"
 _NOTES = re.compile(
-    rf"block-\d+\.json|({NEW})?({_TUNING}|{_LIGHT}|{_ROTATIONS}|{_CHOICE}|{_WINDOWS}(-\w+)?)\.(safetensors|json)"
+    rf"block-\d+\.json|({NEW})?({_TUNING}|{_LIGHT}|{_POLISH}|{_ROTATIONS}|{_CHOICE}|{_WINDOWS}(-\w+)?)\.(safetensors|json)"
     rf"|{FINGERPRINT}|{PLACING}"
 )
 _RESULTS = re.compile(
@@ -155,6 +156,10 @@ class PartialCheckpoint:
         return NotedTensors(self.folder / f"{_LIGHT}.safetensors", "the state of the light steps")
 
     @property
+    def polish_checkpoint(self) -> NotedTensors:
+        return NotedTensors(self.folder / f"{_POLISH}.safetensors", "the state of the polish")
+
+    @property
     def rotation_checkpoint(self) -> NotedTensors:
         return NotedTensors(self.folder / f"{_ROTATIONS}.safetensors", "the training of rotations")
 
@@ -194,7 +199,7 @@ def holds_work(folder: Path) -> str | None:
     blocks = len(list(folder.glob("block-*.json")))
     if blocks:
         return f"{blocks} finished block" + "s" * (blocks > 1)
-    if any((folder / f"{kept}.safetensors").is_file() for kept in (_TUNING, _LIGHT)):
+    if any((folder / f"{kept}.safetensors").is_file() for kept in (_TUNING, _LIGHT, _POLISH)):
         return "an unfinished tuning"
     if (folder / f"{_ROTATIONS}.safetensors").is_file():
         return "a training of rotations"

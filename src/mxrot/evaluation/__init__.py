@@ -18,7 +18,7 @@ from mxrot.evaluation.inspection import (
 from mxrot.evaluation.kept_original import KeptOriginal
 from mxrot.evaluation.perplexity import Perplexity, perplexity
 from mxrot.evaluation.recovery import Recovery, recovery
-from mxrot.evaluation.tasks import TaskScore, load_tasks, score_tasks, standard_error
+from mxrot.evaluation.tasks import TaskScore, load_tasks, mean_score, score_tasks, standard_error
 
 __all__ = [
     "ActivationView",
@@ -37,6 +37,7 @@ __all__ = [
     "divergence",
     "kernel_choices",
     "load_tasks",
+    "mean_score",
     "measured_cache",
     "perplexity",
     "quantizers",

@@ -72,6 +72,16 @@ class TaskScore:
         }
 
 
+def mean_score(scores: Sequence[TaskScore]) -> TaskScore:
+    """Of answers to the same questions, as of several seeds: each hit a mean."""
+    first = scores[0]
+    hits = {
+        metric: tuple(sum(hits) / len(hits) for hits in zip(*(one.hits[metric] for one in scores), strict=True))
+        for metric in first.hits
+    }
+    return TaskScore(hits, first.split, first.digest)
+
+
 def standard_error(values: Sequence[float]) -> float | None:
     """Of the mean of independent values; None for a single one."""
     n = len(values)

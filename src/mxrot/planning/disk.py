@@ -66,7 +66,7 @@ def _state_bytes(run: Run) -> float:
     transforms = run.shape.size_after(run.stored).transform_bytes // 2
     block = run.recipe.weights.quantizer().format.block or run.shape.widest
     parameters = weights * (1 + (tuning.exponent_rate > 0) / block) + transforms * (tuning.transform_rate > 0)
-    if tuning.moves == "gains" or tuning.light_steps:
+    if tuning.moves == "gains" or tuning.light_steps or tuning.polish_steps:
         # Of each channel of each site: a gain or a scale, and a bias, at most.
         channels = sum(site.inputs + sum(site.rows) for sites in run.shape.blocks for site in sites)
         light = channels + transforms * (tuning.light.transform_rate > 0)

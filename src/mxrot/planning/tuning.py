@@ -88,7 +88,7 @@ def tuning_work(run: Run) -> list[dict[str, float]]:
     blocks = len(shape.blocks)
     looks = 1 + min(options.checks, options.steps)
     held_out = max(1.0, options.held_out * run.all_windows) / options.batch_windows
-    steps = options.steps + options.light_steps + looks * held_out / 4
+    steps = options.all_steps + looks * held_out / 4
     kept = sum(activation_bytes(run, sites) for sites in shape.blocks)
     # A forward and a backward pass of the quantized model, with what is computed again, and a forward one of the
     # original. What is kept for the way back is read and written about ten times in all.

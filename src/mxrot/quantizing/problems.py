@@ -208,6 +208,7 @@ def memory_problem(
         "tuning.generated = 0": tuning is not None and tuning.generated > 0,
         "tuning.rollouts = 0": tuning is not None and tuning.rollouts > 0,
         "tuning.light_steps = 0": tuning is not None and tuning.light_steps > 0,
+        "tuning.polish_steps = 0": tuning is not None and tuning.polish_steps > 0,
         'tuning.scope = "block"': recipe.tunes_network,
         "rotation.steps = 0": recipe.trains_rotations,
         "choice = none": recipe.choice is not None,

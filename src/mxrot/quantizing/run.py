@@ -342,6 +342,8 @@ def _tune(job: _Job, windows: Tensor, given: int) -> list[Check]:
     stages = [("tuning", options, None if store is None else store.tuning_checkpoint)]
     if options.light_steps:
         stages.insert(0, ("light steps", options.light, None if store is None else store.light_checkpoint))
+    if options.polish_steps:
+        stages.append(("polish", options.polish, None if store is None else store.polish_checkpoint))
     for purpose, own, checkpoint in stages:
         generator = generator_for(run.seed, purpose)
         found = tune_network(

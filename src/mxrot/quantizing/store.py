@@ -31,6 +31,10 @@ class BlockStore(Protocol):
         """Keeps the light steps before it until the run is done."""
 
     @property
+    def polish_checkpoint(self) -> TuningCheckpoint:
+        """Keeps the steps on gains after it until the run is done."""
+
+    @property
     def rotation_checkpoint(self) -> TuningCheckpoint:
         """Keeps the training of rotations until the run is done."""
 

@@ -51,5 +51,6 @@ def quantizing_costs(calibration: Calibration) -> list[float]:
         return [*written, blocks + steps]
     around = tokens + recipe.calibration.own * length
     prompted = [each * around for each in (tuning.generated, tuning.rollouts) if each]
-    light = [TUNING * tuning.light_steps * tuning.batch_windows * length] if tuning.light_steps else []
-    return [*written, blocks, *prompted, *light, steps]
+    one = TUNING * tuning.batch_windows * length
+    light, polish = ([one * count] if count else [] for count in (tuning.light_steps, tuning.polish_steps))
+    return [*written, blocks, *prompted, *light, steps, *polish]

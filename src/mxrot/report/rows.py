@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from mxrot.evaluation import Divergence, Perplexity, Recovery, TaskScore, recovery, standard_error
+from mxrot.evaluation import Divergence, Perplexity, Recovery, TaskScore, mean_score, recovery, standard_error
 from mxrot.layers import ModelSize
 
 
@@ -145,19 +145,7 @@ class ComparedRow:
     def tasks(self) -> dict[str, TaskScore]:
         """Each answer a mean over seeds."""
         scores = {name: [run.tasks[name] for run in self.runs] for name in (self.runs[0].tasks if self.runs else ())}
-        return {
-            name: TaskScore(
-                {
-                    metric: tuple(
-                        sum(hits) / len(hits) for hits in zip(*(one.hits[metric] for one in each), strict=True)
-                    )
-                    for metric in each[0].hits
-                },
-                each[0].split,
-                each[0].digest,
-            )
-            for name, each in scores.items()
-        }
+        return {name: mean_score(each) for name, each in scores.items()}
 
     def mean_perplexity(self, text: str) -> Mean:
         return mean_of([run.perplexity[text].ppl for run in self.runs])

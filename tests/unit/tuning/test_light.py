@@ -45,6 +45,14 @@ SHORT = {
     "tuning__bias_rate": 0.003,
     "tuning__transform_rate": 0.0005,
 }
+POLISHED = {
+    "tuning__moves": "rounding",
+    "tuning__polish_steps": 6,
+    "tuning__light_transform_rate": 0.0005,
+    "tuning__norm_rate": 0.0,
+    "tuning__light_norm_rate": 0.001,
+}
+ROUNDING_HAS_NONE = "polish_steps", "scale_rate", "bias_rate", "light_norm_rate"
 LIGHT_FIRST = {"tuning__moves": "rounding", "tuning__light_steps": 6, "tuning__light_transform_rate": 0.0005}
 
 
@@ -224,7 +232,9 @@ def test_norms_and_biases_of_other_families(tmp_path: Path, family: str) -> None
     assert min(look["held_out"] for look in record["tuning"]) < record["tuning"][0]["held_out"]
 
 
-@pytest.mark.parametrize("changes", [{}, LIGHT_FIRST | {"tuning__rollouts": 0.2}], ids=["light", "light first"])
+@pytest.mark.parametrize(
+    "changes", [{}, LIGHT_FIRST | {"tuning__rollouts": 0.2}, POLISHED], ids=["light", "light first", "polished"]
+)
 @pytest.mark.parametrize("at", [3, 9, 14])
 def test_a_killed_run_goes_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], at: int
@@ -256,6 +266,30 @@ def test_light_steps_come_before_the_others(source: Path) -> None:
     best = min(check.held_out for check in checks[:4])
     assert checks[4].held_out == pytest.approx(best, rel=1e-5) and best < checks[0].held_out
     assert min(check.held_out for check in checks[4:]) < best
+
+
+def test_a_polish_comes_last_and_leaves_codes(source: Path) -> None:
+    """It starts at the best of what came before it, moves gains and transforms, and ends no worse."""
+    more = {"tuning__steps": 36, "tuning__batch_windows": 8, "tuning__offset_rate": 0.01}
+    with_it, without = (
+        pipeline.quantize(source, light(**POLISHED | more | changes), windows=random_windows(40, 32))
+        for changes in ({}, dict.fromkeys((f"tuning__{key}" for key in ROUNDING_HAS_NONE), 0))
+    )
+    checks, before = with_it.record.tuning, without.record.tuning
+    assert checks is not None and before is not None
+    assert [check.step for check in checks] == [0, 12, 24, 36, 36, 38, 40, 42]
+    assert checks[:4] == before
+    best = min(check.held_out for check in before)
+    assert checks[4].held_out == pytest.approx(best, rel=1e-5)
+    assert min(check.held_out for check in checks[4:]) < best
+    codes = [
+        {name: tensor for name, tensor in result.model.named_parameters() if name.endswith("weight_packed")}
+        | {name: tensor for name, tensor in result.model.named_buffers() if name.endswith("weight_packed")}
+        for result in (with_it, without)
+        if result.model is not None
+    ]
+    assert codes[0] and codes[0].keys() == codes[1].keys()
+    assert all(torch.equal(tensor, codes[1][name]) for name, tensor in codes[0].items())
 
 
 @pytest.mark.gpu
@@ -305,10 +339,12 @@ def test_the_quantized_model_writes_rollouts(source: Path, monkeypatch: pytest.M
     ("changes", "message"),
     [
         ({"tuning.light_steps": 5}, 'light_steps 5 must not be negative, and 0 unless scope = "network" and moves'),
+        ({"tuning.polish_steps": 5}, 'polish_steps 5 must not be negative, and 0 unless scope = "network" and moves'),
+        ({"tuning.light_norm_rate": 0.1}, "light_norm_rate 0.1 needs light_steps or polish_steps"),
         ({"tuning.scope": "block", "tuning.generated": 0.0, "tuning.rollouts": 1.0}, "rollouts 1.0 must be finite"),
         ({"tuning.scope": "block"}, "generated 8.0 must be finite"),
         ({"tuning.bias_rate": -1.0}, "bias_rate -1.0 is negative or not finite"),
-        ({"tuning.moves": "rounding"}, 'scale_rate 0.001 needs moves = "gains" or light_steps'),
+        ({"tuning.moves": "rounding"}, 'scale_rate 0.001 needs moves = "gains", light_steps or'),
         (
             {f"tuning.{name}_rate": 0.0 for name in ("norm", "scale", "bias", "transform")},
             'moves = "gains" learns nothing',
