@@ -79,7 +79,15 @@ def compare(
     from mxrot import api
     from mxrot.checkpoint.named_file import write_named
     from mxrot.models import find_model
-    from mxrot.report import compared_tasks_table, csv_text, picture_file, progress_on_stderr, remarks, side_by_side
+    from mxrot.report import (
+        compared_tasks_table,
+        csv_text,
+        picture_file,
+        progress_on_stderr,
+        recovery_table,
+        remarks,
+        side_by_side,
+    )
     from mxrot.report.comparing import compare_recipes
     from mxrot.report.trade_off import check_plot
     from mxrot.report.work_folder import default_work_folder
@@ -131,6 +139,7 @@ def compare(
     print_texts([part.as_table() for part in read])
     if loaded:
         show(compared_tasks_table(rows))
+        show(recovery_table(rows))
     protocol = {"model": model, "seeds": each_seed, "texts": {part.text.name: part.as_table() for part in read}}
     seconds = round(time.monotonic() - started, 2)
     write_json(

@@ -44,21 +44,32 @@ def comparison_table(rows: Sequence[ComparedRow], title: str) -> Table:
 
 
 def compared_tasks_table(rows: Sequence[ComparedRow]) -> Table:
-    """Of each row acc_norm in each task that has it, else acc, and the mean over tasks of that and of acc alone, beside
-    which stands what is left of the original's."""
+    """Of each row acc_norm in each task that has it, else acc, and the mean over tasks."""
     table = Table(title="Tasks, percent +- one standard error over examples", title_justify="left")
     table.add_column("recipe")
     for name, score in rows[0].tasks.items():
         table.add_column(f"{name}\n{score.best}", justify="right", no_wrap=True)
-    for heading in ("mean", "recov-\nered", "mean\nacc", "recov-\nered"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("mean", justify="right")
     for row in rows:
         if not row.runs:
             table.add_row(row.recipe, *("-" for _ in rows[0].tasks))
             continue
         cells = [share(score, score.best, unit="") for score in row.tasks.values()]
+        table.add_row(row.recipe, *cells, f"{100 * row.recovery(True).mean:.2f}")
+    return table
+
+
+def recovery_table(rows: Sequence[ComparedRow]) -> Table:
+    """Of each row the means over tasks, and what is left of the original's."""
+    title = "Means over tasks, and of the original's, percent +- one standard error over examples"
+    table = Table(title=title, title_justify="left")
+    for heading in ("recipe", "acc_norm or acc", "recovered", "acc alone", "recovered"):
+        table.add_column(heading, justify="left" if heading == "recipe" else "right")
+    for row in (row for row in rows if row.runs):
+        cells = []
         for found in (row.recovery(True), row.recovery(False)):
-            cells.append(f"{100 * found.mean:.2f}")
+            error = "" if math.isnan(found.error) else f" +- {100 * found.error:.2f}"
+            cells.append(f"{100 * found.mean:.2f}{error}")
             cells.append("" if row.original is None else _percent(found.relative, found.relative_error))
         table.add_row(row.recipe, *cells)
     return table

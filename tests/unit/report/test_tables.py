@@ -18,6 +18,7 @@ from mxrot.report import (
     experts_line,
     maxima_table,
     perplexity_table,
+    recovery_table,
     rotation_line,
     size_line,
     tasks_table,
@@ -78,8 +79,12 @@ def test_compared_tasks() -> None:
         ComparedRow("rtn", tuple(Run(PLAIN, perplexity, tasks=scores) for scores in (SCORES, worse)), original),
     ]
     assert lines(compared_tasks_table(rows)) == [
-        ["original", "50.00 +- 50.00", "100.00", "75.00", "", "50.00", ""],
-        ["rtn", "50.00 +- 50.00", "50.00", "50.00", "66.7", "25.00", "50.0"],
+        ["original", "50.00 +- 50.00", "100.00", "75.00"],
+        ["rtn", "50.00 +- 50.00", "50.00", "50.00"],
+    ]
+    assert lines(recovery_table(rows)) == [
+        ["original", "75.00", "", "50.00", ""],
+        ["rtn", "50.00", "66.7", "25.00", "50.0"],
     ]
     table = rows[1].as_table()
     assert list(table["tasks"]) == list(SCORES)
