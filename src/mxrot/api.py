@@ -39,7 +39,7 @@ from mxrot.progress import Progress
 from mxrot.progress.display import ProgressOption, shown_progress
 from mxrot.prompting import generate_text
 from mxrot.quantizing.shared import check_shared
-from mxrot.ranks import joined
+from mxrot.ranks import current, joined
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.shell import expanded
 from mxrot.text import Windows, load_texts
@@ -240,7 +240,10 @@ def evaluate(
     with shown_progress(progress, "Evaluating") as told:
         read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
         model = opened(model, device, told)
-        return {part.text.name: perplexity(model, part.ids, batch_windows(model.device, part), told) for part in read}
+        return {
+            part.text.name: perplexity(model, part.ids, batch_windows(model.device, part), told, world=current())
+            for part in read
+        }
 
 
 def diverge(
@@ -265,7 +268,9 @@ def diverge(
         read = read_texts(model, texts, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
         original, model = opened(original, device, told), opened(model, device, told)
         return {
-            part.text.name: divergence(model, original, part.ids, batch_windows(model.device, part), told)
+            part.text.name: divergence(
+                model, original, part.ids, batch_windows(model.device, part), told, world=current()
+            )
             for part in read
         }
 
@@ -293,7 +298,7 @@ def evaluate_tasks(
                 raise TypeError("evaluate_tasks needs the tokenizer of a model that is passed itself")
             tokenizer = load_tokenizer(find_model(str(model)))
         model = opened(model, device, told)
-        return score_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, progress=told)
+        return score_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, progress=told, world=current())
 
 
 def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool = False) -> Answers:

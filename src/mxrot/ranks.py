@@ -79,6 +79,11 @@ def joined(device: str | None = None) -> Iterator[World]:
             distributed.destroy_process_group()
 
 
+def current() -> World:
+    """The world that is joined, by `joined` around this; one process otherwise."""
+    return _open or ONE
+
+
 def _place() -> tuple[int, int] | None:
     """The rank of this process and the number of all; None where it is the only one."""
     found = {name: os.environ.get(name) for name in _NAMES}

@@ -120,6 +120,30 @@ def test_a_recipe_without_text_and_once_more(outcomes: dict[str, Any], name: str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_perplexity_and_divergence_of_several_are_those_of_one(
+    folder: Path, outcomes: dict[str, Any], size: int
+) -> None:
+    """To the last bit; of three processes one has nothing to do with three batches of five windows, or each has one."""
+    assert [one["code"] for one in outcomes[f"apart {size}"]] == [0] * size, outcomes[f"apart {size}"]
+    tables = [json.loads((folder / f"apart-{count}.json").read_text()) for count in (1, size)]
+    assert tables[0]["perplexity"] == tables[1]["perplexity"]
+    assert tables[0]["divergence"] == tables[1]["divergence"]
+    assert [table["processes"] for table in tables] == [1, size]
+    assert all("perplexity" not in one["text"].lower() for one in outcomes[f"apart {size}"][1:])
+
+
+@pytest.mark.slow
+def test_tasks_are_shared_and_gone_on_with(folder: Path, outcomes: dict[str, Any]) -> None:
+    for name in ("asked 2", "asked again"):
+        assert [one["code"] for one in outcomes[name]] == [0, 0], outcomes[name]
+    one, two = (json.loads((folder / f"asked-{count}.json").read_text())["tasks"] for count in (1, 2))
+    assert one == two
+    shared, again = ((folder / f"asked-{name}.json.kept").read_text().splitlines() for name in (1, 2))
+    assert len(again) == len(shared)
+
+
+@pytest.mark.slow
 def test_an_interrupt_while_the_lost_one_is_looked_for(outcomes: dict[str, Any]) -> None:
     first, _ = outcomes["ended"]
     assert first["code"] == 143 and "interrupted by SIGTERM; finished blocks are kept" in first["text"]

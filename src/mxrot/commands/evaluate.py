@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from typing import Annotated, Any
 
@@ -67,38 +68,46 @@ def evaluate(
 ) -> None:
     """Perplexity of a model or a checkpoint, and its scores in tasks.
 
-    Text is `demo` where neither texts nor tasks are named.
+    Text is `demo` where neither texts nor tasks are named. With torchrun several processes share the work.
     """
     from mxrot import api
     from mxrot.environment import versions
-    from mxrot.evaluation import cache_table, score_tasks
+    from mxrot.evaluation import Answers, cache_table, score_tasks
     from mxrot.kernels.choices import kernel_choices
+    from mxrot.progress import silent
+    from mxrot.ranks import joined
     from mxrot.report import divergence_table, perplexity_table, progress_on_stderr, tasks_table
 
-    texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))
     check_resume(resume, tasks, json_file)
-    asked = cache_asked_for(kv, kv_transform, kv_first, kv_last, calib, seq_len)
     model = with_revision(model, revision)
-    prepare(model, device, json_file)
-    asked.check(model)
-    if against is not None:
-        prepare(against, device, None)
-    loaded = chosen_tasks(tasks, task_data, limit)
     started = time.monotonic()
     apart = None
     results, scores = {}, {}
-    task = f"{model}, {where(device)}, on {', '.join([*(text.name for text in texts), *loaded])}"
-    if against is not None:
-        task += f", against {against}"
-    with progress_on_stderr("Evaluating", task) as told, contextlib.ExitStack() as stack:
+    with joined(device) as world, contextlib.ExitStack() as stack:
+        quiet = contextlib.redirect_stderr(io.StringIO()) if world.rank else contextlib.nullcontext()
+        with world.first_goes_ahead(), quiet:
+            texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))
+            asked = cache_asked_for(kv, kv_transform, kv_first, kv_last, calib, seq_len)
+            prepare(model, device, json_file)
+            asked.check(model)
+            if against is not None:
+                prepare(against, device, None)
+            loaded = chosen_tasks(tasks, task_data, limit)
+        device = device if world.device is None else str(world.device)
+        task = f"{model}, {where(device)}, on {', '.join([*(text.name for text in texts), *loaded])}"
+        if against is not None:
+            task += f", against {against}"
+        told = silent if world.rank else stack.enter_context(progress_on_stderr("Evaluating", task))
         read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told) if texts else []
         told(0, 1, f"opening {model}")
         opened, folder = asked.open(model, device, verify, told)
         tokenizer = api.load_tokenizer(folder)
         answers = None
         if loaded and json_file is not None:
-            answers = stack.enter_context(api.kept_answers(partial_file(json_file), opened, folder, resume))
-            ctx.meta[KEPT] = "answers to tasks"
+            if not world.rank:
+                answers = stack.enter_context(api.kept_answers(partial_file(json_file), opened, folder, resume))
+                ctx.meta[KEPT] = "answers to tasks"
+            answers = (answers or Answers()).shared_by(world)
         if against is not None:
             original, _ = api.open_model(against, device, verify and api.is_verifiable(against))
             apart = api.diverge(opened, original, read, tokenizer=tokenizer, device=device, progress=told)
@@ -107,7 +116,9 @@ def evaluate(
             results = api.evaluate(opened, read, tokenizer=tokenizer, progress=told)
         if loaded:
             options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "answers": answers, "progress": told}
-            scores = score_tasks(opened, tokenizer, loaded, **options)
+            scores = score_tasks(opened, tokenizer, loaded, **options, world=world)
+    if world.rank:
+        return
     if results:
         show(perplexity_table(model, results))
     cache = cache_table(opened)
@@ -126,6 +137,7 @@ def evaluate(
         "against": against,
         "divergence": None if apart is None else {name: vars(result) for name, result in apart.items()},
         "tasks": {name: score.as_table() for name, score in scores.items()},
+        "processes": world.size,
         "seconds": round(time.monotonic() - started, 2),
         "kernels": kernel_choices(opened.device),
         "versions": versions(tasks=bool(scores)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from mxrot.calibration import World
 from mxrot.errors import ConfigError
 
 Answer = tuple[float, bool]
@@ -57,6 +58,15 @@ class Answers:
         self._known[name] = answer
         if self._file is not None:
             self._write([name, *answer])
+
+    def shared_by(self, world: World) -> Answers:
+        """These in the first process; in the others what these know there, with no file."""
+        known = world.hand_out(self._known)
+        if not world.rank:
+            return self
+        found = Answers()
+        found._known = known
+        return found
 
     def remove(self) -> None:
         """Delete the file: everything has been scored."""

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mxrot.calibration import ONE, World
 from mxrot.errors import ConfigError, NumericsError
 from mxrot.evaluation.perplexity import LOGITS_AT_ONCE, Perplexity, states_of
+from mxrot.evaluation.shares import of_all, own_batches
 from mxrot.layers import check_logits, logits_of
 from mxrot.progress import Progress, silent
 
@@ -51,8 +53,10 @@ def divergence(
     windows: Tensor,
     batch_windows: int = 1,
     progress: Progress = silent,
+    world: World = ONE,
 ) -> Divergence:
-    """Compare two models of one vocabulary on token windows [W, T], both on their device at once.
+    """Compare two models of one vocabulary on token windows [W, T], both on their device at once; the processes of a
+    `world` share the batches.
 
     Computed in float32 from both models' logits. ConfigError if the vocabularies differ in size, NumericsError if
     something is not finite, FamilyError if `logits_of` does not know the logits of one.
@@ -62,14 +66,15 @@ def divergence(
         raise ConfigError(f"models with {sizes[0]} and {sizes[1]} tokens in their vocabularies cannot be compared")
     for each in (model, original):
         check_logits(each, windows)
+    own = own_batches(windows, batch_windows, world)
     found = []
-    scored = 0
-    for batch in windows.split(batch_windows):
-        progress(scored, windows.numel(), "tokens")
+    scored, total = 0, sum(batch.numel() for batch in own)
+    for batch in own:
+        progress(scored, total, "tokens")
         found.append(_window_means(model, original, batch).double().cpu())
         scored += batch.numel()
-    progress(scored, windows.numel(), "tokens")
-    return divergence_of_means(torch.cat(found, dim=1), windows)
+    progress(scored, total, "tokens")
+    return divergence_of_means(of_all(found, world), windows)
 
 
 def divergence_of_means(means: Tensor, windows: Tensor) -> Divergence:

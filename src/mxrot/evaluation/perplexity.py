@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mxrot.calibration import ONE, World
 from mxrot.errors import NumericsError
+from mxrot.evaluation.shares import of_all, own_batches
 from mxrot.layers import PackedCache, check_logits, logits_of
 from mxrot.layers.cache_size import cache_of
 from mxrot.progress import Progress, silent
@@ -42,24 +44,27 @@ def perplexity(
     batch_windows: int = 1,
     progress: Progress = silent,
     piece: int | None = None,
+    world: World = ONE,
 ) -> Perplexity:
     """Perplexity over token windows [W, T], each on its own, `batch_windows` at a time.
 
-    With a quantized cache it is read through that, `piece` tokens at once, or whole windows.
+    The processes of a `world` share the batches, and all get the same record, to the bit that of one process. With a
+    quantized cache it is read through that, `piece` tokens at once, or whole windows.
     Log-likelihoods are computed in float32 from the model's own logits. NumericsError if they are not finite,
     FamilyError if `logits_of` does not know them.
     """
     device = next(model.parameters()).device
     check_logits(model, windows)
+    own = own_batches(windows, batch_windows, world)
     sums = []
-    scored = 0
-    for batch in windows.split(batch_windows):
-        progress(scored, windows.numel(), "tokens")
+    scored, total = 0, sum(batch.numel() for batch in own)
+    for batch in own:
+        progress(scored, total, "tokens")
         ids = batch.to(device)
         sums.append(nll_of_states(model, states_of(model, ids, piece), ids).double().cpu())
         scored += batch.numel()
-    progress(scored, windows.numel(), "tokens")
-    return perplexity_of_means(torch.cat(sums), windows)
+    progress(scored, total, "tokens")
+    return perplexity_of_means(of_all(sums, world), windows)
 
 
 def perplexity_of_means(means: Tensor, windows: Tensor) -> Perplexity:

@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from mxrot.calibration import ONE, World
 from mxrot.errors import ConfigError, DataError, FamilyError
 from mxrot.evaluation.answers import Answers
 from mxrot.evaluation.task_data import local_splits
@@ -166,11 +167,14 @@ def score_tasks(
     batch_size: int | None = None,
     answers: Answers | None = None,
     progress: Progress = silent,
+    world: World = ONE,
 ) -> dict[str, TaskScore]:
     """The scores of a model on tasks of `load_tasks`, by their names.
 
-    `limit` takes the first examples of each. Requests that `answers` knows are not asked again. NumericsError if a
-    log-likelihood is not finite, FamilyError for a tokenizer with neither BOS nor EOS.
+    `limit` takes the first examples of each. Requests that `answers` knows are not asked again; the processes of a
+    `world` share the others, and need the same known ones (`Answers.shared_by`). There they run in other batches than
+    in one process, so that log-likelihoods may differ by rounding. NumericsError if a log-likelihood is not finite,
+    FamilyError for a tokenizer with neither BOS nor EOS.
     """
     from lm_eval.evaluator import evaluate
 
@@ -180,7 +184,7 @@ def score_tasks(
         raise FamilyError("the tokenizer has neither a BOS nor an EOS token, of which lm-eval needs one")
     batch_size = batch_size or REQUESTS_AT_ONCE.get(model.device.type, 8)
     with _without_warnings():
-        harness = Harness(model, tokenizer, Answers() if answers is None else answers, batch_size, progress)
+        harness = Harness(model, tokenizer, Answers() if answers is None else answers, batch_size, progress, world)
     scores = {}
     for name, task in tasks.items():
         if task.get_config("num_fewshot") is None:

@@ -91,6 +91,11 @@ def _checked(source: FolderSource, recipe: Recipe, choices: Sequence[Choice], li
             f"recipe {recipe.name}: search raises what is rounded once, and this recipe is tuned; search with --set "
             "tuning=none, and put [tuning] into the recipe that is written"
         )
+    if recipe.choice is not None:
+        raise ConfigError(
+            f"recipe {recipe.name}: search quantizes with one recipe, and this one has candidates; search with --set "
+            "choice=none, or with what its choice was (run.json of a quantized model)"
+        )
     family = source.family
     if family.experts is not None:
         raise ConfigError(
