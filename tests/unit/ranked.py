@@ -84,6 +84,25 @@ def evaluate(folder: Path, found: dict[str, object]) -> None:
                 json_file = str(folder / f"{name}-{size}.json")
                 ended = commands(folder, ["eval", *words, "--json", json_file], size, {})
                 found[f"{name} {size}"] = [asdict(one) for one in ended]
+    recipes = "rtn,hadamard,mxrot,duquant++,mr-gptq-128"  # blocks of 128 are too large for the last
+    words = [
+        "compare",
+        str(folder / "scorable"),
+        "--recipes",
+        recipes,
+        "--seeds",
+        "2",
+        "--samples",
+        "4",
+        "--windows",
+        "3",
+    ]
+    words += ["--seq-len", str(LENGTH), "--calib", str(folder / "text.txt"), "--text", str(folder / "text.txt")]
+    words += ["--tasks", "piqa", "--task-data", str(folder / "tasks")]
+    for size, work, more in ((1, "one", []), (2, "two", []), (2, "two", ["--resume"]), (3, "one", ["--resume"])):
+        name = f"compared {size}{' again' if more else ''}"
+        places = ["--json", str(folder / f"{name}.json"), "--work", str(folder / f"work-{work}"), *more]
+        found[name] = [asdict(one) for one in commands(folder, [*words, *places], size, {})]
     # What a run that was interrupted has kept: half of the answers.
     kept = (folder / "asked-1.json.kept").read_text().splitlines()
     (folder / "asked-2.json.partial").write_text("\n".join(kept[: len(kept) // 2]) + "\n")

@@ -144,6 +144,25 @@ def test_tasks_are_shared_and_gone_on_with(folder: Path, outcomes: dict[str, Any
 
 
 @pytest.mark.slow
+def test_runs_of_a_comparison_are_shared(folder: Path, outcomes: dict[str, Any]) -> None:
+    """Every figure is that of one process, but for times; all are kept, and taken by any number of processes."""
+
+    def figures(name: str) -> Any:
+        table = json.loads((folder / f"{name}.json").read_text())
+        skipped = ("seconds", "peak_bytes", "runs")
+        return [{key: value for key, value in row.items() if key not in skipped} for row in table["rows"]]
+
+    for name, size in (("compared 1", 1), ("compared 2", 2), ("compared 2 again", 2), ("compared 3 again", 3)):
+        assert [one["code"] for one in outcomes[name]] == [0] * size, outcomes[name]
+        assert figures(name) == figures("compared 1"), name
+        assert len(figures(name)) == 6 and sum(row["reason"] is None for row in figures(name)) == 5
+        again = "runs were finished before" in outcomes[name][0]["text"]
+        assert again == name.endswith("again")
+        assert not any(one["text"].strip() for one in outcomes[name][1:])
+    assert not (folder / "work-two" / "original").exists()
+
+
+@pytest.mark.slow
 def test_an_interrupt_while_the_lost_one_is_looked_for(outcomes: dict[str, Any]) -> None:
     first, _ = outcomes["ended"]
     assert first["code"] == 143 and "interrupted by SIGTERM; finished blocks are kept" in first["text"]

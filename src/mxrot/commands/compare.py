@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import time
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Annotated
 
@@ -79,6 +81,8 @@ def compare(
     from mxrot import api
     from mxrot.checkpoint.named_file import write_named
     from mxrot.models import find_model
+    from mxrot.progress import silent
+    from mxrot.ranks import joined
     from mxrot.report import (
         compared_tasks_table,
         csv_text,
@@ -101,36 +105,44 @@ def compare(
     check_file("--csv", csv_file)
     check_plot(plot)
     check_file("--plot", plot)
-    texts = loaded_texts("--text", text)
-    needs_text = any(not recipe.is_data_free for recipe in chosen) or any(cache.needs_text for cache in caches)
-    calibration = loaded_texts("--calib", calib) if needs_text else None
     model = with_revision(model, revision)
-    prepare(model, device, json_file)
-    loaded = chosen_tasks(tasks, task_data, limit)
-    names = ", ".join([*(recipe.name for recipe in chosen), *(f"KV {cache.label}" for cache in caches)])
-    with progress_on_stderr("Comparing", f"{model}, {where(device)}, with {names}") as told:
-        read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told)
-        place = default_work_folder(find_model(model)) if work is None else work
-        ctx.meta[KEPT] = "finished runs"
-        rows = compare_recipes(
-            model,
-            chosen,
-            calib=calibration,
-            samples=samples,
-            texts=read,
-            windows=windows,
-            seq_len=seq_len,
-            seeds=each_seed,
-            kl_windows=kl_windows,
-            device=device,
-            tasks=loaded,
-            limit=limit,
-            caches=caches,
-            work=place,
-            resume=resume,
-            announce=announce,
-            progress=told,
-        )
+    needs_text = any(not recipe.is_data_free for recipe in chosen) or any(cache.needs_text for cache in caches)
+    with joined(device) as world:
+        quiet = redirect_stderr(io.StringIO()) if world.rank else nullcontext()
+        with world.first_goes_ahead(), quiet:
+            texts = loaded_texts("--text", text)
+            calibration = loaded_texts("--calib", calib) if needs_text else None
+            prepare(model, device, json_file)
+            loaded = chosen_tasks(tasks, task_data, limit)
+        device = device if world.device is None else str(world.device)
+        names = ", ".join([*(recipe.name for recipe in chosen), *(f"KV {cache.label}" for cache in caches)])
+        task = f"{model}, {where(device)}, with {names}"
+        shown = nullcontext(silent) if world.rank else progress_on_stderr("Comparing", task)
+        with shown as told:
+            read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told)
+            place = default_work_folder(find_model(model)) if work is None else work
+            ctx.meta[KEPT] = "finished runs"
+            rows = compare_recipes(
+                model,
+                chosen,
+                calib=calibration,
+                samples=samples,
+                texts=read,
+                windows=windows,
+                seq_len=seq_len,
+                seeds=each_seed,
+                kl_windows=kl_windows,
+                device=device,
+                tasks=loaded,
+                limit=limit,
+                caches=caches,
+                work=place,
+                resume=resume,
+                announce=(lambda line: None) if world.rank else announce,
+                progress=told,
+            )
+    if world.rank:
+        return
     for table in side_by_side(rows, f"{model}, windows of {seq_len}"):
         show(table)
         print()

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from mxrot import api
+from mxrot.calibration import World
 from mxrot.errors import ConfigError, MxrotError
 from mxrot.evaluation import KeptOriginal
 from mxrot.layers import build_apart
 from mxrot.models import FolderSource, find_model
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.problems import find_problems, weight_problems
+from mxrot.ranks import current
 from mxrot.recipe import Recipe
 from mxrot.report.rows import ComparedRow, in_order
 from mxrot.report.running import Comparison, Job, key_of
@@ -67,7 +69,8 @@ def compare_recipes(
     With `caches`, the original comes once more under each of them, and each recipe under each of them in the place of
     its own; ratios and KL are still to the original with its own. What is fitted is fitted on `calib`.
     Finished runs are kept in the folder `work`, where one is given, and with `resume` taken from there; `announce` is
-    told how many. One model is in memory at a time, and beside a quantized one the head of the original, for KL.
+    told how many. Processes that are joined (mxrot.ranks) share the runs. Each has one model in memory at a time, and
+    beside a quantized one the head of the original, for KL.
     Errors of the model itself, of the texts and of the machine are raised. A recipe's own stand in its row; where no
     recipe can be taken, that is an error before any weight is read.
     """
@@ -84,8 +87,10 @@ def compare_recipes(
     is_fitted = any(cache.needs_text for cache in caches)
     fitted_on = fitting_windows(folder, calib, seq_len, progress=progress) if is_fitted else None
     device = device or api.default_device()
-    with _work_place(work) as place:
-        hashes = {} if work is None else place.hashes(folder, progress)
+    world = current()
+    with _work_place(work, world) as place:
+        with world.first_goes_ahead():
+            hashes = {} if work is None else place.hashes(folder, progress)
         protocol = _protocol(read, kl_windows, tasks, limit, prompt)
         original = Job(_TYPE_NAMES[source.dtype], None, 0, key_of(hashes, protocol, None, device, 0))
         what = _with_caches(original.label, calibrations, caches, list(seeds or [seed]))
@@ -93,12 +98,13 @@ def compare_recipes(
             Job(label, one, each, key_of(hashes, protocol, one, device, each, cache, fitted_on), cache)
             for label, one, each, cache in what
         ]
-        kept = None if kl_windows == 0 else KeptOriginal(source, place.states(original.key), kl_windows)
+        kept = None if kl_windows == 0 else KeptOriginal(source, place.states(original.key, world.rank), kl_windows)
         trials = Trials(folder, source.dtype, device, read, kept, tasks or {}, limit, prompt, fitted_on)
-        comparison = Comparison(trials, place, original, jobs, resume, progress)
+        comparison = Comparison(trials, place, original, jobs, resume, progress, world)
         if resume and comparison.taken:
             announce(f"{comparison.taken} of {1 + len(jobs)} runs were finished before, and are taken from {work}")
         rows = comparison.rows()
+        world.count(0)  # nobody needs the states any more
         place.drop_states()
     rows += [ComparedRow(name, reason=str(error)) for name, error in problems.items()]
     spelled = {recipe.name: recipe.to_toml() for recipe in recipes}
@@ -107,8 +113,11 @@ def compare_recipes(
 
 
 @contextmanager
-def _work_place(work: Path | None) -> Iterator[WorkFolder]:
-    """The folder that was given, or one that is gone afterwards."""
+def _work_place(work: Path | None, world: World) -> Iterator[WorkFolder]:
+    """The folder that was given, or one that is gone afterwards. The first process alone locks it for all."""
+    if work is not None and world.rank:
+        yield WorkFolder(work)
+        return
     if work is not None:
         with WorkFolder.opened(work) as place:
             yield place

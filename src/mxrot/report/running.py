@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mxrot.calibration import ONE, World
 from mxrot.checkpoint.fingerprint import fingerprint_of
 from mxrot.environment import device_name, versions
 from mxrot.errors import ConfigError, FamilyError, NumericsError, OutOfMemoryError
@@ -40,12 +42,20 @@ class Job:
 
 
 class Comparison:
-    """The runs of a comparison, those that are finished and those that are not."""
+    """The runs of a comparison, those that are finished and those that are not; the processes of a `world` share the
+    latter, each with a model of its own in memory."""
 
     def __init__(
-        self, trials: Trials, work: WorkFolder, original: Job, jobs: Sequence[Job], resume: bool, progress: Progress
+        self,
+        trials: Trials,
+        work: WorkFolder,
+        original: Job,
+        jobs: Sequence[Job],
+        resume: bool,
+        progress: Progress,
+        world: World = ONE,
     ) -> None:
-        self._trials, self._work, self._original, self._jobs = trials, work, original, jobs
+        self._trials, self._work, self._original, self._jobs, self._world = trials, work, original, jobs, world
         self._found: dict[int, Run | str] = {}
         for number, job in enumerate([original, *jobs]):
             known = work.find(job.key) if resume else None
@@ -53,24 +63,26 @@ class Comparison:
                 self._found[number] = known
             elif not resume:
                 work.forget(job.key)
+        self._found = world.hand_out(self._found)
         self.taken = len(self._found)
+        left = [number for number in range(1, len(jobs) + 1) if number not in self._found]
+        self._own = left[world.rank :: world.size]
         self._steps = Steps(progress, self._costs())
 
     def _costs(self) -> list[list[float]]:
-        """Of the original, and of each job that is left, to quantize and to measure."""
+        """Of the original, and of each job that is left to this process, to quantize and to measure."""
         measuring = measuring_costs(self._trials.read, bool(self._trials.tasks))
         quantizing = [[0.0] if job.calibration is None else quantizing_costs(job.calibration) for job in self._jobs]
-        left = [number + 1 not in self._found for number in range(len(self._jobs))]
         pairs = [
-            [costs, measuring] if is_left else [[0.0], [0.0]] for costs, is_left in zip(quantizing, left, strict=True)
+            [costs, measuring] if number in self._own else [[0.0], [0.0]] for number, costs in enumerate(quantizing, 1)
         ]
         return [measuring if self._needs_original else [0.0], *(costs for pair in pairs for costs in pair)]
 
     @property
     def _needs_original(self) -> bool:
         """Also where its run is known, if there is something left to be compared with its states."""
-        is_left = len(self._found) < 1 + len(self._jobs)
-        return 0 not in self._found or (is_left and not self._trials.has_states())
+        is_known = 0 in self._found or self._world.rank > 0
+        return not is_known or (bool(self._own) and not self._trials.has_states())
 
     def rows(self) -> list[ComparedRow]:
         """The original's, and one for each recipe."""
@@ -78,6 +90,8 @@ class Comparison:
             told = self._steps.of(0, f"perplexity of {self._original.label}")
             self._keep(0, self._original, self._trials.original(told))
             let_go()
+        if self._world.size > 1:
+            self._share()
         original = self._found[0]
         assert isinstance(original, Run)
         rows = [ComparedRow(self._original.label, (original,))]
@@ -85,6 +99,19 @@ class Comparison:
             numbers = [number for number, job in enumerate(self._jobs, 1) if job.label == label]
             rows.append(self._row(label, numbers, original))
         return rows
+
+    def _share(self) -> None:
+        """Make the runs of this process, and take those of the others."""
+        for number in self._own:
+            self._run(number)
+            let_go()
+        made = {number: self._found[number] for number in (0, *self._own) if number in self._found}
+        told = {number: found if isinstance(found, str) else found.to_json() for number, found in made.items()}
+        own = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+        for rank, given in enumerate(self._world.gather(own)):
+            for number, found in json.loads(bytes(given.cpu().tolist())).items():
+                if rank != self._world.rank and (int(number) or not rank):
+                    self._found[int(number)] = found if isinstance(found, str) else Run.from_json(found)
 
     def _row(self, label: str, numbers: Sequence[int], original: Run) -> ComparedRow:
         runs: list[Run] = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot import api, quantizing
-from mxrot.evaluation import Divergence, KeptOriginal, Perplexity, measured_cache, score_tasks
+from mxrot.evaluation import Divergence, KeptOriginal, Perplexity, measured_cache, perplexity, score_tasks
 from mxrot.heap import give_back
 from mxrot.layers import ModelSize, QuantLinear
 from mxrot.layers.cache_size import bits_per_element, cache_of
@@ -104,8 +104,10 @@ class Trials:
         self, model: PreTrainedModel, progress: Progress, is_original: bool
     ) -> tuple[dict[str, Perplexity], dict[str, Divergence]]:
         """Perplexity on each text and, of a quantized model, how far it is from the original."""
-        if self.kept is None:
-            return api.evaluate(model, self.read, progress=progress), {}
+        if self.kept is None:  # by this process alone: others measure other models
+            return {
+                part.text.name: perplexity(model, part.ids, self._at_once(part), progress) for part in self.read
+            }, {}
         options = [(part.text.name, part.ids, self._at_once(part), progress) for part in self.read]
         if is_original:
             return {one[0]: self.kept.keep(model, *one) for one in options}, {}

@@ -80,9 +80,10 @@ class WorkFolder:
         """As if it had not been finished."""
         self._path(key).unlink(missing_ok=True)
 
-    def states(self, key: Key) -> Path:
-        """Where the original's hidden states are kept while they are needed; `key` is that of its run."""
-        return self.folder / "original" / _digest(key)
+    def states(self, key: Key, rank: int = 0) -> Path:
+        """Where the original's hidden states are kept while they are needed; `key` is that of its run. Each process has
+        its own."""
+        return self.folder / "original" / (_digest(key) + (f"-{rank}" if rank else ""))
 
     def drop_states(self) -> None:
         """All of them, whosever they are."""
