@@ -219,7 +219,18 @@ def test_eval_json(folders: dict[str, str], tmp_path: Path, which: str) -> None:
     texts = ("--text", folders["text"], "--text", f"again={folders['text']}")
     result = run("eval", folders[which], *texts, "--windows", "3", "--seq-len", "64", "--json", str(table))
     found = read_json(table)
-    expected = ["model", "perplexity", "texts", "cache", "against", "divergence", "tasks", "seconds", "kernels"]
+    expected = [
+        "model",
+        "perplexity",
+        "texts",
+        "cache",
+        "against",
+        "divergence",
+        "tasks",
+        "processes",
+        "seconds",
+        "kernels",
+    ]
     assert list(found) == [*expected, "versions"] and found["cache"] is None
     assert found["model"] == folders[which]
     assert list(found["perplexity"]) == ["words", "again"]
