@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import time
-from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +36,7 @@ from mxrot.commands.options import (
     with_revision,
     write_json,
 )
+from mxrot.commands.processes import looks, own_device, told
 from mxrot.commands.selection import Recipes, Seeds, Without, chosen_recipes, chosen_seeds
 from mxrot.errors import ConfigError
 
@@ -81,13 +80,11 @@ def compare(
     from mxrot import api
     from mxrot.checkpoint.named_file import write_named
     from mxrot.models import find_model
-    from mxrot.progress import silent
     from mxrot.ranks import joined
     from mxrot.report import (
         compared_tasks_table,
         csv_text,
         picture_file,
-        progress_on_stderr,
         recovery_table,
         remarks,
         side_by_side,
@@ -108,18 +105,16 @@ def compare(
     model = with_revision(model, revision)
     needs_text = any(not recipe.is_data_free for recipe in chosen) or any(cache.needs_text for cache in caches)
     with joined(device) as world:
-        quiet = redirect_stderr(io.StringIO()) if world.rank else nullcontext()
-        with world.first_goes_ahead(), quiet:
+        with looks(world):
             texts = loaded_texts("--text", text)
             calibration = loaded_texts("--calib", calib) if needs_text else None
             prepare(model, device, json_file)
             loaded = chosen_tasks(tasks, task_data, limit)
-        device = device if world.device is None else str(world.device)
+        device = own_device(world, device)
         names = ", ".join([*(recipe.name for recipe in chosen), *(f"KV {cache.label}" for cache in caches)])
         task = f"{model}, {where(device)}, with {names}"
-        shown = nullcontext(silent) if world.rank else progress_on_stderr("Comparing", task)
-        with shown as told:
-            read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told)
+        with told(world, "Comparing", task) as progress:
+            read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=progress)
             place = default_work_folder(find_model(model)) if work is None else work
             ctx.meta[KEPT] = "finished runs"
             rows = compare_recipes(
@@ -139,7 +134,7 @@ def compare(
                 work=place,
                 resume=resume,
                 announce=(lambda line: None) if world.rank else announce,
-                progress=told,
+                progress=progress,
             )
     if world.rank:
         return

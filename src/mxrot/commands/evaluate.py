@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import time
 from typing import Annotated, Any
 
@@ -40,6 +39,7 @@ from mxrot.commands.options import (
     with_revision,
     write_json,
 )
+from mxrot.commands.processes import looks, own_device, told
 
 
 def evaluate(
@@ -74,9 +74,8 @@ def evaluate(
     from mxrot.environment import versions
     from mxrot.evaluation import Answers, cache_table, score_tasks
     from mxrot.kernels.choices import kernel_choices
-    from mxrot.progress import silent
     from mxrot.ranks import joined
-    from mxrot.report import divergence_table, perplexity_table, progress_on_stderr, tasks_table
+    from mxrot.report import divergence_table, perplexity_table, tasks_table
 
     check_resume(resume, tasks, json_file)
     model = with_revision(model, revision)
@@ -84,8 +83,7 @@ def evaluate(
     apart = None
     results, scores = {}, {}
     with joined(device) as world, contextlib.ExitStack() as stack:
-        quiet = contextlib.redirect_stderr(io.StringIO()) if world.rank else contextlib.nullcontext()
-        with world.first_goes_ahead(), quiet:
+        with looks(world):
             texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))
             asked = cache_asked_for(kv, kv_transform, kv_first, kv_last, calib, seq_len)
             prepare(model, device, json_file)
@@ -93,14 +91,14 @@ def evaluate(
             if against is not None:
                 prepare(against, device, None)
             loaded = chosen_tasks(tasks, task_data, limit)
-        device = device if world.device is None else str(world.device)
+        device = own_device(world, device)
         task = f"{model}, {where(device)}, on {', '.join([*(text.name for text in texts), *loaded])}"
         if against is not None:
             task += f", against {against}"
-        told = silent if world.rank else stack.enter_context(progress_on_stderr("Evaluating", task))
-        read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=told) if texts else []
-        told(0, 1, f"opening {model}")
-        opened, folder = asked.open(model, device, verify, told)
+        progress = stack.enter_context(told(world, "Evaluating", task))
+        read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=progress) if texts else []
+        progress(0, 1, f"opening {model}")
+        opened, folder = asked.open(model, device, verify, progress)
         tokenizer = api.load_tokenizer(folder)
         answers = None
         if loaded and json_file is not None:
@@ -110,12 +108,17 @@ def evaluate(
             answers = (answers or Answers()).shared_by(world)
         if against is not None:
             original, _ = api.open_model(against, device, verify and api.is_verifiable(against))
-            apart = api.diverge(opened, original, read, tokenizer=tokenizer, device=device, progress=told)
+            apart = api.diverge(opened, original, read, tokenizer=tokenizer, device=device, progress=progress)
             results = {name: found.perplexity for name, found in apart.items()}
         elif read:
-            results = api.evaluate(opened, read, tokenizer=tokenizer, progress=told)
+            results = api.evaluate(opened, read, tokenizer=tokenizer, progress=progress)
         if loaded:
-            options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "answers": answers, "progress": told}
+            options: dict[str, Any] = {
+                "limit": limit,
+                "batch_size": batch_size,
+                "answers": answers,
+                "progress": progress,
+            }
             scores = score_tasks(opened, tokenizer, loaded, **options, world=world)
     if world.rank:
         return

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from contextlib import closing, nullcontext, redirect_stderr
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +27,7 @@ from mxrot.commands.options import (
     with_revision,
     write_json,
 )
+from mxrot.commands.processes import looks, own_device, told
 from mxrot.errors import ConfigError
 from mxrot.shell import command, is_utf8
 
@@ -53,10 +53,8 @@ def quantize(
     """Quantize a model into a checkpoint folder."""
     limit = chosen_limit(time_limit)  # first: importing takes time, too
     from mxrot import api
-    from mxrot.progress import silent
     from mxrot.progress.display import HEARTBEAT_SECONDS
     from mxrot.ranks import joined
-    from mxrot.report import progress_on_stderr
 
     chosen = chosen_recipe(recipe, changes)
     model = with_revision(model, revision)
@@ -67,16 +65,14 @@ def quantize(
     if json_file is not None and json_file.absolute() == output.absolute():
         raise ConfigError(f"--json {json_file}: is the output folder, too; name another file")
     with joined(device) as world:
-        quiet = redirect_stderr(io.StringIO()) if world.rank else nullcontext()
-        with world.first_goes_ahead(), quiet:
+        with looks(world):
             texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
             watch = chosen_watch(limit, metrics, tensorboard, output, resume)
             prepare(model, device, json_file)
-        device = device if world.device is None else str(world.device)
+        device = own_device(world, device)
         task = f"{model}, {where(device)}, {_calibration(chosen, samples, seq_len)}, into {output}"
         title = f"Quantizing with {chosen.name}"
-        shown = nullcontext(silent) if world.rank else progress_on_stderr(title, task, HEARTBEAT_SECONDS)
-        with shown as told, closing(watch):
+        with told(world, title, task, HEARTBEAT_SECONDS) as progress, closing(watch):
             run = api.quantize(
                 model,
                 chosen,
@@ -88,7 +84,7 @@ def quantize(
                 device=device,
                 force=force,
                 resume=resume,
-                progress=told,
+                progress=progress,
                 watch=watch,
             )
     if not world.rank:
