@@ -177,7 +177,7 @@ def _quantize(
     watch: Watch | None,
 ) -> PreTrainedModel | dict[str, Any]:
     """The same for a model by its name."""
-    check_shared(recipe, None, world)
+    check_shared(recipe, None, world.size)
     if output is not None:
         output = expanded(output)
         check_exportable(recipe)

@@ -1,4 +1,4 @@
-"""`mxrot quantize` and `eval` in two processes and in one, whole and with faults: `python -m tests.unit.ranked FOLDER`.
+"""`mxrot quantize` in two processes and in one, whole and with faults: `python -m tests.unit.ranked FOLDER`.
 
 A process of its own, because it forks (tests.faults.forked). What each command left and said goes to outcomes.json.
 """
@@ -20,11 +20,9 @@ from pathlib import Path
 from tests.faults.forked import Ended, start
 from tests.tiny_model import write_tiny_mixture, write_tiny_model
 from tests.unit.checkpoint.folders import digests, without_run
-from tests.unit.evaluation.task_folder import write_scorable_model, write_task_folder
 
-from mxrot import api, ranks
+from mxrot import ranks
 from mxrot.errors import NumericsError
-from mxrot.evaluation import Answers
 from mxrot.quantizing import batches
 from mxrot.quantizing import run as pipeline
 
@@ -62,64 +60,12 @@ def main(folder: Path) -> None:
     outcome("rtn", 2, "rtn", None, "--recipe", "rtn")
     outcome("finished", 2, "rtn", None, "--recipe", "rtn", "--resume")
     outcome("ended", 2, "ended", {0: partial(end_soon, signal.SIGTERM), 1: partial(at_second_block, kill)})
-    evaluate(folder, found)
     found["bytes"] = {
         name: without_run(digests(folder / name))
         for name in ("two-tiny", "again", "killed-1")
         if (folder / name).is_dir()
     }
     (folder / "outcomes.json").write_text(json.dumps(found))
-
-
-def evaluate(folder: Path, found: dict[str, object]) -> None:
-    """A checkpoint beside the original, in batches of two windows, and tasks."""
-    write_scorable_model(folder / "scorable")
-    write_task_folder(folder / "tasks")
-    apart = [str(folder / "one-tiny"), "--against", str(folder / "tiny"), "--text", str(folder / "text.txt")]
-    asked = [str(folder / "scorable"), "--tasks", "piqa,lambada_openai", "--task-data", str(folder / "tasks")]
-    for size in (1, 2, 3):
-        runs = {"apart": [*apart, "--windows", "5", "--seq-len", str(LENGTH)], "asked": asked}
-        for name, words in runs.items():
-            if size < 3 or name == "apart":
-                json_file = str(folder / f"{name}-{size}.json")
-                ended = commands(folder, ["eval", *words, "--json", json_file], size, {})
-                found[f"{name} {size}"] = [asdict(one) for one in ended]
-    recipes = "rtn,hadamard,mxrot,duquant++,mr-gptq-128"  # blocks of 128 are too large for the last
-    words = [
-        "compare",
-        str(folder / "scorable"),
-        "--recipes",
-        recipes,
-        "--seeds",
-        "2",
-        "--samples",
-        "4",
-        "--windows",
-        "3",
-    ]
-    words += ["--seq-len", str(LENGTH), "--calib", str(folder / "text.txt"), "--text", str(folder / "text.txt")]
-    words += ["--tasks", "piqa", "--task-data", str(folder / "tasks")]
-    for size, work, more in ((1, "one", []), (2, "two", []), (2, "two", ["--resume"]), (3, "one", ["--resume"])):
-        name = f"compared {size}{' again' if more else ''}"
-        places = ["--json", str(folder / f"{name}.json"), "--work", str(folder / f"work-{work}"), *more]
-        found[name] = [asdict(one) for one in commands(folder, [*words, *places], size, {})]
-    # What a run that was interrupted has kept: half of the answers.
-    kept = (folder / "asked-1.json.kept").read_text().splitlines()
-    (folder / "asked-2.json.partial").write_text("\n".join(kept[: len(kept) // 2]) + "\n")
-    words = ["eval", *asked, "--json", str(folder / "asked-2.json"), "--resume"]
-    found["asked again"] = [asdict(one) for one in commands(folder, words, 2, {})]
-
-
-def keep_answers() -> None:
-    """Keep a copy of the answers to tasks, which are removed at the end."""
-    original = Answers.remove
-
-    def remove(self: Answers) -> None:
-        if self._path is not None and self._path.exists():
-            shutil.copy(self._path, self._path.with_suffix(".kept"))
-        original(self)
-
-    Answers.remove = remove  # type: ignore[method-assign]
 
 
 def commands(folder: Path, words: list[str], size: int, faults: dict[int, Fault]) -> list[Ended]:
@@ -153,8 +99,6 @@ def is_stopped(child: int) -> bool:
 def as_rank(rank: int, size: int, port: int, fault: Fault | None) -> None:
     """What torchrun does for a process. With one window a batch, what is computed of it has the same bits in both."""
     batches.BATCH_TOKENS = {"cpu": LENGTH}
-    api.EVALUATION_TOKENS = {"cpu": 2 * LENGTH}
-    keep_answers()
     if size > 1:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}

@@ -57,7 +57,7 @@ OPTIONS = {
         *("model", "--text", "--windows", "--seq-len", "--kernels", "--revision", "--device", "--verify", "--json"),
     ],
     "plan": [
-        *("model", "-r", "--recipe", "--set", "--samples", "--seq-len", "--gpu-memory"),
+        *("model", "-r", "--recipe", "--set", "--samples", "--seq-len", "--gpu-memory", "--processes"),
         *("--revision", "--device", "--json"),
     ],
     "generate": [
@@ -451,7 +451,19 @@ def test_plan_of_a_folder_and_of_a_config_alone(folders: dict[str, str], tmp_pat
         result = run("plan", model, "-r", "duquant++", *QUICK, "--json", str(table))
         found = read_json(table)
         assert list(found) == [
-            *("model", "recipe", "recipe_toml", "windows", "refused", "warnings", "sites", "size", "cache", "memory"),
+            *(
+                "model",
+                "recipe",
+                "recipe_toml",
+                "windows",
+                "processes",
+                "refused",
+                "warnings",
+                "sites",
+                "size",
+                "cache",
+                "memory",
+            ),
             *("disk", "seconds", "vllm", "versions"),
         ]
         assert (found["model"], found["windows"], found["refused"]) == (model, [2, 32], [])

@@ -120,49 +120,6 @@ def test_a_recipe_without_text_and_once_more(outcomes: dict[str, Any], name: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-def test_perplexity_and_divergence_of_several_are_those_of_one(
-    folder: Path, outcomes: dict[str, Any], size: int
-) -> None:
-    """To the last bit; of three processes one has nothing to do with three batches of five windows, or each has one."""
-    assert [one["code"] for one in outcomes[f"apart {size}"]] == [0] * size, outcomes[f"apart {size}"]
-    tables = [json.loads((folder / f"apart-{count}.json").read_text()) for count in (1, size)]
-    assert tables[0]["perplexity"] == tables[1]["perplexity"]
-    assert tables[0]["divergence"] == tables[1]["divergence"]
-    assert [table["processes"] for table in tables] == [1, size]
-    assert all("perplexity" not in one["text"].lower() for one in outcomes[f"apart {size}"][1:])
-
-
-@pytest.mark.slow
-def test_tasks_are_shared_and_gone_on_with(folder: Path, outcomes: dict[str, Any]) -> None:
-    for name in ("asked 2", "asked again"):
-        assert [one["code"] for one in outcomes[name]] == [0, 0], outcomes[name]
-    one, two = (json.loads((folder / f"asked-{count}.json").read_text())["tasks"] for count in (1, 2))
-    assert one == two
-    shared, again = ((folder / f"asked-{name}.json.kept").read_text().splitlines() for name in (1, 2))
-    assert len(again) == len(shared)
-
-
-@pytest.mark.slow
-def test_runs_of_a_comparison_are_shared(folder: Path, outcomes: dict[str, Any]) -> None:
-    """Every figure is that of one process, but for times; all are kept, and taken by any number of processes."""
-
-    def figures(name: str) -> Any:
-        table = json.loads((folder / f"{name}.json").read_text())
-        skipped = ("seconds", "peak_bytes", "runs")
-        return [{key: value for key, value in row.items() if key not in skipped} for row in table["rows"]]
-
-    for name, size in (("compared 1", 1), ("compared 2", 2), ("compared 2 again", 2), ("compared 3 again", 3)):
-        assert [one["code"] for one in outcomes[name]] == [0] * size, outcomes[name]
-        assert figures(name) == figures("compared 1"), name
-        assert len(figures(name)) == 6 and sum(row["reason"] is None for row in figures(name)) == 5
-        again = "runs were finished before" in outcomes[name][0]["text"]
-        assert again == name.endswith("again")
-        assert not any(one["text"].strip() for one in outcomes[name][1:])
-    assert not (folder / "work-two" / "original").exists()
-
-
-@pytest.mark.slow
 def test_an_interrupt_while_the_lost_one_is_looked_for(outcomes: dict[str, Any]) -> None:
     first, _ = outcomes["ended"]
     assert first["code"] == 143 and "interrupted by SIGTERM; finished blocks are kept" in first["text"]
@@ -205,8 +162,8 @@ def test_rows_are_shared_whole() -> None:
 )
 def test_refused(chosen: Any, windows: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        check_shared(chosen, windows, Numbered(0, 4))
-    check_shared(chosen, windows, ONE)
+        check_shared(chosen, windows, 4)
+    check_shared(chosen, windows, 1)
 
 
 def test_fingerprints_name_the_numbers_of_processes() -> None:

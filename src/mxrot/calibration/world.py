@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -66,6 +66,14 @@ class World(ABC):
         yield
         if not self.rank:
             self.hand_out(None)
+
+    def spread(self, tasks: Sequence[Callable[[], float]]) -> list[float]:
+        """What tasks give of which any process could do each: every process does some, and all know all."""
+        own = [task() for task in tasks[self.rank :: self.size]]
+        found = [0.0] * len(tasks)
+        for rank, given in enumerate(self.gather(torch.tensor(own, dtype=torch.float64))):
+            found[rank :: self.size] = given.tolist()
+        return found
 
     def before(self, count: int) -> int:
         """The sum of a number over the processes of lower rank."""

@@ -35,6 +35,9 @@ def plan(
     gpu_memory: Annotated[
         float | None, typer.Option("--gpu-memory", min=0.1, metavar="GB", help="Plan for a GPU with so much free")
     ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, metavar="N", help="Plan for N that share the work, with a GPU each")
+    ] = 1,
     revision: Revision = None,
     device: Device = None,
     json_file: Json = None,
@@ -56,7 +59,7 @@ def plan(
     model = with_revision(model, revision)
     prepare(model, device, json_file, gets_weights=False)
     machine = Machine(torch.device(device or api.default_device()), gpu_memory and 1e9 * gpu_memory)
-    made = make_plan(model, find_config(model), chosen, machine, samples, seq_len)
+    made = make_plan(model, find_config(model), chosen, machine, samples, seq_len, processes)
     for piece in plan_report(made):
         if isinstance(piece, str):
             print(piece)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,13 @@ from mxrot.planning.disk import estimate_disk
 from mxrot.planning.memory import MemoryEstimate, estimate_host_memory, estimate_memory, gigabytes
 from mxrot.planning.rates import measure_rates
 from mxrot.planning.run import Run
-from mxrot.planning.seconds import TimeEstimate, estimate_seconds
+from mxrot.planning.seconds import TimeEstimate
 from mxrot.planning.shape import ModelShape
+from mxrot.planning.sharing import share_of, shared_memory, shared_seconds
 from mxrot.quantizing.loading import compute_dtype
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.rotating import config_after
+from mxrot.quantizing.shared import check_shared
 from mxrot.recipe import Recipe
 from mxrot.suited import suited
 from mxrot.vllm.verdict import VllmReport, plan_for_vllm
@@ -99,6 +103,8 @@ class Plan:
     time: TimeEstimate | None = None
     device: str = "cpu"
     """What the time is for."""
+    processes: int = 1
+    """That share the run; memory is that of each."""
     vllm: VllmReport | None = None
     """None where no checkpoint would be written."""
 
@@ -109,6 +115,7 @@ class Plan:
             "recipe": self.recipe.name,
             "recipe_toml": self.recipe.to_toml(),
             "windows": self.windows,
+            "processes": self.processes,
             "refused": self.problems,
             "warnings": self.warnings,
             "sites": [] if self.sizes is None else _sites_table(self.sizes.shape),
@@ -129,6 +136,7 @@ def make_plan(
     machine: Machine,
     samples: int | None = None,
     seq_len: int | None = None,
+    processes: int = 1,
 ) -> Plan:
     """Plan from a config.json, or a folder with one; no weight is read. The time is measured unless it is refused.
 
@@ -138,12 +146,14 @@ def make_plan(
     config = read_config(config_path)
     given = recipe.calibration.samples if samples is None else samples
     length = recipe.calibration.seq_len if seq_len is None else seq_len
-    plan = Plan(model, recipe, None if recipe.is_data_free else (given, length))
+    plan = Plan(model, recipe, None if recipe.is_data_free else (given, length), processes=processes)
     problems = []
-    try:
-        check_exportable(recipe)
-    except ConfigError as error:
-        problems.append(str(error))
+    windows = None if recipe.is_data_free else given
+    for check in (check_exportable, partial(check_shared, windows=windows, processes=processes)):
+        try:
+            check(recipe)
+        except ConfigError as error:
+            problems.append(str(error))
     try:
         family = find_family(config, model)
         source = _source_beside(config_path, model)
@@ -163,7 +173,7 @@ def make_plan(
         skeleton = skeleton if changed is config else build_apart(changed)
         shape = ModelShape.of(skeleton, family, recipe)
         run = Run(shape, recipe, "cpu", stored, given, length)
-        needs = _needs(run)
+        needs = _needs(run, processes)
         cache = CacheSize.of(config, family, None if recipe.cache is None else recipe.cache.scheme())
         sizes = Sizes(shape, parameters * stored.itemsize, shape.size_after(stored), cache)
     except (AttributeError, ConfigError):  # a linear that is not there, or is not whole blocks wide: a problem by now
@@ -172,7 +182,7 @@ def make_plan(
     estimate = None
     if not problems:
         rates = measure_rates(machine.device, compute_dtype(stored, machine.device), recipe)
-        estimate = estimate_seconds(replace(run, device=machine.device.type), rates, building)
+        estimate = shared_seconds(replace(run, device=machine.device.type), processes, rates, building)
     return replace(
         plan,
         problems=problems,
@@ -185,10 +195,16 @@ def make_plan(
     )
 
 
-def _needs(run: Run) -> Needs:
+def _needs(run: Run, processes: int) -> Needs:
+    """Of the first of the processes, which needs most."""
+
+    def needed(estimate: Callable[[Run], MemoryEstimate], run: Run) -> MemoryEstimate:
+        return shared_memory(estimate(share_of(run, processes)), estimate(run))
+
     on_gpu = replace(run, device="cuda")
-    kept = estimate_memory(replace(on_gpu, keeps_model=True))
-    return Needs(estimate_memory(run), estimate_memory(on_gpu), estimate_host_memory(on_gpu), kept, estimate_disk(run))
+    kept = needed(estimate_memory, replace(on_gpu, keeps_model=True))
+    in_all = needed(estimate_memory, run), needed(estimate_memory, on_gpu), needed(estimate_host_memory, on_gpu)
+    return Needs(*in_all, kept, estimate_disk(run))
 
 
 def _source_beside(config_path: Path, name: str) -> FolderSource | None:

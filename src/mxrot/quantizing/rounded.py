@@ -134,7 +134,8 @@ def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> 
         groups = {name: own for name, own in executor.groups.items() if executor.tokens_of(own)}
         fitted, folds = folds_of({name: moments(own) for name, own in groups.items()}, requirements)
         by, name = scheme.weights, f"{part.name}.{site.linears[0]}"
-        method = method.chosen(folds, weights.all_folded(), by.format, by.rule, name)
+        spread = None if run.world.size == 1 else run.world.spread
+        method = method.chosen(folds, weights.all_folded(), by.format, by.rule, name, spread)
         del folds  # and with them what was held out
         found = Moments.together(fitted)
         if method.requirements.target == "own":

@@ -176,7 +176,7 @@ def _checked(
 ) -> _Job:
     """Everything that can be refused is refused here, before any weight is read."""
     check_device(device)
-    check_shared(recipe, None if windows is None else len(windows), world)
+    check_shared(recipe, None if windows is None else len(windows), world.size)
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -17,9 +17,9 @@ from mxrot.quantizing.part import BlockRun
 from mxrot.recipe import Recipe
 
 
-def check_shared(recipe: Recipe, windows: int | None, world: World) -> None:
+def check_shared(recipe: Recipe, windows: int | None, processes: int) -> None:
     """ConfigError for what several processes do not do together, with so many calibration windows."""
-    if world.size == 1:
+    if processes == 1:
         return
     for said, is_wanted in (
         ("tuning; set tuning = none", recipe.tuning is not None),
@@ -27,9 +27,9 @@ def check_shared(recipe: Recipe, windows: int | None, world: World) -> None:
         ("a choice among candidates; set choice = none", recipe.choice is not None),
     ):
         if is_wanted:
-            raise ConfigError(f"recipe {recipe.name}: {world.size} processes do not share {said}, or start one process")
-    if windows is not None and windows < world.size:
-        raise ConfigError(f"{world.size} processes share {windows} calibration windows; start fewer, or give more text")
+            raise ConfigError(f"recipe {recipe.name}: {processes} processes do not share {said}, or start one process")
+    if windows is not None and windows < processes:
+        raise ConfigError(f"{processes} processes share {windows} calibration windows; start fewer, or give more text")
 
 
 UNEVEN = 8

@@ -34,6 +34,8 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
         yield cache_line(plan.sizes.cache)
     if plan.needs is not None:
         yield _memory_table(plan)
+        if plan.processes > 1:
+            yield f"memory is that of the first of {plan.processes} processes; main memory counts for each on a node"
         yield _disk_line(plan.needs.disk)
     if plan.time is not None:
         yield _time_table(plan)
@@ -133,9 +135,13 @@ def _largest_terms(stage: Stage) -> list[str]:
     return [*lines, f"{gigabytes(rest)} other"] if rest > 0 else lines
 
 
+def _shared(plan: Plan) -> str:
+    return f", {plan.processes} like it" if plan.processes > 1 else ""
+
+
 def _time_table(plan: Plan) -> Table:
     assert plan.time is not None
-    table = Table(title=f"Time on this machine ({plan.device}); an estimate", title_justify="left")
+    table = Table(title=f"Time on this machine ({plan.device}){_shared(plan)}; an estimate", title_justify="left")
     table.add_column("for")
     table.add_column("time", justify="right")
     for name, seconds in plan.time.terms.items():

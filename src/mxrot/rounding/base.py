@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mxrot.formats import Format, QTensor, ScaleRule
-from mxrot.rounding.held_out import Fold
+from mxrot.rounding.held_out import Fold, Spread
 from mxrot.typed import check_fields
 
 Target = Literal["own", "original", "residual"]
@@ -113,10 +113,16 @@ class RoundingMethod(ABC):
         return
 
     def chosen(
-        self, folds: Sequence[Fold], weight: Tensor, format: Format, rule: ScaleRule, name: str
+        self,
+        folds: Sequence[Fold],
+        weight: Tensor,
+        format: Format,
+        rule: ScaleRule,
+        name: str,
+        spread: Spread | None = None,
     ) -> RoundingMethod:
         """This method with the options that leave least on unseen tokens, for a site whose folded rows are `weight`
-        [N, K] float64; itself where it does not choose."""
+        [N, K] float64; itself where it does not choose. `spread` shares what has to be tried among processes."""
         return self
 
     def prepare(self, hessian: Tensor | None, shifts: Sequence[Tensor], name: str) -> Prepared:

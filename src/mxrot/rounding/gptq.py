@@ -44,7 +44,7 @@ from torch import Tensor
 from mxrot.errors import ConfigError
 from mxrot.formats import Format, ScaleRule, as_blocks, check_finite, check_parts, encode_blocks
 from mxrot.rounding.base import Inputs, Prepared, Requirements, Rounded, RoundingMethod, Target
-from mxrot.rounding.held_out import Fold, choose_damping, choose_target_damping, energy, spaced_rows
+from mxrot.rounding.held_out import Fold, Spread, choose_damping, choose_target_damping, energy, spaced_rows
 from mxrot.rounding.linalg import Measure, damping_unit, inverse_factor
 from mxrot.rounding.walk import SPAN, walk_fixed, walk_reached, walks_whole_blocks
 
@@ -158,7 +158,15 @@ class GPTQ(RoundingMethod):
                 f"{format.name} has not"
             )
 
-    def chosen(self, folds: Sequence[Fold], weight: Tensor, format: Format, rule: ScaleRule, name: str) -> GPTQ:
+    def chosen(
+        self,
+        folds: Sequence[Fold],
+        weight: Tensor,
+        format: Format,
+        rule: ScaleRule,
+        name: str,
+        spread: Spread | None = None,
+    ) -> GPTQ:
         found = replace(self, dampings=(), target_dampings=())
         if not folds:
             return found
@@ -168,7 +176,7 @@ class GPTQ(RoundingMethod):
             def factor_of(damping: float, hessian: Tensor) -> Tensor:
                 return inverse_factor(hessian, damping, name, relative_to=self.damping_of)[0]
 
-            strength = choose_target_damping(folds, energies, self.target_dampings, factor_of)
+            strength = choose_target_damping(folds, energies, self.target_dampings, factor_of, spread)
             if math.isinf(strength):
                 found = replace(found, target="own", first_column="joint")
             else:
@@ -182,7 +190,7 @@ class GPTQ(RoundingMethod):
                 rounded = tried.round(rows, format, rule, hessian, name)
                 return rounded.weight.dequantize(torch.float64) - rows
 
-            found = replace(found, damping=choose_damping(folds, energies, self.dampings, errors_of))
+            found = replace(found, damping=choose_damping(folds, energies, self.dampings, errors_of, spread))
         return found
 
     def prepare(self, hessian: Tensor | None, shifts: Sequence[Tensor], name: str) -> Prepared:

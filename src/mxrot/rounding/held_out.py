@@ -19,10 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+Spread = Callable[[Sequence[Callable[[], float]]], list[float]]
+"""Gives what tasks give, each of which may be done somewhere else; see `World.spread`."""
 SAMPLED_ROWS = 128
 """Rows that are rounded to choose a damping, evenly spaced among those of a site."""
 
@@ -74,27 +77,26 @@ def choose_target_damping(
     energies: Sequence[float],
     candidates: Sequence[float],
     factor_of: Callable[[float, Tensor], Tensor],
+    spread: Spread | None = None,
 ) -> float:
     """The candidate whose regression leaves least on unseen tokens, folds relative to their `energies`; of equals the
     largest, and infinity stands for no regression.
 
-    `factor_of(damping, H)` gives U with U^T U the inverse of the damped H, as `inverse_factor` does.
+    `factor_of(damping, H)` gives U with U^T U the inverse of the damped H, as `inverse_factor` does. With `spread` it
+    is asked for each fold and candidate there.
     """
 
-    def left(damping: float) -> float:
-        if math.isinf(damping):
-            return 0.0
-        total = 0.0
-        for fold, energy in zip(folds, energies, strict=True):
-            assert fold.fitted.shift is not None
-            factor = factor_of(damping, fold.fitted.hessian)
-            move = (fold.fitted.shift @ factor.t()) @ factor
-            del factor  # as large as a Hessian, of which the next factor takes two
-            total += left_on(move, fold.unseen) / energy
-            del move
-        return total
+    def left(damping: float, fold: Fold, energy: float) -> float:
+        assert fold.fitted.shift is not None
+        factor = factor_of(damping, fold.fitted.hessian)
+        move = (fold.fitted.shift @ factor.t()) @ factor
+        del factor  # as large as a Hessian, of which the next factor takes two
+        return left_on(move, fold.unseen) / energy
 
-    return min(sorted(candidates, reverse=True), key=left)
+    ordered = sorted(candidates, reverse=True)
+    tried = [damping for damping in ordered if not math.isinf(damping)]
+    found = dict(zip(tried, _of_all_folds(left, tried, folds, energies, spread or _in_turn), strict=True))
+    return min(ordered, key=lambda damping: found.get(damping, 0.0))
 
 
 def choose_damping(
@@ -102,27 +104,55 @@ def choose_damping(
     energies: Sequence[float],
     candidates: Sequence[float],
     errors_of: Callable[[float, Tensor], Tensor],
+    spread: Spread | None = None,
 ) -> float:
     """The candidate whose rounding leaves least on unseen tokens: from the largest down, as long as each leaves less.
 
-    `errors_of(damping, H)` gives what rounding some rows with the Hessian H changes in them, [n, K].
+    `errors_of(damping, H)` gives what rounding some rows with the Hessian H changes in them, [n, K]. With `spread` it
+    is asked for each fold and candidate there; otherwise for no more than it takes.
     """
 
-    def left(damping: float) -> float:
-        total = 0.0
-        for fold, energy in zip(folds, energies, strict=True):
-            error = errors_of(damping, fold.fitted.hessian)
-            total += float(((error @ fold.unseen.hessian) * error).sum()) / energy
-        return total
+    def left(damping: float, fold: Fold, energy: float) -> float:
+        error = errors_of(damping, fold.fitted.hessian)
+        return float(((error @ fold.unseen.hessian) * error).sum()) / energy
 
-    best, *smaller = sorted(candidates, reverse=True)
-    least = left(best)
+    ordered = sorted(candidates, reverse=True)
+    known: dict[float, float] = {}
+    if spread is not None:
+        known = dict(zip(ordered, _of_all_folds(left, ordered, folds, energies, spread), strict=True))
+
+    def found(damping: float) -> float:
+        return known[damping] if known else _of_all_folds(left, [damping], folds, energies, _in_turn)[0]
+
+    best, *smaller = ordered
+    least = found(best)
     for damping in smaller:
-        found = left(damping)
-        if found >= least:
+        value = found(damping)
+        if value >= least:
             break
-        best, least = damping, found
+        best, least = damping, value
     return best
+
+
+def _of_all_folds(
+    left: Callable[[float, Fold, float], float],
+    candidates: Sequence[float],
+    folds: Sequence[Fold],
+    energies: Sequence[float],
+    spread: Spread,
+) -> list[float]:
+    """Of each candidate what it leaves, over all folds."""
+    tasks = [
+        partial(left, damping, fold, energy)
+        for damping in candidates
+        for fold, energy in zip(folds, energies, strict=True)
+    ]
+    parts = spread(tasks)
+    return [sum(parts[start : start + len(folds)]) for start in range(0, len(parts), max(1, len(folds)))]
+
+
+def _in_turn(tasks: Sequence[Callable[[], float]]) -> list[float]:
+    return [task() for task in tasks]
 
 
 def energy(weight: Tensor, seen: Moments) -> float:

@@ -1,6 +1,7 @@
 """Dampings that are chosen by what they leave on tokens that were not fitted to."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,32 @@ def test_a_smaller_damping_is_looked_at_as_long_as_each_leaves_less() -> None:
             return torch.tensor([[left[damping] ** 0.5, 0.0]], dtype=torch.float64)
 
         assert choose_damping([one], [1.0], [0.3, 0.1, 1.0], errors_of) == best and asked == seen
+
+
+def test_spread_over_processes_the_choice_is_the_same() -> None:
+    """Each of three takes every third task, and each task is done by one."""
+    truth, noisy = random(ROWS, COLUMNS, seed=6), random(ROWS, COLUMNS, seed=7)
+    folds, done = [fold(truth, noisy, 4.0), fold(noisy, truth + noisy, 2.0)], []
+
+    def spread(tasks: Sequence[Callable[[], float]]) -> list[float]:
+        found = [0.0] * len(tasks)
+        for rank in (2, 0, 1):
+            for place in range(rank, len(tasks), 3):
+                found[place] = tasks[place]()
+                done.append(place)
+        return found
+
+    candidates = [*CANDIDATES, 3.0]
+    expected = choose_target_damping(folds, [1.0, 2.0], candidates, factor_of)
+    assert choose_target_damping(folds, [1.0, 2.0], candidates, factor_of, spread) == expected
+    assert sorted(done) == list(range(2 * 4))
+
+    def errors_of(damping: float, hessian: Tensor) -> Tensor:
+        return random(3, COLUMNS, seed=8) * (1 + (damping - 0.3) ** 2) * hessian.diagonal().mean()
+
+    for among in ([0.1, 0.3, 1.0], [0.5, 0.1], [2.0]):
+        expected = choose_damping(folds, [1.0, 2.0], among, errors_of)
+        assert choose_damping(folds, [1.0, 2.0], among, errors_of, spread) == expected
 
 
 def test_folds_count_relative_to_their_energies() -> None:

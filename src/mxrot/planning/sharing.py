@@ -1,0 +1,65 @@
+"""What one of several processes takes of a run that they share, as quantizing/shared.py has it: windows and rows of a
+site in equal shares, everything else in each of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mxrot.planning.memory import MemoryEstimate
+from mxrot.planning.rates import Rates
+from mxrot.planning.run import Run
+from mxrot.planning.seconds import TimeEstimate, estimate_seconds
+
+EXCHANGED_BYTES = {"cpu": 2e9, "cuda": 1e11}
+"""Bytes a second at which statistics pass from one process to the next, over loopback and over NVLink; assumed, not
+measured."""
+OF_THE_FIRST = ("writing calibration text",)
+"""What the first process does for all."""
+
+
+def share_of(run: Run, processes: int) -> Run:
+    """The largest share of the windows."""
+    calibration = run.recipe.calibration
+    own = replace(calibration, own=_share(calibration.own, processes))
+    return replace(run, windows=_share(run.windows, processes), recipe=replace(run.recipe, calibration=own))
+
+
+def shared_memory(of_share: MemoryEstimate, of_all: MemoryEstimate) -> MemoryEstimate:
+    """Of the first process, which writes the text for all: stages of its share, and those of writing."""
+    written = {stage.name: stage for stage in of_all.stages if stage.name.startswith("writing")}
+    return MemoryEstimate(tuple(written.get(stage.name, stage) for stage in of_share.stages))
+
+
+def shared_seconds(run: Run, processes: int, rates: Rates, building: float) -> TimeEstimate:
+    """The time of all processes together; that of one where there are no others."""
+    whole = estimate_seconds(run, rates, building)
+    if processes == 1:
+        return whole
+    terms = estimate_seconds(share_of(run, processes), rates, building).terms
+    terms |= {name: whole.terms[name] for name in OF_THE_FIRST if name in whole.terms}
+    if "rounding" in terms:
+        terms["rounding"] /= processes
+    if "choices by site" in terms:
+        tried = max(1, run.recipe.rounding.tried_dampings * run.kinds)  # each fold with each candidate somewhere
+        terms["choices by site"] *= _share(tried, processes) / tried
+    passed = 2 * (processes - 1) / processes * exchanged_bytes(run)
+    return TimeEstimate(terms | {"exchange": passed / EXCHANGED_BYTES["cuda" if run.is_gpu else "cpu"]}, rates)
+
+
+def exchanged_bytes(run: Run) -> float:
+    """Statistics of all sites, in float64, and the codes of rows."""
+    found, groups = 0.0, len(run.groups)
+    for sites in run.shape.blocks:
+        for here in sites:
+            n, k = here.outputs, here.inputs
+            shifts = here.rounded * k if here.follows_original else 0
+            if here.recipe.rounding.requirements.hessian:
+                found += 8.0 * here.experts * groups * (k * k + shifts)
+            if here.transform.needs:
+                found += 8.0 * k * here.transform.block
+            found += here.recipe.weights.quantizer().format.bits_per_element * n * k / 8
+    return found
+
+
+def _share(count: int, processes: int) -> int:
+    return -(-count // processes)
