@@ -7,18 +7,12 @@ import io
 import pytest
 from rich.console import Console
 from rich.progress import Progress
+from tests.clock import Clock
 
 from mxrot.progress import display as progress
 from mxrot.progress import part_of
 from mxrot.progress.pace import Pace
 from mxrot.report import progress_on_stderr
-
-
-class Clock:
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

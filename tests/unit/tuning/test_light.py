@@ -13,6 +13,7 @@ from tests.unit.checkpoint.folders import all_tensors, digests, logits, recipe, 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from mxrot import api
 from mxrot.checkpoint import load
 from mxrot.errors import ConfigError
 from mxrot.evaluation import divergence
@@ -307,6 +308,21 @@ def test_on_a_gpu_it_gets_better_and_a_seed_gives_the_same_bits(source: Path, ch
     one, two = run(), run()
     assert min(one[1]) < 0.95 * one[1][0] and one[1] == two[1]
     assert all(torch.equal(first, second) for first, second in zip(one[0], two[0], strict=True))
+
+
+def test_what_was_learned_writes_text(source: Path, tmp_path: Path) -> None:
+    """The checkpoint continues a prompt as the model in memory does, here and under transformers."""
+    write(source, tmp_path / "out", light(), windows=WINDOWS)
+    in_memory = pipeline.quantize(source, light(), windows=WINDOWS).model
+    assert in_memory is not None
+    tokenizer = api.load_tokenizer(tmp_path / "out")
+    prompt = "Once upon a time"
+    expected = api.generate_text(in_memory, tokenizer, prompt, max_tokens=12)
+    assert expected and api.generate_text(load(tmp_path / "out", "cpu"), tokenizer, prompt, max_tokens=12) == expected
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    written = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert tokenizer.decode(written, skip_special_tokens=True) == expected
 
 
 def test_gains_move_beside_rounding(source: Path, tmp_path: Path) -> None:

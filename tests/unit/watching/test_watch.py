@@ -10,18 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.clock import Clock
 
 from mxrot.errors import ConfigError, TimeLimitError
 from mxrot.watching import Board, JsonLines, TimeLimit, Watch, check_board, seconds_of
 from mxrot.watching import limit as limits
 from mxrot.watching import watch as watching
-
-
-class Clock:
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
