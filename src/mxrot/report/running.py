@@ -57,7 +57,7 @@ class Comparison:
     ) -> None:
         self._trials, self._work, self._original, self._jobs, self._world = trials, work, original, jobs, world
         self._found: dict[int, Run | str] = {}
-        for number, job in enumerate([original, *jobs]):
+        for number, job in enumerate([original, *jobs] if not world.rank else []):  # the first looks, and clears up
             known = work.find(job.key) if resume else None
             if known is not None:
                 self._found[number] = known
