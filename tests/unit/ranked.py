@@ -10,12 +10,14 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.faults.forked import Ended, start
 from tests.tiny_model import write_tiny_mixture, write_tiny_model
@@ -66,6 +68,19 @@ def main(folder: Path) -> None:
         if (folder / name).is_dir()
     }
     (folder / "outcomes.json").write_text(json.dumps(found))
+
+
+def made_by(module: str, folder: Path) -> Path:
+    """`folder`, with what the scenarios of such a module have left there."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", module, str(folder)], check=True, env=environment, timeout=600)
+    return folder
+
+
+def read_outcomes(folder: Path) -> dict[str, Any]:
+    """How each command has ended."""
+    found: dict[str, Any] = json.loads((folder / "outcomes.json").read_text())
+    return found
 
 
 def commands(folder: Path, words: list[str], size: int, faults: dict[int, Fault]) -> list[Ended]:

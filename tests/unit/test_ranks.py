@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.unit.checkpoint.folders import all_tensors, recipe
+from tests.unit.ranked import made_by, read_outcomes
 from torch import Tensor
 
 from mxrot.calibration.site_weights import Rows
@@ -31,16 +29,12 @@ class Numbered(OneProcess):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "tests.unit.ranked", str(found)], check=True, env=environment, timeout=600)
-    return found
+    return made_by("tests.unit.ranked", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "outcomes.json").read_text())
-    return found
+    return read_outcomes(folder)
 
 
 @pytest.mark.slow

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.ranked import made_by, read_outcomes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.unit.ranked_evaluation", str(found)]
-    subprocess.run(command, check=True, env=environment, timeout=600)
-    return found
+    return made_by("tests.unit.ranked_evaluation", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "outcomes.json").read_text())
-    return found
+    return read_outcomes(folder)
 
 
 @pytest.mark.slow
