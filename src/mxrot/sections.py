@@ -9,7 +9,7 @@ from typing import Literal
 
 from mxrot.errors import ConfigError
 from mxrot.formats import AttentionOperands, CacheScheme, CacheTransform, TensorQuantizer
-from mxrot.transforms import ChannelOrder
+from mxrot.transforms import ChannelOrder, SmoothingBy
 from mxrot.tuning_options import Refit as Refit
 from mxrot.tuning_options import Tuning as Tuning
 from mxrot.typed import check_fields
@@ -68,6 +68,8 @@ class Smoothing:
     """Share of the difficulty that moves into the weights, 0 to 1."""
     skip: tuple[str, ...] = ()
     """Sites left without smoothing."""
+    by: SmoothingBy = "maxima"
+    """What the difficulty of a channel is measured by: its largest magnitude, or its root mean square."""
 
     def __post_init__(self) -> None:
         check_fields(self, "smoothing")

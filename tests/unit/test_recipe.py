@@ -20,7 +20,7 @@ FULL: dict[str, Any] = {
     "ignore": ["lm_head", "model.layers.0.*"],
     "weights": {"format": "mxfp4", "rule": "mse"},
     "activations": {"format": "mxfp8_e4m3", "rule": "rceil"},
-    "smoothing": {"alpha": 0.25, "skip": ["o"]},
+    "smoothing": {"alpha": 0.25, "skip": ["o"], "by": "moments"},
     "transform": {
         "method": "outlier",
         "sharing": "block",
@@ -56,7 +56,7 @@ def test_every_key_arrives() -> None:
         source="arXiv 2604.17789",
         activations=QuantizerChoice("mxfp8_e4m3", "rceil"),
         sharing="block",
-        smoothing=Smoothing(0.25, ("o",)),
+        smoothing=Smoothing(0.25, ("o",), "moments"),
         calibration=CalibrationChoice(3, 64),
         ignore=("lm_head", "model.layers.0.*"),
     )
@@ -79,7 +79,7 @@ def test_every_character_survives_toml() -> None:
 
 def test_an_integer_will_do_for_a_float() -> None:
     recipe = Recipe.from_table(merged(smoothing={"alpha": 1}, rounding={"damping": 1}), "mine.toml")
-    assert recipe.smoothing == Smoothing(1.0, ("o",)) and recipe.rounding == GPTQ(1.0, "fixed", "descending")
+    assert recipe.smoothing == Smoothing(1.0, ("o",), "moments") and recipe.rounding == GPTQ(1.0, "fixed", "descending")
 
 
 # What it refuses, with the key in its message
@@ -90,7 +90,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("table", merged(extra={"a": 1}), r"^mine\.toml: unknown key 'extra'"),
     ("weights", merged(weights={"bits": 4}), r"^mine\.toml: weights: unknown key 'bits'; known: format, rule"),
     ("activations", merged(activations={"bits": 4}), r"activations: unknown key 'bits'"),
-    ("smoothing", merged(smoothing={"beta": 4}), r"smoothing: unknown key 'beta'; known: alpha, skip"),
+    ("smoothing", merged(smoothing={"beta": 4}), r"smoothing: unknown key 'beta'; known: alpha, skip, by"),
     (
         "transform",
         merged(transform={"stepps": 4}),

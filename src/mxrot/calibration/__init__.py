@@ -9,6 +9,7 @@ from mxrot.calibration.routing import Routing
 from mxrot.calibration.statistics import (
     COLLECTORS,
     ChannelMaxima,
+    ChannelSquares,
     Collector,
     CrossMoment,
     Hessian,
@@ -21,6 +22,7 @@ __all__ = [
     "COLLECTORS",
     "ONE",
     "ChannelMaxima",
+    "ChannelSquares",
     "Collector",
     "CrossMoment",
     "Executor",

@@ -97,6 +97,14 @@ class ChannelMaxima(Maximum, Collector):
         self._take(torch.linalg.vector_norm(x.flatten(0, -2), ord=torch.inf, dim=0).float())
 
 
+class ChannelSquares(Summed, Collector):
+    """The mean of x^2 of each channel: float64 [K]; the squares of one batch are summed in float32."""
+
+    def update(self, x: Tensor) -> None:
+        flat = x.flatten(0, -2)
+        self._add(torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).double().square(), len(flat))
+
+
 class LargestMagnitude(Maximum, Collector):
     """max |x| over everything: float32 scalar; NaN where a NaN was seen. Nothing waits for the device until asked."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mxrot.calibration import (
     COLLECTORS,
     ChannelMaxima,
+    ChannelSquares,
     LargestMagnitude,
     RowSample,
 )
@@ -28,7 +29,7 @@ from mxrot.rules import Rules
 from mxrot.scheme import fill_site, install_site
 from mxrot.surgery import fold_into_producer, shareable_scales
 from mxrot.transforms import SiteSample, SiteTransform, generator_for
-from mxrot.transforms.smoothing import smoothing_scales
+from mxrot.transforms.smoothing import moment_scales, smoothing_scales
 
 ERROR_ROWS = 512
 """Calibration tokens on which the output error of each linear is measured."""
@@ -51,19 +52,20 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
     if smoothing is None:
         return {}
     assert part.executor is not None
-    maxima = {site.name: ChannelMaxima() for site in sites}
-    part.executor.observe([(site.reader, maxima[site.name].update) for site in sites], part.executor.fitted)
+    kind, scales_of = (ChannelMaxima, smoothing_scales) if smoothing.by == "maxima" else (ChannelSquares, moment_scales)
+    statistics = {site.name: kind() for site in sites}
+    part.executor.observe([(site.reader, statistics[site.name].update) for site in sites], part.executor.fitted)
     heads = value_heads(run.config)
     found = {}
     for site in sites:
-        seen = maxima[site.name].result(run.world)
+        seen = statistics[site.name].result(run.world)
         if not torch.isfinite(seen).all():
             raise NumericsError(f"{part.name}.{site.linears[0]}: its input holds NaN or Inf on the calibration text")
-        scales = smoothing_scales(seen, together(part.weights, site.linears), smoothing.alpha)
+        scales = scales_of(seen, together(part.weights, site.linears), smoothing.alpha)
         if run.rules.of(part.index, site.name).sharing == "block":
             found[site.name] = scales
         else:
-            shared = shareable_scales(scales, site, heads)
+            shared = shareable_scales(scales, site, heads, smoothing.by)
             changed = f"{site.norm}.weight" if site.norm is not None else f"{site.producer}.bias"
             types = [run.rounding_type(f"{part.name}.{name}") for name in (changed, f"{site.router}.weight")]
             fold_into_producer(part.module, site, part.weights, shared, heads, *types)

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from mxrot.errors import ConfigError
 from mxrot.models import Site
-from mxrot.transforms.smoothing import equal_over_groups, per_value_row
+from mxrot.transforms.smoothing import SmoothingBy, equal_over_groups, per_value_row
 
 Weights = dict[str, Tensor]
 """Weights of the linears of one block, by their names in it: as they were read, float64 once they are changed."""
 
 
-def shareable_scales(scales: Tensor, site: Site, heads: tuple[int, int]) -> Tensor:
+def shareable_scales(scales: Tensor, site: Site, heads: tuple[int, int], by: SmoothingBy = "maxima") -> Tensor:
     """The scales [K] that the producer of the site can take: equal over the query heads of a value head."""
-    return equal_over_groups(scales, *heads) if site.producer_is_value else scales
+    return equal_over_groups(scales, *heads, by) if site.producer_is_value else scales
 
 
 def fold_into_producer(

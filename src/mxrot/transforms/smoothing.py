@@ -1,31 +1,49 @@
 """SmoothQuant's per-channel scales (arXiv 2211.10438, section 4), as DuQuant++ uses them.
 
-s_j = amax_x(j)^alpha / amax_w(j)^(1 - alpha); the input becomes x_j / s_j and the weights W_j * s_j.
+s_j = amax_x(j)^alpha / amax_w(j)^(1 - alpha); the input becomes x_j / s_j and the weights W_j * s_j. With root mean
+squares instead of maxima and alpha 1/2, both get the same second moment in every channel: of all diagonal matrices D
+that makes E|x D^-1|^2 |W D|^2 least, by the inequality of Cauchy and Schwarz.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+SmoothingBy = Literal["maxima", "moments"]
+"""Channels of inputs and weights beside each other by max |x|, as SmoothQuant does, or by the root of E[x^2]."""
+
 SMALLEST = 1e-5
-"""Maxima below this count as this, so that a dead channel does not get an extreme scale."""
+"""Maxima and root mean squares below this count as this, so that a dead channel does not get an extreme scale."""
 
 
 def smoothing_scales(input_maxima: Tensor, weights: Tensor, alpha: float) -> Tensor:
     """s, float64 [K], from max |x| over the calibration tokens [K] and all weights of the site [rows, K]."""
-    of_inputs = input_maxima.double().clamp(min=SMALLEST)
-    of_weights = weights.double().abs().amax(dim=0).clamp(min=SMALLEST)
-    return (of_inputs**alpha / of_weights ** (1 - alpha)).clamp(min=SMALLEST)
+    return _balance(input_maxima.double(), weights.double().abs().amax(dim=0), alpha)
 
 
-def equal_over_groups(scales: Tensor, value_heads: int, head_dim: int) -> Tensor:
-    """Scales [heads * head_dim] made equal over the query heads that read one value head, by their maximum.
+def moment_scales(input_squares: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """s, float64 [K], as `smoothing_scales`, from E[x^2] over the calibration tokens [K] and the mean square of the
+    site's weights [rows, K]."""
+    return _balance(input_squares.double().sqrt(), weights.double().square().mean(dim=0).sqrt(), alpha)
+
+
+def _balance(of_inputs: Tensor, of_weights: Tensor, alpha: float) -> Tensor:
+    scales = of_inputs.clamp(min=SMALLEST) ** alpha / of_weights.clamp(min=SMALLEST) ** (1 - alpha)
+    return scales.clamp(min=SMALLEST)
+
+
+def equal_over_groups(scales: Tensor, value_heads: int, head_dim: int, by: SmoothingBy = "maxima") -> Tensor:
+    """Scales [heads * head_dim] made equal over the query heads that read one value head, by their maximum; those of
+    moments by their geometric mean.
 
     Query head h reads value head h // (heads / value_heads), so channels of one group lie together.
     """
     grouped = scales.view(value_heads, -1, head_dim)
-    return grouped.amax(dim=1, keepdim=True).expand_as(grouped).flatten().contiguous()
+    one = grouped.amax(dim=1, keepdim=True) if by == "maxima" else grouped.log().mean(dim=1, keepdim=True).exp()
+    return one.expand_as(grouped).flatten().contiguous()
 
 
 def per_value_row(scales: Tensor, value_heads: int, head_dim: int) -> Tensor:

@@ -15,6 +15,7 @@ from mxrot.calibration.attention_inputs import HeadMoments
 from mxrot.calibration.statistics import (
     BlockMoments,
     ChannelMaxima,
+    ChannelSquares,
     Collector,
     CrossMoment,
     Hessian,
@@ -48,6 +49,7 @@ EXACT: dict[str, Made] = {
 """Maxima and what is gathered: the same bits."""
 SUMS: dict[str, tuple[Made, float]] = {
     "mean window": (lambda before: MeanWindow(), 2.0**-24),
+    "channel squares": (lambda before: ChannelSquares(), 2.0**-53),
     "block moments": (lambda before: BlockMoments(BLOCK), 2.0**-53),
     "Hessian": (lambda before: Hessian(), 2.0**-53),
 }

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from mxrot.transforms.smoothing import SMALLEST, equal_over_groups, per_value_row, smoothing_scales
+from mxrot.transforms.smoothing import (
+    SMALLEST,
+    equal_over_groups,
+    moment_scales,
+    per_value_row,
+    smoothing_scales,
+)
 
 
 def test_the_formula_by_hand() -> None:
@@ -36,6 +42,35 @@ def test_a_maximum_below_the_smallest_counts_as_the_smallest() -> None:
 
 def test_a_nan_input_is_not_hidden() -> None:
     assert smoothing_scales(torch.tensor([torch.nan]), torch.ones(1, 1), 0.5).isnan().all()
+    assert moment_scales(torch.tensor([torch.nan]), torch.ones(1, 1), 0.5).isnan().all()
+
+
+def test_moments_by_hand() -> None:
+    """s = rms_x^alpha / rms_w^(1 - alpha): sqrt(81)^0.5 / sqrt((1 + 31) / 2)^0.5 = 3 / 2."""
+    got = moment_scales(torch.tensor([81.0]), torch.tensor([[1.0], [-(31.0**0.5)]], dtype=torch.float64), 0.5)
+    torch.testing.assert_close(got, torch.tensor([1.5], dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+def test_moments_make_the_product_of_energies_least() -> None:
+    """Of all diagonal matrices: E|x / s|^2 |W s|^2 is (sum of rms_x rms_w)^2 there, its least by Cauchy and Schwarz."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 8, generator=generator, dtype=torch.float64) * torch.logspace(-2, 2, 8, dtype=torch.float64)
+    weights = torch.randn(16, 8, generator=generator, dtype=torch.float64)
+
+    def product(scales: torch.Tensor) -> torch.Tensor:
+        return (x / scales).square().mean(0).sum() * (weights * scales).square().mean(0).sum()
+
+    scales = moment_scales(x.square().mean(0), weights, 0.5)
+    least = (x.square().mean(0) * weights.square().mean(0)).sqrt().sum().square()
+    torch.testing.assert_close(product(scales), least, rtol=1e-12, atol=0)
+    assert product(smoothing_scales(x.abs().amax(0), weights, 0.5)) > least
+    for _ in range(10):
+        assert product(scales * torch.randn(8, generator=generator, dtype=torch.float64).mul(0.1).exp()) > least
+
+
+def test_moments_of_heads_meet_at_their_geometric_mean() -> None:
+    shared = equal_over_groups(torch.tensor([1.0, 9.0, 4.0, 1.0]), 1, 2, "moments")
+    torch.testing.assert_close(shared, torch.tensor([2.0, 3.0, 2.0, 3.0]), rtol=1e-6, atol=0)
 
 
 def test_nine_heads_read_three_value_heads() -> None:
