@@ -1,10 +1,12 @@
 """Time and memory of a recipe on a model of a given shape, with random weights.
 
     python benchmarks/large.py --blocks 2 --recipe mxrot --out benchmarks/results
+    torchrun --nproc-per-node 2 benchmarks/large.py --config config.json --name qwen3-30b-a3b --blocks 2
 
-Writes a Llama-shaped model of random weights (that of Llama-3-8B unless told) with few decoder blocks into a
-temporary folder, quantizes it on random tokens, one block on the device at a time, and prints when each block begins.
-All blocks are alike, so a whole model takes their time as often as it has blocks. Perplexity means nothing here.
+Writes a model of random weights (of the shape of Llama-3-8B unless told) with few decoder blocks into a temporary
+folder, quantizes it on random tokens, one block on the device at a time, and prints when each block begins. All blocks
+are alike, so a whole model takes their time as often as it has blocks. Perplexity means nothing here. Several
+processes quantize it together.
 """
 
 from __future__ import annotations
@@ -16,28 +18,39 @@ import shlex
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from mxrot import api
 from mxrot.bench import llama_config, random_model
+from mxrot.calibration import World
 from mxrot.environment import device_name, versions
+from mxrot.models import read_config
 from mxrot.quantizing import run as pipeline
+from mxrot.ranks import joined
 from mxrot.recipe import load_recipe
-from mxrot.surgery import stored_tensors
 
 
 def main() -> None:
     options = parse_options()
-    device = torch.device(options.device or api.default_device())
+    with joined(options.device) as world:
+        measure(options, world)
+
+
+def measure(options: argparse.Namespace, world: World) -> None:
+    device = torch.device(world.device or options.device or api.default_device())
+    config = config_of(options)
+    blocks_of_model = config.num_hidden_layers
     changes = dict(change.split("=", 1) for change in options.change)
     recipe = load_recipe(options.recipe).changed({key: json.loads(value) for key, value in changes.items()})
     options.out.mkdir(parents=True, exist_ok=True)
     kind = device_name(device).lower().replace(" ", "-")
-    path = options.out / f"large_{options.recipe}_{kind}_{time.strftime('%Y-%m-%d')}.json"
+    name = "large" if options.name is None else f"large-{options.name}"
+    name += "" if world.size == 1 else f"-{world.size}-processes"
+    path = options.out / f"{name}_{options.recipe}_{kind}_{time.strftime('%Y-%m-%d')}.json"
     described: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": options.commit,
@@ -45,30 +58,40 @@ def main() -> None:
         "machine": platform.machine(),
         "versions": versions(),
         "recipe_toml": recipe.to_toml(),
+        "processes": world.size,
         "shape": vars(options) | {"out": None, "work": None},
+        "config": config.to_diff_dict(),
     }
     told: list[tuple[str, float, int]] = []
 
     def progress(done: int, total: int, what: str) -> None:
+        if world.rank:
+            return
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         told.append((what, time.monotonic() - started, peak))
         print(f"{told[-1][1]:7.1f} s, {peak / 1e9:5.1f} GB of GPU memory: {what}", flush=True)
         # What there is so far stays, should the run be ended.
         path.write_text(json.dumps(described | {"steps": told}, indent=1, default=str) + "\n")
 
-    with tempfile.TemporaryDirectory(dir=options.work) as name:
-        folder = Path(name)
-        write_random_model(folder, options, device)
+    with tempfile.TemporaryDirectory(dir=options.work) as place:
+        folder = Path(world.hand_out(place))
+        if not world.rank:
+            write_random_model(folder, config, options.blocks, device)
         generator = torch.Generator().manual_seed(0)
         shape = (options.samples, options.seq_len)
-        windows = torch.randint(0, options.vocabulary, shape, generator=generator)
+        windows = torch.randint(0, config.vocab_size, shape, generator=generator)
+        world.count(0)  # the model is there
         started = time.monotonic()
-        result = pipeline.quantize(folder, recipe, windows=windows, device=device, store=Nowhere(), progress=progress)
+        options_of_run: dict[str, Any] = {"windows": windows, "device": device, "progress": progress, "world": world}
+        result = pipeline.quantize(folder, recipe, store=None if world.rank else Nowhere(), **options_of_run)
+        world.count(0)  # all are done
         seconds = time.monotonic() - started
+    if world.rank:
+        return
     blocks = [block.seconds for block in result.record.blocks]
     peak = result.record.peak_gpu_bytes
     print(f"{options.recipe}: {seconds:.1f} s in all; a block {' '.join(f'{s:.1f}' for s in blocks)} s", flush=True)
-    print(f"a model of {options.whole} blocks: about {options.whole * blocks[-1] / 60:.0f} minutes", flush=True)
+    print(f"{blocks_of_model} blocks: about {blocks_of_model * blocks[-1] / 60:.0f} minutes", flush=True)
     if peak is not None:
         print(f"peak GPU memory {peak / 1e9:.1f} GB")
     measured = {
@@ -85,9 +108,15 @@ def main() -> None:
 class Nowhere:
     """A store that keeps nothing: blocks leave the device, as they do when a checkpoint is written."""
 
-    tuning_checkpoint = None
+    tuning_checkpoint = orders_checkpoint = None
 
     def load(self, index: int) -> None:
+        return None
+
+    def load_windows(self, purpose: str) -> None:
+        return None
+
+    def save_windows(self, purpose: str, windows: object) -> None:
         return None
 
     def save(self, index: int, tensors: object, report: object) -> None:
@@ -103,6 +132,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--change", action="append", default=[], help="KEY=JSON of the recipe; may be repeated")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--whole", type=int, default=32, help="blocks of the model that this stands for")
+    parser.add_argument("--config", type=Path, default=None, help="config.json, in place of what follows")
+    parser.add_argument("--name", default=None, help="of the shape, in the name of the file that is written")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=14336)
     parser.add_argument("--heads", type=int, default=32)
@@ -117,16 +148,25 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_random_model(folder: Path, options: argparse.Namespace, device: torch.device) -> None:
-    """A model of normal weights, 1/sqrt(inputs) wide, in bfloat16, drawn on the device."""
-    shape = options.hidden, options.ffn, options.blocks, options.heads, options.kv_heads, options.vocabulary
-    model = random_model(llama_config(*shape), device)
-    model.config.save_pretrained(folder)
-    tensors = {name: tensor.cpu() for name, tensor in stored_tensors(model, torch.bfloat16).items()}
+def config_of(options: argparse.Namespace) -> Any:
+    """Of the whole model."""
+    if options.config is not None:
+        return read_config(options.config)
+    shape = options.hidden, options.ffn, options.whole, options.heads, options.kv_heads, options.vocabulary
+    return llama_config(*shape)
+
+
+def write_random_model(folder: Path, config: Any, blocks: int, device: torch.device) -> None:
+    """A model of so many blocks, of normal weights 1/sqrt(inputs) wide, in bfloat16, drawn on the device."""
+    few = deepcopy(config)
+    few.num_hidden_layers = blocks
+    if getattr(few, "layer_types", None):
+        few.layer_types = few.layer_types[:blocks]
+    model = random_model(few, device).cpu()
+    model.save_pretrained(folder)
     del model
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

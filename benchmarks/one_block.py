@@ -118,7 +118,7 @@ class FirstBlockDone(Exception):  # noqa: N818
 class FirstBlock:
     """A store that takes the first block and ends the run."""
 
-    tuning_checkpoint = None
+    tuning_checkpoint = orders_checkpoint = None
 
     def load(self, index: int) -> None:
         return None

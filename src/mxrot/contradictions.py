@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mxrot.formats import LookUpTable, TensorQuantizer, Uniform
 from mxrot.rounding import RoundingMethod
-from mxrot.sections import AttentionChoice, CacheChoice, PermutationChoice, QuantizerChoice, Rotation, Tuning
+from mxrot.sections import AttentionChoice, CacheChoice, QuantizerChoice, Rotation, Tuning
 from mxrot.transforms import BlockDiagonalSpec, Sharing, TransformMethod
 
 
@@ -78,13 +78,3 @@ def table_problems(
             'rotations would be trained without the Hadamard matrix that cache.transform = "hadamard" merges into the '
             "values; set rotation.value_heads, which takes its place"
         )
-
-
-def permutation_problems(permutation: PermutationChoice | None, cache: CacheChoice | None) -> Iterator[str]:
-    """What mixes the channels of value heads behind a permutation, which is lost then."""
-    if permutation is None or permutation.value_heads == "none" or cache is None or cache.transform == "none":
-        return
-    yield (
-        f'permutation.value_heads orders channels that cache.transform = "{cache.transform}" mixes afterwards; set one '
-        'of them to "none"'
-    )

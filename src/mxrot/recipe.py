@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from mxrot import rounding, transforms
 from mxrot.choice import Choice
-from mxrot.contradictions import permutation_problems, table_problems, tuning_problems
+from mxrot.contradictions import table_problems, tuning_problems
 from mxrot.errors import ConfigError
 from mxrot.formats import TensorQuantizer, get_format
 from mxrot.nearest import brief
@@ -107,7 +107,6 @@ class Recipe:
                 'at none; set rounding.method = "gptq", or refit = none'
             )
         yield from table_problems(self.rotation, tuning, self.attention, self.cache)
-        yield from permutation_problems(self.permutation, self.cache)
         yield from self._choice_problems()
         if self.rounding.requirements.folds != "none" and not self.calibration.held_out:
             yield "rounding: candidates are measured on held-out windows; set calibration.held_out, such as 0.125"

@@ -42,6 +42,12 @@ def _concessions(recipe: Recipe, family: Family, config: Any) -> Iterator[tuple[
             _without_order("ffn"),
             f"permutation.ffn: family {family.name} has no linear whose channels can be permuted",
         )
+    if wanted.value_heads != "none" and recipe.cache is not None and recipe.cache.transform != "none":
+        yield (
+            _without_order("value_heads"),
+            f'permutation.value_heads: cache.transform = "{recipe.cache.transform}" mixes the channels of a head',
+        )
+        return
     width = value_heads(config.get_text_config())[1]
     block = next((one.transform.block for one in recipe.variants if width % one.transform.block), None)
     if wanted.value_heads != "none" and block is not None:

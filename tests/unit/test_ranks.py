@@ -151,6 +151,7 @@ def test_rows_are_shared_whole() -> None:
     [
         (recipe("mxrot-tuned"), 128, "tuning = none"),
         (recipe("spinquant"), 128, "rotation.steps = 0"),
+        (recipe("mxrot", choice__candidates=["rounding.target=own"]), 128, "choice = none"),
         (recipe("mxrot"), 3, "4 processes share 3 calibration windows"),
     ],
 )

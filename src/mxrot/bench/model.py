@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from mxrot.bench.timing import Seconds, seconds_of_each
 from mxrot.formats import CacheScheme, quantize
@@ -144,15 +144,15 @@ def llama_config(
 
 
 @torch.no_grad()
-def random_model(config: LlamaConfig, device: torch.device) -> PreTrainedModel:
+def random_model(config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
     """Of normal weights 1/sqrt(inputs) wide, bfloat16."""
     generator = torch.Generator(device).manual_seed(0)
     model = build_apart(config)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             drawn = torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)
-            if parameter.dim() == 2:
-                drawn.normal_(generator=generator).mul_(parameter.shape[1] ** -0.5)
+            if parameter.dim() > 1:
+                drawn.normal_(generator=generator).mul_(parameter.shape[-1] ** -0.5)
             setattr(module, name, nn.Parameter(drawn, requires_grad=False))
     rebuild_buffers(model, find_family(config, "the model"), device)
     return model

@@ -20,6 +20,20 @@ from mxrot.errors import DataError
 
 T = TypeVar("T")
 
+MOST_DIMENSIONS = 8
+"""Of a tensor that is reduced or gathered."""
+_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
+"""In an order that all processes have."""
+
 
 class World(ABC):
     """Processes that share the calibration windows; None stands for what a process has seen nothing of.
@@ -154,9 +168,14 @@ class ProcessWorld(World):
 
     def _shapes(self, tensor: Tensor | None) -> tuple[list[torch.Size | None], torch.dtype]:
         """The shape of every process's tensor, and the type that all have."""
-        found: list[tuple[torch.Size, torch.dtype] | None] = [None] * self.size
-        distributed.all_gather_object(found, None if tensor is None else (tensor.shape, tensor.dtype))
-        return [None if one is None else one[0] for one in found], _there(found)[0][1]
+        own = torch.full((2 + MOST_DIMENSIONS,), -1)
+        if tensor is not None:
+            own[: 2 + tensor.dim()] = torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape])
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        distributed.all_gather(found, own)
+        told: list[list[int] | None] = [None if one[0] < 0 else one for one in torch.stack(found).tolist()]
+        shapes = [None if one is None else torch.Size(one[2 : 2 + one[1]]) for one in told]
+        return shapes, _DTYPES[_there(told)[0][0]]
 
 
 def _there(found: Sequence[T | None]) -> list[T]:

@@ -2,8 +2,8 @@
 
 `fingerprint.json` makes a folder ours: none other is ever used, and none other is ever removed. A decoder block is a
 shard and a note beside it with its hash; the note comes last, so a block with a note is finished. Calibration text that
-the model has written, the training of rotations, and an unfinished tuning of the whole network, are kept beside them
-(noted.py).
+the model has written, orders of channels, the training of rotations, and an unfinished tuning of the whole network, are
+kept beside them (noted.py).
 
 Whatever ends a run, what is in the folder stays. A run that finds one with work in it goes on with `resume`, starts
 over with `force`, and is refused without either; with `resume` nothing is ever thrown away.
@@ -38,9 +38,9 @@ from mxrot.tuning import Check
 
 FINGERPRINT = "fingerprint.json"
 _TUNING, _LIGHT, _POLISH, _ROTATIONS = "tuning", "light", "polish", "rotations"
-_CHOICE, _WINDOWS = "choice", "windows"
+_ORDERS, _CHOICE, _WINDOWS = "orders", "choice", "windows"
 _NOTES = re.compile(
-    rf"block-\d+\.json|({NEW})?({_TUNING}|{_LIGHT}|{_POLISH}|{_ROTATIONS}|{_CHOICE}|{_WINDOWS}(-\w+)?)\.(safetensors|json)"
+    rf"block-\d+\.json|({NEW})?({_TUNING}|{_LIGHT}|{_POLISH}|{_ROTATIONS}|{_ORDERS}|{_CHOICE}|{_WINDOWS}(-\w+)?)\.(safetensors|json)"
     rf"|{FINGERPRINT}|{PLACING}"
 )
 _RESULTS = re.compile(
@@ -164,6 +164,10 @@ class PartialCheckpoint:
         return NotedTensors(self.folder / f"{_ROTATIONS}.safetensors", "the training of rotations")
 
     @property
+    def orders_checkpoint(self) -> NotedTensors:
+        return NotedTensors(self.folder / f"{_ORDERS}.safetensors", "the orders of channels")
+
+    @property
     def choice_checkpoint(self) -> NotedTensors:
         return NotedTensors(self.folder / f"{_CHOICE}.safetensors", "what candidates have cost")
 
@@ -205,6 +209,8 @@ def holds_work(folder: Path) -> str | None:
         return "a training of rotations"
     if (folder / f"{_CHOICE}.safetensors").is_file():
         return "what candidates have cost"
+    if (folder / f"{_ORDERS}.safetensors").is_file():
+        return "orders of channels"
     return "text that the model has written" if any(folder.glob(f"{_WINDOWS}-*.safetensors")) else None
 
 

@@ -1,5 +1,5 @@
-"""What one of several processes takes of a run that they share, as quantizing/shared.py has it: windows and rows of a
-site in equal shares, everything else in each of them."""
+"""What one of several processes takes of a run that they share, as quantizing/shared.py has it: windows, rows of a
+site, whole experts and orders of channels in equal shares, everything else in each of them."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def shared_seconds(run: Run, processes: int, rates: Rates, building: float) -> T
     terms |= {name: whole.terms[name] for name in OF_THE_FIRST if name in whole.terms}
     if "rounding" in terms:
         terms["rounding"] /= processes
+    if "order of channels" in terms:
+        terms["order of channels"] = whole.terms["order of channels"] / processes
     if "choices by site" in terms:
         tried = max(1, run.recipe.rounding.tried_dampings * run.kinds)  # each fold with each candidate somewhere
         terms["choices by site"] *= _share(tried, processes) / tried

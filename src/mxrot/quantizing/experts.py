@@ -10,8 +10,9 @@ inputs is calibrated on all tokens of the block, as if each were sent to it, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from torch import Tensor
 
@@ -20,8 +21,8 @@ from mxrot.models import Site
 from mxrot.progress import Progress
 from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.record import LinearReport
-from mxrot.quantizing.rounded import RoundedLinear, round_site
-from mxrot.quantizing.site import ERROR_ROWS, fit_transform, install_rounded, quantize_site, smooth_sites
+from mxrot.quantizing.rounded import RoundedLinear, round_sites
+from mxrot.quantizing.site import ERROR_ROWS, fit_transform, install_rounded, quantize_sites, smooth_sites
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,11 @@ def quantize_experts(
     """
     mixture = Mixture.of(block, experts)
     reports = []
-    for site in sites:
-        if site.expert is None:
-            reports += _quantize_shared(run, mixture, site, scales.get(site.name), told[site.name])
-        else:
-            part = mixture.part(site.expert)
-            reports += quantize_site(run, part, inside(site, site.expert), scales.get(site.name), told[site.name])
+    for site in (one for one in sites if one.expert is None):
+        reports += _quantize_shared(run, mixture, site, scales.get(site.name), told[site.name])
+    for some in _alike(run, block.index, [site for site in sites if site.expert is not None]):
+        places = [(mixture.part(str(site.expert)), inside(site, str(site.expert))) for site in some]
+        reports += quantize_sites(run, places, [scales.get(site.name) for site in some], told[some[0].name])
     return reports, mixture.few_tokens(sorted({x for site in sites for x in _experts_of(site)}, key=_number))
 
 
@@ -117,11 +117,21 @@ def _quantize_shared(
     transform = fit_transform(run, mixture.block, site, scales, rows)
     rounded: dict[str, RoundedLinear] = {}
     experts = _experts_of(site)
-    for position, expert in enumerate(experts):
-        progress(position, len(experts), f"{mixture.block.name}.{expert}")
-        found = round_site(run, mixture.part(expert), inside(site, expert), transform)
-        rounded |= {f"{expert}.{name}": linear for name, linear in found.items()}
+    for start in range(0, len(experts), run.world.size):
+        some = experts[start : start + run.world.size]
+        progress(start, len(experts), f"{mixture.block.name}.{some[0]}")
+        works = [(mixture.part(expert), inside(site, expert), transform) for expert in some]
+        for expert, found in zip(some, round_sites(run, works), strict=True):
+            rounded |= {f"{expert}.{name}": linear for name, linear in found.items()}
     return install_rounded(run, mixture.block, site, transform, rounded, rows)
+
+
+def _alike(run: BlockRun, index: int, sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
+    """Sites of one expert each, as many at a time as there are processes, where they follow the same rules."""
+    for _, alike in groupby(sites, key=lambda site: run.rules.of(index, site.name)):
+        found = list(alike)
+        for start in range(0, len(found), run.world.size):
+            yield found[start : start + run.world.size]
 
 
 def _experts_of(site: Site) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mxrot.calibration import ONE, World
 from mxrot.calibration.executor import HELD
 from mxrot.calibration.site_inputs import SiteInputs
 from mxrot.calibration.site_weights import Rows, SiteWeights
@@ -54,18 +56,65 @@ class RoundedLinear:
     """As in `LinearReport`."""
 
 
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What is known of a site before its weights are rounded; the same in all processes."""
+
+    weights: SiteWeights
+    method: RoundingMethod
+    """That of the recipe, with what it has chosen for the site."""
+    seen: Moments | None
+    """None for a method that looks at no data."""
+
+    @property
+    def tokens(self) -> int | None:
+        return None if self.seen is None else self.seen.tokens
+
+
 def round_site(run: BlockRun, part: Part, site: Site, transform: SiteTransform | None) -> dict[str, RoundedLinear]:
-    """Round the linears of a site, by their names, for the inputs of the part."""
-    weights = SiteWeights(part.weights, site.linears, transform)
+    """Round the linears of a site, by their names, for the inputs of the part; of several processes each some rows."""
+    return _round_from(run, part, site, _statistics(run, part, site, transform))
+
+
+Work = tuple[Part, Site, SiteTransform | None]
+"""A site of a part, and its transform."""
+
+
+def round_sites(run: BlockRun, works: Sequence[Work]) -> list[dict[str, RoundedLinear]]:
+    """`round_site` for sites of several parts, such as experts, whose weights have the same shapes and formats, and of
+    which none reads what another one writes.
+
+    Where there are as many as processes, with linears of the same names, each is rounded by one of them: a small matrix
+    takes a GPU as long as half of it. All processes take the statistics together.
+    """
+    are_alike = len({site.linears for _, site, _ in works}) == 1
+    if run.world.size == 1 or len(works) != run.world.size or not are_alike:
+        return [round_site(run, *work) for work in works]
+    tokens, own = [], None
+    for rank, work in enumerate(works):
+        statistics = _statistics(run, *work)
+        tokens.append(statistics.tokens)
+        if rank == run.world.rank:
+            own = statistics
+        del statistics
+    assert own is not None
+    part, site, _ = works[run.world.rank]
+    rounded = exchanged(_round_from(replace(run, world=ONE), part, site, own), run.world)
+    return [
+        {linear: replace(one, tokens=count) for linear, one in of_one.items()}
+        for of_one, count in zip(rounded, tokens, strict=True)
+    ]
+
+
+def _round_from(run: BlockRun, part: Part, site: Site, statistics: SiteStatistics) -> dict[str, RoundedLinear]:
+    weights, method, seen, tokens = statistics.weights, statistics.method, statistics.seen, statistics.tokens
     recipe, scheme = run.of(part, site)
     groups = weights.whole_linears if scheme.weights.looks_at_whole_tensor else weights.groups
-    method, seen = _statistics(run, part, site, weights)
     hessian, shift = (None, None) if seen is None else (seen.hessian, seen.shift)
     own = groups if scheme.weights.looks_at_whole_tensor else shares(groups, run.world)
     moves = [] if shift is None else [shift[rows.place] for rows in own]
     prepared = method.prepare(hessian, moves, f"{part.name}.{site.linears[0]}")
-    tokens = None if seen is None else seen.tokens
-    del hessian, seen  # what they have become is in `prepared`
+    del hessian, seen, statistics  # what they have become is in `prepared`
     found: dict[str, list[RoundedRows]] = {linear: [] for linear in site.linears}
     for position, rows in enumerate(groups):
         move = moves[position] if moves else None
@@ -110,13 +159,14 @@ def _round_rows(
     return found
 
 
-def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> tuple[RoundingMethod, Moments | None]:
+def _statistics(run: BlockRun, part: Part, site: Site, transform: SiteTransform | None) -> SiteStatistics:
     """How a site is rounded, and the moments of its inputs where rounding asks for them, the shift towards its target
-    among them."""
+    among them; of all processes."""
+    weights = SiteWeights(part.weights, site.linears, transform)
     recipe, scheme = run.of(part, site)
     requirements = recipe.rounding.requirements
     if not requirements.hessian:
-        return recipe.rounding, None
+        return SiteStatistics(weights, recipe.rounding, None)
     executor = part.executor
     assert executor is not None
     quantizer = scheme.activations if requirements.inputs == "quantized" else None
@@ -141,7 +191,7 @@ def _statistics(run: BlockRun, part: Part, site: Site, weights: SiteWeights) -> 
         if method.requirements.target == "own":
             found = replace(found, shift=None)
     executor.forget_inputs()
-    return method, found
+    return SiteStatistics(weights, method, found)
 
 
 def folds_of(groups: Mapping[str, Moments], requirements: Requirements) -> tuple[list[Moments], list[Fold]]:
@@ -172,6 +222,44 @@ def _together(
         tokens,
         strength,
     )
+
+
+def exchanged(own: Mapping[str, RoundedLinear], world: World) -> list[dict[str, RoundedLinear]]:
+    """What each process has rounded, by rank; its own is `own`. All have linears of the same names and shapes, which
+    keep no remainders."""
+    given = world.gather(torch.cat([_bytes(value) for linear in own.values() for value in _numbers(linear)]))
+    found = []
+    for flat in given:
+        rest, of_one = flat, {}
+        for name, linear in own.items():
+            values = []
+            for like in _numbers(linear):
+                count = like.numel() * like.element_size()
+                values.append(rest[:count].clone().view(like.dtype).view(like.shape))
+                rest = rest[count:]
+            codes, *parts, error, told = values
+            named = dict(zip(linear.weight.parts.tensors, parts, strict=True))
+            weight = QTensor(codes, linear.weight.parts.with_tensors(named), linear.weight.format)
+            damping, strength = (None if math.isnan(value) else value for value in told.tolist())
+            of_one[name] = RoundedLinear(weight, error, damping, None, linear.tokens, strength)
+        found.append(of_one)
+    return found
+
+
+def _numbers(linear: RoundedLinear) -> list[Tensor]:
+    """All that a rounded linear holds, but its tokens; NaN stands for None."""
+    told = [math.nan if value is None else value for value in (linear.damping, linear.target_strength)]
+    codes = linear.weight.codes
+    return [
+        codes,
+        *linear.weight.parts.tensors.values(),
+        linear.error,
+        torch.tensor(told, dtype=torch.float64, device=codes.device),
+    ]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def error_norms(weight: QTensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ from mxrot.quantizing.choosing import choose, folds_of
 from mxrot.quantizing.events import tell_of_block, watched
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
 from mxrot.quantizing.part import Beside, BlockRun
-from mxrot.quantizing.permuting import permuted_run
+from mxrot.quantizing.permuting import find_orders, permuted_run
 from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
 from mxrot.quantizing.record import BlockReport, RunRecord, Trial
 from mxrot.quantizing.rotating import config_after, drawn_rotations, rotated_source
@@ -222,17 +222,23 @@ def _rotated(job: _Job, windows: Tensor | None) -> tuple[_Job, list[float] | Non
 
 
 def _permuted(job: _Job, windows: Tensor | None, given: int) -> _Job:
-    """The job with channels in the order that the recipe asks for; a resumed run finds the same one again."""
+    """The job with channels in the order that the recipe asks for; a store keeps it until the run is done."""
     run = job.run
     if run.recipe.permutation is None:
         return job
     assert windows is not None
-    groups = window_groups(len(windows), given, run.recipe.calibration.held_out) or {}
-    fitted = [places for name, places in groups.items() if not name.startswith(HELD)]
-    executor = own_executor(run, job.model, windows[torch.cat(fitted)] if fitted else windows)
-    found = permuted_run(run, job.blocks, executor, job.progress)
-    give_back()
-    return replace(job, run=found)
+    checkpoint = None if job.store is None else job.store.orders_checkpoint
+    orders = run.world.hand_out(None if checkpoint is None else checkpoint.load())
+    if orders is None:
+        groups = window_groups(len(windows), given, run.recipe.calibration.held_out) or {}
+        fitted = [places for name, places in groups.items() if not name.startswith(HELD)]
+        executor = own_executor(run, job.model, windows[torch.cat(fitted)] if fitted else windows)
+        orders = find_orders(run, job.blocks, executor, job.progress)
+        if checkpoint is not None:
+            checkpoint.save(orders)
+        del executor
+        give_back()
+    return replace(job, run=permuted_run(run, orders))
 
 
 def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:

@@ -24,7 +24,7 @@ from mxrot.quantizing.finite import check_folded, check_statistics, check_transf
 from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.record import LinearReport
 from mxrot.quantizing.refit import refitted
-from mxrot.quantizing.rounded import RoundedLinear, error_ratio, round_site
+from mxrot.quantizing.rounded import RoundedLinear, error_ratio, round_sites
 from mxrot.rules import Rules
 from mxrot.scheme import fill_site, install_site
 from mxrot.surgery import fold_into_producer, shareable_scales
@@ -81,15 +81,30 @@ def quantize_site(
     run: BlockRun, part: Part, site: Site, scales: Tensor | None, progress: Progress = silent
 ) -> list[LinearReport]:
     """Fit the site's transform, round its weights, and put quantized linears in place."""
+    return quantize_sites(run, [(part, site)], [scales], progress)
+
+
+def quantize_sites(
+    run: BlockRun,
+    places: Sequence[tuple[Part, Site]],
+    scales: Sequence[Tensor | None],
+    progress: Progress = silent,
+) -> list[LinearReport]:
+    """`quantize_site` for sites of several parts, as `round_sites` takes them, each with its smoothing scales."""
+    (part, site), rows = places[0], [RowSample(ERROR_ROWS) for _ in places]
     name = f"{part.name}.{site.linears[0]}"
-    rows = RowSample(ERROR_ROWS)
     progress(0, 5, name)
-    transform = fit_transform(run, part, site, scales, rows)
+    works = [
+        (part, site, fit_transform(run, part, site, own, sample))
+        for (part, site), own, sample in zip(places, scales, rows, strict=True)
+    ]
     progress(1, 5, name)  # with GPTQ most of the time goes into rounding, and the statistics for it
-    rounded = round_site(run, part, site, transform)
-    if run.beside is not None:
-        run.beside(run, part, site, scales)
-    return install_rounded(run, part, site, refitted(run, part, site, transform, rounded), rounded, rows)
+    reports = []
+    for (part, site, transform), rounded, own, sample in zip(works, round_sites(run, works), scales, rows, strict=True):
+        if run.beside is not None:
+            run.beside(run, part, site, own)
+        reports += install_rounded(run, part, site, refitted(run, part, site, transform, rounded), rounded, sample)
+    return reports
 
 
 def fit_transform(

@@ -39,6 +39,10 @@ class BlockStore(Protocol):
         """Keeps the training of rotations until the run is done."""
 
     @property
+    def orders_checkpoint(self) -> TuningCheckpoint:
+        """Keeps the orders of channels until the run is done."""
+
+    @property
     def choice_checkpoint(self) -> TuningCheckpoint:
         """Keeps what candidates have cost until the run is done."""
 

@@ -13,8 +13,8 @@ from mxrot.nearest import not_known
 from mxrot.transforms.base import FitSize, SiteSample, TransformMethod, generator_for
 from mxrot.transforms.channel_order import ChannelOrder, channel_order
 from mxrot.transforms.hadamard_of_width import HadamardOfWidth, HadamardOfWidthSpec
-from mxrot.transforms.smoothing import SmoothingBy
 from mxrot.transforms.site_transform import SiteTransform, empty_tensors, stored_tensors
+from mxrot.transforms.smoothing import SmoothingBy
 from mxrot.transforms.stages import (
     BlockDiagonal,
     BlockDiagonalSpec,

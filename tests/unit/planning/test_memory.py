@@ -73,6 +73,7 @@ class Nowhere:
     """A store that forgets."""
 
     tuning_checkpoint: TuningCheckpoint = None  # type: ignore[assignment]
+    orders_checkpoint: TuningCheckpoint = None  # type: ignore[assignment]
 
     def load(self, index: int) -> None:
         return None

@@ -197,7 +197,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_bits(
     write(source, tmp_path / "whole", chosen, windows=WINDOWS)
 
     def stop(done: int, total: int, what: str) -> None:
-        if done == 1 and total == 2:
+        if done == 1 and total == 2 and "order" not in what:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -76,7 +76,7 @@ def test_every_method_goes_on_from_it(tmp_path: Path) -> None:
     """GPTQ towards the original's residual stream, on the permuted model: no bit depends on which run it was."""
     source = FolderSource(write_tiny_model(tmp_path / "tiny"))
     recipe = permuting("mxrot", ffn="correlated", value_heads="correlated").changed({"calibration.generated": 0})
-    plain = load_recipe("mxrot").changed({"calibration.generated": 0, "transform.block": 8})
+    plain = load_recipe("mxrot").changed({"calibration.generated": 0, "transform.block": 8, "permutation": "none"})
     runs = [quantize(source, one, windows=WINDOWS).model for one in (recipe, recipe, plain)]
     states = [run.state_dict() for run in runs if run is not None]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -92,11 +92,14 @@ def test_heads_that_are_not_whole_blocks_stay_as_they_are() -> None:
     assert "heads are 16 wide, which is not a multiple of the transform's block of 32" in said
 
 
-def test_tables_that_say_nothing_or_contradict_are_refused() -> None:
+def test_a_cache_that_mixes_heads_takes_their_order_away() -> None:
+    both = permuting(ffn="balanced", value_heads="balanced").changed({"cache.transform": "hadamard"})
+    found, (said,) = suited(both, FAMILIES["llama"], tiny_config())
+    assert found == permuting(ffn="balanced").changed({"cache.transform": "hadamard"})
+    assert said.startswith('permutation.value_heads: cache.transform = "hadamard" mixes the channels of a head')
+
+
+def test_tables_that_say_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match='permutation: ffn and value_heads are both "none"; set one of them'):
         permuting(ffn="none")
-    with pytest.raises(
-        ConfigError, match=r'permutation\.value_heads orders channels that cache\.transform = "hadamard"'
-    ):
-        permuting(value_heads="balanced").changed({"cache.transform": "hadamard"})
     assert not permuting(ffn="balanced").is_data_free and load_recipe("hadamard").is_data_free

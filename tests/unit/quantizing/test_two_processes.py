@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 WINDOWS = random_windows(8, 24)
 MANY = random_windows(60, 32)
 """For experts."""
+PLAIN: dict[str, Any] = {"calibration__generated": 0.0, "permutation": "none"}
 EXACT = ["smoothquant", "duquant++", "duquant"]
 """Recipes whose statistics are maxima and samples."""
 
@@ -78,9 +79,7 @@ def message_of(folder: Path, chosen: Recipe, world: World) -> Tensor:
 def work(folder: Path, world: World) -> dict[str, Tensor]:
     found = {key: value.clone() for key, value in all_states(folder, world)}
     for name in ("smoothquant", "mxrot"):
-        found[f"message of {name}"] = message_of(
-            folder, recipe(name, **({"calibration__generated": 0.0} if name == "mxrot" else {})), world
-        )
+        found[f"message of {name}"] = message_of(folder, recipe(name, **(PLAIN if name == "mxrot" else {})), world)
     return found
 
 
