@@ -18,7 +18,7 @@ from mxrot.evaluation.inspection import (
 from mxrot.evaluation.kept_original import KeptOriginal
 from mxrot.evaluation.perplexity import Perplexity, perplexity
 from mxrot.evaluation.recovery import Recovery, recovery
-from mxrot.evaluation.tasks import TaskScore, load_tasks, mean_score, score_tasks, standard_error
+from mxrot.evaluation.tasks import TaskScore, count_examples, load_tasks, mean_score, score_tasks, standard_error
 
 __all__ = [
     "ActivationView",
@@ -34,6 +34,7 @@ __all__ = [
     "attention_operands",
     "cache_schemes",
     "cache_table",
+    "count_examples",
     "divergence",
     "kernel_choices",
     "load_tasks",

@@ -158,6 +158,12 @@ def _build(manager: Any, spec: Any, what: str) -> dict[str, Any]:
         raise DataError(f"{what}: lm-eval cannot load it (--task-data takes a folder): {reason}") from error
 
 
+def count_examples(task: Any, limit: int | None = None) -> int:
+    """Of a task of `load_tasks`, at most `limit`."""
+    count = len(task.eval_docs)
+    return count if limit is None else min(count, limit)
+
+
 def score_tasks(
     model: PreTrainedModel,
     tokenizer: Any,

@@ -19,12 +19,13 @@ TUNING = 4.0
 """Of a token in a step: the original, forwards and backwards."""
 KL = 1.5
 """Of an evaluation token, with the head of the original."""
+EXAMPLE = 400.0
+"""Of an example of a task, with all its answers."""
 
 
-def measuring_costs(read: Sequence[Windows], has_tasks: bool) -> list[float]:
-    """Of each text, and of tasks, as long as all texts together."""
-    texts = [KL * part.ids.numel() for part in read]
-    return [*texts, sum(texts)] if has_tasks else texts
+def measuring_costs(read: Sequence[Windows], examples: Sequence[int]) -> list[float]:
+    """Of each text, and of each task, which has so many examples."""
+    return [*(KL * part.ids.numel() for part in read), *(EXAMPLE * count for count in examples)]
 
 
 def quantizing_costs(calibration: Calibration) -> list[float]:

@@ -71,7 +71,7 @@ class Comparison:
 
     def _costs(self) -> list[list[float]]:
         """Of the original, and of each job that is left to this process, to quantize and to measure."""
-        measuring = measuring_costs(self._trials.read, bool(self._trials.tasks))
+        measuring = measuring_costs(self._trials.read, self._trials.examples)
         quantizing = [[0.0] if job.calibration is None else quantizing_costs(job.calibration) for job in self._jobs]
         pairs = [
             [costs, measuring] if number in self._own else [[0.0], [0.0]] for number, costs in enumerate(quantizing, 1)

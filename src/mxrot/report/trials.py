@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot import api, quantizing
-from mxrot.evaluation import Divergence, KeptOriginal, Perplexity, measured_cache, perplexity, score_tasks
+from mxrot.evaluation import (
+    Divergence,
+    KeptOriginal,
+    Perplexity,
+    count_examples,
+    measured_cache,
+    perplexity,
+    score_tasks,
+)
 from mxrot.heap import give_back
 from mxrot.layers import ModelSize, QuantLinear
 from mxrot.layers.cache_size import bits_per_element, cache_of
@@ -44,6 +52,11 @@ class Trials:
     prompt: str | None = None
     fitted_on: Tensor | None = None
     """Token windows [W, T] for caches with something that is fitted."""
+
+    @property
+    def examples(self) -> list[int]:
+        """How many each task has."""
+        return [count_examples(task, self.limit) for task in self.tasks.values()]
 
     def original(self, progress: Progress) -> Run:
         """The model as it is, of which what is needed for the others is kept."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mxrot import api
 from mxrot.errors import ConfigError, DataError, FamilyError, NumericsError
-from mxrot.evaluation import Answers, TaskScore, load_tasks, score_tasks, standard_error
+from mxrot.evaluation import Answers, TaskScore, count_examples, load_tasks, score_tasks, standard_error
 from mxrot.evaluation import tasks as module
 from mxrot.layers import PackedTokens
 from mxrot.run_time_cache import RunTimeCache, set_cache
@@ -90,6 +90,11 @@ def test_scores_are_those_of_lm_evals_own_model(
 
 def test_batches_change_nothing(model: PreTrainedModel, tokenizer: Any, tasks: dict[str, Any]) -> None:
     assert score_tasks(model, tokenizer, tasks, batch_size=1) == score_tasks(model, tokenizer, tasks, batch_size=13)
+
+
+def test_examples_are_counted(tasks: dict[str, Any]) -> None:
+    assert [count_examples(task) for task in tasks.values()] == [ROWS] * len(tasks)
+    assert count_examples(next(iter(tasks.values())), 3) == 3
 
 
 def test_limit_takes_the_first(model: PreTrainedModel, tokenizer: Any, tasks: dict[str, Any]) -> None:
