@@ -69,7 +69,8 @@ def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
 def mixture_recipe(
     recipe: Recipe, mixture: Mapping[Cell, Choice], kinds: Sequence[str], bits: Bits, model: str
 ) -> Recipe:
-    """The recipe that makes a mixture, with a name that says that it is one."""
+    """The recipe that makes a mixture, with a name that says that it is one and what it takes: mxrot-mixture-4.49-8.25
+    has 4.49 bits a weight and 8.25 an input."""
     base = base_choice(recipe)
     tables = [
         Override(tuple(sorted(one.choice.changes(base))), one.kinds, one.blocks) for one in raised_runs(mixture, kinds)
@@ -77,5 +78,6 @@ def mixture_recipe(
     formats = ", ".join(dict.fromkeys([base.spelled, *sorted(choice.spelled for choice in mixture.values())]))
     taken = f"{bits.weights:.3f} bits a weight, {bits.inputs:.3f} an input"
     summary = f"A mixture of {formats}: {taken}; found by mxrot search on {model}"
-    found = replace(recipe, name=f"{recipe.name.removesuffix(SUFFIX)}{SUFFIX}", summary=" ".join(summary.split()))
+    name = f"{recipe.name.partition(SUFFIX)[0]}{SUFFIX}-{bits.weights:.2f}-{bits.inputs:.2f}"
+    found = replace(recipe, name=name, summary=" ".join(summary.split()))
     return with_overrides(found, tables)

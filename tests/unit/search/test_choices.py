@@ -72,7 +72,7 @@ def test_runs_put_neighbours_together_and_kinds_that_are_alike() -> None:
 def test_a_mixture_is_written_and_called_one() -> None:
     base = load_recipe("mxrot")
     found = mixture_recipe(base, {Cell("down", 1): INPUTS}, KINDS, Bits(4.25, 4.5), "owner/a model")
-    assert found.name == "mxrot-mixture"
+    assert found.name == "mxrot-mixture-4.25-4.50"
     assert found.summary.startswith("A mixture of mxfp4, mxfp4/mxfp8_e4m3: 4.250 bits a weight, 4.500 an input; found")
     assert "W4A4" not in found.to_toml()
     read = Recipe.from_toml(found.to_toml(), "mixture.toml")
