@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import transformers
@@ -35,6 +36,17 @@ def check_device(device: torch.device | str, given: str = "device") -> None:
         raise _unusable(given, device, _first_line(error)) from error
     if answer != 32.0:
         raise _unusable(given, device, f"2 x 2 matrices of twos multiply to {answer / 4:g} there, not 8")
+
+
+def available_memory() -> float | None:
+    """Bytes of main memory that can be had; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
 
 
 def versions(tasks: bool = False) -> dict[str, str]:

@@ -44,7 +44,8 @@ def first_executor(
     tokens = sum(batch.numel() for batch in batches)
     for batch in batches:
         hidden = first_hidden(model, family, batch)
-        placement = Placement.of_states(device, tokens * hidden.shape[-1] * hidden.element_size())
+        if not kept:
+            placement = Placement.of_states(device, tokens * hidden.shape[-1] * hidden.element_size(), world.size)
         kept.append(placement.put(hidden))
     return Executor(kept, arguments, placement, world, groups=None if groups is None else ranges)
 

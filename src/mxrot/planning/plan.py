@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mxrot.calibration.placement import on_disk
 from mxrot.checkpoint import check_exportable
-from mxrot.environment import device_name, versions
+from mxrot.environment import available_memory, device_name, versions
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.layers import ModelSize, build_apart
 from mxrot.layers.cache_size import CacheSize
@@ -178,7 +179,7 @@ def make_plan(
         sizes = Sizes(shape, parameters * stored.itemsize, shape.size_after(stored), cache)
     except (AttributeError, ConfigError):  # a linear that is not there, or is not whole blocks wide: a problem by now
         return replace(plan, problems=problems)
-    warnings += _short_memory(needs, machine) + _few_tokens(run)
+    warnings += _short_memory(needs, machine, processes) + _few_tokens(run)
     estimate = None
     if not problems:
         rates = measure_rates(machine.device, compute_dtype(stored, machine.device), recipe)
@@ -240,8 +241,12 @@ def _memory_problems(model: PreTrainedModel, recipe: Recipe, stored: torch.dtype
     return [] if problem is None else [str(problem)]
 
 
-def _short_memory(needs: Needs, machine: Machine) -> list[str]:
-    """What will not fit, though nothing checks it beforehand."""
+WAITING = ("hidden states", "hidden states of the original", "outputs of attention and MLP")
+"""Terms that may lie on disk."""
+
+
+def _short_memory(needs: Needs, machine: Machine, processes: int) -> list[str]:
+    """What will not fit, though nothing checks it beforehand, and what will lie on disk."""
     found = []
     free = machine.free_on_gpu()
     peak = needs.gpu.peak
@@ -249,11 +254,24 @@ def _short_memory(needs: Needs, machine: Machine) -> list[str]:
         found.append(
             f"the GPU will run out of memory: {gigabytes(peak.total)} at {peak.name!r}, and {gigabytes(free)} are free"
         )
-    host = needs.gpu_host.peak if machine.computes_on_gpu else needs.cpu.peak
+    in_main_memory = needs.gpu_host if machine.computes_on_gpu else needs.cpu
+    host = in_main_memory.peak
     available = available_memory()
-    if available is not None and machine.gpu_bytes is None and host.total > available:
+    if available is None or machine.gpu_bytes is not None:
+        return found
+    taken = processes * host.total
+    waiting = {
+        stage.name: processes * sum(stage.terms.get(name, 0.0) for name in WAITING) for stage in in_main_memory.stages
+    }
+    if on_disk(processes * max(stage.terms.get("hidden states", 0.0) for stage in in_main_memory.stages), available):
+        taken -= waiting[host.name]
         found.append(
-            f"this machine will run out of memory: {gigabytes(host.total)} at {host.name!r}, "
+            f"{gigabytes(max(waiting.values()))} of states between decoder blocks will lie on disk, in the folder of "
+            "temporary files ($TMPDIR)"
+        )
+    if taken > available:
+        found.append(
+            f"this machine will run out of memory: {gigabytes(taken)} at {host.name!r}, "
             f"and {gigabytes(available)} are available"
         )
     return found
@@ -270,17 +288,6 @@ def _few_tokens(run: Run) -> list[str]:
         f"{tokens} calibration tokens are fewer than the {widest} inputs of the widest linear, whose Hessian is not of "
         "full rank; take more --samples or --seq-len"
     ]
-
-
-def available_memory() -> float | None:
-    """Bytes of main memory that can be had; None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def _sites_table(shape: ModelShape) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from tests.unit.planning.shapes import LLAMA_3_8B, LLAMA_3_70B, LLAMA_3_405B
 from transformers import GPT2Config, Qwen2Config
 
 from mxrot.errors import FamilyError
-from mxrot.planning import Machine, Plan, make_plan, rates
+from mxrot.planning import Machine, Plan, make_plan, plan, rates
 from mxrot.recipe import Recipe
 
 CPU = Machine(torch.device("cpu"))
@@ -50,6 +50,17 @@ def test_a_405b_model_does_not_fit_as_a_whole(tmp_path: Path) -> None:
     )
     assert made.time is None and made.needs is not None
     assert made.needs.gpu.peak.name in ("drawing first tokens", "writing calibration text")
+
+
+def test_states_that_lie_on_disk_are_told_and_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4.3 GB in float32 between two blocks of 8B, up to six times: more than half of 50 GB, and less than half of 60."""
+    machine = Machine(torch.device("cpu"))
+    for available, is_told in ((60e9, False), (50e9, True)):
+        monkeypatch.setattr(plan, "available_memory", lambda available=available: available)
+        told = plan_of(tmp_path, LLAMA_3_8B, recipe("duquant++-gptq"), machine).warnings
+        assert [line for line in told if "will lie on disk" in line] == [
+            "12.9 GB of states between decoder blocks will lie on disk, in the folder of temporary files ($TMPDIR)"
+        ] * is_told
 
 
 def test_a_warning_where_memory_is_short_without_a_check(tmp_path: Path) -> None:

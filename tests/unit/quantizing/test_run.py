@@ -196,8 +196,11 @@ def test_windows_in_several_batches_are_all_seen(source: Path, monkeypatch: pyte
     assert counts == [WINDOWS.numel()] * 8
 
 
+@pytest.mark.parametrize("where", ["host memory", "disk"])
 @pytest.mark.parametrize("name", ["duquant++-gptq", "mxrot", "mxrot-tuned"])
-def test_states_that_wait_in_host_memory_are_the_same(source: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_states_that_wait_elsewhere_are_the_same(
+    source: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: str
+) -> None:
     """On a CPU a copy; each is looked up where it was put."""
     monkeypatch.setattr(batches, "BATCH_TOKENS", {"cpu": 48})
     changes: dict[str, Any] = {"calibration__generated": 0.0} if "mxrot" in name else {}
@@ -209,11 +212,12 @@ def test_states_that_wait_in_host_memory_are_the_same(source: Path, monkeypatch:
     put = Placement.put
 
     def count(place: Placement, value: object) -> object:
-        assert place.is_on_host
+        assert place.is_on_host and (place.folder is not None) == (where == "disk")
         puts.append(place.device)
         return put(place, value)
 
     monkeypatch.setattr(placement, "MOST_ON_DEVICE", {"cpu": 0})
+    monkeypatch.setattr(placement, "on_disk", lambda *_: where == "disk")
     monkeypatch.setattr(Placement, "put", count)
     found = model_of(source, chosen, WINDOWS).state_dict()
     assert len(puts) > 8 and found.keys() == expected.keys()

@@ -45,7 +45,9 @@ def test_files_and_what_is_printed(model: Path, tmp_path: Path) -> None:
     stages = {one["stage"] for one in found["measurements"]}
     assert {"nothing raised", "a kind", "a block", "everything", "candidate"} <= stages
     written = load_recipe(recipe)
-    assert written.to_toml() == found["recipe_toml"] and written.override and written.name.startswith("hadamard-mixture-")
+    assert (
+        written.to_toml() == found["recipe_toml"] and written.override and written.name.startswith("hadamard-mixture-")
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "W4A4" not in shown + recipe.read_text()
     assert re.search(r"mixture, as quantized +4\.\d{3} ", shown) and "raised: " in shown
