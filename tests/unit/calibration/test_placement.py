@@ -60,6 +60,6 @@ def test_a_disk_that_fills_up_is_an_error_and_no_crash(folder: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DiskFullError, match="no room for states between decoder blocks .*No space left"):
+    with pytest.raises(DiskFullError, match=r"no room for states between decoder blocks .*No space left"):
         Placement(CPU, True, folder).put(torch.ones(4))
     assert list(folder.iterdir()) == []

@@ -53,7 +53,7 @@ def test_a_405b_model_does_not_fit_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_states_that_lie_on_disk_are_told_and_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4.3 GB in float32 between two blocks of 8B, up to six times: more than half of 50 GB, and less than half of 60."""
+    """4.3 GB in float32 between two blocks of 8B, up to six times: more than half of 50 GB, less than half of 60."""
     machine = Machine(torch.device("cpu"))
     for available, is_told in ((60e9, False), (50e9, True)):
         monkeypatch.setattr(plan, "available_memory", lambda available=available: available)
