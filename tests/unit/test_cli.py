@@ -58,7 +58,7 @@ OPTIONS = {
     ],
     "plan": [
         *("model", "-r", "--recipe", "--set", "--samples", "--seq-len", "--gpu-memory", "--processes"),
-        *("--revision", "--device", "--json"),
+        *("--rates", "--revision", "--device", "--json"),
     ],
     "generate": [
         *("model", "prompt", "--max-tokens", "--kv", "--kv-transform", "--kv-first", "--kv-last", "--calib"),

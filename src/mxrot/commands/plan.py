@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +39,9 @@ def plan(
     processes: Annotated[
         int, typer.Option("--processes", min=1, metavar="N", help="Plan for N that share the work, with a GPU each")
     ] = 1,
+    rates: Annotated[
+        Path | None, typer.Option("--rates", metavar="FILE", help="Time on the machine where `plan --json` wrote FILE")
+    ] = None,
     revision: Revision = None,
     device: Device = None,
     json_file: Json = None,
@@ -50,7 +54,7 @@ def plan(
 
     from mxrot import api
     from mxrot.models import find_config
-    from mxrot.planning import Machine, make_plan
+    from mxrot.planning import Machine, OtherRates, make_plan
     from mxrot.report import plan_report
 
     if gpu_memory is not None and gpu_memory > MOST_MEMORY:
@@ -58,7 +62,8 @@ def plan(
     chosen = chosen_recipe(recipe, changes)
     model = with_revision(model, revision)
     prepare(model, device, json_file, gets_weights=False)
-    machine = Machine(torch.device(device or api.default_device()), gpu_memory and 1e9 * gpu_memory)
+    other = None if rates is None else OtherRates.read(rates)
+    machine = Machine(torch.device(device or api.default_device()), gpu_memory and 1e9 * gpu_memory, other)
     made = make_plan(model, find_config(model), chosen, machine, samples, seq_len, processes)
     for piece in plan_report(made):
         if isinstance(piece, str):

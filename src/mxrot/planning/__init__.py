@@ -3,7 +3,7 @@
 from mxrot.planning.disk import estimate_disk, needed_on_disk
 from mxrot.planning.memory import MemoryEstimate, estimate_host_memory, estimate_memory, gigabytes
 from mxrot.planning.plan import HOW, Machine, Plan, make_plan
-from mxrot.planning.rates import Rates, measure_rates
+from mxrot.planning.rates import OtherRates, Rates, measure_rates
 from mxrot.planning.run import Run
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
 from mxrot.planning.shape import ModelShape, SiteShape
@@ -14,6 +14,7 @@ __all__ = [
     "Machine",
     "MemoryEstimate",
     "ModelShape",
+    "OtherRates",
     "Plan",
     "Rates",
     "Run",

@@ -23,7 +23,7 @@ from mxrot.models import Family, FolderSource, find_family, read_config
 from mxrot.models.folder import has_no_weights
 from mxrot.planning.disk import estimate_disk
 from mxrot.planning.memory import MemoryEstimate, estimate_host_memory, estimate_memory, gigabytes
-from mxrot.planning.rates import measure_rates
+from mxrot.planning.rates import OtherRates, measure_rates
 from mxrot.planning.run import Run
 from mxrot.planning.seconds import TimeEstimate
 from mxrot.planning.shape import ModelShape
@@ -45,9 +45,11 @@ class Machine:
     """What a plan is made for."""
 
     device: torch.device
-    """Where the time is measured."""
+    """Where the time is measured, unless another machine has."""
     gpu_bytes: float | None = None
     """Memory of the GPU to plan for; None for that of `device`."""
+    other: OtherRates | None = None
+    """How fast another machine is that the time is planned for; None for this one."""
 
     def free_on_gpu(self) -> float | None:
         """Bytes; None where no GPU is known."""
@@ -57,6 +59,11 @@ class Machine:
     def computes_on_gpu(self) -> bool:
         """Is a GPU planned for?"""
         return self.device.type == "cuda" or self.gpu_bytes is not None
+
+    @property
+    def kind(self) -> str:
+        """Of the device that the time is for."""
+        return self.device.type if self.other is None else self.other.kind
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,8 @@ class Plan:
     needs: Needs | None = None
     time: TimeEstimate | None = None
     device: str = "cpu"
-    """What the time is for."""
+    """What the time is for, by name, and by kind: cpu or cuda."""
+    kind: str = "cpu"
     processes: int = 1
     """That share the run; memory is that of each."""
     vllm: VllmReport | None = None
@@ -124,7 +132,7 @@ class Plan:
             "cache": None if self.sizes is None else self.sizes.cache.as_table(),
             "memory": None if self.needs is None else _memory_table(self.needs),
             "disk": None if self.needs is None else {"total": sum(self.needs.disk.values()), "terms": self.needs.disk},
-            "seconds": None if self.time is None else _time_table(self.time, self.device),
+            "seconds": None if self.time is None else _time_table(self.time, self.device, self.kind),
             "vllm": None if self.vllm is None else self.vllm.as_table(),
             "versions": versions(),
         }
@@ -182,8 +190,11 @@ def make_plan(
     warnings += _short_memory(needs, machine, processes) + _few_tokens(run)
     estimate = None
     if not problems:
-        rates = measure_rates(machine.device, compute_dtype(stored, machine.device), recipe)
-        estimate = shared_seconds(replace(run, device=machine.device.type), processes, rates, building)
+        if machine.other is None:
+            rates = measure_rates(machine.device, compute_dtype(stored, machine.device), recipe)
+        else:
+            rates = machine.other.rates
+        estimate = shared_seconds(replace(run, device=machine.kind), processes, rates, building)
     return replace(
         plan,
         problems=problems,
@@ -191,7 +202,8 @@ def make_plan(
         sizes=sizes,
         needs=needs,
         time=estimate,
-        device=device_name(machine.device),
+        device=device_name(machine.device) if machine.other is None else machine.other.device,
+        kind=machine.kind,
         vllm=None if problems else plan_for_vllm(skeleton, family, recipe),
     )
 
@@ -331,10 +343,11 @@ def _estimate_table(estimate: MemoryEstimate) -> dict[str, Any]:
     return {"peak_bytes": round(estimate.peak.total), "peak_at": estimate.peak.name, "stages": stages}
 
 
-def _time_table(estimate: TimeEstimate, device: str) -> dict[str, Any]:
+def _time_table(estimate: TimeEstimate, device: str, kind: str) -> dict[str, Any]:
     terms = {name: round(value, 2) for name, value in estimate.terms.items()}
     return {
         "device": device,
+        "kind": kind,
         "total": round(estimate.total, 2),
         "terms": terms,
         "estimated_by": HOW,

@@ -6,13 +6,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mxrot.documents import read_json
+from mxrot.errors import ConfigError, DamagedError
 from mxrot.formats import get_format, quantize
 from mxrot.kernels import rotate_quantize
 from mxrot.recipe import Recipe
@@ -55,6 +58,30 @@ class Rates:
     def as_table(self) -> dict[str, float]:
         """For a JSON file."""
         return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class OtherRates:
+    """What a plan on another machine has measured."""
+
+    device: str
+    """Its name."""
+    kind: str
+    """"cpu" or "cuda"."""
+    rates: Rates
+
+    @staticmethod
+    def read(path: Path) -> OtherRates:
+        """From what `mxrot plan --json` wrote there; ConfigError if it holds no rates."""
+        try:
+            table = read_json(path)["seconds"]
+            rates = {name: float(table["rates"][name]) for name in (field.name for field in fields(Rates))}
+            found = OtherRates(str(table["device"]), str(table["kind"]), Rates(**rates))
+        except (DamagedError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path}: holds no rates; expected what `mxrot plan --json` writes ({error})") from error
+        if found.kind not in ("cpu", "cuda") or not all(0 < value < math.inf for value in rates.values()):
+            raise ConfigError(f"{path}: rates have to be positive, and of cpu or cuda")
+        return found
 
 
 @torch.no_grad()

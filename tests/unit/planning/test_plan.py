@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from tests.unit.checkpoint.folders import recipe, write
 from tests.unit.planning.shapes import LLAMA_3_8B, LLAMA_3_70B, LLAMA_3_405B
 from transformers import GPT2Config, Qwen2Config
 
-from mxrot.errors import FamilyError
-from mxrot.planning import Machine, Plan, make_plan, plan, rates
+from mxrot.errors import ConfigError, FamilyError
+from mxrot.planning import Machine, OtherRates, Plan, make_plan, plan, rates
 from mxrot.recipe import Recipe
 
 CPU = Machine(torch.device("cpu"))
@@ -50,6 +51,44 @@ def test_a_405b_model_does_not_fit_as_a_whole(tmp_path: Path) -> None:
     )
     assert made.time is None and made.needs is not None
     assert made.needs.gpu.peak.name in ("drawing first tokens", "writing calibration text")
+
+
+def test_the_time_on_another_machine(tmp_path: Path) -> None:
+    """Which computes on a GPU, three times as fast as this one in everything."""
+    here = plan_of(tmp_path, LLAMA_3_8B, recipe("mxrot"), CPU)
+    table = json.loads(json.dumps(here.as_table()))
+    table["seconds"] |= {"device": "A machine", "kind": "cuda"}
+    for factor in (1.0, 3.0):
+        told = dict(table["seconds"], rates={name: factor * rate for name, rate in table["seconds"]["rates"].items()})
+        (tmp_path / f"{factor:.0f}.json").write_text(json.dumps({"seconds": told}))
+    one, three = (
+        plan_of(tmp_path, LLAMA_3_8B, recipe("mxrot"), Machine(CPU.device, other=OtherRates.read(tmp_path / name)))
+        for name in ("1.json", "3.json")
+    )
+    assert (one.device, one.kind) == ("A machine", "cuda") and one.time is not None and three.time is not None
+    for name, seconds in one.time.terms.items():
+        if name not in ("files", "starting"):
+            assert three.time.terms[name] == pytest.approx(seconds / 3)
+    assert one.as_table()["seconds"]["rates"] == table["seconds"]["rates"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{}", "holds no rates; expected what `mxrot plan --json` writes"),
+        ("[]", "holds no rates"),
+        ('{"seconds": null}', "holds no rates"),
+        ('{"seconds": {"device": "a", "kind": "cpu", "rates": {"product": 1e9}}}', "holds no rates"),
+        ('{"seconds": {"device": "a", "kind": "npu", "rates": RATES}}', "of cpu or cuda"),
+        ('{"seconds": {"device": "a", "kind": "cpu", "rates": ZEROS}}', "have to be positive"),
+    ],
+)
+def test_what_holds_no_rates(tmp_path: Path, text: str, said: str) -> None:
+    for word, value in (("RATES", 1.0), ("ZEROS", 0.0)):
+        text = text.replace(word, json.dumps({field.name: value for field in fields(rates.Rates)}))
+    (tmp_path / "rates.json").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        OtherRates.read(tmp_path / "rates.json")
 
 
 def test_states_that_lie_on_disk_are_told_and_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
