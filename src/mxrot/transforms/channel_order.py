@@ -38,8 +38,9 @@ PART, FEWEST = 4, 256
 """One channel in so many is looked at in a round, those first that another block draws most, and this many at least."""
 NARROW = 128
 """Channels up to which a CPU is faster: a GPU takes longer to launch a round than the round takes."""
-JITTER = 1e-12
-"""Of the trace of a block, added to its diagonal so that what has no full rank has a Cholesky factor."""
+JITTERS = (1e-12, 1e-9, 1e-6)
+"""Of the trace of a block, added to its diagonal so that what has no full rank has a Cholesky factor: the first that
+does."""
 ORDER_BYTES = {"none": 0.0, "balanced": 18.0, "correlated": 20.0}
 """For each of K^2 pairs of channels, at the peak, the moments of inputs and weights (8 each) included."""
 LOOK_BYTES = 37.0
@@ -208,10 +209,24 @@ def block_traces(inputs: Tensor, weights: Tensor, order: Tensor, block: int) -> 
     members = order.unflatten(0, (-1, block))
     of_inputs, of_weights = (moments[:, members[:, :, None], members[:, None, :]] for moments in (inputs, weights))
     traces = of_inputs.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    added = torch.where(traces > 0, JITTER * traces, 1.0)[..., None, None]
-    root = torch.linalg.cholesky(of_inputs + added * torch.eye(block, dtype=inputs.dtype, device=inputs.device))
+    root = _roots(of_inputs, traces)
     found = torch.linalg.eigvalsh(root.mT @ of_weights @ root).clamp(min=0).sqrt().sum(dim=-1)
     return torch.where(traces > 0, found, 0.0)
+
+
+def _roots(moments: Tensor, traces: Tensor) -> Tensor:
+    """Cholesky factors of second moments [..., B, B], each plus a little of its trace."""
+    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+    roots = torch.empty_like(moments)
+    is_open = torch.ones_like(traces, dtype=torch.bool)
+    for jitter in JITTERS:
+        added = torch.where(traces > 0, jitter * traces, 1.0)[..., None, None]
+        found, info = torch.linalg.cholesky_ex(moments + added * identity)
+        roots = torch.where(is_open[..., None, None], found, roots)
+        is_open &= info > 0
+        if not is_open.any():
+            break
+    return roots
 
 
 def _diagonal(moments: Tensor) -> Tensor:

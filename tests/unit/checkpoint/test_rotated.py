@@ -46,6 +46,7 @@ def test_what_is_loaded_is_what_was_quantized(tied: Path, tmp_path: Path, chosen
         "untied",
         *(["value heads rotated"] if chosen.rotation and chosen.rotation.value_heads != "none" else []),
         "rotated",
+        *(["MLP permuted"] if chosen.permutation else []),
     ]
     expected = logits(in_memory)
     assert torch.equal(logits(mxrot.load(tmp_path / "out", device="cpu")), expected)
@@ -92,7 +93,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tied: Path, tmp_
 @pytest.mark.parametrize("chosen", [RECIPES["quarot"], RECIPES["mxrot"]], ids=["quarot", "mxrot"])
 def test_a_run_that_was_stopped_goes_on_with_the_same_matrices(tied: Path, tmp_path: Path, chosen: Recipe) -> None:
     def stop(done: float, total: int, what: str) -> None:
-        if done == 1 and total == 2:
+        if done == 1 and total == 2 and "order" not in what:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

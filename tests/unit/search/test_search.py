@@ -40,7 +40,7 @@ CHOICES = (SIX, EIGHT, INPUTS)
 WINDOWS, TOKENS = random_windows(6, 24), random_windows(4, 16, seed=1)
 MXROT = recipe("mxrot", calibration__generated=0)
 GPTQ = recipe("duquant++-gptq")
-SMOOTHED = recipe("mxrot-vllm", calibration__generated=0, choice="none")
+SMOOTHED = recipe("mxrot-vllm", calibration__generated=0)
 TURNED = recipe("quarot")
 
 
@@ -321,7 +321,10 @@ def test_what_was_measured_is_forgotten_without_resume(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"chosen": recipe("mxrot-tuned")}, "recipe mxrot-tuned: search raises what is rounded once"),
-        ({"chosen": recipe("mxrot-vllm")}, "recipe mxrot-vllm: search quantizes with one recipe"),
+        (
+            {"chosen": recipe("mxrot-vllm", choice__candidates=["rounding.target=own"])},
+            "recipe mxrot-vllm: search quantizes with one recipe",
+        ),
         ({"bits": 4.2}, "--bits 4.2: recipe mxrot takes 4.250 with nothing raised; give more"),
         ({"limits": Limits(5.0, 4.0)}, "--input-bits 4: recipe mxrot takes 4.250 with nothing raised"),
         ({"limits": Limits(None, 4.0)}, "--bits 4: recipe mxrot takes 4.250 with nothing raised"),

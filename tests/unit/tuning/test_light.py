@@ -36,6 +36,7 @@ WINDOWS = random_windows(20, 32)
 SHORT = {
     "rounding__method": "rtn",
     "calibration__generated": 0.0,
+    "permutation": "none",
     "tuning__generated": 0.0,
     "tuning__steps": 12,
     "tuning__batch_windows": 4,
