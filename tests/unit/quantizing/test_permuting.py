@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny_model import random_windows, tiny_config, write_tiny_mixture, write_tiny_model
+from tests.unit.checkpoint.folders import digests, without_run, write
 
 from mxrot.errors import ConfigError
 from mxrot.layers import build_apart
 from mxrot.models import FAMILIES, FolderSource
 from mxrot.quantizing import quantize
+from mxrot.quantizing import run as pipeline
 from mxrot.quantizing.loading import load_original
 from mxrot.quantizing.permuting import diagonal_blocks
 from mxrot.quantizing.problems import find_problems
@@ -103,3 +105,29 @@ def test_tables_that_say_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match='permutation: ffn and value_heads are both "none"; set one of them'):
         permuting(ffn="none")
     assert not permuting(ffn="balanced").is_data_free and load_recipe("hadamard").is_data_free
+
+
+def test_a_run_that_goes_on_takes_the_orders_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_tiny_model(tmp_path / "tiny")
+    chosen = permuting("mxrot", ffn="correlated").changed({"calibration.generated": 0})
+    write(source, tmp_path / "whole", chosen, windows=WINDOWS)
+
+    def stop(done: float, total: int, what: str) -> None:
+        if done == 1 and total == 2 and "order" not in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(source, tmp_path / "out", chosen, windows=WINDOWS, progress=stop)
+    assert (tmp_path / "out.partial" / "orders.safetensors").is_file()
+    monkeypatch.setattr(pipeline, "find_orders", None)
+    write(source, tmp_path / "out", chosen, windows=WINDOWS, resume=True)
+    assert without_run(digests(tmp_path / "out")) == without_run(digests(tmp_path / "whole"))
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith("orders")]
+
+
+def test_there_may_be_nothing_to_order(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "tiny")
+    chosen = permuting("mxrot", ffn="correlated", value_heads="correlated")
+    chosen = chosen.changed({"calibration.generated": 0, "ignore": ["*down_proj", "*o_proj"]})
+    run = write(source, tmp_path / "out", chosen, windows=WINDOWS)
+    assert not [said for said in run["changes"] if said.startswith("MLP permuted")]
