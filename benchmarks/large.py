@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 benchmarks/large.py --config config.json --name qwen3-30b-a3b --blocks 2
 
 Writes a model of random weights (of the shape of Llama-3-8B unless told) with few decoder blocks into a temporary
-folder, quantizes it on random tokens, one block on the device at a time, and prints when each block begins. All blocks
-are alike, so a whole model takes their time as often as it has blocks. Perplexity means nothing here. Several
-processes quantize it together.
+folder, quantizes it on random tokens, one block on the device at a time, and prints when each block begins, and what
+was planned of time and memory beside what was measured. All blocks are alike, so a whole model takes their time as
+often as it has blocks. Perplexity means nothing here. Several processes quantize it together.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from mxrot.bench import llama_config, random_model
 from mxrot.calibration import World
 from mxrot.environment import device_name, versions
 from mxrot.models import read_config
+from mxrot.planning import Machine, make_plan
 from mxrot.quantizing import run as pipeline
 from mxrot.ranks import joined
-from mxrot.recipe import load_recipe
+from mxrot.recipe import Recipe, load_recipe
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def measure(options: argparse.Namespace, world: World) -> None:
     name = "large" if options.name is None else f"large-{options.name}"
     name += "" if world.size == 1 else f"-{world.size}-processes"
     path = options.out / f"{name}_{options.recipe}_{kind}_{time.strftime('%Y-%m-%d')}.json"
+    planned: dict[str, Any] = {}
     described: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": options.commit,
@@ -59,6 +61,7 @@ def measure(options: argparse.Namespace, world: World) -> None:
         "versions": versions(),
         "recipe_toml": recipe.to_toml(),
         "processes": world.size,
+        "planned": planned,
         "shape": vars(options) | {"out": None, "work": None},
         "config": config.to_diff_dict(),
     }
@@ -77,6 +80,7 @@ def measure(options: argparse.Namespace, world: World) -> None:
         folder = Path(world.hand_out(place))
         if not world.rank:
             write_random_model(folder, config, options.blocks, device)
+            planned |= plan_of(folder, recipe, options, device, world.size)
         generator = torch.Generator().manual_seed(0)
         shape = (options.samples, options.seq_len)
         windows = torch.randint(0, config.vocab_size, shape, generator=generator)
@@ -92,8 +96,7 @@ def measure(options: argparse.Namespace, world: World) -> None:
     peak = result.record.peak_gpu_bytes
     print(f"{options.recipe}: {seconds:.1f} s in all; a block {' '.join(f'{s:.1f}' for s in blocks)} s", flush=True)
     print(f"{blocks_of_model} blocks: about {blocks_of_model * blocks[-1] / 60:.0f} minutes", flush=True)
-    if peak is not None:
-        print(f"peak GPU memory {peak / 1e9:.1f} GB")
+    show_plan(planned, seconds, peak)
     measured = {
         "seconds": seconds,
         "block_seconds": blocks,
@@ -103,6 +106,32 @@ def measure(options: argparse.Namespace, world: World) -> None:
     }
     path.write_text(json.dumps(described | measured, indent=1, default=str) + "\n")
     print(f"written: {path}")
+
+
+def plan_of(
+    folder: Path, recipe: Recipe, options: argparse.Namespace, device: torch.device, processes: int
+) -> dict[str, Any]:
+    """What `mxrot plan` says of the few blocks, on this machine."""
+    made = make_plan(folder.name, folder, recipe, Machine(device), options.samples, options.seq_len, processes)
+    if made.time is None or made.needs is None:
+        raise SystemExit("\n".join(made.problems))
+    memory = {name: getattr(made.needs, name) for name in ("gpu", "gpu_host", "cpu")}
+    return {
+        "seconds": made.time.terms,
+        "rates": made.time.rates.as_table(),
+        "memory": {name: {stage.name: stage.total for stage in needed.stages} for name, needed in memory.items()},
+    }
+
+
+def show_plan(planned: dict[str, Any], seconds: float, peak: int | None) -> None:
+    """Beside what was measured. No checkpoint is written, so the plan's files are counted out."""
+    terms = {name: value for name, value in planned["seconds"].items() if name != "files"}
+    total = sum(terms.values())
+    print(f"planned {total:.1f} s, measured {seconds:.1f} s: {100 * (seconds / total - 1):+.0f} %")
+    print("  " + ", ".join(f"{name} {value:.1f} s" for name, value in terms.items()))
+    if peak is not None:
+        stage, most = max(planned["memory"]["gpu"].items(), key=lambda one: one[1])
+        print(f"planned {most / 1e9:.1f} GB ({stage}), measured {peak / 1e9:.1f} GB: {100 * (peak / most - 1):+.0f} %")
 
 
 class Nowhere:

@@ -146,8 +146,9 @@ def _resident(run: Run, position: int) -> dict[str, float]:
     weights = sum(site.weights for site in sites)
     # A GPU computes in the type that was read, with the very same tensors.
     read = shape.block_parameters - (0 if run.is_gpu else _smoothed(run))
+    stays = run.keeps_model or recipe.tunes_network
     terms = {
-        "embedding, last norm and head": float(shape.outer_parameters * s),
+        "embedding, last norm and head": float(shape.outer_parameters * s) if stays else 0.0,
         **merged_rotations(run),
         **({} if run.is_on_host else _states(run)),
         "masks": float(run.mask_bytes if run.tokens else 0),
@@ -159,7 +160,7 @@ def _resident(run: Run, position: int) -> dict[str, float]:
         left = shape.block_parameters - sum(site.weights for site in sites[:position])
         terms["the block in float32"] = 4.0 * left
     terms["the quantized block"] = run.packed_block * sum(site.weights for site in sites[:position]) / max(1, weights)
-    if run.keeps_model or recipe.tunes_network:
+    if stays:
         terms["finished blocks"] = run.packed_block * (len(shape.blocks) - 1)
     if recipe.keeps_remainders:
         kept = shape.quantized_weights - weights if recipe.tunes_network else 0

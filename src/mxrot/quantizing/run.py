@@ -116,6 +116,7 @@ def quantize(
     job = _permuted(job, windows, given)
     source = job.run.source
     streams = _first_streams(job, windows, given)
+    _release_outer(job)
     for index, block in enumerate(job.blocks):
         report, is_new = _next_block(job, index, block, streams)
         record.blocks.append(report)
@@ -299,6 +300,15 @@ def _first_streams(job: _Job, windows: Tensor | None, given: int) -> _Streams | 
     groups = window_groups(len(windows), given, run.recipe.calibration.held_out)
     executor = own_executor(run, job.model, windows, groups)
     return _Streams(executor, executor.another() if run.recipe.looks_at_original else None)
+
+
+def _release_outer(job: _Job) -> None:
+    """Let go of embedding, last norm and head where no block needs them any more: a store takes those of the source."""
+    run = job.run
+    if job.is_stored and not run.recipe.tunes_network:
+        for name in (run.family.embedding, run.family.final_norm, run.family.head):
+            job.model.get_submodule(name).to("meta")
+        give_back()
 
 
 def _next_block(job: _Job, index: int, block: nn.Module, streams: _Streams | None) -> tuple[BlockReport, bool]:
