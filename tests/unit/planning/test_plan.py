@@ -103,7 +103,7 @@ def test_states_that_lie_on_disk_are_told_and_take_no_memory(tmp_path: Path, mon
 
 
 def test_a_warning_where_memory_is_short_without_a_check(tmp_path: Path) -> None:
-    for gigabytes, is_short in ((8e9, True), (80e9, False)):
+    for gigabytes, is_short in ((6e9, True), (80e9, False)):
         made = plan_of(tmp_path, LLAMA_3_8B, recipe("duquant++-gptq"), Machine(torch.device("cpu"), gigabytes))
         assert not made.problems
         assert bool([line for line in made.warnings if line.startswith("the GPU will run out")]) == is_short
