@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.tiny_model import write_tiny_model
-from tests.unit.ranked import LENGTH, Fault, commands, kill
+from tests.unit.ranked import LENGTH, Fault, commands, kill, touch_nothing
 
 from mxrot.errors import NumericsError
 from mxrot.search.bits import Mixture, spelled
@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
         found[name] = [asdict(one) for one in commands(folder, words, size, by_rank)]
 
     for size in (1, 2, 3):
-        outcome(f"whole {size}", size, f"work-{size}")
+        outcome(f"whole {size}", size, f"work-{size}", [None, touch_nothing, touch_nothing][:size])
     lower = ["--resume", "--bits", "4.9"]
     for size in (1, 2):
         shutil.copytree(folder / "work-3", folder / f"lower-{size}")
