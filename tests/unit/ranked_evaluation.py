@@ -1,4 +1,6 @@
-"""`mxrot eval` and `compare` in several processes and in one: `python -m tests.unit.ranked_evaluation FOLDER`.
+"""`mxrot eval`, `report` and `compare` in several processes and in one.
+
+`python -m tests.unit.ranked_evaluation FOLDER`.
 
 A process of its own, as tests.unit.ranked is. What each command left and said goes to outcomes.json.
 """
@@ -41,6 +43,9 @@ def main(folder: Path) -> None:
                 json_file = str(folder / f"{name}-{size}.json")
                 ended = commands(folder, ["eval", *words, "--json", json_file], size, quiet)
                 found[f"{name} {size}"] = [asdict(one) for one in ended]
+    for size in (1, 2):
+        words = ["report", *apart, *shape, "-o", str(folder / f"report-{size}.html")]
+        found[f"reported {size}"] = [asdict(one) for one in commands(folder, words, size, quiet)]
     recipes = "rtn,mxrot,duquant++,mr-gptq-128"  # blocks of 128 are too large for the last
     words = [
         "compare",
