@@ -48,7 +48,8 @@ def main(folder: Path) -> None:
 
     for model in ("tiny", "experts"):
         outcome(f"one {model}", 1, f"one-{model}")
-        outcome(f"two {model}", 2, f"two-{model}")
+        files = ["--json", str(folder / f"{model}.json"), "--metrics", str(folder / f"{model}.jsonl")]
+        outcome(f"two {model}", 2, f"two-{model}", {1: touch_nothing}, *files)
     outcome("again", 2, "again")
     outcome("raised", 2, "raised", {1: partial(at_second_block, raise_)})
     for rank in (0, 1):
@@ -132,6 +133,15 @@ def at_second_block(fault: Fault) -> None:
         return original(run, index, *rest)  # type: ignore[arg-type]
 
     pipeline.quantize_block = quantize_block  # type: ignore[assignment]
+
+
+def touch_nothing() -> None:
+    """Let this process not try whether it could write a file: another one may be trying the same."""
+
+    def touch(path: Path) -> None:
+        raise PermissionError(f"{path} is for the first process")
+
+    Path.touch = touch  # type: ignore[assignment, method-assign]
 
 
 def raise_() -> None:

@@ -1,4 +1,6 @@
-"""`mxrot eval` and `compare` in several processes and in one: `python -m tests.unit.ranked_evaluation FOLDER`.
+"""`mxrot eval`, `report` and `compare` in several processes and in one.
+
+`python -m tests.unit.ranked_evaluation FOLDER`.
 
 A process of its own, as tests.unit.ranked is. What each command left and said goes to outcomes.json.
 """
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from tests.tiny_model import write_tiny_model
 from tests.unit.evaluation.task_folder import write_scorable_model, write_task_folder
-from tests.unit.ranked import LENGTH, commands
+from tests.unit.ranked import LENGTH, Fault, commands, touch_nothing
 
 from mxrot import api
 from mxrot.evaluation import Answers
@@ -32,13 +34,18 @@ def main(folder: Path) -> None:
     write_task_folder(folder / "tasks")
     apart = [str(folder / "one-tiny"), "--against", str(folder / "tiny"), "--text", str(folder / "text.txt")]
     asked = [str(folder / "scorable"), "--tasks", "piqa,lambada_openai", "--task-data", str(folder / "tasks")]
+    shape = ["--windows", "5", "--seq-len", str(LENGTH)]
+    quiet: dict[int, Fault] = {1: touch_nothing, 2: touch_nothing}
     for size in (1, 2, 3):
-        runs = {"apart": [*apart, "--windows", "5", "--seq-len", str(LENGTH)], "asked": asked}
+        runs = {"apart": [*apart, *shape], "asked": asked}
         for name, words in runs.items():
             if size < 3 or name == "apart":
                 json_file = str(folder / f"{name}-{size}.json")
-                ended = commands(folder, ["eval", *words, "--json", json_file], size, {})
+                ended = commands(folder, ["eval", *words, "--json", json_file], size, quiet)
                 found[f"{name} {size}"] = [asdict(one) for one in ended]
+    for size in (1, 2):
+        words = ["report", *apart, *shape, "-o", str(folder / f"report-{size}.html")]
+        found[f"reported {size}"] = [asdict(one) for one in commands(folder, words, size, quiet)]
     recipes = "rtn,mxrot,duquant++,mr-gptq-128"  # blocks of 128 are too large for the last
     words = [
         "compare",
@@ -55,8 +62,9 @@ def main(folder: Path) -> None:
     words += ["--seq-len", str(LENGTH), "--calib", str(folder / "text.txt"), "--text", str(folder / "text.txt")]
     for size, work, more in ((1, "one", []), (2, "two", []), (2, "two", ["--resume"]), (3, "one", ["--resume"])):
         name = f"compared {size}{' again' if more else ''}"
-        places = ["--json", str(folder / f"{name}.json"), "--work", str(folder / f"work-{work}"), *more]
-        found[name] = [asdict(one) for one in commands(folder, [*words, *places], size, {})]
+        places = ["--json", str(folder / f"{name}.json"), "--csv", str(folder / f"{name}.csv")]
+        places += ["--work", str(folder / f"work-{work}"), *more]
+        found[name] = [asdict(one) for one in commands(folder, [*words, *places], size, quiet)]
     # What a run that was interrupted has kept: half of the answers.
     kept = (folder / "asked-1.json.kept").read_text().splitlines()
     (folder / "asked-2.json.partial").write_text("\n".join(kept[: len(kept) // 2]) + "\n")

@@ -1,4 +1,4 @@
-"""`mxrot eval` and `compare` as several processes: the figures of one."""
+"""`mxrot eval`, `report` and `compare` as several processes: the figures of one."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def test_several_give_the_figures_of_one(folder: Path, outcomes: dict[str, Any])
         look_at_perplexity_and_divergence(folder, outcomes, size)
     look_at_tasks(folder, outcomes)
     look_at_a_comparison(folder, outcomes)
+    pytest.importorskip("matplotlib")
+    look_at_a_report(folder, outcomes)
 
 
 def look_at_perplexity_and_divergence(folder: Path, outcomes: dict[str, Any], size: int) -> None:
@@ -65,3 +67,12 @@ def look_at_a_comparison(folder: Path, outcomes: dict[str, Any]) -> None:
         assert again == name.endswith("again")
         assert not any(one["text"].strip() for one in outcomes[name][1:])
     assert not (folder / "work-two" / "original").exists()
+
+
+def look_at_a_report(folder: Path, outcomes: dict[str, Any]) -> None:
+    """The page of one process, from the first; the others measure, and say nothing."""
+    for size in (1, 2):
+        assert [one["code"] for one in outcomes[f"reported {size}"]] == [0] * size, outcomes[f"reported {size}"]
+    one, two = ((folder / f"report-{size}.html").read_text() for size in (1, 2))
+    assert one == two and "KL" in one
+    assert not outcomes["reported 2"][1]["text"]

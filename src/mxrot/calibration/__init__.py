@@ -16,7 +16,7 @@ from mxrot.calibration.statistics import (
     LargestMagnitude,
     RowSample,
 )
-from mxrot.calibration.world import ONE, World
+from mxrot.calibration.world import ONE, SideBySide, World
 
 __all__ = [
     "COLLECTORS",
@@ -31,6 +31,7 @@ __all__ = [
     "Manner",
     "Routing",
     "RowSample",
+    "SideBySide",
     "World",
     "block_arguments",
     "first_executor",

@@ -45,7 +45,7 @@ def first_executor(
     for batch in batches:
         hidden = first_hidden(model, family, batch)
         if not kept:
-            placement = Placement.of_states(device, tokens * hidden.shape[-1] * hidden.element_size(), world.size)
+            placement = Placement.of_states(device, tokens * hidden.shape[-1] * hidden.element_size(), world.peers.size)
         kept.append(placement.put(hidden))
     return Executor(kept, arguments, placement, world, groups=None if groups is None else ranges)
 

@@ -48,6 +48,11 @@ class World(ABC):
     device: torch.device | None = None
     """Where this process computes; None where that is not the world's to say."""
 
+    @property
+    def peers(self) -> World:
+        """All processes that come to the same results, whether they share windows or not."""
+        return self
+
     @abstractmethod
     def sum(self, tensor: Tensor | None) -> Tensor:
         """The sum over all processes, in the type of `tensor`; its order depends on their number alone."""
@@ -113,6 +118,21 @@ class OneProcess(World):
 
 
 ONE = OneProcess()
+
+
+class SideBySide(OneProcess):
+    """Processes that do the same, each with all windows, and with the bits of one process: nothing is reduced.
+
+    What any of them could do, and what the first one keeps, goes through their `peers`.
+    """
+
+    def __init__(self, peers: World) -> None:
+        self._peers, self.device = peers, peers.device
+
+    @property
+    def peers(self) -> World:
+        """Those that stand side by side."""
+        return self._peers
 
 
 class ProcessWorld(World):

@@ -99,16 +99,17 @@ def compare(
     caches = chosen_caches(kv, kv_transform, kv_first, kv_last)
     if not chosen and not caches:
         raise ConfigError("--recipes none: compares nothing; name recipes, or caches with --kv")
-    check_file("--csv", csv_file)
     check_plot(plot)
-    check_file("--plot", plot)
     model = with_revision(model, revision)
     needs_text = any(not recipe.is_data_free for recipe in chosen) or any(cache.needs_text for cache in caches)
     with joined(device) as world:
         with looks(world):
+            if not world.rank:
+                check_file("--csv", csv_file)
+                check_file("--plot", plot)
             texts = loaded_texts("--text", text)
             calibration = loaded_texts("--calib", calib) if needs_text else None
-            prepare(model, device, json_file)
+            prepare(model, device, None if world.rank else json_file)
             loaded = chosen_tasks(tasks, task_data, limit)
         device = own_device(world, device)
         names = ", ".join([*(recipe.name for recipe in chosen), *(f"KV {cache.label}" for cache in caches)])

@@ -86,7 +86,7 @@ def evaluate(
         with looks(world):
             texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))
             asked = cache_asked_for(kv, kv_transform, kv_first, kv_last, calib, seq_len)
-            prepare(model, device, json_file)
+            prepare(model, device, None if world.rank else json_file)
             asked.check(model)
             if against is not None:
                 prepare(against, device, None)

@@ -93,7 +93,7 @@ def announce(line: str) -> None:
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """ConfigError unless a file can be written there, found out before the work."""
+    """ConfigError unless a file can be written there, found out before the work; by one process, which tries it."""
     if path is None:
         return
     folder = path.absolute().parent

@@ -67,8 +67,9 @@ def quantize(
     with joined(device) as world:
         with looks(world):
             texts = None if chosen.is_data_free else loaded_texts("--calib", calib)
-            watch = chosen_watch(limit, metrics, tensorboard, output, resume)
-            prepare(model, device, json_file)
+            writes = not world.rank
+            watch = chosen_watch(limit, metrics if writes else None, tensorboard if writes else None, output, resume)
+            prepare(model, device, json_file if writes else None)
         device = own_device(world, device)
         task = f"{model}, {where(device)}, {_calibration(chosen, samples, seq_len)}, into {output}"
         title = f"Quantizing with {chosen.name}"

@@ -18,6 +18,7 @@ from mxrot.commands.options import (
     where,
     with_revision,
 )
+from mxrot.commands.processes import looks, own_device, told
 from mxrot.errors import ConfigError
 
 
@@ -43,40 +44,43 @@ def report(
     device: Device = None,
     verify: Verify = None,
 ) -> None:
-    """Write a checkpoint's report: one HTML file."""
+    """Write a checkpoint's report: one HTML file.
+
+    With torchrun several processes share what is measured.
+    """
     from mxrot.checkpoint import write_metrics
     from mxrot.checkpoint.named_file import write_named
     from mxrot.models import find_model
-    from mxrot.report import check_matplotlib, page, pictures, progress_on_stderr, read_results, write_files
+    from mxrot.ranks import joined
+    from mxrot.report import check_matplotlib, page, pictures, read_results, write_files
     from mxrot.report import measuring as reporting
 
     check_matplotlib()
-    _check_places(output, plots)
     if baseline is not None and results is None:
         raise ConfigError("--baseline: give the figures of the checkpoint with --results, too")
-    loaded_texts("--text", text)  # found out at once
-    model = with_revision(model, revision)
-    prepare(model, device, None)
-    if against is not None:
-        prepare(against, device, None)
-    request = reporting.Request(
-        model,
-        against,
-        text,
-        windows,
-        seq_len,
-        sites,
-        None if results is None else read_results(results),
-        None if baseline is None else read_results(baseline),
-        verify,
-    )
-    with progress_on_stderr("Reporting", f"{model}, {where(device)}, into {output}") as told:
-        contents = reporting.gather(request, device, told)
-        drawn = pictures(contents)
-        written = page(contents, drawn)
-        write_named(output, written.encode())
-        if plots is not None:
-            write_files(plots, drawn)
+    with joined(device) as world:
+        with looks(world):
+            if not world.rank:
+                _check_places(output, plots)
+            loaded_texts("--text", text)  # found out at once
+            model = with_revision(model, revision)
+            prepare(model, device, None)
+            if against is not None:
+                prepare(against, device, None)
+            measured = None if results is None else read_results(results)
+            of_original = None if baseline is None else read_results(baseline)
+        device = own_device(world, device)
+        request = reporting.Request(model, against, text, windows, seq_len, sites, measured, of_original, verify)
+        with told(world, "Reporting", f"{model}, {where(device)}, into {output}") as progress:
+            contents = reporting.gather(request, device, progress)
+            if contents is not None:
+                drawn = pictures(contents)
+                written = page(contents, drawn)
+                write_named(output, written.encode())
+                if plots is not None:
+                    write_files(plots, drawn)
+    if contents is None:
+        return
     print(f"{output}: {len(written.encode()) / 1e6:.1f} MB")
     if plots is not None:
         print(f"{plots}: {len(drawn)} pictures, each as PNG and SVG")

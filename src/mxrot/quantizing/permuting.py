@@ -85,7 +85,7 @@ def find_orders(
     `blocks` have no weights; `executor` stands before the first one, and runs them all. NumericsError with the name of
     a linear whose inputs are not finite on the calibration text.
     """
-    ffn, of_heads = Orders(run.world), Orders(run.world)
+    ffn, of_heads = Orders(run.world.peers), Orders(run.world.peers)
     for index, block in enumerate(blocks):
         prefix = run.family.block_prefix(index)
         progress(index, len(blocks), f"{prefix}: order of its channels")

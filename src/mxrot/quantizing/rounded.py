@@ -184,7 +184,8 @@ def _statistics(run: BlockRun, part: Part, site: Site, transform: SiteTransform 
         groups = {name: own for name, own in executor.groups.items() if executor.tokens_of(own)}
         fitted, folds = folds_of({name: moments(own) for name, own in groups.items()}, requirements)
         by, name = scheme.weights, f"{part.name}.{site.linears[0]}"
-        spread = None if run.world.size == 1 else run.world.spread
+        peers = run.world.peers
+        spread = None if peers.size == 1 else peers.spread
         method = method.chosen(folds, weights.all_folded(), by.format, by.rule, name, spread)
         del folds  # and with them what was held out
         found = Moments.together(fitted)

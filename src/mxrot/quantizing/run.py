@@ -94,8 +94,9 @@ def quantize(
     in the checkpoint's own type on a GPU and in float32 on a CPU; everything a checkpoint keeps is rounded to its
     type either way, so that a reloaded model is the same model. With a `store`, finished blocks go there. `beside` is
     shown each site of a block that is quantized here, but those of experts that share one. The processes of `world`
-    call this together, each with all windows, and take their shares; the first one alone has the store and writes text,
-    and all come to the same model. `watch` hears of finished blocks, and may end the run with a TimeLimitError.
+    call this together, each with all windows, and take their shares (side by side each takes all of them); the first
+    one alone has the store and writes text, and all come to the same model. `watch` hears of finished blocks, and may
+    end the run with a TimeLimitError.
 
     Raises ConfigError and FamilyError before any weight is read, NumericsError with the layer's name.
     """
@@ -105,7 +106,7 @@ def quantize(
     job = _checked(source, recipe, device, seed, store, progress, windows, world)
     if given is None:
         given = 0 if windows is None else len(windows)
-    watch = watched(watch, job.run.world, job.is_stored)
+    watch = watched(watch, job.run.world.peers, job.is_stored)
     job = replace(job, run=replace(job.run, beside=beside, watch=watch))
     job, rotation_losses = _rotated(job, windows)
     windows = _calibration_windows(job, windows)
@@ -197,7 +198,7 @@ def _checked(
         raise too_large
     install_attention(model, scheme, source.family)
     run = BlockRun(recipe, source, device, dtype, seed, scheme, world=world)
-    return _Job(run, model, store, progress, world.hand_out(store is not None))
+    return _Job(run, model, store, progress, world.peers.hand_out(store is not None))
 
 
 def _check_own_text(recipe: Recipe) -> None:
@@ -229,7 +230,7 @@ def _permuted(job: _Job, windows: Tensor | None, given: int) -> _Job:
         return job
     assert windows is not None
     checkpoint = None if job.store is None else job.store.orders_checkpoint
-    orders = run.world.hand_out(None if checkpoint is None else checkpoint.load())
+    orders = run.world.peers.hand_out(None if checkpoint is None else checkpoint.load())
     if orders is None:
         groups = window_groups(len(windows), given, run.recipe.calibration.held_out) or {}
         fitted = [places for name, places in groups.items() if not name.startswith(HELD)]
@@ -247,7 +248,7 @@ def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
     choice = job.run.recipe.calibration
     if windows is None or not choice.writes:
         return windows
-    world = job.run.world
+    world = job.run.world.peers
     kept = world.hand_out(job.store.load_windows("calibration") if job.store else None)
     if kept is not None:
         return kept
@@ -316,13 +317,14 @@ def _next_block(job: _Job, index: int, block: nn.Module, streams: _Streams | Non
     run, family = job.run, job.run.family
     told = part_of(job.progress, index, 1, len(job.blocks), "blocks")
     told(0, 1, family.block_prefix(index))
-    finished = run.world.hand_out(job.store.load(index) if job.store and not run.recipe.tunes_network else None)
+    kept = job.store.load(index) if job.store and not run.recipe.tunes_network else None
+    finished = run.world.peers.hand_out(kept)
     run.source.prefetch(index + 1)
     executor, original = (None, None) if streams is None else (streams.executor, streams.original)
     with named_failures(family.block_prefix(index)):
         if finished is None:
             report = quantize_block(run, index, block, executor, original, told)
-            check_alike(block, family.block_prefix(index), run.world)
+            check_alike(block, family.block_prefix(index), run.world.peers)
         else:
             tensors, report = finished
             if original is not None and not run.is_last(index):

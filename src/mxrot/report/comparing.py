@@ -114,12 +114,9 @@ def compare_recipes(
 
 @contextmanager
 def _work_place(work: Path | None, world: World) -> Iterator[WorkFolder]:
-    """The folder that was given, or one that is gone afterwards. The first process alone locks it for all."""
-    if work is not None and world.rank:
-        yield WorkFolder(work)
-        return
+    """The folder that was given, or one that is gone afterwards."""
     if work is not None:
-        with WorkFolder.opened(work) as place:
+        with WorkFolder.opened(work, world) as place:
             yield place
         return
     with tempfile.TemporaryDirectory(prefix="mxrot-compare-") as made:

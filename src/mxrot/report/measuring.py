@@ -22,6 +22,7 @@ from mxrot.layers.cache_size import CacheSize, cache_of
 from mxrot.models import Family, find_family, find_model, read_config
 from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.progress import Progress, silent
+from mxrot.ranks import current
 from mxrot.recipe import Recipe
 from mxrot.report import Contents, metrics_of
 from mxrot.rules import Rules
@@ -57,17 +58,24 @@ class Request:
     """Compare the SHA-256 of the checkpoint's files first; None for the default by their size."""
 
 
-def gather(request: Request, device: str | None = None, progress: Progress = silent) -> Contents:
-    """Measure and look; ConfigError and CheckpointError before any weight is read where that is possible."""
+def gather(request: Request, device: str | None = None, progress: Progress = silent) -> Contents | None:
+    """Measure and look; ConfigError and CheckpointError before any weight is read where that is possible.
+
+    Processes that are joined (mxrot.ranks) share what is measured. The first one alone looks, and the others get None.
+    """
+    world = current()
     if request.baseline is not None and request.results is None:
         raise ConfigError("the figures of the original need those of the checkpoint beside them")
     metrics = None if request.results is None else metrics_of(request.results, request.baseline)
-    folder = find_model(request.model)
-    run, recipe = read_records(folder)
-    config = read_config(folder)
-    family = find_family(config, request.model)
-    chosen = sites_that_match(Rules(recipe, family, config.num_hidden_layers), request.sites)
-    texts = load_texts(list(request.texts), "evaluation")
+    with world.first_goes_ahead():
+        folder = find_model(request.model)
+        run, recipe = read_records(folder)
+        config = read_config(folder)
+        family = find_family(config, request.model)
+        chosen = sites_that_match(Rules(recipe, family, config.num_hidden_layers), request.sites)
+        texts = load_texts(list(request.texts), "evaluation")
+    if world.rank and metrics is not None:
+        return None
     count = max(1, min(request.windows, TOKENS_LOOKED_AT // request.seq_len))
     looked_at = api.read_texts(folder, texts[0], windows=count, seq_len=request.seq_len)[0]
     windows = looked_at.ids
@@ -81,6 +89,8 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
     if metrics is None:
         assert read is not None
         metrics = _measured(read, model, original, tokenizer, progress)
+    if world.rank:
+        return None
     before, after = _views(recipe, family, windows, model, original, progress)
     seen = {name: view for name, view in before.items() if name in after}
     for name in chosen:

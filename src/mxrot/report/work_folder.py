@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mxrot.cache import cache_folder
+from mxrot.calibration import ONE, World
 from mxrot.checkpoint.fingerprint import hash_model
 from mxrot.checkpoint.lock import held
 from mxrot.checkpoint.named_file import write_named
@@ -41,11 +42,14 @@ class WorkFolder:
 
     @classmethod
     @contextmanager
-    def opened(cls, folder: Path) -> Iterator[WorkFolder]:
-        """The folder, made where it is not there, for this process alone.
+    def opened(cls, folder: Path, world: World = ONE) -> Iterator[WorkFolder]:
+        """The folder, made where it is not there, for this process alone; of several, the first one holds it for all.
 
         ConfigError if it is a file, CheckpointError if another process works there.
         """
+        if world.rank:
+            yield cls(folder)
+            return
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"--work {folder}: is a file; name a folder")
         folder.mkdir(parents=True, exist_ok=True)

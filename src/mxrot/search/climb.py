@@ -12,7 +12,7 @@ share of the bits that may be spent is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,10 @@ class Ruler(Protocol):
 
     def kl(self, mixture: Mixture, stage: str) -> float:
         """From the original, nats a token."""
+
+    def expect(self, mixtures: Sequence[Mixture], stage: str) -> None:
+        """The first of these will be asked for next, and probably those behind it in their order: a ruler that measures
+        several at once may do so now."""
 
     def settle(self, mixture: Mixture) -> None:
         """What follows will differ from this one in little."""
@@ -59,15 +63,25 @@ class Alone:
         base = ruler.kl({}, "nothing raised")
         ruler.settle({})
         last = choices[-1]
-        blocks = {block: ruler.kl(costs.all_of(last, block=block), "a block") for block in reversed(costs.blocks)}
+        blocks = {block: costs.all_of(last, block=block) for block in reversed(costs.blocks)}
         kinds = {
-            (kind, choice): ruler.kl(costs.all_of(choice, kind=kind), "a kind")
+            (kind, choice): costs.all_of(choice, kind=kind)
             for choice in choices
             for kind in costs.kinds
             if costs.all_of(choice, kind=kind)
         }
-        uniform = {choice: ruler.kl(costs.all_of(choice), "everything") for choice in choices}
-        return Alone(base, uniform, kinds, dict(sorted(blocks.items())), last)
+        uniform = {choice: costs.all_of(choice) for choice in choices}
+        left = [*blocks.values(), *kinds.values(), *uniform.values()]  # neighbours take about the same time
+
+        def kl(mixture: Mixture, stage: str) -> float:
+            ruler.expect(left, stage)
+            left.pop(0)
+            return ruler.kl(mixture, stage)
+
+        of_blocks = {block: kl(mixture, "a block") for block, mixture in blocks.items()}
+        of_kinds = {raised: kl(mixture, "a kind") for raised, mixture in kinds.items()}
+        of_all = {choice: kl(mixture, "everything") for choice, mixture in uniform.items()}
+        return Alone(base, of_all, of_kinds, dict(sorted(of_blocks.items())), last)
 
     def believed(self, costs: Costs) -> dict[Move, float]:
         """The gain of each single raise from nothing raised, in nats a token, as kinds and blocks make believe."""
@@ -121,9 +135,12 @@ class Climb:
             open_moves = [move for move, gain in gains.items() if gain > 0 and self._fits(chosen, move)]
             if not open_moves:
                 return None
-            best = max(open_moves, key=lambda move: self._rate(chosen, move, gains[move]))
+            ordered = sorted(open_moves, key=lambda move: self._rate(chosen, move, gains[move]), reverse=True)
+            best = ordered[0]
             if best in looked:
                 return best, looked[best]
+            others = [move for move in ordered if move not in looked][: WITHOUT_GAIN - len(looked)]
+            self.ruler.expect([{**chosen, cell: choice} for cell, choice in others], "candidate")
             gains[best] = looked[best] = now - self.ruler.kl({**chosen, best[0]: best[1]}, "candidate")
             if len(looked) >= LOOKS and max(looked.values()) > 0:
                 best = max(looked, key=lambda move: self._rate(chosen, move, looked[move]))

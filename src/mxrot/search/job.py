@@ -1,17 +1,21 @@
 """The heavy steps of a search: quantizing, and opening models. One of them is in memory at a time, and the original's
-head."""
+head; of several processes in each."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxrot import api, quantizing
+from mxrot.calibration import SideBySide
+from mxrot.errors import NumericsError
 from mxrot.evaluation import KeptOriginal
 from mxrot.evaluation.perplexity import states_of
 from mxrot.layers import build_apart
@@ -24,9 +28,10 @@ from mxrot.search.bits import Costs, Limits
 from mxrot.search.choices import everywhere
 from mxrot.search.found import Kl
 from mxrot.search.kept import KeptSearch
-from mxrot.search.meter import Original
+from mxrot.search.meter import NOT_FINITE, Original
 from mxrot.search.raised import RaisedModel, is_finished
 from mxrot.search.roundings import OtherRoundings
+from mxrot.search.shares import figures_of
 from mxrot.tokenizing import Calibration
 
 
@@ -52,12 +57,15 @@ class SearchJob:
 
     def quantize_all_ways(self) -> None:
         """Quantize the model, and round every site in all ways, unless that is done."""
-        raises = {cell: list(choices) for cell, choices in self.costs.added.items()}
-        if is_finished(self.kept, self.source.family, self.blocks) and self.kept.has_sites(raises):
+        raises, world = {cell: list(choices) for cell, choices in self.costs.added.items()}, self.kept.world
+        family = self.source.family
+        is_done = not world.rank and is_finished(self.kept, family, self.blocks) and self.kept.has_sites(raises)
+        if world.hand_out(is_done):
             return
-        store = self.kept.store(self.source.family, self.blocks)
+        store = None if world.rank else self.kept.store(family, self.blocks)
         beside = OtherRoundings(raises, build_apart(self.source.config), self.kept)
         self._quantize(self.calibration.recipe, self.calibration.windows, store=store, beside=beside)
+        world.count(0)  # the first process has written everything
         let_go()
 
     def originals(self, parts: Sequence[Tensor]) -> list[Original]:
@@ -87,20 +95,26 @@ class SearchJob:
         names = [f"quantized by {digest}: {number}" for number in range(len(originals))]
         if not all(name in self.kept.measured for name in names):
             let_go()
-            windows = self.kept.store(self.source.family, self.blocks).load_windows("calibration")
+            store, world = self.kept.store(self.source.family, self.blocks), self.kept.world
+            windows = world.hand_out(None if world.rank else store.load_windows("calibration"))
             if windows is None:
                 windows = self.calibration.windows
             else:  # those that the original has written among them
                 recipe = replace(recipe, calibration=replace(recipe.calibration, generated=0.0))
             model = self._quantize(recipe, windows).model
             assert model is not None
-            for name, original in zip(names, originals, strict=True):
-                self.kept.note(name, original.kl(model))
-            del model
+            tasks = [partial(original.kl, model) for original in originals]
+            found = figures_of(tasks, world)
+            del model, tasks
+            if any(math.isnan(value) for figures in found for value in figures):
+                with world.first_goes_ahead():
+                    raise NumericsError(NOT_FINITE)
+            for name, figures in zip(names, found, strict=True):
+                self.kept.note(name, figures)
             let_go()
         return [Kl(tuple(self.kept.measured[name])) for name in names]
 
     def _quantize(self, recipe: Recipe, windows: Tensor | None, **more: Any) -> quantizing.QuantizedModel:
-        return quantizing.quantize(
-            self.source, recipe, windows=windows, device=self.device, seed=self.seed, progress=self.progress, **more
-        )
+        world = self.kept.world
+        more |= {"progress": self.progress, "world": world if world.size == 1 else SideBySide(world)}
+        return quantizing.quantize(self.source, recipe, windows=windows, device=self.device, seed=self.seed, **more)

@@ -2,7 +2,8 @@
 
 A folder is for one model, recipe, calibration text, seed, device and set of choices, by whose hash it is called; the
 budget is no part of it, so that a search with another one goes on from what is there. A block is finished when its note
-is there (checkpoint/partial.py), and the other roundings of its sites are written before that.
+is there (checkpoint/partial.py), and the other roundings of its sites are written before that. Of several processes the
+first one writes the model and what was measured, and each the sites that it has rounded: all have to see the folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mxrot.calibration import ONE, World
 from mxrot.checkpoint.files import write_tensors
 from mxrot.checkpoint.partial import PartialCheckpoint
 from mxrot.models import Family
@@ -27,16 +29,22 @@ from mxrot.search.choices import Choice
 class KeptSearch:
     """What one search has on disk."""
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], resume: bool) -> None:
-        """Of the search that `key` describes, in `folder`; without `resume` it is begun anew."""
+    def __init__(self, folder: Path, key: Mapping[str, Any], resume: bool, world: World = ONE) -> None:
+        """Of the search that `key` describes, in `folder`; without `resume` it is begun anew. The processes of `world`
+        work from it together."""
+        self.world = world
         text = json.dumps(key, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
+        self._log = self.folder / "measured.jsonl"
+        self.measured = world.hand_out({} if world.rank else self._begun(resume))
+        """Lists of KL, one a window, by what was measured."""
+
+    def _begun(self, resume: bool) -> dict[str, list[float]]:
+        """What was measured before, in a folder that is there."""
         if not resume:
             shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "model").mkdir(parents=True, exist_ok=True)
-        self._log = self.folder / "measured.jsonl"
-        self.measured = _lines(self._log)
-        """Lists of KL, one a window, by what was measured."""
+        return _lines(self._log)
 
     def store(self, family: Family, blocks: int) -> PartialCheckpoint:
         """Where the model with nothing raised is kept."""
@@ -57,8 +65,10 @@ class KeptSearch:
         return all(self._path(cell, choice).exists() for cell, choices in raises.items() for choice in choices)
 
     def note(self, what: str, kl: Sequence[float]) -> None:
-        """A measurement, kept whatever ends the search."""
+        """A measurement that all processes know, kept whatever ends the search."""
         self.measured[what] = list(kl)
+        if self.world.rank:
+            return
         with self._log.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps({"what": what, "kl": list(kl)}))  # behind a line that has no end, too
 

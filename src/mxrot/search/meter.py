@@ -1,13 +1,16 @@
 """KL of mixtures on a few windows, with no more computed than changes.
 
 Blocks before the first one that is raised give what they gave before: what goes into each block is kept of the mixture
-that was settled last, and a pass begins where another one differs from it.
+that was settled last, and a pass begins where another one differs from it. Several processes measure several mixtures
+at once, each with a model of its own, and all know every figure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,9 @@ from mxrot.progress import Progress
 from mxrot.search.bits import Mixture, spelled
 from mxrot.search.kept import KeptSearch
 from mxrot.search.raised import RaisedModel
+from mxrot.search.shares import figures_of
+
+NOT_FINITE = "the logits of a mixture hold NaN or Inf; nothing can be compared"
 
 
 class Original:
@@ -40,7 +46,7 @@ class Original:
         means = [means_of_states(model, hidden, self.head, wanted, ids)[0] for hidden, wanted, ids in with_original]
         found: list[float] = torch.cat(means).double().tolist()
         if not all(value < float("inf") for value in found):
-            raise NumericsError("the logits of a mixture hold NaN or Inf; nothing can be compared")
+            raise NumericsError(NOT_FINITE)
         return found
 
 
@@ -58,6 +64,8 @@ class Meter:
         self._wanted: Mixture | None = None
         """What shall be settled before the next pass."""
         self._settled: Mixture = {}
+        self._broken: set[str] = set()
+        """What gives no figures; an error once it is asked for."""
         self._entries: list[list[Tensor]] = []
         """By batch, what goes into each block of the mixture that is settled; empty where none is."""
         self.stages: dict[str, tuple[Mixture, str]] = {}
@@ -70,17 +78,56 @@ class Meter:
 
     def values(self, mixture: Mixture, stage: str) -> list[float]:
         """Of each window."""
-        what = f"{self._name}: {spelled(mixture)}"
+        what = self._what(mixture)
         self.stages.setdefault(spelled(mixture), (dict(mixture), stage))
-        count = len(self.stages)
-        self._progress(count, max(self._about, count + 1), f"measuring {stage}")
-        if what not in self._kept.measured:
-            self._kept.note(what, self._measured(mixture))
+        self._tell(len(self.stages), stage)
+        if not self._knows(mixture):
+            self._measure([mixture])
+        if what in self._broken:
+            with self._kept.world.first_goes_ahead():  # of all, which know it, one says it
+                raise NumericsError(NOT_FINITE)
         return self._kept.measured[what]
+
+    def values_of(self, mixtures: Mapping[str, Mixture]) -> dict[str, list[float]]:
+        """The same of several, by the stages that ask for them."""
+        found: dict[str, list[float]] = {}
+        left = list(mixtures.values())
+        for stage, mixture in mixtures.items():
+            self.expect(left[len(found) :], stage)
+            found[stage] = self.values(mixture, stage)
+        return found
+
+    def expect(self, mixtures: Sequence[Mixture], stage: str) -> None:
+        """Of several processes each measures one of these that are not known, unless the first is: it alone is needed
+        for sure. What they measure beyond that is known when it is asked for, and no part of the search before."""
+        if self._kept.world.size == 1 or not mixtures or self._knows(mixtures[0]):
+            return
+        unknown = {spelled(mixture): mixture for mixture in mixtures if not self._knows(mixture)}
+        self._tell(len(self.stages) + 1, stage)
+        self._measure([*unknown.values()][: self._kept.world.size])
 
     def settle(self, mixture: Mixture) -> None:
         """Passes begin from what goes into the blocks of this one."""
         self._wanted = dict(mixture)
+
+    def _tell(self, count: int, stage: str) -> None:
+        self._progress(count, max(self._about, count + 1), f"measuring {stage}")
+
+    def _what(self, mixture: Mixture) -> str:
+        return f"{self._name}: {spelled(mixture)}"
+
+    def _knows(self, mixture: Mixture) -> bool:
+        what = self._what(mixture)
+        return what in self._kept.measured or what in self._broken
+
+    def _measure(self, mixtures: Sequence[Mixture]) -> None:
+        """As many as there are processes at most; all of these have to come here."""
+        tasks = [partial(self._measured, mixture) for mixture in mixtures]
+        for mixture, figures in zip(mixtures, figures_of(tasks, self._kept.world), strict=True):
+            if any(map(math.isnan, figures)):
+                self._broken.add(self._what(mixture))
+            else:
+                self._kept.note(self._what(mixture), figures)
 
     @torch.no_grad()
     def _measured(self, mixture: Mixture) -> list[float]:

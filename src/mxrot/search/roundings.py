@@ -3,6 +3,8 @@
 Every other way sees what the site sees as it is quantized: the inputs behind quantized blocks with nothing raised, its
 own transform fitted to them, and, with GPTQ, the Hessian of these inputs as they come out of its own format. It is what
 quantizing with that site alone raised would give. What follows it is not rounded again.
+
+Of several processes, which all have the same inputs, each rounds some sites in some ways.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxrot.calibration import RowSample
+from mxrot.calibration import ONE, RowSample
 from mxrot.cuda_graphs import Replays
 from mxrot.formats import QTensor
 from mxrot.formats.quantizer import PACKED, PART
@@ -26,6 +28,7 @@ from mxrot.scheme import Scheme, scheme_name
 from mxrot.search.bits import Cell
 from mxrot.search.choices import Choice, everywhere
 from mxrot.search.kept import KeptSearch
+from mxrot.search.shares import Turns
 from mxrot.transforms import SiteTransform
 
 
@@ -36,10 +39,13 @@ class OtherRoundings:
         """`model` is a skeleton."""
         self._raises, self._model, self._kept = raises, model, kept
         self._runs: dict[Choice, BlockRun] = {}
+        self._turns = Turns(kept.world.size)
 
     def __call__(self, run: BlockRun, part: Part, site: Site, scales: Tensor | None) -> None:
         cell = Cell(site.group, part.index)
-        for choice in self._raises[cell]:
+        choices = self._raises[cell]
+        turns = self._turns.of(len(choices), sum(part.weights[linear].numel() for linear in site.linears))
+        for choice in (one for one, rank in zip(choices, turns, strict=True) if rank == self._kept.world.rank):
             other = self._other(run, choice)
             transform = fit_transform(other, part, site, scales, RowSample(1))
             rounded = round_site(other, part, site, transform)
@@ -51,7 +57,7 @@ class OtherRoundings:
         if choice not in self._runs:
             recipe = everywhere(run.recipe, choice)
             scheme = Scheme.of(recipe, run.family, self._model)
-            self._runs[choice] = replace(run, recipe=recipe, scheme=scheme, replay=Replays(), beside=None)
+            self._runs[choice] = replace(run, recipe=recipe, scheme=scheme, replay=Replays(), beside=None, world=ONE)
         return self._runs[choice]
 
 

@@ -4,6 +4,9 @@ One pass quantizes the model by the recipe, and rounds each site in every other 
 are raised in the model that is in memory and put back, and each mixture is measured (climb.py, meter.py). What was
 found is quantized once more from the original, as `mxrot quantize` would by the recipe that is written, and measured on
 windows that the search has not seen.
+
+Several processes quantize side by side, and share other roundings and measurements (shares.py). Each figure has the
+bits of one process, and so has the recipe.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from mxrot.layers import build_apart
 from mxrot.models import FolderSource, find_model
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.problems import find_problems
+from mxrot.ranks import current
 from mxrot.recipe import Recipe
 from mxrot.report.work_folder import WorkFolder
 from mxrot.search.bits import Cell, Costs, Limits, Mixture
@@ -59,33 +63,43 @@ def search(
     """The best mixture under `limits` that measuring finds; `texts` give `windows` windows each to search with, and the
     next as many to judge by.
 
-    What is kept in the folder `work` is gone on from with `resume`, under the same limits or others. ConfigError before
-    any weight is read for what cannot be searched.
+    What is kept in the folder `work` is gone on from with `resume`, under the same limits or others. Processes that are
+    joined (mxrot.ranks) share the work, and all come to the same. ConfigError before any weight is read for what cannot
+    be searched.
     """
+    world = current()
     folder = find_model(model)
     source = FolderSource(folder, model)
-    costs = _checked(source, recipe, choices, limits)
+    with world.first_goes_ahead():
+        costs = _checked(source, recipe, choices, limits, world.size)
     read = api.read_texts(folder, texts, windows=2 * windows, seq_len=seq_len, progress=progress)
     parts = _halves(read, windows)
     calibration = api.calibrate(folder, recipe, calib, samples, seq_len, progress)
     where = torch.device(device or api.default_device())
-    with WorkFolder.opened(work) as place:
-        hashes = place.hashes(folder, progress)
+    with WorkFolder.opened(work, world) as place:
+        hashes = world.hand_out({} if world.rank else place.hashes(folder, progress))
         key = {
             "made": fingerprint_of(hashes, {}, calibration.recipe, calibration.windows, where, seed),
             "choices": sorted(choice.spelled for choice in choices),
             "measured": [hashlib.sha256(ids.numpy().tobytes()).hexdigest() for ids in parts],
         }
-        kept = KeptSearch(place.folder, key, resume)
+        kept = KeptSearch(place.folder, key, resume, world)
         if resume and kept.measured:
             announce(f"{len(kept.measured)} measurements were made before, and are taken from {kept.folder}")
         job = SearchJob(model, source, recipe, costs, limits, calibration, where, seed, kept, progress)
         job.quantize_all_ways()
-        return _found(job, read, parts)
+        found = _found(job, read, parts)
+        world.count(0)  # nobody needs the folder any more
+        return found
 
 
-def _checked(source: FolderSource, recipe: Recipe, choices: Sequence[Choice], limits: Limits) -> Costs:
+def _checked(source: FolderSource, recipe: Recipe, choices: Sequence[Choice], limits: Limits, processes: int) -> Costs:
     """What every raise costs; ConfigError for what cannot be searched, before any weight is read."""
+    if recipe.trains_rotations and processes > 1:
+        raise ConfigError(
+            f"recipe {recipe.name}: {processes} processes do not share the training of rotations; set rotation.steps = "
+            "0, or start one process"
+        )
     if recipe.tuning is not None:
         raise ConfigError(
             f"recipe {recipe.name}: search raises what is rounded once, and this recipe is tuned; search with --set "
@@ -174,12 +188,14 @@ def _best(job: SearchJob, meter: Meter, alone: Alone) -> dict[Cell, Choice]:
 
 def _rows(costs: Costs, mixtures: Mapping[str, Mixture], meter: Meter, judge: Meter | None) -> list[Row]:
     """A row for each, by its label."""
+    seen = meter.values_of(mixtures)
+    unseen = {} if judge is None else judge.values_of(mixtures)
     return [
         Row(
             label,
             costs.bits(mixture),
-            Kl(tuple(meter.values(mixture, label))),
-            None if judge is None else Kl(tuple(judge.values(mixture, label))),
+            Kl(tuple(seen[label])),
+            Kl(tuple(unseen[label])) if label in unseen else None,
         )
         for label, mixture in mixtures.items()
     ]

@@ -10,7 +10,8 @@ from tests.unit.calibration.two_processes import of_two_processes
 from tests.unit.surgery.tiny_llama import VOCABULARY, first_block, tiny_llama
 from torch import Tensor
 
-from mxrot.calibration import first_executor
+from mxrot.calibration import SideBySide, first_executor
+from mxrot.calibration import first_block as beginning
 from mxrot.calibration.attention_inputs import HeadMoments
 from mxrot.calibration.statistics import (
     BlockMoments,
@@ -26,7 +27,7 @@ from mxrot.calibration.statistics import (
     SpacedBlocks,
     Statistic,
 )
-from mxrot.calibration.world import ONE, World
+from mxrot.calibration.world import ONE, OneProcess, World
 from mxrot.errors import DataError, NumericsError
 from mxrot.models.families.llama import FAMILY as LLAMA
 
@@ -215,3 +216,31 @@ def test_every_statistic_is_among_those_above() -> None:
     }
     bases = {"Summed", "Maximum"}
     assert {kind for kind in concrete(Statistic) if kind.__name__ not in bases} == tried
+
+
+class Four(OneProcess):
+    """Says that it is the third of four."""
+
+    rank, size = 2, 4
+
+    def hand_out(self, value: object) -> str:  # type: ignore[override]
+        return "of the first"
+
+
+def test_side_by_side_nothing_is_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has all windows, as in one process; peers are counted where memory is, and know what the first has."""
+    beside, own = SideBySide(Four()), torch.tensor([1.0, 2.0])
+    assert (beside.rank, beside.size, beside.count(5), beside.before(5)) == (0, 1, 5, 0)
+    assert beside.sum(own) is own and beside.max(own) is own and beside.gather(own) == [own]
+    assert beside.peers.rank == 2 and beside.peers.hand_out(None) == "of the first"  # type: ignore[comparison-overlap]
+    assert ONE.peers is ONE
+    told: list[int] = []
+    placed = beginning.Placement.of_states
+    monkeypatch.setattr(
+        beginning.Placement,
+        "of_states",
+        lambda device, size, processes: told.append(processes) or placed(device, size, processes),
+    )
+    windows = torch.randint(0, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(3))
+    executor = first_executor(tiny_llama(), LLAMA, windows, 2, beside)
+    assert executor.windows == 4 and executor.tokens == 24 and told == [4]

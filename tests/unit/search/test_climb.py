@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -25,10 +26,14 @@ class Made:
     known: Callable[[Mixture], float]
     seen: list[Mixture] = field(default_factory=list)
     settled: list[Mixture] = field(default_factory=list)
+    expected: list[list[Mixture]] = field(default_factory=list)
 
     def kl(self, mixture: Mixture, stage: str) -> float:
         self.seen.append(dict(mixture))
         return self.known(mixture)
+
+    def expect(self, mixtures: Sequence[Mixture], stage: str) -> None:
+        self.expected.append([dict(mixture) for mixture in mixtures])
 
     def settle(self, mixture: Mixture) -> None:
         self.settled.append(dict(mixture))
@@ -139,3 +144,59 @@ def test_few_candidates_are_measured_for_each_that_is_raised() -> None:
     ruler.seen.clear()
     found = Climb(costs, Limits(8.0, None), ruler, believed).run({})
     assert len(found) == 4 and len(ruler.seen) <= 1 + LOOKS * len(found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_expected_first_is_asked_next(seed: int) -> None:
+    """Within a step what follows is what was expected behind it, in that order: measuring it early is no loss."""
+    draws = random.Random(seed)
+    gains, noise = {cell: 0.1 * draws.random() for cell in CELLS}, dict[str, float]()
+
+    def known(mixture: Mixture) -> float:
+        gained = sum(gains[cell] * (1.3 if choice == EIGHT else 1.0) for cell, choice in mixture.items())
+        return 1.0 - gained + noise.setdefault(spelled(mixture), 0.1 * draws.random())
+
+    costs, ruler = costs_of(six=Bits(1.0, 1.0), eight=Bits(2.0, 2.0)), Told(known)
+    believed = Alone.measure(costs, ruler).believed(costs)
+    everything = [mixture for mixture in ruler.told if isinstance(mixture, dict)]
+    assert ruler.expected[0] == everything[1:], "all that is raised alone is expected at once"
+    ruler.told.clear()
+    Climb(costs, Limits(9.0, None), ruler, believed).run({})
+    steps, longest = ruler.steps(), 0
+    assert steps
+    for step in steps:
+        expected, asked = step[0], step[1::2]
+        assert asked == expected[: len(asked)]
+        assert step[::2] == [expected[place : place + len(one)] for place, one in enumerate(step[::2])]
+        longest = max(longest, len(asked))
+    assert longest >= LOOKS
+
+
+class Told(Made):
+    """Everything that it is told, in order: what is asked for, and lists of what is expected; None for a step."""
+
+    def __init__(self, known: Callable[[Mixture], float]) -> None:
+        super().__init__(known)
+        self.told: list[Any] = []
+
+    def kl(self, mixture: Mixture, stage: str) -> float:
+        self.told.append(dict(mixture))
+        return super().kl(mixture, stage)
+
+    def expect(self, mixtures: Sequence[Mixture], stage: str) -> None:
+        super().expect(mixtures, stage)
+        self.told.append([dict(mixture) for mixture in mixtures])
+
+    def settle(self, mixture: Mixture) -> None:
+        super().settle(mixture)
+        self.told.append(None)
+
+    def steps(self) -> list[list[Any]]:
+        """What was told between two raises, of the steps in which something was measured."""
+        found: list[list[Any]] = [[]]
+        for one in self.told[2:]:  # behind the start and its settling
+            if one is None:
+                found.append([])
+            else:
+                found[-1].append(one)
+        return [step for step in found if step]
