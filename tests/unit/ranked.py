@@ -5,6 +5,7 @@ A process of its own, because it forks (tests.faults.forked). What each command 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -19,18 +20,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tests.faults.forked import Ended, start
 from tests.tiny_model import write_tiny_mixture, write_tiny_model
 from tests.unit.checkpoint.folders import digests, without_run
+from torch import Tensor
 
 from mxrot import ranks
+from mxrot.checkpoint.noted import NotedTensors
 from mxrot.errors import NumericsError
 from mxrot.quantizing import batches
 from mxrot.quantizing import run as pipeline
+from mxrot.tuning import loop
 
 LENGTH = 32
 MOST_SECONDS = 60.0
 Fault = Callable[[], None]
+FEW = ("--set", "tuning.held_out=0.2", "--set", "calibration.generated=0")
 
 
 def main(folder: Path) -> None:
@@ -58,14 +64,22 @@ def main(folder: Path) -> None:
     for name, size, output in (("resumed", 2, "killed-1"), ("resumed by one", 1, "fewer")):
         outcome(name, size, output, None, "--resume")
     outcome("stopped", 2, "stopped", {0: hasten, 1: partial(at_second_block, stop)})
-    outcome("refused", 2, "refused", None, "--recipe", "mxrot-tuned")
+    outcome("refused", 2, "refused", None, "--recipe", "spinquant")
     outcome("taken", 2, "again")
     outcome("rtn", 2, "rtn", None, "--recipe", "rtn")
     outcome("finished", 2, "rtn", None, "--recipe", "rtn", "--resume")
     outcome("ended", 2, "ended", {0: partial(end_soon, signal.SIGTERM), 1: partial(at_second_block, kill)})
+    for name, (more, fault) in TUNED.items():
+        outcome(f"tuned {name}", 2, f"tuned-{name}", None, *more)
+        outcome(f"tuned {name} killed", 2, f"tuned-{name}-killed", {1: fault}, *more)
+        outcome(f"tuned {name} resumed", 2, f"tuned-{name}-killed", None, *more, "--resume")
+    network = TUNED["network"][0]
+    outcome("tuned over", 2, "tuned-over", {0: save_slowly}, *network, "--time-limit", "1s")
+    found["kept"] = sorted(path.name for path in (folder / "tuned-over.partial").iterdir())
+    outcome("tuned over resumed", 2, "tuned-over", None, *network, "--resume")
     found["bytes"] = {
         name: without_run(digests(folder / name))
-        for name in ("two-tiny", "again", "killed-1")
+        for name in ("two-tiny", "again", "killed-1", *(path.name for path in folder.glob("tuned-*")))
         if (folder / name).is_dir()
     }
     (folder / "outcomes.json").write_text(json.dumps(found))
@@ -114,7 +128,7 @@ def is_stopped(child: int) -> bool:
 
 def as_rank(rank: int, size: int, port: int, fault: Fault | None) -> None:
     """What torchrun does for a process. With one window a batch, what is computed of it has the same bits in both."""
-    batches.BATCH_TOKENS = {"cpu": LENGTH}
+    batches.BATCH_TOKENS, loop.KEEP_SECONDS = {"cpu": LENGTH}, 0.0
     if size > 1:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
@@ -144,6 +158,30 @@ def touch_nothing() -> None:
     Path.touch = touch  # type: ignore[assignment, method-assign]
 
 
+def at_fourth_step() -> None:
+    """Kill this process in tuning."""
+    original, count = torch.optim.Adam.step, itertools.count(1)
+
+    def step(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if next(count) == 4:
+            kill()
+        return original(self, *arguments, **keywords)
+
+    torch.optim.Adam.step = step  # type: ignore[method-assign]
+
+
+def save_slowly() -> None:
+    """Let the state of tuning take longer to keep than others wait for a process that has failed."""
+    original = NotedTensors.save
+
+    def save(self: NotedTensors, tensors: dict[str, Tensor]) -> None:
+        if "checks" in tensors:
+            time.sleep(2 * ranks.GRACE_SECONDS + 3)
+        original(self, tensors)
+
+    NotedTensors.save = save  # type: ignore[method-assign]
+
+
 def raise_() -> None:
     raise NumericsError("model.layers.1: of this process alone")
 
@@ -171,6 +209,17 @@ def hasten() -> None:
     ranks.LOST_SECONDS = 3.0
     ranks.GRACE_SECONDS = 1.0
 
+
+OF_BLOCK = "--set", "tuning.steps=3", "--set", "tuning.checks=1"
+OF_NETWORK = (
+    *("--set", "tuning.steps=6", "--set", "tuning.checks=3", "--set", "tuning.patience=6"),
+    *("--set", "tuning.generated=0.5"),
+)
+TUNED: dict[str, tuple[tuple[str, ...], Fault]] = {
+    "block": (("--recipe", "duquant-lwc", *OF_BLOCK, *FEW), partial(at_second_block, kill)),
+    "network": (("--recipe", "mxrot-light", *OF_NETWORK, *FEW), at_fourth_step),
+}
+"""By scope, a recipe, and what kills the second process once something is kept."""
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

@@ -92,6 +92,27 @@ def test_resumed_by_another_number_of_processes(folder: Path, outcomes: dict[str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scope", ["block", "network"])
+def test_tuning_goes_on_after_a_kill_to_the_same_bytes(folder: Path, outcomes: dict[str, Any], scope: str) -> None:
+    assert [one["code"] for one in outcomes[f"tuned {scope}"]] == [0, 0], outcomes[f"tuned {scope}"]
+    assert [one["code"] for one in outcomes[f"tuned {scope} killed"]] == [1, -9]
+    assert [one["code"] for one in outcomes[f"tuned {scope} resumed"]] == [0, 0]
+    assert outcomes["bytes"][f"tuned-{scope}-killed"] == outcomes["bytes"][f"tuned-{scope}"]
+    run = json.loads((folder / f"tuned-{scope}" / "run.json").read_text())
+    looks = run["tuning"] or run["blocks"][1]["tuning"]
+    assert looks[-1]["step"] == (6 if scope == "network" else 3)
+
+
+@pytest.mark.slow
+def test_a_time_limit_in_tuning_waits_until_the_first_has_kept_its_state(outcomes: dict[str, Any]) -> None:
+    assert [one["code"] for one in outcomes["tuned over"]] == [75, 75], outcomes["tuned over"]
+    assert "stopped after step 2 of 6 of distillation" in outcomes["tuned over"][0]["text"]
+    assert "tuning.safetensors" in outcomes["kept"]
+    assert [one["code"] for one in outcomes["tuned over resumed"]] == [0, 0]
+    assert outcomes["bytes"]["tuned-over"] == outcomes["bytes"]["tuned-network"]
+
+
+@pytest.mark.slow
 def test_one_that_stands_still_is_lost(outcomes: dict[str, Any]) -> None:
     first, _ = outcomes["stopped"]
     assert first["code"] == 1 and "mxrot: error: rank 1: was lost" in first["text"]
@@ -99,7 +120,8 @@ def test_one_that_stands_still_is_lost(outcomes: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "said"), [("refused", "processes do not share tuning"), ("taken", "exists and is not empty")]
+    ("name", "said"),
+    [("refused", "do not share the training of rotations"), ("taken", "exists and is not empty")],
 )
 def test_what_is_refused_is_said_once(outcomes: dict[str, Any], name: str, said: str) -> None:
     first, second = outcomes[name]
@@ -149,7 +171,6 @@ def test_rows_are_shared_whole() -> None:
 @pytest.mark.parametrize(
     ("chosen", "windows", "said"),
     [
-        (recipe("mxrot-tuned"), 128, "tuning = none"),
         (recipe("spinquant"), 128, "rotation.steps = 0"),
         (recipe("mxrot", choice__candidates=["rounding.target=own"]), 128, "choice = none"),
         (recipe("mxrot"), 3, "4 processes share 3 calibration windows"),

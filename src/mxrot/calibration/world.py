@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 MOST_DIMENSIONS = 8
 """Of a tensor that is reduced or gathered."""
+BUCKET_ELEMENTS = 1 << 24
+"""Of small tensors that are added up together."""
 _DTYPES = (
     torch.float64,
     torch.float32,
@@ -58,6 +60,11 @@ class World(ABC):
         """The sum over all processes, in the type of `tensor`; its order depends on their number alone."""
 
     @abstractmethod
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one type, which have the same shapes in every process, by their sums over all; where this
+        process computes."""
+
+    @abstractmethod
     def max(self, tensor: Tensor | None) -> Tensor:
         """The largest of all processes, number by number, of floating-point tensors; NaN where one is NaN."""
 
@@ -69,6 +76,10 @@ class World(ABC):
         """The sum of a number over all processes."""
         return count if self.size == 1 else int(self.sum(torch.tensor([count])))
 
+    def total(self, number: float) -> float:
+        """The sum of a number over all processes, in float64."""
+        return number if self.size == 1 else float(self.sum(torch.tensor([number], dtype=torch.float64)))
+
     def largest(self, count: int) -> int:
         """The largest of a number of all processes."""
         return count if self.size == 1 else max(map(int, self.gather(torch.tensor([count]))))
@@ -76,6 +87,13 @@ class World(ABC):
     def hand_out(self, value: T) -> T:
         """What the first process gives; what the others give is not looked at."""
         return value
+
+    def hand_out_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """`hand_out` for tensors by their names, one after the other."""
+        names = self.hand_out(None if tensors is None else list(tensors))
+        if names is None:
+            return None
+        return {name: self.hand_out(None if tensors is None else tensors[name]) for name in names}  # type: ignore[misc]
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
@@ -107,6 +125,9 @@ class OneProcess(World):
     def sum(self, tensor: Tensor | None) -> Tensor:
         """`tensor` itself."""
         return _there([tensor])[0]
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing."""
 
     def max(self, tensor: Tensor | None) -> Tensor:
         """`tensor` itself."""
@@ -152,6 +173,18 @@ class ProcessWorld(World):
         total = self._own(tensor, 0)
         distributed.all_reduce(total)
         return total
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """In place where a tensor is large; small ones pass side by side in one buffer."""
+        for bucket in _buckets(tensors):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                distributed.all_reduce(bucket[0])
+                continue
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            distributed.all_reduce(flat)
+            sums = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, total in zip(bucket, sums, strict=True):
+                tensor.copy_(total.view_as(tensor))
 
     def max(self, tensor: Tensor | None) -> Tensor:
         """The largest, on this one's device; where a NaN is goes beside it, because backends drop NaNs as they like."""
@@ -204,3 +237,15 @@ def _there(found: Sequence[T | None]) -> list[T]:
     if not there:
         raise DataError("a statistic of no tokens: calibration has seen nothing there")
     return there
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """In their order, as many together as BUCKET_ELEMENTS hold, and one at least."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(one.numel() for one in bucket) + tensor.numel() > BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

@@ -11,7 +11,7 @@ from mxrot.planning.refitting import is_refitted, refitting_work
 from mxrot.planning.run import Run, fit_size, keeps_share, reads_residual
 from mxrot.planning.shape import SiteShape
 from mxrot.planning.training import trained_bytes, training_pieces
-from mxrot.planning.tuning import tuning_work
+from mxrot.planning.tuning import tuning_texts_work, tuning_work
 from mxrot.planning.writing import writing_work
 
 DISK_BYTES = 1e9
@@ -60,9 +60,10 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
             for name, work in _site_work(run, sites, position).items():
                 works[name].add(**work.amounts)
     works["writing calibration text"] = Work(**writing_work(run, run.all_windows - run.windows))
-    works["tuning"] = Work()
-    for amounts in tuning_work(run):
-        works["tuning"].add(**amounts)
+    works["tuning"] = Work(**tuning_work(run))
+    works["writing text to tune on"] = Work()
+    for amounts in tuning_texts_work(run):
+        works["writing text to tune on"].add(**amounts)
     works["rotations"] = _rotations(run)
     works["training of rotations"] = _training(run)
     works["order of channels"] = Work(**ordering_work(run))

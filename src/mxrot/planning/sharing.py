@@ -1,5 +1,5 @@
 """What one of several processes takes of a run that they share, as quantizing/shared.py has it: windows, rows of a
-site, whole experts and orders of channels in equal shares, everything else in each of them."""
+site, whole experts, orders of channels and batches of tuning in equal shares, everything else in each of them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from mxrot.planning.memory import MemoryEstimate
 from mxrot.planning.rates import Rates
 from mxrot.planning.run import Run
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
+from mxrot.planning.tuning import gradient_bytes
 
 EXCHANGED_BYTES = {"cpu": 2e9, "cuda": 1e11}
 """Bytes a second at which statistics pass from one process to the next, over loopback and over NVLink; assumed, not
 measured."""
-OF_THE_FIRST = ("writing calibration text",)
+OF_THE_FIRST = ("writing calibration text", "writing text to tune on")
 """What the first process does for all."""
 
 
 def share_of(run: Run, processes: int) -> Run:
-    """The largest share of the windows."""
-    calibration = run.recipe.calibration
+    """The largest share of the windows, and of a batch of tuning."""
+    recipe, calibration, tuning = run.recipe, run.recipe.calibration, run.recipe.tuning
     own = replace(calibration, own=_share(calibration.own, processes))
-    return replace(run, windows=_share(run.windows, processes), recipe=replace(run.recipe, calibration=own))
+    if tuning is not None:
+        tuning = replace(tuning, batch_windows=_share(tuning.batch_windows, processes))
+    recipe = replace(recipe, calibration=own, tuning=tuning)
+    return replace(run, windows=_share(run.windows, processes), recipe=recipe)
 
 
 def shared_memory(of_share: MemoryEstimate, of_all: MemoryEstimate) -> MemoryEstimate:
@@ -49,8 +53,9 @@ def shared_seconds(run: Run, processes: int, rates: Rates, building: float) -> T
 
 
 def exchanged_bytes(run: Run) -> float:
-    """Statistics of all sites, in float64, and the codes of rows."""
-    found, groups = 0.0, len(run.groups)
+    """Statistics of all sites, in float64, the codes of rows, and in tuning what rounding took away, and gradients."""
+    found, groups = gradient_bytes(run), len(run.groups)
+    found += 2.0 * run.shape.quantized_weights if run.recipe.keeps_remainders else 0.0
     for sites in run.shape.blocks:
         for here in sites:
             n, k = here.outputs, here.inputs

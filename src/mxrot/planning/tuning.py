@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from mxrot.planning.run import Run
 from mxrot.planning.shape import SiteShape
 from mxrot.planning.stage import Stage, merged_rotations
 from mxrot.planning.writing import writing_terms, writing_work
+from mxrot.transforms import BlockDiagonalSpec
 from mxrot.tuning.network import CHECKPOINT_BYTES, LOGIT_TOKENS
 
 TUNED_BYTES = 28.2
@@ -77,12 +80,12 @@ def tuning_stages(run: Run) -> list[Stage]:
     return stages
 
 
-def tuning_work(run: Run) -> list[dict[str, float]]:
-    """Amounts by the name of the rate that they are done at: of steps of distillation or of block-wise reconstruction,
-    and of the text written for them."""
+def tuning_work(run: Run) -> dict[str, float]:
+    """Amounts by the name of the rate that they are done at, of steps of distillation or of block-wise
+    reconstruction."""
     options, shape = run.recipe.tuning, run.shape
     if options is None:
-        return []
+        return {}
     weights = shape.quantized_weights
     tokens = options.batch_windows * run.seq_len
     blocks = len(shape.blocks)
@@ -98,8 +101,43 @@ def tuning_work(run: Run) -> list[dict[str, float]]:
         "quantized": 2.0 * steps * tokens * sum(site.inputs for sites in shape.blocks for site in sites),
         "operations": steps * (50.0 if run.is_gpu else 200.0 * blocks),
     }
-    if not run.recipe.tunes_network:
-        return [found]
-    found["product"] += 8.0 * tokens * shape.vocabulary * shape.hidden * steps
-    found["copy"] += 30.0 * tokens * shape.vocabulary * steps
-    return [found, *(writing_work(run, each * run.tuned_windows) for each in (options.generated, options.rollouts))]
+    if run.recipe.tunes_network:
+        found["product"] += 8.0 * tokens * shape.vocabulary * shape.hidden * steps
+        found["copy"] += 30.0 * tokens * shape.vocabulary * steps
+    return found
+
+
+def tuning_texts_work(run: Run) -> list[dict[str, float]]:
+    """The same of the text that is written to tune on."""
+    options = run.recipe.tuning
+    if options is None or not run.recipe.tunes_network:
+        return []
+    return [writing_work(run, each * run.tuned_windows) for each in (options.generated, options.rollouts)]
+
+
+def gradient_bytes(run: Run) -> float:
+    """Of what is learned, in all steps of tuning: float32, as processes exchange them. Gains of norms are left out."""
+    options, shape = run.recipe.tuning, run.shape
+    if options is None:
+        return 0.0
+    sites = [site for sites in shape.blocks for site in sites]
+    corrections = sum(_correction(site) for site in sites)
+    weights = shape.quantized_weights
+    blocks = sum(site.weights / (site.recipe.weights.quantizer().format.block or site.inputs) for site in sites)
+    learned = {
+        "rounding": weights + corrections * (options.transform_rate > 0) + blocks * (options.exponent_rate > 0),
+        "clipping": 2.0 * blocks,
+        "levels": weights * (options.offset_rate > 0) + 7.0 * blocks,
+        "gains": corrections * (options.transform_rate > 0),
+    }[options.moves]
+    lightly = (options.light_steps + options.polish_steps) * corrections * (options.light_transform_rate > 0)
+    return 4.0 * (options.steps * learned + lightly)
+
+
+def _correction(here: SiteShape) -> float:
+    """Numbers of the transform of a site that is learned: the last one, where it is block diagonal."""
+    last = here.scheme.stages[-1] if here.scheme.stages else None
+    if not isinstance(last, BlockDiagonalSpec):
+        return 0.0
+    shape, _ = last.tensors(here.inputs)["weight"]
+    return float(prod(shape))

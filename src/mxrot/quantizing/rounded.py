@@ -17,7 +17,7 @@ from mxrot.formats import QTensor
 from mxrot.models import Site
 from mxrot.quantizing.finite import check_rounded
 from mxrot.quantizing.part import BlockRun, Part
-from mxrot.quantizing.shared import gathered, shares
+from mxrot.quantizing.shared import gathered, gathered_rows, shares
 from mxrot.rounding import Prepared, RoundingMethod
 from mxrot.rounding.base import Requirements
 from mxrot.rounding.held_out import Fold, Moments
@@ -140,21 +140,21 @@ def _round_rows(
     folded = weights.folded(own)
     name, quantizer = f"{part.name}.{weights.linears[0]}", scheme.weights
     result = method.round_rows(folded, quantizer.format, quantizer.rule, prepared, name, move)
-    rounded, remainder = result.weight, result.remainder
+    rounded = result.weight
+    remainder = result.remainder.to(torch.bfloat16) if recipe.keeps_remainders else None
     if own is not rows:
         rounded, folded = gathered(rounded, run.world), weights.folded(rows)
-        remainder = torch.zeros(()).expand(folded.shape)  # is for tuning, which several processes do not do
+        remainder = None if remainder is None else gathered_rows(remainder, run.world)
     pieces = zip(
         rows.pieces,
         rounded.split_rows(rows.counts),
         folded.split(rows.counts),
-        remainder.split(rows.counts),
+        [None for _ in rows.counts] if remainder is None else remainder.split(rows.counts),
         strict=True,
     )
     found = []
-    for (linear, _, _), weight, wanted, remainder in pieces:
+    for (linear, _, _), weight, wanted, kept in pieces:
         check_rounded(weight, wanted, f"{part.name}.{linear}")
-        kept = remainder.to(torch.bfloat16) if recipe.keeps_remainders else None
         found.append((linear, RoundedRows(weight, *error_norms(weight, wanted), kept)))
     return found
 

@@ -33,6 +33,7 @@ from mxrot.progress import Progress, part_of, silent
 from mxrot.quantizing.batches import window_groups
 from mxrot.quantizing.block import advance_original, finished_tensors, quantize_block
 from mxrot.quantizing.choosing import choose, folds_of
+from mxrot.quantizing.distilling import distill, learned_outside
 from mxrot.quantizing.events import tell_of_block, watched
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
 from mxrot.quantizing.part import Beside, BlockRun
@@ -43,12 +44,10 @@ from mxrot.quantizing.rotating import config_after, drawn_rotations, rotated_sou
 from mxrot.quantizing.shared import check_alike, check_shared, own_executor
 from mxrot.quantizing.store import BlockStore
 from mxrot.quantizing.trained_rotations import learned_rotations
-from mxrot.quantizing.written import Writing, manner_of
+from mxrot.quantizing.written import Writing, by_the_first, manner_of
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, install_attention, prepare
 from mxrot.suited import suited
-from mxrot.transforms import generator_for
-from mxrot.tuning import Check, gains_of, tune_network
 from mxrot.watching import Watch
 
 
@@ -129,7 +128,7 @@ def quantize(
         assert windows is not None
         streams = None  # its memory
         give_back()
-        record.tuning = _tune(job, windows, given)
+        record.tuning = distill(job.run, job.model, windows, given, job.store, progress)
         for index, block in enumerate(job.blocks):
             _hand_over(job, index, block, record.blocks[index])
     model = _finish(job)
@@ -248,20 +247,17 @@ def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
     choice = job.run.recipe.calibration
     if windows is None or not choice.writes:
         return windows
-    world = job.run.world.peers
-    kept = world.hand_out(job.store.load_windows("calibration") if job.store else None)
-    if kept is not None:
-        return kept
-    if world.rank:
-        return world.hand_out(None)
-    manner = manner_of(choice, job.run.source.folder, choice.prompted)
-    job.progress(0, 1, "opening the model that writes text to be calibrated on")
-    original = load_original(job.run.source, job.run.dtype, job.run.device)
-    writing = Writing("calibration", choice.written(len(windows)), manner, job.run.seed)
-    found = writing.after(original, windows, len(windows), job.store, job.progress)
-    del original
+
+    def written() -> Tensor:
+        manner = manner_of(choice, job.run.source.folder, choice.prompted)
+        job.progress(0, 1, "opening the model that writes text to be calibrated on")
+        original = load_original(job.run.source, job.run.dtype, job.run.device)
+        writing = Writing("calibration", choice.written(len(windows)), manner, job.run.seed)
+        return writing.after(original, windows, len(windows), job.store, job.progress)
+
+    found = by_the_first("calibration", written, job.store, job.run.world.peers)
     give_back()
-    return world.hand_out(found)
+    return found
 
 
 def _chosen(
@@ -348,74 +344,6 @@ def _hand_over(job: _Job, index: int, block: nn.Module, report: BlockReport | No
     block.to("meta")
 
 
-def _tune(job: _Job, windows: Tensor, given: int) -> list[Check]:
-    """Distill the original model into the quantized one; the losses. `given` of the windows came from the text."""
-    run, store, progress = job.run, job.store, job.progress
-    options = run.recipe.tuning
-    assert options is not None
-    progress(0, 1, "opening the original model")
-    original = load_original(run.source, run.dtype, run.device)
-    windows = _windows_to_tune_on(job, original, windows, given)
-    checks: list[Check] = []
-    stages = [("tuning", options, None if store is None else store.tuning_checkpoint)]
-    if options.light_steps:
-        stages.insert(0, ("light steps", options.light, None if store is None else store.light_checkpoint))
-    if options.polish_steps:
-        stages.append(("polish", options.polish, None if store is None else store.polish_checkpoint))
-    for purpose, own, checkpoint in stages:
-        generator = generator_for(run.seed, purpose)
-        found = tune_network(
-            job.model,
-            original,
-            run.family,
-            windows,
-            given,
-            own,
-            generator,
-            run.active_sites,
-            run.rounding_type,
-            checkpoint,
-            progress,
-            run.watch,
-        )
-        before = checks[-1].step if checks else 0
-        checks += [replace(check, step=before + check.step) for check in found]
-    if options.moves == "levels" and options.norm_rate:
-        _round_gains(job)
-    return checks
-
-
-def _windows_to_tune_on(job: _Job, original: PreTrainedModel, windows: Tensor, given: int) -> Tensor:
-    """The calibration windows, and after them what the original and the quantized model write, where they shall."""
-    options, calibration, store = job.run.recipe.tuning, job.run.recipe.calibration, job.store
-    assert options is not None
-    writers = ("tuning", original, options.generated), ("rollouts", job.model, options.rollouts)
-    for purpose, writer, each in writers:
-        if each:
-            kept = store.load_windows(purpose) if store else None
-            manner = manner_of(calibration, job.run.source.folder, options.prompted)
-            writing = Writing(purpose, max(1, round(each * (given + calibration.own))), manner, job.run.seed)
-            windows = writing.after(writer, windows, given, store, job.progress) if kept is None else kept
-    return windows
-
-
-def _round_gains(job: _Job) -> None:
-    """Give the gains of norms the values that their own type holds: a checkpoint keeps no others."""
-    for index, block in enumerate(job.blocks):
-        prefix = job.run.family.block_prefix(index)
-        for name, gain in gains_of(block).items():
-            gain.data.copy_(gain.data.to(job.run.rounding_type(f"{prefix}.{name}")))
-
-
-def _learned_outside(job: _Job) -> dict[str, Tensor]:
-    """What tuning has changed outside of the decoder blocks: the gain of the last norm."""
-    options = job.run.recipe.tuning
-    if options is None or options.scope != "network" or options.moves == "levels" or not options.norm_rate:
-        return {}
-    name = f"{job.run.family.final_norm}.weight"
-    return {name: job.model.get_parameter(name).data.to(job.run.rounding_type(name))}
-
-
 def _finish(job: _Job) -> PreTrainedModel | None:
     """The model, ready to run; None where a store has taken it."""
     run, count = job.run, len(job.blocks)
@@ -424,6 +352,6 @@ def _finish(job: _Job) -> PreTrainedModel | None:
         if run.device.type == "cuda":
             prepare(job.model, run.scheme)
     elif job.store is not None:
-        job.store.save_rest(run.source.outer() | _learned_outside(job))
+        job.store.save_rest(run.source.outer() | learned_outside(run, job.model))
     job.progress(count, count, "done")
     return None if job.is_stored else job.model

@@ -1,4 +1,5 @@
-"""What the processes of a run share: windows, and the rows of a site. Statistics are reduced where they are taken."""
+"""What the processes of a run share: windows, and the rows of a site. Statistics are reduced where they are taken, and
+gradients in tuning/."""
 
 from __future__ import annotations
 
@@ -22,7 +23,6 @@ def check_shared(recipe: Recipe, windows: int | None, processes: int) -> None:
     if processes == 1:
         return
     for said, is_wanted in (
-        ("tuning; set tuning = none", recipe.tuning is not None),
         ("the training of rotations; set rotation.steps = 0", recipe.trains_rotations),
         ("a choice among candidates; set choice = none", recipe.choice is not None),
     ):
@@ -78,11 +78,12 @@ def shares(groups: Sequence[Rows], world: World) -> Sequence[Rows]:
 
 def gathered(weight: QTensor, world: World) -> QTensor:
     """The rows of all processes, one above the other."""
-    parts = {name: _gathered(part, world) for name, part in weight.parts.tensors.items()}
-    return QTensor(_gathered(weight.codes, world), weight.parts.with_tensors(parts), weight.format)
+    parts = {name: gathered_rows(part, world) for name, part in weight.parts.tensors.items()}
+    return QTensor(gathered_rows(weight.codes, world), weight.parts.with_tensors(parts), weight.format)
 
 
-def _gathered(tensor: Tensor, world: World) -> Tensor:
+def gathered_rows(tensor: Tensor, world: World) -> Tensor:
+    """Of a tensor [n, ...] those of all processes; a scalar is the same in all."""
     if tensor.dim() == 0:
         return tensor
     found = world.gather(tensor.contiguous().view(torch.uint8))

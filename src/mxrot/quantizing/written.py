@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxrot.calibration import Manner, generated_windows
+from mxrot.calibration import Manner, World, generated_windows
 from mxrot.models.tokenizer import load_tokenizer
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.store import BlockStore
@@ -46,6 +47,17 @@ class Writing:
         if store is not None:
             store.save_windows(self.purpose, found)
         return found
+
+
+def by_the_first(purpose: str, write: Callable[[], Tensor], store: BlockStore | None, world: World) -> Tensor:
+    """The windows that a store has kept for a purpose, or what `write` gives: of several processes the first one has
+    the store and writes, and hands out what all get."""
+    kept = world.hand_out(None if store is None else store.load_windows(purpose))
+    if kept is not None:
+        return kept
+    found = world.hand_out(None if world.rank else write())
+    assert found is not None
+    return found
 
 
 def manner_of(choice: CalibrationChoice, folder: Path, prompted: float) -> Manner:

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mxrot.errors import CheckpointError, DataError, NumericsError
+from mxrot.calibration import ONE, World
+from mxrot.errors import CheckpointError, NumericsError
 from mxrot.progress import Progress, silent
 from mxrot.sections import Tuning
+from mxrot.tuning.shares import average, step_shares
 from mxrot.watching import Watch
 
 ADAM_EPSILON = 1e-12
@@ -90,6 +92,8 @@ class Problem:
     windows: Tensor
     """Positions of the windows to train on, int64 [n]; one that is in it several times comes that often."""
     name: str
+    are_own: bool = False
+    """Does each of several processes have other windows, `backward` being of its own? By default all have the same."""
     rolls_back: bool = False
     """Where a loss is not finite, end with the best parameters so far; otherwise that is an error."""
 
@@ -101,11 +105,14 @@ def tune(
     tuning_checkpoint: TuningCheckpoint | None = None,
     progress: Progress = silent,
     watch: Watch | None = None,
+    world: World = ONE,
 ) -> list[Check]:
     """Minimise; the parameters end at the least held-out loss that was seen, the start included.
 
-    NumericsError with the problem's name if a loss is not finite, unless the problem rolls back. TimeLimitError after a
-    look, once all is kept, if the next one would probably end too late for `watch`.
+    The processes of `world` call this together with the same parameters, and take the same steps, each on its share of
+    the windows. `held_out_loss` is the same in all; the first one alone has a checkpoint. NumericsError with the
+    problem's name if a loss is not finite, unless the problem rolls back. TimeLimitError after a look, once all is
+    kept, if the next one would probably end too late for `watch`.
     """
     parameters = [parameter for group in problem.groups for parameter in group.parameters]
     if not parameters:
@@ -116,10 +123,12 @@ def tune(
         fused=parameters[0].is_cuda or None,
     )
     starts = [[p.detach().clone() for p in group.parameters] if group.decay else [] for group in problem.groups]
-    batches = list(window_batches(problem.windows, options.batch_windows, options.steps, generator))
+    batches = list(
+        step_shares(problem.windows, options.batch_windows, options.steps, generator, world, problem.are_own)
+    )
     every = max(1, options.steps // options.checks)
     state = TuningState()
-    if tuning_checkpoint is not None and (kept := tuning_checkpoint.load()):
+    if kept := world.hand_out_tensors(None if tuning_checkpoint is None else tuning_checkpoint.load()):
         _restore(kept, parameters, optimizer, state)
         problem.settle()
     watch = watch or Watch()
@@ -132,7 +141,9 @@ def tune(
         for group, settings in zip(problem.groups, optimizer.param_groups, strict=True):
             settings["lr"] = group.rate * rate_factor(state.step, options.steps)
         optimizer.zero_grad(set_to_none=False)  # a recorded step adds to where the gradients are
-        losses.append(problem.backward(batches[state.step]))
+        batch = batches[state.step]
+        loss = problem.backward(batch.windows) if len(batch.windows) else 0.0
+        losses.append(average(parameters, loss, batch.share, world))
         if not math.isfinite(losses[-1]) and problem.rolls_back:
             _go_back(parameters, state)
             problem.settle()
@@ -154,6 +165,7 @@ def tune(
                 tuning_checkpoint.save(_kept(parameters, optimizer, state))
                 kept_at = time.monotonic()
             if is_over:
+                world.count(0)  # the first process has kept the state
                 raise watch.ending("look", f"step {state.step} of {options.steps} of {problem.name}")
         progress(state.step, options.steps, f"{problem.name}, held-out loss {state.least:.4g}")
     _go_back(parameters, state)
@@ -179,28 +191,6 @@ def rate_factor(step: int, steps: int) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def split_windows(windows: int, held_out: float) -> tuple[Tensor, Tensor]:
-    """Positions to train on, and evenly spaced ones that are held out, int64; DataError unless both are some."""
-    if windows < 2:
-        raise DataError(f"tuning holds windows out and trains on others: it needs 2, and calibration has {windows}")
-    count = min(max(1, round(windows * held_out)), windows - 1)
-    test = torch.arange(count) * windows // count
-    is_held_out = torch.zeros(windows, dtype=torch.bool)
-    is_held_out[test] = True
-    return (~is_held_out).nonzero().flatten(), test
-
-
-def window_batches(windows: Tensor, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """For each step the positions of its windows, `size` of them; each of `windows` once before any comes again."""
-    size = min(size, len(windows))
-    left = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        if len(left) < size:
-            left = torch.cat([left, windows[torch.randperm(len(windows), generator=generator)]])
-        yield left[:size]
-        left = left[size:]
 
 
 def _look(

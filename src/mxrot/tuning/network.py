@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from mxrot.calibration import block_arguments, first_hidden
+from mxrot.calibration import ONE, World, block_arguments, first_hidden
 from mxrot.cuda_graphs import Replays
 from mxrot.layers import check_logits, fused_norms, logits_of, score_heads, shared_heads
 from mxrot.models import Family, Site
 from mxrot.progress import Progress, silent
 from mxrot.sections import Tuning
 from mxrot.tuning.gains import LearnedGain, learned_gains
-from mxrot.tuning.loop import Check, Problem, TuningCheckpoint, deterministic, split_windows, tune
+from mxrot.tuning.loop import Check, Problem, TuningCheckpoint, deterministic, tune
+from mxrot.tuning.shares import at_once, split_windows
 from mxrot.tuning.straight_through import Divergence, WeightedDivergence
 from mxrot.tuning.tuned_network import TunedNetwork, tuned_network
 from mxrot.watching import Watch
@@ -78,11 +79,13 @@ def tune_network(
     tuning_checkpoint: TuningCheckpoint | None = None,
     progress: Progress = silent,
     watch: Watch | None = None,
+    world: World = ONE,
 ) -> list[Check]:
     """Tune `model`, quantized and on its device, towards `original` on token windows [W, T]; in place.
 
-    The first `given` windows are text, the others were written by a model. `active_sites` gives those of
-    a block that are quantized, `rounding_type` what a tensor is rounded to, by its full name.
+    The processes of `world` call this together with equal models and windows, and take a part of each batch. The first
+    `given` windows are text, the others were written by a model. `active_sites` gives those of a block that are
+    quantized, `rounding_type` what a tensor is rounded to, by its full name.
     """
     device = model.get_submodule(family.embedding).weight.device
     assert isinstance(device, torch.device)
@@ -98,7 +101,8 @@ def tune_network(
         return rounding_type(f"{family.block_prefix(index)}.{name}")
 
     tuned = tuned_network(blocks, active_sites, gains, type_of, options)
-    recompute = _activation_bytes(model, tuned, options.batch_windows, windows.shape[1]) > CHECKPOINT_BYTES
+    batch_windows = at_once(options.batch_windows, world)
+    recompute = _activation_bytes(model, tuned, batch_windows, windows.shape[1]) > CHECKPOINT_BYTES
     student = Network(model, family, block_arguments(model, family, windows[:1]), recompute)
     teacher = Network(original, family, block_arguments(original, family, windows[:1]))
     reverse = mean_probability(teacher, windows[train[:PROBED_WINDOWS]]) if options.loss == "weighted" else None
@@ -153,13 +157,14 @@ def tune_network(
 
     @torch.no_grad()
     def held_out_loss() -> float:
-        losses = [float(run(measure, windows[part])) for part in test.split(options.batch_windows)]
+        own = test.tensor_split(world.size)[world.rank]
+        losses = [float(run(measure, windows[part])) for part in own.split(batch_windows) if len(part)]
         tuned.settle()
-        return sum(losses) / (len(test) * windows.shape[1])
+        return world.total(sum(losses)) / (len(test) * windows.shape[1])
 
     problem = Problem(tuned.groups(options), backward, held_out_loss, tuned.settle, train, "distillation")
     with deterministic(), torch.enable_grad(), shared_heads(model, original), fused_norms(model):
-        checks = tune(problem, options, generator, tuning_checkpoint, progress, watch)
+        checks = tune(problem, options, generator, tuning_checkpoint, progress, watch, world)
     tuned.finish()
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])

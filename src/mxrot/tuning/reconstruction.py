@@ -15,8 +15,9 @@ from mxrot.progress import Progress, silent
 from mxrot.sections import Tuning
 from mxrot.tuning.clipping import ClippedBlock
 from mxrot.tuning.gains import learned_gains
-from mxrot.tuning.loop import Check, Problem, deterministic, split_windows, tune
+from mxrot.tuning.loop import Check, Problem, deterministic, tune
 from mxrot.tuning.network import lower_precision
+from mxrot.tuning.shares import at_once, own_split
 from mxrot.tuning.tuned_network import TunedNetwork, tuned_network
 from mxrot.watching import Watch
 
@@ -37,10 +38,11 @@ def tune_block(
 
     The loss is the mean over tokens of |h - h_original|^2 / |h_original|^2 with h the block's output, its inputs
     coming from the quantized blocks before it, and those of the block of `original` from the original model.
-    `rounding_type` gives what a tensor is rounded to, by its full name.
+    `rounding_type` gives what a tensor is rounded to, by its full name. Of several processes each has windows of its
+    own, of which a step takes some of each; all come to the same block.
     """
-    block = executor.block
-    train, test = (part.tolist() for part in split_windows(executor.windows, options.held_out))
+    block, world = executor.block, executor.world
+    train, test, held_out = own_split(executor.windows, options.held_out, world)
     dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
     block.float()
     clips = options.moves == "clipping"
@@ -79,16 +81,16 @@ def tune_block(
 
     @torch.no_grad()
     def held_out_loss() -> float:
-        size = options.batch_windows
+        size = at_once(options.batch_windows, world)
         parts = [test[start : start + size] for start in range(0, len(test), size)]
         losses = [run(measure, part) * len(part) for part in parts]
         tunable.settle()
-        return sum(losses) / len(test)
+        return world.total(sum(losses)) / held_out
 
     groups, windows = tunable.groups(options), torch.arange(len(train))
-    problem = Problem(groups, backward, held_out_loss, tunable.settle, windows, name, rolls_back=clips)
+    problem = Problem(groups, backward, held_out_loss, tunable.settle, windows, name, are_own=True, rolls_back=clips)
     with deterministic(), torch.enable_grad():
-        checks = tune(problem, options, generator, progress=progress, watch=watch)
+        checks = tune(problem, options, generator, progress=progress, watch=watch, world=world)
     tunable.finish()
     for key, parameter in block.named_parameters():
         parameter.data = parameter.data.to(dtypes[key])

@@ -18,8 +18,9 @@ from mxrot.progress import Progress, silent
 from mxrot.sections import Rotation
 from mxrot.surgery import Rotations
 from mxrot.tuning.cayley import cayley_step
-from mxrot.tuning.loop import TuningCheckpoint, window_batches
+from mxrot.tuning.loop import TuningCheckpoint
 from mxrot.tuning.rotated_network import RotatedNetwork
+from mxrot.tuning.shares import window_batches
 
 KEEP_SECONDS = 20.0
 """Between two steps at which an unfinished training is kept: some matrices."""

@@ -114,6 +114,15 @@ def work(world: World) -> dict[str, Tensor]:
     found["largest of odd ones"] = world.max(odd)
     found["sum of odd ones"] = world.sum(odd)
     found["as it was"] = odd
+    square = torch.arange(6.0).view(2, 3).t()
+    added = [torch.full((2,), 1.0 + world.rank), square * (1 + world.rank), torch.tensor([0.5 - world.rank])]
+    added = [tensor.to(world.device) for tensor in added]
+    world.add_up(added)
+    found |= {f"added {position}": tensor for position, tensor in enumerate(added)}
+    found["total"] = torch.tensor([world.total(0.1 + world.rank)], dtype=torch.float64)
+    kept = world.hand_out_tensors({"a": square, "b": odd} if world.rank == 0 else None)
+    assert kept is not None and world.hand_out_tensors(None) is None
+    found |= {f"handed out {name}": tensor.clone() for name, tensor in kept.items()}
     found["nobody has seen anything"] = torch.tensor(raises_data_error(world))
     found["a NaN of one"] = torch.tensor(raises_of((0,), world))
     found["counts"] = torch.tensor([world.count(world.rank + 3), world.before(7), world.largest(world.rank)])
@@ -175,6 +184,16 @@ def test_nan_survives(both: list[dict[str, Tensor]]) -> None:
         assert found["as it was"][0] == (1, -2)[rank], "what was given stays"
 
 
+def test_sums_in_place_and_what_the_first_gives(both: list[dict[str, Tensor]]) -> None:
+    square = torch.arange(6.0).view(2, 3).t()
+    for found in both:
+        assert found["added 0"].tolist() == [3.0, 3.0] and found["added 2"].tolist() == [0.0]
+        assert torch.equal(found["added 1"].cpu(), 3 * square)
+        assert found["total"].item() == 0.1 + 1.1
+        assert torch.equal(found["handed out a"], square)
+        assert found["handed out b"].tolist()[2] == -torch.inf
+
+
 def test_both_raise_where_one_has_a_nan(both: list[dict[str, Tensor]]) -> None:
     assert all(found["a NaN of one"] for found in both)
 
@@ -192,7 +211,7 @@ def test_counts(both: list[dict[str, Tensor]]) -> None:
 def test_one_process_changes_nothing() -> None:
     x = torch.ones(3)
     assert ONE.sum(x) is x and ONE.max(x) is x and ONE.gather(x)[0] is x
-    assert (ONE.count(5), ONE.before(5), ONE.largest(5)) == (5, 0, 5)
+    assert (ONE.count(5), ONE.before(5), ONE.largest(5), ONE.total(0.3)) == (5, 0, 5, 0.3)
 
 
 def test_a_collector_without_a_stated_reduction_cannot_be_made() -> None:

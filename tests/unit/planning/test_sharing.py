@@ -15,6 +15,7 @@ from tests.unit.planning.shapes import LLAMA_3_8B, run_of
 from mxrot.planning import Machine, estimate_memory, make_plan
 from mxrot.planning.rates import Rates
 from mxrot.planning.sharing import exchanged_bytes, share_of, shared_memory, shared_seconds
+from mxrot.planning.tuning import gradient_bytes
 
 NAMES = Rates.__dataclass_fields__
 RATES = Rates(**{name: 1e9 for name in NAMES if name != "rates"})
@@ -52,6 +53,40 @@ def test_what_is_exchanged_is_mostly_hessians_and_shifts() -> None:
     assert hessians + shifts < exchanged_bytes(run) < 1.1 * (hessians + shifts)
 
 
+@pytest.mark.parametrize(("name", "batch"), [("mxrot-tuned", 8), ("mxrot-light", 8), ("duquant-lwc", 1)])
+def test_batches_of_tuning_are_shared_and_their_text_is_not(name: str, batch: int) -> None:
+    """What is done to all weights in every step is done by each process; a batch of one window is of one of them."""
+    run = run_of(LLAMA_3_8B, recipe(name), 128, 2048, device="cuda")
+    one, four = (shared_seconds(run, processes, RATES, 1.0).terms for processes in (1, 4))
+    share = share_of(run, 4).recipe.tuning
+    assert share is not None and share.batch_windows == max(1, batch // 4)
+    assert one["tuning"] * (0.24 if batch > 1 else 0.9) < four["tuning"] < one["tuning"] * (0.5 if batch > 1 else 1.1)
+    assert four.get("writing text to tune on") == one.get("writing text to tune on")
+    assert ("writing text to tune on" in one) == (name != "duquant-lwc")
+
+
+def test_gradients_of_every_step_are_exchanged() -> None:
+    weights = 32 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
+    matrices = 32 * 32 * (3 * 128 + 448) * 32
+    tuned, light = (run_of(LLAMA_3_8B, recipe(name), 128, 2048) for name in ("mxrot-tuned", "mxrot-light"))
+    assert gradient_bytes(tuned) == 1500 * 4 * (weights + matrices)
+    assert gradient_bytes(light) == 200 * 4 * matrices
+    rows = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)
+    assert gradient_bytes(run_of(LLAMA_3_8B, recipe("duquant-lwc"), 128, 2048)) == 2300 * 4 * 2 * rows
+    assert gradient_bytes(run_of(LLAMA_3_8B, recipe("mxrot"), 128, 2048)) == 0
+    assert exchanged_bytes(tuned) > gradient_bytes(tuned) + 2 * weights
+
+
+def test_memory_of_tuning_is_that_of_a_share_of_the_batch() -> None:
+    run = run_of(LLAMA_3_8B, recipe("mxrot-tuned"), 128, 2048, device="cuda")
+    one, eight = (
+        next(stage for stage in estimate_memory(share_of(run, processes)).stages if stage.name == "tuning").terms
+        for processes in (1, 8)
+    )
+    assert one["tunable weights"] == eight["tunable weights"]
+    assert eight["activations"] == pytest.approx(one["activations"] / 8)
+
+
 def test_memory_of_a_share_but_for_what_the_first_writes() -> None:
     run = replace(run_of(LLAMA_3_8B, recipe("mxrot"), 128, 2048), device="cuda")
     whole, share = estimate_memory(run), estimate_memory(share_of(run, 8))
@@ -66,7 +101,8 @@ def test_memory_of_a_share_but_for_what_the_first_writes() -> None:
     ("name", "processes", "said"),
     [
         ("mxrot", 2, None),
-        ("mxrot-light", 2, "2 processes do not share tuning"),
+        ("mxrot-light", 2, None),
+        ("spinquant", 2, "2 processes do not share the training of rotations"),
         ("mxrot-vllm", 2, None),
         ("mxrot", 200, "200 processes share 128 calibration windows"),
         ("mxrot-light", 1, None),

@@ -217,12 +217,6 @@ def test_a_killed_run_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(loop, "KEEP_SECONDS", 0.0)
     chosen = learned(tuning__checks=4)
     write(source, tmp_path / "whole", chosen, windows=WINDOWS)
-    batches, seen = loop.window_batches, []
-
-    def stops(*arguments: Any) -> Any:
-        for batch in batches(*arguments):
-            seen.append(batch)
-            yield batch
 
     steps = torch.optim.Adam.step
     count = 0

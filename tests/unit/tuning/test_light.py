@@ -20,6 +20,7 @@ from mxrot.evaluation import divergence
 from mxrot.formats import TensorQuantizer, quantize
 from mxrot.layers import InputTransform, QuantLinear
 from mxrot.models import FAMILIES
+from mxrot.quantizing import distilling
 from mxrot.quantizing import run as pipeline
 from mxrot.quantizing.written import Writing
 from mxrot.recipe import Recipe
@@ -27,8 +28,8 @@ from mxrot.transforms import BlockDiagonal, BlockDiagonalSpec
 from mxrot.tuning import loop
 from mxrot.tuning.gains import LearnedGain, LearnedVector, learned_gains
 from mxrot.tuning.light import FrozenLinear
-from mxrot.tuning.loop import split_windows
 from mxrot.tuning.moving_transform import MovingTransform
+from mxrot.tuning.shares import split_windows
 from mxrot.tuning.straight_inputs import StraightInputs
 
 K, ROWS = 64, 6
@@ -338,7 +339,7 @@ def test_gains_move_beside_rounding(source: Path, tmp_path: Path) -> None:
 def test_the_quantized_model_writes_rollouts(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrote: list[tuple[str, bool, int]] = []
     seen: list[Tensor] = []
-    after, tune = Writing.after, pipeline.tune_network
+    after, tune = Writing.after, distilling.tune_network
 
     def noted(self: Writing, writer: Any, windows: Tensor, *more: Any) -> Tensor:
         is_quantized = any(isinstance(module, QuantLinear) for module in writer.modules())
@@ -346,7 +347,7 @@ def test_the_quantized_model_writes_rollouts(source: Path, monkeypatch: pytest.M
         return after(self, writer, windows, *more)
 
     monkeypatch.setattr(Writing, "after", noted)
-    monkeypatch.setattr(pipeline, "tune_network", lambda *a: (seen.append(a[3]), tune(*a))[1])
+    monkeypatch.setattr(distilling, "tune_network", lambda *a: (seen.append(a[3]), tune(*a))[1])
     pipeline.quantize(source, light(tuning__generated=0.1, tuning__rollouts=0.2, tuning__steps=1), windows=WINDOWS)
     assert wrote == [("tuning", False, 20), ("rollouts", True, 22)]
     assert seen[0].shape == (26, 32) and torch.equal(seen[0][:20], WINDOWS)

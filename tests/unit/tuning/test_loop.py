@@ -14,10 +14,9 @@ from mxrot.tuning.loop import (
     Tuning,
     TuningState,
     rate_factor,
-    split_windows,
     tune,
-    window_batches,
 )
+from mxrot.tuning.shares import split_windows, window_batches
 
 OPTIONS = Tuning(steps=20, batch_windows=2, offset_rate=0.1, transform_rate=0.0, checks=5, patience=2)
 

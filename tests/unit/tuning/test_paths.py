@@ -15,6 +15,7 @@ from mxrot.calibration import Executor
 from mxrot.checkpoint import load
 from mxrot.errors import ConfigError
 from mxrot.layers import QuantLinear
+from mxrot.quantizing import distilling
 from mxrot.quantizing import run as pipeline
 from mxrot.recipe import Recipe
 from mxrot.tuning import loop, network
@@ -188,8 +189,8 @@ def test_text_comes_more_often_than_what_the_original_writes(source: Path, monke
 
 def test_tuning_takes_in_what_the_original_writes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    tune_network = pipeline.tune_network
-    monkeypatch.setattr(pipeline, "tune_network", lambda *a: (seen.append(a[3]), tune_network(*a))[1])
+    tune_network = distilling.tune_network
+    monkeypatch.setattr(distilling, "tune_network", lambda *a: (seen.append(a[3]), tune_network(*a))[1])
     result = pipeline.quantize(source, tuned("network", tuning__generated=0.2, tuning__steps=2), windows=WINDOWS)
     assert result.record.windows == (40, 32)
     assert seen[0].shape == (48, 32) and torch.equal(seen[0][:40], WINDOWS)

@@ -1,0 +1,108 @@
+"""Distillation of the original model into a quantized one whose blocks are all there: its stages, and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxrot.progress import Progress
+from mxrot.quantizing.loading import load_original
+from mxrot.quantizing.part import BlockRun
+from mxrot.quantizing.shared import check_alike
+from mxrot.quantizing.store import BlockStore
+from mxrot.quantizing.written import Writing, by_the_first, manner_of
+from mxrot.transforms import generator_for
+from mxrot.tuning import Check, gains_of, tune_network
+
+
+def distill(
+    run: BlockRun,
+    model: PreTrainedModel,
+    windows: Tensor,
+    given: int,
+    store: BlockStore | None,
+    progress: Progress,
+) -> list[Check]:
+    """Tune `model`, quantized and on its device, towards the original; the losses. `given` of the windows [W, T] came
+    from the text.
+
+    Every process holds both models, and takes its part of each batch.
+    """
+    options = run.recipe.tuning
+    assert options is not None
+    progress(0, 1, "opening the original model")
+    original = load_original(run.source, run.dtype, run.device)
+    windows = _windows_to_tune_on(run, {"tuning": original, "rollouts": model}, windows, given, store, progress)
+    checks: list[Check] = []
+    stages = [("tuning", options, None if store is None else store.tuning_checkpoint)]
+    if options.light_steps:
+        stages.insert(0, ("light steps", options.light, None if store is None else store.light_checkpoint))
+    if options.polish_steps:
+        stages.append(("polish", options.polish, None if store is None else store.polish_checkpoint))
+    for purpose, own, checkpoint in stages:
+        generator = generator_for(run.seed, purpose)
+        found = tune_network(
+            model,
+            original,
+            run.family,
+            windows,
+            given,
+            own,
+            generator,
+            run.active_sites,
+            run.rounding_type,
+            checkpoint,
+            progress,
+            run.watch,
+            run.world,
+        )
+        before = checks[-1].step if checks else 0
+        checks += [replace(check, step=before + check.step) for check in found]
+    blocks = list(model.get_submodule(run.family.blocks).children())
+    if options.moves == "levels" and options.norm_rate:
+        _round_gains(run, blocks)
+    for index, block in enumerate(blocks):
+        check_alike(block, run.family.block_prefix(index), run.world)
+    check_alike(model.get_submodule(run.family.final_norm), run.family.final_norm, run.world)
+    return checks
+
+
+def _windows_to_tune_on(
+    run: BlockRun,
+    writers: dict[str, PreTrainedModel],
+    windows: Tensor,
+    given: int,
+    store: BlockStore | None,
+    progress: Progress,
+) -> Tensor:
+    """The calibration windows, and after them what the models that write for each purpose do, where they shall."""
+    options, calibration = run.recipe.tuning, run.recipe.calibration
+    assert options is not None
+    for purpose, each in (("tuning", options.generated), ("rollouts", options.rollouts)):
+        if each:
+            manner = manner_of(calibration, run.source.folder, options.prompted)
+            writing = Writing(purpose, max(1, round(each * (given + calibration.own))), manner, run.seed)
+            write = partial(writing.after, writers[purpose], windows, given, store, progress)
+            windows = by_the_first(purpose, write, store, run.world)
+    return windows
+
+
+def _round_gains(run: BlockRun, blocks: Sequence[nn.Module]) -> None:
+    """Give the gains of norms the values that their own type holds: a checkpoint keeps no others."""
+    for index, block in enumerate(blocks):
+        prefix = run.family.block_prefix(index)
+        for name, gain in gains_of(block).items():
+            gain.data.copy_(gain.data.to(run.rounding_type(f"{prefix}.{name}")))
+
+
+def learned_outside(run: BlockRun, model: PreTrainedModel) -> dict[str, Tensor]:
+    """What tuning has changed outside of the decoder blocks: the gain of the last norm."""
+    options = run.recipe.tuning
+    if options is None or options.scope != "network" or options.moves == "levels" or not options.norm_rate:
+        return {}
+    name = f"{run.family.final_norm}.weight"
+    return {name: model.get_parameter(name).data.to(run.rounding_type(name))}
