@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_model import random_windows, tiny_config
+from tests.tiny_model import random_windows, tiny_config, write_tiny_model
 from tests.unit.evaluation.task_folder import write_scorable_model, write_task_folder
 from transformers import LlamaForCausalLM
 
 from mxrot.evaluation import TaskScore
+from mxrot.models import FolderSource
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -312,6 +313,20 @@ def test_a_long_text_is_read_in_pieces_and_at_once() -> None:
     assert "after 200 in pieces of 64, 5 are those" in long_context.described(
         {"format": "mxfp4", "first": 2, "last": 3} | row
     )
+
+
+def test_text_from_several_devices_is_that_of_one(tmp_path: Path) -> None:
+    """Two small ones and main memory, all of them the CPU."""
+    spread_text = imported("spread_text")
+    source = FolderSource(write_tiny_model(tmp_path / "tiny", num_hidden_layers=4))
+    options = Namespace(devices="cpu,cpu", limit="0.0007,0.0003", host=1.0, disk=0.0, windows=3, seq_len=24, alone=True)
+    row = spread_text.measure(source, options)
+    assert row["are_equal"] and row["tokens"] == 72 and row["spread"]["main_memory"] > 0
+    lines = spread_text.described(row).splitlines()
+    assert lines[0].startswith("The model that writes the text is spread over cpu, cpu and main memory, ")
+    assert lines[2].startswith("on cpu alone: ") and lines[2].endswith("; the same tokens")
+    with pytest.raises(SystemExit, match="cpu holds it"):
+        spread_text.measure(source, Namespace(**vars(options) | {"limit": "1,1"}))
 
 
 def test_the_table_of_a_comparison_has_the_caches_where_there_are_some() -> None:

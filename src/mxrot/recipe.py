@@ -222,9 +222,18 @@ class Recipe:
 
     @property
     def runs_whole_original(self) -> bool:
-        """Must the device hold the whole original model at once?"""
-        writes = self.calibration.writes and not self.is_data_free
-        return writes or self.tunes_network or self.trains_rotations or self.choice is not None
+        """Does the whole original model run at once?"""
+        return self.writes_text or self.holds_original
+
+    @property
+    def writes_text(self) -> bool:
+        """Does the original model write text to be calibrated on? It may be spread over several devices."""
+        return self.calibration.writes and not self.is_data_free
+
+    @property
+    def holds_original(self) -> bool:
+        """Must the device hold the whole original model?"""
+        return self.tunes_network or self.trains_rotations or self.choice is not None
 
     @property
     def has_transform(self) -> bool:

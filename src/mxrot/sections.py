@@ -90,8 +90,7 @@ class CalibrationChoice:
     seq_len: int = 2048
     """Tokens a window."""
     generated: float = 0.0
-    """Windows that the original model writes itself, for each one of the text; it must fit on the device as a whole
-    for that."""
+    """Windows that the original model writes itself, for each one of the text."""
     own: int = 0
     """Windows that it writes besides, also where no text is given: the text `own` of --calib."""
     first: First = "uniform"

@@ -6,12 +6,13 @@ piece of a given text, or what the chat template puts before a user's turn, and 
 distribution; a window is several sequences, because many short ones take less time than few long ones.
 
 On a GPU one token of all sequences is a CUDA graph; transformers' own generation launches every operation of every
-layer anew and takes ten times as long for a small model.
+layer anew and takes ten times as long for a small model. A model that is spread over devices does so, too: what it
+waits for is its weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from mxrot.calibration.manner import Kinds, Manner
 from mxrot.calibration.speaking import Speakers
 from mxrot.cuda_graphs import Replays
-from mxrot.layers import FixedCache, shared_heads, step_mask
+from mxrot.layers import FixedCache, SpreadCache, shared_heads, step_mask
 from mxrot.models import Family, find_family, start_token, value_heads
 from mxrot.progress import Progress, part_of, silent
 
@@ -41,6 +42,8 @@ LARGE_MODEL_BYTES, CACHE_BESIDE_IT = 4e9, 4e9
 SEQUENCES_AT_ONCE = 4096
 STRIDE = 64
 """Attention looks at so many positions more whenever those it looked at are full."""
+SPREAD_AT_ONCE = "spread_sequences_at_once"
+"""An attribute of a model whose blocks are on several devices: the number of sequences that it writes together."""
 TELL_TOKENS = 16
 """Of each sequence, between two words on how far the writing is."""
 PLAIN = Manner()
@@ -164,7 +167,8 @@ def _sequences(
     """The first tokens [S], then the second ones, up to `tokens`: those of `starts` [S, n] where they are not FREE."""
     first = starts[:, 0]
     family = find_family(model.config, "the model that writes")
-    cache = FixedCache(tokens)
+    is_spread = hasattr(model, SPREAD_AT_ONCE)
+    cache = SpreadCache(tokens) if is_spread else FixedCache(tokens)
     places = torch.arange(tokens, device=model.device)
     heat = () if temperatures is None else (temperatures,)
     may_end = () if speakers is None else (speakers.is_chat[:, None],)
@@ -174,7 +178,8 @@ def _sequences(
     for position in range(tokens - 1):
         if position % STRIDE == 0:
             cache.visible = min(tokens, position + STRIDE)
-            replay = Replays()  # with this, the memory of the recording before goes
+            # With this, the memory of the recording before goes.
+            replay: Callable[..., Tensor] = _unrecorded if is_spread else Replays()
             step = partial(sampler, model, family, cache)
         place = places[position : position + 1]
         drawn = torch.rand(len(first), 1, generator=draws, device=model.device)
@@ -185,6 +190,11 @@ def _sequences(
         if given is not None:
             current = torch.where(given == FREE, current, given)
         yield current
+
+
+def _unrecorded(_: Hashable, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """As `Replays` for what cannot be recorded: a recording is of one device, and waits for nothing."""
+    return function(*tensors)
 
 
 def _next_tokens(
@@ -232,6 +242,8 @@ def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
 
 def sequences_at_once(model: PreTrainedModel, tokens: int) -> int:
     """How many sequences of so many tokens are written together."""
+    if hasattr(model, SPREAD_AT_ONCE):
+        return int(getattr(model, SPREAD_AT_ONCE))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     return sequences_within(model.device.type, cache_bytes(model.config, tokens, model.dtype.itemsize), weights)
 

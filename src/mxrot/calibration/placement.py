@@ -83,7 +83,7 @@ class Placement:
         if not self.is_on_host or not isinstance(value, Tensor):
             return value
         if self.folder is not None:
-            return _mapped(value, self.folder)
+            return mapped(value, self.folder)
         kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=torch.cuda.is_available())
         return kept.copy_(value, non_blocking=True)
 
@@ -94,18 +94,18 @@ class Placement:
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-def _mapped(value: Tensor, folder: Path) -> Tensor:
+def mapped(value: Tensor, folder: Path, what: str = "states between decoder blocks") -> Tensor:
     """A copy in a file that is mapped into memory. Its name is taken away at once: it goes when the tensor goes,
     whatever ends the process."""
     if not value.numel():
         return value.cpu()
-    descriptor, name = tempfile.mkstemp(prefix="mxrot-states-", dir=folder)
+    descriptor, name = tempfile.mkstemp(prefix="mxrot-", dir=folder)
     try:
         if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would end the process
             os.posix_fallocate(descriptor, 0, value.nbytes)
         kept = torch.from_file(name, shared=True, size=value.numel(), dtype=value.dtype)
     except OSError as error:
-        raise DiskFullError(f"{folder}: no room for states between decoder blocks ({error})") from error
+        raise DiskFullError(f"{folder}: no room for {what} ({error})") from error
     finally:
         os.close(descriptor)
         os.unlink(name)

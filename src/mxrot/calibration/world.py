@@ -72,6 +72,10 @@ class World(ABC):
     def gather(self, tensor: Tensor | None) -> list[Tensor]:
         """The tensors of all processes that have one, by rank; their shapes may differ."""
 
+    @abstractmethod
+    def meet(self) -> None:
+        """Wait until all processes have come here."""
+
     def count(self, count: int) -> int:
         """The sum of a number over all processes."""
         return count if self.size == 1 else int(self.sum(torch.tensor([count])))
@@ -136,6 +140,9 @@ class OneProcess(World):
     def gather(self, tensor: Tensor | None) -> list[Tensor]:
         """`tensor` alone."""
         return _there([tensor])
+
+    def meet(self) -> None:
+        """There are no others."""
 
 
 ONE = OneProcess()
@@ -211,6 +218,10 @@ class ProcessWorld(World):
         given = [value if self.rank == 0 else None]
         distributed.broadcast_object_list(given, src=0)
         return cast(T, given[0])
+
+    def meet(self) -> None:
+        """On CPUs, where there is a backend for them: one between GPUs takes memory there."""
+        distributed.all_reduce(torch.zeros(1))
 
     def _own(self, tensor: Tensor | None, neutral: float) -> Tensor:
         """A copy of `tensor` on the device; without one, as many of the neutral number as others have there."""

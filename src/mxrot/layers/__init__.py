@@ -5,7 +5,7 @@ from mxrot.layers.cached_attention import quantize_cache, restore_cache
 from mxrot.layers.experts import build_apart, separate_experts
 from mxrot.layers.fixed_packed_cache import FixedPackedCache
 from mxrot.layers.installed_cache import cache_scheme_of
-from mxrot.layers.kv_cache import FixedCache
+from mxrot.layers.kv_cache import FixedCache, SpreadCache
 from mxrot.layers.linear import QuantLinear
 from mxrot.layers.logits import check_logits, logits_of
 from mxrot.layers.norms import fused_norms
@@ -28,6 +28,7 @@ __all__ = [
     "PackedTokens",
     "QuantLinear",
     "SiteProducts",
+    "SpreadCache",
     "build_apart",
     "cache_scheme_of",
     "check_logits",

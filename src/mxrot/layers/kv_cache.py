@@ -48,3 +48,13 @@ class FixedCache(Cache):
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         return 0
+
+
+class SpreadCache(FixedCache):
+    """The same for blocks that are on several devices: keys and values lie where their block computes."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Keep the keys and values of a layer on their device; all visible ones."""
+        assert self.position is not None
+        self.position = self.position.to(key_states.device)
+        return super().update(key_states, value_states, layer_idx)

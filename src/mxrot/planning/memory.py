@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mxrot.calibration.writing_sizes import WRITING
 from mxrot.planning.ordering import ordering_stages
 from mxrot.planning.run import Run, keeps_share, reads_residual
 from mxrot.planning.shape import SiteShape
@@ -70,7 +71,13 @@ def estimate_host_memory(run: Run) -> MemoryEstimate:
     if run.is_on_host:
         block |= _states(run) | {"outputs of attention and MLP": _outputs_of_children(run)}
         block |= {"tokens that experts read": max(_read_by_experts(run, site) for site in run.shape.fullest)}
-    return MemoryEstimate((Stage("embedding and head", process | outer), Stage("blocks", _named(process | block))))
+    stages = [Stage("embedding and head", process | outer), Stage("blocks", _named(process | block))]
+    if run.spread is not None:
+        waiting = run.spread.bytes_in("main memory")
+        read = max(run.spread.sizes.blocks)
+        written = {"blocks of the original model": waiting, "a block, as it is read": read}
+        stages.insert(0, Stage(WRITING, _named(process | written)))
+    return MemoryEstimate(tuple(stages))
 
 
 def _read_by_experts(run: Run, here: SiteShape) -> float:

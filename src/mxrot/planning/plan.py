@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from mxrot.calibration.placement import on_disk
+from mxrot.calibration.spreading import Room, Spread, room_here
+from mxrot.calibration.writing_sizes import WRITING
 from mxrot.checkpoint import check_exportable
 from mxrot.environment import available_memory, device_name, versions
 from mxrot.errors import ConfigError, FamilyError, MxrotError
@@ -54,6 +56,14 @@ class Machine:
     def free_on_gpu(self) -> float | None:
         """Bytes; None where no GPU is known."""
         return free_memory(self.device) if self.gpu_bytes is None else self.gpu_bytes
+
+    def room(self, wanted: float, processes: int) -> Room | None:
+        """For a model that takes the bytes `wanted`; None where no GPU is known. Of a GPU that is not here each process
+        has one, beside main memory without end."""
+        if self.gpu_bytes is None:
+            return room_here(self.device, wanted)
+        names = tuple(f"cuda:{number}" for number in range(processes))
+        return Room(names, (self.gpu_bytes,) * processes, math.inf)
 
     @property
     def computes_on_gpu(self) -> bool:
@@ -108,6 +118,8 @@ class Plan:
     sizes: Sizes | None = None
     """None, like what follows, where the model is of no known family."""
     needs: Needs | None = None
+    spread: Spread | None = None
+    """How the model that writes text is spread over devices; None where one GPU holds it, or none is known."""
     time: TimeEstimate | None = None
     device: str = "cpu"
     """What the time is for, by name, and by kind: cpu or cuda."""
@@ -131,6 +143,7 @@ class Plan:
             "size": None if self.sizes is None else _size_table(self.sizes),
             "cache": None if self.sizes is None else self.sizes.cache.as_table(),
             "memory": None if self.needs is None else _memory_table(self.needs),
+            "text_spread": None if self.spread is None else self.spread.as_table(),
             "disk": None if self.needs is None else {"total": sum(self.needs.disk.values()), "terms": self.needs.disk},
             "seconds": None if self.time is None else _time_table(self.time, self.device, self.kind),
             "vllm": None if self.vllm is None else self.vllm.as_table(),
@@ -175,19 +188,20 @@ def make_plan(
     except FamilyError as error:
         return replace(plan, problems=[*problems, str(error)])
     problems += _summarized(list(find_problems(skeleton, family, recipe, model, source)), family)
-    problems += _memory_problems(skeleton, recipe, stored, machine)
     try:
         parameters = sum(parameter.numel() for parameter in skeleton.parameters())
         changed = config_after(config, recipe)
         skeleton = skeleton if changed is config else build_apart(changed)
         shape = ModelShape.of(skeleton, family, recipe)
-        run = Run(shape, recipe, "cpu", stored, given, length)
+        run = _with_room(Run(shape, recipe, "cpu", stored, given, length), machine, processes)
+        problems += _memory_problems(run)
         needs = _needs(run, processes)
         cache = CacheSize.of(config, family, None if recipe.cache is None else recipe.cache.scheme())
         sizes = Sizes(shape, parameters * stored.itemsize, shape.size_after(stored), cache)
     except (AttributeError, ConfigError):  # a linear that is not there, or is not whole blocks wide: a problem by now
         return replace(plan, problems=problems)
-    warnings += _short_memory(needs, machine, processes) + _few_tokens(run)
+    spread = replace(run, device="cuda").spread
+    warnings += _spread(spread) + _short_memory(needs, machine, processes) + _few_tokens(run)
     estimate = None
     if not problems:
         if machine.other is None:
@@ -201,6 +215,7 @@ def make_plan(
         warnings=warnings,
         sizes=sizes,
         needs=needs,
+        spread=spread,
         time=estimate,
         device=device_name(machine.device) if machine.other is None else machine.other.device,
         kind=machine.kind,
@@ -245,12 +260,26 @@ def _summarized(problems: list[MxrotError], family: Family) -> list[str]:
     return [alike[0] if len(alike) == 1 else f"{line} ({len(alike)} decoder blocks)" for line, alike in lines.items()]
 
 
-def _memory_problems(model: PreTrainedModel, recipe: Recipe, stored: torch.dtype, machine: Machine) -> list[str]:
-    if not machine.computes_on_gpu:
-        return []
-    free = machine.free_on_gpu()
-    problem = memory_problem(model, recipe, stored, torch.device("cuda"), None if free is None else int(free))
+def _with_room(run: Run, machine: Machine, processes: int) -> Run:
+    """The run, and the room that there is for the original model as a whole."""
+    if not machine.computes_on_gpu or not run.recipe.runs_whole_original:
+        return run
+    wanted = replace(run, device="cuda").writing.on_one_device if run.recipe.writes_text else 0.0
+    return replace(run, room=machine.room(wanted, processes))
+
+
+def _memory_problems(run: Run) -> list[str]:
+    problem = memory_problem(run.recipe, replace(run, device="cuda").writing, "cuda", run.room)
     return [] if problem is None else [str(problem)]
+
+
+def _spread(spread: Spread | None) -> list[str]:
+    """What is said of a model that writes text on several devices."""
+    if spread is None:
+        return []
+    waiting = spread.bytes_in("disk")
+    by_disk = f"; {gigabytes(waiting)} of it will lie in the folder of temporary files ($TMPDIR)" if waiting else ""
+    return [f"{spread.said}{by_disk}"]
 
 
 WAITING = ("hidden states", "hidden states of the original", "outputs of attention and MLP")
@@ -267,23 +296,26 @@ def _short_memory(needs: Needs, machine: Machine, processes: int) -> list[str]:
             f"the GPU will run out of memory: {gigabytes(peak.total)} at {peak.name!r}, and {gigabytes(free)} are free"
         )
     in_main_memory = needs.gpu_host if machine.computes_on_gpu else needs.cpu
-    host = in_main_memory.peak
     available = available_memory()
     if available is None or machine.gpu_bytes is not None:
         return found
-    taken = processes * host.total
+    taken = {
+        stage.name: stage.total * (1 if stage.name == WRITING else processes)  # the first writes for all
+        for stage in in_main_memory.stages
+    }
     waiting = {
         stage.name: processes * sum(stage.terms.get(name, 0.0) for name in WAITING) for stage in in_main_memory.stages
     }
     if on_disk(processes * max(stage.terms.get("hidden states", 0.0) for stage in in_main_memory.stages), available):
-        taken -= waiting[host.name]
+        taken = {name: size - waiting[name] for name, size in taken.items()}
         found.append(
             f"{gigabytes(max(waiting.values()))} of states between decoder blocks will lie on disk, in the folder of "
             "temporary files ($TMPDIR)"
         )
-    if taken > available:
+    peak_at = max(taken, key=lambda name: taken[name])
+    if taken[peak_at] > available:
         found.append(
-            f"this machine will run out of memory: {gigabytes(taken)} at {host.name!r}, "
+            f"this machine will run out of memory: {gigabytes(taken[peak_at])} at {peak_at!r}, "
             f"and {gigabytes(available)} are available"
         )
     return found

@@ -9,6 +9,9 @@ import torch
 
 from mxrot.calibration.executor import HELD
 from mxrot.calibration.placement import MOST_ON_DEVICE, MOST_REMEMBERED
+from mxrot.calibration.spreading import Room, Spread, spread_over
+from mxrot.calibration.writing_sizes import WritingSizes
+from mxrot.errors import ConfigError
 from mxrot.planning.shape import ModelShape, SiteShape
 from mxrot.quantizing.batches import held_out, tokens_at_once
 from mxrot.recipe import Recipe
@@ -30,6 +33,8 @@ class Run:
     seq_len: int
     keeps_model: bool = False
     """In memory, for `compare`, instead of being written to a folder block by block."""
+    room: Room | None = None
+    """On GPUs and beside them, to spread the model that writes text over; None where that is unknown."""
 
     @property
     def itemsize(self) -> int:
@@ -131,6 +136,31 @@ class Run:
     def model_bytes(self) -> float:
         """The original model."""
         return float(self.shape.parameters * self.itemsize)
+
+    @cached_property
+    def writing(self) -> WritingSizes:
+        """The original model, and the text that it writes to be calibrated on."""
+        return WritingSizes(
+            self.shape.config,
+            self.recipe.calibration,
+            self.all_windows - self.windows,
+            self.seq_len,
+            self.itemsize,
+            "cuda" if self.is_gpu else "cpu",
+            float(self.shape.outer_parameters * self.itemsize),
+            tuple(float(count * self.itemsize) for count in self.shape.each_block),
+            float(self.rotation_bytes),
+        )
+
+    @cached_property
+    def spread(self) -> Spread | None:
+        """How that model is spread over devices; None where it is not."""
+        if self.room is None or not self.is_gpu or not self.recipe.writes_text:
+            return None
+        try:
+            return spread_over(self.writing, self.room)
+        except ConfigError:  # which is a problem of the plan
+            return None
 
     @property
     def rotates_residual(self) -> bool:

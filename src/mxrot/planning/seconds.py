@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mxrot.calibration.writing_sizes import WRITING
 from mxrot.planning.choosing import choosing_work
 from mxrot.planning.ordering import ordering_work
 from mxrot.planning.rates import Rates
@@ -12,7 +13,7 @@ from mxrot.planning.run import Run, fit_size, keeps_share, reads_residual
 from mxrot.planning.shape import SiteShape
 from mxrot.planning.training import trained_bytes, training_pieces
 from mxrot.planning.tuning import tuning_texts_work, tuning_work
-from mxrot.planning.writing import writing_work
+from mxrot.planning.writing import STREAMING, writing_work
 
 DISK_BYTES = 1e9
 """Bytes a second that files are read, hashed and written at; assumed, not measured."""
@@ -59,7 +60,7 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
         for position in range(len(sites)):
             for name, work in _site_work(run, sites, position).items():
                 works[name].add(**work.amounts)
-    works["writing calibration text"] = Work(**writing_work(run, run.all_windows - run.windows))
+    works[WRITING] = Work(**writing_work(run, run.all_windows - run.windows, run.spread))
     works["tuning"] = Work(**tuning_work(run))
     works["writing text to tune on"] = Work()
     for amounts in tuning_texts_work(run):
@@ -68,6 +69,7 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
     works["training of rotations"] = _training(run)
     works["order of channels"] = Work(**ordering_work(run))
     terms = {name: work.seconds(rates) for name, work in works.items()}
+    terms[STREAMING] = 0.0 if run.spread is None else run.spread.seconds_to_stream
     if run.recipe.choice is not None:
         terms["candidates"] = (1 + len(run.recipe.choice.candidates)) * sum(terms[name] for name in OF_SITES)
     terms["files"] = (run.shape.parameters * run.stored.itemsize * 1.3) / DISK_BYTES

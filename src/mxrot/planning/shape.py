@@ -97,6 +97,8 @@ class ModelShape:
     vocabulary: int
     block_parameters: int
     """Of one decoder block, all of them."""
+    each_block: tuple[int, ...]
+    """The same of each decoder block."""
     parameters: int
     """Of the whole model; a tensor that two places share counts once."""
     linear_weights: int
@@ -120,8 +122,7 @@ class ModelShape:
         config = model.config.get_text_config()
         rules = Rules(recipe, family, len(modules))
         blocks = tuple(_site_shapes(block, rules, index, _share(family, config)) for index, block in enumerate(modules))
-        own = sum(parameter.numel() for parameter in modules[0].parameters())
-        inside = sum(parameter.numel() for block in modules for parameter in block.parameters())
+        each = tuple(sum(parameter.numel() for parameter in block.parameters()) for block in modules)
         whole = sum(parameter.numel() for parameter in model.parameters())
         linears = [module for module in modules[0].modules() if isinstance(module, nn.Linear)]
         in_linears = [m.weight.numel() for block in modules for m in block.modules() if isinstance(m, nn.Linear)]
@@ -131,10 +132,11 @@ class ModelShape:
             blocks=blocks,
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
-            block_parameters=own,
+            block_parameters=each[0],
+            each_block=each,
             parameters=whole,
             linear_weights=sum(in_linears),
-            outer_parameters=whole - inside,
+            outer_parameters=whole - sum(each),
             query_width=config.num_attention_heads * width,
             head_width=width,
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mxrot.calibration.writing_sizes import WRITING
 from mxrot.planning.memory import MemoryEstimate
 from mxrot.planning.rates import Rates
 from mxrot.planning.run import Run
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
 from mxrot.planning.tuning import gradient_bytes
+from mxrot.planning.writing import STREAMING
 
 EXCHANGED_BYTES = {"cpu": 2e9, "cuda": 1e11}
 """Bytes a second at which statistics pass from one process to the next, over loopback and over NVLink; assumed, not
 measured."""
-OF_THE_FIRST = ("writing calibration text", "writing text to tune on")
+OF_THE_FIRST = (WRITING, STREAMING, "writing text to tune on")
 """What the first process does for all."""
 
 

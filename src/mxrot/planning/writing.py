@@ -1,97 +1,66 @@
-"""What text that a model writes takes: memory, and work; calibration/generation.py has what it follows."""
+"""What text that a model writes takes: memory, and work; calibration/writing_sizes.py counts the memory."""
 
 from __future__ import annotations
 
-from mxrot.calibration.generation import BURN_IN, BURN_INS, SEQUENCE_TOKENS, cache_bytes, sequences_within
-from mxrot.models import start_token
+from mxrot.calibration.spreading import Spread
+from mxrot.calibration.writing_sizes import WRITING, WritingSizes
 from mxrot.planning.run import Run
 from mxrot.planning.stage import Stage, merged_rotations
 
-DRAWN_SHARES = {"uniform": 0.0, "model": 1.0, "both": 0.5}
-"""Of the sequences of free text, for which the model draws the first token."""
+STREAMING = "weights for that, from main memory and disk"
+"""What of the time comes besides where the model that writes is spread over devices."""
+LAUNCHES, RECORDED = 30.0, 0.25
+"""Operations of a block for a token, and what their recording on a GPU takes of the time of each."""
+HOOKED_LAUNCHES = 60.0
+"""Of a block with hooks that look where its inputs are; assumed."""
 
 
 def writing_stages(run: Run) -> list[Stage]:
     """Of memory, for the text that is calibrated on; none where the model writes none."""
-    if not run.recipe.calibration.writes or run.recipe.is_data_free:
+    if not run.recipe.writes_text:
         return []
-    original = {"the original model": run.model_bytes, **merged_rotations(run)}
-    sequences = _sequences(run, run.all_windows - run.windows)
-    drawn, length, _ = _drawn(run, sequences)
-    stages = [Stage("drawing first tokens", original | _written_together(run, drawn, length))] if drawn else []
-    return [*stages, Stage("writing calibration text", original | _written_together(run, sequences, _length(run)))]
+    if run.spread is not None:  # first tokens are shorter, and as many are drawn together
+        return [Stage(WRITING, run.spread.terms(0) | merged_rotations(run))]
+    return [Stage(name, terms | merged_rotations(run)) for name, terms in run.writing.stages.items()]
 
 
 def writing_terms(run: Run, windows: int) -> dict[str, float]:
     """Of memory, what writing so many windows takes besides the model, first tokens left out."""
-    return _written_together(run, _sequences(run, windows), _length(run))
+    sizes = run.writing.writing(windows)
+    return sizes.together(sizes.sequences, sizes.length)
 
 
-def _written_together(run: Run, sequences: int, length: int) -> dict[str, float]:
-    """The same of so many sequences of so many tokens."""
-    keys = cache_bytes(run.shape.config, length, run.itemsize)
-    at_once = min(sequences, sequences_within("cuda" if run.is_gpu else "cpu", keys, run.model_bytes))
-    # Logits, their probabilities, and the sums of these, the last two in float32; and logits in float32, or divided by
-    # a temperature, where the model's own are not those.
-    others = run.itemsize < 4 or _has_heat(run)
-    logits = at_once * run.shape.vocabulary * (run.itemsize + (12.0 if others else 8.0))
-    return {"keys and values": float(at_once * keys), "logits and probabilities": logits}
-
-
-def writing_work(run: Run, windows: float) -> dict[str, float]:
+def writing_work(run: Run, windows: float, spread: Spread | None = None) -> dict[str, float]:
     """Amounts, by the name of the rate that they are done at, for windows that the original model writes."""
     if windows <= 0 or run.recipe.is_data_free:
         return {}
-    sequences = _sequences(run, windows)
-    found = _steps(run, sequences, _length(run))
-    drawn, length, rounds = _drawn(run, sequences)
-    if drawn:
-        for name, amount in _steps(run, drawn, length).items():
-            found[name] += rounds * amount
+    sizes = run.writing.writing(windows)
+    drawing, length = sizes.drawing, sizes.length
+    found = _steps(run, sizes, sizes.sequences, length, spread)
+    if drawing.sequences:
+        for name, amount in _steps(run, sizes, drawing.sequences, drawing.tokens, spread).items():
+            found[name] += drawing.rounds * amount
     if run.recipe.calibration.chats:
-        found["operations"] += 25.0 * _length(run) * _rounds(run, sequences, _length(run))
+        found["operations"] += 25.0 * length * _rounds(sizes, sizes.sequences, length, spread)
     return found
 
 
-def _steps(run: Run, sequences: int, length: int) -> dict[str, float]:
+def _steps(run: Run, sizes: WritingSizes, sequences: int, length: int, spread: Spread | None) -> dict[str, float]:
     """Of so many sequences, a token after the other."""
     shape, s = run.shape, run.itemsize
-    keys, rounds = cache_bytes(shape.config, length, s), _rounds(run, sequences, length)
-    # On a GPU a token is one recorded graph, recorded and warmed up a few times.
-    operations = 30.0 * len(shape.blocks) * (0.25 * length if run.is_gpu else length)
+    rounds = _rounds(sizes, sequences, length, spread)
+    launches = HOOKED_LAUNCHES if spread else LAUNCHES
+    # On a GPU a token is one recorded graph, recorded and warmed up a few times; not where weights come and go.
+    operations = launches * len(shape.blocks) * (RECORDED * length if run.is_gpu and spread is None else length)
     return {
         "product": 2.0 * shape.active_parameters * sequences * length,
         # The weights, read for each token; keys and values, half of them on average; and the numbers of a sample.
-        "copy": rounds * length * shape.parameters * s + sequences * length * (keys / 2 + 30.0 * shape.vocabulary),
+        "copy": rounds * length * shape.parameters * s
+        + sequences * length * (sizes.keys(length) / 2 + 30.0 * shape.vocabulary),
         "operations": rounds * operations,
     }
 
 
-def _rounds(run: Run, sequences: int, length: int) -> int:
+def _rounds(sizes: WritingSizes, sequences: int, length: int, spread: Spread | None) -> int:
     """How often sequences are written side by side until all are."""
-    keys = cache_bytes(run.shape.config, length, run.itemsize)
-    return -(-sequences // sequences_within("cuda" if run.is_gpu else "cpu", keys, run.model_bytes))
-
-
-def _sequences(run: Run, windows: float) -> int:
-    return -(-round(windows * run.seq_len) // _length(run))
-
-
-def _length(run: Run) -> int:
-    """Tokens of a sequence."""
-    return min(SEQUENCE_TOKENS, run.seq_len)
-
-
-def _drawn(run: Run, sequences: int) -> tuple[int, int, int]:
-    """Of how many sequences the model draws the first token, how many tokens it writes for that, and how often."""
-    choice = run.recipe.calibration
-    if not DRAWN_SHARES[choice.first]:
-        return 0, 0, 0
-    free = sequences * (1 - choice.prompted - choice.chats)
-    tokens, rounds = (BURN_IN, BURN_INS) if start_token(run.shape.config) is None else (2, 1)
-    return round(DRAWN_SHARES[choice.first] * free), tokens, rounds
-
-
-def _has_heat(run: Run) -> bool:
-    """Are logits divided by temperatures?"""
-    return set(run.recipe.calibration.temperatures) != {1.0}
+    return -(-sequences // sizes.at_once(length)) if spread is None else spread.rounds(sequences)

@@ -55,11 +55,23 @@ def load_original(
     if separates_experts:
         separate_experts(model)
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
-        tensors = source.block(index, device)
-        if family.experts is not None and not separates_experts:
-            tensors = family.experts.together(tensors)
-        fill(block, {name: value.to(dtype) for name, value in tensors.items()}, family.block_prefix(index))
+        load_original_block(block, index, source, dtype, device, separates_experts)
     return model
+
+
+def load_original_block(
+    block: nn.Module,
+    index: int,
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    separates_experts: bool = False,
+) -> None:
+    """Fill a meta `block` with what its source gives; FamilyError as of `load_original`."""
+    tensors, family = source.block(index, device), source.family
+    if family.experts is not None and not separates_experts:
+        tensors = family.experts.together(tensors)
+    fill(block, {name: value.to(dtype) for name, value in tensors.items()}, family.block_prefix(index))
 
 
 def load_finished_block(

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mxrot.calibration.spreading import Room, check_spreads, spread_over
+from mxrot.calibration.writing_sizes import WritingSizes
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.models import Family, Source, linear_problems, quantized_by, value_heads
 from mxrot.nearest import brief, did_you_mean, listed
@@ -193,18 +195,23 @@ def stage_problems(model: PreTrainedModel, rules: Rules) -> Iterator[MxrotError]
 
 
 def memory_problem(
-    model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, device: torch.device, free: int | None
+    recipe: Recipe, writing: WritingSizes, device: torch.device | str, room: Room | None
 ) -> MxrotError | None:
-    """What is wrong if `recipe` runs the whole original on `device`, where `free` bytes are free (None: unknown)."""
-    if free is None or not recipe.runs_whole_original:
+    """What is wrong if `recipe` runs the whole original where there is so much room; None where it does not, or where
+    the room is unknown.
+
+    To write text, as `writing` counts it, it may be spread over the devices of `room`; else `device` has to hold it.
+    """
+    if room is None or not recipe.runs_whole_original:
         return None
-    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    if needed < free:
-        return None
+    needed, free = writing.weights, room.free[0]
+    cannot_write = writing_problem(recipe, writing, room)
+    if not recipe.holds_original or needed < free:
+        return cannot_write
     tuning = recipe.tuning
     remedies = {
-        "calibration.generated = 0": recipe.calibration.generated > 0,
-        "calibration.own = 0 (--calib with a text)": recipe.calibration.own > 0,
+        "calibration.generated = 0": recipe.calibration.generated > 0 and cannot_write is not None,
+        "calibration.own = 0 (--calib with a text)": recipe.calibration.own > 0 and cannot_write is not None,
         "tuning.generated = 0": tuning is not None and tuning.generated > 0,
         "tuning.rollouts = 0": tuning is not None and tuning.rollouts > 0,
         "tuning.light_steps = 0": tuning is not None and tuning.light_steps > 0,
@@ -217,6 +224,18 @@ def memory_problem(
         f"recipe {recipe.name} runs the whole original model on {device}: that takes {needed / 1e9:.1f} GB, "
         f"and {free / 1e9:.1f} GB are free; set {' and '.join(key for key, helps in remedies.items() if helps)}"
     )
+
+
+def writing_problem(recipe: Recipe, writing: WritingSizes, room: Room) -> MxrotError | None:
+    """Why the original cannot write the text of `recipe` there, on however many devices."""
+    if not recipe.writes_text:
+        return None
+    try:
+        if spread_over(writing, room) is not None:
+            check_spreads()
+    except ConfigError as error:
+        return ConfigError(f"recipe {recipe.name}: {error}")
+    return None
 
 
 def free_memory(device: torch.device) -> int | None:

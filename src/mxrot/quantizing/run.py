@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 
 from mxrot.calibration import ONE, Executor, World
 from mxrot.calibration.executor import HELD
+from mxrot.calibration.spreading import room_here
+from mxrot.calibration.writing_sizes import WritingSizes
 from mxrot.environment import check_device, device_name, versions
 from mxrot.errors import ConfigError
 from mxrot.failures import named_failures
@@ -35,13 +37,14 @@ from mxrot.quantizing.block import advance_original, finished_tensors, quantize_
 from mxrot.quantizing.choosing import choose, folds_of
 from mxrot.quantizing.distilling import distill, learned_outside
 from mxrot.quantizing.events import tell_of_block, watched
-from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_original, load_outer
+from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_outer
 from mxrot.quantizing.part import Beside, BlockRun
 from mxrot.quantizing.permuting import find_orders, permuted_run
-from mxrot.quantizing.problems import find_problems, free_memory, memory_problem
+from mxrot.quantizing.problems import find_problems, memory_problem
 from mxrot.quantizing.record import BlockReport, RunRecord, Trial
 from mxrot.quantizing.rotating import config_after, drawn_rotations, rotated_source
 from mxrot.quantizing.shared import check_alike, check_shared, own_executor
+from mxrot.quantizing.spread_original import opened_original, spread_here
 from mxrot.quantizing.store import BlockStore
 from mxrot.quantizing.trained_rotations import learned_rotations
 from mxrot.quantizing.written import Writing, by_the_first, manner_of
@@ -192,9 +195,13 @@ def _checked(
     changed = config_after(source.config, recipe)
     model = model if changed is source.config else build_apart(changed)
     dtype = compute_dtype(source.dtype, device)
-    too_large = memory_problem(model, recipe, dtype, device, free_memory(device))
-    if too_large is not None:
-        raise too_large
+    if recipe.runs_whole_original and not world.rank:  # the others hold no whole model
+        shape = (0, recipe.calibration.seq_len) if windows is None else (windows.shape[0], windows.shape[1])
+        writing = WritingSizes.of(model, source.family, recipe.calibration, shape, dtype)
+        room = room_here(device, writing.on_one_device if recipe.writes_text else 0.0)
+        too_large = memory_problem(recipe, writing, device, room)
+        if too_large is not None:
+            raise too_large
     install_attention(model, scheme, source.family)
     run = BlockRun(recipe, source, device, dtype, seed, scheme, world=world)
     return _Job(run, model, store, progress, world.peers.hand_out(store is not None))
@@ -244,18 +251,19 @@ def _permuted(job: _Job, windows: Tensor | None, given: int) -> _Job:
 
 def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
     """The given windows, and after them those that the original model writes, where the recipe wants some."""
-    choice = job.run.recipe.calibration
+    run, choice = job.run, job.run.recipe.calibration
     if windows is None or not choice.writes:
         return windows
 
     def written() -> Tensor:
-        manner = manner_of(choice, job.run.source.folder, choice.prompted)
+        manner = manner_of(choice, run.source.folder, choice.prompted)
         job.progress(0, 1, "opening the model that writes text to be calibrated on")
-        original = load_original(job.run.source, job.run.dtype, job.run.device)
-        writing = Writing("calibration", choice.written(len(windows)), manner, job.run.seed)
-        return writing.after(original, windows, len(windows), job.store, job.progress)
+        sizes = WritingSizes.of(job.model, run.family, choice, (windows.shape[0], windows.shape[1]), run.dtype)
+        with opened_original(run.source, run.dtype, run.device, spread_here(sizes, run.device)) as original:
+            writing = Writing("calibration", choice.written(len(windows)), manner, run.seed)
+            return writing.after(original, windows, len(windows), job.store, job.progress)
 
-    found = by_the_first("calibration", written, job.store, job.run.world.peers)
+    found = by_the_first("calibration", written, job.store, run.world.peers)
     give_back()
     return found
 

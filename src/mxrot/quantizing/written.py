@@ -55,6 +55,7 @@ def by_the_first(purpose: str, write: Callable[[], Tensor], store: BlockStore | 
     kept = world.hand_out(None if store is None else store.load_windows(purpose))
     if kept is not None:
         return kept
+    world.meet()  # from here on the others take no memory of a GPU
     found = world.hand_out(None if world.rank else write())
     assert found is not None
     return found

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from mxrot.calibration.spreading import Place, Spread
 from mxrot.layers.cache_size import CacheSize
 from mxrot.planning import HOW, MemoryEstimate, Plan, Stage, gigabytes
 from mxrot.report.vllm import vllm_lines
@@ -36,6 +37,8 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
         yield _memory_table(plan)
         if plan.processes > 1:
             yield f"memory is that of the first of {plan.processes} processes; main memory counts for each on a node"
+        if plan.spread is not None:
+            yield from _spread_lines(plan.spread)
         yield _disk_line(plan.needs.disk)
     if plan.time is not None:
         yield _time_table(plan)
@@ -110,6 +113,18 @@ def _memory_table(plan: Plan) -> Table:
         peak = estimate.peak
         table.add_row(name, gigabytes(peak.total), peak.name, "\n".join(_largest_terms(peak)))
     return table
+
+
+def _spread_lines(spread: Spread) -> Iterator[str]:
+    """What the model that writes text takes, device by device."""
+    for device in spread.used:
+        parts = ", ".join(f"{gigabytes(value)} {name}" for name, value in spread.terms(device).items())
+        yield textwrap.fill(f"writing text, {spread.devices[device]}: {parts}", WIDTH, subsequent_indent="  ")
+    if spread.streamed:
+        places: tuple[Place, ...] = ("main memory", "disk")
+        taken = {place: spread.bytes_in(place) for place in places}
+        parts = ", ".join(f"{gigabytes(size)} in {place}" for place, size in taken.items() if size)
+        yield f"writing text, weights that come in each of {spread.steps:,} passes: {parts}"
 
 
 def _disk_line(terms: dict[str, float]) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mxrot.calibration import Manner, generated_windows, generation
+from mxrot.calibration.spreading import Room
 from mxrot.errors import ConfigError
 from mxrot.quantizing import run as pipeline
 
@@ -140,6 +141,6 @@ def test_a_model_that_does_not_fit_as_a_whole(
     source: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, float | str], remedy: str
 ) -> None:
     """It is said before a block is quantized, with what to set instead."""
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
-    with pytest.raises(ConfigError, match=f"0.0 GB are free; {remedy}"):
+    monkeypatch.setattr(pipeline, "room_here", lambda device, wanted: Room(("cpu",), (1000.0,), 1e9))
+    with pytest.raises(ConfigError, match=rf"0\.0 GB (are free;|can be had; bring a text of your own, and) {remedy}"):
         pipeline.quantize(source, recipe("mxrot", **changes), windows=random_windows(3, 24))

@@ -16,8 +16,10 @@ from tests.unit.planning.shapes import LLAMA_3_8B, LLAMA_3_70B, LLAMA_3_405B
 from transformers import GPT2Config, Qwen2Config
 
 from mxrot.errors import ConfigError, FamilyError
-from mxrot.planning import Machine, OtherRates, Plan, make_plan, plan, rates
+from mxrot.planning import Machine, OtherRates, Plan, gigabytes, make_plan, plan, rates
+from mxrot.planning.writing import STREAMING
 from mxrot.recipe import Recipe
+from mxrot.report import plan_report
 
 CPU = Machine(torch.device("cpu"))
 
@@ -44,13 +46,53 @@ def test_large_models_take_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_405b_model_does_not_fit_as_a_whole(tmp_path: Path) -> None:
-    made = plan_of(tmp_path, LLAMA_3_405B, recipe("mxrot"), Machine(torch.device("cpu"), 80e9))
-    (problem,) = made.problems
-    assert problem.startswith(
-        "recipe mxrot runs the whole original model on cuda: that takes 811.7 GB, and 80.0 GB are"
+    """Tuning needs it on the GPU; to write text it is spread."""
+    chosen = recipe("mxrot-tuned", tuning__generated=0.0)
+    (problem,) = plan_of(tmp_path, LLAMA_3_405B, chosen, Machine(torch.device("cpu"), 80e9)).problems
+    assert problem == (
+        "recipe mxrot-tuned runs the whole original model on cuda: that takes 811.7 GB, and 80.0 GB are free; "
+        'set tuning.scope = "block"'
     )
-    assert made.time is None and made.needs is not None
-    assert made.needs.gpu.peak.name in ("drawing first tokens", "writing calibration text")
+    (problem,) = plan_of(tmp_path, LLAMA_3_405B, recipe("mxrot"), Machine(torch.device("cpu"), 10e9)).problems
+    assert problem.startswith(
+        "recipe mxrot: the original model, which shall write text for calibration, takes 811.7 GB"
+    )
+    assert problem.endswith("bring a text of your own, and set calibration.generated = 0")
+
+
+@pytest.mark.parametrize(("processes", "where"), [(1, "cuda:0 and main memory"), (2, "cuda:0, cuda:1 and main memory")])
+def test_text_of_a_model_that_no_gpu_holds(tmp_path: Path, processes: int, where: str) -> None:
+    """141 GB of weights: where they lie, what each device takes, and how long they are on their way."""
+    here = plan_of(tmp_path, LLAMA_3_8B, recipe("mxrot"), CPU).as_table()
+    here["seconds"] |= {"device": "A machine", "kind": "cuda"}
+    (tmp_path / "rates.json").write_text(json.dumps(here))
+    machine = Machine(torch.device("cpu"), 80e9, OtherRates.read(tmp_path / "rates.json"))
+    made = plan_of(tmp_path, LLAMA_3_70B, recipe("mxrot"), machine, processes=processes)
+    spread = made.spread
+    assert not made.problems and spread is not None and made.needs is not None and made.time is not None
+    assert made.warnings[0] == spread.said and f"is spread over {where}, {spread.at_once} seq" in spread.said
+    stage = {stage.name: stage for stage in made.needs.gpu.stages}["writing calibration text"]
+    assert stage.terms == spread.terms(0) and "the original model" not in stage.terms
+    assert made.needs.gpu.peak.total <= 80e9
+    waiting = {stage.name: stage.terms for stage in made.needs.gpu_host.stages}["writing calibration text"]
+    assert waiting["blocks of the original model"] == spread.streamed > 80e9
+    on_devices = sum(spread.terms(device)["blocks of the original model"] for device in spread.used)
+    assert on_devices + spread.streamed + spread.sizes.outer == made.sizes.before if made.sizes else False
+    assert made.time.terms[STREAMING] == spread.seconds_to_stream > 60
+    table = json.loads(json.dumps(made.as_table()))["text_spread"]
+    assert list(table["devices"]) == [f"cuda:{number}" for number in range(processes)]
+    assert table["main_memory"] == spread.streamed and table["disk"] == 0
+    lines = "\n".join(line for line in plan_report(made) if isinstance(line, str))
+    comes = f"weights that come in each of {spread.steps} passes: {gigabytes(spread.streamed)} in main memory"
+    assert f"writing text, {comes}" in lines
+    assert f"writing text, cuda:{processes - 1}: " in lines and spread.said in lines
+
+
+def test_nothing_is_spread_that_a_gpu_holds(tmp_path: Path) -> None:
+    made = plan_of(tmp_path, LLAMA_3_8B, recipe("mxrot"), Machine(torch.device("cpu"), 80e9), processes=4)
+    assert made.spread is None and made.as_table()["text_spread"] is None
+    alone = plan_of(tmp_path, LLAMA_3_70B, recipe("mxrot", calibration__generated=0.0), Machine(CPU.device, 80e9))
+    assert alone.spread is None and not alone.problems
 
 
 def test_the_time_on_another_machine(tmp_path: Path) -> None:
@@ -103,8 +145,8 @@ def test_states_that_lie_on_disk_are_told_and_take_no_memory(tmp_path: Path, mon
 
 
 def test_a_warning_where_memory_is_short_without_a_check(tmp_path: Path) -> None:
-    for gigabytes, is_short in ((6e9, True), (80e9, False)):
-        made = plan_of(tmp_path, LLAMA_3_8B, recipe("duquant++-gptq"), Machine(torch.device("cpu"), gigabytes))
+    for free, is_short in ((6e9, True), (80e9, False)):
+        made = plan_of(tmp_path, LLAMA_3_8B, recipe("duquant++-gptq"), Machine(torch.device("cpu"), free))
         assert not made.problems
         assert bool([line for line in made.warnings if line.startswith("the GPU will run out")]) == is_short
 

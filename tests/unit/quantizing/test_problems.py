@@ -10,11 +10,15 @@ from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import tiny_config, write_tiny_model
 from tests.unit.checkpoint.folders import recipe
 
+from mxrot.calibration import spreading
+from mxrot.calibration.spreading import Room
+from mxrot.calibration.writing_sizes import WritingSizes
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.layers import build_apart
 from mxrot.models import FAMILIES
 from mxrot.quantizing.problems import find_problems, memory_problem
 from mxrot.quantizing.run import quantize
+from mxrot.recipe import Recipe
 
 
 def test_every_problem_is_found_and_quantize_raises_the_first(tmp_path: Path) -> None:
@@ -64,14 +68,44 @@ def test_what_is_quantized_already() -> None:
     assert isinstance(problem, FamilyError) and str(problem).startswith("here: is quantized already")
 
 
+def writing_of(chosen: Recipe) -> WritingSizes:
+    family = FAMILIES["llama"]
+    return WritingSizes.of(build_apart(tiny_config()), family, chosen.calibration, (4, 32), torch.float16)
+
+
 def test_memory_is_a_problem_only_where_the_whole_original_runs() -> None:
-    model, cuda = build_apart(tiny_config()), torch.device("cuda")
-    needed = sum(parameter.numel() for parameter in model.parameters()) * 2
-    for chosen, free, is_problem in (
-        (recipe("mxrot"), needed, True),
-        (recipe("mxrot"), needed + 1, False),
-        (recipe("mxrot"), None, False),
-        (recipe("mxrot", calibration__generated=0.0), 0, False),
-        (recipe("rtn", calibration__generated=1.0), 0, False),
+    """To write text it may be spread over main memory; to be tuned to, or measured by, it may not."""
+    plain, tuned = recipe("mxrot"), recipe("mxrot-tuned", tuning__generated=0.0)
+    needed = writing_of(plain).weights
+    for chosen, free, host, is_problem in (
+        (plain, needed, 10 * needed, False),
+        (plain, needed, needed / 10, True),
+        (plain, 2 * needed, 0.0, False),
+        (tuned, needed, 10 * needed, True),
+        (tuned, 2 * needed, 0.0, False),
+        (recipe("mxrot", choice__candidates=["transform.open=0.0"]), needed, 10 * needed, True),
+        (recipe("mxrot", calibration__generated=0.0), 0.0, 0.0, False),
+        (recipe("rtn", calibration__generated=1.0), 0.0, 0.0, False),
     ):
-        assert (memory_problem(model, chosen, torch.float16, cuda, free) is not None) == is_problem
+        room = Room(("cuda:0",), (free,), host)
+        problem = memory_problem(chosen, writing_of(chosen), "cuda", room)
+        assert (problem is not None) == is_problem, (chosen.name, free, host)
+        assert memory_problem(chosen, writing_of(chosen), "cuda", None) is None
+
+
+def test_writing_is_named_as_a_remedy_only_where_it_helps() -> None:
+    chosen = recipe("mxrot-tuned", tuning__generated=0.0)
+    needed = writing_of(chosen).weights
+    for host, remedies in ((10 * needed, 'set tuning.scope = "block"'), (0.0, "set calibration.generated = 0 and tun")):
+        problem = memory_problem(chosen, writing_of(chosen), "cuda", Room(("cuda:0",), (needed,), host))
+        assert problem is not None and remedies in str(problem)
+        assert ("calibration" in str(problem)) == (host == 0.0)
+
+
+def test_a_spread_model_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = recipe("mxrot")
+    needed = writing_of(chosen).weights
+    monkeypatch.setattr(spreading, "find_spec", lambda name: None)
+    for free, is_problem in ((2 * needed, False), (needed, True)):
+        problem = memory_problem(chosen, writing_of(chosen), "cuda", Room(("cuda:0",), (free,), 10 * needed))
+        assert (problem is not None) == is_problem

@@ -1,0 +1,286 @@
+"""Where the blocks of a model that writes text lie and compute, when no single device holds it.
+
+Decoder blocks are given to the GPUs of a machine in their order, as many to each as it has room for. A GPU that cannot
+keep all of its blocks has the others come from main memory, or from disk, for each token that is written: one pass over
+the weights then serves as many sequences as there is room for keys and values. More sequences leave less room for
+blocks, so that the time is least somewhere between; what stands between blocks is on the first GPU.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+
+from mxrot.calibration.generation import SEQUENCES_AT_ONCE
+from mxrot.calibration.writing_sizes import WritingSizes
+from mxrot.environment import available_memory
+from mxrot.errors import ConfigError
+
+USED = 0.9
+"""Of the free bytes of a GPU, of main memory and of a disk; the rest is for what lies between operations, workspaces of
+libraries and what an allocator loses."""
+HOST_BYTES, DISK_BYTES, GPU_BYTES = 2e10, 1e9, 2e12
+"""Bytes a second that come to a GPU from main memory and from disk, and that it reads itself; assumed, not measured."""
+BLOCK_SECONDS = 1e-3
+"""To launch the operations of a block without a recording of them; assumed."""
+
+Place = Literal["device", "main memory", "disk"]
+"""Where the weights of a block lie between two tokens."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that are free."""
+
+    devices: tuple[str, ...]
+    """By their names; the first is where quantizing computes."""
+    free: tuple[float, ...]
+    """Of each."""
+    host: float
+    disk: float = 0.0
+    """In the folder of temporary files."""
+
+
+def room_here(device: torch.device, wanted: float) -> Room | None:
+    """Of this machine; of its other GPUs only where `device` has no room for the bytes `wanted`, because asking takes
+    some memory there. None where the device is no GPU."""
+    if device.type != "cuda":
+        return None
+    own = torch.cuda.current_device() if device.index is None else device.index
+    free = {own: torch.cuda.mem_get_info(own)[0]}
+    if free[own] < wanted:
+        for number in range(torch.cuda.device_count()):
+            with suppress(RuntimeError):  # where only one process may compute
+                free.setdefault(number, torch.cuda.mem_get_info(number)[0])
+    names = tuple(f"cuda:{number}" for number in free)
+    disk = shutil.disk_usage(tempfile.gettempdir()).free
+    return Room(names, tuple(map(float, free.values())), available_memory() or 0.0, float(disk))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A model that writes text on several devices."""
+
+    sizes: WritingSizes
+    devices: tuple[str, ...]
+    """All that could be used, by name; what lies outside of the blocks is on the first."""
+    at_once: int
+    """Sequences that are written side by side."""
+    computes: tuple[int, ...]
+    """Of each block, on which of the devices."""
+    lies: tuple[Place, ...]
+    """Of each block."""
+
+    def device_of(self, block: int) -> str:
+        """Where a block computes."""
+        return self.devices[self.computes[block]]
+
+    def bytes_in(self, place: Place) -> float:
+        """Bytes of weights of decoder blocks that lie there."""
+        return sum(size for size, own in zip(self.sizes.blocks, self.lies, strict=True) if own == place)
+
+    @property
+    def streamed(self) -> float:
+        """Bytes of weights that come to a device for each token."""
+        return self.bytes_in("main memory") + self.bytes_in("disk")
+
+    @property
+    def used(self) -> list[int]:
+        """The devices that have something to do."""
+        return sorted({0, *self.computes})
+
+    def terms(self, device: int) -> dict[str, float]:
+        """Bytes on one of the devices, by what they are for."""
+        sizes = self.sizes
+        own = [block for block, where in enumerate(self.computes) if where == device]
+        comes = [sizes.blocks[block] for block in own if self.lies[block] != "device"]
+        found = {
+            "embedding, last norm and head": 0.0 if device else sizes.outer,
+            "blocks of the original model": sum(sizes.blocks[block] for block in own if self.lies[block] == "device"),
+            "a block that comes from main memory": max(comes, default=0.0),
+            "keys and values": len(own) * self.at_once * _keys_of_block(sizes),
+            "logits and probabilities": 0.0 if device else self.at_once * sizes.logits,
+        }
+        return {name: value for name, value in found.items() if value}
+
+    def rounds(self, sequences: int) -> int:
+        """How often sequences are written side by side until so many are."""
+        return -(-sequences // self.at_once)
+
+    @property
+    def steps(self) -> int:
+        """Passes over the weights in all."""
+        drawing = self.sizes.drawing
+        drawn = drawing.rounds * drawing.tokens * self.rounds(drawing.sequences)
+        return self.rounds(self.sizes.sequences) * self.sizes.length + drawn
+
+    @property
+    def seconds_to_stream(self) -> float:
+        """In which weights come from main memory and from disk, for all tokens."""
+        return self.steps * (self.bytes_in("main memory") / HOST_BYTES + self.bytes_in("disk") / DISK_BYTES)
+
+    @property
+    def said(self) -> str:
+        """In one line."""
+        places = [self.devices[device] for device in self.used]
+        places += [place for place in ("main memory", "disk") if place in self.lies]
+        *most, last = places
+        where = f"{', '.join(most)} and {last}" if most else last
+        return f"The model that writes the text is spread over {where}, {self.at_once} sequences at a time"
+
+    def as_table(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {
+            "sequences_at_once": self.at_once,
+            "devices": {
+                self.devices[device]: {name: round(value) for name, value in self.terms(device).items()}
+                for device in self.used
+            },
+            "main_memory": round(self.bytes_in("main memory")),
+            "disk": round(self.bytes_in("disk")),
+            "passes_over_the_weights": self.steps,
+        }
+
+
+def spread_over(sizes: WritingSizes, room: Room) -> Spread | None:
+    """How a model that writes text is spread over the devices of `room`; None where the first one holds it as a whole,
+    by the plan's own count.
+
+    As many sequences at a time, of all, a half, a quarter and so on, as take the least time. That depends on the
+    devices alone, and not on main memory. ConfigError where there is not room enough in all.
+    """
+    if sizes.on_one_device <= room.free[0]:
+        return None
+    found: list[tuple[float, Spread]] = []
+    at_once = min(sizes.sequences, SEQUENCES_AT_ONCE)
+    while at_once:
+        spread = _spread(sizes, room, at_once)
+        if spread is not None:
+            found.append((_seconds(spread), spread))
+        at_once = -(-at_once // 2) if at_once > 1 else 0
+    if not found:
+        first = sizes.outer + sizes.beside + max(sizes.blocks) + sizes.keys(sizes.length) + sizes.logits
+        raise _no_room(
+            sizes, f"of which {first / 1e9:.1f} GB have to be on {room.devices[0]}: {_told(room.free[0])} GB can be had"
+        )
+    _, best = min(found, key=lambda one: one[0])
+    waits = _waiting(best, room)
+    if waits is None:
+        raise _no_room(
+            sizes,
+            f"of which {best.streamed / 1e9:.1f} GB are left over by {' and '.join(room.devices)}: "
+            f"{_told(room.host)} GB of main memory and {_told(room.disk)} GB of disk ($TMPDIR) can be had",
+        )
+    return waits
+
+
+def check_spreads() -> None:
+    """ConfigError where the package is missing that spreads models."""
+    if find_spec("accelerate") is None:
+        raise ConfigError(
+            "the model that writes text to be calibrated on does not fit on one device, and spreading it over several "
+            "needs the package accelerate: pip install 'mxrot[spread]'"
+        )
+
+
+def _spread(sizes: WritingSizes, room: Room, at_once: int) -> Spread | None:
+    """With so many sequences at a time, all that is left over in main memory; None where there is no room for keys and
+    values."""
+    keys = at_once * _keys_of_block(sizes)
+    caps = [USED * free for free in room.free]
+    caps[0] -= sizes.outer + sizes.beside + at_once * sizes.logits
+    if caps[0] < 0:
+        return None
+    computes = _in_order([size + keys for size in sizes.blocks], caps)
+    lies: list[Place] = ["device"] * len(sizes.blocks)
+    if computes is not None:
+        return Spread(sizes, room.devices, at_once, tuple(computes), tuple(lies))
+    caps = [max(0.0, cap - max(sizes.blocks)) for cap in caps]  # a block that comes for a moment
+    computes, lies = [], []
+    for device, count in enumerate(_shares(len(sizes.blocks), caps)):
+        left = caps[device] - count * keys
+        if left < 0:
+            return None
+        for size in sizes.blocks[len(computes) : len(computes) + count]:
+            stays = size <= left
+            left -= size if stays else left
+            computes.append(device)
+            lies.append("device" if stays else "main memory")
+    return Spread(sizes, room.devices, at_once, tuple(computes), tuple(lies)) if computes else None
+
+
+def _in_order(sizes: list[float], caps: list[float]) -> list[int] | None:
+    """For each size the place that it goes to, one place filled after the other; None where they do not all fit."""
+    found: list[int] = []
+    place, left = 0, caps[0]
+    for size in sizes:
+        while size > left:
+            place += 1
+            if place == len(caps):
+                return None
+            left = caps[place]
+        left -= size
+        found.append(place)
+    return found
+
+
+def _shares(count: int, caps: list[float]) -> list[int]:
+    """`count` things in proportion to `caps`; nothing where there is no room at all."""
+    whole = sum(caps)
+    if not whole:
+        return []
+    ends = [round(count * sum(caps[:position]) / whole) for position in range(len(caps) + 1)]
+    return [end - begin for begin, end in pairwise(ends)]
+
+
+def _seconds(spread: Spread) -> float:
+    """The time that depends on how many sequences are written at a time."""
+    blocks = spread.sizes.blocks
+    of_step = spread.streamed / HOST_BYTES + spread.sizes.weights / GPU_BYTES + BLOCK_SECONDS * len(blocks)
+    return spread.steps * of_step
+
+
+def _waiting(spread: Spread, room: Room) -> Spread | None:
+    """The same, with what main memory has no room for on disk; None where the disk has none, either."""
+    host, disk = USED * room.host, USED * room.disk
+    lies: list[Place] = []
+    for size, place in zip(spread.sizes.blocks, spread.lies, strict=True):
+        if place == "device":
+            lies.append(place)
+        elif size <= host:
+            host -= size
+            lies.append("main memory")
+        elif size <= disk:
+            host, disk = 0.0, disk - size
+            lies.append("disk")
+        else:
+            return None
+    return Spread(spread.sizes, spread.devices, spread.at_once, spread.computes, tuple(lies))
+
+
+def _keys_of_block(sizes: WritingSizes) -> float:
+    """Bytes of keys and values of one sequence in one block."""
+    return sizes.keys(sizes.length) / len(sizes.blocks)
+
+
+def _no_room(sizes: WritingSizes, why: str) -> ConfigError:
+    choice = sizes.choice
+    remedies = {
+        "calibration.generated = 0": choice.generated > 0,
+        "calibration.own = 0 (--calib with a text)": choice.own > 0,
+    }
+    return ConfigError(
+        f"the original model, which shall write text for calibration, takes {sizes.weights / 1e9:.1f} GB, {why}; "
+        f"bring a text of your own, and set {' and '.join(key for key, helps in remedies.items() if helps)}"
+    )
+
+
+def _told(free: float) -> str:
+    return f"{USED * free / 1e9:.1f}"
