@@ -3,6 +3,7 @@
 from mxrot.calibration.executor import Executor
 from mxrot.calibration.first_block import block_arguments, first_executor, first_hidden
 from mxrot.calibration.generation import generated_windows
+from mxrot.calibration.handing import handed_out
 from mxrot.calibration.hooks import watched_inputs
 from mxrot.calibration.manner import Manner
 from mxrot.calibration.routing import Routing
@@ -37,5 +38,6 @@ __all__ = [
     "first_executor",
     "first_hidden",
     "generated_windows",
+    "handed_out",
     "watched_inputs",
 ]

@@ -75,6 +75,13 @@ class Executor:
         found._position = self._position
         return found
 
+    def by_itself(self, hidden: list[Tensor]) -> Executor:
+        """One that runs the same block on other batches, where the block computes, in no world; nothing is kept yet."""
+        found = Executor(hidden, self.arguments, Placement(self.placement.device), dtype=self.dtype)
+        found._position = self._position
+        found.begin(self.block)
+        return found
+
     # The life of a block.
 
     def begin(self, block: nn.Module, readers: Mapping[str, frozenset[str]] | None = None) -> None:
@@ -217,6 +224,10 @@ class Executor:
     def batches(self) -> range:
         """Positions of the batches."""
         return range(len(self._hidden))
+
+    def hidden(self, index: int) -> Tensor:
+        """The hidden states [windows, tokens, hidden_size] of a batch, where the block computes."""
+        return self.placement.get(self._hidden[index])
 
     @property
     def fitted(self) -> Sequence[int]:

@@ -73,6 +73,11 @@ class World(ABC):
         """The tensors of all processes that have one, by rank; their shapes may differ."""
 
     @abstractmethod
+    def handed_to(self, rank: int, rows: Tensor, counts: Sequence[int]) -> list[Tensor] | None:
+        """In process `rank` the rows [n, K] of all, by rank, on its device; None in the others. All know how many rows
+        each gives, and they have one width and type."""
+
+    @abstractmethod
     def meet(self) -> None:
         """Wait until all processes have come here."""
 
@@ -140,6 +145,10 @@ class OneProcess(World):
     def gather(self, tensor: Tensor | None) -> list[Tensor]:
         """`tensor` alone."""
         return _there([tensor])
+
+    def handed_to(self, rank: int, rows: Tensor, counts: Sequence[int]) -> list[Tensor] | None:
+        """`rows` alone."""
+        return [rows]
 
     def meet(self) -> None:
         """There are no others."""
@@ -212,6 +221,14 @@ class ProcessWorld(World):
         return [
             flat[:size].view(shape) for flat, size, shape in zip(found, sizes, shapes, strict=True) if shape is not None
         ]
+
+    def handed_to(self, rank: int, rows: Tensor, counts: Sequence[int]) -> list[Tensor] | None:
+        """The rows of all in process `rank`; on the way all have as many as the one with most."""
+        own = torch.zeros(max(counts), rows.shape[1], dtype=rows.dtype, device=self.device)
+        own[: len(rows)] = rows
+        found = [torch.empty_like(own) for _ in counts] if rank == self.rank else None
+        distributed.gather(own, found, dst=rank)
+        return None if found is None else [padded[:count] for padded, count in zip(found, counts, strict=True)]
 
     def hand_out(self, value: T) -> T:
         """Pickled on the way; tensors should be on the CPU."""

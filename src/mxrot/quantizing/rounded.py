@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
-from mxrot.calibration import ONE, World
+from mxrot.calibration import World
 from mxrot.calibration.executor import HELD
 from mxrot.calibration.site_inputs import SiteInputs
 from mxrot.calibration.site_weights import Rows, SiteWeights
@@ -17,7 +18,7 @@ from mxrot.formats import QTensor
 from mxrot.models import Site
 from mxrot.quantizing.finite import check_rounded
 from mxrot.quantizing.part import BlockRun, Part
-from mxrot.quantizing.shared import gathered, gathered_rows, shares
+from mxrot.quantizing.shared import by_itself, each_of, gathered, gathered_rows, is_one_each, shares
 from mxrot.rounding import Prepared, RoundingMethod
 from mxrot.rounding.base import Requirements
 from mxrot.rounding.held_out import Fold, Moments
@@ -71,11 +72,6 @@ class SiteStatistics:
         return None if self.seen is None else self.seen.tokens
 
 
-def round_site(run: BlockRun, part: Part, site: Site, transform: SiteTransform | None) -> dict[str, RoundedLinear]:
-    """Round the linears of a site, by their names, for the inputs of the part; of several processes each some rows."""
-    return _round_from(run, part, site, _statistics(run, part, site, transform))
-
-
 Work = tuple[Part, Site, SiteTransform | None]
 """A site of a part, and its transform."""
 
@@ -84,29 +80,19 @@ def round_sites(run: BlockRun, works: Sequence[Work]) -> list[dict[str, RoundedL
     """`round_site` for sites of several parts, such as experts, whose weights have the same shapes and formats, and of
     which none reads what another one writes.
 
-    Where there are as many as processes, with linears of the same names, each is rounded by one of them: a small matrix
-    takes a GPU as long as half of it. All processes take the statistics together.
+    Where there are as many as processes, with linears of the same names, each is rounded by one of them, which is
+    handed the tokens of all: a small matrix takes a GPU as long as half of it, and many small sums between processes
+    take longer than the tokens.
     """
-    are_alike = len({site.linears for _, site, _ in works}) == 1
-    if run.world.size == 1 or len(works) != run.world.size or not are_alike:
+    if not is_one_each([site for _, site, _ in works], run.world):
         return [round_site(run, *work) for work in works]
-    tokens, own = [], None
-    for rank, work in enumerate(works):
-        statistics = _statistics(run, *work)
-        tokens.append(statistics.tokens)
-        if rank == run.world.rank:
-            own = statistics
-        del statistics
-    assert own is not None
-    part, site, _ = works[run.world.rank]
-    rounded = exchanged(_round_from(replace(run, world=ONE), part, site, own), run.world)
-    return [
-        {linear: replace(one, tokens=count) for linear, one in of_one.items()}
-        for of_one, count in zip(rounded, tokens, strict=True)
-    ]
+    alone, part = by_itself(run, [part for part, _, _ in works])
+    return exchanged(round_site(alone, part, *works[run.world.rank][1:]), run.world)
 
 
-def _round_from(run: BlockRun, part: Part, site: Site, statistics: SiteStatistics) -> dict[str, RoundedLinear]:
+def round_site(run: BlockRun, part: Part, site: Site, transform: SiteTransform | None) -> dict[str, RoundedLinear]:
+    """Round the linears of a site, by their names, for the inputs of the part; of several processes each some rows."""
+    statistics = _statistics(run, part, site, transform)
     weights, method, seen, tokens = statistics.weights, statistics.method, statistics.seen, statistics.tokens
     recipe, scheme = run.of(part, site)
     groups = weights.whole_linears if scheme.weights.looks_at_whole_tensor else weights.groups
@@ -226,41 +212,29 @@ def _together(
 
 
 def exchanged(own: Mapping[str, RoundedLinear], world: World) -> list[dict[str, RoundedLinear]]:
-    """What each process has rounded, by rank; its own is `own`. All have linears of the same names and shapes, which
-    keep no remainders."""
-    given = world.gather(torch.cat([_bytes(value) for linear in own.values() for value in _numbers(linear)]))
+    """What each process has rounded, by rank; its own is `own`. All have linears of the same names and shapes."""
     found = []
-    for flat in given:
-        rest, of_one = flat, {}
+    for values in each_of(chain(*(_numbers(linear) for linear in own.values())), world):
+        of_one = {}
         for name, linear in own.items():
-            values = []
-            for like in _numbers(linear):
-                count = like.numel() * like.element_size()
-                values.append(rest[:count].clone().view(like.dtype).view(like.shape))
-                rest = rest[count:]
-            codes, *parts, error, told = values
+            codes, *parts, error, told = islice(values, len(_numbers(linear)) - (linear.remainder is not None))
+            remainder = None if linear.remainder is None else next(values)
             named = dict(zip(linear.weight.parts.tensors, parts, strict=True))
             weight = QTensor(codes, linear.weight.parts.with_tensors(named), linear.weight.format)
-            damping, strength = (None if math.isnan(value) else value for value in told.tolist())
-            of_one[name] = RoundedLinear(weight, error, damping, None, linear.tokens, strength)
+            damping, strength, tokens = (None if math.isnan(value) else value for value in told.tolist())
+            tokens = None if tokens is None else int(tokens)
+            of_one[name] = RoundedLinear(weight, error, damping, remainder, tokens, strength)
         found.append(of_one)
     return found
 
 
 def _numbers(linear: RoundedLinear) -> list[Tensor]:
-    """All that a rounded linear holds, but its tokens; NaN stands for None."""
-    told = [math.nan if value is None else value for value in (linear.damping, linear.target_strength)]
+    """All that a rounded linear holds; NaN stands for None."""
+    told = [math.nan if value is None else value for value in (linear.damping, linear.target_strength, linear.tokens)]
     codes = linear.weight.codes
-    return [
-        codes,
-        *linear.weight.parts.tensors.values(),
-        linear.error,
-        torch.tensor(told, dtype=torch.float64, device=codes.device),
-    ]
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+    found = [codes, *linear.weight.parts.tensors.values(), linear.error]
+    found.append(torch.tensor(told, dtype=torch.float64, device=codes.device))
+    return found if linear.remainder is None else [*found, linear.remainder]
 
 
 def error_norms(weight: QTensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,18 +3,20 @@ gradients in tuning/."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxrot.calibration import Executor, World, first_executor
+from mxrot.calibration import ONE, Executor, World, first_executor, handed_out
 from mxrot.calibration.site_weights import Rows
 from mxrot.errors import ConfigError, NumericsError
 from mxrot.formats import QTensor
+from mxrot.models import Site
 from mxrot.quantizing.batches import windows_at_once
-from mxrot.quantizing.part import BlockRun
+from mxrot.quantizing.part import BlockRun, Part
 from mxrot.recipe import Recipe
 
 
@@ -88,6 +90,36 @@ def gathered_rows(tensor: Tensor, world: World) -> Tensor:
         return tensor
     found = world.gather(tensor.contiguous().view(torch.uint8))
     return torch.cat(found).view(tensor.dtype)
+
+
+def is_one_each(sites: Sequence[Site], world: World) -> bool:
+    """Are there as many sites, alike but for the expert that they are in, as processes that share the windows?"""
+    return 1 < world.size == len(sites) and len({site.linears for site in sites}) == 1
+
+
+def by_itself(run: BlockRun, parts: Sequence[Part]) -> tuple[BlockRun, Part]:
+    """The run of this process without the others, and the part that is its own, of as many as there are processes, with
+    the tokens that all have for it."""
+    world, own = run.world, parts[run.world.rank]
+    if own.executor is not None:
+        own = replace(own, executor=handed_out([part.executor for part in parts if part.executor is not None], world))
+    if own.original is not None:
+        own = replace(own, original=handed_out([part.original for part in parts if part.original is not None], world))
+    for part in parts:
+        if part.executor is not None:
+            part.executor.forget_inputs()
+    return replace(run, world=ONE), own
+
+
+def each_of(own: Iterable[Tensor], world: World) -> list[Iterator[Tensor]]:
+    """What each process has, by rank, of tensors of the same shapes and types in all; their bytes pass at once."""
+    like = list(own)
+    counts = [tensor.nbytes for tensor in like]
+    given = world.gather(torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in like]))
+    return [
+        iter([some.clone().view(one.dtype).view(one.shape) for some, one in zip(flat.split(counts), like, strict=True)])
+        for flat in given
+    ]
 
 
 def check_alike(block: nn.Module, name: str, world: World) -> None:

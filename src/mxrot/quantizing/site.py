@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,8 @@ from mxrot.quantizing.finite import check_folded, check_statistics, check_transf
 from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.record import LinearReport
 from mxrot.quantizing.refit import refitted
-from mxrot.quantizing.rounded import RoundedLinear, error_ratio, round_sites
+from mxrot.quantizing.rounded import RoundedLinear, error_ratio, round_site
+from mxrot.quantizing.shared import by_itself, each_of, is_one_each
 from mxrot.rules import Rules
 from mxrot.scheme import fill_site, install_site
 from mxrot.surgery import fold_into_producer, shareable_scales
@@ -33,6 +37,8 @@ from mxrot.transforms.smoothing import moment_scales, smoothing_scales
 
 ERROR_ROWS = 512
 """Calibration tokens on which the output error of each linear is measured."""
+MEASURED = ("weight_error", "output_error", "damping", "tokens", "target_strength")
+"""Of a linear's report, what is not known before it is quantized."""
 
 
 def smoothed_sites(rules: Rules, index: int) -> list[Site]:
@@ -81,7 +87,14 @@ def quantize_site(
     run: BlockRun, part: Part, site: Site, scales: Tensor | None, progress: Progress = silent
 ) -> list[LinearReport]:
     """Fit the site's transform, round its weights, and put quantized linears in place."""
-    return quantize_sites(run, [(part, site)], [scales], progress)
+    rows, name = RowSample(ERROR_ROWS), f"{part.name}.{site.linears[0]}"
+    progress(0, 5, name)
+    transform = fit_transform(run, part, site, scales, rows)
+    progress(1, 5, name)  # with GPTQ most of the time goes into rounding, and the statistics for it
+    rounded = round_site(run, part, site, transform)
+    if run.beside is not None:
+        run.beside(run, part, site, scales)
+    return install_rounded(run, part, site, refitted(run, part, site, transform, rounded), rounded, rows)
 
 
 def quantize_sites(
@@ -91,20 +104,12 @@ def quantize_sites(
     progress: Progress = silent,
 ) -> list[LinearReport]:
     """`quantize_site` for sites of several parts, as `round_sites` takes them, each with its smoothing scales."""
-    (part, site), rows = places[0], [RowSample(ERROR_ROWS) for _ in places]
-    name = f"{part.name}.{site.linears[0]}"
-    progress(0, 5, name)
-    works = [
-        (part, site, fit_transform(run, part, site, own, sample))
-        for (part, site), own, sample in zip(places, scales, rows, strict=True)
-    ]
-    progress(1, 5, name)  # with GPTQ most of the time goes into rounding, and the statistics for it
-    reports = []
-    for (part, site, transform), rounded, own, sample in zip(works, round_sites(run, works), scales, rows, strict=True):
-        if run.beside is not None:
-            run.beside(run, part, site, own)
-        reports += install_rounded(run, part, site, refitted(run, part, site, transform, rounded), rounded, sample)
-    return reports
+    if not is_one_each([site for _, site in places], run.world):
+        each = zip(places, scales, strict=True)
+        return [report for (part, site), own in each for report in quantize_site(run, part, site, own, progress)]
+    alone, part = by_itself(run, [part for part, _ in places])
+    own = quantize_site(alone, part, places[run.world.rank][1], scales[run.world.rank], progress)
+    return _installed_by_each(run, places, own)
 
 
 def fit_transform(
@@ -191,6 +196,40 @@ def install_rounded(
         )
         for position, linear in enumerate(site.linears)
     ]
+
+
+def _installed_by_each(
+    run: BlockRun, places: Sequence[tuple[Part, Site]], reports: list[LinearReport]
+) -> list[LinearReport]:
+    """Install what every process has made of the site that is its own; the reports of all of them, by rank."""
+    part, site = places[run.world.rank]
+    measured = [[getattr(report, name) for name in MEASURED] for report in reports]
+    told = torch.tensor([[math.nan if x is None else x for x in row] for row in measured], dtype=torch.float64)
+    linears = _quantized(part, site)
+    own = [tensor.data for linear in linears for tensor in linear.parameters()]
+    remainders = [linear.remainder for linear in linears if linear.remainder is not None]
+    found = []
+    for rank, values in enumerate(each_of([told.to(run.device), *own, *remainders], run.world)):
+        part, site = places[rank]
+        rows = next(values).tolist()
+        if rank != run.world.rank:
+            install_site(part.module, part.index, site, run.of(part, site)[1])
+            linears = _quantized(part, site)
+            for tensor in [tensor for linear in linears for tensor in linear.parameters()]:
+                tensor.data = next(values)
+            for linear, remainder in zip(linears, values, strict=bool(remainders)):
+                linear.remainder = remainder
+        for report, name, row in zip(reports, site.linears, rows, strict=True):
+            changes: dict[str, Any] = {key: None if math.isnan(x) else x for key, x in zip(MEASURED, row, strict=True)}
+            if changes["tokens"] is not None:
+                changes["tokens"] = int(changes["tokens"])
+            found.append(replace(report, name=f"{part.name}.{name}", **changes))
+    return found
+
+
+def _quantized(part: Part, site: Site) -> list[QuantLinear]:
+    """The linears of an installed site."""
+    return [cast(QuantLinear, part.module.get_submodule(linear)) for linear in site.linears]
 
 
 def _output_error(block: nn.Module, linear: str, weight: Tensor, x: Tensor) -> Tensor:
