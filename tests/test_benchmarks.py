@@ -319,7 +319,7 @@ def test_text_from_several_devices_is_that_of_one(tmp_path: Path) -> None:
     """Two small ones and main memory, all of them the CPU."""
     spread_text = imported("spread_text")
     source = FolderSource(write_tiny_model(tmp_path / "tiny", num_hidden_layers=4))
-    options = Namespace(devices="cpu,cpu", limit="0.0007,0.0003", host=1.0, disk=0.0, windows=3, seq_len=24, alone=True)
+    options = Namespace(devices="cpu,cpu", limit="0.0005,0.0002", host=1.0, disk=0.0, windows=3, seq_len=24, alone=True)
     row = spread_text.measure(source, options)
     assert row["are_equal"] and row["tokens"] == 72 and row["spread"]["main_memory"] > 0
     lines = spread_text.described(row).splitlines()

@@ -464,7 +464,7 @@ def test_plan_of_a_folder_and_of_a_config_alone(folders: dict[str, str], tmp_pat
                 "cache",
                 "memory",
             ),
-            *("disk", "seconds", "vllm", "versions"),
+            *("text_spread", "disk", "seconds", "vllm", "versions"),
         ]
         assert (found["model"], found["windows"], found["refused"]) == (model, [2, 32], [])
         assert "nothing would be refused" in result.stdout and "4.250 bits" in result.stdout
