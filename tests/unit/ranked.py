@@ -72,6 +72,8 @@ def main(folder: Path) -> None:
     for name, (more, fault) in TUNED.items():
         outcome(f"tuned {name}", 2, f"tuned-{name}", None, *more)
         outcome(f"tuned {name} killed", 2, f"tuned-{name}-killed", {1: fault}, *more)
+        shutil.copytree(folder / f"tuned-{name}-killed.partial", folder / f"tuned-{name}-fewer.partial")
+        outcome(f"tuned {name} by one", 1, f"tuned-{name}-fewer", None, *more, "--resume")
         outcome(f"tuned {name} resumed", 2, f"tuned-{name}-killed", None, *more, "--resume")
     network = TUNED["network"][0]
     outcome("tuned over", 2, "tuned-over", {0: save_slowly}, *network, "--time-limit", "1s")

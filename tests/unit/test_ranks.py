@@ -98,6 +98,9 @@ def test_tuning_goes_on_after_a_kill_to_the_same_bytes(folder: Path, outcomes: d
     assert [one["code"] for one in outcomes[f"tuned {scope} killed"]] == [1, -9]
     assert [one["code"] for one in outcomes[f"tuned {scope} resumed"]] == [0, 0]
     assert outcomes["bytes"][f"tuned-{scope}-killed"] == outcomes["bytes"][f"tuned-{scope}"]
+    assert outcomes[f"tuned {scope} by one"][0]["code"] == 0
+    fewer = json.loads((folder / f"tuned-{scope}-fewer" / "run.json").read_text())
+    assert fewer["fingerprint"]["ranks"] == [2, 1]
     run = json.loads((folder / f"tuned-{scope}" / "run.json").read_text())
     looks = run["tuning"] or run["blocks"][1]["tuning"]
     assert looks[-1]["step"] == (6 if scope == "network" else 3)

@@ -98,11 +98,16 @@ class World(ABC):
         return value
 
     def hand_out_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """`hand_out` for tensors by their names, one after the other."""
+        """`hand_out` for tensors by their names, one after the other: the others get them where they compute."""
         names = self.hand_out(None if tensors is None else list(tensors))
-        if names is None:
-            return None
-        return {name: self.hand_out(None if tensors is None else tensors[name]) for name in names}  # type: ignore[misc]
+        if names is None or self.size == 1:
+            return tensors
+        found = {}
+        for name in names:
+            tensor = self.hand_out(None if tensors is None else tensors[name])
+            assert tensor is not None
+            found[name] = tensor.to(self.device) if self.rank else tensor
+        return found
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:

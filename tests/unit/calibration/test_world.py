@@ -190,7 +190,7 @@ def test_sums_in_place_and_what_the_first_gives(both: list[dict[str, Tensor]]) -
         assert found["added 0"].tolist() == [3.0, 3.0] and found["added 2"].tolist() == [0.0]
         assert torch.equal(found["added 1"].cpu(), 3 * square)
         assert found["total"].item() == 0.1 + 1.1
-        assert torch.equal(found["handed out a"], square)
+        assert torch.equal(found["handed out a"].cpu(), square)
         assert found["handed out b"].tolist()[2] == -torch.inf
 
 
