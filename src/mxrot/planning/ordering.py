@@ -5,12 +5,14 @@ from __future__ import annotations
 from mxrot.planning.run import Run
 from mxrot.planning.shape import SiteShape
 from mxrot.planning.stage import Stage
-from mxrot.transforms.channel_order import LOOK_BYTES, ORDER_BYTES, ROUNDS, looked_at
+from mxrot.transforms.channel_order import LOOK_BYTES, ORDER_BYTES, ROUNDS, at_once, looked_at
 
 EXCHANGE_BYTES = 100.0
 """That a round of exchanges reads and writes for each pair of which one channel is looked at."""
 DEALING = 13
 """Small operations for each channel that is dealt to a block."""
+LAUNCHED, OF_EACH = 45, 15
+"""Small operations of a round for all orders that are found together, and for each of them."""
 TRACING = 40
 """The same, on a CPU, for the trace of one block."""
 
@@ -47,6 +49,7 @@ def ordering_stages(run: Run) -> list[Stage]:
     for here, kind, width in found:
         whole = 8.0 * here.inputs**2  # of inputs, and the same of weights
         order = ORDER_BYTES[kind] * width**2 + (LOOK_BYTES * looked_at(width) * width if kind == "correlated" else 0.0)
+        order *= min(at_once(here.inputs // width, width), len(shape.blocks) * here.experts)
         pairs = max(order + (2 * whole if here.inputs > width else 0.0), 3 * whole)
         weights = 8.0 * here.rounded * here.inputs
         stages.append(Stage(f"{here.site.name}: order of channels", base | {"pairs of channels": max(pairs, weights)}))
@@ -61,18 +64,20 @@ def ordering_work(run: Run) -> dict[str, float]:
         if not chosen:
             continue
         weights = sum(site.share * site.weights for site in sites)
-        amounts = {"product": 2.0 * run.fitted_tokens * weights, "operations": 200.0 * len(chosen)}
+        amounts = {"product": 2.0 * run.fitted_tokens * weights, "operations": 0.0, "copy": 0.0, "float64": 0.0}
         for here, kind, width in chosen:
-            amounts["product"] += 2.0 * run.fitted_tokens * here.share * here.inputs**2
-            amounts["operations"] += DEALING * here.inputs
-            float64 = 2.0 * here.rounded * here.inputs**2
+            k, experts, parts = here.inputs, here.experts, max(1, here.inputs // width)
+            together = min(at_once(parts, width), len(run.shape.blocks) * experts)
+            amounts["product"] += 2.0 * run.fitted_tokens * here.share * experts * k**2
+            amounts["operations"] += experts * (200.0 + DEALING * k / together)
+            amounts["float64"] += 2.0 * experts * here.rounded * k**2
             if kind == "correlated":
-                parts, block = here.inputs // width, here.recipe.transform.block_in(here.inputs)
-                amounts["copy"] = amounts.get("copy", 0.0) + EXCHANGE_BYTES * ROUNDS * here.inputs * looked_at(width)
-                traces = 0.0 if run.is_gpu else TRACING * here.inputs / block
-                amounts["operations"] += ROUNDS * (60.0 * max(1, parts) + traces)
-                float64 += ROUNDS * parts * width**3 / block  # what channels are worth: in float32, twice as fast
-            amounts["float64"] = amounts.get("float64", 0.0) + float64
+                block = here.recipe.transform.block_in(k)
+                amounts["copy"] += EXCHANGE_BYTES * ROUNDS * experts * k * looked_at(width)
+                traces = 0.0 if run.is_gpu else TRACING * k / block
+                amounts["operations"] += ROUNDS * experts * (LAUNCHED * parts / together + OF_EACH * parts + traces)
+                # What channels are worth: in float32, twice as fast.
+                amounts["float64"] += ROUNDS * experts * parts * width**3 / block
         for name, amount in amounts.items():
             found[name] = found.get(name, 0.0) + amount
     return found

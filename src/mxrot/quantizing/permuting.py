@@ -7,6 +7,7 @@ processes each finds some of the orders, from moments that all of them have take
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +21,9 @@ from mxrot.progress import Progress, silent
 from mxrot.quantizing.block import copy_of, fill_original, linear_weights
 from mxrot.quantizing.experts import Mixture, inside
 from mxrot.quantizing.part import BlockRun, Part
+from mxrot.quantizing.shared import by_itself, is_one_each
 from mxrot.surgery import PermutedFfn, PermutedHeads, permutable_linears
-from mxrot.transforms import ChannelOrder, channel_order
+from mxrot.transforms import ChannelOrder, at_once, channel_orders
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,19 @@ class Wanted:
     """The full name of the linear that reads the channels."""
     shape: tuple[int, ...]
     """Of the order, whose last dimension are the channels."""
-    moments: tuple[Tensor, Tensor] | None
-    """Of inputs and weights, float64 [..., n, K, K] each; None where another process finds the order."""
+    sets: int
+    """That share an order."""
     block: int
     kind: ChannelOrder
 
-    def find(self) -> Tensor:
-        """int64 of the shape."""
-        assert self.moments is not None
-        pairs = zip(*(moments.reshape(-1, *moments.shape[-3:]) for moments in self.moments), strict=True)
-        return torch.stack([channel_order(x, w, self.block, self.kind) for x, w in pairs]).view(self.shape)
+    @property
+    def manner(self) -> tuple[object, ...]:
+        """What orders that are found together have in common."""
+        return self.shape[-1], self.sets, self.block, self.kind
+
+
+Pair = tuple[Tensor, Tensor]
+"""Moments of inputs and weights, float64 [..., n, K, K] each."""
 
 
 class Orders:
@@ -50,29 +55,51 @@ class Orders:
     def __init__(self, world: World) -> None:
         self.found: dict[str, Tensor] = {}
         """As `find_orders` gives them."""
-        self._world = world
-        self._asked = 0
-        self._left: list[Wanted] = []
+        self._world, self._turn = world, 0
+        self._left: list[tuple[Wanted, int, Pair | None]] = []
+        """What is not found yet, by which process it will be, and its moments in that one."""
 
-    def ask(self, name: str, moments: tuple[Tensor, Tensor], block: int, kind: ChannelOrder) -> None:
-        """Have an order found, or several, from moments [..., n, K, K]; as many at a time as there are processes."""
-        is_own = self._asked % self._world.size == self._world.rank
-        shape = (*moments[0].shape[:-3], moments[0].shape[-1])
-        self._left.append(Wanted(name, shape, moments if is_own else None, block, kind))
-        self._asked += 1
-        if self._asked % self._world.size == 0:
+    def ask(self, wanted: Wanted, moments: Pair) -> None:
+        """Have orders found, by the process whose turn it is, from moments that all have."""
+        self.ask_of(self._turn, wanted, moments)
+        self._turn = (self._turn + 1) % self._world.size
+
+    def ask_of(self, rank: int, wanted: Wanted, moments: Pair | None) -> None:
+        """Have orders found by one process, which has the moments: as many together as there is memory for."""
+        if self._left and self._left[0][0].manner != wanted.manner:
+            self.find()
+        self._left.append((wanted, rank, moments if rank == self._world.rank else None))
+        if len(self._left) >= self._world.size * at_once(wanted.sets * math.prod(wanted.shape[:-1]), wanted.shape[-1]):
             self.find()
 
     def find(self) -> None:
         """Find those that were asked for and are not found yet."""
-        own = [one.find() for one in self._left if one.moments is not None]
-        if self._world.size == 1:
-            self.found |= {one.name: order for one, order in zip(self._left, own, strict=True)}
-        elif self._left:
-            given = self._world.gather(torch.cat([order.flatten() for order in own]) if own else None)
-            flat = torch.cat(given).cpu().split([math.prod(one.shape) for one in self._left])  # one of each process
-            self.found |= {one.name: order.view(one.shape) for one, order in zip(self._left, flat, strict=True)}
+        if not self._left:
+            return
+        own = _orders_of(self._left[0][0], [moments for *_, moments in self._left if moments is not None])
+        given = [own] if self._world.size == 1 else self._world.gather(own)
+        flat = iter(given)
+        for rank in range(self._world.size):
+            wanted = [one for one, by, _ in self._left if by == rank]
+            if wanted:
+                pieces = _there(next(flat)).cpu().split([math.prod(one.shape) for one in wanted])
+                self.found |= {one.name: order.view(one.shape) for one, order in zip(wanted, pieces, strict=True)}
         self._left = []
+
+
+def _orders_of(wanted: Wanted, moments: list[Pair]) -> Tensor | None:
+    """One behind the other, int64; None where there are none."""
+    if not moments:
+        return None
+    inputs, weights = (
+        torch.cat([each.reshape(-1, *each.shape[-3:]) for each in own]) for own in zip(*moments, strict=True)
+    )
+    return channel_orders(inputs, weights, wanted.block, wanted.kind).flatten()
+
+
+def _there(found: Tensor | None) -> Tensor:
+    assert found is not None, "all have looked at the same orders"
+    return found
 
 
 @torch.no_grad()
@@ -129,25 +156,48 @@ def _look_at(run: BlockRun, part: Part, ffn: Orders, of_heads: Orders) -> None:
         heads, width = value_heads(run.config)
         block = run.rules.of(part.index, reader.name).transform.block
         of_inputs, of_weights = (
-            diagonal_blocks(moments, width).unflatten(0, (heads, -1)) for moments in _moments(run, part, reader)
+            diagonal_blocks(moments, width).unflatten(0, (heads, -1)) for (moments,) in _moments(run, part, reader)
         )  # [value heads, query heads that read it, D, D]
-        of_heads.ask(f"{part.name}.{family.values_read_by}", (of_inputs, of_weights), block, wanted.value_heads)
+        name = f"{part.name}.{family.values_read_by}"
+        of_heads.ask(
+            Wanted(name, (heads, width), of_inputs.shape[1], block, wanted.value_heads), (of_inputs, of_weights)
+        )
     inner = set(permutable_linears(family)) if wanted.ffn != "none" else set()
     found = [site for site in sites if inner & set(site.linears)]
-    mixture = None
-    if family.experts is not None and any(site.expert is not None for site in found):
-        mixture = Mixture.of(part, family.experts.place)
     for site in found:
-        here = part
-        if mixture is not None and site.expert is not None:
-            here, site = mixture.part(site.expert), inside(site, site.expert)
-        block = run.rules.of(part.index, site.name).transform.block_in(here.weights[site.linears[0]].shape[1])
-        inputs, weights = _moments(run, here, site)
-        ffn.ask(f"{here.name}.{site.linears[0]}", (inputs[None], weights[None]), block, wanted.ffn)
+        if site.expert is None:
+            _ask(run, [(part, site)], ffn)
+    of_experts = [site for site in found if site.expert is not None]
+    if of_experts and family.experts is not None:
+        mixture = Mixture.of(part, family.experts.place)
+        for start in range(0, len(of_experts), run.world.size):
+            some = [(str(site.expert), site) for site in of_experts[start : start + run.world.size]]
+            _ask(run, [(mixture.part(expert), inside(site, expert)) for expert, site in some], ffn)
 
 
-def _moments(run: BlockRun, part: Part, site: Site) -> tuple[Tensor, Tensor]:
-    """The second moments of the inputs of a site and of its weights, float64 [K, K] each."""
+def _ask(run: BlockRun, places: Sequence[tuple[Part, Site]], ffn: Orders) -> None:
+    """Ask for the orders of what linears of MLPs read; where there is one for each process, it takes the moments."""
+    orders = [_wanted(run, part, site) for part, site in places]
+    if is_one_each([site for _, site in places], run.world):
+        alone, own = by_itself(run, [part for part, _ in places])
+        moments = _moments(alone, own, places[run.world.rank][1])
+        for rank, order in enumerate(orders):
+            ffn.ask_of(rank, order, moments)
+        return
+    for order, (part, site) in zip(orders, places, strict=True):
+        ffn.ask(order, _moments(run, part, site))
+
+
+def _wanted(run: BlockRun, part: Part, site: Site) -> Wanted:
+    """The order of what a linear of an MLP reads."""
+    assert run.recipe.permutation is not None
+    width = part.weights[site.linears[0]].shape[1]
+    block = run.rules.of(part.index, site.name).transform.block_in(width)
+    return Wanted(f"{part.name}.{site.linears[0]}", (width,), 1, block, run.recipe.permutation.ffn)
+
+
+def _moments(run: BlockRun, part: Part, site: Site) -> Pair:
+    """The second moments of the inputs of a site and of its weights, float64 [1, K, K] each."""
     assert part.executor is not None
     inputs = Hessian()
     part.executor.observe([(site.reader, inputs.update)])
@@ -155,7 +205,7 @@ def _moments(run: BlockRun, part: Part, site: Site) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(found).all():
         raise NumericsError(f"{part.name}.{site.linears[0]}: its input holds NaN or Inf on the calibration text")
     weights = together(part.weights, site.linears)
-    return found, weights.T @ weights / len(weights)
+    return found[None], (weights.T @ weights / len(weights))[None]
 
 
 def diagonal_blocks(moments: Tensor, width: int) -> Tensor:

@@ -11,7 +11,7 @@ from importlib import import_module
 from mxrot.errors import ConfigError
 from mxrot.nearest import not_known
 from mxrot.transforms.base import FitSize, SiteSample, TransformMethod, generator_for
-from mxrot.transforms.channel_order import ChannelOrder, channel_order
+from mxrot.transforms.channel_order import ChannelOrder, at_once, channel_order, channel_orders
 from mxrot.transforms.hadamard_of_width import HadamardOfWidth, HadamardOfWidthSpec
 from mxrot.transforms.site_transform import SiteTransform, empty_tensors, stored_tensors
 from mxrot.transforms.smoothing import SmoothingBy
@@ -66,7 +66,9 @@ __all__ = [
     "Stage",
     "StageSpec",
     "TransformMethod",
+    "at_once",
     "channel_order",
+    "channel_orders",
     "empty_tensors",
     "generator_for",
     "get_transform",

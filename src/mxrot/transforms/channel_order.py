@@ -45,6 +45,8 @@ ORDER_BYTES = {"none": 0.0, "balanced": 18.0, "correlated": 20.0}
 """For each of K^2 pairs of channels, at the peak, the moments of inputs and weights (8 each) included."""
 LOOK_BYTES = 37.0
 """For each pair of which one channel is looked at in a round."""
+TOGETHER_BYTES = 2**30
+"""That orders which are found together take."""
 LEAST_GAIN = 1e-4
 """Of what an exchange is expected to take off F, relative to the mean of a block."""
 
@@ -55,8 +57,16 @@ def channel_order(inputs: Tensor, weights: Tensor, block: int, kind: ChannelOrde
     `inputs` and `weights` are second moments [n, K, K], float64, of n sets of channels that share the order. K is a
     multiple of `block`. Channels whose moments are zero are dealt like the others.
     """
-    width = inputs.shape[-1]
-    natural = torch.arange(width)
+    return channel_orders(inputs[None], weights[None], block, kind, rounds)[0]
+
+
+def channel_orders(inputs: Tensor, weights: Tensor, block: int, kind: ChannelOrder, rounds: int = ROUNDS) -> Tensor:
+    """As `channel_order`, the orders [E, K] of E times as many sets [E, n, K, K], each of them that of its own alone.
+
+    A GPU takes about as long for many narrow ones as for one of them; `at_once` says for how many there is memory.
+    """
+    count, _, width, _ = inputs.shape
+    natural = torch.arange(width).repeat(count, 1)
     if kind == "none" or width == block:
         return natural
     if width <= NARROW:
@@ -67,33 +77,42 @@ def channel_order(inputs: Tensor, weights: Tensor, block: int, kind: ChannelOrde
         places = exchanged(inputs, weights, places, block, rounds)
     found = places.argsort(stable=True)
     traces = block_traces(inputs, weights, found, block)
-    if not traces.square().sum() < block_traces(inputs, weights, natural.to(found.device), block).square().sum():
-        return natural
-    largest_first = traces.sum(dim=0).argsort(descending=True, stable=True)
-    return found.unflatten(0, (-1, block))[largest_first].flatten().cpu()
+    before = block_traces(inputs, weights, natural.to(found.device), block)
+    is_less = (traces.square().sum(dim=(1, 2)) < before.square().sum(dim=(1, 2))).cpu()
+    largest_first = traces.sum(dim=1).argsort(descending=True, stable=True)
+    by_block = found.unflatten(1, (-1, block))
+    found = by_block.gather(1, largest_first[..., None].expand_as(by_block)).flatten(1).cpu()
+    return torch.where(is_less[:, None], found, natural)
+
+
+def at_once(count: int, width: int) -> int:
+    """How many orders of so many channels, of `count` sets each, are found together: one at least."""
+    return max(1, int(TOGETHER_BYTES / (count * (ORDER_BYTES["correlated"] + LOOK_BYTES) * width**2)))
 
 
 def dealt(sizes: Tensor, block: int) -> Tensor:
-    """The block of each channel, int64 [K], from sizes a [n, K] on the CPU: those of the least sum of squared sums."""
-    count, width = sizes.shape
-    sums = torch.zeros(count, width // block, dtype=sizes.dtype)
-    room = torch.full((width // block,), block)
-    places = torch.empty(width, dtype=torch.int64)
-    for channel in sizes.square().sum(dim=0).argsort(descending=True, stable=True).tolist():
-        own = sizes[:, channel, None]
-        cost = (sums * own).sum(dim=0).masked_fill(room == 0, torch.inf)
+    """The block of each channel, int64 [E, K], from sizes a [E, n, K] on the CPU: those of the least sum of squared
+    sums."""
+    orders, count, width = sizes.shape
+    each = torch.arange(orders)
+    sums = torch.zeros(orders, count, width // block, dtype=sizes.dtype)
+    room = torch.full((orders, width // block), block)
+    places = torch.empty(orders, width, dtype=torch.int64)
+    for channel in sizes.square().sum(dim=1).argsort(descending=True, stable=True).T:
+        own = sizes[each, :, channel, None]
+        cost = (sums * own).sum(dim=1).masked_fill(room == 0, torch.inf)
         # Of equals the emptiest: channels without any size would all go to the first one.
-        chosen = int(torch.where(cost == cost.min(), room, -1).argmax())
-        places[channel] = chosen
-        sums[:, chosen] += own[:, 0]
-        room[chosen] -= 1
+        chosen = torch.where(cost == cost.amin(dim=1, keepdim=True), room, -1).argmax(dim=1)
+        places[each, channel] = chosen
+        sums[each, :, chosen] += own[..., 0]
+        room[each, chosen] -= 1
     return places
 
 
 def pair_gains(inputs: Tensor, weights: Tensor) -> Tensor:
-    """v: what two channels in one block take off its trace; float32 [n, K, K], zero on the diagonal."""
+    """v: what two channels in one block take off its trace; float32 [..., K, K], zero on the diagonal."""
     found = torch.empty(inputs.shape, dtype=torch.float32, device=inputs.device)
-    for x, w, into in zip(inputs, weights, found, strict=True):
+    for x, w, into in zip(*(tensor.flatten(0, -3) for tensor in (inputs, weights, found)), strict=True):
         scales = [moments.diagonal().clamp(min=0).sqrt() for moments in (x, w)]
         inverses = [torch.where(scale > 0, 1 / scale, 0.0) for scale in scales]
         size = scales[0] * scales[1]
@@ -110,77 +129,95 @@ def pair_gains(inputs: Tensor, weights: Tensor) -> Tensor:
 
 
 def exchanged(inputs: Tensor, weights: Tensor, places: Tensor, block: int, rounds: int = ROUNDS) -> Tensor:
-    """Places [K], the block of each channel, after exchanges of two channels each that take something off F."""
+    """Places [E, K], the block of each channel, after exchanges of two channels each that take something off F."""
     gains, places = pair_gains(inputs, weights), places.clone()
     sizes = (_diagonal(inputs) * _diagonal(weights)).clamp(min=0).sqrt().float()
-    refused = torch.zeros(gains.shape[1:], dtype=torch.bool, device=gains.device)
+    refused = torch.zeros(len(gains), *gains.shape[2:], dtype=torch.bool, device=gains.device)
     traces = block_traces(inputs, weights, places.argsort(stable=True), block)
+    each = torch.arange(len(gains), device=gains.device)[:, None]
     for _ in range(rounds):
-        worths = [worth(places, *one) for one in zip(sizes, gains, traces.float(), strict=True)]
+        worths = worth(places, sizes, gains, traces.float())
         rows = _restless(places, worths, traces)
-        change = exchange_costs(places, sizes, gains, traces, rows, worths).masked_fill_(refused[rows], 0.0)
-        best, partner = change.min(dim=1)
-        bound = -LEAST_GAIN * float(traces.square().sum()) / traces.shape[1]
-        swaps = _apart(rows.tolist(), best.tolist(), partner.tolist(), places.tolist(), bound)
+        change = exchange_costs(places, sizes, gains, traces, rows, worths)
+        best, partner = change.masked_fill_(refused[each, rows], 0.0).min(dim=2)
+        bounds = -LEAST_GAIN * traces.square().sum(dim=(1, 2)) / traces.shape[2]
+        told = (tensor.tolist() for tensor in (rows, best, partner, places, bounds))
+        swaps = [(one, *swap) for one, own in enumerate(zip(*told, strict=True)) for swap in _apart(*own)]
         if not swaps:
             break
-        first, second = (torch.tensor(side, device=places.device) for side in zip(*swaps, strict=True))
-        touched = torch.cat([places[first], places[second]])
-        after = _swapped(places, first, second).argsort(stable=True).unflatten(0, (-1, block))[touched]
-        found = block_traces(inputs, weights, after.flatten(), block)
-        lost = (found.square() - traces[:, touched].square()).sum(dim=0)
+        which, first, second = torch.tensor(swaps, device=places.device).T
+        twice, touched = which.repeat(2), torch.cat([places[which, first], places[which, second]])
+        after = _swapped(places, which, first, second).argsort(stable=True).unflatten(1, (-1, block))
+        found = _traces_of(inputs, weights, twice, after[twice, touched])
+        lost = (found.square() - traces[twice, :, touched].square()).sum(dim=1)
         is_worse = lost[: len(first)] + lost[len(first) :] >= 0
-        refused[first[is_worse], second[is_worse]] = refused[second[is_worse], first[is_worse]] = True
+        worse = which[is_worse], first[is_worse], second[is_worse]
+        refused[worse] = refused[worse[0], worse[2], worse[1]] = True
         is_kept = ~is_worse.repeat(2)
-        traces[:, touched[is_kept]] = found[:, is_kept]
-        places = _swapped(places, first[~is_worse], second[~is_worse])
+        traces[twice[is_kept], :, touched[is_kept]] = found[is_kept]
+        places = _swapped(places, which[~is_worse], first[~is_worse], second[~is_worse])
     return places
 
 
-def _swapped(places: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _swapped(places: Tensor, which: Tensor, first: Tensor, second: Tensor) -> Tensor:
     found = places.clone()
-    found[first], found[second] = places[second], places[first]
+    found[which, first], found[which, second] = places[which, second], places[which, first]
     return found
 
 
 def exchange_costs(
-    places: Tensor, sizes: Tensor, gains: Tensor, traces: Tensor, rows: Tensor, worths: list[tuple[Tensor, Tensor]]
+    places: Tensor, sizes: Tensor, gains: Tensor, traces: Tensor, rows: Tensor, worths: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """What F should become more by when channels i, of `rows` [R], and j change places: float32 [R, K]; 0 where they
-    are in one block.
+    """What F should become more by when channels i, of `rows` [E, R], and j change places: float32 [E, R, K]; 0 where
+    they are in one block.
 
-    With t_g the trace of a block [n, G] and c_i,g = k_g sum of v_ij over the j in it, and i in g, j in h, the block g
-    gets t_g - a_i + a_j + c_i,g - c_j,g + k_g v_ij, and h the same with i and j the other way round.
+    With t_g the trace of a block [E, n, G] and c_i,g = k_g sum of v_ij over the j in it, and i in g, j in h, the block
+    g gets t_g - a_i + a_j + c_i,g - c_j,g + k_g v_ij, and h the same with i and j the other way round.
     """
-    change = torch.zeros(len(rows), len(places), dtype=gains.dtype, device=gains.device)
-    for a, v, exact, (beside, share) in zip(sizes, gains, traces.to(gains.dtype), worths, strict=True):
-        own = beside.gather(0, places[None])[0]
-        here = exact[places]
-        left = here - a + own
-        pairs = v[rows]
-        after = torch.addcmul(left[rows, None] + a - beside[places[rows]], pairs, share[places[rows], None])
+    each = torch.arange(len(places), device=places.device)[:, None]
+    blocks = places[each, rows]
+    change = torch.zeros(*rows.shape, places.shape[1], dtype=gains.dtype, device=gains.device)
+    for position in range(gains.shape[1]):
+        a, exact = sizes[:, position], traces[:, position].to(gains.dtype)
+        beside, share = (tensor[:, position] for tensor in worths)
+        here = exact.gather(1, places)
+        left = here - a + beside.gather(1, places[:, None])[:, 0]
+        pairs = gains[:, position][each, rows]
+        after = torch.addcmul(
+            left[each, rows][..., None] + a[:, None] - beside[each, blocks], pairs, share[each, blocks][..., None]
+        )
         change += after.square_()
-        after = torch.addcmul(left + a[rows, None] - beside[:, rows].T[:, places], pairs, share[places])
+        drawn = beside.mT[each, rows].gather(2, places[:, None].expand(-1, rows.shape[1], -1))
+        after = torch.addcmul(left[:, None] + a[each, rows][..., None] - drawn, pairs, share.gather(1, places)[:, None])
         change += after.square_()
-        change -= here[rows, None].square() + here.square()
-    return change.masked_fill_(places[rows, None] == places, 0.0)
+        change -= here[each, rows].square()[..., None] + here.square()[:, None]
+    return change.masked_fill_(blocks[..., None] == places[:, None], 0.0)
 
 
-def worth(places: Tensor, a: Tensor, v: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    """What each channel is worth in each block, c [G, K], and the share k of each block [G], of one set of moments."""
-    member = F.one_hot(places, len(exact)).to(v.dtype)
-    beside = member.T @ v
-    whole = beside.gather(0, places[None])[0] @ member / 2
-    share = torch.where(whole > 0, ((a @ member - exact) / whole).clamp(0, 1), 0.0)
-    return beside.mul_(share[:, None]), share
+def worth(places: Tensor, sizes: Tensor, gains: Tensor, traces: Tensor) -> tuple[Tensor, Tensor]:
+    """What each channel is worth in each block, c [E, n, G, K], and the share k of each block [E, n, G]."""
+    count, blocks = traces.shape[1:]
+    beside, share = gains.new_empty(*sizes.shape[:2], blocks, sizes.shape[2]), torch.empty_like(traces)
+    for one, own in enumerate(places):
+        member = F.one_hot(own, blocks).to(gains.dtype)
+        for position in range(count):
+            found = member.T @ gains[one, position]
+            whole = found.gather(0, own[None])[0] @ member / 2
+            lost = sizes[one, position] @ member - traces[one, position]
+            share[one, position] = torch.where(whole > 0, (lost / whole).clamp(0, 1), 0.0)
+            beside[one, position] = found.mul_(share[one, position, :, None])
+    return beside, share
 
 
-def _restless(places: Tensor, worths: list[tuple[Tensor, Tensor]], traces: Tensor) -> Tensor:
-    """The channels that most of what is theirs draws to another block: a part of all, int64 [R]."""
-    drawn = torch.zeros_like(worths[0][0][0])
-    for (beside, _), exact in zip(worths, traces.to(drawn.dtype), strict=True):
-        drawn += exact[places] * (beside.amax(dim=0) - beside.gather(0, places[None])[0])
-    return drawn.topk(looked_at(len(places))).indices
+def _restless(places: Tensor, worths: tuple[Tensor, Tensor], traces: Tensor) -> Tensor:
+    """The channels that most of what is theirs draws to another block: a part of all, int64 [E, R]."""
+    beside, _ = worths
+    drawn = torch.zeros_like(beside[:, 0, 0])
+    for position in range(traces.shape[1]):
+        here = traces[:, position].to(drawn.dtype).gather(1, places)
+        own = beside[:, position].gather(1, places[:, None])[:, 0]
+        drawn += here * (beside[:, position].amax(dim=1) - own)
+    return drawn.topk(looked_at(places.shape[1])).indices
 
 
 def looked_at(width: int) -> int:
@@ -205,9 +242,16 @@ def _apart(
 
 
 def block_traces(inputs: Tensor, weights: Tensor, order: Tensor, block: int) -> Tensor:
-    """tr S_g of the blocks that an order makes, int64 [G B]: float64 [n, G], from moments [n, K, K]."""
-    members = order.unflatten(0, (-1, block))
-    of_inputs, of_weights = (moments[:, members[:, :, None], members[:, None, :]] for moments in (inputs, weights))
+    """tr S_g of the blocks that orders make, int64 [E, G B]: float64 [E, n, G], from moments [E, n, K, K]."""
+    members = order.unflatten(1, (-1, block))
+    which = torch.arange(len(order), device=order.device).repeat_interleave(members.shape[1])
+    return _traces_of(inputs, weights, which, members.flatten(0, 1)).unflatten(0, members.shape[:2]).mT
+
+
+def _traces_of(inputs: Tensor, weights: Tensor, which: Tensor, members: Tensor) -> Tensor:
+    """tr S_g of blocks of these members, int64 [M, B], among the channels of the sets of `which` [M]: [M, n]."""
+    places = which[:, None, None], slice(None), members[:, :, None], members[:, None, :]
+    of_inputs, of_weights = (moments[places].movedim(-1, 1) for moments in (inputs, weights))
     traces = of_inputs.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     root = _roots(of_inputs, traces)
     found = torch.linalg.eigvalsh(root.mT @ of_weights @ root).clamp(min=0).sqrt().sum(dim=-1)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mxrot.transforms.channel_order import (
     ChannelOrder,
+    at_once,
     block_traces,
     channel_order,
+    channel_orders,
     dealt,
     exchange_costs,
     exchanged,
@@ -34,15 +36,20 @@ def moments(count: int = 1, seed: int = 0, mixing: float = 0.4) -> Tensor:
     return rows.mT @ rows / 200
 
 
+def traces_of(inputs: Tensor, weights: Tensor, order: Tensor, block: int = BLOCK) -> Tensor:
+    """Of one order."""
+    return block_traces(inputs[None], weights[None], order[None], block)[0]
+
+
 def cost(inputs: Tensor, weights: Tensor, order: Tensor) -> float:
-    return float(block_traces(inputs, weights, order, BLOCK).square().sum())
+    return float(traces_of(inputs, weights, order).square().sum())
 
 
 def test_a_trace_is_that_of_the_transformed_moments() -> None:
     """tr S_g is what the balancing transform leaves of either operand."""
     inputs, weights = moments(seed=0), moments(seed=5)
     order = torch.randperm(K, generator=torch.Generator().manual_seed(0))
-    (found,) = block_traces(inputs, weights, order, BLOCK)
+    (found,) = traces_of(inputs, weights, order)
     for place, members in enumerate(order.unflatten(0, (-1, BLOCK))):
         x, w = (one[0][members][:, members][None] for one in (inputs, weights))
         T = balancing_transform(x, w, 1e-12).matrices[0]
@@ -54,9 +61,8 @@ def test_two_channels_gain_what_their_own_block_says() -> None:
     gains = pair_gains(inputs, weights)[0]
     sizes = (inputs[0].diagonal() * weights[0].diagonal()).sqrt()
     for i, j in list(combinations(range(K), 2))[::7]:
-        (trace,) = block_traces(inputs[:, [i, j]][:, :, [i, j]], weights[:, [i, j]][:, :, [i, j]], torch.arange(2), 2)[
-            0
-        ]
+        pair = [moments[:, [i, j]][:, :, [i, j]] for moments in (inputs, weights)]
+        (trace,) = traces_of(*pair, torch.arange(2), 2)[0]
         assert gains[i, j].item() == pytest.approx((sizes[i] + sizes[j] - trace).item(), abs=1e-6 * sizes.max().item())
     assert torch.equal(gains, gains.T) and not gains.diagonal().any()
 
@@ -64,11 +70,11 @@ def test_two_channels_gain_what_their_own_block_says() -> None:
 def test_channels_are_dealt_evenly() -> None:
     """Sums differ by no more than the smallest channel, where the sizes fall evenly; blocks are full."""
     sizes = torch.linspace(1, 2, K, dtype=torch.float64)[None]
-    places = dealt(sizes, BLOCK)
+    (places,) = dealt(sizes[None], BLOCK)
     assert places.bincount().tolist() == [BLOCK] * (K // BLOCK)
     sums = torch.zeros(K // BLOCK, dtype=torch.float64).index_add(0, places, sizes[0])
     assert sums.max() - sums.min() <= sizes.min()
-    assert dealt(torch.zeros(2, K), BLOCK).bincount().tolist() == [BLOCK] * (K // BLOCK)
+    assert dealt(torch.zeros(1, 2, K), BLOCK)[0].bincount().tolist() == [BLOCK] * (K // BLOCK)
 
 
 def test_what_an_exchange_costs() -> None:
@@ -77,21 +83,20 @@ def test_what_an_exchange_costs() -> None:
     gains = gains + gains.mT
     gains.diagonal(dim1=-2, dim2=-1).zero_()
 
-    def traces_of(places: Tensor) -> Tensor:
+    def sums_of(places: Tensor) -> Tensor:
         member = torch.nn.functional.one_hot(places, K // BLOCK).float()
         return sizes @ member - (member.T @ gains @ member).diagonal(dim1=-2, dim2=-1) / 2
 
     places = torch.arange(K).flip(0) // BLOCK
-    traces = traces_of(places)
-    worths = [worth(places, *one) for one in zip(sizes, gains, traces, strict=True)]
-    rows = torch.arange(K)
-    found = exchange_costs(places, sizes, gains, traces, rows, worths)
-    assert torch.equal(exchange_costs(places, sizes, gains, traces, rows[3::7], worths), found[3::7])
-    before = traces_of(places).square().sum()
+    of_one = [tensor[None] for tensor in (places, sizes, gains, sums_of(places))]
+    worths, rows = worth(*of_one), torch.arange(K)
+    (found,) = exchange_costs(*of_one, rows[None], worths)
+    assert torch.equal(exchange_costs(*of_one, rows[None, 3::7], worths)[0], found[3::7])
+    before = sums_of(places).square().sum()
     for i, j in list(combinations(range(K), 2))[::5]:
         swapped = places.clone()
         swapped[i], swapped[j] = places[j], places[i]
-        expected = float(traces_of(swapped).square().sum() - before)
+        expected = float(sums_of(swapped).square().sum() - before)
         assert found[i, j].item() == pytest.approx(expected, abs=1e-4 * float(before) / K)
 
 
@@ -102,7 +107,7 @@ def test_an_order_makes_the_error_smaller(kind: ChannelOrder, count: int) -> Non
     order = channel_order(inputs, weights, BLOCK, kind)
     assert torch.equal(order.sort().values, torch.arange(K))
     assert cost(inputs, weights, order) < 0.97 * cost(inputs, weights, torch.arange(K))
-    traces = block_traces(inputs, weights, order, BLOCK).sum(dim=0)
+    traces = traces_of(inputs, weights, order).sum(dim=0)
     assert (traces.diff() <= 0).all()
 
 
@@ -113,7 +118,7 @@ def test_correlated_is_no_worse_than_balanced() -> None:
     inputs, weights = (rows.T @ rows / 400)[None], torch.eye(K, dtype=torch.float64)[None]
     costs = [cost(inputs, weights, channel_order(inputs, weights, BLOCK, kind)) for kind in ("balanced", "correlated")]
     assert costs[1] < 0.85 * costs[0]
-    places = exchanged(inputs, weights, torch.arange(K) // BLOCK, BLOCK)
+    (places,) = exchanged(inputs[None], weights[None], torch.arange(K)[None] // BLOCK, BLOCK)
     assert sum(places[i] == places[i + K // 2] for i in range(K // 2)) > K // 4
 
 
@@ -123,6 +128,24 @@ def test_an_order_that_is_as_good_stays() -> None:
         assert torch.equal(channel_order(same, same, BLOCK, kind), torch.arange(K))
         assert torch.equal(channel_order(0 * same, same, BLOCK, kind), torch.arange(K))
         assert torch.equal(channel_order(moments(), same, K, kind), torch.arange(K))
+
+
+@pytest.mark.parametrize("kind", ["none", "balanced", "correlated"])
+def test_orders_that_are_found_together_are_those_of_each_alone(kind: ChannelOrder) -> None:
+    """To the last bit, whether one has as good an order already or not."""
+    inputs, weights = (torch.stack([moments(2, seed) for seed in range(start, start + 5)]) for start in (0, 20))
+    inputs[1] = weights[1] = torch.eye(K, dtype=torch.float64)
+    found = channel_orders(inputs, weights, BLOCK, kind)
+    assert torch.equal(
+        found, torch.stack([channel_order(*own, BLOCK, kind) for own in zip(inputs, weights, strict=True)])
+    )
+    assert torch.equal(found[1], torch.arange(K))
+    assert kind == "none" or len({tuple(order.tolist()) for order in found}) == 5
+
+
+def test_wide_orders_are_found_one_at_a_time() -> None:
+    assert at_once(1, 14336) == 1 < at_once(1, 1536) < at_once(1, 768) == 31
+    assert at_once(3, 128) == at_once(1, 128) // 3
 
 
 @pytest.mark.gpu
@@ -143,6 +166,6 @@ def test_moments_that_are_a_little_off_have_an_order_all_the_same() -> None:
     inputs = (token.mT @ token)[None]
     inputs -= 1e-8 * inputs.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None] * torch.eye(64, dtype=torch.float64)
     weights = random(96, 64, seed=1)
-    found = block_traces(inputs, (weights.mT @ weights)[None], torch.arange(64), 32)
+    found = traces_of(inputs, (weights.mT @ weights)[None], torch.arange(64), 32)
     assert found.isfinite().all() and (found > 0).all()
     assert sorted(channel_order(inputs, (weights.mT @ weights)[None], 32, "correlated").tolist()) == list(range(64))
