@@ -61,6 +61,7 @@ def choosing_work(run: Run, here: SiteShape) -> dict[str, float]:
     products = 2.0 * n * (1 + 3 * targets) * (targets > 0) + rows * (2.0 + 3.0 * dampings) * (dampings > 0)
     return {
         "factor": float(tried * k**3),
+        "columns": float(tried * k),
         "float64": folds * products * k * k,
         "rounded": float(folds * dampings * rows * k * rounding.candidates),
         "block_steps": float(folds * dampings * steps),

@@ -7,10 +7,14 @@ from mxrot.planning.shape import SiteShape
 from mxrot.planning.stage import Stage
 from mxrot.transforms.channel_order import LOOK_BYTES, ORDER_BYTES, ROUNDS, at_once, looked_at
 
+TAKEN_TOGETHER = 32.0
+"""Bytes for each pair of channels while moments are put one behind the other, for orders that are found together."""
 EXCHANGE_BYTES = 100.0
 """That a round of exchanges reads and writes for each pair of which one channel is looked at."""
 DEALING = 13
 """Small operations for each channel that is dealt to a block."""
+OF_AN_EXPERT = 1500
+"""Small operations until the moments of one expert are known."""
 LAUNCHED, OF_EACH = 45, 15
 """Small operations of a round for all orders that are found together, and for each of them."""
 TRACING = 40
@@ -49,7 +53,8 @@ def ordering_stages(run: Run) -> list[Stage]:
     for here, kind, width in found:
         whole = 8.0 * here.inputs**2  # of inputs, and the same of weights
         order = ORDER_BYTES[kind] * width**2 + (LOOK_BYTES * looked_at(width) * width if kind == "correlated" else 0.0)
-        order *= min(at_once(here.inputs // width, width), len(shape.blocks) * here.experts)
+        together = min(at_once(here.inputs // width, width), len(shape.blocks) * here.experts)
+        order = order if together == 1 else together * max(order, TAKEN_TOGETHER * width**2)
         pairs = max(order + (2 * whole if here.inputs > width else 0.0), 3 * whole)
         weights = 8.0 * here.rounded * here.inputs
         stages.append(Stage(f"{here.site.name}: order of channels", base | {"pairs of channels": max(pairs, weights)}))
@@ -69,7 +74,8 @@ def ordering_work(run: Run) -> dict[str, float]:
             k, experts, parts = here.inputs, here.experts, max(1, here.inputs // width)
             together = min(at_once(parts, width), len(run.shape.blocks) * experts)
             amounts["product"] += 2.0 * run.fitted_tokens * here.share * experts * k**2
-            amounts["operations"] += experts * (200.0 + DEALING * k / together)
+            each = 200.0 if experts == 1 else OF_AN_EXPERT
+            amounts["operations"] += experts * (each + DEALING * k / together)
             amounts["float64"] += 2.0 * experts * here.rounded * k**2
             if kind == "correlated":
                 block = here.recipe.transform.block_in(k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ SECONDS = 0.25
 """Of each measurement, about."""
 MOST_CALLS = 20
 WALK_COLUMNS = 128
+FACTORED = {"cpu": (128, 512), "cuda": (2048, 12288)}
+"""Widths of the Hessians that are factorized."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Rates:
     copy: float
     """Bytes read and written."""
     factor: float
-    """K^3 of Hessians factorized, K their width."""
+    """K^3 of Hessians factorized, K their width, beside what each column takes."""
+    columns: float
+    """Columns of Hessians factorized, however many there are in one."""
     rounded: float
     """Weights that GPTQ rounds, under one exponent."""
     block_steps: float
@@ -103,16 +107,36 @@ def _matrix_rates(device: torch.device, dtype: torch.dtype, normal: Callable[...
     a, b = (normal(size, size).to(dtype) for _ in range(2))
     n = size // 2
     c, d = (normal(n, n, dtype=torch.float64) for _ in range(2))
-    hessian = c @ c.mT / n
     source = torch.zeros(2**30 if is_gpu else 2**27, device=device, dtype=torch.uint8)
     target, small = torch.empty_like(source), torch.zeros(32, device=device)
     return {
         "product": 2 * size**3 / timed(lambda: a @ b),
         "float64": 2 * n**3 / timed(lambda: c @ d),
-        "factor": n**3 / timed(lambda: inverse_factor(hessian, 0.01, "a Hessian")),
+        **_factor_rates(FACTORED["cuda" if is_gpu else "cpu"], timed, normal),
         "copy": 2 * source.nbytes / timed(lambda: target.copy_(source)),
         "operations": 100 / timed(lambda: [small.add_(1.0) for _ in range(100)]),
     }
+
+
+def _factor_rates(
+    widths: tuple[int, int], timed: Callable[..., float], normal: Callable[..., Tensor]
+) -> dict[str, float]:
+    """Of a narrow Hessian each column costs most, of a wide one the products: two widths tell both."""
+    found = []
+    for width in widths:
+        c = normal(width, width, dtype=torch.float64)
+        hessian = c @ c.mT / width
+        del c
+        found.append(timed(lambda hessian=hessian: inverse_factor(hessian, 0.01, "a Hessian")))
+    return factor_rates(widths, found)
+
+
+def factor_rates(widths: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
+    """The rates by which Hessians of two widths take so many seconds: K / columns + K^3 / factor."""
+    (narrow, wide), (few, many) = widths, seconds
+    cubed = (many / wide - few / narrow) / (wide**2 - narrow**2)
+    cubed = min(max(cubed, 0.1 * many / wide**3), many / wide**3)  # both cost something, whatever else ran
+    return {"factor": 1 / cubed, "columns": 1 / max(few / narrow - cubed * narrow**2, 1e-3 * few / narrow)}
 
 
 def _rounding_rates(

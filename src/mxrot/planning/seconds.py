@@ -17,6 +17,13 @@ from mxrot.planning.writing import STREAMING, writing_work
 
 DISK_BYTES = 1e9
 """Bytes a second that files are read, hashed and written at; assumed, not measured."""
+HOST_BYTES, TRAVERSALS = 2.5e10, 7
+"""Bytes a second that hidden states go between a GPU and main memory at, and how often all of them of one model do for
+each block; what two shapes took beyond all else on an H200 (docs/plan.md)."""
+STARTING_SECONDS = {"cpu": 0.0, "cuda": 8.0}
+"""Until weights are open, libraries loaded and kernels compiled, where text is looked at; seen there, too."""
+OF_AN_EXPERT = 1100
+"""Small operations for the statistics and the rounding of one expert's part of a site."""
 ERROR_TOKENS = 512
 MOMENT_CHANNELS = 512
 OF_SITES = (
@@ -73,7 +80,14 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
     if run.recipe.choice is not None:
         terms["candidates"] = (1 + len(run.recipe.choice.candidates)) * sum(terms[name] for name in OF_SITES)
     terms["files"] = (run.shape.parameters * run.stored.itemsize * 1.3) / DISK_BYTES
+    if run.is_gpu and run.tokens and run.is_on_host:
+        streams = 2 if run.recipe.looks_at_original else 1
+        terms["states to main memory and back"] = (
+            TRAVERSALS * streams * len(run.shape.blocks) * run.stream_bytes / HOST_BYTES
+        )
     terms["starting"] = building * (1 + run.recipe.runs_whole_original)
+    if run.tokens:
+        terms["starting"] += STARTING_SECONDS["cuda" if run.is_gpu else "cpu"]
     return TimeEstimate({name: value for name, value in terms.items() if value}, rates)
 
 
@@ -111,7 +125,7 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
     requirements = recipe.rounding.requirements
     found = {
         "transforms": _transform(run, here),
-        "rounding": Work(encoded=1.6 * n * k, copy=50.0 * n * k, operations=300 * here.experts + 60 * len(here.rows)),
+        "rounding": Work(encoded=1.6 * n * k, copy=50.0 * n * k, operations=_rounding_operations(here)),
     }
     if tokens:
         found["passes over the calibration text"] = _passes(run, sites, position)
@@ -119,7 +133,8 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
         found["rounding"].add(float64=2.0 * ERROR_TOKENS * n * k, product=2.0 * ERROR_TOKENS * n * k)
     if requirements.hessian:
         factors = (2 if here.follows_original else 1) * here.experts
-        found["factors of the Hessians"] = Work(factor=float(factors * k**3), operations=30.0 * factors)
+        amounts = {"factor": float(factors * k**3), "columns": float(factors * k)}
+        found["factors of the Hessians"] = Work(**amounts, operations=30.0 * factors)
         candidates = recipe.rounding.candidates
         steps = here.experts * k // (recipe.weights.quantizer().format.block or k)
         found["rounding"].add(
@@ -134,6 +149,10 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
         found["refits of transforms"] = Work(**refitting_work(run, here))
         found["refits of transforms"].add(**_second_moments(run, here, 1).amounts)
     return found
+
+
+def _rounding_operations(here: SiteShape) -> float:
+    return 60.0 * len(here.rows) + (300.0 if here.experts == 1 else OF_AN_EXPERT * here.experts)
 
 
 def _transform(run: Run, here: SiteShape) -> Work:

@@ -76,7 +76,9 @@ class Orders:
         """Find those that were asked for and are not found yet."""
         if not self._left:
             return
-        own = _orders_of(self._left[0][0], [moments for *_, moments in self._left if moments is not None])
+        moments = [moments for *_, moments in self._left if moments is not None]
+        self._left = [(wanted, rank, None) for wanted, rank, _ in self._left]
+        own = _orders_of(self._left[0][0], moments)
         given = [own] if self._world.size == 1 else self._world.gather(own)
         flat = iter(given)
         for rank in range(self._world.size):
@@ -88,13 +90,19 @@ class Orders:
 
 
 def _orders_of(wanted: Wanted, moments: list[Pair]) -> Tensor | None:
-    """One behind the other, int64; None where there are none."""
+    """One behind the other, int64; None where there are none. `moments` are let go."""
     if not moments:
         return None
     inputs, weights = (
-        torch.cat([each.reshape(-1, *each.shape[-3:]) for each in own]) for own in zip(*moments, strict=True)
+        _together([each.reshape(-1, *each.shape[-3:]) for each in own]) for own in zip(*moments, strict=True)
     )
+    moments.clear()
     return channel_orders(inputs, weights, wanted.block, wanted.kind).flatten()
+
+
+def _together(moments: list[Tensor]) -> Tensor:
+    """One behind the other; one alone may be large, and is not copied."""
+    return moments[0] if len(moments) == 1 else torch.cat(moments)
 
 
 def _there(found: Tensor | None) -> Tensor:

@@ -43,7 +43,7 @@ JITTERS = (1e-12, 1e-9, 1e-6)
 does."""
 ORDER_BYTES = {"none": 0.0, "balanced": 18.0, "correlated": 20.0}
 """For each of K^2 pairs of channels, at the peak, the moments of inputs and weights (8 each) included."""
-LOOK_BYTES = 37.0
+LOOK_BYTES = 41.0
 """For each pair of which one channel is looked at in a round."""
 TOGETHER_BYTES = 2**30
 """That orders which are found together take."""
@@ -187,8 +187,10 @@ def exchange_costs(
             left[each, rows][..., None] + a[:, None] - beside[each, blocks], pairs, share[each, blocks][..., None]
         )
         change += after.square_()
-        drawn = beside.mT[each, rows].gather(2, places[:, None].expand(-1, rows.shape[1], -1))
-        after = torch.addcmul(left[:, None] + a[each, rows][..., None] - drawn, pairs, share.gather(1, places)[:, None])
+        other = left[:, None] + a[each, rows][..., None]
+        other -= beside.mT[each, rows].gather(2, places[:, None].expand(-1, rows.shape[1], -1))
+        after = torch.addcmul(other, pairs, share.gather(1, places)[:, None])
+        del other
         change += after.square_()
         change -= here[each, rows].square()[..., None] + here.square()[:, None]
     return change.masked_fill_(blocks[..., None] == places[:, None], 0.0)

@@ -173,7 +173,7 @@ def test_a_70b_model_fits_a_gpu_of_40_gb() -> None:
     for name, windows in (("mxrot", 128), ("mxrot", 256), ("duquant++-gptq", 128)):
         chosen = recipe(name, **PLAIN if name == "mxrot" else ALONE)
         peak = estimate_memory(run_of(LLAMA_3_70B, chosen, windows, 2048, torch.bfloat16, "cuda")).peak
-        assert 25e9 < peak.total < 35e9 and peak.name.startswith("down: ")
+        assert 20e9 < peak.total < 31e9 and peak.name.startswith("down: ")
 
 
 @pytest.mark.parametrize("name", ["phi3", "olmo2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"])
@@ -211,7 +211,7 @@ def test_tuning_the_whole_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(memory, "KEPT_SHARE", 0.0)
     folder = write_tiny_model(tmp_path / "tiny", **WIDE, num_hidden_layers=3)
     tuning = {"tuning__steps": 2, "tuning__batch_windows": 4, "tuning__generated": 0.0}
-    chosen = recipe(name, **ALONE, **tuning)
+    chosen = recipe(name, **ALONE | {"permutation": "none"}, **tuning)
     peak = estimate_memory(run_of(read_config(folder), chosen, 8, 64)).peak
     assert peak.name == "tuning"
     assert peak.total == pytest.approx(bytes_alive(folder, chosen, random_windows(8, 64)), rel=0.2)

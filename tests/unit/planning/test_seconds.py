@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_model import tiny_config
+from tests.tiny_model import tiny_config, tiny_mixture
 from tests.unit.checkpoint.folders import recipe
 from tests.unit.planning.shapes import LLAMA_3_8B, run_of
 
@@ -26,7 +26,7 @@ def test_terms_of_a_recipe() -> None:
     assert set(seconds("rtn").terms) == {"rounding", "files", "starting"}
     assert set(seconds("duquant++-gptq").terms) == {
         *("passes over the calibration text", "statistics of the inputs", "transforms"),
-        *("factors of the Hessians", "rounding", "files", "starting"),
+        *("factors of the Hessians", "rounding", "files", "starting", "states to main memory and back"),
     }
     chosen = run_of(LLAMA_3_8B, recipe("mxrot", permutation="none"), 128, 2048, device="cuda")
     found = set(estimate_seconds(chosen, ONES, 0.5).terms)
@@ -99,3 +99,30 @@ def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     config = tiny_config(architectures=["LlamaForCausalLM"])
     estimate = estimate_seconds(run_of(config, recipe(name), 2, 32), found, 0.0)
     assert 0 < estimate.total < 600
+
+
+def test_two_widths_tell_what_columns_and_what_products_take() -> None:
+    widths = (2048, 12288)
+    taken = [width / 1e6 + width**3 / 3e13 for width in widths]
+    found = rates.factor_rates(widths, taken)
+    assert found == pytest.approx({"factor": 3e13, "columns": 1e6})
+    for upset in ((1e-3, 1e-4), (1e-4, 1e3)):
+        assert all(0 < rate < math.inf for rate in rates.factor_rates(widths, upset).values())
+
+
+def test_states_go_to_main_memory_where_a_gpu_does_not_keep_them() -> None:
+    """Those of one model or of two, seven times for each of 32 blocks."""
+    name = "states to main memory and back"
+    assert name not in seconds("rtn").terms and name not in seconds("duquant++-gptq", windows=16).terms
+    for recipe_name, states in (("duquant++-gptq", 128), ("mxrot", 2 * 2 * 128)):
+        expected = 7 * 32 * states * 2048 * 4096 * 2 / 2.5e10
+        assert seconds(recipe_name).terms[name] == pytest.approx(expected)
+
+
+def test_each_expert_takes_small_operations_of_its_own() -> None:
+    only = replace(FAST, operations=1.0)
+    of_one = seconds("mxrot", only).terms
+    config = tiny_mixture("qwen3_moe", num_experts=64, num_experts_per_tok=8).config
+    of_many, blocks = seconds("mxrot", only, config).terms, config.num_hidden_layers
+    assert of_many["rounding"] / blocks > 2 * 64 * 1100 > 10 * of_one["rounding"] / 32
+    assert of_many["order of channels"] / blocks > 64 * 1500

@@ -144,7 +144,7 @@ def test_orders_that_are_found_together_are_those_of_each_alone(kind: ChannelOrd
 
 
 def test_wide_orders_are_found_one_at_a_time() -> None:
-    assert at_once(1, 14336) == 1 < at_once(1, 1536) < at_once(1, 768) == 31
+    assert at_once(1, 14336) == 1 < at_once(1, 1536) < at_once(1, 768) == 29
     assert at_once(3, 128) == at_once(1, 128) // 3
 
 
