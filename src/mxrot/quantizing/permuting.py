@@ -1,7 +1,8 @@
 """Channels in the order that a recipe asks for, found on one pass of the original model over the calibration text.
 
 Everything that comes after, the original model that runs beside included, is read from the source with them. Of several
-processes each finds some of the orders, from moments that all of them have taken together.
+processes each finds some of the orders, from moments that all of them have taken together, or, of an expert that is its
+own, from those that it has taken of the tokens of all.
 """
 
 from __future__ import annotations
