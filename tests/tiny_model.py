@@ -75,9 +75,11 @@ def tiny_mixture(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def write_tiny_mixture(folder: Path, kind: str, dtype: torch.dtype = torch.float16, fused: bool = False) -> Path:
+def write_tiny_mixture(
+    folder: Path, kind: str, dtype: torch.dtype = torch.float16, fused: bool = False, **changes: Any
+) -> Path:
     """Save it and its tokenizer, with a tensor for each linear or with transformers' own tensors of all experts."""
-    tiny_mixture(kind).to(dtype).save_pretrained(folder, save_original_format=not fused)
+    tiny_mixture(kind, **changes).to(dtype).save_pretrained(folder, save_original_format=not fused)
     write_tokenizer(folder)
     return folder
 

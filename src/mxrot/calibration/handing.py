@@ -25,7 +25,7 @@ def handed_out(executors: Sequence[Executor], world: World) -> Executor:
         counts = [[count for count in one[rank, 1:].tolist() if count] for one in told]
         rows = world.handed_to(rank, _rows(executor, width, world), [sum(own) for own in counts])
         if rows is not None:
-            batches = [x[None] for given, own in zip(rows, counts, strict=True) for x in given.split(own) if own]
+            batches = [x[None] for given, own in zip(rows, counts, strict=True) for x in given.split(own)]
             found = executor.by_itself(batches)
     assert found is not None
     return found

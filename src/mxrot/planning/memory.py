@@ -31,6 +31,8 @@ PROCESS_BYTES = {"cpu": 5e8, "cuda": 3e9}
 KEPT_SHARE, MOST_KEPT = 0.45, 2.5e8
 """What the allocator holds back within a site (heap.py), relative to the tensors alive, and at most: glibc maps tensors
 of more than 32 MiB one by one. Both were measured on Linux."""
+OF_EXPERT, INPUTS = "tokens of one expert", "inputs of the site"
+"""What is kept of the windows for a site."""
 
 
 @dataclass(frozen=True)
@@ -207,10 +209,10 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
     read = _read_by_experts(run, here)
     return {
         "tokens that experts read": 0.0 if run.is_on_host else read,
-        "tokens of one expert": here.share * read,
+        OF_EXPERT: here.share * read,
         "outputs of attention and MLP": 0.0 if run.is_on_host else float(of_children * run.stream_bytes),
         "outputs of the norm": float(of_norm),
-        "inputs of the site": _kept_inputs(run, here, ends) if requirements.hessian or here.transform.needs else 0.0,
+        INPUTS: _kept_inputs(run, here, ends) if requirements.hessian or here.transform.needs else 0.0,
     }
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mxrot.calibration.writing_sizes import WRITING
-from mxrot.planning.memory import MemoryEstimate
+from mxrot.planning.memory import INPUTS, OF_EXPERT, MemoryEstimate
 from mxrot.planning.rates import Rates
 from mxrot.planning.run import Run
 from mxrot.planning.seconds import TimeEstimate, estimate_seconds
+from mxrot.planning.stage import Stage
 from mxrot.planning.tuning import gradient_bytes
 from mxrot.planning.writing import STREAMING
 
@@ -31,9 +32,22 @@ def share_of(run: Run, processes: int) -> Run:
 
 
 def shared_memory(of_share: MemoryEstimate, of_all: MemoryEstimate) -> MemoryEstimate:
-    """Of the first process, which writes the text for all: stages of its share, and those of writing."""
+    """Of the first process, which writes the text for all: stages of its share, and those of writing; of an expert that
+    it is handed the tokens of all."""
     written = {stage.name: stage for stage in of_all.stages if stage.name.startswith("writing")}
-    return MemoryEstimate(tuple(written.get(stage.name, stage) for stage in of_share.stages))
+    whole = {stage.name: stage for stage in of_all.stages}
+    return MemoryEstimate(
+        tuple(written.get(stage.name, _handed(stage, whole.get(stage.name, stage))) for stage in of_share.stages)
+    )
+
+
+def _handed(of_share: Stage, of_all: Stage) -> Stage:
+    """Of one of as many experts as there are processes: what all have for it, beside what this one has for each."""
+    if OF_EXPERT not in of_all.terms or of_share.terms == of_all.terms:
+        return of_share
+    handed = {name: of_all.terms[name] for name in (OF_EXPERT, INPUTS) if name in of_all.terms}
+    handed[OF_EXPERT] *= 2
+    return Stage(of_share.name, of_share.terms | handed)
 
 
 def shared_seconds(run: Run, processes: int, rates: Rates, building: float) -> TimeEstimate:

@@ -1,7 +1,8 @@
 """Channels in the order that a recipe asks for, found on one pass of the original model over the calibration text.
 
 Everything that comes after, the original model that runs beside included, is read from the source with them. Of several
-processes each finds some of the orders, from moments that all of them have taken together.
+processes each finds some of the orders, from moments that all of them have taken together, or, of an expert that is its
+own, from those that it has taken of the tokens of all.
 """
 
 from __future__ import annotations
@@ -66,11 +67,16 @@ class Orders:
 
     def ask_of(self, rank: int, wanted: Wanted, moments: Pair | None) -> None:
         """Have orders found by one process, which has the moments: as many together as there is memory for."""
-        if self._left and self._left[0][0].manner != wanted.manner:
+        most = at_once(wanted.sets * math.prod(wanted.shape[:-1]), wanted.shape[-1])
+        if self._left and (self._left[0][0].manner != wanted.manner or self._count(rank) == most):
             self.find()
         self._left.append((wanted, rank, moments if rank == self._world.rank else None))
-        if len(self._left) >= self._world.size * at_once(wanted.sets * math.prod(wanted.shape[:-1]), wanted.shape[-1]):
+        if len(self._left) >= self._world.size * most:
             self.find()
+
+    def _count(self, rank: int) -> int:
+        """How many that process will find."""
+        return sum(by == rank for _, by, _ in self._left)
 
     def find(self) -> None:
         """Find those that were asked for and are not found yet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -217,10 +217,10 @@ def exchanged(own: Mapping[str, RoundedLinear], world: World) -> list[dict[str, 
     for values in each_of(chain(*(_numbers(linear) for linear in own.values())), world):
         of_one = {}
         for name, linear in own.items():
-            codes, *parts, error, told = islice(values, len(_numbers(linear)) - (linear.remainder is not None))
+            codes, parts = next(values), {part: next(values) for part in linear.weight.parts.tensors}
+            error, told = next(values), next(values)
             remainder = None if linear.remainder is None else next(values)
-            named = dict(zip(linear.weight.parts.tensors, parts, strict=True))
-            weight = QTensor(codes, linear.weight.parts.with_tensors(named), linear.weight.format)
+            weight = QTensor(codes, linear.weight.parts.with_tensors(parts), linear.weight.format)
             damping, strength, tokens = (None if math.isnan(value) else value for value in told.tolist())
             tokens = None if tokens is None else int(tokens)
             of_one[name] = RoundedLinear(weight, error, damping, remainder, tokens, strength)
@@ -229,7 +229,7 @@ def exchanged(own: Mapping[str, RoundedLinear], world: World) -> list[dict[str, 
 
 
 def _numbers(linear: RoundedLinear) -> list[Tensor]:
-    """All that a rounded linear holds; NaN stands for None."""
+    """All that a rounded linear holds, in the order in which `exchanged` takes it; NaN stands for None."""
     told = [math.nan if value is None else value for value in (linear.damping, linear.target_strength, linear.tokens)]
     codes = linear.weight.codes
     found = [codes, *linear.weight.parts.tensors.values(), linear.error]

@@ -99,7 +99,10 @@ def is_one_each(sites: Sequence[Site], world: World) -> bool:
 
 def by_itself(run: BlockRun, parts: Sequence[Part]) -> tuple[BlockRun, Part]:
     """The run of this process without the others, and the part that is its own, of as many as there are processes, with
-    the tokens that all have for it."""
+    the tokens that all have for it.
+
+    What such a run raises, one process raises alone; the others end at their next exchange.
+    """
     world, own = run.world, parts[run.world.rank]
     if own.executor is not None:
         own = replace(own, executor=handed_out([part.executor for part in parts if part.executor is not None], world))

@@ -217,8 +217,8 @@ def _installed_by_each(
             linears = _quantized(part, site)
             for tensor in [tensor for linear in linears for tensor in linear.parameters()]:
                 tensor.data = next(values)
-            for linear, remainder in zip(linears, values, strict=bool(remainders)):
-                linear.remainder = remainder
+            for linear in linears if remainders else ():
+                linear.remainder = next(values)
         for report, name, row in zip(reports, site.linears, rows, strict=True):
             changes: dict[str, Any] = {key: None if math.isnan(x) else x for key, x in zip(MEASURED, row, strict=True)}
             if changes["tokens"] is not None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_model import write_tiny_model
+from tests.tiny_model import tiny_mixture, write_tiny_model
 from tests.unit.checkpoint.folders import recipe
 from tests.unit.planning.shapes import LLAMA_3_8B, run_of
 
 from mxrot.planning import Machine, estimate_memory, make_plan
+from mxrot.planning.memory import INPUTS, OF_EXPERT
 from mxrot.planning.rates import Rates
 from mxrot.planning.sharing import exchanged_bytes, share_of, shared_memory, shared_seconds
 from mxrot.planning.tuning import gradient_bytes
@@ -95,6 +96,21 @@ def test_memory_of_a_share_but_for_what_the_first_writes() -> None:
     for name, total in by_name[2].items():
         assert total == by_name[0 if name.startswith("writing") else 1][name]
     assert by_name[2]["writing calibration text"] == by_name[0]["writing calibration text"]
+
+
+def test_memory_of_an_expert_is_that_of_the_tokens_of_all() -> None:
+    """All for the one that a process is handed, and its own for each of as many as there are processes."""
+    run = replace(run_of(tiny_mixture("mixtral").config, recipe("mxrot"), 64, 128), device="cuda")
+    whole = estimate_memory(run)
+    assert shared_memory(whole, whole) == whole
+    found = {stage.name: stage for stage in shared_memory(estimate_memory(share_of(run, 4)), whole).stages}
+    expected = {stage.name: stage.terms[OF_EXPERT] for stage in whole.stages if OF_EXPERT in stage.terms}
+    assert "down: rounding" in expected and all(expected.values())
+    assert {name: stage.terms[OF_EXPERT] / 2 for name, stage in found.items() if OF_EXPERT in stage.terms} == expected
+    for stage in whole.stages:
+        of_expert = OF_EXPERT in stage.terms
+        if INPUTS in stage.terms:
+            assert found[stage.name].terms[INPUTS] == pytest.approx(stage.terms[INPUTS] / (1 if of_expert else 4))
 
 
 @pytest.mark.parametrize(
