@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import cycle
+
 import pytest
 import torch
 from tests.unit.calibration.two_processes import of_two_processes
@@ -86,6 +89,14 @@ def test_both_have_the_orders_of_one_process(both: list[dict[str, Tensor]]) -> N
         assert found.keys() == expected.keys() | {TOGETHER}
         assert [name for name, order in expected.items() if not torch.equal(found[name], order)] == []
         assert found[TOGETHER].max() == AT_ONCE, "as many as there is memory for, however they are shared out"
+
+
+def test_each_finds_its_own_and_by_turns_those_of_nobody(both: list[dict[str, Tensor]]) -> None:
+    turns = cycle((0, 1))
+    counts = [0, 0]
+    for rank, shape, _, _ in ASKED:
+        counts[next(turns) if rank is None else rank] += math.prod(shape[:-1])
+    assert [int(found[TOGETHER].sum()) for found in both] == counts
 
 
 def test_each_is_that_of_its_own_moments(both: list[dict[str, Tensor]]) -> None:
