@@ -34,7 +34,7 @@ def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_pieces_of_a_plan(tmp_path: Path) -> None:
-    text = shown(tmp_path, "duquant++-gptq", 8e9)
+    text = shown(tmp_path, "duquant++-gptq", 6e9)
     for expected in (
         "some/model with duquant++-gptq",
         "14336 x 4096",
