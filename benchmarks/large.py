@@ -6,14 +6,19 @@
 Writes a model of random weights (of the shape of Llama-3-8B unless told) with few decoder blocks into a temporary
 folder, quantizes it on random tokens, one block on the device at a time, and prints when each block begins, and what
 was planned of time and memory beside what was measured. All blocks are alike, so a whole model takes their time as
-often as it has blocks. Perplexity means nothing here. Several processes quantize it together.
+often as it has blocks. Perplexity means nothing here. Several processes quantize it together. `--profile 40` prints
+the 40 functions of mxrot that each process spent most time in; with CUDA_LAUNCH_BLOCKING=1 that is where the GPU was
+busy, too, and everything is slower.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import io
 import json
 import platform
+import pstats
 import shlex
 import sys
 import tempfile
@@ -87,9 +92,16 @@ def measure(options: argparse.Namespace, world: World) -> None:
         world.count(0)  # the model is there
         started = time.monotonic()
         options_of_run: dict[str, Any] = {"windows": windows, "device": device, "progress": progress, "world": world}
-        result = pipeline.quantize(folder, recipe, store=None if world.rank else Nowhere(), **options_of_run)
+        options_of_run["store"] = None if world.rank else Nowhere()
+        profile = cProfile.Profile()
+        if options.profile:
+            profile.enable()
+        result = pipeline.quantize(folder, recipe, **options_of_run)
         world.count(0)  # all are done
+        profile.disable()
         seconds = time.monotonic() - started
+    if options.profile:
+        show_profile(profile, world, options.profile)
     if world.rank:
         return
     blocks = [block.seconds for block in result.record.blocks]
@@ -134,6 +146,16 @@ def show_plan(planned: dict[str, Any], seconds: float, peak: int | None) -> None
         print(f"planned {most / 1e9:.1f} GB ({stage}), measured {peak / 1e9:.1f} GB: {100 * (peak / most - 1):+.0f} %")
 
 
+def show_profile(profile: cProfile.Profile, world: World, most: int) -> None:
+    """One process after the other."""
+    for rank in range(world.size):
+        if rank == world.rank:
+            out = io.StringIO()
+            pstats.Stats(profile, stream=out).sort_stats("cumulative").print_stats(r"mxrot/", most)
+            print(f"process {rank}", out.getvalue(), sep="\n", flush=True)
+        world.count(0)
+
+
 class Nowhere:
     """A store that keeps nothing: blocks leave the device, as they do when a checkpoint is written."""
 
@@ -171,6 +193,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--device", default=None)
+    parser.add_argument("--profile", type=int, default=0, help="print so many functions by the time spent in them")
     parser.add_argument("--work", default=None, help="where the model is written")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
