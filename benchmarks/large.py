@@ -7,27 +7,26 @@ Writes a model of random weights (of the shape of Llama-3-8B unless told) with f
 folder, quantizes it on random tokens, one block on the device at a time, and prints when each block begins, and what
 was planned of time and memory beside what was measured. All blocks are alike, so a whole model takes their time as
 often as it has blocks. Perplexity means nothing here. Several processes quantize it together. `--profile 40` prints
-the 40 functions of mxrot that each process spent most time in; with CUDA_LAUNCH_BLOCKING=1 that is where the GPU was
-busy, too, and everything is slower.
+the 40 functions and lines of mxrot that each process spent most time in; with CUDA_LAUNCH_BLOCKING=1 that is where the
+GPU was busy, too, and everything is slower.
 """
 
 from __future__ import annotations
 
 import argparse
-import cProfile
-import io
 import json
 import platform
-import pstats
 import shlex
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from sampling import sampled
 
 from mxrot import api
 from mxrot.bench import llama_config, random_model
@@ -93,15 +92,14 @@ def measure(options: argparse.Namespace, world: World) -> None:
         started = time.monotonic()
         options_of_run: dict[str, Any] = {"windows": windows, "device": device, "progress": progress, "world": world}
         options_of_run["store"] = None if world.rank else Nowhere()
-        profile = cProfile.Profile()
-        if options.profile:
-            profile.enable()
-        result = pipeline.quantize(folder, recipe, **options_of_run)
-        world.count(0)  # all are done
-        profile.disable()
+        with sampled() if options.profile else nullcontext() as samples:
+            result = pipeline.quantize(folder, recipe, **options_of_run)
+            world.count(0)  # all are done
         seconds = time.monotonic() - started
-    if options.profile:
-        show_profile(profile, world, options.profile)
+    for rank in range(world.size if samples else 0):
+        if samples and rank == world.rank:
+            print(f"process {rank}", samples.table(options.profile), sep="\n", flush=True)
+        world.count(0)
     if world.rank:
         return
     blocks = [block.seconds for block in result.record.blocks]
@@ -144,16 +142,6 @@ def show_plan(planned: dict[str, Any], seconds: float, peak: int | None) -> None
     if peak is not None:
         stage, most = max(planned["memory"]["gpu"].items(), key=lambda one: one[1])
         print(f"planned {most / 1e9:.1f} GB ({stage}), measured {peak / 1e9:.1f} GB: {100 * (peak / most - 1):+.0f} %")
-
-
-def show_profile(profile: cProfile.Profile, world: World, most: int) -> None:
-    """One process after the other."""
-    for rank in range(world.size):
-        if rank == world.rank:
-            out = io.StringIO()
-            pstats.Stats(profile, stream=out).sort_stats("cumulative").print_stats(r"mxrot/", most)
-            print(f"process {rank}", out.getvalue(), sep="\n", flush=True)
-        world.count(0)
 
 
 class Nowhere:
