@@ -14,7 +14,7 @@ INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --constraint con
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install demo quick test faults test-vllm lint bench clean
+.PHONY: help install demo quick test faults test-vllm lint docs bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,11 @@ lint: $(STAMPS)/lint ## style, types and the order of imports
 	@$(VENV)/bin/lint-imports --no-logo
 	@$(PY) benchmarks/import_arrows.py --check
 
+# The variable silences an announcement of other software.
+docs: $(STAMPS)/docs ## build the documentation as a site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet $(ARGS)
+	@echo "Built: build/site/index.html"
+
 bench: $(STAMPS)/demo $(STAMPS)/demo-model ## measure accuracy, e.g. ARGS="--help"
 	@$(PY) benchmarks/accuracy.py $(ARGS)
 
@@ -72,7 +77,7 @@ $(STAMPS)/package: pyproject.toml constraints.txt $(STAMPS)/torch
 	@rm -f $(STAMPS)/interpreter
 	@touch $@
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: pyproject.toml constraints.txt $(STAMPS)/torch
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: pyproject.toml constraints.txt $(STAMPS)/torch
 	@echo "Installing mxrot[$*]"
 	@$(INSTALL) --editable ".[$*]"
 	@rm -f $(STAMPS)/interpreter
