@@ -1,7 +1,7 @@
 """mxrot: LLMs in MXFP4, with the block rotations that make it accurate.
 
 quantize, load and evaluate do what the commands of the same names do. A Recipe says how to quantize, a QTensor is what
-comes out, progress.bar shows how far it is. Names are imported when they are first used, so that `import mxrot` is quick.
+comes out, progress.bar shows how far it is. Names are imported when they are first used: `import mxrot` is quick.
 Once it has run, transformers' from_pretrained loads checkpoints, too.
 """
 
