@@ -14,10 +14,10 @@ INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --constraint con
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install demo quick test faults test-vllm lint docs bench clean
+.PHONY: help install demo quick test faults test-vllm lint docs bench release-check clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo "  variables: PYTHON=python3.12  VENV=.venv  WORKERS=2  ARGS=\"...\" (demo, test, bench)"
 
 install: $(STAMPS)/package ## the package and the command mxrot, in .venv
@@ -54,6 +54,9 @@ docs: $(STAMPS)/docs ## build the documentation as a site in build/site
 
 bench: $(STAMPS)/demo $(STAMPS)/demo-model ## measure accuracy, e.g. ARGS="--help"
 	@$(PY) benchmarks/accuracy.py $(ARGS)
+
+release-check: ## build the wheel, install it in an empty environment, and try it
+	@PYTHON=$(PYTHON) .ci/release_check
 
 clean: ## remove caches and build products; .venv stays
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
