@@ -20,7 +20,7 @@ DISK_BYTES = 1e9
 HOST_BYTES, TRAVERSALS = 2.5e10, 7
 """Bytes a second that hidden states go between a GPU and main memory at, and how often all of them of one model do for
 each block; what two shapes took beyond all else on an H200 (docs/plan.md)."""
-STARTING_SECONDS = {"cpu": 0.0, "cuda": 8.0}
+STARTING_SECONDS = {"cpu": 0.0, "cuda": 6.0}
 """Until weights are open, libraries loaded and kernels compiled, where text is looked at; seen there, too."""
 OF_AN_EXPERT = 1100
 """Small operations for the statistics and the rounding of one expert's part of a site."""
