@@ -12,6 +12,8 @@ class InFloat64(TorchFunctionMode):
     """While open, what is told to be float32 becomes float64: norms, rotary embeddings, softmax, shares of experts."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.view:  # bytes of a file
+            return func(*args, **(kwargs or {}))
         if func is torch.Tensor.float:
             func = torch.Tensor.double
         args = tuple(_wider(value) for value in args)

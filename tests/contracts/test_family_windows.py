@@ -55,6 +55,7 @@ ALL = {name: (name, {}) for name in FAMILIES} | {f"{name}, windows": chosen for 
 ALL["llama, windows that it does not have"] = ("llama", {"sliding_window": WINDOW})
 ALL["gemma2, windows everywhere"] = ("gemma2", {"layer_types": MIXED["layer_types"][:1] * 2})
 ALL["qwen3, windows nowhere"] = ("qwen3", {"layer_types": LATER["layer_types"][:1] * 2, **WITH_WINDOW})
+ALL["granitemoehybrid, without positions"] = ("granitemoehybrid", {"position_embedding_type": None})
 
 each = pytest.mark.parametrize("name", ALL)
 each_windowed = pytest.mark.parametrize("name", [f"{name}, windows" for name in WINDOWED])
