@@ -23,11 +23,11 @@ from mxrot.models.site import Site as Site
 class LogitKeys:
     """What the config calls the numbers by which a model scales the output of its head, where it has them."""
 
-    factor: str = "logit_scale"
+    factor: str | None = "logit_scale"
     """Multiplies (Cohere)."""
-    divisor: str = "logits_scaling"
+    divisor: str | None = "logits_scaling"
     """Divides (Granite)."""
-    bound: str = "final_logit_softcapping"
+    bound: str | None = "final_logit_softcapping"
     """c in c tanh(x / c), after the others (Gemma 2)."""
 
 
@@ -67,10 +67,13 @@ class Family:
     """The linear whose last rows are the value heads, one after the other."""
     values_read_by: str = "self_attn.o_proj"
     """The linear whose inputs are sums of values over tokens, query head after query head."""
-    gate_up: str | None = None
-    """The linear whose rows are those of gate and then those of up, where that is one."""
+    inner_rows: str | None = None
+    """Where no site names a producer for the MLP's last linear: the linear whose rows become its channels one by one,
+    or whose rows are those of gate and then those of up."""
     experts: ExpertNames | None = None
     """Of a mixture of experts, whose sites `find_family` adds to `sites`, as the config has it."""
+    holds_for: tuple[tuple[str, object], ...] = ()
+    """Keys of the config, and the values that this record describes: a model with others is refused."""
 
     @property
     def is_rotatable(self) -> bool:

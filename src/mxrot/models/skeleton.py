@@ -67,6 +67,7 @@ def find_family(config: Any, where: str) -> Family:
         if set(architectures) & set(family.architectures):
             _check_size(config, family, where)
             _check_attention(config, family, where)
+            _check_values(config, family, where)
             return (
                 family if family.experts is None else replace(family, sites=family.sites + family.experts.sites(config))
             )
@@ -114,6 +115,17 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
         )
     if "sliding_attention" in kinds and not getattr(config, "sliding_window", None):
         raise FamilyError(f"{where}: some of its decoder blocks are of type sliding_attention, without sliding_window")
+
+
+def _check_values(config: Any, family: Family, where: str) -> None:
+    """FamilyError for values of the config that make another model of it than the family's record describes."""
+    for key, known in family.holds_for:
+        value = getattr(config, key, known)
+        if value != known:
+            raise FamilyError(
+                f"{where}: config.json: {key} is {brief(value)}, and family {family.name} is known with "
+                f"{brief(known)} only; such a model is not supported"
+            )
 
 
 def start_token(config: Any) -> int | None:
@@ -168,10 +180,11 @@ def check_generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def rebuild_buffers(model: PreTrainedModel, family: Family, device: torch.device) -> None:
-    """Replace what no file holds by real tensors on `device`: the rotary embedding, and the factor of an embedding
-    that has one, in the type of its weights, which must be there."""
-    if family.rotary is not None:
-        rotary = type(model.get_submodule(family.rotary))(config=model.config)
+    """Replace what no file holds by real tensors on `device`: the rotary embedding of a model that has one, and the
+    factor of an embedding that has one, in the type of its weights, which must be there."""
+    modules = dict(model.named_modules())
+    if family.rotary is not None and family.rotary in modules:
+        rotary = type(modules[family.rotary])(config=model.config)
         model.set_submodule(family.rotary, rotary.to(device))
     embedding: Any = model.get_submodule(family.embedding)
     if hasattr(embedding, "embed_scale"):

@@ -101,6 +101,8 @@ class ModelShape:
     """The same of each decoder block."""
     parameters: int
     """Of the whole model; a tensor that two places share counts once."""
+    constants: int
+    """Numbers that files hold beside the parameters."""
     linear_weights: int
     """Of the linears of all decoder blocks, those that are left alone too."""
     outer_parameters: int
@@ -135,6 +137,7 @@ class ModelShape:
             block_parameters=each[0],
             each_block=each,
             parameters=whole,
+            constants=_constants(model),
             linear_weights=sum(in_linears),
             outer_parameters=whole - sum(each),
             query_width=config.num_attention_heads * width,
@@ -163,7 +166,7 @@ class ModelShape:
         count = self.quantized_weights
         left = self.linear_weights - count
         size = ModelSize(
-            other_bytes=(self.parameters - count) * stored.itemsize,
+            other_bytes=(self.parameters + self.constants - count) * stored.itemsize,
             left_weights=left,
             left_bytes=left * stored.itemsize,
         )
@@ -174,6 +177,12 @@ class ModelShape:
     def site_counts(self) -> list[tuple[SiteShape, int]]:
         """Each different site, and in how many blocks it is."""
         return list(Counter(site for sites in self.blocks for site in sites).items())
+
+
+def _constants(model: nn.Module) -> int:
+    """Numbers in buffers that are part of the state of a model."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in parameters)
 
 
 def _share(family: Family, config: Any) -> float:
