@@ -51,7 +51,7 @@ class ExpertNames:
             tuple(f"{expert}.{name}" for expert in experts for name in (gate, up)),
             norm="post_attention_layernorm",
             experts=self.place,
-            router=self.router,
+            routers=(self.router,),
         )
         downs = (
             Site(f"down_{number}", (f"{expert}.{down}",), producer=f"{expert}.{up}", expert=expert, kind="down")

@@ -39,7 +39,7 @@ class Family:
     architectures: tuple[str, ...]
     """Values of `architectures` in config.json that this record describes."""
     sites: tuple[Site, ...]
-    """In the order in which a block computes them."""
+    """In the order in which a block computes them; those of all kinds of blocks, where there are several."""
     body: str = "model"
     """The module that turns token ids into the last hidden states."""
     blocks: str = "model.layers"
@@ -70,7 +70,12 @@ class Family:
     gate_up: str | None = None
     """The linear whose rows are those of gate and then those of up, where that is one."""
     experts: ExpertNames | None = None
-    """Of a mixture of experts, whose sites `find_family` adds to `sites`, as the config has it."""
+    """Of a mixture of experts, whose sites `of_model` adds to `sites`, as the config has it."""
+    kinds_of: Callable[[Any], tuple[str, ...]] | None = None
+    """Of a config, the kind of each decoder block, where some have sites that others lack: a block has those that are
+    in all (`Site.only_in`), and those of its kind."""
+    kinds: tuple[str, ...] = ()
+    """Of a model, what `kinds_of` says of its config."""
 
     @property
     def is_rotatable(self) -> bool:
@@ -82,9 +87,33 @@ class Family:
         """Do the norms multiply by 1 + their weight? All norms of a model are of one class."""
         return any(site.norm_adds_one for site in self.sites)
 
+    def of_model(self, config: Any) -> Family:
+        """The family with what the config of a model says of it: the sites of its experts, and the kinds of its blocks.
+
+        FamilyError as for `ExpertNames.sites`.
+        """
+        found = () if self.experts is None else self.experts.sites(config)
+        return replace(self, sites=self.sites + found, kinds=() if self.kinds_of is None else self.kinds_of(config))
+
+    def sites_of(self, index: int) -> tuple[Site, ...]:
+        """The sites of block `index`, in the order in which it computes them."""
+        return self._by_kind[self.kinds[index]] if self.kinds else self.sites
+
+    def expert_share(self, config: Any) -> float:
+        """Of the tokens, that goes to one expert; 1 where there are none."""
+        if self.experts is None:
+            return 1.0
+        return float(config.num_experts_per_tok / getattr(config, self.experts.count))
+
+    @cached_property
+    def _by_kind(self) -> dict[str, tuple[Site, ...]]:
+        return {
+            kind: tuple(site for site in self.sites if site.only_in in ("", kind)) for kind in dict.fromkeys(self.kinds)
+        }
+
     @cached_property
     def linears(self) -> frozenset[str]:
-        """The linears of all sites, by their names in a block."""
+        """The linears of all sites of all blocks, by their names in a block."""
         return frozenset(linear for site in self.sites for linear in site.linears)
 
     def is_linear(self, tensor: str) -> bool:
@@ -100,13 +129,13 @@ class Family:
     def group_of(self, linear: str) -> tuple[int, str]:
         """Block and site of the full name of a linear; the site without the number of an expert."""
         number, _, name = linear.removeprefix(f"{self.blocks}.").partition(".")
-        return int(number), next(site.group for site in self.sites if name in site.linears)
+        return int(number), next(site.group for site in self.sites_of(int(number)) if name in site.linears)
 
     def active_sites(self, index: int, ignore: tuple[str, ...]) -> tuple[Site, ...]:
         """The sites of block `index` without the linears that a pattern of `ignore` matches; empty ones are gone."""
         prefix = self.block_prefix(index)
         kept = []
-        for site in self.sites:
+        for site in self.sites_of(index):
             linears = tuple(n for n in site.linears if not is_ignored(f"{prefix}.{n}", ignore))
             if linears:
                 kept.append(replace(site, linears=linears))
@@ -156,18 +185,20 @@ def linear_problems(
     model: nn.Module, family: Family, block_size: int | Callable[[str], int | None], ignore: tuple[str, ...] = ()
 ) -> Iterator[FamilyError | ConfigError]:
     """Each linear of a decoder block that cannot be quantized and is not ignored, as `check_linears` raises it."""
-    known = dict.fromkeys(sorted(linear for site in family.sites for linear in site.linears))
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        sites = family.sites_of(index)
+        known = dict.fromkeys(sorted(linear for site in sites for linear in site.linears))
+        kept = {router for site in sites for router in site.routers}
         modules = dict(block.named_modules())
         missing = next((linear for linear in known if linear not in modules), None)
         if missing is not None:
             yield FamilyError(
-                f"{family.block_prefix(index)}: has no {missing}, which all blocks of family {family.name} must have"
+                f"{family.block_prefix(index)}: has no {missing}, which {_those_of(family, index)} must have"
             )
             continue
         for name, module in modules.items():
             full = f"{family.block_prefix(index)}.{name}"
-            if not isinstance(module, nn.Linear) or is_ignored(full, ignore):
+            if not isinstance(module, nn.Linear) or name in kept or is_ignored(full, ignore):
                 continue
             size = block_size if isinstance(block_size, int) else block_size(full)
             if size is None:
@@ -182,6 +213,12 @@ def linear_problems(
                     f"{full}: in_features {module.in_features} is not a multiple of the block size {size}; "
                     "list it under `ignore`"
                 )
+
+
+def _those_of(family: Family, index: int) -> str:
+    """The blocks that have the sites of block `index`."""
+    kind = f"{family.kinds[index]} " if family.kinds else ""
+    return f"all {kind}blocks of family {family.name}"
 
 
 def _listed(names: Iterable[str], most: int = 12) -> str:

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -96,7 +95,7 @@ class ModelShape:
     hidden: int
     vocabulary: int
     block_parameters: int
-    """Of one decoder block, all of them."""
+    """Of the largest decoder block, all of them."""
     each_block: tuple[int, ...]
     """The same of each decoder block."""
     parameters: int
@@ -121,21 +120,21 @@ class ModelShape:
         modules = list(model.get_submodule(family.blocks).children())
         config = model.config.get_text_config()
         rules = Rules(recipe, family, len(modules))
-        blocks = tuple(_site_shapes(block, rules, index, _share(family, config)) for index, block in enumerate(modules))
+        share = family.expert_share(config)
+        blocks = tuple(_site_shapes(block, rules, index, share) for index, block in enumerate(modules))
         each = tuple(sum(parameter.numel() for parameter in block.parameters()) for block in modules)
         whole = sum(parameter.numel() for parameter in model.parameters())
-        linears = [module for module in modules[0].modules() if isinstance(module, nn.Linear)]
-        in_linears = [m.weight.numel() for block in modules for m in block.modules() if isinstance(m, nn.Linear)]
+        linears = [module for block in modules for module in block.modules() if isinstance(module, nn.Linear)]
         width = value_heads(config)[1]
         return ModelShape(
             family=family.name,
             blocks=blocks,
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
-            block_parameters=each[0],
+            block_parameters=max(each),
             each_block=each,
             parameters=whole,
-            linear_weights=sum(in_linears),
+            linear_weights=sum(linear.weight.numel() for linear in linears),
             outer_parameters=whole - sum(each),
             query_width=config.num_attention_heads * width,
             head_width=width,
@@ -174,13 +173,6 @@ class ModelShape:
     def site_counts(self) -> list[tuple[SiteShape, int]]:
         """Each different site, and in how many blocks it is."""
         return list(Counter(site for sites in self.blocks for site in sites).items())
-
-
-def _share(family: Family, config: Any) -> float:
-    """Of the tokens, that goes to one expert."""
-    if family.experts is None:
-        return 1.0
-    return float(config.num_experts_per_tok / getattr(config, family.experts.count))
 
 
 def _site_shapes(block: nn.Module, rules: Rules, index: int, share: float) -> tuple[SiteShape, ...]:

@@ -144,7 +144,7 @@ def inside(site: Site, expert: str) -> Site:
     dotted = f"{expert}."
     linears = tuple(linear.removeprefix(dotted) for linear in site.linears if linear.startswith(dotted))
     producer = None if site.producer is None else site.producer.removeprefix(dotted)
-    return replace(site, linears=linears, producer=producer, norm=None, experts=None, router=None, expert=None)
+    return replace(site, linears=linears, producer=producer, norm=None, experts=None, routers=(), expert=None)
 
 
 def _number(expert: str) -> int:

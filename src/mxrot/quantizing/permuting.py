@@ -176,7 +176,7 @@ def _look_at(run: BlockRun, part: Part, ffn: Orders, of_heads: Orders) -> None:
         of_heads.ask(
             Wanted(name, (heads, width), of_inputs.shape[1], block, wanted.value_heads), (of_inputs, of_weights)
         )
-    inner = set(permutable_linears(family)) if wanted.ffn != "none" else set()
+    inner = set(permutable_linears(family, part.index)) if wanted.ffn != "none" else set()
     found = [site for site in sites if inner & set(site.linears)]
     for site in found:
         if site.expert is None:
