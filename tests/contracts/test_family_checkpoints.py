@@ -10,12 +10,13 @@ from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
 from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import recipe, write
+from tests.unit.planning.shapes import run_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mxrot
 from mxrot.errors import ConfigError
-from mxrot.models import Family
+from mxrot.models import Family, read_config
 from mxrot.quantizing import run as pipeline
 
 IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -49,7 +50,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @each
-@pytest.mark.parametrize("name", ["mxrot", "rtn", "quarot", *CACHES])
+@pytest.mark.parametrize("name", ["mxrot", "duquant++", "rtn", "quarot", *CACHES])
 def test_what_is_loaded_is_what_was_quantized(
     folders: dict[str, Path], tmp_path: Path, family: Family, name: str
 ) -> None:
@@ -60,6 +61,10 @@ def test_what_is_loaded_is_what_was_quantized(
         with pytest.raises(ConfigError, match=f"no rotation of the residual stream of family {family.name} can be"):
             write(folders[family.name], tmp_path / "out", chosen, windows=windows)
         assert not list(tmp_path.iterdir())
+        return
+    if name == "duquant++" and family not in SHARED_NORM_OR_PRODUCER:
+        with pytest.raises(ConfigError, match="has nothing before it that can take smoothing scales; list it under"):
+            pipeline.quantize(folders[family.name], chosen, windows=windows)
         return
     in_memory = pipeline.quantize(folders[family.name], chosen, windows=windows).model
     assert in_memory is not None
@@ -88,7 +93,18 @@ def test_transforms_and_smoothing_fold_away(folders: dict[str, Path], family: Fa
     assert len(errors) >= 2 and max(errors) < 0.03 and max(errors) < 3 * errors[0]
 
 
-@pytest.mark.parametrize("name", ["olmo2", "phi3"])
-def test_a_site_that_smoothing_has_no_place_for_is_named(folders: dict[str, Path], name: str) -> None:
-    with pytest.raises(ConfigError, match="has nothing before it that can take smoothing scales; list it under"):
-        pipeline.quantize(folders[name], recipe("duquant++"), windows=WINDOWS)
+@each
+def test_sizes_are_those_of_transformers_and_of_the_checkpoint(
+    folders: dict[str, Path], tmp_path: Path, family: Family
+) -> None:
+    original = AutoModelForCausalLM.from_pretrained(folders[family.name])
+    chosen = recipe("hadamard")
+    size = write(folders[family.name], tmp_path / "out", chosen, windows=None)["size"]
+    shape = run_of(read_config(folders[family.name]), chosen, 6, 24).shape
+    after = shape.size_after(torch.float16)
+    assert shape.parameters == original.num_parameters()
+    assert shape.each_block == tuple(
+        sum(parameter.numel() for parameter in block.parameters())
+        for block in original.get_submodule(family.blocks).children()
+    )
+    assert vars(after) | {"bits_per_weight": after.bits_per_weight, "total_bytes": after.total_bytes} == size

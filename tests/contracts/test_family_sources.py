@@ -108,7 +108,8 @@ def test_a_permutation_of_channels_changes_nothing(family: Family, tmp_path: Pat
     draws = torch.Generator().manual_seed(0)
     inner = permutable_linears(family, 1)
     assert inner
-    ffn = {f"{family.block_prefix(1)}.{name}": torch.randperm(96, generator=draws) for name in inner}
+    widths = {name: source.block(1)[f"{name}.weight"].shape[1] for name in inner}
+    ffn = {f"{family.block_prefix(1)}.{name}": torch.randperm(widths[name], generator=draws) for name in inner}
     heads = torch.stack([torch.randperm(16, generator=draws) for _ in range(4)]).unflatten(0, (2, 2))
     added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
     tolerance = max(tolerance_of(family), 2.0**-20 * added)

@@ -12,10 +12,11 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from mxrot.errors import ConfigError, FamilyError
-from mxrot.models.expert_names import ExpertNames
+from mxrot.models.expert_names import SPARSE, ExpertNames
 from mxrot.models.site import Site as Site
 
 
@@ -74,6 +75,10 @@ class Family:
     kinds_of: Callable[[Any], tuple[str, ...]] | None = None
     """Of a config, the kind of each decoder block, where some have sites that others lack: a block has those that are
     in all (`Site.only_in`), and those of its kind."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """What a config may not say, by its key there, and why."""
+    in_float32: tuple[str, ...] = ()
+    """Tensors of a block that a model holds in float32, whatever it computes in, by their names in it."""
     kinds: tuple[str, ...] = ()
     """Of a model, what `kinds_of` says of its config."""
 
@@ -92,18 +97,25 @@ class Family:
 
         FamilyError as for `ExpertNames.sites`.
         """
-        found = () if self.experts is None else self.experts.sites(config)
-        return replace(self, sites=self.sites + found, kinds=() if self.kinds_of is None else self.kinds_of(config))
+        if self.experts is None:
+            return self if self.kinds_of is None else replace(self, kinds=self.kinds_of(config))
+        found = self.experts.sites(config)
+        if self.kinds_of is None:
+            return replace(self, sites=self.sites + found)
+        found = tuple(replace(site, only_in=SPARSE) for site in found)
+        return replace(self, sites=self.sites + found, kinds=self.kinds_of(config))
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """In which a model that computes in `dtype` holds a tensor of a block, by its name in it."""
+        return torch.promote_types(dtype, torch.float32) if name in self.in_float32 else dtype
 
     def sites_of(self, index: int) -> tuple[Site, ...]:
         """The sites of block `index`, in the order in which it computes them."""
         return self._by_kind[self.kinds[index]] if self.kinds else self.sites
 
-    def expert_share(self, config: Any) -> float:
-        """Of the tokens, that goes to one expert; 1 where there are none."""
-        if self.experts is None:
-            return 1.0
-        return float(config.num_experts_per_tok / getattr(config, self.experts.count))
+    def token_share(self, config: Any, linear: str) -> float:
+        """Of the tokens, that a linear gets, by its name in a block; 1 outside of experts."""
+        return 1.0 if self.experts is None else self.experts.share(config, linear)
 
     @cached_property
     def _by_kind(self) -> dict[str, tuple[Site, ...]]:

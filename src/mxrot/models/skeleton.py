@@ -66,6 +66,7 @@ def find_family(config: Any, where: str) -> Family:
         if set(architectures) & set(family.architectures):
             _check_size(config, family, where)
             _check_attention(config, family, where)
+            _check_refused(config, family, where)
             return family.of_model(config)
     causal: set[str] = set()
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -111,6 +112,14 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
         )
     if "sliding_attention" in kinds and not getattr(config, "sliding_window", None):
         raise FamilyError(f"{where}: some of its decoder blocks are of type sliding_attention, without sliding_window")
+
+
+def _check_refused(config: Any, family: Family, where: str) -> None:
+    """FamilyError if the config says something that the family does not take."""
+    for key, why in family.refused:
+        value = getattr(config, key, None)
+        if value is not None and value is not False:
+            raise FamilyError(f"{where}: config.json: {key} is {value!r}: {why}, so this model is not supported")
 
 
 def start_token(config: Any) -> int | None:

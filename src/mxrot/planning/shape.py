@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ class SiteShape:
     experts: int = 1
     """Experts that the linears are in, each with as many; they are quantized one after the other."""
     share: float = 1.0
-    """Of the tokens, that goes to one of them."""
+    """Of the tokens, that a row gets in the mean."""
     transforms: int = 1
     """One for all, or one for each expert."""
 
@@ -76,8 +77,11 @@ class SiteShape:
 
     @property
     def rounded(self) -> int:
-        """Rows that are rounded together: those of one expert."""
-        return self.outputs // self.experts
+        """Rows that are rounded together: those of one expert, the largest."""
+        found: Counter[str] = Counter()
+        for linear, rows in zip(self.site.linears, self.rows, strict=True):
+            found[linear.rpartition(".")[0] if self.experts > 1 else ""] += rows
+        return max(found.values())
 
     @property
     def child(self) -> str:
@@ -104,6 +108,8 @@ class ModelShape:
     """Of the linears of all decoder blocks, those that are left alone too."""
     outer_parameters: int
     """Outside of the decoder blocks."""
+    stored_buffers: int
+    """Elements of tensors that a checkpoint holds and that are no parameters."""
     query_width: int
     """Query heads times their width."""
     head_width: int
@@ -120,11 +126,12 @@ class ModelShape:
         modules = list(model.get_submodule(family.blocks).children())
         config = model.config.get_text_config()
         rules = Rules(recipe, family, len(modules))
-        share = family.expert_share(config)
-        blocks = tuple(_site_shapes(block, rules, index, share) for index, block in enumerate(modules))
+        blocks = tuple(_site_shapes(block, rules, index, config) for index, block in enumerate(modules))
         each = tuple(sum(parameter.numel() for parameter in block.parameters()) for block in modules)
         whole = sum(parameter.numel() for parameter in model.parameters())
-        linears = [module for block in modules for module in block.modules() if isinstance(module, nn.Linear)]
+        linears = [linear for index, block in enumerate(modules) for linear in _linears(block, family, index)]
+        named = dict(model.named_parameters(remove_duplicate=False))
+        buffers = sum(value.numel() for name, value in model.state_dict().items() if name not in named)
         width = value_heads(config)[1]
         return ModelShape(
             family=family.name,
@@ -136,6 +143,7 @@ class ModelShape:
             parameters=whole,
             linear_weights=sum(linear.weight.numel() for linear in linears),
             outer_parameters=whole - sum(each),
+            stored_buffers=buffers,
             query_width=config.num_attention_heads * width,
             head_width=width,
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),
@@ -162,7 +170,7 @@ class ModelShape:
         count = self.quantized_weights
         left = self.linear_weights - count
         size = ModelSize(
-            other_bytes=(self.parameters - count) * stored.itemsize,
+            other_bytes=(self.parameters - count + self.stored_buffers) * stored.itemsize,
             left_weights=left,
             left_bytes=left * stored.itemsize,
         )
@@ -175,19 +183,32 @@ class ModelShape:
         return list(Counter(site for sites in self.blocks for site in sites).items())
 
 
-def _site_shapes(block: nn.Module, rules: Rules, index: int, share: float) -> tuple[SiteShape, ...]:
+def _linears(block: nn.Module, family: Family, index: int) -> list[nn.Linear]:
+    """Of a block those that are in sites."""
+    names = (name for site in family.sites_of(index) for name in site.linears)
+    found = [block.get_submodule(name) for name in names]
+    return [linear for linear in found if isinstance(linear, nn.Linear)]
+
+
+def _site_shapes(block: nn.Module, rules: Rules, index: int, config: Any) -> tuple[SiteShape, ...]:
     """One for sites of the same kind in all experts that are quantized alike."""
     groups: dict[tuple[str, Recipe], list[Site]] = defaultdict(list)
     for site in rules.active_sites(index):
         groups[site.group, rules.of(index, site.name)].append(site)
     return tuple(
-        _site_shape(block, name, group, share, recipe, rules.smooths(group[0]))
+        _site_shape(block, name, group, rules.family, config, recipe, rules.smooths(group[0]))
         for (name, recipe), group in groups.items()
     )
 
 
 def _site_shape(
-    block: nn.Module, name: str, group: Sequence[Site], share: float, recipe: Recipe, is_smoothed: bool
+    block: nn.Module,
+    name: str,
+    group: Sequence[Site],
+    family: Family,
+    config: Any,
+    recipe: Recipe,
+    is_smoothed: bool,
 ) -> SiteShape:
     site = replace(group[0], name=name, linears=tuple(linear for one in group for linear in one.linears))
     linears = [block.get_submodule(linear) for linear in site.linears]
@@ -198,4 +219,6 @@ def _site_shape(
     if not site.is_of_experts:
         return SiteShape(site, rows, inputs, recipe, scheme)
     experts = len({linear.rpartition(".")[0] for linear in site.linears})
+    shares = (family.token_share(config, linear) for linear in site.linears)
+    share = sum(one * own for one, own in zip(shares, rows, strict=True)) / sum(rows)
     return SiteShape(site, rows, inputs, recipe, scheme, experts, share, len(group))

@@ -149,7 +149,7 @@ def _readers(sites: Sequence[Site]) -> dict[str, frozenset[str]]:
 
 def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str) -> None:
     """Give a block without weights those of the original model; matrices of a quantized cache change nothing yet."""
-    own = {name: value.to(run.dtype) for name, value in tensors.items()}
+    own = {name: value.to(run.family.dtype_of(name, run.dtype)) for name, value in tensors.items()}
     attention = block.get_submodule(run.family.attention)
     if (cache := cache_scheme_of(attention)) is not None:
         for name in cache.stored_names:
@@ -166,7 +166,7 @@ def finished_tensors(run: BlockRun, index: int, block: nn.Module) -> dict[str, T
     found = stored_tensors(block, run.stored_dtype, own)
     state = {name: value for name, value in block.state_dict().items() if name in own}
     original = run.source.block(index, run.device, state.keys()) if state else {}
-    unchanged = [name for name, value in original.items() if torch.equal(value.to(run.dtype), state[name])]
+    unchanged = [name for name, value in original.items() if torch.equal(value.to(state[name].dtype), state[name])]
     return found | {name: original[name] for name in unchanged}
 
 

@@ -165,9 +165,9 @@ class RotatedNetwork:
 def _token_bytes(model: PreTrainedModel, family: Family, index: int, length: int) -> float:
     """About what a backward pass keeps of one token in one block: for each linear's input and output, and scores that
     attention writes out, with the probabilities that they become."""
-    share = family.expert_share(model.config)
     widths, block = 0.0, model.get_submodule(family.block_prefix(index))
     for site in family.sites_of(index):
-        shapes = [block.get_parameter(f"{linear}.weight").shape for linear in site.linears]
-        widths += sum(map(sum, shapes)) * (share if site.is_of_experts else 1.0)
+        for linear in site.linears:
+            shape = block.get_parameter(f"{linear}.weight").shape
+            widths += sum(shape) * family.token_share(model.config, linear)
     return CHANNEL_BYTES * widths + 8.0 * score_heads(model) * length
