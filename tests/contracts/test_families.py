@@ -97,6 +97,18 @@ def test_a_model_of_no_family_is_refused(architectures: list[str] | None, messag
         find_family(config, "here")
 
 
+@each
+def test_what_a_config_may_not_say_is_refused(family: Family) -> None:
+    for key, why in family.refused:
+        config = config_of(family)
+        assert not getattr(config, key)
+        setattr(config, key, 8.0)
+        with pytest.raises(
+            FamilyError, match=rf"^here: config.json: {key} is 8.0: {why}, so this model is not supported"
+        ):
+            find_family(config, "here")
+
+
 def test_no_two_families_claim_an_architecture() -> None:
     for one, other in combinations(FAMILIES.values(), 2):
         assert not set(one.architectures) & set(other.architectures)
