@@ -21,9 +21,8 @@ from mxrot.surgery import PermutedFfn, PermutedHeads, Rotated, RotatedHeads, Unt
 IDS = torch.arange(40)[None]
 
 
-def tolerance_of(family: Family) -> float:
-    """Some thousand roundings of float64; transformers computes experts' shares in float32."""
-    return 1e-12 if family.experts is None else 2.0**-20
+TOLERANCE = 1e-12
+"""Some thousand roundings of float64."""
 
 
 def exact_folder(folder: Path, family: Family, **changes: object) -> FolderSource:
@@ -46,7 +45,7 @@ def test_a_rotation_of_the_residual_stream_changes_nothing(family: Family, tmp_p
             Rotated(Untied(source), rotation())
         return
     rotated = Rotated(Untied(source), rotation())
-    assert off_by(logits(rotated, IDS), logits(source, IDS)) < tolerance_of(family)
+    assert off_by(logits(rotated, IDS), logits(source, IDS)) < TOLERANCE
     assert off_by(rotated.outer()[f"{family.head}.weight"], source.outer()[f"{family.embedding}.weight"]) > 0.1
 
 
@@ -60,14 +59,12 @@ def test_the_rotations_of_a_recipe_change_nothing(family: Family, kind: str, tmp
         recipe = recipe.changed({"rotation.residual": kind})
     drawn = drawn_rotations(source.config, recipe, 0, "cpu")
     rotated = rotated_source(source, drawn)
-    added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
-    tolerance = max(tolerance_of(family), 2.0**-20 * added)
-    assert off_by(logits(rotated, IDS, added), logits(source, IDS, added)) < tolerance
+    assert off_by(logits(rotated, IDS), logits(source, IDS)) < TOLERANCE
     before, after = source.block(1), rotated.block(1)
     for name in (family.values, family.values_read_by):
         assert off_by(after[f"{name}.weight"], before[f"{name}.weight"]) > 0.1
     half = Rotations(value_heads=drawn.value_heads)
-    assert off_by(logits(rotated_source(source, half), IDS, added), logits(source, IDS, added)) < tolerance
+    assert off_by(logits(rotated_source(source, half), IDS), logits(source, IDS)) < TOLERANCE
 
 
 @each
@@ -75,7 +72,6 @@ def test_values_are_rotated_on_both_sides(family: Family, tmp_path: Path) -> Non
     """Else the test above would see nothing."""
     source = exact_folder(tmp_path, family)
     matrices = torch.stack([rotation(16, seed) for seed in range(2)])
-    added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
     for linear in (family.values, family.values_read_by):
 
         class Forgotten(RotatedHeads):
@@ -83,7 +79,7 @@ def test_values_are_rotated_on_both_sides(family: Family, tmp_path: Path) -> Non
                 name = f"{linear}.weight"  # noqa: B023
                 return super().changed_block(index, tensors) | {name: tensors[name]}
 
-        assert off_by(logits(Forgotten(source, matrices), IDS, added), logits(source, IDS, added)) > 1e-4
+        assert off_by(logits(Forgotten(source, matrices), IDS), logits(source, IDS)) > 1e-4
 
 
 @each
@@ -111,13 +107,11 @@ def test_a_permutation_of_channels_changes_nothing(family: Family, tmp_path: Pat
     widths = {name: source.block(1)[f"{name}.weight"].shape[1] for name in inner}
     ffn = {f"{family.block_prefix(1)}.{name}": torch.randperm(widths[name], generator=draws) for name in inner}
     heads = torch.stack([torch.randperm(16, generator=draws) for _ in range(4)]).unflatten(0, (2, 2))
-    added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
-    tolerance = max(tolerance_of(family), 2.0**-20 * added)
-    expected = logits(source, IDS, added)
+    expected = logits(source, IDS)
     for permuted in (PermutedFfn(source, ffn), PermutedHeads(source, heads)):
-        assert off_by(logits(permuted, IDS, added), expected) < tolerance
+        assert off_by(logits(permuted, IDS), expected) < TOLERANCE
     both = PermutedHeads(PermutedFfn(source, ffn), heads)
-    assert off_by(logits(both, IDS, added), expected) < tolerance
+    assert off_by(logits(both, IDS), expected) < TOLERANCE
     for name in (*inner, family.values, family.values_read_by):
         assert not torch.equal(both.block(1)[f"{name}.weight"], source.block(1)[f"{name}.weight"])
 
@@ -137,9 +131,7 @@ def test_the_permutations_of_a_recipe_change_nothing(family: Family, tmp_path: P
     windows = torch.randint(2, 50, (4, 40), generator=torch.Generator().manual_seed(0))
     found = quantize(source, recipe, windows=windows).source
     assert [change.split(" by ")[0] for change in found.changes] == ["MLP permuted", "value heads permuted"]
-    added = 1.0 if any(site.norm_adds_one for site in family.sites) else 0.0
-    tolerance = max(tolerance_of(family), 2.0**-20 * added)
-    assert off_by(logits(found, IDS, added), logits(source, IDS, added)) < tolerance
+    assert off_by(logits(found, IDS), logits(source, IDS)) < TOLERANCE
 
 
 def test_some_families_can_be_rotated_and_some_cannot() -> None:

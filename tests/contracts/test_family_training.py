@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.contracts.test_families import TINY_FAMILIES
-from tests.contracts.test_family_sources import exact_folder, tolerance_of
+from tests.contracts.test_family_sources import TOLERANCE, exact_folder
+from tests.float64 import InFloat64
 from tests.unit.surgery.changed_sources import logits, off_by
 from tests.unit.tuning.rotated_networks import loss_and_gradients, network_of, random_rotations
 
@@ -28,20 +29,24 @@ each_rotatable = pytest.mark.parametrize(
 @each_rotatable
 def test_nothing_rounded_is_the_original(family: Family, tmp_path: Path) -> None:
     source = exact_folder(tmp_path, family, tie_word_embeddings=True)
-    network, rotations = network_of(source, IDS), random_rotations(source)
-    with network.open(), torch.no_grad():
-        found = logits_of(network.model, network.states(IDS, rotations.residual, rotations.value_heads))
-    assert off_by(found, logits(source, IDS)) < tolerance_of(family)
+    rotations = random_rotations(source)
+    with InFloat64(), torch.no_grad():
+        network = network_of(source, IDS)
+        with network.open():
+            states = network.states(IDS, rotations.residual, rotations.value_heads)
+        found = logits_of(network.model, states)
+    assert off_by(found, logits(source, IDS)) < TOLERANCE
 
 
 @each_rotatable
 def test_nothing_rounded_has_no_gradient_along_the_rotations(family: Family, tmp_path: Path) -> None:
     source = exact_folder(tmp_path, family)
     rotations = random_rotations(source)
-    loss, *gradients = loss_and_gradients(network_of(source, IDS), IDS, rotations)
-    other, *_ = loss_and_gradients(network_of(source, IDS), IDS, random_rotations(source, seed=1))
-    assert loss == pytest.approx(other, rel=tolerance_of(family))
+    with InFloat64():
+        loss, *gradients = loss_and_gradients(network_of(source, IDS), IDS, rotations)
+        other, *_ = loss_and_gradients(network_of(source, IDS), IDS, random_rotations(source, seed=1))
+    assert loss == pytest.approx(other, rel=TOLERANCE)
     for matrices, gradient in zip((rotations.residual, rotations.value_heads), gradients, strict=True):
         assert matrices is not None and gradient.abs().max() > 1e-5
         along = skew_direction(matrices, gradient)
-        assert along.abs().max() < 10 * tolerance_of(family) * gradient.abs().max()
+        assert along.abs().max() < 10 * TOLERANCE * gradient.abs().max()

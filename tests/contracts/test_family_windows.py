@@ -34,20 +34,28 @@ WINDOWS = torch.randint(0, 50, (5, LENGTH), generator=torch.Generator().manual_s
 WINDOW = 4
 WITH_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW}
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+THETAS = {"sliding_attention": 10.0, "full_attention": 1000.0}
 LATER = {"sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"]}
-WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
-    "mistral": ("mistral", {"sliding_window": WINDOW}),
-    "phi3": ("phi3", {"sliding_window": WINDOW}),
-    "qwen2": ("qwen2", {**WITH_WINDOW, **LATER}),
-    "qwen3": ("qwen3", {**WITH_WINDOW, **MIXED}),
-    "gemma2": ("gemma2", MIXED),
-    "gemma3": ("gemma3", LATER),
-}
+OWN_ROTARY = {"olmo3": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in THETAS.items()}}
+"""Of families whose kinds of blocks have rotary embeddings of their own, alike unless a config says otherwise."""
+
+
+def windowed(family: Family) -> dict[str, Any]:
+    """Changes of a config by which some blocks, or all, see four tokens."""
+    if family.windows == "all":
+        return {"sliding_window": WINDOW}
+    order = LATER if len(family.name) % 2 else MIXED  # either kind first
+    changes = WITH_WINDOW | order if hasattr(config_of(family), "use_sliding_window") else order
+    return changes | ({"rope_parameters": OWN_ROTARY[family.name]} if family.name in OWN_ROTARY else {})
+
+
+WINDOWED = {name: (name, windowed(family)) for name, family in FAMILIES.items() if family.windows != "none"}
 """Configs with blocks that see four tokens."""
 ALL = {name: (name, {}) for name in FAMILIES} | {f"{name}, windows": chosen for name, chosen in WINDOWED.items()}
 ALL["llama, windows that it does not have"] = ("llama", {"sliding_window": WINDOW})
 ALL["gemma2, windows everywhere"] = ("gemma2", {"layer_types": MIXED["layer_types"][:1] * 2})
 ALL["qwen3, windows nowhere"] = ("qwen3", {"layer_types": LATER["layer_types"][:1] * 2, **WITH_WINDOW})
+ALL["granitemoehybrid, without positions"] = ("granitemoehybrid", {"position_embedding_type": None})
 
 each = pytest.mark.parametrize("name", ALL)
 each_windowed = pytest.mark.parametrize("name", [f"{name}, windows" for name in WINDOWED])
@@ -99,7 +107,7 @@ def test_without_its_windows_a_model_is_another(name: str) -> None:
     """Else the test above would see nothing."""
     model, wide = model_of(name), model_of(name)
     for module in wide.modules():
-        if hasattr(module, "sliding_window"):
+        if getattr(module, "sliding_window", None) is not None:
             module.sliding_window = 64
     wide.config.sliding_window = 64
     apart = (whole(model) != whole(wide)).any(dim=(0, 2))
@@ -112,7 +120,7 @@ def test_every_kind_of_block_has_arguments_of_its_own(name: str, key: str) -> No
     """With those of the other kind the logits are others."""
     model = model_of(name)
     first, second = executor_of(model, name).arguments
-    if key == "position_embeddings" and family_of(name).name != "gemma3":
+    if key == "position_embeddings" and not hasattr(model.get_submodule(family_of(name).rotary), "layer_types"):
         assert first[key] is second[key]
         return
     for block in (0, 1):

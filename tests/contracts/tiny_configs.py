@@ -36,23 +36,36 @@ THAT_COUNT = {
     "final_logit_softcapping": 0.5,
     "attn_logit_softcapping": 0.2,
     "query_pre_attn_scalar": 24,
+    "logit_scale": 0.3,
 }
 """Factors, and bounds that a random model reaches, for configs in which they have a value."""
+CHOSEN = {"position_embedding_type": "rope", "no_rope_layer_interval": 2, "shared_intermediate_size": 96}
+"""Values that make blocks of each kind, and of small ones."""
 
 
 def settings_of(family: Family) -> dict[str, Any]:
     """A config of two blocks with grouped queries, as `AutoConfig.for_model` takes it."""
     kind = getattr(transformers, family.architectures[0]).config_class
     default: Any = kind()
-    found = SIZES | {key: value for key, value in THAT_COUNT.items() if getattr(default, key, None) is not None}
+    found = (
+        SIZES | CHOSEN | {key: value for key, value in THAT_COUNT.items() if getattr(default, key, None) is not None}
+    )
     if family.experts is not None:
         found |= {family.experts.count: 4} | EXPERTS | FIRST_IS_DENSE
         if hasattr(default, "moe_intermediate_size"):
             found["intermediate_size"] = 160  # of blocks without experts
-    if (getattr(default, "pad_token_id", None) or 0) >= SIZES["vocab_size"]:
-        found["pad_token_id"] = 0
+    for key, token in (("pad_token_id", 0), ("bos_token_id", 2)):
+        if (getattr(default, key, None) or 0) >= SIZES["vocab_size"]:
+            found[key] = token
+    rope = getattr(default, "rope_parameters", None) or {}
+    if "original_max_position_embeddings" in rope:
+        found["rope_parameters"] = rope | {"original_max_position_embeddings": 16}
     found = {key: value for key, value in found.items() if hasattr(default, key)}
-    if "sliding_attention" in (getattr(kind(**found), "layer_types", None) or ()):
+    found |= dict(family.holds_for)
+    kinds = getattr(kind(**found), "layer_types", None) or ()
+    if "linear_attention" in kinds:
+        found["layer_types"] = ["full_attention"] * 2
+    if "sliding_attention" in kinds:
         found |= {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
     return {"model_type": kind.model_type, **found}
 
@@ -67,4 +80,5 @@ def config_of(family: Family, **changes: Any) -> Any:
 
 def inner_width(family: Family) -> str:
     """What the config calls the inputs of the MLP's last linear."""
-    return "moe_intermediate_size" if "moe_intermediate_size" in settings_of(family) else "intermediate_size"
+    names = ("moe_intermediate_size", "shared_intermediate_size", "intermediate_size")
+    return next(name for name in names if name in settings_of(family))

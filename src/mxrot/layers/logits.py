@@ -61,4 +61,5 @@ def _scaling(model: PreTrainedModel) -> _Scaling:
     name = type(model).__name__
     keys = next((family.logits for family in FAMILIES.values() if name in family.architectures), LogitKeys())
     config = model.config.get_text_config()
-    return _Scaling(*(getattr(config, key, None) for key in (keys.factor, keys.divisor, keys.bound)))
+    named = (keys.factor, keys.divisor, keys.bound)
+    return _Scaling(*(None if key is None else getattr(config, key, None) for key in named))

@@ -24,11 +24,11 @@ from mxrot.models.site import Site as Site
 class LogitKeys:
     """What the config calls the numbers by which a model scales the output of its head, where it has them."""
 
-    factor: str = "logit_scale"
+    factor: str | None = "logit_scale"
     """Multiplies (Cohere)."""
-    divisor: str = "logits_scaling"
+    divisor: str | None = "logits_scaling"
     """Divides (Granite)."""
-    bound: str = "final_logit_softcapping"
+    bound: str | None = "final_logit_softcapping"
     """c in c tanh(x / c), after the others (Gemma 2)."""
 
 
@@ -68,15 +68,16 @@ class Family:
     """The linear whose last rows are the value heads, one after the other."""
     values_read_by: str = "self_attn.o_proj"
     """The linear whose inputs are sums of values over tokens, query head after query head."""
-    gate_up: str | None = None
-    """The linear whose rows are those of gate and then those of up, where that is one."""
+    inner_rows: str | None = None
+    """Where no site names a producer for the MLP's last linear: the linear whose rows become its channels one by one,
+    or whose rows are those of gate and then those of up."""
     experts: ExpertNames | None = None
     """Of a mixture of experts, whose sites `of_model` adds to `sites`, as the config has it."""
     kinds_of: Callable[[Any], tuple[str, ...]] | None = None
     """Of a config, the kind of each decoder block, where some have sites that others lack: a block has those that are
     in all (`Site.only_in`), and those of its kind."""
-    refused: tuple[tuple[str, str], ...] = ()
-    """What a config may not say, by its key there, and why."""
+    holds_for: tuple[tuple[str, object], ...] = ()
+    """Keys of the config, and the values that this record describes: a model with others is refused."""
     in_float32: tuple[str, ...] = ()
     """Tensors of a block that a model holds in float32, whatever it computes in, by their names in it."""
     kinds: tuple[str, ...] = ()

@@ -66,7 +66,7 @@ def find_family(config: Any, where: str) -> Family:
         if set(architectures) & set(family.architectures):
             _check_size(config, family, where)
             _check_attention(config, family, where)
-            _check_refused(config, family, where)
+            _check_values(config, family, where)
             return family.of_model(config)
     causal: set[str] = set()
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -114,12 +114,15 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
         raise FamilyError(f"{where}: some of its decoder blocks are of type sliding_attention, without sliding_window")
 
 
-def _check_refused(config: Any, family: Family, where: str) -> None:
-    """FamilyError if the config says something that the family does not take."""
-    for key, why in family.refused:
-        value = getattr(config, key, None)
-        if value is not None and value is not False:
-            raise FamilyError(f"{where}: config.json: {key} is {value!r}: {why}, so this model is not supported")
+def _check_values(config: Any, family: Family, where: str) -> None:
+    """FamilyError for values of the config that make another model of it than the family's record describes."""
+    for key, known in family.holds_for:
+        value = getattr(config, key, known)
+        if value != known:
+            raise FamilyError(
+                f"{where}: config.json: {key} is {brief(value)}, and family {family.name} is known with "
+                f"{brief(known)} only; such a model is not supported"
+            )
 
 
 def start_token(config: Any) -> int | None:
@@ -174,10 +177,11 @@ def check_generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def rebuild_buffers(model: PreTrainedModel, family: Family, device: torch.device) -> None:
-    """Replace what no file holds by real tensors on `device`: the rotary embedding, and the factor of an embedding
-    that has one, in the type of its weights, which must be there."""
-    if family.rotary is not None:
-        rotary = type(model.get_submodule(family.rotary))(config=model.config)
+    """Replace what no file holds by real tensors on `device`: the rotary embedding of a model that has one, and the
+    factor of an embedding that has one, in the type of its weights, which must be there."""
+    modules = dict(model.named_modules())
+    if family.rotary is not None and family.rotary in modules:
+        rotary = type(modules[family.rotary])(config=model.config)
         model.set_submodule(family.rotary, rotary.to(device))
     embedding: Any = model.get_submodule(family.embedding)
     if hasattr(embedding, "embed_scale"):

@@ -201,7 +201,7 @@ def make_plan(
         problems += _memory_problems(run)
         needs = _needs(run, processes)
         cache = CacheSize.of(config, family, None if recipe.cache is None else recipe.cache.scheme())
-        sizes = Sizes(shape, parameters * stored.itemsize, shape.size_after(stored), cache)
+        sizes = Sizes(shape, (parameters + shape.constants) * stored.itemsize, shape.size_after(stored), cache)
     except (AttributeError, ConfigError):  # a linear that is not there, or is not whole blocks wide: a problem by now
         return replace(plan, problems=problems)
     spread = replace(run, device="cuda").spread

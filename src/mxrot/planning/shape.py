@@ -104,12 +104,12 @@ class ModelShape:
     """The same of each decoder block."""
     parameters: int
     """Of the whole model; a tensor that two places share counts once."""
+    constants: int
+    """Numbers that files hold beside the parameters."""
     linear_weights: int
     """Of the linears of all decoder blocks, those that are left alone too."""
     outer_parameters: int
     """Outside of the decoder blocks."""
-    stored_buffers: int
-    """Elements of tensors that a checkpoint holds and that are no parameters."""
     query_width: int
     """Query heads times their width."""
     head_width: int
@@ -130,8 +130,6 @@ class ModelShape:
         each = tuple(sum(parameter.numel() for parameter in block.parameters()) for block in modules)
         whole = sum(parameter.numel() for parameter in model.parameters())
         linears = [linear for index, block in enumerate(modules) for linear in _linears(block, family, index)]
-        named = dict(model.named_parameters(remove_duplicate=False))
-        buffers = sum(value.numel() for name, value in model.state_dict().items() if name not in named)
         width = value_heads(config)[1]
         return ModelShape(
             family=family.name,
@@ -141,9 +139,9 @@ class ModelShape:
             block_parameters=max(each),
             each_block=each,
             parameters=whole,
+            constants=_constants(model),
             linear_weights=sum(linear.weight.numel() for linear in linears),
             outer_parameters=whole - sum(each),
-            stored_buffers=buffers,
             query_width=config.num_attention_heads * width,
             head_width=width,
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),
@@ -170,7 +168,7 @@ class ModelShape:
         count = self.quantized_weights
         left = self.linear_weights - count
         size = ModelSize(
-            other_bytes=(self.parameters - count + self.stored_buffers) * stored.itemsize,
+            other_bytes=(self.parameters + self.constants - count) * stored.itemsize,
             left_weights=left,
             left_bytes=left * stored.itemsize,
         )
@@ -188,6 +186,12 @@ def _linears(block: nn.Module, family: Family, index: int) -> list[nn.Linear]:
     names = (name for site in family.sites_of(index) for name in site.linears)
     found = [block.get_submodule(name) for name in names]
     return [linear for linear in found if isinstance(linear, nn.Linear)]
+
+
+def _constants(model: nn.Module) -> int:
+    """Numbers in buffers that are part of the state of a model."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in parameters)
 
 
 def _site_shapes(block: nn.Module, rules: Rules, index: int, config: Any) -> tuple[SiteShape, ...]:

@@ -33,10 +33,12 @@ def load_outer(
     for name in outside:
         prefix = name + "."
         own = {key[len(prefix) :]: value.to(device, dtype) for key, value in tensors.items() if key.startswith(prefix)}
-        if name == family.head and not own and model.config.tie_word_embeddings:
+        is_tied = name == family.head and "weight" not in own and model.config.tie_word_embeddings
+        if is_tied:  # its bias, where it has one, is its own
+            own["weight"] = model.get_submodule(family.embedding).get_parameter("weight")
+        fill(model.get_submodule(name), own, name)
+        if is_tied:
             model.tie_weights()
-        else:
-            fill(model.get_submodule(name), own, name)
     rebuild_buffers(model, family, device)
 
 

@@ -28,8 +28,8 @@ class FoldedNorms(ChangedSource):
 
     def changed_outer(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         head, norm = f"{self.family.head}.weight", f"{self.family.final_norm}.weight"
-        folded = product_by_rows(head, tensors[head], tensors[norm].double())
-        return tensors | {head: folded, norm: torch.ones_like(tensors[norm])}
+        folded = product_by_rows(head, tensors[head], gain_of(tensors[norm], self.family.norms_add_one))
+        return tensors | {head: folded, norm: gain_of_one(tensors[norm], self.family.norms_add_one)}
 
     def changed_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         prefix = self.family.block_prefix(index)
@@ -66,7 +66,7 @@ def gains_by_reader(sites: Sequence[Site], tensors: dict[str, Tensor]) -> dict[s
     """Of each weight of a block with these sites that reads a norm of the residual stream, the gain of this norm,
     float64 [H]."""
     return {
-        f"{reader}.weight": tensors[f"{site.norm}.weight"].double()
+        f"{reader}.weight": gain_of(tensors[f"{site.norm}.weight"], site.norm_adds_one)
         for site in sites
         if site.norm is not None
         for reader in (*site.linears, *site.routers)
@@ -75,8 +75,18 @@ def gains_by_reader(sites: Sequence[Site], tensors: dict[str, Tensor]) -> dict[s
 
 def gains_of_one(sites: Sequence[Site], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The norms of the residual stream in a block with these sites, with gains of 1."""
-    norms = dict.fromkeys(f"{site.norm}.weight" for site in sites if site.norm is not None)
-    return {norm: torch.ones_like(tensors[norm]) for norm in norms}
+    norms = dict.fromkeys((f"{site.norm}.weight", site.norm_adds_one) for site in sites if site.norm is not None)
+    return {norm: gain_of_one(tensors[norm], adds_one) for norm, adds_one in norms}
+
+
+def gain_of(weight: Tensor, adds_one: bool) -> Tensor:
+    """What a norm multiplies by, float64 [H]."""
+    return 1 + weight.double() if adds_one else weight.double()
+
+
+def gain_of_one(weight: Tensor, adds_one: bool) -> Tensor:
+    """The weight of a norm that only divides, [H] of the type of `weight`."""
+    return torch.zeros_like(weight) if adds_one else torch.ones_like(weight)
 
 
 ROWS = 8192

@@ -77,5 +77,5 @@ def _feeding(family: Family, index: int, linear: str) -> tuple[str, ...]:
             module, _, _ = site.producer.rpartition(".")
             before = next(other for other in sites if site.producer in other.linears)
             return tuple(name for name in before.linears if name.rpartition(".")[0] == module)
-    is_last = family.gate_up is not None and linear in sites[-1].linears
-    return (family.gate_up,) if is_last and family.gate_up is not None else ()
+    is_last = linear in sites[-1].linears
+    return (family.inner_rows,) if is_last and family.inner_rows is not None else ()

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from mxrot.errors import ConfigError
 from mxrot.models import ChangedSource, Source
-from mxrot.surgery.fold_norms import check_rotatable, gains_by_reader, gains_of_one, product_by_rows, rounded
+from mxrot.surgery.fold_norms import (
+    check_rotatable,
+    gain_of,
+    gain_of_one,
+    gains_by_reader,
+    gains_of_one,
+    product_by_rows,
+    rounded,
+)
 
 TOLERANCE = 1e-9
 """Of R^T R beside the identity: a hundred thousand roundings of float64; a matrix in float32 is off by 1e-7."""
@@ -40,8 +48,8 @@ class Rotated(ChangedSource):
         head, norm, embedding = (f"{name}.weight" for name in (family.head, family.final_norm, family.embedding))
         return tensors | {
             embedding: product_by_rows(embedding, tensors[embedding], matrix=self.matrix),
-            head: product_by_rows(head, tensors[head], tensors[norm].double(), self.matrix),
-            norm: torch.ones_like(tensors[norm]),
+            head: product_by_rows(head, tensors[head], gain_of(tensors[norm], family.norms_add_one), self.matrix),
+            norm: gain_of_one(tensors[norm], family.norms_add_one),
         }
 
     def changed_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -38,8 +38,9 @@ def fold_into_producer(
 
     `weights` gets new ones in float64, and `block` another norm gain or bias. A norm gain is rounded once, to the
     checkpoint's `dtype`; the weights are multiplied by the ratio that this rounding left, so that the product
-    stays exact. So are those of routers, which are rounded again, to `router_types` by their names, or to `dtype`.
-    ConfigError for a site whose input has no such place.
+    stays exact. So are those of routers, which are rounded again, to `router_types` by their names, or to `dtype`. The
+    bias of a norm is divided by that ratio and rounded once, as that of a producer is. ConfigError for a site whose
+    input has no such place.
     """
     if site.norm is not None:
         scales = _divide_gain(block.get_submodule(site.norm), scales, dtype, 1.0 if site.norm_adds_one else 0.0)
@@ -71,4 +72,7 @@ def _divide_gain(norm: nn.Module, scales: Tensor, dtype: torch.dtype, added: flo
     divided = added + rounded
     applied = torch.where(divided != 0, gain / torch.where(divided != 0, divided, 1.0), scales)
     norm.weight.data.copy_(rounded)  # last: `gain` may be this very tensor in a float64 model
+    bias = getattr(norm, "bias", None)
+    if isinstance(bias, Tensor):
+        bias.data.copy_((bias.double() / applied).to(dtype))
     return applied

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mxrot.models import Family, Site, value_heads
-from mxrot.surgery.fold_norms import gains_by_reader
+from mxrot.surgery.fold_norms import gains_by_reader, gains_of_one
 from mxrot.tuning.trained_sites import TrainedSite
 
 
@@ -143,12 +143,11 @@ class RotatedBlock:
 
     def _rotated(self, tensors: Mapping[str, Tensor], residual: Tensor) -> dict[str, Tensor]:
         """What the rotation of the stream changes."""
-        found: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = gains_of_one(self.own, dict(tensors))
         for name, gain in gains_by_reader(self.own, dict(tensors)).items():
             found[name] = tensors[name] @ (gain.to(self.dtype)[:, None] * residual)
         for site in self.own:
             if site.norm is not None:
-                found[f"{site.norm}.weight"] = torch.ones_like(tensors[f"{site.norm}.weight"])
                 continue
             for name in (f"{linear}.{kind}" for linear in site.linears for kind in ("weight", "bias")):
                 if name in tensors:  # a bias need not be there

@@ -1,7 +1,9 @@
 """How families are found."""
 
 import pkgutil
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +37,18 @@ def test_one_name_for_two_families_is_refused() -> None:
 def test_experts_are_known_by_the_class_of_transformers() -> None:
     assert EXPERTS["MixtralExperts"] is MIXTRAL.experts
     assert set(EXPERTS) == {family.experts.fused for family in FAMILIES.values() if family.experts is not None}
+
+
+def test_the_table_of_families_says_what_their_records_do() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in page.splitlines() if re.match(r"\| `\w+ForCausalLM`", line)]
+    listed = [name for row in rows for name in re.findall(r"`(\w+ForCausalLM)`", row[0])]
+    assert sorted(listed) == sorted(name for family in FAMILIES.values() for name in family.architectures)
+    for first, _, _, rotated, smoothed in rows:
+        for family in FAMILIES.values():
+            if not any(f"`{name}`" in first for name in family.architectures):
+                continue
+            without = {site.name for site in family.sites if site.norm is None and site.producer is None}
+            assert rotated.strip() == ("yes" if family.is_rotatable else "no"), family.name
+            assert without == set(re.findall(r"`(\w+)`", smoothed)), family.name
+            assert (smoothed.strip() == "yes") == (not without), family.name

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import tiny_config, write_tiny_model
 from transformers import BertConfig, Gemma3TextConfig, GPT2Config, LlamaForCausalLM
 
@@ -20,6 +21,7 @@ from mxrot.models import (
 )
 from mxrot.models.families.gemma3 import FAMILY as GEMMA3
 from mxrot.models.families.llama import FAMILY as LLAMA
+from mxrot.nearest import MOST_LISTED
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +100,43 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
     assert str(raised.value).startswith(
         "gpt2: architecture GPT2LMHeadModel is of no known family; known architectures: "
     )
-    for family in FAMILIES.values():
-        assert all(architecture in str(raised.value) for architecture in family.architectures)
+    every = [architecture for family in FAMILIES.values() for architecture in family.architectures]
+    assert "GlmForCausalLM" in str(raised.value)
+    assert str(raised.value).endswith(f" and {len(every) - MOST_LISTED} more")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "stablelm",
+            {"use_parallel_residual": True},
+            "use_parallel_residual is True, and family stablelm ",
+        ),
+        ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts is 4, and family granitemoehybrid "),
+        (
+            "granitemoehybrid",
+            {"layer_types": ["full_attention", "linear_attention"]},
+            "1 is of type 'linear_attention',",
+        ),
+    ],
+)
+def test_values_of_a_config_that_make_another_model(name: str, changes: dict[str, Any], message: str) -> None:
+    find_family(config_of(FAMILIES[name]), "here")
+    with pytest.raises(FamilyError, match=rf"^here: config\.json: .*{message}"):
+        find_family(config_of(FAMILIES[name], **changes), "here")
 
 
 def test_the_skeleton_holds_no_weights(folder: Path) -> None:
     model = build_skeleton(read_config(folder))
     assert isinstance(model, LlamaForCausalLM) and not model.training
     assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_without_rotary_embedding_gets_none() -> None:
+    model = build_skeleton(config_of(FAMILIES["granitemoehybrid"], position_embedding_type=None))
+    rebuild_buffers(model, FAMILIES["granitemoehybrid"], torch.device("cpu"))
+    assert model.model.rotary_emb is None
 
 
 @pytest.mark.parametrize("cap", [None, 20.0])

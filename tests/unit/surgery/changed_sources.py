@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tests.contracts.test_families import norms_in_float64
+from tests.float64 import InFloat64
 from tests.tiny_model import random_windows, write_tiny_model
 from torch import Tensor
 
@@ -37,13 +37,13 @@ def rotation(size: int = 64, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def logits(source: Source, windows: Tensor = WINDOWS, added: float = 0.0) -> Tensor:
-    """What the model of a source gives in float64; its norms multiply by `added` + weight."""
-    model = load_original(source, torch.float64, torch.device("cpu"))
-    if source.family.experts is not None:
-        model.set_experts_implementation("eager")  # the one that takes float64
-    norms_in_float64(model, added)
-    found: Tensor = model(windows).logits
+def logits(source: Source, windows: Tensor = WINDOWS) -> Tensor:
+    """What the model of a source gives in float64."""
+    with InFloat64():
+        model = load_original(source, torch.float64, torch.device("cpu"))
+        if source.family.experts is not None:
+            model.set_experts_implementation("eager")  # the one that takes float64
+        found: Tensor = model(windows).logits
     return found
 
 

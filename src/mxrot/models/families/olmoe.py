@@ -12,5 +12,5 @@ FAMILY = Family(
     norm_class="OlmoeRMSNorm",
     rotation_obstacle=None,
     experts=ExpertNames("OlmoeExperts", "num_experts", ("gate_proj", "up_proj", "down_proj")),
-    refused=(("clip_qkv", "values that are clipped do not follow the rows of v_proj"),),
+    holds_for=(("clip_qkv", None),),
 )

@@ -18,5 +18,5 @@ FAMILY = Family(
     norm_class="Phi3RMSNorm",
     rotation_obstacle=None,
     values="self_attn.qkv_proj",
-    gate_up="mlp.gate_up_proj",
+    inner_rows="mlp.gate_up_proj",
 )
