@@ -125,3 +125,17 @@ def test_sizes_are_those_of_transformers_and_of_the_checkpoint(
         for block in original.get_submodule(family.blocks).children()
     )
     assert vars(after) | {"bits_per_weight": after.bits_per_weight, "total_bytes": after.total_bytes} == size
+
+
+@each
+def test_in_bfloat16_it_has_the_types_that_transformers_gives_it(
+    folders: dict[str, Path], tmp_path: Path, family: Family
+) -> None:
+    write(folders[family.name], tmp_path / "out", recipe("rtn"), windows=None)
+    loaded = mxrot.load(tmp_path / "out", device="cpu", dtype=torch.bfloat16)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    types, expected = ({name: x.dtype for name, x in one.state_dict().items()} for one in (loaded, other))
+    assert types == expected
+    for name in family.in_float32:
+        assert types[f"{family.block_prefix(1)}.{name}"] == torch.float32
+    assert torch.equal(logits(loaded), logits(other))
