@@ -34,6 +34,17 @@ def spread_gains(model: PreTrainedModel, family: Family) -> None:
             parameter.data.uniform_(least, least + 1)
 
 
+OPTIONAL = (
+    "attention_bias",
+    "attention_out_bias",
+    "mlp_bias",
+    "use_bias",
+    "use_qkv_bias",
+    "use_qk_norm",
+    "qk_layernorm",
+    "use_post_norm",
+)
+"""What configs call parts that a model of their family may have."""
 TINY_FAMILIES = {name: find_family(config_of(family), name) for name, family in FAMILIES.items()}
 """With the sites of the experts that the tiny config has."""
 each = pytest.mark.parametrize("family", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
@@ -302,10 +313,27 @@ def test_patterns_are_shell_style_and_match_case() -> None:
         assert not is_ignored(name, (pattern,))
 
 
-@each
-def test_scales_and_transforms_fold_away_in_float64(family: Family) -> None:
+def more_of(family: Family) -> dict[str, bool]:
+    """Biases and norms that its config can have, and does not have by itself."""
+    default = config_of(family)
+    return {key: True for key in OPTIONAL if getattr(default, key, None) is False}
+
+
+WITH_OPTIONS = {f"{name}, with options": family for name, family in TINY_FAMILIES.items() if more_of(family)}
+
+
+@pytest.mark.parametrize(
+    ("family", "has_options"),
+    [(family, False) for family in TINY_FAMILIES.values()] + [(family, True) for family in WITH_OPTIONS.values()],
+    ids=[*TINY_FAMILIES, *WITH_OPTIONS],
+)
+def test_scales_and_transforms_fold_away_in_float64(family: Family, has_options: bool) -> None:
     """Exactly."""
-    model = deepcopy(model_of(family)).double()
+    torch.manual_seed(0)
+    changes = more_of(family) if has_options else {}
+    model = transformers.AutoModelForCausalLM.from_config(config_of(family, **changes))
+    separate_experts(model)
+    model = model.double().eval().requires_grad_(False)
     spread_gains(model, family)
     with InFloat64():
         expected = model(TOKENS).logits

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
 from tests.contracts.tiny_configs import config_of
 from tests.unit.surgery.changed_sources import logits, off_by, rotation
@@ -32,6 +34,19 @@ def exact_folder(folder: Path, family: Family, **changes: object) -> FolderSourc
     spread_gains(model, family)
     model.save_pretrained(folder)
     return FolderSource(folder)
+
+
+@each
+def test_a_folder_without_its_head_is_read(family: Family, tmp_path: Path) -> None:
+    """As transformers writes the body of a model: no prefix, and no head, which is the embedding."""
+    whole = exact_folder(tmp_path / "whole", family, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    assert f"{family.head}.weight" not in tensors
+    (tmp_path / "flat").mkdir()
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "flat")
+    flat = {name.removeprefix(f"{family.body}."): tensor for name, tensor in tensors.items()}
+    save_file(flat, tmp_path / "flat" / "model.safetensors", {"format": "pt"})
+    assert torch.equal(logits(FolderSource(tmp_path / "flat"), IDS), logits(whole, IDS))
 
 
 @each

@@ -28,7 +28,7 @@ _STEMS = {
     "base_model.model.model.": "base_model.model.",
 }
 """What stands in front of `layers.0.` where that is not `model.`, and what may then stand in front of the head."""
-_BODY = ("layers.", "embed_tokens.", "norm.", "rotary_emb.")
+_BODY = ("layers.", "embed_tokens.", "norm.", "final_layernorm.", "rotary_emb.")
 _HEAD = "lm_head."
 _BLOCK = re.compile(r"(.*?)layers\.\d+\.")
 
