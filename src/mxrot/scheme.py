@@ -119,7 +119,7 @@ class Scheme:
         """The sites of block `index` without linears that are left as they are; empty ones are gone."""
         prefix = family.block_prefix(index)
         found = []
-        for site in family.sites:
+        for site in family.sites_of(index):
             linears = tuple(name for name in site.linears if f"{prefix}.{name}" in self.linears)
             if linears:
                 found.append(replace(site, linears=linears))

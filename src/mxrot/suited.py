@@ -37,7 +37,8 @@ def _concessions(recipe: Recipe, family: Family, config: Any) -> Iterator[tuple[
     wanted = recipe.permutation
     if wanted is None:
         return
-    if wanted.ffn != "none" and not permutable_linears(family):
+    blocks = range(config.get_text_config().num_hidden_layers)
+    if wanted.ffn != "none" and not any(permutable_linears(family, index) for index in blocks):
         yield (
             _without_order("ffn"),
             f"permutation.ffn: family {family.name} has no linear whose channels can be permuted",

@@ -67,7 +67,7 @@ def seen_by_modules(family: Family) -> dict[str, Tensor]:
     """What each linear and each module that stands for a site receives in one forward pass, in the second block: the
     very tensor, in the order of the calls."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
-    names = dict.fromkeys(name for site in family.sites for name in (site.reader, *site.linears))
+    names = dict.fromkeys(name for site in family.sites_of(1) for name in (site.reader, *site.linears))
     handles = [
         block_of(family)
         .get_submodule(module)
@@ -116,16 +116,34 @@ def test_no_two_families_claim_an_architecture() -> None:
 
 @each
 def test_sites_hold_every_linear_of_a_block_once(family: Family) -> None:
-    listed = [linear for site in family.sites for linear in site.linears]
-    linears = {name for name, module in block_of(family).named_modules() if isinstance(module, nn.Linear)}
-    assert sorted(listed) == sorted(linears)
+    for index, block in enumerate(model_of(family).get_submodule(family.blocks).children()):
+        sites = family.sites_of(index)
+        listed = [linear for site in sites for linear in site.linears]
+        linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        assert sorted(listed) == sorted(linears - {router for site in sites for router in site.routers})
     check_linears(model_of(family), family, 32, ())
 
 
 @each
 def test_site_names_can_be_part_of_a_tensor_name(family: Family) -> None:
-    names = [site.name for site in family.sites]
-    assert len(set(names)) == len(names) and all(re.fullmatch(r"[a-z0-9_]+", name) for name in names)
+    for index in range(2):
+        names = [site.name for site in family.sites_of(index)]
+        assert len(set(names)) == len(names) and all(re.fullmatch(r"[a-z0-9_]+", name) for name in names)
+
+
+@each
+def test_its_blocks_are_of_all_kinds(family: Family) -> None:
+    """Else the tests of this file would not see some of its sites."""
+    assert bool(family.kinds) == (family.kinds_of is not None)
+    assert {site for index in range(2) for site in family.sites_of(index)} == set(family.sites)
+    assert not family.kinds or family.sites_of(0) != family.sites_of(1)
+
+
+@each
+def test_what_it_holds_in_float32_is_what_transformers_does(family: Family) -> None:
+    held = getattr(model_of(family), "_keep_in_fp32_modules_strict", None) or ()
+    names = [name for name in block_of(family).state_dict() if any(one in name for one in held)]
+    assert sorted(names) == sorted(family.in_float32)
 
 
 @each
@@ -146,7 +164,7 @@ def test_the_modules_around_the_blocks_are_there(family: Family) -> None:
 def test_the_linears_of_a_site_read_one_tensor_and_sites_do_not_share(family: Family) -> None:
     """Those of experts read rows of one tensor, the same rows in each expert."""
     seen = seen_by_modules(family)
-    for site in family.sites:
+    for site in family.sites_of(1):
         for linear in site.linears:
             alike = [
                 name
@@ -156,7 +174,7 @@ def test_the_linears_of_a_site_read_one_tensor_and_sites_do_not_share(family: Fa
             assert seen[linear] is seen[alike[0]]
             rows = seen[site.reader].flatten(0, -2)
             assert all((rows == row).all(dim=-1).any() for row in seen[linear].flatten(0, -2))
-    for one, other in combinations(family.sites, 2):
+    for one, other in combinations(family.sites_of(1), 2):
         mine, theirs = seen[one.reader], seen[other.reader]
         assert mine is not theirs
         assert mine.shape != theirs.shape or not torch.equal(mine, theirs)
@@ -166,8 +184,8 @@ def test_the_linears_of_a_site_read_one_tensor_and_sites_do_not_share(family: Fa
 def test_sites_are_in_the_order_in_which_they_compute(family: Family) -> None:
     """By the first of their linears, and inside of each site and expert."""
     calls = list(seen_by_modules(family))
-    listed = [linear for site in family.sites for linear in site.linears]
-    first = [site.reader for site in family.sites if not site.is_of_experts]
+    listed = [linear for site in family.sites_of(1) for linear in site.linears]
+    first = [site.reader for site in family.sites_of(1) if not site.is_of_experts]
     assert [call for call in calls if call in first] == first
     for parent in {linear.rpartition(".")[0] for linear in listed}:
         inside = [call for call in calls if call.rpartition(".")[0] == parent and call in listed]
@@ -178,7 +196,7 @@ def test_sites_are_in_the_order_in_which_they_compute(family: Family) -> None:
 def test_the_norms_and_producers_that_it_names_exist(family: Family) -> None:
     block = block_of(family)
     heads, width = value_heads(model_of(family).config)
-    for site in family.sites:
+    for site in family.sites_of(1):
         channels = block.get_submodule(site.linears[0]).in_features
         assert site.norm is None or site.producer is None
         if site.norm is not None:
@@ -186,7 +204,7 @@ def test_the_norms_and_producers_that_it_names_exist(family: Family) -> None:
         if site.producer is not None:
             rows = heads * width if site.producer_is_value else channels
             assert block.get_submodule(site.producer).out_features == rows
-            assert site.producer in {linear for other in family.sites for linear in other.linears}
+            assert site.producer in {linear for other in family.sites_of(1) for linear in other.linears}
         assert not site.producer_is_value or site.producer is not None
 
 
@@ -221,7 +239,7 @@ def readers_of(family: Family, site: Site, row: int) -> list[int]:
 @each
 def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family) -> None:
     """Doubled, it doubles that channel (of each query head that reads the value head), bit for bit, and no other."""
-    for site in family.sites:
+    for site in family.sites_of(1):
         source = site.norm or site.producer
         if source is None:
             continue
@@ -237,24 +255,27 @@ def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family)
 def test_an_odd_size_is_named_and_can_be_ignored(family: Family) -> None:
     """in_features 100 of the MLP's last linear; a block size of 64 finds the same."""
     model = build_apart(config_of(family, **{inner_width(family): 100}))
-    odd = [
-        linear
-        for site in family.sites
+    full = [
+        f"{family.block_prefix(index)}.{linear}"
+        for index in range(2)
+        for site in family.sites_of(index)
         for linear in site.linears
-        if model.get_submodule(f"{family.block_prefix(0)}.{linear}").in_features == 100
     ]
-    assert len(odd) == (1 if family.experts is None else 4)
-    message = rf"^{re.escape(family.block_prefix(0))}\.{re.escape(odd[0])}: in_features 100 is not a multiple of the "
+    odd = [name for name in full if model.get_submodule(name).in_features % 32]
+    assert {family.group_of(name)[1] for name in odd} <= {"down", "shared_down"}
+    assert len(odd) >= (2 if family.experts is None else 4)
+    message = rf"^{re.escape(odd[0])}: in_features 100 is not a multiple of the "
     with pytest.raises(ConfigError, match=message + "block size 32; list it under `ignore`"):
         check_linears(model, family, 32, ())
     check_linears(model, family, 4, ())
     last = (odd[0].rsplit(".", 1)[-1],)
-    for patterns in (last, tuple(f"*.{name}" for name in odd), tuple(f"{family.blocks}.*.{name}" for name in odd)):
+    for patterns in (last, tuple(odd), tuple(f"*.{name.partition('.layers.')[2]}" for name in odd)):
         check_linears(model, family, 32, patterns)
-        kept = {linear for site in family.active_sites(0, patterns) for linear in site.linears}
-        assert kept and not kept & set(odd)
-    with pytest.raises(ConfigError, match=re.escape(f"{family.block_prefix(1)}.{odd[0]}: in_features 100")):
-        check_linears(model, family, 32, (f"{family.block_prefix(0)}.*",))
+        for index in range(2):
+            kept = {linear for site in family.active_sites(index, patterns) for linear in site.linears}
+            assert kept and not {f"{family.block_prefix(index)}.{linear}" for linear in kept} & set(odd)
+    with pytest.raises(ConfigError, match=re.escape(f"{odd[-1]}: in_features")):
+        check_linears(model, family, 32, tuple(odd[:-1]))
 
 
 @each
@@ -271,17 +292,17 @@ def test_a_linear_that_it_does_not_know_is_named(family: Family) -> None:
 
 @each
 def test_ignored_linears_leave_their_site(family: Family) -> None:
-    assert family.active_sites(0, ()) == family.sites
+    sites = family.sites_of(0)
+    assert family.active_sites(0, ()) == sites
     assert family.active_sites(0, ("*",)) == ()
-    site = family.sites[0]
-    first = f"{family.block_prefix(0)}.{site.linears[0]}"
+    first = f"{family.block_prefix(0)}.{sites[0].linears[0]}"
     kept = family.active_sites(0, (first,))
-    if len(site.linears) > 1:
-        assert kept[0].linears == site.linears[1:] and kept[1:] == family.sites[1:]
-        assert (kept[0].norm, kept[0].producer) == (site.norm, site.producer)
+    if len(sites[0].linears) > 1:
+        assert kept[0].linears == sites[0].linears[1:] and kept[1:] == sites[1:]
+        assert (kept[0].norm, kept[0].producer) == (sites[0].norm, sites[0].producer)
     else:
-        assert kept == family.sites[1:]
-    assert family.active_sites(1, (first,)) == family.sites
+        assert kept == sites[1:]
+    assert family.active_sites(1, (first,)) == family.sites_of(1)
 
 
 def test_patterns_are_shell_style_and_match_case() -> None:
@@ -318,14 +339,15 @@ def test_scales_and_transforms_fold_away_in_float64(family: Family, has_options:
         expected = model(TOKENS).logits
     generator = torch.Generator().manual_seed(0)
     heads = value_heads(model.config)
-    for block in model.get_submodule(family.blocks).children():
-        weights = {linear: block.get_submodule(linear).weight.data for site in family.sites for linear in site.linears}
-        for site in family.sites:
+    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        sites = family.sites_of(index)
+        weights = {linear: block.get_submodule(linear).weight.data for site in sites for linear in site.linears}
+        for site in sites:
             if site.norm or site.producer:
                 scales = torch.exp2(torch.randn(weights[site.linears[0]].shape[1], generator=generator).double())
                 scales = shareable_scales(scales, site, heads)
                 fold_into_producer(block, site, weights, scales, heads, torch.float64)
-        for site in family.sites:
+        for site in sites:
             groups = weights[site.linears[0]].shape[1] // 32
             transform = BlockDiagonal(random_orthogonal(groups, 32, generator).double())
             for name in site.linears:

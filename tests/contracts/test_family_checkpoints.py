@@ -71,6 +71,10 @@ def test_what_is_loaded_is_what_was_quantized(
             write(folders[family.name], tmp_path / "out", chosen, windows=windows)
         assert not list(tmp_path.iterdir())
         return
+    if name == "duquant++" and family not in SHARED_NORM_OR_PRODUCER:
+        with pytest.raises(ConfigError, match="has nothing before it that can take smoothing scales; list it under"):
+            pipeline.quantize(folders[family.name], chosen, windows=windows)
+        return
     in_memory = pipeline.quantize(folders[family.name], chosen, windows=windows).model
     assert in_memory is not None
     write(folders[family.name], tmp_path / "out", chosen, windows=windows)
@@ -96,3 +100,17 @@ def test_transforms_and_smoothing_fold_away(folders: dict[str, Path], family: Fa
         assert model is not None
         errors.append(float((logits(model) - original).norm() / original.norm()))
     assert len(errors) >= 2 and max(errors) < 0.03 and max(errors) < 3 * errors[0]
+
+
+@each
+def test_in_bfloat16_it_has_the_types_that_transformers_gives_it(
+    folders: dict[str, Path], tmp_path: Path, family: Family
+) -> None:
+    write(folders[family.name], tmp_path / "out", recipe("rtn"), windows=None)
+    loaded = mxrot.load(tmp_path / "out", device="cpu", dtype=torch.bfloat16)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    types, expected = ({name: x.dtype for name, x in one.state_dict().items()} for one in (loaded, other))
+    assert types == expected
+    for name in family.in_float32:
+        assert types[f"{family.block_prefix(1)}.{name}"] == torch.float32
+    assert torch.equal(logits(loaded), logits(other))

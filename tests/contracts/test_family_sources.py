@@ -117,9 +117,10 @@ def test_a_permutation_of_channels_changes_nothing(family: Family, tmp_path: Pat
     """Inner ones of every MLP, or of every expert, and those of each value head."""
     source = exact_folder(tmp_path, family)
     draws = torch.Generator().manual_seed(0)
-    inner = permutable_linears(family)
+    inner = permutable_linears(family, 1)
     assert inner
-    ffn = {f"{family.block_prefix(1)}.{name}": torch.randperm(96, generator=draws) for name in inner}
+    widths = {name: source.block(1)[f"{name}.weight"].shape[1] for name in inner}
+    ffn = {f"{family.block_prefix(1)}.{name}": torch.randperm(widths[name], generator=draws) for name in inner}
     heads = torch.stack([torch.randperm(16, generator=draws) for _ in range(4)]).unflatten(0, (2, 2))
     expected = logits(source, IDS)
     for permuted in (PermutedFfn(source, ffn), PermutedHeads(source, heads)):

@@ -19,7 +19,15 @@ SIZES = {
     "max_position_embeddings": 64,
     "eos_token_id": 1,
 }
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
+EXPERTS = {
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 128,
+    "n_group": 1,
+    "topk_group": 1,
+}
+FIRST_IS_DENSE = {"mlp_only_layers": [0], "first_k_dense_replace": 1, "moe_layer_start_index": 1}
+"""In the words of all configs: the second block has experts."""
 THAT_COUNT = {
     "logits_scaling": 8.0,
     "embedding_multiplier": 3.0,
@@ -43,9 +51,9 @@ def settings_of(family: Family) -> dict[str, Any]:
         SIZES | CHOSEN | {key: value for key, value in THAT_COUNT.items() if getattr(default, key, None) is not None}
     )
     if family.experts is not None:
-        found |= {family.experts.count: 4} | EXPERTS
+        found |= {family.experts.count: 4} | EXPERTS | FIRST_IS_DENSE
         if hasattr(default, "moe_intermediate_size"):
-            found["intermediate_size"] = 160  # of blocks without experts, which there are none of
+            found["intermediate_size"] = 160  # of blocks without experts
     for key, token in (("pad_token_id", 0), ("bos_token_id", 2)):
         if (getattr(default, key, None) or 0) >= SIZES["vocab_size"]:
             found[key] = token

@@ -88,7 +88,7 @@ def linears_of(family: Family, blocks: int) -> list[str]:
     return [
         f"{family.block_prefix(index)}.{linear}"
         for index in range(blocks)
-        for site in family.sites
+        for site in family.sites_of(index)
         for linear in site.linears
     ]
 

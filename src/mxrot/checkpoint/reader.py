@@ -51,7 +51,9 @@ def _load(checked: Checked, device: torch.device, dtype: torch.dtype | None, kee
         for name, tensor in tensors.items():
             check_value(f"{prefix}.{name}", tensor)
         kinds = stored_tensors(block, torch.int8)
-        moved = {name: _moved(value, kinds[name], dtype, device) for name, value in tensors.items()}
+        moved = {
+            name: _moved(value, kinds[name], family.dtype_of(name, dtype), device) for name, value in tensors.items()
+        }
         fill(block, moved, prefix)
     load_outer(model, family, read_outer(files, family), dtype, device)
     if device.type == "cuda":

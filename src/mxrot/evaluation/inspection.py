@@ -55,7 +55,7 @@ def site_maxima(
     collectors: dict[tuple[int, str], dict[str, ChannelMaxima]] = defaultdict(dict)
     with ExitStack() as hooks:
         for index, block in enumerate(model.get_submodule(family.blocks).children()):
-            for site in family.sites:
+            for site in family.sites_of(index):
                 collector = ChannelMaxima()
                 collectors[index, site.group][f"{family.block_prefix(index)}.{site.linears[0]}"] = collector
                 hooks.enter_context(watched_inputs(block.get_submodule(site.reader), collector.update))
@@ -142,8 +142,8 @@ def weight_exponents(model: PreTrainedModel, family: Family) -> dict[str, Tensor
     Those of all experts count together. Sites without scales of a byte have no entry.
     """
     counts: dict[str, Tensor] = {}
-    for block in model.get_submodule(family.blocks).children():
-        for site in family.sites:
+    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        for site in family.sites_of(index):
             for name in site.linears:
                 linear = block.get_submodule(name)
                 scales = dict(linear.named_parameters(recurse=False)).get("weight_scale")

@@ -15,6 +15,8 @@ from torch import Tensor
 from mxrot.errors import FamilyError
 from mxrot.models.site import Site
 
+DENSE, SPARSE = "dense", "sparse"
+"""Kinds of decoder blocks, where some have a plain MLP in the place of experts."""
 FUSED = ("gate_up_proj", "down_proj")
 """What transformers calls its two tensors."""
 
@@ -31,13 +33,17 @@ class ExpertNames:
     """gate, up and down of an expert, as checkpoints call them."""
     place: str = "mlp.experts"
     """Where experts are in a block."""
-    router: str = "mlp.gate"
-    """Module that says which experts a token goes to; it reads what they read."""
+    routers: tuple[str, ...] = ("mlp.gate",)
+    """Modules that say which experts a token goes to, and how much each counts; they read what experts read."""
+    shared: str | None = None
+    """The expert that every token goes to beside the others, by its name in a block."""
+    shared_count: str | None = None
+    """What the config calls the number of those, where a model may have none."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Starts of names in a block in older checkpoints, and what they are in the model."""
 
     def sites(self, config: Any) -> tuple[Site, ...]:
-        """One site for gate and up of all experts, and one for down of each.
+        """One site for gate and up of all experts, and one for down of each; the shared one is the last of them.
 
         FamilyError if a token cannot be sent to as many experts as the config says.
         """
@@ -46,18 +52,31 @@ class ExpertNames:
             raise FamilyError(f"config.json: expected 1 to {count} experts a token (of {self.count}), got {each}")
         gate, up, down = self.linears
         experts = [f"{self.place}.{number}" for number in range(count)]
+        shared = [] if self.shared is None or not self._count_of_shared(config) else [self.shared]
         gate_up = Site(
             "gate_up",
-            tuple(f"{expert}.{name}" for expert in experts for name in (gate, up)),
+            tuple(f"{expert}.{name}" for expert in (*experts, *shared) for name in (gate, up)),
             norm="post_attention_layernorm",
             experts=self.place,
-            router=self.router,
+            routers=self.routers,
         )
         downs = (
             Site(f"down_{number}", (f"{expert}.{down}",), producer=f"{expert}.{up}", expert=expert, kind="down")
             for number, expert in enumerate(experts)
         )
-        return (gate_up, *downs)
+        of_shared = (
+            Site("shared_down", (f"{expert}.{down}",), producer=f"{expert}.{up}", expert=expert) for expert in shared
+        )
+        return (gate_up, *downs, *of_shared)
+
+    def _count_of_shared(self, config: Any) -> int:
+        return 1 if self.shared_count is None else int(getattr(config, self.shared_count))
+
+    def share(self, config: Any, linear: str) -> float:
+        """Of the tokens, that a linear of an expert gets, by its name in a block."""
+        if not linear.startswith(f"{self.place}."):
+            return 1.0
+        return float(config.num_experts_per_tok / getattr(config, self.count))
 
     def apart(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block with one for each linear, whichever way they are stored."""
@@ -86,8 +105,11 @@ class ExpertNames:
         return next((new + stored.removeprefix(old) for old, new in self.renamed if stored.startswith(old)), stored)
 
     def together(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a block as transformers' own module takes them; `tensors` as `apart` gives them."""
+        """The tensors of a block as transformers' own module takes them; `tensors` as `apart` gives them. A block
+        without experts is as it was."""
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{self.place}.")}
+        if not inside:
+            return tensors
         found = {name: tensor for name, tensor in tensors.items() if name not in inside}
         try:
             gate, up, down = (

@@ -12,10 +12,11 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from mxrot.errors import ConfigError, FamilyError
-from mxrot.models.expert_names import ExpertNames
+from mxrot.models.expert_names import SPARSE, ExpertNames
 from mxrot.models.site import Site as Site
 
 
@@ -39,7 +40,7 @@ class Family:
     architectures: tuple[str, ...]
     """Values of `architectures` in config.json that this record describes."""
     sites: tuple[Site, ...]
-    """In the order in which a block computes them."""
+    """In the order in which a block computes them; those of all kinds of blocks, where there are several."""
     body: str = "model"
     """The module that turns token ids into the last hidden states."""
     blocks: str = "model.layers"
@@ -71,9 +72,16 @@ class Family:
     """Where no site names a producer for the MLP's last linear: the linear whose rows become its channels one by one,
     or whose rows are those of gate and then those of up."""
     experts: ExpertNames | None = None
-    """Of a mixture of experts, whose sites `find_family` adds to `sites`, as the config has it."""
+    """Of a mixture of experts, whose sites `of_model` adds to `sites`, as the config has it."""
+    kinds_of: Callable[[Any], tuple[str, ...]] | None = None
+    """Of a config, the kind of each decoder block, where some have sites that others lack: a block has those that are
+    in all (`Site.only_in`), and those of its kind."""
     holds_for: tuple[tuple[str, object], ...] = ()
     """Keys of the config, and the values that this record describes: a model with others is refused."""
+    in_float32: tuple[str, ...] = ()
+    """Tensors of a block that a model holds in float32, whatever it computes in, by their names in it."""
+    kinds: tuple[str, ...] = ()
+    """Of a model, what `kinds_of` says of its config."""
 
     @property
     def is_rotatable(self) -> bool:
@@ -85,9 +93,40 @@ class Family:
         """Do the norms multiply by 1 + their weight? All norms of a model are of one class."""
         return any(site.norm_adds_one for site in self.sites)
 
+    def of_model(self, config: Any) -> Family:
+        """The family with what the config of a model says of it: the sites of its experts, and the kinds of its blocks.
+
+        FamilyError as for `ExpertNames.sites`.
+        """
+        if self.experts is None:
+            return self if self.kinds_of is None else replace(self, kinds=self.kinds_of(config))
+        found = self.experts.sites(config)
+        if self.kinds_of is None:
+            return replace(self, sites=self.sites + found)
+        found = tuple(replace(site, only_in=SPARSE) for site in found)
+        return replace(self, sites=self.sites + found, kinds=self.kinds_of(config))
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """In which a model that computes in `dtype` holds a tensor of a block, by its name in it."""
+        return torch.promote_types(dtype, torch.float32) if name in self.in_float32 else dtype
+
+    def sites_of(self, index: int) -> tuple[Site, ...]:
+        """The sites of block `index`, in the order in which it computes them."""
+        return self._by_kind[self.kinds[index]] if self.kinds else self.sites
+
+    def token_share(self, config: Any, linear: str) -> float:
+        """Of the tokens, that a linear gets, by its name in a block; 1 outside of experts."""
+        return 1.0 if self.experts is None else self.experts.share(config, linear)
+
+    @cached_property
+    def _by_kind(self) -> dict[str, tuple[Site, ...]]:
+        return {
+            kind: tuple(site for site in self.sites if site.only_in in ("", kind)) for kind in dict.fromkeys(self.kinds)
+        }
+
     @cached_property
     def linears(self) -> frozenset[str]:
-        """The linears of all sites, by their names in a block."""
+        """The linears of all sites of all blocks, by their names in a block."""
         return frozenset(linear for site in self.sites for linear in site.linears)
 
     def is_linear(self, tensor: str) -> bool:
@@ -103,13 +142,13 @@ class Family:
     def group_of(self, linear: str) -> tuple[int, str]:
         """Block and site of the full name of a linear; the site without the number of an expert."""
         number, _, name = linear.removeprefix(f"{self.blocks}.").partition(".")
-        return int(number), next(site.group for site in self.sites if name in site.linears)
+        return int(number), next(site.group for site in self.sites_of(int(number)) if name in site.linears)
 
     def active_sites(self, index: int, ignore: tuple[str, ...]) -> tuple[Site, ...]:
         """The sites of block `index` without the linears that a pattern of `ignore` matches; empty ones are gone."""
         prefix = self.block_prefix(index)
         kept = []
-        for site in self.sites:
+        for site in self.sites_of(index):
             linears = tuple(n for n in site.linears if not is_ignored(f"{prefix}.{n}", ignore))
             if linears:
                 kept.append(replace(site, linears=linears))
@@ -159,18 +198,20 @@ def linear_problems(
     model: nn.Module, family: Family, block_size: int | Callable[[str], int | None], ignore: tuple[str, ...] = ()
 ) -> Iterator[FamilyError | ConfigError]:
     """Each linear of a decoder block that cannot be quantized and is not ignored, as `check_linears` raises it."""
-    known = dict.fromkeys(sorted(linear for site in family.sites for linear in site.linears))
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        sites = family.sites_of(index)
+        known = dict.fromkeys(sorted(linear for site in sites for linear in site.linears))
+        kept = {router for site in sites for router in site.routers}
         modules = dict(block.named_modules())
         missing = next((linear for linear in known if linear not in modules), None)
         if missing is not None:
             yield FamilyError(
-                f"{family.block_prefix(index)}: has no {missing}, which all blocks of family {family.name} must have"
+                f"{family.block_prefix(index)}: has no {missing}, which {_those_of(family, index)} must have"
             )
             continue
         for name, module in modules.items():
             full = f"{family.block_prefix(index)}.{name}"
-            if not isinstance(module, nn.Linear) or is_ignored(full, ignore):
+            if not isinstance(module, nn.Linear) or name in kept or is_ignored(full, ignore):
                 continue
             size = block_size if isinstance(block_size, int) else block_size(full)
             if size is None:
@@ -185,6 +226,12 @@ def linear_problems(
                     f"{full}: in_features {module.in_features} is not a multiple of the block size {size}; "
                     "list it under `ignore`"
                 )
+
+
+def _those_of(family: Family, index: int) -> str:
+    """The blocks that have the sites of block `index`."""
+    kind = f"{family.kinds[index]} " if family.kinds else ""
+    return f"all {kind}blocks of family {family.name}"
 
 
 def _listed(names: Iterable[str], most: int = 12) -> str:

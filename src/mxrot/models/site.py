@@ -24,10 +24,12 @@ class Site:
     """The norm multiplies by 1 + its weight."""
     experts: str | None = None
     """The module of all experts, where the linears are in these: it reads what they read, each a part of the tokens."""
-    router: str | None = None
-    """The module that reads the same input and is not quantized: what smoothing takes from the norm goes into it."""
+    routers: tuple[str, ...] = ()
+    """Modules that read the same input and are not quantized: what smoothing takes from the norm goes into them."""
     expert: str | None = None
     """The expert that the site is in, where that is one."""
+    only_in: str = ""
+    """The kind of decoder blocks that have it (`Family.kinds_of`); empty for all."""
     kind: str = ""
     """What such sites of all experts are called together; empty for the name."""
 

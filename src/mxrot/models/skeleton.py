@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,7 @@ def find_family(config: Any, where: str) -> Family:
             _check_size(config, family, where)
             _check_attention(config, family, where)
             _check_values(config, family, where)
-            return (
-                family if family.experts is None else replace(family, sites=family.sites + family.experts.sites(config))
-            )
+            return family.of_model(config)
     causal: set[str] = set()
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         causal.update((value,) if isinstance(value, str) else value)

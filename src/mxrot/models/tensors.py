@@ -34,6 +34,12 @@ def check_depth(files: WeightFiles, family: Family, config: Any) -> None:
     block = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.")
     found = {int(match[1]) for name in files.names if (match := block.match(name))}
     expected = config.num_hidden_layers
+    ahead = getattr(config, "num_nextn_predict_layers", None) or 0
+    if ahead and len(found) == expected + ahead:
+        raise FamilyError(
+            f"{files.folder}: {family.block_prefix(expected)} predicts tokens further ahead (num_nextn_predict_layers "
+            f"{ahead}), and transformers passes it over; write the model again without: {RESAVE}"
+        )
     if found and len(found) != expected:
         raise FamilyError(
             f"{files.folder}: config.json says num_hidden_layers {expected}, and the files hold {len(found)} decoder "

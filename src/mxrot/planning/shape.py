@@ -36,7 +36,7 @@ class SiteShape:
     experts: int = 1
     """Experts that the linears are in, each with as many; they are quantized one after the other."""
     share: float = 1.0
-    """Of the tokens, that goes to one of them."""
+    """Of the tokens, that a row gets in the mean."""
     transforms: int = 1
     """One for all, or one for each expert."""
 
@@ -77,8 +77,11 @@ class SiteShape:
 
     @property
     def rounded(self) -> int:
-        """Rows that are rounded together: those of one expert."""
-        return self.outputs // self.experts
+        """Rows that are rounded together: those of one expert, the largest."""
+        found: Counter[str] = Counter()
+        for linear, rows in zip(self.site.linears, self.rows, strict=True):
+            found[linear.rpartition(".")[0] if self.experts > 1 else ""] += rows
+        return max(found.values())
 
     @property
     def child(self) -> str:
@@ -96,7 +99,7 @@ class ModelShape:
     hidden: int
     vocabulary: int
     block_parameters: int
-    """Of one decoder block, all of them."""
+    """Of the largest decoder block, all of them."""
     each_block: tuple[int, ...]
     """The same of each decoder block."""
     parameters: int
@@ -123,22 +126,21 @@ class ModelShape:
         modules = list(model.get_submodule(family.blocks).children())
         config = model.config.get_text_config()
         rules = Rules(recipe, family, len(modules))
-        blocks = tuple(_site_shapes(block, rules, index, _share(family, config)) for index, block in enumerate(modules))
+        blocks = tuple(_site_shapes(block, rules, index, config) for index, block in enumerate(modules))
         each = tuple(sum(parameter.numel() for parameter in block.parameters()) for block in modules)
         whole = sum(parameter.numel() for parameter in model.parameters())
-        linears = [module for module in modules[0].modules() if isinstance(module, nn.Linear)]
-        in_linears = [m.weight.numel() for block in modules for m in block.modules() if isinstance(m, nn.Linear)]
+        linears = [linear for index, block in enumerate(modules) for linear in _linears(block, family, index)]
         width = value_heads(config)[1]
         return ModelShape(
             family=family.name,
             blocks=blocks,
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
-            block_parameters=each[0],
+            block_parameters=max(each),
             each_block=each,
             parameters=whole,
             constants=_constants(model),
-            linear_weights=sum(in_linears),
+            linear_weights=sum(linear.weight.numel() for linear in linears),
             outer_parameters=whole - sum(each),
             query_width=config.num_attention_heads * width,
             head_width=width,
@@ -179,32 +181,38 @@ class ModelShape:
         return list(Counter(site for sites in self.blocks for site in sites).items())
 
 
+def _linears(block: nn.Module, family: Family, index: int) -> list[nn.Linear]:
+    """Of a block those that are in sites."""
+    names = (name for site in family.sites_of(index) for name in site.linears)
+    found = [block.get_submodule(name) for name in names]
+    return [linear for linear in found if isinstance(linear, nn.Linear)]
+
+
 def _constants(model: nn.Module) -> int:
     """Numbers in buffers that are part of the state of a model."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in parameters)
 
 
-def _share(family: Family, config: Any) -> float:
-    """Of the tokens, that goes to one expert."""
-    if family.experts is None:
-        return 1.0
-    return float(config.num_experts_per_tok / getattr(config, family.experts.count))
-
-
-def _site_shapes(block: nn.Module, rules: Rules, index: int, share: float) -> tuple[SiteShape, ...]:
+def _site_shapes(block: nn.Module, rules: Rules, index: int, config: Any) -> tuple[SiteShape, ...]:
     """One for sites of the same kind in all experts that are quantized alike."""
     groups: dict[tuple[str, Recipe], list[Site]] = defaultdict(list)
     for site in rules.active_sites(index):
         groups[site.group, rules.of(index, site.name)].append(site)
     return tuple(
-        _site_shape(block, name, group, share, recipe, rules.smooths(group[0]))
+        _site_shape(block, name, group, rules.family, config, recipe, rules.smooths(group[0]))
         for (name, recipe), group in groups.items()
     )
 
 
 def _site_shape(
-    block: nn.Module, name: str, group: Sequence[Site], share: float, recipe: Recipe, is_smoothed: bool
+    block: nn.Module,
+    name: str,
+    group: Sequence[Site],
+    family: Family,
+    config: Any,
+    recipe: Recipe,
+    is_smoothed: bool,
 ) -> SiteShape:
     site = replace(group[0], name=name, linears=tuple(linear for one in group for linear in one.linears))
     linears = [block.get_submodule(linear) for linear in site.linears]
@@ -215,4 +223,6 @@ def _site_shape(
     if not site.is_of_experts:
         return SiteShape(site, rows, inputs, recipe, scheme)
     experts = len({linear.rpartition(".")[0] for linear in site.linears})
+    shares = (family.token_share(config, linear) for linear in site.linears)
+    share = sum(one * own for one, own in zip(shares, rows, strict=True)) / sum(rows)
     return SiteShape(site, rows, inputs, recipe, scheme, experts, share, len(group))

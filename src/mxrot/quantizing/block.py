@@ -55,9 +55,9 @@ def quantize_block(
     if executor is not None:
         executor.begin(block)
         scales = _smooth_block(run, index, Part(prefix, index, block, weights, executor))
-        executor.begin(block, _readers(run.family))
+        executor.begin(block, _readers(run.family.sites_of(index)))
     if original is not None:
-        original.begin(copy_of(run, block), _readers(run.family))
+        original.begin(copy_of(run, block), _readers(run.family.sites_of(index)))
     part = Part(prefix, index, block, weights, executor, original)
     reports: list[LinearReport] = []
     few_tokens: dict[str, int] = {}
@@ -141,15 +141,15 @@ def _children_of(sites: Sequence[Site]) -> frozenset[str]:
     return frozenset(linear.split(".")[0] for site in sites for linear in site.linears)
 
 
-def _readers(family: Family) -> dict[str, frozenset[str]]:
-    """Of each norm that sites read, the direct submodules of a block that read it."""
-    norms = {site.norm for site in family.sites if site.norm is not None}
-    return {norm: _children_of([site for site in family.sites if site.norm == norm]) for norm in sorted(norms)}
+def _readers(sites: Sequence[Site]) -> dict[str, frozenset[str]]:
+    """Of each norm that sites of a block read, the direct submodules of it that read the norm."""
+    norms = {site.norm for site in sites if site.norm is not None}
+    return {norm: _children_of([site for site in sites if site.norm == norm]) for norm in sorted(norms)}
 
 
 def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str) -> None:
     """Give a block without weights those of the original model; matrices of a quantized cache change nothing yet."""
-    own = {name: value.to(run.dtype) for name, value in tensors.items()}
+    own = {name: value.to(run.family.dtype_of(name, run.dtype)) for name, value in tensors.items()}
     attention = block.get_submodule(run.family.attention)
     if (cache := cache_scheme_of(attention)) is not None:
         for name in cache.stored_names:
@@ -166,7 +166,7 @@ def finished_tensors(run: BlockRun, index: int, block: nn.Module) -> dict[str, T
     found = stored_tensors(block, run.stored_dtype, own)
     state = {name: value for name, value in block.state_dict().items() if name in own}
     original = run.source.block(index, run.device, state.keys()) if state else {}
-    unchanged = [name for name, value in original.items() if torch.equal(value.to(run.dtype), state[name])]
+    unchanged = [name for name, value in original.items() if torch.equal(value.to(state[name].dtype), state[name])]
     return found | {name: original[name] for name in unchanged}
 
 

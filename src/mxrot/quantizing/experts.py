@@ -2,7 +2,7 @@
 
 gate and up of all experts share one transform, from all tokens: the channels that they read mean the same to each of
 them. down of each expert has a transform of its own: its channels are nobody else's. Rounding looks at the tokens that
-are sent to the expert.
+are sent to the expert, and one that every token goes to sees them all.
 
 Of fewer tokens than a linear has inputs the Hessian is singular. An expert that gets fewer than its widest linear has
 inputs is calibrated on all tokens of the block, as if each were sent to it, and is reported.
@@ -10,9 +10,10 @@ inputs is calibrated on all tokens of the block, as if each were sent to it, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.record import LinearReport
 from mxrot.quantizing.rounded import RoundedLinear, round_sites
 from mxrot.quantizing.site import ERROR_ROWS, fit_transform, install_rounded, quantize_sites, smooth_sites
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Mixture:
         executor = original = None
         module = self.block.module.get_submodule(expert)
         if self.routing is not None:
-            number = None if self.has_few_tokens(expert) else _number(expert)
+            number = None if self.has_few_tokens(expert) else number_of(expert)
             executor = self.routing.sent_to(module, number)
             if self.original is not None:
                 there = self.original.executor.block.get_submodule(expert)
@@ -59,16 +62,21 @@ class Mixture:
         return Part(name, self.block.index, module, self._weights(expert), executor, original)
 
     def has_few_tokens(self, expert: str) -> bool:
-        """Are fewer tokens sent to it than its widest linear has inputs?"""
-        widest = max(weight.shape[1] for weight in self._weights(expert).values())
-        return self.routing is not None and self.routing.count(_number(expert)) < widest
+        """Are fewer tokens sent to it than its widest linear has inputs? Not to one that gets all."""
+        if self.routing is None or number_of(expert) is None:
+            return False
+        return self._count(expert) < max(weight.shape[1] for weight in self._weights(expert).values())
 
     def few_tokens(self, experts: Sequence[str]) -> dict[str, int]:
         """Those of `experts` that have few, by their full names, and how many."""
-        if self.routing is None:
-            return {}
         few = [expert for expert in experts if self.has_few_tokens(expert)]
-        return {f"{self.block.name}.{expert}": self.routing.count(_number(expert)) for expert in few}
+        return {f"{self.block.name}.{expert}": self._count(expert) for expert in few}
+
+    def _count(self, expert: str) -> int:
+        """Tokens that are sent to an expert that has a number."""
+        number = number_of(expert)
+        assert self.routing is not None and number is not None
+        return self.routing.count(number)
 
     def _weights(self, expert: str) -> dict[str, Tensor]:
         dotted = f"{expert}."
@@ -106,7 +114,7 @@ def quantize_experts(
     for some in _alike(run, block.index, [site for site in sites if site.expert is not None]):
         places = [(mixture.part(str(site.expert)), inside(site, str(site.expert))) for site in some]
         reports += quantize_sites(run, places, [scales.get(site.name) for site in some], told[some[0].name])
-    return reports, mixture.few_tokens(sorted({x for site in sites for x in _experts_of(site)}, key=_number))
+    return reports, mixture.few_tokens(_in_order({x for site in sites for x in _experts_of(site)}))
 
 
 def _quantize_shared(
@@ -116,10 +124,10 @@ def _quantize_shared(
     rows = RowSample(ERROR_ROWS)
     transform = fit_transform(run, mixture.block, site, scales, rows)
     rounded: dict[str, RoundedLinear] = {}
-    experts = _experts_of(site)
-    for start in range(0, len(experts), run.world.size):
-        some = experts[start : start + run.world.size]
-        progress(start, len(experts), f"{mixture.block.name}.{some[0]}")
+    experts, done = _experts_of(site), 0
+    for some in some_at_once(experts, lambda expert: number_of(expert) is None, run.world.size):
+        progress(done, len(experts), f"{mixture.block.name}.{some[0]}")
+        done += len(some)
         works = [(mixture.part(expert), inside(site, expert), transform) for expert in some]
         for expert, found in zip(some, round_sites(run, works), strict=True):
             rounded |= {f"{expert}.{name}": linear for name, linear in found.items()}
@@ -128,10 +136,15 @@ def _quantize_shared(
 
 def _alike(run: BlockRun, index: int, sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
     """Sites of one expert each, as many at a time as there are processes, where they follow the same rules."""
-    for _, alike in groupby(sites, key=lambda site: run.rules.of(index, site.name)):
-        found = list(alike)
-        for start in range(0, len(found), run.world.size):
-            yield found[start : start + run.world.size]
+    return some_at_once(sites, lambda site: (site.group, run.rules.of(index, site.name)), run.world.size)
+
+
+def some_at_once(found: Sequence[T], alike: Callable[[T], object], most: int) -> Iterator[Sequence[T]]:
+    """So many at a time, none beside one that is not `alike`."""
+    for _, group in groupby(found, key=alike):
+        some = list(group)
+        for start in range(0, len(some), most):
+            yield some[start : start + most]
 
 
 def _experts_of(site: Site) -> list[str]:
@@ -144,8 +157,14 @@ def inside(site: Site, expert: str) -> Site:
     dotted = f"{expert}."
     linears = tuple(linear.removeprefix(dotted) for linear in site.linears if linear.startswith(dotted))
     producer = None if site.producer is None else site.producer.removeprefix(dotted)
-    return replace(site, linears=linears, producer=producer, norm=None, experts=None, router=None, expert=None)
+    return replace(site, linears=linears, producer=producer, norm=None, experts=None, routers=(), expert=None)
 
 
-def _number(expert: str) -> int:
-    return int(expert.rpartition(".")[2])
+def number_of(expert: str) -> int | None:
+    """Of an expert, by its name in a block; None for one that all tokens go to."""
+    last = expert.rpartition(".")[2]
+    return int(last) if last.isdigit() else None
+
+
+def _in_order(experts: Iterable[str]) -> list[str]:
+    return sorted(experts, key=lambda expert: (number_of(expert) is None, number_of(expert) or 0))

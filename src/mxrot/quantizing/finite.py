@@ -20,7 +20,11 @@ from mxrot.transforms import SiteTransform
 
 def check_folded(block: nn.Module, name: str, site: Site, dtype: torch.dtype) -> None:
     """NumericsError if what took the smoothing scales of `site` does not fit into `dtype` any more."""
-    for module, parameter in ((site.norm, "weight"), (site.producer, "bias"), (site.router, "weight")):
+    for module, parameter in (
+        (site.norm, "weight"),
+        (site.producer, "bias"),
+        *((name, "weight") for name in site.routers),
+    ):
         value = None if module is None else getattr(block.get_submodule(module), parameter)
         if value is not None and not torch.isfinite(value).all():
             raise NumericsError(

@@ -73,7 +73,8 @@ def load_original_block(
     tensors, family = source.block(index, device), source.family
     if family.experts is not None and not separates_experts:
         tensors = family.experts.together(tensors)
-    fill(block, {name: value.to(dtype) for name, value in tensors.items()}, family.block_prefix(index))
+    own = {name: value.to(family.dtype_of(name, dtype)) for name, value in tensors.items()}
+    fill(block, own, family.block_prefix(index))
 
 
 def load_finished_block(
@@ -97,7 +98,7 @@ def load_finished_block(
             raise CheckpointError(f"{prefix}.{name}: is missing; each site has a transform")
     quantized = stored_tensors(block, torch.int8)
     moved = {
-        name: value.to(device, dtype) if quantized[name].dtype == torch.int8 else value.to(device)
+        name: value.to(device, family.dtype_of(name, dtype) if quantized[name].dtype == torch.int8 else None)
         for name, value in tensors.items()
         if name in quantized
     }

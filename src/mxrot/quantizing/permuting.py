@@ -20,7 +20,7 @@ from mxrot.errors import NumericsError
 from mxrot.models import Site, value_heads
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.block import copy_of, fill_original, linear_weights
-from mxrot.quantizing.experts import Mixture, inside
+from mxrot.quantizing.experts import Mixture, inside, some_at_once
 from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.shared import by_itself, is_one_each
 from mxrot.surgery import PermutedFfn, PermutedHeads, permutable_linears
@@ -176,7 +176,7 @@ def _look_at(run: BlockRun, part: Part, ffn: Orders, of_heads: Orders) -> None:
         of_heads.ask(
             Wanted(name, (heads, width), of_inputs.shape[1], block, wanted.value_heads), (of_inputs, of_weights)
         )
-    inner = set(permutable_linears(family)) if wanted.ffn != "none" else set()
+    inner = set(permutable_linears(family, part.index)) if wanted.ffn != "none" else set()
     found = [site for site in sites if inner & set(site.linears)]
     for site in found:
         if site.expert is None:
@@ -184,8 +184,8 @@ def _look_at(run: BlockRun, part: Part, ffn: Orders, of_heads: Orders) -> None:
     of_experts = [site for site in found if site.expert is not None]
     if of_experts and family.experts is not None:
         mixture = Mixture.of(part, family.experts.place)
-        for start in range(0, len(of_experts), run.world.size):
-            some = [(str(site.expert), site) for site in of_experts[start : start + run.world.size]]
+        for alike in some_at_once(of_experts, lambda site: site.group, run.world.size):
+            some = [(str(site.expert), site) for site in alike]
             _ask(run, [(mixture.part(expert), inside(site, expert)) for expert, site in some], ffn)
 
 

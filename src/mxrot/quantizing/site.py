@@ -46,7 +46,7 @@ def smoothed_sites(rules: Rules, index: int) -> list[Site]:
     if rules.recipe.smoothing is None:
         return []
     active = {site.name for site in rules.active_sites(index)}
-    return [site for site in rules.family.sites if site.name in active and rules.smooths(site)]
+    return [site for site in rules.family.sites_of(index) if site.name in active and rules.smooths(site)]
 
 
 def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -73,9 +73,10 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
         else:
             shared = shareable_scales(scales, site, heads, smoothing.by)
             changed = f"{site.norm}.weight" if site.norm is not None else f"{site.producer}.bias"
-            types = [run.rounding_type(f"{part.name}.{name}") for name in (changed, f"{site.router}.weight")]
-            fold_into_producer(part.module, site, part.weights, shared, heads, *types)
-            check_folded(part.module, part.name, site, types[0])
+            dtype = run.rounding_type(f"{part.name}.{changed}")
+            routers = {name: run.rounding_type(f"{part.name}.{name}.weight") for name in site.routers}
+            fold_into_producer(part.module, site, part.weights, shared, heads, dtype, routers)
+            check_folded(part.module, part.name, site, dtype)
     for name, weight in part.weights.items():
         linear = part.module.get_submodule(name)
         assert isinstance(linear.weight, Tensor)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot import api, quantizing
@@ -25,7 +25,7 @@ from mxrot.evaluation import (
 from mxrot.heap import give_back
 from mxrot.layers import ModelSize, QuantLinear
 from mxrot.layers.cache_size import bits_per_element, cache_of
-from mxrot.models import value_heads
+from mxrot.models import find_family, value_heads
 from mxrot.progress import Progress
 from mxrot.report.peak_memory import peak_memory
 from mxrot.report.rows import Run
@@ -136,10 +136,9 @@ class Trials:
 def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
     """Bytes the model takes in a checkpoint: what is not quantized counts in the type `stored`."""
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
-    head = model.get_output_embeddings()
-    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    left = {f"{name}.weight" for name, module in linears if module is not head}
-    return ModelSize.of(model.state_dict(), quantized, stored.itemsize, left)
+    family, tensors = find_family(model.config, "the model"), model.state_dict()
+    left = {name for name in tensors if family.is_linear(name)}
+    return ModelSize.of(tensors, quantized, stored.itemsize, left)
 
 
 def bits_per_kv_element(model: PreTrainedModel, stored: torch.dtype) -> float:

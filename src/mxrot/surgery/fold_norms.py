@@ -5,11 +5,13 @@ Such a norm commutes with a rotation of the stream (QuaRot, arXiv 2404.00456, se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError, NumericsError
-from mxrot.models import ChangedSource, Family, Source
+from mxrot.models import ChangedSource, Family, Site, Source
 
 
 class FoldedNorms(ChangedSource):
@@ -33,9 +35,9 @@ class FoldedNorms(ChangedSource):
         prefix = self.family.block_prefix(index)
         folded = {
             name: rounded(f"{prefix}.{name}", tensors[name].double() * gain, tensors[name].dtype)
-            for name, gain in gains_by_reader(self.family, tensors).items()
+            for name, gain in gains_by_reader(self.family.sites_of(index), tensors).items()
         }
-        return tensors | folded | gains_of_one(self.family, tensors)
+        return tensors | folded | gains_of_one(self.family.sites_of(index), tensors)
 
 
 def check_rotatable(source: Source) -> None:
@@ -60,19 +62,20 @@ def rotation_problem(family: Family, where: str) -> ConfigError | None:
     )
 
 
-def gains_by_reader(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of each weight of a block that reads a norm of the residual stream, the gain of this norm, float64 [H]."""
+def gains_by_reader(sites: Sequence[Site], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of each weight of a block with these sites that reads a norm of the residual stream, the gain of this norm,
+    float64 [H]."""
     return {
         f"{reader}.weight": gain_of(tensors[f"{site.norm}.weight"], site.norm_adds_one)
-        for site in family.sites
+        for site in sites
         if site.norm is not None
-        for reader in (*site.linears, *([] if site.router is None else [site.router]))
+        for reader in (*site.linears, *site.routers)
     }
 
 
-def gains_of_one(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The norms of the residual stream in a block, with gains of 1."""
-    norms = dict.fromkeys((f"{site.norm}.weight", site.norm_adds_one) for site in family.sites if site.norm is not None)
+def gains_of_one(sites: Sequence[Site], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The norms of the residual stream in a block with these sites, with gains of 1."""
+    norms = dict.fromkeys((f"{site.norm}.weight", site.norm_adds_one) for site in sites if site.norm is not None)
     return {norm: gain_of_one(tensors[norm], adds_one) for norm, adds_one in norms}
 
 

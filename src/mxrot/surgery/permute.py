@@ -53,9 +53,9 @@ def _rows_before(source: Source, full: str) -> tuple[str, ...]:
     family = source.family
     blocks, _, rest = full.removeprefix(f"{family.blocks}.").partition(".")
     is_there = full.startswith(f"{family.blocks}.") and blocks in map(str, range(source.config.num_hidden_layers))
-    found = _feeding(family, rest) if is_there else ()
+    found = _feeding(family, int(blocks), rest) if is_there else ()
     if not found:
-        known = permutable_linears(family)
+        known = [name for index in range(source.config.num_hidden_layers) for name in permutable_linears(family, index)]
         raise ConfigError(
             f"{source.name}: {full}: no linear of family {family.name} whose channels can be permuted"
             + (f"; those are {family.blocks}.*.{known[0]}" if known else "")
@@ -63,18 +63,19 @@ def _rows_before(source: Source, full: str) -> tuple[str, ...]:
     return found
 
 
-def permutable_linears(family: Family) -> list[str]:
-    """The linears of a block whose channels can be permuted, by their names in it."""
-    return [linear for site in family.sites for linear in site.linears if _feeding(family, linear)]
+def permutable_linears(family: Family, index: int) -> list[str]:
+    """The linears of block `index` whose channels can be permuted, by their names in it."""
+    return [linear for site in family.sites_of(index) for linear in site.linears if _feeding(family, index, linear)]
 
 
-def _feeding(family: Family, linear: str) -> tuple[str, ...]:
+def _feeding(family: Family, index: int, linear: str) -> tuple[str, ...]:
     """The linears whose rows make the channels of `linear`, one by one, or once in each half of one linear; none where
     a channel feeds several."""
-    for site in family.sites:
+    sites = family.sites_of(index)
+    for site in sites:
         if linear in site.linears and site.producer is not None and not site.producer_is_value:
             module, _, _ = site.producer.rpartition(".")
-            before = next(other for other in family.sites if site.producer in other.linears)
+            before = next(other for other in sites if site.producer in other.linears)
             return tuple(name for name in before.linears if name.rpartition(".")[0] == module)
-    is_last = linear in family.sites[-1].linears
+    is_last = linear in sites[-1].linears
     return (family.inner_rows,) if is_last and family.inner_rows is not None else ()

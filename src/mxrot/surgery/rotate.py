@@ -55,10 +55,11 @@ class Rotated(ChangedSource):
     def changed_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         prefix = self.family.block_prefix(index)
         matrix = self.matrix.to(next(iter(tensors.values())).device)
-        found = tensors | gains_of_one(self.family, tensors)
-        for name, gain in gains_by_reader(self.family, tensors).items():
+        sites = self.family.sites_of(index)
+        found = tensors | gains_of_one(sites, tensors)
+        for name, gain in gains_by_reader(sites, tensors).items():
             found[name] = self.as_stored(f"{prefix}.{name}", (tensors[name].double() * gain) @ matrix)
-        writers = [linear for site in self.family.sites if site.norm is None for linear in site.linears]
+        writers = [linear for site in sites if site.norm is None for linear in site.linears]
         for name in (f"{linear}.{kind}" for linear in writers for kind in ("weight", "bias")):
             if name in tensors:  # a bias need not be there
                 found[name] = self.as_stored(f"{prefix}.{name}", matrix.T @ tensors[name].double())

@@ -7,6 +7,8 @@ whatever makes x: the gain of an RMSNorm, or the rows (and bias) of up_proj or v
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -30,15 +32,15 @@ def fold_into_producer(
     scales: Tensor,
     heads: tuple[int, int],
     dtype: torch.dtype,
-    router_dtype: torch.dtype | None = None,
+    router_types: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Divide what makes the site's input by `scales` (float64 [K]) and multiply the weights of its readers.
 
     `weights` gets new ones in float64, and `block` another norm gain or bias. A norm gain is rounded once, to the
     checkpoint's `dtype`; the weights are multiplied by the ratio that this rounding left, so that the product
-    stays exact. So are those of a router, which are rounded to `router_dtype` (`dtype`) again. The bias of a norm is
-    divided by that ratio and rounded once, as that of a producer is. ConfigError for a site whose input has no such
-    place.
+    stays exact. So are those of routers, which are rounded again, to `router_types` by their names, or to `dtype`. The
+    bias of a norm is divided by that ratio and rounded once, as that of a producer is. ConfigError for a site whose
+    input has no such place.
     """
     if site.norm is not None:
         scales = _divide_gain(block.get_submodule(site.norm), scales, dtype, 1.0 if site.norm_adds_one else 0.0)
@@ -52,10 +54,10 @@ def fold_into_producer(
         raise ConfigError(f'site {site.name}: nothing before it can take smoothing scales; use sharing = "block"')
     for linear in site.linears:
         weights[linear] = weights[linear] * scales
-    if site.router is not None:
-        router = block.get_submodule(site.router).weight
+    for name in site.routers:
+        router = block.get_submodule(name).weight
         assert isinstance(router, Tensor)
-        router.data.copy_((router.double() * scales).to(router_dtype or dtype))
+        router.data.copy_((router.double() * scales).to((router_types or {}).get(name, dtype)))
 
 
 def _divide_gain(norm: nn.Module, scales: Tensor, dtype: torch.dtype, added: float) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mxrot.models import Family, value_heads
+from mxrot.models import Family, Site, value_heads
 from mxrot.surgery.fold_norms import gains_by_reader, gains_of_one
 from mxrot.tuning.trained_sites import TrainedSite
 
@@ -59,6 +59,8 @@ class RotatedBlock:
 
     block: nn.Module
     family: Family
+    own: Sequence[Site]
+    """The sites that it has."""
     heads: tuple[int, int]
     """As of `value_heads`."""
     sites: Sequence[TrainedSite]
@@ -69,9 +71,14 @@ class RotatedBlock:
 
     @staticmethod
     def of(
-        block: nn.Module, family: Family, config: Any, sites: Sequence[TrainedSite], dtype: torch.dtype = torch.float32
+        block: nn.Module,
+        family: Family,
+        index: int,
+        config: Any,
+        sites: Sequence[TrainedSite],
+        dtype: torch.dtype = torch.float32,
     ) -> RotatedBlock:
-        return RotatedBlock(block, family, value_heads(config), sites, dtype)
+        return RotatedBlock(block, family, family.sites_of(index), value_heads(config), sites, dtype)
 
     @contextmanager
     def quantized_inputs(self) -> Iterator[None]:
@@ -136,10 +143,10 @@ class RotatedBlock:
 
     def _rotated(self, tensors: Mapping[str, Tensor], residual: Tensor) -> dict[str, Tensor]:
         """What the rotation of the stream changes."""
-        found: dict[str, Tensor] = gains_of_one(self.family, dict(tensors))
-        for name, gain in gains_by_reader(self.family, dict(tensors)).items():
+        found: dict[str, Tensor] = gains_of_one(self.own, dict(tensors))
+        for name, gain in gains_by_reader(self.own, dict(tensors)).items():
             found[name] = tensors[name] @ (gain.to(self.dtype)[:, None] * residual)
-        for site in self.family.sites:
+        for site in self.own:
             if site.norm is not None:
                 continue
             for name in (f"{linear}.{kind}" for linear in site.linears for kind in ("weight", "bias")):

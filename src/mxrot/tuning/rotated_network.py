@@ -57,8 +57,8 @@ class Pieces:
         """For batches of so many windows of so many tokens, on the device that `model` is on."""
         blocks = list(model.get_submodule(family.blocks).children())
         batch, length = shape
-        weights = WEIGHT_BYTES * sum(parameter.numel() for parameter in blocks[0].parameters())
-        window = length * _token_bytes(model, family, blocks[0], length)
+        weights = WEIGHT_BYTES * max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+        window = length * max(_token_bytes(model, family, index, length) for index in range(len(blocks)))
         states = float(dtype.itemsize * length * model.config.hidden_size)
         room = ROOM.get(model.device.type, ROOM["cpu"])
         return Pieces.within(room, batch, len(blocks), weights, window, states)
@@ -92,7 +92,8 @@ class RotatedNetwork:
         model.get_submodule(family.final_norm).to(dtype)
         modules = model.get_submodule(family.blocks).children()
         blocks = [
-            RotatedBlock.of(block, family, model.config, own, dtype) for block, own in zip(modules, sites, strict=True)
+            RotatedBlock.of(block, family, index, model.config, own, dtype)
+            for index, (block, own) in enumerate(zip(modules, sites, strict=True))
         ]
         arguments = [in_type(keywords, dtype) for keywords in block_arguments(model, family, windows[:1])]
         pieces = Pieces.of(model, family, (min(batch, len(windows)), windows.shape[1]), dtype)
@@ -161,14 +162,12 @@ class RotatedNetwork:
         return float(total)
 
 
-def _token_bytes(model: PreTrainedModel, family: Family, block: nn.Module, length: int) -> float:
+def _token_bytes(model: PreTrainedModel, family: Family, index: int, length: int) -> float:
     """About what a backward pass keeps of one token in one block: for each linear's input and output, and scores that
     attention writes out, with the probabilities that they become."""
-    share = 1.0
-    if family.experts is not None:
-        share = model.config.num_experts_per_tok / getattr(model.config, family.experts.count)
-    widths = 0.0
-    for site in family.sites:
-        shapes = [block.get_parameter(f"{linear}.weight").shape for linear in site.linears]
-        widths += sum(map(sum, shapes)) * (share if site.is_of_experts else 1.0)
+    widths, block = 0.0, model.get_submodule(family.block_prefix(index))
+    for site in family.sites_of(index):
+        for linear in site.linears:
+            shape = block.get_parameter(f"{linear}.weight").shape
+            widths += sum(shape) * family.token_share(model.config, linear)
     return CHANNEL_BYTES * widths + 8.0 * score_heads(model) * length

@@ -98,7 +98,7 @@ def _stops_of_both(facts: Facts) -> Iterator[str]:
         yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {tried}"
     left = set(facts.scheme.left)
     for index in range(facts.config.num_hidden_layers):
-        for site in facts.family.sites:
+        for site in facts.family.sites_of(index):
             names = [f"{facts.family.block_prefix(index)}.{linear}" for linear in site.linears]
             apart = [name for name in names if name in left]
             if apart and len(apart) < len(names):

@@ -88,9 +88,9 @@ def test_of_experts_the_one_that_sticks_out_most_is_shown(kind: str) -> None:
     assert len(found) == 2 * 4
     for index in (0, 1):
         prefix = f"{family.block_prefix(index)}."
-        gate_up = found[prefix + family.sites[2].linears[0]]
-        names = [prefix + site.linears[0] for site in family.sites[3:] if prefix + site.linears[0] in expected]
-        assert len(names) >= 2 and prefix + family.sites[-1].linears[0] not in names[: 4 * (index == 0)]
+        _, _, of_experts, *downs = (prefix + site.linears[0] for site in family.sites_of(index))
+        gate_up, names = found[of_experts], [name for name in downs if name in expected]
+        assert len(names) >= 2 and downs[-1] not in names[: 4 * (index == 0)]
         inputs = [expected[name.rpartition(".")[0] + "." + family.experts.linears[0]] for name in names]
         assert gate_up.largest == float(torch.cat(inputs).abs().max())
         maxima = {name: expected[name].abs().amax(dim=0) for name in names}

@@ -87,12 +87,18 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}], ids=str)
-@pytest.mark.parametrize("ignore", [(), ("mlp.*", "*.mlp.*")], ids=["all", "ignored"])
-def test_dense_blocks_among_sparse_ones_are_refused(changes: dict[str, Any], ignore: tuple[str, ...]) -> None:
+def test_dense_blocks_among_sparse_ones_have_sites_of_their_own(changes: dict[str, Any]) -> None:
     config = tiny_mixture("qwen3_moe", **changes).config
     model, family = build_apart(config), find_family(config, "here")
-    with pytest.raises(FamilyError, match=r"^model\.layers\.[01]: has no mlp\.experts\.0\.\w+, which all blocks of "):
-        check_linears(model, family, 32, ignore)
+    check_linears(model, family, 32)
+    dense, sparse = (1, 0) if "mlp_only_layers" in changes else (0, 1)
+    assert [site.name for site in family.sites_of(dense)] == ["qkv", "o", "gate_up", "down"]
+    assert family.sites_of(dense)[2].linears == ("mlp.gate_proj", "mlp.up_proj")
+    assert [site.name for site in family.sites_of(sparse)][2:4] == ["gate_up", "down_0"]
+    with pytest.raises(
+        FamilyError, match=rf"^model\.layers\.{dense}: has no mlp\.experts\.0\.\w+, which all sparse blo"
+    ):
+        check_linears(model, find_family(tiny_mixture("qwen3_moe").config, "here"), 32)
 
 
 @pytest.mark.parametrize(("experts", "each_token"), [(0, 2), (4, 5), (4, 0)])
@@ -113,8 +119,9 @@ def test_impossible_numbers_of_experts_are_refused(kind: str, experts: int, each
 def test_sites_of_all_experts(kind: str) -> None:
     """One for gate and up, and one for down of each; together they are called by one name."""
     family = find_family(tiny_mixture(kind).config, "here")
-    assert [site.name for site in family.sites] == ["qkv", "o", "gate_up", "down_0", "down_1", "down_2", "down_3"]
-    assert [site.group for site in family.sites] == ["qkv", "o", "gate_up", *["down"] * 4]
-    assert [len(site.linears) for site in family.sites] == [3, 1, 8, 1, 1, 1, 1]
-    assert [site.is_of_experts for site in family.sites] == [False, False, *[True] * 5]
-    assert family.group_of(f"model.layers.1.{family.sites[-1].linears[0]}") == (1, "down")
+    sites = family.sites_of(1)
+    assert [site.name for site in sites] == ["qkv", "o", "gate_up", "down_0", "down_1", "down_2", "down_3"]
+    assert [site.group for site in sites] == ["qkv", "o", "gate_up", *["down"] * 4]
+    assert [len(site.linears) for site in sites] == [3, 1, 8, 1, 1, 1, 1]
+    assert [site.is_of_experts for site in sites] == [False, False, *[True] * 5]
+    assert family.group_of(f"model.layers.1.{sites[-1].linears[0]}") == (1, "down")

@@ -33,9 +33,11 @@ def network_of(
     dtype: torch.dtype = torch.float64,
 ) -> RotatedNetwork:
     """All sites round their inputs by `rounds` and their weights by `weights`; None for what stays as it is."""
-    blocks = source.config.num_hidden_layers
-    sites = [TrainedSite(site, None, rounds, weights) for site in source.family.sites]
-    return network_with(source, windows, [sites] * blocks, dtype)
+    sites = [
+        [TrainedSite(site, None, rounds, weights) for site in source.family.sites_of(index)]
+        for index in range(source.config.num_hidden_layers)
+    ]
+    return network_with(source, windows, sites, dtype)
 
 
 def network_with(

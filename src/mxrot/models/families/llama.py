@@ -1,5 +1,8 @@
 """Llama: 1, 2, 3 and everything that declares itself LlamaForCausalLM (SmolLM2, TinyLlama, Vicuna, ...)."""
 
+from dataclasses import replace
+
+from mxrot.models.expert_names import DENSE
 from mxrot.models.family import Family, Site
 
 LLAMA_SITES = (
@@ -16,5 +19,7 @@ LLAMA_SITES = (
 )
 
 ATTENTION_SITES = tuple(site for site in LLAMA_SITES if site.name in ("qkv", "o"))
+SITES_BESIDE_EXPERTS = tuple(replace(s, only_in="" if s in ATTENTION_SITES else DENSE) for s in LLAMA_SITES)
+"""Where some blocks have experts in the place of the MLP."""
 
 FAMILY = Family("llama", ("LlamaForCausalLM",), LLAMA_SITES, norm_class="LlamaRMSNorm", rotation_obstacle=None)
