@@ -43,8 +43,8 @@ OPTIONS = {
         *("--batch-size", "--resume", "--revision", "--device", "--verify", "--json"),
     ],
     "compare": [
-        *("model", "--recipes", "--without", "--set", "--calib", "--samples", "--text", "--windows", "--seq-len"),
-        *("--kv", "--kv-transform", "--kv-first", "--kv-last"),
+        *("model", "--recipes", "--checkpoints", "--without", "--set", "--calib", "--samples", "--text", "--windows"),
+        *("--seq-len", "--kv", "--kv-transform", "--kv-first", "--kv-last"),
         *("--kl-windows", "--tasks", "--task-data", "--limit", "--seed", "--seeds", "--work", "--resume"),
         *("--revision", "--device", "--json", "--csv", "--plot"),
     ],
@@ -372,6 +372,23 @@ def test_compare_where_a_recipe_cannot_be_taken(folders: dict[str, str], tmp_pat
     assert message == rows[2]["reason"]
 
 
+def test_compare_takes_checkpoints_beside_recipes(folders: dict[str, str], tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    where = ("--text", folders["text"], "--work", str(tmp_path / "work"), "--json", str(table))
+    shown = run("compare", folders["model"], "--checkpoints", folders["checkpoint"], *COMPARED, *where)
+    alone = read_json(table)["rows"]
+    assert [row["recipe"] for row in alone] == ["FP16", "quantized"]
+    assert f"{100 * alone[1]['agreement']:.1f}" in shown.stdout and "from its run.json" in shown.stdout
+    made = read_json(Path(folders["checkpoint"]) / "run.json")
+    assert (alone[1]["seconds"], alone[1]["seeds"]) == (made["seconds"], [made["seed"]])
+    assert alone[1]["checkpoint"] == folders["checkpoint"] and 'name = "duquant++"' in alone[1]["recipe_toml"]
+    mixed = ("--checkpoints", folders["checkpoint"], "--recipes", "rtn", "--resume")
+    again = run("compare", folders["model"], *mixed, *COMPARED, *where)
+    assert "2 of 3 runs were finished before" in again.stderr
+    rows = {row["recipe"]: row for row in read_json(table)["rows"]}
+    assert set(rows) == {"FP16", "quantized", "rtn"} and rows["quantized"] == alone[1]
+
+
 def test_compare_exits_with_2_if_nothing_ran(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,7 +398,7 @@ def test_compare_exits_with_2_if_nothing_ran(
     monkeypatch.setattr(quantizing, "quantize", broken)
     text = ("--text", folders["text"], "--work", str(tmp_path / "work"))
     result = call("compare", folders["model"], "--recipes", "rtn,hadamard", *COMPARED, *text)
-    assert result.exit_code == 2 and "none of the recipes ran" in result.stderr
+    assert result.exit_code == 2 and "none of them ran" in result.stderr
     for name in ("rtn", "hadamard"):
         assert f"{name} has no figures: model.layers.1 by {name}: NaN" in result.stdout
 
@@ -501,6 +518,11 @@ BAD_INPUT = {
     "plan of an empty folder": (("plan", "{parent}"), "config.json"),
     "bad recipe": (("quantize", "{model}", "-r", "nosuch"), "no recipe 'nosuch'"),
     "bad recipe of compare": (("compare", "{model}", "--recipes", "rtn,nosuch"), "no recipe 'nosuch'"),
+    "no checkpoint": (("compare", "{model}", "--checkpoints", "{model}"), "not a checkpoint written by mxrot"),
+    "a checkpoint twice": (
+        ("compare", "{model}", "--checkpoints", "{checkpoint},{checkpoint}"),
+        "--checkpoints: names",
+    ),
     "no recipe": (("compare", "{model}", "--recipes", ","), "--recipes"),
     "all left out": (("compare", "{model}", "--recipes", "rtn", "--without", "rtn"), "--recipes: name at least one"),
     "nothing to leave out": (("compare", "{model}", "--without", "hadamrd"), "did you mean 'hadamard'?"),

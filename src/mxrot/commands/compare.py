@@ -37,14 +37,24 @@ from mxrot.commands.options import (
     write_json,
 )
 from mxrot.commands.processes import looks, own_device, told
-from mxrot.commands.selection import Recipes, Seeds, Without, chosen_recipes, chosen_seeds
+from mxrot.commands.selection import (
+    USUAL,
+    Checkpoints,
+    Recipes,
+    Seeds,
+    Without,
+    chosen_checkpoints,
+    chosen_recipes,
+    chosen_seeds,
+)
 from mxrot.errors import ConfigError
 
 
 def compare(
     ctx: typer.Context,
     model: Model = "demo",
-    recipes: Recipes = "rtn,duquant++",
+    recipes: Recipes = None,
+    checkpoints: Checkpoints = "",
     without: Without = "",
     changes: Changes = [],  # noqa: B006
     calib: Calib = ["demo"],  # noqa: B006
@@ -76,7 +86,7 @@ def compare(
         Path | None, typer.Option("--plot", help="Draw ratio against bits into this file, .png or .svg")
     ] = None,
 ) -> None:
-    """Quantize a model in memory with several recipes, and compare."""
+    """Compare recipes, each quantized in memory, and checkpoints of a model."""
     from mxrot import api
     from mxrot.checkpoint.named_file import write_named
     from mxrot.models import find_model
@@ -94,11 +104,12 @@ def compare(
     from mxrot.report.work_folder import default_work_folder
 
     started = time.monotonic()
-    chosen = chosen_recipes(recipes, without, changes)
+    folders = chosen_checkpoints(checkpoints)
+    chosen = chosen_recipes(recipes or ("none" if folders else USUAL), without, changes)
     each_seed = chosen_seeds(seed, seeds)
     caches = chosen_caches(kv, kv_transform, kv_first, kv_last)
-    if not chosen and not caches:
-        raise ConfigError("--recipes none: compares nothing; name recipes, or caches with --kv")
+    if not chosen and not caches and not folders:
+        raise ConfigError("--recipes none: compares nothing; name recipes, --checkpoints, or caches with --kv")
     check_plot(plot)
     model = with_revision(model, revision)
     needs_text = any(not recipe.is_data_free for recipe in chosen) or any(cache.needs_text for cache in caches)
@@ -112,7 +123,7 @@ def compare(
             prepare(model, device, None if world.rank else json_file)
             loaded = chosen_tasks(tasks, task_data, limit)
         device = own_device(world, device)
-        names = ", ".join([*(recipe.name for recipe in chosen), *(f"KV {cache.label}" for cache in caches)])
+        names = ", ".join([*(recipe.name for recipe in chosen), *folders, *(f"KV {cache.label}" for cache in caches)])
         task = f"{model}, {where(device)}, with {names}"
         with told(world, "Comparing", task) as progress:
             read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=progress)
@@ -132,6 +143,7 @@ def compare(
                 tasks=loaded,
                 limit=limit,
                 caches=caches,
+                checkpoints=folders,
                 work=place,
                 resume=resume,
                 announce=(lambda line: None) if world.rank else announce,
@@ -156,7 +168,7 @@ def compare(
     if csv_file is not None:
         write_named(csv_file, csv_text(rows).encode())
     if all(row.reason is not None for row in rows[1:]):
-        raise ConfigError("none of the recipes ran; the reasons stand under the table")
+        raise ConfigError("none of them ran; the reasons stand under the table")
     if plot is not None:
         write_named(plot, picture_file(rows, f"{model}, windows of {seq_len}", plot.suffix.lower().lstrip(".")))
 

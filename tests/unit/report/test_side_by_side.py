@@ -31,13 +31,13 @@ def test_one_text_and_one_seed() -> None:
     original = Run(ORIGINAL.size, {"a": scored(2.0)})
     shown = lines([ComparedRow("FP16", (original,)), ComparedRow("rtn", (quantized,), original)])
     assert cells(shown[-2]) == ["FP16", "7.39", "1", "16", "16"]
-    assert cells(shown[-1]) == ["rtn", "12.18", "1.6487", "0.1235", "4.25+.03", "16", "12.3", "1.23"]
+    assert cells(shown[-1]) == ["rtn", "12.18", "1.6487", "0.1235", "50.0", "4.25+.03", "16", "12.3", "1.23"]
 
 
 def test_errors_over_seeds_and_rows_without_figures() -> None:
     mxrot, rtn = lines(ROWS)[-2:]
     assert cells(mxrot) == [
-        *("mxrot", "9.07+-.90", "24.66+-2.46", "1.2214", "0.300+-.150", "4.25+.03", "16", "3.0", "0.00"),
+        *("mxrot", "9.07+-.90", "24.66+-2.46", "1.2214", "0.300+-.150", "50.0", "4.25+.03", "16", "3.0", "0.00"),
     ]
     assert cells(rtn) == ["rtn", "-", "-", "-"]
     said = remarks(ROWS)
