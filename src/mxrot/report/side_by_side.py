@@ -42,7 +42,8 @@ def remarks(rows: Sequence[ComparedRow]) -> list[str]:
     if apart is not None:
         text, found = next(iter(apart.divergence.items()))
         few = f", on the first {found.windows} windows" if found.windows < apart.perplexity[text].windows else ""
-        lines.append(f"KL: KL(original || quantized), nats a token; top-1: the same most likely token{few}")
+        lines.append(f"KL: KL(original || quantized), nats a token{few}")
+        lines.append("top-1: positions where both expect the same token most")
     if any(row.size.transform_bits_per_weight for row in ran):
         lines.append("bits a weight: codes and scales, + transforms")
     if any(row.checkpoint is not None and row.quantize_seconds is not None for row in ran):
