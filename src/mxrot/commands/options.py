@@ -122,15 +122,16 @@ def check_folder(option: str, path: Path | None) -> None:
 
 
 def spelled(ctx: typer.Context, left_out: Sequence[str]) -> str:
-    """The command with the parameters that differ from their defaults, but for those `left_out`."""
+    """The command with its arguments and the options that differ from their defaults, but for those `left_out`."""
     from mxrot.shell import command
 
     words = ["mxrot", str(ctx.info_name)]
     for parameter in ctx.command.params:
         name, value = str(parameter.name), ctx.params.get(str(parameter.name))
-        if name in left_out or value is None or value == parameter.default:
+        is_option = parameter.param_type_name == "option"
+        if name in left_out or value is None or (is_option and value == parameter.default):
             continue
-        option = [parameter.opts[-1]] if parameter.param_type_name == "option" else []
+        option = [parameter.opts[-1]] if is_option else []
         each = value if isinstance(value, list | tuple) else [value]
         words += option if value is True else [word for one in each for word in (*option, str(one))]
     return command(*words)

@@ -49,6 +49,7 @@ def draw_depth(
         axes.plot(list(blocks), list(blocks.values()), color=color, marker=marker, label=name)
         points += [(x, y, f"{name}, block {x}: {y:.4f}") for x, y in blocks.items()]
     axes.set(title=title, xlabel="decoder block", ylabel="relative error")
+    axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if before:

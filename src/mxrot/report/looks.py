@@ -129,7 +129,7 @@ def outliers_part(contents: Contents) -> str:
     headings = ("site", "channels before", "× median", "channels after", "× median", "tokens before", "× median")
     named = {
         name: [
-            escape(name.removeprefix(f"{contents.family.blocks}.")),
+            f'<span class="site">{escape(name.removeprefix(f"{contents.family.blocks}."))}</span>',
             *(cell for view in (before, after) for cell in _named(outlier_channels(view), str)),
             *_named(outlier_tokens(before, contents.tokens), lambda index: _token(contents, index)),
         ]
@@ -163,7 +163,7 @@ def _token(contents: Contents, index: int) -> str:
 
 def _shown(token: str) -> str:
     """A token with its spaces and line ends visible."""
-    return f"<code>{escape(repr(token)[1:-1])}</code>"
+    return f"<code>{escape(repr(token))}</code>"
 
 
 def _heat(kl: float) -> float:
@@ -178,7 +178,8 @@ def _mean_kl(passage: ShownPassage) -> float:
 def weights_part(drawn: Drawn) -> str:
     """How weights and their scales are spread."""
     captions = {
-        "weights": "All decoder blocks together; quantized is after the transform, where its rounded values lie.",
+        "weights": "All decoder blocks together; quantized is after the transform. The first and the last bin "
+        "also hold what is beyond.",
         "exponents": "Each block of 32 weights has one scale, a power of two; all decoder blocks together.",
     }
     cards = [f'<div class="card">{figure(drawn[name], text)}</div>' for name, text in captions.items() if name in drawn]

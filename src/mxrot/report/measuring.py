@@ -104,6 +104,7 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
     for name in chosen:
         if name not in seen:
             raise DataError(f"{name}: no token of the text is sent to this expert; take a longer text (--windows)")
+    progress(0, 1, "the worst passage, and how weights are spread")
     passage = None if original is None else shown_passage(model, original, tokenizer, looked_at)
     return Contents(
         run=run,

@@ -85,6 +85,9 @@ def test_is_light_in_print_wherever_it_is_printed(tab: Browser, page_file: Path)
     seen = tab.look_at(page_file, 700, dark=True, media="print")
     assert seen["page"] == "rgb(255, 255, 255)" and seen["ink"] == "rgb(59, 66, 80)"
     assert seen["content"] <= 700 and seen["wide"] == []
+    columns = "getComputedStyle(document.querySelector('.pairs')).gridTemplateColumns.split(' ').length"
+    links = "getComputedStyle(document.querySelector('a.csv')).display"
+    assert (tab.evaluate(columns), tab.evaluate(links)) == (2, "none")
 
 
 def test_would_find_what_is_too_wide_or_broken(tab: Browser, tmp_path: Path, report_page: str) -> None:
