@@ -16,15 +16,19 @@ from mxrot.report.rows import ComparedRow, Mean
 
 WIDTH = 100
 """Columns that a table may take."""
+_AGREES = "top-1\n%"
 
 
 def side_by_side(rows: Sequence[ComparedRow], title: str) -> list[Table]:
-    """One table; where the texts do not fit into it, others with the perplexity on each."""
+    """One table; where the texts do not fit into it, others with the perplexity on each, and one with the agreement
+    where that does not fit either."""
     texts = next((row.texts for row in rows if row.runs), [])
     whole = _table(rows, title, texts)
     if _width(whole) <= WIDTH:
         return [whole]
     tables, begin = [_table(rows, title, [])], 0
+    if _width(tables[0]) > WIDTH:
+        tables = [_table(rows, title, [], agrees=False), _of_agreement(rows)]
     for end in range(1, len(texts) + 1):
         if end == len(texts) or _width(_of_texts(rows, texts[begin : end + 1])) > WIDTH:
             tables.append(_of_texts(rows, texts[begin:end]))
@@ -91,8 +95,11 @@ def _flat(table: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
-def _table(rows: Sequence[ComparedRow], title: str, texts: Sequence[str]) -> Table:
-    table = _empty(title, [*(f"perplexity\n{text}" for text in texts), "ratio", "KL", "top-1\n%", "bits a\nweight"])
+def _table(rows: Sequence[ComparedRow], title: str, texts: Sequence[str], agrees: bool = True) -> Table:
+    table = _empty(
+        title,
+        [*(f"perplexity\n{text}" for text in texts), "ratio", "KL", *([_AGREES] if agrees else []), "bits a\nweight"],
+    )
     has_cache = any(row.cache for row in rows)
     for heading in ("bits a\nKV", *(("x of\n16 bit",) if has_cache else ()), "sec-\nonds", "peak\nGB"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -107,13 +114,21 @@ def _table(rows: Sequence[ComparedRow], title: str, texts: Sequence[str]) -> Tab
             *(perplexity(row.mean_perplexity(text)) for text in texts),
             "1" if row.original is None else _shown(row.ratio(), 3 if row.ratio().error else 4),
             _kl(row.kl()),
-            _percent(row.agreement()),
+            *([_percent(row.agreement())] if agrees else []),
             _plain(run.bits_per_weight) + (f" +{_short(transforms, 2)}" if transforms else ""),
             _plain(run.bits_per_kv_element),
             *([f"{row.cache['ratio']:.3f}" if row.cache else ""] if has_cache else []),
             "" if seconds is None else f"{seconds:.{1 if seconds < 1000 else 0}f}",
             "" if peak is None else f"{peak / 1e9:.2f}",
         )
+    return table
+
+
+def _of_agreement(rows: Sequence[ComparedRow]) -> Table:
+    table = _empty("Top-1", [_AGREES])
+    for row in rows:
+        if row.reason is None:
+            table.add_row(row.recipe, _percent(row.agreement()))
     return table
 
 

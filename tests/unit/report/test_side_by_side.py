@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -86,6 +87,18 @@ def test_a_table_has_at_most_100_columns(texts: int) -> None:
     tables = max(len(line) for line in shown)
     assert tables <= 100, "\n".join(shown)
     assert all(any(f"wikitext-{number}" in line for line in shown) for number in range(texts))
+
+
+def test_with_caches_the_agreement_goes_below_where_there_is_no_room() -> None:
+    cache = {"ratio": 0.27, "tokens": 8192}
+    rows = [
+        replace(row, runs=tuple(replace(each, cache=cache) for each in row.runs))
+        for row in (wide_row("duquant++-released-gptq", 1), wide_row("fair", 1, 0.5, 5.6))
+    ]
+    shown = lines(rows)
+    assert max(map(len, shown)) <= 100
+    below = shown[shown.index(next(line for line in shown if line.strip() == "Top-1")) :]
+    assert any(cells(line) == ["fair", "50.0"] for line in below)
 
 
 def test_a_broken_model_has_a_figure() -> None:
