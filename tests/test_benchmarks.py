@@ -59,6 +59,16 @@ def test_tables_in_the_documentation_are_those_of_the_results(tasks: Any) -> Non
     assert found
 
 
+def test_the_table_of_the_readme_is_that_of_the_results() -> None:
+    short = imported("short_table")
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    ((names, table),) = re.findall(r"<!-- short table: (.*?) -->\n(.*?)\n<!-- end -->", text, flags=re.DOTALL)
+    results = [json.loads((FOLDER / "results" / name).read_text(encoding="utf-8")) for name in names.split()]
+    assert short.table(results) == table
+    with pytest.raises(SystemExit, match="no result for quarot"):
+        short.table(results[1:])
+
+
 def test_every_row_is_a_recipe_and_has_a_name_of_its_own(accuracy: Any) -> None:
     from mxrot.recipe import load_recipe
 

@@ -25,7 +25,7 @@ the outputs of its attention and its MLP."""
 MOST_ON_DEVICE = {"cuda": 1 << 30}
 """Bytes of the states between two blocks that stay on a GPU of any size between passes, and submodules' outputs with
 them."""
-SHARE_OF_DEVICE = 1 / 8
+SHARE_OF_DEVICE = 1 / 5
 """Of a GPU's memory, that these states may take, all times together. Above both bounds host memory keeps them: the
 copies take less time than what is computed with them, but page-locked memory takes long to be had."""
 MOST_OF_HOST = 0.5

@@ -48,9 +48,9 @@ def test_what_takes_more_than_half_of_the_memory_lies_on_disk(folder: Path, monk
 
 
 def test_states_stay_on_a_gpu_that_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An eighth of its memory holds them six times; on any GPU 1 GiB of them stay."""
+    """A fifth of its memory holds them six times; on any GPU 1 GiB of them stay."""
     device = torch.device("cuda")
-    for memory, most in ((144e9, 3_000_000_000), (24e9, 2**30)):
+    for memory, most in ((150e9, 5_000_000_000), (24e9, 2**30)):
         monkeypatch.setattr(placement, "memory_of", lambda _, memory=memory: memory)
         assert Placement.of_states(device, most) == Placement(device)
         assert Placement.of_states(device, most + 1).is_on_host
