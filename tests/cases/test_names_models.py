@@ -146,13 +146,13 @@ def test_axes_of_less_than_a_decade_have_ticks(bins: int) -> None:
     from matplotlib.figure import Figure
 
     from mxrot.evaluation import ActivationView
+    from mxrot.report.activation_plots import draw_block_maxima, draw_magnitudes
     from mxrot.report.drawing import LIGHT
-    from mxrot.report.plots import draw_block_maxima, draw_magnitudes
 
     for start in range(100, 113, 3):
         maxima = torch.zeros(240, dtype=torch.int64)
         maxima[start : start + bins] = 5
-        view = ActivationView(torch.full((4, 8), 2.0), 8, maxima, 2.0, 1.3, 1.0, 0.1)
+        view = ActivationView(torch.full((4, 8), 2.0), 8, maxima, torch.ones(8), torch.ones(4), 2.0, 1.3, 1.0, 0.1)
         for draw in (draw_block_maxima, draw_magnitudes):
             figure = Figure()
             draw(figure, LIGHT, (view, view))

@@ -43,10 +43,10 @@ OPTIONS = {
         *("--batch-size", "--resume", "--revision", "--device", "--verify", "--json"),
     ],
     "compare": [
-        *("model", "--recipes", "--without", "--set", "--calib", "--samples", "--text", "--windows", "--seq-len"),
-        *("--kv", "--kv-transform", "--kv-first", "--kv-last"),
+        *("model", "--recipes", "--checkpoints", "--without", "--set", "--calib", "--samples", "--text", "--windows"),
+        *("--seq-len", "--kv", "--kv-transform", "--kv-first", "--kv-last"),
         *("--kl-windows", "--tasks", "--task-data", "--limit", "--seed", "--seeds", "--work", "--resume"),
-        *("--revision", "--device", "--json", "--csv", "--plot"),
+        *("--revision", "--device", "--json", "--csv", "--plot", "--plots", "--html"),
     ],
     "search": [
         *("model", "--bits", "--input-bits", "--choices", "--inputs-only", "-o", "--output", "-r", "--recipe", "--set"),
@@ -71,7 +71,7 @@ OPTIONS = {
     "recipes": ["name", "--defaults"],
     "report": [
         *("model", "-o", "--output", "--against", "--text", "--windows", "--seq-len", "--site", "--results"),
-        *("--baseline", "--plots", "--card", "--revision", "--device", "--verify"),
+        *("--baseline", "--plots", "--surface", "--card", "--revision", "--device", "--verify"),
     ],
     "demo": ["--seed", "--device", "--json"],
     "bench kernels": ["--rows", "--shape", "--lut", "--remember", "--device", "--json"],
@@ -362,6 +362,23 @@ def test_compare_draws(folders: dict[str, str], tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(begins)
 
 
+def test_compare_writes_a_page_and_pictures_with_their_numbers(folders: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page, plots = tmp_path / "page.html", tmp_path / "plots"
+    where = ("--text", folders["text"], "--work", str(tmp_path / "work"), "--html", str(page), "--plots", str(plots))
+    asked = ("compare", folders["model"], "--recipes", "rtn", "--checkpoints", folders["checkpoint"], *COMPARED)
+    shown = run(*asked, *where).stdout
+    assert f"{page}: " in shown and f"{plots}: 5 pictures, each as PNG, SVG and CSV" in shown
+    names = {"ratio", "kl", "agreement", "weight_errors", "output_errors"}
+    assert {path.name for path in plots.iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "svg", "csv")
+    }
+    with (plots / "kl.csv").open(newline="") as file:
+        assert sorted(line["recipe"] for line in csv.DictReader(file)) == ["quantized", "rtn"]
+    written = page.read_text()
+    assert "quantized" in written and "--checkpoints" in written and "--html" not in written
+
+
 def test_compare_where_a_recipe_cannot_be_taken(folders: dict[str, str], tmp_path: Path) -> None:
     wide = tmp_path / "wide.toml"
     wide.write_text('name = "wide"\n[weights]\nformat = "mxfp4"\n[transform]\nmethod = "hadamard"\nblock = 64\n')
@@ -375,6 +392,23 @@ def test_compare_where_a_recipe_cannot_be_taken(folders: dict[str, str], tmp_pat
     assert message == rows[2]["reason"]
 
 
+def test_compare_takes_checkpoints_beside_recipes(folders: dict[str, str], tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    where = ("--text", folders["text"], "--work", str(tmp_path / "work"), "--json", str(table))
+    shown = run("compare", folders["model"], "--checkpoints", folders["checkpoint"], *COMPARED, *where)
+    alone = read_json(table)["rows"]
+    assert [row["recipe"] for row in alone] == ["FP16", "quantized"]
+    assert f"{100 * alone[1]['agreement']:.1f}" in shown.stdout and "from its run.json" in shown.stdout
+    made = read_json(Path(folders["checkpoint"]) / "run.json")
+    assert (alone[1]["seconds"], alone[1]["seeds"]) == (made["seconds"], [made["seed"]])
+    assert alone[1]["checkpoint"] == folders["checkpoint"] and 'name = "duquant++"' in alone[1]["recipe_toml"]
+    mixed = ("--checkpoints", folders["checkpoint"], "--recipes", "rtn", "--resume")
+    again = run("compare", folders["model"], *mixed, *COMPARED, *where)
+    assert "2 of 3 runs were finished before" in again.stderr
+    rows = {row["recipe"]: row for row in read_json(table)["rows"]}
+    assert set(rows) == {"FP16", "quantized", "rtn"} and rows["quantized"] == alone[1]
+
+
 def test_compare_exits_with_2_if_nothing_ran(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,7 +418,7 @@ def test_compare_exits_with_2_if_nothing_ran(
     monkeypatch.setattr(quantizing, "quantize", broken)
     text = ("--text", folders["text"], "--work", str(tmp_path / "work"))
     result = call("compare", folders["model"], "--recipes", "rtn,hadamard", *COMPARED, *text)
-    assert result.exit_code == 2 and "none of the recipes ran" in result.stderr
+    assert result.exit_code == 2 and "none of them ran" in result.stderr
     for name in ("rtn", "hadamard"):
         assert f"{name} has no figures: model.layers.1 by {name}: NaN" in result.stdout
 
@@ -434,10 +468,10 @@ def test_report_writes_a_page_pictures_and_the_card(folders: dict[str, str], tmp
     text = ("--text", folders["text"], "--windows", "2", "--seq-len", "32")
     where = ("-o", str(tmp_path / "page.html"), "--plots", str(tmp_path / "plots"), "--site", "1.mlp.down_proj")
     shown = run("report", str(checkpoint), "--against", folders["model"], *text, *where, "--card").stdout
-    assert f"{tmp_path / 'page.html'}: " in shown and "6 pictures" in shown and "3 figures" in shown
+    assert f"{tmp_path / 'page.html'}: " in shown and "10 pictures" in shown and "3 figures" in shown
     page = (tmp_path / "page.html").read_text()
     assert "model.layers.1.mlp.down_proj" in page and "magnitudes-model-layers-0" not in page
-    assert len(list((tmp_path / "plots").iterdir())) == 2 * 6
+    assert len(list((tmp_path / "plots").iterdir())) == 3 * 10
     run("eval", str(checkpoint), *text, "--verify", "--json", str(tmp_path / "own.json"))
     run("eval", folders["model"], *text, "--json", str(tmp_path / "original.json"))
     ppl = [read_json(tmp_path / name)["perplexity"]["words"]["ppl"] for name in ("own.json", "original.json")]
@@ -504,12 +538,19 @@ BAD_INPUT = {
     "plan of an empty folder": (("plan", "{parent}"), "config.json"),
     "bad recipe": (("quantize", "{model}", "-r", "nosuch"), "no recipe 'nosuch'"),
     "bad recipe of compare": (("compare", "{model}", "--recipes", "rtn,nosuch"), "no recipe 'nosuch'"),
+    "no checkpoint": (("compare", "{model}", "--checkpoints", "{model}"), "not a checkpoint written by mxrot"),
+    "a checkpoint twice": (
+        ("compare", "{model}", "--checkpoints", "{checkpoint},{checkpoint}"),
+        "--checkpoints: names",
+    ),
     "no recipe": (("compare", "{model}", "--recipes", ","), "--recipes"),
     "all left out": (("compare", "{model}", "--recipes", "rtn", "--without", "rtn"), "--recipes: name at least one"),
     "nothing to leave out": (("compare", "{model}", "--without", "hadamrd"), "did you mean 'hadamard'?"),
     "seeds in words": (("compare", "{model}", "--seeds", "few"), "--seeds few: expected a number of seeds"),
     "no seed": (("compare", "{model}", "--seeds", "0"), "--seeds 0: expected 1 to 100"),
     "a seed twice": (("compare", "{model}", "--seeds", "1,1"), "names a seed twice"),
+    "pictures into a file": (("compare", "{model}", "--plots", "{short}"), "--plots {short}: is a file; give a folder"),
+    "page into a folder": (("compare", "{model}", "--html", "{parent}"), "is a folder; name the file to write"),
     "plot of no kind": (("compare", "{model}", "--plot", "a.jpeg"), "--plot a.jpeg: expected a name that ends in .png"),
     "work in a file": (
         ("compare", "{model}", "--recipes", "rtn", "--text", "{text}", "--seq-len", "32", "--work", "{short}"),
@@ -550,11 +591,11 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_line_and_exit_code_2(folders: dict[str, str], tmp_path: Path, case: str) -> None:
     arguments, expected = BAD_INPUT[case]
-    if arguments[0] == "report":
+    if arguments[0] == "report" or {"--html", "--plots"} & set(arguments):
         pytest.importorskip("matplotlib")
     places = folders | {"out": str(tmp_path / "out"), "parent": str(tmp_path)}
     message = one_line_error(call(*(argument.format(**places) for argument in arguments)), 2)
-    assert expected in message
+    assert expected.format(**places) in message
     assert not list(tmp_path.iterdir())
 
 

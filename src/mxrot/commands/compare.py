@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,25 +29,43 @@ from mxrot.commands.options import (
     Windows,
     announce,
     check_file,
+    check_folder,
     chosen_tasks,
     loaded_texts,
     machine_table,
     prepare,
     print_texts,
     show,
+    spelled,
     where,
     with_revision,
     write_json,
 )
 from mxrot.commands.processes import looks, own_device, told
-from mxrot.commands.selection import Recipes, Seeds, Without, chosen_recipes, chosen_seeds
+from mxrot.commands.selection import (
+    USUAL,
+    Checkpoints,
+    Recipes,
+    Seeds,
+    Without,
+    chosen_checkpoints,
+    chosen_recipes,
+    chosen_seeds,
+)
 from mxrot.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mxrot.report import ComparedRow
+
+_PLACES = ("json_file", "csv_file", "plot", "plots", "html", "work", "resume")
+"""Parameters that decide no figure."""
 
 
 def compare(
     ctx: typer.Context,
     model: Model = "demo",
-    recipes: Recipes = "rtn,duquant++",
+    recipes: Recipes = None,
+    checkpoints: Checkpoints = "",
     without: Without = "",
     changes: Changes = [],  # noqa: B006
     calib: Calib = ["demo"],  # noqa: B006
@@ -75,31 +96,31 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw ratio against bits into this file, .png or .svg")
     ] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Folder for pictures as PNG, SVG and CSV")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one page with table and pictures")] = None,
 ) -> None:
-    """Quantize a model in memory with several recipes, and compare."""
+    """Compare recipes, each quantized in memory, and checkpoints of a model."""
     from mxrot import api
     from mxrot.checkpoint.named_file import write_named
     from mxrot.models import find_model
     from mxrot.ranks import joined
-    from mxrot.report import (
-        compared_tasks_table,
-        csv_text,
-        picture_file,
-        recovery_table,
-        remarks,
-        side_by_side,
-    )
+    from mxrot.report import compared_tasks_table, csv_text, picture_file, recovery_table, remarks, side_by_side
     from mxrot.report.comparing import compare_recipes
+    from mxrot.report.drawing import check_matplotlib
     from mxrot.report.trade_off import check_plot
     from mxrot.report.work_folder import default_work_folder
 
     started = time.monotonic()
-    chosen = chosen_recipes(recipes, without, changes)
+    folders = chosen_checkpoints(checkpoints)
+    chosen = chosen_recipes(recipes or ("none" if folders else USUAL), without, changes)
     each_seed = chosen_seeds(seed, seeds)
     caches = chosen_caches(kv, kv_transform, kv_first, kv_last)
-    if not chosen and not caches:
-        raise ConfigError("--recipes none: compares nothing; name recipes, or caches with --kv")
+    if not chosen and not caches and not folders:
+        raise ConfigError("--recipes none: compares nothing; name recipes, --checkpoints, or caches with --kv")
     check_plot(plot)
+    for option, path in (("--plots", plots), ("--html", html)):
+        if path is not None:
+            check_matplotlib(option)
     model = with_revision(model, revision)
     needs_text = any(not recipe.is_data_free for recipe in chosen) or any(cache.needs_text for cache in caches)
     with joined(device) as world:
@@ -107,12 +128,14 @@ def compare(
             if not world.rank:
                 check_file("--csv", csv_file)
                 check_file("--plot", plot)
+                check_file("--html", html)
+                check_folder("--plots", plots)
             texts = loaded_texts("--text", text)
             calibration = loaded_texts("--calib", calib) if needs_text else None
             prepare(model, device, None if world.rank else json_file)
             loaded = chosen_tasks(tasks, task_data, limit)
         device = own_device(world, device)
-        names = ", ".join([*(recipe.name for recipe in chosen), *(f"KV {cache.label}" for cache in caches)])
+        names = ", ".join([*(recipe.name for recipe in chosen), *folders, *(f"KV {cache.label}" for cache in caches)])
         task = f"{model}, {where(device)}, with {names}"
         with told(world, "Comparing", task) as progress:
             read = api.read_texts(model, texts, windows=windows, seq_len=seq_len, progress=progress)
@@ -132,6 +155,7 @@ def compare(
                 tasks=loaded,
                 limit=limit,
                 caches=caches,
+                checkpoints=folders,
                 work=place,
                 resume=resume,
                 announce=(lambda line: None) if world.rank else announce,
@@ -155,10 +179,41 @@ def compare(
     )
     if csv_file is not None:
         write_named(csv_file, csv_text(rows).encode())
+    said = [part.as_table() for part in read]
+    if any(row.reason is None for row in rows[1:]) and (plots is not None or html is not None):
+        _write_pictures(rows, Asked(model, seq_len, said, spelled(ctx, _PLACES), machine_table(device)), plots, html)
     if all(row.reason is not None for row in rows[1:]):
-        raise ConfigError("none of the recipes ran; the reasons stand under the table")
+        raise ConfigError("none of them ran; the reasons stand under the table")
     if plot is not None:
         write_named(plot, picture_file(rows, f"{model}, windows of {seq_len}", plot.suffix.lower().lstrip(".")))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a page says of a comparison beside its rows."""
+
+    model: str
+    seq_len: int
+    texts: list[dict[str, Any]]
+    command: str
+    machine: dict[str, Any]
+
+
+def _write_pictures(rows: Sequence[ComparedRow], asked: Asked, plots: Path | None, html: Path | None) -> None:
+    """Every picture as files, and the page that has them all."""
+    from mxrot.checkpoint.named_file import write_named
+    from mxrot.report import Comparison, compared_page, compared_pictures, write_files
+
+    drawn = compared_pictures(rows, f"{asked.model}, windows of {asked.seq_len}")
+    if plots is not None:
+        write_files(plots, drawn)
+        print(f"{plots}: {len(drawn)} pictures, each as PNG, SVG and CSV")
+    if html is not None:
+        made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        told = (asked.model, rows, asked.texts, asked.command, asked.machine["device"], asked.machine["versions"], made)
+        written = compared_page(Comparison(*told), drawn).encode()
+        write_named(html, written)
+        print(f"{html}: {len(written) / 1e6:.1f} MB")
 
 
 def demo(seed: Seed = 0, device: Device = None, json_file: Json = None) -> None:

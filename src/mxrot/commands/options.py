@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,6 +138,28 @@ def check_file(option: str, path: Path | None) -> None:
         raise ConfigError(f"{option} {brief(str(path), 300)}: cannot be written ({error.strerror})") from error
     if not is_writable:
         raise ConfigError(f"{option} {path}: cannot be written; name another file")
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """ConfigError if a folder cannot be where it was asked for."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise ConfigError(f"{option} {path}: is a file; give a folder")
+
+
+def spelled(ctx: typer.Context, left_out: Sequence[str]) -> str:
+    """The command with its arguments and the options that differ from their defaults, but for those `left_out`."""
+    from mxrot.shell import command
+
+    words = ["mxrot", str(ctx.info_name)]
+    for parameter in ctx.command.params:
+        name, value = str(parameter.name), ctx.params.get(str(parameter.name))
+        is_option = parameter.param_type_name == "option"
+        if name in left_out or value is None or (is_option and value == parameter.default):
+            continue
+        option = [parameter.opts[-1]] if is_option else []
+        each = value if isinstance(value, list | tuple) else [value]
+        words += option if value is True else [word for one in each for word in (*option, str(one))]
+    return command(*words)
 
 
 def where(device: str | None) -> str:

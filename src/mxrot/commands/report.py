@@ -13,6 +13,7 @@ from mxrot.commands.options import (
     Texts,
     Verify,
     check_file,
+    check_folder,
     loaded_texts,
     prepare,
     where,
@@ -38,7 +39,8 @@ def report(
     baseline: Annotated[
         Path | None, typer.Option("--baseline", help="Figures of the original, from eval --json; with --results")
     ] = None,
-    plots: Annotated[Path | None, typer.Option("--plots", help="Folder for the pictures as PNG and SVG")] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Folder for the pictures as PNG, SVG and CSV")] = None,
+    surface: Annotated[bool, typer.Option("--surface", help="Also draw |x| over token and channel in 3-D")] = False,
     card: Annotated[bool, typer.Option("--card", help="Also put the figures into the checkpoint's README.md")] = False,
     revision: Revision = None,
     device: Device = None,
@@ -70,7 +72,12 @@ def report(
             measured = None if results is None else read_results(results)
             of_original = None if baseline is None else read_results(baseline)
         device = own_device(world, device)
-        request = reporting.Request(model, against, text, windows, seq_len, sites, measured, of_original, verify)
+        request = reporting.Request(
+            *(model, against, text, windows, seq_len, sites, measured, of_original),
+            surface=surface,
+            folder=output.parent,
+            verify=verify,
+        )
         with told(world, "Reporting", f"{model}, {where(device)}, into {output}") as progress:
             contents = reporting.gather(request, device, progress)
             if contents is not None:
@@ -83,7 +90,7 @@ def report(
         return
     print(f"{output}: {len(written.encode()) / 1e6:.1f} MB")
     if plots is not None:
-        print(f"{plots}: {len(drawn)} pictures, each as PNG and SVG")
+        print(f"{plots}: {len(drawn)} pictures, each as PNG, SVG and CSV")
     if card:
         write_metrics(find_model(model), contents.metrics)
         print(f"{find_model(model) / 'README.md'}: {len(contents.metrics)} figures")
@@ -92,5 +99,4 @@ def report(
 def _check_places(output: Path, plots: Path | None) -> None:
     """ConfigError if a file or folder cannot be written where it was asked for."""
     check_file("--output", output)
-    if plots is not None and plots.exists() and not plots.is_dir():
-        raise ConfigError(f"--plots {plots}: is a file; give a folder")
+    check_folder("--plots", plots)

@@ -13,20 +13,31 @@ from mxrot.nearest import did_you_mean
 from mxrot.recipe_files import builtin_recipes
 
 Recipes = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--recipes",
-        help="Names or TOML files, comma-separated; all: those of mxrot; untuned: those without steps; none",
+        help="Names or TOML files, comma-separated; all: those of mxrot; untuned: those without steps; none "
+        "(rtn,duquant++; with --checkpoints none)",
         autocompletion=complete_recipe,
     ),
 ]
 Without = Annotated[
     str, typer.Option("--without", metavar="NAMES", help="Recipes to leave out", autocompletion=complete_recipe)
 ]
+Checkpoints = Annotated[
+    str, typer.Option("--checkpoints", metavar="DIRS", help="Checkpoints of this model, comma-separated")
+]
 Seeds = Annotated[
     str | None, typer.Option("--seeds", metavar="N", help="That many seeds from --seed on, or a list: 0,1,2")
 ]
 MOST_SEEDS = 100
+USUAL = "rtn,duquant++"
+"""What is compared where nothing is named."""
+
+
+def chosen_checkpoints(names: str) -> list[str]:
+    """The folders or ids of `--checkpoints`."""
+    return _split(names)
 
 
 def chosen_recipes(names: str, without: str, changes: list[str]) -> list[Any]:

@@ -16,9 +16,11 @@ from mxrot.evaluation.inspection import (
     weight_exponents,
 )
 from mxrot.evaluation.kept_original import KeptOriginal
+from mxrot.evaluation.passages import Passage, worst_passage
 from mxrot.evaluation.perplexity import Perplexity, perplexity
 from mxrot.evaluation.recovery import Recovery, recovery
 from mxrot.evaluation.tasks import TaskScore, count_examples, load_tasks, mean_score, score_tasks, standard_error
+from mxrot.evaluation.weight_values import weight_values
 
 __all__ = [
     "ActivationView",
@@ -26,6 +28,7 @@ __all__ = [
     "Divergence",
     "KeptOriginal",
     "KernelChoice",
+    "Passage",
     "Perplexity",
     "Recovery",
     "SiteMaxima",
@@ -47,4 +50,6 @@ __all__ = [
     "site_maxima",
     "standard_error",
     "weight_exponents",
+    "weight_values",
+    "worst_passage",
 ]

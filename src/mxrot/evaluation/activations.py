@@ -36,6 +36,10 @@ class ActivationView:
     block_maxima: Tensor
     """How many blocks of 32 have max |x| in [2^(e/4), 2^((e+1)/4)), int64; the first is e = 4 FIRST_OCTAVE. What is
     smaller or larger counts at the ends, blocks of zeros count nowhere."""
+    channel_maxima: Tensor
+    """max |x| of each channel, float32 [K]."""
+    token_maxima: Tensor
+    """max |x| of each token that the site has seen, in their order, float32 [tokens]."""
     largest: float
     """max |x|."""
     median: float
@@ -57,6 +61,8 @@ class _Watcher:
         self._block_maxima = torch.zeros((LAST_OCTAVE - FIRST_OCTAVE) * PARTS_OF_OCTAVE, dtype=torch.int64)
         self._largest, self._crests, self._blocks = 0.0, 0.0, 0
         self._errors, self._tokens = 0.0, 0
+        self._channel_maxima: Tensor | None = None
+        self._token_maxima: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
         """Take inputs [windows, tokens, K], of one window, or [tokens, K]."""
@@ -73,6 +79,9 @@ class _Watcher:
         kept = squares > 0
         self._block_maxima += _octave_counts(maxima[kept])
         self._largest = max(self._largest, float(maxima.max()))
+        self._token_maxima.append(maxima.amax(dim=-1).cpu())
+        highest = rows.abs().amax(dim=0).cpu()
+        self._channel_maxima = highest if self._channel_maxima is None else self._channel_maxima.maximum(highest)
         self._crests += float((maxima[kept] / squares[kept].sqrt()).double().sum())
         self._blocks += int(kept.sum())
         if self._quantizer is not None:
@@ -87,11 +96,13 @@ class _Watcher:
         return self._magnitudes is not None
 
     def view(self) -> ActivationView:
-        assert self._magnitudes is not None
+        assert self._magnitudes is not None and self._channel_maxima is not None
         return ActivationView(
             self._magnitudes,
             self._channels,
             self._block_maxima,
+            self._channel_maxima,
+            torch.cat(self._token_maxima),
             self._largest,
             self._median,
             self._crests / self._blocks if self._blocks else math.nan,

@@ -1,6 +1,8 @@
 """What people look at: tables, progress, and a page with pictures."""
 
 from mxrot.progress.display import ProgressOption, progress_on_stderr, shown_progress
+from mxrot.report.compared_page import Comparison, compared_page
+from mxrot.report.compared_plots import compared_pictures
 from mxrot.report.contents import Contents
 from mxrot.report.drawing import check_matplotlib, write_files
 from mxrot.report.html import page
@@ -36,6 +38,7 @@ from mxrot.report.vllm import print_vllm_report
 
 __all__ = [
     "ComparedRow",
+    "Comparison",
     "Contents",
     "ProgressOption",
     "Run",
@@ -43,6 +46,8 @@ __all__ = [
     "check_matplotlib",
     "choice_line",
     "choices_table",
+    "compared_page",
+    "compared_pictures",
     "compared_tasks_table",
     "comparison_table",
     "csv_text",

@@ -26,6 +26,7 @@ from mxrot.progress import Progress, silent
 from mxrot.quantizing.problems import find_problems, weight_problems
 from mxrot.ranks import current
 from mxrot.recipe import Recipe
+from mxrot.report.checkpoints import given_checkpoints
 from mxrot.report.rows import ComparedRow, in_order
 from mxrot.report.running import Comparison, Job, key_of
 from mxrot.report.trials import Trials
@@ -55,6 +56,7 @@ def compare_recipes(
     tasks: dict[str, Any] | None = None,
     limit: int | None = None,
     caches: Sequence[RunTimeCache] = (),
+    checkpoints: Sequence[str] = (),
     work: Path | None = None,
     resume: bool = False,
     announce: Callable[[str], None] = lambda line: None,
@@ -71,6 +73,8 @@ def compare_recipes(
     Finished runs are kept in the folder `work`, where one is given, and with `resume` taken from there; `announce` is
     told how many. Processes that are joined (mxrot.ranks) share the runs. Each has one model in memory at a time, and
     beside a quantized one the head of the original, for KL.
+    With `checkpoints`, folders or ids of what mxrot has written of this model, each is read, measured in the same way,
+    and comes once, with the seed that it was made with; one that is damaged has its reason in its row.
     Errors of the model itself, of the texts and of the machine are raised. A recipe's own stand in its row; where no
     recipe can be taken, that is an error before any weight is read.
     """
@@ -78,8 +82,9 @@ def compare_recipes(
     folder = find_model(model)
     source = FolderSource(folder, model)
     problems = _problems(source, recipes)
-    _check_caches(source, recipes, caches)
-    if recipes and len(problems) == len(recipes):
+    _check_caches(source, recipes, caches, checkpoints)
+    given = given_checkpoints(checkpoints, _vocabulary(source), [recipe.name for recipe in recipes])
+    if recipes and not given and len(problems) == len(recipes):
         raise _of_all(problems)
     read = api.read_texts(folder, texts, windows=windows, seq_len=seq_len, progress=progress)
     able = [recipe for recipe in recipes if recipe.name not in problems]
@@ -90,13 +95,19 @@ def compare_recipes(
     world = current()
     with _work_place(work, world) as place:
         with world.first_goes_ahead():
-            hashes = {} if work is None else place.hashes(folder, progress)
+            folders = (folder, *(one.folder for one in given))
+            hashes, *own = [{} if work is None else place.hashes(each, progress) for each in folders]
         protocol = _protocol(read, kl_windows, tasks, limit, prompt)
         original = Job(_TYPE_NAMES[source.dtype], None, 0, key_of(hashes, protocol, None, device, 0))
         what = _with_caches(original.label, calibrations, caches, list(seeds or [seed]))
         jobs = [
             Job(label, one, each, key_of(hashes, protocol, one, device, each, cache, fitted_on), cache)
             for label, one, each, cache in what
+        ]
+        jobs += [
+            Job(label, None, 0, key_of(hashes, protocol, None, device, 0, cache, fitted_on, files), cache, one)
+            for one, files in zip(given, own, strict=True)
+            for label, cache in _under(one.label, caches)
         ]
         kept = None if kl_windows == 0 else KeptOriginal(source, place.states(original.key, world.rank), kl_windows)
         trials = Trials(folder, source.dtype, device, read, kept, tasks or {}, limit, prompt, fitted_on)
@@ -108,6 +119,7 @@ def compare_recipes(
         place.drop_states()
     rows += [ComparedRow(name, reason=str(error)) for name, error in problems.items()]
     spelled = {recipe.name: recipe.to_toml() for recipe in recipes}
+    spelled |= {job.label: job.checkpoint.recipe.to_toml() for job in jobs if job.checkpoint is not None}
     spelled |= {job.label: spelled[job.calibration.recipe.name] for job in jobs if job.calibration is not None}
     return in_order([replace(row, recipe_toml=spelled.get(row.recipe)) for row in rows])
 
@@ -172,16 +184,31 @@ def _with_caches(
     for cache in caches:
         yield f"{original} KV {cache.label}", None, 0, cache
     for one in calibrations:
-        for chosen in caches or (None,):
-            label = one.recipe.name if chosen is None else f"{one.recipe.name} KV {chosen.label}"
+        for label, chosen in _under(one.recipe.name, caches):
             yield from ((label, one, seed, chosen) for seed in seeds)
 
 
-def _check_caches(source: FolderSource, recipes: Sequence[Recipe], caches: Sequence[RunTimeCache]) -> None:
+def _under(name: str, caches: Sequence[RunTimeCache]) -> Iterator[tuple[str, RunTimeCache | None]]:
+    """A model under each cache, or with its own where none is given: the label and the cache."""
+    for cache in caches:
+        yield f"{name} KV {cache.label}", cache
+    if not caches:
+        yield name, None
+
+
+def _vocabulary(source: FolderSource) -> int:
+    return int(source.config.get_text_config().vocab_size)
+
+
+def _check_caches(
+    source: FolderSource, recipes: Sequence[Recipe], caches: Sequence[RunTimeCache], checkpoints: Sequence[str]
+) -> None:
     """ConfigError for caches that the model cannot have, or that would be fitted to what recipes make."""
     for cache in caches:
         for problem in cache.problems(source.config, source.family, source.name):
             raise problem
+        if cache.needs_text and checkpoints:
+            raise ConfigError("--kv-transform second-moment: is fitted to the original only; leave --checkpoints out")
         if cache.needs_text and recipes:
             raise ConfigError(
                 "--kv-transform second-moment: is fitted to the original only; take --recipes none, or set "

@@ -1,21 +1,24 @@
 """How a picture gets into a page and into a file: matplotlib (the extra `report`), colours, SVG.
 
 Each picture of a page is drawn in colours that only stand for something, and these become CSS variables, so that one
-drawing suits a light and a dark page.
+drawing suits a light and a dark page. With it go the numbers behind it, as CSV, and what a pointer finds on it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from mxrot.checkpoint.named_file import write_named
 from mxrot.errors import ConfigError
+from mxrot.report.sheet import Sheet
 
 WIDTH = 340
 """Of a picture, in points: as wide as a phone, so that its letters are of the page's size there."""
@@ -63,8 +66,36 @@ _SETTINGS: dict[str, Any] = {
     "legend.fontsize": 10.5,
 }
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-Draw = Callable[[Any, Palette], None]
-"""Draws on a matplotlib Figure."""
+LEAST_TICKS = 2
+_COLOR_BAR = "<colorbar>"
+"""How matplotlib labels the axes of one, of which only one side has a scale."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Places on axes of which something is said: x and y in their data, and the words."""
+
+    axes: Any
+    points: Sequence[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Axes that a map fills: `rows` times `columns` values of the picture's sheet."""
+
+    axes: Any
+    first: int
+    """Row of the sheet that is drawn on top."""
+    rows: int
+    columns: int
+    skipped: int
+    """Columns of the sheet before the values."""
+    unit: str
+
+
+Marks = Sequence[Points | Cells]
+Draw = Callable[[Any, Palette], Marks]
+"""Draws on a matplotlib Figure; what comes back is what a pointer finds there."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +106,8 @@ class Picture:
     """In points."""
     draw: Draw
     width: int = WIDTH
+    sheet: Sheet = field(default_factory=Sheet)
+    """The numbers that it shows."""
 
 
 def check_matplotlib(what: str = "a report") -> None:
@@ -85,12 +118,14 @@ def check_matplotlib(what: str = "a report") -> None:
 
 def inline_svg(name: str, picture: Picture) -> str:
     """The picture as an SVG element of a page, in the CSS variables of `Palette.named`."""
-    drawn = render(name, picture, _STANDS, "svg").decode()
+    file, found = _rendered(name, picture, _STANDS, "svg", "none")
+    drawn = file.decode()
     svg = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     for variable, color in _STANDS.named().items():
         svg = svg.replace(color, f"var(--{variable})")
-    return _own_names(svg, re.sub(r"\W", "-", name))
+    svg = _own_names(svg, re.sub(r"\W", "-", name))
+    return svg.replace("<svg", f'<svg role="img" data-marks="{escape(json.dumps(found, separators=(",", ":")))}"', 1)
 
 
 def _own_names(svg: str, prefix: str) -> str:
@@ -101,26 +136,62 @@ def _own_names(svg: str, prefix: str) -> str:
 
 
 def write_files(folder: Path, drawn: dict[str, Picture]) -> None:
-    """Every picture as NAME.svg and NAME.png, on white."""
+    """Every picture as NAME.svg and NAME.png, on white, and the numbers that it shows as NAME.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
+        write_named(folder / f"{name}.csv", picture.sheet.csv().encode())
         for kind in ("svg", "png"):
             write_named(folder / f"{name}.{kind}", render(name, picture, LIGHT, kind, "white"))
 
 
 def render(name: str, picture: Picture, colors: Palette, kind: str, background: str = "none") -> bytes:
     """The bytes of a file; the same for the same picture."""
+    return _rendered(name, picture, colors, kind, background)[0]
+
+
+def _rendered(name: str, picture: Picture, colors: Palette, kind: str, background: str) -> tuple[bytes, list[Any]]:
+    """The file, and what a pointer finds, in points from the upper left corner."""
     import matplotlib
     from matplotlib.figure import Figure
 
     own = {**dict.fromkeys(_INKED, colors.ink), "grid.color": colors.grid, "svg.hashsalt": name}
     with matplotlib.rc_context({**_SETTINGS, **own}):
         figure = Figure(figsize=(picture.width / 72, picture.height / 72), layout="constrained", facecolor="none")
-        picture.draw(figure, colors)
+        marks = picture.draw(figure, colors)
         for axes in figure.axes:
             axes.set_facecolor("none")
+            if axes.get_label() != _COLOR_BAR:
+                give_ticks(axes)
         file = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else {}
         dpi = 72 if kind == "svg" else 200
         figure.savefig(file, format=kind, facecolor=background, dpi=dpi, metadata=metadata)
-    return file.getvalue()
+        found = [placed for mark in marks for placed in _placed(mark, figure, picture.height)]
+    return file.getvalue(), found
+
+
+def give_ticks(axes: Any) -> None:
+    """Three ticks for an axis that has fewer than LEAST_TICKS in view, as a logarithmic one of a narrow range has."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator, FormatStrFormatter, LinearLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        named = isinstance(axis.get_major_formatter(), FixedFormatter)
+        low, high = sorted(axis.get_view_interval())
+        if not named and sum(low <= tick <= high for tick in axis.get_majorticklocs()) < LEAST_TICKS:
+            axis.set_major_locator(FixedLocator(LinearLocator(3).tick_values(low, high)))
+            axis.set_major_formatter(FormatStrFormatter("%.3g"))
+
+
+def _placed(mark: Points | Cells, figure: Any, height: int) -> list[Any]:
+    """As the page's script takes it: [x, y, words] for a point, a table with the box for a map."""
+    scale = 72 / figure.dpi
+    if isinstance(mark, Cells):
+        box = mark.axes.get_window_extent()
+        place = [box.x0 * scale, height - box.y1 * scale, box.width * scale, box.height * scale]
+        own = {key: value for key, value in vars(mark).items() if key != "axes"}
+        return [{"box": [round(float(value), 1) for value in place], **own}]
+    at = mark.axes.transData.transform([(x, y) for x, y, _ in mark.points]) if mark.points else []
+    return [
+        [round(float(x) * scale, 1), round(height - float(y) * scale, 1), said]
+        for (x, y), (_, _, said) in zip(at, mark.points, strict=True)
+    ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,7 +20,7 @@ from mxrot.checkpoint.metric import Metric
 from mxrot.documents import read_text
 from mxrot.environment import versions
 from mxrot.errors import CheckpointError, ConfigError, DataError
-from mxrot.evaluation import ActivationView, activation_views, weight_exponents
+from mxrot.evaluation import ActivationView, activation_views, weight_exponents, weight_values
 from mxrot.layers.cache_size import CacheSize, cache_of
 from mxrot.models import Family, find_family, find_model, read_config
 from mxrot.nearest import brief, did_you_mean, listed
@@ -25,6 +28,7 @@ from mxrot.progress import Progress, silent
 from mxrot.ranks import current
 from mxrot.recipe import Recipe
 from mxrot.report import Contents, metrics_of
+from mxrot.report.passages import shown_passage
 from mxrot.rules import Rules
 from mxrot.scheme import Scheme
 from mxrot.shell import command
@@ -34,7 +38,7 @@ TOKENS_LOOKED_AT = 2048
 """Tokens that activations are looked at on, or one window if that has more."""
 
 MOST_SITES = 12
-"""With pictures of their own: each takes up to 0.35 MB of a page that is to stay below 5."""
+"""With pictures of their own: each takes up to 0.8 MB of a page that is to stay below 10."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class Request:
     """A table of `mxrot eval --json`, shown instead of measuring."""
     baseline: dict[str, Any] | None = None
     """The same of the original."""
+    surface: bool = False
+    """Draw |x| as surfaces, too?"""
+    folder: Path = Path()
+    """Where the page will be, to which links lead from there."""
     verify: bool | None = None
     """Compare the SHA-256 of the checkpoint's files first; None for the default by their size."""
 
@@ -96,6 +104,8 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
     for name in chosen:
         if name not in seen:
             raise DataError(f"{name}: no token of the text is sent to this expert; take a longer text (--windows)")
+    progress(0, 1, "the worst passage, and how weights are spread")
+    passage = None if original is None else shown_passage(model, original, tokenizer, looked_at)
     return Contents(
         run=run,
         recipe=recipe,
@@ -112,7 +122,26 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
         cache=CacheSize.of(config, family, cache_of(model)),
         commands=_commands(request, run),
         versions=versions(),
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        links=_links(run, folder, request),
+        tokens=[tokenizer.decode([number]) for number in windows.flatten().tolist()],
+        weights=weight_values(model, family),
+        original_weights={} if original is None else weight_values(original, family),
+        passage=passage,
+        has_surfaces=request.surface,
     )
+
+
+def _links(run: dict[str, Any], folder: Path, request: Request) -> list[tuple[str, str]]:
+    """To the original on the hub, where that is known, and to files of the checkpoint, from the page's folder."""
+    found = []
+    if run.get("revision"):
+        address = f"https://huggingface.co/{run['model']}/tree/{run['revision']}"
+        found.append(("the original on the hub", address))
+    if Path(request.model).is_dir():
+        near = os.path.relpath(folder.resolve(), request.folder.resolve())
+        found += [(name, quote(f"{near}/{name}")) for name in ("README.md", "recipe.toml", "run.json")]
+    return found
 
 
 def read_records(folder: Path) -> tuple[dict[str, Any], Recipe]:
@@ -223,6 +252,7 @@ def _commands(request: Request, run: dict[str, Any]) -> list[tuple[str, str]]:
     report += [word for text in request.texts for word in ("--text", text)]
     report += ["--windows", str(request.windows), "--seq-len", str(request.seq_len)]
     report += [word for site in request.sites for word in ("--site", site)]
+    report += ["--surface"] if request.surface else []
     return [
         ("The checkpoint; the original and the text go by the names that were on record:", command(*again)),
         ("This report:", command(*report)),

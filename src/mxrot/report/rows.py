@@ -46,6 +46,11 @@ class Run:
     """What keys and values of one sequence took, measured (`evaluation.measured_cache`); None where nothing is
     quantized of them."""
     tasks: dict[str, TaskScore] = field(default_factory=dict)
+    weight_errors: list[float] = field(default_factory=list)
+    """Relative Frobenius error of the weights by decoder block, the mean over its linears; empty where it is not
+    known, and for the original."""
+    output_errors: list[float] = field(default_factory=list)
+    """The same of the outputs on the calibration text; empty without one."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -96,7 +101,7 @@ class ComparedRow:
     """One recipe of a comparison, or the original: a run for each seed, or the reason why there is none."""
 
     recipe: str
-    """Name of the recipe; the type of the weights for the model as it was."""
+    """Name of the recipe, or of the checkpoint's folder; the type of the weights for the model as it was."""
     runs: tuple[Run, ...] = ()
     original: Run | None = None
     """What ratios are to; None in the row of the original, whose ratio is 1."""
@@ -104,6 +109,8 @@ class ComparedRow:
     """Why the recipe cannot be taken, or what went wrong."""
     recipe_toml: str | None = None
     """The recipe with every key."""
+    checkpoint: str | None = None
+    """The folder it was read from; None where it was quantized here."""
     is_alike: bool = False
     """Did another seed give the same figures, so that no more were run?"""
 
@@ -163,10 +170,18 @@ class ComparedRow:
 
     def kl(self, text: str | None = None) -> Mean | None:
         """KL(original || quantized), nats a token, on one text or as the mean over all; None where it was not taken."""
+        return self._apart("kl", text)
+
+    def agreement(self, text: str | None = None) -> Mean | None:
+        """Share of positions where the original's most likely token is this model's, too; None as for `kl`."""
+        return self._apart("agreement", text)
+
+    def _apart(self, measure: str, text: str | None) -> Mean | None:
         if not all(run.divergence for run in self.runs):
             return None
         chosen = self.texts if text is None else [text]
-        return mean_of([sum(run.divergence[name].kl for name in chosen) / len(chosen) for run in self.runs])
+        each = [[getattr(run.divergence[name], measure) for name in chosen] for run in self.runs]
+        return mean_of([sum(values) / len(chosen) for values in each])
 
     def recovery(self, normed: bool) -> Recovery:
         """Of the mean over tasks of `acc`, or of what each task reports first; relative to itself in the original."""
@@ -186,8 +201,9 @@ class ComparedRow:
         """The row as `compare --json` writes it; errors are standard errors over seeds, null with one."""
         if not self.runs:
             return {"recipe": self.recipe, "recipe_toml": self.recipe_toml, "reason": self.reason, "runs": []}
-        run, ratio, kl = self.runs[0], self.ratio(), self.kl()
+        run, ratio, kl, agreement = self.runs[0], self.ratio(), self.kl(), self.agreement()
         by_text = {text: (self.mean_perplexity(text), self.ratio(text), self.kl(text)) for text in self.texts}
+        agreed = {text: self.agreement(text) for text in self.texts}
         return {
             "recipe": self.recipe,
             "bits_per_weight": run.bits_per_weight,
@@ -205,12 +221,16 @@ class ComparedRow:
             "kl": None if kl is None else kl.value,
             "kl_error": None if kl is None else kl.error,
             "kl_of_text": {text: found[2].value for text, found in by_text.items() if found[2] is not None},
+            "agreement": None if agreement is None else agreement.value,
+            "agreement_error": None if agreement is None else agreement.error,
+            "agreement_of_text": {text: found.value for text, found in agreed.items() if found is not None},
             **({"tasks": {name: score.as_table() for name, score in self.tasks.items()}} if run.tasks else {}),
             **({"tasks_mean": self._means_of_tasks()} if run.tasks else {}),
             "seeds": [each.seed for each in self.runs if each.seed is not None],
             "seeds_alike": self.is_alike,
             "runs": [each.as_table() for each in self.runs],
             "reason": self.reason,
+            **({} if self.checkpoint is None else {"checkpoint": self.checkpoint}),
             "recipe_toml": self.recipe_toml,
             **self.extra,
         }

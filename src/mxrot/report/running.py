@@ -13,10 +13,11 @@ from torch import Tensor
 from mxrot.calibration import ONE, World
 from mxrot.checkpoint.fingerprint import fingerprint_of
 from mxrot.environment import device_name, versions
-from mxrot.errors import ConfigError, FamilyError, NumericsError, OutOfMemoryError
+from mxrot.errors import CheckpointError, ConfigError, FamilyError, NumericsError, OutOfMemoryError
 from mxrot.failures import machine_failure
 from mxrot.progress import Progress
 from mxrot.progress.steps import Steps
+from mxrot.report.checkpoints import GivenCheckpoint
 from mxrot.report.costs import measuring_costs, quantizing_costs
 from mxrot.report.rows import ComparedRow, Run
 from mxrot.report.trials import Trials, let_go
@@ -39,6 +40,8 @@ class Job:
     key: Key
     cache: RunTimeCache | None = None
     """What replaces the cache that the model comes with."""
+    checkpoint: GivenCheckpoint | None = None
+    """What is read in place of being quantized."""
 
 
 class Comparison:
@@ -125,15 +128,21 @@ class Comparison:
             if isinstance(found, str):
                 return ComparedRow(label, tuple(runs), original, found)
             runs.append(found)
-        return ComparedRow(label, tuple(runs), original, is_alike=_are_alike(runs))
+        given = self._jobs[numbers[0] - 1].checkpoint
+        folder = None if given is None else str(given.folder)
+        return ComparedRow(label, tuple(runs), original, checkpoint=folder, is_alike=_are_alike(runs))
 
     def _run(self, number: int) -> None:
         """Make one run, or find out why there is none."""
         job = self._jobs[number - 1]
         told = self._steps.of(2 * number - 1, job.label), self._steps.of(2 * number, f"perplexity of {job.label}")
         try:
-            self._keep(number, job, self._trials.made(job.calibration, job.seed, job.cache, *told))
+            self._keep(number, job, self._trials.made(job.calibration, job.seed, job.cache, *told, job.checkpoint))
         except _OWN_ERRORS as error:
+            self._keep(number, job, str(error))
+        except CheckpointError as error:
+            if job.checkpoint is None:  # then it is the original, and nothing can be compared
+                raise
             self._keep(number, job, str(error))
         except Exception as error:
             lacked = machine_failure(error)
@@ -154,12 +163,15 @@ def key_of(
     seed: int,
     cache: RunTimeCache | None = None,
     fitted_on: Tensor | None = None,
+    checkpoint: dict[str, str] | None = None,
 ) -> Key:
-    """Everything that decides what a run finds."""
+    """Everything that decides what a run finds; `checkpoint` holds the hashes of the files of one."""
     if calibration is None:
         made: Key = {"model": hashes, "device": device_name(torch.device(device)), "versions": versions()}
     else:
         made = fingerprint_of(hashes, {}, calibration.recipe, calibration.windows, device, seed)
+    if checkpoint is not None:
+        made["checkpoint"] = checkpoint
     if cache is None:
         return {"made": made, "measured": protocol}
     kept = vars(cache) | {"fitted_on": sha256_of_ids(fitted_on) if cache.needs_text else None}

@@ -16,15 +16,19 @@ from mxrot.report.rows import ComparedRow, Mean
 
 WIDTH = 100
 """Columns that a table may take."""
+_AGREES = "top-1\n%"
 
 
 def side_by_side(rows: Sequence[ComparedRow], title: str) -> list[Table]:
-    """One table; where the texts do not fit into it, others with the perplexity on each."""
+    """One table; where the texts do not fit into it, others with the perplexity on each, and one with the agreement
+    where that does not fit either."""
     texts = next((row.texts for row in rows if row.runs), [])
     whole = _table(rows, title, texts)
     if _width(whole) <= WIDTH:
         return [whole]
     tables, begin = [_table(rows, title, [])], 0
+    if _width(tables[0]) > WIDTH:
+        tables = [_table(rows, title, [], agrees=False), _of_agreement(rows)]
     for end in range(1, len(texts) + 1):
         if end == len(texts) or _width(_of_texts(rows, texts[begin : end + 1])) > WIDTH:
             tables.append(_of_texts(rows, texts[begin:end]))
@@ -37,14 +41,17 @@ def remarks(rows: Sequence[ComparedRow]) -> list[str]:
     ran = [row for row in rows if row.runs and row.original is not None]
     lines = []
     if len(next((row.texts for row in rows if row.runs), [])) > 1:
-        lines.append("ratio: the geometric mean over texts; KL: the mean over texts")
+        lines.append("ratio: the geometric mean over texts; KL and top-1: the mean over texts")
     apart = next((run for row in ran for run in row.runs if run.divergence), None)
     if apart is not None:
         text, found = next(iter(apart.divergence.items()))
         few = f", on the first {found.windows} windows" if found.windows < apart.perplexity[text].windows else ""
         lines.append(f"KL: KL(original || quantized), nats a token{few}")
+        lines.append("top-1: positions where both expect the same token most")
     if any(row.size.transform_bits_per_weight for row in ran):
         lines.append("bits a weight: codes and scales, + transforms")
+    if any(row.checkpoint is not None and row.quantize_seconds is not None for row in ran):
+        lines.append("seconds and GB of a checkpoint: from its run.json, on the device that it was made on")
     caches = [row.cache for row in ran if row.cache]
     if caches:
         lines.append(
@@ -88,8 +95,11 @@ def _flat(table: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
-def _table(rows: Sequence[ComparedRow], title: str, texts: Sequence[str]) -> Table:
-    table = _empty(title, [*(f"perplexity\n{text}" for text in texts), "ratio", "KL", "bits a\nweight"])
+def _table(rows: Sequence[ComparedRow], title: str, texts: Sequence[str], agrees: bool = True) -> Table:
+    table = _empty(
+        title,
+        [*(f"perplexity\n{text}" for text in texts), "ratio", "KL", *([_AGREES] if agrees else []), "bits a\nweight"],
+    )
     has_cache = any(row.cache for row in rows)
     for heading in ("bits a\nKV", *(("x of\n16 bit",) if has_cache else ()), "sec-\nonds", "peak\nGB"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -104,12 +114,21 @@ def _table(rows: Sequence[ComparedRow], title: str, texts: Sequence[str]) -> Tab
             *(perplexity(row.mean_perplexity(text)) for text in texts),
             "1" if row.original is None else _shown(row.ratio(), 3 if row.ratio().error else 4),
             _kl(row.kl()),
+            *([_percent(row.agreement())] if agrees else []),
             _plain(run.bits_per_weight) + (f" +{_short(transforms, 2)}" if transforms else ""),
             _plain(run.bits_per_kv_element),
             *([f"{row.cache['ratio']:.3f}" if row.cache else ""] if has_cache else []),
             "" if seconds is None else f"{seconds:.{1 if seconds < 1000 else 0}f}",
             "" if peak is None else f"{peak / 1e9:.2f}",
         )
+    return table
+
+
+def _of_agreement(rows: Sequence[ComparedRow]) -> Table:
+    table = _empty("Top-1", [_AGREES])
+    for row in rows:
+        if row.reason is None:
+            table.add_row(row.recipe, _percent(row.agreement()))
     return table
 
 
@@ -145,6 +164,11 @@ def perplexity(mean: Mean) -> str:
 def _kl(mean: Mean | None) -> str:
     """With a digit more where it is small, and where there is room for it."""
     return "" if mean is None else _shown(mean, 4 if not mean.error or mean.value < 0.1 else 3)
+
+
+def _percent(mean: Mean | None) -> str:
+    """With one digit behind the point."""
+    return "" if mean is None else _shown(Mean(100 * mean.value, mean.error and 100 * mean.error), 1)
 
 
 def _shown(mean: Mean, digits: int) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mxrot.errors import ConfigError
-from mxrot.report.drawing import LIGHT, Palette, Picture, check_matplotlib, render
-from mxrot.report.plots import log_ticks
+from mxrot.report.drawing import LIGHT, Marks, Palette, Picture, Points, check_matplotlib, render
 from mxrot.report.rows import ComparedRow
+from mxrot.report.sheet import Sheet
+from mxrot.report.ticks import log_ticks
 
 KINDS = ("png", "svg")
 _LINE = 13.0
@@ -36,9 +37,16 @@ def picture_file(rows: Sequence[ComparedRow], title: str, kind: str) -> bytes:
 
     Bars are standard errors over seeds, where there is more than one.
     """
+    return render("trade-off", trade_off_picture(rows, title), LIGHT, kind, "white")
+
+
+def trade_off_picture(rows: Sequence[ComparedRow], title: str, width: int = _WIDTH) -> Picture:
+    """The same, to be drawn."""
     shown = [row for row in rows if row.reason is None and row.original is not None]
     height = max(240, int(1.4 * _LINE * len(shown)) + 100)
-    return render("trade-off", Picture(height, partial(draw, rows=shown, title=title), _WIDTH), LIGHT, kind, "white")
+    lines = [[row.recipe, bits_of(row), row.ratio().value, row.ratio().error] for row in shown]
+    sheet = Sheet(["recipe", "bits a weight, with transforms", "ratio", "error over seeds"], lines)
+    return Picture(height, partial(draw, rows=shown, title=title), width, sheet)
 
 
 def bits_of(row: ComparedRow) -> float:
@@ -46,7 +54,7 @@ def bits_of(row: ComparedRow) -> float:
     return row.runs[0].bits_per_weight + (row.size.transform_bits_per_weight or 0.0)
 
 
-def draw(figure: Any, colors: Palette, rows: Sequence[ComparedRow], title: str) -> None:
+def draw(figure: Any, colors: Palette, rows: Sequence[ComparedRow], title: str) -> Marks:
     """On a logarithmic axis of ratios; each point has a line to its name, the names stand one below the other."""
     figure.set_layout_engine("none")
     height = 72 * figure.get_figheight()
@@ -61,6 +69,13 @@ def draw(figure: Any, colors: Palette, rows: Sequence[ComparedRow], title: str) 
     axes.set(xlabel="bits a weight, with transforms", ylabel="perplexity beside the original")
     figure.text(0.02, 1 - 18 / height, title)
     _write_names(figure, axes, colors, rows)
+    return [Points(axes, [(bits_of(row), ratio.value, _said(row)) for row, ratio in zip(rows, ratios, strict=True)])]
+
+
+def _said(row: ComparedRow) -> str:
+    ratio = row.ratio()
+    error = "" if ratio.error is None else f" +- {ratio.error:.4f}"
+    return f"{row.recipe}: {ratio.value:.4f}{error} times the original's perplexity, {bits_of(row):.3f} bits"
 
 
 def _set_limits(axes: Any, rows: Sequence[ComparedRow]) -> None:

@@ -27,6 +27,7 @@ from mxrot.layers import ModelSize, QuantLinear
 from mxrot.layers.cache_size import bits_per_element, cache_of
 from mxrot.models import find_family, value_heads
 from mxrot.progress import Progress
+from mxrot.report.checkpoints import GivenCheckpoint, errors_by_block
 from mxrot.report.peak_memory import peak_memory
 from mxrot.report.rows import Run
 from mxrot.run_time_cache import RunTimeCache, set_cache
@@ -70,12 +71,16 @@ class Trials:
         cache: RunTimeCache | None,
         quantizes: Progress,
         measures: Progress,
+        checkpoint: GivenCheckpoint | None = None,
     ) -> Run:
-        """The model quantized by a recipe, or as it is without one, with a cache in place of its own if one is given.
+        """The model quantized by a recipe, or read from a checkpoint, or as it is without either, with a cache in place
+        of its own if one is given.
 
-        What `quantize` and `set_cache` raise, and NumericsError for logits that are not finite.
+        What `quantize`, `load` and `set_cache` raise, and NumericsError for logits that are not finite.
         """
-        if calibration is None:
+        if checkpoint is not None:
+            model, made = api.open_model(checkpoint.folder, self.device)[0], checkpoint.made
+        elif calibration is None:
             model, made = api.open_model(self.folder, self.device)[0], dict[str, Any]()
         else:
             model, made = self._quantized(calibration, seed, quantizes)
@@ -91,7 +96,9 @@ class Trials:
         with peak_memory(self.device) as peak:
             result = quantizing.quantize(self.folder, calibration.recipe, progress=progress, **options)
         assert result.model is not None
-        return result.model, {"seed": seed, "seconds": result.record.seconds, "peak_bytes": peak.bytes}
+        blocks = [[vars(linear) for linear in block.linears] for block in result.record.blocks]
+        made = {"seed": seed, "seconds": result.record.seconds, "peak_bytes": peak.bytes, **errors_by_block(blocks)}
+        return result.model, made
 
     def has_states(self) -> bool:
         """Is everything there that quantized models are compared with?"""

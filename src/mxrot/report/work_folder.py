@@ -23,7 +23,7 @@ from mxrot.errors import ConfigError
 from mxrot.progress import Progress
 from mxrot.report.rows import Run
 
-FORMAT = 1
+FORMAT = 2
 """Of the files of runs."""
 Key = dict[str, Any]
 

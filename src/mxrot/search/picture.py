@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from mxrot.report.drawing import LIGHT, Palette, Picture, render
-from mxrot.report.plots import log_ticks
+from mxrot.report.drawing import LIGHT, Marks, Palette, Picture, render
+from mxrot.report.ticks import log_ticks
 from mxrot.search.bits import Bits
 from mxrot.search.found import QUANTIZED, SEARCHED, Found, Measured
 
@@ -20,7 +20,7 @@ def picture_file(found: Found, title: str, kind: str) -> bytes:
     return render("search", Picture(_HEIGHT, partial(draw, found=found, title=title), _WIDTH), LIGHT, kind, "white")
 
 
-def draw(figure: Any, colors: Palette, found: Found, title: str) -> None:
+def draw(figure: Any, colors: Palette, found: Found, title: str) -> Marks:
     """Bits that the limit counts on one axis, KL on a logarithmic one; the line is the least KL up to so many bits."""
     counts_inputs = found.limits.weights is None
     axes = figure.subplots()
@@ -54,6 +54,7 @@ def draw(figure: Any, colors: Palette, found: Found, title: str) -> None:
     axes.set_ylim(low, high)
     axes.set(title=title, xlabel=f"bits {'an input' if counts_inputs else 'a weight'}", ylabel="KL, nats a token")
     figure.legend(loc="outside lower center", ncols=3)
+    return []
 
 
 def _of(bits: Bits, counts_inputs: bool) -> float:

@@ -61,6 +61,8 @@ def test_views_are_what_a_loop_finds(model: PreTrainedModel, transformed: bool) 
     assert found.channels == 96
     torch.testing.assert_close(found.magnitudes, x[0, :128].abs().float(), rtol=1e-5, atol=1e-6)
     assert found.largest == pytest.approx(float(x.abs().max()), rel=1e-5)
+    torch.testing.assert_close(found.channel_maxima, x.abs().amax(dim=(0, 1)).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.token_maxima, x.abs().amax(dim=-1).flatten().float(), rtol=1e-5, atol=1e-6)
     shown = x[0, :128].abs()
     assert found.median == pytest.approx(float(shown[shown > 0].median()), rel=1e-5)
     blocks = [block for token in x.flatten(0, 1) for block in token.split(32)]

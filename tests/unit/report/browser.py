@@ -85,6 +85,12 @@ class Browser:
         found: dict[str, Any] = answer["result"]["value"]
         return found
 
+    def evaluate(self, expression: str) -> Any:
+        """The value of an expression in the page."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"]["value"]
+
     def photograph(self, path: Path) -> None:
         """The whole page as it is shown, as a PNG file."""
         answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)

@@ -25,6 +25,7 @@ from mxrot.layers import ModelSize
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.report import ComparedRow
 from mxrot.report import trials as making
+from mxrot.report.checkpoints import labels_of
 from mxrot.report.comparing import compare_recipes
 from mxrot.report.trials import model_size
 from mxrot.report.work_folder import WorkFolder
@@ -236,6 +237,7 @@ def test_sigkill_leaves_what_was_finished(folder: Path, words: str, whole: list[
 import os, signal
 from pathlib import Path
 from mxrot.recipe import load_recipe
+from mxrot.report.checkpoints import labels_of
 from mxrot.report.comparing import compare_recipes
 def killed(done, total, what):
     if what.startswith("hadamard"):
@@ -294,13 +296,59 @@ def test_so_are_the_bytes_of_the_model(words: str, tmp_path: Path, monkeypatch: 
 def test_a_file_that_is_damaged_counts_as_none(folder: Path, words: str, tmp_path: Path) -> None:
     first = compared(folder, words, [RTN], work=tmp_path)
     for number, path in enumerate(sorted((tmp_path / "runs").iterdir())):
-        path.write_text(["{", '{"format": 1}'][number])
+        path.write_text(["{", '{"format": 2}'][number])
     assert figures(compared(folder, words, [RTN], work=tmp_path, resume=True)) == figures(first)
 
 
 def test_one_comparison_at_a_time_works_in_a_folder(folder: Path, words: str, tmp_path: Path) -> None:
     with WorkFolder.opened(tmp_path), pytest.raises(CheckpointError, match=f"process {os.getpid()} on"):
         compared(folder, words, [RTN], work=tmp_path)
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_measures_as_what_is_quantized_here(folder: Path, words: str, tmp_path: Path) -> None:
+    options = {"calib": words, "samples": 2, "seq_len": 32}
+    mxrot.quantize(folder, RECIPE, tmp_path / "a" / "out", **options)  # type: ignore[call-overload]
+    mxrot.quantize(folder, RTN, tmp_path / "b" / "out")
+    given = [str(tmp_path / "a" / "out"), str(tmp_path / "b" / "out")]
+    rows = {row.recipe: row for row in compared(folder, words, [RECIPE, RTN], checkpoints=given)}
+    assert set(rows) == {"FP16", "duquant++", "rtn", "a/out", "b/out"}
+    for recipe, checkpoint in (("duquant++", "a/out"), ("rtn", "b/out")):
+        here, read = rows[recipe].runs[0], rows[checkpoint].runs[0]
+        assert here.measures_as(read) and here.size.bits_per_weight == read.size.bits_per_weight
+        assert here.weight_errors == pytest.approx(read.weight_errors, rel=1e-9) and len(read.weight_errors) == 2
+        assert rows[checkpoint].agreement() == rows[recipe].agreement()
+        assert f'name = "{recipe}"' in str(rows[checkpoint].recipe_toml)
+    assert len(rows["a/out"].runs[0].output_errors) == 2 and rows["b/out"].runs[0].output_errors == []
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused_and_a_damaged_one_has_a_reason(
+    folder: Path, words: str, tmp_path: Path
+) -> None:
+    other = write_tiny_model(tmp_path / "other", vocab_size=300)
+    mxrot.quantize(other, RTN, tmp_path / "far")
+    with pytest.raises(ConfigError, match="300 tokens in its vocabulary, and the original 256"):
+        compared(folder, words, [], checkpoints=[str(tmp_path / "far")])
+    mxrot.quantize(folder, RTN, tmp_path / "damaged")
+    weights = max((tmp_path / "damaged").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    rows = compared(folder, words, [RTN], checkpoints=[str(tmp_path / "damaged")])
+    assert [(row.recipe, row.reason is None) for row in rows] == [("FP16", True), ("rtn", True), ("damaged", False)]
+
+
+@pytest.mark.parametrize(
+    ("paths", "taken", "expected"),
+    [
+        (["/x/a", "/x/b"], [], ["a", "b"]),
+        (["/x/a", "/y/a"], [], ["x/a", "y/a"]),
+        (["/x/rtn", "/y/b"], ["rtn"], ["x/rtn", "b"]),
+        (["/x/z/a", "/y/z/a", "/y/c"], [], ["x/z/a", "y/z/a", "c"]),
+    ],
+)
+def test_checkpoints_are_called_by_what_is_their_own(paths: list[str], taken: list[str], expected: list[str]) -> None:
+    assert labels_of([Path(path) for path in paths], taken) == expected
 
 
 # Memory

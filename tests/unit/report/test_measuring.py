@@ -81,7 +81,9 @@ def test_commands_on_record(against: Contents, folders: dict[str, str]) -> None:
 
 
 def view(crest: float) -> ActivationView:
-    return ActivationView(torch.ones(1, 1), 32, torch.zeros(192, dtype=torch.int64), 1.0, 1.0, crest, None)
+    return ActivationView(
+        torch.ones(1, 1), 32, torch.zeros(192, dtype=torch.int64), torch.ones(32), torch.ones(1), 1.0, 1.0, crest, None
+    )
 
 
 def rules(blocks: int, ignore: tuple[str, ...]) -> Rules:

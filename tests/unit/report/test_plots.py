@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mxrot.report.plots import log_ticks
+from mxrot.report.ticks import log_ticks
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -31,13 +32,13 @@ def test_one_text_and_one_seed() -> None:
     original = Run(ORIGINAL.size, {"a": scored(2.0)})
     shown = lines([ComparedRow("FP16", (original,)), ComparedRow("rtn", (quantized,), original)])
     assert cells(shown[-2]) == ["FP16", "7.39", "1", "16", "16"]
-    assert cells(shown[-1]) == ["rtn", "12.18", "1.6487", "0.1235", "4.25+.03", "16", "12.3", "1.23"]
+    assert cells(shown[-1]) == ["rtn", "12.18", "1.6487", "0.1235", "50.0", "4.25+.03", "16", "12.3", "1.23"]
 
 
 def test_errors_over_seeds_and_rows_without_figures() -> None:
     mxrot, rtn = lines(ROWS)[-2:]
     assert cells(mxrot) == [
-        *("mxrot", "9.07+-.90", "24.66+-2.46", "1.2214", "0.300+-.150", "4.25+.03", "16", "3.0", "0.00"),
+        *("mxrot", "9.07+-.90", "24.66+-2.46", "1.2214", "0.300+-.150", "50.0", "4.25+.03", "16", "3.0", "0.00"),
     ]
     assert cells(rtn) == ["rtn", "-", "-", "-"]
     said = remarks(ROWS)
@@ -86,6 +87,18 @@ def test_a_table_has_at_most_100_columns(texts: int) -> None:
     tables = max(len(line) for line in shown)
     assert tables <= 100, "\n".join(shown)
     assert all(any(f"wikitext-{number}" in line for line in shown) for number in range(texts))
+
+
+def test_with_caches_the_agreement_goes_below_where_there_is_no_room() -> None:
+    cache = {"ratio": 0.27, "tokens": 8192}
+    rows = [
+        replace(row, runs=tuple(replace(each, cache=cache) for each in row.runs))
+        for row in (wide_row("duquant++-released-gptq", 1), wide_row("fair", 1, 0.5, 5.6))
+    ]
+    shown = lines(rows)
+    assert max(map(len, shown)) <= 100
+    below = shown[shown.index(next(line for line in shown if line.strip() == "Top-1")) :]
+    assert any(cells(line) == ["fair", "50.0"] for line in below)
 
 
 def test_a_broken_model_has_a_figure() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from tests.unit.report.test_rows import ORIGINAL, ROW, run
+from typer.testing import CliRunner
 
+from mxrot.cli import app
 from mxrot.errors import ConfigError
 from mxrot.report import ComparedRow, picture_file
 from mxrot.report.trade_off import check_plot, spread
@@ -47,6 +49,14 @@ def test_the_picture_names_what_ran() -> None:
     heights = [float(y) for y in re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>(?:mxrot|number)', drawn)]
     assert len(heights) == 13 and all(below - above >= 12.9 for above, below in itertools.pairwise(sorted(heights)))
     assert picture_file(rows[:2], "one", "png").startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_page_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for option in ("--html", "--plots"):
+        result = CliRunner().invoke(app, ["compare", "demo", option, str(tmp_path / "x")])
+        assert result.exit_code == 2
+        assert f"{option} needs the package matplotlib: pip install 'mxrot[report]'" in result.stderr
 
 
 def test_what_cannot_be_drawn_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
