@@ -64,6 +64,10 @@ OPTIONS = {
         *("model", "prompt", "--max-tokens", "--kv", "--kv-transform", "--kv-first", "--kv-last", "--calib"),
         *("--revision", "--device", "--verify"),
     ],
+    "serve": [
+        *("model", "more", "--program", "--stock", "--tensor-parallel", "--max-len", "--dry-run"),
+        *("--revision", "--verify"),
+    ],
     "export": ["model", "--to", "-o", "--output", "--force", "--verify", "--json"],
     "recipes": ["name", "--defaults"],
     "report": [
