@@ -22,6 +22,7 @@ or three bfloat16 numbers, whose products with the matrix are exact in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -560,6 +561,12 @@ class _Blocks:
             "num_warps": 1,
             "launch_pdl": overlaps,
         }
+
+
+def compiled_for(rows: int, width: int, matrices: Tensor | None, is_packed: bool = False) -> Hashable:
+    """What the quantizer of contiguous inputs [rows, width] is compiled for, as far as it depends on the rows."""
+    blocks = _Blocks.of(torch.empty(rows, width, device="meta"), matrices, is_packed, in_order=is_packed)
+    return blocks.is_flat, tuple(blocks.constants(None).items())
 
 
 def _matrix_stride(matrices: Tensor | None) -> int:

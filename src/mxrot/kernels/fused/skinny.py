@@ -305,11 +305,16 @@ def choose_tile(inputs: int, rows: int, groups: int, processors: int) -> Tile:
     return Tile(32, 32, 1, 8 if is_long and inputs <= 32 else 4, registers=255)
 
 
+def tile_for(inputs: int, rows: int, groups: int, device: torch.device) -> Tile:
+    """`choose_tile` for the multiprocessors of a device."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return choose_tile(inputs, rows, groups, processors)
+
+
 def skinny_product(inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """As `plain_paired_product` defines it, for at most `MOST_ROWS` rows of inputs."""
-    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count if codes.is_cuda else 1
     rows, groups = scales.shape
-    tile = choose_tile(inputs.numel() // (32 * groups), rows, groups, processors)
+    tile = tile_for(inputs.numel() // (32 * groups), rows, groups, codes.device)
     return product_by_tiles(inputs, codes, scales, row_exponents, dtype, tile)
 
 
