@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule
+from mxrot.kernels import scale_counts
 from mxrot.kernels.fp8 import fp8_product
 
 
@@ -68,12 +69,21 @@ class Inputs:
         return self.x.numel() // max(1, self.x.shape[-1])
 
 
+def _count_scales(inputs: Inputs) -> None:
+    """Count the scales that E5M2 does not hold."""
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_packed
+
+    scale_counts.add(rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule))
+
+
 def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
     """A few rows: weights are read packed (Triton)."""
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
     from mxrot.kernels.fused.skinny import skinny_product
 
     assert weight.row_exponents is not None
+    if scale_counts.IS_COUNTING:
+        _count_scales(inputs)
     x = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule, are_in_pairs=True)
     return skinny_product(x, weight.codes, weight.scales, weight.row_exponents, inputs.x.dtype)
 
@@ -84,6 +94,8 @@ def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
 
     assert weight.row_exponents is not None and weight.lifted_scales is not None
+    if scale_counts.IS_COUNTING:
+        _count_scales(inputs)
     x = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule)
     lifted = weight.lifted
     if lifted is None:
