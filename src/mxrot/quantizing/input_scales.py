@@ -8,6 +8,7 @@ product: T / 2^s and W T^-T 2^s are exact. What a site without such a stage has 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -21,12 +22,18 @@ from mxrot.scheme import SiteScheme
 from mxrot.transforms import SiteTransform
 from mxrot.transforms.stages import BlockDiagonal
 
+LEAST_WEIGHT, MOST_WEIGHT = 2.0**-100, 2.0**120
+"""Between these the largest weight of a site has to stay: E8M0 goes from 2^-127 to 2^127, other weights are less."""
 
-def within_e5m2(transform: SiteTransform | None, x: Tensor, scheme: SiteScheme, name: str) -> SiteTransform | None:
+
+def within_e5m2(
+    transform: SiteTransform | None, x: Tensor, scheme: SiteScheme, name: str, weights: Callable[[], Tensor]
+) -> SiteTransform | None:
     """The transform, over a power of two where inputs `x` [tokens, K] of the site `name` have scales that E5M2 does not
     hold. A MxrotWarning says so, and which stay outside. Waits for the device.
 
-    Only where weights and inputs are MXFP4: other products do not go through E5M2.
+    `weights` gives those [N, K] that will be folded against it. Only where weights and inputs are MXFP4: other products
+    do not go through E5M2.
     """
     inputs = scheme.activations
     if inputs is None or not (inputs.is_mxfp4 and scheme.weights.is_mxfp4) or not x.numel():
@@ -41,6 +48,9 @@ def within_e5m2(transform: SiteTransform | None, x: Tensor, scheme: SiteScheme, 
         _warn(f"{found}; what is beyond is cut off or rounded by FP8 products: give this site a block transform")
         return transform
     shift = shift_for(lowest, highest)
+    if not LEAST_WEIGHT < float(transform.fold(weights()).abs().max()) * 2.0**shift < MOST_WEIGHT:
+        _warn(f"{found}; moved into the weights they would be beyond what scales hold there: check the model's weights")
+        return transform
     rest = "" if highest - lowest <= most - least else f"; below 2^{least + shift} they are still rounded"
     _warn(f"{found}; its transform is divided by 2^{shift} and its weights are multiplied with it{rest}")
     moved = replace(last, matrices=last.matrices * 2.0**-shift)
