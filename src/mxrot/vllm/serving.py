@@ -30,6 +30,7 @@ WEIGHTS_SHARE = 0.7
 _SERVER_PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic")
 _TRUST = "--trust-remote-code"
 _GROUP, _PLUGIN = "vllm.general_plugins", "mxrot"
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _DTYPES = ("bfloat16", "float16")
 
 
@@ -47,6 +48,8 @@ class Machine:
     """Memory of each GPU."""
     capability: tuple[int, int] | None
     """Of the first GPU, (0, 0) where it is none of NVIDIA; None without one."""
+    autoloads: bool = True
+    """Does `import torch` let transformers know mxrot's checkpoints?"""
 
     @staticmethod
     def here() -> Machine:
@@ -59,7 +62,9 @@ class Machine:
         count = torch.cuda.device_count()
         sizes = tuple(torch.cuda.get_device_properties(index).total_memory for index in range(count))
         capability = torch.cuda.get_device_capability(0) if count else None
-        return Machine(vllm, lacks, _plugin_stop(), sizes, (0, 0) if count and torch.version.hip else capability)
+        capability = (0, 0) if count and torch.version.hip else capability
+        autoloads = os.environ.get(_AUTOLOAD, "1") == "1" and bool(entry_points(group="torch.backends", name="mxrot"))
+        return Machine(vllm, lacks, _plugin_stop(), sizes, capability, autoloads)
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +183,8 @@ def _by_transformers(folder: Path, facts: Facts, wish: Wish, machine: Machine) -
     lines = (f"transformers {version('transformers')}, OpenAI-compatible", *_own_lines(facts, machine))
     lacks = " and ".join(machine.lacks)
     missing = f"its server wants {lacks}: pip install 'transformers[serving]'" if lacks else None
+    if not machine.autoloads:
+        missing = f"transformers would not know mxrot: install mxrot as a package, and leave {_AUTOLOAD} at 1"
     return Server((*words, *wish.more), lines, missing)
 
 

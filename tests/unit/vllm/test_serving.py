@@ -124,6 +124,8 @@ def test_without_vllm_the_server_of_transformers_runs(folders: dict[str, Path]) 
     assert found.words == (*expected, "--host", "0.0.0.0") and found.missing is None
     lacking = served(folders["block"], replace(LAPTOP, lacks=("fastapi", "openai")))
     assert lacking.missing is not None and "fastapi and openai: pip install 'transformers[serving]'" in lacking.missing
+    unknown = served(folders["block"], replace(LAPTOP, autoloads=False)).missing
+    assert unknown is not None and "install mxrot as a package" in unknown
     assert served(folders["block"], LAPTOP, program="vllm").missing == "vLLM is not installed here"
 
 
@@ -148,6 +150,16 @@ def test_the_plugin_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS")
     monkeypatch.setattr(serving, "entry_points", lambda **asked: [])
     assert "not installed as a package" in str(serving._plugin_stop())
+
+
+@pytest.mark.parametrize("value", ["0", "1", None])
+def test_a_switch_of_torch_keeps_transformers_from_mxrot(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "entry_points", lambda **asked: ["one"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", value)
+    assert Machine.here().autoloads is (value != "0")
 
 
 @pytest.fixture
