@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mxrot.kernels.crossovers import MOST_ROWS
 from mxrot.kernels.dispatch import Choice, choose_path, has_triton
+from mxrot.kernels.fixed_rows import has_invariant_rows
 from mxrot.kernels.linear import PackedWeight
 
 _STEPS = 8
@@ -80,7 +81,7 @@ def variant(
 
     height, groups = weight.scales.shape
     is_packed = path == "block scales"
-    quantizer = compiled_for(rows, 32 * groups, matrices, is_packed)
+    quantizer = compiled_for(rows, 32 * groups, matrices, is_packed, has_invariant_rows())
     tile = tile_for(rows, height, groups, device) if path == "matrix units" else None
     return path, quantizer, tile
 
@@ -113,7 +114,8 @@ def warm_up(
 
 def _shapes_of(weight: PackedWeight | None, matrices: Tensor | None, like: Tensor, most_rows: int) -> Hashable:
     height = None if weight is None else (len(weight.codes), weight.row_exponents is None, weight.lifted is None)
-    return height, like.shape[1], like.dtype, like.device, None if matrices is None else len(matrices), most_rows
+    groups = None if matrices is None else len(matrices)
+    return height, like.shape[1], like.dtype, like.device, groups, most_rows, has_invariant_rows()
 
 
 def _powers(most_rows: int) -> list[int]:

@@ -7,6 +7,7 @@ matrices of its blocks, for which its share of the inputs must be whole blocks.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,16 @@ from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.layout import Layout, read_layout
 from mxrot.errors import ConfigError
 from mxrot.formats.quantizer import PACKED, PART
+from mxrot.kernels.fixed_rows import set_invariant_rows
 from mxrot.layers import InputTransform, QuantLinear, prepare_site, warm_up_linear
 from mxrot.marker import IN_VLLM
 from mxrot.models import find_family
 from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
 from mxrot.vllm.verdict import CACHE_STOP, OPERANDS_STOP, input_block, why_not_in_plugin
+
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+"""vLLM's variable of its batch-invariant mode."""
 
 
 class MxrotQuantization(CompressedTensorsConfig):
@@ -181,6 +186,8 @@ class MxrotLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Put a QuantLinear into the place of the parameters, and have its kernels compiled."""
+        if os.environ.get(BATCH_INVARIANT, "0") not in ("", "0"):
+            set_invariant_rows(True)
         columns, rows = layer.input_size_per_partition, len(layer.weight_packed)
         linear = QuantLinear(columns, rows, self.scheme.weights, self.scheme.activations, device="meta")
         for name in self.scheme.weights.stored_parts(rows, columns):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxrot.kernels import PackedWeight, dispatch, warm_up
 from mxrot.kernels.crossovers import Crossovers
+from mxrot.kernels.fixed_rows import invariant_rows
 from mxrot.layers import prepare_site, warm_up_linear
 
 CPU = torch.device("cpu")
@@ -56,6 +57,16 @@ def test_both_ways_and_every_tile_are_there() -> None:
     counts = warm_up.row_counts(weight(4096, 4096), None, CPU, 8192)
     assert {1, 9, 17, 65} <= set(counts)  # tiles of 8, 16 and 32 inputs; the FP8 product
     assert max(warm_up.row_counts(weight(4096, 4096), None, CPU, 20)) <= 20
+
+
+@pytest.mark.usefixtures("hopper")
+def test_rows_that_do_not_depend_on_each_other_need_fewer_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_up, "choose_path", lambda *asked: dispatch.Choice("fixed tiles", "for a test"))
+    packed = weight(4096, 4096)
+    before = warm_up.row_counts(packed, None, CPU, 8192)
+    with invariant_rows():
+        counts = warm_up.row_counts(packed, None, CPU, 8192)
+    assert counts[0] == 1 and len(counts) <= 3 < len(before)  # whole tiles or not, one step or several
 
 
 @pytest.mark.usefixtures("hopper")
