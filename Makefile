@@ -14,10 +14,10 @@ INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --constraint con
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install demo quick test faults test-vllm lint bench clean
+.PHONY: help install demo quick test faults test-vllm lint docs bench release-check clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo "  variables: PYTHON=python3.12  VENV=.venv  WORKERS=2  ARGS=\"...\" (demo, test, bench)"
 
 install: $(STAMPS)/package ## the package and the command mxrot, in .venv
@@ -47,8 +47,16 @@ lint: $(STAMPS)/lint ## style, types and the order of imports
 	@$(VENV)/bin/lint-imports --no-logo
 	@$(PY) benchmarks/import_arrows.py --check
 
+# The variable silences an announcement of other software.
+docs: $(STAMPS)/docs ## build the documentation as a site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet $(ARGS)
+	@echo "Built: build/site/index.html"
+
 bench: $(STAMPS)/demo $(STAMPS)/demo-model ## measure accuracy, e.g. ARGS="--help"
 	@$(PY) benchmarks/accuracy.py $(ARGS)
+
+release-check: ## build the wheel, install it in an empty environment, and try it
+	@PYTHON=$(PYTHON) .ci/release_check
 
 clean: ## remove caches and build products; .venv stays
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -72,7 +80,7 @@ $(STAMPS)/package: pyproject.toml constraints.txt $(STAMPS)/torch
 	@rm -f $(STAMPS)/interpreter
 	@touch $@
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: pyproject.toml constraints.txt $(STAMPS)/torch
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: pyproject.toml constraints.txt $(STAMPS)/torch
 	@echo "Installing mxrot[$*]"
 	@$(INSTALL) --editable ".[$*]"
 	@rm -f $(STAMPS)/interpreter

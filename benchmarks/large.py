@@ -6,7 +6,9 @@
 Writes a model of random weights (of the shape of Llama-3-8B unless told) with few decoder blocks into a temporary
 folder, quantizes it on random tokens, one block on the device at a time, and prints when each block begins, and what
 was planned of time and memory beside what was measured. All blocks are alike, so a whole model takes their time as
-often as it has blocks. Perplexity means nothing here. Several processes quantize it together.
+often as it has blocks. Perplexity means nothing here. Several processes quantize it together. `--profile 40` prints
+the 40 functions and lines of mxrot that each process spent most time in; with CUDA_LAUNCH_BLOCKING=1 that is where the
+GPU was busy, too, and everything is slower.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import shlex
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from sampling import sampled
 
 from mxrot import api
 from mxrot.bench import llama_config, random_model
@@ -87,9 +91,15 @@ def measure(options: argparse.Namespace, world: World) -> None:
         world.count(0)  # the model is there
         started = time.monotonic()
         options_of_run: dict[str, Any] = {"windows": windows, "device": device, "progress": progress, "world": world}
-        result = pipeline.quantize(folder, recipe, store=None if world.rank else Nowhere(), **options_of_run)
-        world.count(0)  # all are done
+        options_of_run["store"] = None if world.rank else Nowhere()
+        with sampled() if options.profile else nullcontext() as samples:
+            result = pipeline.quantize(folder, recipe, **options_of_run)
+            world.count(0)  # all are done
         seconds = time.monotonic() - started
+    for rank in range(world.size if samples else 0):
+        if samples and rank == world.rank:
+            print(f"process {rank}", samples.table(options.profile), sep="\n", flush=True)
+        world.count(0)
     if world.rank:
         return
     blocks = [block.seconds for block in result.record.blocks]
@@ -171,6 +181,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--device", default=None)
+    parser.add_argument("--profile", type=int, default=0, help="print so many functions by the time spent in them")
     parser.add_argument("--work", default=None, help="where the model is written")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))

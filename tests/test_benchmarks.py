@@ -7,6 +7,8 @@ import json
 import math
 import re
 import sys
+import threading
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,16 @@ def test_tables_in_the_documentation_are_those_of_the_results(tasks: Any) -> Non
                 assert markdown.table(results) == table, page.name
             found += 1
     assert found
+
+
+def test_the_table_of_the_readme_is_that_of_the_results() -> None:
+    short = imported("short_table")
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    ((names, table),) = re.findall(r"<!-- short table: (.*?) -->\n(.*?)\n<!-- end -->", text, flags=re.DOTALL)
+    results = [json.loads((FOLDER / "results" / name).read_text(encoding="utf-8")) for name in names.split()]
+    assert short.table(results) == table
+    with pytest.raises(SystemExit, match="no result for quarot"):
+        short.table(results[1:])
 
 
 def test_every_row_is_a_recipe_and_has_a_name_of_its_own(accuracy: Any) -> None:
@@ -266,17 +278,42 @@ def test_a_table_of_tasks_from_nothing(tasks: Any, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("scope", ["closed form", "block"])
-def test_a_shape_alone_is_measured(scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_alone_is_measured(
+    scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shape = "--hidden 64 --ffn 96 --heads 2 --kv-heads 1 --vocabulary 128 --samples 4 --seq-len 32 --blocks 2"
-    recipe = "--recipe mxrot --change calibration.generated=0.0"
+    recipe = "--recipe mxrot --change calibration.generated=0.0 --profile 3"
     if scope == "block":
         recipe += ' --change tuning.scope="block" --change tuning.steps=2'
     monkeypatch.setattr(sys, "argv", ["large.py", *shape.split(), *recipe.split(), "--out", str(tmp_path)])
     imported("large").main()
+    assert re.search(r"process 0\ninside +[0-9.]+ s  quantizing/run.py:quantize\n", capsys.readouterr().out)
     (file,) = tmp_path.glob("large_mxrot_*.json")
     result = json.loads(file.read_text())
     assert len(result["block_seconds"]) == 2 and result["seconds"] >= sum(result["block_seconds"])
     assert [len(looks) > 0 for looks in result["tuning"]] == [scope == "block"] * 2
+
+
+def test_the_stack_of_a_thread_is_sampled() -> None:
+    """Functions with what they call, and the line that is innermost; another thread is not seen."""
+    sampling = imported("sampling")
+    other = threading.Thread(target=_waits, args=(0.4,))
+    with sampling.sampled(f"{Path(__file__).parent.name}/") as samples:
+        other.start()
+        _calls()
+    other.join()
+    rows = [line.split(maxsplit=3) for line in samples.table(9).splitlines()]
+    inside = {place.split(":")[1]: float(seconds) for kind, seconds, _, place in rows if kind == "inside"}
+    assert 0.15 < inside["_calls"] < 0.4 and inside["_waits"] <= inside["_calls"]
+    assert [place.split()[1] for kind, *_, place in rows if kind == "at"] == ["_waits"]
+
+
+def _calls() -> None:
+    _waits(0.2)
+
+
+def _waits(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def test_one_block_is_quantized_and_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

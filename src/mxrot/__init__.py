@@ -1,7 +1,7 @@
 """mxrot: LLMs in MXFP4, with the block rotations that make it accurate.
 
-quantize, load and evaluate do what the commands of the same names do; a Recipe says how to quantize, a QTensor
-is what comes out. Names are imported when they are first used, so that `import mxrot` is quick.
+quantize, load and evaluate do what the commands of the same names do. A Recipe says how to quantize, a QTensor is what
+comes out, progress.bar shows how far it is. Names are imported when they are first used: `import mxrot` is quick.
 Once it has run, transformers' from_pretrained loads checkpoints, too.
 """
 
@@ -16,12 +16,23 @@ TYPE_CHECKING = False  # typing alone takes as long to import as all that is imp
 if TYPE_CHECKING:
     from typing import Any
 
+    from mxrot import progress
     from mxrot.api import diverge, evaluate, evaluate_tasks, load, quantize
     from mxrot.checkpoint.huggingface import MxrotConfig
     from mxrot.formats import QTensor
     from mxrot.recipe import Recipe
 
-__all__ = ["MxrotConfig", "QTensor", "Recipe", "diverge", "evaluate", "evaluate_tasks", "load", "quantize"]
+__all__ = [
+    "MxrotConfig",
+    "QTensor",
+    "Recipe",
+    "diverge",
+    "evaluate",
+    "evaluate_tasks",
+    "load",
+    "progress",
+    "quantize",
+]
 
 _HOME = {
     "MxrotConfig": "mxrot.checkpoint.huggingface",
@@ -39,10 +50,12 @@ autoload.install()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "progress":
+        return import_module("mxrot.progress")
     if name not in _HOME:
         raise AttributeError(f"module 'mxrot' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, "progress"})

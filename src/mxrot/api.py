@@ -125,17 +125,39 @@ def quantize(
     progress: ProgressOption = None,
     watch: Watch | None = None,
 ) -> PreTrainedModel | dict[str, Any]:
-    """Quantize a model by its hub id, folder, or `demo`; or one that is loaded, which stays as it is.
+    """Quantize a model, into a checkpoint folder or in memory.
 
-    With `output` a checkpoint folder is written and the contents of its run.json come back; without it the
-    quantized model, ready to run on `device`, with `generate` and `save_pretrained`. A loaded model needs its
-    `tokenizer`, unless there is no text to tokenize, and is written to a temporary folder first.
-    `calib` is a text, or several, as docs/text.md lists them: names, rows, token ids, tensors, data sets.
-    `samples` and `seq_len` replace the recipe's calibration windows.
-    `progress` is a function to be told how far it is, or True to show it on standard error; it is shown in a notebook
-    and at Python's prompt, too, unless it is False. `watch` hears of finished blocks and may end a run (docs/scale.md).
-    Errors are those of mxrot.errors, raised before any weight is read where that is possible.
     In processes that torchrun has started all call this, and share the work (docs/scale.md).
+
+    Args:
+        model: A hub id, a folder, `demo`, or a loaded model, which stays as it is and is written to a temporary folder
+            first.
+        recipe: The name of a recipe, a TOML file, or a Recipe.
+        output: The folder to write. Without it nothing is written.
+        calib: Calibration text, or several, as docs/text.md lists them: names, rows, token ids, tensors, data sets.
+        samples: Calibration windows, in place of the recipe's number.
+        seq_len: Tokens a window, in place of the recipe's number.
+        seed: The seed of everything that is drawn.
+        device: Where to compute; by default the GPU if there is one, or the device of a loaded model.
+        force: Replace an output folder that is not empty.
+        resume: Keep the finished blocks of an earlier run, and go on there.
+        tokenizer: That of a loaded model. Not needed where there is no text to tokenize.
+        progress: True shows progress on standard error, False is silent, a function is told (done, total, what). None
+            shows it in a notebook and at Python's prompt.
+        watch: Hears of finished blocks, and may end a run (docs/scale.md).
+
+    Returns:
+        With `output` the contents of its run.json. Without it the quantized model on `device`, with `generate` and
+        `save_pretrained`.
+
+    Raises:
+        MxrotError: Wrong recipes, models, texts and folders, before any weight is read where that is possible.
+
+    Example:
+        >>> run = mxrot.quantize("demo", "hadamard", output="smollm2-hadamard")
+        >>> run["size"]["bits_per_weight"]
+        4.25
+        >>> model = mxrot.quantize("demo", "rtn")  # in memory
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if isinstance(model, PreTrainedModel) and tokenizer is None and not chosen.is_data_free:
@@ -216,9 +238,28 @@ def load(
     verify: bool | None = None,
     keeps_fp8: bool = False,
 ) -> PreTrainedModel:
-    """The quantized model in a checkpoint folder, as `mxrot.checkpoint.load` gives it; on the GPU if there is one.
+    """Load the quantized model of a checkpoint folder.
 
     Also inside `torch.inference_mode` its tensors are ordinary ones, which know when they were changed.
+
+    Args:
+        folder: What `quantize` has written.
+        device: Where to; by default the GPU if there is one.
+        dtype: The type that it computes in; by default that of the checkpoint.
+        verify: Compare the SHA-256 of every file first. None does so up to 1 GB of weights.
+        keeps_fp8: Hold weights in FP8 where products of them are faster. They take twice the memory.
+
+    Returns:
+        A transformers model in evaluation mode.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint. DamagedError: a file is not what was written.
+
+    Example:
+        >>> model = mxrot.load("smollm2-hadamard")
+        >>> tokenizer = transformers.AutoTokenizer.from_pretrained("smollm2-hadamard")
+        >>> ids = tokenizer("The three primary colors are", return_tensors="pt").to(model.device)
+        >>> text = tokenizer.decode(model.generate(**ids, max_new_tokens=8)[0])
     """
     return load_checkpoint(folder, device or default_device(), dtype, verify, keeps_fp8)
 
@@ -233,9 +274,24 @@ def evaluate(
     device: str | None = None,
     progress: ProgressOption = None,
 ) -> dict[str, Perplexity]:
-    """Perplexity on each text, by the text's name. A model that is passed itself needs its `tokenizer`.
+    """Measure perplexity.
 
-    `text` is a text, or several, as docs/text.md lists them. Windows that are given as such keep their own length.
+    Args:
+        model: A checkpoint, an original, or a loaded model.
+        text: A text, or several, as docs/text.md lists them. Windows that are given as such keep their own length.
+        tokenizer: That of a loaded model.
+        windows: Windows of each text at most; by default all.
+        seq_len: Tokens a window. Windows do not overlap.
+        device: Where to compute, by default the GPU if there is one.
+        progress: As for `quantize`.
+
+    Returns:
+        By the name of the text a Perplexity: `ppl`, `nll` in nats a token, `windows`, `tokens`, `seq_len`.
+
+    Example:
+        >>> found = mxrot.evaluate("smollm2-hadamard", text="demo", windows=2, seq_len=512)
+        >>> found["demo"].tokens  # every token of a window but its first is scored
+        1022
     """
     with shown_progress(progress, "Evaluating") as told:
         read = read_texts(model, text, tokenizer=tokenizer, windows=windows, seq_len=seq_len, progress=told)
@@ -257,9 +313,31 @@ def diverge(
     device: str | None = None,
     progress: ProgressOption = None,
 ) -> dict[str, Divergence]:
-    """How far `model` is from `original` on each text, by the text's name; both are on the device at once.
+    """Measure how far a quantized model is from the original, token by token.
 
-    Models that are passed themselves need their `tokenizer`.
+    Both models are on the device at once.
+
+    Args:
+        model: A checkpoint or a loaded model.
+        original: What it was made from.
+        text: A text, or several, as docs/text.md lists them.
+        tokenizer: That of loaded models.
+        windows: Windows of each text at most; by default all.
+        seq_len: Tokens a window.
+        device: Where to compute, by default the GPU if there is one.
+        progress: As for `quantize`.
+
+    Returns:
+        By the name of the text a Divergence: `kl` in nats a token, `agreement` of the top token, both perplexities and
+        their difference, each with its standard error over windows.
+
+    Raises:
+        ConfigError: The two have different vocabularies.
+
+    Example:
+        >>> found = mxrot.diverge("smollm2-hadamard", "demo", windows=2, seq_len=512)
+        >>> found["demo"].kl > 0
+        True
     """
     with shown_progress(progress, "Evaluating") as told:
         texts = texts_or_windows(text)
@@ -286,10 +364,23 @@ def evaluate_tasks(
     device: str | None = None,
     progress: ProgressOption = None,
 ) -> dict[str, TaskScore]:
-    """Scores in tasks of lm-eval, by their names; needs `pip install 'mxrot[tasks]'`.
+    """Score a model in tasks of lm-evaluation-harness; needs `pip install 'mxrot[tasks]'`.
 
-    The tasks' data are those of the hub, or of the folder `data`; `limit` takes the first examples of each. A model
-    that is passed itself needs its `tokenizer`.
+    Args:
+        model: A checkpoint, an original, or a loaded model.
+        tasks: Names of tasks.
+        tokenizer: That of a loaded model.
+        data: A folder with the data of the tasks (docs/tasks.md); by default they come from the hub.
+        limit: Only the first examples of each task.
+        batch_size: Requests that pass through the model at once.
+        device: Where to compute, by default the GPU if there is one.
+        progress: As for `quantize`.
+
+    Returns:
+        By the name of the task a TaskScore: its metrics, each with its standard error.
+
+    Example:
+        >>> scores = mxrot.evaluate_tasks("smollm2-hadamard", ["piqa"], limit=100)  # doctest: +SKIP
     """
     with shown_progress(progress, "Evaluating") as told:
         loaded = load_tasks([tasks] if isinstance(tasks, str) else tasks, None if data is None else Path(data))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TextStreamer
 
 from mxrot.errors import ConfigError
 from mxrot.models.positions import position_count as position_count
@@ -14,13 +15,63 @@ from mxrot.text import Reader, check_ids, lone_surrogate
 from mxrot.tokenizing import reader_for
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from its probabilities; greedy where `temperature` is 0."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    """The smallest set of tokens whose probabilities sum to this is drawn from."""
+    top_k: int = 0
+    """So many of the most probable tokens at most; 0 for all."""
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """What transformers' `generate` takes."""
+        if not self.temperature:
+            return {"do_sample": False}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+
+
+GREEDY = Sampling()
+
+
+def chat_ids(question: str, system: str | None, reader: Reader) -> Tensor:
+    """The tokens of a question as the chat template of the tokenizer puts it, int64 [1, T], ready for the answer.
+
+    ConfigError if the tokenizer has no template, if the template refuses, or as `prompt_ids`.
+    """
+    for text in (question, system or ""):
+        _check_text(text)
+    if not getattr(reader.tokenizer, "chat_template", None):
+        raise ConfigError("--chat: the tokenizer has no chat template; leave --chat out to continue the prompt as text")
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    turns.append({"role": "user", "content": question})
+    try:
+        ids = reader.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except Exception as error:  # a template is a program of the model's: it raises what it likes
+        raise ConfigError(f"--chat: the chat template refuses this ({str(error)[:200]})") from error
+    found = torch.tensor([ids], dtype=torch.int64)
+    check_ids(found, "the prompt", reader)
+    return found
+
+
+def _check_text(prompt: str) -> None:
+    if (half := lone_surrogate(prompt)) is not None:
+        raise ConfigError(f"the prompt holds {half}, which is no character; is the terminal set to UTF-8?")
+
+
 def prompt_ids(prompt: str, reader: Reader) -> Tensor:
     """The tokens of a prompt, int64 [1, T]; of an empty one the token that begins a text.
 
     ConfigError if there is no such token, if the prompt is no text, or if a token is beyond the embedding.
     """
-    if (half := lone_surrogate(prompt)) is not None:
-        raise ConfigError(f"the prompt holds {half}, which is no character; is the terminal set to UTF-8?")
+    _check_text(prompt)
     ids = reader.tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         begin = reader.start if reader.start is not None else getattr(reader.tokenizer, "bos_token_id", None)
@@ -43,16 +94,31 @@ def new_tokens(config: Any, prompt_tokens: int, wanted: int) -> int:
 
 
 @torch.no_grad()
-def continue_prompt(model: PreTrainedModel, tokenizer: Any, ids: Tensor, count: int) -> str:
-    """A greedy continuation of the tokens [1, T] by at most `count`, without them."""
-    ids = ids.to(next(model.parameters()).device)
-    output = cast(Any, model).generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=count,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+def continue_prompt(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    ids: Tensor,
+    count: int,
+    sampling: Sampling = GREEDY,
+    streams: bool = False,
+) -> str:
+    """A continuation of the tokens [1, T] by at most `count`, without them; `streams` prints it word by word, too.
+
+    Sampling draws from torch's generator of the device, seeded here; its state is as before afterwards.
+    """
+    device = next(model.parameters()).device
+    ids = ids.to(device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        output = cast(Any, model).generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=streamer,
+            **sampling.options(),
+        )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 

@@ -45,7 +45,14 @@ Accumulation = Literal["exact", "fast"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize a model."""
+    """How to quantize a model: formats, a transform, a rounding and a calibration.
+
+    Example:
+        >>> recipe = mxrot.Recipe.load("duquant++").changed({"transform.sharing": "block"})
+        >>> recipe.sharing
+        'block'
+        >>> text = recipe.to_toml()  # what `mxrot quantize --recipe FILE` reads
+    """
 
     name: str
     weights: QuantizerChoice
@@ -298,6 +305,25 @@ class Recipe:
         return write_toml(table)
 
     @staticmethod
+    def load(name_or_file: str | Path) -> Recipe:
+        """Read a recipe.
+
+        Args:
+            name_or_file: A built-in name, as `mxrot recipes` lists them, or a TOML file.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            ConfigError: There is none of that name, or the file holds none.
+
+        Example:
+            >>> mxrot.Recipe.load("mxrot").calibration.samples
+            128
+        """
+        return load_recipe(name_or_file)
+
+    @staticmethod
     def from_toml(text: str, where: str) -> Recipe:
         """The recipe in `text`; ConfigError, with `where`, on anything that is not one."""
         try:
@@ -335,10 +361,23 @@ class Recipe:
         return Recipe(**built)
 
     def changed(self, changes: dict[str, Any]) -> Recipe:
-        """This recipe with some keys set, e.g. {"transform.sharing": "block", "weights.rule": "mse"}.
+        """Set some keys; the recipe itself stays as it is.
 
         A section set to "none" is taken out: {"activations": "none"}; so are all overrides: {"override": "none"}.
         A new method starts from its own defaults; other keys of its section may be set along with it, in any order.
+
+        Args:
+            changes: Dotted keys and values, as in {"transform.sharing": "block", "weights.rule": "mse"}.
+
+        Returns:
+            Another recipe.
+
+        Raises:
+            ConfigError: A key or value that recipes do not have.
+
+        Example:
+            >>> mxrot.Recipe.load("rtn").changed({"activations": "none"}).activations is None
+            True
         """
         table = tomllib.loads(self.to_toml())
         for dotted in sorted(changes, key=lambda dotted: not dotted.endswith(".method")):

@@ -1,3 +1,3 @@
-"""The version of mxrot. pyproject.toml takes it from here, and so do CITATION.cff's test and run.json."""
+"""The version of mxrot. pyproject.toml takes it from here, and so does run.json."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

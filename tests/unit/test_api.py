@@ -48,7 +48,7 @@ def refused(kind: type[MxrotError], message: str, model: object, chosen: object 
 
 def test_the_public_names() -> None:
     assert sorted(mxrot.__all__) == [
-        *("MxrotConfig", "QTensor", "Recipe", "diverge", "evaluate", "evaluate_tasks", "load", "quantize"),
+        *("MxrotConfig", "QTensor", "Recipe", "diverge", "evaluate", "evaluate_tasks", "load", "progress", "quantize"),
     ]
     assert all(getattr(mxrot, name) is not None for name in mxrot.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

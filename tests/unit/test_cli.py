@@ -34,7 +34,7 @@ from mxrot.recipe_files import builtin_recipes
 HELP = ["-h", "--help"]
 OPTIONS = {
     "quantize": [
-        *("model", "-o", "--output", "-r", "--recipe", "--set", "--calib", "--samples", "--seq-len", "--seed"),
+        *("model", "-o", "--output", "-r", "--recipe", "--for", "--set", "--calib", "--samples", "--seq-len", "--seed"),
         *("--revision", "--device", "--force", "--resume", "--json", "--time-limit", "--metrics", "--tensorboard"),
     ],
     "eval": [
@@ -54,20 +54,23 @@ OPTIONS = {
         *("--revision", "--device", "--json", "--plot"),
     ],
     "inspect": [
-        *("model", "--text", "--windows", "--seq-len", "--kernels", "--revision", "--device", "--verify", "--json"),
+        *("model", "--text", "--windows", "--seq-len", "--kernels", "--top", "--sort"),
+        *("--revision", "--device", "--verify", "--json"),
     ],
     "plan": [
-        *("model", "-r", "--recipe", "--set", "--samples", "--seq-len", "--gpu-memory", "--processes"),
+        *("model", "-r", "--recipe", "--for", "--set", "--samples", "--seq-len", "--gpu-memory", "--processes"),
         *("--rates", "--revision", "--device", "--json"),
     ],
     "generate": [
         *("model", "prompt", "--max-tokens", "--kv", "--kv-transform", "--kv-first", "--kv-last", "--calib"),
+        *("--chat", "--system", "--temperature", "--top-p", "--top-k", "--seed", "--stream"),
         *("--revision", "--device", "--verify"),
     ],
     "serve": [
         *("model", "more", "--program", "--stock", "--tensor-parallel", "--max-len", "--dry-run"),
         *("--revision", "--verify"),
     ],
+    "push": ["model", "repository", "--private", "--message", "--dry-run"],
     "export": ["model", "--to", "-o", "--output", "--force", "--verify", "--json"],
     "recipes": ["name", "--defaults"],
     "report": [
@@ -412,7 +415,7 @@ def test_inspect_a_model_and_a_checkpoint(folders: dict[str, str], tmp_path: Pat
     assert list(found) == ["model", "sites", "blocks", "size", "quantizers", "attention", "cache"]
     assert found["quantizers"] == {"weights mxfp4 even, inputs mxfp4 even": 14}
     assert "14 linears: weights mxfp4 even, inputs mxfp4 even" in shown
-    assert "model.layers.1.mlp.down_proj" in shown
+    assert "│ 1.mlp.down_proj" in shown and "model.layers" not in shown
     assert f"{found['blocks'][1]['linears'][-1]['output_error']:.4f}" in shown
     shown = run("inspect", folders["checkpoint"], *options, "--kernels", "--device", "cpu").stdout
     assert "What computes the linears" in shown
@@ -468,7 +471,7 @@ def test_plan_of_a_folder_and_of_a_config_alone(folders: dict[str, str], tmp_pat
                 "cache",
                 "memory",
             ),
-            *("text_spread", "disk", "seconds", "vllm", "versions"),
+            *("text_spread", "disk", "seconds", "vllm", "versions", "verdict"),
         ]
         assert (found["model"], found["windows"], found["refused"]) == (model, [2, 32], [])
         assert "nothing would be refused" in result.stdout and "4.250 bits" in result.stdout

@@ -26,9 +26,11 @@ def test_the_version_stands_in_one_place() -> None:
     assert PROJECT["project"]["dynamic"] == ["version"]
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "mxrot.version.__version__"}
     citation = read(ROOT / "CITATION.cff")
-    assert citation["version"] == mxrot.__version__ and re.fullmatch(r"\d+\.\d+\.\d+", mxrot.__version__)
+    assert "version" not in citation and re.fullmatch(r"\d+\.\d+\.\d+", mxrot.__version__)
     assert citation["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= citation.keys()
-    assert f"## [{mxrot.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    releases = re.findall(r"^## \[(.+?)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert releases[0][0] == mxrot.__version__ and releases[-1][0] == "0.1.0"
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in releases[1:])
 
 
 def test_the_addresses_are_those_of_one_repository() -> None:

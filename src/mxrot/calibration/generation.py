@@ -229,7 +229,7 @@ def _next_tokens(
     for end in _end_tokens(model):
         probabilities[:, end : end + 1] *= may_end
     reached = probabilities.cumsum(dim=-1)
-    # The first token whose sum lies beyond the drawn share: never one without a chance.
+    # The first token whose sum lies beyond the drawn share: never one of probability 0.
     found = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)[:, 0]
     return found.clamp(max=probabilities.shape[-1] - 1)
 

@@ -19,15 +19,28 @@ from mxrot.errors import DiskFullError
 
 MOST_REMEMBERED = {"cpu": 1 << 28, "cuda": 1 << 31}
 """Bytes of a norm's outputs, and of a site's inputs, that are kept for a later pass; the rest is computed anew."""
-MOST_ON_DEVICE = {"cuda": 1 << 30}
-"""Bytes of the states between two blocks that stay on the device between passes, and submodules' outputs with them.
-Above, host memory keeps both: the copies take less time than what is computed with them, by far."""
-
 KEPT_TIMES = 6
 """The states of one point of a model wait up to so many times: of the quantized model and of the original, each with
 the outputs of its attention and its MLP."""
+MOST_ON_DEVICE = {"cuda": 1 << 30}
+"""Bytes of the states between two blocks that stay on a GPU of any size between passes, and submodules' outputs with
+them."""
+SHARE_OF_DEVICE = 1 / 5
+"""Of a GPU's memory, that these states may take, all times together. Above both bounds host memory keeps them: the
+copies take less time than what is computed with them, but page-locked memory takes long to be had."""
 MOST_OF_HOST = 0.5
 """Of the main memory that can be had; what takes more lies on disk."""
+
+
+def most_on_device(kind: str, memory: float | None) -> float:
+    """Bytes of the states between two blocks that stay on a device of this type, which has so much memory."""
+    always = MOST_ON_DEVICE.get(kind, math.inf)
+    return always if memory is None else max(always, SHARE_OF_DEVICE * memory / KEPT_TIMES)
+
+
+def memory_of(device: torch.device) -> float | None:
+    """Bytes that a GPU has; None for another device."""
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
 def on_disk(size: float, available: float) -> bool:
@@ -60,7 +73,7 @@ class Placement:
         On disk, in the folder of temporary files ($TMPDIR), where host memory is too small for them. DiskFullError if
         there is no room for them.
         """
-        is_on_host = size > MOST_ON_DEVICE.get(device.type, math.inf)
+        is_on_host = size > most_on_device(device.type, memory_of(device))
         waits_on_host, available = is_on_host or device.type == "cpu", available_memory()
         if not waits_on_host or available is None or not on_disk(size * processes, available):
             return Placement(device, is_on_host)

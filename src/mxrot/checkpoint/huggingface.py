@@ -70,9 +70,14 @@ class CheckpointConfig(QuantizationConfigMixin):
 
 
 class MxrotConfig(QuantizationConfigMixin):
-    """`from_pretrained(..., quantization_config=MxrotConfig("hadamard"))`: quantize a model when it has been loaded.
+    """Quantizes a model when transformers has loaded it, for `from_pretrained(..., quantization_config=...)`.
 
-    For recipes that need no text; ConfigError for others, and for what no checkpoint can hold.
+    Args:
+        recipe: A recipe that needs no text, or its name. ConfigError for others, and for what no checkpoint can hold.
+
+    Example:
+        >>> config = mxrot.MxrotConfig("hadamard")
+        >>> model = transformers.AutoModelForCausalLM.from_pretrained("original", quantization_config=config)
     """
 
     def __init__(self, recipe: str | Recipe = "hadamard") -> None:

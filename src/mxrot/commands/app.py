@@ -18,6 +18,7 @@ from mxrot.commands.generate import generate
 from mxrot.commands.inspect import inspect
 from mxrot.commands.options import KEPT
 from mxrot.commands.plan import plan
+from mxrot.commands.push import push
 from mxrot.commands.quantize import quantize
 from mxrot.commands.recipes import recipes
 from mxrot.commands.report import report
@@ -87,6 +88,6 @@ def every(version: Version = False) -> None:
 
 app.command()(quantize)
 app.command("eval")(evaluate)
-for command in (compare, search, inspect, plan, report, generate, serve, export, recipes, demo):
+for command in (compare, search, inspect, plan, report, generate, serve, export, push, recipes, demo):
     app.command()(command)
 app.add_typer(benchmarks, name="bench")

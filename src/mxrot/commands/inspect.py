@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mxrot.commands.lines import say
 from mxrot.commands.options import (
     Device,
     Json,
@@ -19,6 +20,7 @@ from mxrot.commands.options import (
     with_revision,
     write_json,
 )
+from mxrot.commands.order import check_sort, first_errors, first_sites
 
 
 def inspect(
@@ -27,12 +29,19 @@ def inspect(
     windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of it")] = 4,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 512,
     kernels: Annotated[bool, typer.Option("--kernels", help="Also which kernel computes each linear, and why")] = False,
+    top: Annotated[int | None, typer.Option("--top", min=1, metavar="N", help="Lines of each table at most")] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option("--sort", metavar="KEY", help="Column, largest first: ratio, largest, median, weights, output"),
+    ] = None,
     revision: Revision = None,
     device: Device = None,
     verify: Verify = None,
     json_file: Json = None,
 ) -> None:
     """Outliers in the inputs of each site; errors of a checkpoint."""
+    key = sort or ("model" if top is None else "ratio")
+    check_sort(key)
     from mxrot import api
     from mxrot.checkpoint import has_run, is_checkpoint, read_run
     from mxrot.evaluation import attention_operands, cache_schemes, kernel_choices, quantizers, site_maxima
@@ -62,23 +71,25 @@ def inspect(
         read = api.read_texts(model, loaded, windows=windows, seq_len=seq_len, progress=told)
         told(0, 1, f"opening {model}")
         opened, folder = api.open_model(model, device, verify)
-        sites = site_maxima(opened, find_family(opened.config, model), read[0].ids, progress=told)
-    show(maxima_table(sites))
+        family = find_family(opened.config, model)
+        sites = site_maxima(opened, family, read[0].ids, progress=told)
+    prefix = f"{family.blocks}."
+    show(maxima_table(first_sites(sites, key, top, prefix)))
     print_texts([part.as_table() for part in read])
     result: dict[str, Any] = {"model": model, "sites": [{**vars(site), "ratio": site.ratio} for site in sites]}
     if is_checkpoint(folder) and has_run(folder):
         run = read_run(folder)
-        show(errors_table(run["blocks"]))
-        print(size_line(run["size"]))
+        show(errors_table(first_errors(run["blocks"], key, top, prefix)))
+        say(size_line(run["size"]))
         linears = quantizers(opened)
         for spelled, count in linears.items():
-            print(f"{count} linears: {spelled}")
+            say(f"{count} linears: {spelled}")
         attention = attention_operands(opened)
         for spelled, count in attention.items():
-            print(f"attention of {count} decoder blocks: {spelled}")
+            say(f"attention of {count} decoder blocks: {spelled}")
         cache = cache_schemes(opened)
         for spelled, count in cache.items():
-            print(f"cache of {count} decoder blocks: {spelled}")
+            say(f"cache of {count} decoder blocks: {spelled}")
         lines = (
             changes_line,
             left_line,
@@ -91,7 +102,7 @@ def inspect(
             experts_line,
         )
         for line in filter(None, (said(run) for said in lines)):
-            print(line)
+            say(line)
         result |= {"blocks": run["blocks"], "size": run["size"], "quantizers": linears, "attention": attention}
         result |= {"cache": cache}
     if kernels:

@@ -12,6 +12,7 @@ import typer
 
 from mxrot import interrupts
 from mxrot.commands.completion import complete_recipe
+from mxrot.commands.lines import say
 from mxrot.errors import ConfigError
 from mxrot.nearest import brief
 from mxrot.tables import key_and_value
@@ -29,6 +30,7 @@ RecipeOption = Annotated[
 RECIPES_HELP = "Names or TOML files, comma-separated"
 Recipes = Annotated[str, typer.Option("--recipes", help=RECIPES_HELP, autocompletion=complete_recipe)]
 TEXT = "demo, a file, a folder, a data set of the hub, each as NAME=TEXT"
+DEFAULT_RECIPE = "mxrot"
 Calib = Annotated[
     list[str], typer.Option("--calib", metavar="TEXT", help="Calibration text, repeatable, with a weight as in FILE@2")
 ]
@@ -49,6 +51,10 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the firs
 CHANGES_HELP = "Change a recipe key, repeatable, e.g. transform.sharing=block"
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=CHANGES_HELP)]
 
+Purpose = Annotated[
+    str | None, typer.Option("--for", metavar="PROGRAM", help="Pick the recipe that this program runs: vllm")
+]
+
 KEPT = "mxrot.kept"
 """Where a command says, in the context's meta, what an interrupt leaves behind."""
 
@@ -58,6 +64,25 @@ def chosen_recipe(name: str, changes: list[str]) -> Any:
     from mxrot.recipe import load_recipe
 
     return load_recipe(name).changed(dict(key_and_value(text, "--set") for text in changes))
+
+
+def recipe_name(recipe: str, purpose: str | None, model: str) -> str:
+    """The recipe of `--recipe`, or the one that `--for` picks, which is said."""
+    if purpose is None:
+        return recipe
+    from mxrot.nearest import not_known
+
+    if purpose != "vllm":
+        raise ConfigError(f"--for: {not_known('program', purpose, ['vllm'])}")
+    if recipe != DEFAULT_RECIPE:
+        raise ConfigError(f"--for vllm: picks the recipe; leave --recipe {recipe} out, or --for")
+    from mxrot.models import find_config
+    from mxrot.planning.servable import recipe_for_vllm
+
+    picked = recipe_for_vllm(model, find_config(model))
+    for line in picked.lines:
+        say(line)
+    return picked.recipe
 
 
 def with_revision(model: str, revision: str | None) -> str:
@@ -165,7 +190,7 @@ def print_texts(tables: list[dict[str, Any]]) -> None:
     from mxrot.report import text_lines
 
     for line in text_lines(tables):
-        print(line)
+        say(line)
 
 
 def check_device(device: str | None) -> None:

@@ -7,16 +7,20 @@ from typing import Annotated
 
 import typer
 
+from mxrot.commands.lines import say
 from mxrot.commands.options import (
+    DEFAULT_RECIPE,
     Changes,
     Device,
     Json,
     Model,
+    Purpose,
     RecipeOption,
     Revision,
     Samples,
     chosen_recipe,
     prepare,
+    recipe_name,
     show,
     with_revision,
     write_json,
@@ -29,7 +33,8 @@ MOST_MEMORY = 1_000_000
 
 def plan(
     model: Model = "demo",
-    recipe: RecipeOption = "mxrot",
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    purpose: Purpose = None,
     changes: Changes = [],  # noqa: B006
     samples: Samples = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
@@ -55,21 +60,25 @@ def plan(
     from mxrot import api
     from mxrot.models import find_config
     from mxrot.planning import Machine, OtherRates, make_plan
+    from mxrot.planning.fits import verdict
     from mxrot.report import plan_report
 
     if gpu_memory is not None and gpu_memory > MOST_MEMORY:
         raise ConfigError(f"--gpu-memory {gpu_memory}: is in GB, at most {MOST_MEMORY}")
-    chosen = chosen_recipe(recipe, changes)
+    chosen_recipe(recipe, changes)  # what is wrong there is found first
     model = with_revision(model, revision)
     prepare(model, device, json_file, gets_weights=False)
+    chosen = chosen_recipe(recipe_name(recipe, purpose, model), changes)
     other = None if rates is None else OtherRates.read(rates)
     machine = Machine(torch.device(device or api.default_device()), gpu_memory and 1e9 * gpu_memory, other)
     made = make_plan(model, find_config(model), chosen, machine, samples, seq_len, processes)
     for piece in plan_report(made):
         if isinstance(piece, str):
-            print(piece)
+            say(piece)
         else:
             show(piece)
-    write_json(json_file, made.as_table())
+    line = verdict(made, machine)
+    say(line)
+    write_json(json_file, made.as_table() | {"verdict": line.removeprefix("verdict: ")})
     if made.problems:
         raise typer.Exit(1)

@@ -9,12 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from mxrot.commands.lasting import Metrics, TensorBoard, TimeLimitOption, chosen_limit, chosen_watch
+from mxrot.commands.lines import say
 from mxrot.commands.options import (
+    DEFAULT_RECIPE,
     Calib,
     Changes,
     Device,
     Json,
     Model,
+    Purpose,
     RecipeOption,
     Revision,
     Samples,
@@ -23,6 +26,7 @@ from mxrot.commands.options import (
     loaded_texts,
     prepare,
     print_texts,
+    recipe_name,
     where,
     with_revision,
     write_json,
@@ -35,7 +39,8 @@ from mxrot.shell import command, is_utf8
 def quantize(
     model: Model = "demo",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write")] = Path("mxrot-output"),
-    recipe: RecipeOption = "mxrot",
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    purpose: Purpose = None,
     changes: Changes = [],  # noqa: B006 (typer copies it)
     calib: Calib = ["demo"],  # noqa: B006
     samples: Samples = None,
@@ -56,8 +61,8 @@ def quantize(
     from mxrot.progress.display import HEARTBEAT_SECONDS
     from mxrot.ranks import joined
 
-    chosen = chosen_recipe(recipe, changes)
     model = with_revision(model, revision)
+    chosen = chosen_recipe(recipe_name(recipe, purpose, model), changes)
     if not is_utf8(output):
         raise ConfigError(
             f"--output {output}: the name is not UTF-8, and no reader of tokenizers takes it; give another one"
@@ -107,16 +112,16 @@ def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
         tuning_line,
     )
 
-    print(f"{output}: {len(run['blocks'])} blocks with {recipe} in {run['seconds']:.1f} s")
-    print(size_line(run["size"]))
+    say(f"{output}: {len(run['blocks'])} blocks with {recipe} in {run['seconds']:.1f} s")
+    say(size_line(run["size"]))
     lines = left_line, recipe_line, rank_line, rotation_line, choice_line, sites_choice_line, tuning_line, experts_line
     for line in filter(None, (line_of(run) for line_of in lines)):
-        print(line)
+        say(line)
     print_texts((run["data"] or {}).get("texts", []))
     if run["peak_gpu_bytes"] is not None:
-        print(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
+        say(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
     next_ones = command("mxrot", "eval", output), command("mxrot", "generate", output, "Once upon a time")
-    print(f"next: {'    '.join(next_ones)}")
+    say(f"next: {'    '.join(next_ones)}")
 
 
 def _calibration(recipe: Any, samples: int | None, seq_len: int | None) -> str:

@@ -16,7 +16,15 @@ from mxrot.formats.parts import Parts
 
 @dataclass(frozen=True)
 class QTensor:
-    """Blocks along the last dimension; K is a multiple of the block."""
+    """A quantized tensor: blocks along the last dimension; K is a multiple of the block.
+
+    Example:
+        >>> from mxrot.formats import get_format, quantize
+        >>> format = get_format("mxfp4")
+        >>> q = quantize(torch.tensor([1.0, -0.4, 6.0, 0.1] * 8), format, format.rule("even"))
+        >>> q.dequantize()[:4].tolist()
+        [1.0, -0.5, 6.0, 0.0]
+    """
 
     codes: Tensor
     """uint8 [..., K], one code a byte."""

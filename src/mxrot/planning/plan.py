@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mxrot.calibration.placement import on_disk
+from mxrot.calibration.placement import memory_of, on_disk
 from mxrot.calibration.spreading import Room, Spread, room_here
 from mxrot.calibration.writing_sizes import WRITING
 from mxrot.checkpoint import check_exportable
@@ -56,6 +56,10 @@ class Machine:
     def free_on_gpu(self) -> float | None:
         """Bytes; None where no GPU is known."""
         return free_memory(self.device) if self.gpu_bytes is None else self.gpu_bytes
+
+    def memory_of_gpu(self) -> float | None:
+        """Bytes that the GPU has, free or not; None where no GPU is known."""
+        return memory_of(self.device) if self.gpu_bytes is None else self.gpu_bytes
 
     def room(self, wanted: float, processes: int) -> Room | None:
         """For a model that takes the bytes `wanted`; None where no GPU is known. Of a GPU that is not here each process
@@ -261,7 +265,8 @@ def _summarized(problems: list[MxrotError], family: Family) -> list[str]:
 
 
 def _with_room(run: Run, machine: Machine, processes: int) -> Run:
-    """The run, and the room that there is for the original model as a whole."""
+    """The run, and the room that there is for its states, and for the original model as a whole."""
+    run = replace(run, gpu_memory=machine.memory_of_gpu())
     if not machine.computes_on_gpu or not run.recipe.runs_whole_original:
         return run
     wanted = replace(run, device="cuda").writing.on_one_device if run.recipe.writes_text else 0.0

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from mxrot.calibration.executor import HELD
-from mxrot.calibration.placement import MOST_ON_DEVICE, MOST_REMEMBERED
+from mxrot.calibration.placement import MOST_REMEMBERED, most_on_device
 from mxrot.calibration.spreading import Room, Spread, spread_over
 from mxrot.calibration.writing_sizes import WritingSizes
 from mxrot.errors import ConfigError
@@ -35,6 +35,8 @@ class Run:
     """In memory, for `compare`, instead of being written to a folder block by block."""
     room: Room | None = None
     """On GPUs and beside them, to spread the model that writes text over; None where that is unknown."""
+    gpu_memory: float | None = None
+    """Bytes that a GPU has; None where that is unknown."""
 
     @property
     def itemsize(self) -> int:
@@ -130,7 +132,7 @@ class Run:
     @property
     def is_on_host(self) -> bool:
         """Do the states between blocks, and the outputs of attention and MLP, wait in main memory beside a GPU?"""
-        return self.is_gpu and self.stream_bytes > MOST_ON_DEVICE["cuda"]
+        return self.is_gpu and self.stream_bytes > most_on_device("cuda", self.gpu_memory)
 
     @property
     def model_bytes(self) -> float:

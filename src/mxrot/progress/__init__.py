@@ -1,12 +1,36 @@
-"""How long work tells how far it is."""
+"""How long work tells how far it is.
+
+`mxrot.progress.bar` shows it: pass what it yields as `progress=` to as many functions as you like.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib import import_module
 
 Progress = Callable[[float, int, str], None]
 """Told (done, total, what is being done). `done` has a fraction where a step takes long; a phase of the work begins
 where `done` goes back or `total` changes. A phase of one step tells only what it is: (0, 1, "opening the model")."""
+
+
+def bar(title: str) -> AbstractContextManager[Progress]:
+    """Show progress on standard error: a bar with the time to go in a terminal, a bar that changes in a notebook, a
+    line now and then in a file.
+
+    Args:
+        title: What is done, in front of the bar.
+
+    Returns:
+        A context manager. It yields a function to be told (done, total, what), which is what `progress=` takes.
+
+    Example:
+        >>> with mxrot.progress.bar("Two recipes") as told:
+        ...     for name in ("rtn", "hadamard"):
+        ...         model = mxrot.quantize("demo", name, progress=told)
+    """
+    shown: AbstractContextManager[Progress] = import_module("mxrot.progress.display").progress_on_stderr(title)
+    return shown
 
 
 def silent(done: float, total: int, what: str) -> None:

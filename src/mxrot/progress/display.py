@@ -1,5 +1,5 @@
 """Progress of long work, on standard error: a bar with the time to go, on no terminal a line now and then, and in a
-notebook a line that changes.
+notebook a line with a bar that changes.
 
 Work has phases, each with its own total. A phase begins where the count goes back or the total changes; the
 time to go is that of the phase. Work that says nothing for a while, as the opening of a model, still shows that it
@@ -31,6 +31,8 @@ HEARTBEAT_SECONDS = 60.0
 """At least, between two lines of work that may last a day."""
 SECONDS_BETWEEN_CHANGES = 0.5
 """Of a line in a notebook."""
+BAR_WIDTH = 20
+"""Of a bar, in characters."""
 
 Place = Literal["terminal", "notebook", "file"]
 ProgressOption = Progress | bool | None
@@ -78,7 +80,7 @@ def _bar(console: Console, title: str, task: str) -> Iterator[Progress]:
         rich.progress.TextColumn(
             "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
         ),
-        rich.progress.BarColumn(bar_width=20),
+        rich.progress.BarColumn(bar_width=BAR_WIDTH),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
         _TimeToGo(pace),
@@ -177,7 +179,8 @@ class _Lines:
         left = pace.seconds_to_go(now)
         to_go = passed if left is None else f", {duration(left)} to go"
         what = f" ({pace.what})" if pace.what else ""
-        return f"{self._title}: {int(pace.done + 1e-6)} of {pace.total}{what}{self._rate(now)}{to_go}"
+        drawn = f"{_drawn(pace.done / pace.total)} " if self._in_place else ""
+        return f"{self._title}: {drawn}{int(pace.done + 1e-6)} of {pace.total}{what}{self._rate(now)}{to_go}"
 
     def _rate(self, now: float) -> str:
         """Of what is counted, where it has a name."""
@@ -186,6 +189,12 @@ class _Lines:
         if rate is None or not isinstance(what, Counted):
             return ""
         return f", {rate:{'.0f' if rate >= 100 else '.3g'}} {what.unit} an hour"
+
+
+def _drawn(share: float) -> str:
+    """A bar of BAR_WIDTH characters."""
+    full = int(BAR_WIDTH * min(1.0, share) + 1e-6)
+    return "█" * full + "░" * (BAR_WIDTH - full)
 
 
 def _place() -> Place:

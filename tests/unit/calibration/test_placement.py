@@ -37,6 +37,7 @@ def test_a_file_without_a_name_holds_the_same_bits(folder: Path, dtype: torch.dt
 
 def test_what_takes_more_than_half_of_the_memory_lies_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "available_memory", lambda: 1e6)
+    monkeypatch.setattr(placement, "memory_of", lambda device: None if device.type == "cpu" else 24e9)
     most = int(MOST_OF_HOST * 1e6 / KEPT_TIMES)
     assert Placement.of_states(CPU, most) == Placement(CPU)
     assert Placement.of_states(CPU, most + 1) == Placement(CPU, True, folder)
@@ -44,6 +45,15 @@ def test_what_takes_more_than_half_of_the_memory_lies_on_disk(folder: Path, monk
     assert Placement.of_states(torch.device("cuda"), most + 1) == Placement(torch.device("cuda"))  # stays on the GPU
     monkeypatch.setattr(placement, "available_memory", lambda: None)
     assert Placement.of_states(CPU, 10 * most) == Placement(CPU)
+
+
+def test_states_stay_on_a_gpu_that_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of its memory holds them six times; on any GPU 1 GiB of them stay."""
+    device = torch.device("cuda")
+    for memory, most in ((150e9, 5_000_000_000), (24e9, 2**30)):
+        monkeypatch.setattr(placement, "memory_of", lambda _, memory=memory: memory)
+        assert Placement.of_states(device, most) == Placement(device)
+        assert Placement.of_states(device, most + 1).is_on_host
 
 
 def test_a_disk_without_room_is_told_before_anything_is_computed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,8 @@ def test_who_is_shown_what(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys
         clock.now += 1
         function(1, 3, "a")
     shown = capsys.readouterr().err
-    assert shown == "\rWork: 0 of 3 (long)\rWork: 1 of 3 (a), 2 s to go\n"
+    empty, third = "░" * 20, "█" * 6 + "░" * 14
+    assert shown == f"\rWork: {empty} 0 of 3 (long)\rWork: {third} 1 of 3 (a), 2 s to go\n"
 
 
 def test_what_will_be_done_is_said_once_there_is_something_to_tell(

@@ -61,9 +61,9 @@ def _divergence(
         mask = start + lanes < width
         expected = tl.load(expected_pointer + start + lanes, mask=mask, other=0.0).to(tl.float32) - norm_expected
         found = tl.load(found_pointer + start + lanes, mask=mask, other=0.0).to(tl.float32) - norm_found
-        chance = tl.exp(expected)
-        loss += tl.where(mask, chance * (expected - found), 0.0)
-        gradient = tl.exp(found) - chance
+        probability = tl.exp(expected)
+        loss += tl.where(mask, probability * (expected - found), 0.0)
+        gradient = tl.exp(found) - probability
         tl.store(gradient_pointer + start + lanes, gradient.to(gradient_pointer.dtype.element_ty), mask=mask)
     tl.store(loss_pointer + row, tl.sum(loss, axis=0))
 
