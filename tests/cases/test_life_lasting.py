@@ -72,7 +72,7 @@ def test_a_time_limit_stops_after_a_block(
         assert line.startswith(
             f"mxrot: stopped after block {number} of 3, by the time limit of 90 min, of which 0.0 s are"
         )
-        assert line.endswith(f"kept in {out}.partial; the same command with --resume goes on from there")
+        assert line.endswith(f"kept in {out}.partial; the same command with --resume continues from there")
         assert len(list((tmp_path / "out.partial").glob("block-*"))) == number and not out.exists()
     with monkeypatch.context() as patched:
         is_short(patched, after=1)  # after the last block there is nothing to stop for
@@ -123,9 +123,9 @@ def test_a_line_tells_of_a_block_what_run_json_does(words: tuple[str, ...], tmp_
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--time-limit", "90"), "--time-limit 90: is no duration"),
-        (("--metrics", "nowhere/lines.jsonl"), "--metrics nowhere/lines.jsonl: there is no folder"),
-        (("--tensorboard", "out/board"), "is in the output folder, which appears at the end"),
+        (("--time-limit", "90"), "--time-limit 90: is not a duration"),
+        (("--metrics", "nowhere/lines.jsonl"), "--metrics nowhere/lines.jsonl: the folder "),
+        (("--tensorboard", "out/board"), "is in the output folder, which is made at the end"),
     ],
 )
 def test_what_cannot_be_is_refused_first(

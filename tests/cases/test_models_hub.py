@@ -131,7 +131,7 @@ def test_a_revision_is_asked_for_and_the_commit_is_recorded(hub: Hub, tmp_path: 
 def test_a_revision_of_what_has_none_is_refused(tmp_path: Path, model: str) -> None:
     folder = write_tiny_model(tmp_path / "tiny")
     line = refused("eval", model.format(folder=folder), "--revision", "main")
-    assert line.startswith("--revision main: is for a hub id")
+    assert line.startswith("--revision main: needs a hub id")
 
 
 def _http(kind: Any, status: int) -> Exception:

@@ -160,5 +160,5 @@ def test_a_card_shows_names_as_they_are(tmp_path: Path) -> None:
 def test_one_name_for_two_things_is_found_before_the_work(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model")
     place = tmp_path / "out"
-    assert "output folder, too" in refused("quantize", model, "-o", place, "--recipe", "rtn", "--json", place)
+    assert "also the output folder" in refused("quantize", model, "-o", place, "--recipe", "rtn", "--json", place)
     assert not place.exists()

@@ -153,8 +153,8 @@ def test_token_ids_need_no_tokenizer(plain: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"bytes", "bytes are no text"),
-        (17, "a int is no text"),
+        (b"bytes", "bytes are not text"),
+        (17, "a int is not a text"),
         ({"one sentence", "another one"}, "a set has no order"),
         ("", "a text without a name"),
         ([1.5, 2.5], "row 1 is not an object"),
@@ -287,7 +287,7 @@ def test_several_texts_share_the_windows_by_weight(plain: Path, tmp_path: Path) 
     heavy = ("--calib", f"{tmp_path / 'a.txt'}@99", *texts[2:], "--samples", 2)
     assert "its share is none of 2 windows" in refused(*command[:4], *heavy, "-o", tmp_path / "none")
     assert "a weight (@3) is for calibration" in refused("eval", plain, "--text", f"{tmp_path / 'a.txt'}@3")
-    assert "two texts are called 'a'" in refused(*command[:4], *texts[:2] * 2)
+    assert "two texts have the name 'a'" in refused(*command[:4], *texts[:2] * 2)
 
 
 def save_to_disk(folder: Path, rows: list[dict[str, Any]], files: int = 2) -> Path:

@@ -282,7 +282,7 @@ def test_eval_tasks_json_and_resume(scorable: dict[str, str], tmp_path: Path, mo
     monkeypatch.setattr(Harness, "_tell", stopped)
     result = call(*command)
     assert result.exit_code == 1 and not table.exists()
-    assert result.stderr.splitlines()[-1].endswith("answers to tasks are kept, and --resume goes on from them")
+    assert result.stderr.splitlines()[-1].endswith("answers to tasks are kept, and --resume continues from them")
     assert len(kept.read_text().splitlines()) == 1 + 8 + 2
     monkeypatch.setattr(Harness, "_tell", tell)
     shown = run(*command, "--resume").stdout
@@ -564,7 +564,7 @@ BAD_INPUT = {
     "set unknown key": (("quantize", "{model}", "--set", "weights.colour=1"), "unknown key 'colour'"),
     "set bad value": (("quantize", "{model}", "-r", "duquant++", "--set", "transform.steps=few"), "transform.steps"),
     "set bad rule": (("quantize", "{model}", "--set", "weights.rule=nosuch"), "nosuch"),
-    "two texts of one name": (("eval", "{model}", "--text", "{text}", "--text", "{text}"), "called 'words'"),
+    "two texts of one name": (("eval", "{model}", "--text", "{text}", "--text", "{text}"), "the name 'words'"),
     "no text": (("eval", "{model}", "--text", "nowhere.txt"), "nowhere.txt"),
     "short text": (("eval", "{model}", "--text", "{short}"), "10 tokens do not fill one window of 2048"),
     "short calibration": (("quantize", "{model}", "-o", "{out}", "--calib", "{short}"), "10 tokens"),
@@ -573,7 +573,7 @@ BAD_INPUT = {
     "not exportable": (("quantize", "{model}", "-o", "{out}", "-r", "duquant++-released"), "log256"),
     "report of a model": (("report", "{model}"), "not a checkpoint written by mxrot"),
     "report into a folder": (("report", "{checkpoint}", "-o", "{parent}"), "is a folder; name the file to write"),
-    "report nowhere": (("report", "{checkpoint}", "-o", "nowhere/page.html"), "there is no folder"),
+    "report nowhere": (("report", "{checkpoint}", "-o", "nowhere/page.html"), "does not exist"),
     "plots into a file": (("report", "{checkpoint}", "--plots", "{short}"), "is a file; give a folder"),
     "results that are none": (("report", "{checkpoint}", "--results", "{short}"), "not JSON"),
     "baseline alone": (("report", "{checkpoint}", "--baseline", "{short}"), "with --results, too"),
@@ -585,8 +585,8 @@ BAD_INPUT = {
         ("eval", "{model}", "--resume", "--tasks", "piqa"),
         "needs --tasks and --json",
     ),
-    "limit of no task": (("eval", "{model}", "--limit", "3"), "--limit: is for --tasks"),
-    "data of no task": (("compare", "{model}", "--task-data", "{parent}"), "--task-data: is for --tasks"),
+    "limit of no task": (("eval", "{model}", "--limit", "3"), "--limit: needs --tasks"),
+    "data of no task": (("compare", "{model}", "--task-data", "{parent}"), "--task-data: needs --tasks"),
     "no task": (("eval", "{model}", "--tasks", ","), "--tasks: name at least one"),
     "output is a file": (("quantize", "{model}", "-o", "{short}", "-r", "rtn"), "is a file"),
 }

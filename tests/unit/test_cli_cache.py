@@ -80,7 +80,7 @@ def test_a_checkpoints_own_cache_is_used_replaced_and_taken_away(folders: dict[s
     own = evaluated(path, folders["cached"], folders)
     assert own["cache"]["scheme"].startswith("keys int4_row_asym")
     result = run("eval", folders["cached"], "--text", folders["text"], *MEASURE, "--kv", "int2", "--json", str(path))
-    assert "--kv int2 hadamard replaces what" in result.stderr and "keys int4_row_asym" in result.stderr
+    assert "--kv int2 hadamard replaces the cache of" in result.stderr and "keys int4_row_asym" in result.stderr
     assert "read through a cache: keys int2_g32_asym" in result.stdout
     other = json.loads(path.read_text())
     without = evaluated(path, folders["cached"], folders, "--kv", "none")
@@ -159,14 +159,17 @@ def test_a_recipes_own_cache_counts_in_a_comparison(folders: dict[str, str], tmp
     ("arguments", "said"),
     [
         (("eval", "{model}", "--kv", "mxpf4"), "--kv: unknown format 'mxpf4'; did you mean 'mxfp4'"),
-        (("eval", "{model}", "--kv", "mxfp4,int4"), "one cache at a time; compare takes several"),
+        (("eval", "{model}", "--kv", "mxfp4,int4"), "only compare takes several"),
         (("eval", "{model}", "--kv", ","), "--kv: names nothing"),
-        (("eval", "{model}", "--kv-transform", "hadamard"), "--kv-transform: is for --kv"),
-        (("eval", "{model}", "--kv-last", "4"), "--kv-last: is for --kv"),
+        (("eval", "{model}", "--kv-transform", "hadamard"), "--kv-transform: needs --kv"),
+        (("eval", "{model}", "--kv-last", "4"), "--kv-last: needs --kv"),
         (("eval", "{narrow}", "--kv", "mxfp4"), "heads are 16 wide, which is not a multiple of 32"),
         (("eval", "{model}", "--kv", "mxfp4", "--kv-transform", "wush"), "--kv-transform: unknown transform 'wush'"),
         (("eval", "{model}", "--kv", "mxfp4", "--kv-transform", "second-moment"), "name one with --calib"),
-        (("eval", "{model}", "--kv", "mxfp4", "--calib", "{text}"), "--calib: is for --kv-transform second-moment"),
+        (
+            ("eval", "{model}", "--kv", "mxfp4", "--calib", "{text}"),
+            "--calib: only --kv-transform second-moment needs it",
+        ),
         (
             ("eval", "{cached}", "--kv", "mxfp4", "--kv-transform", "second-moment", "--calib", "{text}"),
             "second-moment: is fitted to the weights that read values",

@@ -81,7 +81,7 @@ app = typer.Typer(
 
 @app.callback()
 def every(version: Version = False) -> None:
-    """LLMs in MXFP4, with the block rotations that make it accurate."""
+    """Quantize language models to MXFP4, with block rotations for accuracy."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as it is
 

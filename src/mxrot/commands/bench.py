@@ -30,23 +30,26 @@ from mxrot.nearest import brief
 MOST_WEIGHTS = 1 << 33
 """Of a linear that is timed; 16 GiB in bfloat16."""
 
-benchmarks = typer.Typer(no_args_is_help=True, help="Speed, beside what it replaces.", rich_markup_mode=None)
+benchmarks = typer.Typer(no_args_is_help=True, help="Measure speed, beside what mxrot replaces.", rich_markup_mode=None)
 
 
 @benchmarks.command("kernels")
 def bench_kernels_command(
     rows: Annotated[list[int], typer.Option("--rows", min=1, help="Rows of the input, repeatable")] = [],  # noqa: B006
     shapes: Annotated[
-        list[str], typer.Option("--shape", metavar="NxK", help="A weight, repeatable (Llama-3-8B's)")
+        list[str], typer.Option("--shape", metavar="NxK", help="Shape of a weight, repeatable (default: Llama-3-8B's)")
     ] = [],  # noqa: B006
     remember: Annotated[
-        bool, typer.Option("--remember", help="Let models here choose kernels by what was measured")
+        bool, typer.Option("--remember", help="Store the results; models here choose kernels by them")
     ] = (False),
-    lut: Annotated[bool, typer.Option("--lut", help="2-bit weights that are looked up, and nothing else")] = False,
+    lut: Annotated[bool, typer.Option("--lut", help="Measure only 2-bit weights that are looked up")] = False,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Kernels beside the bfloat16 product; one that fails its check has no speed."""
+    """Measure kernels beside the bfloat16 product.
+
+    A kernel that fails its check gets no speed.
+    """
     import torch
 
     from mxrot import api, bench
@@ -56,9 +59,9 @@ def bench_kernels_command(
     check_device(device)
     where = torch.device(device or api.default_device())
     if remember and where.type != "cuda":
-        raise ConfigError(f"--remember: on {where.type} there is nothing to choose from")
+        raise ConfigError(f"--remember: on {where.type} there is only one kernel; leave it out")
     if remember and lut:
-        raise ConfigError("--remember: with --lut nothing is measured that models choose by; leave one of them out")
+        raise ConfigError("--remember: --lut measures nothing that models choose by; leave out one of the two")
     sizes = [_shape(text, 128 if lut else 32) for text in shapes] or bench.LLAMA_3_8B
     limits = bench.ceilings(where)
     run, counts = (bench.bench_look_up, bench.LOOK_UP_COUNTS) if lut else (bench.bench_kernels, bench.ROWS)
@@ -91,32 +94,41 @@ def bench_kernels_command(
 def bench_model_command(
     recipe: RecipeOption = "mxrot",
     changes: Changes = [],  # noqa: B006
-    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Decoder blocks (Llama-3-8B's)")] = 32,
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Decoder blocks (the defaults are Llama-3-8B's)")] = 32,
     hidden: Annotated[int, typer.Option("--hidden", min=32, help="Hidden size")] = 4096,
-    ffn: Annotated[int, typer.Option("--ffn", min=32, help="Size between the linears of the MLP")] = 14336,
+    ffn: Annotated[int, typer.Option("--ffn", min=32, help="Inner size of the MLP")] = 14336,
     heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads")] = 32,
     kv_heads: Annotated[int, typer.Option("--kv-heads", min=1, help="Heads of keys and values")] = 8,
-    vocabulary: Annotated[int, typer.Option("--vocabulary", min=1, help="Tokens there are")] = 128256,
+    vocabulary: Annotated[int, typer.Option("--vocabulary", min=1, help="Tokens in the vocabulary")] = 128256,
     prompt: Annotated[int, typer.Option("--prompt", min=0, help="Tokens of the prompt; 0 for none")] = 8192,
-    contexts: Annotated[str, typer.Option("--context", help="Tokens before the one generated, comma-separated")] = (
+    contexts: Annotated[str, typer.Option("--context", help="Tokens before the generated one, comma-separated")] = (
         "1024"
     ),
     cache: Annotated[
         str | None,
-        typer.Option("--kv", metavar="FORMAT", help="Generate with keys and values so, too: mxfp4, int4 or another"),
+        typer.Option(
+            "--kv", metavar="FORMAT", help="Also generate with keys and values in this format: mxfp4, int4 or another"
+        ),
     ] = None,
     cache_transform: Annotated[
-        str, typer.Option("--kv-transform", metavar="KIND", help="Of keys and values: hadamard, second-moment or none")
+        str,
+        typer.Option(
+            "--kv-transform", metavar="KIND", help="Transform of keys and values: hadamard, second-moment or none"
+        ),
     ] = "hadamard",
     cache_first: KvFirst = 0,
     cache_last: KvLast = 0,
     compiles: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the decoder blocks (not with --kv)")
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile the decoder blocks (default: without --kv)"),
     ] = None,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """A model of random weights: a prompt and a generated token, quantized and in bfloat16."""
+    """Measure a model of random weights beside bfloat16.
+
+    It reads a prompt, and generates one token.
+    """
     import torch
 
     from mxrot import api, bench
@@ -128,15 +140,15 @@ def bench_model_command(
     if hidden % (32 * heads) or hidden % 32 or ffn % 32 or heads % kv_heads:
         raise ConfigError("--hidden must be a multiple of 32 times --heads, --ffn of 32, --heads of --kv-heads")
     if compiles and cache is not None:
-        raise ConfigError("--compile: with --kv both caches run as transformers has them; leave one of the two out")
+        raise ConfigError("--compile: with --kv both caches run without torch.compile; leave out one of the two")
     if cache is None and (cache_first or cache_last):
-        raise ConfigError("--kv-first, --kv-last: are of a cache; name its format with --kv")
+        raise ConfigError("--kv-first, --kv-last: need a cache; name its format with --kv")
     lengths = _numbers("--context", contexts)
     scheme = (
         None if cache is None else bench.cache_scheme(cache, cache_transform, hidden // heads, cache_first, cache_last)
     )
     if scheme is not None and scheme.stored_names:
-        raise ConfigError(f"--kv-transform {cache_transform}: is fitted, and these weights were drawn; take hadamard")
+        raise ConfigError(f"--kv-transform {cache_transform}: cannot be fitted to random weights; take hadamard")
     config = bench.llama_config(hidden, ffn, blocks, heads, kv_heads, vocabulary, max(prompt, *lengths) + 1)
     compiler = None if cache is not None or compiles is False else "inductor"
     works = bench.Works(prompt or None, lengths, scheme, compiler)
@@ -151,19 +163,27 @@ def bench_model_command(
 
 @benchmarks.command("cache")
 def bench_cache_command(
-    format: Annotated[str, typer.Option("--kv", metavar="FORMAT", help="Of keys and values")] = "mxfp4",
+    format: Annotated[str, typer.Option("--kv", metavar="FORMAT", help="Format of keys and values")] = "mxfp4",
     transform: Annotated[
-        str, typer.Option("--kv-transform", metavar="KIND", help="Of keys and values: hadamard, second-moment or none")
+        str,
+        typer.Option(
+            "--kv-transform", metavar="KIND", help="Transform of keys and values: hadamard, second-moment or none"
+        ),
     ] = "hadamard",
-    batches: Annotated[str, typer.Option("--batch", help="Sequences, comma-separated")] = "1,8,32",
-    tokens: Annotated[str, typer.Option("--context", help="Tokens of each, comma-separated")] = "1024,8192,16384",
-    heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads (Llama-3-8B's)")] = 32,
+    batches: Annotated[str, typer.Option("--batch", help="Numbers of sequences, comma-separated")] = "1,8,32",
+    tokens: Annotated[
+        str, typer.Option("--context", help="Tokens of each sequence, comma-separated")
+    ] = "1024,8192,16384",
+    heads: Annotated[int, typer.Option("--heads", min=1, help="Attention heads (the defaults are Llama-3-8B's)")] = 32,
     kv_heads: Annotated[int, typer.Option("--kv-heads", min=1, help="Heads of keys and values")] = 8,
     width: Annotated[int, typer.Option("--width", min=32, help="Width of a head")] = 128,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Attention to a packed cache beside PyTorch's own to a bfloat16 one; what fails its check has no speed."""
+    """Measure attention to a packed cache beside PyTorch's.
+
+    PyTorch's reads a bfloat16 cache. What fails its check gets no speed.
+    """
     import torch
 
     from mxrot import api, bench
@@ -191,12 +211,17 @@ def bench_quantize_command(
     changes: Changes = [],  # noqa: B006
     calib: Calib = ["demo"],  # noqa: B006
     samples: Samples = None,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, help="Tokens in a window (default: the recipe's)")
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each recipe after the first")] = 3,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Time and memory that quantizing a model takes; the first run of each recipe is shown apart."""
+    """Measure time and memory of quantizing a model.
+
+    The first run of each recipe is shown separately.
+    """
     import torch
 
     from mxrot import api, bench
@@ -218,7 +243,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     """Positive numbers of a comma-separated list."""
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise ConfigError(f"{option} {text}: not positive numbers between commas, such as 1024,16384")
+        raise ConfigError(f"{option} {text}: expected positive numbers between commas, such as 1024,16384")
     return tuple(map(int, words))
 
 
@@ -227,7 +252,7 @@ def _shape(text: str, block: int) -> tuple[int, int]:
     try:
         height, width = map(int, text.lower().split("x"))
     except ValueError:
-        raise ConfigError(f"--shape {text}: not of the form NxK, such as 4096x4096") from None
+        raise ConfigError(f"--shape {text}: expected the form NxK, such as 4096x4096") from None
     if height < 1 or width < 1 or width % block:
         raise ConfigError(f"--shape {text}: N must be positive and K a multiple of {block}")
     if height * width > MOST_WEIGHTS:

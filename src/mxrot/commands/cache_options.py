@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     from mxrot.progress import Progress
     from mxrot.run_time_cache import RunTimeCache
 
-KV_HELP = "Keep keys and values in mxfp4, mxfp8, int4, int2, KEYS/VALUES, another format; none: as they are"
-TRANSFORM_HELP = "What goes before them: none, hadamard, second-moment (fitted; needs --calib)"
+KV_HELP = "Store keys and values in mxfp4, mxfp8, int4, int2, KEYS/VALUES or another format; none: unquantized"
+TRANSFORM_HELP = "Their transform: none, hadamard, second-moment (fitted; needs --calib)"
 Kv = Annotated[str | None, typer.Option("--kv", metavar="FORMAT", help=KV_HELP)]
-KvTransform = Annotated[str | None, typer.Option("--kv-transform", metavar="KIND", help=f"{TRANSFORM_HELP} (hadamard)")]
+KvTransform = Annotated[
+    str | None, typer.Option("--kv-transform", metavar="KIND", help=f"{TRANSFORM_HELP} (default: hadamard)")
+]
 Kvs = Annotated[str | None, typer.Option("--kv", metavar="FORMATS", help=f"{KV_HELP}; comma-separated")]
 KvTransforms = Annotated[
-    str | None, typer.Option("--kv-transform", metavar="KINDS", help=f"{TRANSFORM_HELP} (hadamard); comma-separated")
+    str | None,
+    typer.Option("--kv-transform", metavar="KINDS", help=f"{TRANSFORM_HELP} (default: hadamard); comma-separated"),
 ]
-KvFirst = Annotated[int, typer.Option("--kv-first", min=0, metavar="N", help="First tokens, read in 16 bits")]
-KvLast = Annotated[int, typer.Option("--kv-last", min=0, metavar="N", help="Newest tokens, read in 16 bits")]
+KvFirst = Annotated[int, typer.Option("--kv-first", min=0, metavar="N", help="First tokens that are read in 16 bits")]
+KvLast = Annotated[int, typer.Option("--kv-last", min=0, metavar="N", help="Newest tokens that are read in 16 bits")]
 KvCalib = Annotated[
     list[str], typer.Option("--calib", metavar="TEXT", help="Text that --kv-transform second-moment is fitted on")
 ]
@@ -59,7 +62,7 @@ class Asked:
         fitted: dict[str, Any] = {"calib": self.calib, "seq_len": self.seq_len, "progress": progress or silent}
         opened, folder, before = open_with_cache(model, self.cache, device, verify, **fitted)
         if before is not None and self.cache is not None:
-            announce(f"mxrot: --kv {self.cache.label} replaces what {model} has: {before.spelled}")
+            announce(f"mxrot: --kv {self.cache.label} replaces the cache of {model}: {before.spelled}")
         return opened, folder
 
 
@@ -80,7 +83,7 @@ def chosen_cache(kv: str | None, transform: str | None, first: int, last: int) -
     found = chosen_caches(kv, transform, first, last)
     if len(found) > 1:
         raise ConfigError(
-            f"--kv {kv} --kv-transform {transform or 'hadamard'}: one cache at a time; compare takes several"
+            f"--kv {kv} --kv-transform {transform or 'hadamard'}: names several caches; only compare takes several"
         )
     return found[0] if found else None
 
@@ -92,7 +95,7 @@ def chosen_caches(kv: str | None, transform: str | None, first: int, last: int) 
     if kv is None:
         given = {"--kv-transform": transform is not None, "--kv-first": first > 0, "--kv-last": last > 0}
         for option in (name for name, is_given in given.items() if is_given):
-            raise ConfigError(f"{option}: is for --kv; name the format of keys and values")
+            raise ConfigError(f"{option}: needs --kv; name the format of keys and values")
         return []
     formats, transforms = _split("--kv", kv), _split("--kv-transform", transform or "hadamard")
     found = [RunTimeCache.of(name, kind, first, last) for name in formats for kind in transforms]
@@ -105,7 +108,7 @@ def check_calib(cache: RunTimeCache | None, calib: list[str]) -> None:
     if needs and not calib:
         raise ConfigError("--kv-transform second-moment: is fitted to keys and values of a text; name one with --calib")
     if calib and not needs:
-        raise ConfigError("--calib: is for --kv-transform second-moment here; leave it out")
+        raise ConfigError("--calib: only --kv-transform second-moment needs it here; leave it out")
 
 
 def _split(option: str, names: str) -> list[str]:

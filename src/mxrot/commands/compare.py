@@ -72,9 +72,10 @@ def compare(
     samples: Samples = None,
     text: Texts = ["demo"],  # noqa: B006
     windows: Windows = None,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window, for both")] = 2048,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a window, of both")] = 2048,
     kl_windows: Annotated[
-        int | None, typer.Option("--kl-windows", min=0, help="Of them for KL from the original; 0 for none (all)")
+        int | None,
+        typer.Option("--kl-windows", min=0, help="Windows for KL to the original; 0 for none (default: all)"),
     ] = None,
     kv: Kvs = None,
     kv_transform: KvTransforms = None,
@@ -86,9 +87,9 @@ def compare(
     seed: Seed = 0,
     seeds: Seeds = None,
     work: Annotated[
-        Path | None, typer.Option("--work", metavar="DIR", help="Folder for finished runs (one in the cache)")
+        Path | None, typer.Option("--work", metavar="DIR", help="Folder for finished runs (default: one in the cache)")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Take the runs that an earlier comparison finished")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Use the finished runs of an earlier comparison")] = False,
     revision: Revision = None,
     device: Device = None,
     json_file: Json = None,
@@ -99,7 +100,7 @@ def compare(
     plots: Annotated[Path | None, typer.Option("--plots", help="Folder for pictures as PNG, SVG and CSV")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write one page with table and pictures")] = None,
 ) -> None:
-    """Compare recipes, each quantized in memory, and checkpoints of a model."""
+    """Compare recipes, quantized in memory, and checkpoints."""
     from mxrot import api
     from mxrot.checkpoint.named_file import write_named
     from mxrot.models import find_model
@@ -183,7 +184,7 @@ def compare(
     if any(row.reason is None for row in rows[1:]) and (plots is not None or html is not None):
         _write_pictures(rows, Asked(model, seq_len, said, spelled(ctx, _PLACES), machine_table(device)), plots, html)
     if all(row.reason is not None for row in rows[1:]):
-        raise ConfigError("none of them ran; the reasons stand under the table")
+        raise ConfigError("none of them ran; the reasons are below the table")
     if plot is not None:
         write_named(plot, picture_file(rows, f"{model}, windows of {seq_len}", plot.suffix.lower().lstrip(".")))
 

@@ -47,9 +47,10 @@ def evaluate(
     model: Model = "demo",
     text: Texts = [],  # noqa: B006
     windows: Windows = None,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 2048,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a window")] = 2048,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="MODEL", help="The original: how far from it, token by token")
+        str | None,
+        typer.Option("--against", metavar="MODEL", help="The original; measures the distance from it, token by token"),
     ] = None,
     kv: Kv = None,
     kv_transform: KvTransform = None,
@@ -59,16 +60,18 @@ def evaluate(
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Limit = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Requests at once (by device)")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with --tasks where a run with --json ended")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Requests at once (default: by device)")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue --tasks where a run with --json ended")] = False,
     revision: Revision = None,
     device: Device = None,
     verify: Verify = None,
     json_file: Json = None,
 ) -> None:
-    """Perplexity of a model or a checkpoint, and its scores in tasks.
+    """Measure the perplexity of a model, and its scores in tasks.
 
-    Text is `demo` where neither texts nor tasks are named. With torchrun several processes share the work.
+    The text is demo if neither texts nor tasks are named. With torchrun several processes share the work.
     """
     from mxrot import api
     from mxrot.environment import versions

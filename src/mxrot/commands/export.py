@@ -14,16 +14,16 @@ from mxrot.shell import command, expanded
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Folder that `mxrot quantize` has written")],
+    model: Annotated[str, typer.Argument(help="Folder that mxrot quantize wrote")],
     to: Annotated[str, typer.Option("--to", metavar="PROGRAM", help="Program to run it with: vllm")] = "vllm",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write; without it the checkpoint is only checked")
+        Path | None, typer.Option("--output", "-o", help="Folder to write (default: only check the checkpoint)")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty")] = False,
     verify: Verify = None,
     json_file: Json = None,
 ) -> None:
-    """Say what vLLM does with a checkpoint; write it for vLLM."""
+    """Say what vLLM does with a checkpoint, and write it for vLLM."""
     from mxrot.models import find_model
     from mxrot.report import print_vllm_report
     from mxrot.vllm.export import export_for_vllm

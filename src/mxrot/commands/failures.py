@@ -39,7 +39,7 @@ def _failure_of(error: BaseException, kept: str | None) -> Failure:
     if isinstance(error, KeyboardInterrupt) or (interrupts.arrived() and not isinstance(error, MxrotError)):
         said = str(error) if isinstance(error, interrupts.Interrupted) else "interrupted"
         number = error.number if isinstance(error, interrupts.Interrupted) else interrupts.last_raised()
-        goes_on = f"; {kept} are kept, and --resume goes on from them" if kept else ""
+        goes_on = f"; {kept} are kept, and --resume continues from them" if kept else ""
         return Failure(said + goes_on, interrupts.exit_code(number))
     lacked = machine_failure(error)
     if lacked is not None:

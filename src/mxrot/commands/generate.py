@@ -15,19 +15,21 @@ from mxrot.errors import ConfigError
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens at most")] = 60,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask by the chat template, and print the answer alone")] = False,
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message of --chat")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most new tokens")] = 60,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template, and print only the answer")] = False,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message for --chat")] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Of sampling; 0 takes the most probable token")
+        float, typer.Option("--temperature", min=0.0, help="Temperature of sampling; 0 takes the most probable token")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the tokens that make up so much probability")
+        float,
+        typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the most probable tokens that add up to this"),
     ] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from so many tokens at most (all)")] = 0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from this many tokens; 0 is all")] = 0,
     seed: Seed = 0,
     stream: Annotated[
-        bool | None, typer.Option("--stream/--no-stream", help="Print each word when it is there (on a terminal)")
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Print each word as it is written (default: on a terminal)"),
     ] = None,
     kv: Kv = None,
     kv_transform: KvTransform = None,
@@ -74,8 +76,10 @@ def generate(
 def _check(chat: bool, system: str | None, temperature: float, top_p: float, top_k: int) -> None:
     """ConfigError where an option would do nothing."""
     if system is not None and not chat:
-        raise ConfigError("--system: is for --chat; add it")
+        raise ConfigError("--system: needs --chat; add it")
     if not temperature and (top_p < 1 or top_k):
-        raise ConfigError(f"--top-{'p' if top_p < 1 else 'k'}: is for sampling; add --temperature 1, or another one")
+        raise ConfigError(
+            f"--top-{'p' if top_p < 1 else 'k'}: needs sampling; add --temperature 1, or another temperature"
+        )
     if top_p == 0:
-        raise ConfigError("--top-p 0: leaves no token to draw; give a share above 0")
+        raise ConfigError("--top-p 0: leaves no token to draw; give a probability above 0")

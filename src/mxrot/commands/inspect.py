@@ -25,21 +25,25 @@ from mxrot.commands.order import check_sort, first_errors, first_sites
 
 def inspect(
     model: Model = "demo",
-    text: Annotated[str, typer.Option("--text", metavar="TEXT", help="Text to look at the activations on")] = "demo",
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of it")] = 4,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 512,
-    kernels: Annotated[bool, typer.Option("--kernels", help="Also which kernel computes each linear, and why")] = False,
-    top: Annotated[int | None, typer.Option("--top", min=1, metavar="N", help="Lines of each table at most")] = None,
+    text: Annotated[str, typer.Option("--text", metavar="TEXT", help="Text for the activations")] = "demo",
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of the text")] = 4,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a window")] = 512,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Also show which kernel computes each linear, and why")
+    ] = False,
+    top: Annotated[int | None, typer.Option("--top", min=1, metavar="N", help="Most lines of each table")] = None,
     sort: Annotated[
         str | None,
-        typer.Option("--sort", metavar="KEY", help="Column, largest first: ratio, largest, median, weights, output"),
+        typer.Option(
+            "--sort", metavar="KEY", help="Column to sort by, largest first: ratio, largest, median, weights, output"
+        ),
     ] = None,
     revision: Revision = None,
     device: Device = None,
     verify: Verify = None,
     json_file: Json = None,
 ) -> None:
-    """Outliers in the inputs of each site; errors of a checkpoint."""
+    """Show outliers in the inputs, and errors of a checkpoint."""
     key = sort or ("model" if top is None else "ratio")
     check_sort(key)
     from mxrot import api

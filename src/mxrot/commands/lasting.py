@@ -11,9 +11,9 @@ from mxrot.commands.options import check_file
 from mxrot.errors import ConfigError
 from mxrot.watching import Board, JsonLines, Listener, TimeLimit, Watch, check_board, seconds_of
 
-TIME_LIMIT_HELP = "Stop after a finished block, with exit code 75, before e.g. 90m, 8h, 1h30m are over"
+TIME_LIMIT_HELP = "Stop before this time is over, after a finished block, with exit code 75: e.g. 90m, 8h, 1h30m"
 TimeLimitOption = Annotated[str | None, typer.Option("--time-limit", metavar="DURATION", help=TIME_LIMIT_HELP)]
-METRICS_HELP = "Write a line of JSON for each finished block and look of tuning"
+METRICS_HELP = "Write one line of JSON for each finished block and each look of tuning"
 Metrics = Annotated[Path | None, typer.Option("--metrics", metavar="FILE.jsonl", help=METRICS_HELP)]
 BOARD_HELP = "Write the same for TensorBoard, with the package tensorboard"
 TensorBoard = Annotated[Path | None, typer.Option("--tensorboard", metavar="DIR", help=BOARD_HELP)]
@@ -31,7 +31,7 @@ def chosen_watch(
     check_file("--metrics", metrics)
     for option, path in (("--metrics", metrics), ("--tensorboard", tensorboard)):
         if path is not None and path.absolute().is_relative_to(output.absolute()):
-            raise ConfigError(f"{option} {path}: is in the output folder, which appears at the end; name another place")
+            raise ConfigError(f"{option} {path}: is in the output folder, which is made at the end; name another place")
     listeners: list[Listener] = []
     if metrics is not None:
         listeners.append(JsonLines(metrics, resume))

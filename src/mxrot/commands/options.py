@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, or `demo`")]
+Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, or demo")]
 REVISION_HELP = "Branch, tag or commit of a hub id; the same as ID@REV"
 Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help=REVISION_HELP)]
 RecipeOption = Annotated[
@@ -30,30 +30,34 @@ RecipeOption = Annotated[
 ]
 RECIPES_HELP = "Names or TOML files, comma-separated"
 Recipes = Annotated[str, typer.Option("--recipes", help=RECIPES_HELP, autocompletion=complete_recipe)]
-TEXT = "demo, a file, a folder, a data set of the hub, each as NAME=TEXT"
+TEXT = "demo, a file, a folder, or a data set of the hub; NAME=TEXT names it"
 DEFAULT_RECIPE = "mxrot"
 Calib = Annotated[
-    list[str], typer.Option("--calib", metavar="TEXT", help="Calibration text, repeatable, with a weight as in FILE@2")
+    list[str], typer.Option("--calib", metavar="TEXT", help="Calibration text, repeatable; FILE@2 has weight 2")
 ]
-Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows at most (recipe's)")]
-Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Evaluation windows at most (all)")]
+Samples = Annotated[
+    int | None, typer.Option("--samples", min=1, help="Most calibration windows (default: the recipe's)")
+]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Most evaluation windows (default: all)")]
 Texts = Annotated[list[str], typer.Option("--text", metavar="TEXT", help=f"Evaluation text, repeatable: {TEXT}")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (the GPU if there is one)")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all random numbers")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (default: the GPU if there is one)")]
 Verify = Annotated[
     bool | None,
-    typer.Option("--verify/--no-verify", help="Compare the SHA-256 of a checkpoint's files first (up to 1 GB)"),
+    typer.Option("--verify/--no-verify", help="Check the SHA-256 of a checkpoint's files first (default: up to 1 GB)"),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON")]
 TASKS_HELP = "Tasks of lm-eval, comma-separated, e.g. arc_easy,piqa"
 Tasks = Annotated[str | None, typer.Option("--tasks", metavar="NAMES", help=TASKS_HELP)]
-TaskData = Annotated[Path | None, typer.Option("--task-data", metavar="DIR", help="Folder with their data (the hub)")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first examples of each task")]
-CHANGES_HELP = "Change a recipe key, repeatable, e.g. transform.sharing=block"
+TaskData = Annotated[
+    Path | None, typer.Option("--task-data", metavar="DIR", help="Folder with their data (default: the hub)")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first examples of each task")]
+CHANGES_HELP = "Change a key of the recipe, repeatable, e.g. transform.sharing=block"
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=CHANGES_HELP)]
 
 Purpose = Annotated[
-    str | None, typer.Option("--for", metavar="PROGRAM", help="Pick the recipe that this program runs: vllm")
+    str | None, typer.Option("--for", metavar="PROGRAM", help="Choose the recipe that this program runs: vllm")
 ]
 
 KEPT = "mxrot.kept"
@@ -76,7 +80,7 @@ def recipe_name(recipe: str, purpose: str | None, model: str) -> str:
     if purpose != "vllm":
         raise ConfigError(f"--for: {not_known('program', purpose, ['vllm'])}")
     if recipe != DEFAULT_RECIPE:
-        raise ConfigError(f"--for vllm: picks the recipe; leave --recipe {recipe} out, or --for")
+        raise ConfigError(f"--for vllm: chooses the recipe; leave out --recipe {recipe} or --for")
     from mxrot.models import find_config
     from mxrot.planning.servable import recipe_for_vllm
 
@@ -93,7 +97,7 @@ def with_revision(model: str, revision: str | None) -> str:
     from mxrot.models.lookup import is_on_hub
 
     if not is_on_hub(model) or "@" in model or not revision:
-        raise ConfigError(f"--revision {revision}: is for a hub id without @, such as owner/name; got {model}")
+        raise ConfigError(f"--revision {revision}: needs a hub id without @, such as owner/name; got {model}")
     return f"{model}@{revision}"
 
 
@@ -124,7 +128,7 @@ def check_file(option: str, path: Path | None) -> None:
         return
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise ConfigError(f"{option} {path}: there is no folder {folder}")
+        raise ConfigError(f"{option} {path}: the folder {folder} does not exist")
     try:
         if path.is_dir():
             raise ConfigError(f"{option} {path}: is a folder; name the file to write")
@@ -174,7 +178,7 @@ def chosen_tasks(names: str | None, data: Path | None, limit: int | None) -> dic
     if names is None:
         for option, value in (("--task-data", data), ("--limit", limit)):
             if value is not None:
-                raise ConfigError(f"{option}: is for --tasks; name the tasks")
+                raise ConfigError(f"{option}: needs --tasks; name the tasks")
         return {}
     from mxrot.evaluation import load_tasks
 
@@ -204,7 +208,7 @@ def loaded_texts(option: str, specs: list[str]) -> Any:
     names = [text.name for text in texts]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{option}: two texts are called {name!r}; name them, as in NAME=FILE")
+            raise ConfigError(f"{option}: two texts have the name {name!r}; give them names, as in NAME=FILE")
     return texts
 
 

@@ -37,23 +37,30 @@ def plan(
     purpose: Purpose = None,
     changes: Changes = [],  # noqa: B006
     samples: Samples = None,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, help="Tokens in a window (default: the recipe's)")
+    ] = None,
     gpu_memory: Annotated[
-        float | None, typer.Option("--gpu-memory", min=0.1, metavar="GB", help="Plan for a GPU with so much free")
+        float | None,
+        typer.Option("--gpu-memory", min=0.1, metavar="GB", help="Plan for a GPU with this much free memory"),
     ] = None,
     processes: Annotated[
-        int, typer.Option("--processes", min=1, metavar="N", help="Plan for N that share the work, with a GPU each")
+        int,
+        typer.Option(
+            "--processes", min=1, metavar="N", help="Plan for N processes that share the work, with one GPU each"
+        ),
     ] = 1,
     rates: Annotated[
-        Path | None, typer.Option("--rates", metavar="FILE", help="Time on the machine where `plan --json` wrote FILE")
+        Path | None,
+        typer.Option("--rates", metavar="FILE", help="Plan the time on the machine where plan --json wrote FILE"),
     ] = None,
     revision: Revision = None,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """What quantizing would take, from a config.json alone.
+    """Say what quantizing would need, from config.json alone.
 
-    Exits with 1 if it would be refused.
+    Exits with 1 if the model would be refused.
     """
     import torch
 

@@ -12,10 +12,10 @@ from mxrot.errors import ConfigError
 
 
 def push(
-    model: Annotated[str, typer.Argument(help="Folder that `mxrot quantize` has written")],
+    model: Annotated[str, typer.Argument(help="Folder that mxrot quantize wrote")],
     repository: Annotated[str, typer.Argument(help="Repository of the Hugging Face hub, owner/name")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private")] = False,
-    message: Annotated[str, typer.Option("--message", help="Message of the commit")] = "",
+    message: Annotated[str, typer.Option("--message", help="Commit message")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check, and say what would be uploaded")] = False,
 ) -> None:
     """Upload a checkpoint to the hub, with its card."""
@@ -27,7 +27,7 @@ def push(
 
     folder = Path(expanded(model))
     if not folder.is_dir() or not is_checkpoint(folder):
-        raise ConfigError(f"{model}: no folder that `mxrot quantize` has written")
+        raise ConfigError(f"{model}: not a folder that `mxrot quantize` wrote")
     for line in missing_in_card(folder):
         announce(f"mxrot: {line}")
     files = read_run(folder)["files"]

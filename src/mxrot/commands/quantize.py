@@ -44,12 +44,16 @@ def quantize(
     changes: Changes = [],  # noqa: B006 (typer copies it)
     calib: Calib = ["demo"],  # noqa: B006
     samples: Samples = None,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens a window (recipe's)")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, help="Tokens in a window (default: the recipe's)")
+    ] = None,
     seed: Seed = 0,
     revision: Revision = None,
     device: Device = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished blocks, and go on where a run ended")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep finished blocks, and continue where a run ended")
+    ] = False,
     json_file: Json = None,
     time_limit: TimeLimitOption = None,
     metrics: Metrics = None,
@@ -65,10 +69,10 @@ def quantize(
     chosen = chosen_recipe(recipe_name(recipe, purpose, model), changes)
     if not is_utf8(output):
         raise ConfigError(
-            f"--output {output}: the name is not UTF-8, and no reader of tokenizers takes it; give another one"
+            f"--output {output}: the name is not UTF-8, which no reader of tokenizers accepts; give another name"
         )
     if json_file is not None and json_file.absolute() == output.absolute():
-        raise ConfigError(f"--json {json_file}: is the output folder, too; name another file")
+        raise ConfigError(f"--json {json_file}: is also the output folder; name another file")
     with joined(device) as world:
         with looks(world):
             texts = None if chosen.is_data_free else loaded_texts("--calib", calib)

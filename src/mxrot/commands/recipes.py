@@ -11,7 +11,7 @@ from mxrot.commands.options import show
 from mxrot.recipe_files import builtin_recipes, descriptions, recipe_text
 
 Name = Annotated[str | None, typer.Argument(help="Print this recipe as TOML", autocompletion=complete_recipe)]
-Defaults = Annotated[bool, typer.Option("--defaults", help="Also the keys that it leaves at their defaults")]
+Defaults = Annotated[bool, typer.Option("--defaults", help="Also print the keys with default values")]
 
 
 def recipes(name: Name = None, defaults: Defaults = False) -> None:

@@ -24,17 +24,17 @@ from mxrot.errors import ConfigError
 
 
 def report(
-    model: Annotated[str, typer.Argument(help="Checkpoint that mxrot has written")],
+    model: Annotated[str, typer.Argument(help="Checkpoint that mxrot wrote")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write")] = Path("report.html"),
     against: Annotated[str | None, typer.Option("--against", metavar="MODEL", help="The original")] = None,
     text: Texts = ["demo"],  # noqa: B006 (typer copies it)
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of it at most")] = 8,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window")] = 512,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Most windows of the text")] = 8,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a window")] = 512,
     sites: Annotated[
-        list[str], typer.Option("--site", metavar="PATTERN", help="Site to picture, repeatable, e.g. 3.mlp.down_proj")
+        list[str], typer.Option("--site", metavar="PATTERN", help="Site to draw, repeatable, e.g. 3.mlp.down_proj")
     ] = [],  # noqa: B006
     results: Annotated[
-        Path | None, typer.Option("--results", help="Figures of the checkpoint, from eval --json; measures none")
+        Path | None, typer.Option("--results", help="Figures of the checkpoint, from eval --json; none are measured")
     ] = None,
     baseline: Annotated[
         Path | None, typer.Option("--baseline", help="Figures of the original, from eval --json; with --results")
@@ -46,9 +46,9 @@ def report(
     device: Device = None,
     verify: Verify = None,
 ) -> None:
-    """Write a checkpoint's report: one HTML file.
+    """Write a report of a checkpoint: one HTML file.
 
-    With torchrun several processes share what is measured.
+    With torchrun several processes share the measurements.
     """
     from mxrot.checkpoint import write_metrics
     from mxrot.checkpoint.named_file import write_named

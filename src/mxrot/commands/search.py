@@ -45,15 +45,15 @@ MOST_BITS = 64
 def search(
     ctx: typer.Context,
     model: Model = "demo",
-    bits: Annotated[float, typer.Option("--bits", help="Mean bits a weight at most, scales included")] = 4.5,
+    bits: Annotated[float, typer.Option("--bits", help="Most mean bits a weight, scales included")] = 4.5,
     input_bits: Annotated[
-        float | None, typer.Option("--input-bits", metavar="BITS", help="Mean bits an input at most (no limit)")
+        float | None, typer.Option("--input-bits", metavar="BITS", help="Most mean bits an input (default: no limit)")
     ] = None,
     choices: Annotated[
-        str, typer.Option("--choices", metavar="FORMATS", help="Comma-separated; WEIGHTS/INPUTS for both apart")
+        str, typer.Option("--choices", metavar="FORMATS", help="Comma-separated; WEIGHTS/INPUTS names them separately")
     ] = "mxfp4,mxfp6_e2m3,mxfp8_e4m3",
     inputs_only: Annotated[
-        bool, typer.Option("--inputs-only", help="Raise inputs, leave weights; --bits is of inputs then")
+        bool, typer.Option("--inputs-only", help="Raise inputs only; --bits is then the limit of inputs")
     ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Recipe to write, a TOML file")] = Path(
         "mixture.toml"
@@ -64,15 +64,15 @@ def search(
     samples: Samples = None,
     text: Texts = ["demo"],  # noqa: B006
     windows: Annotated[
-        int, typer.Option("--windows", min=1, help="Of each text to search with, and as many to judge by")
+        int, typer.Option("--windows", min=1, help="Windows of each text to search with; as many again judge")
     ] = 8,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens a window, for both")] = 2048,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a window, of both")] = 2048,
     seed: Seed = 0,
     work: Annotated[
         Path | None,
-        typer.Option("--work", metavar="DIR", help="Folder for what can be gone on from (one in the cache)"),
+        typer.Option("--work", metavar="DIR", help="Folder for unfinished work (default: one in the cache)"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an earlier search has done")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier search")] = False,
     revision: Revision = None,
     device: Device = None,
     json_file: Json = None,
@@ -154,7 +154,7 @@ def _limits(bits: float, input_bits: float | None, inputs_only: bool) -> Limits:
     from mxrot.search.bits import Limits
 
     if inputs_only and input_bits is not None:
-        raise ConfigError("--input-bits: with --inputs-only the limit of inputs is --bits")
+        raise ConfigError("--input-bits: with --inputs-only, --bits is the limit of inputs")
     for option, value in (("--bits", bits), ("--input-bits", input_bits)):
         if value is not None and not 0 < value <= MOST_BITS:
             raise ConfigError(f"{option} {value:g}: expected bits, such as 4.5")
@@ -164,6 +164,6 @@ def _limits(bits: float, input_bits: float | None, inputs_only: bool) -> Limits:
 def _check_places(output: Path, plot: Path | None) -> None:
     """ConfigError where a file cannot be written."""
     if output.suffix != ".toml":
-        raise ConfigError(f"--output {output}: is the recipe, a TOML file; give a name that ends in .toml")
+        raise ConfigError(f"--output {output}: the recipe is a TOML file; give a name that ends in .toml")
     for option, path in (("--output", output), ("--plot", plot)):
         check_file(option, path)

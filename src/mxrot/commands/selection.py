@@ -16,8 +16,8 @@ Recipes = Annotated[
     str | None,
     typer.Option(
         "--recipes",
-        help="Names or TOML files, comma-separated; all: those of mxrot; untuned: those without steps; none "
-        "(rtn,duquant++; with --checkpoints none)",
+        help="Names or TOML files, comma-separated; all: those of mxrot; untuned: those without optimizer steps; none "
+        "(default: rtn,duquant++; with --checkpoints: none)",
         autocompletion=complete_recipe,
     ),
 ]
@@ -28,7 +28,7 @@ Checkpoints = Annotated[
     str, typer.Option("--checkpoints", metavar="DIRS", help="Checkpoints of this model, comma-separated")
 ]
 Seeds = Annotated[
-    str | None, typer.Option("--seeds", metavar="N", help="That many seeds from --seed on, or a list: 0,1,2")
+    str | None, typer.Option("--seeds", metavar="N", help="Number of seeds from --seed on, or a list: 0,1,2")
 ]
 MOST_SEEDS = 100
 USUAL = "rtn,duquant++"
@@ -59,7 +59,7 @@ def chosen_recipes(names: str, without: str, changes: list[str]) -> list[Any]:
                 found[each] = recipe
     for name in left_out:
         if name not in builtin_recipes() and name not in wanted:
-            raise ConfigError(f"--without {name}: not among the recipes;{did_you_mean(name, builtin_recipes())}")
+            raise ConfigError(f"--without {name}: not one of the recipes;{did_you_mean(name, builtin_recipes())}")
     if not found:
         raise ConfigError("--recipes: name at least one that --without does not leave out")
     return list(found.values())

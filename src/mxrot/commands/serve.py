@@ -13,17 +13,18 @@ from mxrot.errors import ConfigError
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Folder that `mxrot quantize` has written, or its hub id")],
+    model: Annotated[str, typer.Argument(help="Folder that mxrot quantize wrote, or its hub id")],
     more: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Options of the server, behind --")
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Options of the server, after --")
     ] = None,
     program: Annotated[str, typer.Option("--program", help="vllm, transformers, or auto: vllm if installed")] = "auto",
-    stock: Annotated[bool, typer.Option("--stock", help="vLLM as it comes, without mxrot's plugin")] = False,
+    stock: Annotated[bool, typer.Option("--stock", help="Stock vLLM, without mxrot's plugin")] = False,
     tensor_parallel: Annotated[
-        int | None, typer.Option("--tensor-parallel", min=1, help="GPUs that share the model (as few as hold it)")
+        int | None,
+        typer.Option("--tensor-parallel", min=1, help="GPUs that share the model (default: the fewest that hold it)"),
     ] = None,
     max_len: Annotated[
-        int | None, typer.Option("--max-len", min=2, help="Tokens of a request at most (the model's positions)")
+        int | None, typer.Option("--max-len", min=2, help="Most tokens of a request (default: the model's positions)")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command that would run, and stop")] = False,
     revision: Revision = None,
@@ -44,7 +45,7 @@ def serve(
     if server.missing is not None and not dry_run:
         raise ConfigError(f"{folder}: {server.missing}")
     if server.missing is not None:
-        print(f"not to be started here: {server.missing}")
+        print(f"cannot be started here: {server.missing}")
     print(server.line, flush=True)
     if not dry_run:
         sys.stderr.flush()

@@ -33,7 +33,7 @@ def load_texts(source: Any, role: Role) -> list[Text]:
     names = [text.name for text in texts]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two texts are called {name!r}; name them, as in NAME=FILE")
+            raise ConfigError(f"two texts have the name {name!r}; give them names, as in NAME=FILE")
     if not texts:
         raise DataError(f"no text is given; expected {TAKEN}")
     return texts
@@ -95,7 +95,7 @@ def _names_in(items: list[Any] | tuple[Any, ...]) -> list[Any] | None:
 def _one(name: str, source: Any, role: Role) -> Text:
     """One text of what is not a name."""
     if isinstance(source, (bytes, bytearray)):
-        raise ConfigError(f"{name}: bytes are no text; decode them, or give a Path")
+        raise ConfigError(f"{name}: bytes are not text; decode them, or give a Path")
     if isinstance(source, Mapping) and hasattr(source, "column_names"):  # datasets.DatasetDict
         source = source[split_for(role, source, name)]
     if callable(getattr(source, "read", None)):

@@ -80,9 +80,9 @@ def test_a_template_that_refuses_is_a_sentence(models: tuple[str, str]) -> None:
     ("options", "says"),
     [
         (["--chat"], "the tokenizer has no chat template"),
-        (["--system", "x"], "--system: is for --chat"),
-        (["--top-p", ".5"], "--top-p: is for sampling"),
-        (["--top-k", "5"], "--top-k: is for sampling"),
+        (["--system", "x"], "--system: needs --chat"),
+        (["--top-p", ".5"], "--top-p: needs sampling"),
+        (["--top-k", "5"], "--top-k: needs sampling"),
         (["--temperature", "1", "--top-p", "0"], "leaves no token to draw"),
     ],
 )

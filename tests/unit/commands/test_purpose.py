@@ -43,12 +43,12 @@ def test_plan_for_vllm_plans_that_recipe(model: Path, tmp_path: Path) -> None:
 def test_what_vllm_does_not_run_at_all_is_refused(tmp_path: Path) -> None:
     mixture = write_tiny_mixture(tmp_path / "experts", "mixtral")
     said = run("plan", mixture, "--for", "vllm", code=2).stderr
-    assert "by none of mxrot, mxrot-vllm, w4a16, rtn: it has experts" in said
+    assert "with none of mxrot, mxrot-vllm, w4a16, rtn: it has experts" in said
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(["--for", "vlm"], "vllm"), (["--for", "vllm", "-r", "rtn"], "leave --recipe rtn out, or --for")],
+    [(["--for", "vlm"], "vllm"), (["--for", "vllm", "-r", "rtn"], "leave out --recipe rtn or --for")],
 )
 def test_wrong_purposes_are_one_line(model: Path, options: list[str], says: str) -> None:
     assert says in run("plan", model, *options, code=2).stderr

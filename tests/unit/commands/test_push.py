@@ -87,7 +87,7 @@ def test_damage_is_not_published(checkpoint: Path, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "name", "says"), [("", "a/b/c", "no name of a repository"), ("tiny", "a/b", "no folder")]
+    ("folder", "name", "says"), [("", "a/b/c", "not the name of a repository"), ("tiny", "a/b", "not a folder")]
 )
 def test_what_cannot_be_published_is_one_line(checkpoint: Path, hub: Hub, folder: str, name: str, says: str) -> None:
     result = push(checkpoint.parent / folder if folder else checkpoint, name, code=2)

@@ -59,9 +59,9 @@ def test_files_and_what_is_printed(model: Path, tmp_path: Path) -> None:
     [
         (("--bits", "4"), "--bits 4: recipe mxrot takes 4.250 with nothing raised"),
         (("--bits", "-1"), "--bits -1: expected bits, such as 4.5"),
-        (("--inputs-only", "--input-bits", "5"), "--input-bits: with --inputs-only the limit of inputs is --bits"),
+        (("--inputs-only", "--input-bits", "5"), "--input-bits: with --inputs-only, --bits is the limit of inputs"),
         (("--choices", "mxfp3"), "--choices mxfp3: unknown format 'mxfp3'"),
-        (("-o", "mine.json"), "--output mine.json: is the recipe, a TOML file"),
+        (("-o", "mine.json"), "--output mine.json: the recipe is a TOML file"),
         (("-r", "mxrot-tuned"), "recipe mxrot-tuned: search raises what is rounded once"),
         (("--plot", "mine.gif"), "--plot mine.gif: expected a name that ends in .png or .svg"),
     ],
