@@ -62,7 +62,7 @@ def open_model(name: str | Path, device: str | None = None, verify: bool | None 
     if is_checkpoint(folder):
         return load(folder, device, verify=verify), folder
     if verify:
-        raise CheckpointError(f"{name}: not a checkpoint of mxrot, and without hashes to verify; leave --verify out")
+        raise CheckpointError(f"{name}: not a checkpoint of mxrot, and without hashes to verify; leave out --verify")
     config = read_config(folder)
     find_family(config, str(name))
     if quantized_by(config) is not None:

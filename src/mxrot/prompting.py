@@ -63,7 +63,7 @@ def chat_ids(question: str, system: str | None, reader: Reader) -> Tensor:
 
 def _check_text(prompt: str) -> None:
     if (half := lone_surrogate(prompt)) is not None:
-        raise ConfigError(f"the prompt holds {half}, which is no character; is the terminal set to UTF-8?")
+        raise ConfigError(f"the prompt holds {half}, which is not a character; is the terminal set to UTF-8?")
 
 
 def prompt_ids(prompt: str, reader: Reader) -> Tensor:

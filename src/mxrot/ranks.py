@@ -97,7 +97,7 @@ def _place() -> tuple[int, int] | None:
     except ValueError:
         rank, size = -1, 0
     if not 0 <= rank < size:
-        raise ConfigError(f"RANK {found['RANK']} of WORLD_SIZE {found['WORLD_SIZE']} is no number of a process")
+        raise ConfigError(f"RANK {found['RANK']} of WORLD_SIZE {found['WORLD_SIZE']} is not the number of a process")
     return rank, size
 
 
@@ -237,7 +237,7 @@ class _Watch(Thread):
         if self.over.wait(GRACE_SECONDS):
             return
         if not is_left_to_another(error):
-            os.write(2, f"mxrot: error: {error}; what was finished is kept, and --resume goes on from it\n".encode())
+            os.write(2, f"mxrot: error: {error}; what was finished is kept, and --resume continues from it\n".encode())
         os._exit(error.exit_code)
 
 

@@ -62,7 +62,7 @@ RECIPE_EDITS = {
     ),
     "block": ("block = 32", "block = 16", "transform block-diagonal 16 site in recipe"),
     "accumulation": ('accumulation = "exact"', 'accumulation = "fast"', "accumulation fast in recipe"),
-    "ignore": (r"ignore = \[\]", 'ignore = ["q_proj"]', "q_proj is left as it is in recipe.toml only"),
+    "ignore": (r"ignore = \[\]", 'ignore = ["q_proj"]', "q_proj is unquantized in recipe.toml only"),
     "transform": ('method = "hadamard"', 'method = "identity"', "transform none in recipe"),
     "no activations": (r"\[activations\]\n[^\[]*", "", "activations None in recipe"),
 }

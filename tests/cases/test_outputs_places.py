@@ -153,8 +153,8 @@ def _socket(path: Path) -> None:
     ("name", "make", "said"),
     [
         ("LICENSE", lambda path: path.symlink_to("nothing"), "is a link to nothing"),
-        ("tokenizer.model", _fifo, "is no regular file"),
-        ("NOTICE", _socket, "is no regular file"),
+        ("tokenizer.model", _fifo, "is not a regular file"),
+        ("NOTICE", _socket, "is not a regular file"),
         ("vocab.txt", lambda path: path.symlink_to(path.name), "cannot be read"),
     ],
     ids=["link to nothing", "FIFO", "socket", "link to itself"],

@@ -169,7 +169,8 @@ def test_after_any_error_finished_blocks_stay(model: Path, tmp_path: Path, error
     assert (tmp_path / "out.partial" / "block-00000.json").is_file()
     line = refused("quantize", model, "-r", "rtn", "-o", output)
     assert (
-        "out.partial: holds 1 finished block of an earlier run; go on with --resume, or start over with --force" in line
+        "out.partial: holds 1 finished block of an earlier run; continue with --resume, or start over with --force"
+        in line
     )
     quantized(model, output, resume=True)
     quantized(model, tmp_path / "straight")
@@ -184,7 +185,7 @@ def test_the_message_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     line = refused("quantize", source, "-r", "rtn", "-o", tmp_path / "out")
     assert "NaN" in line
-    assert f"finished blocks are kept in {tmp_path / 'out.partial'}; the same command with --resume goes on" in line
+    assert f"finished blocks are kept in {tmp_path / 'out.partial'}; the same command with --resume continues" in line
 
 
 @pytest.mark.case("F11")

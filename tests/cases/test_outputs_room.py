@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up_is_seen_after_a_block(tmp_path: Path, monkeypatch:
         patched.setattr(shutil, "disk_usage", usage)
         line = refused(*words, tmp_path / "out", exit_code=1)
         assert re.search(r"out: [\d.e-]+ GB are to be written there, and [\d.e-]+ GB are free; make room for", line)
-        assert line.endswith(f"kept in {partial}; the same command with --resume goes on from there")
+        assert line.endswith(f"kept in {partial}; the same command with --resume continues from there")
         assert [path.name for path in sorted(partial.glob("block-*"))] == ["block-00000.json"]
         again = refused(*words, tmp_path / "out", "--resume", exit_code=1)
         assert "make room for" in again

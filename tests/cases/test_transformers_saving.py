@@ -151,7 +151,7 @@ def test_commands_do_not_tell_of_what_was_there_before(folder: Path, tmp_path: P
     loaded(own).save_pretrained(own)
     short = ("--text", text, "--seq-len", "32", "--windows", "2", "--device", "cpu")
     card = (own / "README.md").read_text()
-    assert "before save_pretrained wrote" in refused("report", own, "--card", *short)
+    assert "before save_pretrained;" in refused("report", own, "--card", *short)
     assert (own / "README.md").read_text() == card
     assert "holds no hashes of these files" in refused("eval", own, "--verify", *short)
     assert "Relative error" in command("inspect", folder, *short).stdout

@@ -66,7 +66,7 @@ def test_an_error_of_one_ends_both(folder: Path, outcomes: dict[str, Any]) -> No
     first, second = outcomes["raised"]
     assert first["code"] == second["code"] == 2 and max(first["seconds"], second["seconds"]) < 30
     assert "mxrot: error: rank 1: model.layers.1: of this process alone; finished blocks are kept" in first["text"]
-    assert "--resume goes on" in first["text"] and second["text"] == ""
+    assert "--resume continues" in first["text"] and second["text"] == ""
 
 
 @pytest.mark.slow
@@ -213,8 +213,8 @@ PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     ("variables", "said"),
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT"),
-        ({"RANK": "2", "WORLD_SIZE": "2", **PLACE}, "no number of a process"),
-        ({"RANK": "x", "WORLD_SIZE": "2", **PLACE}, "no number of a process"),
+        ({"RANK": "2", "WORLD_SIZE": "2", **PLACE}, "not the number of a process"),
+        ({"RANK": "x", "WORLD_SIZE": "2", **PLACE}, "not the number of a process"),
     ],
 )
 def test_odd_variables(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str) -> None:

@@ -248,7 +248,7 @@ def test_parts_that_differ_are_refused_and_so_is_what_is_not_known(checkpoint: C
     for parts, message in (
         (["q_proj", "k_proj"], None),
         (["q_proj", "o_proj"], "not of one site"),
-        (["q_proj", "g_proj"], "g_proj is no linear of this checkpoint"),
+        (["q_proj", "g_proj"], "g_proj is not a linear of this checkpoint"),
     ):
         config.packed_modules_mapping = {"qkv_proj": parts}
         prefix = "model.layers.1.self_attn.qkv_proj"

@@ -44,7 +44,7 @@ def cache_scheme(name: str, transform: str, width: int, first: int = 0, last: in
     what there is not, and for heads of a width that is not whole blocks."""
     scheme = RunTimeCache.of(name, transform, first, last).scheme
     if scheme is None:
-        raise ConfigError(f"--kv {name}: is no other cache than the one that is measured beside it; name a format")
+        raise ConfigError(f"--kv {name}: is the cache that is measured beside it; name another format")
     if width % scheme.head_block:
         raise ConfigError(f"--kv {name}: heads of width {width} are not a multiple of {scheme.head_block}")
     return scheme

@@ -34,7 +34,7 @@ class Other:
         """Why it cannot be measured there; None if it may."""
         if importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
-        return None if device.type == "cuda" else f"it wants a GPU, and this is {device.type}"
+        return None if device.type == "cuda" else f"it needs a GPU, and this is {device.type}"
 
 
 def _marlin(weight: PackedRows, rows: Sequence[int]) -> Product:

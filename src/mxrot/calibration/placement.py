@@ -82,8 +82,8 @@ class Placement:
         free = shutil.disk_usage(folder).free
         if wanted > free:
             raise DiskFullError(
-                f"{folder}: what waits between decoder blocks takes up to {wanted / 1e9:.1f} GB, more than half of the "
-                f"main memory that is free, and {free / 1e9:.1f} GB of this disk are free; set TMPDIR to a folder with "
+                f"{folder}: states between decoder blocks take up to {wanted / 1e9:.1f} GB, more than half of the "
+                f"main memory that is free, and {free / 1e9:.1f} GB are free on this disk; set TMPDIR to a folder with "
                 "more room, or take fewer --samples"
             )
         return Placement(device, True, folder)

@@ -168,7 +168,8 @@ def spread_over(sizes: WritingSizes, room: Room) -> Spread | None:
     if not found:
         first = sizes.outer + sizes.beside + max(sizes.blocks) + sizes.keys(sizes.length) + sizes.logits
         raise _no_room(
-            sizes, f"of which {first / 1e9:.1f} GB have to be on {room.devices[0]}: {_told(room.free[0])} GB can be had"
+            sizes,
+            f"of which {first / 1e9:.1f} GB have to be on {room.devices[0]}: {_told(room.free[0])} GB are available",
         )
     _, best = min(found, key=lambda one: one[0])
     waits = _waiting(best, room)
@@ -176,7 +177,7 @@ def spread_over(sizes: WritingSizes, room: Room) -> Spread | None:
         raise _no_room(
             sizes,
             f"of which {best.streamed / 1e9:.1f} GB are left over by {' and '.join(room.devices)}: "
-            f"{_told(room.host)} GB of main memory and {_told(room.disk)} GB of disk ($TMPDIR) can be had",
+            f"{_told(room.host)} GB of main memory and {_told(room.disk)} GB of disk ($TMPDIR) are available",
         )
     return waits
 
@@ -185,7 +186,7 @@ def check_spreads() -> None:
     """ConfigError where the package is missing that spreads models."""
     if find_spec("accelerate") is None:
         raise ConfigError(
-            "the model that writes text to be calibrated on does not fit on one device, and spreading it over several "
+            "the model that writes calibration text does not fit on one device, and spreading it over several "
             "needs the package accelerate: pip install 'mxrot[spread]'"
         )
 
@@ -277,8 +278,8 @@ def _no_room(sizes: WritingSizes, why: str) -> ConfigError:
         "calibration.own = 0 (--calib with a text)": choice.own > 0,
     }
     return ConfigError(
-        f"the original model, which shall write text for calibration, takes {sizes.weights / 1e9:.1f} GB, {why}; "
-        f"bring a text of your own, and set {' and '.join(key for key, helps in remedies.items() if helps)}"
+        f"the original model, which is to write calibration text, takes {sizes.weights / 1e9:.1f} GB, {why}; "
+        f"give a text of your own, and set {' and '.join(key for key, helps in remedies.items() if helps)}"
     )
 
 

@@ -268,7 +268,7 @@ def _there(found: Sequence[T | None]) -> list[T]:
     """Those that are there; DataError where none is."""
     there = [one for one in found if one is not None]
     if not there:
-        raise DataError("a statistic of no tokens: calibration has seen nothing there")
+        raise DataError("a statistic of no tokens: calibration saw none here")
     return there
 
 

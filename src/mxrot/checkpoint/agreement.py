@@ -111,7 +111,7 @@ def check_recipe(said: Scheme, scheme: Scheme, family: Family, version: int = FO
         one, other = said.linears.get(name), scheme.linears.get(name)
         if one is None or other is None:
             raise CheckpointError(
-                f"recipe.toml and config.json contradict each other: {name} is left as it is in "
+                f"recipe.toml and config.json contradict each other: {name} is unquantized in "
                 f"{'recipe.toml' if one is None else 'config.json'} only; take both from one run of `mxrot quantize`"
             )
         if version == 1:  # which had no word for the rule of weights

@@ -52,7 +52,7 @@ def check_exportable(recipe: Recipe) -> None:
             if part.dtype.is_floating_point and part.bits < 8 * part.dtype.itemsize:
                 raise ConfigError(
                     f"recipe {one.name}: weights: scales of rule {quantizer.rule.name!r} are {part.bits}-bit levels "
-                    f"that are at hand as {str(part.dtype).removeprefix('torch.')} only, and cannot be exported; use "
+                    f"that exist as {str(part.dtype).removeprefix('torch.')} only, and cannot be exported; use "
                     "`compare`, which keeps the model in memory, or another rule"
                 )
 

@@ -188,7 +188,7 @@ def _quantizer(table: Any, where: str) -> TensorQuantizer:
 def _input_quantizer(table: Any, where: str) -> TensorQuantizer:
     found = _quantizer(table, where)
     if not found.rule.dynamic:
-        raise CheckpointError(f"{where}: rule {found.rule.name!r} is none that inputs can have")
+        raise CheckpointError(f"{where}: rule {found.rule.name!r} does not apply to inputs")
     return TensorQuantizer(found.format, found.rule.for_rows())
 
 
@@ -238,7 +238,7 @@ def _scheme_of_version_1(quantization: dict[str, Any], marker: dict[str, Any], l
     rule, where = marker["activation_rule"], f"{_WHERE}: {MARKER}.activation_rule"
     inputs = None if rule is None else _input_quantizer({"format": formats[0].name, "rule": rule}, where)
     if inputs is not None and not inputs.rule.is_power_of_two:
-        raise CheckpointError(f"{where} {rule!r} is none that inputs can have")
+        raise CheckpointError(f"{where} {rule!r} does not apply to inputs")
     sharing = _one_of(Sharing, marker.get("sharing"), f"{_WHERE}: {MARKER}.sharing")
     stages = (BlockDiagonalSpec(THEIR_BLOCK, sharing),) if "transform_config" in quantization else ()
     # The first ones had no such field.

@@ -253,12 +253,12 @@ def check_free_to_work(partial: Path, resume: bool, force: bool) -> None:
     if resume:
         if (partial / FINGERPRINT).exists() and read_fingerprint(partial) is None:
             raise CheckpointError(
-                f"{partial / FINGERPRINT}: is damaged, and does not tell whose the work in its folder is; start over "
-                "with --force and without --resume"
+                f"{partial / FINGERPRINT}: is damaged and does not say which run the work in its folder belongs to; "
+                "start over with --force and without --resume"
             )
     elif not force and (work := holds_work(partial)):
         raise CheckpointError(
-            f"{partial}: holds {work} of an earlier run; go on with --resume, or start over with --force"
+            f"{partial}: holds {work} of an earlier run; continue with --resume, or start over with --force"
         )
 
 
@@ -268,21 +268,21 @@ def check_ours(partial: Path, may_lack_notes: bool = False) -> None:
     `may_lack_notes`: may run.json stand in for the fingerprint? It has one, too, that is still to be compared.
     """
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise CheckpointError(f"{partial}: is needed as a folder to work in, and is none; move it away")
+        raise CheckpointError(f"{partial}: is needed as the work folder, and is not a folder; move it away")
     if not partial.exists():
         return
     names = sorted(path.name for path in partial.iterdir())
     strange = [name for name in names if not _is_ours(name)]
     if strange:
         raise CheckpointError(
-            f"{partial}: is needed to work in, and holds {strange[0]!r}, which is not of a run of mxrot; move it away, "
-            "or give another output"
+            f"{partial}: is needed to work in, and holds {strange[0]!r}, which is not from a run of mxrot; move it "
+            "away, or give another output"
         )
     signed = {FINGERPRINT, FINGERPRINT + TEMPORARY, *(["run.json"] if may_lack_notes else [])}
     if names and not signed.intersection(names):
         raise CheckpointError(
-            f"{partial}: is needed to work in, and has no {FINGERPRINT} that tells whose it is; move it away, or give "
-            "another output"
+            f"{partial}: is needed to work in, and has no {FINGERPRINT} that says which run it belongs to; move "
+            "it away, or give another output"
         )
 
 

@@ -29,7 +29,7 @@ def publish(folder: Path, repository: str, *, private: bool = False, message: st
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConfigError(f"{repository}: no name of a repository; it looks like owner/name") from error
+        raise ConfigError(f"{repository}: not the name of a repository, such as owner/name") from error
     check_checkpoint(folder, verify=True)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     card = card_for(folder, repository)

@@ -51,7 +51,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if path.exists() and _was_saved_again(folder):
         raise CheckpointError(
-            f"{path}: is of what was here before save_pretrained wrote; take a folder as `mxrot quantize` left it"
+            f"{path}: describes what was here before save_pretrained; take a folder that only `mxrot quantize` has "
+            "written"
         )
     run = read_json(path)
     _check(run, _RUN, str(path))

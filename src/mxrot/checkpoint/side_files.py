@@ -93,9 +93,9 @@ def _check_readable(path: Path) -> None:
     try:
         kind = path.stat().st_mode
         if not stat.S_ISREG(kind):  # opening a FIFO would wait for somebody who writes
-            raise FamilyError(f"{where}, and is no regular file; put the file there, or move it away")
+            raise FamilyError(f"{where}, and is not a regular file; put the file there, or move it away")
         os.close(os.open(path, os.O_RDONLY))
     except FileNotFoundError as error:
         raise FamilyError(f"{where}, and is a link to nothing; is the download complete?") from error
     except OSError as error:
-        raise FamilyError(f"{where}, and cannot be read ({error.strerror}); mend it, or move it away") from error
+        raise FamilyError(f"{where}, and cannot be read ({error.strerror}); repair it, or move it away") from error

@@ -180,7 +180,7 @@ def _keep_work(partial: Path, fingerprint: dict[str, Any], error: BaseException)
         return  # it is in its place already
     if work := holds_work(partial):
         what = "finished blocks are" if "block" in work else f"{work} is"
-        add_note(error, f"{what} kept in {partial}; the same command with --resume goes on from there")
+        add_note(error, f"{what} kept in {partial}; the same command with --resume continues from there")
     else:
         remove_partial(partial)
 

@@ -43,7 +43,7 @@ def recipe_for_vllm(model: str, config_path: Path) -> Servable:
             return Servable(name, (f"for vLLM: recipe {name}, {_runs(serving)}", *passed))
         reason = serving.stops[0]
         passed.append(f"  not {name}: {reason}")
-    raise ConfigError(f"--for vllm: vLLM {VERSION} as it comes runs {model} by none of {', '.join(FOR_VLLM)}: {reason}")
+    raise ConfigError(f"--for vllm: stock vLLM {VERSION} runs {model} with none of {', '.join(FOR_VLLM)}: {reason}")
 
 
 def _runs(serving: Serving) -> str:

@@ -36,8 +36,7 @@ def held_out(windows: int, share: float, kind: str) -> Tensor:
     """
     if windows < 2:
         raise DataError(
-            f"calibration holds windows out and is fitted to others: of the kind {kind!r} it needs 2, and has "
-            f"{windows}; give more text"
+            f"calibration holds out windows: of the kind {kind!r} it needs 2, and has {windows}; give more text"
         )
     count = min(max(1, round(share * windows)), windows - 1)
     found = torch.zeros(windows, dtype=torch.bool)

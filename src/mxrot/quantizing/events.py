@@ -19,7 +19,7 @@ def watched(watch: Watch | None, world: World, is_stored: bool) -> Watch:
     """What watches a run, in one of several processes; ConfigError where it may end one that keeps nothing."""
     watch = Watch() if watch is None else watch.among(world)
     if watch.limit is not None and not is_stored:
-        raise ConfigError("a time limit ends a run that can be gone on from: it needs an output")
+        raise ConfigError("a time limit needs an output, from which the run can continue")
     return watch
 
 

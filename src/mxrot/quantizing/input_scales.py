@@ -45,7 +45,7 @@ def within_e5m2(
     found = f"{name}: scales of its inputs go from 2^{lowest} to 2^{highest}, and FP8 inputs have 2^{least} to 2^{most}"
     last = None if transform is None else transform.stages[-1]
     if transform is None or not isinstance(last, BlockDiagonal):
-        _warn(f"{found}; what is beyond is cut off or rounded by FP8 products: give this site a block transform")
+        _warn(f"{found}; FP8 products cut off or round those beyond; give this site a block transform")
         return transform
     shift = shift_for(lowest, highest)
     if not LEAST_WEIGHT < float(transform.fold(weights()).abs().max()) * 2.0**shift < MOST_WEIGHT:

@@ -140,7 +140,7 @@ def _check_names(recipes: Sequence[Recipe]) -> None:
     names = [recipe.name for recipe in recipes]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two recipes are called {name!r}; change `name` in the file of one")
+            raise ConfigError(f"two recipes have the name {name!r}; change `name` in the file of one")
 
 
 def _problems(source: FolderSource, recipes: Sequence[Recipe]) -> dict[str, MxrotError]:
@@ -208,7 +208,7 @@ def _check_caches(
         for problem in cache.problems(source.config, source.family, source.name):
             raise problem
         if cache.needs_text and checkpoints:
-            raise ConfigError("--kv-transform second-moment: is fitted to the original only; leave --checkpoints out")
+            raise ConfigError("--kv-transform second-moment: is fitted to the original only; leave out --checkpoints")
         if cache.needs_text and recipes:
             raise ConfigError(
                 "--kv-transform second-moment: is fitted to the original only; take --recipes none, or set "

@@ -39,7 +39,7 @@ def rows_of(source: Any, name: str) -> list[Any]:
     if isinstance(source, Set):
         raise ConfigError(f"{name}: a set has no order, and windows would be others each time; give a list")
     if not isinstance(source, Iterable):
-        raise ConfigError(f"{name}: a {type(source).__name__} is no text; expected {TAKEN}")
+        raise ConfigError(f"{name}: a {type(source).__name__} is not a text; expected {TAKEN}")
     rows = source if hasattr(source, "__len__") else _bounded(source, name)
     return [part for row in rows for part in _batch(row, name)]
 

@@ -35,7 +35,7 @@ class StepShare:
 def split_windows(windows: int, held_out: float) -> tuple[Tensor, Tensor]:
     """Positions to train on, and evenly spaced ones that are held out, int64; DataError unless both are some."""
     if windows < 2:
-        raise DataError(f"tuning holds windows out and trains on others: it needs 2, and calibration has {windows}")
+        raise DataError(f"tuning holds out windows: it needs 2, and calibration has {windows}")
     count = min(max(1, round(windows * held_out)), windows - 1)
     test = torch.arange(count) * windows // count
     is_held_out = torch.zeros(windows, dtype=torch.bool)

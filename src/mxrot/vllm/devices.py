@@ -35,7 +35,7 @@ DEVICES = (
         (9,),
     ),
     Arithmetic("A100, L4, L40S, RTX 30 and 40 (8.x)", "W4A16, Marlin", majors=(8,)),
-    Arithmetic("V100, T4 (7.x)", "none", "the scheme wants 8.0", (7,)),
+    Arithmetic("V100, T4 (7.x)", "none", "the scheme needs 8.0", (7,)),
     Arithmetic("MI350 (gfx950)", "W4A4, AITER"),
     Arithmetic("other AMD", "W4A4, emulated with amd-quark", "scale rule even, slow"),
     Arithmetic("CPU", "none", "no kernel"),

@@ -92,7 +92,7 @@ def vllm_section(report: VllmReport) -> str:
     sizes = ", ".join(map(str, report.stock.tensor_parallel))
     return (
         f"{_HEADING}\n```\nvllm serve path/to/this/folder --tensor-parallel-size {report.stock.tensor_parallel[0]}\n"
-        f"```\n\nvLLM {VERSION} as it comes; tensor parallel {sizes}. Where mxrot is installed beside it, vLLM runs\n"
+        f"```\n\nStock vLLM {VERSION}; tensor parallel {sizes}. Where mxrot is installed beside it, vLLM runs\n"
         "this folder through mxrot, unless `--quantization compressed-tensors` is given.\n\n"
         f"| device | computes | |\n|---|---|---|\n{rows}\n{notes}"
     )

@@ -110,7 +110,7 @@ class MxrotQuantization(CompressedTensorsConfig):
         """
         for part in parts:
             if part not in self.scheme.linears and part not in self.scheme.left:
-                raise ConfigError(f"{prefix}: {part} is no linear of this checkpoint")
+                raise ConfigError(f"{prefix}: {part} is not a linear of this checkpoint")
         found = {(self.scheme.linears.get(part), self.transform_names.get(part)) for part in parts}
         if len(found) > 1:
             raise ConfigError(f"{prefix}: its parts {', '.join(parts)} are not of one site, or not quantized alike")

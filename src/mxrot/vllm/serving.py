@@ -131,17 +131,17 @@ def _takes_plugin(folder: Path, report: VllmReport, wish: Wish, machine: Machine
     """With the plugin? ConfigError where neither it nor vLLM as it comes runs the checkpoint."""
     if not wish.stock and not report.plugin.stops:
         if machine.plugin_stop is not None:
-            raise ConfigError(f"{folder}: {machine.plugin_stop}; --stock leaves it to vLLM as it comes")
+            raise ConfigError(f"{folder}: {machine.plugin_stop}; --stock leaves it to stock vLLM")
         return True
     stops = report.stock.stops
     if not stops and report.stock.needs_export:
         written = command("mxrot", "export", folder, "--to", "vllm", "-o", "OUT")
-        raise ConfigError(f"{folder}: vLLM as it comes runs what `{written}` writes of it, not the folder itself")
+        raise ConfigError(f"{folder}: stock vLLM runs what `{written}` writes of it, not the folder itself")
     if stops:
         other = "" if wish.stock else "; --program transformers serves it"
         raise ConfigError(f"{folder}: vLLM does not run it: {stops[0]}{other}")
     if machine.gpu_bytes == () and machine.vllm is not None:
-        raise ConfigError(f"{folder}: vLLM as it comes has no MXFP4 product for a CPU; leave --stock out")
+        raise ConfigError(f"{folder}: stock vLLM has no MXFP4 product for a CPU; leave out --stock")
     return False
 
 
@@ -175,14 +175,14 @@ def _by_transformers(folder: Path, facts: Facts, wish: Wish, machine: Machine) -
         ("--max-len", wish.max_len),
     ):
         if is_given:
-            raise ConfigError(f"{option}: is for vLLM; the server of transformers has no such option")
+            raise ConfigError(f"{option}: needs vLLM; the server of transformers has no such option")
     path = str(folder.resolve())
     if "@" in path or ":" in path:
         raise ConfigError(f"{path}: the server of transformers reads @ and : in a name otherwise; rename the folder")
     words = (sys.executable, "-m", "transformers.cli.transformers", "serve", path)
     lines = (f"transformers {version('transformers')}, OpenAI-compatible", *_own_lines(facts, machine))
     lacks = " and ".join(machine.lacks)
-    missing = f"its server wants {lacks}: pip install 'transformers[serving]'" if lacks else None
+    missing = f"its server needs {lacks}: pip install 'transformers[serving]'" if lacks else None
     if not machine.autoloads:
         missing = f"transformers would not know mxrot: install mxrot as a package, and leave {_AUTOLOAD} at 1"
     return Server((*words, *wish.more), lines, missing)
@@ -213,7 +213,7 @@ def _plugin_lines(facts: Facts, machine: Machine) -> Iterator[str]:
 
 def _stock_lines(report: VllmReport, machine: Machine) -> Iterator[str]:
     found = arithmetic_of(machine.capability)
-    yield f"linears by vLLM as it comes, as {VERSION} chooses:"
+    yield f"linears by stock vLLM, as {VERSION} chooses:"
     yield f"  {found.device}: {found.computes}" + (f" ({found.note})" if found.note else "")
     yield from (f"  note: {note}" for note in report.notes)
 

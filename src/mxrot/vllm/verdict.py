@@ -111,7 +111,7 @@ def _stops_of_stock(facts: Facts) -> Iterator[str]:
     has_transform = facts.scheme.has_transform
     if has_transform and facts.architecture in FUSED:
         yield (
-            f"{facts.architecture}: vLLM wants a transform each for q, k and v, which are one linear in this model; "
+            f"{facts.architecture}: vLLM needs a transform each for q, k and v, which are one linear in this model; "
             "install mxrot where vLLM runs, or quantize with a recipe without a transform"
         )
     if any(stage == BlockDiagonalSpec(32, "block") for one in facts.scheme.distinct for stage in one.stages):

@@ -30,5 +30,5 @@ def seconds_of(text: str, option: str) -> float:
     parts = {} if found is None else {unit: float(count) for unit, count in found.groupdict().items() if count}
     seconds = sum(_UNITS[unit] * count for unit, count in parts.items())
     if not seconds:
-        raise ConfigError(f"{option} {text}: is no duration; write it as in 90m, 8h, 1h30m or 1d")
+        raise ConfigError(f"{option} {text}: is not a duration; write it as in 90m, 8h, 1h30m or 1d")
     return seconds

@@ -139,7 +139,7 @@ def test_what_is_absent_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_gpu_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(others.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
-    assert set(absent_others(CPU).values()) == {"it wants a GPU, and this is cpu"}
+    assert set(absent_others(CPU).values()) == {"it needs a GPU, and this is cpu"}
     assert absent_others(torch.device("cuda")) == {}
 
 

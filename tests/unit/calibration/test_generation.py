@@ -142,5 +142,5 @@ def test_a_model_that_does_not_fit_as_a_whole(
 ) -> None:
     """It is said before a block is quantized, with what to set instead."""
     monkeypatch.setattr(pipeline, "room_here", lambda device, wanted: Room(("cpu",), (1000.0,), 1e9))
-    with pytest.raises(ConfigError, match=rf"0\.0 GB (are free;|can be had; bring a text of your own, and) {remedy}"):
+    with pytest.raises(ConfigError, match=rf"0\.0 GB (are free;|are available; give a text of your own, and) {remedy}"):
         pipeline.quantize(source, recipe("mxrot", **changes), windows=random_windows(3, 24))

@@ -60,7 +60,7 @@ def test_a_disk_without_room_is_told_before_anything_is_computed(folder: Path, m
     monkeypatch.setattr(placement, "available_memory", lambda: 1e6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
     with pytest.raises(
-        DiskFullError, match=r"takes up to 6\.0 GB, more than half .* 0\.0 GB of this disk are free; set"
+        DiskFullError, match=r"take up to 6\.0 GB, more than half .* 0\.0 GB are free on this disk; set"
     ):
         Placement.of_states(CPU, 10**9)
 

@@ -102,11 +102,11 @@ def test_a_gpu_that_another_program_fills_is_left_out() -> None:
     ("changes", "where", "said"),
     [
         ({}, room(80, host=50, disk=20), r"takes 141\.1 GB, of which \d+\.\d GB are left over by cuda:0: 45\.0 GB of "),
-        ({}, room(80, host=50, disk=20), r"18\.0 GB of disk \(\$TMPDIR\) can be had; bring a text of your own, and "),
+        ({}, room(80, host=50, disk=20), r"18\.0 GB of disk \(\$TMPDIR\) are available; give a text of your own, and "),
         (
             {},
             room(4),
-            r"of which 6\.\d GB have to be on cuda:0: 3\.6 GB can be had; .* set calibration\.generated = 0$",
+            r"of which 6\.\d GB have to be on cuda:0: 3\.6 GB are available; .* set calibration\.generated = 0$",
         ),
         (
             {"calibration__generated": 0.0, "calibration__own": 64},

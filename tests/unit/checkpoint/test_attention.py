@@ -113,7 +113,7 @@ DAMAGE = {
     ),
     "a rule of weights": (
         lambda q: q["mxrot"]["attention"]["queries_keys"].update(format="mxfp4", rule="mse"),
-        "attention.queries_keys: rule 'mse' is none that inputs can have",
+        "attention.queries_keys: rule 'mse' does not apply to inputs",
     ),
     "half a table": (
         lambda q: q["mxrot"]["attention"].pop("queries_keys"),

@@ -151,7 +151,7 @@ DAMAGE = {
     ),
     "a rule of weights": (
         lambda q: q["kv_cache_scheme"]["values"].update(rule="mse"),
-        "kv_cache_scheme.values: rule 'mse' is none that inputs can have",
+        "kv_cache_scheme.values: rule 'mse' does not apply to inputs",
     ),
     "half a table": (lambda q: q["kv_cache_scheme"].pop("first"), "kv_cache_scheme: expected keys, values, first, "),
     "fewer tokens than none": (lambda q: q["kv_cache_scheme"].update(first=-1), "first: expected a number of tokens"),

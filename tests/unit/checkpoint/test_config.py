@@ -183,7 +183,7 @@ def test_bits_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(builtin_recipes()))
 def test_every_recipe_is_exportable_or_says_why_not(name: str) -> None:
     if "released" in name:
-        with pytest.raises(ConfigError, match="scales of rule 'log256' are 8-bit levels that are at hand as float32"):
+        with pytest.raises(ConfigError, match="scales of rule 'log256' are 8-bit levels that exist as float32"):
             check_exportable(recipe(name))
     else:
         check_exportable(recipe(name))

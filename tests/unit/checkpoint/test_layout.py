@@ -39,7 +39,7 @@ def test_what_is_written_is_read(name: str) -> None:
         check_layout(table, layout, found, LLAMA)
         check_layout(table | {"version": "1.0"}, layout, found, LLAMA)  # of other programs
         check_recipe(Scheme.of(chosen, LLAMA, model), found, LLAMA)
-        with pytest.raises(CheckpointError, match=r"0\.self_attn\.q_proj is left as it is in config\.json only"):
+        with pytest.raises(CheckpointError, match=r"0\.self_attn\.q_proj is unquantized in config\.json only"):
             check_recipe(Scheme.of(recipe(name), LLAMA, model), found, LLAMA)
 
 

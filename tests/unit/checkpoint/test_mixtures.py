@@ -233,7 +233,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     ),
     "a rule for weights": (
         lambda q: q["mxrot"]["schemes"]["group_1"]["activations"].update(rule="mse"),
-        "rule 'mse' is none that inputs can have",
+        "rule 'mse' does not apply to inputs",
     ),
     "an unknown stage": (
         lambda q: q["mxrot"]["schemes"]["group_1"].update(transform=[{"kind": "wavelet"}]),

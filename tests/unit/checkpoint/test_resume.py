@@ -281,7 +281,7 @@ def test_a_file_of_somebody_else_in_a_partial_stays(source: Path, tmp_path: Path
     partial = stopped_after(source, tmp_path / "out", DUQUANT, 1)
     (partial / "notes.txt").write_text("mine")
     for options in ({}, {"resume": True}, {"force": True}):
-        with pytest.raises(CheckpointError, match=r"holds 'notes.txt', which is not of a run of mxrot; move it away"):
+        with pytest.raises(CheckpointError, match=r"holds 'notes.txt', which is not from a run of mxrot; move it away"):
             write(source, tmp_path / "out", DUQUANT, **options)
     assert (partial / "notes.txt").read_text() == "mine"
 
@@ -289,7 +289,7 @@ def test_a_file_of_somebody_else_in_a_partial_stays(source: Path, tmp_path: Path
 def test_work_is_thrown_away_with_force_only(source: Path, tmp_path: Path, quantized_blocks: list[int]) -> None:
     partial = stopped_after(source, tmp_path / "out", DUQUANT, 1)
     with pytest.raises(
-        CheckpointError, match="holds 1 finished block of an earlier run; go on with --resume, or start"
+        CheckpointError, match="holds 1 finished block of an earlier run; continue with --resume, or start"
     ):
         write(source, tmp_path / "out", DUQUANT, seed=1)
     assert (partial / "block-00000.json").is_file()

@@ -191,7 +191,7 @@ def test_after_an_error_finished_blocks_stay(source: Path, tmp_path: Path, error
     with pytest.raises(type(error)) as raised:
         write(source, output, RTN, resume=resume, progress=stop_at(1, copy(error)))
     assert not output.exists() and beside(output) == ["out.partial"]
-    said = f"finished blocks are kept in {output}.partial; the same command with --resume goes on from there"
+    said = f"finished blocks are kept in {output}.partial; the same command with --resume continues from there"
     assert notes_of(raised.value) == [said]
 
 

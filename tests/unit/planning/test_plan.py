@@ -54,10 +54,8 @@ def test_a_405b_model_does_not_fit_as_a_whole(tmp_path: Path) -> None:
         'set tuning.scope = "block"'
     )
     (problem,) = plan_of(tmp_path, LLAMA_3_405B, recipe("mxrot"), Machine(torch.device("cpu"), 10e9)).problems
-    assert problem.startswith(
-        "recipe mxrot: the original model, which shall write text for calibration, takes 811.7 GB"
-    )
-    assert problem.endswith("bring a text of your own, and set calibration.generated = 0")
+    assert problem.startswith("recipe mxrot: the original model, which is to write calibration text, takes 811.7 GB")
+    assert problem.endswith("give a text of your own, and set calibration.generated = 0")
 
 
 @pytest.mark.parametrize(("processes", "where"), [(1, "cuda:0 and main memory"), (2, "cuda:0, cuda:1 and main memory")])

@@ -137,7 +137,7 @@ def test_a_model_that_does_not_fit_is_an_error_before_anything_is_told(tmp_path:
 
 
 def test_two_recipes_of_one_name_are_refused(folder: Path, words: str) -> None:
-    with pytest.raises(ConfigError, match="two recipes are called 'rtn'"):
+    with pytest.raises(ConfigError, match="two recipes have the name 'rtn'"):
         compared(folder, words, [RTN, RTN.changed({"weights.rule": "floor"})])
 
 

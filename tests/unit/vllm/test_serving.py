@@ -93,8 +93,8 @@ def test_stock_is_left_to_compressed_tensors_in_bfloat16(folders: dict[str, Path
         ("block", replace(HOPPER, plugin_stop="no plugin"), {}, "no plugin; --stock"),
         ("rtn", HOPPER, {"tensor_parallel": 3}, "can be shared by 1"),
         ("rtn", HOPPER, {"program": "ollama"}, "expected one of auto, vllm, transformers"),
-        ("rtn", LAPTOP, {"stock": True}, "--stock: is for vLLM"),
-        ("rtn", HOPPER, {"program": "transformers", "max_len": 64}, "--max-len: is for vLLM"),
+        ("rtn", LAPTOP, {"stock": True}, "--stock: needs vLLM"),
+        ("rtn", HOPPER, {"program": "transformers", "max_len": 64}, "--max-len: needs vLLM"),
         ("rtn", replace(HOPPER, gpu_bytes=(10**4,)), {}, "want more of them"),
     ],
 )
@@ -184,6 +184,6 @@ def test_a_server_that_is_not_there_is_an_error_and_no_checkpoint_too(
 ) -> None:
     monkeypatch.setattr(Machine, "here", staticmethod(lambda: replace(LAPTOP, lacks=("uvicorn",))))
     monkeypatch.setattr(os, "execv", None)
-    for folder, message in ((folders["rtn"], "wants uvicorn"), (source, "not a checkpoint")):
+    for folder, message in ((folders["rtn"], "needs uvicorn"), (source, "not a checkpoint")):
         result = CliRunner().invoke(app, ["serve", str(folder)])
         assert result.exit_code == 2 and message in result.stderr

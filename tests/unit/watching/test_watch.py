@@ -47,7 +47,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "8", "h", "0h", "30m1h", "1h 30m", "-1h", "soon", "1:30:00"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no duration; write it as in 90m, 8h, 1h30m or 1d"):
+    with pytest.raises(ConfigError, match="is not a duration; write it as in 90m, 8h, 1h30m or 1d"):
         seconds_of(text, "--time-limit")
 
 
