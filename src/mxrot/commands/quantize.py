@@ -69,7 +69,7 @@ def quantize(
     chosen = chosen_recipe(recipe_name(recipe, purpose, model), changes)
     if not is_utf8(output):
         raise ConfigError(
-            f"--output {output}: the name is not UTF-8, which no reader of tokenizers accepts; give another name"
+            f"--output {output}: the name is not UTF-8, which no reader of tokenizers accepts; give another one"
         )
     if json_file is not None and json_file.absolute() == output.absolute():
         raise ConfigError(f"--json {json_file}: is also the output folder; name another file")

@@ -256,7 +256,7 @@ def test_a_damaged_fingerprint_is_said(source: Path, tmp_path: Path, quantized_b
     before = digests(partial)
     for force in (False, True):
         with pytest.raises(
-            CheckpointError, match=r"fingerprint.json: is damaged, .* start over with --force and without"
+            CheckpointError, match=r"fingerprint.json: is damaged and .* start over with --force and without"
         ):
             write(source, tmp_path / "out", DUQUANT, resume=True, force=force)
     assert digests(partial) == before
