@@ -97,7 +97,9 @@ def test_what_is_no_causal_language_model(folder: Path, tmp_path: Path) -> None:
 def test_an_unknown_family_is_told_what_is_known() -> None:
     with pytest.raises(FamilyError) as raised:
         find_family(GPT2Config(architectures=["GPT2LMHeadModel"]), "gpt2")
-    assert str(raised.value).startswith("gpt2: architecture GPT2LMHeadModel is of no known family; known architectures: ")
+    assert str(raised.value).startswith(
+        "gpt2: architecture GPT2LMHeadModel is of no known family; known architectures: "
+    )
     every = [architecture for family in FAMILIES.values() for architecture in family.architectures]
     assert "GlmForCausalLM" in str(raised.value)
     assert str(raised.value).endswith(f" and {len(every) - MOST_LISTED} more")
