@@ -20,8 +20,12 @@ class Site:
     """The module whose input is the residual stream that this site's output is added to, if it is."""
     producer_is_value: bool = False
     """The producer is v_proj: under grouped queries one of its rows feeds several channels."""
+    keys_beside_values: bool = False
+    """Of each head that producer has the rows of a key, and then those of its value."""
     norm_adds_one: bool = False
     """The norm multiplies by 1 + its weight."""
+    norm_is_inner: bool = False
+    """The norm reads what another site gives, and not the residual stream."""
     experts: str | None = None
     """The module of all experts, where the linears are in these: it reads what they read, each a part of the tokens."""
     routers: tuple[str, ...] = ()
@@ -37,6 +41,11 @@ class Site:
     def group(self) -> str:
         """The name without the number of an expert."""
         return self.kind or self.name
+
+    @property
+    def reads_residual(self) -> bool:
+        """Does it read a norm of the residual stream?"""
+        return self.norm is not None and not self.norm_is_inner
 
     @property
     def is_of_experts(self) -> bool:
