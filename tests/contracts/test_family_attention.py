@@ -21,8 +21,6 @@ HEADS = {"head_dim": 32, "hidden_size": 128}
 
 def besides(config: Any) -> str | None:
     """What attention of a config does besides the two products, as the refusal says it."""
-    if hasattr(config, "kv_lora_rank"):
-        return "keys and values are not quantized"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "no soft caps"
     return "no windows" if "sliding_attention" in (getattr(config, "layer_types", None) or ()) else None
@@ -35,7 +33,7 @@ def test_a_family_takes_it_or_is_refused_by_name(name: str) -> None:
     config = config_of(FAMILIES[name], **HEADS, **changes)
     family = find_family(config, name)
     refused = [str(one) for one in find_problems(build_apart(config), family, RECIPE, name)]
-    beside = besides(config)
+    beside = family.heads_obstacle or besides(config)
     assert len(refused) == (beside is not None)
     if beside is not None:
         assert beside in refused[0] and f"family {name} " in refused[0]

@@ -37,6 +37,7 @@ THAT_COUNT = {
     "attn_logit_softcapping": 0.2,
     "query_pre_attn_scalar": 24,
     "logit_scale": 0.3,
+    "swiglu_limit": 0.05,
 }
 """Factors, and bounds that a random model reaches, for configs in which they have a value."""
 LATENT = {

@@ -16,6 +16,9 @@ class Site:
     """The norm whose output this site reads directly, if there is one: a channel scale can go into its gain."""
     producer: str | None = None
     """The linear whose rows are the channels of this site, up to factors that do not mix channels."""
+    rows_before: str | None = None
+    """Where there is no producer, because no scale passes what lies between: the linear whose rows become the channels
+    of this site one by one, together with those of the others of its site in its module."""
     residual: str | None = None
     """The module whose input is the residual stream that this site's output is added to, if it is."""
     producer_is_value: bool = False
