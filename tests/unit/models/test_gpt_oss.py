@@ -41,11 +41,12 @@ def test_experts_apart_compute_what_transformers_computes() -> None:
     model.set_experts_implementation("eager")
     expected = model(IDS).logits
     torch.testing.assert_close(apart(IDS).logits, expected, rtol=1e-12, atol=1e-12)
-    expert = apart.model.layers[0].mlp.experts[0]
-    expert.together.limit = 7.0
+    experts = apart.model.layers[0].mlp.experts
+    experts[0].together.limit = 7.0  # one module for all
     assert not torch.allclose(apart(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-    expert.together.limit = 0.05
-    expert.up_proj.bias += 0.01
+    experts[0].together.limit = 0.05
+    for expert in experts:
+        expert.up_proj.bias += 0.01
     assert not torch.allclose(apart(IDS).logits, expected, rtol=1e-12, atol=1e-12)
 
 
