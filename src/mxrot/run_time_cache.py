@@ -24,6 +24,7 @@ from mxrot.nearest import not_known
 from mxrot.opening import open_model
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.cache import fit_cache
+from mxrot.quantizing.problems import heads_problem
 from mxrot.sections import QuantizerChoice
 from mxrot.tokenizing import fitting_windows
 from mxrot.transforms.orders import factors_of
@@ -102,6 +103,9 @@ class RunTimeCache:
     def problems(self, config: Any, family: Family, where: str) -> Iterator[MxrotError]:
         """Why a model of this config cannot have it, found without a weight."""
         if self.scheme is None:
+            return
+        if family.heads_obstacle is not None:
+            yield heads_problem(f"{where}: --kv {self.formats}", family, f"take --kv {NOTHING}")
             return
         width, block = value_heads(config.get_text_config())[1], self.scheme.head_block
         if width % block:

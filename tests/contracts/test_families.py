@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.layers import build_apart, fused_norms, separate_experts
-from mxrot.models import FAMILIES, Family, Site, check_linears, find_family, value_heads
+from mxrot.models import FAMILIES, Family, Site, check_linears, find_family, value_heads, value_rows
 from mxrot.models.family import is_ignored
 from mxrot.surgery import fold_into_producer, shareable_scales
 from mxrot.transforms import BlockDiagonal
@@ -187,7 +187,11 @@ def test_sites_are_in_the_order_in_which_they_compute(family: Family) -> None:
     listed = [linear for site in family.sites_of(1) for linear in site.linears]
     first = [site.reader for site in family.sites_of(1) if not site.is_of_experts]
     assert [call for call in calls if call in first] == first
-    for parent in {linear.rpartition(".")[0] for linear in listed}:
+    for site in family.sites_of(1):
+        if not site.is_of_experts:
+            assert [call for call in calls if call in site.linears] == list(site.linears)
+    of_experts = [linear for site in family.sites_of(1) if site.is_of_experts for linear in site.linears]
+    for parent in {linear.rpartition(".")[0] for linear in of_experts}:
         inside = [call for call in calls if call.rpartition(".")[0] == parent and call in listed]
         assert inside == [linear for linear in listed if linear.rpartition(".")[0] == parent]
 
@@ -202,8 +206,11 @@ def test_the_norms_and_producers_that_it_names_exist(family: Family) -> None:
         if site.norm is not None:
             assert block.get_submodule(site.norm).weight.shape == (channels,)
         if site.producer is not None:
-            rows = heads * width if site.producer_is_value else channels
-            assert block.get_submodule(site.producer).out_features == rows
+            rows = block.get_submodule(site.producer).out_features
+            if site.producer_is_value:
+                own = value_rows(family, rows, heads, width).flatten()
+                assert len(set(own.tolist())) == heads * width and int(own.max()) == rows - 1
+            assert site.keys_beside_values or rows == (heads * width if site.producer_is_value else channels)
             assert site.producer in {linear for other in family.sites_of(1) for linear in other.linears}
         assert not site.producer_is_value or site.producer is not None
 
@@ -226,8 +233,16 @@ def input_after_doubling(family: Family, site: Site, tensor: Tensor, index: int)
     return after[0]
 
 
+def row_of(family: Family, site: Site, row: int) -> int:
+    """The row of the norm or producer that is that of channel `row`, or of this value."""
+    if not site.producer_is_value:
+        return row
+    weight = block_of(family).get_submodule(str(site.producer)).weight
+    return int(value_rows(family, len(weight), *value_heads(model_of(family).config)).flatten()[row])
+
+
 def readers_of(family: Family, site: Site, row: int) -> list[int]:
-    """Channels of the site that row `row` of its norm or producer makes, on its own."""
+    """Channels of the site that row `row` of its norm or of its values makes, on its own."""
     if not site.producer_is_value:
         return [row]
     heads, width = value_heads(model_of(family).config)
@@ -247,7 +262,8 @@ def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family)
         for row in (0, 5, 17):
             expected = before.clone()
             expected[..., readers_of(family, site, row)] *= 2
-            got = input_after_doubling(family, site, block_of(family).get_submodule(source).weight, row)
+            weight = block_of(family).get_submodule(source).weight
+            got = input_after_doubling(family, site, weight, row_of(family, site, row))
             assert torch.equal(got, expected) and not torch.equal(got, before)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,8 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def refusal(family: Family, recipe_name: str) -> str | None:
     """What a recipe asks for that the family has no place for, as the refusal says it."""
+    if recipe_name in CACHES and family.heads_obstacle is not None:
+        return f"cache: in family {family.name} keys and values are not quantized: {re.escape(family.heads_obstacle)}"
     if recipe_name == "quarot" and not family.is_rotatable:
         return f"no rotation of the residual stream of family {family.name} can be"
     if recipe_name == "duquant++" and family not in SHARED_NORM_OR_PRODUCER:
@@ -87,7 +90,10 @@ def test_what_is_loaded_is_what_was_quantized(
 @each
 @pytest.mark.parametrize("sharing", ["site", "block"])
 def test_transforms_and_smoothing_fold_away(folders: dict[str, Path], family: Family, sharing: str) -> None:
-    """Weights in 8 bits and inputs as they are: what is left is the rounding of the weights, as without a transform."""
+    """Weights in 8 bits and inputs as they are: what is left is the rounding of the weights, as without a transform.
+
+    The median over tokens: one that a router sends to another expert is off by more, however exact the rest is.
+    """
     changes = {"weights__format": "mxint8", "weights__rule": "", "activations": "none", "rounding__method": "rtn"}
     original = logits(AutoModelForCausalLM.from_pretrained(folders[family.name], dtype=torch.float32))
     errors = []
@@ -98,7 +104,7 @@ def test_transforms_and_smoothing_fold_away(folders: dict[str, Path], family: Fa
         chosen = recipe("mxrot", **(changes | more | smoothing))
         model = pipeline.quantize(folders[family.name], chosen, windows=WINDOWS).model
         assert model is not None
-        errors.append(float((logits(model) - original).norm() / original.norm()))
+        errors.append(float(((logits(model) - original).norm(dim=-1) / original.norm(dim=-1)).median()))
     assert len(errors) >= 2 and max(errors) < 0.03 and max(errors) < 3 * errors[0]
 
 

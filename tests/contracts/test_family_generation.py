@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mxrot
+from mxrot.calibration.generation import cache_bytes
+from mxrot.layers.cache_size import CacheSize
 from mxrot.models import Family
 from mxrot.planning import Machine, OtherRates, make_plan
 from mxrot.planning.rates import Rates
@@ -95,6 +97,16 @@ def test_a_plan_counts_what_is_there(folders: dict[str, Path], family: Family, t
     windows = None if name == "rtn" else IDS
     write(folder, tmp_path / "out", recipe(name), windows=windows)
     assert _bytes_in(tmp_path / "out") == plan.sizes.after.total_bytes
+
+
+@each
+def test_a_cache_takes_what_is_counted(family: Family) -> None:
+    """Of a sequence that no window has left yet, in float32, which is twice the 16 bits."""
+    model = model_of(family)
+    cache = model(IDS[:1, :3], use_cache=True).past_key_values
+    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    assert held == 2 * CacheSize.of(model.config, family, None).bytes_at(3)
+    assert held == cache_bytes(model.config, 3, 4)
 
 
 def _bytes_in(folder: Path) -> int:

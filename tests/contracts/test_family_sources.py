@@ -14,7 +14,7 @@ from tests.unit.surgery.changed_sources import logits, off_by, rotation
 from transformers import AutoModelForCausalLM
 
 from mxrot.errors import ConfigError
-from mxrot.models import Family, FolderSource, WeightFiles
+from mxrot.models import Family, FolderSource, WeightFiles, value_heads
 from mxrot.quantizing import quantize
 from mxrot.quantizing.rotating import Rotations, drawn_rotations, rotated_source
 from mxrot.recipe import load_recipe
@@ -121,7 +121,8 @@ def test_a_permutation_of_channels_changes_nothing(family: Family, tmp_path: Pat
     assert inner
     widths = {name: source.block(1)[f"{name}.weight"].shape[1] for name in inner}
     ffn = {f"{family.block_prefix(1)}.{name}": torch.randperm(widths[name], generator=draws) for name in inner}
-    heads = torch.stack([torch.randperm(16, generator=draws) for _ in range(4)]).unflatten(0, (2, 2))
+    count, width = value_heads(source.config)
+    heads = torch.stack([torch.randperm(width, generator=draws) for _ in range(2 * count)]).unflatten(0, (2, count))
     expected = logits(source, IDS)
     for permuted in (PermutedFfn(source, ffn), PermutedHeads(source, heads)):
         assert off_by(logits(permuted, IDS), expected) < TOLERANCE

@@ -37,8 +37,19 @@ THAT_COUNT = {
     "attn_logit_softcapping": 0.2,
     "query_pre_attn_scalar": 24,
     "logit_scale": 0.3,
+    "swiglu_limit": 0.05,
 }
 """Factors, and bounds that a random model reaches, for configs in which they have a value."""
+LATENT = {
+    "num_key_value_heads": SIZES["num_attention_heads"],
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 16,
+}
+"""Of multi-head latent attention: keys are wider than values."""
 CHOSEN = {"position_embedding_type": "rope", "no_rope_layer_interval": 2, "shared_intermediate_size": 96}
 """Values that make blocks of each kind, and of small ones."""
 
@@ -60,6 +71,8 @@ def settings_of(family: Family) -> dict[str, Any]:
     rope = getattr(default, "rope_parameters", None) or {}
     if "original_max_position_embeddings" in rope:
         found["rope_parameters"] = rope | {"original_max_position_embeddings": 16}
+    if hasattr(default, "kv_lora_rank"):
+        found |= LATENT
     found = {key: value for key, value in found.items() if hasattr(default, key)}
     found |= dict(family.holds_for)
     kinds = getattr(kind(**found), "layer_types", None) or ()

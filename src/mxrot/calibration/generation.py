@@ -25,7 +25,7 @@ from mxrot.calibration.manner import Kinds, Manner
 from mxrot.calibration.speaking import Speakers
 from mxrot.cuda_graphs import Replays
 from mxrot.layers import FixedCache, SpreadCache, shared_heads, step_mask
-from mxrot.models import Family, find_family, start_token, value_heads
+from mxrot.models import Family, cached_numbers, find_family, start_token
 from mxrot.progress import Progress, part_of, silent
 
 SEQUENCE_TOKENS = 256
@@ -259,5 +259,4 @@ def sequences_within(device_type: str, sequence_bytes: int, model_bytes: float) 
 def cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
     """Bytes of keys and values of one sequence of so many tokens."""
     text = config.get_text_config()
-    heads, width = value_heads(text)
-    return int(2 * text.num_hidden_layers * heads * width * tokens * itemsize)
+    return int(text.num_hidden_layers * cached_numbers(text) * tokens * itemsize)

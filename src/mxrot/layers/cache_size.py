@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from mxrot.formats import CacheScheme
 from mxrot.layers.installed_cache import cache_scheme_of
-from mxrot.models import Family, value_heads
+from mxrot.models import Family, cached_numbers, value_heads
 from mxrot.models.positions import block_windows, position_count
 
 _PLAIN_BYTES = 2
@@ -28,6 +28,8 @@ class CacheSize:
     """Of a head."""
     positions: int | None
     """Tokens that the model was made for; None where its config does not say."""
+    numbers: int
+    """Of each token in each decoder block, in a cache that is not quantized."""
     scheme: CacheScheme | None = None
     """None for 16 bits."""
 
@@ -35,7 +37,9 @@ class CacheSize:
     def of(config: Any, family: Family, scheme: CacheScheme | None) -> CacheSize:
         """Of a model by its config alone."""
         text = config.get_text_config()
-        return CacheSize(block_windows(config, family), *value_heads(text), position_count(config), scheme)
+        return CacheSize(
+            block_windows(config, family), *value_heads(text), position_count(config), cached_numbers(text), scheme
+        )
 
     @property
     def bits_per_element(self) -> float:
@@ -49,7 +53,7 @@ class CacheSize:
         return sum(self._bytes_of_block(count) for count in rows)
 
     def _bytes_of_block(self, tokens: int) -> int:
-        plain = 2 * self.heads * self.width * _PLAIN_BYTES
+        plain = self.numbers * _PLAIN_BYTES
         if self.scheme is None:
             return tokens * plain
         kept = (self.scheme.keys, self.scheme.values)
@@ -60,7 +64,7 @@ class CacheSize:
     def as_table(self, lengths: tuple[int, ...] = (8192,)) -> dict[str, Any]:
         """Bits an element, and bytes of a sequence at so many tokens and at all positions, beside those in 16 bits."""
         counts = dict.fromkeys((*lengths, *(() if self.positions is None else (self.positions,))))
-        plain = CacheSize(self.windows, self.heads, self.width, self.positions)
+        plain = replace(self, scheme=None)
         return {
             "scheme": None if self.scheme is None else self.scheme.spelled,
             "bits_per_element": self.bits_per_element,

@@ -12,25 +12,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mxrot.layers.gates import GATES
 from mxrot.models.expert_names import FUSED, ExpertNames
 from mxrot.models.families import EXPERTS
 from mxrot.models.skeleton import build_skeleton
 
 
 class Expert(nn.Module):
-    """down(act(gate(x)) * up(x)), with the linears under the names that checkpoints give them."""
+    """down of what gate and up give together, with the linears under the names that checkpoints give them."""
 
-    def __init__(self, linears: dict[str, nn.Linear], activation: nn.Module) -> None:
+    def __init__(self, linears: dict[str, nn.Linear], together: nn.Module) -> None:
         super().__init__()
         self.names = tuple(linears)
         for name, linear in linears.items():
             self.add_module(name, linear)
-        self.activation = activation
+        self.together = together
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
         gate, up, down = (self.get_submodule(name) for name in self.names)
-        output: Tensor = down(self.activation(gate(x)) * up(x))
+        output: Tensor = down(self.together(gate(x), up(x)))
         return output
 
 
@@ -62,20 +63,29 @@ def separate_experts(model: nn.Module) -> None:
 
 
 def _separated(module: nn.Module, names: ExpertNames) -> Experts:
-    linears: dict[str, nn.Linear] = {}
-    for fused in FUSED:
+    parts: dict[str, nn.Parameter] = {}
+    for fused in (f"{name}_bias" if kind == "bias" else name for kind in names.kinds for name in FUSED):
         whole = module.get_parameter(fused)
-        for name, weight in names.split(fused, whole.detach()).items():
-            linears[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linears[name].weight = nn.Parameter(weight, requires_grad=whole.requires_grad)
+        for name, part in names.split(fused, whole.detach()).items():
+            parts[name] = nn.Parameter(part, requires_grad=whole.requires_grad)
         delattr(module, fused)  # its memory
-    activation = module.act_fn
-    assert isinstance(activation, nn.Module)
+    together = GATES[names.gated](module)
+    count = len(parts) // (3 * len(names.kinds))
     experts = (
-        Expert({name: linears[f"{number}.{name}"] for name in names.linears}, activation)
-        for number in range(len(linears) // 3)
+        Expert({name: _linear(parts, f"{number}.{name}") for name in names.linears}, together)
+        for number in range(count)
     )
     return Experts(experts).train(module.training)
+
+
+def _linear(parts: dict[str, nn.Parameter], name: str) -> nn.Linear:
+    """The linear of a weight, and of a bias where there is one."""
+    weight, bias = parts[f"{name}.weight"], parts.get(f"{name}.bias")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
+    return linear
 
 
 def build_apart(config: Any) -> PreTrainedModel:

@@ -1,7 +1,17 @@
 """Model families, and how to find and read a model. Names and shapes, no numerics."""
 
 from mxrot.models.families import EXPERTS, FAMILIES, families_by_name
-from mxrot.models.family import Family, LogitKeys, Site, check_linears, linear_problems, value_heads
+from mxrot.models.family import (
+    Family,
+    LogitKeys,
+    Site,
+    cached_numbers,
+    check_linears,
+    linear_problems,
+    query_width,
+    value_heads,
+    value_rows,
+)
 from mxrot.models.lookup import commit_of, find_config, find_model
 from mxrot.models.skeleton import (
     build_skeleton,
@@ -29,6 +39,7 @@ __all__ = [
     "Source",
     "WeightFiles",
     "build_skeleton",
+    "cached_numbers",
     "check_depth",
     "check_for_transformers",
     "check_generation_config",
@@ -44,6 +55,7 @@ __all__ = [
     "no_place",
     "other_types",
     "quantized_by",
+    "query_width",
     "read_block",
     "read_config",
     "read_generation_config",
@@ -52,4 +64,5 @@ __all__ = [
     "start_token",
     "tensor_problems",
     "value_heads",
+    "value_rows",
 ]

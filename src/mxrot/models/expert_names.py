@@ -1,13 +1,13 @@
 """How the experts of a mixture are called, together as transformers has them and apart as checkpoints do.
 
-transformers computes the experts of a block with two tensors, [E, 2I, H] and [E, H, I]; checkpoints hold three linears
-an expert.
+transformers computes the experts of a block with two tensors, [E, 2I, H] and [E, H, I], which some architectures
+transpose, and give biases [E, 2I] and [E, H]; checkpoints hold three linears an expert.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ class ExpertNames:
     """The expert that every token goes to beside the others, by its name in a block."""
     shared_count: str | None = None
     """What the config calls the number of those, where a model may have none."""
+    gated: Literal["product", "clamped"] = "product"
+    """What down reads: act(gate) * up, or the same of values within bounds, with 1 + up (`layers/gates.py`)."""
+    has_bias: bool = False
+    """Has each linear of an expert a bias?"""
+    is_transposed: bool = False
+    """Are transformers' two tensors [E, H, 2I] and [E, I, H]?"""
+    is_interleaved: bool = False
+    """Are the rows of gate and up there one of gate and one of up, in turns? Else those of gate come first."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Starts of names in a block in older checkpoints, and what they are in the model."""
 
@@ -50,7 +58,7 @@ class ExpertNames:
         count, each = getattr(config, self.count), config.num_experts_per_tok
         if not 1 <= each <= count:
             raise FamilyError(f"config.json: expected 1 to {count} experts a token (of {self.count}), got {each}")
-        gate, up, down = self.linears
+        gate, up, _ = self.linears
         experts = [f"{self.place}.{number}" for number in range(count)]
         shared = [] if self.shared is None or not self._count_of_shared(config) else [self.shared]
         gate_up = Site(
@@ -60,14 +68,15 @@ class ExpertNames:
             experts=self.place,
             routers=self.routers,
         )
-        downs = (
-            Site(f"down_{number}", (f"{expert}.{down}",), producer=f"{expert}.{up}", expert=expert, kind="down")
-            for number, expert in enumerate(experts)
-        )
-        of_shared = (
-            Site("shared_down", (f"{expert}.{down}",), producer=f"{expert}.{up}", expert=expert) for expert in shared
-        )
-        return (gate_up, *downs, *of_shared)
+        downs = (self._down(f"down_{number}", expert, kind="down") for number, expert in enumerate(experts))
+        return (gate_up, *downs, *(self._down("shared_down", expert) for expert in shared))
+
+    def _down(self, name: str, expert: str, kind: str = "") -> Site:
+        """The site of down of an expert."""
+        _, up, down = (f"{expert}.{linear}" for linear in self.linears)
+        passes = self.gated == "product"
+        before = None if passes else up
+        return Site(name, (down,), producer=up if passes else None, rows_before=before, expert=expert, kind=kind)
 
     def _count_of_shared(self, config: Any) -> int:
         return 1 if self.shared_count is None else int(getattr(config, self.shared_count))
@@ -83,9 +92,9 @@ class ExpertNames:
         found: dict[str, Tensor] = {}
         for stored, tensor in tensors.items():
             name = self._renamed(stored)
-            place, _, last = name.rpartition(".")
-            if place == self.place and last in FUSED and tensor.dim() == 3:
-                found |= {f"{place}.{key}.weight": part for key, part in self.split(last, tensor).items()}
+            if self._is_fused(name, tensor.dim()):
+                place, _, last = name.rpartition(".")
+                found |= {f"{place}.{key}": part for key, part in self.split(last, tensor).items()}
             else:
                 found[name] = tensor
         return found
@@ -93,13 +102,25 @@ class ExpertNames:
     def shapes_apart(self, stored: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Of the tensors that `apart` makes of one that is stored, the shapes by name."""
         name = self._renamed(stored)
-        place, _, last = name.rpartition(".")
-        if place != self.place or last not in FUSED or len(shape) != 3:
+        if not self._is_fused(name, len(shape)):
             return {name: shape}
-        count, rows, width = shape
+        place, _, last = name.rpartition(".")
+        count, *each = shape
+        base, kind = _kind_of(last)
+        rows, *inputs = each[::-1] if self.is_transposed else each
         gate, up, down = self.linears
-        each = {down: (rows, width)} if last == "down_proj" else dict.fromkeys((gate, up), (rows // 2, width))
-        return {f"{place}.{number}.{key}.weight": size for number in range(count) for key, size in each.items()}
+        own = {down: rows} if base == "down_proj" else dict.fromkeys((gate, up), rows // 2)
+        return {
+            f"{place}.{number}.{linear}.{kind}": (size, *inputs)
+            for number in range(count)
+            for linear, size in own.items()
+        }
+
+    def _is_fused(self, name: str, dimensions: int) -> bool:
+        """Is it one of transformers' tensors of all experts?"""
+        place, _, last = name.rpartition(".")
+        base, kind = _kind_of(last)
+        return place == self.place and base in FUSED and dimensions == (3 if kind == "weight" else 2)
 
     def _renamed(self, stored: str) -> str:
         return next((new + stored.removeprefix(old) for old, new in self.renamed if stored.startswith(old)), stored)
@@ -111,20 +132,54 @@ class ExpertNames:
         if not inside:
             return tensors
         found = {name: tensor for name, tensor in tensors.items() if name not in inside}
+        for kind in self.kinds:
+            found |= {f"{self.place}.{name}": tensor for name, tensor in self._whole(inside, kind).items()}
+        return found
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the tensors of a linear are called."""
+        return ("weight", "bias") if self.has_bias else ("weight",)
+
+    def _whole(self, inside: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+        """transformers' two tensors of the weights, or of the biases."""
+        count = len(inside) // (3 * len(self.kinds))
         try:
             gate, up, down = (
-                torch.stack([inside[f"{self.place}.{number}.{name}.weight"] for number in range(len(inside) // 3)])
+                torch.stack([inside[f"{self.place}.{number}.{name}.{kind}"] for number in range(count)])
                 for name in self.linears
             )
         except KeyError as error:
             raise FamilyError(f"no tensor ends with {error.args[0]}; is the download complete?") from error
-        whole = {"gate_up_proj": torch.cat([gate, up], dim=1), "down_proj": down}
-        return found | {f"{self.place}.{name}": tensor for name, tensor in whole.items()}
+        gate_up = torch.stack([gate, up], dim=2).flatten(1, 2) if self.is_interleaved else torch.cat([gate, up], dim=1)
+        if kind == "bias":
+            return {"gate_up_proj_bias": gate_up, "down_proj_bias": down}
+        whole = {"gate_up_proj": gate_up, "down_proj": down}
+        return {name: x.mT.contiguous() if self.is_transposed else x for name, x in whole.items()}
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """The linears in transformers' tensor `name` of all experts, as copies, by number and name."""
+        """What linears have of transformers' tensor `name` of all experts, as copies, by number, name and kind."""
         gate, up, down = self.linears
-        if name == "down_proj":
-            return {f"{number}.{down}": one.clone() for number, one in enumerate(tensor)}
-        halves = [(number, part, half) for number, one in enumerate(tensor) for part, half in enumerate(one.chunk(2))]
-        return {f"{number}.{(gate, up)[part]}": half.clone() for number, part, half in halves}
+        base, kind = _kind_of(name)
+        whole = tensor.mT if self.is_transposed and kind == "weight" else tensor
+        if base == "down_proj":
+            return {f"{number}.{down}.{kind}": _copy(one) for number, one in enumerate(whole)}
+        return {
+            f"{number}.{linear}.{kind}": _copy(half)
+            for number, one in enumerate(whole)
+            for linear, half in zip((gate, up), self._halves(one), strict=True)
+        }
+
+    def _halves(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Those of gate and those of up."""
+        return (rows[::2], rows[1::2]) if self.is_interleaved else rows.chunk(2)
+
+
+def _kind_of(name: str) -> tuple[str, str]:
+    """Of the last part of a name of transformers, that of its weights, and whether it is of weights or biases."""
+    base = name.removesuffix("_bias")
+    return base, "weight" if base == name else "bias"
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.models.expert_names import SPARSE, ExpertNames
@@ -65,7 +65,8 @@ class Family:
     whose output nothing reads but the site that names the norm, and the head, and where what the sites without a norm
     give is added to it, times a number at most."""
     values: str = "self_attn.v_proj"
-    """The linear whose last rows are the value heads, one after the other."""
+    """The linear whose rows are the value heads (`value_rows`): the last ones, one head after the other, or those
+    behind the rows of each key."""
     values_read_by: str = "self_attn.o_proj"
     """The linear whose inputs are sums of values over tokens, query head after query head."""
     inner_rows: str | None = None
@@ -76,6 +77,11 @@ class Family:
     kinds_of: Callable[[Any], tuple[str, ...]] | None = None
     """Of a config, the kind of each decoder block, where some have sites that others lack: a block has those that are
     in all (`Site.only_in`), and those of its kind."""
+    attention_sites_of: Callable[[Any], tuple[Site, ...]] | None = None
+    """Of a config, the sites of attention, where they follow from it: those that come before `sites`."""
+    heads_obstacle: str | None = None
+    """Why keys and values are not kept in codes, and products of attention not taken of codes. None where a cache holds
+    keys and values of one width, as attention reads them."""
     holds_for: tuple[tuple[str, object], ...] = ()
     """Keys of the config, and the values that this record describes: a model with others is refused."""
     in_float32: tuple[str, ...] = ()
@@ -93,18 +99,25 @@ class Family:
         """Do the norms multiply by 1 + their weight? All norms of a model are of one class."""
         return any(site.norm_adds_one for site in self.sites)
 
+    @property
+    def has_keys_beside_values(self) -> bool:
+        """Has the linear of values the rows of each key before those of its value?"""
+        return any(site.keys_beside_values for site in self.sites)
+
     def of_model(self, config: Any) -> Family:
-        """The family with what the config of a model says of it: the sites of its experts, and the kinds of its blocks.
+        """The family with what the config of a model says of it: the sites of its attention, where these follow from
+        it, and of its experts, and the kinds of its blocks.
 
         FamilyError as for `ExpertNames.sites`.
         """
-        if self.experts is None:
-            return self if self.kinds_of is None else replace(self, kinds=self.kinds_of(config))
-        found = self.experts.sites(config)
-        if self.kinds_of is None:
-            return replace(self, sites=self.sites + found)
-        found = tuple(replace(site, only_in=SPARSE) for site in found)
-        return replace(self, sites=self.sites + found, kinds=self.kinds_of(config))
+        if not (self.kinds_of or self.attention_sites_of or self.experts):
+            return self
+        kinds = () if self.kinds_of is None else self.kinds_of(config)
+        before = () if self.attention_sites_of is None else self.attention_sites_of(config)
+        found = () if self.experts is None else self.experts.sites(config)
+        if kinds:
+            found = tuple(replace(site, only_in=SPARSE) for site in found)
+        return replace(self, sites=before + self.sites + found, kinds=kinds)
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """In which a model that computes in `dtype` holds a tensor of a block, by its name in it."""
@@ -178,8 +191,34 @@ def is_ignored(name: str, ignore: tuple[str, ...]) -> bool:
 def value_heads(config: Any) -> tuple[int, int]:
     """Number of value heads and their width."""
     heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = getattr(config, "v_head_dim", None) or _head_width(config)
     return getattr(config, "num_key_value_heads", None) or heads, width
+
+
+def query_width(config: Any) -> int:
+    """Of a head of queries, and of one of keys; values may be of another."""
+    return getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0) or _head_width(config)
+
+
+def cached_numbers(config: Any) -> int:
+    """Numbers that a cache in 16 bits holds of each token in each decoder block: keys and values, or, in latent
+    attention, what these are computed from."""
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent is not None:
+        return int(latent + config.qk_rope_head_dim)
+    heads, width = value_heads(config)
+    return 2 * heads * width
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def value_rows(family: Family, rows: int, heads: int, width: int) -> Tensor:
+    """Which of the `rows` of the linear that makes values are the value heads: int64 [heads, width]."""
+    stride = rows // heads if family.has_keys_beside_values else width
+    starts = torch.arange(heads) * stride + rows - heads * stride + stride - width
+    return starts[:, None] + torch.arange(width)
 
 
 def check_linears(

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import FamilyError
+from mxrot.models.codes import CodedFiles, codes_of
 from mxrot.models.family import Family, shapes_apart
 from mxrot.models.skeleton import find_family, read_config
 from mxrot.models.tensors import check_depth, tensor_problems
@@ -74,7 +75,7 @@ class Source(ABC):
 
 
 class FolderSource(Source):
-    """The model in a folder, as its files hold it.
+    """The model in a folder, as its files hold it, with weights in the place of codes that are read (`codes_of`).
 
     FamilyError if it is of no known family, or if its files do not hold as many decoder blocks as its config says.
     """
@@ -83,7 +84,9 @@ class FolderSource(Source):
         self.folder, self.name = folder, name or str(folder)
         self.config = read_config(folder)
         self.family = find_family(self.config, self.name)
-        self.files = WeightFiles(folder)
+        how = codes_of(self.config)
+        self.files = WeightFiles(folder) if how is None else CodedFiles(folder, how)
+        self.changes = () if how is None else (how.said,)
         check_depth(self.files, self.family, self.config)
 
     @cached_property

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mxrot.errors import FamilyError
+from mxrot.models.codes import codes_of
 from mxrot.models.family import Family, shapes_apart
 from mxrot.models.folder import RESAVE
 from mxrot.models.weights import DTYPES, WeightFiles
@@ -24,7 +25,9 @@ _MODELOPT = "hf_quant_config.json"
 
 
 def quantized_by(config: Any) -> str | None:
-    """The key of a config that says that its weights are quantized; None if none does."""
+    """The key of a config that says that its weights are quantized; None if none does, and for codes that are read."""
+    if codes_of(config) is not None:
+        return None
     keys = ("quantization_config", "compression_config")
     return next((key for key in keys if getattr(config, key, None) is not None), None)
 

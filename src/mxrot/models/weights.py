@@ -127,7 +127,7 @@ class WeightFiles:
         something else is computed. Changes nothing but how long a later `read` takes."""
         if not hasattr(os, "posix_fadvise"):
             return
-        wanted = [name for name in self.names if name.startswith(prefix + ".")]
+        wanted = [name for name in self._file_of if name.startswith(prefix + ".")]
         for file_name in dict.fromkeys(self._file_of[name] for name in wanted):
             header = self._headers[file_name]
             with header.path.open("rb") as file:

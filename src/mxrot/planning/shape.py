@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.layers import ModelSize, score_heads
-from mxrot.models import Family, Site, value_heads
+from mxrot.models import Family, Site, query_width, value_heads
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
 from mxrot.scheme import SiteScheme, site_scheme
@@ -142,7 +142,7 @@ class ModelShape:
             constants=_constants(model),
             linear_weights=sum(linear.weight.numel() for linear in linears),
             outer_parameters=whole - sum(each),
-            query_width=config.num_attention_heads * width,
+            query_width=config.num_attention_heads * query_width(config),
             head_width=width,
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),
             score_heads=score_heads(model) if recipe.attention is None else config.num_attention_heads,

@@ -48,7 +48,7 @@ def find_problems(
     yield from smoothing_problems(rules)
     yield from linear_problems(model, family, rules.input_block)
     yield from attention_problems(model, family, recipe)
-    yield from cache_problems(model, recipe)
+    yield from cache_problems(model, family, recipe)
     found = list(stage_problems(model, rules))
     yield from found
     if not found:
@@ -124,11 +124,21 @@ def smoothing_problems(rules: Rules) -> Iterator[MxrotError]:
             )
 
 
+def heads_problem(where: str, family: Family, remedy: str) -> ConfigError:
+    """That keys, values and products of a family stay as they are."""
+    return ConfigError(
+        f"{where}: in family {family.name} keys and values are not quantized: {family.heads_obstacle}; {remedy}"
+    )
+
+
 def attention_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[MxrotError]:
     """Attention whose operands are to be quantized and that does more than its two products, or of odd heads."""
     if recipe.attention is None:
         return
     config = model.config.get_text_config()
+    if family.heads_obstacle is not None:
+        yield heads_problem(f"recipe {recipe.name}: attention", family, "leave out the table [attention]")
+        return
     kinds = set(getattr(config, "layer_types", None) or ())
     by_kind = family.windows == "by kind" and "sliding_attention" in kinds
     window = getattr(config, "sliding_window", None)
@@ -151,9 +161,13 @@ def attention_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -
         )
 
 
-def cache_problems(model: PreTrainedModel, recipe: Recipe) -> Iterator[MxrotError]:
-    """Heads whose width is not whole blocks of what keys and values are kept in, or that have no Hadamard matrix."""
+def cache_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[MxrotError]:
+    """Heads whose width is not whole blocks of what keys and values are kept in, or that have no Hadamard matrix, and a
+    family in which no cache is quantized."""
     if recipe.cache is None:
+        return
+    if family.heads_obstacle is not None:
+        yield heads_problem(f"recipe {recipe.name}: cache", family, "leave out the table [cache]")
         return
     width, block = value_heads(model.config.get_text_config())[1], recipe.cache.scheme().head_block
     if width % block:

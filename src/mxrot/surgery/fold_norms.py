@@ -63,8 +63,7 @@ def rotation_problem(family: Family, where: str) -> ConfigError | None:
 
 
 def gains_by_reader(sites: Sequence[Site], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of each weight of a block with these sites that reads a norm of the residual stream, the gain of this norm,
-    float64 [H]."""
+    """Of each weight of a block with these sites that reads a norm, the gain of this norm, float64 [K]."""
     return {
         f"{reader}.weight": gain_of(tensors[f"{site.norm}.weight"], site.norm_adds_one)
         for site in sites
@@ -73,8 +72,13 @@ def gains_by_reader(sites: Sequence[Site], tensors: dict[str, Tensor]) -> dict[s
     }
 
 
+def inner_readers(sites: Sequence[Site]) -> frozenset[str]:
+    """The weights of a block with these sites that read a norm which is not one of the residual stream."""
+    return frozenset(f"{linear}.weight" for site in sites if site.norm_is_inner for linear in site.linears)
+
+
 def gains_of_one(sites: Sequence[Site], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The norms of the residual stream in a block with these sites, with gains of 1."""
+    """The norms that these sites of a block read, with gains of 1."""
     norms = dict.fromkeys((f"{site.norm}.weight", site.norm_adds_one) for site in sites if site.norm is not None)
     return {norm: gain_of_one(tensors[norm], adds_one) for norm, adds_one in norms}
 

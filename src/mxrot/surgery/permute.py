@@ -73,9 +73,10 @@ def _feeding(family: Family, index: int, linear: str) -> tuple[str, ...]:
     a channel feeds several."""
     sites = family.sites_of(index)
     for site in sites:
-        if linear in site.linears and site.producer is not None and not site.producer_is_value:
-            module, _, _ = site.producer.rpartition(".")
-            before = next(other for other in sites if site.producer in other.linears)
+        source = site.producer or site.rows_before
+        if linear in site.linears and source is not None and not site.producer_is_value:
+            module, _, _ = source.rpartition(".")
+            before = next(other for other in sites if source in other.linears)
             return tuple(name for name in before.linears if name.rpartition(".")[0] == module)
     is_last = linear in sites[-1].linears
     return (family.inner_rows,) if is_last and family.inner_rows is not None else ()

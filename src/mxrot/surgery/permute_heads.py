@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from mxrot.errors import ConfigError
-from mxrot.models import ChangedSource, Source, value_heads
+from mxrot.models import ChangedSource, Source, value_heads, value_rows
 from mxrot.surgery.rotate import digest_of
 
 
 class PermutedHeads(ChangedSource):
     """Channel j of a value head is the one that was channel order[j]; bits are moved, not changed.
 
-    `orders` are permutations, int64 [decoder blocks, value heads, D], D the width of a head. The last rows (and biases)
-    of the linear that makes values are permuted, and the columns of the linear behind attention. ConfigError for orders
-    of another shape, and for what is no permutation.
+    `orders` are permutations, int64 [decoder blocks, value heads, D], D the width of a head. The rows (and biases) of
+    values in the linear that makes them are permuted, and the columns of the linear behind attention. ConfigError for
+    orders of another shape, and for what is no permutation.
     """
 
     def __init__(self, inner: Source, orders: Tensor) -> None:
@@ -46,7 +46,8 @@ class PermutedHeads(ChangedSource):
         return tensors | found
 
     def _rows(self, tensor: Tensor, order: Tensor) -> Tensor:
-        """The last rows, which are the value heads, in another order."""
-        first = len(tensor) - self._heads * self._width
-        starts = torch.arange(self._heads, device=order.device)[:, None] * self._width
-        return torch.cat([tensor[:first], tensor[first:][(starts + order).flatten()]])
+        """The rows of the value heads in another order."""
+        rows = torch.arange(len(tensor), device=order.device)
+        own = value_rows(self.family, len(tensor), self._heads, self._width).to(order.device)
+        rows[own] = own.gather(1, order)
+        return tensor[rows]

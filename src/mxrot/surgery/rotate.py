@@ -21,6 +21,7 @@ from mxrot.surgery.fold_norms import (
     gain_of_one,
     gains_by_reader,
     gains_of_one,
+    inner_readers,
     product_by_rows,
     rounded,
 )
@@ -57,8 +58,10 @@ class Rotated(ChangedSource):
         matrix = self.matrix.to(next(iter(tensors.values())).device)
         sites = self.family.sites_of(index)
         found = tensors | gains_of_one(sites, tensors)
+        inner = inner_readers(sites)
         for name, gain in gains_by_reader(sites, tensors).items():
-            found[name] = self.as_stored(f"{prefix}.{name}", (tensors[name].double() * gain) @ matrix)
+            exact = tensors[name].double() * gain
+            found[name] = self.as_stored(f"{prefix}.{name}", exact if name in inner else exact @ matrix)
         writers = [linear for site in sites if site.norm is None for linear in site.linears]
         for name in (f"{linear}.{kind}" for linear in writers for kind in ("weight", "bias")):
             if name in tensors:  # a bias need not be there

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxrot.models import ChangedSource, Source, value_heads
+from mxrot.models import ChangedSource, Source, value_heads, value_rows
 from mxrot.surgery.fold_norms import rounded
 from mxrot.surgery.rotate import check_orthogonal, digest_of
 
@@ -45,11 +45,11 @@ class RotatedHeads(ChangedSource):
         return tensors | found
 
     def _rows(self, tensor: Tensor, matrix: Tensor) -> Tensor:
-        """The last rows, which are the value heads, turned: R^T W for the rows W of a head."""
-        exact = tensor.double()
-        before, own = exact.split([len(exact) - self._heads * self._width, self._heads * self._width])
-        turned = torch.einsum("hd...,de->he...", own.unflatten(0, (self._heads, self._width)), matrix)
-        return torch.cat([before, turned.flatten(0, 1)])
+        """The rows of the value heads turned: R^T W for the rows W of a head."""
+        exact = tensor.to(torch.float64, copy=True)
+        own = value_rows(self.family, len(exact), self._heads, self._width).to(exact.device)
+        exact[own] = torch.einsum("hd...,de->he...", exact[own], matrix)
+        return exact
 
     def _rounded(self, index: int, name: str, exact: Tensor) -> Tensor:
         full = f"{self.family.block_prefix(index)}.{name}"

@@ -45,7 +45,7 @@ def fold_into_producer(
     if site.norm is not None:
         scales = _divide_gain(block.get_submodule(site.norm), scales, dtype, 1.0 if site.norm_adds_one else 0.0)
     elif site.producer is not None:
-        rows = per_value_row(scales, *heads) if site.producer_is_value else scales
+        rows = _row_scales(site, scales, heads, len(weights[site.producer]))
         weights[site.producer] = weights[site.producer] / rows[:, None]
         bias = block.get_submodule(site.producer).bias
         if isinstance(bias, Tensor):
@@ -58,6 +58,17 @@ def fold_into_producer(
         router = block.get_submodule(name).weight
         assert isinstance(router, Tensor)
         router.data.copy_((router.double() * scales).to((router_types or {}).get(name, dtype)))
+
+
+def _row_scales(site: Site, scales: Tensor, heads: tuple[int, int], rows: int) -> Tensor:
+    """What the rows of the producer are divided by, [rows]: those of keys by 1."""
+    if not site.producer_is_value:
+        return scales
+    of_values = per_value_row(scales, *heads)
+    if not site.keys_beside_values:
+        return of_values
+    of_keys = scales.new_ones(heads[0], rows // heads[0] - heads[1])
+    return torch.cat([of_keys, of_values.view(heads)], dim=1).flatten()
 
 
 def _divide_gain(norm: nn.Module, scales: Tensor, dtype: torch.dtype, added: float) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mxrot.models import Family, Site, value_heads
-from mxrot.surgery.fold_norms import gains_by_reader, gains_of_one
+from mxrot.models import Family, Site, value_heads, value_rows
+from mxrot.surgery.fold_norms import gains_by_reader, gains_of_one, inner_readers
 from mxrot.tuning.trained_sites import TrainedSite
 
 
@@ -135,17 +135,18 @@ class RotatedBlock:
         return found
 
     def _turned_rows(self, tensor: Tensor, turn: Tensor) -> Tensor:
-        """The last rows, which are the value heads, times the rotation; others may come before."""
-        count, width = self.heads
-        before, own = tensor.split([len(tensor) - count * width, count * width])
-        turned = turn.mT @ own.view(count, width, -1)
-        return torch.cat([before, turned.view_as(own)])
+        """The rows of the value heads times the rotation; the others as they are."""
+        own = value_rows(self.family, len(tensor), *self.heads).to(tensor.device)
+        turned = turn.mT @ tensor[own].view(*own.shape, -1)
+        return tensor.index_copy(0, own.flatten(), turned.reshape(own.numel(), *tensor.shape[1:]))
 
     def _rotated(self, tensors: Mapping[str, Tensor], residual: Tensor) -> dict[str, Tensor]:
         """What the rotation of the stream changes."""
         found: dict[str, Tensor] = gains_of_one(self.own, dict(tensors))
+        inner = inner_readers(self.own)
         for name, gain in gains_by_reader(self.own, dict(tensors)).items():
-            found[name] = tensors[name] @ (gain.to(self.dtype)[:, None] * residual)
+            own = gain.to(self.dtype)
+            found[name] = tensors[name] * own if name in inner else tensors[name] @ (own[:, None] * residual)
         for site in self.own:
             if site.norm is not None:
                 continue

@@ -21,5 +21,6 @@ LLAMA_SITES = (
 ATTENTION_SITES = tuple(site for site in LLAMA_SITES if site.name in ("qkv", "o"))
 SITES_BESIDE_EXPERTS = tuple(replace(s, only_in="" if s in ATTENTION_SITES else DENSE) for s in LLAMA_SITES)
 """Where some blocks have experts in the place of the MLP."""
+MLP_SITES_BESIDE_EXPERTS = tuple(site for site in SITES_BESIDE_EXPERTS if site.only_in == DENSE)
 
 FAMILY = Family("llama", ("LlamaForCausalLM",), LLAMA_SITES, norm_class="LlamaRMSNorm", rotation_obstacle=None)
