@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from tests.contracts.test_families import spread_gains
-from tests.contracts.tiny_configs import config_of
+from tests.contracts.tiny_configs import auto_class, config_of
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import digests, recipe, without_run, write
 from torch import Tensor
@@ -69,7 +69,7 @@ def family_of(name: str) -> Family:
 def model_of(name: str) -> PreTrainedModel:
     """Random weights that are large enough for attention to have a say."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(family_of(name), **ALL[name][1]))
+    model = auto_class(family_of(name)).from_config(config_of(family_of(name), **ALL[name][1]))
     for parameter in model.parameters():
         parameter.data *= 10
     spread_gains(model, family_of(name))
@@ -109,7 +109,7 @@ def test_without_its_windows_a_model_is_another(name: str) -> None:
     for module in wide.modules():
         if getattr(module, "sliding_window", None) is not None:
             module.sliding_window = 64
-    wide.config.sliding_window = 64
+    wide.config.get_text_config().sliding_window = 64
     apart = (whole(model) != whole(wide)).any(dim=(0, 2))
     assert not apart[:WINDOW].any() and apart[WINDOW:].all()
 
@@ -279,7 +279,7 @@ def is_mean_of_two(found: float, losses: Tensor) -> bool:
 def test_distillation_starts_from_the_divergence_of_the_models(name: str, folder: Path) -> None:
     before = pipeline.quantize(folder, recipe("mxrot", calibration__generated=0.0), windows=WINDOWS).model
     assert before is not None
-    original = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    original = auto_class(family_of(name)).from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         logs, wanted = (m(WINDOWS).logits.log_softmax(dim=-1) for m in (before, original))
     losses = (wanted.exp() * (wanted - logs)).sum(dim=-1).mean(dim=1)
@@ -333,9 +333,11 @@ def test_blocks_of_other_kinds_are_refused(name: str, changes: dict[str, Any], m
         find_family(config, "here")
 
 
-@pytest.mark.parametrize("architecture", ["Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"])
-def test_a_model_that_sees_images_is_refused(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "architecture"), [("gemma3", "Gemma3ForCausalLM"), ("llava", "LlavaForConditionalGeneration")]
+)
+def test_a_model_of_more_than_text_that_no_family_describes_is_refused(kind: str, architecture: str) -> None:
     """Whatever it says that it is."""
-    config = transformers.Gemma3Config(architectures=[architecture])
+    config = transformers.AutoConfig.for_model(kind, architectures=[architecture])
     with pytest.raises(FamilyError, match=rf"^here: architecture {architecture}: a model of more than text"):
         find_family(config, "here")

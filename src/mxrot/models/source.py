@@ -83,7 +83,7 @@ class FolderSource(Source):
         self.folder, self.name = folder, name or str(folder)
         self.config = read_config(folder)
         self.family = find_family(self.config, self.name)
-        self.files = WeightFiles(folder)
+        self.files = WeightFiles(folder, self.family.beside)
         check_depth(self.files, self.family, self.config)
 
     @cached_property
