@@ -38,6 +38,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for parameter in model.parameters():
             if not parameter.data.any():  # a projection that begins with nothing
                 parameter.data.normal_(std=0.2)
+            elif parameter.dim() > 1:  # so that images count beside biases
+                parameter.data *= 5
         found[name] = tmp_path_factory.mktemp(name)
         model.half().save_pretrained(found[name])
         path = found[name] / "model.safetensors"
@@ -145,6 +147,25 @@ def test_it_is_quantized_while_transformers_loads_it(folders: dict[str, Path], f
     assert family.beside is not None
     kept = [name for name in before if family.beside.is_carried(name)]
     assert kept and all(torch.equal(before[name], after[name]) for name in kept)
+
+
+@pytest.mark.parametrize("name", [name for name, family in SEEING.items() if family.beside and family.beside.turned])
+def test_tensors_that_files_have_turned_are_read(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """As those of the hub have them, which transformers reads, too."""
+    family = SEEING[name]
+    assert family.beside is not None
+    for path in folders[name].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    ends = tuple(end for end, _ in family.beside.turned)
+    found = [key for key in tensors if key.endswith(ends)]
+    assert len(found) == 2
+    turned = tensors | {key: tensors[key].mT.contiguous() for key in found}
+    save_file(turned, tmp_path / "model.safetensors", {"format": "pt"})
+    opened, _ = open_model(tmp_path, "cpu")
+    plain, _ = open_model(folders[name], "cpu")
+    theirs = auto_class(family).from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(seen(opened), seen(plain)) and torch.equal(seen(opened), seen(theirs))
 
 
 @each

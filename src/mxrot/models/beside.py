@@ -19,6 +19,9 @@ class Beside:
     """What its config calls text models that the record of the family describes (`model_type` of `text_config`)."""
     renamed: tuple[tuple[str, str], ...] = ()
     """How the names of stored tensors begin, and what they begin with in the model; the first that fits holds."""
+    turned: tuple[tuple[str, int], ...] = ()
+    """Ends of names of tensors whose last two dimensions some files have in the other order, and which dimension is the
+    hidden size in the model."""
     auto_class: str = "AutoModelForImageTextToText"
     """transformers' class that builds such a model."""
 
@@ -29,11 +32,18 @@ class Beside:
                 return new + stored.removeprefix(old)
         return stored
 
+    def is_turned(self, name: str, stored: tuple[int, ...], hidden: int) -> bool:
+        """Has a file the last two dimensions of the tensor of this name, of the shape `stored`, in the other order?
+        Told as transformers does."""
+        return any(name.endswith(end) and stored[dimension] != hidden for end, dimension in self.turned)
+
     def is_carried(self, name: str) -> bool:
         """Is a tensor or module of this name in what is carried?"""
         return f"{name}.".startswith(tuple(f"{place}." for place in self.carried))
 
 
+FINAL_NORM = "model.language_model.norm.weight"
+"""Its only dimension is the hidden size."""
 WITHOUT_HEAD = (("language_model.", "model.language_model."), ("visual.", "model.visual."))
 """Of Qwen's models that are saved without their heads."""
 LLAVA_NAMES = (
