@@ -79,8 +79,7 @@ def find_family(config: Any, where: str) -> Family:
         causal.update((value,) if isinstance(value, str) else value)
     if not set(architectures) & causal:
         raise FamilyError(f"{where}: architectures {named}: not a causal language model")
-    of_text = (family for family in FAMILIES.values() if family.beside is None)
-    known = listed(architectures[0], (name for family in of_text for name in family.architectures))
+    known = listed(architectures[0], (name for family in FAMILIES.values() for name in family.architectures))
     raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
 
 
