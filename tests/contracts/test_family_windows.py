@@ -45,7 +45,7 @@ def windowed(family: Family) -> dict[str, Any]:
     if family.windows == "all":
         return {"sliding_window": WINDOW}
     order = LATER if len(family.name) % 2 else MIXED  # either kind first
-    changes = WITH_WINDOW | order if hasattr(config_of(family), "use_sliding_window") else order
+    changes = WITH_WINDOW | order if hasattr(config_of(family).get_text_config(), "use_sliding_window") else order
     return changes | ({"rope_parameters": OWN_ROTARY[family.name]} if family.name in OWN_ROTARY else {})
 
 
@@ -135,7 +135,7 @@ def test_blocks_of_one_kind_share_their_tensors(name: str) -> None:
     family, changes = family_of(name), ALL[name][1]
     config = config_of(family, **changes | {"num_hidden_layers": 6, "layer_types": changes["layer_types"] * 3})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = auto_class(family).from_config(config)
     arguments = block_arguments(model, family, WINDOWS[:1])
     assert len(arguments) == 6
     for position, keywords in enumerate(arguments):

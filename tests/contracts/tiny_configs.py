@@ -104,6 +104,9 @@ def settings_of(family: Family) -> dict[str, Any]:
 def config_of(family: Family, **changes: Any) -> Any:
     """The same as a config, with some values replaced."""
     settings = settings_of(family) | changes
+    if "mrope_section" in settings.get("rope_parameters", {}):
+        half = settings["hidden_size"] // settings["num_attention_heads"] // 2
+        settings["rope_parameters"] |= {"mrope_section": [half // 2, half // 4, half // 4]}
     if family.beside is not None:
         whole = getattr(transformers, family.architectures[0]).config_class
         default: Any = whole()
