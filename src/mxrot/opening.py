@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import PreTrainedModel
 
 from mxrot.checkpoint import is_checkpoint, load
 from mxrot.environment import check_device
 from mxrot.errors import CheckpointError, FamilyError
 from mxrot.models import (
+    Family,
     FolderSource,
     build_skeleton,
     find_family,
@@ -64,9 +66,9 @@ def open_model(name: str | Path, device: str | None = None, verify: bool | None 
     if verify:
         raise CheckpointError(f"{name}: not a checkpoint of mxrot, and without hashes to verify; leave out --verify")
     config = read_config(folder)
-    find_family(config, str(name))
+    family = find_family(config, str(name))
     if quantized_by(config) is not None:
-        return _opened_by_transformers(folder, config, str(name), torch.device(device)), folder
+        return _opened_by_transformers(folder, family, config, str(name), torch.device(device)), folder
     source = FolderSource(folder, str(name))
     stored = getattr(config, "dtype", None) or source.dtype
     model = load_original(source, compute_dtype(stored, torch.device(device)), torch.device(device))
@@ -81,12 +83,14 @@ def check_original(folder: Path, name: str) -> None:
         raise problem
 
 
-def _opened_by_transformers(folder: Path, config: Any, name: str, device: torch.device) -> PreTrainedModel:
+def _opened_by_transformers(
+    folder: Path, family: Family, config: Any, name: str, device: torch.device
+) -> PreTrainedModel:
     """A model that another program has quantized, by what transformers has for that; FamilyError if it does not find
     every tensor, or a place for each."""
     weight_map(folder)
     try:
-        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
+        model, report = getattr(transformers, family.auto_class).from_pretrained(
             folder,
             dtype=torch.float32 if device.type == "cpu" else "auto",
             local_files_only=True,

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contracts.tiny_configs import config_of
-from transformers import AutoModelForCausalLM
+from tests.contracts.tiny_configs import auto_class, config_of
 
 from mxrot.layers import build_apart, operands_of, separate_experts
 from mxrot.models import FAMILIES, find_family
@@ -21,6 +20,7 @@ HEADS = {"head_dim": 32, "hidden_size": 128}
 
 def besides(config: Any) -> str | None:
     """What attention of a config does besides the two products, as the refusal says it."""
+    config = config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "no soft caps"
     return "no windows" if "sliding_attention" in (getattr(config, "layer_types", None) or ()) else None
@@ -39,12 +39,12 @@ def test_a_family_takes_it_or_is_refused_by_name(name: str) -> None:
         assert beside in refused[0] and f"family {name} " in refused[0]
         return
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval().double().requires_grad_(False)
+    model = auto_class(family).from_config(config).eval().double().requires_grad_(False)
     separate_experts(model)  # those of transformers know no float64
     ids = torch.randint(2, 50, (2, 40), generator=torch.Generator().manual_seed(0))
     before = model(ids).logits
     install_attention(model, Scheme.of(RECIPE, family, build_apart(config)), family)
-    assert all(operands_of(block.self_attn) is not None for block in model.model.layers)
+    assert all(operands_of(block.self_attn) is not None for block in model.get_submodule(family.blocks))
     whole = model(ids).logits
     assert not torch.allclose(whole, before, rtol=1e-6)
     cache, logits = None, []

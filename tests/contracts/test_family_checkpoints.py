@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
-from tests.contracts.tiny_configs import config_of
+from tests.contracts.tiny_configs import auto_class, config_of
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import recipe, write
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import mxrot
 from mxrot.errors import ConfigError
@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for name, family in TINY_FAMILIES.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config_of(family))
+        model = auto_class(family).from_config(config_of(family))
         spread_gains(model, family)
         found[name] = tmp_path_factory.mktemp(name)
         model.half().save_pretrained(found[name])
@@ -83,7 +83,7 @@ def test_what_is_loaded_is_what_was_quantized(
     write(folders[family.name], tmp_path / "out", chosen, windows=windows)
     loaded = mxrot.load(tmp_path / "out", device="cpu")
     assert torch.equal(logits(loaded), logits(in_memory))
-    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    by_transformers = auto_class(family).from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(logits(by_transformers), logits(in_memory))
 
 
@@ -95,7 +95,7 @@ def test_transforms_and_smoothing_fold_away(folders: dict[str, Path], family: Fa
     The median over tokens: one that a router sends to another expert is off by more, however exact the rest is.
     """
     changes = {"weights__format": "mxint8", "weights__rule": "", "activations": "none", "rounding__method": "rtn"}
-    original = logits(AutoModelForCausalLM.from_pretrained(folders[family.name], dtype=torch.float32))
+    original = logits(auto_class(family).from_pretrained(folders[family.name], dtype=torch.float32))
     errors = []
     for method, smoothing in (("identity", {}), ("moments", {}), ("random-orthogonal", {"smoothing__alpha": 0.6})):
         if smoothing and sharing == "site" and family not in SHARED_NORM_OR_PRODUCER:
@@ -114,7 +114,7 @@ def test_in_bfloat16_it_has_the_types_that_transformers_gives_it(
 ) -> None:
     write(folders[family.name], tmp_path / "out", recipe("rtn"), windows=None)
     loaded = mxrot.load(tmp_path / "out", device="cpu", dtype=torch.bfloat16)
-    other = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    other = auto_class(family).from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     types, expected = ({name: x.dtype for name, x in one.state_dict().items()} for one in (loaded, other))
     assert types == expected
     for name in family.in_float32:

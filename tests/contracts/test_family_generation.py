@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
-from tests.contracts.tiny_configs import config_of
+from tests.contracts.tiny_configs import auto_class, config_of
 from tests.float64 import InFloat64
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import recipe, write
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import mxrot
 from mxrot.calibration.generation import cache_bytes
@@ -32,7 +32,7 @@ NO_TIME = Machine(torch.device("cpu"), other=OtherRates("none", "cpu", Rates(*[1
 def model_of(family: Family) -> PreTrainedModel:
     """Random weights that are large enough for attention to have a say, and gains and biases that count."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(family)).eval().requires_grad_(False)
+    model = auto_class(family).from_config(config_of(family)).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data *= 5
     spread_gains(model, family)
@@ -91,7 +91,7 @@ def test_a_plan_counts_what_is_there(folders: dict[str, Path], family: Family, t
     assert json.loads(config.read_text())["architectures"] == [family.architectures[0]]
     plan = make_plan(family.name, config, load_recipe(name), NO_TIME)
     assert plan.problems == [] and plan.sizes is not None
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = auto_class(family).from_pretrained(folder)
     assert plan.sizes.shape.parameters == model.num_parameters()
     assert plan.sizes.before == _bytes_in(folder)
     windows = None if name == "rtn" else IDS

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.contracts.test_families import TINY_FAMILIES, spread_gains
-from tests.contracts.tiny_configs import config_of
+from tests.contracts.tiny_configs import auto_class, config_of
 from tests.unit.checkpoint.folders import recipe
-from transformers import AutoModelForCausalLM
 
 from mxrot import api
 from mxrot.evaluation import divergence
@@ -34,14 +33,14 @@ DENSE = [name for name, family in TINY_FAMILIES.items() if family.experts is Non
 def test_a_raise_in_the_last_block_is_measured_from_there(tmp_path: Path, name: str) -> None:
     family: Family = TINY_FAMILIES[name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(family))
+    model = auto_class(family).from_config(config_of(family))
     spread_gains(model, family)
     model.half().save_pretrained(tmp_path / "model")
     source, chosen = FolderSource(tmp_path / "model"), recipe("hadamard")
     skeleton = build_apart(source.config)
     costs = Costs.of(chosen, [EIGHT], source.family, skeleton, source.dtype)
     kept = KeptSearch(tmp_path / "work", {}, resume=False)
-    store = kept.store(source.family, source.config.num_hidden_layers)
+    store = kept.store(source.family, source.config.get_text_config().num_hidden_layers)
     raises = {cell: list(choices) for cell, choices in costs.added.items()}
     quantize(source, chosen, store=store, beside=OtherRoundings(raises, skeleton, kept))
     schemes = {EIGHT: Scheme.of(everywhere(chosen, EIGHT), source.family, skeleton)}

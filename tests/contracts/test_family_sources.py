@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
-from tests.contracts.tiny_configs import config_of
+from tests.contracts.tiny_configs import auto_class, config_of
 from tests.unit.surgery.changed_sources import logits, off_by, rotation
-from transformers import AutoModelForCausalLM
 
 from mxrot.errors import ConfigError
 from mxrot.models import Family, FolderSource, WeightFiles, value_heads
@@ -30,7 +29,7 @@ TOLERANCE = 1e-12
 def exact_folder(folder: Path, family: Family, **changes: object) -> FolderSource:
     """A tiny model in float64, with gains and biases that count."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(family, **changes)).double()
+    model = auto_class(family).from_config(config_of(family, **changes)).double()
     spread_gains(model, family)
     model.save_pretrained(folder)
     return FolderSource(folder)
@@ -44,7 +43,11 @@ def test_a_folder_without_its_head_is_read(family: Family, tmp_path: Path) -> No
     assert f"{family.head}.weight" not in tensors
     (tmp_path / "flat").mkdir()
     shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "flat")
-    flat = {name.removeprefix(f"{family.body}."): tensor for name, tensor in tensors.items()}
+    if family.beside is None:
+        flat = {name.removeprefix(f"{family.body}."): tensor for name, tensor in tensors.items()}
+    else:
+        flat = {family.beside.model_name(name).removeprefix("model."): tensor for name, tensor in tensors.items()}
+    assert not flat.keys() & {name for name in tensors if name.startswith("model.")}
     save_file(flat, tmp_path / "flat" / "model.safetensors", {"format": "pt"})
     assert torch.equal(logits(FolderSource(tmp_path / "flat"), IDS), logits(whole, IDS))
 

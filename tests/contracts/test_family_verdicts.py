@@ -35,11 +35,11 @@ def test_a_plan_is_told_what_its_checkpoint_is(family: Family, name: str) -> Non
     skeleton = build_apart(config)
     scheme = Scheme.of(chosen, family, skeleton)
     layout = read_layout(native_config(scheme, family, torch.bfloat16))
-    read = layout.scheme(family, config.num_hidden_layers)
+    read = layout.scheme(family, config.get_text_config().num_hidden_layers)
     install_linears(skeleton, family, read)
     assert judge(of_model(skeleton, family, read, layout.is_native)) == planned
     tried = family.architectures[0] in ARCHITECTURES
-    if family.experts is not None:
+    if family.experts is not None or family.beside is not None:
         assert planned.stock.stops and planned.plugin.stops
     elif name == "rtn":
         assert not planned.stock.stops and not planned.stock.needs_export and not planned.plugin.stops

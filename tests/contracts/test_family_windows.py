@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from tests.contracts.test_families import spread_gains
-from tests.contracts.tiny_configs import config_of
+from tests.contracts.tiny_configs import auto_class, config_of
 from tests.tiny_model import write_tokenizer
 from tests.unit.checkpoint.folders import digests, recipe, without_run, write
 from torch import Tensor
@@ -45,7 +45,7 @@ def windowed(family: Family) -> dict[str, Any]:
     if family.windows == "all":
         return {"sliding_window": WINDOW}
     order = LATER if len(family.name) % 2 else MIXED  # either kind first
-    changes = WITH_WINDOW | order if hasattr(config_of(family), "use_sliding_window") else order
+    changes = WITH_WINDOW | order if hasattr(config_of(family).get_text_config(), "use_sliding_window") else order
     return changes | ({"rope_parameters": OWN_ROTARY[family.name]} if family.name in OWN_ROTARY else {})
 
 
@@ -73,7 +73,7 @@ def family_of(name: str) -> Family:
 def model_of(name: str) -> PreTrainedModel:
     """Random weights that are large enough for attention to have a say."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(family_of(name), **ALL[name][1]))
+    model = auto_class(family_of(name)).from_config(config_of(family_of(name), **ALL[name][1]))
     for parameter in model.parameters():
         parameter.data *= 10
     spread_gains(model, family_of(name))
@@ -113,7 +113,7 @@ def test_without_its_windows_a_model_is_another(name: str) -> None:
     for module in wide.modules():
         if getattr(module, "sliding_window", None) is not None:
             module.sliding_window = 64
-    wide.config.sliding_window = 64
+    wide.config.get_text_config().sliding_window = 64
     apart = (whole(model) != whole(wide)).any(dim=(0, 2))
     assert not apart[:WINDOW].any() and apart[WINDOW:].all()
 
@@ -139,7 +139,7 @@ def test_blocks_of_one_kind_share_their_tensors(name: str) -> None:
     family, changes = family_of(name), ALL[name][1]
     config = config_of(family, **changes | {"num_hidden_layers": 6, "layer_types": changes["layer_types"] * 3})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = auto_class(family).from_config(config)
     arguments = block_arguments(model, family, WINDOWS[:1])
     assert len(arguments) == 6
     for position, keywords in enumerate(arguments):
@@ -283,7 +283,7 @@ def is_mean_of_two(found: float, losses: Tensor) -> bool:
 def test_distillation_starts_from_the_divergence_of_the_models(name: str, folder: Path) -> None:
     before = pipeline.quantize(folder, recipe("mxrot", calibration__generated=0.0), windows=WINDOWS).model
     assert before is not None
-    original = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    original = auto_class(family_of(name)).from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         logs, wanted = (m(WINDOWS).logits.log_softmax(dim=-1) for m in (before, original))
     losses = (wanted.exp() * (wanted - logs)).sum(dim=-1).mean(dim=1)
@@ -337,9 +337,11 @@ def test_blocks_of_other_kinds_are_refused(name: str, changes: dict[str, Any], m
         find_family(config, "here")
 
 
-@pytest.mark.parametrize("architecture", ["Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"])
-def test_a_model_that_sees_images_is_refused(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "architecture"), [("gemma3", "Gemma3ForCausalLM"), ("llava", "LlavaForConditionalGeneration")]
+)
+def test_a_model_of_more_than_text_that_no_family_describes_is_refused(kind: str, architecture: str) -> None:
     """Whatever it says that it is."""
-    config = transformers.Gemma3Config(architectures=[architecture])
+    config = transformers.AutoConfig.for_model(kind, architectures=[architecture])
     with pytest.raises(FamilyError, match=rf"^here: architecture {architecture}: a model of more than text"):
         find_family(config, "here")

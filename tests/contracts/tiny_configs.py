@@ -54,9 +54,38 @@ CHOSEN = {"position_embedding_type": "rope", "no_rope_layer_interval": 2, "share
 """Values that make blocks of each kind, and of small ones."""
 
 
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "depth": 2,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "head_dim": 16,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+    "out_hidden_size": SIZES["hidden_size"],
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [1],
+}
+"""Of a vision tower that sees images of 4 by 4 patches."""
+BESIDE = {
+    "mm_tokens_per_image": 4,
+    **dict.fromkeys(("image_token_id", "image_token_index"), 49),
+    **dict.fromkeys(("video_token_id", "vision_start_token_id", "vision_end_token_id"), 48),
+}
+"""Of what projects its outputs, and tokens that stand for images, in the words of all configs."""
+OF_BOTH = ("tie_word_embeddings",)
+"""Keys that a model of more than text and its text model have."""
+
+
 def settings_of(family: Family) -> dict[str, Any]:
-    """A config of two blocks with grouped queries, as `AutoConfig.for_model` takes it."""
-    kind = getattr(transformers, family.architectures[0]).config_class
+    """A config of two blocks with grouped queries, as `AutoConfig.for_model` takes it; of the text model, where
+    there is more."""
+    kind: Any = getattr(transformers, family.architectures[0]).config_class
+    if family.beside is not None:
+        kind = transformers.CONFIG_MAPPING[family.beside.text_types[0]]
     default: Any = kind()
     found = (
         SIZES | CHOSEN | {key: value for key, value in THAT_COUNT.items() if getattr(default, key, None) is not None}
@@ -69,6 +98,8 @@ def settings_of(family: Family) -> dict[str, Any]:
         if (getattr(default, key, None) or 0) >= SIZES["vocab_size"]:
             found[key] = token
     rope = getattr(default, "rope_parameters", None) or {}
+    if getattr(kind, "ignore_keys_at_rope_validation", None) and "mrope_section" in kind.ignore_keys_at_rope_validation:
+        found["rope_parameters"] = rope | {"rope_type": "default", "mrope_section": [4, 2, 2]}
     if "original_max_position_embeddings" in rope:
         found["rope_parameters"] = rope | {"original_max_position_embeddings": 16}
     if hasattr(default, "kv_lora_rank"):
@@ -86,9 +117,32 @@ def settings_of(family: Family) -> dict[str, Any]:
 def config_of(family: Family, **changes: Any) -> Any:
     """The same as a config, with some values replaced."""
     settings = settings_of(family) | changes
+    if "mrope_section" in settings.get("rope_parameters", {}):
+        half = settings["hidden_size"] // settings["num_attention_heads"] // 2
+        settings["rope_parameters"] |= {"mrope_section": [half // 2, half // 4, half // 4]}
+    if family.beside is not None:
+        whole = getattr(transformers, family.architectures[0]).config_class
+        default: Any = whole()
+        vision = default.vision_config
+        beside = {key: value for key, value in BESIDE.items() if hasattr(default, key)}
+        settings = {
+            **{key: changes[key] for key in OF_BOTH if key in changes},
+            **beside,
+            "model_type": whole.model_type,
+            "text_config": {"eos_token_id": SIZES["eos_token_id"], **settings},
+            "vision_config": {
+                "model_type": vision.model_type,
+                **{key: value for key, value in VISION.items() if hasattr(vision, key)},
+            },
+        }
     return transformers.AutoConfig.for_model(
         settings.pop("model_type"), architectures=[family.architectures[0]], **settings
     )
+
+
+def auto_class(family: Family) -> Any:
+    """transformers' class that builds models of a family."""
+    return getattr(transformers, family.auto_class)
 
 
 def inner_width(family: Family) -> str:

@@ -208,7 +208,7 @@ def linear_bytes(model: PreTrainedModel) -> int:
 
 def prompt_step(model: PreTrainedModel, tokens: int, compiler: str | None = None) -> Callable[[], Tensor]:
     """Logits of the last token of one sequence. Blocks are compiled, which are all alike: one is enough."""
-    ids = torch.arange(tokens, device=model.device)[None] % model.config.vocab_size
+    ids = torch.arange(tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
     blocks = list(model.get_submodule(find_family(model.config, "the model").blocks).children())
     compiled: list[Any] = []
     if compiler is not None:

@@ -25,7 +25,7 @@ from mxrot.calibration.manner import Kinds, Manner
 from mxrot.calibration.speaking import Speakers
 from mxrot.cuda_graphs import Replays
 from mxrot.layers import FixedCache, SpreadCache, shared_heads, step_mask
-from mxrot.models import Family, cached_numbers, find_family, start_token
+from mxrot.models import Family, cached_numbers, find_family, start_token, token_id
 from mxrot.progress import Progress, part_of, silent
 
 SEQUENCE_TOKENS = 256
@@ -236,7 +236,7 @@ def _next_tokens(
 
 def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     """Those that end a text."""
-    ends = model.config.get_text_config().eos_token_id
+    ends = token_id(model.config, "eos_token_id")
     return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
 
 

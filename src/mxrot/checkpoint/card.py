@@ -28,9 +28,9 @@ _TEMPLATE = """---
 
 ```python
 import mxrot
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {auto_class}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
@@ -123,6 +123,8 @@ class Made:
     """Full names of the linears that are as they were."""
     data: dict[str, Any] | None = None
     """What run.json says of calibration."""
+    auto_class: str = "AutoModelForCausalLM"
+    """transformers' class that loads it."""
 
 
 def model_card(source: Source, made: Made) -> str:
@@ -130,6 +132,7 @@ def model_card(source: Source, made: Made) -> str:
     recipe, size = made.recipe, made.size
     return _TEMPLATE.format(
         header=_header(source, made.scheme),
+        auto_class=made.auto_class,
         name=plain_text(source.name),
         base=(code(source.hub_id) if source.hub_id else f"the folder {code(source.name)}")
         + (f" at commit {code(source.commit)}" if source.commit else ""),

@@ -98,7 +98,7 @@ def _check(folder: Path, verify: bool | None) -> Checked:
     del config.quantization_config
     family = find_family(config, str(folder))
     tensors = stored.tensors(family)
-    blocks = config.num_hidden_layers
+    blocks = config.get_text_config().num_hidden_layers
     check_blocks(config, family, tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     scheme = settled(layout, layout.scheme(family, blocks), family, shapes)

@@ -209,8 +209,9 @@ def _arguments(format: Format) -> dict[str, Any]:
 
 
 def _targets(scheme: Scheme, family: Family) -> dict[SiteScheme, list[str]]:
-    """Of each distinct scheme the linears that have it: all that are not ignored, or regular expressions."""
-    if len(scheme.distinct) == 1:
+    """Of each distinct scheme the linears that have it: all that are not ignored, or regular expressions. What stands
+    beside a text model has linears, too, which are never meant."""
+    if len(scheme.distinct) == 1 and family.beside is None:
         return {scheme.distinct[0]: EVERY}
     count = 1 + max(_place(name, family)[0] for name in (*scheme.linears, *scheme.left))
     blocks: dict[tuple[SiteScheme, str], list[int]] = defaultdict(list)

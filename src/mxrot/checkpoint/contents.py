@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def read_files(files: Iterable[str | Path]) -> Stored:
 
 def in_model(name: str, family: Family) -> str:
     """The name in the model of a tensor that a file may have under an older one."""
+    name = name if family.beside is None else family.beside.model_name(name)
     prefix = f"{family.blocks}."
     if family.experts is None or not name.startswith(prefix):
         return name
@@ -111,8 +113,11 @@ def check_counts(config: dict[str, Any], stored: Stored) -> None:
     Looked at before transformers reads it, which would take memory for as many.
     """
     most = sum(len(header.tensors) for header in stored.headers)
-    for key in ("num_hidden_layers", *(names.count for names in EXPERTS.values())):
-        claimed = config.get(key, 1)
+    text = config.get("text_config")
+    tables = [config, text] if isinstance(text, dict) else [config]
+    keys = ("num_hidden_layers", *(names.count for names in EXPERTS.values()))
+    for key, table in product(keys, tables):
+        claimed = table.get(key, 1)
         if type(claimed) is not int or not 0 <= claimed <= most:
             raise CheckpointError(f"config.json: {key} is {_shortly(claimed)}, and there are {most} tensors")
 
@@ -121,10 +126,10 @@ def check_blocks(config: Any, family: Family, tensors: Iterable[str]) -> None:
     """CheckpointError if the config has another number of decoder blocks than the tensors."""
     prefix = f"{family.blocks}."
     blocks = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
-    if config.num_hidden_layers != len(blocks):
+    claimed = config.get_text_config().num_hidden_layers
+    if claimed != len(blocks):
         raise CheckpointError(
-            f"config.json: num_hidden_layers is {config.num_hidden_layers}, and there are tensors of {len(blocks)} "
-            "decoder blocks"
+            f"config.json: num_hidden_layers is {claimed}, and there are tensors of {len(blocks)} decoder blocks"
         )
 
 

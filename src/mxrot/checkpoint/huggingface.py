@@ -170,7 +170,7 @@ def check_files_of(
     transformers fetches none.
     """
     layout, family = config.layout, find_family(model.config, "config.json")
-    blocks = model.config.num_hidden_layers
+    blocks = model.config.get_text_config().num_hidden_layers
     if not files:  # a state_dict that the caller gives
         scheme = layout.scheme(family, blocks)
         install_linears(model, family, scheme)

@@ -43,7 +43,7 @@ def load(
 
 def _load(checked: Checked, device: torch.device, dtype: torch.dtype | None, keeps_fp8: bool) -> PreTrainedModel:
     model, family = checked.skeleton, checked.family
-    files = WeightFiles(checked.folder)
+    files = WeightFiles(checked.folder, family.beside)
     dtype = dtype or compute_dtype(own_dtype(checked), device)
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         prefix = family.block_prefix(index)
@@ -67,7 +67,9 @@ def own_dtype(checked: Checked) -> torch.dtype:
     moved to another type; else that of the embedding, which the first version took."""
     if SAVED_BY in checked.quantization[MARKER] and isinstance(checked.config.dtype, torch.dtype):
         return checked.config.dtype
-    return checked.layout.dtype or WeightFiles(checked.folder).dtype_of(f"{checked.family.embedding}.weight")
+    return checked.layout.dtype or WeightFiles(checked.folder, checked.family.beside).dtype_of(
+        f"{checked.family.embedding}.weight"
+    )
 
 
 def _moved(value: Tensor, kind: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -105,7 +105,7 @@ def quantize_to_folder(
         check_empty(place, force)
         fingerprint = open_partial(place.partial, fingerprint, stamps, resume)
         world.hand_out(None)  # there is something to be done
-        store = PartialCheckpoint(place.partial, source.family, source.config.num_hidden_layers, room)
+        store = PartialCheckpoint(place.partial, source.family, source.config.get_text_config().num_hidden_layers, room)
         try:
             for path in side_files:
                 copy_file(path, place.partial / path.relative_to(folder))
@@ -202,7 +202,9 @@ def _write_around(
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
     has_bias = any(f"{name.removesuffix('.bias')}.weight_packed" in store.weight_map for name in store.weight_map)
     left = store.left_table()
-    made = Made(recipe, result.scheme, store.size, store.shapes, has_bias, left["linears"], data)
+    made = Made(
+        recipe, result.scheme, store.size, store.shapes, has_bias, left["linears"], data, store.family.auto_class
+    )
     card = model_card(describe_source(base_name, source.folder), made)
     write_bytes(folder / "README.md", card.encode())
     size = {**vars(store.size), "bits_per_weight": store.size.bits_per_weight, "total_bytes": store.size.total_bytes}

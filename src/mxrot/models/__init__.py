@@ -1,5 +1,6 @@
 """Model families, and how to find and read a model. Names and shapes, no numerics."""
 
+from mxrot.models.beside import Beside
 from mxrot.models.families import EXPERTS, FAMILIES, families_by_name
 from mxrot.models.family import (
     Family,
@@ -22,7 +23,9 @@ from mxrot.models.skeleton import (
     read_config,
     read_generation_config,
     rebuild_buffers,
+    rebuild_carried_buffers,
     start_token,
+    token_id,
 )
 from mxrot.models.source import ChangedSource, FolderSource, Source, other_types, read_block, read_outer
 from mxrot.models.tensors import check_depth, check_for_transformers, no_place, quantized_by, tensor_problems
@@ -31,6 +34,7 @@ from mxrot.models.weights import WeightFiles
 __all__ = [
     "EXPERTS",
     "FAMILIES",
+    "Beside",
     "ChangedSource",
     "Family",
     "FolderSource",
@@ -61,8 +65,10 @@ __all__ = [
     "read_generation_config",
     "read_outer",
     "rebuild_buffers",
+    "rebuild_carried_buffers",
     "start_token",
     "tensor_problems",
+    "token_id",
     "value_heads",
     "value_rows",
 ]

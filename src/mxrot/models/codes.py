@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mxrot.errors import FamilyError, NumericsError
 from mxrot.formats.given_codes import from_mxfp4, from_tiles
+from mxrot.models.beside import Beside
 from mxrot.models.weights import WeightFiles, all_finite
 
 READ_AS = torch.bfloat16
@@ -124,8 +125,8 @@ class CodedFiles(WeightFiles):
     FamilyError for codes without scales, or of another type or shape than these have.
     """
 
-    def __init__(self, folder: Path, how: Codes) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, how: Codes, beside: Beside | None = None) -> None:
+        super().__init__(folder, beside)
         self._how = how
         self._coded: dict[str, tuple[str, str]] = {}
         for scales in [name for name in self._file_of if name.endswith(how.scales)]:

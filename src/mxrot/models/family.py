@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mxrot.errors import ConfigError, FamilyError
+from mxrot.models.beside import Beside
 from mxrot.models.expert_names import SPARSE, ExpertNames
 from mxrot.models.site import Site as Site
 
@@ -30,6 +31,9 @@ class LogitKeys:
     """Divides (Granite)."""
     bound: str | None = "final_logit_softcapping"
     """c in c tanh(x / c), after the others (Gemma 2)."""
+
+
+CARRIED_OBSTACLE = "images come into it from parts of the model that are kept as they are"
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Family:
     """Keys of the config, and the values that this record describes: a model with others is refused."""
     in_float32: tuple[str, ...] = ()
     """Tensors of a block that a model holds in float32, whatever it computes in, by their names in it."""
+    beside: Beside | None = None
+    """Of a model of more than text, what it has beside its text model, which the rest of the record describes."""
     kinds: tuple[str, ...] = ()
     """Of a model, what `kinds_of` says of its config."""
 
@@ -104,8 +110,36 @@ class Family:
         """Has the linear of values the rows of each key before those of its value?"""
         return any(site.keys_beside_values for site in self.sites)
 
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Modules beside the text model, which are kept as they are."""
+        return () if self.beside is None else self.beside.carried
+
+    @property
+    def auto_class(self) -> str:
+        """transformers' class that builds such a model."""
+        return "AutoModelForCausalLM" if self.beside is None else self.beside.auto_class
+
+    def with_beside(self, name: str, architectures: tuple[str, ...], beside: Beside) -> Family:
+        """The family of models whose text model is of this one, as transformers places it there.
+
+        Its residual stream is not rotated: what is carried writes into it.
+        """
+        inner = f"{self.body}.language_model"
+        places = ("body", "blocks", "embedding", "final_norm", "rotary")
+        moved = {key: getattr(self, key) for key in places}
+        moved = {key: place and inner + place.removeprefix(self.body) for key, place in moved.items()}
+        return replace(
+            self,
+            name=name,
+            architectures=architectures,
+            beside=beside,
+            rotation_obstacle=self.rotation_obstacle or CARRIED_OBSTACLE,
+            **moved,
+        )
+
     def of_model(self, config: Any) -> Family:
-        """The family with what the config of a model says of it: the sites of its attention, where these follow from
+        """The family with what the config of a text model says of it: the sites of its attention, where these follow from
         it, and of its experts, and the kinds of its blocks.
 
         FamilyError as for `ExpertNames.sites`.
@@ -189,7 +223,8 @@ def is_ignored(name: str, ignore: tuple[str, ...]) -> bool:
 
 
 def value_heads(config: Any) -> tuple[int, int]:
-    """Number of value heads and their width."""
+    """Number of value heads of a text model and their width."""
+    config = config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "v_head_dim", None) or _head_width(config)
     return getattr(config, "num_key_value_heads", None) or heads, width

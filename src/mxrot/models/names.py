@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 
 from mxrot.errors import FamilyError
+from mxrot.models.beside import Beside
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of a name that torch puts in wherever a module is compiled, sharded or recomputed."""
@@ -33,15 +34,19 @@ _HEAD = "lm_head."
 _BLOCK = re.compile(r"(.*?)layers\.\d+\.")
 
 
-def model_names(stored: Iterable[str]) -> dict[str, str]:
+def model_names(stored: Iterable[str], beside: Beside | None = None) -> dict[str, str]:
     """The name in the model for each stored name, which is the same where no known prefix is found.
+
+    `beside` is what a model of more than text has beside its text model.
 
     FamilyError if two of them stand for one tensor.
     """
     unwrapped = {name: _unwrapped(name) for name in stored}
     stems = {found[1] for name in unwrapped.values() if (found := _BLOCK.match(name))}
     known = [stem for stem in stems if stem in _STEMS]
-    if "model." not in stems and len(known) == 1:
+    if beside is not None:
+        named = {name: beside.model_name(plain) for name, plain in unwrapped.items()}
+    elif "model." not in stems and len(known) == 1:
         named = {name: _without(known[0], plain) for name, plain in unwrapped.items()}
     else:
         named = unwrapped

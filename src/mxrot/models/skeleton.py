@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mxrot.documents import read_json
@@ -60,14 +60,20 @@ def find_family(config: Any, where: str) -> Family:
     if not all(isinstance(name, str) for name in architectures):
         raise FamilyError(f"{where}: architectures {list(architectures)!r}: expected names")
     named = ", ".join(architectures)[:200] or "none"
-    if getattr(config, "text_config", None) is not None:
-        raise FamilyError(f"{where}: architecture {named}: a model of more than text, which is not supported")
-    for family in FAMILIES.values():
-        if set(architectures) & set(family.architectures):
-            _check_size(config, family, where)
-            _check_attention(config, family, where)
-            _check_values(config, family, where)
-            return family.of_model(config)
+    family = _named_family(config)
+    if getattr(config, "text_config", None) is not None and (family is None or family.beside is None):
+        seeing = [name for one in FAMILIES.values() if one.beside is not None for name in one.architectures]
+        raise FamilyError(
+            f"{where}: architecture {named}: a model of more than text of no known family; known of such models: "
+            f"{', '.join(sorted(seeing))}"
+        )
+    if family is not None:
+        text = config.get_text_config()
+        _check_beside(config, family, where)
+        _check_size(text, family, where)
+        _check_attention(text, family, where)
+        _check_values(text, family, where)
+        return family.of_model(text)
     causal: set[str] = set()
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         causal.update((value,) if isinstance(value, str) else value)
@@ -75,6 +81,32 @@ def find_family(config: Any, where: str) -> Family:
         raise FamilyError(f"{where}: architectures {named}: not a causal language model")
     known = listed(architectures[0], (name for family in FAMILIES.values() for name in family.architectures))
     raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
+
+
+def _named_family(config: Any) -> Family | None:
+    """The family that the architectures of a config name, as it is in the registry."""
+    named = set(getattr(config, "architectures", None) or ())
+    return next((family for family in FAMILIES.values() if named & set(family.architectures)), None)
+
+
+def _check_beside(config: Any, family: Family, where: str) -> None:
+    """FamilyError if a model of more than text has another text model than its family describes, or a vision tower of
+    no size that any has."""
+    if family.beside is None:
+        return
+    kind = config.get_text_config().model_type
+    if kind not in family.beside.text_types:
+        raise FamilyError(
+            f"{where}: config.json: text_config: model_type is {brief(kind)}, and family {family.name} is known with "
+            f"{' and '.join(family.beside.text_types)} only; such a model is not supported"
+        )
+    vision = getattr(config, "vision_config", None)
+    for key in ("num_hidden_layers", "depth"):
+        count = getattr(vision, key, 1)
+        if type(count) is not int or not 0 <= count <= MOST_BLOCKS:
+            raise FamilyError(
+                f"{where}: config.json: vision_config: {key} is {brief(count)}; expected at most {MOST_BLOCKS}"
+            )
 
 
 def _check_size(config: Any, family: Family, where: str) -> None:
@@ -130,20 +162,28 @@ def start_token(config: Any) -> int | None:
 
     FamilyError if the config does not say what it is.
     """
-    architectures = set(getattr(config, "architectures", None) or ())
-    if not any(family.starts_with_bos and architectures & set(family.architectures) for family in FAMILIES.values()):
+    family = _named_family(config)
+    if family is None or not family.starts_with_bos:
         return None
-    if config.bos_token_id is None:
+    begin = token_id(config, "bos_token_id")
+    if begin is None:
         raise FamilyError("config.json: bos_token_id is missing, and texts for this model must start with it")
-    return int(config.bos_token_id)
+    return int(begin)
+
+
+def token_id(config: Any, key: str) -> Any:
+    """A token, or several, that a config names, or else that of its text model; None if neither does."""
+    found = getattr(config, key, None)
+    return getattr(config.get_text_config(), key, None) if found is None else found
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:
     """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it."""
-    attention = needed_attention(config)
+    attention, family = needed_attention(config), _named_family(config)
+    auto = getattr(transformers, "AutoModelForCausalLM" if family is None else family.auto_class)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=attention)
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False, attn_implementation=attention)
     except Exception as error:  # a value of the config that nothing checked before
         raise FamilyError(f"config.json: transformers cannot build this model: {_brief(error)}") from error
     return model.eval().requires_grad_(False)
@@ -154,7 +194,7 @@ def needed_attention(config: Any) -> str | None:
 
     PyTorch's own has no soft caps, and transformers 5.16 takes it and leaves them out in silence.
     """
-    return None if getattr(config, "attn_logit_softcapping", None) is None else "eager"
+    return None if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None else "eager"
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
@@ -177,16 +217,29 @@ def check_generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def rebuild_buffers(model: PreTrainedModel, family: Family, device: torch.device) -> None:
-    """Replace what no file holds by real tensors on `device`: the rotary embedding of a model that has one, and the
-    factor of an embedding that has one, in the type of its weights, which must be there."""
+    """Replace what no file holds of the text model by real tensors on `device`: the rotary embedding of a model that
+    has one, and the factor of an embedding that has one, in the type of its weights, which must be there."""
     modules = dict(model.named_modules())
     if family.rotary is not None and family.rotary in modules:
-        rotary = type(modules[family.rotary])(config=model.config)
+        rotary = type(modules[family.rotary])(config=model.config.get_text_config())
         model.set_submodule(family.rotary, rotary.to(device))
     embedding: Any = model.get_submodule(family.embedding)
     if hasattr(embedding, "embed_scale"):
         factor = torch.tensor(embedding.scalar_embed_scale, dtype=embedding.weight.dtype, device=device)
         embedding.register_buffer("embed_scale", factor, persistent=False)
+
+
+def rebuild_carried_buffers(module: nn.Module, device: torch.device) -> None:
+    """The same for a module beside the text model, whose weights must be there: as transformers does it."""
+    if not isinstance(module, PreTrainedModel):
+        return
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                part.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
+    for tensor in module.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    module.initialize_weights()
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

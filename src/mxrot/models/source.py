@@ -85,7 +85,8 @@ class FolderSource(Source):
         self.config = read_config(folder)
         self.family = find_family(self.config, self.name)
         how = codes_of(self.config)
-        self.files = WeightFiles(folder) if how is None else CodedFiles(folder, how)
+        beside = self.family.beside
+        self.files = WeightFiles(folder, beside) if how is None else CodedFiles(folder, how, beside)
         self.changes = () if how is None else (how.said,)
         check_depth(self.files, self.family, self.config)
 

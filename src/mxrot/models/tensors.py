@@ -36,8 +36,8 @@ def check_depth(files: WeightFiles, family: Family, config: Any) -> None:
     """FamilyError unless the files hold as many decoder blocks as the config says, and the experts of each."""
     block = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.")
     found = {int(match[1]) for name in files.names if (match := block.match(name))}
-    expected = config.num_hidden_layers
-    ahead = getattr(config, "num_nextn_predict_layers", None) or 0
+    expected = config.get_text_config().num_hidden_layers
+    ahead = getattr(config.get_text_config(), "num_nextn_predict_layers", None) or 0
     if ahead and len(found) == expected + ahead:
         raise FamilyError(
             f"{files.folder}: {family.block_prefix(expected)} predicts tokens further ahead (num_nextn_predict_layers "
@@ -89,13 +89,15 @@ def check_for_transformers(model: PreTrainedModel, family: Family, files: Sequen
 
     It makes random numbers of what it does not find, with a warning.
     """
-    source = WeightFiles(Path(files[0]).parent) if files else None
+    source = WeightFiles(Path(files[0]).parent, family.beside) if files else None
     if source is None or {path.name for path in source.files} != {Path(file).name for file in files}:
         return  # other files than those that are read without being told
     for problem in tensor_problems(source, model, family):
         raise problem
     for name in source.names:
-        if source.stored_name(name) not in (name, name.removeprefix("model.")):
+        stored = source.stored_name(name)
+        is_theirs = family.beside is not None and family.beside.model_name(stored) == name
+        if stored not in (name, name.removeprefix("model.")) and not is_theirs:
             raise FamilyError(
                 f"{source.folder}: transformers does not know {source.stored_name(name)} for {name}; quantize the "
                 "folder with mxrot.quantize, which does"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mxrot.errors import FamilyError, NumericsError
 from mxrot.interrupts import interrupt_waits
+from mxrot.models.beside import FINAL_NORM, Beside
 from mxrot.models.folder import INDEX, other_shards, weight_map
 from mxrot.models.headers import Header, read_header
 from mxrot.models.names import model_names
@@ -35,13 +36,15 @@ class WeightFiles:
     its index.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, beside: Beside | None = None) -> None:
+        """`beside` is what a model of more than text has beside its text model; it tells names."""
+        self.folder, self._beside = folder, beside
         names, index = weight_map(folder)
         self._headers = {name: read_header(folder / name) for name in names}
         self._check_other_set(names)
         file_of = _files_of(folder, self._headers, index)
-        self._stored = {name: stored for stored, name in model_names(file_of).items() if not name.endswith(_RECOMPUTED)}
+        named = model_names(file_of, beside)
+        self._stored = {name: stored for stored, name in named.items() if not name.endswith(_RECOMPUTED)}
         self._file_of = {name: file_of[stored] for name, stored in self._stored.items()}
 
     def __contains__(self, name: str) -> bool:
@@ -65,7 +68,16 @@ class WeightFiles:
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
+        stored = self._stored_shape(name)
+        return (*stored[:-2], *stored[:-3:-1]) if self._is_turned(name) else stored
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
         return self._header_of(name).tensors[self._stored[name]].shape
+
+    def _is_turned(self, name: str) -> bool:
+        if self._beside is None or FINAL_NORM not in self:
+            return False
+        return self._beside.is_turned(name, self._stored_shape(name), self._stored_shape(FINAL_NORM)[0])
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The type a tensor is stored in, without reading it; FamilyError as for `read`."""
@@ -106,7 +118,7 @@ class WeightFiles:
         for name, is_finite in zip(tensors, torch.stack(flags).tolist() if flags else [], strict=True):
             if not is_finite:
                 raise NumericsError(f"{name}: the weights hold NaN or Inf; the file {self._file_of[name]} is damaged")
-        return tensors
+        return {name: tensor.mT.contiguous() if self._is_turned(name) else tensor for name, tensor in tensors.items()}
 
     def _header_of(self, name: str) -> Header:
         if name not in self._file_of:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -113,7 +114,7 @@ class Run:
     @property
     def mask_bytes(self) -> int:
         """Masks that blocks are called with: none where attention is plainly causal, one for each kind of blocks."""
-        config = self.shape.config
+        config: Any = self.shape.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
         if not self.shape.score_heads:
             is_short = self.seq_len <= (getattr(config, "sliding_window", None) or self.seq_len)

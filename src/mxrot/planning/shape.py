@@ -117,7 +117,7 @@ class ModelShape:
     """The largest in_features or out_features of a linear in a block."""
     score_heads: int
     """Heads that write out a score for each pair of tokens."""
-    config: object
+    config: Any
     """The transformers config."""
 
     @staticmethod
@@ -146,7 +146,7 @@ class ModelShape:
             head_width=width,
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),
             score_heads=score_heads(model) if recipe.attention is None else config.num_attention_heads,
-            config=config,
+            config=model.config,
         )
 
     @cached_property

@@ -62,7 +62,7 @@ def tuning_stages(run: Run) -> list[Stage]:
     if activations > CHECKPOINT_BYTES:
         activations = tokens * (activation_bytes(run, shape.fullest) + 4.0 * shape.hidden * blocks)
     wide = {"embedding, last norm and head in float32": 4.0 * shape.outer_parameters}
-    is_bounded = getattr(shape.config, "final_logit_softcapping", None) is not None
+    is_bounded = getattr(shape.config.get_text_config(), "final_logit_softcapping", None) is not None
     logits = min(tokens, LOGIT_TOKENS) * shape.vocabulary * (12.0 if is_bounded else 10.0)
     learns = options.moves == "levels"
     each = _frozen_bytes(run) if options.moves == "gains" else TUNED_BYTES

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from mxrot.calibration.executor import HELD
 from mxrot.errors import DataError
 from mxrot.layers import score_heads
+from mxrot.models import Family
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131072}
 """Tokens that pass through a block at once, at most; fixed, so that sums always run in the same order."""
@@ -16,10 +17,9 @@ BATCH_ELEMENTS = 1 << 28
 """Bounds tokens times the widest activation, so that a large model's temporaries stay near a gigabyte each."""
 
 
-def windows_at_once(model: PreTrainedModel, device: torch.device, seq_len: int) -> int:
+def windows_at_once(model: PreTrainedModel, family: Family, device: torch.device, seq_len: int) -> int:
     """How many calibration windows pass through a block together."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    inner = [module for module in linears if module is not model.get_output_embeddings()]
+    inner = [module for module in model.get_submodule(family.blocks).modules() if isinstance(module, nn.Linear)]
     widest = max(max(linear.in_features, linear.out_features) for linear in inner)
     return max(1, tokens_at_once(max(widest, score_heads(model) * seq_len), device.type) // seq_len)
 

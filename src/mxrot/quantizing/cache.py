@@ -119,7 +119,7 @@ def fit_cache(model: PreTrainedModel, family: Family, windows: Tensor, scheme: C
     assert isinstance(device, torch.device)
     found: list[HeadTransforms] = []
     if scheme.stored_names:
-        executor = first_executor(model, family, windows, windows_at_once(model, device, windows.shape[1]))
+        executor = first_executor(model, family, windows, windows_at_once(model, family, device, windows.shape[1]))
         for index, block in enumerate(blocks):
             name = family.block_prefix(index)
             executor.begin(block)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mxrot.errors import CheckpointError, FamilyError
 from mxrot.layers import separate_experts
 from mxrot.layers.transform import is_of_transform
-from mxrot.models import Family, Source, build_skeleton, fill, no_place, rebuild_buffers
+from mxrot.models import Family, Source, build_skeleton, fill, no_place, rebuild_buffers, rebuild_carried_buffers
 from mxrot.scheme import Scheme, install_site
 from mxrot.surgery import stored_tensors
 
@@ -22,15 +22,20 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def load_outer(
-    model: PreTrainedModel, family: Family, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    family: Family,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    carries: bool = True,
 ) -> None:
-    """Load what is outside of the decoder blocks, by full names. FamilyError names a tensor that is missing or has no
-    place."""
-    outside = (family.embedding, family.final_norm, family.head)
+    """Load what is outside of the decoder blocks, by full names; without what stands beside the text model, unless the
+    model `carries` that. FamilyError names a tensor that is missing or has no place."""
+    outside = (family.embedding, family.final_norm, family.head, *family.carried)
     for name in tensors:
         if not name.startswith(tuple(f"{place}." for place in outside)):
             raise FamilyError(no_place(name, family))
-    for name in outside:
+    for name in outside if carries else outside[:3]:
         prefix = name + "."
         own = {key[len(prefix) :]: value.to(device, dtype) for key, value in tensors.items() if key.startswith(prefix)}
         is_tied = name == family.head and "weight" not in own and model.config.tie_word_embeddings
@@ -40,6 +45,8 @@ def load_outer(
         if is_tied:
             model.tie_weights()
     rebuild_buffers(model, family, device)
+    for name in family.carried if carries else ():
+        rebuild_carried_buffers(model.get_submodule(name), device)
 
 
 def load_original(

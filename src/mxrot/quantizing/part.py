@@ -45,7 +45,8 @@ class BlockRun:
 
     @property
     def config(self) -> Any:
-        return self.source.config
+        """Of the text model."""
+        return self.source.config.get_text_config()
 
     @property
     def stored_dtype(self) -> torch.dtype:

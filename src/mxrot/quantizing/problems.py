@@ -37,7 +37,7 @@ def find_problems(
     yield from weight_problems(model, where, source)
     yield from ignore_problems(model, family, recipe)
     recipe, _ = suited(recipe, family, model.config)
-    rules = Rules(recipe, family, model.config.num_hidden_layers)
+    rules = Rules(recipe, family, model.config.get_text_config().num_hidden_layers)
     wrong = list(rules.problems())
     yield from wrong
     if wrong:
@@ -74,7 +74,8 @@ def ignore_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> I
         problem = matches_nothing(pattern, linears, modules)
         if problem is not None:
             yield ConfigError(f"recipe {recipe.name}: ignore: {problem}")
-    if not any(family.active_sites(index, recipe.ignore) for index in range(model.config.num_hidden_layers)):
+    blocks = range(model.config.get_text_config().num_hidden_layers)
+    if not any(family.active_sites(index, recipe.ignore) for index in blocks):
         yield ConfigError(
             f"recipe {recipe.name}: ignore = {brief(list(recipe.ignore))} leaves every linear as it is; "
             "nothing would be quantized"

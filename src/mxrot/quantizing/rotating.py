@@ -31,7 +31,7 @@ def rotation_problems(config: Any, family: Family, recipe: Recipe, where: str) -
         obstacle = rotation_problem(family, where)
         if obstacle is not None:
             yield obstacle
-    widths = {"residual": (wanted.residual, config.hidden_size, "the hidden size")}
+    widths = {"residual": (wanted.residual, config.get_text_config().hidden_size, "the hidden size")}
     widths["value_heads"] = (wanted.value_heads, value_heads(config)[1], "the width of a head")
     for key, (kind, width, what) in widths.items():
         if kind == "hadamard":
@@ -63,7 +63,7 @@ def drawn_rotations(config: Any, recipe: Recipe, seed: int, device: torch.device
 
     Random ones, but for the values of a cache whose transform is the Hadamard matrix.
     """
-    wanted = recipe.rotation
+    config, wanted = config.get_text_config(), recipe.rotation
     if wanted is None:
         return Rotations(value_heads=_of_cache(config, device) if recipe.turns_values_for_cache else None)
     names = {"residual": ["rotation of the residual stream"]}
@@ -83,7 +83,7 @@ def _of_cache(config: Any, device: torch.device | str) -> Tensor:
     """The Hadamard matrix of the width of a head, for the values of each block: [blocks, D, D]."""
     _, width = value_heads(config)
     matrix: Tensor = multiply_by_hadamard(torch.eye(width, dtype=torch.float64, device=device), False)
-    return matrix.expand(config.num_hidden_layers, -1, -1)
+    return matrix.expand(config.get_text_config().num_hidden_layers, -1, -1)
 
 
 def _drawn(kind: str, size: int, seed: int, names: list[str], device: torch.device | str) -> Tensor:

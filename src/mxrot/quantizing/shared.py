@@ -63,7 +63,7 @@ def own_executor(
     run: BlockRun, model: PreTrainedModel, windows: Tensor, groups: Mapping[str, Tensor] | None = None
 ) -> Executor:
     """Before the first block, for the share of this process of `windows` [W, T]; `groups` are positions among them."""
-    at_once = windows_at_once(model, run.device, windows.shape[1])
+    at_once = windows_at_once(model, run.family, run.device, windows.shape[1])
     if groups is None:
         windows = windows[own_windows({"": torch.arange(len(windows))}, at_once, run.world)[""]]
     else:

@@ -80,7 +80,7 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
         run, recipe = read_records(folder)
         config = read_config(folder)
         family = find_family(config, request.model)
-        chosen = sites_that_match(Rules(recipe, family, config.num_hidden_layers), request.sites)
+        chosen = sites_that_match(Rules(recipe, family, config.get_text_config().num_hidden_layers), request.sites)
         texts = load_texts(list(request.texts), "evaluation")
     if world.rank and metrics is not None:
         return None

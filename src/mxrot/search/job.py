@@ -53,7 +53,7 @@ class SearchJob:
 
     @property
     def blocks(self) -> int:
-        return int(self.source.config.num_hidden_layers)
+        return int(self.source.config.get_text_config().num_hidden_layers)
 
     def quantize_all_ways(self) -> None:
         """Quantize the model, and round every site in all ways, unless that is done."""

@@ -59,7 +59,7 @@ class RaisedModel:
         config, family = config_after(source.config, recipe), source.family
         dtype = compute_dtype(source.dtype, device)
         model, blank = build_skeleton(config), build_apart(config)
-        store = kept.store(family, config.num_hidden_layers)
+        store = kept.store(family, config.get_text_config().num_hidden_layers)
         load_outer(model, family, load_file(store.folder / store.shard(0)), dtype, device)
         install_attention(model, scheme, family)
         blocks = list(model.get_submodule(family.blocks).children())

@@ -52,10 +52,11 @@ def _rows_before(source: Source, full: str) -> tuple[str, ...]:
     """The linears of a block whose rows are the channels of the linear `full`, by their names in the block."""
     family = source.family
     blocks, _, rest = full.removeprefix(f"{family.blocks}.").partition(".")
-    is_there = full.startswith(f"{family.blocks}.") and blocks in map(str, range(source.config.num_hidden_layers))
+    count = source.config.get_text_config().num_hidden_layers
+    is_there = full.startswith(f"{family.blocks}.") and blocks in map(str, range(count))
     found = _feeding(family, int(blocks), rest) if is_there else ()
     if not found:
-        known = [name for index in range(source.config.num_hidden_layers) for name in permutable_linears(family, index)]
+        known = [name for index in range(count) for name in permutable_linears(family, index)]
         raise ConfigError(
             f"{source.name}: {full}: no linear of family {family.name} whose channels can be permuted"
             + (f"; those are {family.blocks}.*.{known[0]}" if known else "")

@@ -25,7 +25,7 @@ class PermutedHeads(ChangedSource):
     def __init__(self, inner: Source, orders: Tensor) -> None:
         self._heads, self._width = value_heads(inner.config)
         self.orders = orders.detach().cpu().long().contiguous()
-        shape = (inner.config.num_hidden_layers, self._heads, self._width)
+        shape = (inner.config.get_text_config().num_hidden_layers, self._heads, self._width)
         if self.orders.shape != shape:
             raise ConfigError(
                 f"{inner.name}: value heads: orders of shape {list(orders.shape)}; expected {list(shape)}"

@@ -39,7 +39,7 @@ class Rotated(ChangedSource):
 
     def __init__(self, inner: Source, matrix: Tensor) -> None:
         check_rotatable(inner)
-        width = inner.config.hidden_size
+        width = inner.config.get_text_config().hidden_size
         self.matrix = matrix.detach().double().contiguous()
         check_orthogonal(self.matrix, (width, width), inner.name)
         super().__init__(inner, f"rotated by {digest_of(self.matrix)}")

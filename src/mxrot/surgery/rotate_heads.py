@@ -27,7 +27,7 @@ class RotatedHeads(ChangedSource):
     def __init__(self, inner: Source, matrices: Tensor, rounds: bool = True) -> None:
         self._heads, self._width = value_heads(inner.config)
         self.matrices, self._rounds = matrices.detach().double().contiguous(), rounds
-        shape = (inner.config.num_hidden_layers, self._width, self._width)
+        shape = (inner.config.get_text_config().num_hidden_layers, self._width, self._width)
         check_orthogonal(self.matrices, shape, f"{inner.name}: value heads")
         super().__init__(inner, f"value heads rotated by {digest_of(self.matrices)}")
 

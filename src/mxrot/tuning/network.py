@@ -205,5 +205,5 @@ def mean_probability(teacher: Network, windows: Tensor) -> float:
 def _activation_bytes(model: PreTrainedModel, tuned: TunedNetwork, windows: int, length: int) -> float:
     """About what a backward pass keeps: each linear's input and output, twice for what lies between them; scores that
     attention writes out, and the probabilities that they become."""
-    scores = model.config.num_hidden_layers * score_heads(model) * length
+    scores = model.config.get_text_config().num_hidden_layers * score_heads(model) * length
     return windows * length * 8.0 * (sum(sum(shape) for shape in tuned.shapes) + scores)

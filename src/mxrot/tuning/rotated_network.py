@@ -59,7 +59,7 @@ class Pieces:
         batch, length = shape
         weights = WEIGHT_BYTES * max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
         window = length * max(_token_bytes(model, family, index, length) for index in range(len(blocks)))
-        states = float(dtype.itemsize * length * model.config.hidden_size)
+        states = float(dtype.itemsize * length * model.config.get_text_config().hidden_size)
         room = ROOM.get(model.device.type, ROOM["cpu"])
         return Pieces.within(room, batch, len(blocks), weights, window, states)
 
@@ -169,5 +169,5 @@ def _token_bytes(model: PreTrainedModel, family: Family, index: int, length: int
     for site in family.sites_of(index):
         for linear in site.linears:
             shape = block.get_parameter(f"{linear}.weight").shape
-            widths += sum(shape) * family.token_share(model.config, linear)
+            widths += sum(shape) * family.token_share(model.config.get_text_config(), linear)
     return CHANNEL_BYTES * widths + 8.0 * score_heads(model) * length

@@ -80,7 +80,7 @@ def _write(checked: Checked, output: Path) -> None:
 def _quantization(checked: Checked) -> dict[str, Any]:
     """The `quantization_config` by which stock vLLM runs it; what others have put into the marker stays there."""
     family = checked.family
-    dtype = checked.layout.dtype or WeightFiles(checked.folder).dtype_of(f"{family.embedding}.weight")
+    dtype = checked.layout.dtype or WeightFiles(checked.folder, family.beside).dtype_of(f"{family.embedding}.weight")
     table = compressed_tensors_config(checked.scheme, family, dtype)
     return table | {MARKER: checked.quantization[MARKER] | table[MARKER]}
 

@@ -71,14 +71,14 @@ class MxrotQuantization(CompressedTensorsConfig):
         if Path(model_name).is_dir():
             self.scheme = check_checkpoint(Path(model_name)).scheme
         else:
-            self.scheme = self.layout.scheme(family, hf_config.num_hidden_layers)
+            self.scheme = self.layout.scheme(family, hf_config.get_text_config().num_hidden_layers)
         if self.scheme.attention is not None:
             raise ConfigError(f"{model_name}: {OPERANDS_STOP}")
         if self.scheme.cache is not None:
             raise ConfigError(f"{model_name}: {CACHE_STOP}")
         self.transform_names = {
             f"{family.block_prefix(index)}.{name}": scheme_name(index, site)
-            for index in range(hf_config.num_hidden_layers)
+            for index in range(hf_config.get_text_config().num_hidden_layers)
             for site in self.scheme.active_sites(family, index)
             for name in site.linears
         }

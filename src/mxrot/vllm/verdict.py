@@ -90,6 +90,8 @@ def judge(facts: Facts) -> VllmReport:
 def _stops_of_both(facts: Facts) -> Iterator[str]:
     if facts.family.experts is not None:
         yield "it has experts, which were not tried in vLLM, and whose inputs neither vLLM nor the plugin transforms"
+    if facts.family.beside is not None:
+        yield f"{facts.architecture}: models of more than text were not tried in vLLM"
     if facts.scheme.cache is not None:
         yield f"it {CACHE_STOP}; {KV_OF_VLLM}"
     if facts.scheme.attention is not None:
@@ -98,7 +100,7 @@ def _stops_of_both(facts: Facts) -> Iterator[str]:
         tried = ", ".join(ARCHITECTURES + FUSED)
         yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {tried}"
     left = set(facts.scheme.left)
-    for index in range(facts.config.num_hidden_layers):
+    for index in range(facts.config.get_text_config().num_hidden_layers):
         for site in facts.family.sites_of(index):
             names = [f"{facts.family.block_prefix(index)}.{linear}" for linear in site.linears]
             apart = [name for name in names if name in left]
@@ -179,10 +181,11 @@ def _divides(facts: Facts, size: int) -> bool:
     """Can so many devices share the linears? Whole blocks of inputs, and whole heads."""
     widths = [(facts.scheme.linears[name], facts.widths[name]) for name in facts.row_parallel]
     blocks = all(width % (size * input_block(one, width)) == 0 for one, width in widths)
-    heads = facts.config.num_attention_heads
-    key_heads = getattr(facts.config, "num_key_value_heads", None) or heads
+    config = facts.config.get_text_config()
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
     shares = key_heads % size == 0 or size % key_heads == 0
-    return blocks and heads % size == 0 and shares and facts.config.intermediate_size % size == 0
+    return blocks and heads % size == 0 and shares and config.intermediate_size % size == 0
 
 
 def input_block(scheme: SiteScheme, width: int) -> int:

@@ -42,8 +42,10 @@ def test_experts_are_known_by_the_class_of_transformers() -> None:
 
 def test_the_table_of_families_says_what_their_records_do() -> None:
     page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
-    rows = [line.strip("|").split("|") for line in page.splitlines() if re.match(r"\| `\w+ForCausalLM`", line)]
-    listed = [name for row in rows for name in re.findall(r"`(\w+ForCausalLM)`", row[0])]
+    rows = [
+        line.strip("|").split("|") for line in page.splitlines() if re.match(r"\| `\w+For(CausalLM|Cond\w+)`", line)
+    ]
+    listed = [name for row in rows for name in re.findall(r"`(\w+For(?:CausalLM|Cond\w+))`", row[0])]
     assert sorted(listed) == sorted(name for family in FAMILIES.values() for name in family.architectures)
     for first, _, _, rotated, smoothed in rows:
         for family in FAMILIES.values():

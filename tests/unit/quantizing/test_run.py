@@ -112,7 +112,7 @@ def test_scores_that_attention_writes_out_bound_a_batch(monkeypatch: pytest.Monk
     monkeypatch.setattr(batches, "BATCH_ELEMENTS", 48 * 192 * 3)
     for name, windows in (("gemma2", 3), ("gemma3", 6)):
         model = build_apart(config_of(FAMILIES[name]))
-        assert batches.windows_at_once(model, torch.device("cpu"), 48) == windows
+        assert batches.windows_at_once(model, FAMILIES[name], torch.device("cpu"), 48) == windows
 
 
 # --- the order of things
