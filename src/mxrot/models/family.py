@@ -139,8 +139,8 @@ class Family:
         )
 
     def of_model(self, config: Any) -> Family:
-        """The family with what the config of a text model says of it: the sites of its attention, where these follow from
-        it, and of its experts, and the kinds of its blocks.
+        """The family with what the config of a text model says of it: the sites of its attention, where these follow
+        from it, and of its experts, and the kinds of its blocks.
 
         FamilyError as for `ExpertNames.sites`.
         """
