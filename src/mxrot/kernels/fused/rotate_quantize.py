@@ -218,11 +218,9 @@ def _values(
     to_stride = BLOCK if FLAT else out_stride
     x_pointer += first * from_stride + first_group * BLOCK
     out_pointer += first * to_stride + first_group * BLOCK
-    rows, columns_in_block = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    rows, places = tl.arange(0, ROWS)[:, None], tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
     if ACROSS:
-        places = tl.max_contiguous(columns_in_block // 4 * 16 + columns_in_block % 4, (1, 4))
-    else:
-        places = tl.max_contiguous(columns_in_block, (1, 8))
+        places = tl.max_contiguous(places // 4 * 16 + places % 4, (1, 4))
     tl.assume(count > 0)
     # Before the matrices, which are waited for where they are made operands.
     if ONCE:
