@@ -289,7 +289,7 @@ from triton.backends.compiler import GPUTarget
 from mxrot.kernels.fused.middle import _middle as kernel
 names = kernel.arg_names
 types = ["*fp8e5", "*i32", "*i32", "*i32", "*bf16", "i32", "i32", "i32", "i32"]
-constants = dict(ASSEMBLY=True, FAST=False, SPLIT=1, INPUTS=64, ROWS=64, CHUNKS=1, STAGES=4, WARPS=4)
+constants = dict(ASSEMBLY=True, FAST=False, WHOLE=True, INPUTS=64, ROWS=64, CHUNKS=1, STAGES=4, WARPS=4)
 signature = dict(zip(names, types)) | dict.fromkeys(constants, "constexpr")
 aligned = {(n,): [["tt.divisibility", 16]] for n in range(5)}
 values = {(names.index(name),): value for name, value in constants.items()}

@@ -103,7 +103,7 @@ def _weights(
     return tl.reshape(tl.permute(numbers, [0, 3, 2, 4, 1, 6, 5, 7]), [ROWS, CHUNKS * 128])
 
 
-@triton.jit(do_not_specialize=["inputs_in_all"])
+@triton.jit(do_not_specialize=["inputs_in_all", "steps_each"])
 def _middle(
     inputs_pointer,
     words_pointer,
@@ -116,7 +116,7 @@ def _middle(
     steps_each,
     ASSEMBLY: tl.constexpr,
     FAST: tl.constexpr,
-    SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -151,7 +151,7 @@ def _middle(
         else:
             total += tl.dot(weights, tl.trans(x))
     rows = first_row + tl.arange(0, ROWS)
-    if SPLIT == 1:
+    if WHOLE:
         exponents = tl.load(row_exponent_pointer + tl.minimum(rows, rows_in_all - 1))
         total *= power_of_two(exponents)[:, None]
     count = first_input + tl.arange(0, INPUTS)[None, :]
@@ -264,7 +264,7 @@ def middle_product(
         triton.cdiv(groups // BLOCKS.value // chunks, split),
         ASSEMBLY=on_gpu,
         FAST=tile.fast,
-        SPLIT=split,
+        WHOLE=split == 1,
         INPUTS=tile.inputs,
         ROWS=tile.rows,
         CHUNKS=chunks,
