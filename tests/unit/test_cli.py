@@ -78,7 +78,7 @@ OPTIONS = {
         *("--baseline", "--plots", "--surface", "--card", "--revision", "--device", "--verify"),
     ],
     "demo": ["--seed", "--device", "--json"],
-    "bench kernels": ["--rows", "--shape", "--lut", "--remember", "--device", "--json"],
+    "bench kernels": ["--rows", "--shape", "--tiles", "--lut", "--remember", "--device", "--json"],
     "bench quantize": [
         *("model", "--recipes", "--set", "--calib", "--samples", "--seq-len", "--repeats", "--device", "--json"),
     ],

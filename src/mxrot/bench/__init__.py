@@ -6,7 +6,7 @@ from mxrot.bench.look_up import LOOK_UP_COUNTS, bench_look_up
 from mxrot.bench.model import ModelRow, Works, bench_model, llama_config, random_model
 from mxrot.bench.others import absent_others
 from mxrot.bench.quantize import QuantizeRow, bench_quantize
-from mxrot.bench.tables import geometric_means, kernel_table, model_table, quantize_table
+from mxrot.bench.tables import best_tiles, geometric_means, kernel_table, model_table, quantize_table
 from mxrot.bench.timing import Seconds, ceilings, copy_speed, seconds_of
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "bench_look_up",
     "bench_model",
     "bench_quantize",
+    "best_tiles",
     "cache_scheme",
     "ceilings",
     "copy_speed",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxrot.bench.middle import covers, middle_products
 from mxrot.bench.others import Product, prepared_others
 from mxrot.bench.timing import Seconds, copies_for, seconds_of, seconds_of_each
 from mxrot.formats import BlockScales, QTensor, get_format, get_rule
@@ -78,11 +79,13 @@ def bench_kernels(
     shapes: Sequence[tuple[int, int]] = LLAMA_3_8B,
     rows: Sequence[int] = ROWS,
     told: Callable[[str], None] = lambda line: None,
+    all_tiles: bool = False,
 ) -> list[KernelRow]:
-    """All kernels on all shapes; `told` hears of each result."""
+    """All kernels on all shapes; `told` hears of each result. With `all_tiles` no quantizers alone, and of middle rows
+    every tile."""
     found = []
-    quantizers = _quantizers(device, sorted({k for _, k in shapes}), rows)
-    for row in chain(quantizers, _products(device, shapes, rows, told)):
+    quantizers = [] if all_tiles else _quantizers(device, sorted({k for _, k in shapes}), rows)
+    for row in chain(quantizers, _products(device, shapes, rows, told, all_tiles)):
         found.append(row)
         told(f"{row.kernel:44s} {row.shape!s:22s} {row.seconds or 'CHECK FAILED'}")
     return found
@@ -145,7 +148,11 @@ def _share_that_differs(found: Any, expected: Any) -> float:
 
 
 def _products(
-    device: torch.device, shapes: Sequence[tuple[int, int]], rows: Sequence[int], told: Callable[[str], None]
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]],
+    rows: Sequence[int],
+    told: Callable[[str], None],
+    all_tiles: bool,
 ) -> Iterator[KernelRow]:
     for height, width in shapes:
         weight = torch.randn(height, width, device=device) * width**-0.5
@@ -163,7 +170,7 @@ def _products(
             own_error = _error(quantized @ dense[0].mT, exact)
             baseline = [partial(torch.nn.functional.linear, x, w) for w in dense]
             ways = [_Way(BASELINE, baseline, 2.0, own_error, 1.0)]
-            for name, functions, size in _linears(device, x, matrices, few):
+            for name, functions, size in _linears(device, x, matrices, few, told, all_tiles):
                 bound = 3 * own_error if "fast" in name else 1.1 * own_error
                 ways.append(_Way(name, functions, size, _error(functions[0](), exact), bound))
             ways += _of_others(others, x, dense[0], told)
@@ -203,7 +210,12 @@ class _Way:
 
 
 def _linears(
-    device: torch.device, x: Tensor, matrices: Tensor, weights: Sequence[PackedRows]
+    device: torch.device,
+    x: Tensor,
+    matrices: Tensor,
+    weights: Sequence[PackedRows],
+    told: Callable[[str], None],
+    all_tiles: bool,
 ) -> Iterator[tuple[str, list[Callable[[], Tensor]], float]]:
     """Ways to compute the quantized linear, all but one with the quantizer; one function for each weight."""
     if device.type != "cuda" or not has_triton() or torch.cuda.get_device_capability(device) < (8, 9):
@@ -227,6 +239,8 @@ def _linears(
         yield PACKED, [partial(few, w) for w in weights], 17 / 32
         once = quantized()
         yield f"{PACKED}, without the quantizer", [partial(few, w, once) for w in weights], 17 / 32
+    if covers(len(x), x.shape[1], device):
+        yield from middle_products(x, matrices, weights, exponents, all_tiles, told)
     fixed = [PackedWeight(w.codes, w.scales, exponents) for w in weights]
     inputs = Inputs(x, matrices, FORMAT, rule)
     yield INVARIANT, [partial(by_fixed_tiles, inputs, w) for w in fixed], 17 / 32

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from mxrot.bench.kernels import KernelRow
+from mxrot.bench.middle import MIDDLE
 from mxrot.bench.model import ModelRow
 from mxrot.bench.quantize import QuantizeRow
 from mxrot.bench.timing import TIMES
@@ -114,3 +115,14 @@ def geometric_means(rows: Sequence[KernelRow]) -> dict[tuple[str, int], float]:
     for (kernel, shape), ratio in speed_ratios(rows).items():
         ratios.setdefault((kernel, shape[0]), []).append(ratio)
     return {key: math.exp(sum(map(math.log, found)) / len(found)) for key, found in ratios.items()}
+
+
+def best_tiles(rows: Sequence[KernelRow]) -> dict[tuple[int, ...], tuple[str, float]]:
+    """The fastest tile of those that were measured for each shape, and its seconds, without the quantizer."""
+    found: dict[tuple[int, ...], tuple[str, float]] = {}
+    for row in rows:
+        is_tile = row.kernel.startswith(f"{MIDDLE}, ") and not row.kernel.endswith("without the quantizer")
+        if is_tile and row.seconds is not None:
+            mine = row.kernel.removeprefix(f"{MIDDLE}, "), row.seconds.median
+            found[row.shape] = min(found.get(row.shape, mine), mine, key=lambda each: each[1])
+    return found

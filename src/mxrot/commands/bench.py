@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -42,6 +43,9 @@ def bench_kernels_command(
     remember: Annotated[
         bool, typer.Option("--remember", help="Store the results; models here choose kernels by them")
     ] = (False),
+    tiles: Annotated[
+        bool, typer.Option("--tiles", help="Products only, that of middle rows by every tile; prints the fastest")
+    ] = False,
     lut: Annotated[bool, typer.Option("--lut", help="Measure only 2-bit weights that are looked up")] = False,
     device: Device = None,
     json_file: Json = None,
@@ -62,16 +66,24 @@ def bench_kernels_command(
         raise ConfigError(f"--remember: on {where.type} there is only one kernel; leave it out")
     if remember and lut:
         raise ConfigError("--remember: --lut measures nothing that models choose by; leave out one of the two")
+    if tiles and lut:
+        raise ConfigError("--tiles: --lut has no tiles to choose from; leave out one of the two")
     sizes = [_shape(text, 128 if lut else 32) for text in shapes] or bench.LLAMA_3_8B
     limits = bench.ceilings(where)
-    run, counts = (bench.bench_look_up, bench.LOOK_UP_COUNTS) if lut else (bench.bench_kernels, bench.ROWS)
-    found = run(where, sizes, rows or counts, lambda line: print(line, file=sys.stderr, flush=True))
+    tell = partial(print, file=sys.stderr, flush=True)
+    if lut:
+        found = bench.bench_look_up(where, sizes, rows or bench.LOOK_UP_COUNTS, tell)
+    else:
+        found = bench.bench_kernels(where, sizes, rows or bench.ROWS, tell, tiles)
     show(bench.kernel_table(found, limits))
     absent = {} if lut else bench.absent_others(where)
     if absent:
         print("; ".join(f"{name} is not measured: {reason}" for name, reason in absent.items()))
     for (kernel, count), ratio in bench.geometric_means(found).items():
         print(f"{kernel}, {count} rows: {ratio:.2f} times as fast, geometric mean over the shapes")
+    fastest = bench.best_tiles(found)
+    for shape, (tile, seconds) in fastest.items():
+        print(f"middle rows, {' '.join(map(str, shape))}: {tile}: {1e6 * seconds:.1f} us without the quantizer")
     limit = bench.measured_crossovers(found)
     if limit is not None:
         print(f"from packed codes: up to {limit.packed} rows, up to {limit.kept} where weights are kept in FP8")
@@ -83,6 +95,7 @@ def bench_kernels_command(
         "ceilings": limits,
         "crossovers": None if limit is None else vars(limit),
         "absent": absent,
+        "fastest_tiles": [{"shape": shape, "tile": tile} for shape, (tile, _) in fastest.items()],
         "rows": [row.as_record() for row in found],
     }
     write_json(json_file, table)

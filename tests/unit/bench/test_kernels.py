@@ -14,11 +14,13 @@ from mxrot.bench import (
     KernelRow,
     Seconds,
     bench_kernels,
+    best_tiles,
     ceilings,
     geometric_means,
     kernel_table,
     kernels,
     measured_crossovers,
+    middle,
     seconds_of,
     timing,
 )
@@ -151,7 +153,7 @@ def test_every_way_to_compute_a_linear_on_a_gpu_is_right(count: int, monkeypatch
     ]
     quantized = kernels.plain_rotate_quantize(x, matrices, kernels.FORMAT, rule)
     names = []
-    for name, functions, size in kernels._linears(torch.device("cuda"), x, matrices, weights):
+    for name, functions, size in kernels._linears(torch.device("cuda"), x, matrices, weights, print, False):
         names.append(name)
         assert size in (1.0, 17 / 32)
         for function, weight in zip(functions, weights, strict=False):
@@ -160,6 +162,63 @@ def test_every_way_to_compute_a_linear_on_a_gpu_is_right(count: int, monkeypatch
                 exact = exact if weight is weights[0] else exact[:0]
             assert not len(exact) or kernels._error(function(), exact) < 2.0**-7, name
     assert len(names) == (6 if count <= 128 else 4) and kernels.INVARIANT in names
+
+
+@pytest.mark.parametrize("count", [17, 40])
+def test_every_tile_for_middle_rows_is_right(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert middle.covers(count, 256, torch.device("cuda")) and not middle.covers(count, 96, torch.device("cuda"))
+    x = torch.randn(count, 256).to(DEVICE, torch.bfloat16)
+    matrices = kernels.random_orthogonal(1, 32, torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    rule = kernels.FORMAT.rule()
+    weight = plain_rotate_quantize_packed(torch.randn(70, 256).to(DEVICE), None, kernels.FORMAT, rule)
+    exact = kernels._sample(
+        kernels.plain_rotate_quantize(x, matrices, kernels.FORMAT, rule), kernels._dequantized(weight)
+    )
+    names = []
+    exponents, _ = kernels.lift_exponents(weight.codes, weight.scales, together=True)
+    for name, (function,), size in middle.middle_products(x, matrices, [weight], exponents, True, print):
+        names.append(name)
+        assert size == 17 / 32 and kernels._error(function(), exact) < 2.0**-7, name
+    assert len(set(names)) == len(names) > 5
+    names = [name for name, *_ in middle.middle_products(x, matrices, [weight], exponents, False, print)]
+    assert names == [middle.MIDDLE, f"{middle.MIDDLE}, without the quantizer"]
+
+
+def test_a_tile_that_cannot_be_launched_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mxrot.kernels.fused import middle as fused
+
+    def fail(*arguments: object) -> Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    x, matrices = (value.to(DEVICE, torch.bfloat16) for value in (torch.randn(20, 128), torch.eye(32)[None]))
+    weight = plain_rotate_quantize_packed(torch.randn(8, 128), None, kernels.FORMAT, kernels.FORMAT.rule())
+    exponents, _ = kernels.lift_exponents(weight.codes, weight.scales)
+    monkeypatch.setattr(fused, "middle_product", fail)
+    told: list[str] = []
+    assert len(list(middle.middle_products(x, matrices, [weight], exponents, True, told.append))) == 2
+    assert told and all("RuntimeError: out of resource: shared memory" in line for line in told)
+
+
+def test_the_fastest_tile_of_each_shape() -> None:
+    rows = [
+        row(f"{middle.MIDDLE}, a", (64, 2, 128), 3e-6),
+        row(f"{middle.MIDDLE}, b", (64, 2, 128), 2e-6),
+        row(f"{middle.MIDDLE}, without the quantizer", (64, 2, 128), 1e-6),
+        row(f"{middle.MIDDLE}, broken", (64, 2, 128), None),
+        row(middle.MIDDLE, (64, 2, 128), 1e-6),
+        row(f"{middle.MIDDLE}, a", (32, 2, 128), 4e-6),
+    ]
+    assert best_tiles(rows) == {(64, 2, 128): ("b", 2e-6), (32, 2, 128): ("a", 4e-6)}
+
+
+def test_tiles_and_lut_exclude_each_other() -> None:
+    result = CliRunner().invoke(cli.app, ["bench", "kernels", "--tiles", "--lut", "--device", "cpu"])
+    assert result.exit_code == 2 and "--tiles" in result.output
+
+
+def test_tiles_are_measured_without_quantizers_alone() -> None:
+    assert [row.kernel for row in bench_kernels(CPU, [(64, 128)], [20], all_tiles=True)] == ["bf16 product"]
 
 
 def test_every_output_of_the_quantizer_on_a_gpu_is_right() -> None:

@@ -199,6 +199,7 @@ def _values(
     IN_PLACE: tl.constexpr,
     SHIFTED: tl.constexpr,
     IN_PAIRS: tl.constexpr,
+    ACROSS: tl.constexpr,
     HAS_MATRIX: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -217,7 +218,9 @@ def _values(
     to_stride = BLOCK if FLAT else out_stride
     x_pointer += first * from_stride + first_group * BLOCK
     out_pointer += first * to_stride + first_group * BLOCK
-    rows, columns_of_eight = tl.arange(0, ROWS)[:, None], tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
+    rows, places = tl.arange(0, ROWS)[:, None], tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
+    if ACROSS:
+        places = tl.max_contiguous(places // 4 * 16 + places % 4, (1, 4))
     tl.assume(count > 0)
     # Before the matrices, which are waited for where they are made operands.
     if ONCE:
@@ -242,8 +245,11 @@ def _values(
             if IN_PAIRS:
                 pairs = tl.permute(tl.reshape(values, [ROWS, 4, 2, 2, 2]), [0, 3, 1, 2, 4])
                 values = tl.reshape(pairs, [ROWS, BLOCK])
-            # Eight columns a thread, as it holds them, are stored at once.
-            place = out_pointer + group * BLOCK + rows * to_stride + columns_of_eight
+            # Eight columns a thread, as it holds them, are stored at once, or in two fours.
+            place = out_pointer + group * BLOCK + rows * to_stride + places
+            if ACROSS:
+                block = (first + start + rows) % 4 if FLAT else (first_group + group) % 4
+                place -= 28 * block
             inside = rows < _rows(group, columns, count - start)
             tl.store(place, values.to(out_pointer.dtype.element_ty), mask=None if EVEN else inside)
         x_pointer += ROWS * from_stride
@@ -409,12 +415,15 @@ def rotate_quantize_e5m2(
     shift: int = 0,
     are_in_pairs: bool = False,
     has_fixed_tile: bool = False,
+    are_across_blocks: bool = False,
 ) -> Tensor:
-    """As `plain_rotate_quantize_e5m2` defines it; the values in the order of `plain.in_pairs` where that is wanted."""
+    """As `plain_rotate_quantize_e5m2` defines it; the values in the order of `plain.in_pairs` or `plain.across_blocks`
+    where that is wanted."""
     out = torch.empty(x.shape, dtype=torch.float8_e5m2, device=x.device)
     least, most = E5M2_EXPONENTS
     blocks = _Blocks.of(x, matrices, has_fixed_tile=has_fixed_tile)
-    _write_values(blocks, matrices, format, rule, out, (least + shift, most + shift), shift, are_in_pairs)
+    exponents = least + shift, most + shift
+    _write_values(blocks, matrices, format, rule, out, exponents, shift, are_in_pairs, are_across_blocks)
     return out
 
 
@@ -463,6 +472,7 @@ def _write_values(
     exponents: tuple[int, int],
     shift: int,
     are_in_pairs: bool = False,
+    are_across_blocks: bool = False,
 ) -> None:
     if not out.numel():
         return
@@ -482,6 +492,7 @@ def _write_values(
         IN_PLACE=exponents[0] >= -126 and exponents[1] <= 100,
         SHIFTED=shift != 0,
         IN_PAIRS=are_in_pairs,
+        ACROSS=are_across_blocks,
         **blocks.constants(matrices),
     )
 

@@ -79,6 +79,20 @@ def out_of_pairs(values: Tensor) -> Tensor:
     return values.unflatten(-1, (-1, 2, 4, 2, 2)).permute(*range(values.dim()), -3, -2, -4, -1).flatten(-5)
 
 
+def across_blocks(values: Tensor) -> Tensor:
+    """`values` [..., K] in the order of `middle_product`, K a multiple of 128.
+
+    Of four blocks side by side the first four columns of each, then the next four of each, and so on: column
+    32 t + 4 j + b of 128 is at 16 j + 4 t + b.
+    """
+    return values.unflatten(-1, (-1, 4, 8, 4)).transpose(-3, -2).flatten(-4)
+
+
+def out_of_blocks(values: Tensor) -> Tensor:
+    """What `across_blocks` has put in order, as it was."""
+    return values.unflatten(-1, (-1, 8, 4, 4)).transpose(-3, -2).flatten(-4)
+
+
 def swizzled_bytes(rows: int, groups: int) -> int:
     """How many bytes `swizzle_scales` gives."""
     return -(-rows // 128) * -(-groups // 4) * 512

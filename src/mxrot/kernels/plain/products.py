@@ -10,7 +10,7 @@ from torch import Tensor
 from mxrot.formats import BlockScales, QTensor, get_format, unpack_codes
 from mxrot.formats.element import powers_of_two
 from mxrot.formats.exponents import E8M0_BIAS
-from mxrot.kernels.plain.activations import PackedRows, out_of_pairs
+from mxrot.kernels.plain.activations import PackedRows, out_of_blocks, out_of_pairs
 
 E4M3_SHIFTS = -8, 6
 """Exponents d for which every E2M1 number times 2^d is an E4M3 number."""
@@ -83,6 +83,15 @@ def plain_paired_product(
     """
     # A float8 tensor cannot be copied everywhere, its bytes can.
     ordered = out_of_pairs(inputs.view(torch.uint8)).view(inputs.dtype)
+    lifted = plain_lift_weights(codes, scales, row_exponents)
+    return plain_fp8_product(ordered, lifted, torch.exp2(row_exponents.float()), dtype)
+
+
+def plain_middle_product(
+    inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`plain_paired_product` of inputs in the order of `across_blocks`."""
+    ordered = out_of_blocks(inputs.view(torch.uint8)).view(inputs.dtype)
     lifted = plain_lift_weights(codes, scales, row_exponents)
     return plain_fp8_product(ordered, lifted, torch.exp2(row_exponents.float()), dtype)
 
