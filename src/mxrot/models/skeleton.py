@@ -15,7 +15,9 @@ from mxrot.documents import read_json
 from mxrot.errors import FamilyError
 from mxrot.models.families import FAMILIES
 from mxrot.models.family import Family
+from mxrot.models.family_table import DERIVED, family_of_table, family_table
 from mxrot.models.folder import no_config
+from mxrot.models.given import family_given
 from mxrot.nearest import brief, listed
 
 MOST_BLOCKS = 1000
@@ -55,14 +57,22 @@ def _why_unread(table: dict[str, Any], error: Exception) -> str:
 
 def find_family(config: Any, where: str) -> Family:
     """The family of a config, with the sites of its experts; FamilyError if it is not a causal language model, or not
-    one we know."""
+    one we know.
+
+    One that was derived stands in the config itself; one that was asked for (`given_family`) is written into it.
+    """
     architectures = tuple(getattr(config, "architectures", None) or ())
     if not all(isinstance(name, str) for name in architectures):
         raise FamilyError(f"{where}: architectures {list(architectures)!r}: expected names")
     named = ", ".join(architectures)[:200] or "none"
     if getattr(config, "text_config", None) is not None:
         raise FamilyError(f"{where}: architecture {named}: a model of more than text, which is not supported")
-    for family in FAMILIES.values():
+    given = family_given(architectures)
+    if given is not None:
+        setattr(config, DERIVED, family_table(given))
+    table = getattr(config, DERIVED, None)
+    own = () if table is None else (family_of_table(table, where),)
+    for family in (*own, *FAMILIES.values()):
         if set(architectures) & set(family.architectures):
             _check_size(config, family, where)
             _check_attention(config, family, where)
