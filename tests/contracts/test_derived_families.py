@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import tests.contracts.test_families as owed
+import transformers
 from tests.contracts.test_family_windows import WINDOWED
 from tests.contracts.tiny_configs import config_of
 
-from mxrot.deriving import derived_family
+from mxrot.deriving import derived_family, record_text
 from mxrot.errors import FamilyError
 from mxrot.models import FAMILIES, Family
 
@@ -72,3 +78,22 @@ def test_a_derived_family_owes_what_others_do(family: Family) -> None:
 
 def test_scales_and_transforms_of_a_derived_family_fold_away_in_float64(family: Family) -> None:
     owed.test_scales_and_transforms_fold_away_in_float64(family, False)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "add-a-family.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_page_shows_what_is_derived() -> None:
+    config = transformers.OlmoConfig(architectures=["OlmoForCausalLM"])
+    assert BLOCKS[0] == record_text(derived_family(config, "here"))
+
+
+def test_the_family_that_the_page_writes_is_one() -> None:
+    inside: dict[str, Any] = {}
+    exec(BLOCKS[1], inside)
+    written: Family = inside["FAMILY"]
+    derived = derived_family(config_of(written), "here")
+    assert [replace(site, residual=None) for site in written.sites] == list(derived.sites)
+    owed.test_scales_and_transforms_fold_away_in_float64(written, False)
+    owed.test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(written)
