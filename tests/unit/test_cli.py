@@ -41,7 +41,7 @@ OPTIONS = {
     "eval": [
         *("model", "--text", "--windows", "--seq-len", "--against", "--tasks", "--task-data", "--limit"),
         *("--kv", "--kv-transform", "--kv-first", "--kv-last", "--calib"),
-        *("--batch-size", "--resume", "--revision", "--device", "--verify", "--json"),
+        *("--batch-size", "--resume", "--family", "--revision", "--device", "--verify", "--json"),
     ],
     "compare": [
         *("model", "--recipes", "--checkpoints", "--without", "--set", "--calib", "--samples", "--text", "--windows"),

@@ -15,7 +15,7 @@ from mxrot.documents import read_json
 from mxrot.errors import FamilyError
 from mxrot.models.families import FAMILIES
 from mxrot.models.family import Family
-from mxrot.models.family_table import DERIVED, family_of_table, family_table
+from mxrot.models.family_table import DERIVED, derived_table, family_of_table, family_table
 from mxrot.models.folder import no_config
 from mxrot.models.given import family_given
 from mxrot.nearest import brief, listed
@@ -37,9 +37,12 @@ def read_config(place: Path) -> Any:
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise FamilyError(f"{path}: architectures: expected a list of names, got {repr(named)[:100]}")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # its checks raise many kinds
         raise FamilyError(f"{path}: {_why_unread(table, error)}") from error
+    if table.get("quantization_config") is None:
+        forget_derived(config)
+    return config
 
 
 def _why_unread(table: dict[str, Any], error: Exception) -> str:
@@ -55,11 +58,17 @@ def _why_unread(table: dict[str, Any], error: Exception) -> str:
     return f"not a config that transformers reads: {_brief(error)}"
 
 
+def forget_derived(config: Any) -> None:
+    """Let the config of an original say nothing of a family: a derived one is used only where that is asked for."""
+    if hasattr(config, DERIVED):
+        delattr(config, DERIVED)
+
+
 def find_family(config: Any, where: str) -> Family:
     """The family of a config, with the sites of its experts; FamilyError if it is not a causal language model, or not
     one we know.
 
-    One that was derived stands in the config itself; one that was asked for (`given_family`) is written into it.
+    One that was derived stands in the config itself; one that is asked for (`given_family`) is written into it.
     """
     architectures = tuple(getattr(config, "architectures", None) or ())
     if not all(isinstance(name, str) for name in architectures):
@@ -68,9 +77,9 @@ def find_family(config: Any, where: str) -> Family:
     if getattr(config, "text_config", None) is not None:
         raise FamilyError(f"{where}: architecture {named}: a model of more than text, which is not supported")
     given = family_given(architectures)
-    if given is not None:
+    if given is not None and derived_table(config) is None:
         setattr(config, DERIVED, family_table(given))
-    table = getattr(config, DERIVED, None)
+    table = derived_table(config)
     own = () if table is None else (family_of_table(table, where),)
     for family in (*own, *FAMILIES.values()):
         if set(architectures) & set(family.architectures):

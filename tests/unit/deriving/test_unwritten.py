@@ -103,6 +103,16 @@ def test_what_was_not_looked_at_is_refused(folder: Path, tmp_path: Path, recipe:
         mxrot.quantize(folder, recipe, tmp_path / "out", calib=WINDOWS, device="cpu", family="auto")
 
 
+def test_a_record_in_the_config_of_an_original_counts_for_nothing(folder: Path, tmp_path: Path) -> None:
+    path = folder / "config.json"
+    found = family_table(derived_family(read_config(folder), "here"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {DERIVED: found}))
+    with pytest.raises(FamilyError, match="is of no known family"):
+        mxrot.quantize(folder, "rtn", tmp_path / "out", device="cpu")
+    with pytest.raises(FamilyError, match="is of no known family"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=mxrot.MxrotConfig("rtn"))
+
+
 def test_the_commands(folder: Path, tmp_path: Path) -> None:
     family = derived_family(read_config(folder), "here")
     shown = CliRunner().invoke(
@@ -115,6 +125,10 @@ def test_the_commands(folder: Path, tmp_path: Path) -> None:
     options = ["-r", "rtn", "-o", str(tmp_path / "out"), "--device", "cpu"]
     made = CliRunner().invoke(app, ["quantize", str(folder), *options, "--family", "auto"])
     assert made.exit_code == 0 and "sites derived by --family auto" in made.stdout
+    measured = ["eval", str(tmp_path / "out"), "--windows", "1", "--seq-len", "32", "--device", "cpu"]
+    assert CliRunner().invoke(app, measured).exit_code == 0
+    assert CliRunner().invoke(app, [*measured, "--against", str(folder)]).exit_code == 2
+    assert CliRunner().invoke(app, [*measured, "--against", str(folder), "--family", "auto"]).exit_code == 0
     for command in (["inspect"], ["plan"], ["quantize", *options]):
         refused = CliRunner().invoke(app, [command[0], str(folder), *command[1:], "--family", "other"])
         assert refused.exit_code == 2 and "unknown value 'other'" in refused.stderr
