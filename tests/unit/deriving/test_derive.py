@@ -80,7 +80,9 @@ def test_a_norm_that_more_reads_is_not_named(mlp: Callable[[Forward], None]) -> 
     assert site("gate_up").norm is None and site("qkv").norm == "input_layernorm"
 
 
-@pytest.mark.parametrize("between", [torch.tanh, lambda x: x + 0.01, lambda x: x.flip(-1) + x], ids=str)
+@pytest.mark.parametrize(
+    "between", [torch.tanh, lambda x: x + 0.01, lambda x: x.flip(-1) + x], ids=["tanh", "added", "mixed"]
+)
 def test_a_producer_with_a_function_behind_it_is_not_named(
     mlp: Callable[[Forward], None], between: Callable[[Tensor], Tensor]
 ) -> None:
