@@ -29,7 +29,7 @@ from mxrot.errors import ConfigError, MxrotError, RankError, add_note, is_left_t
 from mxrot.failures import machine_failure
 from mxrot.interrupts import exit_code
 
-JOIN = timedelta(seconds=50)
+JOIN = timedelta(seconds=45)
 """In which all processes have to be there."""
 EXCHANGE = timedelta(days=7)
 """While one writes text the others wait; who is lost is found out by the watch."""

@@ -45,8 +45,9 @@ def main(folder: Path, kills: int, seed: int) -> int:
         rank = chance.randrange(2)
         ended = commands(folder, words, 2, {rank: partial(killed_after, chance.uniform(0.0, length))})
         done += all(one.code == 0 for one in ended)
-        longest = max(longest, *(one.seconds for one in ended))
-        if longest >= MOST_SECONDS or (ended[rank].code == -signal.SIGKILL and ended[1 - rank].code == 0):
+        took = max(one.seconds for one in ended)
+        longest = max(longest, took)
+        if took >= MOST_SECONDS or (ended[rank].code == -signal.SIGKILL and ended[1 - rank].code == 0):
             wrong.append(f"{number}: rank {rank}: {ended}")
         again = commands(folder, [*words, "--resume"], 2, {})
         if [one.code for one in again] != [0, 0] or without_run(digests(output)) != wanted:

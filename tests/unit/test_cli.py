@@ -67,6 +67,10 @@ OPTIONS = {
         *("--chat", "--system", "--temperature", "--top-p", "--top-k", "--seed", "--stream"),
         *("--revision", "--device", "--verify"),
     ],
+    "serve": [
+        *("model", "more", "--program", "--stock", "--tensor-parallel", "--max-len", "--dry-run"),
+        *("--revision", "--verify"),
+    ],
     "push": ["model", "repository", "--private", "--message", "--dry-run"],
     "export": ["model", "--to", "-o", "--output", "--force", "--verify", "--json"],
     "recipes": ["name", "--defaults"],

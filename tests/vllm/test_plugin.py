@@ -25,6 +25,9 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 import mxrot
 from mxrot.errors import ConfigError
+from mxrot.kernels import warm_up
+from mxrot.kernels.fixed_rows import has_invariant_rows, set_invariant_rows
+from mxrot.layers import QuantLinear
 from mxrot.marker import IN_VLLM
 from mxrot.vllm.linear import MxrotLinearMethod, MxrotQuantization
 from mxrot.vllm.plugin import register
@@ -111,6 +114,40 @@ def test_linears_are_ours_bit_for_bit_in_bfloat16(kind: str, checkpoint: Checkpo
     exact = own_logits(mxrot.load(folder))
     inherent = relative_error(own_logits(own), exact)
     assert relative_error(found, exact) < 2 * inherent
+
+
+def test_kernels_are_compiled_when_weights_are_loaded(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, once for each shape, in the model's type and up to the tokens of a step."""
+    monkeypatch.setattr(warm_up, "compiles", lambda device: True)
+    monkeypatch.setattr(warm_up, "_warm", set())
+    called: list[tuple[int, torch.dtype]] = []
+    compute = QuantLinear.compute
+
+    def noted(linear: QuantLinear, x: Tensor, *rest: Any) -> Tensor:
+        called.append((len(x), x.dtype))
+        return compute(linear, x, *rest)
+
+    monkeypatch.setattr(QuantLinear, "compute", noted)
+    config = configure(checkpoint("site"), "bfloat16")
+    load(config)
+    most = config.scheduler_config.max_num_batched_tokens
+    assert {dtype for _, dtype in called} == {torch.bfloat16}
+    assert min(called)[0] == 1 and 64 < max(called)[0] <= most
+    assert [rows for rows, _ in called].count(1) == 4  # two blocks of four shapes
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_batch_invariance_of_vllm_is_ours(value: str, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", value)
+    before = has_invariant_rows()
+    linear = load(configure(checkpoint("block"), "bfloat16")).model.layers[0].mlp.gate_up_proj
+    try:
+        assert has_invariant_rows() is (value == "1") and not before
+        x = torch.randn(33, 64, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+        whole = linear.quant_method.apply(linear, x)
+        assert value == "0" or torch.equal(linear.quant_method.apply(linear, x[20:27]), whole[20:27])
+    finally:
+        set_invariant_rows(before)
 
 
 def test_a_linear_is_traced_as_one_operation(checkpoint: Checkpoints) -> None:

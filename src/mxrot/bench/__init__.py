@@ -4,6 +4,7 @@ from mxrot.bench.cache import HeadShapes, bench_cache, cache_scheme, sizes_of
 from mxrot.bench.kernels import LLAMA_3_8B, ROWS, KernelRow, bench_kernels, measured_crossovers
 from mxrot.bench.look_up import LOOK_UP_COUNTS, bench_look_up
 from mxrot.bench.model import ModelRow, Works, bench_model, llama_config, random_model
+from mxrot.bench.others import absent_others
 from mxrot.bench.quantize import QuantizeRow, bench_quantize
 from mxrot.bench.tables import geometric_means, kernel_table, model_table, quantize_table
 from mxrot.bench.timing import Seconds, ceilings, copy_speed, seconds_of
@@ -18,6 +19,7 @@ __all__ = [
     "QuantizeRow",
     "Seconds",
     "Works",
+    "absent_others",
     "bench_cache",
     "bench_kernels",
     "bench_look_up",

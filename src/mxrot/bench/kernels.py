@@ -6,21 +6,23 @@ A kernel is checked against its plain twin first; one that fails has no speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mxrot.bench.others import Product, prepared_others
 from mxrot.bench.timing import Seconds, copies_for, seconds_of, seconds_of_each
 from mxrot.formats import BlockScales, QTensor, get_format, get_rule
 from mxrot.kernels import plain_rotate_quantize, rotate_quantize
 from mxrot.kernels.crossovers import MOST_ROWS, Crossovers
 from mxrot.kernels.dispatch import has_triton
 from mxrot.kernels.fp8 import fp8_product
+from mxrot.kernels.linear import Inputs, PackedWeight, by_fixed_tiles
 from mxrot.kernels.plain import (
     PackedRows,
     lift_exponents,
@@ -37,6 +39,8 @@ ROWS = (1, 4, 16, 32, 64, 128, 2048, 8192)
 RULES = ("even", "floor", "rceil")
 FORMAT = get_format("mxfp4")
 BASELINE = "bf16 product"
+INVARIANT = "W4A4, packed, invariant"
+"""Whose rows do not depend on each other (`kernels.fixed_rows`)."""
 PACKED, KEPT, LIFTED = "W4A4, packed, matrix units", "W4A4, kept in FP8", "W4A4, packed, lifted on the way"
 
 
@@ -77,7 +81,8 @@ def bench_kernels(
 ) -> list[KernelRow]:
     """All kernels on all shapes; `told` hears of each result."""
     found = []
-    for row in (*_quantizers(device, sorted({k for _, k in shapes}), rows), *_products(device, shapes, rows)):
+    quantizers = _quantizers(device, sorted({k for _, k in shapes}), rows)
+    for row in chain(quantizers, _products(device, shapes, rows, told)):
         found.append(row)
         told(f"{row.kernel:44s} {row.shape!s:22s} {row.seconds or 'CHECK FAILED'}")
     return found
@@ -139,13 +144,16 @@ def _share_that_differs(found: Any, expected: Any) -> float:
     return float((found.float() != expected.float()).double().mean())
 
 
-def _products(device: torch.device, shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> Iterator[KernelRow]:
+def _products(
+    device: torch.device, shapes: Sequence[tuple[int, int]], rows: Sequence[int], told: Callable[[str], None]
+) -> Iterator[KernelRow]:
     for height, width in shapes:
         weight = torch.randn(height, width, device=device) * width**-0.5
         packed = plain_rotate_quantize_packed(weight, None, FORMAT, FORMAT.rule())
         matrices = _matrices(1, torch.Generator().manual_seed(1), device)
         dense = [_dequantized(packed).to(torch.bfloat16) for _ in range(copies_for(2.0 * weight.numel()))]
         few = [PackedRows(packed.codes.clone(), packed.scales.clone()) for _ in range(copies_for(weight.numel() / 2))]
+        others = prepared_others(few, rows, told)
         for count in rows:
             x = torch.randn(count, width, device=device).to(torch.bfloat16)
             exact = _sample(plain_rotate_quantize(x, matrices, FORMAT, FORMAT.rule()), dense[0])
@@ -158,11 +166,27 @@ def _products(device: torch.device, shapes: Sequence[tuple[int, int]], rows: Seq
             for name, functions, size in _linears(device, x, matrices, few):
                 bound = 3 * own_error if "fast" in name else 1.1 * own_error
                 ways.append(_Way(name, functions, size, _error(functions[0](), exact), bound))
+            ways += _of_others(others, x, dense[0], told)
             seconds = iter(seconds_of_each([way.calls for way in ways if way.error <= way.bound], device))
             for way in ways:
                 time = next(seconds) if way.error <= way.bound else None
                 size = inputs_outputs + way.size * weight.numel()
                 yield KernelRow(way.name, shape, time, size, operations, way.error, way.bound)
+
+
+def _of_others(
+    others: Mapping[str, Sequence[Product]], x: Tensor, dense: Tensor, told: Callable[[str], None]
+) -> Iterator[_Way]:
+    """Products of others with inputs as they are, each checked against float64 of the same."""
+    exact = _sample(x, dense)
+    bound = 3 * _error(torch.nn.functional.linear(x, dense), exact)
+    for name, functions in others.items():
+        try:
+            error = _error(functions[0](x), exact)
+        except Exception as failure:
+            told(f"{name}: {len(x)} rows are not measured: {type(failure).__name__}: {str(failure)[:200]}")
+            continue
+        yield _Way(name, [partial(function, x) for function in functions], 17 / 32, error, bound)
 
 
 @dataclass(frozen=True)
@@ -203,6 +227,9 @@ def _linears(
         yield PACKED, [partial(few, w) for w in weights], 17 / 32
         once = quantized()
         yield f"{PACKED}, without the quantizer", [partial(few, w, once) for w in weights], 17 / 32
+    fixed = [PackedWeight(w.codes, w.scales, exponents) for w in weights]
+    inputs = Inputs(x, matrices, FORMAT, rule)
+    yield INVARIANT, [partial(by_fixed_tiles, inputs, w) for w in fixed], 17 / 32
     scale = torch.exp2(exponents[0].float())
     lifted = [
         plain_lift_weights(w.codes, w.scales, exponents) for w in weights[: copies_for(len(exponents) * x.shape[1])]

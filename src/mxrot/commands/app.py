@@ -23,6 +23,7 @@ from mxrot.commands.quantize import quantize
 from mxrot.commands.recipes import recipes
 from mxrot.commands.report import report
 from mxrot.commands.search import search
+from mxrot.commands.serve import serve
 from mxrot.errors import is_left_to_another
 
 
@@ -87,6 +88,6 @@ def every(version: Version = False) -> None:
 
 app.command()(quantize)
 app.command("eval")(evaluate)
-for command in (compare, search, inspect, plan, report, generate, export, push, recipes, demo):
+for command in (compare, search, inspect, plan, report, generate, serve, export, push, recipes, demo):
     app.command()(command)
 app.add_typer(benchmarks, name="bench")

@@ -64,6 +64,9 @@ def bench_kernels_command(
     run, counts = (bench.bench_look_up, bench.LOOK_UP_COUNTS) if lut else (bench.bench_kernels, bench.ROWS)
     found = run(where, sizes, rows or counts, lambda line: print(line, file=sys.stderr, flush=True))
     show(bench.kernel_table(found, limits))
+    absent = {} if lut else bench.absent_others(where)
+    if absent:
+        print("; ".join(f"{name} is not measured: {reason}" for name, reason in absent.items()))
     for (kernel, count), ratio in bench.geometric_means(found).items():
         print(f"{kernel}, {count} rows: {ratio:.2f} times as fast, geometric mean over the shapes")
     limit = bench.measured_crossovers(found)
@@ -76,6 +79,7 @@ def bench_kernels_command(
         "versions": versions(),
         "ceilings": limits,
         "crossovers": None if limit is None else vars(limit),
+        "absent": absent,
         "rows": [row.as_record() for row in found],
     }
     write_json(json_file, table)

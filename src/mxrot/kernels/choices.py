@@ -9,15 +9,18 @@ import torch
 
 from mxrot.kernels.crossovers import find_crossovers
 from mxrot.kernels.dispatch import has_triton
+from mxrot.kernels.fixed_rows import has_invariant_rows
 
 
 def kernel_choices(device: torch.device | str) -> dict[str, Any]:
     """What chooses there between ways to compute that round differently.
 
-    The number of threads does not (docs/log.md). Crossovers are numbers of rows up to which a way is the fastest.
+    The number of threads does not (docs/log.md). Crossovers are numbers of rows up to which a way is the fastest;
+    `invariant_rows` is there where rows must not depend on each other.
     """
     device = torch.device(device)
-    precision = {"float32_products": torch.get_float32_matmul_precision()}
+    precision: dict[str, Any] = {"float32_products": torch.get_float32_matmul_precision()}
+    precision |= {"invariant_rows": True} if has_invariant_rows() else {}
     if device.type != "cuda":
         return precision | {"instructions": torch.backends.cpu.get_cpu_capability()}
     found = find_crossovers(device)

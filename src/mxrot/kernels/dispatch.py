@@ -14,6 +14,7 @@ from mxrot.formats.block_scales import E8M0
 from mxrot.formats.element import Element, FloatElement, IntElement
 from mxrot.kernels.chunked import packed_product_in_chunks, rotate_quantize_in_chunks
 from mxrot.kernels.crossovers import crossovers_of
+from mxrot.kernels.fixed_rows import has_invariant_rows, in_fixed_rows
 from mxrot.kernels.linear import PATHS, Inputs, LookUpWeight, PackedWeight, by_look_up
 from mxrot.kernels.plain import (
     ReachedColumns,
@@ -39,18 +40,22 @@ def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: Sc
 
     Matrices of other blocks than the format's are multiplied first, in float32.
     """
-    x, matrices = _fused_or_applied(x, matrices, format)
+    x, left = _fused_or_applied(x, matrices, format)
     if x.is_cuda and has_triton() and _kernel_covers(x, format, rule):
         from mxrot.kernels.fused.rotate_quantize import rotate_quantize as fused
 
-        return fused(x, matrices, format, rule)
-    if x.device.type == "cpu" and _kernel_covers(x, format, rule):
-        return rotate_quantize_in_chunks(x, matrices, format, rule)
-    return plain_rotate_quantize(x, matrices, format, rule)
+        return fused(x, left, format, rule, has_invariant_rows())
+    is_in_chunks = x.device.type == "cpu" and _kernel_covers(x, format, rule)
+    plain = rotate_quantize_in_chunks if is_in_chunks else plain_rotate_quantize
+    return in_fixed_rows(lambda part: plain(part, left, format, rule), x)
 
 
 def multiply(inputs: Tensor, weight: Tensor, are_exact_in_bfloat16: bool) -> Tensor:
     """inputs [..., K] @ weight [N, K]^T in float32; on bfloat16 matrix hardware where both are bfloat16 numbers."""
+    return in_fixed_rows(lambda part: _multiply(part, weight, are_exact_in_bfloat16), inputs)
+
+
+def _multiply(inputs: Tensor, weight: Tensor, are_exact_in_bfloat16: bool) -> Tensor:
     if inputs.is_cuda and are_exact_in_bfloat16:
         flat = inputs.to(torch.bfloat16).reshape(-1, inputs.shape[-1])
         product = torch.mm(flat, weight.to(torch.bfloat16).t(), out_dtype=torch.float32)
@@ -71,7 +76,7 @@ def dequantize_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
 
 def multiply_by_mxfp4(inputs: Tensor, codes: Tensor, scales: Tensor, are_exact_in_bfloat16: bool) -> Tensor:
     """inputs [..., K] times packed MXFP4 weights [N, K], which are written out for it: float32 [..., N]."""
-    if inputs.device.type == "cpu":
+    if inputs.device.type == "cpu" and not has_invariant_rows():
         return packed_product_in_chunks(inputs, codes, scales)
     return multiply(inputs, dequantize_mxfp4(codes, scales), are_exact_in_bfloat16)
 
@@ -167,6 +172,8 @@ def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice
         )
     if weight.row_exponents is None:
         return Choice(None, "some block of the weights does not fit into E4M3, or they were not prepared")
+    if has_invariant_rows():
+        return Choice("fixed tiles", "a row must not depend on those beside it")
     limit = limits.packed if weight.lifted is None else limits.kept
     if rows <= limit:
         return Choice("matrix units", f"up to {limit} rows")
@@ -202,6 +209,8 @@ def choose_look_up(rows: int, weight: LookUpWeight, inputs: Format, device: torc
         return Choice(None, f"a group of {weight.group} weights is not a multiple of 16")
     if rows > LOOK_UP_ROWS:
         return Choice(None, f"more than {LOOK_UP_ROWS} rows")
+    if has_invariant_rows():
+        return Choice(None, "a row must not depend on those beside it")
     return Choice("look-up", f"up to {LOOK_UP_ROWS} rows")
 
 
@@ -219,7 +228,8 @@ def _fused_or_applied(x: Tensor, matrices: Tensor | None, format: Format) -> tup
     """What is left to transform where the kernels quantize: nothing where matrices are of other blocks than theirs."""
     if matrices is None or matrices.shape[-1] == format.block:
         return x, matrices
-    return apply_matrices(x.to(torch.float32), matrices.to(torch.float32)), None
+    applied = matrices.to(torch.float32)
+    return in_fixed_rows(lambda part: apply_matrices(part.to(torch.float32), applied), x), None
 
 
 def _is_for_kernels(inputs: Inputs) -> bool:

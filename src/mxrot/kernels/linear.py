@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mxrot.formats import Format, ScaleRule
+from mxrot.kernels import scale_counts
+from mxrot.kernels.fixed_rows import has_invariant_rows
 from mxrot.kernels.fp8 import fp8_product
 
 
@@ -68,14 +70,38 @@ class Inputs:
         return self.x.numel() // max(1, self.x.shape[-1])
 
 
+def _count_scales(inputs: Inputs) -> None:
+    """Count the scales that E5M2 does not hold."""
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_packed
+
+    scale_counts.add(rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule))
+
+
 def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
     """A few rows: weights are read packed (Triton)."""
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
     from mxrot.kernels.fused.skinny import skinny_product
 
     assert weight.row_exponents is not None
+    if scale_counts.IS_COUNTING:
+        _count_scales(inputs)
     x = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule, are_in_pairs=True)
     return skinny_product(x, weight.codes, weight.scales, weight.row_exponents, inputs.x.dtype)
+
+
+def by_fixed_tiles(inputs: Inputs, weight: PackedWeight) -> Tensor:
+    """Any number of rows, each with the bits that it has alone: weights are read packed, 32 rows of inputs at a time
+    (Triton)."""
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
+    from mxrot.kernels.fused.skinny import fixed_product
+
+    assert weight.row_exponents is not None
+    if scale_counts.IS_COUNTING:
+        _count_scales(inputs)
+    x = rotate_quantize_e5m2(
+        inputs.x, inputs.matrices, inputs.format, inputs.rule, are_in_pairs=True, has_fixed_tile=True
+    )
+    return fixed_product(x, weight.codes, weight.scales, weight.row_exponents, inputs.x.dtype)
 
 
 def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
@@ -84,6 +110,8 @@ def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
 
     assert weight.row_exponents is not None and weight.lifted_scales is not None
+    if scale_counts.IS_COUNTING:
+        _count_scales(inputs)
     x = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule)
     lifted = weight.lifted
     if lifted is None:
@@ -97,7 +125,9 @@ def by_block_scales(inputs: Inputs, weight: PackedWeight) -> Tensor:
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_packed
 
     assert weight.swizzled is not None
-    packed = rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule, swizzled=True)
+    packed = rotate_quantize_packed(
+        inputs.x, inputs.matrices, inputs.format, inputs.rule, swizzled=True, has_fixed_tile=has_invariant_rows()
+    )
     return block_scaled_product(packed, weight.codes, weight.swizzled, inputs.x.dtype)
 
 
@@ -112,6 +142,7 @@ def by_look_up(inputs: Inputs, weight: LookUpWeight) -> Tensor:
 
 PATHS: dict[str, Callable[[Inputs, PackedWeight], Tensor]] = {
     "matrix units": by_matrix_units,
+    "fixed tiles": by_fixed_tiles,
     "fp8": by_fp8,
     "block scales": by_block_scales,
 }

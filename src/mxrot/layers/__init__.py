@@ -14,7 +14,7 @@ from mxrot.layers.packed_tokens import PackedTokens
 from mxrot.layers.prepare import prepare_site
 from mxrot.layers.quantized_attention import operands_of, quantize_attention, restore_attention
 from mxrot.layers.site import SiteProducts
-from mxrot.layers.sites import prepare_linears, prepare_on_gpus, sites_of
+from mxrot.layers.sites import prepare_linears, prepare_on_gpus, sites_of, warm_up_linear
 from mxrot.layers.size import ModelSize
 from mxrot.layers.transform import InputTransform
 
@@ -48,4 +48,5 @@ __all__ = [
     "sites_of",
     "step_mask",
     "unmasked",
+    "warm_up_linear",
 ]

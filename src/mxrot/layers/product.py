@@ -30,6 +30,7 @@ from mxrot.kernels import (
     quantized_linear,
     rotate_quantize,
 )
+from mxrot.kernels.fixed_rows import in_fixed_rows
 from mxrot.transforms.stages import STORED_DTYPE, BlockDiagonal, apply_matrices
 
 
@@ -116,7 +117,10 @@ def quantized_input(x: Tensor, matrices: Tensor | None, activations: TensorQuant
     if activations is not None:
         return rotate_quantize(x, matrices, activations.format, activations.rule)
     x = x.to(torch.float32)
-    return x if matrices is None else apply_matrices(x, matrices.to(torch.float32))
+    if matrices is None:
+        return x
+    applied = matrices.to(torch.float32)
+    return in_fixed_rows(lambda part: apply_matrices(part, applied), x)
 
 
 def applied_matrices(stored: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
+from mxrot.kernels.warm_up import warm_up
 from mxrot.layers.linear import QuantLinear
 from mxrot.layers.prepare import is_in_one_place, prepare_site
 
@@ -24,6 +26,22 @@ def prepare_on_gpus(model: nn.Module, keeps_lifted: bool = False) -> None:
     for linears in sites_of(model):
         if linears[0].weight_packed.is_cuda:
             _prepare(linears, keeps_lifted)
+
+
+@torch.no_grad()
+def warm_up_linear(linear: QuantLinear, dtype: torch.dtype, most_rows: int) -> list[int]:
+    """Have the kernels compiled that compute a prepared linear for inputs of up to `most_rows` rows in `dtype`; the
+    numbers of rows that it was called with, none on a device for which nothing is compiled."""
+    weight = linear.site_weight()
+    activations = linear.activations
+    are_mxfp4 = activations is not None and linear.weights.is_mxfp4 and activations.is_mxfp4
+    return warm_up(
+        lambda x: linear.compute(x, weight, None),
+        weight.packed() if are_mxfp4 else None,
+        linear.transform.matrices() if linear.transform is not None and linear.transform.has_matrices else None,
+        torch.empty(0, linear.in_features, dtype=dtype, device=weight.codes.device),
+        most_rows,
+    )
 
 
 def _prepare(linears: Sequence[QuantLinear], keeps_lifted: bool) -> None:

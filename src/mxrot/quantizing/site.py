@@ -24,6 +24,7 @@ from mxrot.layers import QuantLinear
 from mxrot.models import Site, value_heads
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.finite import check_folded, check_statistics, check_transform, named_factorizations
+from mxrot.quantizing.input_scales import within_e5m2
 from mxrot.quantizing.part import BlockRun, Part
 from mxrot.quantizing.record import LinearReport
 from mxrot.quantizing.refit import refitted
@@ -146,7 +147,13 @@ def fit_transform(
             see(x)
         if not torch.isfinite(largest.result(run.world)):
             raise NumericsError(f"{name}: its input holds NaN or Inf on the calibration text")
+
+    def own_weights() -> Tensor:
+        return together(part.weights, site.linears)
+
     if not scheme.stages:
+        if executor is not None:
+            within_e5m2(None, rows.result(run.world), scheme, name, own_weights)
         return None
     weights = to_fit_to(part.weights, site.linears, scales)
     seen = {need: collectors.pop(need).result(run.world) for need in list(collectors)}  # and their sums are let go
@@ -158,7 +165,7 @@ def fit_transform(
             transform = transform.after_scaling(1 / scales)
         applied = transform.as_applied()
         check_transform(applied, name)
-    return applied
+    return applied if executor is None else within_e5m2(applied, rows.result(run.world), scheme, name, own_weights)
 
 
 def install_rounded(

@@ -7,11 +7,13 @@ matrices of its blocks, for which its share of the inputs must be whole blocks.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -28,12 +30,16 @@ from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.layout import Layout, read_layout
 from mxrot.errors import ConfigError
 from mxrot.formats.quantizer import PACKED, PART
-from mxrot.layers import InputTransform, QuantLinear, prepare_site
+from mxrot.kernels.fixed_rows import set_invariant_rows
+from mxrot.layers import InputTransform, QuantLinear, prepare_site, warm_up_linear
 from mxrot.marker import IN_VLLM
 from mxrot.models import find_family
 from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
 from mxrot.vllm.verdict import CACHE_STOP, OPERANDS_STOP, input_block, why_not_in_plugin
+
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+"""vLLM's variable of its batch-invariant mode."""
 
 
 class MxrotQuantization(CompressedTensorsConfig):
@@ -148,6 +154,8 @@ class MxrotLinearMethod(LinearMethodBase):
         **attributes: Any,
     ) -> None:
         """Parameters with the names and shapes of the checkpoint, for the part that is kept here."""
+        self.dtype = params_dtype
+        self.most_rows = get_current_vllm_config().scheduler_config.max_num_batched_tokens
         rows, columns = sum(output_partition_sizes), input_size_per_partition
         block = input_block(self.scheme, input_size)
         if columns % block:
@@ -177,7 +185,9 @@ class MxrotLinearMethod(LinearMethodBase):
         return self.transforms.setdefault(self.transform_name, SlicedTransform(stage, columns, first))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Put a QuantLinear into the place of the parameters."""
+        """Put a QuantLinear into the place of the parameters, and have its kernels compiled."""
+        if os.environ.get(BATCH_INVARIANT, "0") not in ("", "0"):
+            set_invariant_rows(True)
         columns, rows = layer.input_size_per_partition, len(layer.weight_packed)
         linear = QuantLinear(columns, rows, self.scheme.weights, self.scheme.activations, device="meta")
         for name in self.scheme.weights.stored_parts(rows, columns):
@@ -192,6 +202,7 @@ class MxrotLinearMethod(LinearMethodBase):
             delattr(layer, f"{self.transform_name}_input")
         prepare_site((linear,))
         layer.add_module("quantized", linear)
+        warm_up_linear(linear, self.dtype, self.most_rows)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         linear: QuantLinear = layer.quantized

@@ -58,7 +58,8 @@ class VllmReport:
 
     def as_table(self) -> dict[str, Any]:
         """As `--json` of `export` and `plan` writes it."""
-        devices = [asdict(device) for device in DEVICES] if not self.stock.stops else []
+        told = ("device", "computes", "note")
+        devices = [{name: getattr(one, name) for name in told} for one in DEVICES] if not self.stock.stops else []
         return {"vllm": VERSION, **asdict(self), "devices": devices}
 
 

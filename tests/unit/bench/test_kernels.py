@@ -159,7 +159,7 @@ def test_every_way_to_compute_a_linear_on_a_gpu_is_right(count: int, monkeypatch
             if "lifted" in name or "kept" in name:  # all weights are lifted by the exponents of the first
                 exact = exact if weight is weights[0] else exact[:0]
             assert not len(exact) or kernels._error(function(), exact) < 2.0**-7, name
-    assert len(names) == (5 if count <= 128 else 3)
+    assert len(names) == (6 if count <= 128 else 4) and kernels.INVARIANT in names
 
 
 def test_every_output_of_the_quantizer_on_a_gpu_is_right() -> None:

@@ -22,6 +22,7 @@ or three bfloat16 numbers, whose products with the matrix are exact in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -387,28 +388,43 @@ def _packed(
             scales_pointer += ROWS * to_stride
 
 
-def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
+def rotate_quantize(
+    x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule, has_fixed_tile: bool = False
+) -> Tensor:
     """Q(x T) as bfloat16, the shape of `x` [..., K]; `matrices` [1 | G, 32, 32] float32 or bfloat16, or None.
 
-    For 32-element blocks of a FloatElement under a rule with `raises_from`.
+    For 32-element blocks of a FloatElement under a rule with `raises_from`. With a fixed tile the bits of a row are the
+    same whatever rows are beside it.
     """
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    _write_values(x, matrices, format, rule, out, (-127, 127), 0)
+    _write_values(_Blocks.of(x, matrices, has_fixed_tile=has_fixed_tile), matrices, format, rule, out, (-127, 127), 0)
     return out
 
 
 def rotate_quantize_e5m2(
-    x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule, shift: int = 0, are_in_pairs: bool = False
+    x: Tensor,
+    matrices: Tensor | None,
+    format: Format,
+    rule: ScaleRule,
+    shift: int = 0,
+    are_in_pairs: bool = False,
+    has_fixed_tile: bool = False,
 ) -> Tensor:
     """As `plain_rotate_quantize_e5m2` defines it; the values in the order of `plain.in_pairs` where that is wanted."""
     out = torch.empty(x.shape, dtype=torch.float8_e5m2, device=x.device)
     least, most = E5M2_EXPONENTS
-    _write_values(x, matrices, format, rule, out, (least + shift, most + shift), shift, are_in_pairs)
+    blocks = _Blocks.of(x, matrices, has_fixed_tile=has_fixed_tile)
+    _write_values(blocks, matrices, format, rule, out, (least + shift, most + shift), shift, are_in_pairs)
     return out
 
 
 def rotate_quantize_packed(
-    x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule, swizzled: bool = False
+    x: Tensor,
+    matrices: Tensor | None,
+    format: Format,
+    rule: ScaleRule,
+    swizzled: bool = False,
+    has_fixed_tile: bool = False,
 ) -> PackedRows:
     """As `plain_rotate_quantize_packed` defines it."""
     assert format.element == E2M1
@@ -418,7 +434,7 @@ def rotate_quantize_packed(
     # What the swizzled order holds beyond the rows and blocks that there are counts as scales of 2^-127.
     scales = (torch.zeros if swizzled else torch.empty)(size, dtype=torch.uint8, device=x.device)
     if codes.numel():
-        blocks = _Blocks.of(x, matrices, is_packed=True, in_order=swizzled)
+        blocks = _Blocks.of(x, matrices, is_packed=True, in_order=swizzled, has_fixed_tile=has_fixed_tile)
         raises_from, max_exponent, *_ = _numbers(format, rule)
         _packed[blocks.grid](
             blocks.x,
@@ -439,7 +455,7 @@ def rotate_quantize_packed(
 
 
 def _write_values(
-    x: Tensor,
+    blocks: _Blocks,
     matrices: Tensor | None,
     format: Format,
     rule: ScaleRule,
@@ -450,16 +466,15 @@ def _write_values(
 ) -> None:
     if not out.numel():
         return
-    blocks = _Blocks.of(x, matrices)
     _values[blocks.grid](
         blocks.x,
-        x if matrices is None else matrices.contiguous(),
+        blocks.x if matrices is None else matrices.contiguous(),
         out,
         blocks.rows,
         blocks.groups,
         blocks.steps,
         blocks.x.stride(0),
-        x.shape[-1],
+        out.shape[-1],
         _matrix_stride(matrices),
         *_numbers(format, rule),
         *exponents,
@@ -500,6 +515,9 @@ def choose_tile(blocks: int, is_flat: bool, is_packed: bool) -> Tile:
     return Tile(16, groups=2, programs=8192) if is_large else Tile(16, programs=4096)
 
 
+FIXED_TILE = Tile(16, programs=4096)
+
+
 @dataclass(frozen=True)
 class _Blocks:
     """The blocks of an input as rows and columns of blocks, and how programs share them."""
@@ -511,12 +529,19 @@ class _Blocks:
     tile: Tile
 
     @classmethod
-    def of(cls, x: Tensor, matrices: Tensor | None, is_packed: bool = False, in_order: bool = False) -> _Blocks:
-        """`in_order`: where a result goes depends on its row and group."""
+    def of(
+        cls,
+        x: Tensor,
+        matrices: Tensor | None,
+        is_packed: bool = False,
+        in_order: bool = False,
+        has_fixed_tile: bool = False,
+    ) -> _Blocks:
+        """`in_order`: where a result goes depends on its row and group. A fixed tile does not depend on the rows."""
         flat = x.reshape(-1, x.shape[-1])
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         is_flat = flat.is_contiguous() and (matrices is None or len(matrices) == 1) and not in_order
-        tile = choose_tile(x.numel() // BLOCK.value, is_flat, is_packed)
+        tile = FIXED_TILE if has_fixed_tile else choose_tile(x.numel() // BLOCK.value, is_flat, is_packed)
         return cls(flat.view(-1, BLOCK.value) if is_flat else flat, is_flat, tile)
 
     @property
@@ -560,6 +585,15 @@ class _Blocks:
             "num_warps": 1,
             "launch_pdl": overlaps,
         }
+
+
+def compiled_for(
+    rows: int, width: int, matrices: Tensor | None, is_packed: bool = False, has_fixed_tile: bool = False
+) -> Hashable:
+    """What the quantizer of contiguous inputs [rows, width] is compiled for, as far as it depends on the rows."""
+    x = torch.empty(rows, width, device="meta")
+    blocks = _Blocks.of(x, matrices, is_packed, in_order=is_packed, has_fixed_tile=has_fixed_tile)
+    return blocks.is_flat, tuple(blocks.constants(None).items())
 
 
 def _matrix_stride(matrices: Tensor | None) -> int:

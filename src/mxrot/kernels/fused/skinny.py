@@ -273,6 +273,10 @@ def _packed_product(
     tl.store(out_pointer + count * rows_in_all + rows[:, None], sums.to(out_pointer.dtype.element_ty), mask=inside)
 
 
+MOST_OUTPUTS = 2**31 - 1
+"""Of one launch: places of outputs are int32."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """What a program computes, and how."""
@@ -305,11 +309,30 @@ def choose_tile(inputs: int, rows: int, groups: int, processors: int) -> Tile:
     return Tile(32, 32, 1, 8 if is_long and inputs <= 32 else 4, registers=255)
 
 
+def tile_for(inputs: int, rows: int, groups: int, device: torch.device) -> Tile:
+    """`choose_tile` for the multiprocessors of a device."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return choose_tile(inputs, rows, groups, processors)
+
+
+def fixed_product(inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `plain_paired_product` defines it, for any number of rows of inputs, by the tile of many: what comes out of a
+    row is the same to the bit whatever rows are beside it. All of K is summed by one program, in one order."""
+    rows, groups = scales.shape
+    tile = tile_for(MOST_ROWS, rows, groups, codes.device)
+    flat = inputs.view(-1, inputs.shape[-1])
+    parts = [
+        product_by_tiles(part, codes, scales, row_exponents, dtype, tile) for part in flat.split(MOST_OUTPUTS // rows)
+    ]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole.view(*inputs.shape[:-1], rows)
+
+
 def skinny_product(inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """As `plain_paired_product` defines it, for at most `MOST_ROWS` rows of inputs."""
-    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count if codes.is_cuda else 1
+    assert inputs.numel() <= MOST_ROWS * inputs.shape[-1]
     rows, groups = scales.shape
-    tile = choose_tile(inputs.numel() // (32 * groups), rows, groups, processors)
+    tile = tile_for(inputs.numel() // (32 * groups), rows, groups, codes.device)
     return product_by_tiles(inputs, codes, scales, row_exponents, dtype, tile)
 
 
@@ -319,7 +342,7 @@ def product_by_tiles(
     """`skinny_product` by tiles of a given kind."""
     rows, groups = scales.shape
     count = inputs.numel() // (32 * groups)
-    assert count <= MOST_ROWS and MOST_ROWS * rows < 2**31
+    assert count * rows <= MOST_OUTPUTS
     out = torch.empty(count, rows, dtype=dtype, device=codes.device)
     if out.numel():
         overlaps = can_overlap(codes.device)

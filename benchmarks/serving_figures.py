@@ -1,0 +1,107 @@
+"""Figures of benchmarks/serving.py from what its processes have measured, and the table of them. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from paired import exp_of_mean_difference
+
+from mxrot.evaluation.perplexity import Perplexity, perplexity_of_means
+
+BASELINE = "bf16"
+
+
+def window_mean(prompt_logprobs: Sequence[Mapping[int, Any] | None], ids: Sequence[int]) -> float:
+    """Mean negative log-likelihood, nats a token, of a window's tokens but the first, from vLLM's `prompt_logprobs`.
+
+    These are one table a token, of tokens to objects with a `logprob`; the token itself is always in its table, and the
+    first token has none. ValueError for another number of tables.
+    """
+    if len(prompt_logprobs) != len(ids):
+        raise ValueError(f"{len(prompt_logprobs)} log-probabilities of {len(ids)} tokens")
+    found = []
+    for table, token in list(zip(prompt_logprobs, ids, strict=True))[1:]:
+        assert table is not None
+        found.append(-float(table[token].logprob))
+    return math.fsum(found) / len(found)
+
+
+def perplexity_of(means: Sequence[float], seq_len: int) -> Perplexity:
+    """The record that `mxrot eval` makes of windows with these means."""
+    return perplexity_of_means(torch.tensor(means, dtype=torch.float64), torch.empty(len(means), seq_len))
+
+
+def equal_tokens(found: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> list[int]:
+    """Of each text how many tokens are the same before the first that differs."""
+    return [
+        next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+        for one, other in zip(found, expected, strict=True)
+    ]
+
+
+def table(ways: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of cells, the headings first: a row for each figure, a column for each way; speed-ups over bf16 in brackets.
+
+    A way that failed has its error as its first cell, and no other.
+    """
+    rows = [["", *ways]]
+
+    def add(name: str, cells: Mapping[str, str]) -> None:
+        if any(cells.values()):
+            rows.append([name, *(cells.get(way, "") for way in ways)])
+
+    add("", {way: "failed" for way, found in ways.items() if "error" in found})
+    add("start, s", {way: f"{found['start_seconds']:.0f}" for way, found in ways.items() if "start_seconds" in found})
+    add("perplexity", {way: _perplexity(way, ways) for way in ways})
+    add("by mxrot eval", {w: f"{found['eval_ppl']:.3f}" for w, found in ways.items() if found.get("eval_ppl")})
+    add("greedy tokens as bf16", {way: _equal(way, ways) for way in ways})
+    for kind, name, unit in (
+        ("decode", "{} requests, tokens/s", False),
+        ("first_token", "first token of {}, ms", True),
+        ("mixed", "mixed batch, tokens/s", False),
+    ):
+        for key in dict.fromkeys(key for found in ways.values() for key in found.get(kind, {})):
+            add(name.format(key), {way: _timed(ways, way, kind, key, unit) for way in ways})
+    return rows
+
+
+def _perplexity(way: str, ways: Mapping[str, Mapping[str, Any]]) -> str:
+    found = ways[way].get("nlls")
+    if not found:
+        return ""
+    ppl = perplexity_of(found, 2).ppl
+    base = ways.get(BASELINE, {}).get("nlls")
+    if way == BASELINE or not base or len(base) != len(found):
+        return f"{ppl:.3f}"
+    ratio = exp_of_mean_difference(found, base)
+    error = "" if ratio.error is None else f" +- {ratio.error:.3f}"
+    return f"{ppl:.3f} ({ratio.value:.3f}{error})"
+
+
+def _equal(way: str, ways: Mapping[str, Mapping[str, Any]]) -> str:
+    found, base = ways[way].get("greedy"), ways.get(BASELINE, {}).get("greedy")
+    return "" if way == BASELINE or not found or not base else " ".join(map(str, equal_tokens(found, base)))
+
+
+def _timed(ways: Mapping[str, Mapping[str, Any]], way: str, kind: str, key: str, is_time: bool) -> str:
+    """Seconds as milliseconds, or tokens a second; and how many times as fast as bf16."""
+    value, base = (ways.get(name, {}).get(kind, {}).get(key) for name in (way, BASELINE))
+    if value is None:
+        return ""
+    shown = f"{1e3 * value:.1f}" if is_time else f"{value:.0f}"
+    if way == BASELINE or not base:
+        return shown
+    return f"{shown} ({base / value if is_time else value / base:.2f})"
+
+
+def text_of(rows: Sequence[Sequence[str]]) -> str:
+    """The table in columns."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = []
+    for first, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *aligned]).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,177 @@
+"""benchmarks/serving.py, another program in the place of vLLM: perplexities are mxrot's own, figures add up."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_model import random_windows, write_tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mxrot.evaluation.perplexity import perplexity
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+PROGRAM = '''
+"""Stands for vLLM: log-probabilities of prompts are those of transformers, new tokens are 7, and take no time."""
+from types import SimpleNamespace
+import torch
+from transformers import AutoModelForCausalLM
+
+def SamplingParams(**options):
+    return SimpleNamespace(**({"prompt_logprobs": None} | options))
+
+class LLM:
+    def __init__(self, model, **options):
+        if options.get("quantization"):
+            raise RuntimeError("no such kernel")
+        assert options["trust_remote_code"] is False and options["enable_chunked_prefill"]
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        config = SimpleNamespace(get_vocab_size=lambda: self.model.config.vocab_size)
+        self.llm_engine = SimpleNamespace(model_config=config)
+
+    @torch.no_grad()
+    def generate(self, prompts, sampling, use_tqdm):
+        found = []
+        for prompt, one in zip(prompts, sampling, strict=True):
+            tables = None
+            if one.prompt_logprobs is not None:
+                ids = prompt["prompt_token_ids"]
+                logs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                tables = [None] + [
+                    {token: SimpleNamespace(logprob=float(row[token]))} for row, token in zip(logs, ids[1:])
+                ]
+            output = SimpleNamespace(token_ids=[7] * one.max_tokens)
+            found.append(SimpleNamespace(prompt_logprobs=tables, outputs=[output]))
+        return found
+'''
+
+
+def imported(name: str) -> Any:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def serving() -> Any:
+    return imported("serving")
+
+
+@pytest.fixture(scope="module")
+def figures() -> Any:
+    return imported("serving_figures")
+
+
+def tables_of(logits: Tensor, ids: list[int]) -> list[Any]:
+    """As vLLM gives them, with the likeliest token beside."""
+    logs = logits.float().log_softmax(-1)
+    found: list[Any] = [None]
+    for row, token in zip(logs, ids[1:], strict=False):
+        found.append({int(row.argmax()): SimpleNamespace(logprob=float(row.max()))})
+        found[-1][token] = SimpleNamespace(logprob=float(row[token]))
+    return found
+
+
+def test_perplexity_is_that_of_mxrot(figures: Any, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(write_tiny_model(tmp_path / "model"), dtype=torch.float32)
+    windows = random_windows(3, 24)
+    with torch.no_grad():
+        logits = model(windows).logits
+    means = [figures.window_mean(tables_of(rows, ids), ids) for rows, ids in zip(logits, windows.tolist(), strict=True)]
+    expected = perplexity(model, windows)
+    found = figures.perplexity_of(means, 24)
+    # Sums of 23 float32 numbers of at most 8, against float64 ones.
+    assert found.nll == pytest.approx(expected.nll, abs=23 * 8 * 2.0**-24)
+    assert (found.windows, found.tokens, found.seq_len) == (expected.windows, expected.tokens, expected.seq_len)
+
+
+def test_log_probabilities_of_other_tokens_are_an_error(figures: Any) -> None:
+    one = SimpleNamespace(logprob=-1.0)
+    assert figures.window_mean([None, {5: one}, {6: SimpleNamespace(logprob=-3.0)}], [4, 5, 6]) == 2.0
+    with pytest.raises(ValueError, match="2 log-probabilities of 3 tokens"):
+        figures.window_mean([None, {5: one}], [4, 5, 6])
+    with pytest.raises(KeyError):
+        figures.window_mean([None, {5: one}], [4, 6])
+
+
+def test_texts_are_compared_up_to_the_first_token_that_differs(figures: Any) -> None:
+    assert figures.equal_tokens([[1, 2, 3], [9, 2, 3], [1, 2, 9]], [[1, 2, 3]] * 3) == [3, 0, 2]
+
+
+def test_the_table_compares_with_bf16(figures: Any) -> None:
+    base = {"nlls": [1.0, 2.0], "greedy": [[1, 2]], "decode": {"8": 100.0}, "first_token": {"2048": 0.2}}
+    ours = {"nlls": [1.1, 2.1], "greedy": [[1, 3]], "decode": {"8": 171.0}, "first_token": {"2048": 0.1}}
+    rows = figures.table({"bf16": base | {"eval_ppl": 4.4817}, "plugin": ours, "stock": {"error": "x"}})
+    found = {row[0]: row[1:] for row in rows if row[0]}
+    ratio = math.exp(0.1)
+    assert found["perplexity"] == [f"{math.exp(1.5):.3f}", f"{math.exp(1.6):.3f} ({ratio:.3f} +- 0.000)", ""]
+    assert found["8 requests, tokens/s"] == ["100", "171 (1.71)", ""]
+    assert found["first token of 2048, ms"] == ["200.0", "100.0 (2.00)", ""]
+    assert found["greedy tokens as bf16"] == ["", "1", ""] and found["by mxrot eval"] == ["4.482", "", ""]
+    assert "mixed batch, tokens/s" not in found and ["", "", "", "failed"] in rows
+    lines = figures.text_of(rows).splitlines()
+    assert len(lines) == len(rows) and lines[0].split() == ["bf16", "plugin", "stock"]
+
+
+def test_prompts_that_have_no_positions_are_left_out(serving: Any) -> None:
+    assert serving.fitting_prompts([2048, 8064], 8192) == [2048, 8064]
+    assert serving.fitting_prompts([2048, 8064], 8064) == [2048]
+    assert serving.fitting_prompts([2048], None) == [2048]
+
+
+def test_options(serving: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options = serving.parse_options(["--original", "a", "--checkpoint", "b", "--tensor-parallel", "2"])
+    assert options.requests == [1, 8, 32, 64, 128, 256] and options.prompts == [2048, 8064]
+    assert list(serving.ways_of(options)) == ["bf16", "plugin W4A4"] and options.tensor_parallel == 2
+    for words in (["--original", "a"], ["--original", "a", "--stock", "b", "--requests", "0"]):
+        with pytest.raises(SystemExit):
+            serving.parse_options(words)
+    capsys.readouterr()
+
+
+def test_a_command_is_kept_without_paths(serving: Any) -> None:
+    words = ["--original", "/home/x/model", "--text=/data/a.txt", "--windows", "4"]
+    assert serving.without_paths(words).endswith("serving.py --original model --text=a.txt --windows 4")
+
+
+@pytest.mark.slow
+def test_a_run_from_folders_to_table_and_file(
+    serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each way in a process of its own; one that fails leaves the others their figures."""
+    program = tmp_path / "program" / "vllm"
+    program.mkdir(parents=True)
+    (program / "__init__.py").write_text(PROGRAM)
+    (program / "inputs.py").write_text("def TokensPrompt(**keys):\n    return keys\n")
+    monkeypatch.setenv("PYTHONPATH", f"{program.parent}:{FOLDER.parent / 'src'}:{FOLDER.parent}")
+    model = write_tiny_model(tmp_path / "model", torch.float32)
+    (tmp_path / "text.txt").write_text("".join(f"the number {number} follows; " for number in range(300)))
+    words = ["--out", str(tmp_path / "out")]
+    for option in ("--original", "--checkpoint", "--stock"):
+        words += [option, str(model)]
+    words += ["--text", str(tmp_path / "text.txt"), "--windows", "3", "--seq-len", "64", "--requests", "1,4"]
+    assert serving.main([*words, "--prompts", "64,100000", "--repeats", "1"]) == 1
+    said = capfd.readouterr()
+    assert "stock W4A16: RuntimeError: no such kernel" in said.err
+    (path,) = (tmp_path / "out").glob("serving_*.json")
+    text = path.read_text()
+    assert str(tmp_path) not in text
+    found = json.loads(text)
+    assert found["models"] == {"bf16": "model", "stock W4A16": "model", "plugin W4A4": "model"}
+    ways = found["ways"]
+    assert ways["stock W4A16"] == {"error": "RuntimeError: no such kernel"}
+    for way in (ways["bf16"], ways["plugin W4A4"]):
+        assert list(way["decode"]) == ["1", "4"] and list(way["first_token"]) == list(way["mixed"]) == ["64"]
+        assert math.exp(sum(way["nlls"]) / 3) == pytest.approx(way["eval_ppl"], rel=1e-5)
+    assert "4 requests, tokens/s" in said.out and "failed" in said.out
