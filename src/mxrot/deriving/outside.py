@@ -192,7 +192,7 @@ def find_windows(model: PreTrainedModel, family: Family, ids: Tensor, where: str
 def _check_keys(config: Any, where: str) -> None:
     """FamilyError for a window that the config calls otherwise: it may be longer than the tokens of a small model."""
     for key, value in vars(config).items():
-        is_one = ("window" in key and "sliding_window" not in key) or "chunk_size" in key
+        is_one = ("window" in key and "sliding_window" not in key) or key == "attention_chunk_size"
         if is_one and key != "max_window_layers" and type(value) is int and value > 0:
             raise FamilyError(f"{where}: config.json: {key} is {value}, and what it does to attention is not known")
 
