@@ -19,6 +19,8 @@ from mxrot import quantizing
 from mxrot.calibration import World
 from mxrot.checkpoint import check_exportable, check_output, hash_model, quantize_to_folder, with_config
 from mxrot.checkpoint import load as load_checkpoint
+from mxrot.checkpoint.named_file import write_named
+from mxrot.deriving import asked_family, check_asked, record_file, record_text
 from mxrot.environment import device_name, versions
 from mxrot.evaluation import (
     Answers,
@@ -82,6 +84,7 @@ class QuantizeOptions(TypedDict, total=False):
     device: str | None
     force: bool
     resume: bool
+    family: str | None
     tokenizer: Any
     progress: ProgressOption
     watch: Watch | None
@@ -121,6 +124,7 @@ def quantize(
     device: str | None = None,
     force: bool = False,
     resume: bool = False,
+    family: str | None = None,
     tokenizer: Any = None,
     progress: ProgressOption = None,
     watch: Watch | None = None,
@@ -141,6 +145,8 @@ def quantize(
         device: Where to compute; by default the GPU if there is one, or the device of a loaded model.
         force: Replace an output folder that is not empty.
         resume: Keep the finished blocks of an earlier run, and go on there.
+        family: "auto" derives which linears read one input, and what may be merged where, from the model's own class
+            (docs/add-a-family.md). By default the record of its architecture says it.
         tokenizer: That of a loaded model. Not needed where there is no text to tokenize.
         progress: True shows progress on standard error, False is silent, a function is told (done, total, what). None
             shows it in a notebook and at Python's prompt.
@@ -172,6 +178,7 @@ def quantize(
     ):
         device = str(world.device or device or own)
         options: dict[str, Any] = {"force": force, "resume": resume, "seed": seed, "world": world, "watch": watch}
+        options["family"] = family
         if not isinstance(model, PreTrainedModel):
             return _quantize(str(model), chosen, output, device, told, **texts, **options)
         with tempfile.TemporaryDirectory(prefix="mxrot-") as saved:
@@ -197,9 +204,11 @@ def _quantize(
     resume: bool,
     world: World,
     watch: Watch | None,
+    family: str | None,
 ) -> PreTrainedModel | dict[str, Any]:
     """The same for a model by its name."""
     check_shared(recipe, None, world.size)
+    check_asked(family)
     if output is not None:
         output = expanded(output)
         check_exportable(recipe)
@@ -208,26 +217,29 @@ def _quantize(
     with world.first_goes_ahead():
         loaded = None if recipe.is_data_free else load_texts(calib, "calibration")
         folder = find_model(model)
-    check_original(folder, model)
-    calibration = calibrate(folder, recipe, loaded, samples, seq_len, progress)
-    recipe, windows = calibration.recipe, world.hand_out(calibration.windows)
-    options: dict[str, Any] = {"windows": windows, "device": device, "seed": seed, "progress": progress, "world": world}
-    options["watch"] = watch
-    if output is None:
-        result = quantizing.quantize(folder, recipe, **options)
-        assert result.model is not None
-        return with_config(result.model, recipe)
-    return quantize_to_folder(
-        folder,
-        recipe,
-        output,
-        base_name=base_name(model, folder),
-        data=calibration.description,
-        force=force,
-        resume=resume,
-        needed_bytes=needed_on_disk(folder, recipe, (0, 0) if windows is None else (len(windows), windows.shape[1])),
-        **options,
-    )
+    with asked_family(family, folder, model) as found:
+        if found is not None and output is not None and not world.rank:
+            write_named(record_file(output), record_text(found).encode())
+        check_original(folder, model)
+        calibration = calibrate(folder, recipe, loaded, samples, seq_len, progress)
+        recipe, windows = calibration.recipe, world.hand_out(calibration.windows)
+        options: dict[str, Any] = {"windows": windows, "device": device, "seed": seed, "progress": progress}
+        options |= {"world": world, "watch": watch}
+        if output is None:
+            result = quantizing.quantize(folder, recipe, **options)
+            assert result.model is not None
+            return with_config(result.model, recipe)
+        return quantize_to_folder(
+            folder,
+            recipe,
+            output,
+            base_name=base_name(model, folder),
+            data=calibration.description,
+            force=force,
+            resume=resume,
+            needed_bytes=needed_on_disk(folder, recipe, (0, 0) if windows is None else (*windows.shape,)),
+            **options,
+        )
 
 
 @torch.inference_mode(False)

@@ -203,6 +203,12 @@ class Recipe:
         return self.rotation is not None or self.turns_values_for_cache
 
     @property
+    def changes_values(self) -> bool:
+        """Are matrices merged into the weights before and behind the values of each head?"""
+        turns = self.rotation is not None and self.rotation.value_heads != "none"
+        return turns or self.turns_values_for_cache or self.fits_cache
+
+    @property
     def looks_at_original(self) -> bool:
         """Must the original model run beside the quantized one, block by block?"""
         return self.tunes_blocks or any(one.rounding.requirements.target != "own" for one in self.variants)

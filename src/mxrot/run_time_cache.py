@@ -121,6 +121,11 @@ class RunTimeCache:
                     f"{where}: --kv-transform {self.transform}: {error}, which the width of a head is; take "
                     "--kv-transform none"
                 )
+        if self.needs_text and not family.names_values:
+            yield ConfigError(
+                f"{where}: --kv-transform second-moment: is fitted to the weights that read values, and family "
+                f"{family.name} does not name them; take hadamard"
+            )
         if "attention" in _marker(config):
             yield ConfigError(f"{where}: --kv {self.formats}: {_NO_ATTENTION}")
         if self.needs_text and quantized_by(config) is not None:

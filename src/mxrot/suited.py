@@ -43,6 +43,12 @@ def _concessions(recipe: Recipe, family: Family, config: Any) -> Iterator[tuple[
             _without_order("ffn"),
             f"permutation.ffn: family {family.name} has no linear whose channels can be permuted",
         )
+    if wanted.value_heads != "none" and not family.names_values:
+        yield (
+            _without_order("value_heads"),
+            f"permutation.value_heads: family {family.name} names no linear that makes values, head after head",
+        )
+        return
     if wanted.value_heads != "none" and recipe.cache is not None and recipe.cache.transform != "none":
         yield (
             _without_order("value_heads"),

@@ -35,12 +35,13 @@ HELP = ["-h", "--help"]
 OPTIONS = {
     "quantize": [
         *("model", "-o", "--output", "-r", "--recipe", "--for", "--set", "--calib", "--samples", "--seq-len", "--seed"),
-        *("--revision", "--device", "--force", "--resume", "--json", "--time-limit", "--metrics", "--tensorboard"),
+        *("--family", "--revision", "--device", "--force", "--resume", "--json", "--time-limit", "--metrics"),
+        "--tensorboard",
     ],
     "eval": [
         *("model", "--text", "--windows", "--seq-len", "--against", "--tasks", "--task-data", "--limit"),
         *("--kv", "--kv-transform", "--kv-first", "--kv-last", "--calib"),
-        *("--batch-size", "--resume", "--revision", "--device", "--verify", "--json"),
+        *("--batch-size", "--resume", "--family", "--revision", "--device", "--verify", "--json"),
     ],
     "compare": [
         *("model", "--recipes", "--checkpoints", "--without", "--set", "--calib", "--samples", "--text", "--windows"),
@@ -54,12 +55,12 @@ OPTIONS = {
         *("--revision", "--device", "--json", "--plot"),
     ],
     "inspect": [
-        *("model", "--text", "--windows", "--seq-len", "--kernels", "--top", "--sort"),
+        *("model", "--text", "--windows", "--seq-len", "--kernels", "--top", "--sort", "--family"),
         *("--revision", "--device", "--verify", "--json"),
     ],
     "plan": [
         *("model", "-r", "--recipe", "--for", "--set", "--samples", "--seq-len", "--gpu-memory", "--processes"),
-        *("--rates", "--revision", "--device", "--json"),
+        *("--rates", "--family", "--revision", "--device", "--json"),
     ],
     "generate": [
         *("model", "prompt", "--max-tokens", "--kv", "--kv-transform", "--kv-first", "--kv-last", "--calib"),

@@ -42,6 +42,7 @@ from mxrot.errors import ConfigError
 from mxrot.layers import separate_experts, sites_of
 from mxrot.marker import MARKER, METHOD, ON_LOAD, SAVED_BY
 from mxrot.models import WeightFiles, check_for_transformers, find_family, needed_attention
+from mxrot.models.skeleton import forget_derived
 from mxrot.recipe import Recipe, load_recipe
 from mxrot.scheme import Scheme, install_attention, prepare
 
@@ -126,6 +127,7 @@ class OnLoadQuantizer(_Quantizer):
                 )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        forget_derived(model.config)
         family = find_family(model.config, model.name_or_path or "the model")
         check_for_transformers(model, family, options.get("checkpoint_files") or ())
         return model

@@ -12,6 +12,8 @@ there, and writes the same bytes in the end.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from mxrot.checkpoint.side_files import copy_file, find_side_files, left_out
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, DamagedError, add_note
 from mxrot.models import FolderSource, Source, check_generation_config, commit_of
+from mxrot.models.family_table import DERIVED, derived_table
 from mxrot.progress import Progress, silent
 from mxrot.quantizing.run import QuantizedModel, quantize
 from mxrot.recipe import Recipe
@@ -98,7 +101,7 @@ def quantize_to_folder(
         room.check()
         files, stamps = hash_model(folder, read_stamps(place.partial), progress)
         sides, _ = hash_files(folder, [*side_files, *folder.glob("README.md")])
-        fingerprint = fingerprint_of(files, sides, recipe, windows, device, seed, source.changes, world.size)
+        fingerprint = fingerprint_of(files, sides, recipe, windows, device, seed, _applied(source), world.size)
         if resume and (finished := _finished_run(place, fingerprint, force)):
             return world.hand_out(finished)
         check_free_to_work(place.partial, resume, force)
@@ -117,6 +120,13 @@ def quantize_to_folder(
             _keep_work(place.partial, fingerprint, error)
             raise
         return world.hand_out(run)
+
+
+def _applied(source: Source) -> list[str]:
+    """What a run depends on beside the files of its model: changes of tensors, and a family that was derived."""
+    table = derived_table(source.config)
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
+    return [*source.changes, *([] if table is None else [f"family derived: {digest}"])]
 
 
 def _check_apart(source: Path, place: Place) -> None:
@@ -197,6 +207,9 @@ def _write_around(
     store.write_index()
     config = {**read_json(source.folder / "config.json"), **source.config_changes}
     config.pop("transformers_weights", None)  # names a file of the source
+    derived = derived_table(source.config)
+    if derived is not None:
+        config[DERIVED] = derived
     config["quantization_config"] = native_config(result.scheme, store.family, result.dtype)
     write_json(folder / "config.json", config)
     write_bytes(folder / "recipe.toml", recipe.to_toml().encode())
@@ -216,6 +229,7 @@ def _write_around(
         "data": data,
         "size": size,
         "left_alone": left,
+        **({} if derived is None else {"family": derived}),
         **result.record.as_table(),
         "not_copied": left_out(source.folder),
         "files": {name: vars(written) for name, written in store.results().items()},

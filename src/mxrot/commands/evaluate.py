@@ -19,6 +19,7 @@ from mxrot.commands.cache_options import (
 from mxrot.commands.options import (
     KEPT,
     Device,
+    FamilyOption,
     Json,
     Limit,
     Model,
@@ -64,6 +65,7 @@ def evaluate(
         int | None, typer.Option("--batch-size", min=1, help="Requests at once (default: by device)")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue --tasks where a run with --json ended")] = False,
+    family: FamilyOption = None,
     revision: Revision = None,
     device: Device = None,
     verify: Verify = None,
@@ -74,13 +76,16 @@ def evaluate(
     The text is demo if neither texts nor tasks are named. With torchrun several processes share the work.
     """
     from mxrot import api
+    from mxrot.deriving import asked_family, check_asked
     from mxrot.environment import versions
     from mxrot.evaluation import Answers, cache_table, score_tasks
     from mxrot.kernels.choices import kernel_choices
+    from mxrot.models import find_config
     from mxrot.ranks import joined
     from mxrot.report import divergence_table, perplexity_table, tasks_table
 
     check_resume(resume, tasks, json_file)
+    check_asked(family)
     model = with_revision(model, revision)
     started = time.monotonic()
     apart = None
@@ -90,9 +95,12 @@ def evaluate(
             texts = loaded_texts("--text", text or ([] if tasks and against is None else ["demo"]))
             asked = cache_asked_for(kv, kv_transform, kv_first, kv_last, calib, seq_len)
             prepare(model, device, None if world.rank else json_file)
-            asked.check(model)
             if against is not None:
                 prepare(against, device, None)
+            if family is not None:
+                named = against or model
+                stack.enter_context(asked_family(family, find_config(named), named))
+            asked.check(model)
             loaded = chosen_tasks(tasks, task_data, limit)
         device = own_device(world, device)
         task = f"{model}, {where(device)}, on {', '.join([*(text.name for text in texts), *loaded])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from mxrot.commands.lines import say
 from mxrot.commands.options import (
     Device,
+    FamilyOption,
     Json,
     Model,
     Revision,
@@ -38,12 +40,19 @@ def inspect(
             "--sort", metavar="KEY", help="Column to sort by, largest first: ratio, largest, median, weights, output"
         ),
     ] = None,
+    family: FamilyOption = None,
     revision: Revision = None,
     device: Device = None,
     verify: Verify = None,
     json_file: Json = None,
 ) -> None:
-    """Show outliers in the inputs, and errors of a checkpoint."""
+    """Show outliers in the inputs, and errors of a checkpoint.
+
+    With --family auto, show only the record that is derived for the model.
+    """
+    if family is not None:
+        _show_family(with_revision(model, revision), family, json_file)
+        return
     key = sort or ("model" if top is None else "ratio")
     check_sort(key)
     from mxrot import api
@@ -56,6 +65,7 @@ def inspect(
         choices_table,
         errors_table,
         experts_line,
+        family_line,
         left_line,
         maxima_table,
         progress_on_stderr,
@@ -75,9 +85,9 @@ def inspect(
         read = api.read_texts(model, loaded, windows=windows, seq_len=seq_len, progress=told)
         told(0, 1, f"opening {model}")
         opened, folder = api.open_model(model, device, verify)
-        family = find_family(opened.config, model)
-        sites = site_maxima(opened, family, read[0].ids, progress=told)
-    prefix = f"{family.blocks}."
+        known = find_family(opened.config, model)
+        sites = site_maxima(opened, known, read[0].ids, progress=told)
+    prefix = f"{known.blocks}."
     show(maxima_table(first_sites(sites, key, top, prefix)))
     print_texts([part.as_table() for part in read])
     result: dict[str, Any] = {"model": model, "sites": [{**vars(site), "ratio": site.ratio} for site in sites]}
@@ -95,6 +105,7 @@ def inspect(
         for spelled, count in cache.items():
             say(f"cache of {count} decoder blocks: {spelled}")
         lines = (
+            family_line,
             changes_line,
             left_line,
             recipe_line,
@@ -114,3 +125,16 @@ def inspect(
         show(choices_table(choices))
         result["kernels"] = [vars(choice) for choice in choices]
     write_json(json_file, result)
+
+
+def _show_family(model: str, family: str, json_file: Path | None) -> None:
+    """The record of the family that is asked for, as Python text; no weight is read."""
+    from mxrot.deriving import asked_family, record_text
+    from mxrot.models import find_config
+    from mxrot.models.family_table import family_table
+
+    prepare(model, None, json_file, gets_weights=False)
+    with asked_family(family, find_config(model), model) as found:
+        assert found is not None
+        say(record_text(found).rstrip())
+        write_json(json_file, {"model": model, "family": family_table(found)})

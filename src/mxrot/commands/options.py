@@ -54,6 +54,8 @@ TaskData = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first examples of each task")]
 CHANGES_HELP = "Change a key of the recipe, repeatable, e.g. transform.sharing=block"
+FAMILY_HELP = "auto derives which linears read one input from the model itself (the record of its architecture)"
+FamilyOption = Annotated[str | None, typer.Option("--family", metavar="auto", help=FAMILY_HELP)]
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=CHANGES_HELP)]
 
 Purpose = Annotated[
@@ -71,7 +73,7 @@ def chosen_recipe(name: str, changes: list[str]) -> Any:
     return load_recipe(name).changed(dict(key_and_value(text, "--set") for text in changes))
 
 
-def recipe_name(recipe: str, purpose: str | None, model: str) -> str:
+def recipe_name(recipe: str, purpose: str | None, model: str, family: str | None = None) -> str:
     """The recipe of `--recipe`, or the one that `--for` picks, which is said."""
     if purpose is None:
         return recipe
@@ -81,10 +83,13 @@ def recipe_name(recipe: str, purpose: str | None, model: str) -> str:
         raise ConfigError(f"--for: {not_known('program', purpose, ['vllm'])}")
     if recipe != DEFAULT_RECIPE:
         raise ConfigError(f"--for vllm: chooses the recipe; leave out --recipe {recipe} or --for")
+    from mxrot.deriving import asked_family
     from mxrot.models import find_config
     from mxrot.planning.servable import recipe_for_vllm
 
-    picked = recipe_for_vllm(model, find_config(model))
+    place = find_config(model)
+    with asked_family(family, place, model):
+        picked = recipe_for_vllm(model, place)
     for line in picked.lines:
         say(line)
     return picked.recipe

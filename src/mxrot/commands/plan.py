@@ -12,6 +12,7 @@ from mxrot.commands.options import (
     DEFAULT_RECIPE,
     Changes,
     Device,
+    FamilyOption,
     Json,
     Model,
     Purpose,
@@ -54,6 +55,7 @@ def plan(
         Path | None,
         typer.Option("--rates", metavar="FILE", help="Plan the time on the machine where plan --json wrote FILE"),
     ] = None,
+    family: FamilyOption = None,
     revision: Revision = None,
     device: Device = None,
     json_file: Json = None,
@@ -65,6 +67,7 @@ def plan(
     import torch
 
     from mxrot import api
+    from mxrot.deriving import asked_family, check_asked
     from mxrot.models import find_config
     from mxrot.planning import Machine, OtherRates, make_plan
     from mxrot.planning.fits import verdict
@@ -72,13 +75,16 @@ def plan(
 
     if gpu_memory is not None and gpu_memory > MOST_MEMORY:
         raise ConfigError(f"--gpu-memory {gpu_memory}: is in GB, at most {MOST_MEMORY}")
+    check_asked(family)
     chosen_recipe(recipe, changes)  # what is wrong there is found first
     model = with_revision(model, revision)
     prepare(model, device, json_file, gets_weights=False)
-    chosen = chosen_recipe(recipe_name(recipe, purpose, model), changes)
+    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes)
     other = None if rates is None else OtherRates.read(rates)
     machine = Machine(torch.device(device or api.default_device()), gpu_memory and 1e9 * gpu_memory, other)
-    made = make_plan(model, find_config(model), chosen, machine, samples, seq_len, processes)
+    place = find_config(model)
+    with asked_family(family, place, model):
+        made = make_plan(model, place, chosen, machine, samples, seq_len, processes)
     for piece in plan_report(made):
         if isinstance(piece, str):
             say(piece)

@@ -15,6 +15,7 @@ from mxrot.commands.options import (
     Calib,
     Changes,
     Device,
+    FamilyOption,
     Json,
     Model,
     Purpose,
@@ -48,6 +49,7 @@ def quantize(
         int | None, typer.Option("--seq-len", min=2, help="Tokens in a window (default: the recipe's)")
     ] = None,
     seed: Seed = 0,
+    family: FamilyOption = None,
     revision: Revision = None,
     device: Device = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty")] = False,
@@ -62,11 +64,13 @@ def quantize(
     """Quantize a model into a checkpoint folder."""
     limit = chosen_limit(time_limit)  # first: importing takes time, too
     from mxrot import api
+    from mxrot.deriving import check_asked
     from mxrot.progress.display import HEARTBEAT_SECONDS
     from mxrot.ranks import joined
 
     model = with_revision(model, revision)
-    chosen = chosen_recipe(recipe_name(recipe, purpose, model), changes)
+    check_asked(family)
+    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes)
     if not is_utf8(output):
         raise ConfigError(
             f"--output {output}: the name is not UTF-8, which no reader of tokenizers accepts; give another one"
@@ -94,6 +98,7 @@ def quantize(
                 device=device,
                 force=force,
                 resume=resume,
+                family=family,
                 progress=progress,
                 watch=watch,
             )
@@ -107,6 +112,7 @@ def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
     from mxrot.report import (
         choice_line,
         experts_line,
+        family_line,
         left_line,
         rank_line,
         recipe_line,
@@ -118,7 +124,10 @@ def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
 
     say(f"{output}: {len(run['blocks'])} blocks with {recipe} in {run['seconds']:.1f} s")
     say(size_line(run["size"]))
-    lines = left_line, recipe_line, rank_line, rotation_line, choice_line, sites_choice_line, tuning_line, experts_line
+    lines = (
+        *(family_line, left_line, recipe_line, rank_line, rotation_line),
+        *(choice_line, sites_choice_line, tuning_line, experts_line),
+    )
     for line in filter(None, (line_of(run) for line_of in lines)):
         say(line)
     print_texts((run["data"] or {}).get("texts", []))

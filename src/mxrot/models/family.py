@@ -20,6 +20,8 @@ from mxrot.models.beside import Beside
 from mxrot.models.expert_names import SPARSE, ExpertNames
 from mxrot.models.site import Site as Site
 
+Windows = Literal["none", "all", "by kind"]
+
 
 @dataclass(frozen=True)
 class LogitKeys:
@@ -57,7 +59,7 @@ class Family:
     """Module without weights, rebuilt from the config."""
     starts_with_bos: bool = False
     """The model has seen no text that does not start with the BOS token, and is of no use on one."""
-    windows: Literal["none", "all", "by kind"] = "none"
+    windows: Windows = "none"
     """Which decoder blocks attend to the last `sliding_window` tokens only, where the config gives a number: "by kind",
     those that `layer_types` says."""
     logits: LogitKeys = LogitKeys()
@@ -70,9 +72,9 @@ class Family:
     give is added to it, times a number at most."""
     values: str = "self_attn.v_proj"
     """The linear whose rows are the value heads (`value_rows`): the last ones, one head after the other, or those
-    behind the rows of each key."""
+    behind the rows of each key; empty where that is not known of any."""
     values_read_by: str = "self_attn.o_proj"
-    """The linear whose inputs are sums of values over tokens, query head after query head."""
+    """The linear whose inputs are sums of values over tokens, query head after query head; empty as `values` is."""
     inner_rows: str | None = None
     """Where no site names a producer for the MLP's last linear: the linear whose rows become its channels one by one,
     or whose rows are those of gate and then those of up."""
@@ -99,6 +101,11 @@ class Family:
     def is_rotatable(self) -> bool:
         """Can a rotation of the residual stream be merged into the weights?"""
         return self.rotation_obstacle is None
+
+    @property
+    def names_values(self) -> bool:
+        """Can a change of the channels inside of value heads be merged into the weights?"""
+        return bool(self.values)
 
     @property
     def norms_add_one(self) -> bool:

@@ -15,7 +15,9 @@ from mxrot.documents import read_json
 from mxrot.errors import FamilyError
 from mxrot.models.families import FAMILIES
 from mxrot.models.family import Family
+from mxrot.models.family_table import DERIVED, derived_table, family_of_table, family_table
 from mxrot.models.folder import no_config
+from mxrot.models.given import family_given
 from mxrot.nearest import brief, listed
 
 MOST_BLOCKS = 1000
@@ -35,9 +37,12 @@ def read_config(place: Path) -> Any:
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise FamilyError(f"{path}: architectures: expected a list of names, got {repr(named)[:100]}")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # its checks raise many kinds
         raise FamilyError(f"{path}: {_why_unread(table, error)}") from error
+    if table.get("quantization_config") is None:
+        forget_derived(config)
+    return config
 
 
 def _why_unread(table: dict[str, Any], error: Exception) -> str:
@@ -53,14 +58,26 @@ def _why_unread(table: dict[str, Any], error: Exception) -> str:
     return f"not a config that transformers reads: {_brief(error)}"
 
 
+def forget_derived(config: Any) -> None:
+    """Let the config of an original say nothing of a family: a derived one is used only where that is asked for."""
+    if hasattr(config, DERIVED):
+        delattr(config, DERIVED)
+
+
 def find_family(config: Any, where: str) -> Family:
     """The family of a config, with the sites of its experts; FamilyError if it is not a causal language model, or not
-    one we know."""
+    one we know.
+
+    One that was derived stands in the config itself; one that is asked for (`given_family`) is written into it.
+    """
     architectures = tuple(getattr(config, "architectures", None) or ())
     if not all(isinstance(name, str) for name in architectures):
         raise FamilyError(f"{where}: architectures {list(architectures)!r}: expected names")
     named = ", ".join(architectures)[:200] or "none"
-    family = _named_family(config)
+    given = family_given(architectures)
+    if given is not None and derived_table(config) is None:
+        setattr(config, DERIVED, family_table(given))
+    family = _derived_family(config, architectures, where) or _named_family(config)
     if getattr(config, "text_config", None) is not None and (family is None or family.beside is None):
         seeing = [name for one in FAMILIES.values() if one.beside is not None for name in one.architectures]
         raise FamilyError(
@@ -81,6 +98,13 @@ def find_family(config: Any, where: str) -> Family:
         raise FamilyError(f"{where}: architectures {named}: not a causal language model")
     known = listed(architectures[0], (name for family in FAMILIES.values() for name in family.architectures))
     raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
+
+
+def _derived_family(config: Any, architectures: list[str], where: str) -> Family | None:
+    """The family that a config holds of its own, where its architecture is one of that."""
+    table = derived_table(config)
+    family = None if table is None else family_of_table(table, where)
+    return family if family is not None and set(architectures) & set(family.architectures) else None
 
 
 def _named_family(config: Any) -> Family | None:

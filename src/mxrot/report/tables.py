@@ -242,6 +242,15 @@ def changes_line(run: dict[str, Any]) -> str:
     return f"merged into the weights first: {', '.join(changes)}" if changes else ""
 
 
+def family_line(run: dict[str, Any]) -> str:
+    """One line on a family that was derived from the model, from a run.json; empty where a record said it."""
+    family = run.get("family")
+    if family is None:
+        return ""
+    sites = "; ".join(f"{site['name']}: {', '.join(site['linears'])}" for site in family["sites"])
+    return f"sites derived by --family auto, and written into config.json: {sites}"
+
+
 def rotation_line(run: dict[str, Any]) -> str:
     """One line on the training of rotations, from a run.json; empty where none were trained."""
     losses = run.get("rotation_losses")
