@@ -100,7 +100,7 @@ def find_family(config: Any, where: str) -> Family:
     raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
 
 
-def _derived_family(config: Any, architectures: list[str], where: str) -> Family | None:
+def _derived_family(config: Any, architectures: tuple[Any, ...], where: str) -> Family | None:
     """The family that a config holds of its own, where its architecture is one of that."""
     table = derived_table(config)
     family = None if table is None else family_of_table(table, where)
