@@ -23,6 +23,7 @@ PAGES = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sor
 NOT_RUN = {
     "docs/text.md": "tests/test_text_guide.py runs it, with the files that it names",
     "docs/gemma.md": "tests/unit/models/test_families.py quantizes models of these families",
+    "docs/add-a-family.md": "a hub; tests/unit/deriving derives families, and a test there runs the Python of the page",
     "docs/models.md": "a hub; tests/cases/test_models_hub.py has one, and quantizes and evaluates at a revision",
     "docs/scale.md": "tests/unit/test_ranks.py starts several processes, tests/unit/watching a run with a time limit",
     "docs/tasks.md": "data of the hub; tests/unit/test_cli.py runs eval --tasks with a folder of data",

@@ -114,7 +114,9 @@ def test_without_its_windows_a_model_is_another(name: str) -> None:
         if getattr(module, "sliding_window", None) is not None:
             module.sliding_window = 64
     wide.config.get_text_config().sliding_window = 64
-    apart = (whole(model) != whole(wide)).any(dim=(0, 2))
+    own, other = whole(model), whole(wide)
+    # Experts sum over the tokens that they get, in an order that depends on who else gets there.
+    apart = ((own - other).abs() > 1e-6 * own.abs().max()).any(dim=(0, 2))
     assert not apart[:WINDOW].any() and apart[WINDOW:].all()
 
 

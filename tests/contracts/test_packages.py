@@ -7,6 +7,7 @@ EVERYTHING = """
 import importlib, inspect, pkgutil, sys
 import mxrot
 
+MODULES = {"mxrot.progress"}  # exported as a module
 packages = [mxrot]
 for found in pkgutil.walk_packages(mxrot.__path__, "mxrot."):
     try:
@@ -18,7 +19,7 @@ for found in pkgutil.walk_packages(mxrot.__path__, "mxrot."):
         packages.append(module)
 for package in packages:
     for name in getattr(package, "__all__", ()):
-        if inspect.ismodule(getattr(package, name)):
+        if inspect.ismodule(getattr(package, name)) and f"{package.__name__}.{name}" not in MODULES:
             print(f"{package.__name__}.{name}")
 """
 

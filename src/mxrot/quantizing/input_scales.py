@@ -2,7 +2,7 @@
 
 MXFP4 inputs go into FP8 products as E5M2, which has scales from 2^-15 to 2^13 (`kernels.plain.E5M2_EXPONENTS`). A power
 of two taken from the matrices of the last stage, and so given to the weights, moves all scales of a site and changes no
-product: T / 2^s and W T^-T 2^s are exact. What a site without such a stage has is only told.
+product: T / 2^s and W T^-T 2^s are exact, and nothing is said of it. What a site without such a stage has is told.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def within_e5m2(
     transform: SiteTransform | None, x: Tensor, scheme: SiteScheme, name: str, weights: Callable[[], Tensor]
 ) -> SiteTransform | None:
     """The transform, over a power of two where inputs `x` [tokens, K] of the site `name` have scales that E5M2 does not
-    hold. A MxrotWarning says so, and which stay outside. Waits for the device.
+    hold. Where some stay outside a MxrotWarning says so. Waits for the device.
 
     `weights` gives those [N, K] that will be folded against it. Only where weights and inputs are MXFP4: other products
     do not go through E5M2.
@@ -51,8 +51,11 @@ def within_e5m2(
     if not LEAST_WEIGHT < float(transform.fold(weights()).abs().max()) * 2.0**shift < MOST_WEIGHT:
         _warn(f"{found}; moved into the weights they would be beyond what scales hold there: check the model's weights")
         return transform
-    rest = "" if highest - lowest <= most - least else f"; below 2^{least + shift} they are still rounded"
-    _warn(f"{found}; its transform is divided by 2^{shift} and its weights are multiplied with it{rest}")
+    if highest - lowest > most - least:
+        _warn(
+            f"{found}; its transform is divided by 2^{shift} and its weights are multiplied with it, and scales below "
+            f"2^{least + shift} are still rounded"
+        )
     moved = replace(last, matrices=last.matrices * 2.0**-shift)
     return SiteTransform((*transform.stages[:-1], moved))
 

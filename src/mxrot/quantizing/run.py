@@ -115,8 +115,8 @@ def quantize(
     job, windows, trials = _chosen(job, source, windows, given)
     record = _new_record(recipe, job, windows)
     record.choice, record.rotation_losses, record.left_out_of_recipe = trials, rotation_losses, left_out
-    outer, carries = job.run.source.outer(), not job.is_stored
-    load_outer(job.model, job.run.family, outer, job.run.dtype, job.run.device, carries)
+    run = job.run
+    load_outer(job.model, run.family, run.source.outer(), run.dtype, run.device, carries=not job.is_stored)
     job = _permuted(job, windows, given)
     source = job.run.source
     streams = _first_streams(job, windows, given)

@@ -413,14 +413,16 @@ def test_stages_are_counted_apart_whatever_their_tensors_are_called(words: str, 
 
 
 def test_a_model_that_is_not_quantized_has_no_bits_per_weight() -> None:
-    size = model_size(LlamaForCausalLM(tiny_config()), torch.bfloat16)
+    size = model_size(LlamaForCausalLM(tiny_config(architectures=["LlamaForCausalLM"])), torch.bfloat16)
     assert size.bits_per_weight is None and size.transform_bits_per_weight is None
     assert size.total_bytes == 2 * (OUTER + 2 * BLOCK_WEIGHTS)
 
 
 def test_a_tied_head_is_counted_once() -> None:
     apart, tied = (
-        model_size(LlamaForCausalLM(tiny_config(tie_word_embeddings=tie)), torch.bfloat16).total_bytes
+        model_size(
+            LlamaForCausalLM(tiny_config(architectures=["LlamaForCausalLM"], tie_word_embeddings=tie)), torch.bfloat16
+        ).total_bytes
         for tie in (False, True)
     )
     assert apart - tied == 2 * 256 * 64
