@@ -116,7 +116,8 @@ def test_without_its_windows_a_model_is_another(name: str) -> None:
     wide.config.get_text_config().sliding_window = 64
     own, other = whole(model), whole(wide)
     # Experts sum over the tokens that they get, in an order that depends on who else gets there.
-    apart = ((own - other).abs() > 1e-6 * own.abs().max()).any(dim=(0, 2))
+    has_experts = FAMILIES[ALL[name][0]].experts is not None
+    apart = ((own - other).abs() > has_experts * 1e-6 * own.abs().max()).any(dim=(0, 2))
     assert not apart[:WINDOW].any() and apart[WINDOW:].all()
 
 
