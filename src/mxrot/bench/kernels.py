@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxrot.bench.middle import covers, middle_products
+from mxrot.bench.middle import MIDDLE, covers, middle_products
 from mxrot.bench.others import Product, prepared_others
 from mxrot.bench.timing import Seconds, copies_for, seconds_of, seconds_of_each
 from mxrot.formats import BlockScales, QTensor, get_format, get_rule
@@ -36,7 +36,7 @@ from mxrot.transforms.stages import STORED_DTYPE, apply_matrices
 
 LLAMA_3_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """(N, K) of q, k and v together, o, gate and up together, down."""
-ROWS = (1, 4, 16, 32, 64, 128, 2048, 8192)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 RULES = ("even", "floor", "rceil")
 FORMAT = get_format("mxfp4")
 BASELINE = "bf16 product"
@@ -263,22 +263,28 @@ def _linears(
 
 
 def measured_crossovers(rows: Sequence[KernelRow]) -> Crossovers | None:
-    """Up to how many rows of input packed codes are the fastest, by the sum over all shapes; None if nobody raced."""
+    """Up to how many rows of input which product from packed codes is the fastest, by the sum over all shapes; None if
+    nobody raced."""
     times = {(row.kernel, row.shape): row.seconds.median for row in rows if row.seconds is not None}
 
-    def limit(other: str) -> int | None:
+    def limit(mine: str, other: str) -> int | None:
         sums: dict[int, list[float]] = {}
         for (kernel, shape), seconds in times.items():
-            if kernel == PACKED and (other, shape) in times:
-                ours = sums.setdefault(shape[0], [0.0, 0.0])
-                ours[0] += seconds
-                ours[1] += times[other, shape]
-        slower = [count for count, (packed, others) in sums.items() if packed > others]
+            if kernel == mine and (other, shape) in times:
+                both = sums.setdefault(shape[0], [0.0, 0.0])
+                both[0] += seconds
+                both[1] += times[other, shape]
+        slower = [count for count, (ours, others) in sums.items() if ours > others]
         counts = [count for count in sums if count < min(slower, default=math.inf)]
         return max(counts, default=0) if sums else None
 
-    packed, kept = limit(LIFTED), limit(KEPT)
-    return None if packed is None or kept is None else Crossovers(packed, kept)
+    packed, kept = limit(PACKED, LIFTED), limit(PACKED, KEPT)
+    if packed is None or kept is None:
+        return None
+    few, middle, middle_kept = limit(PACKED, MIDDLE), limit(MIDDLE, LIFTED), limit(MIDDLE, KEPT)
+    if few is None or middle is None or middle_kept is None:
+        return Crossovers(packed, kept)
+    return Crossovers(packed, kept, few, middle, middle_kept)
 
 
 def _dequantized(packed: PackedRows) -> Tensor:

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from mxrot.formats import get_format
+from mxrot.kernels.crossovers import MOST_MIDDLE_ROWS
 from mxrot.kernels.plain import PackedRows
 
 FORMAT = get_format("mxfp4")
 MIDDLE = "W4A4, packed, middle rows"
-FEWEST, MOST = 17, 1024
-"""Rows of inputs for which it is meant."""
+FEWEST_FOR_TRITON = 16
+"""Its tiles have 16 rows of inputs at least, and win beyond."""
+TRITON = f"{MIDDLE}, Triton"
 
 
 def covers(rows: int, width: int, device: torch.device) -> bool:
     """Is it measured for so many rows of inputs of this width?"""
-    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return is_hopper and FEWEST <= rows <= MOST and width % 128 == 0
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return is_hopper and rows <= MOST_MIDDLE_ROWS and width % 128 == 0
 
 
 def middle_products(
@@ -31,30 +33,38 @@ def middle_products(
     all_tiles: bool,
     told: Callable[[str], None],
 ) -> Iterator[tuple[str, list[Callable[[], Tensor]], float]]:
-    """Name, one function for each weight, and bytes of a weight: quantizer and product by the default tile, then the
-    product alone; with `all_tiles` also the product by each candidate that can be launched."""
-    from mxrot.kernels.fused.middle import candidates, middle_product, processors_of
+    """Name, one function for each weight, and bytes of a weight: quantizer and product by the tile that is chosen, then
+    the product alone; with `all_tiles` also the product by each candidate that can be launched, here and in Triton."""
+    from mxrot.kernels.cuda import middle as cuda
+    from mxrot.kernels.fused import middle as fused
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
 
     rule = FORMAT.rule()
+    product: Callable[..., Tensor] = cuda.middle_product if cuda.is_there(x.device) else fused.middle_product
 
     def quantized() -> Tensor:
         return rotate_quantize_e5m2(x, matrices, FORMAT, rule, are_across_blocks=True)
 
     def whole(w: PackedRows) -> Tensor:
-        return middle_product(quantized(), w.codes, w.scales, exponents, torch.bfloat16)
+        return product(quantized(), w.codes, w.scales, exponents, torch.bfloat16)
 
     once = quantized()
     yield MIDDLE, [partial(whole, w) for w in weights], 17 / 32
     arguments = [(once, w.codes, w.scales, exponents, torch.bfloat16) for w in weights]
-    yield f"{MIDDLE}, without the quantizer", [partial(middle_product, *each) for each in arguments], 17 / 32
+    yield f"{MIDDLE}, without the quantizer", [partial(product, *each) for each in arguments], 17 / 32
     if not all_tiles:
         return
     rows, groups = weights[0].scales.shape
-    for tile in candidates(len(x), rows, groups, processors_of(x.device)):
+    ways: list[tuple[str, Callable[..., Tensor]]] = []
+    if cuda.is_there(x.device):
+        ways += [(f"{MIDDLE}, {tile}", partial(cuda.middle_product, tile=tile)) for tile in cuda.candidates(len(x))]
+    if len(x) > FEWEST_FOR_TRITON:
+        tiles = fused.candidates(len(x), rows, groups, fused.processors_of(x.device))
+        ways += [(f"{TRITON} {tile}", partial(fused.middle_product, tile=tile)) for tile in tiles]
+    for name, way in ways:
         try:
-            middle_product(*arguments[0], tile)
+            way(*arguments[0])
         except Exception as failure:
-            told(f"{MIDDLE}, {tile}: not launched: {type(failure).__name__}: {str(failure)[:200]}")
+            told(f"{name}: not launched: {type(failure).__name__}: {str(failure)[:200]}")
             continue
-        yield f"{MIDDLE}, {tile}", [partial(middle_product, *each, tile) for each in arguments], 17 / 32
+        yield name, [partial(way, *each) for each in arguments], 17 / 32

@@ -87,6 +87,9 @@ def bench_kernels_command(
     limit = bench.measured_crossovers(found)
     if limit is not None:
         print(f"from packed codes: up to {limit.packed} rows, up to {limit.kept} where weights are kept in FP8")
+        if limit.middle:
+            most = f"{limit.middle} rows, up to {limit.middle_kept} where weights are kept in FP8"
+            print(f"by the product for middle rows: from {limit.few + 1} to {most}")
     if remember and limit is not None:
         print(f"remembered: {crossovers.remember(where, limit)}")
     table = {

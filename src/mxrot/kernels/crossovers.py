@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,38 @@ MOST_ROWS = 128
 """That the product from packed codes takes."""
 
 
+MOST_MIDDLE_ROWS = 1024
+"""For which the product for middle rows is measured."""
+
+
 @dataclass(frozen=True)
 class Crossovers:
-    """Up to so many rows of input, `MOST_ROWS` at most, the product from packed codes is the fastest."""
+    """Up to so many rows of input, `MOST_ROWS` at most, the product from packed codes for few rows is the fastest; and
+    for which the one for middle rows is, where it can be taken."""
 
     packed: int
     """Where weights are packed, and lifted to FP8 for more rows."""
     kept: int
     """Where they are kept in FP8."""
+    few: int = 0
+    """From one row more on the product for middle rows is taken, up to"""
+    middle: int = 0
+    """so many, where weights are packed, and"""
+    middle_kept: int = 0
+    """so many where they are kept in FP8; `MOST_MIDDLE_ROWS` at most. 0 for never."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.packed <= MOST_ROWS and 0 <= self.kept <= MOST_ROWS):
             raise ValueError(f"{self}: expected 0 to {MOST_ROWS} rows")
+        if not all(0 <= rows <= MOST_MIDDLE_ROWS for rows in (self.few, self.middle, self.middle_kept)):
+            raise ValueError(f"{self}: expected 0 to {MOST_MIDDLE_ROWS} middle rows")
 
 
-MEASURED: dict[tuple[int, int], Crossovers] = {(9, 0): Crossovers(packed=64, kept=16)}
-"""By compute capability, where speed and perplexity were both measured on such a device: 9.0 on an H100."""
+MEASURED: dict[tuple[int, int], Crossovers] = {
+    (9, 0): Crossovers(packed=64, kept=16, few=8, middle=256, middle_kept=64)
+}
+"""By compute capability, where speed and perplexity were both measured on such a device: 9.0 on an H100, and for middle
+rows on an H200."""
 
 
 def file_of_crossovers() -> Path:
@@ -85,9 +101,9 @@ def remember(device: torch.device, crossovers: Crossovers) -> Path:
         entries = _read(path)
     except DamagedError:
         entries = {}
-    kept = {name: asdict(found) for name, found in entries.items() if isinstance(found, Crossovers)}
+    kept = {name: _entry(found) for name, found in entries.items() if isinstance(found, Crossovers)}
     unfinished = path.with_suffix(f".{os.getpid()}")
-    table = kept | {torch.cuda.get_device_name(device): asdict(crossovers)}
+    table = kept | {torch.cuda.get_device_name(device): _entry(crossovers)}
     unfinished.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
     crossovers_of.cache_clear()
@@ -118,11 +134,17 @@ def _read(path: Path) -> dict[str, Crossovers | ValueError]:
     return {name: _crossovers(entry) for name, entry in read_json(path).items()}
 
 
+def _entry(crossovers: Crossovers) -> dict[str, int]:
+    found = asdict(crossovers)
+    return {name: rows for name, rows in found.items() if rows or name in ("packed", "kept")}
+
+
 def _crossovers(entry: Any) -> Crossovers | ValueError:
-    packed, kept = (entry.get("packed"), entry.get("kept")) if isinstance(entry, dict) else (None, None)
-    if type(packed) is not int or type(kept) is not int:  # True is none, though an instance
-        return ValueError("expected whole numbers packed and kept")
+    names = [field.name for field in fields(Crossovers)]
+    found = {name: entry[name] for name in names if name in entry} if isinstance(entry, dict) else {}
+    if not {"packed", "kept"} <= found.keys() or any(type(rows) is not int for rows in found.values()):
+        return ValueError("expected whole numbers packed and kept")  # True is none, though an instance
     try:
-        return Crossovers(packed, kept)
+        return Crossovers(**found)
     except ValueError as error:
         return error

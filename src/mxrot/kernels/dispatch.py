@@ -174,12 +174,24 @@ def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice
         return Choice(None, "some block of the weights does not fit into E4M3, or they were not prepared")
     if has_invariant_rows():
         return Choice("fixed tiles", "a row must not depend on those beside it")
+    most = limits.middle if weight.lifted is None else limits.middle_kept
+    if limits.few < rows <= most and takes_middle_rows(rows, weight, device):
+        return Choice("middle rows", f"{limits.few + 1} to {most} rows")
     limit = limits.packed if weight.lifted is None else limits.kept
     if rows <= limit:
         return Choice("matrix units", f"up to {limit} rows")
     if len(weight.codes) % FP8_OUTPUTS:
         return Choice(None, f"FP8 products make outputs in multiples of {FP8_OUTPUTS}")
     return Choice("fp8", f"more than {limit} rows")
+
+
+def takes_middle_rows(rows: int, weight: PackedWeight, device: torch.device) -> bool:
+    """Is there a product for middle rows, and are they many enough for it? Triton's is slower than the one in CUDA."""
+    from mxrot.kernels.cuda.middle import is_there
+
+    if weight.scales.shape[1] % 4 or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return is_there(device) or 16 < rows <= 128
 
 
 def quantized_linear(inputs: Inputs, weight: PackedWeight) -> Tensor | None:

@@ -89,19 +89,42 @@ def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
     return skinny_product(x, weight.codes, weight.scales, weight.row_exponents, inputs.x.dtype)
 
 
+def by_middle_rows(inputs: Inputs, weight: PackedWeight) -> Tensor:
+    """Some rows: weights are read packed and multiplied as FP8 (CUDA C++; Triton where it cannot be compiled)."""
+    from mxrot.kernels.cuda import middle as cuda
+    from mxrot.kernels.fused import middle as fused
+    from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
+
+    assert weight.row_exponents is not None
+    if scale_counts.IS_COUNTING:
+        _count_scales(inputs)
+    x = rotate_quantize_e5m2(inputs.x, inputs.matrices, inputs.format, inputs.rule, are_across_blocks=True)
+    product = cuda.middle_product if cuda.is_there(x.device) else fused.middle_product
+    return product(x, weight.codes, weight.scales, weight.row_exponents, inputs.x.dtype)
+
+
 def by_fixed_tiles(inputs: Inputs, weight: PackedWeight) -> Tensor:
-    """Any number of rows, each with the bits that it has alone: weights are read packed, 32 rows of inputs at a time
-    (Triton)."""
+    """Any number of rows, each with the bits that it has alone: weights are read packed, and one program goes along all
+    of K (CUDA C++ on Hopper; Triton elsewhere, and for K that is no multiple of 128)."""
+    from mxrot.kernels.cuda import middle as cuda
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
     from mxrot.kernels.fused.skinny import fixed_product
 
     assert weight.row_exponents is not None
     if scale_counts.IS_COUNTING:
         _count_scales(inputs)
+    arguments = weight.codes, weight.scales, weight.row_exponents, inputs.x.dtype
+    is_middle = weight.scales.shape[1] % 4 == 0 and cuda.is_there(inputs.x.device)
     x = rotate_quantize_e5m2(
-        inputs.x, inputs.matrices, inputs.format, inputs.rule, are_in_pairs=True, has_fixed_tile=True
+        inputs.x,
+        inputs.matrices,
+        inputs.format,
+        inputs.rule,
+        are_in_pairs=not is_middle,
+        are_across_blocks=is_middle,
+        has_fixed_tile=True,
     )
-    return fixed_product(x, weight.codes, weight.scales, weight.row_exponents, inputs.x.dtype)
+    return cuda.middle_product(x, *arguments, are_whole=True) if is_middle else fixed_product(x, *arguments)
 
 
 def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
@@ -142,6 +165,7 @@ def by_look_up(inputs: Inputs, weight: LookUpWeight) -> Tensor:
 
 PATHS: dict[str, Callable[[Inputs, PackedWeight], Tensor]] = {
     "matrix units": by_matrix_units,
+    "middle rows": by_middle_rows,
     "fixed tiles": by_fixed_tiles,
     "fp8": by_fp8,
     "block scales": by_block_scales,

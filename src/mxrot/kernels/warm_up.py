@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor
 
-from mxrot.kernels.crossovers import MOST_ROWS
+from mxrot.kernels.crossovers import MOST_MIDDLE_ROWS, MOST_ROWS
 from mxrot.kernels.dispatch import Choice, choose_path, has_triton
 from mxrot.kernels.fixed_rows import has_invariant_rows
 from mxrot.kernels.linear import PackedWeight
@@ -25,10 +25,10 @@ _warm: set[Hashable] = set()
 def path_changes(weight: PackedWeight, device: torch.device) -> list[tuple[int, Choice]]:
     """From how many rows on which way is taken, the fewest rows first.
 
-    No choice changes beyond `MOST_ROWS`, which no crossover exceeds.
+    No choice changes beyond `MOST_MIDDLE_ROWS`, which no crossover exceeds.
     """
     found: list[tuple[int, Choice]] = []
-    for rows in range(1, MOST_ROWS + 2):
+    for rows in range(1, MOST_MIDDLE_ROWS + 2):
         choice = choose_path(rows, weight, device)
         if not found or choice.path != found[-1][1].path:
             found.append((rows, choice))
@@ -76,13 +76,19 @@ def variant(
     rows: int, path: str | None, weight: PackedWeight, matrices: Tensor | None, device: torch.device
 ) -> Hashable:
     """What the kernels of one call are compiled for, as far as it depends on the rows."""
+    from mxrot.kernels.cuda import middle
+    from mxrot.kernels.fused.middle import default_tile, processors_of
     from mxrot.kernels.fused.rotate_quantize import compiled_for
     from mxrot.kernels.fused.skinny import tile_for
 
     height, groups = weight.scales.shape
     is_packed = path == "block scales"
     quantizer = compiled_for(rows, 32 * groups, matrices, is_packed, has_invariant_rows())
-    tile = tile_for(rows, height, groups, device) if path == "matrix units" else None
+    tile: Hashable = tile_for(rows, height, groups, device) if path == "matrix units" else None
+    if path in ("middle rows", "fixed tiles") and groups % 4 == 0 and middle.is_there(device):
+        tile = middle.choose_tile(rows, height, groups) if path == "middle rows" else middle.whole_tile(rows)
+    elif path == "middle rows":
+        tile = default_tile(rows, height, groups, processors_of(device))
     return path, quantizer, tile
 
 

@@ -186,15 +186,18 @@ def test_every_tile_for_middle_rows_is_right(count: int, monkeypatch: pytest.Mon
 
 
 def test_a_tile_that_cannot_be_launched_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mxrot.kernels.cuda import middle as cuda
     from mxrot.kernels.fused import middle as fused
 
-    def fail(*arguments: object) -> Tensor:
+    def fail(*arguments: object, **named: object) -> Tensor:
         raise RuntimeError("out of resource: shared memory")
 
     x, matrices = (value.to(DEVICE, torch.bfloat16) for value in (torch.randn(20, 128), torch.eye(32)[None]))
     weight = plain_rotate_quantize_packed(torch.randn(8, 128), None, kernels.FORMAT, kernels.FORMAT.rule())
     exponents, _ = kernels.lift_exponents(weight.codes, weight.scales)
     monkeypatch.setattr(fused, "middle_product", fail)
+    monkeypatch.setattr(cuda, "middle_product", fail)
+    monkeypatch.setattr(cuda, "is_there", lambda device: False)
     told: list[str] = []
     assert len(list(middle.middle_products(x, matrices, [weight], exponents, True, told.append))) == 2
     assert told and all("RuntimeError: out of resource: shared memory" in line for line in told)

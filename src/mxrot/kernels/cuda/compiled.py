@@ -1,0 +1,141 @@
+"""CUDA C++ compiled by NVRTC, as PyTorch brings it along, and launched by the driver. No build step, no other package.
+
+A source is compiled for one architecture when it is first called, in about a second, and kept for the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_MOST_SHARED = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+_OVERLAPS = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("_rest", ctypes.c_byte * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("x", "y", "z", "threads_x", "threads_y", "threads_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+class CompileError(RuntimeError):
+    """NVRTC is not there, or refuses a source."""
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    """The library that belongs to this PyTorch."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    name = f"libnvrtc.so.{major}" if sys.platform == "linux" else f"nvrtc64_{major}0_0.dll"
+    folders = [Path(folder) for folder in getattr(find_spec("nvidia"), "submodule_search_locations", None) or ()]
+    found = [str(path) for folder in folders for path in sorted(folder.glob(f"*/lib/{name}"))]
+    for candidate in (*found, name):
+        try:
+            return ctypes.CDLL(candidate)
+        except OSError:
+            continue
+    raise CompileError(f"{name} of CUDA is not found")
+
+
+@cache
+def has_nvrtc() -> bool:
+    """Can sources be compiled here?"""
+    try:
+        return bool(_nvrtc())
+    except CompileError:
+        return False
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1" if sys.platform == "linux" else "nvcuda.dll")
+
+
+def compile_source(source: str, architecture: str) -> bytes:
+    """Machine code of CUDA C++ for an architecture such as `sm_90a`; CompileError says what NVRTC does not like."""
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"mxrot.cu", 0, None, None)
+    options = [b"--gpu-architecture=" + architecture.encode(), b"--std=c++17"]
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    size = ctypes.c_size_t()
+    try:
+        if failed:
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise CompileError(log.value.decode(errors="replace"))
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+"""Of a CUtensorMap."""
+_BYTE, _PLAIN, _TURNED_128, _WHOLE_LINES = 0, 0, 3, 2
+"""CU_TENSOR_MAP_DATA_TYPE_UINT8, _SWIZZLE_NONE and _128B, _L2_PROMOTION_L2_128B."""
+
+
+@lru_cache(maxsize=4096)
+def map_of_bytes(address: int, rows: int, width: int, tall: int, wide: int) -> ctypes.Array[ctypes.c_ubyte]:
+    """What tells the bulk copy engine of bytes [rows, width] there, copied in boxes [tall, wide]. Boxes 128 wide lie
+    in shared memory as the matrix hardware reads them, swizzled; what is outside is 0."""
+    room = (ctypes.c_ubyte * (_MAP_BYTES + _MAP_ALIGNMENT))()
+    found = (ctypes.c_ubyte * _MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % _MAP_ALIGNMENT)
+    sizes, stride = (ctypes.c_uint64 * 2)(width, rows), (ctypes.c_uint64 * 1)(width)
+    box, steps = (ctypes.c_uint32 * 2)(wide, tall), (ctypes.c_uint32 * 2)(1, 1)
+    swizzle = _TURNED_128 if wide == 128 else _PLAIN
+    kinds = [ctypes.c_int(kind) for kind in (0, swizzle, _WHOLE_LINES, 0)]
+    where = ctypes.c_void_p(address)
+    _check(_driver().cuTensorMapEncodeTiled(found, _BYTE, 2, where, sizes, stride, box, steps, *kinds))
+    return found
+
+
+def _check(result: int) -> None:
+    if result:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(result, ctypes.byref(text))
+        raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()}")
+
+
+class Kernel:
+    """A function of compiled code, on one device."""
+
+    def __init__(self, code: bytes, name: str, shared: int, device: torch.device) -> None:
+        """`shared` bytes of dynamic shared memory for each block; RuntimeError if the device has fewer."""
+        self._shared, self._module, self._function = shared, ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.synchronize(device)  # the driver wants the context of this thread
+            _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code))
+            _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
+            _check(_driver().cuFuncSetAttribute(self._function, _MOST_SHARED, shared))
+
+    def launch(self, blocks: int, threads: int, arguments: Sequence[Any], stream: int, overlaps: bool) -> None:
+        """Launch so many blocks of so many threads; `arguments` are ctypes values. With `overlaps` while the kernel
+        before still runs (`kernels.fused.overlap`)."""
+        attribute = _Attribute(id=_OVERLAPS, value=1)
+        config = _Config(blocks, 1, 1, threads, 1, 1, self._shared, stream, ctypes.pointer(attribute), int(overlaps))
+        addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, addresses, None))
