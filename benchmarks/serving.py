@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serving_figures import merged, table, text_of
+from serving_figures import late_kernels, merged, table, text_of
 from serving_jobs import Crew, Job, Limits
 from serving_random import FOLDERS
 from serving_worker import MIXED_NEW
@@ -219,9 +219,18 @@ def main(arguments: list[str] | None = None) -> int:
     stem = f"serving_{table_of['device'].lower().replace(' ', '-')}_{time.strftime('%Y-%m-%d')}"
     jobs = jobs_of(options, windows_of(options))
 
+    def log_of(job: Job) -> Path:
+        return options.out / f"{stem}_{job.name}.log"
+
+    def found_by(job: Job) -> dict[str, Any]:
+        log = log_of(job)
+        said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        late = late_kernels(said)
+        return job.found() | ({"late_kernels": late} if late else {})
+
     def keep(job: Job | None = None) -> dict[str, dict[str, Any]]:
-        """Write all that is there, and tell of a job that has failed."""
-        ways = merged([(one.way, one.kind, one.found()) for one in jobs])
+        """Write all that is there, and tell what became of a job."""
+        ways = merged([(one.way, one.kind, found_by(one)) for one in jobs])
         written = json.dumps(table_of | {"ways": ways}, indent=1) + "\n"
         (options.out / f"{stem}.json").write_text(written, encoding="utf-8")
         if job is not None:
@@ -233,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         limits = Limits(options.limit, options.limit_all)
-        crew = Crew(jobs, limits, Path(folder), lambda job: options.out / f"{stem}_{job.name}.log")
+        crew = Crew(jobs, limits, Path(folder), log_of)
         crew.told = keep
         crew.run(options.together)
         ways = keep()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,11 @@ def equal_tokens(found: Sequence[Sequence[int]], expected: Sequence[Sequence[int
     ]
 
 
+def late_kernels(log: str) -> list[str]:
+    """Kernels that were compiled while requests waited, as vLLM's monitor of them says: by name, each once."""
+    return list(dict.fromkeys(re.findall(r" during inference: ([^\s(]*[^\s(.])", log)))
+
+
 def merged(found: Sequence[tuple[str, str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """By way, what all its processes have measured; `error` and `errors` begin with the kind of process.
 
@@ -57,6 +63,8 @@ def merged(found: Sequence[tuple[str, str, Mapping[str, Any]]]) -> dict[str, dic
         kept = {key: value for key, value in own.items() if key not in ("error", "errors", "is_done")}
         if kind != "speed" and "speed" in kinds[way]:
             kept = {key: value for key, value in kept.items() if key not in ("start_seconds", "kernel")}
+        if own.get("late_kernels"):
+            kept["late_kernels"] = list(dict.fromkeys([*whole.get("late_kernels", []), *own["late_kernels"]]))
         whole |= kept
     return ways
 
@@ -74,6 +82,7 @@ def table(ways: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
     add("failed", {way: ", ".join(found["errors"]) for way, found in ways.items() if found.get("errors")})
     add("linears by", {way: found.get("kernel", "") for way, found in ways.items()})
+    add("compiled late", {way: " ".join(found.get("late_kernels", [])) for way, found in ways.items()})
     add("start, s", {way: f"{found['start_seconds']:.0f}" for way, found in ways.items() if "start_seconds" in found})
     add("perplexity", {way: _perplexity(way, ways) for way in ways})
     add("by mxrot eval", {way: _own_perplexity(found) for way, found in ways.items()})

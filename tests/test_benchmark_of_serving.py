@@ -157,6 +157,17 @@ def test_what_the_processes_of_a_way_have_measured_is_put_together(figures: Any)
     assert ways["b"] == {"nlls": [1.0], "start_seconds": 5.0, "kernel": "N"}
 
 
+def test_kernels_that_were_compiled_late(figures: Any) -> None:
+    said = "Triton kernel JIT compilation during inference: {}. This causes a latency spike; consider extending"
+    log = "\n".join(said.format(name) for name in ("_values", "_packed_product (BLOCK=64)", "_values"))
+    assert figures.late_kernels(f"INFO started\n{log}\n") == ["_values", "_packed_product"]
+    assert figures.late_kernels("INFO started\n") == []
+    both = [("a", "speed", {"late_kernels": ["x"]}), ("a", "text", {"late_kernels": ["y", "x"]}), ("b", "speed", {})]
+    ways = figures.merged(both)
+    assert ways == {"a": {"late_kernels": ["x", "y"]}, "b": {}}
+    assert ["compiled late", "x y", ""] in figures.table(ways)
+
+
 def test_sizes_of_graphs(serving: Any) -> None:
     assert serving.graph_sizes([1, 8, 48]) == [1, 2, 4, 8, 16, 32, 48]
     assert serving.graph_sizes([]) == [1, 2, 4, 8, 16, 32]
