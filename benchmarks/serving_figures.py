@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,10 +43,36 @@ def equal_tokens(found: Sequence[Sequence[int]], expected: Sequence[Sequence[int
     ]
 
 
+def late_kernels(log: str) -> list[str]:
+    """Kernels that were compiled while requests waited, as vLLM's monitor of them says: by name, each once."""
+    return list(dict.fromkeys(re.findall(r" during inference: ([^\s(]*[^\s(.])", log)))
+
+
+def merged(found: Sequence[tuple[str, str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """By way, what all its processes have measured; `error` and `errors` begin with the kind of process.
+
+    When an engine was ready is kept of the one that was timed.
+    """
+    ways: dict[str, dict[str, Any]] = {}
+    kinds = {way: {kind for one, kind, _ in found if one == way} for way, *_ in found}
+    for way, kind, own in found:
+        whole = ways.setdefault(way, {})
+        faults = dict(own.get("errors", {})) | ({"": own["error"]} if "error" in own else {})
+        for name, fault in faults.items():
+            whole.setdefault("errors", {})[f"{kind} {name}".strip()] = fault
+        kept = {key: value for key, value in own.items() if key not in ("error", "errors", "is_done")}
+        if kind != "speed" and "speed" in kinds[way]:
+            kept = {key: value for key, value in kept.items() if key not in ("start_seconds", "kernel")}
+        if own.get("late_kernels"):
+            kept["late_kernels"] = list(dict.fromkeys([*whole.get("late_kernels", []), *own["late_kernels"]]))
+        whole |= kept
+    return ways
+
+
 def table(ways: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Rows of cells, the headings first: a row for each figure, a column for each way; speed-ups over bf16 in brackets.
 
-    A way that failed has its error as its first cell, and no other.
+    Of a way in which something failed, the first row says what.
     """
     rows = [["", *ways]]
 
@@ -53,10 +80,12 @@ def table(ways: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         if any(cells.values()):
             rows.append([name, *(cells.get(way, "") for way in ways)])
 
-    add("", {way: "failed" for way, found in ways.items() if "error" in found})
+    add("failed", {way: ", ".join(found["errors"]) for way, found in ways.items() if found.get("errors")})
+    add("linears by", {way: found.get("kernel", "") for way, found in ways.items()})
+    add("compiled late", {way: " ".join(found.get("late_kernels", [])) for way, found in ways.items()})
     add("start, s", {way: f"{found['start_seconds']:.0f}" for way, found in ways.items() if "start_seconds" in found})
     add("perplexity", {way: _perplexity(way, ways) for way in ways})
-    add("by mxrot eval", {w: f"{found['eval_ppl']:.3f}" for w, found in ways.items() if found.get("eval_ppl")})
+    add("by mxrot eval", {way: _own_perplexity(found) for way, found in ways.items()})
     add("greedy tokens as bf16", {way: _equal(way, ways) for way in ways})
     for kind, name, unit in (
         ("decode", "{} requests, tokens/s", False),
@@ -79,6 +108,19 @@ def _perplexity(way: str, ways: Mapping[str, Mapping[str, Any]]) -> str:
     ratio = exp_of_mean_difference(found, base)
     error = "" if ratio.error is None else f" +- {ratio.error:.3f}"
     return f"{ppl:.3f} ({ratio.value:.3f}{error})"
+
+
+def _own_perplexity(found: Mapping[str, Any]) -> str:
+    """By mxrot itself; in brackets the engine's over it, on the same windows."""
+    own, engine = found.get("eval_nlls"), found.get("nlls")
+    if not own:
+        return ""
+    ppl = perplexity_of(own, 2).ppl
+    if not engine or len(engine) != len(own):
+        return f"{ppl:.3f}"
+    ratio = exp_of_mean_difference(engine, own)
+    error = "" if ratio.error is None else f" +- {ratio.error:.4f}"
+    return f"{ppl:.3f} ({ratio.value:.4f}{error})"
 
 
 def _equal(way: str, ways: Mapping[str, Mapping[str, Any]]) -> str:

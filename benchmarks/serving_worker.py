@@ -1,16 +1,19 @@
 """One way to serve, in a process of its own: what benchmarks/serving.py starts with a task in JSON as its argument.
 
-Whatever is measured is put into the task's result file at once, so that what was measured before an error is kept.
+Whatever is measured is put into the task's result file at once, so that what was measured before an error is kept. A
+task with `go` measures nothing until a file of that name is there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +100,60 @@ def mixed_speed(engine: Engine, length: int, repeats: int) -> float:
 
 
 def measure(engine: Engine, task: dict[str, Any], keep: Callable[..., None]) -> None:
-    """All that the task asks for; `keep` gets each figure by its name."""
-    repeats = task["repeats"]
-    keep(nlls=window_means(engine, task["windows"]))
-    keep(greedy=greedy(engine))
+    """All that the task asks for; `keep` gets each figure by its name. What fails has its error in `errors`, by name,
+    and the rest is measured all the same."""
+    repeats, errors = task["repeats"], dict[str, str]()
     decode: dict[str, float] = {}
-    for requests in task["requests"]:
-        decode[str(requests)] = decode_speed(engine, requests, repeats)
-        keep(decode=decode)
     first: dict[str, float] = {}
-    for length in task["prompts"]:
+
+    def part(name: str, work: Callable[[], dict[str, Any]]) -> None:
+        try:
+            keep(**work())
+        except Exception as error:
+            traceback.print_exc()
+            errors[name] = said(error)
+            keep(errors=errors)
+
+    def decoded(requests: int) -> dict[str, Any]:
+        decode[str(requests)] = decode_speed(engine, requests, repeats)
+        return {"decode": decode}
+
+    def answered(length: int) -> dict[str, Any]:
         first[str(length)] = first_token(engine, length, repeats)
-        keep(first_token=first)
+        return {"first_token": first}
+
+    if task["windows"]:
+        part("perplexity", lambda: {"nlls": window_means(engine, task["windows"])})
+        part("greedy", lambda: {"greedy": greedy(engine)})
+    for requests in task["requests"]:
+        part(f"{requests} requests", partial(decoded, requests))
+    for length in task["prompts"]:
+        part(f"first token of {length}", partial(answered, length))
     if task["prompts"]:
         longest = max(task["prompts"])
-        keep(mixed={str(longest): mixed_speed(engine, longest, repeats)})
+        part("mixed batch", lambda: {"mixed": {str(longest): mixed_speed(engine, longest, repeats)}})
+
+
+def said(error: Exception) -> str:
+    """Its kind, and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+
+
+def kernel_of(llm: Any) -> str:
+    """What computes the first block's down projection, as the engine has it; in one process alone."""
+    try:
+        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        linear = model.model.layers[0].mlp.down_proj
+    except AttributeError:
+        return ""
+    kernel = getattr(getattr(linear, "scheme", None), "kernel", None)
+    return type(linear.quant_method).__name__ if kernel is None else type(kernel).__name__
+
+
+def wait_for(path: str | None) -> None:
+    """Until a file is there; None for none. While it waits, the engine leaves the GPU to others."""
+    while path is not None and not Path(path).exists():
+        time.sleep(0.1)
 
 
 def engine_of(task: dict[str, Any]) -> Engine:
@@ -123,25 +165,35 @@ def engine_of(task: dict[str, Any]) -> Engine:
     return Engine(llm, SamplingParams, TokensPrompt, llm.llm_engine.model_config.get_vocab_size())
 
 
-def main() -> int:
+def write_result(path: str, found: dict[str, Any]) -> None:
+    """At once: who reads meanwhile finds the old one, or this."""
+    unfinished = Path(path).with_suffix(".partial")
+    unfinished.write_text(json.dumps(found), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     result: dict[str, Any] = {}
 
     def keep(**found: Any) -> None:
         result.update(found)
-        Path(task["result"]).write_text(json.dumps(result), encoding="utf-8")
+        write_result(task["result"], result)
 
     started = time.monotonic()
     try:
         engine = engine_of(task)
-        keep(start_seconds=time.monotonic() - started)
+        keep(start_seconds=time.monotonic() - started, kernel=kernel_of(engine.llm))
+        wait_for(task.get("go"))
         measure(engine, task, keep)
+        keep(is_done=True)
     except Exception as error:
         traceback.print_exc()
-        keep(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
-        return 1
-    return 0
+        keep(error=said(error))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if "error" not in result else 1)  # the result is written; engines can take long, or hang, when they end
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,9 @@ from tests.tiny_model import random_windows, write_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import mxrot
 from mxrot.evaluation.perplexity import perplexity
+from mxrot.vllm.verdict import check_for_vllm
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -112,14 +114,17 @@ def test_texts_are_compared_up_to_the_first_token_that_differs(figures: Any) -> 
 def test_the_table_compares_with_bf16(figures: Any) -> None:
     base = {"nlls": [1.0, 2.0], "greedy": [[1, 2]], "decode": {"8": 100.0}, "first_token": {"2048": 0.2}}
     ours = {"nlls": [1.1, 2.1], "greedy": [[1, 3]], "decode": {"8": 171.0}, "first_token": {"2048": 0.1}}
-    rows = figures.table({"bf16": base | {"eval_ppl": 4.4817}, "plugin": ours, "stock": {"error": "x"}})
+    own = {"eval_nlls": [1.0, 2.0]}
+    stock = {"errors": {"speed mixed batch": "x"}, "kernel": "Marlin"}
+    rows = figures.table({"bf16": base | own, "plugin": ours | own, "stock": stock})
     found = {row[0]: row[1:] for row in rows if row[0]}
     ratio = math.exp(0.1)
     assert found["perplexity"] == [f"{math.exp(1.5):.3f}", f"{math.exp(1.6):.3f} ({ratio:.3f} +- 0.000)", ""]
     assert found["8 requests, tokens/s"] == ["100", "171 (1.71)", ""]
     assert found["first token of 2048, ms"] == ["200.0", "100.0 (2.00)", ""]
-    assert found["greedy tokens as bf16"] == ["", "1", ""] and found["by mxrot eval"] == ["4.482", "", ""]
-    assert "mixed batch, tokens/s" not in found and ["", "", "", "failed"] in rows
+    assert found["greedy tokens as bf16"] == ["", "1", ""] and "mixed batch, tokens/s" not in found
+    assert found["by mxrot eval"] == ["4.482 (1.0000 +- 0.0000)", f"4.482 ({ratio:.4f} +- 0.0000)", ""]
+    assert found["failed"] == ["", "", "speed mixed batch"] and found["linears by"] == ["", "", "Marlin"]
     lines = figures.text_of(rows).splitlines()
     assert len(lines) == len(rows) and lines[0].split() == ["bf16", "plugin", "stock"]
 
@@ -130,11 +135,148 @@ def test_prompts_that_have_no_positions_are_left_out(serving: Any) -> None:
     assert serving.fitting_prompts([2048], None) == [2048]
 
 
+def test_what_the_processes_of_a_way_have_measured_is_put_together(figures: Any) -> None:
+    speed = {
+        "decode": {"8": 100.0},
+        "start_seconds": 9.0,
+        "kernel": "M",
+        "errors": {"mixed batch": "y"},
+        "is_done": True,
+    }
+    text = {"nlls": [1.0], "start_seconds": 5.0, "kernel": "N", "is_done": True}
+    ways = figures.merged(
+        [("a", "speed", speed), ("a", "text", text), ("a", "eval", {"error": "x"}), ("b", "text", text)]
+    )
+    assert ways["a"] == {
+        "decode": {"8": 100.0},
+        "start_seconds": 9.0,
+        "kernel": "M",
+        "nlls": [1.0],
+        "errors": {"speed mixed batch": "y", "eval": "x"},
+    }
+    assert ways["b"] == {"nlls": [1.0], "start_seconds": 5.0, "kernel": "N"}
+
+
+def test_kernels_that_were_compiled_late(figures: Any) -> None:
+    said = "Triton kernel JIT compilation during inference: {}. This causes a latency spike; consider extending"
+    log = "\n".join(said.format(name) for name in ("_values", "_packed_product (BLOCK=64)", "_values"))
+    assert figures.late_kernels(f"INFO started\n{log}\n") == ["_values", "_packed_product"]
+    assert figures.late_kernels("INFO started\n") == []
+    both = [("a", "speed", {"late_kernels": ["x"]}), ("a", "text", {"late_kernels": ["y", "x"]}), ("b", "speed", {})]
+    ways = figures.merged(both)
+    assert ways == {"a": {"late_kernels": ["x", "y"]}, "b": {}}
+    assert ["compiled late", "x y", ""] in figures.table(ways)
+
+
+def test_sizes_of_graphs(serving: Any) -> None:
+    assert serving.graph_sizes([1, 8, 48]) == [1, 2, 4, 8, 16, 32, 48]
+    assert serving.graph_sizes([]) == [1, 2, 4, 8, 16, 32]
+    assert serving.graph_sizes([256])[-2:] == [128, 256]
+
+
+def test_speeds_of_random_models_beside_texts_of_others(serving: Any, random_models: Path, tmp_path: Path) -> None:
+    original = write_tiny_model(tmp_path / "model")
+    words = ["--original", str(original), "--checkpoint", str(original), "--random", str(random_models)]
+    options = serving.parse_options([*words, "--together", "--kv-gib", "0.5", "--prompts", "128,9000"])
+    jobs = {job.name: job for job in serving.jobs_of(options, [[1, 2, 3]])}
+    expected = ["bf16-speed", "stock-W4A16-speed", "plugin-W4A4-speed", "bf16-text", "bf16-eval"]
+    assert list(jobs) == [*expected, "plugin-W4A4-text", "plugin-W4A4-eval"]
+    speed, text = jobs["plugin-W4A4-speed"], jobs["plugin-W4A4-text"]
+    assert speed.task["windows"] == [] and speed.task["prompts"] == [128] and speed.plugins == text.plugins == "mxrot"
+    assert text.task["windows"] == [[1, 2, 3]] and text.task["prompts"] == text.task["requests"] == []
+    engine = speed.task["options"]
+    assert engine["kv_cache_memory_bytes"] == 2**29 and engine["gpu_memory_utilization"] == serving.SMALL_SHARE
+    assert engine["skip_tokenizer_init"] and engine["compilation_config"]["cudagraph_capture_sizes"][-1] == 256
+    assert jobs["bf16-speed"].task["options"]["load_format"] == "dummy"
+    assert jobs["stock-W4A16-speed"].task["options"]["linear_backend"] == "marlin"
+
+
+def test_random_models_are_checkpoints(random_models: Path) -> None:
+    """Of one set of weights; stock vLLM runs one of them as it is, the plugin both."""
+    stock, plugin = (check_for_vllm(random_models / name) for name in ("stock", "plugin"))
+    assert not stock.stock.stops and not stock.stock.needs_export and not plugin.plugin.stops and plugin.stock.stops
+    for name in ("block-0", "block-1", "rest"):
+        first, second = (random_models / folder / f"{name}.safetensors" for folder in ("stock", "plugin"))
+        assert first.samefile(second)
+    logits = mxrot.load(random_models / "plugin")(torch.arange(8)[None]).logits
+    assert logits.isfinite().all() and 0.1 < float(logits.std()) < 10
+
+
+@pytest.fixture(scope="module")
+def random_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("random")
+    shape = ["--blocks", "2", "--hidden", "64", "--ffn", "128", "--heads", "4", "--kv-heads", "2", "--vocabulary", "96"]
+    assert imported("serving_random").main([str(folder), *shape]) == 0
+    return folder
+
+
+def job_of(jobs: Any, folder: Path, name: str, kind: str, body: str) -> Any:
+    """One that runs `body` with its task, and tells by a file when it begins and ends."""
+    script = folder / f"{name}-{kind}.py"
+    script.write_text(
+        "import json, sys, time\nfrom pathlib import Path\n"
+        "task = json.loads(Path(sys.argv[1]).read_text())\n"
+        "def keep(**found):\n"
+        "    Path(task['result'] + '.new').write_text(json.dumps(found))\n"
+        "    Path(task['result'] + '.new').replace(task['result'])\n" + body
+    )
+    return jobs.Job(name, kind, str(script), {"options": {}})
+
+
+TURN = """
+keep(start_seconds=1.0)
+while not Path(task["go"]).exists():
+    time.sleep(0.01)
+begun = time.monotonic()
+time.sleep(0.3)
+keep(start_seconds=1.0, turn=[begun, time.monotonic()], is_done=True)
+"""
+
+
+def test_jobs_together_take_turns(tmp_path: Path) -> None:
+    jobs = imported("serving_jobs")
+    text = job_of(jobs, tmp_path, "a", "text", "time.sleep(0.5)\nkeep(ended=time.monotonic(), is_done=True)\n")
+    broken = job_of(jobs, tmp_path, "b", "speed", "raise RuntimeError('x')\n")
+    hanging = job_of(jobs, tmp_path, "c", "text", "keep(half=1)\ntime.sleep(600)\n")
+    first, second = (job_of(jobs, tmp_path, name, "speed", TURN) for name in "de")
+    crew = jobs.Crew(
+        [text, broken, hanging, first, second], jobs.Limits(10, 600), tmp_path, lambda job: tmp_path / f"{job.name}.log"
+    )
+    ended: list[str] = []
+    crew.told = lambda job: ended.append(job.name)
+    crew.run(together=True)
+    assert sorted(ended) == ["a-text", "b-speed", "c-text", "d-speed", "e-speed"]
+    assert ended[-2:] == ["d-speed", "e-speed"]
+    assert broken.found() == {"error": "ended without a result"}
+    assert hanging.found() == {"half": 1, "error": "ended after 10 s"} and not hanging.is_running
+    turns = first.found()["turn"] + second.found()["turn"]
+    assert text.found()["ended"] < turns[0] and turns == sorted(turns)
+
+
+def test_jobs_one_by_one_end_with_the_time_for_all(tmp_path: Path) -> None:
+    jobs = imported("serving_jobs")
+    done = job_of(jobs, tmp_path, "a", "speed", "keep(x=1, is_done=True)\n")
+    hanging = job_of(jobs, tmp_path, "b", "speed", "time.sleep(600)\n")
+    late = job_of(jobs, tmp_path, "c", "speed", "keep(x=1, is_done=True)\n")
+    crew = jobs.Crew([done, hanging, late], jobs.Limits(600, 4), tmp_path, lambda job: tmp_path / f"{job.name}.log")
+    crew.run(together=False)
+    assert done.found() == {"x": 1, "is_done": True} and late.found() == {}
+    assert hanging.found()["error"].startswith("ended after ") and not hanging.is_running
+
+
 def test_options(serving: Any, capsys: pytest.CaptureFixture[str]) -> None:
     options = serving.parse_options(["--original", "a", "--checkpoint", "b", "--tensor-parallel", "2"])
     assert options.requests == [1, 8, 32, 64, 128, 256] and options.prompts == [2048, 8064]
     assert list(serving.ways_of(options)) == ["bf16", "plugin W4A4"] and options.tensor_parallel == 2
-    for words in (["--original", "a"], ["--original", "a", "--stock", "b", "--requests", "0"]):
+    assert serving.parse_options(["--random", "r"]).original is None
+    for words in (
+        [],
+        ["--original", "a"],
+        ["--random", "r", "--stock", "b"],
+        ["--random", "r", "--together"],
+        ["--random", "r", "--together", "--kv-gib", "8", "--tensor-parallel", "2"],
+        ["--original", "a", "--stock", "b", "--requests", "0"],
+    ):
         with pytest.raises(SystemExit):
             serving.parse_options(words)
     capsys.readouterr()
@@ -163,15 +305,15 @@ def test_a_run_from_folders_to_table_and_file(
     words += ["--text", str(tmp_path / "text.txt"), "--windows", "3", "--seq-len", "64", "--requests", "1,4"]
     assert serving.main([*words, "--prompts", "64,100000", "--repeats", "1"]) == 1
     said = capfd.readouterr()
-    assert "stock W4A16: RuntimeError: no such kernel" in said.err
+    assert "stock W4A16 (speed): RuntimeError: no such kernel" in said.err
     (path,) = (tmp_path / "out").glob("serving_*.json")
     text = path.read_text()
     assert str(tmp_path) not in text
     found = json.loads(text)
     assert found["models"] == {"bf16": "model", "stock W4A16": "model", "plugin W4A4": "model"}
     ways = found["ways"]
-    assert ways["stock W4A16"] == {"error": "RuntimeError: no such kernel"}
+    assert ways["stock W4A16"] == {"errors": {"speed": "RuntimeError: no such kernel"}}
     for way in (ways["bf16"], ways["plugin W4A4"]):
         assert list(way["decode"]) == ["1", "4"] and list(way["first_token"]) == list(way["mixed"]) == ["64"]
-        assert math.exp(sum(way["nlls"]) / 3) == pytest.approx(way["eval_ppl"], rel=1e-5)
+        assert way["nlls"] == pytest.approx(way["eval_nlls"], rel=1e-5) and len(way["nlls"]) == 3
     assert "4 requests, tokens/s" in said.out and "failed" in said.out
