@@ -68,7 +68,7 @@ def packed_product_in_chunks(inputs: Tensor, codes: Tensor, scales: Tensor) -> T
     if step >= rows:
         values = QTensor.dequantize_packed(codes, BlockScales(scales, format.scale), format)
         return torch.nn.functional.linear(flat, values).view(*inputs.shape[:-1], rows)
-    out = torch.empty(len(flat), rows)
+    out = torch.empty(len(flat), rows, dtype=torch.float32)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         values = QTensor.dequantize_packed(codes[part], BlockScales(scales[part], format.scale), format)

@@ -33,4 +33,5 @@ def fp8_product(inputs: Tensor, weights: Tensor, scales: Tensor, dtype: torch.dt
 
 @lru_cache(maxsize=64)
 def _ones(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.ones(shape, device=device)
+    # Of this type whatever the default is: vLLM loads a model with that of its weights.
+    return torch.ones(shape, dtype=torch.float32, device=device)

@@ -71,7 +71,7 @@ def _divergence(
 def divergence(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """As `plain_divergence` defines it."""
     rows, width = found.shape
-    loss = torch.empty(rows, device=found.device)
+    loss = torch.empty(rows, dtype=torch.float32, device=found.device)
     gradient = torch.empty_like(found, memory_format=torch.contiguous_format)
     _divergence[(rows,)](
         expected, found, loss, gradient, width, expected.stride(0), found.stride(0), COLUMNS=COLUMNS, num_warps=8

@@ -140,8 +140,8 @@ def moved_weights_gradients(
     groups, parts = width // BLOCK.value, triton.cdiv(rows, ROWS)
     of_offset = torch.empty_like(offset)
     shape = (parts, groups, BLOCK.value, BLOCK.value)
-    of_follow = None if moves.follow is None else torch.empty(shape, device=offset.device)
-    of_exponent = torch.empty(rows, groups, device=offset.device) if wants_exponent else None
+    of_follow = None if moves.follow is None else torch.empty(shape, dtype=torch.float32, device=offset.device)
+    of_exponent = torch.empty(rows, groups, dtype=torch.float32, device=offset.device) if wants_exponent else None
     _gradients[(parts, groups)](
         gradient.contiguous(),
         *_pointers(offset, moves),
