@@ -58,6 +58,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-gib", type=float, help="of keys and values on each GPU, in place of --memory")
     parser.add_argument("--together", action="store_true", help="start all engines at once; needs --kv-gib, one GPU")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--attention", help="vLLM's backend, such as TRITON_ATTN; its own choice unless told")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=3600, help="seconds for one engine; with --together, for a turn")
     parser.add_argument("--limit-all", type=float, default=36000, help="seconds after which what is there is printed")
@@ -141,6 +142,8 @@ def task_of(
     }
     if options.kv_gib is not None:
         engine["kv_cache_memory_bytes"] = int(options.kv_gib * 2**30)
+    if options.attention is not None:
+        engine["attention_config"] = {"backend": options.attention}
     if not options.eager:
         engine["compilation_config"] = {"cudagraph_capture_sizes": graph_sizes(requests)}
     return {
@@ -198,6 +201,7 @@ def described(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         "text": Path(options.text).name,
         "batched_tokens": options.batched_tokens,
         "cuda_graphs": not options.eager,
+        "attention": options.attention,
         "together": options.together,
     }
 

@@ -186,6 +186,11 @@ def test_speeds_of_random_models_beside_texts_of_others(serving: Any, random_mod
     assert text.task["windows"] == [[1, 2, 3]] and text.task["prompts"] == text.task["requests"] == []
     engine = speed.task["options"]
     assert engine["kv_cache_memory_bytes"] == 2**29 and engine["gpu_memory_utilization"] == serving.SMALL_SHARE
+    assert "attention_config" not in engine
+    options = serving.parse_options(["--random", str(random_models), "--attention", "TRITON_ATTN", "--eager"])
+    for job in serving.jobs_of(options, []):
+        assert job.task["options"]["attention_config"] == {"backend": "TRITON_ATTN"}
+        assert job.task["options"]["enforce_eager"] and "compilation_config" not in job.task["options"]
     assert engine["skip_tokenizer_init"] and engine["compilation_config"]["cudagraph_capture_sizes"][-1] == 256
     assert jobs["bf16-speed"].task["options"]["load_format"] == "dummy"
     assert jobs["stock-W4A16-speed"].task["options"]["linear_backend"] == "marlin"
