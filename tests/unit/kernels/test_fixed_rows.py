@@ -108,6 +108,7 @@ def plain_linear(weights: str, activations: str | None, block: int) -> QuantLine
     quantizers = [None if name is None else get_format(name) for name in (weights, activations)]
     first, second = (None if one is None else TensorQuantizer(one, one.rule()) for one in quantizers)
     assert first is not None
+    second = second and TensorQuantizer(second.format, second.rule.for_rows())  # as a recipe's inputs
     found = QuantLinear(192, 40, first, second)
     found.set_weight(quantize(torch.randn(40, 192, generator=generator), first.format, first.rule))
     if block:
