@@ -66,6 +66,7 @@ NOT_RUN = {
     "make test": Elsewhere("is this test", ".github/workflows/ci.yml", "run: make test"),
     "make lint": Elsewhere("installs packages", ".github/workflows/ci.yml", "run: make lint"),
     "make docs": Elsewhere("installs packages", ".github/workflows/ci.yml", "run: make docs"),
+    "make matrix": Elsewhere("takes minutes", "tests/contracts/test_matrix.py", "@pytest.mark.nightly"),
     "make faults": Elsewhere("takes half an hour", ".github/workflows/nightly.yml", "run: make faults"),
     "make release-check": Elsewhere("installs packages", ".github/workflows/release.yml", "run: make release-check"),
     "vllm serve": Elsewhere("needs vLLM", "tests/vllm/test_serving_options.py", "serve"),
