@@ -72,7 +72,9 @@ def compare(
     samples: Samples = None,
     text: Texts = ["demo"],  # noqa: B006
     windows: Windows = None,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a window, of both")] = 2048,
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", min=2, help="Tokens in a window, to calibrate and to evaluate")
+    ] = 2048,
     kl_windows: Annotated[
         int | None,
         typer.Option("--kl-windows", min=0, help="Windows for KL to the original; 0 for none (default: all)"),
