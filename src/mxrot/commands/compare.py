@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mxrot.commands.cache_options import KvFirst, KvLast, Kvs, KvTransforms, chosen_caches
+from mxrot.commands.lines import say
 from mxrot.commands.options import (
     KEPT,
     Calib,
@@ -31,6 +32,7 @@ from mxrot.commands.options import (
     check_file,
     check_folder,
     chosen_tasks,
+    console,
     loaded_texts,
     machine_table,
     prepare,
@@ -166,11 +168,11 @@ def compare(
             )
     if world.rank:
         return
-    for table in side_by_side(rows, f"{model}, windows of {seq_len}"):
+    for table in side_by_side(rows, f"{model}, windows of {seq_len}", console().width):
         show(table)
         print()
     for line in remarks(rows):
-        print(line)
+        say(line)
     print_texts([part.as_table() for part in read])
     if loaded:
         show(compared_tasks_table(rows))

@@ -243,10 +243,10 @@ def console() -> Console:
 
 
 def show(table: Table) -> None:
-    """Print a table. Its title may hold a path, so it is not broken into lines."""
+    """Print a table. Its title may hold a path, so it is broken between words only."""
     title, table.title = table.title, None
     if title is not None:
-        print(title)
+        say(str(title))
     console().print(table)
 
 
