@@ -115,7 +115,7 @@ def share(score: TaskScore, metric: str, unit: str = " %") -> str:
 def divergence_table(model: str, original: str, results: dict[str, Divergence]) -> Table:
     """One line for each text. Figures have their standard errors over windows."""
     table = Table(title=f"{model} against {original}; +- one standard error over windows", title_justify="left")
-    table.box, table.show_edge, table.pad_edge = box.SIMPLE_HEAD, False, False
+    table.box, table.show_edge, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, False, (0, 0, 0, 1)
     for heading in ("text", "KL,\nnats a token", "same top\ntoken, %", "perplexity", "of the\noriginal", "difference"):
         table.add_column(heading, justify="left" if heading == "text" else "right", no_wrap=heading != "text")
     for name, found in results.items():
