@@ -14,7 +14,7 @@ INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --constraint con
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install demo quick test faults test-vllm lint docs bench release-check clean
+.PHONY: help install demo quick test matrix faults test-vllm lint docs bench release-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ quick: $(STAMPS)/test $(STAMPS)/interpreter ## a sample of the tests in about a 
 
 test: $(STAMPS)/test $(STAMPS)/interpreter $(STAMPS)/demo-model ## run the tests, e.g. ARGS="-k gptq"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+matrix: $(STAMPS)/test $(STAMPS)/interpreter ## every family by rtn, duquant++ and mxrot; counts are printed
+	@OMP_NUM_THREADS=1 $(PY) -m tests.contracts.matrix $(ARGS)
 
 faults: $(STAMPS)/test $(STAMPS)/interpreter ## damage, kills and full disks, minutes of each; counts are printed
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -s -m nightly tests/faults $(ARGS)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import shlex
+import subprocess
 import sys
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cases.odd_tokenizers import TEMPLATE, change_tokenizer
 from tests.tiny_model import write_tiny_model
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +24,7 @@ from mxrot.models import lookup
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 README = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+popen = subprocess.Popen
 COMMANDS = dict(re.findall(r"^ {4}python examples/(\w+)\.py (.*)$", README, re.MULTILINE))
 
 
@@ -75,24 +78,90 @@ def test_a_script_runs(
         assert "5.8" < re.findall(r": (\d\.\d+) bits", printed)[0] < "6.3", "one block of two in eight bits"
 
 
-def test_the_server_answers(folder: Path) -> None:
-    mxrot.quantize("demo", "hadamard", output="smollm2-hadamard")
-    server = script("serve").server_of(COMMANDS["serve"].split()[0], 0)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+VLLM = '''
+"""Stands for vLLM: answers a chat with what it was started and asked with, once it has been asked for its health."""
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
-    def post(table: object) -> Any:
-        request = urllib.request.Request(f"http://127.0.0.1:{server.server_port}", json.dumps(table).encode())
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.load(reply)
+healthy = []
 
-    try:
-        assert isinstance(post({"prompt": "One two", "max_tokens": 3})["text"], str)
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            post({"text": "no prompt"})
-        assert refused.value.code == 400
-        refused.value.close()
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+class Handler(BaseHTTPRequestHandler):
+    def reply(self, status, table):
+        body = json.dumps(table).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        healthy.append(self.path)
+        self.reply(200 if len(healthy) > 1 else 503, {})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        told = json.dumps({"path": self.path, "words": sys.argv[1:3], "healthy": healthy, **asked})
+        self.reply(200, {"choices": [{"message": {"content": told}}]})
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+'''
+
+
+@pytest.fixture
+def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in the place of vLLM, where `mxrot serve` finds it."""
+    package = tmp_path / "program" / "vllm" / "entrypoints" / "cli"
+    package.mkdir(parents=True)
+    for parent in (package, package.parent, package.parent.parent):
+        (parent / "__init__.py").touch()
+    (package / "main.py").write_text(VLLM)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'program'}{os.pathsep}{EXAMPLES.parent / 'src'}")
+
+
+@pytest.fixture
+def checkpoint(folder: Path) -> str:
+    """Made of a model with a chat template, by the command that comes before in the README."""
+    change_tokenizer(folder / "original", TEMPLATE)
+    found = shlex.split(COMMANDS["serve"])[0]
+    assert found == COMMANDS["quantize"].split()[1]
+    mxrot.quantize("demo", "hadamard", output=found)
+    return found
+
+
+def test_a_server_is_started_asked_and_ended(
+    checkpoint: str, vllm: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By `mxrot serve`, which starts vLLM; asked when it is healthy, and not before."""
+    serve, words = script("serve"), shlex.split(COMMANDS["serve"])
+    started: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(serve.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0])
+    monkeypatch.setattr(sys, "argv", ["serve.py", *words, "--max-tokens", "5"])
+    serve.main()
+    printed = capfd.readouterr()
+    told = json.loads(printed.out)
+    assert told["words"] == ["serve", str(Path(checkpoint).resolve())] and told["path"] == "/v1/chat/completions"
+    assert told["messages"] == [{"role": "user", "content": words[1]}] and told["max_tokens"] == 5
+    assert told["healthy"] == ["/health", "/health"] and "linears by mxrot's plugin" in printed.err
+    assert started[0].returncode is not None
+
+
+@pytest.mark.parametrize(
+    ("program", "seconds", "says"),
+    [("raise SystemExit(2)", 60, "ended with exit code 2"), ("input()", 0, "not ready within 0 s")],
+)
+def test_a_server_that_does_not_come_ends_the_example(program: str, seconds: float, says: str) -> None:
+    serve = script("serve")
+    with popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        with pytest.raises(SystemExit, match=says):
+            serve.wait_until_healthy(process, f"http://127.0.0.1:{serve.free_port()}", seconds)
+        process.terminate()
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(find_spec("uvicorn") is None, reason="needs pip install 'transformers[serving]'")
+def test_the_server_of_transformers_answers(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", *shlex.split(COMMANDS["serve"]), "--max-tokens", "5"])
+    script("serve").main()
+    printed = capfd.readouterr()
+    assert printed.out.strip() and 'POST /v1/chat/completions HTTP/1.1" 200' in printed.err

@@ -1,8 +1,8 @@
 """mxrot: LLMs in MXFP4, with the block rotations that make it accurate.
 
-quantize, load and evaluate do what the commands of the same names do. A Recipe says how to quantize, a QTensor is what
-comes out, progress.bar shows how far it is. Names are imported when they are first used: `import mxrot` is quick.
-Once it has run, transformers' from_pretrained loads checkpoints, too.
+`quantize`, `load` and `evaluate` do the same as the commands of these names. A `Recipe` says how to quantize, a
+`QTensor` holds a quantized tensor, and `progress.bar` shows progress. `import mxrot` is quick, because each name is
+imported when it is first used. After `import mxrot`, transformers' `from_pretrained` loads checkpoints of mxrot, too.
 """
 
 from __future__ import annotations

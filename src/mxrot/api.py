@@ -1,4 +1,4 @@
-"""The package's own functions: what the command line does, for Python.
+"""The functions of the package. They do in Python what the commands do.
 
 mxrot.quantize("demo", "duquant++", output="out")
 model = mxrot.load("out")
@@ -71,11 +71,11 @@ __all__ = [
 
 DEFAULT_RECIPE = "mxrot"
 EVALUATION_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens that pass through a model at once."""
+"""Tokens in one batch of an evaluation, by device."""
 
 
 class QuantizeOptions(TypedDict, total=False):
-    """What `quantize` takes by name."""
+    """The keyword arguments of `quantize`."""
 
     calib: Any
     samples: int | None
@@ -131,33 +131,34 @@ def quantize(
 ) -> PreTrainedModel | dict[str, Any]:
     """Quantize a model, into a checkpoint folder or in memory.
 
-    In processes that torchrun has started all call this, and share the work (docs/scale.md).
+    Under torchrun each process calls this function, and all of them share the work (docs/scale.md).
 
     Args:
-        model: A hub id, a folder, `demo`, or a loaded model, which stays as it is and is written to a temporary folder
-            first.
+        model: A hub id, a folder, `demo`, or a loaded model. A loaded model is not changed; it is written to a
+            temporary folder first.
         recipe: The name of a recipe, a TOML file, or a Recipe.
-        output: The folder to write. Without it nothing is written.
-        calib: Calibration text, or several, as docs/text.md lists them: names, rows, token ids, tensors, data sets.
-        samples: Calibration windows, in place of the recipe's number.
-        seq_len: Tokens a window, in place of the recipe's number.
-        seed: The seed of everything that is drawn.
-        device: Where to compute; by default the GPU if there is one, or the device of a loaded model.
+        output: The folder to write. If it is None, nothing is written.
+        calib: One or more calibration texts (docs/text.md): names, rows, token ids, tensors or data sets.
+        samples: The number of calibration windows. None takes the recipe's.
+        seq_len: Tokens in a window. None takes the recipe's.
+        seed: The seed of all random numbers.
+        device: The device to compute on. None takes the device of a loaded model, otherwise the GPU if there is one.
         force: Replace an output folder that is not empty.
-        resume: Keep the finished blocks of an earlier run, and go on there.
-        family: "auto" derives which linears read one input, and what may be merged where, from the model's own class
-            (docs/add-a-family.md). By default the record of its architecture says it.
-        tokenizer: That of a loaded model. Not needed where there is no text to tokenize.
-        progress: True shows progress on standard error, False is silent, a function is told (done, total, what). None
-            shows it in a notebook and at Python's prompt.
-        watch: Hears of finished blocks, and may end a run (docs/scale.md).
+        resume: Keep the finished blocks of an earlier run, and continue from there.
+        family: "auto" derives from the model's class which linears read the same input, and what can be merged where
+            (docs/add-a-family.md). None uses the record of the architecture.
+        tokenizer: The tokenizer of a loaded model. It is needed only if there is text to tokenize.
+        progress: True shows progress on standard error, and False shows none. A function is called with
+            (done, total, what). None shows progress in a notebook and at Python's prompt.
+        watch: Is told of each finished block, and can end the run (docs/scale.md).
 
     Returns:
-        With `output` the contents of its run.json. Without it the quantized model on `device`, with `generate` and
-        `save_pretrained`.
+        With `output`, the contents of its run.json. Without it, the quantized model on `device`: an ordinary
+        transformers model with `generate` and `save_pretrained`.
 
     Raises:
-        MxrotError: Wrong recipes, models, texts and folders, before any weight is read where that is possible.
+        MxrotError: A recipe, model, text or folder is wrong. If possible, this is raised before any weight is read.
+        TypeError: A loaded model was passed with text to tokenize, but without its tokenizer.
 
     Example:
         >>> run = mxrot.quantize("demo", "hadamard", output="smollm2-hadamard")
@@ -206,7 +207,7 @@ def _quantize(
     watch: Watch | None,
     family: str | None,
 ) -> PreTrainedModel | dict[str, Any]:
-    """The same for a model by its name."""
+    """`quantize` for a model that is given by name."""
     check_shared(recipe, None, world.size)
     check_asked(family)
     if output is not None:
@@ -252,20 +253,22 @@ def load(
 ) -> PreTrainedModel:
     """Load the quantized model of a checkpoint folder.
 
-    Also inside `torch.inference_mode` its tensors are ordinary ones, which know when they were changed.
+    The tensors of the model are ordinary ones even if this is called inside `torch.inference_mode`: PyTorch counts
+    their changes.
 
     Args:
-        folder: What `quantize` has written.
-        device: Where to; by default the GPU if there is one.
-        dtype: The type that it computes in; by default that of the checkpoint.
-        verify: Compare the SHA-256 of every file first. None does so up to 1 GB of weights.
-        keeps_fp8: Hold weights in FP8 where products of them are faster. They take twice the memory.
+        folder: A folder that `quantize` has written.
+        device: The device to load to. None takes the GPU if there is one.
+        dtype: The type to compute in, such as torch.bfloat16. None takes the type of the checkpoint.
+        verify: Compare the SHA-256 of each file first. None does so if the weights take at most 1 GB.
+        keeps_fp8: Keep weights in FP8 where FP8 products are faster. They then take twice the memory.
 
     Returns:
         A transformers model in evaluation mode.
 
     Raises:
-        CheckpointError: The folder is no checkpoint. DamagedError: a file is not what was written.
+        CheckpointError: The folder is not a checkpoint.
+        DamagedError: A file does not hold what was written.
 
     Example:
         >>> model = mxrot.load("smollm2-hadamard")
@@ -286,19 +289,23 @@ def evaluate(
     device: str | None = None,
     progress: ProgressOption = None,
 ) -> dict[str, Perplexity]:
-    """Measure perplexity.
+    """Measure the perplexity of a model on one or more texts.
 
     Args:
-        model: A checkpoint, an original, or a loaded model.
-        text: A text, or several, as docs/text.md lists them. Windows that are given as such keep their own length.
-        tokenizer: That of a loaded model.
-        windows: Windows of each text at most; by default all.
-        seq_len: Tokens a window. Windows do not overlap.
-        device: Where to compute, by default the GPU if there is one.
-        progress: As for `quantize`.
+        model: The folder of a checkpoint, an original model by name, or a loaded model.
+        text: One or more texts (docs/text.md). Windows of token ids keep their own length.
+        tokenizer: The tokenizer of a loaded model.
+        windows: The most windows of each text. None takes all.
+        seq_len: Tokens in a window. Windows do not overlap.
+        device: The device to compute on. None takes the GPU if there is one.
+        progress: See `quantize`.
 
     Returns:
-        By the name of the text a Perplexity: `ppl`, `nll` in nats a token, `windows`, `tokens`, `seq_len`.
+        One Perplexity for each text, by its name: `ppl`, `nll` (nats per token), `windows`, `tokens` (the scored ones)
+        and `seq_len`. The mean over windows is taken in float64.
+
+    Raises:
+        MxrotError: The model or a text cannot be read, or a text fills no window.
 
     Example:
         >>> found = mxrot.evaluate("smollm2-hadamard", text="demo", windows=2, seq_len=512)
@@ -325,26 +332,27 @@ def diverge(
     device: str | None = None,
     progress: ProgressOption = None,
 ) -> dict[str, Divergence]:
-    """Measure how far a quantized model is from the original, token by token.
+    """Measure how far a quantized model is from its original, token by token.
 
-    Both models are on the device at once.
+    The device holds both models at the same time.
 
     Args:
-        model: A checkpoint or a loaded model.
-        original: What it was made from.
-        text: A text, or several, as docs/text.md lists them.
-        tokenizer: That of loaded models.
-        windows: Windows of each text at most; by default all.
-        seq_len: Tokens a window.
-        device: Where to compute, by default the GPU if there is one.
-        progress: As for `quantize`.
+        model: The folder of a checkpoint, or a loaded model.
+        original: The model that it was made from, by name or loaded.
+        text: One or more texts (docs/text.md).
+        tokenizer: The tokenizer of loaded models.
+        windows: The most windows of each text. None takes all.
+        seq_len: Tokens in a window.
+        device: The device to compute on. None takes the GPU if there is one.
+        progress: See `quantize`.
 
     Returns:
-        By the name of the text a Divergence: `kl` in nats a token, `agreement` of the top token, both perplexities and
-        their difference, each with its standard error over windows.
+        One Divergence for each text, by its name: `kl` (nats per token), `agreement` (the share of positions where both
+        models prefer the same token), `ppl`, `original_ppl` and `ppl_difference`. KL, agreement and the difference have
+        standard errors over windows.
 
     Raises:
-        ConfigError: The two have different vocabularies.
+        ConfigError: The two models have different vocabularies.
 
     Example:
         >>> found = mxrot.diverge("smollm2-hadamard", "demo", windows=2, seq_len=512)
@@ -376,20 +384,26 @@ def evaluate_tasks(
     device: str | None = None,
     progress: ProgressOption = None,
 ) -> dict[str, TaskScore]:
-    """Score a model in tasks of lm-evaluation-harness; needs `pip install 'mxrot[tasks]'`.
+    """Score a model in tasks of lm-evaluation-harness.
+
+    This needs the package lm-eval (`pip install 'mxrot[tasks]'`).
 
     Args:
-        model: A checkpoint, an original, or a loaded model.
-        tasks: Names of tasks.
-        tokenizer: That of a loaded model.
-        data: A folder with the data of the tasks (docs/tasks.md); by default they come from the hub.
-        limit: Only the first examples of each task.
-        batch_size: Requests that pass through the model at once.
-        device: Where to compute, by default the GPU if there is one.
-        progress: As for `quantize`.
+        model: The folder of a checkpoint, an original model by name, or a loaded model.
+        tasks: One name of a task, or several.
+        tokenizer: The tokenizer of a loaded model.
+        data: A folder with the data of the tasks (docs/tasks.md). None takes the data from the hub.
+        limit: Use only this many examples of each task, the first ones.
+        batch_size: Requests in a batch. None chooses by device.
+        device: The device to compute on. None takes the GPU if there is one.
+        progress: See `quantize`.
 
     Returns:
-        By the name of the task a TaskScore: its metrics, each with its standard error.
+        One TaskScore for each task, by its name, with all metrics and their standard errors.
+
+    Raises:
+        ConfigError: There is no such task, or mxrot cannot score it.
+        TypeError: A loaded model was passed without its tokenizer.
 
     Example:
         >>> scores = mxrot.evaluate_tasks("smollm2-hadamard", ["piqa"], limit=100)  # doctest: +SKIP
@@ -405,9 +419,9 @@ def evaluate_tasks(
 
 
 def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool = False) -> Answers:
-    """Answers to tasks in a file, for the model opened from `folder`.
+    """The file that keeps the answers of a model to tasks.
 
-    With `resume` those that the file has; ConfigError if they were given by another model, device or version.
+    With `resume`, the answers in the file are used. ConfigError if another model, device or version gave them.
     """
     owner: dict[str, Any] = {
         "model": hash_model(folder)[0],
@@ -422,5 +436,5 @@ def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool 
 
 
 def batch_windows(device: torch.device, windows: Windows) -> int:
-    """Windows that pass through a model at once on that device."""
+    """The number of windows in one batch of an evaluation on this device."""
     return max(1, EVALUATION_TOKENS.get(device.type, 2048) // windows.ids.shape[1])

@@ -1,4 +1,4 @@
-"""The table `[choice]` of a recipe: what is tried on the model itself before it is quantized for good."""
+"""The table `[choice]` of a recipe: changes that are tried on the model before it is quantized."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from mxrot.tables import key_and_value
 from mxrot.typed import check_fields
 
 MOST_CANDIDATES = 8
-"""Each of their subsets may be what is kept, and is checked before any work."""
+"""The most candidates. Any subset of them may be kept, so each subset is checked before any work."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Changes of the recipe that are tried on the model, and kept where they help on text that no fit has seen."""
+    """Changes of the recipe. Each is tried on the model, and kept if it helps on text that no fit has seen."""
 
     candidates: tuple[str, ...]
-    """Each "KEY=VALUE", or several of them with a semicolon between: "rounding.target=own; rounding.damping=1.0". They
-    are tried one after the other, each on top of what has been kept until then."""
+    """Each is "KEY=VALUE", or several of them separated by semicolons: "rounding.target=own; rounding.damping=1.0".
+    They are tried one after the other, each together with those that have been kept so far."""
     held_out: float = 0.125
-    """Share of the windows of each kind, given text and what the model writes, that a model is measured on."""
+    """The share of windows, given and written, that the model is measured on."""
     unseen: Literal["windows", "kinds"] = "windows"
-    """"windows": fitted to the other windows of all kinds; "kinds": fitted to each kind alone, and measured on the
-    others."""
+    """"windows": the model is fitted to the other windows of all kinds. "kinds": it is fitted to each kind alone, and
+    measured on the others."""
 
     def __post_init__(self) -> None:
         check_fields(self, "choice")
@@ -39,7 +39,7 @@ class Choice:
             self.changes_of(text)
 
     def problems(self, writes: bool, trains_rotations: bool, is_data_free: bool) -> Iterator[str]:
-        """What cannot be done before or after a choice; does the model write calibration text?"""
+        """What cannot come before or after a choice. `writes`: does the model write calibration text?"""
         if trains_rotations:
             yield "choice: rotations would be trained for each candidate anew; set rotation.steps = 0"
         if is_data_free:
@@ -49,7 +49,7 @@ class Choice:
 
     @staticmethod
     def changes_of(candidate: str) -> dict[str, Any]:
-        """The keys that a candidate sets, dotted, and what to; ConfigError for those that decide what is installed."""
+        """The dotted keys of a candidate and their values. ConfigError for keys that decide what is installed."""
         found = dict(key_and_value(part.strip(), "choice: candidates:") for part in candidate.split(";"))
         for key in found:
             if key.partition(".")[0] not in ("rounding", "transform", "smoothing") and key != "calibration.generated":

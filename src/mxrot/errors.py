@@ -1,7 +1,7 @@
-"""Everything mxrot raises on purpose.
+"""The errors that mxrot raises on purpose.
 
-Each message is one sentence that says where, what was expected, what was found and what to do.
-The command line prints it alone, without a traceback, and exits with its `exit_code`.
+Each message is one sentence: where, what was expected, what was found, and what to do. The command line prints only the
+message, without a traceback, and exits with the `exit_code` of the error.
 """
 
 MOST_CHARACTERS = 2000
@@ -11,8 +11,8 @@ _END = 400
 class MxrotError(Exception):
     """Base of all errors that mxrot raises on purpose.
 
-    What a message quotes may come from a damaged file: it is kept to one line of characters that any terminal shows,
-    and to MOST_CHARACTERS, of which the middle is left out.
+    A message may quote a damaged file. It is therefore reduced to one line of printable characters. If it is longer
+    than MOST_CHARACTERS, its middle is left out.
     """
 
     exit_code = 2
@@ -22,61 +22,61 @@ class MxrotError(Exception):
 
 
 class MxrotWarning(UserWarning):
-    """Something that goes on without what it should have."""
+    """A warning: the work continues, but something that it should have is missing."""
 
 
 class ConfigError(MxrotError):
-    """A recipe, an option or their combination that cannot work; raised before any weight is loaded."""
+    """A recipe, an option or a combination of them cannot work. Raised before any weight is loaded."""
 
 
 class DataError(MxrotError):
-    """A text or data set that is missing, empty or too short."""
+    """A text or data set is missing, empty or too short."""
 
 
 class NumericsError(MxrotError):
-    """A NaN, an Inf or a matrix that cannot be factorized; names the layer."""
+    """A NaN, an Inf, or a matrix that cannot be factorized. The message names the layer."""
 
 
 class FamilyError(MxrotError):
-    """A model that is missing, is not a causal language model, or has a shape or family mxrot does not know."""
+    """A model is missing, is not a causal language model, or has a shape or family that mxrot does not know."""
 
 
 class CheckpointError(MxrotError):
-    """A folder or file that is not a checkpoint mxrot can read or write."""
+    """A folder or file is not a checkpoint that mxrot can read or write."""
 
 
 class DiskFullError(CheckpointError):
-    """No space left on the device while writing; what stood there before is intact."""
+    """The disk is full. What was there before is intact."""
 
     exit_code = 1
 
 
 class MachineError(MxrotError):
-    """Something that the machine does not have enough of; what was finished stays."""
+    """The machine does not have enough of something. Finished work is kept."""
 
     exit_code = 1
 
 
 class OutOfMemoryError(MachineError, MemoryError):
-    """Main memory, or that of a GPU."""
+    """Main memory or GPU memory is exhausted."""
 
 
 class DescriptorsError(MachineError):
-    """Files that may be open at once."""
+    """Too many files are open at the same time."""
 
 
 class TimeLimitError(MxrotError):
-    """A run that has stopped by its limit of time; what was finished is kept to go on from."""
+    """A run has stopped at its time limit. Finished work is kept, and the run can be continued."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class DamagedError(FamilyError, CheckpointError):
-    """A file of a model or a checkpoint that cannot be read as what its name says."""
+    """A file of a model or a checkpoint does not hold what its name says."""
 
 
 class RankError(MxrotError):
-    """What ended another process of the run, or the run as a whole."""
+    """An error that ended another process of the run, or the whole run."""
 
     def __init__(self, message: str, rank: int = 0, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -84,27 +84,27 @@ class RankError(MxrotError):
 
 
 def leave_to_another(error: BaseException) -> None:
-    """Let another process of the run say what this error says."""
+    """Mark an error that another process of the run reports."""
     error.__dict__["is_left_to_another"] = True
 
 
 def is_left_to_another(error: BaseException) -> bool:
-    """Does another process of the run say it?"""
+    """Does another process of the run report this error?"""
     return "is_left_to_another" in error.__dict__
 
 
 class Note(str):
-    """What mxrot has added to an error, of whatever kind."""
+    """A text that mxrot has added to an error of any kind."""
 
 
 def add_note(error: BaseException, text: str) -> None:
-    """Let an error say more: what is kept, and how to go on. Python shows it below a traceback (from 3.11 on)."""
+    """Add a text to an error, such as what is kept and how to continue. Python 3.11 shows it below a traceback."""
     notes = getattr(error, "__notes__", [])
     error.__notes__ = [*notes, Note(text)]
 
 
 def notes_of(error: BaseException) -> list[str]:
-    """What `add_note` has added."""
+    """The texts that `add_note` has added."""
     return [note for note in getattr(error, "__notes__", []) if isinstance(note, Note)]
 
 
@@ -116,5 +116,5 @@ def _presentable(message: str) -> str:
 
 
 def _escaped(letter: str) -> str:
-    """A space for what breaks lines, and the code of what a terminal would obey or cannot show."""
+    """A space for a line break, and the escape code for any other character that is not printable."""
     return " " if letter.isspace() else letter.encode("unicode_escape").decode()

@@ -1,8 +1,8 @@
-"""`[[override]]` tables of a recipe: what is done otherwise for some sites.
+"""`[[override]]` tables of a recipe: other settings for some sites.
 
-A table names sites by pattern and by a range of blocks, and sets keys of `weights`, `activations`, `transform` and
-`rounding`; later tables win. Linears of a site read the same input and share its transform, so a pattern covers all of
-them or none.
+A table selects sites by pattern and by a range of blocks, and sets keys of `weights`, `activations`, `transform` and
+`rounding`. If two tables apply, the later one wins. The linears of a site read the same input and share its transform,
+so a pattern must match all of them or none.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _KEYS = ("sites", "blocks", "format", *SECTIONS)
 
 @dataclass(frozen=True)
 class Override:
-    """One table."""
+    """One `[[override]]` table."""
 
     changes: tuple[tuple[str, Any], ...]
-    """Dotted keys and what they are set to, e.g. ("weights.format", "mxfp8_e4m3"); ("weights", "none") leaves the site
-    as it is, ("activations", "none") its inputs; "format" is that of weights, and of activations where these are
-    quantized."""
+    """Dotted keys and their values, such as ("weights.format", "mxfp8_e4m3"). ("weights", "none") leaves the site
+    unquantized, ("activations", "none") its inputs. "format" sets the format of weights and, if they are quantized, of
+    activations."""
     sites: tuple[str, ...] = ()
-    """Shell-style patterns on the name of a site, or on full names of its linears or their last part; empty for all."""
+    """Shell-style patterns. They match the name of a site, or the full name or last part of its linears. Empty: all."""
     blocks: tuple[int, int] | None = None
-    """First and last block, both included; a negative one counts from the end. None for all."""
+    """The first and the last block, both included. Negative numbers count from the end. None: all blocks."""
 
     def __post_init__(self) -> None:
         check_fields(self, "override")
@@ -48,12 +48,12 @@ class Override:
 
     @property
     def leaves(self) -> bool:
-        """Does it leave its sites as they are?"""
+        """Are the sites left unquantized?"""
         return ("weights", "none") in self.changes
 
     @property
     def sets_weights(self) -> bool:
-        """Does it say how weights are quantized?"""
+        """Does the table change how weights are quantized?"""
         return any(key == "format" or key.startswith("weights.") for key, _ in self.changes)
 
     @staticmethod

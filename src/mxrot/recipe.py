@@ -1,8 +1,8 @@
 """A recipe composes formats, a transform, a rounding and a calibration. It is a TOML file.
 
-Everything that can be wrong with a recipe is found here, before any weight is loaded: unknown keys, values of
-the wrong type, and combinations that cannot work are a ConfigError that names the key. What an `[[override]]` table
-makes of a recipe is a recipe again, for some sites, and checked like any other.
+A wrong recipe is refused here, before any weight is loaded. An unknown key, a value of the wrong type, or a combination
+that cannot work is a ConfigError that names the key. A recipe with an `[[override]]` table applied is again a recipe,
+for some sites, and is checked in the same way.
 """
 
 from __future__ import annotations
@@ -61,30 +61,30 @@ class Recipe:
     summary: str = ""
     source: str = ""
     activations: QuantizerChoice | None = None
-    """None leaves activations as they are."""
+    """None: activations are not quantized."""
     sharing: Sharing = "site"
     rotation: Rotation | None = None
-    """What is merged into the weights before anything else is done; None for nothing."""
+    """Rotations that are merged into the weights first; None: no rotation."""
     permutation: PermutationChoice | None = None
-    """Which channels change places after that; None for none."""
+    """Orders of channels, applied after the rotations; None: the order is kept."""
     smoothing: Smoothing | None = None
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
     choice: Choice | None = None
-    """What is tried on the model before it is quantized for good; None for nothing."""
+    """Changes of the recipe that are tried on the model first; None: nothing is tried."""
     refit: Refit | None = None
     tuning: Tuning | None = None
-    """What follows the closed form; None for nothing."""
+    """Training that follows the closed-form steps; None: no training."""
     attention: AttentionChoice | None = None
-    """Of the products of attention; None leaves their operands as they are."""
+    """Formats of the operands in the products of attention; None: they are not quantized."""
     cache: CacheChoice | None = None
-    """Of keys and values; None leaves them as they are."""
+    """How keys and values are stored; None: they are not quantized."""
     ignore: tuple[str, ...] = ()
-    """Shell-style patterns of linears to leave as they are, on the full name or its last part."""
+    """Shell-style patterns of linears that are not quantized. They match the full name or its last part."""
     accumulation: Accumulation = "exact"
-    """How FP8 products are summed on matrix hardware: "exact" as accurately as bfloat16 products are; "fast" in fewer
+    """How FP8 products are summed on matrix hardware: "exact", as accurately as bfloat16 products; "fast", in fewer
     bits."""
     override: tuple[Override, ...] = ()
-    """What is done otherwise for some sites; later ones win."""
+    """Changes of the recipe for some sites. If two apply, the later one wins."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"recipe {brief(self.name)}" if not isinstance(self.name, str) else f"recipe {self.name}")
@@ -104,7 +104,7 @@ class Recipe:
             raise ConfigError(f"recipe {self.name}: {problem}")
 
     def _contradictions(self, weights: TensorQuantizer) -> Iterator[str]:
-        """Tables that do not go together, and each override, which must be right by itself."""
+        """Tables that cannot be combined. Each override must also be a valid recipe by itself."""
         tuning = self.tuning
         if tuning is not None:
             yield from tuning_problems(tuning, self.activations, weights, self.transform, self.sharing, self.rounding)
@@ -125,7 +125,7 @@ class Recipe:
             )
 
     def _choice_problems(self) -> Iterator[str]:
-        """Candidates that make no recipe, and what cannot be done before or after a choice."""
+        """Candidates that are not valid recipes, and steps that cannot come before or after a choice."""
         if self.choice is None:
             return
         yield from self.choice.problems(self.calibration.writes, self.trains_rotations, self.is_data_free)
@@ -138,21 +138,21 @@ class Recipe:
                 )
 
     def with_candidate(self, candidate: str) -> Recipe:
-        """This recipe as a candidate of its choice has it, without the choice; ConfigError if there is none such."""
+        """This recipe with one candidate of its choice, and without the choice. ConfigError if it is not valid."""
         return replace(self, choice=None).changed(Choice.changes_of(candidate))
 
     @cached_property
     def variants(self) -> tuple[Recipe, ...]:
-        """The recipe without overrides, and with each of them alone."""
+        """The recipe without overrides, and the recipe with each override alone."""
         if not self.override:
             return (self,)
         alone = (self.overridden([number]) for number in range(len(self.override)))
         return (replace(self, override=()), *(found for found in alone if found is not None))
 
     def overridden(self, numbers: Sequence[int]) -> Recipe | None:
-        """The recipe for sites that these overrides name; None where they leave the site as it is.
+        """The recipe for sites with these overrides; None if the overrides leave the site unquantized.
 
-        ConfigError if they cannot be combined.
+        ConfigError if the overrides cannot be combined.
         """
         tables = [self.override[number] for number in numbers]
         of_weights = [one for one in tables if one.leaves or one.sets_weights]
@@ -177,7 +177,7 @@ class Recipe:
 
     @property
     def is_data_free(self) -> bool:
-        """Does it need no calibration text?"""
+        """Does the recipe work without calibration text?"""
         looks_at_data = any(one.transform.needs or one.rounding.requirements.hessian for one in self.variants)
         learns = self.tuning is not None or self.trains_rotations or self.fits_cache or self.permutation is not None
         return self.smoothing is None and not learns and not looks_at_data
@@ -189,22 +189,22 @@ class Recipe:
 
     @property
     def fits_cache(self) -> bool:
-        """Are transforms of keys and values fitted to what attention is given?"""
+        """Are transforms of keys and values fitted to the inputs of attention?"""
         return self.cache is not None and self.cache.is_fitted
 
     @property
     def turns_values_for_cache(self) -> bool:
-        """Is a Hadamard matrix merged into the weights around the values because of the cache, and nothing else?"""
+        """Is a Hadamard matrix merged into the weights around the values only because of the cache?"""
         return self.cache is not None and self.cache.turns_values(self.rotation)
 
     @property
     def rotates_weights(self) -> bool:
-        """Are rotations merged into the weights before anything else is done?"""
+        """Are rotations merged into the weights before all other steps?"""
         return self.rotation is not None or self.turns_values_for_cache
 
     @property
     def changes_values(self) -> bool:
-        """Are matrices merged into the weights before and behind the values of each head?"""
+        """Are matrices merged into the weights before and after the values of each head?"""
         turns = self.rotation is not None and self.rotation.value_heads != "none"
         return turns or self.turns_values_for_cache or self.fits_cache
 
@@ -230,7 +230,7 @@ class Recipe:
 
     @property
     def keeps_remainders(self) -> bool:
-        """Does tuning start from what rounding took away?"""
+        """Does tuning start from the remainders of rounding?"""
         return self.tuning is not None and self.tuning.moves != "gains"
 
     @property
@@ -240,7 +240,7 @@ class Recipe:
 
     @property
     def writes_text(self) -> bool:
-        """Does the original model write text to be calibrated on? It may be spread over several devices."""
+        """Does the original model write calibration text? It may then be spread over several devices."""
         return self.calibration.writes and not self.is_data_free
 
     @property
@@ -250,17 +250,17 @@ class Recipe:
 
     @property
     def has_transform(self) -> bool:
-        """Does the model, at any site, apply a matrix to its inputs at run time?"""
+        """Does any site multiply its inputs by a matrix at run time?"""
         return any(one._stages for one in self.variants)
 
     @property
     def _stages(self) -> tuple[StageSpec, ...]:
-        """Those of the narrowest site, without overrides."""
+        """The stages of the narrowest possible site, without overrides."""
         return self.transform.specs(self.transform.multiple, self.sharing, self.smoothing is not None)
 
     @property
     def formats(self) -> str:
-        """Of weights and of activations, in words."""
+        """The formats of weights and activations, in words."""
         weights = dict.fromkeys(one.weights.format for one in self.variants)
         inputs = dict.fromkeys("16-bit" if one.activations is None else one.activations.format for one in self.variants)
         operands = "" if self.attention is None else f"; attention's {self.attention.operands().spelled}"
@@ -269,14 +269,14 @@ class Recipe:
 
     @property
     def input_block(self) -> int:
-        """in_features of every quantized linear without an override must be a multiple of this."""
+        """The in_features of each quantized linear without an override must be a multiple of this number."""
         blocks = [get_format(self.weights.format).block or 1]
         if self.activations is not None:
             blocks.append(get_format(self.activations.format).block or 1)
         return math.lcm(*blocks, *(stage.multiple for stage in self._stages))
 
     def to_toml(self) -> str:
-        """The recipe with every field spelled out; `from_toml` of it is equal to this recipe."""
+        """The recipe as TOML, with every field. `from_toml` reads it back to an equal recipe."""
         table: dict[str, Any] = {"name": self.name, "summary": self.summary, "source": self.source}
         table["ignore"] = list(self.ignore)
         table["accumulation"] = self.accumulation
@@ -312,16 +312,16 @@ class Recipe:
 
     @staticmethod
     def load(name_or_file: str | Path) -> Recipe:
-        """Read a recipe.
+        """Read a built-in recipe or a file.
 
         Args:
-            name_or_file: A built-in name, as `mxrot recipes` lists them, or a TOML file.
+            name_or_file: The name of a built-in recipe (`mxrot recipes` lists them), or a TOML file.
 
         Returns:
             The recipe.
 
         Raises:
-            ConfigError: There is none of that name, or the file holds none.
+            ConfigError: There is no such recipe, or the file does not hold one.
 
         Example:
             >>> mxrot.Recipe.load("mxrot").calibration.samples
@@ -331,7 +331,7 @@ class Recipe:
 
     @staticmethod
     def from_toml(text: str, where: str) -> Recipe:
-        """The recipe in `text`; ConfigError, with `where`, on anything that is not one."""
+        """The recipe in a TOML text. ConfigError, which begins with `where`, if it is not a recipe."""
         try:
             table = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # the latter where arrays are nested a thousand deep
@@ -340,7 +340,7 @@ class Recipe:
 
     @staticmethod
     def from_table(table: dict[str, Any], where: str) -> Recipe:
-        """The recipe in a table of tables, as TOML gives it."""
+        """The recipe in a parsed TOML file. ConfigError, which begins with `where`, if it is not a recipe."""
         rest = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
         transform = section(rest, "transform", where, {"method": "identity"}, "method")
         rounds = section(rest, "rounding", where, {"method": "rtn"}, "method")
@@ -367,19 +367,19 @@ class Recipe:
         return Recipe(**built)
 
     def changed(self, changes: dict[str, Any]) -> Recipe:
-        """Set some keys; the recipe itself stays as it is.
+        """Make a recipe with some keys changed. This recipe is not modified.
 
-        A section set to "none" is taken out: {"activations": "none"}; so are all overrides: {"override": "none"}.
-        A new method starts from its own defaults; other keys of its section may be set along with it, in any order.
+        The value "none" removes a section, such as {"activations": "none"}, or all overrides ({"override": "none"}). A
+        new method starts from its own defaults; other keys of its section can be set together with it, in any order.
 
         Args:
-            changes: Dotted keys and values, as in {"transform.sharing": "block", "weights.rule": "mse"}.
+            changes: Dotted keys and their values, such as {"transform.sharing": "block", "weights.rule": "mse"}.
 
         Returns:
-            Another recipe.
+            The changed recipe.
 
         Raises:
-            ConfigError: A key or value that recipes do not have.
+            ConfigError: Recipes do not have such a key or value.
 
         Example:
             >>> mxrot.Recipe.load("rtn").changed({"activations": "none"}).activations is None

@@ -1,4 +1,4 @@
-"""The tables of a recipe, one record each; those of methods are the methods' own, and that of tuning is in
+"""The tables of a recipe, one record for each. The tables of methods are the methods themselves; `[tuning]` is in
 tuning_options.py."""
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class QuantizerChoice:
 
     format: str
     rule: str = ""
-    """Empty: the format's default rule."""
+    """If empty, the default rule of the format."""
     clip: float = 1.0
-    """What the largest and the smallest element of a block are multiplied by before the scale is chosen."""
+    """A factor for the largest and the smallest element of a block, applied before the scale is chosen."""
 
     def __post_init__(self) -> None:
         check_fields(self, "")
@@ -32,26 +32,26 @@ class QuantizerChoice:
         return TensorQuantizer.of(self.format, self.rule or None, self.clip)
 
     def for_inputs(self) -> TensorQuantizer:
-        """The same for inputs, each row, which is a token, by itself."""
+        """The same quantizer for inputs: each row, which is one token, is quantized by itself."""
         found = self.quantizer()
         return TensorQuantizer(found.format, found.rule.for_rows())
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """Formats of the operands of attention's two products, by name, each under its default rule; empty: 16 bit."""
+    """Formats of the operands in the products of attention, each with its default rule. An empty name: 16 bit."""
 
     queries_keys: str = ""
-    """Of q k^T: blocks along the width of a head."""
+    """The format of the operands of q k^T, in blocks along the width of a head."""
     probabilities_values: str = ""
-    """Of p v: blocks along the tokens that are attended to."""
+    """The format of the operands of p v, in blocks along the tokens that are attended to."""
 
     def __post_init__(self) -> None:
         check_fields(self, "attention")
         self.operands()
 
     def operands(self) -> AttentionOperands:
-        """ConfigError for what the operands cannot have."""
+        """The quantizers of the operands. ConfigError if operands cannot have these formats."""
         named = (self.queries_keys, self.probabilities_values)
         try:
             return AttentionOperands(*(QuantizerChoice(name).for_inputs() if name else None for name in named))
@@ -65,11 +65,11 @@ class Smoothing:
     """SmoothQuant scales."""
 
     alpha: float
-    """Share of the difficulty that moves into the weights, 0 to 1."""
+    """The share of the difficulty that moves into the weights, from 0 to 1."""
     skip: tuple[str, ...] = ()
-    """Sites left without smoothing."""
+    """Sites that are not smoothed."""
     by: SmoothingBy = "maxima"
-    """What the difficulty of a channel is measured by: its largest magnitude, or its root mean square."""
+    """How the difficulty of a channel is measured: by its largest magnitude, or by its root mean square."""
 
     def __post_init__(self) -> None:
         check_fields(self, "smoothing")
@@ -78,33 +78,33 @@ class Smoothing:
 
 
 First = Literal["uniform", "model", "both"]
-"""The first token of free text that a model writes: any of its vocabulary alike, one that it draws, or by turns."""
+"""How the first token of free text is drawn: uniformly from the vocabulary, by the model, or alternately."""
 
 
 @dataclass(frozen=True)
 class CalibrationChoice:
-    """How much text calibration sees."""
+    """The text of calibration, and how much of it."""
 
     samples: int = 128
-    """Windows at most; a shorter text gives fewer."""
+    """The most windows. A shorter text gives fewer."""
     seq_len: int = 2048
-    """Tokens a window."""
+    """Tokens in a window."""
     generated: float = 0.0
-    """Windows that the original model writes itself, for each one of the text."""
+    """Windows that the original model writes, for each window of the text."""
     own: int = 0
-    """Windows that it writes besides, also where no text is given: the text `own` of --calib."""
+    """Windows that it writes in addition, even without a text: the text `own` of --calib."""
     first: First = "uniform"
-    """What it begins free text with."""
+    """How the first token of free text is drawn."""
     prompted: float = 0.0
-    """Share of the sequences that go on from a piece of the text."""
+    """The share of sequences that continue a piece of the text."""
     chats: float = 0.0
-    """Share of the sequences that are conversations in the words of its chat template, both sides written by the model;
-    where the tokenizer has no chat template they are free text like the others."""
+    """The share of sequences that are conversations in the model's chat template. The model writes both sides. If the
+    tokenizer has no chat template, these sequences are free text."""
     temperatures: tuple[float, ...] = (1.0,)
-    """It samples at; the sequences take them in turn."""
+    """Temperatures of sampling. The sequences take them in turn."""
     held_out: float = 0.0
-    """Share of the windows of each kind, given and written, that no statistic sees, for roundings that choose by
-    them."""
+    """The share of windows, given and written, that no statistic sees. Roundings choose their parameters by these
+    windows."""
 
     def __post_init__(self) -> None:
         check_fields(self, "calibration")
@@ -134,32 +134,32 @@ class CalibrationChoice:
         return bool(self.generated or self.own)
 
     def written(self, given: int) -> int:
-        """Windows that the original model writes, beside so many that are given."""
+        """The number of windows that the original model writes if the text has `given` windows."""
         return self.own + (max(1, round(self.generated * given)) if self.generated and given else 0)
 
 
 RotationKind = Literal["none", "hadamard", "orthogonal"]
-"""None, a Hadamard matrix under random signs, or one from the uniform distribution over all orthogonal matrices."""
+"""No rotation, a Hadamard matrix with random signs, or a matrix drawn uniformly from all orthogonal ones."""
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotations that are merged into the weights on both sides: nothing is computed at run time."""
+    """Rotations that are merged into the weights on both sides. Nothing is computed at run time."""
 
     residual: RotationKind = "none"
-    """Of the residual stream (R1 in SpinQuant); norm gains are folded, and the head gets weights of its own."""
+    """The rotation of the residual stream (R1 in SpinQuant). Norm gains are folded, and the head is untied."""
     value_heads: RotationKind = "none"
-    """Of the values of attention, one matrix a decoder block for all of its heads (R2)."""
+    """The rotation of the values of attention (R2): one matrix in each decoder block, for all of its heads."""
     steps: int = 0
-    """Of training on the calibration text, by the quantized network's cross entropy; 0 leaves the matrices as they are
-    drawn."""
+    """Training steps on the calibration text, by the cross entropy of the quantized network. With 0 the matrices stay
+    as drawn."""
     rate: float = 1.5
-    """Of the training at its start, from where it falls to 0 along a cosine; no step is longer than 1 / |A|_1
+    """The learning rate at the start. It falls to 0 along a cosine. No step is longer than 1 / |A|_1
     (tuning/cayley.py)."""
     batch_windows: int = 8
-    """Calibration windows a step."""
+    """Calibration windows in each step."""
     quantized_weights: bool = False
-    """Does the training see quantized weights, too, and not only quantized inputs?"""
+    """Does the training also quantize the weights, and not only the inputs?"""
 
     @property
     def spelled(self) -> str:
@@ -204,25 +204,25 @@ class PermutationChoice:
 
 @dataclass(frozen=True)
 class CacheChoice:
-    """How keys and values of attention are kept, each token and head by itself, in blocks along the width of a head."""
+    """How keys and values are stored: each token and head by itself, in blocks along the width of a head."""
 
     keys: str = "mxfp4"
     """The format of keys, after their norm and RoPE."""
     values: str = "mxfp4"
     """The format of values."""
     rule: str = ""
-    """The scale rule of both; empty: each format's default rule."""
+    """The scale rule of both. If empty, the default rule of each format."""
     clip: float = 1.0
-    """What the largest and the smallest element of a block are multiplied by before the scale is chosen."""
+    """A factor for the largest and the smallest element of a block, applied before the scale is chosen."""
     transform: Literal["none", "hadamard", "second_moment"] = "none"
-    """What keys are multiplied with at run time, queries with its inverse transpose, and what is merged into the
-    weights before and behind the values. "hadamard": the Hadamard matrix of the width of a head (R3 of QuaRot and
-    SpinQuant), for values only where [rotation] does not turn their heads. "second_moment": a matrix for each head of
-    keys and of values, fitted to them and to what reads them (WUSH-KV)."""
+    """The transform. Keys are multiplied by it at run time, and queries by its inverse transpose. For values it is
+    merged into the weights before and after them. "hadamard": the Hadamard matrix of the width of a head (R3 of QuaRot
+    and SpinQuant); values have it only if [rotation] does not rotate their heads. "second_moment": a matrix for each
+    head of keys and values, fitted to them and to what reads them (WUSH-KV)."""
     first: int = 0
     """Tokens at the start of a sequence that are read in 16 bits."""
     last: int = 0
-    """Tokens before each query that it reads in 16 bits, its own included."""
+    """The newest tokens, the query's own included, that each query reads in 16 bits."""
 
     def __post_init__(self) -> None:
         check_fields(self, "cache")
@@ -230,15 +230,15 @@ class CacheChoice:
 
     @property
     def is_fitted(self) -> bool:
-        """Are its transforms fitted to what attention is given?"""
+        """Are the transforms fitted to the inputs of attention?"""
         return self.transform == "second_moment"
 
     def turns_values(self, rotation: Rotation | None) -> bool:
-        """Is a Hadamard matrix merged into the weights around the values? Not where a rotation turns them already."""
+        """Is a Hadamard matrix merged into the weights around the values? Not if a rotation is there already."""
         return self.transform == "hadamard" and (rotation is None or rotation.value_heads == "none")
 
     def scheme(self) -> CacheScheme:
-        """What is installed; ConfigError for what a cache cannot have."""
+        """The scheme that is installed. ConfigError if a cache cannot have these formats."""
         transforms: dict[str, CacheTransform] = {"none": "none", "hadamard": "hadamard", "second_moment": "stored"}
         try:
             keys, values = (

@@ -93,10 +93,10 @@ def test_a_plan_counts_what_is_there(folders: dict[str, Path], family: Family, t
     assert plan.problems == [] and plan.sizes is not None
     model = auto_class(family).from_pretrained(folder)
     assert plan.sizes.shape.parameters == model.num_parameters()
-    assert plan.sizes.before == _bytes_in(folder)
+    assert plan.sizes.before == bytes_in(folder)
     windows = None if name == "rtn" else IDS
     write(folder, tmp_path / "out", recipe(name), windows=windows)
-    assert _bytes_in(tmp_path / "out") == plan.sizes.after.total_bytes
+    assert bytes_in(tmp_path / "out") == plan.sizes.after.total_bytes
 
 
 @each
@@ -109,7 +109,7 @@ def test_a_cache_takes_what_is_counted(family: Family) -> None:
     assert held == cache_bytes(model.config, 3, 4)
 
 
-def _bytes_in(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
     """Of all tensors in the files of a folder."""
     found = 0
     for path in folder.glob("*.safetensors"):

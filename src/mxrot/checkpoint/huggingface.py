@@ -1,7 +1,7 @@
 """Checkpoints of mxrot in transformers: `AutoModelForCausalLM.from_pretrained(DIR)` after `import mxrot`.
 
-The quantizer puts quantized linears, with the transforms of their sites, into the model that transformers has built,
-and transformers fills them by name. `mxrot.autoload` says how it is found.
+The quantizer puts quantized linears, with the transforms of their sites, into the model that transformers has built.
+transformers then fills them by name. `mxrot.autoload` describes how transformers finds the quantizer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from mxrot.scheme import Scheme, install_attention, prepare
 
 
 class CheckpointConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint that mxrot has written, kept as it is."""
+    """The `quantization_config` of a checkpoint of mxrot, unchanged."""
 
     def __init__(self, **table: Any) -> None:
         self.quant_method: Any = METHOD
@@ -61,7 +61,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """The table, with a note for whoever finds it beside a run.json that is of an earlier one."""
+        """The table, with a note that a run.json beside it may belong to an earlier checkpoint."""
         table = deepcopy(self.table)
         table[MARKER][SAVED_BY] = "transformers"
         return table
@@ -71,10 +71,13 @@ class CheckpointConfig(QuantizationConfigMixin):
 
 
 class MxrotConfig(QuantizationConfigMixin):
-    """Quantizes a model when transformers has loaded it, for `from_pretrained(..., quantization_config=...)`.
+    """Quantizes a model while transformers loads it: `from_pretrained(..., quantization_config=MxrotConfig(...))`.
 
     Args:
-        recipe: A recipe that needs no text, or its name. ConfigError for others, and for what no checkpoint can hold.
+        recipe: A recipe that needs no calibration text, or its name.
+
+    Raises:
+        ConfigError: The recipe needs text, or a checkpoint cannot hold its result.
 
     Example:
         >>> config = mxrot.MxrotConfig("hadamard")
@@ -96,7 +99,7 @@ class MxrotConfig(QuantizationConfigMixin):
 
 
 class _Quantizer(HfQuantizer):
-    """For inference: what it makes can be saved and compiled, not trained."""
+    """For inference: the model can be saved and compiled, but not trained."""
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -111,12 +114,12 @@ class _Quantizer(HfQuantizer):
 
 
 class OnLoadQuantizer(_Quantizer):
-    """Quantizes a model that transformers has loaded in its own type."""
+    """Quantizes a model after transformers has loaded it in its own type."""
 
     quantization_config: MxrotConfig
 
     def validate_environment(self, *_: Any, device_map: Any = None, **options: Any) -> None:
-        """ConfigError unless the whole model will be on one device; called again with what "auto" stands for."""
+        """ConfigError unless the whole model will be on one device. Called again once "auto" has been resolved."""
         if isinstance(device_map, dict):
             places = set(device_map.values())  # as transformers does it, which spreads a model over 0 and "cuda:0", too
             if len(places) > 1 or places & {"disk", "meta", torch.device("meta")}:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mxrot.run_time_cache import RunTimeCache
 
 KV_HELP = "Store keys and values in mxfp4, mxfp8, int4, int2, KEYS/VALUES or another format; none: unquantized"
-TRANSFORM_HELP = "Their transform: none, hadamard, second-moment (fitted; needs --calib)"
+TRANSFORM_HELP = "Transform of keys and values: none, hadamard, second-moment (fitted; needs --calib)"
 Kv = Annotated[str | None, typer.Option("--kv", metavar="FORMAT", help=KV_HELP)]
 KvTransform = Annotated[
     str | None, typer.Option("--kv-transform", metavar="KIND", help=f"{TRANSFORM_HELP} (default: hadamard)")
@@ -31,7 +31,7 @@ KvTransforms = Annotated[
 KvFirst = Annotated[int, typer.Option("--kv-first", min=0, metavar="N", help="First tokens that are read in 16 bits")]
 KvLast = Annotated[int, typer.Option("--kv-last", min=0, metavar="N", help="Newest tokens that are read in 16 bits")]
 KvCalib = Annotated[
-    list[str], typer.Option("--calib", metavar="TEXT", help="Text that --kv-transform second-moment is fitted on")
+    list[str], typer.Option("--calib", metavar="TEXT", help="Text to fit --kv-transform second-moment on")
 ]
 
 

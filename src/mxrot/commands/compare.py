@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mxrot.commands.cache_options import KvFirst, KvLast, Kvs, KvTransforms, chosen_caches
+from mxrot.commands.lines import say
 from mxrot.commands.options import (
     KEPT,
     Calib,
@@ -31,6 +32,7 @@ from mxrot.commands.options import (
     check_file,
     check_folder,
     chosen_tasks,
+    console,
     loaded_texts,
     machine_table,
     prepare,
@@ -72,7 +74,9 @@ def compare(
     samples: Samples = None,
     text: Texts = ["demo"],  # noqa: B006
     windows: Windows = None,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a window, of both")] = 2048,
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", min=2, help="Tokens in a window, to calibrate and to evaluate")
+    ] = 2048,
     kl_windows: Annotated[
         int | None,
         typer.Option("--kl-windows", min=0, help="Windows for KL to the original; 0 for none (default: all)"),
@@ -164,11 +168,11 @@ def compare(
             )
     if world.rank:
         return
-    for table in side_by_side(rows, f"{model}, windows of {seq_len}"):
+    for table in side_by_side(rows, f"{model}, windows of {seq_len}", console().width):
         show(table)
         print()
     for line in remarks(rows):
-        print(line)
+        say(line)
     print_texts([part.as_table() for part in read])
     if loaded:
         show(compared_tasks_table(rows))

@@ -64,7 +64,9 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Requests at once (default: by device)")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue --tasks where a run with --json ended")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue --tasks where an earlier run with --json ended")
+    ] = False,
     family: FamilyOption = None,
     revision: Revision = None,
     device: Device = None,

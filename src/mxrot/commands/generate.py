@@ -15,7 +15,7 @@ from mxrot.errors import ConfigError
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most new tokens")] = 60,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum number of new tokens")] = 60,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template, and print only the answer")] = False,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message for --chat")] = None,
     temperature: Annotated[

@@ -33,7 +33,9 @@ def inspect(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Also show which kernel computes each linear, and why")
     ] = False,
-    top: Annotated[int | None, typer.Option("--top", min=1, metavar="N", help="Most lines of each table")] = None,
+    top: Annotated[
+        int | None, typer.Option("--top", min=1, metavar="N", help="Maximum number of lines in a table")
+    ] = None,
     sort: Annotated[
         str | None,
         typer.Option(

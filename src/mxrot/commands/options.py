@@ -1,4 +1,4 @@
-"""What commands share: their options, and what is checked and written the same way."""
+"""What commands share: options, checks, and ways to print and write."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ Calib = Annotated[
     list[str], typer.Option("--calib", metavar="TEXT", help="Calibration text, repeatable; FILE@2 has weight 2")
 ]
 Samples = Annotated[
-    int | None, typer.Option("--samples", min=1, help="Most calibration windows (default: the recipe's)")
+    int | None, typer.Option("--samples", min=1, help="Maximum number of calibration windows (default: the recipe's)")
 ]
-Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Most evaluation windows (default: all)")]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Maximum number of windows (default: all)")]
 Texts = Annotated[list[str], typer.Option("--text", metavar="TEXT", help=f"Evaluation text, repeatable: {TEXT}")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all random numbers")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (default: the GPU if there is one)")]
@@ -50,11 +50,11 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the result to t
 TASKS_HELP = "Tasks of lm-eval, comma-separated, e.g. arc_easy,piqa"
 Tasks = Annotated[str | None, typer.Option("--tasks", metavar="NAMES", help=TASKS_HELP)]
 TaskData = Annotated[
-    Path | None, typer.Option("--task-data", metavar="DIR", help="Folder with their data (default: the hub)")
+    Path | None, typer.Option("--task-data", metavar="DIR", help="Folder with the data of the tasks (default: the hub)")
 ]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first examples of each task")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N examples of each task")]
 CHANGES_HELP = "Change a key of the recipe, repeatable, e.g. transform.sharing=block"
-FAMILY_HELP = "auto derives which linears read one input from the model itself (the record of its architecture)"
+FAMILY_HELP = "auto: derive the family from the model's own class (default: the record of its architecture)"
 FamilyOption = Annotated[str | None, typer.Option("--family", metavar="auto", help=FAMILY_HELP)]
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=CHANGES_HELP)]
 
@@ -63,18 +63,18 @@ Purpose = Annotated[
 ]
 
 KEPT = "mxrot.kept"
-"""Where a command says, in the context's meta, what an interrupt leaves behind."""
+"""The key of the context's meta under which a command describes what an interrupt leaves behind."""
 
 
 def chosen_recipe(name: str, changes: list[str]) -> Any:
-    """The recipe of that name or file, with the changes of `--set`."""
+    """The recipe of this name or file, with the changes of `--set`."""
     from mxrot.recipe import load_recipe
 
     return load_recipe(name).changed(dict(key_and_value(text, "--set") for text in changes))
 
 
 def recipe_name(recipe: str, purpose: str | None, model: str, family: str | None = None) -> str:
-    """The recipe of `--recipe`, or the one that `--for` picks, which is said."""
+    """The recipe of `--recipe`, or the one that `--for` picks, which is then printed."""
     if purpose is None:
         return recipe
     from mxrot.nearest import not_known
@@ -96,7 +96,7 @@ def recipe_name(recipe: str, purpose: str | None, model: str, family: str | None
 
 
 def with_revision(model: str, revision: str | None) -> str:
-    """The hub id with `--revision` behind it; ConfigError where that is of no use."""
+    """The hub id with `--revision` appended. ConfigError if the model has no revisions."""
     if revision is None:
         return model
     from mxrot.models.lookup import is_on_hub
@@ -107,9 +107,9 @@ def with_revision(model: str, revision: str | None) -> str:
 
 
 def prepare(model: str, device: str | None, json_file: Path | None, gets_weights: bool = True) -> None:
-    """What can be found wrong at once, before hours of work; and the demo model, which is made at its first use.
+    """Check what can be checked before hours of work, and make the demo model if it is used for the first time.
 
-    From here on an interrupt is an exception: there may be something to clean up.
+    From here on an interrupt is an exception, because there may be something to clean up.
     """
     interrupts.raise_interrupts()
     check_device(device)
@@ -123,12 +123,12 @@ def prepare(model: str, device: str | None, json_file: Path | None, gets_weights
 
 
 def announce(line: str) -> None:
-    """Tell a person, beside what the command prints as its result."""
+    """Print a line for the user, apart from the result of the command."""
     print(line, file=sys.stderr, flush=True)
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """ConfigError unless a file can be written there, found out before the work; by one process, which tries it."""
+    """ConfigError unless this file can be written. Checked before the work, by one process, which tries it."""
     if path is None:
         return
     folder = path.absolute().parent
@@ -150,13 +150,13 @@ def check_file(option: str, path: Path | None) -> None:
 
 
 def check_folder(option: str, path: Path | None) -> None:
-    """ConfigError if a folder cannot be where it was asked for."""
+    """ConfigError if this folder cannot be made."""
     if path is not None and path.exists() and not path.is_dir():
         raise ConfigError(f"{option} {path}: is a file; give a folder")
 
 
 def spelled(ctx: typer.Context, left_out: Sequence[str]) -> str:
-    """The command with its arguments and the options that differ from their defaults, but for those `left_out`."""
+    """The command line with all options that differ from their defaults, except those in `left_out`."""
     from mxrot.shell import command
 
     words = ["mxrot", str(ctx.info_name)]
@@ -172,14 +172,14 @@ def spelled(ctx: typer.Context, left_out: Sequence[str]) -> str:
 
 
 def where(device: str | None) -> str:
-    """Where it will be computed."""
+    """The device in words: where the command computes."""
     from mxrot.opening import default_device
 
     return f"on {device or default_device()}"
 
 
 def chosen_tasks(names: str | None, data: Path | None, limit: int | None) -> dict[str, Any]:
-    """The tasks of `--tasks`, loaded before a model is; empty without the option."""
+    """The tasks of `--tasks`, loaded before the model. Empty without the option."""
     if names is None:
         for option, value in (("--task-data", data), ("--limit", limit)):
             if value is not None:
@@ -192,18 +192,18 @@ def chosen_tasks(names: str | None, data: Path | None, limit: int | None) -> dic
 
 
 def check_resume(resume: bool, tasks: str | None, json_file: Path | None) -> None:
-    """ConfigError where there is nothing that a run of `eval` could go on from."""
+    """ConfigError if `eval --resume` has nothing to continue from."""
     if resume and (tasks is None or json_file is None):
         raise ConfigError("--resume: needs --tasks and --json FILE; answers to tasks are kept beside that file")
 
 
 def partial_file(json_file: Path) -> Path:
-    """Where answers are kept until the result is written."""
+    """The file that keeps answers until the result is written."""
     return json_file.with_name(json_file.name + ".partial")
 
 
 def loaded_texts(option: str, specs: list[str]) -> Any:
-    """The texts that `--calib` or `--text` names, each with a name of its own; loaded before a model is."""
+    """The texts of `--calib` or `--text`, each with its own name, loaded before the model."""
     from mxrot.text import is_fetched, load_text
 
     for spec in specs:
@@ -218,7 +218,7 @@ def loaded_texts(option: str, specs: list[str]) -> Any:
 
 
 def print_texts(tables: list[dict[str, Any]]) -> None:
-    """What was read of each text, and what was left out."""
+    """Print what was read of each text, and what was left out."""
     from mxrot.report import text_lines
 
     for line in text_lines(tables):
@@ -226,7 +226,7 @@ def print_texts(tables: list[dict[str, Any]]) -> None:
 
 
 def check_device(device: str | None) -> None:
-    """ConfigError unless it is here and computes what is needed."""
+    """ConfigError unless the device is there and can compute what is needed."""
     if device is not None:
         from mxrot import environment as devices
 
@@ -234,7 +234,7 @@ def check_device(device: str | None) -> None:
 
 
 def console() -> Console:
-    """Standard output, which prints names as they are; wide enough for a table where it goes to a file."""
+    """Standard output. Names are printed unchanged; if it is a file, it is wide enough for any table."""
     from rich.console import Console
 
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -243,15 +243,15 @@ def console() -> Console:
 
 
 def show(table: Table) -> None:
-    """A table on standard output; its title, which may hold a path, is not broken into lines."""
+    """Print a table. Its title may hold a path, so it is broken between words only."""
     title, table.title = table.title, None
     if title is not None:
-        print(title)
+        say(str(title))
     console().print(table)
 
 
 def write_json(path: Path | None, table: dict[str, Any]) -> None:
-    """Where a file was asked for."""
+    """Write a table as JSON if a file was asked for."""
     if path is not None:
         from mxrot.checkpoint.named_file import write_named
 
@@ -259,7 +259,7 @@ def write_json(path: Path | None, table: dict[str, Any]) -> None:
 
 
 def machine_table(device: str | None) -> dict[str, Any]:
-    """What computed."""
+    """The device, kernels and versions that computed a result."""
     import torch
 
     from mxrot.environment import device_name, versions

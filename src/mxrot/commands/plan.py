@@ -20,6 +20,7 @@ from mxrot.commands.options import (
     Revision,
     Samples,
     chosen_recipe,
+    console,
     prepare,
     recipe_name,
     show,
@@ -85,7 +86,7 @@ def plan(
     place = find_config(model)
     with asked_family(family, place, model):
         made = make_plan(model, place, chosen, machine, samples, seq_len, processes)
-    for piece in plan_report(made):
+    for piece in plan_report(made, console().width):
         if isinstance(piece, str):
             say(piece)
         else:

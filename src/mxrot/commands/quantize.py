@@ -133,8 +133,8 @@ def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
     print_texts((run["data"] or {}).get("texts", []))
     if run["peak_gpu_bytes"] is not None:
         say(f"peak GPU memory {run['peak_gpu_bytes'] / 1e9:.2f} GB")
-    next_ones = command("mxrot", "eval", output), command("mxrot", "generate", output, "Once upon a time")
-    say(f"next: {'    '.join(next_ones)}")
+    print(f"next: {command('mxrot', 'eval', output)}")
+    print(f"  or: {command('mxrot', 'generate', output, 'Once upon a time')}")
 
 
 def _calibration(recipe: Any, samples: int | None, seq_len: int | None) -> str:

@@ -28,7 +28,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write")] = Path("report.html"),
     against: Annotated[str | None, typer.Option("--against", metavar="MODEL", help="The original")] = None,
     text: Texts = ["demo"],  # noqa: B006 (typer copies it)
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Most windows of the text")] = 8,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Maximum number of windows of the text")] = 8,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a window")] = 512,
     sites: Annotated[
         list[str], typer.Option("--site", metavar="PATTERN", help="Site to draw, repeatable, e.g. 3.mlp.down_proj")

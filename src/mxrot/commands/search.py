@@ -45,9 +45,10 @@ MOST_BITS = 64
 def search(
     ctx: typer.Context,
     model: Model = "demo",
-    bits: Annotated[float, typer.Option("--bits", help="Most mean bits a weight, scales included")] = 4.5,
+    bits: Annotated[float, typer.Option("--bits", help="Limit of the mean bits per weight, scales included")] = 4.5,
     input_bits: Annotated[
-        float | None, typer.Option("--input-bits", metavar="BITS", help="Most mean bits an input (default: no limit)")
+        float | None,
+        typer.Option("--input-bits", metavar="BITS", help="Limit of the mean bits per input (default: none)"),
     ] = None,
     choices: Annotated[
         str, typer.Option("--choices", metavar="FORMATS", help="Comma-separated; WEIGHTS/INPUTS names them separately")
@@ -64,9 +65,11 @@ def search(
     samples: Samples = None,
     text: Texts = ["demo"],  # noqa: B006
     windows: Annotated[
-        int, typer.Option("--windows", min=1, help="Windows of each text to search with; as many again judge")
+        int, typer.Option("--windows", min=1, help="Windows of each text to search on; as many others judge")
     ] = 8,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a window, of both")] = 2048,
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", min=2, help="Tokens in a window, to calibrate and to evaluate")
+    ] = 2048,
     seed: Seed = 0,
     work: Annotated[
         Path | None,

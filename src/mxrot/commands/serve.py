@@ -24,7 +24,7 @@ def serve(
         typer.Option("--tensor-parallel", min=1, help="GPUs that share the model (default: the fewest that hold it)"),
     ] = None,
     max_len: Annotated[
-        int | None, typer.Option("--max-len", min=2, help="Most tokens of a request (default: the model's positions)")
+        int | None, typer.Option("--max-len", min=2, help="Longest request in tokens (default: the model's positions)")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command that would run, and stop")] = False,
     revision: Revision = None,

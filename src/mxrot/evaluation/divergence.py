@@ -1,4 +1,4 @@
-"""How far a quantized model is from the original, token by token."""
+"""The distance of a quantized model from its original, token by token."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from mxrot.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Divergence:
-    """Means over windows, each with its standard error: that of windows drawn from the same source."""
+    """Means over windows, with standard errors as if the windows were drawn from one source."""
 
     kl: float
-    """KL(original || quantized) of the next token, nats a token."""
+    """KL(original || quantized) of the next token, in nats per token."""
     kl_error: float
     agreement: float
-    """Share of positions where both give the same token the largest probability."""
+    """The share of positions where both models give the same token the largest probability."""
     agreement_error: float
     ppl: float
-    """Of the quantized model."""
+    """The perplexity of the quantized model."""
     original_ppl: float
     ppl_difference: float
-    """Quantized less original."""
+    """The perplexity of the quantized model minus that of the original."""
     ppl_error: float
-    """Of that difference, window by window on the same text, to first order in the log-likelihoods."""
+    """The standard error of that difference, of paired windows, to first order in the log-likelihoods."""
     windows: int
     tokens: int
-    """Positions compared: every token of a window but its first."""
+    """The number of compared positions: all tokens of a window except the first."""
 
     @property
     def perplexity(self) -> Perplexity:
-        """Of the quantized model."""
+        """The perplexity of the quantized model, as a record."""
         seq_len = self.tokens // self.windows + 1
         return Perplexity(self.ppl, math.log(self.ppl), self.windows, self.tokens, seq_len)
 
@@ -78,7 +78,7 @@ def divergence(
 
 
 def divergence_of_means(means: Tensor, windows: Tensor) -> Divergence:
-    """The record of what `means_of_states` has given for these windows, float64 [4, W]; NumericsError if something is
+    """The record of the float64 means [4, W] that `means_of_states` gives for these windows. NumericsError if one is
     not finite."""
     kl, agreement, nll, original_nll = checked_means(means)
     ppl, original_ppl = (math.exp(float(part.mean())) for part in (nll, original_nll))
@@ -98,14 +98,14 @@ def divergence_of_means(means: Tensor, windows: Tensor) -> Divergence:
 
 
 def checked_means(means: Tensor) -> Tensor:
-    """The same; NumericsError if something is not finite."""
+    """The means, unchanged. NumericsError if one is not finite."""
     if not torch.isfinite(means).all():
         raise NumericsError("the logits of one of the models hold NaN or Inf; nothing can be compared")
     return means
 
 
 def _window_means(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Of each window KL, agreement and both negative log-likelihoods: float32 [4, W]."""
+    """KL, agreement and both negative log-likelihoods of each window, float32 [4, W]."""
     ids = ids.to(next(model.parameters()).device)
     return means_of_states(model, states_of(model, ids), original, states_of(original, ids), ids)
 
@@ -113,9 +113,11 @@ def _window_means(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor
 def means_of_states(
     model: PreTrainedModel, hidden: Tensor, original: PreTrainedModel, expected: Tensor, ids: Tensor
 ) -> Tensor:
-    """The same from the last hidden states [W, T, hidden] of both, of which only the heads are asked.
+    """KL, agreement and both negative log-likelihoods [4, W], from the last hidden states [W, T, hidden] of both
+    models.
 
-    Log-probabilities and sums are float32; the logits of LOGITS_AT_ONCE positions exist at once.
+    Only the heads of the models are called. Log-probabilities and sums are float32. The logits of LOGITS_AT_ONCE
+    positions exist at the same time.
     """
     totals = torch.zeros(4, len(ids), device=hidden.device)
     positions = ids.shape[1] - 1
@@ -133,5 +135,5 @@ def means_of_states(
 
 
 def _standard_error(values: Tensor) -> float:
-    """Of the mean; NaN for a single value."""
+    """The standard error of the mean. NaN for a single value."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan

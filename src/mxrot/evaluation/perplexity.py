@@ -18,22 +18,22 @@ from mxrot.layers.cache_size import cache_of
 from mxrot.progress import Progress, silent
 
 LOGITS_AT_ONCE = 1024
-"""Positions, over all windows of a batch, whose logits exist at once.
+"""The number of positions, over all windows of a batch, whose logits exist at the same time.
 
-A vocabulary of 128k in float32 takes half a megabyte a position.
+With a vocabulary of 128k, the float32 logits of one position take half a megabyte.
 """
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean over windows of the mean negative log-likelihood a token."""
+    """The perplexity: exp of the mean over windows of the mean negative log-likelihood of a token."""
 
     ppl: float
     nll: float
-    """Mean negative log-likelihood, nats a token."""
+    """The mean negative log-likelihood, in nats per token."""
     windows: int
     tokens: int
-    """Tokens scored: every token of a window but its first."""
+    """The number of scored tokens: all tokens of a window except the first."""
     seq_len: int
 
 
@@ -46,12 +46,12 @@ def perplexity(
     piece: int | None = None,
     world: World = ONE,
 ) -> Perplexity:
-    """Perplexity over token windows [W, T], each on its own, `batch_windows` at a time.
+    """The perplexity over token windows [W, T], each by itself, in batches of `batch_windows`.
 
-    The processes of a `world` share the batches, and all get the same record, to the bit that of one process. With a
-    quantized cache it is read through that, `piece` tokens at once, or whole windows.
-    Log-likelihoods are computed in float32 from the model's own logits. NumericsError if they are not finite,
-    FamilyError if `logits_of` does not know them.
+    The processes of a `world` share the batches. All of them get the record that one process gets, bit for bit. If the
+    model has a quantized cache, each window is read through it, `piece` tokens at a time, or as a whole if `piece` is
+    None. Log-likelihoods are computed in float32 from the model's logits. NumericsError if they are not finite,
+    FamilyError if `logits_of` does not know the logits of the family.
     """
     device = next(model.parameters()).device
     check_logits(model, windows)

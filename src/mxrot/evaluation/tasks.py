@@ -1,8 +1,8 @@
 """Multiple-choice and last-word tasks of lm-evaluation-harness: their prompts, their data and their metrics.
 
-`acc` is the share of examples where the right choice has the largest log-likelihood, `acc_norm` the same with
-log-likelihoods divided by the number of characters of the choice; for last words (LAMBADA) `acc` is the share that
-greedy decoding gets right. Each task is asked with as many examples in the prompt as it says itself, mostly none.
+`acc` is the share of examples in which the right choice has the largest log-likelihood. For `acc_norm`, each
+log-likelihood is divided by the number of characters of the choice. For last words (LAMBADA), `acc` is the share that
+greedy decoding gets right. Each task has as many examples in the prompt as its own definition says, mostly none.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ _SCORABLE = ("multiple_choice", "loglikelihood")
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What a model got right in one task."""
+    """The score of a model in one task."""
 
     hits: dict[str, tuple[float, ...]]
-    """Of each metric, `acc` or `acc_norm`, 1 or 0 for each example."""
+    """By metric (`acc`, `acc_norm`), 1 or 0 for each example."""
     split: str
     digest: str
     """SHA-256 of all prompts, choices and right answers."""
 
     @property
     def n(self) -> int:
-        """Examples."""
+        """The number of examples."""
         return len(self.hits["acc"])
 
     @property
     def best(self) -> str:
-        """The metric that is reported first: acc_norm where the task has it."""
+        """The metric that is reported first: acc_norm if the task has it, otherwise acc."""
         return "acc_norm" if "acc_norm" in self.hits else "acc"
 
     def mean(self, metric: str) -> float | None:
-        """Share of examples; None for a metric that the task does not have."""
+        """The mean of a metric. None if the task does not have it."""
         return sum(self.hits[metric]) / self.n if metric in self.hits else None
 
     def error(self, metric: str) -> float | None:
-        """Standard error of that share; None where there is no such metric, or one example."""
+        """The standard error of that mean. None if there is no such metric, or only one example."""
         return standard_error(self.hits[metric]) if metric in self.hits else None
 
     def as_table(self) -> dict[str, Any]:
-        """The score as `--json` writes it; `stderr` is that of `acc`."""
+        """The score as `--json` writes it. `stderr` is the standard error of `acc`."""
         return {
             "acc": self.mean("acc"),
             "acc_norm": self.mean("acc_norm"),
@@ -74,7 +74,7 @@ class TaskScore:
 
 
 def mean_score(scores: Sequence[TaskScore]) -> TaskScore:
-    """Of answers to the same questions, as of several seeds: each hit a mean."""
+    """The mean of several scores for the same questions, such as those of several seeds. Each hit is a mean."""
     first = scores[0]
     hits = {
         metric: tuple(sum(hits) / len(hits) for hits in zip(*(one.hits[metric] for one in scores), strict=True))
@@ -84,7 +84,7 @@ def mean_score(scores: Sequence[TaskScore]) -> TaskScore:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values; None for a single one."""
+    """The standard error of the mean of independent values. None for a single value."""
     n = len(values)
     if n < 2:
         return None

@@ -1,4 +1,4 @@
-"""A quantized tensor: codes, the named tensors beside them, and the format that says what they mean."""
+"""A quantized tensor: its codes, its scales and other parts, and its format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mxrot.formats.parts import Parts
 
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized tensor: blocks along the last dimension; K is a multiple of the block.
+    """A quantized tensor. Blocks lie along the last dimension, whose size K is a multiple of the block size.
 
     Example:
         >>> from mxrot.formats import get_format, quantize
@@ -27,48 +27,49 @@ class QTensor:
     """
 
     codes: Tensor
-    """uint8 [..., K], one code a byte."""
+    """Codes as uint8 [..., K], one in each byte."""
     parts: Parts
-    """Scales and what else the grid of the format needs, most of it with one entry a block."""
+    """The scales, and other tensors that the format needs. Most have one entry for each block."""
     format: Format
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the values, [..., K]."""
         return self.codes.shape
 
     @property
     def scales(self) -> BlockScales:
-        """The parts of a uniform grid."""
+        """The scales of a format with a uniform grid."""
         assert isinstance(self.parts, BlockScales)
         return self.parts
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed codes and of the parts of blocks and rows; a part of the whole tensor is not counted."""
+        """Bytes of the packed codes and of the parts of blocks and rows. Parts of the whole tensor are not counted."""
         columns = self.shape[-1]
         return round(self.codes.numel() // max(1, columns) * self.format.bits_in(columns) / 8)
 
     @property
     def is_finite(self) -> bool:
-        """Is every value finite in float32? A maximum near 3.4e38 may have been rounded to 2^128."""
+        """Are all values finite in float32? A value near 3.4e38 may have been rounded to 2^128."""
         return self.format.grid.is_within_float32(self.parts) or bool(torch.isfinite(self.dequantize()).all())
 
     def packed(self) -> Tensor:
-        """The codes as bytes, [..., K * bits / 8]."""
+        """The codes packed into bytes, uint8 [..., K * bits / 8]."""
         return pack_codes(self.codes, self.format.bits)
 
     @staticmethod
     def dequantize_packed(packed: Tensor, parts: Parts, format: Format) -> Tensor:
-        """from_packed(...).dequantize() in float32, bit for bit."""
+        """The same as from_packed(...).dequantize() in float32, bit for bit."""
         return format.grid.decode_packed(packed, parts, format.block_in(packed.shape[-1] * 8 // format.bits))
 
     @staticmethod
     def from_packed(packed: Tensor, parts: Parts, format: Format) -> QTensor:
-        """The inverse of `packed`."""
+        """The tensor with these packed codes: the inverse of `packed`."""
         return QTensor(unpack_codes(packed, format.bits), parts, format)
 
     def split_rows(self, rows: list[int]) -> list[QTensor]:
-        """Cut a matrix [sum(rows), K] into matrices of so many rows; all keep what belongs to the whole tensor."""
+        """Split a matrix [sum(rows), K] by these numbers of rows. Each piece keeps the parts of the whole tensor."""
         return [
             QTensor(codes, parts, self.format)
             for codes, parts in zip(self.codes.split(rows), self.parts.split_rows(rows), strict=True)
@@ -76,16 +77,17 @@ class QTensor:
 
     @staticmethod
     def one_above_other(pieces: Sequence[QTensor]) -> QTensor:
-        """The inverse of `split_rows`."""
+        """Put matrices one above the other: the inverse of `split_rows`."""
         if len(pieces) == 1:
             return pieces[0]
         parts = Parts.one_above_other([piece.parts for piece in pieces])
         return QTensor(torch.cat([piece.codes for piece in pieces]), parts, pieces[0].format)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values, [..., K], computed in float32 (float64 if asked for) and cast to `dtype`.
+        """The values [..., K], in `dtype`.
 
-        Exact in float32 for power-of-two scales, but for products outside its range.
+        They are computed in float64 if `dtype` is float64, otherwise in float32. If all scales are powers of two,
+        float32 is exact, except for products outside its range.
         """
         work = torch.float64 if dtype == torch.float64 else torch.float32
         codes = self.codes.unflatten(-1, (-1, self.format.block_in(self.shape[-1])))

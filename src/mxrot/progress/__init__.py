@@ -1,6 +1,6 @@
-"""How long work tells how far it is.
+"""Progress of work that takes long.
 
-`mxrot.progress.bar` shows it: pass what it yields as `progress=` to as many functions as you like.
+`mxrot.progress.bar` shows it. Pass the function that it yields as `progress=` to one or more functions of mxrot.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ from contextlib import AbstractContextManager
 from importlib import import_module
 
 Progress = Callable[[float, int, str], None]
-"""Told (done, total, what is being done). `done` has a fraction where a step takes long; a phase of the work begins
-where `done` goes back or `total` changes. A phase of one step tells only what it is: (0, 1, "opening the model")."""
+"""A function that is called with (done, total, what is being done). `done` can be fractional if a step takes long. A
+new phase of the work begins when `done` decreases or `total` changes. A phase of one step calls (0, 1, "opening the
+model")."""
 
 
 def bar(title: str) -> AbstractContextManager[Progress]:
-    """Show progress on standard error: a bar with the time to go in a terminal, a bar that changes in a notebook, a
-    line now and then in a file.
+    """Show the progress of several calls under one title, on standard error.
+
+    A terminal shows a bar with the remaining time, and a notebook a bar that is updated in place. A file gets a line
+    from time to time.
 
     Args:
-        title: What is done, in front of the bar.
+        title: The text in front of the bar.
 
     Returns:
-        A context manager. It yields a function to be told (done, total, what), which is what `progress=` takes.
+        A context manager. It yields a function that takes (done, total, what); pass it as `progress=`.
 
     Example:
         >>> with mxrot.progress.bar("Two recipes") as told:
@@ -34,11 +37,11 @@ def bar(title: str) -> AbstractContextManager[Progress]:
 
 
 def silent(done: float, total: int, what: str) -> None:
-    """A progress that tells nobody."""
+    """Show nothing."""
 
 
 class Counted(str):
-    """What is being done, and what `done` and `total` count, as in "blocks": a rate can be said of it."""
+    """What is being done, with the unit of `done` and `total`, such as "blocks", so that a rate can be shown."""
 
     unit: str
 
@@ -49,9 +52,9 @@ class Counted(str):
 
 
 def part_of(progress: Progress, begin: float, size: float, total: int, unit: str = "") -> Progress:
-    """What a part of a phase tells: it begins at `begin` of `total` and takes `size` of them, whatever it counts.
+    """The progress of a part of a phase: the part begins at `begin` of `total` and takes `size` of them.
 
-    `unit` names what `total` counts, where a rate of it means something.
+    The part itself may count something else. `unit` names what `total` counts, if a rate is to be shown.
     """
 
     def told(done: float, of: int, what: str) -> None:

@@ -9,6 +9,7 @@ goes on.
 from __future__ import annotations
 
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def progress_on_stderr(title: str, task: str = "", between: float | None = None)
     lines = _Lines(title, task, place, SECONDS_BETWEEN_LINES if between is None else between)
     try:
         yield lines.told
+        lines.finish()
     finally:
         lines.end()
 
@@ -107,7 +109,10 @@ def _bar_mover(bar: rich.progress.Progress, title: str, pace: Pace, task: str = 
     def told(done: float, total: int, what: str) -> None:
         nonlocal task
         if task:
-            bar.console.print(f"{title}: {task}", markup=False, highlight=False, soft_wrap=True)
+            wrapper = textwrap.TextWrapper(bar.console.width, subsequent_indent="  ")
+            wrapper.break_long_words = wrapper.break_on_hyphens = False  # paths stay in one piece
+            lines = wrapper.fill(f"{title}: {task}")
+            bar.console.print(lines, markup=False, highlight=False, soft_wrap=True)
             task = ""
         begun = pace.begun
         pace.tell(time.monotonic(), done, total, what)
@@ -136,6 +141,15 @@ class _Lines:
             now = time.monotonic()
             self._pace.tell(now, done, total, what)
             self._print(now, is_told=True)
+
+    def finish(self) -> None:
+        """In a notebook, let the last line show a full bar."""
+        with self._lock:
+            if self._width:
+                pace, passed = self._pace, duration(time.monotonic() - self._started)
+                counted = "" if pace.is_one_step else f" {pace.total} of {pace.total}"
+                line = f"{self._title}: {_drawn(1.0)}{counted}, {passed}"
+                print("\r" + line.ljust(self._width), end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         self._ended.set()

@@ -13,15 +13,18 @@ from mxrot.planning import HOW, MemoryEstimate, Plan, Stage, gigabytes
 from mxrot.report.vllm import vllm_lines
 
 WIDTH = 120
-"""Of lines that are longer than a terminal is wide."""
+"""The most columns of a long line."""
 AT_TOKENS = 8192
 """For which the size of a cache is shown, beside all positions."""
 SHARE_SHOWN = 0.02
 """Terms below this share of their sum are shown together."""
+NOT_SHOWN = 5e5
+"""Bytes that would be printed as 0.000 GB."""
 
 
-def plan_report(plan: Plan) -> Iterator[Table | str]:
-    """What is printed, piece by piece."""
+def plan_report(plan: Plan, columns: int = WIDTH) -> Iterator[Table | str]:
+    """The tables and lines of a plan. Long lines are broken to fit this many columns, at most WIDTH."""
+    width = min(columns, WIDTH)
     if plan.sizes is not None:
         yield _sites_table(plan)
         yield _size_lines(plan)
@@ -38,20 +41,26 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
         if plan.processes > 1:
             yield f"memory is that of the first of {plan.processes} processes; main memory counts for each on a node"
         if plan.spread is not None:
-            yield from _spread_lines(plan.spread)
+            yield from (_filled(line, width) for line in _spread_lines(plan.spread))
         yield _disk_line(plan.needs.disk)
     if plan.time is not None:
         yield _time_table(plan)
         yield f"estimated by {HOW}"
     if plan.vllm is not None:
         for line in vllm_lines(plan.vllm):
-            yield textwrap.fill(line, WIDTH, subsequent_indent="  ")
+            yield _filled(line, width)
     for warning in plan.warnings:
         yield f"warning: {warning}"
     for problem in plan.problems:
         yield f"refused: {problem}"
     if not plan.problems:
         yield "nothing would be refused"
+
+
+def _filled(line: str, width: int) -> str:
+    """The line, broken between words; later lines are indented by two more."""
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(line, width, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _sites_table(plan: Plan) -> Table:
@@ -119,7 +128,7 @@ def _spread_lines(spread: Spread) -> Iterator[str]:
     """What the model that writes text takes, device by device."""
     for device in spread.used:
         parts = ", ".join(f"{gigabytes(value)} {name}" for name, value in spread.terms(device).items())
-        yield textwrap.fill(f"writing text, {spread.devices[device]}: {parts}", WIDTH, subsequent_indent="  ")
+        yield f"writing text, {spread.devices[device]}: {parts}"
     if spread.streamed:
         places: tuple[Place, ...] = ("main memory", "disk")
         taken = {place: spread.bytes_in(place) for place in places}
@@ -134,10 +143,11 @@ def _disk_line(terms: dict[str, float]) -> str:
 
 def _estimates(plan: Plan) -> list[tuple[str, MemoryEstimate]]:
     assert plan.needs is not None
+    kept = [("GPU, in memory only (compare)", plan.needs.gpu_kept)] if plan.needs.gpu_kept != plan.needs.gpu else []
     return [
         ("RAM, on a CPU", plan.needs.cpu),
         ("GPU, on a GPU", plan.needs.gpu),
-        ("GPU, nothing written (compare)", plan.needs.gpu_kept),
+        *kept,
         ("RAM, on a GPU", plan.needs.gpu_host),
     ]
 
@@ -147,7 +157,7 @@ def _largest_terms(stage: Stage) -> list[str]:
     shown = [(name, value) for name, value in ordered if value >= SHARE_SHOWN * stage.total]
     rest = stage.total - sum(value for _, value in shown)
     lines = [f"{gigabytes(value)} {name}" for name, value in shown]
-    return [*lines, f"{gigabytes(rest)} other"] if rest > 0 else lines
+    return [*lines, f"{gigabytes(rest)} other"] if rest > NOT_SHOWN else lines
 
 
 def _shared(plan: Plan) -> str:
@@ -162,7 +172,7 @@ def _time_table(plan: Plan) -> Table:
     for name, seconds in plan.time.terms.items():
         table.add_row(name, duration(seconds))
     table.add_section()
-    table.add_row("all", duration(plan.time.total))
+    table.add_row("in all", duration(plan.time.total))
     return table
 
 

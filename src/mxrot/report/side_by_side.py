@@ -1,4 +1,4 @@
-"""The table of a comparison, for a terminal of 100 columns, and the same as CSV."""
+"""The table of a comparison, for a terminal, and the same as CSV."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from rich.table import Table
 from mxrot.report.rows import ComparedRow, Mean
 
 WIDTH = 100
-"""Columns that a table may take."""
+"""The most columns of a table."""
 _AGREES = "top-1\n%"
 
 
-def side_by_side(rows: Sequence[ComparedRow], title: str) -> list[Table]:
-    """One table; where the texts do not fit into it, others with the perplexity on each, and one with the agreement
-    where that does not fit either."""
+def side_by_side(rows: Sequence[ComparedRow], title: str, columns: int = WIDTH) -> list[Table]:
+    """The tables of a comparison, for a terminal with this many columns.
+
+    One table, if it fits. Otherwise the perplexities of the texts are in tables of their own, and so is the agreement
+    if necessary.
+    """
+    width = min(columns, WIDTH)
     texts = next((row.texts for row in rows if row.runs), [])
     whole = _table(rows, title, texts)
-    if _width(whole) <= WIDTH:
+    if _width(whole) <= width:
         return [whole]
     tables, begin = [_table(rows, title, [])], 0
-    if _width(tables[0]) > WIDTH:
+    if _width(tables[0]) > width:
         tables = [_table(rows, title, [], agrees=False), _of_agreement(rows)]
     for end in range(1, len(texts) + 1):
-        if end == len(texts) or _width(_of_texts(rows, texts[begin : end + 1])) > WIDTH:
+        if end == len(texts) or _width(_of_texts(rows, texts[begin : end + 1])) > width:
             tables.append(_of_texts(rows, texts[begin:end]))
             begin = end
     return tables

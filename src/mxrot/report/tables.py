@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from mxrot.evaluation import Divergence, KernelChoice, Perplexity, SiteMaxima, TaskScore
@@ -112,15 +113,16 @@ def share(score: TaskScore, metric: str, unit: str = " %") -> str:
 
 
 def divergence_table(model: str, original: str, results: dict[str, Divergence]) -> Table:
-    """One line a text, each figure with its standard error over windows."""
+    """One line for each text. Figures have their standard errors over windows."""
     table = Table(title=f"{model} against {original}; +- one standard error over windows", title_justify="left")
-    for heading in ("text", "KL, nats a token", "same top token", "perplexity", "of the original", "difference"):
-        table.add_column(heading, justify="left" if heading == "text" else "right")
+    table.box, table.show_edge, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, False, (0, 0, 0, 1)
+    for heading in ("text", "KL,\nnats a token", "same top\ntoken, %", "perplexity", "of the\noriginal", "difference"):
+        table.add_column(heading, justify="left" if heading == "text" else "right", no_wrap=heading != "text")
     for name, found in results.items():
         table.add_row(
             name,
             f"{found.kl:.4f} +- {found.kl_error:.4f}",
-            f"{100 * found.agreement:.2f} % +- {100 * found.agreement_error:.2f}",
+            f"{100 * found.agreement:.2f} +- {100 * found.agreement_error:.2f}",
             f"{found.ppl:.3f}",
             f"{found.original_ppl:.3f}",
             f"{found.ppl_difference:+.3f} +- {found.ppl_error:.3f}",
@@ -151,20 +153,21 @@ def choices_table(choices: Sequence[KernelChoice]) -> Table:
 
 
 def errors_table(blocks: Sequence[dict[str, Any]]) -> Table:
-    """One line a linear, from the `blocks` of a run.json; of the experts of a block the one with the largest error."""
+    """One line for each linear, from the `blocks` of a run.json. Of the experts of a block, the one with the largest
+    error.
+
+    Errors of outputs and damping are left out if no linear has them.
+    """
     table = Table(title="Relative error (Frobenius norm)", title_justify="left")
-    for heading in ("linear", "shape", "weights", "output", "damping"):
+    linears = [linear for block in blocks for linear in _largest_of_experts(block["linears"])]
+    there = [key for key in ("output_error", "damping") if any(linear[key] is not None for linear in linears)]
+    for heading in ("linear", "shape", "weights", *(key.removesuffix("_error") for key in there)):
         table.add_column(heading, justify="left" if heading == "linear" else "right")
-    for block in blocks:
-        for linear in _largest_of_experts(block["linears"]):
-            rows, columns = linear["shape"]
-            table.add_row(
-                linear["name"],
-                f"{rows} x {columns}",
-                f"{linear['weight_error']:.4f}",
-                "" if linear["output_error"] is None else f"{linear['output_error']:.4f}",
-                "" if linear["damping"] is None else f"{linear['damping']:g}",
-            )
+    for linear in linears:
+        rows, columns = linear["shape"]
+        values = {"output_error": f"{linear['output_error'] or 0:.4f}", "damping": f"{linear['damping'] or 0:g}"}
+        more = ("" if linear[key] is None else values[key] for key in there)
+        table.add_row(linear["name"], f"{rows} x {columns}", f"{linear['weight_error']:.4f}", *more)
     return table
 
 

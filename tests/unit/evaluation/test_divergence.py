@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tests.tiny_model import random_windows, write_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -80,8 +82,11 @@ def test_the_table_and_the_perplexity_in_it(models: tuple[PreTrainedModel, PreTr
     found = Divergence(0.25, 0.01, 0.75, 0.02, 14.5, 12.0, 2.5, 0.125, 5, 115)
     table = divergence_table("this", "that", {"words": found})
     cells = [next(iter(column.cells)) for column in table.columns]
-    expected = ["words", "0.2500 +- 0.0100", "75.00 % +- 2.00", "14.500", "12.000", "+2.500 +- 0.125"]
+    expected = ["words", "0.2500 +- 0.0100", "75.00 +- 2.00", "14.500", "12.000", "+2.500 +- 0.125"]
     assert cells == expected
+    wider = replace(found, ppl=1234.567, original_ppl=1111.111, ppl_difference=123.456, ppl_error=12.125)
+    widest = divergence_table("this", "that", {"words": wider})
+    assert Console(width=200).measure(widest).maximum <= 80, "else figures are cut off on a terminal of 80 columns"
     here, there = divergence(*models, WINDOWS).perplexity, perplexity(models[0], WINDOWS)
     assert (here.windows, here.tokens, here.seq_len) == (there.windows, there.tokens, there.seq_len)
     assert here.ppl == pytest.approx(there.ppl, rel=1e-6) and here.nll == pytest.approx(there.nll, rel=1e-6)

@@ -106,7 +106,13 @@ def test_who_is_shown_what(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys
         function(1, 3, "a")
     shown = capsys.readouterr().err
     empty, third = "░" * 20, "█" * 6 + "░" * 14
-    assert shown == f"\rWork: {empty} 0 of 3 (long)\rWork: {third} 1 of 3 (a), 2 s to go\n"
+    begun = f"\rWork: {empty} 0 of 3 (long)\rWork: {third} 1 of 3 (a), 2 s to go"
+    line = f"Work: {'█' * 20} 3 of 3, 1 s"
+    assert shown == f"{begun}\r{line.ljust(len(begun.split(chr(13))[-1]))}\n"  # a full bar at the end
+    with pytest.raises(ValueError), progress.shown_progress(None, "Work") as function:
+        function(0, 3, "a")
+        raise ValueError
+    assert capsys.readouterr().err == f"\rWork: {empty} 0 of 3 (a)\n"  # and none after an error
 
 
 def test_what_will_be_done_is_said_once_there_is_something_to_tell(

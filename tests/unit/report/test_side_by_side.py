@@ -89,6 +89,21 @@ def test_a_table_has_at_most_100_columns(texts: int) -> None:
     assert all(any(f"wikitext-{number}" in line for line in shown) for number in range(texts))
 
 
+def test_a_narrow_terminal_has_narrow_tables() -> None:
+    """Perplexities have a table of their own; every figure is still there."""
+    original = ComparedRow("FP16", (wide_row("x", 1).original,))  # type: ignore[arg-type]
+    rows = [original, ComparedRow("duquant++-gptq", wide_row("x", 1, 0.0412, 4.55).runs[:1], original.runs[0])]
+    tables = side_by_side(rows, "some model", 80)
+    assert len(tables) == 2 and len(side_by_side(rows, "some model")) == 1
+    console = Console(width=200)
+    assert max(console.measure(table).maximum for table in tables) <= 80
+    figures = [
+        {cell for table in chosen for column in table.columns[1:] for cell in column.cells}
+        for chosen in (tables, side_by_side(rows, "some model"))
+    ]
+    assert figures[0] == figures[1]
+
+
 def test_with_caches_the_agreement_goes_below_where_there_is_no_room() -> None:
     cache = {"ratio": 0.27, "tokens": 8192}
     rows = [

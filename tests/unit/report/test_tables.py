@@ -111,6 +111,7 @@ def test_errors_with_and_without_data() -> None:
         [linear["name"], "576 x 1536", "0.1100", "0.1250", "0.01"],
         [linear["name"], "576 x 1536", "0.1100", "", ""],
     ]
+    assert lines(errors_table(blocks[1:])) == [[linear["name"], "576 x 1536", "0.1100"]]  # no empty columns
 
 
 def test_size_line() -> None:
