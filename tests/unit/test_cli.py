@@ -35,7 +35,7 @@ HELP = ["-h", "--help"]
 OPTIONS = {
     "quantize": [
         *("model", "-o", "--output", "-r", "--recipe", "--for", "--set", "--calib", "--samples", "--seq-len", "--seed"),
-        *("--family", "--revision", "--device", "--force", "--resume", "--json", "--time-limit", "--metrics"),
+        *("--head", "--family", "--revision", "--device", "--force", "--resume", "--json", "--time-limit", "--metrics"),
         "--tensorboard",
     ],
     "eval": [
@@ -60,7 +60,7 @@ OPTIONS = {
     ],
     "plan": [
         *("model", "-r", "--recipe", "--for", "--set", "--samples", "--seq-len", "--gpu-memory", "--processes"),
-        *("--rates", "--family", "--revision", "--device", "--json"),
+        *("--head", "--rates", "--family", "--revision", "--device", "--json"),
     ],
     "generate": [
         *("model", "prompt", "--max-tokens", "--kv", "--kv-transform", "--kv-first", "--kv-last", "--calib"),

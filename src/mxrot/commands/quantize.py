@@ -16,6 +16,7 @@ from mxrot.commands.options import (
     Changes,
     Device,
     FamilyOption,
+    Head,
     Json,
     Model,
     Purpose,
@@ -23,6 +24,7 @@ from mxrot.commands.options import (
     Revision,
     Samples,
     Seed,
+    check_head_for,
     chosen_recipe,
     loaded_texts,
     prepare,
@@ -42,6 +44,7 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write")] = Path("mxrot-output"),
     recipe: RecipeOption = DEFAULT_RECIPE,
     purpose: Purpose = None,
+    head: Head = None,
     changes: Changes = [],  # noqa: B006 (typer copies it)
     calib: Calib = ["demo"],  # noqa: B006
     samples: Samples = None,
@@ -70,7 +73,8 @@ def quantize(
 
     model = with_revision(model, revision)
     check_asked(family)
-    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes)
+    check_head_for(purpose, head)
+    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes, head)
     if not is_utf8(output):
         raise ConfigError(
             f"--output {output}: the name is not UTF-8, which no reader of tokenizers accepts; give another one"

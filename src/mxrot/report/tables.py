@@ -230,9 +230,10 @@ def size_line(size: dict[str, Any]) -> str:
     """One line on the bytes of a checkpoint, from the `size` of a run.json."""
     weights = (size["code_bytes"] + size["scale_bytes"]) / 1e6
     of = ", those left as they were too" if size.get("left_weights") else ""
+    head = f", in which the quantized head takes {size['head_bytes'] / 1e6:.1f} MB" if size.get("head_bytes") else ""
     return (
         f"codes and scales {weights:.1f} MB ({size['bits_per_weight']:.3f} bits a weight{of}), "
-        f"transforms {size['transform_bytes'] / 1e6:.2f} MB, everything else {size['other_bytes'] / 1e6:.1f} MB"
+        f"transforms {size['transform_bytes'] / 1e6:.2f} MB, everything else {size['other_bytes'] / 1e6:.1f} MB{head}"
     )
 
 
