@@ -4,7 +4,7 @@ tuning_options.py."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mxrot.errors import ConfigError
@@ -65,14 +65,15 @@ class AttentionChoice:
 class HeadChoice:
     """The head as a quantized linear: its weights rounded to nearest, with a power of two a block."""
 
-    format: str = "mxfp8_e4m3"
+    format: str = "mxint8"
     """Of its weights."""
     rule: str = ""
     """The scale rule of its weights; empty: the format's default rule."""
     inputs: str = ""
     """The format of what it reads, each token by itself under the format's default rule; empty: 16 bit."""
     transform: Literal["none", "hadamard"] = "none"
-    """What its inputs are multiplied with before they are quantized: the Hadamard matrix in blocks of 32."""
+    """What its inputs are multiplied with: the Hadamard matrix in blocks of 32, which spreads outliers of channels, in
+    weights and in inputs."""
 
     def __post_init__(self) -> None:
         check_fields(self, "head")
@@ -85,16 +86,19 @@ class HeadChoice:
                     f"head: {key}: {quantizer.spelled} has no power of two a block; take one of "
                     f"{', '.join(_formats_of_heads())}, with a rule such as even"
                 )
-        if self.transform != "none" and not self.inputs:
-            raise ConfigError("head: transform: is for quantized inputs; set head.inputs, too, or leave it out")
 
     @staticmethod
     def named(text: str) -> HeadChoice:
-        """Of "WEIGHTS", or of "WEIGHTS/INPUTS" with the transform; mxfp8 is short for mxfp8_e4m3."""
-        weights, *inputs = (SHORT_NAMES.get(name, name) for name in text.split("/"))
-        if len(inputs) > 1 or not all((weights, *inputs)):
+        """Of "WEIGHTS" or "WEIGHTS/INPUTS", with the transform where there are inputs, or weights of fewer than 8 bits.
+
+        mxfp8 is short for mxfp8_e4m3. ConfigError for anything else.
+        """
+        names = [SHORT_NAMES.get(name, name) for name in text.split("/")]
+        if len(names) > 2 or not all(names):
             raise ConfigError("expected a format, or WEIGHTS/INPUTS")
-        return HeadChoice(weights, inputs=inputs[0], transform="hadamard") if inputs else HeadChoice(weights)
+        found = HeadChoice(names[0], inputs=names[1] if len(names) > 1 else "")
+        is_coarse = found.inputs or found.weights().format.bits < 8
+        return replace(found, transform="hadamard") if is_coarse else found
 
     def weights(self) -> TensorQuantizer:
         """Format and rule of the weights; ConfigError for names that are none."""

@@ -62,7 +62,9 @@ Purpose = Annotated[
     str | None, typer.Option("--for", metavar="PROGRAM", help="Choose the recipe that this program runs: vllm")
 ]
 
-HEAD_HELP = "Quantize the head: mxfp8, mxfp4, or WEIGHTS/INPUTS such as mxfp4/mxfp4, whose inputs are rotated"
+HEAD_HELP = (
+    "Quantize the head: mxint8, mxfp8, mxfp4, WEIGHTS/INPUTS such as mxfp4/mxfp4, or none (default: the recipe's)"
+)
 Head = Annotated[str | None, typer.Option("--head", metavar="FORMAT", help=HEAD_HELP)]
 
 KEPT = "mxrot.kept"

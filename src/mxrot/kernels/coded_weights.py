@@ -11,7 +11,7 @@ from mxrot.kernels.plain.coded_weights import CodedWeight, plain_coded_product
 
 MOST_ROWS = 128
 """More are multiplied faster by weights that are written out."""
-READ_PACKED = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2")
+READ_PACKED = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8")
 """Formats that the kernel reads."""
 PATH = "codes"
 

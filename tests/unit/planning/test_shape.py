@@ -81,7 +81,7 @@ def test_experts_are_counted_as_they_are_written(tmp_path: Path, kind: str, chos
     size = write(folder, tmp_path / "out", chosen)["size"]
     shape = run_of(read_config(folder), chosen, 6, 24).shape
     after = shape.size_after(torch.float16)
-    assert vars(after) | {"bits_per_weight": after.bits_per_weight, "total_bytes": after.total_bytes} == size
+    assert after.as_table() | {"bits_per_weight": after.bits_per_weight, "total_bytes": after.total_bytes} == size
     assert (after.bits_per_weight == 4.25) == (not chosen.ignore)
     experts = 3 if chosen.ignore else 4
     assert [(site.site.name, site.experts, site.transforms) for site in shape.fullest[2:]] == [

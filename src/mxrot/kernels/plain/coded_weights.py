@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mxrot.formats import BlockScales, Format, QTensor
 
+BLOCK = 32
+"""Elements that share a power of two."""
 WRITTEN_OUT = 2**24
 """Weights that are written out at once: a head has a thousand times as many as fit beside a model."""
 
