@@ -2,7 +2,7 @@
 product alone, beside the head as it was.
 
     python benchmarks/head.py --json head.json
-    python benchmarks/head.py --model demo --text wikitext=wiki.test.raw --windows 8 --seq-len 512 --device cpu --no-speed
+    python benchmarks/head.py --text wikitext=wiki.test.raw --windows 8 --seq-len 512 --device cpu --no-speed
 
 Accuracy: the last hidden states of the original and of the model that each recipe makes are computed once, and every
 head, `--heads`, makes logits of them. That is what `mxrot quantize --head` gives: how the head is rounded changes

@@ -231,7 +231,8 @@ def _targets(scheme: Scheme, family: Family) -> dict[SiteScheme, list[str]]:
     beside a text model has linears, too, which are never meant, and a quantized head is one with a group of its own."""
     if len(scheme.distinct) == 1 and family.beside is None and scheme.head is None:
         return {scheme.distinct[0]: EVERY}
-    count = 1 + max(_place(name, family)[0] for name in (*scheme.linears, *scheme.left))
+    left = [name for name in scheme.left if name.removeprefix(f"{family.blocks}.").partition(".")[0].isdecimal()]
+    count = 1 + max(_place(name, family)[0] for name in (*scheme.linears, *left))  # others left are refused as such
     blocks: dict[tuple[SiteScheme, str], list[int]] = defaultdict(list)
     for name, one in scheme.linears.items():
         index, inner = _place(name, family)

@@ -62,9 +62,7 @@ Purpose = Annotated[
     str | None, typer.Option("--for", metavar="PROGRAM", help="Choose the recipe that this program runs: vllm")
 ]
 
-HEAD_HELP = (
-    "Quantize the head: mxint8, mxfp8, mxfp4, WEIGHTS/INPUTS such as mxfp4/mxfp4, or none (default: the recipe's)"
-)
+HEAD_HELP = "Quantize the head: mxint8, mxfp8, mxfp4, WEIGHTS/INPUTS as mxfp4/mxfp4, or none (default: as the recipe)"
 Head = Annotated[str | None, typer.Option("--head", metavar="FORMAT", help=HEAD_HELP)]
 
 KEPT = "mxrot.kept"

@@ -110,13 +110,13 @@ def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.type, ctx.bias_type = x.dtype, None if bias is None else bias.dtype
 
 
-def _gradients(ctx: Any, gradient: Tensor) -> list[Tensor | None]:
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     found: list[Tensor | None] = [None] * 7
     if ctx.needs_input_grad[_X]:
         found[_X] = _head_gradient(gradient.contiguous(), *ctx.saved_tensors, ctx.format).to(ctx.type)
     if ctx.needs_input_grad[_BIAS]:
         found[_BIAS] = gradient.reshape(-1, gradient.shape[-1]).float().sum(dim=0).to(ctx.bias_type)
-    return found
+    return tuple(found)
 
 
 _head_product.register_autograd(_gradients, setup_context=_keep_for_gradient)

@@ -9,8 +9,8 @@ Every number of a code times its scale is a bfloat16 number, so products are exa
 depends on the tile. `plain.plain_coded_product` is the specification up to that order. Rows of weights with the scale
 NaN give NaN; of floating-point elements also those with a scale above 2^60, and blocks with scales below 2^-60 lose
 bits. Integers: the lower seven bits of a code become the last bits of a number from 128 to 255, from which 128 is
-taken, or 256 where the code is negative; a scale below 2^-120 counts as that. Triton's interpreter has no bfloat16 products:
-there both operands are float32.
+taken, or 256 where the code is negative; a scale below 2^-120 counts as that. Triton's interpreter has no bfloat16
+products: there both operands are float32.
 """
 
 from __future__ import annotations
