@@ -19,7 +19,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ from mxrot.quantizing.head import rounded_head
 from mxrot.recipe import load_recipe
 from mxrot.scheme import SiteScheme, head_scheme
 from mxrot.sections import HeadChoice
+from mxrot.text import Windows
 from mxrot.tokenizing import read_texts
 
 AS_IT_WAS = "as it was"
@@ -57,8 +58,10 @@ def main() -> None:
     record["commit"] = options.commit
     is_right = True
     if options.accuracy:
-        record |= {"model": options.model, "texts": options.text, "windows": options.windows}
-        record |= {"seq_len": options.seq_len, "accuracy": accuracy(options, str(device))}
+        texts = read_texts(options.model, options.text, windows=options.windows, seq_len=options.seq_len)
+        record |= {"model": options.model, "texts": {part.text.name: part.text.digest for part in texts}}
+        record |= {"windows": options.windows, "seq_len": options.seq_len, "samples": options.samples}
+        record |= {"calib_seq_len": options.calib_seq_len, "accuracy": accuracy(options, texts, str(device))}
     if options.speed:
         record |= {"shape": options.shape, "ceilings": ceilings(device), "speed": speed(options, device)}
         is_right = all(row["is_right"] for row in record["speed"])
@@ -115,10 +118,9 @@ def quantized(scheme: SiteScheme, weight: Tensor, bias: Tensor | None, device: t
 
 
 @torch.no_grad()
-def accuracy(options: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+def accuracy(options: argparse.Namespace, texts: Sequence[Windows], device: str) -> list[dict[str, Any]]:
     """KL and perplexity of each recipe with each head, on each text."""
     original, _ = open_model(options.model, device)
-    texts = read_texts(options.model, options.text, windows=options.windows, seq_len=options.seq_len)
     expected = {part.text.name: states(original, part.ids, device) for part in texts}
     rows = []
     for recipe in [AS_IT_WAS, *filter(None, options.recipes.split(","))]:
