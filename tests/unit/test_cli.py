@@ -725,6 +725,9 @@ def test_a_head_is_asked_for_planned_and_said(folders: dict[str, str], tmp_path:
     assert "in which the head takes 0.000 GB (weights mxfp4 even, inputs mxfp4 even, block-diagonal)" in planned.stdout
     made = run("quantize", folders["model"], *chosen, "-o", str(tmp_path / "out"))
     assert "in which the quantized head takes 0.0 MB" in made.stdout
+    said = "the head lm_head, 256 x 64, is quantized: relative error of its weights 0.1"
+    shown = run("inspect", str(tmp_path / "out"), "--text", folders["text"], "--seq-len", "32", "--windows", "1")
+    assert said in made.stdout and said in shown.stdout
     found = Recipe.load(tmp_path / "out/recipe.toml").head
     assert found is not None and vars(found) == {
         "format": "mxfp4",

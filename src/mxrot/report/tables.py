@@ -237,6 +237,15 @@ def size_line(size: dict[str, Any]) -> str:
     )
 
 
+def head_line(run: dict[str, Any]) -> str:
+    """One line on a quantized head, from a run.json; empty where it was left as it is."""
+    head = run.get("head")
+    if head is None:
+        return ""
+    shape = " x ".join(map(str, head["shape"]))
+    return f"the head {head['name']}, {shape}, is quantized: relative error of its weights {head['weight_error']:.4f}"
+
+
 def changes_line(run: dict[str, Any]) -> str:
     """One line on what was merged into the weights before they were quantized, from a run.json; empty for nothing."""
     changes = run.get("changes")
