@@ -2,7 +2,8 @@
 
 For generation the head is read once for a few rows, so its bytes set the pace. A program goes along a few rows of the
 weight and all of K, and takes codes apart in registers, two by a few instructions (packed_rows.py): they are the first
-operand of the product, and the inputs, which all programs share and the L2 cache holds, are the second. With as many
+operand of the product, and the inputs, which all programs share and the L2 cache holds, are the second. Codes come out
+in an order of their own, in which inputs are put, too. Both are copied to shared memory some steps ahead. With as many
 rows of weights as a vocabulary has there are programs enough for every device, and nothing is split along K.
 
 Every number of a code times its scale is a bfloat16 number, so products are exact; sums are float32, in an order that
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from mxrot.formats import Format, TensorQuantizer, get_format
 from mxrot.kernels.fused.arithmetic import product
-from mxrot.kernels.fused.packed_rows import RowLayout, are_in_range, columns_of, numbers_of, spread
+from mxrot.kernels.fused.packed_rows import RowLayout, are_in_range, numbers_of, spread
 from mxrot.kernels.plain.coded_weights import BLOCK, CodedWeight
 
 COLUMNS = 128
@@ -79,7 +80,7 @@ _UPPER = _decoder("shr.u32 code, $1, 8;")
 
 @triton.jit
 def _integers(units, scales, DTYPE: tl.constexpr):
-    """Numbers [N, 2 W] of two's complement codes in units [N, W], in the order of `columns_of`, with scales [N, G]."""
+    """Numbers [N, 2 W] of two's complement codes in units [N, W], in the order of `numbers_of`, with scales [N, G]."""
     N: tl.constexpr = units.shape[0]
     W: tl.constexpr = units.shape[1]
     fields = tl.maximum(scales.to(tl.int32), 7) - 6  # a code counts steps of 2^-6
@@ -117,7 +118,7 @@ def _coded_product(
     GROUPS: tl.constexpr = COLUMNS // 32
     weight = (tl.program_id(0) * WEIGHTS + tl.arange(0, WEIGHTS)).to(tl.int64)
     row = (tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)).to(tl.int64)
-    column = columns_of(COLUMNS, BITS)
+    column = tl.arange(0, COLUMNS)
     unit, group = tl.arange(0, UNITS), tl.arange(0, GROUPS)
     units_in_all, groups_in_all = columns_in_all * BITS // 16, columns_in_all // 32
     total = tl.zeros([WEIGHTS, INPUTS], dtype=tl.float32)
@@ -136,17 +137,18 @@ def _coded_product(
         )
         own_column = start + column
         x = tl.load(
-            x_pointer + row[None, :] * columns_in_all + own_column[:, None],
-            mask=(row < rows_in_all)[None, :] & (own_column < columns_in_all)[:, None],
+            x_pointer + row[:, None] * columns_in_all + own_column[None, :],
+            mask=(row < rows_in_all)[:, None] & (own_column < columns_in_all)[None, :],
             other=0.0,
         )
+        x = tl.reshape(tl.permute(tl.reshape(x, [INPUTS, UNITS, COLUMNS // UNITS]), [0, 2, 1]), [INPUTS, COLUMNS])
         if FRACTION >= 0:
             numbers = numbers_of(units, scales, None, BITS, FRACTION, MIN_EXPONENT, DTYPE)
             in_range = in_range & are_in_range(scales, FRACTION).to(tl.int32)
         else:
             numbers = _integers(units, scales, DTYPE)
             in_range = in_range & (tl.max(scales.to(tl.int32), axis=1) < 255).to(tl.int32)
-        total = product(numbers, x.to(DTYPE), total, 1, DTYPE)
+        total = product(numbers, tl.trans(x.to(DTYPE)), total, 1, DTYPE)
     if FRACTION >= 0:
         total = total * 2.0**60
     total = tl.where((in_range > 0)[:, None], total, float("nan"))
