@@ -19,6 +19,7 @@ from tests.tiny_model import random_windows, tiny_config, write_tiny_model
 from tests.unit.evaluation.task_folder import write_scorable_model, write_task_folder
 from transformers import LlamaForCausalLM
 
+import mxrot
 from mxrot.evaluation import TaskScore
 from mxrot.models import FolderSource
 
@@ -388,3 +389,36 @@ def test_the_table_of_a_comparison_has_the_caches_where_there_are_some() -> None
     assert lines[0] == "|  | words | x | KL | bits | bits of KV | cache x | seconds | GB |"
     assert lines[2] == "| FP16 | 10.00 | 1.000 |  | 16.00 | 16.00 |  |  |  |"
     assert lines[3] == "| FP16 KV mxfp4 | 10.00 | 1.000 | 0.500 | 16.00 | 4.25 | 0.270 |  |  |"
+
+
+def test_heads_are_measured_as_checkpoints_have_them_and_their_products_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_tiny_model(tmp_path / "tiny", tie_word_embeddings=True)
+    (tmp_path / "words.txt").write_text("".join(f"the number {n} follows {n - 1}; " for n in range(99)))
+    words = f"--model {source} --text words={tmp_path / 'words.txt'} --recipes rtn --heads mxint8,mxfp4/mxfp4"
+    words += " --windows 3 --seq-len 64 --shape 64 96 --rows 1 5 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["head.py", *words.split(), "--json", str(tmp_path / "found.json")])
+    imported("head").main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = {(row["recipe"], row["head"]): row for row in found["accuracy"]}
+    assert len(rows) == 6 and rows["as it was", "as it was"]["kl"] == 0
+    for head, changes in {
+        "as it was": {},
+        "mxint8": {"head.format": "mxint8"},
+        "mxfp4/mxfp4": {"head.format": "mxfp4", "head.inputs": "mxfp4", "head.transform": "hadamard"},
+    }.items():
+        mxrot.quantize(source, mxrot.Recipe.load("rtn").changed(changes), tmp_path / "out", force=True, device="cpu")
+        options: Any = {"text": f"words={tmp_path / 'words.txt'}", "windows": 3, "seq_len": 64, "device": "cpu"}
+        expected = mxrot.diverge(tmp_path / "out", source, **options)["words"]
+        row = rows["rtn", head]
+        assert row["kl"] == pytest.approx(expected.kl, rel=1e-4) and row["ppl"] == pytest.approx(expected.ppl, rel=1e-6)
+    assert [row["head"] for row in found["speed"]] == ["bf16", "mxint8", "mxfp4/mxfp4"] * 2
+    assert all(row["is_right"] and row["seconds"]["median"] > 0 for row in found["speed"])
+    head = imported("head")
+    monkeypatch.setattr(head, "MOST_ERROR", 0.0)
+    with pytest.raises(SystemExit):
+        head.main()
+    assert "mxint8 (None), 1 rows: RED, error " in capsys.readouterr().out
+    red = json.loads((tmp_path / "found.json").read_text())["speed"]
+    assert [row["seconds"] is None for row in red] == [False, True, True] * 2

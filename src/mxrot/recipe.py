@@ -29,6 +29,7 @@ from mxrot.sections import (
     AttentionChoice,
     CacheChoice,
     CalibrationChoice,
+    HeadChoice,
     PermutationChoice,
     QuantizerChoice,
     Refit,
@@ -78,6 +79,8 @@ class Recipe:
     """Formats of the operands in the products of attention; None: they are not quantized."""
     cache: CacheChoice | None = None
     """How keys and values are stored; None: they are not quantized."""
+    head: HeadChoice | None = None
+    """Format of the head, which then has weights of its own; None: it is not quantized."""
     ignore: tuple[str, ...] = ()
     """Shell-style patterns of linears that are not quantized. They match the full name or its last part."""
     accumulation: Accumulation = "exact"
@@ -265,7 +268,8 @@ class Recipe:
         inputs = dict.fromkeys("16-bit" if one.activations is None else one.activations.format for one in self.variants)
         operands = "" if self.attention is None else f"; attention's {self.attention.operands().spelled}"
         cache = "" if self.cache is None else f"; {self.cache.scheme().spelled} in the cache"
-        return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations{operands}{cache}"
+        head = "" if self.head is None else f"; {self.head.spelled} in the head"
+        return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations{operands}{cache}{head}"
 
     @property
     def input_block(self) -> int:
@@ -306,6 +310,8 @@ class Recipe:
             table["attention"] = plain(self.attention)
         if self.cache is not None:
             table["cache"] = plain(self.cache)
+        if self.head is not None:
+            table["head"] = plain(self.head)
         if self.override:
             table["override"] = [one.to_table() for one in self.override]
         return write_toml(table)
@@ -415,6 +421,7 @@ _SECTIONS: dict[str, type] = {
     "tuning": Tuning,
     "attention": AttentionChoice,
     "cache": CacheChoice,
+    "head": HeadChoice,
 }
 _PLAIN_KEYS: dict[str, Any] = {
     "name": str,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mxrot.formats import AttentionOperands, QTensor, TensorQuantizer
 from mxrot.formats import CacheScheme as CacheScheme
 from mxrot.layers import (
+    HeadLinear,
     InputTransform,
     QuantLinear,
     prepare_linears,
@@ -79,6 +80,8 @@ class Scheme:
     """None where keys and values are kept as they are."""
     attention: AttentionOperands | None = None
     """Of the products of attention; None where they are computed as transformers does."""
+    head: SiteScheme | None = None
+    """None where the head is left as it is."""
 
     @staticmethod
     def of(recipe: Recipe, family: Family, model: PreTrainedModel) -> Scheme:
@@ -98,11 +101,11 @@ class Scheme:
             left += [name for name in names if name not in found]
         attention = None if recipe.attention is None else recipe.attention.operands()
         cache = None if recipe.cache is None else recipe.cache.scheme()
-        return Scheme(found, tuple(sorted(left)), cache, attention)
+        return Scheme(found, tuple(sorted(left)), cache, attention, head_scheme(recipe))
 
     @property
     def distinct(self) -> tuple[SiteScheme, ...]:
-        """The different schemes, in the order in which sites come to have them."""
+        """The different schemes, in the order in which sites of decoder blocks come to have them."""
         return tuple(dict.fromkeys(self.linears.values()))
 
     @property
@@ -131,6 +134,14 @@ def site_scheme(recipe: Recipe, width: int, is_smoothed: bool) -> SiteScheme:
     stages = recipe.transform.specs(width, recipe.sharing, is_smoothed)
     activations = None if recipe.activations is None else recipe.activations.for_inputs()
     return SiteScheme(recipe.weights.quantizer(), activations, stages, recipe.accumulation)
+
+
+def head_scheme(recipe: Recipe) -> SiteScheme | None:
+    """What `recipe` installs at the head; None where it leaves that as it is."""
+    head = recipe.head
+    if head is None:
+        return None
+    return SiteScheme(head.weights(), head.activations(), head.stages(), recipe.accumulation)
 
 
 @dataclass(frozen=True)
@@ -202,6 +213,21 @@ def install(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
         for site in scheme.active_sites(family, index):
             install_site(block, index, site, scheme.linears[f"{prefix}.{site.linears[0]}"])
     install_attention(model, scheme, family)
+    install_head(model, scheme, family)
+
+
+def install_head(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
+    """Replace the head by a quantized one without values, where the scheme says so; it must not be the embedding."""
+    own = scheme.head
+    if own is None:
+        return
+    old = model.get_submodule(family.head)
+    assert isinstance(old, nn.Linear)
+    device = old.weight.device
+    new = HeadLinear(old.in_features, old.out_features, own.weights, own.activations, old.bias, device)
+    if own.stages:
+        new.own_transform("head", InputTransform.empty(own.stages, old.in_features, device))
+    model.set_submodule(family.head, new)
 
 
 def install_attention(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
@@ -223,4 +249,6 @@ def prepare(model: nn.Module, scheme: Scheme, keeps_fp8: bool = False, only_on_g
     for name, linear in model.named_modules():
         if isinstance(linear, QuantLinear) and name in scheme.linears:
             linear.fast = scheme.linears[name].accumulation == "fast"
+        elif isinstance(linear, HeadLinear) and scheme.head is not None:
+            linear.fast = scheme.head.accumulation == "fast"
     (prepare_on_gpus if only_on_gpus else prepare_linears)(model, keeps_fp8)

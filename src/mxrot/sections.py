@@ -4,12 +4,13 @@ tuning_options.py."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mxrot.errors import ConfigError
-from mxrot.formats import AttentionOperands, CacheScheme, CacheTransform, TensorQuantizer
-from mxrot.transforms import ChannelOrder, SmoothingBy
+from mxrot.formats import FORMATS, AttentionOperands, CacheScheme, CacheTransform, TensorQuantizer, Uniform
+from mxrot.formats.block_scales import E8M0
+from mxrot.transforms import BlockDiagonalSpec, ChannelOrder, SmoothingBy, StageSpec
 from mxrot.tuning_options import Refit as Refit
 from mxrot.tuning_options import Tuning as Tuning
 from mxrot.typed import check_fields
@@ -58,6 +59,82 @@ class AttentionChoice:
         except ConfigError as error:
             said = str(error)
             raise ConfigError(said if said.startswith("attention: ") else f"attention: {said}") from error
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """The head as a quantized linear: its weights rounded to nearest, with a power of two a block."""
+
+    format: str = "mxint8"
+    """Of its weights."""
+    rule: str = ""
+    """The scale rule of its weights; empty: the format's default rule."""
+    inputs: str = ""
+    """The format of what it reads, each token by itself under the format's default rule; empty: 16 bit."""
+    transform: Literal["none", "hadamard"] = "none"
+    """What its inputs are multiplied with: the Hadamard matrix in blocks of 32, which spreads outliers of channels, in
+    weights and in inputs."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "head")
+        for key, quantizer in (("format", self.weights()), ("inputs", self.activations())):
+            if quantizer is None:
+                continue
+            grid = quantizer.format.grid
+            if not (isinstance(grid, Uniform) and grid.scale == E8M0 and quantizer.rule.is_power_of_two):
+                raise ConfigError(
+                    f"head: {key}: {quantizer.spelled} has no power of two a block; take one of "
+                    f"{', '.join(_formats_of_heads())}, with a rule such as even"
+                )
+
+    @staticmethod
+    def named(text: str) -> HeadChoice:
+        """Of "WEIGHTS" or "WEIGHTS/INPUTS", with the transform where there are inputs, or weights of fewer than 8 bits.
+
+        mxfp8 is short for mxfp8_e4m3. ConfigError for anything else.
+        """
+        names = [SHORT_NAMES.get(name, name) for name in text.split("/")]
+        if len(names) > 2 or not all(names):
+            raise ConfigError("expected a format, or WEIGHTS/INPUTS")
+        found = HeadChoice(names[0], inputs=names[1] if len(names) > 1 else "")
+        is_coarse = found.inputs or found.weights().format.bits < 8
+        return replace(found, transform="hadamard") if is_coarse else found
+
+    def weights(self) -> TensorQuantizer:
+        """Format and rule of the weights; ConfigError for names that are none."""
+        return self._quantizer("format", QuantizerChoice(self.format, self.rule))
+
+    def activations(self) -> TensorQuantizer | None:
+        """Those of the inputs; None where these stay in 16 bit."""
+        if not self.inputs:
+            return None
+        self._quantizer("inputs", QuantizerChoice(self.inputs))
+        return QuantizerChoice(self.inputs).for_inputs()
+
+    def stages(self) -> tuple[StageSpec, ...]:
+        """Of the transform of the inputs."""
+        return () if self.transform == "none" else (BlockDiagonalSpec(HEAD_BLOCK, "site"),)
+
+    @property
+    def spelled(self) -> str:
+        """Weights and inputs in a few words: "mxfp8_e4m3", "mxfp4 with mxfp4 inputs"."""
+        return f"{self.format} with {self.inputs} inputs" if self.inputs else self.format
+
+    @staticmethod
+    def _quantizer(key: str, choice: QuantizerChoice) -> TensorQuantizer:
+        try:
+            return choice.quantizer()
+        except ConfigError as error:
+            raise ConfigError(f"head: {key}: {error}") from error
+
+
+SHORT_NAMES = {"mxfp8": "mxfp8_e4m3"}
+HEAD_BLOCK = 32
+"""Elements of a block, in all formats with a power of two a block."""
+
+
+def _formats_of_heads() -> list[str]:
+    return [name for name, one in FORMATS.items() if isinstance(one.grid, Uniform) and one.grid.scale == E8M0]
 
 
 @dataclass(frozen=True)

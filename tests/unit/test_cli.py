@@ -30,12 +30,13 @@ from mxrot.errors import NumericsError
 from mxrot.opening import default_device
 from mxrot.recipe import Recipe
 from mxrot.recipe_files import builtin_recipes
+from mxrot.sections import HeadChoice
 
 HELP = ["-h", "--help"]
 OPTIONS = {
     "quantize": [
         *("model", "-o", "--output", "-r", "--recipe", "--for", "--set", "--calib", "--samples", "--seq-len", "--seed"),
-        *("--family", "--revision", "--device", "--force", "--resume", "--json", "--time-limit", "--metrics"),
+        *("--head", "--family", "--revision", "--device", "--force", "--resume", "--json", "--time-limit", "--metrics"),
         "--tensorboard",
     ],
     "eval": [
@@ -60,7 +61,7 @@ OPTIONS = {
     ],
     "plan": [
         *("model", "-r", "--recipe", "--for", "--set", "--samples", "--seq-len", "--gpu-memory", "--processes"),
-        *("--rates", "--family", "--revision", "--device", "--json"),
+        *("--head", "--rates", "--family", "--revision", "--device", "--json"),
     ],
     "generate": [
         *("model", "prompt", "--max-tokens", "--kv", "--kv-transform", "--kv-first", "--kv-last", "--calib"),
@@ -715,3 +716,67 @@ def test_export_refuses_in_one_line(folders: dict[str, str]) -> None:
         result = call(*arguments)
         assert result.exit_code == 2
         assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_head_is_asked_for_planned_and_said(folders: dict[str, str], tmp_path: Path) -> None:
+    chosen = ("-r", "rtn", "--head", "mxfp4/mxfp4")
+    planned = run("plan", folders["model"], *chosen)
+    # 256 rows of 64 numbers, codes of 4 bits and a byte for 32 of them, and one matrix in bfloat16.
+    assert "in which the head takes 0.000 GB (weights mxfp4 even, inputs mxfp4 even, block-diagonal)" in planned.stdout
+    made = run("quantize", folders["model"], *chosen, "-o", str(tmp_path / "out"))
+    assert "in which the quantized head takes 0.0 MB" in made.stdout
+    said = "the head lm_head, 256 x 64, is quantized: relative error of its weights 0.1"
+    shown = run("inspect", str(tmp_path / "out"), "--text", folders["text"], "--seq-len", "32", "--windows", "1")
+    assert said in made.stdout and said in shown.stdout
+    found = Recipe.load(tmp_path / "out/recipe.toml").head
+    assert found is not None and vars(found) == {
+        "format": "mxfp4",
+        "rule": "",
+        "inputs": "mxfp4",
+        "transform": "hadamard",
+    }
+    assert read_json(tmp_path / "out/run.json")["size"]["head_bytes"] == 256 * 64 // 2 + 256 * 2 + 32 * 32 * 2
+    run(
+        "quantize",
+        str(folders["model"]),
+        "-r",
+        str(tmp_path / "out/recipe.toml"),
+        "--head",
+        "none",
+        "-o",
+        str(tmp_path / "off"),
+    )
+    assert Recipe.load(tmp_path / "off/recipe.toml") == Recipe.load("rtn")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--head", "mxfp5"), "--head mxfp5: head: format: unknown format 'mxfp5'"),
+        (("--head", "mxfp4/"), "--head mxfp4/: expected a format, or WEIGHTS/INPUTS"),
+        (("--head", "nvfp4"), "--head nvfp4: head: format: nvfp4 absmax has no power of two a block"),
+        (
+            ("--head", "mxint8", "--for", "vllm"),
+            "--head mxint8: vllm takes no quantized head; leave out --head or --for",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_a_head_that_cannot_be_is_refused(
+    folders: dict[str, str], command: str, options: tuple[str, ...], said: str
+) -> None:
+    assert one_line_error(call(command, folders["model"], *options), 2).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("mxint8", ("mxint8", "", "none")),
+        ("mxfp8", ("mxfp8_e4m3", "", "none")),
+        ("mxfp4", ("mxfp4", "", "hadamard")),
+        ("mxfp8/mxfp8", ("mxfp8_e4m3", "mxfp8_e4m3", "hadamard")),
+    ],
+)
+def test_what_a_name_of_a_head_stands_for(named: str, expected: tuple[str, str, str]) -> None:
+    found = HeadChoice.named(named)
+    assert (found.format, found.inputs, found.transform) == expected

@@ -178,6 +178,9 @@ def random_quantized_model(
                     matrices = random_orthogonal(blocks, size, generator)
                     transform.weight.data = BlockDiagonal(matrices.to(device)).to_stored()
                 draw_weight(linear, codes)
+    head = model.get_submodule(family.head)
+    if isinstance(head, QuantLinear):
+        draw_weight(head, codes)
     prepare(model, scheme, keeps_fp8)
     return model
 

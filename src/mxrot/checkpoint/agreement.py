@@ -106,6 +106,12 @@ def check_recipe(said: Scheme, scheme: Scheme, family: Family, version: int = FO
             "recipe.toml and config.json contradict each other: cache: {} in recipe.toml, {} in config.json; take both "
             "from one run of `mxrot quantize`".format(*words)
         )
+    if said.head != scheme.head:
+        words = ("as it was" if one.head is None else one.head.spelled for one in (said, scheme))
+        raise CheckpointError(
+            "recipe.toml and config.json contradict each other: head: {} in recipe.toml, {} in config.json; take both "
+            "from one run of `mxrot quantize`".format(*words)
+        )
     prefix = f"{family.blocks}."
     for name in [name for name in {**said.linears, **scheme.linears} if name.startswith(prefix)]:
         one, other = said.linears.get(name), scheme.linears.get(name)

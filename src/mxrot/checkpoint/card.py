@@ -42,7 +42,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 |---|---|---|
 | codes and scales | {weight_bytes:,} | {bits:.3f} |
 | transforms | {transform_bytes:,} | {transform_bits:.3f} |
-| everything else, in its own type | {other_bytes:,} | |
+| everything else, in its own type{but_head} | {other_bytes:,} | |
 
 Bits are means over the linears of the decoder blocks. {left}
 {mixture}
@@ -103,6 +103,9 @@ _VLLM_OWN = (
     "only with mxrot installed beside it, if at all: {why}. `mxrot export path/to/this/folder --to vllm` says more."
 )
 
+_VLLM_HEAD = (
+    "not with this quantized head, which was not tried there. `mxrot export path/to/this/folder --to vllm` says more."
+)
 _VLLM_CACHE = (
     "not with this cache, whose formats vLLM does not have. `mxrot export path/to/this/folder --to vllm` says more."
 )
@@ -148,6 +151,7 @@ def model_card(source: Source, made: Made) -> str:
         transform_bytes=size.transform_bytes,
         transform_bits=size.transform_bits_per_weight or 0,
         other_bytes=size.other_bytes,
+        but_head=f" but for the head, {size.head_bytes:,} of them" if size.head_bytes else "",
         left=_left(made.left, size),
         mixture=_mixture(made),
         toml=code_block(recipe.to_toml(), "toml"),
@@ -167,7 +171,8 @@ def _formats(scheme: Scheme) -> str:
     if scheme.cache is not None:
         kept = dict.fromkeys(one.format.name for one in scheme.cache.by_name.values())
         operands = f", keys and values in {' and '.join(kept)}"
-    return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations{operands}"
+    head = "" if scheme.head is None else f", the head in {scheme.head.weights.format.name}"
+    return f"{' and '.join(weights)} weights and {' and '.join(inputs)} activations{operands}{head}"
 
 
 def _activations(scheme: Scheme) -> str:
@@ -178,6 +183,8 @@ def _activations(scheme: Scheme) -> str:
         attention = (
             f"\nAttention reads quantized keys and values, from the cache and without one: {scheme.cache.spelled}."
         )
+    if scheme.head is not None:
+        attention += f"\nThe head is quantized, too, and no copy of the embedding: {scheme.head.spelled}."
     rules = dict.fromkeys(code(one.activations.spelled_rule) for one in scheme.distinct if one.activations is not None)
     if not rules:
         return f"Activations are left as they are.{attention}"
@@ -236,6 +243,8 @@ def _vllm(made: Made) -> str:
     why = why_unfaithful(made.scheme)
     if made.scheme.cache is not None:
         return _VLLM_CACHE
+    if made.scheme.head is not None:
+        return _VLLM_HEAD
     if why is not None:
         return _VLLM_OWN.format(why=why.replace("it has", "compressed-tensors has"))
     if not made.scheme.has_transform:

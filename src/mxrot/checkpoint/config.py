@@ -30,14 +30,18 @@ from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
 
-FORMAT_VERSION = 4
-"""The newest: keys and values of attention are kept in few bits."""
+FORMAT_VERSION = 5
+"""The newest: the head is quantized."""
+WITH_CACHE = 4
+"""What is written where keys and values of attention are kept in few bits, and the head is as it was."""
 WITH_OPERANDS = 3
 """What is written where the operands of attention's products are quantized."""
 PLAIN = 2
 """What is written where attention is as it was: those that know no newer one read it."""
 EVERY = ["Linear"]
 """Targets of a scheme that all linears have which are not ignored."""
+HEAD = "head"
+"""The group of a quantized head, which is its only target."""
 THEIR_BLOCK = 32
 """Channels of the matrices for which layout and arithmetic of compressed-tensors were tried."""
 _MIXED = "mixed-precision"
@@ -93,6 +97,8 @@ def why_unfaithful(scheme: Scheme) -> str | None:
         return "keys and values of attention are quantized"
     if scheme.attention is not None:
         return "the operands of attention's products are quantized"
+    if scheme.head is not None:
+        return "the head is quantized"
     for one in scheme.distinct:
         if _layout_of(one) is None:
             inputs = "" if one.activations is None else f" with inputs in {one.activations.format.name}"
@@ -118,22 +124,25 @@ def _is_one_matrix(scheme: SiteScheme) -> bool:
 def _config(scheme: Scheme, family: Family, dtype: torch.dtype, called: str | None) -> dict[str, Any]:
     """`called` is what every format is called; None for the names of compressed-tensors."""
     targets = _targets(scheme, family)
+    parts = [(f"group_{number}", one, targets[one]) for number, one in enumerate(scheme.distinct)]
+    if scheme.head is not None:
+        parts.append((HEAD, scheme.head, [family.head]))
     groups, schemes, formats = {}, {}, []
-    for number, one in enumerate(scheme.distinct):
+    for name, one, covered in parts:
         formats.append(called or _layout_of(one))
         own = scheme_table(one)
         words = own if called == NATIVE else _words(one)
-        groups[f"group_{number}"] = {
-            "targets": targets[one],
+        groups[name] = {
+            "targets": covered,
             "weights": words["weights"],
             "input_activations": words["activations"],
             "output_activations": None,
             "format": formats[-1],
         }
-        schemes[f"group_{number}"] = own
+        schemes[name] = own
     cache, attention = scheme.cache, scheme.attention
     marker: dict[str, Any] = {
-        "format_version": FORMAT_VERSION if cache is not None else PLAIN if attention is None else WITH_OPERANDS,
+        "format_version": _version(scheme),
         "dtype": str(dtype).removeprefix("torch."),
         "schemes": schemes,
     }
@@ -144,11 +153,20 @@ def _config(scheme: Scheme, family: Family, dtype: torch.dtype, called: str | No
         "format": formats[0] if len(set(formats)) == 1 else _MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [family.head, *scheme.left],
+        "ignore": [*([family.head] if scheme.head is None else []), *scheme.left],
         "kv_cache_scheme": None if cache is None else cache_table(cache),
         "sparsity_config": {},
         MARKER: marker,
     }
+
+
+def _version(scheme: Scheme) -> int:
+    """The oldest that has words for a scheme."""
+    if scheme.head is not None:
+        return FORMAT_VERSION
+    if scheme.cache is not None:
+        return WITH_CACHE
+    return PLAIN if scheme.attention is None else WITH_OPERANDS
 
 
 def scheme_table(scheme: SiteScheme) -> dict[str, Any]:
@@ -210,10 +228,11 @@ def _arguments(format: Format) -> dict[str, Any]:
 
 def _targets(scheme: Scheme, family: Family) -> dict[SiteScheme, list[str]]:
     """Of each distinct scheme the linears that have it: all that are not ignored, or regular expressions. What stands
-    beside a text model has linears, too, which are never meant."""
-    if len(scheme.distinct) == 1 and family.beside is None:
+    beside a text model has linears, too, which are never meant, and a quantized head is one with a group of its own."""
+    if len(scheme.distinct) == 1 and family.beside is None and scheme.head is None:
         return {scheme.distinct[0]: EVERY}
-    count = 1 + max(_place(name, family)[0] for name in (*scheme.linears, *scheme.left))
+    left = [name for name in scheme.left if name.removeprefix(f"{family.blocks}.").partition(".")[0].isdecimal()]
+    count = 1 + max(_place(name, family)[0] for name in (*scheme.linears, *left))  # others left are refused as such
     blocks: dict[tuple[SiteScheme, str], list[int]] = defaultdict(list)
     for name, one in scheme.linears.items():
         index, inner = _place(name, family)

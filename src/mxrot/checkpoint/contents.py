@@ -143,6 +143,11 @@ def install_linears(model: PreTrainedModel, family: Family, scheme: Scheme) -> N
     for name in scheme.left:
         if name not in linears or not name.startswith(f"{family.blocks}."):
             raise CheckpointError(f"config.json: quantization_config: ignore: {name!r} is no linear of a decoder block")
+    if scheme.head is not None and model.config.tie_word_embeddings:
+        raise CheckpointError(
+            "config.json: tie_word_embeddings is true, and quantization_config has a group for the head, which then is "
+            "no copy of the embedding"
+        )
     left = set(scheme.left)
     check_linears(model, family, lambda name: None if name in left else scheme.input_block(name))
     install(model, scheme, family)

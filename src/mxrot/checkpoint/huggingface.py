@@ -235,6 +235,8 @@ def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
         save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
         quantized = quantizing.quantize(Path(folder), recipe, device=model.device).model
     assert quantized is not None
+    if model.config.tie_word_embeddings and not quantized.config.tie_word_embeddings:
+        untie(model)
     if recipe.rotates_weights:
         take_rotated(model, quantized)
     names = {module: name for name, module in quantized.named_modules()}
@@ -247,15 +249,18 @@ def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
     with_config(model, recipe)
 
 
+def untie(model: PreTrainedModel) -> None:
+    """Give a loaded model a head of its own, which is a copy of the embedding."""
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
 def take_rotated(model: PreTrainedModel, quantized: PreTrainedModel) -> None:
     """Give a loaded model what rotations have changed beside the weights that are codes: embedding, norms, biases,
-    routers, and a head of its own."""
-    if model.config.tie_word_embeddings and not quantized.config.tie_word_embeddings:
-        model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
-        head = model.get_output_embeddings()
-        assert isinstance(head, nn.Linear)
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    routers, and a head that is not quantized."""
     own = dict(model.named_parameters())
     for name, rotated in quantized.named_parameters():
         if name in own and own[name].shape == rotated.shape:

@@ -12,6 +12,7 @@ import torch
 from mxrot.checkpoint.config import (
     EVERY,
     FORMAT_VERSION,
+    HEAD,
     NATIVE,
     THEIR_BLOCK,
     scheme_table,
@@ -55,6 +56,7 @@ class Layout:
     is_native: bool
     """Does it call its formats "mxrot"?"""
     groups: tuple[Group, ...]
+    """Of the linears of decoder blocks."""
     head: str
     left: tuple[str, ...]
     """Full names of linears of decoder blocks that are left as they are."""
@@ -62,6 +64,8 @@ class Layout:
     """Of what is not quantized; None where the first version does not say."""
     cache: CacheScheme | None = None
     attention: AttentionOperands | None = None
+    head_scheme: SiteScheme | None = None
+    """None where the head is left as it is."""
 
     def scheme_of(self, linear: str) -> SiteScheme | None:
         """What is installed at a linear, by its full name; None where it is left as it is.
@@ -80,7 +84,7 @@ class Layout:
         """What is installed in a model of so many decoder blocks; CheckpointError as for `scheme_of`."""
         found = {name: self.scheme_of(name) for name in linears_of(family, blocks)}
         linears = {name: one for name, one in found.items() if one is not None}
-        return Scheme(linears, self.left, self.cache, self.attention)
+        return Scheme(linears, self.left, self.cache, self.attention, self.head_scheme)
 
 
 def linears_of(family: Family, blocks: int) -> list[str]:
@@ -116,40 +120,54 @@ def read_layout(quantization: Any, where: str = "the checkpoint") -> Layout:
     known = {NATIVE, *(one.compressed_tensors for one in FORMATS.values() if one.compressed_tensors is not None)}
     if not isinstance(format, str) or format not in known:
         raise CheckpointError(f"{_WHERE}: format {format!r} is not known; known: {', '.join(sorted(known))}")
+    version, given = marker["format_version"], quantization.get("config_groups")
+    coded = given.get(HEAD) if version >= FORMAT_VERSION and isinstance(given, dict) else None
     ignore = quantization.get("ignore")
-    if not isinstance(ignore, list) or not ignore or not all(isinstance(name, str) for name in ignore):
+    names = isinstance(ignore, list) and all(isinstance(name, str) for name in ignore)
+    if not names or not (ignore or coded):
         raise CheckpointError(f"{_WHERE}: ignore: expected the names of the head and of linears, got {ignore!r}")
-    head, *left = ignore
-    if marker["format_version"] == 1:
+    head, *left = ignore if coded is None else [_only_target(coded), *ignore]
+    if version == 1:
         groups = (Group(tuple(EVERY), _scheme_of_version_1(quantization, marker, format)),)
         return Layout(1, False, groups, head, tuple(left), None)
+    groups_by_name = _groups(given, marker.get("schemes"))
+    of_head = None if coded is None else groups_by_name.pop(HEAD).scheme
     return Layout(
-        marker["format_version"],
+        version,
         format == NATIVE,
-        _groups(quantization.get("config_groups"), marker.get("schemes")),
+        tuple(groups_by_name.values()),
         head,
         tuple(left),
         _dtype(marker.get("dtype")),
         _cache(quantization.get("kv_cache_scheme")),
         _attention(marker.get("attention")),
+        of_head,
     )
 
 
-def _groups(groups: Any, schemes: Any) -> tuple[Group, ...]:
+def _only_target(group: Any) -> str:
+    """The head that a group is for, by its name."""
+    targets = group.get("targets") if isinstance(group, dict) else None
+    if not isinstance(targets, list) or len(targets) != 1 or not isinstance(targets[0], str):
+        raise CheckpointError(f"{_WHERE}: config_groups.{HEAD}.targets: expected the name of the head, got {targets!r}")
+    return targets[0]
+
+
+def _groups(groups: Any, schemes: Any) -> dict[str, Group]:
     if not isinstance(groups, dict) or not isinstance(schemes, dict) or not groups or groups.keys() != schemes.keys():
         raise CheckpointError(f"{_WHERE}: config_groups and {MARKER}.schemes are not tables of the same groups")
-    found = []
+    found = {}
     for key, group in groups.items():
         targets = group.get("targets") if isinstance(group, dict) else None
         if not isinstance(targets, list) or not targets or not all(isinstance(one, str) for one in targets):
             raise CheckpointError(f"{_WHERE}: config_groups.{key}.targets: expected names of linears, got {targets!r}")
         where = f"{_WHERE}: {MARKER}.schemes.{key}"
         try:
-            found.append(Group(tuple(targets), _scheme(schemes[key], where)))
-            _ = found[-1]._patterns
+            found[key] = Group(tuple(targets), _scheme(schemes[key], where))
+            _ = found[key]._patterns
         except re.error as error:
             raise CheckpointError(f"{_WHERE}: config_groups.{key}.targets: {error}") from error
-    return tuple(found)
+    return found
 
 
 def _scheme(table: Any, where: str) -> SiteScheme:

@@ -30,6 +30,7 @@ from mxrot.checkpoint.room import Room
 from mxrot.checkpoint.side_files import TEMPLATES, is_side_file
 from mxrot.documents import read_json
 from mxrot.errors import CheckpointError, DamagedError
+from mxrot.formats.quantizer import PACKED
 from mxrot.interrupts import interrupt_waits
 from mxrot.layers import ModelSize
 from mxrot.models import Family
@@ -126,7 +127,8 @@ class PartialCheckpoint:
         self.left_bytes |= left | {name: value.nbytes for name, value in named.items() if name == self._head}
         self.shapes |= {} if report is None else {linear.name: linear.shape for linear in report.linears}
         weights = 0 if report is None else sum(math.prod(linear.shape) for linear in report.linears)
-        self.size += ModelSize.of(named, weights, left=left)
+        head = self.family.head if f"{self.family.head}.{PACKED}" in named else ""
+        self.size += ModelSize.of(named, weights, left=left, head=head)
         self._written[shard] = written
 
     @property

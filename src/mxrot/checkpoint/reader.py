@@ -55,7 +55,11 @@ def _load(checked: Checked, device: torch.device, dtype: torch.dtype | None, kee
             name: _moved(value, kinds[name], family.dtype_of(name, dtype), device) for name, value in tensors.items()
         }
         fill(block, moved, prefix)
-    load_outer(model, family, read_outer(files, family), dtype, device)
+    outer = read_outer(files, family)
+    for name in outer:
+        if checked.scheme.head is not None and name.startswith(f"{family.head}."):
+            check_value(name, outer[name])
+    load_outer(model, family, outer, dtype, device)
     if device.type == "cuda":
         prepare(model, checked.scheme, keeps_fp8)
     model.config.quantization_config = CheckpointConfig(**checked.quantization)

@@ -220,7 +220,11 @@ def _write_around(
     )
     card = model_card(describe_source(base_name, source.folder), made)
     write_bytes(folder / "README.md", card.encode())
-    size = {**vars(store.size), "bits_per_weight": store.size.bits_per_weight, "total_bytes": store.size.total_bytes}
+    size = {
+        **store.size.as_table(),
+        "bits_per_weight": store.size.bits_per_weight,
+        "total_bytes": store.size.total_bytes,
+    }
     run = {
         "model": base_name,
         "revision": commit_of(source.folder),

@@ -68,6 +68,7 @@ def inspect(
         errors_table,
         experts_line,
         family_line,
+        head_line,
         left_line,
         maxima_table,
         progress_on_stderr,
@@ -109,6 +110,7 @@ def inspect(
         lines = (
             family_line,
             changes_line,
+            head_line,
             left_line,
             recipe_line,
             rank_line,
@@ -121,7 +123,7 @@ def inspect(
         for line in filter(None, (said(run) for said in lines)):
             say(line)
         result |= {"blocks": run["blocks"], "size": run["size"], "quantizers": linears, "attention": attention}
-        result |= {"cache": cache}
+        result |= {"cache": cache} | ({"head": run["head"]} if run.get("head") else {})
     if kernels:
         choices = kernel_choices(opened)
         show(choices_table(choices))

@@ -62,15 +62,40 @@ Purpose = Annotated[
     str | None, typer.Option("--for", metavar="PROGRAM", help="Choose the recipe that this program runs: vllm")
 ]
 
+HEAD_HELP = "Quantize the head: mxint8, mxfp8, mxfp4, WEIGHTS/INPUTS as mxfp4/mxfp4, or none (default: as the recipe)"
+Head = Annotated[str | None, typer.Option("--head", metavar="FORMAT", help=HEAD_HELP)]
+
 KEPT = "mxrot.kept"
 """The key of the context's meta under which a command describes what an interrupt leaves behind."""
 
 
-def chosen_recipe(name: str, changes: list[str]) -> Any:
-    """The recipe of this name or file, with the changes of `--set`."""
+def chosen_recipe(name: str, changes: list[str], head: str | None = None) -> Any:
+    """The recipe of that name or file, with the changes of `--set`, and the head of `--head`."""
     from mxrot.recipe import load_recipe
 
-    return load_recipe(name).changed(dict(key_and_value(text, "--set") for text in changes))
+    wanted = dict(key_and_value(text, "--set") for text in changes)
+    return load_recipe(name).changed(_head_changes(head) | wanted)
+
+
+def _head_changes(head: str | None) -> dict[str, Any]:
+    """The keys of a recipe that `--head` stands for; ConfigError for names that are none."""
+    if head is None:
+        return {}
+    if head == "none":
+        return {"head": "none"}
+    from mxrot.sections import HeadChoice
+
+    try:
+        chosen = HeadChoice.named(head)
+    except ConfigError as error:
+        raise ConfigError(f"--head {head}: {error}") from error
+    return {f"head.{key}": getattr(chosen, key) for key in ("format", "inputs", "transform")}
+
+
+def check_head_for(purpose: str | None, head: str | None) -> None:
+    """ConfigError where the program of `--for` takes no quantized head."""
+    if purpose is not None and head not in (None, "none"):
+        raise ConfigError(f"--head {head}: {purpose} takes no quantized head; leave out --head or --for")
 
 
 def recipe_name(recipe: str, purpose: str | None, model: str, family: str | None = None) -> str:

@@ -13,12 +13,14 @@ from mxrot.commands.options import (
     Changes,
     Device,
     FamilyOption,
+    Head,
     Json,
     Model,
     Purpose,
     RecipeOption,
     Revision,
     Samples,
+    check_head_for,
     chosen_recipe,
     console,
     prepare,
@@ -37,6 +39,7 @@ def plan(
     model: Model = "demo",
     recipe: RecipeOption = DEFAULT_RECIPE,
     purpose: Purpose = None,
+    head: Head = None,
     changes: Changes = [],  # noqa: B006
     samples: Samples = None,
     seq_len: Annotated[
@@ -77,10 +80,11 @@ def plan(
     if gpu_memory is not None and gpu_memory > MOST_MEMORY:
         raise ConfigError(f"--gpu-memory {gpu_memory}: is in GB, at most {MOST_MEMORY}")
     check_asked(family)
-    chosen_recipe(recipe, changes)  # what is wrong there is found first
+    check_head_for(purpose, head)
+    chosen_recipe(recipe, changes, head)  # what is wrong there is found first
     model = with_revision(model, revision)
     prepare(model, device, json_file, gets_weights=False)
-    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes)
+    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes, head)
     other = None if rates is None else OtherRates.read(rates)
     machine = Machine(torch.device(device or api.default_device()), gpu_memory and 1e9 * gpu_memory, other)
     place = find_config(model)

@@ -16,6 +16,7 @@ from mxrot.commands.options import (
     Changes,
     Device,
     FamilyOption,
+    Head,
     Json,
     Model,
     Purpose,
@@ -23,6 +24,7 @@ from mxrot.commands.options import (
     Revision,
     Samples,
     Seed,
+    check_head_for,
     chosen_recipe,
     loaded_texts,
     prepare,
@@ -42,6 +44,7 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write")] = Path("mxrot-output"),
     recipe: RecipeOption = DEFAULT_RECIPE,
     purpose: Purpose = None,
+    head: Head = None,
     changes: Changes = [],  # noqa: B006 (typer copies it)
     calib: Calib = ["demo"],  # noqa: B006
     samples: Samples = None,
@@ -70,7 +73,8 @@ def quantize(
 
     model = with_revision(model, revision)
     check_asked(family)
-    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes)
+    check_head_for(purpose, head)
+    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes, head)
     if not is_utf8(output):
         raise ConfigError(
             f"--output {output}: the name is not UTF-8, which no reader of tokenizers accepts; give another one"
@@ -113,6 +117,7 @@ def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
         choice_line,
         experts_line,
         family_line,
+        head_line,
         left_line,
         rank_line,
         recipe_line,
@@ -125,7 +130,7 @@ def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
     say(f"{output}: {len(run['blocks'])} blocks with {recipe} in {run['seconds']:.1f} s")
     say(size_line(run["size"]))
     lines = (
-        *(family_line, left_line, recipe_line, rank_line, rotation_line),
+        *(family_line, head_line, left_line, recipe_line, rank_line, rotation_line),
         *(choice_line, sites_choice_line, tuning_line, experts_line),
     )
     for line in filter(None, (line_of(run) for line_of in lines)):

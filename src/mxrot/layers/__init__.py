@@ -4,6 +4,7 @@ from mxrot.layers.attention import score_heads, shared_heads, step_mask, unmaske
 from mxrot.layers.cached_attention import quantize_cache, restore_cache
 from mxrot.layers.experts import build_apart, separate_experts
 from mxrot.layers.fixed_packed_cache import FixedPackedCache
+from mxrot.layers.head import HeadLinear
 from mxrot.layers.installed_cache import cache_scheme_of
 from mxrot.layers.kv_cache import FixedCache, SpreadCache
 from mxrot.layers.linear import QuantLinear
@@ -21,6 +22,7 @@ from mxrot.layers.transform import InputTransform
 __all__ = [
     "FixedCache",
     "FixedPackedCache",
+    "HeadLinear",
     "InputTransform",
     "ModelSize",
     "PackedCache",

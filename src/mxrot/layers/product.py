@@ -176,10 +176,11 @@ def _product(
     quantizer = TensorQuantizer.named(activations) if activations else None
     if quantizer is not None:
         quantizer = TensorQuantizer(quantizer.format, quantizer.rule.for_rows())
-    return product(x, _applied(stored, applied), weight, bias, TensorQuantizer.named(weights), quantizer, fast)
+    return product(x, matrices_of(stored, applied), weight, bias, TensorQuantizer.named(weights), quantizer, fast)
 
 
-def _applied(stored: Tensor | None, applied: Tensor | None) -> Tensor | None:
+def matrices_of(stored: Tensor | None, applied: Tensor | None) -> Tensor | None:
+    """T as runtimes apply it, from what a checkpoint holds, or from its bytes where they are at hand."""
     if stored is None:
         return None
     return applied_matrices(stored) if applied is None else applied.view(STORED_DTYPE)
@@ -203,7 +204,7 @@ def _product_gradient(
     W = StoredWeight(codes, tuple(parts)).dequantized(TensorQuantizer.named(weights))
     with torch.autocast(gradient.device.type, enabled=False):
         found = gradient.to(torch.float32) @ W
-        matrices = _applied(stored, applied)
+        matrices = matrices_of(stored, applied)
         return found if matrices is None else apply_matrices(found, matrices.to(torch.float32).mT)
 
 

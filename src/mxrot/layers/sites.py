@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mxrot.kernels.warm_up import warm_up
+from mxrot.layers.head import HeadLinear
 from mxrot.layers.linear import QuantLinear
 from mxrot.layers.prepare import is_in_one_place, prepare_site
 
@@ -46,7 +47,8 @@ def warm_up_linear(linear: QuantLinear, dtype: torch.dtype, most_rows: int) -> l
 
 def _prepare(linears: Sequence[QuantLinear], keeps_lifted: bool) -> None:
     if is_in_one_place(linears):
-        prepare_site(linears, keeps_lifted)
+        reads_codes = isinstance(linears[0], HeadLinear) and linears[0].activations is None
+        prepare_site(linears, keeps_lifted and not reads_codes)
 
 
 def sites_of(model: nn.Module) -> Iterator[Sequence[QuantLinear]]:

@@ -26,6 +26,8 @@ class ModelSize:
     """Number of weights of linears of decoder blocks that were left alone."""
     left_bytes: int = 0
     """What these take; a part of `other_bytes`."""
+    head_bytes: int = 0
+    """What a quantized head takes, with its scales and its transform; a part of `other_bytes`, too."""
 
     @staticmethod
     def of(
@@ -33,15 +35,16 @@ class ModelSize:
         quantized_weights: int,
         other_itemsize: int | None = None,
         left: Collection[str] = (),
+        head: str = "",
     ) -> ModelSize:
         """The size of named tensors, as a checkpoint names them, that hold so many weights as codes; shared storage
         counts once.
 
         What is not quantized counts `other_itemsize` bytes an element; None stands for what it takes now. `left` are
-        names of weights of linears that were left alone.
+        names of weights of linears that were left alone; `head` is the name of the head where that is quantized.
         """
         counts = {"codes": 0, "scales": 0, "transforms": 0, "other": 0}
-        left_weights = left_bytes = 0
+        left_weights = left_bytes = head_bytes = 0
         seen = set()
         for name, tensor in tensors.items():
             place = (tensor.data_ptr(), tensor.device, tensor.numel())
@@ -50,12 +53,19 @@ class ModelSize:
             seen.add(place)
             kind = _kind(name)
             itemsize = other_itemsize if kind == "other" and other_itemsize else tensor.element_size()
-            counts[kind] += tensor.numel() * itemsize
+            is_of_head = bool(head) and name.startswith(f"{head}.")
+            counts["other" if is_of_head else kind] += tensor.numel() * itemsize
+            if is_of_head:
+                head_bytes += tensor.numel() * itemsize
             if name in left:
                 left_weights += tensor.numel()
                 left_bytes += tensor.numel() * itemsize
         parts = counts["codes"], counts["scales"], counts["transforms"], counts["other"]
-        return ModelSize(quantized_weights, *parts, left_weights, left_bytes)
+        return ModelSize(quantized_weights, *parts, left_weights, left_bytes, head_bytes)
+
+    def as_table(self) -> dict[str, int]:
+        """As a record has it: without a head that is as it was."""
+        return {name: value for name, value in vars(self).items() if name != "head_bytes" or value}
 
     def __add__(self, other: ModelSize) -> ModelSize:
         return ModelSize(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))

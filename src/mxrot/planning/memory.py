@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from mxrot.calibration.writing_sizes import WRITING
+from mxrot.planning.heads import HEAD, coded_terms, head_stages
 from mxrot.planning.ordering import ordering_stages
 from mxrot.planning.run import Run, keeps_share, reads_residual
 from mxrot.planning.shape import SiteShape
@@ -52,7 +53,7 @@ def estimate_memory(run: Run) -> MemoryEstimate:
     stages = [*training_stages(run), *_loading(run), *writing_stages(run), *_rotating(run), *ordering_stages(run)]
     for position, _ in enumerate(run.shape.fullest):
         stages += site_stages(run, position, _resident(run, position) | _remembered(run, position))
-    stages += [*_block_end(run), *tuning_stages(run)]
+    stages += [*_block_end(run), *tuning_stages(run), *head_stages(run)]
     return MemoryEstimate(
         tuple(Stage(stage.name, _named(process | stage.terms | _kept_back(run, stage))) for stage in stages)
     )
@@ -74,6 +75,8 @@ def estimate_host_memory(run: Run) -> MemoryEstimate:
         block |= _states(run) | {"outputs of attention and MLP": _outputs_of_children(run)}
         block |= {"tokens that experts read": max(_read_by_experts(run, site) for site in run.shape.fullest)}
     stages = [Stage("embedding and head", process | outer), Stage("blocks", _named(process | block))]
+    if run.shape.head is not None:
+        stages.append(Stage(HEAD, process | outer | coded_terms(run)))
     if run.spread is not None:
         waiting = run.spread.bytes_in("main memory")
         read = max(run.spread.sizes.blocks)

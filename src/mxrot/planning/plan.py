@@ -90,6 +90,8 @@ class Sizes:
     after: ModelSize
     cache: CacheSize
     """Of keys and values, once it is quantized."""
+    unties: bool = False
+    """Does a head that was the embedding get weights of its own?"""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,8 @@ def make_plan(
         problems += _memory_problems(run)
         needs = _needs(run, processes)
         cache = CacheSize.of(config, family, None if recipe.cache is None else recipe.cache.scheme())
-        sizes = Sizes(shape, (parameters + shape.constants) * stored.itemsize, shape.size_after(stored), cache)
+        before = (parameters + shape.constants) * stored.itemsize
+        sizes = Sizes(shape, before, shape.size_after(stored), cache, changed is not config)
     except (AttributeError, ConfigError):  # a linear that is not there, or is not whole blocks wide: a problem by now
         return replace(plan, problems=problems)
     spread = replace(run, device="cuda").spread
@@ -360,7 +363,7 @@ def _size_table(sizes: Sizes) -> dict[str, Any]:
         "transform_bits_per_weight": after.transform_bits_per_weight,
         "total_bytes": after.total_bytes,
     }
-    return {"parameters": sizes.shape.parameters, "before_bytes": sizes.before, "after": {**vars(after), **bits}}
+    return {"parameters": sizes.shape.parameters, "before_bytes": sizes.before, "after": {**after.as_table(), **bits}}
 
 
 def _memory_table(needs: Needs) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mxrot.layers import ModelSize, score_heads
 from mxrot.models import Family, Site, query_width, value_heads
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
-from mxrot.scheme import SiteScheme, site_scheme
+from mxrot.scheme import SiteScheme, head_scheme, site_scheme
 from mxrot.transforms import BlockDiagonalSpec, TransformMethod
 
 
@@ -90,6 +90,24 @@ class SiteShape:
 
 
 @dataclass(frozen=True)
+class HeadShape:
+    """The head, where it is quantized."""
+
+    rows: int
+    inputs: int
+    scheme: SiteScheme
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.inputs
+
+    @property
+    def coded_bytes(self) -> int:
+        """Of codes, scales and transform."""
+        return sum(self.scheme.weight_bytes(self.rows, self.inputs)) + self.scheme.transform_bytes(self.inputs)
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What planning must know of a model."""
 
@@ -119,6 +137,8 @@ class ModelShape:
     """Heads that write out a score for each pair of tokens."""
     config: Any
     """The transformers config."""
+    head: HeadShape | None = None
+    """None where the head is left as it is."""
 
     @staticmethod
     def of(model: PreTrainedModel, family: Family, recipe: Recipe) -> ModelShape:
@@ -147,6 +167,7 @@ class ModelShape:
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),
             score_heads=score_heads(model) if recipe.attention is None else config.num_attention_heads,
             config=model.config,
+            head=_head_shape(model, family, recipe),
         )
 
     @cached_property
@@ -174,11 +195,21 @@ class ModelShape:
         )
         for site, blocks in self.site_counts():
             size += site.size * blocks
+        if self.head is not None:
+            taken = self.head.coded_bytes
+            size += ModelSize(other_bytes=taken - self.head.weights * stored.itemsize, head_bytes=taken)
         return size
 
     def site_counts(self) -> list[tuple[SiteShape, int]]:
         """Each different site, and in how many blocks it is."""
         return list(Counter(site for sites in self.blocks for site in sites).items())
+
+
+def _head_shape(model: PreTrainedModel, family: Family, recipe: Recipe) -> HeadShape | None:
+    scheme, head = head_scheme(recipe), model.get_submodule(family.head)
+    if scheme is None or not isinstance(head, nn.Linear):
+        return None
+    return HeadShape(head.out_features, head.in_features, scheme)
 
 
 def _linears(block: nn.Module, family: Family, index: int) -> list[nn.Linear]:

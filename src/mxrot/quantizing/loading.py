@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.errors import CheckpointError, FamilyError
-from mxrot.layers import separate_experts
+from mxrot.layers import HeadLinear, separate_experts
 from mxrot.layers.transform import is_of_transform
 from mxrot.models import Family, Source, build_skeleton, fill, no_place, rebuild_buffers, rebuild_carried_buffers
 from mxrot.scheme import Scheme, install_site
@@ -37,7 +37,9 @@ def load_outer(
             raise FamilyError(no_place(name, family))
     for name in outside if carries else outside[:3]:
         prefix = name + "."
-        own = {key[len(prefix) :]: value.to(device, dtype) for key, value in tensors.items() if key.startswith(prefix)}
+        coded = _coded_names(model.get_submodule(name))
+        own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        own = {key: value.to(device, None if key in coded else dtype) for key, value in own.items()}
         is_tied = name == family.head and "weight" not in own and model.config.tie_word_embeddings
         if is_tied:  # its bias, where it has one, is its own
             own["weight"] = model.get_submodule(family.embedding).get_parameter("weight")
@@ -47,6 +49,13 @@ def load_outer(
     rebuild_buffers(model, family, device)
     for name in family.carried if carries else ():
         rebuild_carried_buffers(model.get_submodule(name), device)
+
+
+def _coded_names(module: nn.Module) -> set[str]:
+    """The tensors of a quantized head that keep the types in which a checkpoint holds them."""
+    if not isinstance(module, HeadLinear):
+        return set()
+    return {name for name, tensor in stored_tensors(module, torch.int8).items() if tensor.dtype != torch.int8}
 
 
 def load_original(

@@ -17,6 +17,7 @@ from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.models import Family, Source, linear_problems, quantized_by, value_heads
 from mxrot.nearest import brief, did_you_mean, listed
 from mxrot.quantizing.choosing import choice_problems
+from mxrot.quantizing.head import head_problems
 from mxrot.quantizing.patterns import matches_nothing
 from mxrot.quantizing.rotating import rotation_problems
 from mxrot.quantizing.site import smoothed_sites
@@ -49,6 +50,7 @@ def find_problems(
     yield from linear_problems(model, family, rules.input_block)
     yield from attention_problems(model, family, recipe)
     yield from cache_problems(model, family, recipe)
+    yield from head_problems(model, family, recipe)
     found = list(stage_problems(model, rules))
     yield from found
     if not found:

@@ -84,16 +84,20 @@ class RunRecord:
     rotation_losses: list[float] | None = None
     """Cross entropy of the next token, in nats, at each step of the training of rotations, on its windows and before
     it; None where none were trained."""
+    head: LinearReport | None = None
+    """What quantizing the head cost; None where it was left as it is."""
 
     def as_table(self) -> dict[str, Any]:
         """The record as JSON takes it."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("recipe", "blocks", "tuning", "choice")}
+        others = ("recipe", "blocks", "tuning", "choice", "head")
+        plain = {key: value for key, value in vars(self).items() if key not in others}
         tuning = None if self.tuning is None else [asdict(check) for check in self.tuning]
         blocks = [asdict(block) for block in self.blocks]
         if not self.left_out_of_recipe:
             del plain["left_out_of_recipe"]
         tried = {} if self.choice is None else {"choice": [asdict(trial) for trial in self.choice]}
-        return {"recipe": self.recipe.to_toml(), **plain, **tried, "tuning": tuning, "blocks": blocks}
+        head = {} if self.head is None else {"head": asdict(self.head)}
+        return {"recipe": self.recipe.to_toml(), **plain, **tried, "tuning": tuning, "blocks": blocks, **head}
 
 
 def alike(linears: Iterable[str]) -> dict[str, int]:

@@ -61,7 +61,7 @@ def config_after(config: Any, recipe: Recipe) -> Any:
 
 def unties(recipe: Recipe) -> bool:
     """Does the head need weights of its own?"""
-    return recipe.rotation is not None and recipe.rotation.residual != "none"
+    return recipe.head is not None or (recipe.rotation is not None and recipe.rotation.residual != "none")
 
 
 def drawn_rotations(config: Any, recipe: Recipe, seed: int, device: torch.device | str) -> Rotations:
@@ -100,9 +100,10 @@ def _drawn(kind: str, size: int, seed: int, names: list[str], device: torch.devi
     return torch.cat([random_orthogonal(1, size, generator, device) for generator in generators])
 
 
-def rotated_source(source: Source, rotations: Rotations) -> Source:
-    """The model with these rotations merged into its weights, each of which is rounded once."""
-    if rotations.residual is not None and source.config.tie_word_embeddings:
+def rotated_source(source: Source, rotations: Rotations, unties_head: bool = False) -> Source:
+    """The model with these rotations merged into its weights, each of which is rounded once; with a head of its own
+    where these, or the head, need one."""
+    if (unties_head or rotations.residual is not None) and source.config.tie_word_embeddings:
         source = Untied(source)
     if rotations.value_heads is not None:
         source = RotatedHeads(source, rotations.value_heads, rounds=rotations.residual is None)

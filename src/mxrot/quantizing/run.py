@@ -37,6 +37,7 @@ from mxrot.quantizing.block import advance_original, finished_tensors, quantize_
 from mxrot.quantizing.choosing import choose, folds_of
 from mxrot.quantizing.distilling import distill, learned_outside
 from mxrot.quantizing.events import tell_of_block, watched
+from mxrot.quantizing.head import in_place_of_weight, install_quantized_head, quantized_head
 from mxrot.quantizing.loading import compute_dtype, load_finished_block, load_outer
 from mxrot.quantizing.part import Beside, BlockRun
 from mxrot.quantizing.permuting import find_orders, permuted_run
@@ -135,7 +136,7 @@ def quantize(
         record.tuning = distill(job.run, job.model, windows, given, job.store, progress)
         for index, block in enumerate(job.blocks):
             _hand_over(job, index, block, record.blocks[index])
-    model = _finish(job)
+    model = _finish(job, record)
     record.seconds = time.monotonic() - started
     if job.run.device.type == "cuda":
         record.peak_gpu_bytes = torch.cuda.max_memory_allocated(job.run.device)
@@ -227,7 +228,9 @@ def _rotated(job: _Job, windows: Tensor | None) -> tuple[_Job, list[float] | Non
         assert windows is not None
         training = learned_rotations(run, rotations, windows, job.store, job.progress)
         rotations, losses = training.rotations, training.losses
-    return replace(job, run=replace(run, source=rotated_source(run.source, rotations))), losses
+    return replace(
+        job, run=replace(run, source=rotated_source(run.source, rotations, run.recipe.head is not None))
+    ), losses
 
 
 def _permuted(job: _Job, windows: Tensor | None, given: int) -> _Job:
@@ -353,14 +356,20 @@ def _hand_over(job: _Job, index: int, block: nn.Module, report: BlockReport | No
     block.to("meta")
 
 
-def _finish(job: _Job) -> PreTrainedModel | None:
-    """The model, ready to run; None where a store has taken it."""
+def _finish(job: _Job, record: RunRecord) -> PreTrainedModel | None:
+    """The model, ready to run; None where a store has taken it. The record is told of a quantized head."""
     run, count = job.run, len(job.blocks)
+    rest = run.source.outer() if job.store is not None or (run.scheme.head is not None and not job.is_stored) else {}
+    head = quantized_head(run, rest) if rest else None
+    record.head = None if head is None else head.report
     if not job.is_stored:
+        if head is not None:
+            install_quantized_head(run, job.model, head)
         read_generation_config(job.model, run.source.folder)
         if run.device.type == "cuda":
             prepare(job.model, run.scheme)
     elif job.store is not None:
-        job.store.save_rest(run.source.outer() | learned_outside(run, job.model))
+        rest |= learned_outside(run, job.model)
+        job.store.save_rest(rest if head is None else in_place_of_weight(run.family, rest, head))
     job.progress(count, count, "done")
     return None if job.is_stored else job.model

@@ -101,7 +101,16 @@ def _size_lines(plan: Plan) -> str:
         f"size: {gigabytes(plan.sizes.before)} before, {gigabytes(after.total_bytes)} after: "
         f"{weights:.3g} billion weights in {after.bits_per_weight:.3f} bits ({transforms}), "
         f"everything else {gigabytes(after.other_bytes)}"
-    )
+    ) + _head_words(plan)
+
+
+def _head_words(plan: Plan) -> str:
+    """Of everything else, what a quantized head takes."""
+    head = None if plan.sizes is None else plan.sizes.shape.head
+    if head is None:
+        return ""
+    own = " and is no copy of the embedding any more" if plan.sizes is not None and plan.sizes.unties else ""
+    return f", in which the head takes {gigabytes(head.coded_bytes)} ({head.scheme.spelled}){own}"
 
 
 def cache_line(cache: CacheSize) -> str:

@@ -233,10 +233,20 @@ def size_line(size: dict[str, Any]) -> str:
     """One line on the bytes of a checkpoint, from the `size` of a run.json."""
     weights = (size["code_bytes"] + size["scale_bytes"]) / 1e6
     of = ", those left as they were too" if size.get("left_weights") else ""
+    head = f", in which the quantized head takes {size['head_bytes'] / 1e6:.1f} MB" if size.get("head_bytes") else ""
     return (
         f"codes and scales {weights:.1f} MB ({size['bits_per_weight']:.3f} bits a weight{of}), "
-        f"transforms {size['transform_bytes'] / 1e6:.2f} MB, everything else {size['other_bytes'] / 1e6:.1f} MB"
+        f"transforms {size['transform_bytes'] / 1e6:.2f} MB, everything else {size['other_bytes'] / 1e6:.1f} MB{head}"
     )
+
+
+def head_line(run: dict[str, Any]) -> str:
+    """One line on a quantized head, from a run.json; empty where it was left as it is."""
+    head = run.get("head")
+    if head is None:
+        return ""
+    shape = " x ".join(map(str, head["shape"]))
+    return f"the head {head['name']}, {shape}, is quantized: relative error of its weights {head['weight_error']:.4f}"
 
 
 def changes_line(run: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from mxrot.evaluation import (
     score_tasks,
 )
 from mxrot.heap import give_back
-from mxrot.layers import ModelSize, QuantLinear
+from mxrot.layers import HeadLinear, ModelSize, QuantLinear
 from mxrot.layers.cache_size import bits_per_element, cache_of
 from mxrot.models import find_family, value_heads
 from mxrot.progress import Progress
@@ -142,10 +142,12 @@ class Trials:
 
 def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
     """Bytes the model takes in a checkpoint: what is not quantized counts in the type `stored`."""
-    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
     family, tensors = find_family(model.config, "the model"), model.state_dict()
+    head = family.head if isinstance(model.get_submodule(family.head), HeadLinear) else ""
+    linears = (one for one in model.modules() if isinstance(one, QuantLinear) and not isinstance(one, HeadLinear))
+    quantized = sum(one.in_features * one.out_features for one in linears)
     left = {name for name in tensors if family.is_linear(name)}
-    return ModelSize.of(tensors, quantized, stored.itemsize, left)
+    return ModelSize.of(tensors, quantized, stored.itemsize, left, head)
 
 
 def bits_per_kv_element(model: PreTrainedModel, stored: torch.dtype) -> float:

@@ -36,7 +36,7 @@ from mxrot.marker import IN_VLLM
 from mxrot.models import find_family
 from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
-from mxrot.vllm.verdict import CACHE_STOP, OPERANDS_STOP, input_block, why_not_in_plugin
+from mxrot.vllm.verdict import CACHE_STOP, HEAD_STOP, OPERANDS_STOP, input_block, why_not_in_plugin
 
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
 """vLLM's variable of its batch-invariant mode."""
@@ -64,7 +64,7 @@ class MxrotQuantization(CompressedTensorsConfig):
         """Look at the model that it is for, and at the files where they are here already; vLLM calls it.
 
         CheckpointError if the folder that vLLM is about to read contradicts itself, ConfigError for quantized products
-        of attention, and for a quantized cache.
+        of attention, for a quantized cache and for a quantized head.
         """
         super().maybe_update_config(model_name, hf_config=hf_config, **options)
         family = find_family(hf_config, model_name)
@@ -76,6 +76,8 @@ class MxrotQuantization(CompressedTensorsConfig):
             raise ConfigError(f"{model_name}: {OPERANDS_STOP}")
         if self.scheme.cache is not None:
             raise ConfigError(f"{model_name}: {CACHE_STOP}")
+        if self.scheme.head is not None:
+            raise ConfigError(f"{model_name}: {HEAD_STOP}")
         self.transform_names = {
             f"{family.block_prefix(index)}.{name}": scheme_name(index, site)
             for index in range(hf_config.get_text_config().num_hidden_layers)

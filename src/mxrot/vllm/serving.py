@@ -180,7 +180,11 @@ def _by_transformers(folder: Path, facts: Facts, wish: Wish, machine: Machine) -
     if "@" in path or ":" in path:
         raise ConfigError(f"{path}: the server of transformers reads @ and : in a name otherwise; rename the folder")
     words = (sys.executable, "-m", "transformers.cli.transformers", "serve", path)
-    lines = (f"transformers {version('transformers')}, OpenAI-compatible", *_own_lines(facts, machine))
+    lines = (
+        f"transformers {version('transformers')}, OpenAI-compatible",
+        *_own_lines(facts, machine),
+        *_head_lines(facts),
+    )
     lacks = " and ".join(machine.lacks)
     missing = f"its server needs {lacks}: pip install 'transformers[serving]'" if lacks else None
     if not machine.autoloads:
@@ -204,6 +208,11 @@ def _own_lines(facts: Facts, machine: Machine) -> Iterator[str]:
             yield "  weights are written out and multiplied"
             continue
         yield from (f"  {line}" for line in path_lines(machine.device))
+
+
+def _head_lines(facts: Facts) -> Iterator[str]:
+    if facts.scheme.head is not None:
+        yield f"the head: {facts.scheme.head.spelled}"
 
 
 def _plugin_lines(facts: Facts, machine: Machine) -> Iterator[str]:

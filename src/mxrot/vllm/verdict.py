@@ -31,6 +31,10 @@ KV_OF_VLLM = (
 )
 CACHE_STOP = "quantizes keys and values of attention by blocks, which neither vLLM nor the plugin does"
 OPERANDS_STOP = "quantizes the operands of attention's products, which neither vLLM nor the plugin does"
+HEAD_STOP = (
+    "has a quantized head, which was not tried in vLLM and which the plugin does not load: for vLLM, quantize without "
+    "[head]"
+)
 _SIZES = (1, 2, 4, 8, 16)
 
 
@@ -96,6 +100,8 @@ def _stops_of_both(facts: Facts) -> Iterator[str]:
         yield f"it {CACHE_STOP}; {KV_OF_VLLM}"
     if facts.scheme.attention is not None:
         yield f"it {OPERANDS_STOP}"
+    if facts.scheme.head is not None:
+        yield f"it {HEAD_STOP}"
     if facts.scheme.has_transform and facts.architecture not in ARCHITECTURES + FUSED:
         tried = ", ".join(ARCHITECTURES + FUSED)
         yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {tried}"
@@ -124,6 +130,7 @@ def _stops_of_stock(facts: Facts) -> Iterator[str]:
     elif (
         facts.scheme.cache is None
         and facts.scheme.attention is None
+        and facts.scheme.head is None
         and (reason := why_unfaithful(facts.scheme)) is not None
     ):
         yield f"vLLM reads the words of compressed-tensors: {reason}; install mxrot where vLLM runs"

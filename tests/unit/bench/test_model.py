@@ -103,6 +103,19 @@ def test_drawn_weights_are_as_large_as_those_of_the_model(format: str) -> None:
     assert len(sizes) == 14 and all(0.25 < size < 4 for size in sizes)
 
 
+@pytest.mark.parametrize("format", ["mxint8", "mxfp4"])
+def test_a_quantized_head_is_drawn_too_and_is_no_linear_of_a_block(format: str) -> None:
+    """As large as that of the model."""
+    recipe = load_recipe("rtn").changed({"head.format": format})
+    quantized = model.random_quantized_model(CONFIG, CPU, recipe)
+    assert isinstance(quantized.lm_head, QuantLinear) and quantized.lm_head.weights.format.name == format
+    assert 0.25 < float(quantized.lm_head.dequantized_weight().square().mean()) * CONFIG.hidden_size < 4
+    plain = model.random_quantized_model(CONFIG, CPU, load_recipe("rtn"))
+    assert model.linear_bytes(quantized) == model.linear_bytes(plain)
+    rows = bench_model(CONFIG, recipe, CPU, Works(16, (8,), None, None))
+    assert all(row.seconds is not None for row in rows)
+
+
 def test_logits_that_are_not_finite_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     own = model.random_model
 

@@ -144,7 +144,7 @@ def test_others_refuse_it_whatever_the_linears_have(source: Path, written: Path)
 DAMAGE = {
     "no word of it": (lambda q: q.update(kv_cache_scheme=None), "expected 'mxfp4-pack-quantized', got 'mxrot'"),
     "an older version": (lambda q: q["mxrot"].update(format_version=3), "format_version: expected 4, got 3"),
-    "one that is not known": (lambda q: q["mxrot"].update(format_version=5), "5; this mxrot reads versions 1 to 4"),
+    "one that is not known": (lambda q: q["mxrot"].update(format_version=6), "6; this mxrot reads versions 1 to 5"),
     "another format": (
         lambda q: q["kv_cache_scheme"].update(values={"format": "mxfp8_e4m3", "rule": "even"}),
         "contradict each other: cache: keys int4.*, values mxfp4 .* in recipe.toml, keys int4.*, values mxfp8_e4m3",

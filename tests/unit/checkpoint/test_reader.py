@@ -180,8 +180,8 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     "broken config.json": (write_text("config.json", "{"), "config.json: not JSON"),
     "config.json of bytes": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "not UTF-8 text"),
     "another format version": (
-        edit_json("config.json", lambda config: quantization(config)["mxrot"].update(format_version=5)),
-        "checkpoint format version 5; this mxrot reads versions 1 to 4",
+        edit_json("config.json", lambda config: quantization(config)["mxrot"].update(format_version=6)),
+        "checkpoint format version 6; this mxrot reads versions 1 to 5",
     ),
     "no marker": (
         edit_json("config.json", lambda config: quantization(config).pop("mxrot")),

@@ -53,6 +53,7 @@ CHOSEN = {
     "target own": recipe("mxrot", **PLAIN, rounding__target="own"),
     "chosen by site": recipe("mxrot", **ALONE | BY_SITE | {"rounding__target_dampings": (1.0, 3.0)}),
     "refitted": recipe("mxrot", **PLAIN, refit__damping=0.01),
+    "with a head": recipe("rtn", head__format="mxfp4", head__inputs="mxfp4", head__transform="hadamard"),
 }
 DEEP_ONES = {
     "moments left open": CHOSEN["moments left open"],

@@ -11,6 +11,7 @@ from tests.unit.checkpoint.folders import recipe, write
 from tests.unit.planning.shapes import LLAMA_3_8B, run_of
 
 from mxrot.models import read_config
+from mxrot.quantizing.rotating import config_after
 from mxrot.recipe import Recipe
 
 
@@ -28,15 +29,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe("smoothquant", transform__sharing="block"),
         recipe("duquant++"),
         recipe("duquant++", transform__sharing="block"),
+        recipe("rtn", head__format="mxfp8_e4m3"),
+        recipe("hadamard", head__format="mxfp4", head__inputs="mxfp4", head__transform="hadamard"),
     ],
-    ids=lambda chosen: f"{chosen.name} {chosen.sharing} {len(chosen.ignore)}",
+    ids=lambda chosen: f"{chosen.name} {chosen.sharing} {len(chosen.ignore)} {chosen.head and chosen.head.format}",
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_size_is_that_of_the_written_checkpoint(source: Path, tmp_path: Path, chosen: Recipe, tied: bool) -> None:
     folder = write_tiny_model(tmp_path / "tied", tie_word_embeddings=True) if tied else source
     size = write(folder, tmp_path / "out", chosen)["size"]
-    after = run_of(read_config(folder), chosen, 6, 24).shape.size_after(torch.float16)
-    assert vars(after) | {"bits_per_weight": after.bits_per_weight, "total_bytes": after.total_bytes} == size
+    after = run_of(config_after(read_config(folder), chosen), chosen, 6, 24).shape.size_after(torch.float16)
+    assert after.as_table() | {"bits_per_weight": after.bits_per_weight, "total_bytes": after.total_bytes} == size
     assert (after.bits_per_weight == 4.25) == (not chosen.ignore)
 
 
@@ -78,7 +81,7 @@ def test_experts_are_counted_as_they_are_written(tmp_path: Path, kind: str, chos
     size = write(folder, tmp_path / "out", chosen)["size"]
     shape = run_of(read_config(folder), chosen, 6, 24).shape
     after = shape.size_after(torch.float16)
-    assert vars(after) | {"bits_per_weight": after.bits_per_weight, "total_bytes": after.total_bytes} == size
+    assert after.as_table() | {"bits_per_weight": after.bits_per_weight, "total_bytes": after.total_bytes} == size
     assert (after.bits_per_weight == 4.25) == (not chosen.ignore)
     experts = 3 if chosen.ignore else 4
     assert [(site.site.name, site.experts, site.transforms) for site in shape.fullest[2:]] == [
