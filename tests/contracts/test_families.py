@@ -120,7 +120,19 @@ def test_sites_hold_every_linear_of_a_block_once(family: Family) -> None:
         sites = family.sites_of(index)
         listed = [linear for site in sites for linear in site.linears]
         linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        assert sorted(listed) == sorted(linears - {router for site in sites for router in site.routers})
+        kept = {linear for one in family.kept_of(index) for linear in one.linears}
+        kept |= {router for site in sites for router in site.routers if router in linears}
+        assert sorted([*listed, *kept]) == sorted(linears)
+
+
+@each
+def test_what_is_kept_is_there_and_has_a_reason(family: Family) -> None:
+    assert {kept for index in range(2) for kept in family.kept_of(index)} == set(family.kept)
+    for index, block in enumerate(model_of(family).get_submodule(family.blocks).children()):
+        names = {*dict(block.named_modules()), *dict(block.named_parameters())}
+        for kept in family.kept_of(index):
+            assert kept.reason and kept.linears + kept.others and {*kept.linears, *kept.others} <= names
+        assert (family.attention in names) == family.attends(index)
     check_linears(model_of(family), family, 32, ())
 
 

@@ -107,7 +107,9 @@ def settings_of(family: Family) -> dict[str, Any]:
     found = {key: value for key, value in found.items() if hasattr(default, key)}
     found |= dict(family.holds_for)
     kinds = getattr(kind(**found), "layer_types", None) or ()
-    if "linear_attention" in kinds:
+    if family.layer_types and kinds:
+        found["layer_types"] = [family.layer_types[0], "full_attention"]
+    elif "linear_attention" in kinds:
         found["layer_types"] = ["full_attention"] * 2
     if "sliding_attention" in kinds:
         found |= {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}

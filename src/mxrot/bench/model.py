@@ -311,7 +311,7 @@ def _packed(model: PreTrainedModel, scheme: CacheScheme) -> Iterator[None]:
     """While open, attention of the decoder blocks keeps keys and values so."""
     family, config = find_family(model.config, "the model"), model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    modules = [block.get_submodule(family.attention) for block in model.get_submodule(family.blocks).children()]
+    modules = family.attentions(model)
     for module in modules:
         quantize_cache(module, scheme, width, config.num_key_value_heads)
     try:
