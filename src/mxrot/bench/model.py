@@ -251,7 +251,7 @@ class TokenStep:
 def token_step(model: PreTrainedModel, context: int, compiler: str | None = None) -> TokenStep:
     """One token, with keys and values of so many before it, all of which it sees. Blocks differ by their place in the
     cache, so the model is compiled as a whole."""
-    cache = FixedCache(context + 1)
+    cache = FixedCache(context + 1, model.config)
     run: Callable[..., Any] = model if compiler is None else torch.compile(model, fullgraph=True, backend=compiler)
     return TokenStep(_step(model, run, cache, context), cache, str(model.dtype).removeprefix("torch."))
 
@@ -292,7 +292,7 @@ def _step(
 def _draw(cache: FixedCache | FixedPackedCache) -> None:
     """Numbers at all places; nothing is left to what zeros may be spared."""
     if isinstance(cache, FixedCache):
-        for tensor in (tensor for pair in cache.kept for tensor in pair):
+        for tensor in (*(tensor for pair in cache.kept for tensor in pair), *cache.states):
             tensor.normal_()
         return
     for exact in cache.kept_exact:

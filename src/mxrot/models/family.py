@@ -90,6 +90,9 @@ class Family:
     """What no recipe quantizes, and why."""
     layer_types: tuple[str, ...] = ()
     """Values of `layer_types` that blocks of this family may have, beside those of attention."""
+    states_of: Callable[[Any], tuple[int, int]] | None = None
+    """Of a config, numbers that a cache holds of a sequence beside keys and values, however long it is, in all blocks
+    together: in the type that the model computes in, and in float32."""
     attention_sites_of: Callable[[Any], tuple[Site, ...]] | None = None
     """Of a config, the sites of attention, where they follow from it: those that come before `sites`."""
     heads_obstacle: str | None = None
