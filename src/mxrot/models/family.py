@@ -103,6 +103,9 @@ class Family:
     """Keys of the config, and the values that this record describes: a model with others is refused."""
     in_float32: tuple[str, ...] = ()
     """Tensors of a block that a model holds in float32, whatever it computes in, by their names in it."""
+    passed_over: tuple[str, ...] = ()
+    """How the names of tensors begin that files may hold beside the model, and that transformers passes over: those
+    that predict tokens further ahead."""
     beside: Beside | None = None
     """Of a model of more than text, what it has beside its text model, which the rest of the record describes."""
     kinds: tuple[str, ...] = ()

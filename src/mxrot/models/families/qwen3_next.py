@@ -79,4 +79,5 @@ FAMILY = Family(
     layer_types=("linear_attention",),
     heads_obstacle=RECURRENT_CACHE,
     states_of=delta_states,
+    passed_over=("mtp.",),
 )
