@@ -57,7 +57,7 @@ def refusal(family: Family, recipe_name: str) -> str | None:
     """What a recipe asks for that the family has no place for, as the refusal says it."""
     if recipe_name in CACHES and family.heads_obstacle is not None:
         return f"cache: in family {family.name} keys and values are not quantized: {re.escape(family.heads_obstacle)}"
-    if recipe_name == "quarot" and not family.names_values:
+    if recipe_name in ("quarot", *CACHES) and not family.names_values:
         return f"family {family.name} names no linear that makes them, head after head"
     if recipe_name == "quarot" and not family.is_rotatable:
         return f"no rotation of the residual stream of family {family.name} can be"
@@ -100,9 +100,11 @@ RECURRENT = [family for family in TINY_FAMILIES.values() if family.states_of is 
 
 @pytest.mark.parametrize("family", RECURRENT, ids=[family.name for family in RECURRENT])
 def test_sites_that_take_no_scales_can_be_skipped(folders: dict[str, Path], tmp_path: Path, family: Family) -> None:
-    """duquant++ for blocks with a state: what is behind it has no norm and no producer. The others are smoothed."""
+    """duquant++ for blocks with a state: what is behind it has no norm and no producer. The others are smoothed. Keys
+    and values are in codes beside."""
     bare = {site.group for site in family.sites if site.norm is None and site.producer is None}
-    chosen = recipe("duquant++", smoothing__skip=sorted(bare))
+    cache = {"cache__keys": "int4_row_asym", "cache__values": "int4_row_asym", "cache__transform": "none"}
+    chosen = recipe("duquant++", smoothing__skip=sorted(bare), **cache)
     in_memory = pipeline.quantize(folders[family.name], chosen, windows=WINDOWS).model
     assert in_memory is not None
     write(folders[family.name], tmp_path / "out", chosen, windows=WINDOWS)
