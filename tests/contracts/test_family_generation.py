@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,14 @@ from transformers import PreTrainedModel
 
 import mxrot
 from mxrot.calibration.generation import cache_bytes
+from mxrot.layers import PackedCache, PackedCacheLayer, separate_experts
 from mxrot.layers.cache_size import CacheSize
+from mxrot.layers.kv_cache import states_in
 from mxrot.models import Family
 from mxrot.planning import Machine, OtherRates, make_plan
 from mxrot.planning.rates import Rates
 from mxrot.recipe import load_recipe
+from mxrot.run_time_cache import RunTimeCache, set_cache
 
 IDS = torch.randint(3, 50, (2, 40), generator=torch.Generator().manual_seed(1))
 """So long that windows of four tokens, and positions beyond the first 16, count."""
@@ -60,6 +64,27 @@ def test_a_cache_changes_no_logits(family: Family) -> None:
         found = by_pieces(model, [30] + [1] * 10)
     assert float((found - whole).abs().max() / whole.abs().max()) < 1e-10
     assert not torch.allclose(whole[:, -1], model(IDS[:, -1:]).logits[:, 0], rtol=1e-3)
+
+
+MIXED = [family for family in TINY_FAMILIES.values() if family.attention_in and family.heads_obstacle is None]
+
+
+@pytest.mark.parametrize("family", MIXED, ids=[family.name for family in MIXED])
+@pytest.mark.parametrize("kept", [("int4", "hadamard"), ("int4", "none", 2, 4)], ids=str)
+def test_a_quantized_cache_beside_states_changes_no_logits(family: Family, kept: tuple[Any, ...]) -> None:
+    """A prompt, and then single tokens; keys and values are quantized where there are any, and it shows."""
+    model = model_of(family).double()
+    separate_experts(model)
+    with InFloat64():
+        plain = model(IDS, use_cache=False).logits
+        set_cache(model, RunTimeCache.of(*kept))
+        whole = model(IDS, use_cache=False).logits
+        found = by_pieces(model, [30] + [1] * 10)
+        cache = model(IDS[:, :9], use_cache=True).past_key_values
+    assert float((found - whole).abs().max() / whole.abs().max()) < 1e-10
+    assert float((whole - plain).abs().max() / plain.abs().max()) > 1e-3
+    assert [isinstance(layer, PackedCacheLayer) for layer in cache.layers] == [family.attends(i) for i in range(2)]
+    assert isinstance(cache, PackedCache) and cache.nbytes > sum(x.nbytes for x in states_in(cache.layers)) > 0
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +126,21 @@ def test_a_plan_counts_what_is_there(folders: dict[str, Path], family: Family, t
 
 @each
 def test_a_cache_takes_what_is_counted(family: Family) -> None:
-    """Of a sequence that no window has left yet, in float32, which is twice the 16 bits."""
-    model = model_of(family)
-    cache = model(IDS[:1, :3], use_cache=True).past_key_values
-    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-    assert held == 2 * CacheSize.of(model.config, family, None).bytes_at(3)
-    assert held == cache_bytes(model.config, 3, 4)
+    """Of a sequence that no window has left yet, in bfloat16, and in float32 where that is computed with."""
+    for dtype in (torch.bfloat16, torch.float32):
+        model = model_of(family).to(dtype)
+        cache = model(IDS[:1, :3], use_cache=True).past_key_values
+        held = sum(x.nbytes for layer in cache.layers for x in _kept(layer))
+        assert held == cache_bytes(model.config, 3, dtype.itemsize)
+        assert dtype != torch.bfloat16 or held == CacheSize.of(model.config, family, None).bytes_at(3)
+
+
+def _kept(layer: Any) -> list[Tensor]:
+    """What a layer of transformers' cache holds."""
+    if hasattr(layer, "recurrent_states"):
+        states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        return [state for state in states if state is not None]
+    return [layer.keys, layer.values]
 
 
 def bytes_in(folder: Path) -> int:

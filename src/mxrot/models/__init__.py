@@ -4,6 +4,7 @@ from mxrot.models.beside import Beside
 from mxrot.models.families import EXPERTS, FAMILIES, families_by_name
 from mxrot.models.family import (
     Family,
+    Kept,
     LogitKeys,
     Site,
     cached_numbers,
@@ -19,6 +20,7 @@ from mxrot.models.skeleton import (
     check_generation_config,
     fill,
     find_family,
+    named_family,
     needed_attention,
     read_config,
     read_generation_config,
@@ -38,6 +40,7 @@ __all__ = [
     "ChangedSource",
     "Family",
     "FolderSource",
+    "Kept",
     "LogitKeys",
     "Site",
     "Source",
@@ -55,6 +58,7 @@ __all__ = [
     "find_family",
     "find_model",
     "linear_problems",
+    "named_family",
     "needed_attention",
     "no_place",
     "other_types",

@@ -35,6 +35,8 @@ class ExpertNames:
     """Where experts are in a block."""
     routers: tuple[str, ...] = ("mlp.gate",)
     """Modules that say which experts a token goes to, and how much each counts; they read what experts read."""
+    norm_adds_one: bool = False
+    """Does the norm before experts multiply by 1 + its weight?"""
     shared: str | None = None
     """The expert that every token goes to beside the others, by its name in a block."""
     shared_count: str | None = None
@@ -65,6 +67,7 @@ class ExpertNames:
             "gate_up",
             tuple(f"{expert}.{name}" for expert in (*experts, *shared) for name in (gate, up)),
             norm="post_attention_layernorm",
+            norm_adds_one=self.norm_adds_one,
             experts=self.place,
             routers=self.routers,
         )

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mxrot.calibration.spreading import Place, Spread
 from mxrot.layers.cache_size import CacheSize
+from mxrot.models import Kept
 from mxrot.planning import HOW, MemoryEstimate, Plan, Stage, gigabytes
 from mxrot.report.vllm import vllm_lines
 
@@ -28,6 +29,8 @@ def plan_report(plan: Plan, columns: int = WIDTH) -> Iterator[Table | str]:
     if plan.sizes is not None:
         yield _sites_table(plan)
         yield _size_lines(plan)
+        for kept, blocks in plan.sizes.shape.kept:
+            yield textwrap.fill(kept_line(kept, blocks), WIDTH, subsequent_indent="  ")
     if plan.recipe.rotation is not None:
         yield f"rotations, merged into the weights: {plan.recipe.rotation.spelled}"
     if plan.recipe.permutation is not None:
@@ -111,6 +114,12 @@ def _head_words(plan: Plan) -> str:
         return ""
     own = " and is no copy of the embedding any more" if plan.sizes is not None and plan.sizes.unties else ""
     return f", in which the head takes {gigabytes(head.coded_bytes)} ({head.scheme.spelled}){own}"
+
+
+def kept_line(kept: Kept, blocks: int) -> str:
+    """What a family leaves as it is in so many decoder blocks, and why."""
+    where = "1 block" if blocks == 1 else f"{blocks} blocks"
+    return f"kept as they are in {where}: {', '.join((*kept.linears, *kept.others))} ({kept.reason})"
 
 
 def cache_line(cache: CacheSize) -> str:
