@@ -68,8 +68,8 @@ class Family:
     they can run as one operation."""
     rotation_obstacle: str | None = "nobody has looked what the residual stream passes"
     """Why no rotation of the residual stream can be merged into the weights. None where it passes plain RMSNorms alone,
-    whose output nothing reads but the site that names the norm, and the head, and where what the sites without a norm
-    give is added to it, times a number at most."""
+    whose output nothing reads but the site that names the norm, and the head, and where what sites give is added to it
+    as `Site.is_added` says."""
     values: str = "self_attn.v_proj"
     """The linear whose rows are the value heads (`value_rows`): the last ones, one head after the other, or those
     behind the rows of each key; empty where that is not known of any."""

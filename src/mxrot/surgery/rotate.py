@@ -62,7 +62,7 @@ class Rotated(ChangedSource):
         for name, gain in gains_by_reader(sites, tensors).items():
             exact = tensors[name].double() * gain
             found[name] = self.as_stored(f"{prefix}.{name}", exact if name in inner else exact @ matrix)
-        writers = [linear for site in sites if site.norm is None for linear in site.linears]
+        writers = [linear for site in sites if site.writes_residual for linear in site.linears]
         for name in (f"{linear}.{kind}" for linear in writers for kind in ("weight", "bias")):
             if name in tensors:  # a bias need not be there
                 found[name] = self.as_stored(f"{prefix}.{name}", matrix.T @ tensors[name].double())

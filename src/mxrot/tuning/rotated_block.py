@@ -148,7 +148,7 @@ class RotatedBlock:
             own = gain.to(self.dtype)
             found[name] = tensors[name] * own if name in inner else tensors[name] @ (own[:, None] * residual)
         for site in self.own:
-            if site.norm is not None:
+            if not site.writes_residual:
                 continue
             for name in (f"{linear}.{kind}" for linear in site.linears for kind in ("weight", "bias")):
                 if name in tensors:  # a bias need not be there
