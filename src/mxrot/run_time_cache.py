@@ -161,7 +161,7 @@ def set_cache(
     family = find_family(model.config, name)
     for problem in cache.problems(model.config, family, name):
         raise problem
-    attentions = [block.get_submodule(family.attention) for block in model.get_submodule(family.blocks).children()]
+    attentions = family.attentions(model)
     scheme = cache.scheme
     if scheme is not None and any(operands_of(attention) is not None for attention in attentions):
         raise ConfigError(f"{name}: --kv {cache.formats}: {_NO_ATTENTION}")

@@ -210,8 +210,7 @@ def install_attention(model: PreTrainedModel, scheme: Scheme, family: Family) ->
     Matrices that a quantized cache stores have no values yet.
     """
     heads, width = value_heads(model.config.get_text_config())
-    for block in model.get_submodule(family.blocks).children():
-        attention = block.get_submodule(family.attention)
+    for attention in family.attentions(model):
         if scheme.attention is not None:
             quantize_attention(attention, scheme.attention)
         if scheme.cache is not None:

@@ -18,7 +18,7 @@ from mxrot.errors import FamilyError
 from mxrot.models import FAMILIES, Family
 
 OF_TEXT = {name: family for name, family in FAMILIES.items() if family.beside is None}
-PLAIN = {name: family for name, family in OF_TEXT.items() if family.experts is None}
+PLAIN = {name: one for name, one in OF_TEXT.items() if one.experts is None and one.kinds_of is None}
 AROUND = ("body", "blocks", "embedding", "final_norm", "head", "attention", "rotary")
 
 
@@ -54,7 +54,7 @@ def test_windows_are_seen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OF_TEXT if name not in PLAIN])
-def test_experts_are_refused(name: str) -> None:
+def test_experts_and_blocks_of_several_kinds_are_refused(name: str) -> None:
     with pytest.raises(FamilyError, match=rf"^{name}: .*must be written by hand \(docs/add-a-family.md\)$"):
         derived_family(config_of(FAMILIES[name]), name)
 
@@ -79,8 +79,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 def test_a_derived_family_owes_what_others_do(family: Family) -> None:
     owed.test_sites_hold_every_linear_of_a_block_once(family)
     owed.test_site_names_can_be_part_of_a_tensor_name(family)
-    owed.test_sites_are_in_the_order_in_which_they_compute(family)
-    owed.test_the_norms_and_producers_that_it_names_exist(family)
+    owed.test_sites_are_in_the_order_in_which_they_compute(family, 1)
+    owed.test_the_norms_and_producers_that_it_names_exist(family, 1)
 
 
 def test_scales_and_transforms_of_a_derived_family_fold_away_in_float64(family: Family) -> None:
@@ -103,4 +103,4 @@ def test_the_family_that_the_page_writes_is_one() -> None:
     derived = derived_family(config_of(written), "here")
     assert [replace(site, residual=None) for site in written.sites] == list(derived.sites)
     owed.test_scales_and_transforms_fold_away_in_float64(written, False)
-    owed.test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(written)
+    owed.test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(written, 1)

@@ -48,6 +48,10 @@ OPTIONAL = (
 TINY_FAMILIES = {name: find_family(config_of(family), name) for name, family in FAMILIES.items()}
 """With the sites of the experts that the tiny config has."""
 each = pytest.mark.parametrize("family", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
+BLOCKS = {name: (family, 1) for name, family in TINY_FAMILIES.items()}
+BLOCKS |= {f"{name}, first block": (family, 0) for name, family in TINY_FAMILIES.items() if family.kinds}
+each_block = pytest.mark.parametrize(("family", "number"), BLOCKS.values(), ids=BLOCKS)
+"""The second block, and the first where that is of another kind."""
 
 
 @cache
@@ -58,18 +62,18 @@ def model_of(family: Family) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def block_of(family: Family) -> nn.Module:
-    return model_of(family).get_submodule(family.block_prefix(1))
+def block_of(family: Family, number: int = 1) -> nn.Module:
+    return model_of(family).get_submodule(family.block_prefix(number))
 
 
 @cache
-def seen_by_modules(family: Family) -> dict[str, Tensor]:
-    """What each linear and each module that stands for a site receives in one forward pass, in the second block: the
-    very tensor, in the order of the calls."""
+def seen_by_modules(family: Family, number: int) -> dict[str, Tensor]:
+    """What each linear and each module that stands for a site receives in one forward pass, in this block: the very
+    tensor, in the order of the calls."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
-    names = dict.fromkeys(name for site in family.sites_of(1) for name in (site.reader, *site.linears))
+    names = dict.fromkeys(name for site in family.sites_of(number) for name in (site.reader, *site.linears))
     handles = [
-        block_of(family)
+        block_of(family, number)
         .get_submodule(module)
         .register_forward_pre_hook(lambda _, arguments, name=module: seen[name].append(arguments[0]))
         for module in names
@@ -120,7 +124,19 @@ def test_sites_hold_every_linear_of_a_block_once(family: Family) -> None:
         sites = family.sites_of(index)
         listed = [linear for site in sites for linear in site.linears]
         linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        assert sorted(listed) == sorted(linears - {router for site in sites for router in site.routers})
+        kept = {linear for one in family.kept_of(index) for linear in one.linears}
+        kept |= {router for site in sites for router in site.routers if router in linears}
+        assert sorted([*listed, *kept]) == sorted(linears)
+
+
+@each
+def test_what_is_kept_is_there_and_has_a_reason(family: Family) -> None:
+    assert {kept for index in range(2) for kept in family.kept_of(index)} == set(family.kept)
+    for index, block in enumerate(model_of(family).get_submodule(family.blocks).children()):
+        names = {*dict(block.named_modules()), *dict(block.named_parameters())}
+        for kept in family.kept_of(index):
+            assert kept.reason and kept.linears + kept.others and {*kept.linears, *kept.others} <= names
+        assert (family.attention in names) == family.attends(index)
     check_linears(model_of(family), family, 32, ())
 
 
@@ -160,11 +176,11 @@ def test_the_modules_around_the_blocks_are_there(family: Family) -> None:
     assert body(torch.arange(3)[None])[0].shape == (1, 3, SIZES["hidden_size"])
 
 
-@each
-def test_the_linears_of_a_site_read_one_tensor_and_sites_do_not_share(family: Family) -> None:
+@each_block
+def test_the_linears_of_a_site_read_one_tensor_and_sites_do_not_share(family: Family, number: int) -> None:
     """Those of experts read rows of one tensor, the same rows in each expert."""
-    seen = seen_by_modules(family)
-    for site in family.sites_of(1):
+    seen = seen_by_modules(family, number)
+    for site in family.sites_of(number):
         for linear in site.linears:
             alike = [
                 name
@@ -174,33 +190,33 @@ def test_the_linears_of_a_site_read_one_tensor_and_sites_do_not_share(family: Fa
             assert seen[linear] is seen[alike[0]]
             rows = seen[site.reader].flatten(0, -2)
             assert all((rows == row).all(dim=-1).any() for row in seen[linear].flatten(0, -2))
-    for one, other in combinations(family.sites_of(1), 2):
+    for one, other in combinations(family.sites_of(number), 2):
         mine, theirs = seen[one.reader], seen[other.reader]
         assert mine is not theirs
         assert mine.shape != theirs.shape or not torch.equal(mine, theirs)
 
 
-@each
-def test_sites_are_in_the_order_in_which_they_compute(family: Family) -> None:
+@each_block
+def test_sites_are_in_the_order_in_which_they_compute(family: Family, number: int) -> None:
     """By the first of their linears, and inside of each site and expert."""
-    calls = list(seen_by_modules(family))
-    listed = [linear for site in family.sites_of(1) for linear in site.linears]
-    first = [site.reader for site in family.sites_of(1) if not site.is_of_experts]
+    calls = list(seen_by_modules(family, number))
+    listed = [linear for site in family.sites_of(number) for linear in site.linears]
+    first = [site.reader for site in family.sites_of(number) if not site.is_of_experts]
     assert [call for call in calls if call in first] == first
-    for site in family.sites_of(1):
+    for site in family.sites_of(number):
         if not site.is_of_experts:
             assert [call for call in calls if call in site.linears] == list(site.linears)
-    of_experts = [linear for site in family.sites_of(1) if site.is_of_experts for linear in site.linears]
+    of_experts = [linear for site in family.sites_of(number) if site.is_of_experts for linear in site.linears]
     for parent in {linear.rpartition(".")[0] for linear in of_experts}:
         inside = [call for call in calls if call.rpartition(".")[0] == parent and call in listed]
         assert inside == [linear for linear in listed if linear.rpartition(".")[0] == parent]
 
 
-@each
-def test_the_norms_and_producers_that_it_names_exist(family: Family) -> None:
-    block = block_of(family)
+@each_block
+def test_the_norms_and_producers_that_it_names_exist(family: Family, number: int) -> None:
+    block = block_of(family, number)
     heads, width = value_heads(model_of(family).config)
-    for site in family.sites_of(1):
+    for site in family.sites_of(number):
         channels = block.get_submodule(site.linears[0]).in_features
         assert site.norm is None or site.producer is None
         if site.norm is not None:
@@ -211,16 +227,16 @@ def test_the_norms_and_producers_that_it_names_exist(family: Family) -> None:
                 own = value_rows(family, rows, heads, width).flatten()
                 assert len(set(own.tolist())) == heads * width and int(own.max()) == rows - 1
             assert site.keys_beside_values or rows == (heads * width if site.producer_is_value else channels)
-            assert site.producer in {linear for other in family.sites_of(1) for linear in other.linears}
+            assert site.producer in {linear for other in family.sites_of(number) for linear in other.linears}
         assert not site.producer_is_value or site.producer is not None
 
 
-def input_after_doubling(family: Family, site: Site, tensor: Tensor, index: int) -> Tensor:
+def input_after_doubling(family: Family, number: int, site: Site, tensor: Tensor, index: int) -> Tensor:
     """The site's input when entry `index` of a weight before it is doubled."""
     kept = tensor[index].clone()
     after: list[Tensor] = []
     handle = (
-        block_of(family)
+        block_of(family, number)
         .get_submodule(site.reader)
         .register_forward_pre_hook(lambda _, arguments: after.append(arguments[0]))
     )
@@ -233,37 +249,37 @@ def input_after_doubling(family: Family, site: Site, tensor: Tensor, index: int)
     return after[0]
 
 
-def row_of(family: Family, site: Site, row: int) -> int:
+def row_of(family: Family, number: int, site: Site, row: int) -> int:
     """The row of the norm or producer that is that of channel `row`, or of this value."""
     if not site.producer_is_value:
         return row
-    weight = block_of(family).get_submodule(str(site.producer)).weight
+    weight = block_of(family, number).get_submodule(str(site.producer)).weight
     return int(value_rows(family, len(weight), *value_heads(model_of(family).config)).flatten()[row])
 
 
-def readers_of(family: Family, site: Site, row: int) -> list[int]:
+def readers_of(family: Family, number: int, site: Site, row: int) -> list[int]:
     """Channels of the site that row `row` of its norm or of its values makes, on its own."""
     if not site.producer_is_value:
         return [row]
     heads, width = value_heads(model_of(family).config)
-    queries = block_of(family).get_submodule(site.linears[0]).in_features // (heads * width)
+    queries = block_of(family, number).get_submodule(site.linears[0]).in_features // (heads * width)
     head, channel = divmod(row, width)
     return [query * width + channel for query in range(head * queries, (head + 1) * queries)]
 
 
-@each
-def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family) -> None:
+@each_block
+def test_a_gain_or_a_row_of_the_producer_scales_its_own_channels(family: Family, number: int) -> None:
     """Doubled, it doubles that channel (of each query head that reads the value head), bit for bit, and no other."""
-    for site in family.sites_of(1):
+    for site in family.sites_of(number):
         source = site.norm or site.producer
         if source is None:
             continue
-        before = seen_by_modules(family)[site.reader]
+        before = seen_by_modules(family, number)[site.reader]
         for row in (0, 5, 17):
             expected = before.clone()
-            expected[..., readers_of(family, site, row)] *= 2
-            weight = block_of(family).get_submodule(source).weight
-            got = input_after_doubling(family, site, weight, row_of(family, site, row))
+            expected[..., readers_of(family, number, site, row)] *= 2
+            weight = block_of(family, number).get_submodule(source).weight
+            got = input_after_doubling(family, number, site, weight, row_of(family, number, site, row))
             assert torch.equal(got, expected) and not torch.equal(got, before)
 
 
@@ -381,9 +397,11 @@ def test_fused_norms_compute_the_same(family: Family) -> None:
     """Those of families with plain norms are all fused, and give what their class gives."""
     model = deepcopy(model_of(family))
     spread_gains(model, family)
+    kept = tuple(f".{name}" for one in family.kept for name in one.others)
     norms = [
         module
         for name, module in model.named_modules()
+        if not name.endswith(kept)
         if isinstance(getattr(module, "weight", None), Tensor) and "Norm" in type(module).__name__
         if family.beside is None or not family.beside.is_carried(name)
     ]

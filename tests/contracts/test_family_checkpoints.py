@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import mxrot
 from mxrot.errors import ConfigError
-from mxrot.models import Family
+from mxrot.models import Family, WeightFiles
 from mxrot.quantizing import run as pipeline
 
 IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -53,6 +53,8 @@ def refusal(family: Family, recipe_name: str) -> str | None:
     """What a recipe asks for that the family has no place for, as the refusal says it."""
     if recipe_name in CACHES and family.heads_obstacle is not None:
         return f"cache: in family {family.name} keys and values are not quantized: {re.escape(family.heads_obstacle)}"
+    if recipe_name == "quarot" and not family.names_values:
+        return f"family {family.name} names no linear that makes them, head after head"
     if recipe_name == "quarot" and not family.is_rotatable:
         return f"no rotation of the residual stream of family {family.name} can be"
     if recipe_name == "duquant++" and family not in SHARED_NORM_OR_PRODUCER:
@@ -87,6 +89,25 @@ def test_what_is_loaded_is_what_was_quantized(
     assert torch.equal(logits(loaded), logits(in_memory))
     by_transformers = auto_class(family).from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(logits(by_transformers), logits(in_memory))
+
+
+RECURRENT = [family for family in TINY_FAMILIES.values() if family.states_of is not None]
+
+
+@pytest.mark.parametrize("family", RECURRENT, ids=[family.name for family in RECURRENT])
+def test_sites_that_take_no_scales_can_be_skipped(folders: dict[str, Path], tmp_path: Path, family: Family) -> None:
+    """duquant++ for blocks with a state: what is behind it has no norm and no producer. The others are smoothed."""
+    bare = {site.group for site in family.sites if site.norm is None and site.producer is None}
+    chosen = recipe("duquant++", smoothing__skip=sorted(bare))
+    in_memory = pipeline.quantize(folders[family.name], chosen, windows=WINDOWS).model
+    assert in_memory is not None
+    write(folders[family.name], tmp_path / "out", chosen, windows=WINDOWS)
+    assert torch.equal(logits(mxrot.load(tmp_path / "out", device="cpu")), logits(in_memory))
+    by_transformers = auto_class(family).from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(logits(by_transformers), logits(in_memory))
+    norm = f"{family.block_prefix(0)}.input_layernorm.weight"
+    before, after = (WeightFiles(place, family.beside).read(norm) for place in (folders[family.name], tmp_path / "out"))
+    assert not torch.equal(before, after)
 
 
 @each

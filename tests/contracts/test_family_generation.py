@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,12 +102,21 @@ def test_a_plan_counts_what_is_there(folders: dict[str, Path], family: Family, t
 
 @each
 def test_a_cache_takes_what_is_counted(family: Family) -> None:
-    """Of a sequence that no window has left yet, in float32, which is twice the 16 bits."""
-    model = model_of(family)
-    cache = model(IDS[:1, :3], use_cache=True).past_key_values
-    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-    assert held == 2 * CacheSize.of(model.config, family, None).bytes_at(3)
-    assert held == cache_bytes(model.config, 3, 4)
+    """Of a sequence that no window has left yet, in bfloat16, and in float32 where that is computed with."""
+    for dtype in (torch.bfloat16, torch.float32):
+        model = model_of(family).to(dtype)
+        cache = model(IDS[:1, :3], use_cache=True).past_key_values
+        held = sum(x.nbytes for layer in cache.layers for x in _kept(layer))
+        assert held == cache_bytes(model.config, 3, dtype.itemsize)
+        assert dtype != torch.bfloat16 or held == CacheSize.of(model.config, family, None).bytes_at(3)
+
+
+def _kept(layer: Any) -> list[Tensor]:
+    """What a layer of transformers' cache holds."""
+    if hasattr(layer, "recurrent_states"):
+        states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        return [state for state in states if state is not None]
+    return [layer.keys, layer.values]
 
 
 def _bytes_in(folder: Path) -> int:

@@ -17,7 +17,7 @@ from mxrot.layers import build_apart
 from mxrot.models import Family, FolderSource
 from mxrot.quantizing import quantize
 from mxrot.scheme import Scheme
-from mxrot.search.bits import Cell, Costs
+from mxrot.search.bits import Costs
 from mxrot.search.choices import Choice, everywhere
 from mxrot.search.kept import KeptSearch
 from mxrot.search.meter import Meter, Original
@@ -53,7 +53,7 @@ def test_a_raise_in_the_last_block_is_measured_from_there(tmp_path: Path, name: 
     meter.settle({})
     before = meter.kl({}, "x")
     last = max(costs.blocks)
-    mixture = {Cell(kind, last): EIGHT for kind in costs.kinds}
+    mixture = {cell: EIGHT for cell in costs.added if cell.block == last}
     assert meter.kl(mixture, "x") == pytest.approx(divergence(raised.model, original, IDS, 2).kl, rel=1e-12)
     raised.become({})
     assert before == pytest.approx(divergence(raised.model, original, IDS, 2).kl, rel=1e-12)

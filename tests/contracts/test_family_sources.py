@@ -13,7 +13,7 @@ from tests.contracts.tiny_configs import auto_class, config_of
 from tests.unit.surgery.changed_sources import logits, off_by, rotation
 
 from mxrot.errors import ConfigError
-from mxrot.models import Family, FolderSource, WeightFiles, value_heads
+from mxrot.models import Family, FolderSource, Source, WeightFiles, value_heads
 from mxrot.quantizing import quantize
 from mxrot.quantizing.rotating import Rotations, drawn_rotations, rotated_source
 from mxrot.recipe import load_recipe
@@ -22,6 +22,10 @@ from mxrot.surgery import PermutedFfn, PermutedHeads, Rotated, RotatedHeads, Unt
 IDS = torch.arange(40)[None]
 
 
+NAMING = {name: family for name, family in TINY_FAMILIES.items() if family.names_values}
+each_naming_values = pytest.mark.parametrize("family", NAMING.values(), ids=NAMING)
+TURNED = {name: family for name, family in TINY_FAMILIES.items() if family.is_rotatable or family.names_values}
+each_turned = pytest.mark.parametrize("family", TURNED.values(), ids=TURNED)
 TOLERANCE = 1e-12
 """Some thousand roundings of float64."""
 
@@ -67,25 +71,31 @@ def test_a_rotation_of_the_residual_stream_changes_nothing(family: Family, tmp_p
     assert off_by(rotated.outer()[f"{family.head}.weight"], source.outer()[f"{family.embedding}.weight"]) > 0.1
 
 
-@each
+@each_turned
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
 def test_the_rotations_of_a_recipe_change_nothing(family: Family, kind: str, tmp_path: Path) -> None:
-    """Of the value heads in every family, and of the residual stream, too, in those that take it."""
+    """Of the value heads, and of the residual stream, in the families that take them."""
     source = exact_folder(tmp_path, family, tie_word_embeddings=True)
-    recipe = load_recipe("rtn").changed({"rotation.value_heads": kind})
+    recipe = load_recipe("rtn")
+    if family.names_values:
+        recipe = recipe.changed({"rotation.value_heads": kind})
     if family.is_rotatable:
         recipe = recipe.changed({"rotation.residual": kind})
     drawn = drawn_rotations(source.config, recipe, 0, "cpu")
     rotated = rotated_source(source, drawn)
     assert off_by(logits(rotated, IDS), logits(source, IDS)) < TOLERANCE
     before, after = source.block(1), rotated.block(1)
+    if not family.names_values:
+        read = next(site for site in family.sites_of(1) if site.norm is not None).linears[0]
+        assert off_by(after[f"{read}.weight"], before[f"{read}.weight"]) > 0.1
+        return
     for name in (family.values, family.values_read_by):
         assert off_by(after[f"{name}.weight"], before[f"{name}.weight"]) > 0.1
     half = Rotations(value_heads=drawn.value_heads)
     assert off_by(logits(rotated_source(source, half), IDS), logits(source, IDS)) < TOLERANCE
 
 
-@each
+@each_naming_values
 def test_values_are_rotated_on_both_sides(family: Family, tmp_path: Path) -> None:
     """Else the test above would see nothing."""
     source = exact_folder(tmp_path, family)
@@ -117,7 +127,7 @@ def test_a_recipe_that_rotates_is_refused_before_a_weight_is_read(
 
 @each
 def test_a_permutation_of_channels_changes_nothing(family: Family, tmp_path: Path) -> None:
-    """Inner ones of every MLP, or of every expert, and those of each value head."""
+    """Inner ones of every MLP, or of every expert, and those of each value head, where they are named."""
     source = exact_folder(tmp_path, family)
     draws = torch.Generator().manual_seed(0)
     inner = permutable_linears(family, 1)
@@ -127,12 +137,13 @@ def test_a_permutation_of_channels_changes_nothing(family: Family, tmp_path: Pat
     count, width = value_heads(source.config)
     heads = torch.stack([torch.randperm(width, generator=draws) for _ in range(2 * count)]).unflatten(0, (2, count))
     expected = logits(source, IDS)
-    for permuted in (PermutedFfn(source, ffn), PermutedHeads(source, heads)):
-        assert off_by(logits(permuted, IDS), expected) < TOLERANCE
-    both = PermutedHeads(PermutedFfn(source, ffn), heads)
-    assert off_by(logits(both, IDS), expected) < TOLERANCE
-    for name in (*inner, family.values, family.values_read_by):
-        assert not torch.equal(both.block(1)[f"{name}.weight"], source.block(1)[f"{name}.weight"])
+    permuted: list[Source] = [PermutedFfn(source, ffn)]
+    if family.names_values:
+        permuted += [PermutedHeads(source, heads), PermutedHeads(permuted[0], heads)]
+    for one in permuted:
+        assert off_by(logits(one, IDS), expected) < TOLERANCE
+    for name in (*inner, *((family.values, family.values_read_by) if family.names_values else ())):
+        assert not torch.equal(permuted[-1].block(1)[f"{name}.weight"], source.block(1)[f"{name}.weight"])
 
 
 @each
@@ -149,7 +160,8 @@ def test_the_permutations_of_a_recipe_change_nothing(family: Family, tmp_path: P
     )
     windows = torch.randint(2, 50, (4, 40), generator=torch.Generator().manual_seed(0))
     found = quantize(source, recipe, windows=windows).source
-    assert [change.split(" by ")[0] for change in found.changes] == ["MLP permuted", "value heads permuted"]
+    expected = ["MLP permuted", *(["value heads permuted"] if family.names_values else [])]
+    assert [change.split(" by ")[0] for change in found.changes] == expected
     assert off_by(logits(found, IDS), logits(source, IDS)) < TOLERANCE
 
 

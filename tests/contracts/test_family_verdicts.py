@@ -39,7 +39,7 @@ def test_a_plan_is_told_what_its_checkpoint_is(family: Family, name: str) -> Non
     install_linears(skeleton, family, read)
     assert judge(of_model(skeleton, family, read, layout.is_native)) == planned
     tried = family.architectures[0] in ARCHITECTURES
-    if family.experts is not None or family.beside is not None:
+    if family.experts is not None or family.beside is not None or family.attention_in:
         assert planned.stock.stops and planned.plugin.stops
     elif name == "rtn":
         assert not planned.stock.stops and not planned.stock.needs_export and not planned.plugin.stops

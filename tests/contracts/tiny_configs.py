@@ -50,6 +50,13 @@ LATENT = {
     "v_head_dim": 16,
 }
 """Of multi-head latent attention: keys are wider than values."""
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+"""Of gated delta nets: several heads of values share one of keys."""
 CHOSEN = {"position_embedding_type": "rope", "no_rope_layer_interval": 2, "shared_intermediate_size": 96}
 """Values that make blocks of each kind, and of small ones."""
 
@@ -88,7 +95,10 @@ def settings_of(family: Family) -> dict[str, Any]:
         kind = transformers.CONFIG_MAPPING[family.beside.text_types[0]]
     default: Any = kind()
     found = (
-        SIZES | CHOSEN | {key: value for key, value in THAT_COUNT.items() if getattr(default, key, None) is not None}
+        SIZES
+        | CHOSEN
+        | DELTA
+        | {key: value for key, value in THAT_COUNT.items() if getattr(default, key, None) is not None}
     )
     if family.experts is not None:
         found |= {family.experts.count: 4} | EXPERTS | FIRST_IS_DENSE
@@ -100,6 +110,8 @@ def settings_of(family: Family) -> dict[str, Any]:
     rope = getattr(default, "rope_parameters", None) or {}
     if getattr(kind, "ignore_keys_at_rope_validation", None) and "mrope_section" in kind.ignore_keys_at_rope_validation:
         found["rope_parameters"] = rope | {"rope_type": "default", "mrope_section": [4, 2, 2]}
+        if "partial_rotary_factor" in rope:
+            found["rope_parameters"] |= {"partial_rotary_factor": 0.5}  # so that each axis turns some
     if "original_max_position_embeddings" in rope:
         found["rope_parameters"] = rope | {"original_max_position_embeddings": 16}
     if hasattr(default, "kv_lora_rank"):
@@ -107,7 +119,9 @@ def settings_of(family: Family) -> dict[str, Any]:
     found = {key: value for key, value in found.items() if hasattr(default, key)}
     found |= dict(family.holds_for)
     kinds = getattr(kind(**found), "layer_types", None) or ()
-    if "linear_attention" in kinds:
+    if family.layer_types and kinds:
+        found["layer_types"] = [family.layer_types[0], "full_attention"]
+    elif "linear_attention" in kinds:
         found["layer_types"] = ["full_attention"] * 2
     if "sliding_attention" in kinds:
         found |= {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
@@ -118,7 +132,8 @@ def config_of(family: Family, **changes: Any) -> Any:
     """The same as a config, with some values replaced."""
     settings = settings_of(family) | changes
     if "mrope_section" in settings.get("rope_parameters", {}):
-        half = settings["hidden_size"] // settings["num_attention_heads"] // 2
+        turned = settings["rope_parameters"].get("partial_rotary_factor", 1.0)
+        half = int(settings["hidden_size"] // settings["num_attention_heads"] * turned) // 2
         settings["rope_parameters"] |= {"mrope_section": [half // 2, half // 4, half // 4]}
     if family.beside is not None:
         whole = getattr(transformers, family.architectures[0]).config_class

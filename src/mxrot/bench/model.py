@@ -251,7 +251,7 @@ class TokenStep:
 def token_step(model: PreTrainedModel, context: int, compiler: str | None = None) -> TokenStep:
     """One token, with keys and values of so many before it, all of which it sees. Blocks differ by their place in the
     cache, so the model is compiled as a whole."""
-    cache = FixedCache(context + 1)
+    cache = FixedCache(context + 1, model.config)
     run: Callable[..., Any] = model if compiler is None else torch.compile(model, fullgraph=True, backend=compiler)
     return TokenStep(_step(model, run, cache, context), cache, str(model.dtype).removeprefix("torch."))
 
@@ -292,7 +292,7 @@ def _step(
 def _draw(cache: FixedCache | FixedPackedCache) -> None:
     """Numbers at all places; nothing is left to what zeros may be spared."""
     if isinstance(cache, FixedCache):
-        for tensor in (tensor for pair in cache.kept for tensor in pair):
+        for tensor in (*(tensor for pair in cache.kept for tensor in pair), *cache.states):
             tensor.normal_()
         return
     for exact in cache.kept_exact:
@@ -311,7 +311,7 @@ def _packed(model: PreTrainedModel, scheme: CacheScheme) -> Iterator[None]:
     """While open, attention of the decoder blocks keeps keys and values so."""
     family, config = find_family(model.config, "the model"), model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    modules = [block.get_submodule(family.attention) for block in model.get_submodule(family.blocks).children()]
+    modules = family.attentions(model)
     for module in modules:
         quantize_cache(module, scheme, width, config.num_key_value_heads)
     try:

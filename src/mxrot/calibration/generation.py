@@ -25,7 +25,8 @@ from mxrot.calibration.manner import Kinds, Manner
 from mxrot.calibration.speaking import Speakers
 from mxrot.cuda_graphs import Replays
 from mxrot.layers import FixedCache, SpreadCache, shared_heads, step_mask
-from mxrot.models import Family, cached_numbers, find_family, start_token, token_id
+from mxrot.layers.cache_size import CacheSize
+from mxrot.models import Family, find_family, start_token, token_id
 from mxrot.progress import Progress, part_of, silent
 
 SEQUENCE_TOKENS = 256
@@ -168,7 +169,7 @@ def _sequences(
     first = starts[:, 0]
     family = find_family(model.config, "the model that writes")
     is_spread = hasattr(model, SPREAD_AT_ONCE)
-    cache = SpreadCache(tokens) if is_spread else FixedCache(tokens)
+    cache = SpreadCache(tokens, model.config) if is_spread else FixedCache(tokens, model.config)
     places = torch.arange(tokens, device=model.device)
     heat = () if temperatures is None else (temperatures,)
     may_end = () if speakers is None else (speakers.is_chat[:, None],)
@@ -257,6 +258,7 @@ def sequences_within(device_type: str, sequence_bytes: int, model_bytes: float) 
 
 
 def cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
-    """Bytes of keys and values of one sequence of so many tokens."""
-    text = config.get_text_config()
-    return int(text.num_hidden_layers * cached_numbers(text) * tokens * itemsize)
+    """Bytes of keys, values and states of one sequence of so many tokens."""
+    return CacheSize.of(config, find_family(config, "the model that writes"), None).bytes_without_windows(
+        tokens, itemsize
+    )

@@ -1,10 +1,11 @@
-"""What keys and values of one sequence take, counted: in 16 bits, and as a scheme keeps them."""
+"""What the cache of one sequence takes, counted: keys and values in 16 bits or as a scheme keeps them, and states."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from mxrot.formats import CacheScheme
@@ -21,7 +22,7 @@ class CacheSize:
     """Sizes of a model's cache, for one sequence."""
 
     windows: tuple[int | None, ...]
-    """Of each decoder block the tokens that it looks back at; None for all."""
+    """Of each decoder block the tokens that it looks back at; None for all, 0 without attention."""
     heads: int
     """Of keys, and as many of values."""
     width: int
@@ -32,14 +33,16 @@ class CacheSize:
     """Of each token in each decoder block, in a cache that is not quantized."""
     scheme: CacheScheme | None = None
     """None for 16 bits."""
+    states: tuple[int, int] = (0, 0)
+    """Numbers beside keys and values, as of `Family.states_of`."""
 
     @staticmethod
     def of(config: Any, family: Family, scheme: CacheScheme | None) -> CacheSize:
         """Of a model by its config alone."""
         text = config.get_text_config()
-        return CacheSize(
-            block_windows(config, family), *value_heads(text), position_count(config), cached_numbers(text), scheme
-        )
+        windows, positions = block_windows(config, family), position_count(config)
+        states = (0, 0) if family.states_of is None else family.states_of(text)
+        return CacheSize(windows, *value_heads(text), positions, cached_numbers(text), scheme, states)
 
     @property
     def bits_per_element(self) -> float:
@@ -48,9 +51,19 @@ class CacheSize:
 
     def bytes_at(self, tokens: int) -> int:
         """Of so many tokens: codes and what stands beside them, and in 16 bits the first ones and those that the next
-        query still reads so. Room that is held ready for tokens to come is not in it."""
+        query still reads so, and states. Room that is held ready for tokens to come is not in it."""
         rows = [tokens if window is None else min(tokens, window) for window in self.windows]
-        return sum(self._bytes_of_block(count) for count in rows)
+        return sum(self._bytes_of_block(count) for count in rows) + self.state_bytes(_PLAIN_BYTES)
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Of what does not grow with the sequence, in a model that computes in a type of so many bytes."""
+        own, exact = self.states
+        return own * itemsize + exact * torch.float32.itemsize
+
+    def bytes_without_windows(self, tokens: int, itemsize: int) -> int:
+        """Of a cache that is not quantized and keeps so many tokens in each block that attends."""
+        attending = sum(window != 0 for window in self.windows)
+        return attending * self.numbers * tokens * itemsize + self.state_bytes(itemsize)
 
     def _bytes_of_block(self, tokens: int) -> int:
         plain = self.numbers * _PLAIN_BYTES

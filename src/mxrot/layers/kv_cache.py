@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 
 class FixedCache(Cache):
-    """Keys and values of all positions, at addresses that stay; attention sees the first `visible` ones."""
+    """Keys and values of all positions, at addresses that stay; attention sees the first `visible` ones.
 
-    def __init__(self, positions: int) -> None:  # without what Cache sets up: layers of kinds of its own
-        self.layers = []
+    Of a model with recurrent blocks, its `config` says which they are; transformers' own layers keep their states.
+    """
+
+    def __init__(self, positions: int, config: Any = None) -> None:  # without what Cache sets up: layers of its own
+        layers = [] if config is None else DynamicCache(config=config.get_text_config()).layers
+        self.layers = layers if any(isinstance(one, LinearAttentionCacheLayerMixin) for one in layers) else []
         self.positions = self.visible = positions
         self.position: Tensor | None = None
         """int64 [1], where the next token goes."""
@@ -29,9 +34,16 @@ class FixedCache(Cache):
         return list(self._kept.values())
 
     @property
+    def states(self) -> list[Tensor]:
+        """Those of recurrent blocks that were called."""
+        recurrent = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        kinds = [states for layer in recurrent for states in (layer.conv_states, layer.recurrent_states)]
+        return [tensor for states in kinds for tensor in states.values() if tensor is not None]
+
+    @property
     def nbytes(self) -> int:
-        """Of keys and values of all positions."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self.kept)
+        """Of keys and values of all positions, and of states."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.kept) + sum(one.nbytes for one in self.states)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Keep the keys and values [S, heads, 1, width] of a layer; all visible ones, [S, heads, visible, width]."""

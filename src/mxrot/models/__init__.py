@@ -4,6 +4,7 @@ from mxrot.models.beside import Beside
 from mxrot.models.families import EXPERTS, FAMILIES, families_by_name
 from mxrot.models.family import (
     Family,
+    Kept,
     LogitKeys,
     Site,
     cached_numbers,
@@ -38,6 +39,7 @@ __all__ = [
     "ChangedSource",
     "Family",
     "FolderSource",
+    "Kept",
     "LogitKeys",
     "Site",
     "Source",

@@ -35,6 +35,8 @@ class ExpertNames:
     """Where experts are in a block."""
     routers: tuple[str, ...] = ("mlp.gate",)
     """Modules that say which experts a token goes to, and how much each counts; they read what experts read."""
+    norm_adds_one: bool = False
+    """Does the norm before experts multiply by 1 + its weight?"""
     shared: str | None = None
     """The expert that every token goes to beside the others, by its name in a block."""
     shared_count: str | None = None
@@ -80,7 +82,12 @@ class ExpertNames:
             )
         return (
             Site(
-                name, self._that_read((*experts, *shared)), norm=self.norm, experts=self.place, routers=self.routers
+                name,
+                self._that_read((*experts, *shared)),
+                norm=self.norm,
+                norm_adds_one=self.norm_adds_one,
+                experts=self.place,
+                routers=self.routers,
             ),
             *downs,
             *(self._down("shared_down", expert) for expert in shared),

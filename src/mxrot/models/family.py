@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.models.beside import Beside
 from mxrot.models.expert_names import SPARSE, ExpertNames
+from mxrot.models.site import Kept as Kept
 from mxrot.models.site import Site as Site
 
 Windows = Literal["none", "all", "by kind"]
@@ -55,6 +56,8 @@ class Family:
     head: str = "lm_head"
     attention: str = "self_attn"
     """The module of a block, by its name there, that calls transformers' attention function."""
+    attention_in: str = ""
+    """The kind of blocks that have it, or one word of it; empty for all."""
     rotary: str | None = "model.rotary_emb"
     """Module without weights, rebuilt from the config."""
     starts_with_bos: bool = False
@@ -82,7 +85,14 @@ class Family:
     """Of a mixture of experts, whose sites `of_model` adds to `sites`, as the config has it."""
     kinds_of: Callable[[Any], tuple[str, ...]] | None = None
     """Of a config, the kind of each decoder block, where some have sites that others lack: a block has those that are
-    in all (`Site.only_in`), and those of its kind."""
+    in all (`Site.only_in`), and those of its kind. A kind may be several words, "recurrent sparse"."""
+    kept: tuple[Kept, ...] = ()
+    """What no recipe quantizes, and why."""
+    layer_types: tuple[str, ...] = ()
+    """Values of `layer_types` that blocks of this family may have, beside those of attention."""
+    states_of: Callable[[Any], tuple[int, int]] | None = None
+    """Of a config, numbers that a cache holds of a sequence beside keys and values, however long it is, in all blocks
+    together: in the type that the model computes in, and in float32."""
     attention_sites_of: Callable[[Any], tuple[Site, ...]] | None = None
     """Of a config, the sites of attention, where they follow from it: those that come before `sites`."""
     heads_obstacle: str | None = None
@@ -156,7 +166,7 @@ class Family:
         kinds = () if self.kinds_of is None else self.kinds_of(config)
         before = () if self.attention_sites_of is None else self.attention_sites_of(config)
         found = () if self.experts is None else self.experts.sites(config)
-        if kinds:
+        if any(SPARSE in kind.split() for kind in kinds):
             found = tuple(replace(site, only_in=SPARSE) for site in found)
         return replace(self, sites=before + self.sites + found, kinds=kinds)
 
@@ -168,6 +178,22 @@ class Family:
         """The sites of block `index`, in the order in which it computes them."""
         return self._by_kind[self.kinds[index]] if self.kinds else self.sites
 
+    def kept_of(self, index: int) -> tuple[Kept, ...]:
+        """What is kept of block `index`."""
+        return tuple(kept for kept in self.kept if self._is_in(index, kept.only_in))
+
+    def attends(self, index: int) -> bool:
+        """Has block `index` the module `attention`?"""
+        return self._is_in(index, self.attention_in)
+
+    def attentions(self, model: nn.Module) -> list[nn.Module]:
+        """The attention modules of the decoder blocks that have one."""
+        blocks = model.get_submodule(self.blocks).children()
+        return [block.get_submodule(self.attention) for index, block in enumerate(blocks) if self.attends(index)]
+
+    def _is_in(self, index: int, kind: str) -> bool:
+        return not kind or kind in self.kinds[index].split()
+
     def token_share(self, config: Any, linear: str) -> float:
         """Of the tokens, that a linear gets, by its name in a block; 1 outside of experts."""
         return 1.0 if self.experts is None else self.experts.share(config, linear)
@@ -175,7 +201,8 @@ class Family:
     @cached_property
     def _by_kind(self) -> dict[str, tuple[Site, ...]]:
         return {
-            kind: tuple(site for site in self.sites if site.only_in in ("", kind)) for kind in dict.fromkeys(self.kinds)
+            kind: tuple(site for site in self.sites if site.only_in in ("", *kind.split()))
+            for kind in dict.fromkeys(self.kinds)
         }
 
     @cached_property
@@ -184,11 +211,15 @@ class Family:
         return frozenset(linear for site in self.sites for linear in site.linears)
 
     def is_linear(self, tensor: str) -> bool:
-        """Is this full name that of the weight of a linear of a site, in any block?"""
+        """Is this full name that of the weight of a linear of a site, or of one that is kept, in any block?"""
         _, _, inner = tensor.removeprefix(f"{self.blocks}.").partition(".")
         return tensor.startswith(f"{self.blocks}.") and (
-            inner.endswith(".weight") and inner.removesuffix(".weight") in self.linears
+            inner.endswith(".weight") and inner.removesuffix(".weight") in self.linears | self._kept_linears
         )
+
+    @cached_property
+    def _kept_linears(self) -> frozenset[str]:
+        return frozenset(linear for kept in self.kept for linear in kept.linears)
 
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks}.{index}"
@@ -283,6 +314,7 @@ def linear_problems(
         sites = family.sites_of(index)
         known = dict.fromkeys(sorted(linear for site in sites for linear in site.linears))
         kept = {router for site in sites for router in site.routers}
+        kept |= {linear for one in family.kept_of(index) for linear in one.linears}
         modules = dict(block.named_modules())
         missing = next((linear for linear in known if linear not in modules), None)
         if missing is not None:

@@ -21,12 +21,14 @@ def position_count(config: Any) -> int | None:
 
 
 def block_windows(config: Any, family: Family) -> tuple[int | None, ...]:
-    """Of each decoder block how many tokens it attends to, that of the query included; None for all."""
+    """Of each decoder block how many tokens it attends to, that of the query included; None for all, 0 where the block
+    has no attention. `family` as of a model."""
     text = config.get_text_config()
     window, count = getattr(text, "sliding_window", None), int(text.num_hidden_layers)
     kinds = getattr(text, "layer_types", None) or ("full_attention",) * count
-    if family.windows == "none" or window is None:
-        return (None,) * count
-    if family.windows == "all":
-        return (int(window),) * count
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    found: list[int | None] = [None] * count
+    if family.windows == "all" and window is not None:
+        found = [int(window)] * count
+    elif family.windows == "by kind" and window is not None:
+        found = [int(window) if kind == "sliding_attention" else None for kind in kinds]
+    return tuple(one if family.attends(index) else 0 for index, one in enumerate(found))

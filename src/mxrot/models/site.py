@@ -1,4 +1,4 @@
-"""Linears of a decoder block that read the same input."""
+"""Linears of a decoder block that read the same input, and those that stay as they are."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Site:
     expert: str | None = None
     """The expert that the site is in, where that is one."""
     only_in: str = ""
-    """The kind of decoder blocks that have it (`Family.kinds_of`); empty for all."""
+    """The kind of decoder blocks that have it (`Family.kinds_of`), or one word of it; empty for all."""
     kind: str = ""
     """What such sites of all experts are called together; empty for the name."""
 
@@ -66,3 +66,17 @@ class Site:
     def reader(self) -> str:
         """The module whose input is the site's."""
         return self.experts or self.linears[0]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Parts of a decoder block that no recipe quantizes; names are relative to the block."""
+
+    linears: tuple[str, ...]
+    """One that reads the norm of a site, and takes its gains and scales, is among the routers of that site, too."""
+    reason: str
+    """Why, in a few words."""
+    others: tuple[str, ...] = ()
+    """Modules and parameters that one would miss."""
+    only_in: str = ""
+    """As of a site."""

@@ -24,7 +24,7 @@ MOST_BLOCKS = 1000
 MOST_EXPERTS = 100_000
 """In all blocks together; the largest models have 20,000."""
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-"""Kinds of decoder blocks that are known."""
+"""Kinds of decoder blocks that are known in all families."""
 
 
 def read_config(place: Path) -> Any:
@@ -150,23 +150,23 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
     if getattr(config, "use_bidirectional_attention", None):
         raise FamilyError(f"{where}: use_bidirectional_attention: not a causal language model")
     types = [kind if isinstance(kind, str) else repr(kind) for kind in getattr(config, "layer_types", None) or ()]
+    known = LAYER_TYPES.union(family.layer_types)
     for index, kind in enumerate(types):
-        if kind not in LAYER_TYPES:
+        if kind not in known:
             raise FamilyError(
-                f"{where}: config.json: layer_types: decoder block {index} is of type {brief(kind)}, which mxrot does "
-                f"not know; it knows {' and '.join(sorted(LAYER_TYPES))}"
+                f"{where}: config.json: layer_types: decoder block {index} is of type {brief(kind)}, which "
+                f"{'mxrot' if known == LAYER_TYPES else f'family {family.name}'} does not know; it knows "
+                f"{' and '.join(sorted(known))}"
             )
-    kinds = set(types)
-    if len(kinds) > 1 and family.windows != "by kind":
+    first = {kind: types.index(kind) for kind in types if kind in LAYER_TYPES}
+    if len(first) > 1 and family.windows != "by kind":
         mixing = [name for name, other in FAMILIES.items() if other.windows == "by kind"]
+        one, other = (f"{kind} (decoder block {index})" for kind, index in list(first.items())[:2])
         raise FamilyError(
-            f"{where}: config.json: layer_types mixes {types[0]} (decoder block 0) and "
-            f"{next(kind for kind in types if kind != types[0])} "
-            f"(decoder block {next(index for index, kind in enumerate(types) if kind != types[0])}); in family "
-            f"{family.name} all blocks must be of one type (those of {', '.join(mixing)} may be mixed), so this model "
-            "is not supported"
+            f"{where}: config.json: layer_types mixes {one} and {other}; in family {family.name} all blocks must be of "
+            f"one type (those of {', '.join(mixing)} may be mixed), so this model is not supported"
         )
-    if "sliding_attention" in kinds and not getattr(config, "sliding_window", None):
+    if "sliding_attention" in first and not getattr(config, "sliding_window", None):
         raise FamilyError(f"{where}: some of its decoder blocks are of type sliding_attention, without sliding_window")
 
 

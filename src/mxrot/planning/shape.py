@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.layers import ModelSize, score_heads
-from mxrot.models import Family, Site, query_width, value_heads
+from mxrot.models import Family, Kept, Site, query_width, value_heads
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
 from mxrot.scheme import SiteScheme, site_scheme
@@ -108,6 +108,8 @@ class ModelShape:
     """Numbers that files hold beside the parameters."""
     linear_weights: int
     """Of the linears of all decoder blocks, those that are left alone too."""
+    kept: tuple[tuple[Kept, int], ...]
+    """What no recipe quantizes, and of how many decoder blocks."""
     outer_parameters: int
     """Outside of the decoder blocks."""
     query_width: int
@@ -141,6 +143,7 @@ class ModelShape:
             parameters=whole,
             constants=_constants(model),
             linear_weights=sum(linear.weight.numel() for linear in linears),
+            kept=tuple(Counter(kept for index in range(len(modules)) for kept in family.kept_of(index)).items()),
             outer_parameters=whole - sum(each),
             query_width=config.num_attention_heads * query_width(config),
             head_width=width,
@@ -182,9 +185,9 @@ class ModelShape:
 
 
 def _linears(block: nn.Module, family: Family, index: int) -> list[nn.Linear]:
-    """Of a block those that are in sites."""
-    names = (name for site in family.sites_of(index) for name in site.linears)
-    found = [block.get_submodule(name) for name in names]
+    """Of a block those that are in sites, and those that are kept."""
+    groups = [site.linears for site in family.sites_of(index)] + [kept.linears for kept in family.kept_of(index)]
+    found = [block.get_submodule(name) for names in groups for name in names]
     return [linear for linear in found if isinstance(linear, nn.Linear)]
 
 

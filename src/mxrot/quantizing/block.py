@@ -152,11 +152,11 @@ def _readers(sites: Sequence[Site]) -> dict[str, frozenset[str]]:
 def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str) -> None:
     """Give a block without weights those of the original model; matrices of a quantized cache change nothing yet."""
     own = {name: value.to(run.family.dtype_of(name, run.dtype)) for name, value in tensors.items()}
-    attention = block.get_submodule(run.family.attention)
-    if (cache := cache_scheme_of(attention)) is not None:
-        for name in cache.stored_names:
-            shape = attention.get_parameter(name).shape
-            own[f"{run.family.attention}.{name}"] = torch.eye(shape[-1], device=run.device).expand(shape).clone()
+    for place, module in block.named_modules():
+        cache = cache_scheme_of(module)
+        for name in () if cache is None else cache.stored_names:
+            shape = module.get_parameter(name).shape
+            own[f"{place}.{name}"] = torch.eye(shape[-1], device=run.device).expand(shape).clone()
     fill(block, own, prefix)
 
 
@@ -192,9 +192,9 @@ def advance_original(
 def copy_of(run: BlockRun, block: nn.Module) -> nn.Module:
     """The block with tensors of its own and attention as transformers computes it; its config is the same."""
     found = deepcopy(block, {id(run.config): run.config})
-    attention = found.get_submodule(run.family.attention)
-    restore_attention(attention)
-    restore_cache(attention)
+    for module in found.modules():
+        restore_attention(module)
+        restore_cache(module)
     return found
 
 

@@ -25,7 +25,8 @@ from mxrot.transforms.orders import factors_of, multiply_by_hadamard, random_had
 def rotation_problems(config: Any, family: Family, recipe: Recipe, where: str) -> Iterator[ConfigError]:
     """Why the rotations of `recipe` cannot be merged into a model of this config."""
     wanted = recipe.rotation
-    if not family.names_values and recipe.changes_values:
+    is_refused = recipe.cache is not None and family.heads_obstacle is not None  # said where caches are looked at
+    if not family.names_values and recipe.changes_values and not is_refused:
         yield ConfigError(
             f"{where}: recipe {recipe.name} changes values inside of their heads (rotation.value_heads or "
             f"cache.transform), and family {family.name} names no linear that makes them, head after head; take a "

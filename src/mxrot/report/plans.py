@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mxrot.calibration.spreading import Place, Spread
 from mxrot.layers.cache_size import CacheSize
+from mxrot.models import Kept
 from mxrot.planning import HOW, MemoryEstimate, Plan, Stage, gigabytes
 from mxrot.report.vllm import vllm_lines
 
@@ -25,6 +26,8 @@ def plan_report(plan: Plan) -> Iterator[Table | str]:
     if plan.sizes is not None:
         yield _sites_table(plan)
         yield _size_lines(plan)
+        for kept, blocks in plan.sizes.shape.kept:
+            yield textwrap.fill(kept_line(kept, blocks), WIDTH, subsequent_indent="  ")
     if plan.recipe.rotation is not None:
         yield f"rotations, merged into the weights: {plan.recipe.rotation.spelled}"
     if plan.recipe.permutation is not None:
@@ -93,6 +96,11 @@ def _size_lines(plan: Plan) -> str:
         f"{weights:.3g} billion weights in {after.bits_per_weight:.3f} bits ({transforms}), "
         f"everything else {gigabytes(after.other_bytes)}"
     )
+
+
+def kept_line(kept: Kept, blocks: int) -> str:
+    """What a family leaves as it is in so many decoder blocks, and why."""
+    return f"kept as they are in {blocks} blocks: {', '.join((*kept.linears, *kept.others))} ({kept.reason})"
 
 
 def cache_line(cache: CacheSize) -> str:

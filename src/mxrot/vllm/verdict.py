@@ -92,6 +92,8 @@ def _stops_of_both(facts: Facts) -> Iterator[str]:
         yield "it has experts, which were not tried in vLLM, and whose inputs neither vLLM nor the plugin transforms"
     if facts.family.beside is not None:
         yield f"{facts.architecture}: models of more than text were not tried in vLLM"
+    if facts.family.attention_in:
+        yield f"{facts.architecture}: models with blocks that have no attention were not tried in vLLM"
     if facts.scheme.cache is not None:
         yield f"it {CACHE_STOP}; {KV_OF_VLLM}"
     if facts.scheme.attention is not None:
@@ -185,7 +187,12 @@ def _divides(facts: Facts, size: int) -> bool:
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     shares = key_heads % size == 0 or size % key_heads == 0
-    return blocks and heads % size == 0 and shares and config.intermediate_size % size == 0
+    return blocks and heads % size == 0 and shares and _inner_width(config) % size == 0
+
+
+def _inner_width(config: Any) -> int:
+    """Of an MLP, or of an expert where no block has a plain one."""
+    return int(getattr(config, "intermediate_size", None) or config.moe_intermediate_size)
 
 
 def input_block(scheme: SiteScheme, width: int) -> int:

@@ -1,12 +1,15 @@
+from dataclasses import replace
+
 import pytest
 from tests.tiny_model import tiny_config
 from torch import nn
 
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.layers import build_apart
-from mxrot.models import check_linears, value_heads
+from mxrot.models import Kept, check_linears, value_heads
 from mxrot.models.families.llama import FAMILY as LLAMA
 from mxrot.models.family import is_ignored
+from mxrot.models.positions import block_windows
 
 
 @pytest.mark.parametrize(
@@ -68,3 +71,36 @@ def test_value_heads() -> None:
     assert value_heads(tiny_config()) == (2, 16)
     assert value_heads(tiny_config(num_key_value_heads=4, head_dim=8)) == (4, 8)
     assert value_heads(tiny_config(head_dim=None)) == (2, 16)
+
+
+def test_a_kind_may_be_several_words() -> None:
+    """A block has what is in all, and what is in a block of any of its words."""
+    attention, dense = LLAMA.sites[:2], LLAMA.sites[2:]
+    kept = Kept(("mlp.gate_proj",), "it is small", ("mlp",), only_in="sparse")
+    family = replace(
+        LLAMA,
+        sites=(*(replace(site, only_in="attention") for site in attention), *dense),
+        kinds=("recurrent dense", "attention dense", "attention sparse"),
+        kept=(kept,),
+        attention_in="attention",
+    )
+    assert [[site.name for site in family.sites_of(index)] for index in range(3)] == [
+        ["gate_up", "down"],
+        ["qkv", "o", "gate_up", "down"],
+        ["qkv", "o", "gate_up", "down"],
+    ]
+    assert [family.kept_of(index) for index in range(3)] == [(), (), (kept,)]
+    assert [family.attends(index) for index in range(3)] == [False, True, True]
+    assert block_windows(tiny_config(num_hidden_layers=3), family) == (0, None, None)
+    assert [module.layer_idx for module in family.attentions(build_apart(tiny_config(num_hidden_layers=3)))] == [1, 2]
+
+
+def test_what_is_kept_needs_no_ignore_and_counts_as_a_linear() -> None:
+    model = build_apart(tiny_config())
+    for block in model.get_submodule("model.layers").children():
+        block.add_module("small", nn.Linear(33, 4, device="meta"))
+    family = replace(LLAMA, kept=(Kept(("small",), "it is small"),))
+    check_linears(model, family, 32)
+    assert family.is_linear("model.layers.1.small.weight") and not LLAMA.is_linear("model.layers.1.small.weight")
+    with pytest.raises(FamilyError, match=r"small: family llama knows no such linear"):
+        check_linears(model, LLAMA, 32)
