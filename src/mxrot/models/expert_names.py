@@ -1,8 +1,8 @@
 """How the experts of a mixture are called, together as transformers has them and apart as checkpoints do.
 
 transformers computes the experts of a block with two tensors, [E, 2I, H] and [E, H, I], which some architectures
-transpose, and give biases [E, 2I] and [E, H]; checkpoints hold three linears an expert. Without gates the first tensor is
-[E, I, H], and an expert has two linears.
+transpose, and give biases [E, 2I] and [E, H]; checkpoints hold three linears an expert. Without gates the first tensor
+is [E, I, H], and an expert has two linears.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class ExpertNames:
     """The expert that every token goes to beside the others, by its name in a block."""
     shared_count: str | None = None
     """What the config calls the number of those, where a model may have none."""
+    shared_linears: tuple[str, ...] = ()
+    """What that one calls its linears, where not as the others do; gate and up may be one."""
+    may_lack: bool = False
+    """May a model have no block with them, and no other MLPs either?"""
     norm: str = "post_attention_layernorm"
     """Whose output they and the routers read."""
     narrow: tuple[str, str] | None = None
@@ -48,7 +52,8 @@ class ExpertNames:
     narrow_width: str = ""
     """What the config calls their number; None there for no such linears."""
     gated: Literal["product", "clamped", "none"] = "product"
-    """What down reads: act(gate) * up, the same of values within bounds, with 1 + up, or act(up) (`layers/gates.py`)."""
+    """What down reads: act(gate) * up, the same of values within bounds, with 1 + up, or act(up) (`layers/gates.py`).
+    """
     has_bias: bool = False
     """Has each linear of an expert a bias?"""
     is_transposed: bool = False
@@ -69,28 +74,37 @@ class ExpertNames:
             raise FamilyError(f"config.json: expected 1 to {count} experts a token (of {self.count}), got {each}")
         experts = [f"{self.place}.{number}" for number in range(count)]
         shared = () if self.shared is None or not self._count_of_shared(config) else (self.shared,)
+        of_shared = self.shared_linears or self.linears
+        shared_downs = tuple(self._down("shared_down", expert, linears=of_shared) for expert in shared)
         downs = tuple(self._down(f"down_{number}", expert, kind="down") for number, expert in enumerate(experts))
         name = "up" if len(self.before) == 1 else "gate_up"
         if self.narrow is not None and getattr(config, self.narrow_width) is not None:
             first, last = self.narrow
             return (
-                Site(name, (first, *self._that_read(shared)), norm=self.norm, routers=self.routers),
+                Site(
+                    name,
+                    (first, *self._that_read(shared, of_shared)),
+                    norm=self.norm,
+                    norm_adds_one=self.norm_adds_one,
+                    routers=self.routers,
+                ),
                 Site(f"expert_{name}", self._that_read(experts), producer=first, experts=self.place, is_added=False),
                 *(replace(down, is_added=False) for down in downs),
                 Site("widen", (last,)),
-                *(replace(self._down("shared_down", expert), expert=None) for expert in shared),
+                *(replace(down, expert=None) for down in shared_downs),
             )
+        read = (*self._that_read(experts), *self._that_read(shared, of_shared))
         return (
             Site(
                 name,
-                self._that_read((*experts, *shared)),
+                read,
                 norm=self.norm,
                 norm_adds_one=self.norm_adds_one,
                 experts=self.place,
                 routers=self.routers,
             ),
             *downs,
-            *(self._down("shared_down", expert) for expert in shared),
+            *shared_downs,
         )
 
     @property
@@ -103,14 +117,15 @@ class ExpertNames:
         """What transformers calls its two tensors."""
         return ("up_proj" if len(self.before) == 1 else "gate_up_proj", "down_proj")
 
-    def _that_read(self, experts: Sequence[str]) -> tuple[str, ...]:
+    def _that_read(self, experts: Sequence[str], linears: tuple[str, ...] = ()) -> tuple[str, ...]:
         """The linears of experts that read what these read."""
-        return tuple(f"{expert}.{name}" for expert in experts for name in self.before)
+        return tuple(f"{expert}.{name}" for expert in experts for name in (linears or self.linears)[:-1])
 
-    def _down(self, name: str, expert: str, kind: str = "") -> Site:
+    def _down(self, name: str, expert: str, kind: str = "", linears: tuple[str, ...] = ()) -> Site:
         """The site of down of an expert."""
-        up, down = (f"{expert}.{linear}" for linear in self.linears[-2:])
-        passes = self.gated == "product"
+        own = linears or self.linears
+        up, down = (f"{expert}.{linear}" for linear in own[-2:])
+        passes = self.gated == "product" and len(own) == len(self.linears)
         before = None if passes else up
         return Site(name, (down,), producer=up if passes else None, rows_before=before, expert=expert, kind=kind)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.models.beside import Beside
-from mxrot.models.expert_names import SPARSE, ExpertNames
+from mxrot.models.expert_names import DENSE, SPARSE, ExpertNames
 from mxrot.models.site import Kept as Kept
 from mxrot.models.site import Site as Site
 
@@ -56,6 +56,8 @@ class Family:
     head: str = "lm_head"
     attention: str = "self_attn"
     """The module of a block, by its name there, that calls transformers' attention function."""
+    gives_more: bool = False
+    """Does a decoder block give its output as the first of two?"""
     attention_in: str = ""
     """The kind of blocks that have it, or one word of it; empty for all."""
     rotary: str | None = "model.rotary_emb"
@@ -97,7 +99,8 @@ class Family:
     """Of a config, the sites of attention, where they follow from it: those that come before `sites`."""
     heads_obstacle: str | None = None
     """Why keys and values are not kept in codes, and products of attention not taken of codes. None where a cache holds
-    keys and values of one width, as attention reads them."""
+    keys and values of one width, as attention reads them. Where some blocks have no attention that is why, and a model
+    of attention alone has none."""
     holds_for: tuple[tuple[str, object], ...] = ()
     """Keys of the config, and the values that this record describes: a model with others is refused."""
     in_float32: tuple[str, ...] = ()
@@ -165,10 +168,17 @@ class Family:
             return self
         kinds = () if self.kinds_of is None else self.kinds_of(config)
         before = () if self.attention_sites_of is None else self.attention_sites_of(config)
-        found = () if self.experts is None else self.experts.sites(config)
-        if any(SPARSE in kind.split() for kind in kinds):
+        words = {word for kind in kinds for word in kind.split()}
+        experts = self.experts
+        if experts is not None and SPARSE not in words and (DENSE in words or experts.may_lack):
+            experts = None
+        found = () if experts is None else experts.sites(config)
+        if SPARSE in words:
             found = tuple(replace(site, only_in=SPARSE) for site in found)
-        return replace(self, sites=before + self.sites + found, kinds=kinds)
+        sites = tuple(site for site in before + self.sites + found if not kinds or site.only_in in ("", *words))
+        attends = self.attention_in and all(self.attention_in in kind.split() for kind in kinds)
+        obstacle = None if attends else self.heads_obstacle
+        return replace(self, sites=sites, kinds=kinds, experts=experts, heads_obstacle=obstacle)
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """In which a model that computes in `dtype` holds a tensor of a block, by its name in it."""
@@ -177,6 +187,10 @@ class Family:
     def sites_of(self, index: int) -> tuple[Site, ...]:
         """The sites of block `index`, in the order in which it computes them."""
         return self._by_kind[self.kinds[index]] if self.kinds else self.sites
+
+    def as_given(self, hidden: Tensor) -> Any:
+        """What a decoder block gives whose output is `hidden`."""
+        return (hidden, None) if self.gives_more else hidden
 
     def kept_of(self, index: int) -> tuple[Kept, ...]:
         """What is kept of block `index`."""

@@ -32,7 +32,7 @@ _STEMS = {
 """What stands in front of `layers.0.` where that is not `model.`, and what may then stand in front of the head."""
 _BODY = (
     *("layers.", "embed_tokens.", "norm.", "final_layernorm.", "rotary_emb."),
-    *("embeddings.", "norm_f."),  # of Nemotron-H
+    *("embeddings.", "norm_f.", "embedding_norm."),  # of Nemotron-H and LFM2
 )
 _HEAD = "lm_head."
 _BLOCK = re.compile(r"(.*?)layers\.\d+\.")
