@@ -20,7 +20,7 @@ from mxrot.models.skeleton import build_skeleton
 
 
 class Expert(nn.Module):
-    """down of what gate and up give together, or up alone, with the linears under the names that checkpoints give them."""
+    """down of what gate and up give, or up alone, with the linears under the names that checkpoints give them."""
 
     def __init__(self, linears: dict[str, nn.Linear], together: nn.Module) -> None:
         super().__init__()
