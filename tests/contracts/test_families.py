@@ -179,6 +179,14 @@ def test_what_it_holds_in_float32_is_what_transformers_does(family: Family) -> N
 
 
 @each
+def test_what_it_passes_over_is_what_transformers_does(family: Family) -> None:
+    ignored = getattr(getattr(transformers, family.architectures[0]), "_keys_to_ignore_on_load_unexpected", None) or ()
+    for start in family.passed_over:
+        assert any(re.search(pattern, f"{start}layers.0.norm.weight") for pattern in ignored)
+        assert not any(name.startswith(start) for name in model_of(family).state_dict())
+
+
+@each
 def test_the_modules_around_the_blocks_are_there(family: Family) -> None:
     model = model_of(family)
     assert len(list(model.get_submodule(family.blocks).children())) == len(numbers_of(family))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
 from tests.contracts.tiny_configs import auto_class, config_of
 from tests.tiny_model import write_tokenizer
@@ -15,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import mxrot
+from mxrot.api import open_model
 from mxrot.errors import ConfigError
 from mxrot.models import Family, WeightFiles
 from mxrot.quantizing import run as pipeline
@@ -57,7 +61,7 @@ def refusal(family: Family, recipe_name: str) -> str | None:
     """What a recipe asks for that the family has no place for, as the refusal says it."""
     if recipe_name in CACHES and family.heads_obstacle is not None:
         return f"cache: in family {family.name} keys and values are not quantized: {re.escape(family.heads_obstacle)}"
-    if recipe_name == "quarot" and not family.names_values:
+    if recipe_name in ("quarot", *CACHES) and not family.names_values:
         return f"family {family.name} names no linear that makes them, head after head"
     if recipe_name == "quarot" and not family.is_rotatable:
         return f"no rotation of the residual stream of family {family.name} can be"
@@ -100,9 +104,11 @@ RECURRENT = [family for family in TINY_FAMILIES.values() if family.states_of is 
 
 @pytest.mark.parametrize("family", RECURRENT, ids=[family.name for family in RECURRENT])
 def test_sites_that_take_no_scales_can_be_skipped(folders: dict[str, Path], tmp_path: Path, family: Family) -> None:
-    """duquant++ for blocks with a state: what is behind it has no norm and no producer. The others are smoothed."""
+    """duquant++ for blocks with a state: what is behind it has no norm and no producer. The others are smoothed. Keys
+    and values are in codes beside."""
     bare = {site.group for site in family.sites if site.norm is None and site.producer is None}
-    chosen = recipe("duquant++", smoothing__skip=sorted(bare))
+    cache = {"cache__keys": "int4_row_asym", "cache__values": "int4_row_asym", "cache__transform": "none"}
+    chosen = recipe("duquant++", smoothing__skip=sorted(bare), **cache)
     in_memory = pipeline.quantize(folders[family.name], chosen, windows=WINDOWS).model
     assert in_memory is not None
     write(folders[family.name], tmp_path / "out", chosen, windows=WINDOWS)
@@ -112,6 +118,38 @@ def test_sites_that_take_no_scales_can_be_skipped(folders: dict[str, Path], tmp_
     norm = f"{family.block_prefix(0)}.input_layernorm.weight"
     before, after = (WeightFiles(place, family.beside).read(norm) for place in (folders[family.name], tmp_path / "out"))
     assert not torch.equal(before, after)
+
+
+AHEAD = [family for family in TINY_FAMILIES.values() if family.passed_over]
+
+
+@pytest.mark.parametrize("family", AHEAD, ids=[family.name for family in AHEAD])
+def test_what_predicts_further_ahead_is_left_out_and_said(
+    folders: dict[str, Path], tmp_path: Path, family: Family
+) -> None:
+    """In a shard of its own, as on the hub. All else is as without it."""
+    plain, ahead = folders[family.name], tmp_path / "ahead"
+    shutil.copytree(plain, ahead)
+    (ahead / "model.safetensors").rename(ahead / "model-1.safetensors")
+    beside = {f"{family.passed_over[0]}fc.weight": torch.full((4, 4), torch.nan)}
+    save_file(beside, ahead / "model-2.safetensors", {"format": "pt"})
+    where = dict.fromkeys(load_file(ahead / "model-1.safetensors"), "model-1.safetensors")
+    table = {"metadata": {}, "weight_map": where | dict.fromkeys(beside, "model-2.safetensors")}
+    (ahead / "model.safetensors.index.json").write_text(json.dumps(table))
+    runs = [write(source, tmp_path / name, recipe("rtn")) for name, source in (("one", plain), ("other", ahead))]
+    assert [run["changes"] for run in runs] == [[], [f"{family.passed_over[0]}* left out"]]
+    one, other = (_tensors_in(tmp_path / name) for name in ("one", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not (tmp_path / "other" / "model-2.safetensors").exists()
+    opened = open_model(ahead, "cpu")[0]
+    assert torch.equal(logits(opened), logits(open_model(plain, "cpu")[0]))
+    config = mxrot.MxrotConfig("rtn")
+    on_load = auto_class(family).from_pretrained(ahead, dtype=torch.float32, quantization_config=config)
+    assert torch.equal(logits(on_load), logits(mxrot.load(tmp_path / "one", device="cpu", dtype=torch.float32)))
+
+
+def _tensors_in(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 @each

@@ -19,11 +19,14 @@ from transformers import PreTrainedModel
 
 import mxrot
 from mxrot.calibration.generation import cache_bytes
+from mxrot.layers import PackedCache, PackedCacheLayer, separate_experts
 from mxrot.layers.cache_size import CacheSize
+from mxrot.layers.kv_cache import states_in
 from mxrot.models import Family
 from mxrot.planning import Machine, OtherRates, make_plan
 from mxrot.planning.rates import Rates
 from mxrot.recipe import load_recipe
+from mxrot.run_time_cache import RunTimeCache, set_cache
 
 IDS = torch.randint(3, 50, (2, 40), generator=torch.Generator().manual_seed(1))
 """So long that windows of four tokens, and positions beyond the first 16, count."""
@@ -64,6 +67,27 @@ def test_a_cache_changes_no_logits(family: Family) -> None:
         last = model(IDS[:, -1:]).logits
     assert float((found - whole).abs().max() / whole.abs().max()) < 1e-10
     assert not torch.allclose(whole[:, -1], last[:, 0], rtol=1e-3)
+
+
+MIXED = [family for family in TINY_FAMILIES.values() if family.attention_in and family.heads_obstacle is None]
+
+
+@pytest.mark.parametrize("family", MIXED, ids=[family.name for family in MIXED])
+@pytest.mark.parametrize("kept", [("int4", "hadamard"), ("int4", "none", 2, 4)], ids=str)
+def test_a_quantized_cache_beside_states_changes_no_logits(family: Family, kept: tuple[Any, ...]) -> None:
+    """A prompt, and then single tokens; keys and values are quantized where there are any, and it shows."""
+    model = model_of(family).double()
+    separate_experts(model)
+    with InFloat64():
+        plain = model(IDS, use_cache=False).logits
+        set_cache(model, RunTimeCache.of(*kept))
+        whole = model(IDS, use_cache=False).logits
+        found = by_pieces(model, [30] + [1] * 10)
+        cache = model(IDS[:, :9], use_cache=True).past_key_values
+    assert float((found - whole).abs().max() / whole.abs().max()) < 1e-10
+    assert float((whole - plain).abs().max() / plain.abs().max()) > 1e-3
+    assert [isinstance(layer, PackedCacheLayer) for layer in cache.layers] == [family.attends(i) for i in range(2)]
+    assert isinstance(cache, PackedCache) and cache.nbytes > sum(x.nbytes for x in states_in(cache.layers)) > 0
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
-from tests.tiny_model import write_tiny_model
+from tests.contracts.tiny_configs import auto_class, config_of
+from tests.tiny_model import write_tiny_model, write_tokenizer
 from tests.unit.evaluation.task_folder import write_scorable_model, write_task_folder
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
@@ -27,6 +29,7 @@ from mxrot import quantizing
 from mxrot.cli import app
 from mxrot.commands.selection import chosen_recipes
 from mxrot.errors import NumericsError
+from mxrot.models import FAMILIES
 from mxrot.opening import default_device
 from mxrot.recipe import Recipe
 from mxrot.recipe_files import builtin_recipes
@@ -442,12 +445,12 @@ def test_inspect_a_model_and_a_checkpoint(folders: dict[str, str], tmp_path: Pat
     options = ("--text", folders["text"], "--windows", "2", "--seq-len", "32", "--json", str(table))
     run("inspect", folders["model"], *options)
     plain = read_json(table)
-    assert list(plain) == ["model", "sites"]
+    assert list(plain) == ["model", "sites", "kept"] and plain["kept"] == []
     assert len(plain["sites"]) == 2 * 4
     assert set(plain["sites"][0]) == {"site", "channels", "largest", "channel", "median", "ratio"}
     shown = run("inspect", folders["checkpoint"], *options).stdout
     found = read_json(table)
-    assert list(found) == ["model", "sites", "blocks", "size", "quantizers", "attention", "cache"]
+    assert list(found) == ["model", "sites", "kept", "blocks", "size", "quantizers", "attention", "cache"]
     assert found["quantizers"] == {"weights mxfp4 even, inputs mxfp4 even": 14}
     assert "14 linears: weights mxfp4 even, inputs mxfp4 even" in shown
     assert "│ 1.mlp.down_proj" in shown and "model.layers" not in shown
@@ -502,6 +505,7 @@ def test_plan_of_a_folder_and_of_a_config_alone(folders: dict[str, str], tmp_pat
                 "refused",
                 "warnings",
                 "sites",
+                "kept",
                 "size",
                 "cache",
                 "memory",
@@ -511,6 +515,23 @@ def test_plan_of_a_folder_and_of_a_config_alone(folders: dict[str, str], tmp_pat
         assert (found["model"], found["windows"], found["refused"]) == (model, [2, 32], [])
         assert "nothing would be refused" in result.stdout and "4.250 bits" in result.stdout
         assert "an estimate" in result.stdout
+
+
+def test_plan_and_inspect_say_what_a_family_keeps(folders: dict[str, str], tmp_path: Path) -> None:
+    family = FAMILIES["qwen3_5"]
+    torch.manual_seed(0)
+    auto_class(family).from_config(config_of(family, vocab_size=320)).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    table = tmp_path / "table.json"
+    options = ("--text", folders["text"], "--windows", "2", "--seq-len", "32")
+    for words in (("inspect", *options), ("plan", "-r", "rtn")):
+        shown = run(words[0], str(tmp_path / "model"), *words[1:], "--json", str(table)).stdout
+        small, others = read_json(table)["kept"]
+        assert small["parts"] == ["linear_attn.in_proj_b", "linear_attn.in_proj_a"] and small["blocks"] == 1
+        assert "linear_attn.conv1d" in others["parts"] and "linear_attn.A_log" in others["parts"]
+        flat = " ".join(shown.split())
+        for kept in (small, others):
+            assert f"kept as they are in 1 block: {', '.join(kept['parts'])} ({kept['reason']})" in flat
 
 
 def test_plan_exits_with_1_if_it_would_be_refused(folders: dict[str, str], tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from mxrot.layers import (
     restore_cache,
     unmasked,
 )
+from mxrot.layers.kv_cache import states_in
 from mxrot.models import find_family, rebuild_buffers
 from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme, install, prepare
@@ -258,7 +259,7 @@ def token_step(model: PreTrainedModel, context: int, compiler: str | None = None
 
 def packed_token_step(model: PreTrainedModel, context: int, scheme: CacheScheme) -> TokenStep:
     """As `token_step`, not compiled, with a packed cache, which the model has at this step alone."""
-    cache = FixedPackedCache(context + 1)
+    cache = FixedPackedCache(context + 1, model.config)
     run = _step(model, model, cache, context)
 
     def step() -> Tensor:
@@ -291,8 +292,10 @@ def _step(
 
 def _draw(cache: FixedCache | FixedPackedCache) -> None:
     """Numbers at all places; nothing is left to what zeros may be spared."""
+    for state in states_in(cache.layers):
+        state.normal_()
     if isinstance(cache, FixedCache):
-        for tensor in (*(tensor for pair in cache.kept for tensor in pair), *cache.states):
+        for tensor in (tensor for pair in cache.kept for tensor in pair):
             tensor.normal_()
         return
     for exact in cache.kept_exact:

@@ -59,6 +59,7 @@ def inspect(
     from mxrot.checkpoint import has_run, is_checkpoint, read_run
     from mxrot.evaluation import attention_operands, cache_schemes, kernel_choices, quantizers, site_maxima
     from mxrot.models import find_family
+    from mxrot.planning.plan import kept_table
     from mxrot.report import (
         changes_line,
         choice_line,
@@ -66,6 +67,7 @@ def inspect(
         errors_table,
         experts_line,
         family_line,
+        kept_line,
         left_line,
         maxima_table,
         progress_on_stderr,
@@ -90,7 +92,11 @@ def inspect(
     prefix = f"{known.blocks}."
     show(maxima_table(first_sites(sites, key, top, prefix)))
     print_texts([part.as_table() for part in read])
+    kept = known.kept_counts(opened.config.get_text_config().num_hidden_layers)
+    for one, blocks in kept:
+        say(kept_line(one, blocks))
     result: dict[str, Any] = {"model": model, "sites": [{**vars(site), "ratio": site.ratio} for site in sites]}
+    result |= {"kept": kept_table(kept)}
     if is_checkpoint(folder) and has_run(folder):
         run = read_run(folder)
         show(errors_table(first_errors(run["blocks"], key, top, prefix)))

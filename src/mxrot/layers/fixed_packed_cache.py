@@ -14,6 +14,7 @@ from transformers import Cache
 from mxrot.kernels import CachedTokens, TokenRows, append_tokens, decode_attention
 from mxrot.layers.fixed_exact_tokens import FixedExactTokens
 from mxrot.layers.installed_cache import installed_cache
+from mxrot.layers.kv_cache import recurrent_layers, states_in
 from mxrot.layers.quantized_attention import seen_in
 
 
@@ -63,8 +64,9 @@ class FixedPackedCache(Cache):
     Where a scheme keeps tokens in 16 bits it sees those up to `position`, and tokens must come one after the other.
     """
 
-    def __init__(self, positions: int) -> None:  # without what Cache sets up: layers of kinds of its own
-        self.layers = []
+    def __init__(self, positions: int, config: Any = None) -> None:  # without what Cache sets up: layers of its own
+        """`config` as of `FixedCache`."""
+        self.layers = recurrent_layers(config)
         self.positions = self.visible = positions
         self.position: Tensor | None = None
         """int64 [1], where the next token goes."""
@@ -87,8 +89,8 @@ class FixedPackedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values, with all that stands beside them, of all positions."""
-        exact = sum(kept.nbytes for kept in self.kept_exact)
+        """Of keys and values, with all that stands beside them, of all positions, and of states."""
+        exact = sum(kept.nbytes for kept in self.kept_exact) + sum(state.nbytes for state in states_in(self.layers))
         return exact + sum(tokens.keys.nbytes + tokens.values.nbytes for tokens in self.kept)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+
+def recurrent_layers(config: Any) -> list[Any]:
+    """transformers' own cache layers for a model of this config, by the number of the block, where some of its blocks
+    have a state in the place of keys and values; none in other models, and without a config."""
+    layers = [] if config is None else DynamicCache(config=config.get_text_config()).layers
+    return layers if any(isinstance(one, LinearAttentionCacheLayerMixin) for one in layers) else []
+
+
+def states_in(layers: Iterable[Any]) -> list[Tensor]:
+    """The states of recurrent blocks that were called."""
+    recurrent = [layer for layer in layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+    kinds = [states for layer in recurrent for states in (layer.conv_states, layer.recurrent_states)]
+    return [tensor for states in kinds for tensor in states.values() if tensor is not None]
 
 
 class FixedCache(Cache):
@@ -16,8 +31,7 @@ class FixedCache(Cache):
     """
 
     def __init__(self, positions: int, config: Any = None) -> None:  # without what Cache sets up: layers of its own
-        layers = [] if config is None else DynamicCache(config=config.get_text_config()).layers
-        self.layers = layers if any(isinstance(one, LinearAttentionCacheLayerMixin) for one in layers) else []
+        self.layers = recurrent_layers(config)
         self.positions = self.visible = positions
         self.position: Tensor | None = None
         """int64 [1], where the next token goes."""
@@ -34,16 +48,11 @@ class FixedCache(Cache):
         return list(self._kept.values())
 
     @property
-    def states(self) -> list[Tensor]:
-        """Those of recurrent blocks that were called."""
-        recurrent = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-        kinds = [states for layer in recurrent for states in (layer.conv_states, layer.recurrent_states)]
-        return [tensor for states in kinds for tensor in states.values() if tensor is not None]
-
-    @property
     def nbytes(self) -> int:
         """Of keys and values of all positions, and of states."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self.kept) + sum(one.nbytes for one in self.states)
+        return sum(keys.nbytes + values.nbytes for keys, values in self.kept) + sum(
+            one.nbytes for one in states_in(self.layers)
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Keep the keys and values [S, heads, 1, width] of a layer; all visible ones, [S, heads, visible, width]."""

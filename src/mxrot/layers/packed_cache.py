@@ -23,6 +23,7 @@ from mxrot.errors import ConfigError
 from mxrot.formats import CacheScheme
 from mxrot.kernels import CacheMatrices
 from mxrot.layers.installed_cache import cache_scheme_of, turned
+from mxrot.layers.kv_cache import states_in
 from mxrot.layers.packed_tokens import PackedTokens
 from mxrot.layers.recent_tokens import Pair, RecentTokens
 
@@ -268,7 +269,7 @@ class PackedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values of all layers, with all that stands beside them."""
+        """Of keys, values and states of all layers, with all that stands beside them."""
         return sum(_bytes_of(layer) for layer in self.layers)
 
 
@@ -293,4 +294,5 @@ def pack_layer(cache: Any, attention: nn.Module) -> None:
 def _bytes_of(layer: Any) -> int:
     if isinstance(layer, PackedCacheLayer):
         return layer.nbytes
-    return sum(x.nbytes for x in (layer.keys, layer.values) if isinstance(x, Tensor))
+    plain = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(x.nbytes for x in (*plain, *states_in([layer])) if isinstance(x, Tensor))

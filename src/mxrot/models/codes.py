@@ -125,8 +125,10 @@ class CodedFiles(WeightFiles):
     FamilyError for codes without scales, or of another type or shape than these have.
     """
 
-    def __init__(self, folder: Path, how: Codes, beside: Beside | None = None) -> None:
-        super().__init__(folder, beside)
+    def __init__(
+        self, folder: Path, how: Codes, beside: Beside | None = None, passed_over: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(folder, beside, passed_over)
         self._how = how
         self._coded: dict[str, tuple[str, str]] = {}
         for scales in [name for name in self._file_of if name.endswith(how.scales)]:

@@ -6,6 +6,7 @@ A site is the set of linears that read the same input. Families hold no numerics
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -105,6 +106,9 @@ class Family:
     """Keys of the config, and the values that this record describes: a model with others is refused."""
     in_float32: tuple[str, ...] = ()
     """Tensors of a block that a model holds in float32, whatever it computes in, by their names in it."""
+    passed_over: tuple[str, ...] = ()
+    """How the names of tensors begin that files may hold beside the model, and that transformers passes over: those
+    that predict tokens further ahead."""
     beside: Beside | None = None
     """Of a model of more than text, what it has beside its text model, which the rest of the record describes."""
     kinds: tuple[str, ...] = ()
@@ -195,6 +199,10 @@ class Family:
     def kept_of(self, index: int) -> tuple[Kept, ...]:
         """What is kept of block `index`."""
         return tuple(kept for kept in self.kept if self._is_in(index, kept.only_in))
+
+    def kept_counts(self, blocks: int) -> tuple[tuple[Kept, int], ...]:
+        """What is kept of so many decoder blocks, and in how many of them it is."""
+        return tuple(Counter(kept for index in range(blocks) for kept in self.kept_of(index)).items())
 
     def attends(self, index: int) -> bool:
         """Has block `index` the module `attention`?"""

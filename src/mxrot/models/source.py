@@ -85,9 +85,10 @@ class FolderSource(Source):
         self.config = read_config(folder)
         self.family = find_family(self.config, self.name)
         how = codes_of(self.config)
-        beside = self.family.beside
-        self.files = WeightFiles(folder, beside) if how is None else CodedFiles(folder, how, beside)
-        self.changes = () if how is None else (how.said,)
+        names = self.family.beside, self.family.passed_over
+        self.files = WeightFiles(folder, *names) if how is None else CodedFiles(folder, how, *names)
+        begun = [start for start in names[1] if any(name.startswith(start) for name in self.files.passed_over)]
+        self.changes = (*(() if how is None else (how.said,)), *(f"{start}* left out" for start in begun))
         check_depth(self.files, self.family, self.config)
 
     @cached_property

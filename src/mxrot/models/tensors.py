@@ -89,7 +89,7 @@ def check_for_transformers(model: PreTrainedModel, family: Family, files: Sequen
 
     It makes random numbers of what it does not find, with a warning.
     """
-    source = WeightFiles(Path(files[0]).parent, family.beside) if files else None
+    source = WeightFiles(Path(files[0]).parent, family.beside, family.passed_over) if files else None
     if source is None or {path.name for path in source.files} != {Path(file).name for file in files}:
         return  # other files than those that are read without being told
     for problem in tensor_problems(source, model, family):

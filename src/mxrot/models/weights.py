@@ -36,14 +36,18 @@ class WeightFiles:
     its index.
     """
 
-    def __init__(self, folder: Path, beside: Beside | None = None) -> None:
-        """`beside` is what a model of more than text has beside its text model; it tells names."""
+    def __init__(self, folder: Path, beside: Beside | None = None, passed_over: tuple[str, ...] = ()) -> None:
+        """`beside` is what a model of more than text has beside its text model; it tells names. Tensors whose names
+        begin with one of `passed_over` are not there."""
         self.folder, self._beside = folder, beside
         names, index = weight_map(folder)
         self._headers = {name: read_header(folder / name) for name in names}
         self._check_other_set(names)
         file_of = _files_of(folder, self._headers, index)
-        named = model_names(file_of, beside)
+        self.passed_over = sorted(name for name in file_of if name.startswith(passed_over)) if passed_over else []
+        """Stored names of what was passed over."""
+        left_out = set(self.passed_over)
+        named = model_names([name for name in file_of if name not in left_out], beside)
         self._stored = {name: stored for stored, name in named.items() if not name.endswith(_RECOMPUTED)}
         self._file_of = {name: file_of[stored] for name, stored in self._stored.items()}
 
@@ -56,7 +60,7 @@ class WeightFiles:
 
     @property
     def files(self) -> list[Path]:
-        return sorted({self.folder / file for file in self._file_of.values()})
+        return sorted(self.folder / file for file in self._headers)
 
     def stored_as(self, name: str) -> str:
         """The type of a tensor as safetensors calls it, for example BF16 or F8_E4M3."""

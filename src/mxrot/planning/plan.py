@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from mxrot.environment import available_memory, device_name, versions
 from mxrot.errors import ConfigError, FamilyError, MxrotError
 from mxrot.layers import ModelSize, build_apart
 from mxrot.layers.cache_size import CacheSize
-from mxrot.models import Family, FolderSource, find_family, read_config
+from mxrot.models import Family, FolderSource, Kept, find_family, read_config
 from mxrot.models.folder import has_no_weights
 from mxrot.planning.disk import estimate_disk
 from mxrot.planning.memory import MemoryEstimate, estimate_host_memory, estimate_memory, gigabytes
@@ -144,6 +144,7 @@ class Plan:
             "refused": self.problems,
             "warnings": self.warnings,
             "sites": [] if self.sizes is None else _sites_table(self.sizes.shape),
+            "kept": [] if self.sizes is None else kept_table(self.sizes.shape.kept),
             "size": None if self.sizes is None else _size_table(self.sizes),
             "cache": None if self.sizes is None else self.sizes.cache.as_table(),
             "memory": None if self.needs is None else _memory_table(self.needs),
@@ -153,6 +154,11 @@ class Plan:
             "vllm": None if self.vllm is None else self.vllm.as_table(),
             "versions": versions(),
         }
+
+
+def kept_table(kept: Sequence[tuple[Kept, int]]) -> list[dict[str, Any]]:
+    """What no recipe quantizes, of how many decoder blocks, and why."""
+    return [{"blocks": blocks, "parts": [*one.linears, *one.others], "reason": one.reason} for one, blocks in kept]
 
 
 def make_plan(

@@ -143,7 +143,7 @@ class ModelShape:
             parameters=whole,
             constants=_constants(model),
             linear_weights=sum(linear.weight.numel() for linear in linears),
-            kept=tuple(Counter(kept for index in range(len(modules)) for kept in family.kept_of(index)).items()),
+            kept=family.kept_counts(len(modules)),
             outer_parameters=whole - sum(each),
             query_width=config.num_attention_heads * query_width(config),
             head_width=width,

@@ -95,7 +95,7 @@ def _load(run: BlockRun, index: int, block: nn.Module, executor: Executor | None
     prefix = run.family.block_prefix(index)
     weights = linear_weights(run.family, tensors)
     fill_original(run, block, tensors, prefix)
-    if run.recipe.fits_cache:
+    if run.recipe.fits_cache and run.family.attends(index):
         fit_block(run, Part(prefix, index, block, weights, executor))
     return weights
 

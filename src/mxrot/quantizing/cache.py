@@ -117,20 +117,23 @@ def fit_cache(model: PreTrainedModel, family: Family, windows: Tensor, scheme: C
     blocks = list(model.get_submodule(family.blocks).children())
     device = model.get_submodule(family.embedding).weight.device
     assert isinstance(device, torch.device)
-    found: list[HeadTransforms] = []
+    found: dict[int, HeadTransforms] = {}
     if scheme.stored_names:
         executor = first_executor(model, family, windows, windows_at_once(model, family, device, windows.shape[1]))
         for index, block in enumerate(blocks):
             name = family.block_prefix(index)
             executor.begin(block)
-            attention, reader = block.get_submodule(family.attention), block.get_submodule(family.values_read_by)
-            assert isinstance(reader.weight, Tensor)
-            found.append(fitted_transforms(executor, attention, reader.weight, f"{name}.{family.attention}"))
+            if family.attends(index):
+                attention, reader = block.get_submodule(family.attention), block.get_submodule(family.values_read_by)
+                assert isinstance(reader.weight, Tensor)
+                found[index] = fitted_transforms(executor, attention, reader.weight, f"{name}.{family.attention}")
             if index + 1 == len(blocks):
                 executor.end()
             else:
                 executor.advance(name)
     for index, block in enumerate(blocks):
+        if not family.attends(index):
+            continue
         attention = block.get_submodule(family.attention)
         quantize_cache(attention, scheme, width, heads)
         for name in scheme.stored_names:

@@ -7,7 +7,7 @@ from mxrot.report.contents import Contents
 from mxrot.report.drawing import check_matplotlib, write_files
 from mxrot.report.html import page
 from mxrot.report.metrics import metrics_of, read_results
-from mxrot.report.plans import plan_report
+from mxrot.report.plans import kept_line, plan_report
 from mxrot.report.plots import pictures
 from mxrot.report.rows import ComparedRow, Run
 from mxrot.report.side_by_side import csv_text, remarks, side_by_side
@@ -56,6 +56,7 @@ __all__ = [
     "errors_table",
     "experts_line",
     "family_line",
+    "kept_line",
     "left_line",
     "maxima_table",
     "metrics_of",

@@ -100,7 +100,8 @@ def _size_lines(plan: Plan) -> str:
 
 def kept_line(kept: Kept, blocks: int) -> str:
     """What a family leaves as it is in so many decoder blocks, and why."""
-    return f"kept as they are in {blocks} blocks: {', '.join((*kept.linears, *kept.others))} ({kept.reason})"
+    where = "1 block" if blocks == 1 else f"{blocks} blocks"
+    return f"kept as they are in {where}: {', '.join((*kept.linears, *kept.others))} ({kept.reason})"
 
 
 def cache_line(cache: CacheSize) -> str:

@@ -237,9 +237,9 @@ def size_line(size: dict[str, Any]) -> str:
 
 
 def changes_line(run: dict[str, Any]) -> str:
-    """One line on what was merged into the weights before they were quantized, from a run.json; empty for nothing."""
+    """One line on what was done to the weights before they were quantized, from a run.json; empty for nothing."""
     changes = run.get("changes")
-    return f"merged into the weights first: {', '.join(changes)}" if changes else ""
+    return f"done to the weights first: {', '.join(changes)}" if changes else ""
 
 
 def family_line(run: dict[str, Any]) -> str:

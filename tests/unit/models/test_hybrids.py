@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.contracts.test_families import spread_gains
 from tests.contracts.tiny_configs import config_of
 from tests.float64 import InFloat64
@@ -105,3 +105,15 @@ def test_a_config_that_does_not_say_which_blocks_attend_is_refused() -> None:
     config = Lfm2MoeConfig(architectures=["Lfm2MoeForCausalLM"])
     with pytest.raises(FamilyError, match=r"^config\.json: layer_types is missing"):
         find_family(config, "here")
+
+
+def test_what_predicts_tokens_further_ahead_is_left_out(tmp_path: Path) -> None:
+    """As Nemotron 3 is published: names of transformers' older code, and mtp.* beside them."""
+    tiny("nemotron_h", {}).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert any(name.startswith("backbone.layers.1.mixer.experts.0.") for name in tensors)
+    extra = {"mtp.layers.0.eh_proj.weight": torch.zeros(4, 4)}
+    save_file(tensors | extra, tmp_path / "model.safetensors", {"format": "pt"})
+    source = FolderSource(tmp_path)
+    assert source.changes == ("mtp.* left out",)
+    assert "mixer.experts.0.up_proj.weight" in source.block(1)

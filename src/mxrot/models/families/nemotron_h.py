@@ -76,5 +76,6 @@ FAMILY = Family(
         gated="none",
     ),
     holds_for=(("tie_word_embeddings", False),),
+    passed_over=("mtp.",),
     in_float32=("mixer.gate.e_score_correction_bias",),
 )

@@ -3,7 +3,6 @@
 from mxrot.models.families.llama import LLAMA_SITES
 from mxrot.models.families.qwen3_next import (
     ATTENTION,
-    RECURRENT_CACHE,
     delta_kept,
     delta_sites,
     delta_states,
@@ -26,6 +25,6 @@ FAMILY = Family(
     kinds_of=mixers,
     kept=delta_kept(SMALL_LINEARS),
     layer_types=("linear_attention",),
-    heads_obstacle=RECURRENT_CACHE,
     states_of=delta_states,
+    passed_over=("mtp.",),
 )

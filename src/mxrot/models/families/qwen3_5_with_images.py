@@ -1,5 +1,5 @@
 """Qwen 3.5 that sees images: Qwen 3.5 of text beside a vision tower, with a rotary embedding of three axes, which are
-alike in text. What predicts tokens further ahead is passed over."""
+alike in text."""
 
 from mxrot.models.beside import WITHOUT_HEAD, Beside
 from mxrot.models.families.qwen3_5 import FAMILY as OF_TEXT

@@ -14,7 +14,6 @@ from mxrot.models.family import Family, Kept, Site
 
 ATTENTION, RECURRENT = "attention", "recurrent"
 """Kinds of blocks."""
-RECURRENT_CACHE = "most of its blocks keep a recurrent state in their place"
 SMALL = "they say how fast the state of each head fades and fills, a few numbers a token, and errors in them add up"
 NOT_LINEAR = "they are no linears"
 
@@ -77,6 +76,6 @@ FAMILY = Family(
     kinds_of=_kinds,
     kept=delta_kept(SMALL_LINEARS),
     layer_types=("linear_attention",),
-    heads_obstacle=RECURRENT_CACHE,
     states_of=delta_states,
+    passed_over=("mtp.",),
 )
