@@ -115,7 +115,7 @@ def test_sites_that_take_no_scales_can_be_skipped(folders: dict[str, Path], tmp_
     assert torch.equal(logits(mxrot.load(tmp_path / "out", device="cpu")), logits(in_memory))
     by_transformers = auto_class(family).from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(logits(by_transformers), logits(in_memory))
-    norm = f"{family.block_prefix(0)}.input_layernorm.weight"
+    norm = f"{family.block_prefix(0)}.{family.sites_of(0)[0].norm}.weight"
     before, after = (WeightFiles(place, family.beside).read(norm) for place in (folders[family.name], tmp_path / "out"))
     assert not torch.equal(before, after)
 

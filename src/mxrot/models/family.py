@@ -51,6 +51,8 @@ class Family:
     """In the order in which a block computes them; those of all kinds of blocks, where there are several."""
     body: str = "model"
     """The module that turns token ids into the last hidden states."""
+    stored_stem: str | None = None
+    """What stored names have in the place of `model.`, where transformers reads them all the same."""
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -100,8 +102,7 @@ class Family:
     """Of a config, the sites of attention, where they follow from it: those that come before `sites`."""
     heads_obstacle: str | None = None
     """Why keys and values are not kept in codes, and products of attention not taken of codes. None where a cache holds
-    keys and values of one width, as attention reads them. Where some blocks have no attention that is why, and a model
-    of attention alone has none."""
+    keys and values of one width, as attention reads them."""
     holds_for: tuple[tuple[str, object], ...] = ()
     """Keys of the config, and the values that this record describes: a model with others is refused."""
     in_float32: tuple[str, ...] = ()
@@ -180,9 +181,7 @@ class Family:
         if SPARSE in words:
             found = tuple(replace(site, only_in=SPARSE) for site in found)
         sites = tuple(site for site in before + self.sites + found if not kinds or site.only_in in ("", *words))
-        attends = self.attention_in and all(self.attention_in in kind.split() for kind in kinds)
-        obstacle = None if attends else self.heads_obstacle
-        return replace(self, sites=sites, kinds=kinds, experts=experts, heads_obstacle=obstacle)
+        return replace(self, sites=sites, kinds=kinds, experts=experts)
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """In which a model that computes in `dtype` holds a tensor of a block, by its name in it."""

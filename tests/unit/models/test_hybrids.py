@@ -95,12 +95,6 @@ def test_a_model_without_experts_has_none() -> None:
         assert find_family(config_of(FAMILIES[name]), "here").experts is not None
 
 
-def test_keys_and_values_of_a_model_of_attention_alone_can_be_quantized() -> None:
-    every = config_of(FAMILIES["granitemoehybrid"], layer_types=["full_attention"] * 2)
-    assert find_family(every, "here").heads_obstacle is None
-    assert find_family(config_of(FAMILIES["granitemoehybrid"]), "here").heads_obstacle is not None
-
-
 def test_a_config_that_does_not_say_which_blocks_attend_is_refused() -> None:
     config = Lfm2MoeConfig(architectures=["Lfm2MoeForCausalLM"])
     with pytest.raises(FamilyError, match=r"^config\.json: layer_types is missing"):

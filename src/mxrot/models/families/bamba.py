@@ -13,7 +13,6 @@ from mxrot.models.family import Family, Kept, Site
 
 RECURRENT, ATTENDING = "recurrent", "attention"
 """Kinds of decoder blocks."""
-STATES = "in some of its blocks a state takes the place of keys and values"
 
 
 def mamba_sites(place: str, norm: str) -> tuple[Site, Site]:
@@ -85,7 +84,6 @@ FAMILY = Family(
     kept=(mamba_kept("mamba"),),
     states_of=mamba_states,
     gives_more=True,
-    heads_obstacle=STATES,
     norm_class="BambaRMSNorm",
     rotation_obstacle=None,
 )

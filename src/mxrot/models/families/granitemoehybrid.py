@@ -7,7 +7,6 @@ from typing import Any
 from mxrot.models.expert_names import DENSE, SPARSE, ExpertNames
 from mxrot.models.families.bamba import (
     ATTENDING,
-    STATES,
     attending,
     kinds_by_layer_types,
     mamba_kept,
@@ -43,7 +42,6 @@ FAMILY = Family(
         Kept((), "it chooses the experts of a token", ("block_sparse_moe.router",), only_in=SPARSE),
     ),
     states_of=mamba_states,
-    heads_obstacle=STATES,
     norm_class="GraniteMoeHybridRMSNorm",
     rotation_obstacle=None,
     experts=ExpertNames(

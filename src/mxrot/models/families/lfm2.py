@@ -4,7 +4,7 @@ each. The linears before and behind a convolution are quantized."""
 from dataclasses import replace
 from typing import Any
 
-from mxrot.models.families.bamba import ATTENDING, RECURRENT, STATES, attending, kinds_by_layer_types
+from mxrot.models.families.bamba import ATTENDING, RECURRENT, attending, kinds_by_layer_types
 from mxrot.models.families.llama import ATTENTION_SITES
 from mxrot.models.family import Family, Kept, Site
 
@@ -37,7 +37,6 @@ FAMILY = Family(
     kinds_of=kinds_by_layer_types,
     kept=(Kept((), "a convolution over a few tokens, channel by channel, is no linear", ("conv.conv",), RECURRENT),),
     states_of=_states,
-    heads_obstacle=STATES,
     norm_class="Lfm2RMSNorm",
     rotation_obstacle=None,
     values_read_by="self_attn.out_proj",

@@ -9,7 +9,7 @@ that every token goes to does not. The router adds a bias to the scores that it 
 from typing import Any
 
 from mxrot.models.expert_names import DENSE, SPARSE, ExpertNames
-from mxrot.models.families.bamba import ATTENDING, RECURRENT, STATES, mamba_kept, mamba_sites
+from mxrot.models.families.bamba import ATTENDING, RECURRENT, mamba_kept, mamba_sites
 from mxrot.models.family import Family, Kept, Site
 
 KINDS = {"linear_attention": RECURRENT, "full_attention": ATTENDING, "mlp": DENSE, "moe": SPARSE}
@@ -57,7 +57,6 @@ FAMILY = Family(
         Kept((), "it chooses the experts of a token, in float32", ("mixer.gate",), only_in=SPARSE),
     ),
     states_of=_states,
-    heads_obstacle=STATES,
     norm_class="NemotronHRMSNorm",
     rotation_obstacle=None,
     values="mixer.v_proj",
@@ -77,5 +76,6 @@ FAMILY = Family(
     ),
     holds_for=(("tie_word_embeddings", False),),
     passed_over=("mtp.",),
+    stored_stem="backbone.",
     in_float32=("mixer.gate.e_score_correction_bias",),
 )
