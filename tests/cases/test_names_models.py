@@ -107,7 +107,7 @@ ODD_CONFIGS: dict[str, dict[str, Any]] = {
     "a number as architecture": {"architectures": [5]},
     "not causal": {"architectures": ["BertModel"], "model_type": "bert"},
     "a model type of nobody": {"model_type": "nobody", "architectures": ["NobodyForCausalLM"]},
-    "an architecture of no family": {"model_type": "bamba", "architectures": ["BambaForCausalLM"]},
+    "an architecture of no family": {"model_type": "jamba", "architectures": ["JambaForCausalLM"]},
     "quantized": {"quantization_config": {"quant_method": "fp8"}},
     "odd sizes": {"hidden_size": 80, "head_dim": 20},
     "a width of nothing": {"hidden_size": 0},

@@ -31,13 +31,13 @@ def table() -> str:
 
 def row(family: Family) -> str:
     """The row of a family, with the sites of the experts of its tiny config."""
-    sites = dict.fromkeys(site.group for index in range(2) for site in family.sites_of(index))
+    sites = dict.fromkeys(site.group for index in range(len(family.kinds) or 2) for site in family.sites_of(index))
     cells = [family.name, ", ".join(sites), _merged(family), *_served(family), REAL.get(family.name, "")]
     return f"| {' | '.join(cells)} |\n".replace("|  |", "| |")
 
 
 def _merged(family: Family) -> str:
-    has_order = any(permutable_linears(family, index) for index in range(2))
+    has_order = any(permutable_linears(family, index) for index in range(len(family.kinds) or 2))
     found = {"rotations": family.is_rotatable, "order in MLPs": has_order, "order in heads": family.names_values}
     return ", ".join(name for name, can_be in found.items() if can_be)
 

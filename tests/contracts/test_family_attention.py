@@ -48,8 +48,10 @@ def test_a_family_takes_it_or_is_refused_by_name(name: str) -> None:
     whole = model(ids).logits
     assert not torch.allclose(whole, before, rtol=1e-6)
     cache, logits = None, []
-    for piece in ids.split([30, *[1] * 10], dim=1):
-        out = model(piece, past_key_values=cache, use_cache=True)
+    sizes = [30, *[1] * 10]
+    positions = torch.arange(40)[None].split(sizes, dim=1)  # Bamba counts them from 0 unless told
+    for piece, places in zip(ids.split(sizes, dim=1), positions, strict=True):
+        out = model(piece, position_ids=places, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         logits.append(out.logits)
     is_rounded = family.experts is not None or family.states_of is not None  # shares, or states, to float32

@@ -31,7 +31,6 @@ CACHES = {
     )
     for transform in ("hadamard", "second_moment")
 }
-SHARED_NORM_OR_PRODUCER = [f for f in TINY_FAMILIES.values() if all(s.norm or s.producer for s in f.sites)]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +52,11 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(IDS).logits.float()
 
 
+def has_place_for_scales(family: Family) -> bool:
+    """Can what comes before each site take scales?"""
+    return all(site.norm or site.producer for site in family.sites)
+
+
 def refusal(family: Family, recipe_name: str) -> str | None:
     """What a recipe asks for that the family has no place for, as the refusal says it."""
     if recipe_name in CACHES and family.heads_obstacle is not None:
@@ -61,7 +65,7 @@ def refusal(family: Family, recipe_name: str) -> str | None:
         return f"family {family.name} names no linear that makes them, head after head"
     if recipe_name == "quarot" and not family.is_rotatable:
         return f"no rotation of the residual stream of family {family.name} can be"
-    if recipe_name == "duquant++" and family not in SHARED_NORM_OR_PRODUCER:
+    if recipe_name == "duquant++" and not has_place_for_scales(family):
         return f"of family {family.name} has nothing before it that can take smoothing scales; list it under"
     return None
 
@@ -82,7 +86,7 @@ def test_what_is_loaded_is_what_was_quantized(
             write(folders[family.name], tmp_path / "out", chosen, windows=windows)
         assert not list(tmp_path.iterdir())
         return
-    if name == "duquant++" and family not in SHARED_NORM_OR_PRODUCER:
+    if name == "duquant++" and not has_place_for_scales(family):
         with pytest.raises(ConfigError, match="has nothing before it that can take smoothing scales; list it under"):
             pipeline.quantize(folders[family.name], chosen, windows=windows)
         return
@@ -111,7 +115,7 @@ def test_sites_that_take_no_scales_can_be_skipped(folders: dict[str, Path], tmp_
     assert torch.equal(logits(mxrot.load(tmp_path / "out", device="cpu")), logits(in_memory))
     by_transformers = auto_class(family).from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(logits(by_transformers), logits(in_memory))
-    norm = f"{family.block_prefix(0)}.input_layernorm.weight"
+    norm = f"{family.block_prefix(0)}.{family.sites_of(0)[0].norm}.weight"
     before, after = (WeightFiles(place, family.beside).read(norm) for place in (folders[family.name], tmp_path / "out"))
     assert not torch.equal(before, after)
 
@@ -159,7 +163,7 @@ def test_transforms_and_smoothing_fold_away(folders: dict[str, Path], family: Fa
     original = logits(auto_class(family).from_pretrained(folders[family.name], dtype=torch.float32))
     errors = []
     for method, smoothing in (("identity", {}), ("moments", {}), ("random-orthogonal", {"smoothing__alpha": 0.6})):
-        if smoothing and sharing == "site" and family not in SHARED_NORM_OR_PRODUCER:
+        if smoothing and sharing == "site" and not has_place_for_scales(family):
             continue
         more = {"transform__method": method, "transform__sharing": sharing, "calibration__generated": 0.0}
         chosen = recipe("mxrot", **(changes | more | smoothing))

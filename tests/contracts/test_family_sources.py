@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
+from tests.contracts.test_families import TINY_FAMILIES, each, numbers_of, spread_gains
 from tests.contracts.tiny_configs import auto_class, config_of
 from tests.unit.surgery.changed_sources import logits, off_by, rotation
 
@@ -30,6 +30,15 @@ TOLERANCE = 1e-12
 """Some thousand roundings of float64."""
 
 
+def may_tie(family: Family) -> bool:
+    """May the head be the embedding?"""
+    return ("tie_word_embeddings", False) not in family.holds_for
+
+
+TYING = {name: family for name, family in TINY_FAMILIES.items() if may_tie(family)}
+each_tying = pytest.mark.parametrize("family", TYING.values(), ids=TYING)
+
+
 def exact_folder(folder: Path, family: Family, **changes: object) -> FolderSource:
     """A tiny model in float64, with gains and biases that count."""
     torch.manual_seed(0)
@@ -39,7 +48,7 @@ def exact_folder(folder: Path, family: Family, **changes: object) -> FolderSourc
     return FolderSource(folder)
 
 
-@each
+@each_tying
 def test_a_folder_without_its_head_is_read(family: Family, tmp_path: Path) -> None:
     """As transformers writes the body of a model: no prefix, and no head, which is the embedding."""
     whole = exact_folder(tmp_path / "whole", family, tie_word_embeddings=True)
@@ -59,14 +68,14 @@ def test_a_folder_without_its_head_is_read(family: Family, tmp_path: Path) -> No
 @each
 def test_a_rotation_of_the_residual_stream_changes_nothing(family: Family, tmp_path: Path) -> None:
     """Or is refused."""
-    source = exact_folder(tmp_path, family, tie_word_embeddings=True)
+    source = exact_folder(tmp_path, family, tie_word_embeddings=may_tie(family))
     if not family.is_rotatable:
         assert family.rotation_obstacle
         reason = rf"residual stream of family {family.name} can be merged into the weights: {family.rotation_obstacle};"
         with pytest.raises(ConfigError, match=reason):
-            Rotated(Untied(source), rotation())
+            Rotated(Untied(source) if may_tie(family) else source, rotation())
         return
-    rotated = Rotated(Untied(source), rotation())
+    rotated = Rotated(Untied(source) if may_tie(family) else source, rotation())
     assert off_by(logits(rotated, IDS), logits(source, IDS)) < TOLERANCE
     assert off_by(rotated.outer()[f"{family.head}.weight"], source.outer()[f"{family.embedding}.weight"]) > 0.1
 
@@ -75,7 +84,7 @@ def test_a_rotation_of_the_residual_stream_changes_nothing(family: Family, tmp_p
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
 def test_the_rotations_of_a_recipe_change_nothing(family: Family, kind: str, tmp_path: Path) -> None:
     """Of the value heads, and of the residual stream, in the families that take them."""
-    source = exact_folder(tmp_path, family, tie_word_embeddings=True)
+    source = exact_folder(tmp_path, family, tie_word_embeddings=may_tie(family))
     recipe = load_recipe("rtn")
     if family.names_values:
         recipe = recipe.changed({"rotation.value_heads": kind})
@@ -84,9 +93,10 @@ def test_the_rotations_of_a_recipe_change_nothing(family: Family, kind: str, tmp
     drawn = drawn_rotations(source.config, recipe, 0, "cpu")
     rotated = rotated_source(source, drawn)
     assert off_by(logits(rotated, IDS), logits(source, IDS)) < TOLERANCE
-    before, after = source.block(1), rotated.block(1)
+    number = next(index for index in reversed(numbers_of(family)) if family.attends(index))
+    before, after = source.block(number), rotated.block(number)
     if not family.names_values:
-        read = next(site for site in family.sites_of(1) if site.norm is not None).linears[0]
+        read = next(site for site in family.sites_of(number) if site.norm is not None).linears[0]
         assert off_by(after[f"{read}.weight"], before[f"{read}.weight"]) > 0.1
         return
     for name in (family.values, family.values_read_by):
@@ -99,13 +109,14 @@ def test_the_rotations_of_a_recipe_change_nothing(family: Family, kind: str, tmp
 def test_values_are_rotated_on_both_sides(family: Family, tmp_path: Path) -> None:
     """Else the test above would see nothing."""
     source = exact_folder(tmp_path, family)
-    matrices = torch.stack([rotation(16, seed) for seed in range(2)])
+    matrices = torch.stack([rotation(16, seed) for seed in numbers_of(family)])
     for linear in (family.values, family.values_read_by):
 
         class Forgotten(RotatedHeads):
             def changed_block(self, index, tensors):  # type: ignore[no-untyped-def]
                 name = f"{linear}.weight"  # noqa: B023
-                return super().changed_block(index, tensors) | {name: tensors[name]}
+                kept = {name: tensors[name]} if family.attends(index) else {}
+                return super().changed_block(index, tensors) | kept
 
         assert off_by(logits(Forgotten(source, matrices), IDS), logits(source, IDS)) > 1e-4
 
@@ -130,20 +141,28 @@ def test_a_permutation_of_channels_changes_nothing(family: Family, tmp_path: Pat
     """Inner ones of every MLP, or of every expert, and those of each value head, where they are named."""
     source = exact_folder(tmp_path, family)
     draws = torch.Generator().manual_seed(0)
-    inner = permutable_linears(family, 1)
-    assert inner
-    widths = {name: source.block(1)[f"{name}.weight"].shape[1] for name in inner}
-    ffn = {f"{family.block_prefix(1)}.{name}": torch.randperm(widths[name], generator=draws) for name in inner}
+    inner = {
+        f"{family.block_prefix(index)}.{name}": source.block(index)[f"{name}.weight"].shape[1]
+        for index in numbers_of(family)
+        for name in permutable_linears(family, index)
+    }
+    ffn = {name: torch.randperm(width, generator=draws) for name, width in inner.items()}
+    assert ffn
     count, width = value_heads(source.config)
-    heads = torch.stack([torch.randperm(width, generator=draws) for _ in range(2 * count)]).unflatten(0, (2, count))
+    blocks = len(numbers_of(family))
+    heads = torch.stack([torch.randperm(width, generator=draws) for _ in range(blocks * count)])
+    heads = heads.unflatten(0, (blocks, count))
     expected = logits(source, IDS)
     permuted: list[Source] = [PermutedFfn(source, ffn)]
     if family.names_values:
         permuted += [PermutedHeads(source, heads), PermutedHeads(permuted[0], heads)]
     for one in permuted:
         assert off_by(logits(one, IDS), expected) < TOLERANCE
-    for name in (*inner, *((family.values, family.values_read_by) if family.names_values else ())):
-        assert not torch.equal(permuted[-1].block(1)[f"{name}.weight"], source.block(1)[f"{name}.weight"])
+    for index in numbers_of(family):
+        attends = family.names_values and family.attends(index)
+        names = [*permutable_linears(family, index), *((family.values, family.values_read_by) if attends else ())]
+        changed, before = permuted[-1].block(index), source.block(index)
+        assert not any(torch.equal(changed[f"{name}.weight"], before[f"{name}.weight"]) for name in names)
 
 
 @each

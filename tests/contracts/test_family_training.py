@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.contracts.test_families import TINY_FAMILIES
-from tests.contracts.test_family_sources import TOLERANCE, exact_folder
+from tests.contracts.test_family_sources import TOLERANCE, exact_folder, may_tie
 from tests.float64 import InFloat64
 from tests.unit.surgery.changed_sources import logits, off_by
 from tests.unit.tuning.rotated_networks import loss_and_gradients, network_of, random_rotations
@@ -29,7 +29,7 @@ each_rotatable = pytest.mark.parametrize(
 
 @each_rotatable
 def test_nothing_rounded_is_the_original(family: Family, tmp_path: Path) -> None:
-    source = exact_folder(tmp_path, family, tie_word_embeddings=True)
+    source = exact_folder(tmp_path, family, tie_word_embeddings=may_tie(family))
     rotations = random_rotations(source)
     with InFloat64(), torch.no_grad():
         network = network_of(source, IDS)

@@ -57,7 +57,25 @@ DELTA = {
     "linear_value_head_dim": 16,
 }
 """Of gated delta nets: several heads of values share one of keys."""
-CHOSEN = {"position_embedding_type": "rope", "no_rope_layer_interval": 2, "shared_intermediate_size": 96}
+MAMBA = {
+    "mamba_expand": 2,
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_n_groups", "n_groups"), 2),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 16),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),
+}
+"""Of Mamba 2, in the words of all configs: chunks that are shorter than the texts, and norms in two groups."""
+CHOSEN = {
+    "position_embedding_type": "rope",
+    "no_rope_layer_interval": 2,
+    "shared_intermediate_size": 96,
+    "attn_layer_indices": [1],
+    "block_auto_adjust_ff_dim": False,
+    "num_dense_layers": 1,
+    "moe_latent_size": 32,
+    "moe_shared_expert_intermediate_size": 128,
+}
 """Values that make blocks of each kind, and of small ones."""
 
 
@@ -83,13 +101,15 @@ BESIDE = {
     **dict.fromkeys(("video_token_id", "vision_start_token_id", "vision_end_token_id"), 48),
 }
 """Of what projects its outputs, and tokens that stand for images, in the words of all configs."""
+CHANGED: dict[str, dict[str, Any]] = {}
+"""Other values that a test has chosen for a while, by the name of the family."""
 OF_BOTH = ("tie_word_embeddings",)
 """Keys that a model of more than text and its text model have."""
 
 
 def settings_of(family: Family) -> dict[str, Any]:
-    """A config of two blocks with grouped queries, as `AutoConfig.for_model` takes it; of the text model, where
-    there is more."""
+    """A config of two blocks, or of one of each kind, with grouped queries, as `AutoConfig.for_model` takes it; of the
+    text model, where there is more."""
     kind: Any = getattr(transformers, family.architectures[0]).config_class
     if family.beside is not None:
         kind = transformers.CONFIG_MAPPING[family.beside.text_types[0]]
@@ -98,6 +118,7 @@ def settings_of(family: Family) -> dict[str, Any]:
         SIZES
         | CHOSEN
         | DELTA
+        | MAMBA
         | {key: value for key, value in THAT_COUNT.items() if getattr(default, key, None) is not None}
     )
     if family.experts is not None:
@@ -119,18 +140,21 @@ def settings_of(family: Family) -> dict[str, Any]:
     found = {key: value for key, value in found.items() if hasattr(default, key)}
     found |= dict(family.holds_for)
     kinds = getattr(kind(**found), "layer_types", None) or ()
-    if family.layer_types and kinds:
-        found["layer_types"] = [family.layer_types[0], "full_attention"]
+    wanted = [*family.layer_types, "full_attention"]
+    if family.layer_types:
+        found |= {} if list(kinds) == wanted else {"layer_types": wanted}
     elif "linear_attention" in kinds:
         found["layer_types"] = ["full_attention"] * 2
     if "sliding_attention" in kinds:
         found |= {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-    return {"model_type": kind.model_type, **found}
+    return {"model_type": kind.model_type, **found, **CHANGED.get(family.name, {})}
 
 
 def config_of(family: Family, **changes: Any) -> Any:
     """The same as a config, with some values replaced."""
     settings = settings_of(family) | changes
+    if "mamba_n_heads" in settings:
+        settings["mamba_n_heads"] = settings["mamba_expand"] * settings["hidden_size"] // settings["mamba_d_head"]
     if "mrope_section" in settings.get("rope_parameters", {}):
         turned = settings["rope_parameters"].get("partial_rotary_factor", 1.0)
         half = int(settings["hidden_size"] // settings["num_attention_heads"] * turned) // 2
@@ -162,5 +186,5 @@ def auto_class(family: Family) -> Any:
 
 def inner_width(family: Family) -> str:
     """What the config calls the inputs of the MLP's last linear."""
-    names = ("moe_intermediate_size", "shared_intermediate_size", "intermediate_size")
+    names = ("moe_intermediate_size", "intermediate_size")
     return next(name for name in names if name in settings_of(family))

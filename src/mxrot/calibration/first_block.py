@@ -76,9 +76,9 @@ def block_arguments(model: PreTrainedModel, family: Family, window: Tensor) -> l
     """
     found: list[dict[str, Any]] = []
 
-    def passes_on(hidden_states: Tensor, **keywords: Any) -> Tensor:
+    def passes_on(hidden_states: Tensor, **keywords: Any) -> Any:
         found.append(keywords)
-        return hidden_states
+        return family.as_given(hidden_states)
 
     with ExitStack() as stack:
         for block in model.get_submodule(family.blocks).children():

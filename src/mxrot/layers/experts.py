@@ -1,7 +1,8 @@
 """Mixtures of experts: linears of each expert in the place of transformers' tensors that hold all experts.
 
 transformers computes the experts of a block with two tensors (`models/expert_names.py`). Here an expert is a module
-with three linears, so that each is quantized like any other linear. The router is left as it is.
+with three linears, or two where there is no gate, so that each is quantized like any other linear. The router is left
+as it is.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxrot.layers.gates import GATES
-from mxrot.models.expert_names import FUSED, ExpertNames
+from mxrot.models.expert_names import ExpertNames
 from mxrot.models.families import EXPERTS
 from mxrot.models.skeleton import build_skeleton
 
 
 class Expert(nn.Module):
-    """down of what gate and up give together, with the linears under the names that checkpoints give them."""
+    """down of what gate and up give, or up alone, with the linears under the names that checkpoints give them."""
 
     def __init__(self, linears: dict[str, nn.Linear], together: nn.Module) -> None:
         super().__init__()
@@ -30,8 +31,8 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
-        gate, up, down = (self.get_submodule(name) for name in self.names)
-        output: Tensor = down(self.together(gate(x), up(x)))
+        *before, down = (self.get_submodule(name) for name in self.names)
+        output: Tensor = down(self.together(*(linear(x) for linear in before)))
         return output
 
 
@@ -64,13 +65,13 @@ def separate_experts(model: nn.Module) -> None:
 
 def _separated(module: nn.Module, names: ExpertNames) -> Experts:
     parts: dict[str, nn.Parameter] = {}
-    for fused in (f"{name}_bias" if kind == "bias" else name for kind in names.kinds for name in FUSED):
+    for fused in (f"{name}_bias" if kind == "bias" else name for kind in names.kinds for name in names.fused_names):
         whole = module.get_parameter(fused)
         for name, part in names.split(fused, whole.detach()).items():
             parts[name] = nn.Parameter(part, requires_grad=whole.requires_grad)
         delattr(module, fused)  # its memory
     together = GATES[names.gated](module)
-    count = len(parts) // (3 * len(names.kinds))
+    count = len(parts) // (len(names.linears) * len(names.kinds))
     experts = (
         Expert({name: _linear(parts, f"{number}.{name}") for name in names.linears}, together)
         for number in range(count)

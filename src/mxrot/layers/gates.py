@@ -1,4 +1,4 @@
-"""What an expert makes of the outputs of gate and up, and down reads."""
+"""What an expert makes of the outputs of gate and up, or of up alone, and down reads."""
 
 from __future__ import annotations
 
@@ -38,5 +38,6 @@ class Clamped(nn.Module):
 GATES: dict[str, Callable[[Any], nn.Module]] = {
     "product": lambda fused: Product(fused.act_fn),
     "clamped": lambda fused: Clamped(fused.alpha, fused.limit),
+    "none": lambda fused: fused.act_fn,
 }
 """By `ExpertNames.gated`, made from transformers' module of all experts."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mxrot.errors import ConfigError, FamilyError
 from mxrot.models.beside import Beside
-from mxrot.models.expert_names import SPARSE, ExpertNames
+from mxrot.models.expert_names import DENSE, SPARSE, ExpertNames
 from mxrot.models.site import Kept as Kept
 from mxrot.models.site import Site as Site
 
@@ -51,12 +51,16 @@ class Family:
     """In the order in which a block computes them; those of all kinds of blocks, where there are several."""
     body: str = "model"
     """The module that turns token ids into the last hidden states."""
+    stored_stem: str | None = None
+    """What stored names have in the place of `model.`, where transformers reads them all the same."""
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
     attention: str = "self_attn"
     """The module of a block, by its name there, that calls transformers' attention function."""
+    gives_more: bool = False
+    """Does a decoder block give its output as the first of two?"""
     attention_in: str = ""
     """The kind of blocks that have it, or one word of it; empty for all."""
     rotary: str | None = "model.rotary_emb"
@@ -72,8 +76,8 @@ class Family:
     they can run as one operation."""
     rotation_obstacle: str | None = "nobody has looked what the residual stream passes"
     """Why no rotation of the residual stream can be merged into the weights. None where it passes plain RMSNorms alone,
-    whose output nothing reads but the site that names the norm, and the head, and where what the sites without a norm
-    give is added to it, times a number at most."""
+    whose output nothing reads but the site that names the norm, and the head, and where what sites give is added to it
+    as `Site.is_added` says."""
     values: str = "self_attn.v_proj"
     """The linear whose rows are the value heads (`value_rows`): the last ones, one head after the other, or those
     behind the rows of each key; empty where that is not known of any."""
@@ -169,10 +173,15 @@ class Family:
             return self
         kinds = () if self.kinds_of is None else self.kinds_of(config)
         before = () if self.attention_sites_of is None else self.attention_sites_of(config)
-        found = () if self.experts is None else self.experts.sites(config)
-        if any(SPARSE in kind.split() for kind in kinds):
+        words = {word for kind in kinds for word in kind.split()}
+        experts = self.experts
+        if experts is not None and SPARSE not in words and (DENSE in words or experts.may_lack):
+            experts = None
+        found = () if experts is None else experts.sites(config)
+        if SPARSE in words:
             found = tuple(replace(site, only_in=SPARSE) for site in found)
-        return replace(self, sites=before + self.sites + found, kinds=kinds)
+        sites = tuple(site for site in before + self.sites + found if not kinds or site.only_in in ("", *words))
+        return replace(self, sites=sites, kinds=kinds, experts=experts)
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """In which a model that computes in `dtype` holds a tensor of a block, by its name in it."""
@@ -181,6 +190,10 @@ class Family:
     def sites_of(self, index: int) -> tuple[Site, ...]:
         """The sites of block `index`, in the order in which it computes them."""
         return self._by_kind[self.kinds[index]] if self.kinds else self.sites
+
+    def as_given(self, hidden: Tensor) -> Any:
+        """What a decoder block gives whose output is `hidden`."""
+        return (hidden, None) if self.gives_more else hidden
 
     def kept_of(self, index: int) -> tuple[Kept, ...]:
         """What is kept of block `index`."""

@@ -24,12 +24,16 @@ _STEMS = {
     "language_model.model.": "language_model.",
     "model.language_model.": "model.",
     "model.text_model.": "model.",
+    "backbone.": "backbone.",
     "text_model.": "text_model.",
     "text_model.model.": "text_model.",
     "base_model.model.model.": "base_model.model.",
 }
 """What stands in front of `layers.0.` where that is not `model.`, and what may then stand in front of the head."""
-_BODY = ("layers.", "embed_tokens.", "norm.", "final_layernorm.", "rotary_emb.")
+_BODY = (
+    *("layers.", "embed_tokens.", "norm.", "final_layernorm.", "rotary_emb."),
+    *("embeddings.", "norm_f.", "embedding_norm."),  # of Nemotron-H and LFM2
+)
 _HEAD = "lm_head."
 _BLOCK = re.compile(r"(.*?)layers\.\d+\.")
 

@@ -29,6 +29,8 @@ class Site:
     """The norm multiplies by 1 + its weight."""
     norm_is_inner: bool = False
     """The norm reads what another site gives, and not the residual stream."""
+    is_added: bool | None = None
+    """Is its output added to the residual stream, times a number at most? None: if it has no norm."""
     experts: str | None = None
     """The module of all experts, where the linears are in these: it reads what they read, each a part of the tokens."""
     routers: tuple[str, ...] = ()
@@ -49,6 +51,11 @@ class Site:
     def reads_residual(self) -> bool:
         """Does it read a norm of the residual stream?"""
         return self.norm is not None and not self.norm_is_inner
+
+    @property
+    def writes_residual(self) -> bool:
+        """Is its output added to the residual stream?"""
+        return self.norm is None if self.is_added is None else self.is_added
 
     @property
     def is_of_experts(self) -> bool:

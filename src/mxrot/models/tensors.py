@@ -97,7 +97,9 @@ def check_for_transformers(model: PreTrainedModel, family: Family, files: Sequen
     for name in source.names:
         stored = source.stored_name(name)
         is_theirs = family.beside is not None and family.beside.model_name(stored) == name
-        if stored not in (name, name.removeprefix("model.")) and not is_theirs:
+        plain = name.removeprefix("model.")
+        known = (name, plain, plain if family.stored_stem is None else family.stored_stem + plain)
+        if stored not in known and not is_theirs:
             raise FamilyError(
                 f"{source.folder}: transformers does not know {source.stored_name(name)} for {name}; quantize the "
                 "folder with mxrot.quantize, which does"

@@ -61,12 +61,18 @@ def quantize_block(
     part = Part(prefix, index, block, weights, executor, original)
     reports: list[LinearReport] = []
     few_tokens: dict[str, int] = {}
-    of_experts = [site for site in sites if site.is_of_experts]
     rounding = progress
     if run.recipe.tunes_blocks:
         rounding = part_of(progress, 0, 1 - TUNING_SHARE, 1)
     told = _by_weights(rounding, prefix, weights, sites)
-    for position, site in enumerate(sites[: len(sites) - len(of_experts)]):
+    of_experts = [site for site in sites if site.is_of_experts]
+    for position, site in enumerate(sites):
+        if site.is_of_experts:
+            if site is of_experts[0] and run.family.experts is not None:
+                found, few_tokens = quantize_experts(run, part, run.family.experts.place, of_experts, scales, told)
+                reports += found
+                give_back()
+            continue
         finished = _children_of([site]) - _children_of(sites[position + 1 :])
         if original is not None:
             original.children_done(finished)
@@ -75,10 +81,6 @@ def quantize_block(
         reports += quantize_site(run, part, site, scales.get(site.name), told[site.name])
         if executor is not None:
             executor.children_done(finished)
-        give_back()
-    if run.family.experts is not None and of_experts:
-        found, few_tokens = quantize_experts(run, part, run.family.experts.place, of_experts, scales, told)
-        reports += found
         give_back()
     checks = _tune(run, part, sites, part_of(progress, 1 - TUNING_SHARE, TUNING_SHARE, 1))
     if original is not None and run.is_last(index):

@@ -179,9 +179,9 @@ class Meter:
         if entry is None:
             yield
             return
-        skipped = self._raised.blocks[:first]
+        skipped, given = self._raised.blocks[:first], self._raised.family.as_given(entry)
         for block in skipped:
-            block.forward = lambda *_, **__: entry
+            block.forward = lambda *_, **__: given
         try:
             yield
         finally:

@@ -75,7 +75,7 @@ def _feeding(family: Family, index: int, linear: str) -> tuple[str, ...]:
     sites = family.sites_of(index)
     for site in sites:
         source = site.producer or site.rows_before
-        if linear in site.linears and source is not None and not site.producer_is_value:
+        if site.linears == (linear,) and source is not None and not site.producer_is_value:
             module, _, _ = source.rpartition(".")
             before = next(other for other in sites if source in other.linears)
             return tuple(name for name in before.linears if name.rpartition(".")[0] == module)

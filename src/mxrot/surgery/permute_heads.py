@@ -35,6 +35,8 @@ class PermutedHeads(ChangedSource):
         super().__init__(inner, f"value heads permuted by {digest_of(self.orders)}")
 
     def changed_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.family.attends(index):
+            return tensors
         values, reader = self.family.values, f"{self.family.values_read_by}.weight"
         order = self.orders[index].to(tensors[reader].device)
         columns = tensors[reader].unflatten(1, (self._heads, -1, self._width))

@@ -57,16 +57,15 @@ class Rotated(ChangedSource):
         prefix = self.family.block_prefix(index)
         matrix = self.matrix.to(next(iter(tensors.values())).device)
         sites = self.family.sites_of(index)
-        found = tensors | gains_of_one(sites, tensors)
         inner = inner_readers(sites)
-        for name, gain in gains_by_reader(sites, tensors).items():
-            exact = tensors[name].double() * gain
-            found[name] = self.as_stored(f"{prefix}.{name}", exact if name in inner else exact @ matrix)
-        writers = [linear for site in sites if site.norm is None for linear in site.linears]
+        exact = {name: tensors[name].double() * gain for name, gain in gains_by_reader(sites, tensors).items()}
+        exact = {name: weight if name in inner else weight @ matrix for name, weight in exact.items()}
+        writers = [linear for site in sites if site.writes_residual for linear in site.linears]
         for name in (f"{linear}.{kind}" for linear in writers for kind in ("weight", "bias")):
             if name in tensors:  # a bias need not be there
-                found[name] = self.as_stored(f"{prefix}.{name}", matrix.T @ tensors[name].double())
-        return found
+                exact[name] = matrix.T @ exact.get(name, tensors[name].double())
+        found = {name: self.as_stored(f"{prefix}.{name}", weight) for name, weight in exact.items()}
+        return tensors | gains_of_one(sites, tensors) | found
 
     def as_stored(self, name: str, exact: Tensor) -> Tensor:
         """A float64 tensor, by its full name, in the type that it is stored in; NumericsError as of `rounded`."""

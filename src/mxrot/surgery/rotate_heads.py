@@ -33,6 +33,8 @@ class RotatedHeads(ChangedSource):
 
     def changed_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         family = self.family
+        if not family.attends(index):
+            return tensors
         values, reader = f"{family.values}.weight", f"{family.values_read_by}.weight"
         matrix = self.matrices[index].to(tensors[values].device)
         columns = tensors[reader].double().unflatten(-1, (-1, self._width)) @ matrix

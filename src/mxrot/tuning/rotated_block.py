@@ -114,7 +114,7 @@ class RotatedBlock:
         """Every parameter of the block by its name, as it is under the rotations [H, H] of the stream and [D, D] of the
         value heads, None for none; those of quantized sites as they are rounded."""
         found = {name: tensor.detach().to(self.dtype) for name, tensor in self.block.named_parameters()}
-        if turn is not None:
+        if turn is not None and any(self.family.values_read_by in site.linears for site in self.own):
             found |= self._turned(found, turn)
         if residual is not None:
             found |= self._rotated(found, residual)
@@ -148,9 +148,9 @@ class RotatedBlock:
             own = gain.to(self.dtype)
             found[name] = tensors[name] * own if name in inner else tensors[name] @ (own[:, None] * residual)
         for site in self.own:
-            if site.norm is not None:
+            if not site.writes_residual:
                 continue
             for name in (f"{linear}.{kind}" for linear in site.linears for kind in ("weight", "bias")):
                 if name in tensors:  # a bias need not be there
-                    found[name] = residual.mT @ tensors[name]
+                    found[name] = residual.mT @ found.get(name, tensors[name])
         return found

@@ -96,7 +96,7 @@ def _stops_of_both(facts: Facts) -> Iterator[str]:
         yield "it has experts, which were not tried in vLLM, and whose inputs neither vLLM nor the plugin transforms"
     if facts.family.beside is not None:
         yield f"{facts.architecture}: models of more than text were not tried in vLLM"
-    if facts.family.attention_in:
+    if not all(facts.family.attends(index) for index in range(len(facts.family.kinds))):
         yield f"{facts.architecture}: models with blocks that have no attention were not tried in vLLM"
     if facts.scheme.cache is not None:
         yield f"it {CACHE_STOP}; {KV_OF_VLLM}"

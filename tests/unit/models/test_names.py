@@ -36,6 +36,7 @@ def test_plain_names_stay() -> None:
         ("text_model.", "lm_head."),
         ("base_model.model.model.", "base_model.model.lm_head."),
         ("model.model.", "model.lm_head."),
+        ("backbone.", "lm_head."),
         ("model.layers_.", None),
     ],
 )

@@ -113,11 +113,15 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
             {"use_parallel_residual": True},
             "use_parallel_residual is True, and family stablelm ",
         ),
-        ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts is 4, and family granitemoehybrid "),
+        (
+            "nemotron_h",
+            {"tie_word_embeddings": True},
+            "tie_word_embeddings is True, and family nemotron_h is known with False only",
+        ),
         (
             "granitemoehybrid",
-            {"layer_types": ["full_attention", "linear_attention"]},
-            "1 is of type 'linear_attention',",
+            {"layer_types": ["linear_attention", "chunked_attention"]},
+            "1 is of type 'chunked_attention', which family granitemoehybrid does not know",
         ),
     ],
 )
