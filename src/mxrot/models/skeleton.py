@@ -77,7 +77,7 @@ def find_family(config: Any, where: str) -> Family:
     given = family_given(architectures)
     if given is not None and derived_table(config) is None:
         setattr(config, DERIVED, family_table(given))
-    family = _derived_family(config, architectures, where) or _named_family(config)
+    family = _derived_family(config, architectures, where) or named_family(config)
     if getattr(config, "text_config", None) is not None and (family is None or family.beside is None):
         seeing = [name for one in FAMILIES.values() if one.beside is not None for name in one.architectures]
         raise FamilyError(
@@ -107,7 +107,7 @@ def _derived_family(config: Any, architectures: tuple[Any, ...], where: str) -> 
     return family if family is not None and set(architectures) & set(family.architectures) else None
 
 
-def _named_family(config: Any) -> Family | None:
+def named_family(config: Any) -> Family | None:
     """The family that the architectures of a config name, as it is in the registry."""
     named = set(getattr(config, "architectures", None) or ())
     return next((family for family in FAMILIES.values() if named & set(family.architectures)), None)
@@ -158,6 +158,8 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
                 f"{'mxrot' if known == LAYER_TYPES else f'family {family.name}'} does not know; it knows "
                 f"{' and '.join(sorted(known))}"
             )
+    if family.layer_types and not types:
+        raise FamilyError(f"{where}: config.json has no layer_types, which a model of family {family.name} has")
     first = {kind: types.index(kind) for kind in types if kind in LAYER_TYPES}
     if len(first) > 1 and family.windows != "by kind":
         mixing = [name for name, other in FAMILIES.items() if other.windows == "by kind"]
@@ -186,7 +188,7 @@ def start_token(config: Any) -> int | None:
 
     FamilyError if the config does not say what it is.
     """
-    family = _named_family(config)
+    family = named_family(config)
     if family is None or not family.starts_with_bos:
         return None
     begin = token_id(config, "bos_token_id")
@@ -203,7 +205,7 @@ def token_id(config: Any, key: str) -> Any:
 
 def build_skeleton(config: Any) -> PreTrainedModel:
     """The model of a config on the meta device, in evaluation mode; FamilyError if transformers cannot build it."""
-    attention, family = needed_attention(config), _named_family(config)
+    attention, family = needed_attention(config), named_family(config)
     auto = getattr(transformers, "AutoModelForCausalLM" if family is None else family.auto_class)
     try:
         with torch.device("meta"):

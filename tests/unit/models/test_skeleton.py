@@ -202,3 +202,12 @@ def test_generation_config(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(FamilyError, match=r"generation_config\.json: not a generation config that transformers reads"):
         read_generation_config(model, tmp_path)
+
+
+def test_recurrent_blocks_of_a_config_that_does_not_say_which_are_refused() -> None:
+    with pytest.raises(FamilyError, match=r"^x: config\.json has no layer_types, which a model of family qwen3_5 has$"):
+        find_family(tiny_config(architectures=["Qwen3_5ForCausalLM"]), "x")
+    config = config_of(FAMILIES["qwen3_5"])
+    config.layer_types = ["linear_attention", "conv"]
+    with pytest.raises(FamilyError, match=r"block 1 is of type 'conv', which family qwen3_5 does not know; it knows"):
+        find_family(config, "x")
