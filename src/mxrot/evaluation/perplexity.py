@@ -86,8 +86,11 @@ def states_of(model: PreTrainedModel, ids: Tensor, piece: int | None = None) -> 
         states: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
         return states
     cache = PackedCache.of(model)
-    parts = ids.split(piece or ids.shape[1], dim=1)
-    return torch.cat([decoder(input_ids=part, past_key_values=cache, use_cache=True)[0] for part in parts], dim=1)
+    length = ids.shape[1]
+    places = torch.arange(length, device=ids.device)[None]  # Bamba counts them from 0 in each piece unless told
+    parts = zip(*(x.split(piece or length, dim=1) for x in (ids, places)), strict=True)
+    found = [decoder(input_ids=part, position_ids=own, past_key_values=cache, use_cache=True)[0] for part, own in parts]
+    return torch.cat(found, dim=1)
 
 
 def nll_of_states(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:

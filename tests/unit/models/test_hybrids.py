@@ -12,9 +12,13 @@ from safetensors.torch import load_file, save_file
 from tests.contracts.test_families import spread_gains
 from tests.contracts.tiny_configs import config_of
 from tests.float64 import InFloat64
+from tests.tiny_model import write_tokenizer
+from tests.unit.checkpoint.folders import recipe, write
 from transformers import AutoModelForCausalLM, Lfm2MoeConfig, PreTrainedModel
 
+import mxrot
 from mxrot.errors import FamilyError
+from mxrot.evaluation.perplexity import states_of
 from mxrot.layers import separate_experts
 from mxrot.models import FAMILIES, FolderSource, find_family
 from mxrot.quantizing.loading import load_original
@@ -97,7 +101,9 @@ def test_a_model_without_experts_has_none() -> None:
 
 def test_a_config_that_does_not_say_which_blocks_attend_is_refused() -> None:
     config = Lfm2MoeConfig(architectures=["Lfm2MoeForCausalLM"])
-    with pytest.raises(FamilyError, match=r"^config\.json: layer_types is missing"):
+    with pytest.raises(
+        FamilyError, match=r"^here: config\.json has no layer_types, which a model of family lfm2_moe has$"
+    ):
         find_family(config, "here")
 
 
@@ -111,3 +117,18 @@ def test_what_predicts_tokens_further_ahead_is_left_out(tmp_path: Path) -> None:
     source = FolderSource(tmp_path)
     assert source.changes == ("mtp.* left out",)
     assert "mixer.experts.0.up_proj.weight" in source.block(1)
+
+
+@pytest.mark.parametrize("name", ["bamba", "nemotron_h", "lfm2"])
+def test_a_text_in_pieces_gives_the_same_beside_a_quantized_cache(tmp_path: Path, name: str) -> None:
+    """Positions and states go on from piece to piece."""
+    tiny(name, {}).half().save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    cache = {"cache__keys": "int4_row_asym", "cache__values": "int4_row_asym", "cache__transform": "none"}
+    write(tmp_path / "in", tmp_path / "out", recipe("rtn", **cache), windows=None)
+    model = mxrot.load(tmp_path / "out", device="cpu").double()
+    with torch.no_grad():
+        whole, pieces = states_of(model, IDS), states_of(model, IDS, 16)
+        apart = torch.cat([states_of(model, part) for part in IDS.split(16, dim=1)], dim=1)
+    torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(apart, whole, rtol=1e-2, atol=1e-2)
