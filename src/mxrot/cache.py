@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where nobody has a home, as in some containers, a folder among temporary ones."""
+    """The folder of the cache. Without a home folder, as in some containers, it is a temporary folder."""
     named = os.environ.get("MXROT_CACHE")
     if named:
         return Path(named)

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a folder, an object or an id: nothing missing, nothing random."""
+"""Open a model and its tokenizer from a folder, an object or an id. Every tensor is there, and none is random."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ _REPORTED = {
 
 
 def default_device() -> str:
-    """The GPU if there is one."""
+    """The GPU if there is one, otherwise the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def base_name(model: str, folder: Path) -> str:
-    """How a model card calls the base model; without a revision."""
+    """The name of the base model in a model card, without a revision."""
     if model == "demo":
         return "SmolLM2-135M-Instruct"
     return folder.name if expanded(model).exists() else model.partition("@")[0]
 
 
 def is_verifiable(name: str | Path) -> bool:
-    """Is it a checkpoint of mxrot, with hashes on record?"""
+    """Is this a checkpoint of mxrot with recorded hashes?"""
     return (find_model(str(name)) / "run.json").exists()
 
 
 def open_model(name: str | Path, device: str | None = None, verify: bool | None = None) -> tuple[PreTrainedModel, Path]:
-    """A model ready to run, quantized or not, by hub id, folder or `demo`; and its folder.
+    """A model that is ready to run, quantized or not, and its folder, from a hub id, a folder or `demo`.
 
-    `verify` as for `mxrot.load`; CheckpointError where it is asked for, and the model is no checkpoint.
+    See `mxrot.load` for `verify`. CheckpointError if it is True and the model is not a checkpoint.
     """
     folder = find_model(str(name))
     device = device or default_device()
@@ -86,8 +86,8 @@ def check_original(folder: Path, name: str) -> None:
 def _opened_by_transformers(
     folder: Path, family: Family, config: Any, name: str, device: torch.device
 ) -> PreTrainedModel:
-    """A model that another program has quantized, by what transformers has for that; FamilyError if it does not find
-    every tensor, or a place for each."""
+    """A model that another program has quantized, opened by transformers. FamilyError unless transformers finds every
+    tensor, and a place for each."""
     weight_map(folder)
     try:
         model, report = getattr(transformers, family.auto_class).from_pretrained(
@@ -112,12 +112,12 @@ def _opened_by_transformers(
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another package says, or its kind."""
+    """The message of an error of another package, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def opened(model: PreTrainedModel | str | Path, device: str | None, progress: Progress) -> PreTrainedModel:
-    """The model, opened where only its name is given."""
+    """The model itself. It is opened if only its name is given."""
     if isinstance(model, PreTrainedModel):
         return model
     progress(0, 1, f"opening {model}")

@@ -1,4 +1,4 @@
-"""A prompt, and how a model goes on with it."""
+"""Prompts, and how a model continues them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mxrot.tokenizing import reader_for
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from its probabilities; greedy where `temperature` is 0."""
+    """How the next token is drawn. If `temperature` is 0, the most probable token is taken."""
 
     temperature: float = 0.0
     top_p: float = 1.0
-    """The smallest set of tokens whose probabilities sum to this is drawn from."""
+    """Only the smallest set of tokens whose probabilities sum to this value is drawn from."""
     top_k: int = 0
-    """So many of the most probable tokens at most; 0 for all."""
+    """Only this many of the most probable tokens are drawn from. 0 means all."""
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
-        """What transformers' `generate` takes."""
+        """The arguments of transformers' `generate`."""
         if not self.temperature:
             return {"do_sample": False}
         return {
@@ -42,7 +42,7 @@ GREEDY = Sampling()
 
 
 def chat_ids(question: str, system: str | None, reader: Reader) -> Tensor:
-    """The tokens of a question as the chat template of the tokenizer puts it, int64 [1, T], ready for the answer.
+    """The tokens of a question in the chat template of the tokenizer, int64 [1, T], up to where the answer begins.
 
     ConfigError if the tokenizer has no template, if the template refuses, or as `prompt_ids`.
     """
@@ -67,7 +67,7 @@ def _check_text(prompt: str) -> None:
 
 
 def prompt_ids(prompt: str, reader: Reader) -> Tensor:
-    """The tokens of a prompt, int64 [1, T]; of an empty one the token that begins a text.
+    """The tokens of a prompt, int64 [1, T]. An empty prompt is the token that begins a text.
 
     ConfigError if there is no such token, if the prompt is no text, or if a token is beyond the embedding.
     """
@@ -84,7 +84,7 @@ def prompt_ids(prompt: str, reader: Reader) -> Tensor:
 
 
 def new_tokens(config: Any, prompt_tokens: int, wanted: int) -> int:
-    """How many of the tokens that are wanted have a position in the model; ConfigError if the prompt leaves none."""
+    """How many of the wanted tokens have a position in the model. ConfigError if the prompt leaves none."""
     positions = position_count(config)
     if positions is None:
         return wanted
@@ -123,7 +123,7 @@ def continue_prompt(
 
 
 def generate_text(model: PreTrainedModel, tokenizer: Any, prompt: str, max_tokens: int = 40) -> str:
-    """A greedy continuation of `prompt`, without the prompt, as far as the model has positions."""
+    """The greedy continuation of `prompt`, without the prompt, up to the last position of the model."""
     rows = cast(Any, model).get_input_embeddings().weight.shape[0]
     ids = prompt_ids(prompt, reader_for(model.config, tokenizer, rows))
     return continue_prompt(model, tokenizer, ids, new_tokens(model.config, ids.shape[1], max_tokens))

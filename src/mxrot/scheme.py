@@ -1,7 +1,7 @@
 """What is installed in a model, linear by linear: made from a recipe here, and put into modules here.
 
 config.json of a checkpoint spells it out (`checkpoint.config`), and alone says what runs; recipe.toml says how it came
-about. Whoever builds a quantized model, to quantize, load or time it, in transformers or vLLM, goes through `install`.
+about. All code that builds a quantized model calls `install`: to quantize, load or time it, in transformers or vLLM.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SiteScheme:
 
     weights: TensorQuantizer
     activations: TensorQuantizer | None = None
-    """None leaves the inputs as they are."""
+    """None: the inputs are not quantized."""
     stages: tuple[StageSpec, ...] = ()
     """Of the input transform, in the order in which they are applied."""
     accumulation: Accumulation = "exact"
@@ -75,9 +75,9 @@ class Scheme:
     linears: Mapping[str, SiteScheme]
     """By the full names of the linears that are quantized; those of a site have the same."""
     left: tuple[str, ...] = ()
-    """Full names of the linears of decoder blocks that are left as they are, sorted."""
+    """The sorted full names of the linears of decoder blocks that are not quantized."""
     cache: CacheScheme | None = None
-    """None where keys and values are kept as they are."""
+    """None: keys and values are not quantized."""
     attention: AttentionOperands | None = None
     """Of the products of attention; None where they are computed as transformers does."""
     head: SiteScheme | None = None

@@ -1,5 +1,5 @@
-"""What a model can have of a recipe: some steps only make a result better, and are left out where a model has no room
-for them, with a word on it, so that one recipe serves every family."""
+"""Adapt a recipe to a model. Some steps only improve a result. If a model has no room for such a step, it is left out
+and reported, so that one recipe serves every family."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ Change = Callable[[Recipe], Recipe]
 
 
 def suited(recipe: Recipe, family: Family, config: Any) -> tuple[Recipe, list[str]]:
-    """The recipe for a model of a family, `config` its transformers config; and what was left out of it, a sentence
-    each."""
+    """The recipe for a model with this family and transformers config, and a sentence for each step left out."""
     left_out = []
     for changed, said in _concessions(recipe, family, config):
         recipe = changed(recipe)

@@ -1,4 +1,4 @@
-"""Texts as a model reads them: windows to calibrate on, and windows to evaluate on."""
+"""Texts as tokens: windows for calibration and for evaluation."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from mxrot.recipe import Recipe
 from mxrot.text import Reader, Text, TokenWindows, Windows, load_texts, mixed_windows, read_windows, turns_of
 
 FITTING_WINDOWS = 32
-"""Windows at most that a run-time transform is fitted on: a few numbers for each of many tokens."""
+"""The most windows that a run-time transform is fitted on. It has a few numbers for each of many tokens."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token windows, and where they came from."""
+    """Token windows and their origin."""
 
     windows: Tensor | None
     description: dict[str, Any] | None
     recipe: Recipe
-    """The recipe with the windows that there are, which may be fewer than it asks for."""
+    """The recipe with the number of windows that the text has, which may be smaller than the recipe's."""
 
 
 def reader_for(config: Any, tokenizer: Any, embedding_rows: int | None = None) -> Reader:
@@ -47,7 +47,7 @@ def calibrate(
     seq_len: int | None = None,
     progress: Progress = silent,
 ) -> Calibration:
-    """Calibration windows for a recipe; none for one that needs no data.
+    """Calibration windows for a recipe. A recipe that needs no data gets none.
 
     `calib` is whatever `load_texts` takes. `samples` and `seq_len` replace those of the recipe; windows that were given
     as such are all taken, unless `samples` asks for fewer.
@@ -139,14 +139,14 @@ def texts_or_windows(text: Any) -> list[Text] | list[Windows]:
 
 
 def need_tokenizer(texts: Sequence[Text] | Sequence[Windows]) -> bool:
-    """Is there anything that is not token ids yet?"""
+    """Is there any text that is not yet token ids?"""
     return any(isinstance(text, Text) and text.needs_tokenizer for text in texts)
 
 
 def _evaluation_windows(
     texts: Sequence[Text], reader: Reader, windows: int | None, seq_len: int, progress: Progress = silent
 ) -> list[Windows]:
-    """The first `windows` of each text, or all; ConfigError if one has a weight."""
+    """The first `windows` windows of each text, or all. ConfigError if a text has a weight."""
     for item in texts:
         if item.weight != 1.0:
             raise ConfigError(

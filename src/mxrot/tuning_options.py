@@ -1,4 +1,4 @@
-"""The tables of a recipe that say what follows rounding: a refit in closed form, and what is learned."""
+"""The tables of a recipe for the steps after rounding: a refit in closed form, and training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mxrot.typed import check_fields
 
 @dataclass(frozen=True)
 class Refit:
-    """Transforms fitted once more in closed form, behind the codes of their site."""
+    """A second fit of transforms in closed form, after the codes of their site are known."""
 
     damping: float = 0.01
-    """How strongly a transform is held where it is, relative to the mean diagonals of what it is fitted by."""
+    """How strongly a transform is kept where it is, relative to the mean diagonals of the matrices of the fit."""
 
     def __post_init__(self) -> None:
         check_fields(self, "refit")
@@ -25,7 +25,7 @@ class Refit:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How to tune rounding and transforms after the closed form."""
+    """How to tune rounding and transforms after the closed-form steps."""
 
     scope: Literal["network", "block"] = "network"
     """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
@@ -38,7 +38,7 @@ class Tuning:
     """Of the logits, with scope "network". "forward": KL(original || quantized); "weighted": that and its reverse, the
     mean probability of the text being the weight of the latter."""
     steps: int = 400
-    """Optimizer steps: in all, or for each block."""
+    """Optimizer steps: in all with scope "network", for each block with scope "block"."""
     light_steps: int = 0
     """Optimizer steps before these in which only what moves = "gains" learns is learned, at the rates for it; only with
     scope "network" and moves = "rounding"."""
@@ -51,21 +51,21 @@ class Tuning:
     """Windows that the quantized model writes before it is tuned, for each one of the calibration text; only with scope
     "network"."""
     prompted: float = 0.0
-    """Share of what it writes that goes on from a piece of the calibration text, instead of from a random token.
-    Without `generated` and `rollouts` this and `repeats` have nothing to say."""
+    """The share of written windows that continue a piece of the calibration text, instead of a random token. Without
+    `generated` and `rollouts`, this and `repeats` have no effect."""
     repeats: int = 1
-    """How often a window of the calibration text comes for once that one comes which a model has written."""
+    """How often a window of the calibration text is used for each use of a window that a model has written."""
     batch_windows: int = 4
-    """Calibration windows a step."""
+    """Calibration windows in each step."""
     offset_rate: float = 4e-3
     """Peak learning rate of the rounding offsets, in steps between codes; with "levels", of the weights, in a third of
     the span that the levels of their block have at the start, and 0 leaves them as they are."""
     transform_rate: float = 1e-4
-    """Peak learning rate of the transforms' corrections; 0 leaves the transforms as they are."""
+    """The peak learning rate of the corrections of transforms. With 0 the transforms do not change."""
     exponent_rate: float = 0.0
-    """Peak learning rate of the exponents of weight scales, in binades; 0 leaves them as they are."""
+    """The peak learning rate of the exponents of weight scales, in binades. With 0 they do not change."""
     clip_rate: float = 1e-2
-    """Peak learning rate of the ends of blocks of weights, where these move."""
+    """The peak learning rate of the ends of blocks of weights, if they are learned."""
     level_rate: float = 1e-2
     """With "levels": peak learning rate of the inner levels of blocks, before the sigmoid; 0 leaves them as they
     are."""
@@ -86,19 +86,19 @@ class Tuning:
     light_norm_rate: float = 0.0
     """In them: that of the gains of norms; 0 takes `norm_rate`, which moves them beside rounding, too."""
     decay: float = 0.0
-    """How strongly offsets are drawn back to where they started: by rate * decay of the distance at each step."""
+    """How strongly offsets are pulled back to their start: in each step by rate * decay of the distance."""
     held_out: float = 0.1
-    """Share of the calibration windows that are never trained on; their loss decides when to stop."""
+    """The share of calibration windows that are never trained on. Their loss decides when to stop."""
     margin: float = 0.01
-    """How far from moving a weight starts at least, in steps between codes. A large one keeps all codes where they are
-    for many steps, and then moves many at once (docs/log.md)."""
+    """The least distance of a weight from a change of its code at the start, in steps between codes. With a large
+    value no code changes for many steps, and then many change at once (docs/log.md)."""
     reach: float = 1.0
-    """How far a weight may move, in steps from its code to the neighbour on that side; inf trains weights freely on the
-    grid that their scales give."""
+    """How far a weight may move, in steps from its code to its neighbour on that side. With inf, weights are trained
+    freely on the grid of their scales."""
     checks: int = 20
-    """How often the held-out loss is looked at, evenly over the steps."""
+    """How often the held-out loss is measured, evenly spaced over the steps."""
     patience: int = 4
-    """Looks in a row without a better held-out loss after which tuning stops."""
+    """Tuning stops after this many measurements in a row without a better held-out loss."""
 
     def __post_init__(self) -> None:
         check_fields(self, "tuning")
@@ -172,17 +172,17 @@ class Tuning:
 
     @property
     def rates_of_gains(self) -> tuple[float, ...]:
-        """Those that moves = "gains" learns at."""
+        """The learning rates of moves = "gains"."""
         return self.norm_rate, self.scale_rate, self.bias_rate, self.transform_rate
 
     @property
     def light(self) -> Tuning:
-        """How to tune while codes stay: as it is with moves = "gains", else the light steps."""
+        """The settings for tuning with fixed codes: these if moves = "gains", otherwise those of light steps."""
         return self if self.moves == "gains" else self._gains_for(self.light_steps)
 
     @property
     def polish(self) -> Tuning:
-        """How to tune once codes have moved."""
+        """The settings for the polish, after the codes have changed."""
         return self._gains_for(self.polish_steps)
 
     @property

@@ -98,7 +98,7 @@ class Executor:
         self._last_linear, self._endings = linear, {}
 
     def forget_inputs(self) -> None:
-        """Nobody asks for the inputs that `watch` has kept."""
+        """Release the inputs that `watch` has kept; they are not needed any more."""
         self._kept = {}
 
     @torch.no_grad()

@@ -53,7 +53,7 @@ class Place:
         return sorted(path for path in self.output.iterdir() if path.name not in own | _OF_THE_SYSTEM)
 
     def free_backup(self) -> Path:
-        """A name beside it that nobody has."""
+        """An unused name beside the output."""
         names = (self._beside("{}.replaced" + (f"-{number}" if number else "")) for number in range(1 << 16))
         return next(path for path in names if not os.path.lexists(path))
 

@@ -25,7 +25,7 @@ class Room:
     disk: Path
     """A folder on the same disk that is there."""
     needed_bytes: float
-    """In all, at the fullest; 0 where nobody knows."""
+    """The most bytes in all. 0 if unknown."""
 
     def check(self) -> None:
         """DiskFullError unless what is still to be written fits."""

@@ -18,7 +18,7 @@ from mxrot.errors import CheckpointError, ConfigError
 from mxrot.recipe import Recipe
 
 MOST_HASHED_BYTES = 1_000_000_000
-"""Weights up to so many bytes are hashed where nobody says whether to: about a second (docs/checkpoint.md)."""
+"""By default weights up to this many bytes are hashed, which takes about a second (docs/checkpoint.md)."""
 _THREADS = 4
 _UNREAD = ("*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that people read, and no program."""

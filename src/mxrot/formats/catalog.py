@@ -1,4 +1,4 @@
-"""Every number format, one constant each. Adding a line here adds the format everywhere."""
+"""All number formats, one constant for each. A line that is added here adds a format everywhere."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mxrot.nearest import not_known
 
 @dataclass(frozen=True)
 class Format:
-    """A block format: blocks along the last dimension, each with the values of one grid."""
+    """A block format. Blocks lie along the last dimension, and each holds values of one grid."""
 
     name: str
     grid: Grid
     block: int | None
-    """Elements that share scales and what else stands beside the codes; None for the whole row."""
+    """The number of elements that share scales and other parts. None means the whole row."""
     rules: tuple[str, ...]
-    """Scale rules that make sense for it; the first is the default."""
+    """The scale rules of the format. The first is the default."""
     longest_block: int | None = None
     """Where blocks fit the row: one is as many times `block` as divide the row, up to so many elements."""
     compressed_tensors: str | None = None
-    """Name of its layout in compressed-tensors checkpoints, where mxrot writes one."""
+    """The name of its layout in compressed-tensors checkpoints, if mxrot writes one."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickled and copied by its name, as what stands in FORMATS: an element's NaN would not equal its copy."""
@@ -37,7 +37,7 @@ class Format:
 
     @property
     def bits(self) -> int:
-        """Bits of a code."""
+        """The number of bits of a code."""
         return self.grid.bits
 
     @property
@@ -85,7 +85,7 @@ class Format:
         return self.rules[0]
 
     def rule(self, name: str | None = None) -> ScaleRule:
-        """The rule called `name`, or the default one; ConfigError if the format has no such rule."""
+        """The rule with this name, or the default rule. ConfigError if the format has no such rule."""
         rule = get_rule(name or self.default_rule)
         if rule.name not in self.rules:
             raise ConfigError(f"format {self.name} has no scale rule {rule.name!r}; it has {', '.join(self.rules)}")
@@ -124,7 +124,7 @@ FORMATS: dict[str, Format] = {value.name: value for value in list(globals().valu
 
 
 def get_format(name: str) -> Format:
-    """The format called `name`; ConfigError with the list of known ones."""
+    """The format with this name. ConfigError, with a list of all formats, if there is none."""
     if name not in FORMATS:
         raise ConfigError(not_known("format", name, FORMATS))
     return FORMATS[name]

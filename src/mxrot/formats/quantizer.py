@@ -1,4 +1,4 @@
-"""A format and a scale rule: all that says how a tensor is quantized and what of it is stored."""
+"""A format and a scale rule. Together they define how a tensor is quantized, and what is stored."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ PART = "weight_"
 
 @dataclass(frozen=True)
 class TensorQuantizer:
-    """A format and the rule that picks its scales."""
+    """A format and the rule that chooses its scales."""
 
     format: Format
     rule: ScaleRule
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What the quantized tensor stands for, float32."""
+        """The values of the quantized tensor, float32."""
         return fake_quantize(x, self.format, self.rule)
 
     @property
     def is_exact_in_bfloat16(self) -> bool:
-        """Is every quantized value a bfloat16 number?"""
+        """Are all quantized values bfloat16 numbers?"""
         return self.format.grid.is_exact_in_bfloat16(self.rule)
 
     @property
@@ -79,7 +79,7 @@ class TensorQuantizer:
         return found
 
     def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Bytes of the codes of such a weight, and of what stands beside them."""
+        """The bytes of the codes and of the other parts of such a weight."""
         codes, *parts = (
             math.prod(shape) * dtype.itemsize for shape, dtype in self.stored_parts(out_features, in_features).values()
         )

@@ -91,7 +91,7 @@ class SiteProducts(Generic[L]):
         self.forget()
 
     def forget(self) -> None:
-        """Let go of products that nobody has taken."""
+        """Release products that no linear has taken."""
         self._of_threads = _ProductsOfThread()
         self._traced = _Products()
         """While a model is compiled, which settles who takes what once for all calls. A change in place between two

@@ -1,4 +1,4 @@
-"""What whoever watches a run is told of a finished block."""
+"""The event of a finished block, for those who watch a run."""
 
 from __future__ import annotations
 

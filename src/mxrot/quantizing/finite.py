@@ -45,7 +45,7 @@ def check_statistics(seen: dict[str, Tensor], name: str) -> None:
 
 @contextmanager
 def named_factorizations(name: str) -> Iterator[None]:
-    """While open, a matrix that cannot be factorized or inverted is a NumericsError with `name`, whoever wanted it."""
+    """Inside this context, a matrix that cannot be factorized or inverted is a NumericsError with `name`."""
     try:
         yield
     except torch.linalg.LinAlgError as error:

@@ -136,7 +136,7 @@ def _work_place(work: Path | None, world: World) -> Iterator[WorkFolder]:
 
 
 def _check_names(recipes: Sequence[Recipe]) -> None:
-    """ConfigError if two are called the same: nobody could tell their rows apart."""
+    """ConfigError if two have the same name, because their rows could not be told apart."""
     names = [recipe.name for recipe in recipes]
     for name in names:
         if names.count(name) > 1:

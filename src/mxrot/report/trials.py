@@ -159,7 +159,7 @@ def bits_per_kv_element(model: PreTrainedModel, stored: torch.dtype) -> float:
 
 
 def let_go() -> None:
-    """Give back what nobody holds any more: the model before, in main memory and on the GPU."""
+    """Release the memory of the previous model, in main memory and on the GPU."""
     gc.collect()
     give_back()
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Events for TensorBoard, by torch.utils.tensorboard, which is imported only where somebody asks for it."""
+"""Events for TensorBoard, by torch.utils.tensorboard, which is imported only if it is used."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def check_board(folder: Path, option: str) -> None:
 
 
 class Board:
-    """Writes the numbers of each event as scalars: of blocks over their index, of tuning over its steps."""
+    """Writes the numbers of each event as scalars: of blocks over the block index, of tuning over its steps."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._writer: Any = None
 
     def hear(self, event: Event) -> None:
-        """Written out when this returns."""
+        """Write everything out."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -43,7 +43,7 @@ class Board:
 
 
 def scalars(event: Event) -> Iterator[tuple[str, float]]:
-    """Names and numbers, those of tables with the names of the tables before them: `block/errors/qkv/weight`."""
+    """Names and numbers. The name of a number in a table begins with that of the table: `block/errors/qkv/weight`."""
     prefix = f"{event['event']}/{event['name']}" if "step" in event else event["event"]
     yield from _numbers(prefix, {key: value for key, value in event.items() if key not in _NOT_DRAWN})
 

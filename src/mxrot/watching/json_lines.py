@@ -1,4 +1,4 @@
-"""A file of JSON objects, one a line."""
+"""A file with one JSON object in each line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mxrot.watching.watch import Event
 
 
 class JsonLines:
-    """Writes each event at once. The file is begun with the first; a run that goes on writes behind what is there."""
+    """Writes each event immediately. The first event creates the file. A resumed run appends to it."""
 
     def __init__(self, path: Path, goes_on: bool) -> None:
         self.path, self._goes_on = path, goes_on
         self._file: IO[bytes] | None = None
 
     def hear(self, event: Event) -> None:
-        """One line more, in the system's hands when this returns."""
+        """Append one line. It is handed to the system when this returns."""
         if self._file is None:
             self._file = self._opened()
         self._file.write(json.dumps(finite(event), allow_nan=False).encode() + b"\n")
@@ -39,7 +39,7 @@ class JsonLines:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for NaN and infinities, which JSON does not have."""
+    """The value with None instead of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

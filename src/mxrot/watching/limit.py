@@ -1,4 +1,4 @@
-"""A limit of time, and how people write one."""
+"""A time limit, and its notation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _DURATION = re.compile("".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit
 
 @dataclass(frozen=True)
 class TimeLimit:
-    """So many seconds from a moment on."""
+    """A number of seconds from a given moment."""
 
     seconds: float
     started: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
-        """Seconds from now on; below 0 once they are over."""
+        """The remaining seconds. Negative once the limit has passed."""
         return self.started + self.seconds - time.monotonic()
 
 
 def seconds_of(text: str, option: str) -> float:
-    """Of a duration such as 90m, 8h, 1h30m or 1d; ConfigError, which names the option, for anything else."""
+    """The limit for a duration such as 90m, 8h, 1h30m or 1d. ConfigError, with the option, for other text."""
     found = _DURATION.fullmatch(text.strip().lower())
     parts = {} if found is None else {unit: float(count) for unit, count in found.groupdict().items() if count}
     seconds = sum(_UNITS[unit] * count for unit, count in parts.items())

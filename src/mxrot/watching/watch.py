@@ -1,7 +1,8 @@
-"""Follows one run: hands on what it has finished, and ends it before its time is over.
+"""Follow a run: report finished work, and end the run before its time limit.
 
-A run is ended only where something was finished and is kept, so every run with the same limit gets further than the one
-before. It ends where the next such moment would probably come too late, by the longest time between two of them so far.
+A run ends only after something was finished and kept, so each run with the same limit gets further than the one
+before. It ends if the next such moment would probably come too late, judged by the longest time between two of them so
+far.
 """
 
 from __future__ import annotations
@@ -17,31 +18,31 @@ from mxrot.progress.pace import duration
 from mxrot.watching.limit import TimeLimit
 
 Event = dict[str, Any]
-"""Something that a run has finished, as JSON takes it; `event` says what."""
+"""Finished work, as values for JSON. The key `event` names its kind."""
 
 
 class Listener(Protocol):
-    """Keeps events."""
+    """An object that records events."""
 
     def hear(self, event: Event) -> None:
-        """Keep it for good: the run may end at any moment."""
+        """Record an event permanently, because the run may end at any moment."""
 
     def close(self) -> None:
-        """No more will come."""
+        """Called after the last event."""
 
 
 class Processes(Protocol):
-    """Those that run together: they end together, and one of them keeps events."""
+    """The processes of a run. They end together, and one of them records events."""
 
     rank: int
 
     def largest(self, count: int) -> int:
-        """The largest of a number of all of them."""
+        """The maximum of a number over all processes."""
 
 
 @dataclass
 class Watch:
-    """Without a limit and listeners nothing is done."""
+    """Watches a run. Without a limit and listeners it does nothing."""
 
     limit: TimeLimit | None = None
     listeners: Sequence[Listener] = ()
@@ -75,18 +76,18 @@ class Watch:
             listener.hear(about | event)
 
     def skip(self, what: str, seconds: float = 0.0) -> None:
-        """Something of the kind was there already, and took so many seconds when it was made."""
+        """Report work of this kind that was finished earlier, with the seconds that it took."""
         self._longest[what] = max(self._longest.get(what, 0.0), seconds)
         self._last[what] = time.monotonic()
 
     def is_over(self, what: str) -> bool:
-        """Would another one of the kind probably end too late? The same in all processes, which all have to ask."""
+        """Would the next work of this kind probably end too late? All processes ask, and get one answer."""
         if self.limit is None:
             return False
         return bool(self.largest(int(self.limit.left() < self._longest.get(what, 0.0))))
 
     def end_if_over(self, what: str, done: str) -> None:
-        """TimeLimitError if another one of the kind would probably end too late; `done` says how far the run is."""
+        """TimeLimitError if the next work of this kind would probably end too late. `done` says how far the run is."""
         if self.is_over(what):
             raise self.ending(what, done)
 
