@@ -189,7 +189,8 @@ def takes_middle_rows(rows: int, weight: PackedWeight, device: torch.device) -> 
     """Is there a product for middle rows, and are they many enough for it? Triton's is slower than the one in CUDA."""
     from mxrot.kernels.cuda.middle import is_there
 
-    if weight.scales.shape[1] % 4 or torch.cuda.get_device_capability(device) != (9, 0):
+    is_hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    if weight.scales.shape[1] % 4 or not is_hopper:
         return False
     return is_there(device) or 16 < rows <= 128
 

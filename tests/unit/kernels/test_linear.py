@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from mxrot.formats import TensorQuantizer, get_format, quantize
 from mxrot.kernels import Inputs, PackedWeight, choose_path, crossovers, dispatch
 from mxrot.kernels.crossovers import Crossovers
+from mxrot.kernels.cuda import middle
 from mxrot.kernels.linear import PATHS, by_fp8
 from mxrot.layers import InputTransform, QuantLinear, prepare, prepare_linears, prepare_site
 from mxrot.transforms.base import random_orthogonal
@@ -100,6 +103,37 @@ def test_weights_that_are_kept_have_a_limit_of_their_own(monkeypatch: pytest.Mon
     exponents = torch.zeros(32, dtype=torch.int32)
     kept = PackedWeight(WEIGHT.codes, WEIGHT.scales, exponents, lifted=torch.zeros(32, 32))
     assert choose_path(16, kept, GPU).path == "matrix units" and choose_path(17, kept, GPU).path == "fp8"
+
+
+@pytest.mark.parametrize(("is_compiled", "first", "last"), [(True, 9, 256), (False, 17, 128)])
+def test_middle_rows(is_compiled: bool, first: int, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In CUDA C++ from where it is faster than the product for few rows; in Triton, which is slower, for fewer."""
+    fake_gpu(monkeypatch)
+    measured = Crossovers(packed=8, kept=8, few=8, middle=256, middle_kept=64)
+    monkeypatch.setattr(crossovers, "MEASURED", {(9, 0): measured, (8, 9): measured})
+    monkeypatch.setattr(middle, "is_there", lambda device: is_compiled)
+    wide = PackedWeight(torch.zeros(32, 64), torch.zeros(32, 4), torch.zeros(32))
+    kept = replace(wide, lifted=torch.zeros(32, 128))
+    for weight, end in ((wide, last), (kept, min(last, 64))):
+        paths = {rows: choose_path(rows, weight, GPU).path for rows in (1, 8, first - 1, first, end, end + 1)}
+        assert paths[first] == paths[end] == "middle rows"
+        assert paths[1] == paths[8] == "matrix units" and "middle rows" not in (paths[first - 1], paths[end + 1])
+    narrow = replace(wide, codes=torch.zeros(32, 48), scales=torch.zeros(32, 3))  # K is no multiple of 128
+    assert choose_path(40, narrow, GPU).path == "fp8"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert choose_path(40, wide, GPU).path == "fp8"
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    assert choose_path(40, wide, GPU).path == "fp8"
+
+
+@pytest.mark.parametrize("groups", [0, 1, 4])
+@pytest.mark.parametrize("path", ["middle rows", "fixed tiles"])
+def test_middle_rows_compute_the_linear(groups: int, path: str) -> None:
+    module, x = linear(groups, 128), random(19, 128)
+    prepare_site((module,))
+    found = PATHS[path](inputs_of(module, x), module.site_weight().packed())
+    torch.testing.assert_close(found, module(x), rtol=1e-4, atol=1e-4)
 
 
 def test_fp4_matrix_units_are_taken_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:

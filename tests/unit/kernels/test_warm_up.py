@@ -108,3 +108,20 @@ def test_ways_are_found_where_they_change(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     kept = replace(packed, lifted=torch.empty(32, 32))
     assert [(rows, way.path) for rows, way in warm_up.path_changes(kept, device)] == [(1, "fp8")]
+
+
+def test_the_tiles_of_middle_rows_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the tiles that numbers of rows up to the largest choose, in CUDA C++; in Triton, its default tiles."""
+    from mxrot.kernels.cuda import middle
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    limits = Crossovers(packed=8, kept=8, few=8, middle=256, middle_kept=64)
+    monkeypatch.setattr(dispatch, "crossovers_of", lambda device: limits)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(middle, "is_there", lambda device: True)
+    device = torch.device("cuda")
+    weight = PackedWeight(torch.empty(4096, 2048), torch.empty(4096, 128), torch.empty(4096), torch.empty(4096))
+    changes = [(rows, way.path) for rows, way in warm_up.path_changes(weight, device)]
+    assert changes == [(1, "matrix units"), (9, "middle rows"), (257, "fp8")]
+    of_middle = [warm_up.variant(rows, "middle rows", weight, None, device)[2] for rows in range(9, 257)]
+    assert set(of_middle) == {middle.choose_tile(rows, 4096, 128) for rows in range(9, 257)}

@@ -59,11 +59,13 @@ def _nvrtc() -> ctypes.CDLL:
 
 @cache
 def has_nvrtc() -> bool:
-    """Can sources be compiled here?"""
+    """Can sources be compiled here? For Hopper's own instructions from NVRTC 12 on."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
     try:
-        return bool(_nvrtc())
+        failed = _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     except CompileError:
         return False
+    return not failed and major.value >= 12
 
 
 @cache
@@ -126,6 +128,7 @@ class Kernel:
     def __init__(self, code: bytes, name: str, shared: int, device: torch.device) -> None:
         """`shared` bytes of dynamic shared memory for each block; RuntimeError if the device has fewer."""
         self._shared, self._module, self._function = shared, ctypes.c_void_p(), ctypes.c_void_p()
+        self._device = device
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)  # the driver wants the context of this thread
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code))
@@ -138,4 +141,5 @@ class Kernel:
         attribute = _Attribute(id=_OVERLAPS, value=1)
         config = _Config(blocks, 1, 1, threads, 1, 1, self._shared, stream, ctypes.pointer(attribute), int(overlaps))
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
-        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, addresses, None))
+        with torch.cuda.device(self._device):
+            _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, addresses, None))
