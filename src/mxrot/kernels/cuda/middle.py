@@ -226,6 +226,7 @@ def middle_product(
     Where tiles are whole, one block goes along all of K, and what comes out of a row does not depend on the rows beside
     it.
     """
+    assert inputs.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()
     rows, groups = scales.shape
     count, chunks, device = inputs.numel() // (32 * groups), -(-groups // 8), codes.device
     out = torch.empty(count, rows, dtype=dtype, device=device)
