@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from mxrot.kernels.crossovers import find_crossovers
+from mxrot.kernels.crossovers import entry_of, find_crossovers
 from mxrot.kernels.dispatch import has_triton
 from mxrot.kernels.fixed_rows import has_invariant_rows
 
@@ -24,5 +23,5 @@ def kernel_choices(device: torch.device | str) -> dict[str, Any]:
     if device.type != "cuda":
         return precision | {"instructions": torch.backends.cpu.get_cpu_capability()}
     found = find_crossovers(device)
-    crossovers = None if found is None else asdict(found.crossovers) | {"from": found.origin}
+    crossovers = None if found is None else entry_of(found.crossovers) | {"from": found.origin}
     return precision | {"triton": has_triton(), "crossovers": crossovers}

@@ -101,9 +101,9 @@ def remember(device: torch.device, crossovers: Crossovers) -> Path:
         entries = _read(path)
     except DamagedError:
         entries = {}
-    kept = {name: _entry(found) for name, found in entries.items() if isinstance(found, Crossovers)}
+    kept = {name: entry_of(found) for name, found in entries.items() if isinstance(found, Crossovers)}
     unfinished = path.with_suffix(f".{os.getpid()}")
-    table = kept | {torch.cuda.get_device_name(device): _entry(crossovers)}
+    table = kept | {torch.cuda.get_device_name(device): entry_of(crossovers)}
     unfinished.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
     crossovers_of.cache_clear()
@@ -134,7 +134,8 @@ def _read(path: Path) -> dict[str, Crossovers | ValueError]:
     return {name: _crossovers(entry) for name, entry in read_json(path).items()}
 
 
-def _entry(crossovers: Crossovers) -> dict[str, int]:
+def entry_of(crossovers: Crossovers) -> dict[str, int]:
+    """As a file and a record hold them, without limits of 0 for middle rows."""
     found = asdict(crossovers)
     return {name: rows for name, rows in found.items() if rows or name in ("packed", "kept")}
 

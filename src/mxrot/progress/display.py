@@ -8,13 +8,14 @@ goes on.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import rich.progress
 from rich.console import Console
@@ -131,7 +132,8 @@ class _Lines:
         self._title, self._task, self._in_place, self._between = title, task, place == "notebook", between
         self._started = time.monotonic()
         self._pace = Pace(self._started)
-        self._printed, self._width = float("-inf"), 0
+        self._printed = float("-inf")
+        self._under_cell: Any = None  # IPython's handle of the line in a notebook
         self._lock = threading.Lock()
         self._ended = threading.Event()
         threading.Thread(target=self._go_on, daemon=True).start()
@@ -145,17 +147,21 @@ class _Lines:
     def finish(self) -> None:
         """In a notebook, let the last line show a full bar."""
         with self._lock:
-            if self._width:
+            if self._under_cell is not None:
                 pace, passed = self._pace, duration(time.monotonic() - self._started)
                 counted = "" if pace.is_one_step else f" {pace.total} of {pace.total}"
-                line = f"{self._title}: {_drawn(1.0)}{counted}, {passed}"
-                print("\r" + line.ljust(self._width), end="", file=sys.stderr, flush=True)
+                self._show(f"{self._title}: {_drawn(1.0)}{counted}, {passed}")
 
     def end(self) -> None:
         self._ended.set()
-        with self._lock:
-            if self._width:
-                print(file=sys.stderr, flush=True)
+
+    def _show(self, line: str) -> None:
+        """Show the line under the cell in place of the one before. A stored notebook then holds the last one alone."""
+        if self._under_cell is None:
+            display = importlib.import_module("IPython.display").display
+            self._under_cell = display({"text/plain": line}, raw=True, display_id=True)
+        else:
+            self._under_cell.update({"text/plain": line}, raw=True)
 
     def _go_on(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN_CHANGES if self._in_place else SECONDS_BETWEEN_LINES):
@@ -174,8 +180,7 @@ class _Lines:
             self._task = ""
         line = self._line(now, is_told)
         if self._in_place:
-            print("\r" + line.ljust(self._width), end="", file=sys.stderr, flush=True)
-            self._width = len(line)
+            self._show(line)
         else:
             print(line, file=sys.stderr, flush=True)
 
@@ -222,7 +227,7 @@ def _place() -> Place:
 
 
 def _is_notebook() -> bool:
-    """Does this run in a kernel of IPython, which shows standard error under the cell?"""
+    """True in a kernel of IPython, which shows output under the cell."""
     module = sys.modules.get("IPython")
     shell = module.get_ipython() if module is not None else None
     return shell is not None and hasattr(shell, "kernel")

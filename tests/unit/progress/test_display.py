@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -86,6 +88,24 @@ def test_bar_starts_anew_with_each_phase() -> None:
         assert (bar.tasks[0].total, bar.tasks[0].description) == (30, "Work")
 
 
+def under_cells(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a stand-in for IPython shows: "new" and a line, then what takes the place of that line."""
+    cell: list[str] = []
+
+    def update(data: dict[str, str], raw: bool) -> None:
+        assert raw and list(data) == ["text/plain"]
+        cell.append(data["text/plain"])
+
+    def display(data: dict[str, str], raw: bool, display_id: bool) -> SimpleNamespace:
+        assert display_id
+        cell.append("new")
+        update(data, raw)
+        return SimpleNamespace(update=update)
+
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    return cell
+
+
 def test_who_is_shown_what(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A function is told; True shows; False and a script are silent; a notebook has one line that changes."""
     told = []
@@ -100,19 +120,19 @@ def test_who_is_shown_what(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys
         function(0, 3, "a")
     assert capsys.readouterr().err == "Work: 0 of 3 (a)\n"
     monkeypatch.setattr(progress, "_is_notebook", lambda: True)
+    cell = under_cells(monkeypatch)
     with progress.shown_progress(None, "Work") as function:
         function(0, 3, "long")
         clock.now += 1
         function(1, 3, "a")
-    shown = capsys.readouterr().err
     empty, third = "░" * 20, "█" * 6 + "░" * 14
-    begun = f"\rWork: {empty} 0 of 3 (long)\rWork: {third} 1 of 3 (a), 2 s to go"
-    line = f"Work: {'█' * 20} 3 of 3, 1 s"
-    assert shown == f"{begun}\r{line.ljust(len(begun.split(chr(13))[-1]))}\n"  # a full bar at the end
+    begun = ["new", f"Work: {empty} 0 of 3 (long)", f"Work: {third} 1 of 3 (a), 2 s to go"]
+    assert cell == [*begun, f"Work: {'█' * 20} 3 of 3, 1 s"]  # a full bar at the end
     with pytest.raises(ValueError), progress.shown_progress(None, "Work") as function:
         function(0, 3, "a")
         raise ValueError
-    assert capsys.readouterr().err == f"\rWork: {empty} 0 of 3 (a)\n"  # and none after an error
+    assert cell[4:] == ["new", f"Work: {empty} 0 of 3 (a)"]  # and none after an error
+    assert capsys.readouterr().err == ""
 
 
 def test_what_will_be_done_is_said_once_there_is_something_to_tell(
