@@ -20,6 +20,7 @@ _PLAIN: dict[str, Any] = {
     "rotation_losses": [_NUMBER],
     "choice": [_TRIAL],
     "left_out_of_recipe": [str],
+    "passed_over": str,
     "family": {"name": str, "sites": [{"name": str, "linears": [str]}]},
 }
 _SIZE = ("code_bytes", "scale_bytes", "transform_bytes", "other_bytes", "quantized_weights", "total_bytes")

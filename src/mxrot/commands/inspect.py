@@ -68,6 +68,7 @@ def inspect(
         family_line,
         left_line,
         maxima_table,
+        passed_line,
         progress_on_stderr,
         rank_line,
         recipe_line,
@@ -107,6 +108,7 @@ def inspect(
         lines = (
             family_line,
             changes_line,
+            passed_line,
             left_line,
             recipe_line,
             rank_line,

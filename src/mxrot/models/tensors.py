@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mxrot.errors import FamilyError
+from mxrot.models.ahead import Ahead
 from mxrot.models.codes import codes_of
 from mxrot.models.family import Family, shapes_apart
 from mxrot.models.folder import RESAVE
@@ -37,12 +38,6 @@ def check_depth(files: WeightFiles, family: Family, config: Any) -> None:
     block = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.")
     found = {int(match[1]) for name in files.names if (match := block.match(name))}
     expected = config.get_text_config().num_hidden_layers
-    ahead = getattr(config.get_text_config(), "num_nextn_predict_layers", None) or 0
-    if ahead and len(found) == expected + ahead:
-        raise FamilyError(
-            f"{files.folder}: {family.block_prefix(expected)} predicts tokens further ahead (num_nextn_predict_layers "
-            f"{ahead}), and transformers passes it over; write the model again without: {RESAVE}"
-        )
     if found and len(found) != expected:
         raise FamilyError(
             f"{files.folder}: config.json says num_hidden_layers {expected}, and the files hold {len(found)} decoder "
@@ -89,7 +84,8 @@ def check_for_transformers(model: PreTrainedModel, family: Family, files: Sequen
 
     It makes random numbers of what it does not find, with a warning.
     """
-    source = WeightFiles(Path(files[0]).parent, family.beside) if files else None
+    ahead = Ahead.of(family, model.config)
+    source = WeightFiles(Path(files[0]).parent, family.beside, ahead) if files else None
     if source is None or {path.name for path in source.files} != {Path(file).name for file in files}:
         return  # other files than those that are read without being told
     for problem in tensor_problems(source, model, family):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mxrot.errors import FamilyError, NumericsError
 from mxrot.interrupts import interrupt_waits
+from mxrot.models.ahead import Ahead
 from mxrot.models.beside import FINAL_NORM, Beside
 from mxrot.models.folder import INDEX, other_shards, weight_map
 from mxrot.models.headers import Header, read_header
@@ -36,15 +37,20 @@ class WeightFiles:
     its index.
     """
 
-    def __init__(self, folder: Path, beside: Beside | None = None) -> None:
-        """`beside` is what a model of more than text has beside its text model; it tells names."""
+    def __init__(self, folder: Path, beside: Beside | None = None, ahead: Ahead | None = None) -> None:
+        """`beside` is what a model of more than text has beside its text model; it tells names. Tensors that `ahead`
+        holds are passed over."""
         self.folder, self._beside = folder, beside
         names, index = weight_map(folder)
         self._headers = {name: read_header(folder / name) for name in names}
         self._check_other_set(names)
         file_of = _files_of(folder, self._headers, index)
         named = model_names(file_of, beside)
-        self._stored = {name: stored for stored, name in named.items() if not name.endswith(_RECOMPUTED)}
+        self.passed_over = () if ahead is None else tuple(name for name in named.values() if ahead.holds(name))
+        ignored = set(self.passed_over)
+        self._stored = {
+            name: stored for stored, name in named.items() if not name.endswith(_RECOMPUTED) and name not in ignored
+        }
         self._file_of = {name: file_of[stored] for name, stored in self._stored.items()}
 
     def __contains__(self, name: str) -> bool:
