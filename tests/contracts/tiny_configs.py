@@ -50,6 +50,8 @@ LATENT = {
     "v_head_dim": 16,
 }
 """Of multi-head latent attention: keys are wider than values."""
+INDEXER = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 8, "indexer_types": ["full", "shared"]}
+"""Of attention to tokens that are chosen: fewer than there are, and for a block without an indexer, too."""
 CHOSEN = {"position_embedding_type": "rope", "no_rope_layer_interval": 2, "shared_intermediate_size": 96}
 """Values that make blocks of each kind, and of small ones."""
 
@@ -103,7 +105,7 @@ def settings_of(family: Family) -> dict[str, Any]:
     if "original_max_position_embeddings" in rope:
         found["rope_parameters"] = rope | {"original_max_position_embeddings": 16}
     if hasattr(default, "kv_lora_rank"):
-        found |= LATENT
+        found |= LATENT | INDEXER
     found = {key: value for key, value in found.items() if hasattr(default, key)}
     found |= dict(family.holds_for)
     kinds = getattr(kind(**found), "layer_types", None) or ()

@@ -258,5 +258,4 @@ def sequences_within(device_type: str, sequence_bytes: int, model_bytes: float) 
 
 def cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
     """Bytes of keys and values of one sequence of so many tokens."""
-    text = config.get_text_config()
-    return int(text.num_hidden_layers * cached_numbers(text) * tokens * itemsize)
+    return sum(cached_numbers(config.get_text_config())) * tokens * itemsize

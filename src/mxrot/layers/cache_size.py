@@ -28,7 +28,7 @@ class CacheSize:
     """Of a head."""
     positions: int | None
     """Tokens that the model was made for; None where its config does not say."""
-    numbers: int
+    numbers: tuple[int, ...]
     """Of each token in each decoder block, in a cache that is not quantized."""
     scheme: CacheScheme | None = None
     """None for 16 bits."""
@@ -50,10 +50,10 @@ class CacheSize:
         """Of so many tokens: codes and what stands beside them, and in 16 bits the first ones and those that the next
         query still reads so. Room that is held ready for tokens to come is not in it."""
         rows = [tokens if window is None else min(tokens, window) for window in self.windows]
-        return sum(self._bytes_of_block(count) for count in rows)
+        return sum(self._bytes_of_block(count, numbers) for count, numbers in zip(rows, self.numbers, strict=True))
 
-    def _bytes_of_block(self, tokens: int) -> int:
-        plain = self.numbers * _PLAIN_BYTES
+    def _bytes_of_block(self, tokens: int, numbers: int) -> int:
+        plain = numbers * _PLAIN_BYTES
         if self.scheme is None:
             return tokens * plain
         kept = (self.scheme.keys, self.scheme.values)

@@ -5,6 +5,7 @@ from mxrot.models.families import EXPERTS, FAMILIES, families_by_name
 from mxrot.models.family import (
     Family,
     LogitKeys,
+    PassedOn,
     Site,
     cached_numbers,
     check_linears,
@@ -39,6 +40,7 @@ __all__ = [
     "Family",
     "FolderSource",
     "LogitKeys",
+    "PassedOn",
     "Site",
     "Source",
     "WeightFiles",

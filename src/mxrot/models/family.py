@@ -35,6 +35,21 @@ class LogitKeys:
     """c in c tanh(x / c), after the others (Gemma 2)."""
 
 
+@dataclass(frozen=True)
+class PassedOn:
+    """What blocks give beside hidden states, and the block behind them takes: for each token the places of others,
+    int32."""
+
+    keyword: str
+    """What a block calls it."""
+    count: str
+    """What the config calls how many places there are, in a window that has as many tokens."""
+
+    def token_bytes(self, config: Any, length: int) -> int:
+        """Of a token in a window of so many."""
+        return 4 * min(int(getattr(config, self.count)), length)
+
+
 CARRIED_OBSTACLE = "images come into it from parts of the model that are kept as they are"
 
 
@@ -81,8 +96,8 @@ class Family:
     experts: ExpertNames | None = None
     """Of a mixture of experts, whose sites `of_model` adds to `sites`, as the config has it."""
     kinds_of: Callable[[Any], tuple[str, ...]] | None = None
-    """Of a config, the kind of each decoder block, where some have sites that others lack: a block has those that are
-    in all (`Site.only_in`), and those of its kind."""
+    """Of a config, the kind of each decoder block in a word or several, where some have sites that others lack: a block
+    has those that are in all (`Site.only_in`), and those of its words."""
     attention_sites_of: Callable[[Any], tuple[Site, ...]] | None = None
     """Of a config, the sites of attention, where they follow from it: those that come before `sites`."""
     heads_obstacle: str | None = None
@@ -94,6 +109,10 @@ class Family:
     """Tensors of a block that a model holds in float32, whatever it computes in, by their names in it."""
     beside: Beside | None = None
     """Of a model of more than text, what it has beside its text model, which the rest of the record describes."""
+    layer_types: tuple[str, ...] = ("full_attention", "sliding_attention")
+    """What a config may call the attention of its blocks."""
+    passes_on: PassedOn | None = None
+    """The second of what each block gives, where the next one takes that."""
     kinds: tuple[str, ...] = ()
     """Of a model, what `kinds_of` says of its config."""
 
@@ -175,7 +194,8 @@ class Family:
     @cached_property
     def _by_kind(self) -> dict[str, tuple[Site, ...]]:
         return {
-            kind: tuple(site for site in self.sites if site.only_in in ("", kind)) for kind in dict.fromkeys(self.kinds)
+            kind: tuple(site for site in self.sites if site.only_in in ("", *kind.split()))
+            for kind in dict.fromkeys(self.kinds)
         }
 
     @cached_property
@@ -242,14 +262,17 @@ def query_width(config: Any) -> int:
     return getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0) or _head_width(config)
 
 
-def cached_numbers(config: Any) -> int:
-    """Numbers that a cache in 16 bits holds of each token in each decoder block: keys and values, or, in latent
-    attention, what these are computed from."""
+def cached_numbers(config: Any) -> tuple[int, ...]:
+    """Numbers that a cache in 16 bits holds of each token, of each decoder block: keys and values, or, in latent
+    attention, what these are computed from, and the key of an indexer, where the block has one."""
+    count = int(config.num_hidden_layers)
     latent = getattr(config, "kv_lora_rank", None)
     if latent is not None:
-        return int(latent + config.qk_rope_head_dim)
+        own, of_indexer = int(latent + config.qk_rope_head_dim), int(getattr(config, "index_head_dim", 0))
+        kinds = getattr(config, "indexer_types", None) or ("full",) * count
+        return tuple(own + of_indexer * (kind == "full") for kind in kinds)
     heads, width = value_heads(config)
-    return 2 * heads * width
+    return (2 * heads * width,) * count
 
 
 def _head_width(config: Any) -> int:

@@ -36,7 +36,7 @@ class Site:
     expert: str | None = None
     """The expert that the site is in, where that is one."""
     only_in: str = ""
-    """The kind of decoder blocks that have it (`Family.kinds_of`); empty for all."""
+    """Of decoder blocks that have it, a word of their kind (`Family.kinds_of`); empty for all."""
     kind: str = ""
     """What such sites of all experts are called together; empty for the name."""
 

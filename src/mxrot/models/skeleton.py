@@ -18,13 +18,12 @@ from mxrot.models.family import Family
 from mxrot.models.family_table import DERIVED, derived_table, family_of_table, family_table
 from mxrot.models.folder import no_config
 from mxrot.models.given import family_given
+from mxrot.models.tensors import quantized_by
 from mxrot.nearest import brief, listed
 
 MOST_BLOCKS = 1000
 MOST_EXPERTS = 100_000
 """In all blocks together; the largest models have 20,000."""
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-"""Kinds of decoder blocks that are known."""
 
 
 def read_config(place: Path) -> Any:
@@ -81,8 +80,8 @@ def find_family(config: Any, where: str) -> Family:
     if getattr(config, "text_config", None) is not None and (family is None or family.beside is None):
         seeing = [name for one in FAMILIES.values() if one.beside is not None for name in one.architectures]
         raise FamilyError(
-            f"{where}: architecture {named}: a model of more than text of no known family; known of such models: "
-            f"{', '.join(sorted(seeing))}"
+            f"{where}: {_quantized(config)}architecture {named}: a model of more than text of no known family; known of "
+            f"such models: {', '.join(sorted(seeing))}"
         )
     if family is not None:
         text = config.get_text_config()
@@ -97,7 +96,15 @@ def find_family(config: Any, where: str) -> Family:
     if not set(architectures) & causal:
         raise FamilyError(f"{where}: architectures {named}: not a causal language model")
     known = listed(architectures[0], (name for family in FAMILIES.values() for name in family.architectures))
-    raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
+    raise FamilyError(
+        f"{where}: {_quantized(config)}architecture {named} is of no known family; known architectures: {known}"
+    )
+
+
+def _quantized(config: Any) -> str:
+    """What is said first of a model of no known family that is quantized, too."""
+    key = quantized_by(config)
+    return "" if key is None else f"is quantized already ({key} in config.json); and its "
 
 
 def _derived_family(config: Any, architectures: tuple[Any, ...], where: str) -> Family | None:
@@ -151,10 +158,10 @@ def _check_attention(config: Any, family: Family, where: str) -> None:
         raise FamilyError(f"{where}: use_bidirectional_attention: not a causal language model")
     types = [kind if isinstance(kind, str) else repr(kind) for kind in getattr(config, "layer_types", None) or ()]
     for index, kind in enumerate(types):
-        if kind not in LAYER_TYPES:
+        if kind not in family.layer_types:
             raise FamilyError(
                 f"{where}: config.json: layer_types: decoder block {index} is of type {brief(kind)}, which mxrot does "
-                f"not know; it knows {' and '.join(sorted(LAYER_TYPES))}"
+                f"not know; it knows {' and '.join(family.layer_types)}"
             )
     kinds = set(types)
     if len(kinds) > 1 and family.windows != "by kind":

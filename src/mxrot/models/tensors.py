@@ -26,11 +26,13 @@ _MODELOPT = "hf_quant_config.json"
 
 
 def quantized_by(config: Any) -> str | None:
-    """The key of a config that says that its weights are quantized; None if none does, and for codes that are read."""
+    """The key of a config, or of that of its text model, that says that its weights are quantized; None if none does,
+    and for codes that are read."""
     if codes_of(config) is not None:
         return None
     keys = ("quantization_config", "compression_config")
-    return next((key for key in keys if getattr(config, key, None) is not None), None)
+    both = (config, config.get_text_config())
+    return next((key for key in keys for one in both if getattr(one, key, None) is not None), None)
 
 
 def check_depth(files: WeightFiles, family: Family, config: Any) -> None:

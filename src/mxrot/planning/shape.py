@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.layers import ModelSize, score_heads
-from mxrot.models import Family, Site, query_width, value_heads
+from mxrot.models import Family, PassedOn, Site, query_width, value_heads
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
 from mxrot.scheme import SiteScheme, site_scheme
@@ -119,6 +119,8 @@ class ModelShape:
     """Heads that write out a score for each pair of tokens."""
     config: Any
     """The transformers config."""
+    passes_on: PassedOn | None = None
+    """As of the family."""
 
     @staticmethod
     def of(model: PreTrainedModel, family: Family, recipe: Recipe) -> ModelShape:
@@ -147,6 +149,7 @@ class ModelShape:
             widest=max(max(linear.in_features, linear.out_features) for linear in linears),
             score_heads=score_heads(model) if recipe.attention is None else config.num_attention_heads,
             config=model.config,
+            passes_on=family.passes_on,
         )
 
     @cached_property

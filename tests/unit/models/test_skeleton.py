@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import tiny_config, write_tiny_model
 from transformers import BertConfig, Gemma3TextConfig, GPT2Config, LlamaForCausalLM
@@ -125,6 +126,24 @@ def test_values_of_a_config_that_make_another_model(name: str, changes: dict[str
     find_family(config_of(FAMILIES[name]), "here")
     with pytest.raises(FamilyError, match=rf"^here: config\.json: .*{message}"):
         find_family(config_of(FAMILIES[name], **changes), "here")
+
+
+@pytest.mark.parametrize("of_text", [False, True], ids=["whole", "of text"])
+@pytest.mark.parametrize("method", ["compressed-tensors", "modelopt"])
+def test_a_quantized_model_of_no_known_family_is_quantized_first(method: str, of_text: bool) -> None:
+    """Whether its config says so, or that of its text model."""
+    config = transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"])
+    setattr(config.get_text_config() if of_text else config, "quantization_config", {"quant_method": method})
+    with pytest.raises(FamilyError) as raised:
+        find_family(config, "here")
+    assert str(raised.value).startswith(
+        "here: is quantized already (quantization_config in config.json); and its architecture "
+        "LlavaForConditionalGeneration: a model of more than text of no known family; "
+    )
+    config = transformers.BloomConfig(architectures=["BloomForCausalLM"])
+    config.quantization_config = {"quant_method": method}
+    with pytest.raises(FamilyError, match=r"^here: is quantized already .* its architecture BloomForCausalLM is of no"):
+        find_family(config, "here")
 
 
 def test_the_skeleton_holds_no_weights(folder: Path) -> None:
