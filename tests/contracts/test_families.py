@@ -120,7 +120,8 @@ def test_sites_hold_every_linear_of_a_block_once(family: Family) -> None:
         sites = family.sites_of(index)
         listed = [linear for site in sites for linear in site.linears]
         linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        assert sorted(listed) == sorted(linears - {router for site in sites for router in site.routers})
+        kept = {*family.kept, *(router for site in sites for router in site.routers)}
+        assert sorted(listed) == sorted(linears - kept)
     check_linears(model_of(family), family, 32, ())
 
 
@@ -278,7 +279,7 @@ def test_an_odd_size_is_named_and_can_be_ignored(family: Family) -> None:
         for linear in site.linears
     ]
     odd = [name for name in full if model.get_submodule(name).in_features % 32]
-    assert {family.group_of(name)[1] for name in odd} <= {"down", "shared_down"}
+    assert {family.group_of(name)[1] for name in odd} <= {"down", "shared_down", "expert_down"}
     assert len(odd) >= (2 if family.experts is None else 4)
     message = rf"^{re.escape(odd[0])}: in_features 100 is not a multiple of the "
     with pytest.raises(ConfigError, match=message + "block size 32; list it under `ignore`"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import transformers
@@ -52,6 +53,8 @@ LATENT = {
 """Of multi-head latent attention: keys are wider than values."""
 INDEXER = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 8, "indexer_types": ["full", "shared"]}
 """Of attention to tokens that are chosen: fewer than there are, and for a block without an indexer, too."""
+WIDER_WHERE_FULL = {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+"""Of blocks that attend to everything beside others with narrower heads."""
 CHOSEN = {"position_embedding_type": "rope", "no_rope_layer_interval": 2, "shared_intermediate_size": 96}
 """Values that make blocks of each kind, and of small ones."""
 
@@ -70,6 +73,10 @@ VISION = {
     "out_hidden_size": SIZES["hidden_size"],
     "deepstack_visual_indexes": [0],
     "fullatt_block_indexes": [1],
+    "num_key_value_heads": 2,
+    "pooling_kernel_size": 2,
+    "standardize": True,
+    "position_embedding_size": 16,
 }
 """Of a vision tower that sees images of 4 by 4 patches."""
 BESIDE = {
@@ -93,7 +100,9 @@ def settings_of(family: Family) -> dict[str, Any]:
         SIZES | CHOSEN | {key: value for key, value in THAT_COUNT.items() if getattr(default, key, None) is not None}
     )
     if family.experts is not None:
-        found |= {family.experts.count: 4} | EXPERTS | FIRST_IS_DENSE
+        found |= {family.experts.count: 4, family.experts.each: 2} | EXPERTS | FIRST_IS_DENSE
+        if family.experts.is_optional:
+            found["enable_moe_block"] = True
         if hasattr(default, "moe_intermediate_size"):
             found["intermediate_size"] = 160  # of blocks without experts
     for key, token in (("pad_token_id", 0), ("bos_token_id", 2)):
@@ -104,9 +113,11 @@ def settings_of(family: Family) -> dict[str, Any]:
         found["rope_parameters"] = rope | {"rope_type": "default", "mrope_section": [4, 2, 2]}
     if "original_max_position_embeddings" in rope:
         found["rope_parameters"] = rope | {"original_max_position_embeddings": 16}
+    if getattr(default, "is_heterogeneous", False):
+        found |= WIDER_WHERE_FULL
     if hasattr(default, "kv_lora_rank"):
         found |= LATENT | INDEXER
-    found = {key: value for key, value in found.items() if hasattr(default, key)}
+    found = {key: value for key, value in found.items() if _has(default, key)}
     found |= dict(family.holds_for)
     kinds = getattr(kind(**found), "layer_types", None) or ()
     if "linear_attention" in kinds:
@@ -114,6 +125,13 @@ def settings_of(family: Family) -> dict[str, Any]:
     if "sliding_attention" in kinds:
         found |= {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
     return {"model_type": kind.model_type, **found}
+
+
+def _has(config: Any, key: str) -> bool:
+    """Does a config know a key, for the model or for some of its blocks?"""
+    with suppress(RuntimeError):  # of values that blocks say for themselves
+        return hasattr(config, key) or (key in WIDER_WHERE_FULL and getattr(config, "is_heterogeneous", False))
+    return True
 
 
 def config_of(family: Family, **changes: Any) -> Any:
@@ -125,7 +143,7 @@ def config_of(family: Family, **changes: Any) -> Any:
     if family.beside is not None:
         whole = getattr(transformers, family.architectures[0]).config_class
         default: Any = whole()
-        vision = default.vision_config
+        vision = default.vision_config or default.sub_configs_defaults["vision_config"].config_class()
         beside = {key: value for key, value in BESIDE.items() if hasattr(default, key)}
         settings = {
             **{key: changes[key] for key in OF_BOTH if key in changes},

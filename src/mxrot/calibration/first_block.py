@@ -80,7 +80,8 @@ def block_arguments(model: PreTrainedModel, family: Family, window: Tensor) -> l
     """
     found: list[dict[str, Any]] = []
 
-    def passes_on(hidden_states: Tensor, **keywords: Any) -> Any:
+    def passes_on(hidden_states: Tensor, *others: None, **keywords: Any) -> Any:
+        assert not any(one is not None for one in others)  # inputs of single blocks, which no family here has
         found.append(keywords)
         return hidden_states if family.passes_on is None else (hidden_states, None)
 

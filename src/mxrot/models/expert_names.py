@@ -47,28 +47,40 @@ class ExpertNames:
     """Are transformers' two tensors [E, H, 2I] and [E, I, H]?"""
     is_interleaved: bool = False
     """Are the rows of gate and up there one of gate and one of up, in turns? Else those of gate come first."""
+    each: str = "num_experts_per_tok"
+    """What the config calls the number of experts that a token goes to."""
+    norm: str = "post_attention_layernorm"
+    """Whose output they read."""
+    prefix: str = ""
+    """How the names of their sites begin, where a block has a plain MLP beside them."""
+    is_optional: bool = False
+    """Has a model of the family none, where its config counts none?"""
     renamed: tuple[tuple[str, str], ...] = ()
     """Starts of names in a block in older checkpoints, and what they are in the model."""
 
     def sites(self, config: Any) -> tuple[Site, ...]:
-        """One site for gate and up of all experts, and one for down of each; the shared one is the last of them.
+        """One site for gate and up of all experts, and one for down of each; the shared one is the last of them. No site
+        for a model without experts, where that may be.
 
         FamilyError if a token cannot be sent to as many experts as the config says.
         """
-        count, each = getattr(config, self.count), config.num_experts_per_tok
+        count, each = getattr(config, self.count), getattr(config, self.each)
+        if self.is_optional and count is None:
+            return ()
         if not 1 <= each <= count:
             raise FamilyError(f"config.json: expected 1 to {count} experts a token (of {self.count}), got {each}")
         gate, up, _ = self.linears
         experts = [f"{self.place}.{number}" for number in range(count)]
         shared = [] if self.shared is None or not self._count_of_shared(config) else [self.shared]
         gate_up = Site(
-            "gate_up",
+            f"{self.prefix}gate_up",
             tuple(f"{expert}.{name}" for expert in (*experts, *shared) for name in (gate, up)),
-            norm="post_attention_layernorm",
+            norm=self.norm,
             experts=self.place,
             routers=self.routers,
         )
-        downs = (self._down(f"down_{number}", expert, kind="down") for number, expert in enumerate(experts))
+        kind = f"{self.prefix}down"
+        downs = (self._down(f"{kind}_{number}", expert, kind=kind) for number, expert in enumerate(experts))
         return (gate_up, *downs, *(self._down("shared_down", expert) for expert in shared))
 
     def _down(self, name: str, expert: str, kind: str = "") -> Site:
@@ -85,7 +97,7 @@ class ExpertNames:
         """Of the tokens, that a linear of an expert gets, by its name in a block."""
         if not linear.startswith(f"{self.place}."):
             return 1.0
-        return float(config.num_experts_per_tok / getattr(config, self.count))
+        return float(getattr(config, self.each) / getattr(config, self.count))
 
     def apart(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block with one for each linear, whichever way they are stored."""

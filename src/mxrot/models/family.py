@@ -6,7 +6,7 @@ A site is the set of linears that read the same input. Families hold no numerics
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -105,6 +105,8 @@ class Family:
     keys and values of one width, as attention reads them."""
     holds_for: tuple[tuple[str, object], ...] = ()
     """Keys of the config, and the values that this record describes: a model with others is refused."""
+    kept: tuple[str, ...] = ()
+    """Linears of a block that are left as they are, where no site's input is theirs; some blocks may lack them."""
     in_float32: tuple[str, ...] = ()
     """Tensors of a block that a model holds in float32, whatever it computes in, by their names in it."""
     beside: Beside | None = None
@@ -250,15 +252,16 @@ def is_ignored(name: str, ignore: tuple[str, ...]) -> bool:
 
 
 def value_heads(config: Any) -> tuple[int, int]:
-    """Number of value heads of a text model and their width."""
-    config = config.get_text_config()
+    """Number of value heads of a text model and their width; of the blocks with the widest, where these differ."""
+    config = max(_each_block(config.get_text_config()), key=_head_width)
     heads = config.num_attention_heads
     width = getattr(config, "v_head_dim", None) or _head_width(config)
     return getattr(config, "num_key_value_heads", None) or heads, width
 
 
 def query_width(config: Any) -> int:
-    """Of a head of queries, and of one of keys; values may be of another."""
+    """Of a head of queries, and of one of keys; values may be of another. The widest, where blocks differ."""
+    config = max(_each_block(config), key=_head_width)
     return getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0) or _head_width(config)
 
 
@@ -271,8 +274,14 @@ def cached_numbers(config: Any) -> tuple[int, ...]:
         own, of_indexer = int(latent + config.qk_rope_head_dim), int(getattr(config, "index_head_dim", 0))
         kinds = getattr(config, "indexer_types", None) or ("full",) * count
         return tuple(own + of_indexer * (kind == "full") for kind in kinds)
-    heads, width = value_heads(config)
-    return (2 * heads * width,) * count
+    blocks = _each_block(config)
+    found = tuple(2 * heads * width for heads, width in (value_heads(block) for block in blocks))
+    return found if len(found) == count else found * count
+
+
+def _each_block(config: Any) -> Sequence[Any]:
+    """The config of a text model, or that of each decoder block, where some say for themselves how wide heads are."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
 
 def _head_width(config: Any) -> int:
@@ -305,7 +314,7 @@ def linear_problems(
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         sites = family.sites_of(index)
         known = dict.fromkeys(sorted(linear for site in sites for linear in site.linears))
-        kept = {router for site in sites for router in site.routers}
+        kept = {*family.kept, *(router for site in sites for router in site.routers)}
         modules = dict(block.named_modules())
         missing = next((linear for linear in known if linear not in modules), None)
         if missing is not None:

@@ -80,8 +80,8 @@ def find_family(config: Any, where: str) -> Family:
     if getattr(config, "text_config", None) is not None and (family is None or family.beside is None):
         seeing = [name for one in FAMILIES.values() if one.beside is not None for name in one.architectures]
         raise FamilyError(
-            f"{where}: {_quantized(config)}architecture {named}: a model of more than text of no known family; known of "
-            f"such models: {', '.join(sorted(seeing))}"
+            f"{where}: {_quantized(config)}architecture {named}: a model of more than text of no known family; known "
+            f"of such models: {', '.join(sorted(seeing))}"
         )
     if family is not None:
         text = config.get_text_config()
@@ -131,6 +131,11 @@ def _check_beside(config: Any, family: Family, where: str) -> None:
             f"{where}: config.json: text_config: model_type is {brief(kind)}, and family {family.name} is known with "
             f"{' and '.join(family.beside.text_types)} only; such a model is not supported"
         )
+    for key in family.beside.lacks:
+        if getattr(config, key, None) is not None:
+            raise FamilyError(
+                f"{where}: config.json: family {family.name} is known without {key} only; such a model is not supported"
+            )
     vision = getattr(config, "vision_config", None)
     for key in ("num_hidden_layers", "depth"):
         count = getattr(vision, key, 1)
@@ -147,6 +152,8 @@ def _check_size(config: Any, family: Family, where: str) -> None:
         raise FamilyError(f"{where}: config.json: num_hidden_layers is {blocks!r}; expected 1 to {MOST_BLOCKS}")
     if family.experts is not None:
         experts = getattr(config, family.experts.count, None)
+        if family.experts.is_optional and experts is None:
+            return
         if type(experts) is not int or experts > MOST_EXPERTS // blocks:
             most = MOST_EXPERTS // blocks
             raise FamilyError(f"{where}: config.json: {family.experts.count} is {experts!r}; expected 1 to {most}")
@@ -154,7 +161,7 @@ def _check_size(config: Any, family: Family, where: str) -> None:
 
 def _check_attention(config: Any, family: Family, where: str) -> None:
     """FamilyError if decoder blocks attend in ways that are not known, or that the family does not mix."""
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # that of images alone
         raise FamilyError(f"{where}: use_bidirectional_attention: not a causal language model")
     types = [kind if isinstance(kind, str) else repr(kind) for kind in getattr(config, "layer_types", None) or ()]
     for index, kind in enumerate(types):
