@@ -59,8 +59,8 @@ class ExpertNames:
     """Starts of names in a block in older checkpoints, and what they are in the model."""
 
     def sites(self, config: Any) -> tuple[Site, ...]:
-        """One site for gate and up of all experts, and one for down of each; the shared one is the last of them. None in
-        a model without experts, where that may be.
+        """One site for gate and up of all experts, and one for down of each; the shared one is the last of them. None
+        where a model may be without experts, and is.
 
         FamilyError if a token cannot be sent to as many experts as the config says.
         """
