@@ -18,6 +18,7 @@ from tests.unit.tuning.rotated_networks import loss_and_gradients, network_of, r
 
 from mxrot.layers import logits_of
 from mxrot.models import Family
+from mxrot.surgery import Rotations
 from mxrot.tuning.cayley import skew_direction
 
 IDS = torch.arange(40).view(2, 20)
@@ -30,10 +31,11 @@ each_rotatable = pytest.mark.parametrize(
 def test_nothing_rounded_is_the_original(family: Family, tmp_path: Path) -> None:
     source = exact_folder(tmp_path, family, tie_word_embeddings=True)
     rotations = random_rotations(source)
+    heads = rotations.value_heads if family.names_values else None
     with InFloat64(), torch.no_grad():
         network = network_of(source, IDS)
         with network.open():
-            states = network.states(IDS, rotations.residual, rotations.value_heads)
+            states = network.states(IDS, rotations.residual, heads)
         found = logits_of(network.model, states)
     assert off_by(found, logits(source, IDS)) < TOLERANCE
 
@@ -43,10 +45,16 @@ def test_nothing_rounded_has_no_gradient_along_the_rotations(family: Family, tmp
     source = exact_folder(tmp_path, family)
     rotations = random_rotations(source)
     with InFloat64():
+        if not family.names_values:  # of the residual stream alone
+            rotations, others = (Rotations(residual=random_rotations(source, seed=seed).residual) for seed in range(2))
+        else:
+            others = random_rotations(source, seed=1)
         loss, *gradients = loss_and_gradients(network_of(source, IDS), IDS, rotations)
-        other, *_ = loss_and_gradients(network_of(source, IDS), IDS, random_rotations(source, seed=1))
+        other, *_ = loss_and_gradients(network_of(source, IDS), IDS, others)
     assert loss == pytest.approx(other, rel=TOLERANCE)
-    for matrices, gradient in zip((rotations.residual, rotations.value_heads), gradients, strict=True):
+    assert len(gradients) == 1 + family.names_values
+    kinds = [rotations.residual, rotations.value_heads][: len(gradients)]
+    for matrices, gradient in zip(kinds, gradients, strict=True):
         assert matrices is not None and gradient.abs().max() > 1e-5
         along = skew_direction(matrices, gradient)
         assert along.abs().max() < 10 * TOLERANCE * gradient.abs().max()

@@ -258,4 +258,5 @@ def sequences_within(device_type: str, sequence_bytes: int, model_bytes: float) 
 
 def cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
     """Bytes of keys and values of one sequence of so many tokens."""
-    return sum(cached_numbers(config.get_text_config())) * tokens * itemsize
+    family = find_family(config, "the model that writes")
+    return sum(cached_numbers(config.get_text_config(), family)) * tokens * itemsize

@@ -38,7 +38,11 @@ class CacheSize:
         """Of a model by its config alone."""
         text = config.get_text_config()
         return CacheSize(
-            block_windows(config, family), *value_heads(text), position_count(config), cached_numbers(text), scheme
+            block_windows(config, family),
+            *value_heads(text),
+            position_count(config),
+            cached_numbers(text, family),
+            scheme,
         )
 
     @property

@@ -100,6 +100,9 @@ class Family:
     has those that are in all (`Site.only_in`), and those of its words."""
     attention_sites_of: Callable[[Any], tuple[Site, ...]] | None = None
     """Of a config, the sites of attention, where they follow from it: those that come before `sites`."""
+    cached_of: Callable[[Any], tuple[int, ...]] | None = None
+    """Of a config, the numbers that a cache in 16 bits holds of each token, of each decoder block, where they do not
+    follow from heads and their width (`cached_numbers`)."""
     heads_obstacle: str | None = None
     """Why keys and values are not kept in codes, and products of attention not taken of codes. None where a cache holds
     keys and values of one width, as attention reads them."""
@@ -265,9 +268,11 @@ def query_width(config: Any) -> int:
     return getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0) or _head_width(config)
 
 
-def cached_numbers(config: Any) -> tuple[int, ...]:
+def cached_numbers(config: Any, family: Family) -> tuple[int, ...]:
     """Numbers that a cache in 16 bits holds of each token, of each decoder block: keys and values, or, in latent
     attention, what these are computed from, and the key of an indexer, where the block has one."""
+    if family.cached_of is not None:
+        return family.cached_of(config)
     count = int(config.num_hidden_layers)
     latent = getattr(config, "kv_lora_rank", None)
     if latent is not None:

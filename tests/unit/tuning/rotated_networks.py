@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,13 @@ def network_with(
     return RotatedNetwork.of(model, source.family, windows, sites, len(windows), dtype)
 
 
-def loss_and_gradients(network: RotatedNetwork, windows: Tensor, rotations: Rotations) -> tuple[float, Tensor, Tensor]:
-    """The loss, and its gradients for both rotations."""
-    assert rotations.residual is not None and rotations.value_heads is not None
-    residual, heads = (m.clone().requires_grad_() for m in (rotations.residual, rotations.value_heads))
+def loss_and_gradients(network: RotatedNetwork, windows: Tensor, rotations: Rotations) -> tuple[Any, ...]:
+    """The loss, and its gradients for the rotations that there are: of the residual stream, and of value heads."""
+    assert rotations.residual is not None
+    both = (rotations.residual, rotations.value_heads)
+    residual, heads = (None if m is None else m.clone().requires_grad_() for m in both)
     with network.open():
         loss = network.loss(windows, residual, heads)
-    assert residual.grad is not None and heads.grad is not None
-    return loss, residual.grad, heads.grad
+    gradients = [m.grad for m in (residual, heads) if m is not None]
+    assert all(gradient is not None for gradient in gradients)
+    return loss, *gradients
