@@ -143,7 +143,8 @@ def _kept(layer: Any) -> list[Tensor]:
     if hasattr(layer, "recurrent_states"):
         states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
         return [state for state in states if state is not None]
-    return [] if layer.keys is None else [layer.keys, layer.values]  # MLPs that are blocks keep nothing
+    kinds = (layer.keys, layer.values, getattr(layer, "indexer_keys", None))
+    return [one for one in kinds if one is not None]  # MLPs that are blocks keep nothing
 
 
 def bytes_in(folder: Path) -> int:
