@@ -60,12 +60,10 @@ def has_place_for_scales(family: Family) -> bool:
 
 def refusal(family: Family, recipe_name: str) -> str | None:
     """What a recipe asks for that the family has no place for, as the refusal says it."""
-    if (recipe_name in CACHES or recipe_name == "quarot") and not family.names_values:
-        return f"changes values inside of their heads .* and family {family.name} names no linear that makes them"
     if recipe_name in CACHES and family.heads_obstacle is not None:
         return f"cache: in family {family.name} keys and values are not quantized: {re.escape(family.heads_obstacle)}"
     if recipe_name in ("quarot", *CACHES) and not family.names_values:
-        return f"family {family.name} names no linear that makes them, head after head"
+        return f"changes values inside of their heads .* and family {family.name} names no linear that makes them, head"
     if recipe_name == "quarot" and not family.is_rotatable:
         return f"no rotation of the residual stream of family {family.name} can be"
     if recipe_name == "duquant++" and not has_place_for_scales(family):
