@@ -86,7 +86,8 @@ def test_a_quantized_cache_beside_states_changes_no_logits(family: Family, kept:
         cache = model(IDS[:, :9], use_cache=True).past_key_values
     assert float((found - whole).abs().max() / whole.abs().max()) < 1e-10
     assert float((whole - plain).abs().max() / plain.abs().max()) > 1e-3
-    assert [isinstance(layer, PackedCacheLayer) for layer in cache.layers] == [family.attends(i) for i in numbers_of(family)]
+    attends = [family.attends(index) for index in numbers_of(family)]
+    assert [isinstance(layer, PackedCacheLayer) for layer in cache.layers] == attends
     assert isinstance(cache, PackedCache) and cache.nbytes > sum(x.nbytes for x in states_in(cache.layers)) > 0
 
 
