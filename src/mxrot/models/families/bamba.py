@@ -7,7 +7,6 @@ whose gain takes scales. The convolution between them and the numbers of the rec
 from dataclasses import replace
 from typing import Any
 
-from mxrot.errors import FamilyError
 from mxrot.models.families.llama import ATTENTION_SITES, LLAMA_SITES
 from mxrot.models.family import LAYER_TYPES, Family, Kept, Site
 
@@ -40,8 +39,6 @@ def mamba_kept(place: str) -> Kept:
 
 def kinds_by_layer_types(config: Any) -> tuple[str, ...]:
     """A block with attention, or one that keeps a state. FamilyError if the config says nothing of them."""
-    if not config.layer_types:
-        raise FamilyError("config.json: layer_types is missing, and says which decoder blocks have attention")
     return tuple(ATTENDING if kind == "full_attention" else RECURRENT for kind in config.layer_types)
 
 
