@@ -97,7 +97,7 @@ def test_a_model_without_experts_has_none() -> None:
 
 def test_a_config_that_does_not_say_which_blocks_attend_is_refused() -> None:
     config = Lfm2MoeConfig(architectures=["Lfm2MoeForCausalLM"])
-    with pytest.raises(FamilyError, match=r"^here: config\.json has no layer_types, which a model of family lfm2_moe has"):
+    with pytest.raises(FamilyError, match=r"^here: config\.json has no layer_types, which a model of family lfm2_moe"):
         find_family(config, "here")
 
 

@@ -38,7 +38,7 @@ def mamba_kept(place: str) -> Kept:
 
 
 def kinds_by_layer_types(config: Any) -> tuple[str, ...]:
-    """A block with attention, or one that keeps a state. FamilyError if the config says nothing of them."""
+    """A block with attention, or one that keeps a state."""
     return tuple(ATTENDING if kind == "full_attention" else RECURRENT for kind in config.layer_types)
 
 
