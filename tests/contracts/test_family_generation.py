@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.contracts.test_families import TINY_FAMILIES, each, spread_gains
+from tests.contracts.test_families import TINY_FAMILIES, each, numbers_of, spread_gains
 from tests.contracts.tiny_configs import auto_class, config_of
 from tests.float64 import InFloat64
 from tests.tiny_model import write_tokenizer
@@ -86,7 +86,8 @@ def test_a_quantized_cache_beside_states_changes_no_logits(family: Family, kept:
         cache = model(IDS[:, :9], use_cache=True).past_key_values
     assert float((found - whole).abs().max() / whole.abs().max()) < 1e-10
     assert float((whole - plain).abs().max() / plain.abs().max()) > 1e-3
-    assert [isinstance(layer, PackedCacheLayer) for layer in cache.layers] == [family.attends(i) for i in range(2)]
+    attends = [family.attends(index) for index in numbers_of(family)]
+    assert [isinstance(layer, PackedCacheLayer) for layer in cache.layers] == attends
     assert isinstance(cache, PackedCache) and cache.nbytes > sum(x.nbytes for x in states_in(cache.layers)) > 0
 
 
@@ -143,7 +144,8 @@ def _kept(layer: Any) -> list[Tensor]:
     if hasattr(layer, "recurrent_states"):
         states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
         return [state for state in states if state is not None]
-    return [] if layer.keys is None else [layer.keys, layer.values]  # MLPs that are blocks keep nothing
+    kinds = (layer.keys, layer.values, getattr(layer, "indexer_keys", None))
+    return [one for one in kinds if one is not None]  # MLPs that are blocks keep nothing
 
 
 def bytes_in(folder: Path) -> int:

@@ -20,8 +20,6 @@ from mxrot.recipe import load_recipe
 from mxrot.surgery import PermutedFfn, PermutedHeads, Rotated, RotatedHeads, Untied, permutable_linears
 
 IDS = torch.arange(40)[None]
-
-
 NAMING = {name: family for name, family in TINY_FAMILIES.items() if family.names_values}
 each_naming_values = pytest.mark.parametrize("family", NAMING.values(), ids=NAMING)
 TURNED = {name: family for name, family in TINY_FAMILIES.items() if family.is_rotatable or family.names_values}
@@ -90,6 +88,9 @@ def test_the_rotations_of_a_recipe_change_nothing(family: Family, kind: str, tmp
         recipe = recipe.changed({"rotation.value_heads": kind})
     if family.is_rotatable:
         recipe = recipe.changed({"rotation.residual": kind})
+    if not family.names_values:
+        with pytest.raises(ConfigError, match=f"and family {family.name} names no linear that makes them, head after"):
+            quantize(source, recipe.changed({"rotation.value_heads": kind}))
     drawn = drawn_rotations(source.config, recipe, 0, "cpu")
     rotated = rotated_source(source, drawn)
     assert off_by(logits(rotated, IDS), logits(source, IDS)) < TOLERANCE

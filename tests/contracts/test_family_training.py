@@ -31,6 +31,7 @@ each_rotatable = pytest.mark.parametrize(
 def test_nothing_rounded_is_the_original(family: Family, tmp_path: Path) -> None:
     source = exact_folder(tmp_path, family, tie_word_embeddings=may_tie(family))
     rotations = random_rotations(source)
+    heads = rotations.value_heads if family.names_values else None
     with InFloat64(), torch.no_grad():
         network = network_of(source, IDS)
         heads = rotations.value_heads if family.names_values else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import transformers
 
 from mxrot.models import Family
+from mxrot.models.family import LAYER_TYPES
 
 SIZES = {
     "hidden_size": 64,
@@ -50,6 +52,10 @@ LATENT = {
     "v_head_dim": 16,
 }
 """Of multi-head latent attention: keys are wider than values."""
+INDEXER = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 8, "indexer_types": ["full", "shared"]}
+"""Of attention to tokens that are chosen: fewer than there are, and for a block without an indexer, too."""
+WIDER_WHERE_FULL = {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+"""Of blocks that attend to everything beside others with narrower heads."""
 DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -93,6 +99,10 @@ VISION = {
     "out_hidden_size": SIZES["hidden_size"],
     "deepstack_visual_indexes": [0],
     "fullatt_block_indexes": [1],
+    "num_key_value_heads": 2,
+    "pooling_kernel_size": 2,
+    "standardize": True,
+    "position_embedding_size": 16,
 }
 """Of a vision tower that sees images of 4 by 4 patches."""
 BESIDE = {
@@ -122,7 +132,9 @@ def settings_of(family: Family) -> dict[str, Any]:
         | {key: value for key, value in THAT_COUNT.items() if getattr(default, key, None) is not None}
     )
     if family.experts is not None:
-        found |= {family.experts.count: 4} | EXPERTS | FIRST_IS_DENSE
+        found |= {family.experts.count: 4, family.experts.each: 2} | EXPERTS | FIRST_IS_DENSE
+        if family.experts.may_lack:
+            found["enable_moe_block"] = True
         if hasattr(default, "moe_intermediate_size"):
             found["intermediate_size"] = 160  # of blocks without experts
     for key, token in (("pad_token_id", 0), ("bos_token_id", 2)):
@@ -135,19 +147,29 @@ def settings_of(family: Family) -> dict[str, Any]:
             found["rope_parameters"] |= {"partial_rotary_factor": 0.5}  # so that each axis turns some
     if "original_max_position_embeddings" in rope:
         found["rope_parameters"] = rope | {"original_max_position_embeddings": 16}
+    if getattr(default, "is_heterogeneous", False):
+        found |= WIDER_WHERE_FULL
     if hasattr(default, "kv_lora_rank"):
-        found |= LATENT
-    found = {key: value for key, value in found.items() if hasattr(default, key)}
+        found |= LATENT | INDEXER
+    found = {key: value for key, value in found.items() if _has(default, key)}
     found |= dict(family.holds_for)
     kinds = getattr(kind(**found), "layer_types", None) or ()
-    wanted = [*family.layer_types, "full_attention"]
-    if family.layer_types:
+    wanted = [kind for kind in family.layer_types if kind not in LAYER_TYPES]
+    if wanted and "full_attention" in family.layer_types:
+        wanted.append("full_attention")
         found |= {} if list(kinds) == wanted else {"layer_types": wanted}
-    elif "linear_attention" in kinds:
+    elif not wanted and "linear_attention" in kinds:
         found["layer_types"] = ["full_attention"] * 2
     if "sliding_attention" in kinds:
         found |= {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
     return {"model_type": kind.model_type, **found, **CHANGED.get(family.name, {})}
+
+
+def _has(config: Any, key: str) -> bool:
+    """Does a config know a key, for the model or for some of its blocks?"""
+    with suppress(RuntimeError):  # of values that blocks say for themselves
+        return hasattr(config, key) or (key in WIDER_WHERE_FULL and getattr(config, "is_heterogeneous", False))
+    return True
 
 
 def config_of(family: Family, **changes: Any) -> Any:
@@ -162,7 +184,7 @@ def config_of(family: Family, **changes: Any) -> Any:
     if family.beside is not None:
         whole = getattr(transformers, family.architectures[0]).config_class
         default: Any = whole()
-        vision = default.vision_config
+        vision = default.vision_config or default.sub_configs_defaults["vision_config"].config_class()
         beside = {key: value for key, value in BESIDE.items() if hasattr(default, key)}
         settings = {
             **{key: changes[key] for key in OF_BOTH if key in changes},

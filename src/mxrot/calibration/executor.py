@@ -16,6 +16,7 @@ from mxrot.calibration.placement import Placement, may_remember
 from mxrot.calibration.statistics import LargestMagnitude
 from mxrot.calibration.world import ONE, World
 from mxrot.errors import NumericsError
+from mxrot.models.family import PassedOn
 
 HELD = "held"
 """How the names of groups of batches begin that nothing is fitted to."""
@@ -39,6 +40,8 @@ class Executor:
 
     _hidden: list[Tensor]
     """By batch, as `placement` keeps them."""
+    _passed: dict[int, Any]
+    """By batch, what the block before gave beside them, where blocks take that."""
     _position: int
     """Of the block among those of the model."""
     _block: nn.Module | None
@@ -58,25 +61,29 @@ class Executor:
         world: World = ONE,
         dtype: torch.dtype | None = None,
         groups: Mapping[str, range] | None = None,
+        passes_on: PassedOn | None = None,
     ) -> None:
         """Before the first block. `hidden` are batches [windows, tokens, hidden_size], as `placement` keeps them, of
         this process of `world`; `arguments` what each decoder block is called with besides, as of `block_arguments`.
         `dtype` is that of the hidden states where there may be none. `groups` are batches by what they hold: those
-        whose names begin with "held" are for no statistic that something is fitted to."""
+        whose names begin with "held" are for no statistic that something is fitted to. `passes_on` is as that of a
+        family."""
         self.arguments, self.placement, self.world = arguments, placement, world
         self.groups = {} if groups is None else dict(groups)
         self.dtype = hidden[0].dtype if dtype is None else dtype
-        self._hidden, self._position = hidden, 0
+        self.passes_on = passes_on
+        self._hidden, self._passed, self._position = hidden, {}, 0
         self.end()
 
     def another(self) -> Executor:
         """The same for a block of another model, before anything has run."""
-        found = Executor(list(self._hidden), self.arguments, self.placement, self.world, self.dtype, self.groups)
-        found._position = self._position
+        options = self.world, self.dtype, self.groups, self.passes_on
+        found = Executor(list(self._hidden), self.arguments, self.placement, *options)
+        found._passed, found._position = dict(self._passed), self._position
         return found
 
     def by_itself(self, hidden: list[Tensor]) -> Executor:
-        """One that runs the same block on other batches, where the block computes, in no world; nothing is kept yet."""
+        """One that runs the same module on other batches, where that computes, in no world; nothing is kept yet."""
         found = Executor(hidden, self.arguments, Placement(self.placement.device), dtype=self.dtype)
         found._position = self._position
         found.begin(self.block)
@@ -117,9 +124,12 @@ class Executor:
         NumericsError with `name` if one is NaN or Inf, in whatever process.
         """
         largest = LargestMagnitude()
-        for index, output in enumerate(self.outputs()):
+        for index, given in enumerate(self._given(self.batches)):
+            output = _first(given)
             largest.update(output)
             self._hidden[index] = self.placement.put(output)
+            if self.passes_on is not None:
+                self._passed[index] = self.placement.put(given[1])
             self._known.forget_batch(index)
         self.end()
         self._position += 1
@@ -135,16 +145,23 @@ class Executor:
 
     # Passes.
 
-    @torch.no_grad()
     def outputs(self, batches: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Outputs of the block for these batches (all by default); none where a hook stopped the pass."""
-        for index in self.batches if batches is None else batches:
+        return map(_first, self._given(self.batches if batches is None else batches))
+
+    @torch.no_grad()
+    def _given(self, batches: Sequence[int]) -> Iterator[Any]:
+        """What the block gives, as it gives it."""
+        for index in batches:
+            passed = {}
+            if self.passes_on is not None:
+                passed[self.passes_on.keyword] = self.placement.get(self._passed.get(index))
             try:
                 with self._known.answering(self.block, index):
-                    output = self.block(self.placement.get(self._hidden[index]), **self.keywords)
+                    given = self.block(self.placement.get(self._hidden[index]), **self.keywords | passed)
             except StopForwardError:
                 continue
-            yield output[0] if isinstance(output, tuple) else output
+            yield given
 
     def observe(self, watchers: Sequence[tuple[str, See]], batches: Sequence[int] | None = None) -> None:
         """Show each watcher the inputs of its module, in one pass that ends at the last one listed."""
@@ -267,6 +284,11 @@ class Executor:
     @property
     def _own_tokens(self) -> int:
         return sum(self._hidden[index].shape[0] * self._hidden[index].shape[1] for index in self.fitted)
+
+
+def _first(given: Any) -> Any:
+    """The hidden states, of what a block gives."""
+    return given[0] if isinstance(given, tuple) else given
 
 
 def _child(name: str) -> str:

@@ -45,9 +45,13 @@ def first_executor(
     for batch in batches:
         hidden = first_hidden(model, family, batch)
         if not kept:
-            placement = Placement.of_states(device, tokens * hidden.shape[-1] * hidden.element_size(), world.peers.size)
+            of_token = hidden.shape[-1] * hidden.element_size()
+            if family.passes_on is not None:
+                of_token += family.passes_on.token_bytes(model.config.get_text_config(), windows.shape[1])
+            placement = Placement.of_states(device, tokens * of_token, world.peers.size)
         kept.append(placement.put(hidden))
-    return Executor(kept, arguments, placement, world, groups=None if groups is None else ranges)
+    parts = None if groups is None else ranges
+    return Executor(kept, arguments, placement, world, groups=parts, passes_on=family.passes_on)
 
 
 @torch.no_grad()
@@ -76,7 +80,8 @@ def block_arguments(model: PreTrainedModel, family: Family, window: Tensor) -> l
     """
     found: list[dict[str, Any]] = []
 
-    def passes_on(hidden_states: Tensor, **keywords: Any) -> Any:
+    def passes_on(hidden_states: Tensor, *others: None, **keywords: Any) -> Any:
+        assert not any(one is not None for one in others)  # inputs of single blocks, which no family here has
         found.append(keywords)
         return family.as_given(hidden_states)
 

@@ -26,7 +26,7 @@ from mxrot.calibration.speaking import Speakers
 from mxrot.cuda_graphs import Replays
 from mxrot.layers import FixedCache, SpreadCache, shared_heads, step_mask
 from mxrot.layers.cache_size import CacheSize
-from mxrot.models import Family, cached_numbers, find_family, named_family, start_token, token_id
+from mxrot.models import Family, find_family, start_token, token_id
 from mxrot.progress import Progress, part_of, silent
 
 SEQUENCE_TOKENS = 256
@@ -259,7 +259,5 @@ def sequences_within(device_type: str, sequence_bytes: int, model_bytes: float) 
 
 def cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
     """Bytes of keys, values and states of one sequence of so many tokens."""
-    family, text = named_family(config), config.get_text_config()
-    if family is None or not family.attention_in:
-        return int(text.num_hidden_layers * cached_numbers(text) * tokens * itemsize)
-    return CacheSize.of(config, family.of_model(text), None).bytes_without_windows(tokens, itemsize)
+    family = find_family(config, "the model that writes")
+    return CacheSize.of(config, family, None).bytes_without_windows(tokens, itemsize)

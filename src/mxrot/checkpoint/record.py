@@ -21,6 +21,7 @@ _PLAIN: dict[str, Any] = {
     "choice": [_TRIAL],
     "left_out_of_recipe": [str],
     "head": _LINEAR,
+    "passed_over": str,
     "family": {"name": str, "sites": [{"name": str, "linears": [str]}]},
 }
 _SIZE = ("code_bytes", "scale_bytes", "transform_bytes", "other_bytes", "quantized_weights", "total_bytes")

@@ -229,6 +229,7 @@ def _write_around(
         "model": base_name,
         "revision": commit_of(source.folder),
         "changes": list(source.changes),
+        **({"passed_over": source.passed_over} if source.passed_over else {}),
         "fingerprint": fingerprint,
         "data": data,
         "size": size,

@@ -119,6 +119,7 @@ def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
         family_line,
         head_line,
         left_line,
+        passed_line,
         rank_line,
         recipe_line,
         rotation_line,
@@ -130,7 +131,7 @@ def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
     say(f"{output}: {len(run['blocks'])} blocks with {recipe} in {run['seconds']:.1f} s")
     say(size_line(run["size"]))
     lines = (
-        *(family_line, head_line, left_line, recipe_line, rank_line, rotation_line),
+        *(family_line, head_line, passed_line, left_line, recipe_line, rank_line, rotation_line),
         *(choice_line, sites_choice_line, tuning_line, experts_line),
     )
     for line in filter(None, (line_of(run) for line_of in lines)):

@@ -21,6 +21,8 @@ from mxrot.models import Family
 
 NAME = "mxrot_shared_heads"
 UNMASKED = "mxrot_unmasked"
+INDEXED = "indexed_attention"
+"""What a config calls attention to chosen tokens."""
 OPERANDS = "quantized_operands"
 """The attribute of a module whose products have quantized operands (`layers.quantized_attention`)."""
 _KNOWN_ARGUMENTS = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "logits_to_keep"})
@@ -84,14 +86,18 @@ AttentionInterface.register(UNMASKED, unmasked_attention)
 
 @contextmanager
 def shared_heads(*models: PreTrainedModel) -> Iterator[None]:
-    """While open, these models compute attention this way, if they would by PyTorch's own function."""
+    """While open, these models compute attention this way, if they would by PyTorch's own function.
+
+    Not where an indexer chooses tokens: those classes put its choice into the mask for that function alone.
+    """
     with _attention(NAME, models):
         yield
 
 
 @contextmanager
 def unmasked(*models: PreTrainedModel) -> Iterator[None]:
-    """While open, every token that these models are given sees all keys, if they use PyTorch's own function."""
+    """While open, every token that these models are given sees all keys, if they use PyTorch's own function, and no
+    indexer chooses."""
     with _attention(UNMASKED, models):
         yield
 
@@ -102,12 +108,17 @@ def _attention(function: str, models: Sequence[PreTrainedModel]) -> Iterator[Non
     before = [config._attn_implementation for config in configs]
     try:
         for config, name in zip(configs, before, strict=True):
-            if name == "sdpa":
+            if name == "sdpa" and not has_indexer(config):
                 config._attn_implementation = function
         yield
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
+
+
+def has_indexer(config: Any) -> bool:
+    """Does attention, by the config of a text model, read tokens that an indexer chooses?"""
+    return INDEXED in (getattr(config, "layer_types", None) or ())
 
 
 def score_heads(model: PreTrainedModel) -> int:

@@ -29,7 +29,7 @@ class CacheSize:
     """Of a head."""
     positions: int | None
     """Tokens that the model was made for; None where its config does not say."""
-    numbers: int
+    numbers: tuple[int, ...]
     """Of each token in each decoder block, in a cache that is not quantized."""
     scheme: CacheScheme | None = None
     """None for 16 bits."""
@@ -42,7 +42,7 @@ class CacheSize:
         text = config.get_text_config()
         windows, positions = block_windows(config, family), position_count(config)
         states = (0, 0) if family.states_of is None else family.states_of(text)
-        return CacheSize(windows, *value_heads(text), positions, cached_numbers(text), scheme, states)
+        return CacheSize(windows, *value_heads(text), positions, cached_numbers(text, family), scheme, states)
 
     @property
     def bits_per_element(self) -> float:
@@ -53,7 +53,8 @@ class CacheSize:
         """Of so many tokens: codes and what stands beside them, and in 16 bits the first ones and those that the next
         query still reads so, and states. Room that is held ready for tokens to come is not in it."""
         rows = [tokens if window is None else min(tokens, window) for window in self.windows]
-        return sum(self._bytes_of_block(count) for count in rows) + self.state_bytes(_PLAIN_BYTES)
+        counts = zip(rows, self.numbers, strict=True)
+        return sum(self._bytes_of_block(count, numbers) for count, numbers in counts) + self.state_bytes(_PLAIN_BYTES)
 
     def state_bytes(self, itemsize: int) -> int:
         """Of what does not grow with the sequence, in a model that computes in a type of so many bytes."""
@@ -62,11 +63,11 @@ class CacheSize:
 
     def bytes_without_windows(self, tokens: int, itemsize: int) -> int:
         """Of a cache that is not quantized and keeps so many tokens in each block that attends."""
-        attending = sum(window != 0 for window in self.windows)
-        return attending * self.numbers * tokens * itemsize + self.state_bytes(itemsize)
+        of_token = sum(one for one, window in zip(self.numbers, self.windows, strict=True) if window != 0)
+        return of_token * tokens * itemsize + self.state_bytes(itemsize)
 
-    def _bytes_of_block(self, tokens: int) -> int:
-        plain = self.numbers * _PLAIN_BYTES
+    def _bytes_of_block(self, tokens: int, numbers: int) -> int:
+        plain = numbers * _PLAIN_BYTES
         if self.scheme is None:
             return tokens * plain
         kept = (self.scheme.keys, self.scheme.values)

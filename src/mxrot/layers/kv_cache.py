@@ -36,6 +36,7 @@ class FixedCache(Cache):
         self.position: Tensor | None = None
         """int64 [1], where the next token goes."""
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._of_indexers: dict[int, Tensor] = {}
 
     @property
     def is_filled(self) -> bool:
@@ -49,10 +50,9 @@ class FixedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values of all positions, and of states."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self.kept) + sum(
-            one.nbytes for one in states_in(self.layers)
-        )
+        """Of keys and values of all positions, of keys of indexers, and of states."""
+        others = (*self._of_indexers.values(), *states_in(self.layers))
+        return sum(keys.nbytes + values.nbytes for keys, values in self.kept) + sum(one.nbytes for one in others)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Keep the keys and values [S, heads, 1, width] of a layer; all visible ones, [S, heads, visible, width]."""
@@ -63,6 +63,16 @@ class FixedCache(Cache):
         keys.index_copy_(2, self.position, key_states)
         values.index_copy_(2, self.position, value_states)
         return keys[:, :, : self.visible], values[:, :, : self.visible]
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Keep the keys [S, 1, width] of the indexer of a layer; all visible ones, [S, visible, width]."""
+        assert self.position is not None
+        if layer_idx not in self._of_indexers:
+            count, _, width = indexer_key_states.shape
+            self._of_indexers[layer_idx] = indexer_key_states.new_zeros(count, self.positions, width)
+        keys = self._of_indexers[layer_idx]
+        keys.index_copy_(1, self.position.to(keys.device), indexer_key_states)
+        return keys[:, : self.visible]
 
     def _empty(self, like: Tensor) -> Tensor:
         return like.new_zeros(*like.shape[:2], self.positions, like.shape[-1])

@@ -19,6 +19,8 @@ class Beside:
     """What its config calls text models that the record of the family describes (`model_type` of `text_config`)."""
     renamed: tuple[tuple[str, str], ...] = ()
     """How the names of stored tensors begin, and what they begin with in the model; the first that fits holds."""
+    lacks: tuple[str, ...] = ()
+    """Keys of the config of other parts, with which a model is refused."""
     turned: tuple[tuple[str, int], ...] = ()
     """Ends of names of tensors whose last two dimensions some files have in the other order, and which dimension is the
     hidden size in the model."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mxrot.errors import FamilyError, NumericsError
 from mxrot.formats.given_codes import from_mxfp4, from_tiles
+from mxrot.models.ahead import Ahead
 from mxrot.models.beside import Beside
 from mxrot.models.weights import WeightFiles, all_finite
 
@@ -125,10 +126,8 @@ class CodedFiles(WeightFiles):
     FamilyError for codes without scales, or of another type or shape than these have.
     """
 
-    def __init__(
-        self, folder: Path, how: Codes, beside: Beside | None = None, passed_over: tuple[str, ...] = ()
-    ) -> None:
-        super().__init__(folder, beside, passed_over)
+    def __init__(self, folder: Path, how: Codes, beside: Beside | None = None, ahead: Ahead | None = None) -> None:
+        super().__init__(folder, beside, ahead)
         self._how = how
         self._coded: dict[str, tuple[str, str]] = {}
         for scales in [name for name in self._file_of if name.endswith(how.scales)]:

@@ -44,7 +44,7 @@ class ExpertNames:
     shared_linears: tuple[str, ...] = ()
     """What that one calls its linears, where not as the others do; gate and up may be one."""
     may_lack: bool = False
-    """May a model have no block with them, and no other MLPs either?"""
+    """May a model have no block with them, where no kind of its blocks says that they have plain MLPs?"""
     norm: str = "post_attention_layernorm"
     """Whose output they and the routers read."""
     narrow: tuple[str, str] | None = None
@@ -60,6 +60,10 @@ class ExpertNames:
     """Are transformers' two tensors [E, H, 2I] and [E, I, H]?"""
     is_interleaved: bool = False
     """Are the rows of gate and up there one of gate and one of up, in turns? Else those of gate come first."""
+    each: str = "num_experts_per_tok"
+    """What the config calls the number of experts that a token goes to."""
+    prefix: str = ""
+    """How the names of their sites begin, where a block has a plain MLP beside them."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Starts of names in a block in older checkpoints, and what they are in the model."""
 
@@ -69,15 +73,16 @@ class ExpertNames:
 
         FamilyError if a token cannot be sent to as many experts as the config says.
         """
-        count, each = getattr(config, self.count), config.num_experts_per_tok
+        count, each = getattr(config, self.count), getattr(config, self.each)
         if not 1 <= each <= count:
             raise FamilyError(f"config.json: expected 1 to {count} experts a token (of {self.count}), got {each}")
         experts = [f"{self.place}.{number}" for number in range(count)]
         shared = () if self.shared is None or not self._count_of_shared(config) else (self.shared,)
         of_shared = self.shared_linears or self.linears
         shared_downs = tuple(self._down("shared_down", expert, linears=of_shared) for expert in shared)
-        downs = tuple(self._down(f"down_{number}", expert, kind="down") for number, expert in enumerate(experts))
-        name = "up" if len(self.before) == 1 else "gate_up"
+        kind = f"{self.prefix}down"
+        downs = tuple(self._down(f"{kind}_{number}", expert, kind=kind) for number, expert in enumerate(experts))
+        name = self.prefix + ("up" if len(self.before) == 1 else "gate_up")
         if self.narrow is not None and getattr(config, self.narrow_width) is not None:
             first, last = self.narrow
             return (
@@ -136,7 +141,7 @@ class ExpertNames:
         """Of the tokens, that a linear of an expert gets, by its name in a block."""
         if not linear.startswith(f"{self.place}."):
             return 1.0
-        return float(config.num_experts_per_tok / getattr(config, self.count))
+        return float(getattr(config, self.each) / getattr(config, self.count))
 
     def apart(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block with one for each linear, whichever way they are stored."""

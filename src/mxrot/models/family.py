@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -23,6 +23,8 @@ from mxrot.models.site import Kept as Kept
 from mxrot.models.site import Site as Site
 
 Windows = Literal["none", "all", "by kind"]
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Kinds of decoder blocks that are known in all families."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,21 @@ class LogitKeys:
     """Divides (Granite)."""
     bound: str | None = "final_logit_softcapping"
     """c in c tanh(x / c), after the others (Gemma 2)."""
+
+
+@dataclass(frozen=True)
+class PassedOn:
+    """What blocks give beside hidden states, and the block behind them takes: for each token the places of others,
+    int32."""
+
+    keyword: str
+    """What a block calls it."""
+    count: str
+    """What the config calls how many places there are, in a window that has as many tokens."""
+
+    def token_bytes(self, config: Any, length: int) -> int:
+        """Of a token in a window of so many."""
+        return 4 * min(int(getattr(config, self.count)), length)
 
 
 CARRIED_OBSTACLE = "images come into it from parts of the model that are kept as they are"
@@ -60,7 +77,7 @@ class Family:
     attention: str = "self_attn"
     """The module of a block, by its name there, that calls transformers' attention function."""
     gives_more: bool = False
-    """Does a decoder block give its output as the first of two?"""
+    """Does a decoder block give its output as the first of two, though the next one takes nothing beside it?"""
     attention_in: str = ""
     """The kind of blocks that have it, or one word of it; empty for all."""
     rotary: str | None = "model.rotary_emb"
@@ -93,13 +110,14 @@ class Family:
     in all (`Site.only_in`), and those of its kind. A kind may be several words, "recurrent sparse"."""
     kept: tuple[Kept, ...] = ()
     """What no recipe quantizes, and why."""
-    layer_types: tuple[str, ...] = ()
-    """Values of `layer_types` that blocks of this family may have, beside those of attention."""
     states_of: Callable[[Any], tuple[int, int]] | None = None
     """Of a config, numbers that a cache holds of a sequence beside keys and values, however long it is, in all blocks
     together: in the type that the model computes in, and in float32."""
     attention_sites_of: Callable[[Any], tuple[Site, ...]] | None = None
     """Of a config, the sites of attention, where they follow from it: those that come before `sites`."""
+    cached_of: Callable[[Any], tuple[int, ...]] | None = None
+    """Of a config, the numbers that a cache in 16 bits holds of each token, of each decoder block, where they do not
+    follow from heads and their width (`cached_numbers`)."""
     heads_obstacle: str | None = None
     """Why keys and values are not kept in codes, and products of attention not taken of codes. None where a cache holds
     keys and values of one width, as attention reads them."""
@@ -107,11 +125,13 @@ class Family:
     """Keys of the config, and the values that this record describes: a model with others is refused."""
     in_float32: tuple[str, ...] = ()
     """Tensors of a block that a model holds in float32, whatever it computes in, by their names in it."""
-    passed_over: tuple[str, ...] = ()
-    """How the names of tensors begin that files may hold beside the model, and that transformers passes over: those
-    that predict tokens further ahead."""
     beside: Beside | None = None
     """Of a model of more than text, what it has beside its text model, which the rest of the record describes."""
+    layer_types: tuple[str, ...] = LAYER_TYPES
+    """Values of `layer_types` that blocks of this family may have; a config must have it where there are others than
+    those of all families."""
+    passes_on: PassedOn | None = None
+    """The second of what each block gives, where the next one takes that."""
     kinds: tuple[str, ...] = ()
     """Of a model, what `kinds_of` says of its config."""
 
@@ -193,7 +213,7 @@ class Family:
 
     def as_given(self, hidden: Tensor) -> Any:
         """What a decoder block gives whose output is `hidden`."""
-        return (hidden, None) if self.gives_more else hidden
+        return (hidden, None) if self.gives_more or self.passes_on is not None else hidden
 
     def kept_of(self, index: int) -> tuple[Kept, ...]:
         """What is kept of block `index`."""
@@ -282,26 +302,38 @@ def is_ignored(name: str, ignore: tuple[str, ...]) -> bool:
 
 
 def value_heads(config: Any) -> tuple[int, int]:
-    """Number of value heads of a text model and their width."""
-    config = config.get_text_config()
+    """Number of value heads of a text model and their width; of the blocks with the widest, where these differ."""
+    config = max(_each_block(config.get_text_config()), key=_head_width)
     heads = config.num_attention_heads
     width = getattr(config, "v_head_dim", None) or _head_width(config)
     return getattr(config, "num_key_value_heads", None) or heads, width
 
 
 def query_width(config: Any) -> int:
-    """Of a head of queries, and of one of keys; values may be of another."""
+    """Of a head of queries, and of one of keys; values may be of another. The widest, where blocks differ."""
+    config = max(_each_block(config), key=_head_width)
     return getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0) or _head_width(config)
 
 
-def cached_numbers(config: Any) -> int:
-    """Numbers that a cache in 16 bits holds of each token in each decoder block: keys and values, or, in latent
-    attention, what these are computed from."""
+def cached_numbers(config: Any, family: Family) -> tuple[int, ...]:
+    """Numbers that a cache in 16 bits holds of each token, of each decoder block: keys and values, or, in latent
+    attention, what these are computed from, and the key of an indexer, where the block has one."""
+    if family.cached_of is not None:
+        return family.cached_of(config)
+    count = int(config.num_hidden_layers)
     latent = getattr(config, "kv_lora_rank", None)
     if latent is not None:
-        return int(latent + config.qk_rope_head_dim)
-    heads, width = value_heads(config)
-    return 2 * heads * width
+        own, of_indexer = int(latent + config.qk_rope_head_dim), int(getattr(config, "index_head_dim", 0))
+        kinds = getattr(config, "indexer_types", None) or ("full",) * count
+        return tuple(own + of_indexer * (kind == "full") for kind in kinds)
+    blocks = _each_block(config)
+    found = tuple(2 * heads * width for heads, width in (value_heads(block) for block in blocks))
+    return found if len(found) == count else found * count
+
+
+def _each_block(config: Any) -> Sequence[Any]:
+    """The config of a text model, or that of each decoder block, where some say for themselves how wide heads are."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
 
 def _head_width(config: Any) -> int:

@@ -14,17 +14,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mxrot.documents import read_json
 from mxrot.errors import FamilyError
 from mxrot.models.families import FAMILIES
-from mxrot.models.family import Family
+from mxrot.models.family import LAYER_TYPES, Family
 from mxrot.models.family_table import DERIVED, derived_table, family_of_table, family_table
 from mxrot.models.folder import no_config
 from mxrot.models.given import family_given
+from mxrot.models.tensors import quantized_by
 from mxrot.nearest import brief, listed
 
 MOST_BLOCKS = 1000
 MOST_EXPERTS = 100_000
 """In all blocks together; the largest models have 20,000."""
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-"""Kinds of decoder blocks that are known in all families."""
 
 
 def read_config(place: Path) -> Any:
@@ -81,8 +80,8 @@ def find_family(config: Any, where: str) -> Family:
     if getattr(config, "text_config", None) is not None and (family is None or family.beside is None):
         seeing = [name for one in FAMILIES.values() if one.beside is not None for name in one.architectures]
         raise FamilyError(
-            f"{where}: architecture {named}: a model of more than text of no known family; known of such models: "
-            f"{', '.join(sorted(seeing))}"
+            f"{where}: {_quantized(config)}architecture {named}: a model of more than text of no known family; known "
+            f"of such models: {', '.join(sorted(seeing))}"
         )
     if family is not None:
         text = config.get_text_config()
@@ -97,7 +96,15 @@ def find_family(config: Any, where: str) -> Family:
     if not set(architectures) & causal:
         raise FamilyError(f"{where}: architectures {named}: not a causal language model")
     known = listed(architectures[0], (name for family in FAMILIES.values() for name in family.architectures))
-    raise FamilyError(f"{where}: architecture {named} is of no known family; known architectures: {known}")
+    raise FamilyError(
+        f"{where}: {_quantized(config)}architecture {named} is of no known family; known architectures: {known}"
+    )
+
+
+def _quantized(config: Any) -> str:
+    """What is said first of a model of no known family that is quantized, too."""
+    key = quantized_by(config)
+    return "" if key is None else f"is quantized already ({key} in config.json); and its "
 
 
 def _derived_family(config: Any, architectures: tuple[Any, ...], where: str) -> Family | None:
@@ -124,6 +131,11 @@ def _check_beside(config: Any, family: Family, where: str) -> None:
             f"{where}: config.json: text_config: model_type is {brief(kind)}, and family {family.name} is known with "
             f"{' and '.join(family.beside.text_types)} only; such a model is not supported"
         )
+    for key in family.beside.lacks:
+        if getattr(config, key, None) is not None:
+            raise FamilyError(
+                f"{where}: config.json: family {family.name} is known without {key} only; such a model is not supported"
+            )
     vision = getattr(config, "vision_config", None)
     for key in ("num_hidden_layers", "depth"):
         count = getattr(vision, key, 1)
@@ -140,6 +152,8 @@ def _check_size(config: Any, family: Family, where: str) -> None:
         raise FamilyError(f"{where}: config.json: num_hidden_layers is {blocks!r}; expected 1 to {MOST_BLOCKS}")
     if family.experts is not None:
         experts = getattr(config, family.experts.count, None)
+        if family.experts.may_lack and experts is None:
+            return
         if type(experts) is not int or experts > MOST_EXPERTS // blocks:
             most = MOST_EXPERTS // blocks
             raise FamilyError(f"{where}: config.json: {family.experts.count} is {experts!r}; expected 1 to {most}")
@@ -147,18 +161,17 @@ def _check_size(config: Any, family: Family, where: str) -> None:
 
 def _check_attention(config: Any, family: Family, where: str) -> None:
     """FamilyError if decoder blocks attend in ways that are not known, or that the family does not mix."""
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # that of images alone
         raise FamilyError(f"{where}: use_bidirectional_attention: not a causal language model")
     types = [kind if isinstance(kind, str) else repr(kind) for kind in getattr(config, "layer_types", None) or ()]
-    known = LAYER_TYPES.union(family.layer_types)
     for index, kind in enumerate(types):
-        if kind not in known:
+        if kind not in family.layer_types:
             raise FamilyError(
                 f"{where}: config.json: layer_types: decoder block {index} is of type {brief(kind)}, which "
-                f"{'mxrot' if known == LAYER_TYPES else f'family {family.name}'} does not know; it knows "
-                f"{' and '.join(sorted(known))}"
+                f"{'mxrot' if family.layer_types == LAYER_TYPES else f'family {family.name}'} does not know; it knows "
+                f"{' and '.join(sorted(family.layer_types))}"
             )
-    if family.layer_types and not types:
+    if not types and not set(family.layer_types) <= set(LAYER_TYPES):
         raise FamilyError(f"{where}: config.json has no layer_types, which a model of family {family.name} has")
     first = {kind: types.index(kind) for kind in types if kind in LAYER_TYPES}
     if len(first) > 1 and family.windows != "by kind":

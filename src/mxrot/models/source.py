@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxrot.errors import FamilyError
+from mxrot.models.ahead import Ahead
 from mxrot.models.codes import CodedFiles, codes_of
 from mxrot.models.family import Family, shapes_apart
 from mxrot.models.skeleton import find_family, read_config
@@ -36,6 +37,8 @@ class Source(ABC):
     family: Family
     changes: tuple[str, ...] = ()
     """What was done to the tensors of the folder, in this order; two changes that differ are called differently."""
+    passed_over: str = ""
+    """A line on tensors of the folder that are no part of the model; empty where there are none."""
     config_changes: Mapping[str, Any] = {}
     """What config.json must say in place of what it says in the folder."""
 
@@ -85,10 +88,10 @@ class FolderSource(Source):
         self.config = read_config(folder)
         self.family = find_family(self.config, self.name)
         how = codes_of(self.config)
-        names = self.family.beside, self.family.passed_over
-        self.files = WeightFiles(folder, *names) if how is None else CodedFiles(folder, how, *names)
-        begun = [start for start in names[1] if any(name.startswith(start) for name in self.files.passed_over)]
-        self.changes = (*(() if how is None else (how.said,)), *(f"{start}* left out" for start in begun))
+        beside, ahead = self.family.beside, Ahead.of(self.family, self.config)
+        self.files = WeightFiles(folder, beside, ahead) if how is None else CodedFiles(folder, how, beside, ahead)
+        self.passed_over = ahead.said(self.files.passed_over)
+        self.changes = () if how is None else (how.said,)
         check_depth(self.files, self.family, self.config)
 
     @cached_property
@@ -124,7 +127,7 @@ class ChangedSource(Source):
         self.inner = inner
         self.name, self.folder, self.config, self.family = inner.name, inner.folder, inner.config, inner.family
         self.changes = (*inner.changes, change)
-        self.config_changes = inner.config_changes
+        self.passed_over, self.config_changes = inner.passed_over, inner.config_changes
 
     @property
     def dtype(self) -> torch.dtype:

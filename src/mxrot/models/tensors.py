@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mxrot.errors import FamilyError
+from mxrot.models.ahead import Ahead
 from mxrot.models.codes import codes_of
 from mxrot.models.family import Family, shapes_apart
 from mxrot.models.folder import RESAVE
@@ -25,11 +26,13 @@ _MODELOPT = "hf_quant_config.json"
 
 
 def quantized_by(config: Any) -> str | None:
-    """The key of a config that says that its weights are quantized; None if none does, and for codes that are read."""
+    """The key of a config, or of that of its text model, that says that its weights are quantized; None if none does,
+    and for codes that are read."""
     if codes_of(config) is not None:
         return None
     keys = ("quantization_config", "compression_config")
-    return next((key for key in keys if getattr(config, key, None) is not None), None)
+    both = (config, config.get_text_config())
+    return next((key for key in keys for one in both if getattr(one, key, None) is not None), None)
 
 
 def check_depth(files: WeightFiles, family: Family, config: Any) -> None:
@@ -37,12 +40,6 @@ def check_depth(files: WeightFiles, family: Family, config: Any) -> None:
     block = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.")
     found = {int(match[1]) for name in files.names if (match := block.match(name))}
     expected = config.get_text_config().num_hidden_layers
-    ahead = getattr(config.get_text_config(), "num_nextn_predict_layers", None) or 0
-    if ahead and len(found) == expected + ahead:
-        raise FamilyError(
-            f"{files.folder}: {family.block_prefix(expected)} predicts tokens further ahead (num_nextn_predict_layers "
-            f"{ahead}), and transformers passes it over; write the model again without: {RESAVE}"
-        )
     if found and len(found) != expected:
         raise FamilyError(
             f"{files.folder}: config.json says num_hidden_layers {expected}, and the files hold {len(found)} decoder "
@@ -89,7 +86,8 @@ def check_for_transformers(model: PreTrainedModel, family: Family, files: Sequen
 
     It makes random numbers of what it does not find, with a warning.
     """
-    source = WeightFiles(Path(files[0]).parent, family.beside, family.passed_over) if files else None
+    ahead = Ahead.of(family, model.config)
+    source = WeightFiles(Path(files[0]).parent, family.beside, ahead) if files else None
     if source is None or {path.name for path in source.files} != {Path(file).name for file in files}:
         return  # other files than those that are read without being told
     for problem in tensor_problems(source, model, family):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mxrot.errors import FamilyError, NumericsError
 from mxrot.interrupts import interrupt_waits
+from mxrot.models.ahead import Ahead
 from mxrot.models.beside import FINAL_NORM, Beside
 from mxrot.models.folder import INDEX, other_shards, weight_map
 from mxrot.models.headers import Header, read_header
@@ -36,19 +37,22 @@ class WeightFiles:
     its index.
     """
 
-    def __init__(self, folder: Path, beside: Beside | None = None, passed_over: tuple[str, ...] = ()) -> None:
-        """`beside` is what a model of more than text has beside its text model; it tells names. Tensors whose names
-        begin with one of `passed_over` are not there."""
+    def __init__(self, folder: Path, beside: Beside | None = None, ahead: Ahead | None = None) -> None:
+        """`beside` is what a model of more than text has beside its text model; it tells names. Tensors that `ahead`
+        holds are passed over."""
         self.folder, self._beside = folder, beside
         names, index = weight_map(folder)
         self._headers = {name: read_header(folder / name) for name in names}
         self._check_other_set(names)
         file_of = _files_of(folder, self._headers, index)
-        self.passed_over = sorted(name for name in file_of if name.startswith(passed_over)) if passed_over else []
-        """Stored names of what was passed over."""
-        left_out = set(self.passed_over)
-        named = model_names([name for name in file_of if name not in left_out], beside)
-        self._stored = {name: stored for stored, name in named.items() if not name.endswith(_RECOMPUTED)}
+        ignored = set() if ahead is None else {name for name in file_of if ahead.holds(name)}
+        named = model_names([name for name in file_of if name not in ignored], beside)
+        if ahead is not None:  # by names in the model, too: a stored one may lack how the others begin
+            ignored.update(name for name in named.values() if ahead.holds(name))
+        self.passed_over = tuple(sorted(ignored))
+        self._stored = {
+            name: stored for stored, name in named.items() if not name.endswith(_RECOMPUTED) and name not in ignored
+        }
         self._file_of = {name: file_of[stored] for name, stored in self._stored.items()}
 
     def __contains__(self, name: str) -> bool:

@@ -195,6 +195,7 @@ def make_plan(
         skeleton = build_apart(config)
         building = time.perf_counter() - started
         stored, warnings = _stored_dtype(config, source)
+        warnings += [source.passed_over] if source is not None and source.passed_over else []
         recipe, left_out = suited(recipe, family, config)
         warnings += [f"left out of the recipe: {said}" for said in left_out]
     except FamilyError as error:

@@ -13,6 +13,7 @@ from mxrot.calibration.placement import MOST_REMEMBERED, most_on_device
 from mxrot.calibration.spreading import Room, Spread, spread_over
 from mxrot.calibration.writing_sizes import WritingSizes
 from mxrot.errors import ConfigError
+from mxrot.layers.attention import has_indexer
 from mxrot.planning.shape import ModelShape, SiteShape
 from mxrot.quantizing.batches import held_out, tokens_at_once
 from mxrot.recipe import Recipe
@@ -118,7 +119,7 @@ class Run:
         kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
         if not self.shape.score_heads:
             is_short = self.seq_len <= (getattr(config, "sliding_window", None) or self.seq_len)
-            return 0 if is_short else self.seq_len**2
+            return 0 if is_short and not has_indexer(config) else self.seq_len**2
         return len(kinds) * self.itemsize * self.seq_len**2
 
     @property
@@ -127,8 +128,12 @@ class Run:
 
     @property
     def stream_bytes(self) -> int:
-        """The states between two blocks, of all tokens."""
-        return self.tokens * self.shape.hidden * self.itemsize
+        """The states between two blocks, of all tokens, and what blocks pass on beside them."""
+        shape = self.shape
+        beside = 0
+        if shape.passes_on is not None:
+            beside = shape.passes_on.token_bytes(shape.config.get_text_config(), self.seq_len)
+        return self.tokens * (shape.hidden * self.itemsize + beside)
 
     @property
     def is_on_host(self) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxrot.layers import ModelSize, score_heads
-from mxrot.models import Family, Kept, Site, query_width, value_heads
+from mxrot.models import Family, Kept, PassedOn, Site, query_width, value_heads
 from mxrot.recipe import Recipe
 from mxrot.rules import Rules
 from mxrot.scheme import SiteScheme, head_scheme, site_scheme
@@ -141,6 +141,8 @@ class ModelShape:
     """The transformers config."""
     head: HeadShape | None = None
     """None where the head is left as it is."""
+    passes_on: PassedOn | None = None
+    """As of the family."""
 
     @staticmethod
     def of(model: PreTrainedModel, family: Family, recipe: Recipe) -> ModelShape:
@@ -171,6 +173,7 @@ class ModelShape:
             score_heads=score_heads(model) if recipe.attention is None else config.num_attention_heads,
             config=model.config,
             head=_head_shape(model, family, recipe),
+            passes_on=family.passes_on,
         )
 
     @cached_property

@@ -213,6 +213,11 @@ def recipe_line(run: dict[str, Any]) -> str:
     return "; ".join(f"left out of the recipe: {said}" for said in run.get("left_out_of_recipe", []))
 
 
+def passed_line(run: dict[str, Any]) -> str:
+    """One line on tensors of the original that no model loads, from a run.json; empty where there are none."""
+    return str(run.get("passed_over") or "")
+
+
 def rank_line(run: dict[str, Any]) -> str:
     """One line on the linears whose Hessian has seen fewer tokens than they have inputs; empty where there are none."""
     linears = [linear for block in run["blocks"] for linear in block["linears"] if linear.get("tokens") is not None]

@@ -74,7 +74,8 @@ def gains_by_reader(sites: Sequence[Site], tensors: dict[str, Tensor]) -> dict[s
 
 def inner_readers(sites: Sequence[Site]) -> frozenset[str]:
     """The weights of a block with these sites that read a norm which is not one of the residual stream."""
-    return frozenset(f"{linear}.weight" for site in sites if site.norm_is_inner for linear in site.linears)
+    readers = (name for site in sites if site.norm_is_inner for name in (*site.linears, *site.routers))
+    return frozenset(f"{reader}.weight" for reader in readers)
 
 
 def gains_of_one(sites: Sequence[Site], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

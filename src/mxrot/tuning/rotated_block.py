@@ -97,9 +97,11 @@ class RotatedBlock:
             stack.callback(self._inputs.clear)
             yield
 
-    def forward(self, hidden: Tensor, residual: Tensor | None, turn: Tensor | None, keywords: dict[str, Any]) -> Tensor:
-        """The states after the block, in the rotated basis as `hidden` [windows, tokens, H] are; rotations as of
-        `tensors`."""
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, turn: Tensor | None, keywords: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """The states after the block, in the rotated basis as `hidden` [windows, tokens, H] are, and what it passes on
+        beside them, or None; rotations as of `tensors`."""
         with torch.autocast(hidden.device.type, enabled=False):
             tensors = self.tensors(residual, turn)
         try:
@@ -107,8 +109,8 @@ class RotatedBlock:
         finally:  # computed once more for the gradients, it may stop before the last linear has run
             for inputs in self._inputs:
                 inputs.forget()
-        found: Tensor = output[0] if isinstance(output, tuple) else output
-        return found
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states, None if self.family.passes_on is None else output[1]
 
     def tensors(self, residual: Tensor | None, turn: Tensor | None) -> dict[str, Tensor]:
         """Every parameter of the block by its name, as it is under the rotations [H, H] of the stream and [D, D] of the

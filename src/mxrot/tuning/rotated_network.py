@@ -121,10 +121,13 @@ class RotatedNetwork:
         turns = [None] * len(self.blocks) if value_heads is None else value_heads.to(self.dtype).unbind()
         if residual is not None:
             hidden = hidden @ residual
-        for block, turn, keywords in zip(self.blocks, turns, self.arguments, strict=True):
+        passed: Any = None
+        for block, turn, arguments in zip(self.blocks, turns, self.arguments, strict=True):
+            own = {} if self.family.passes_on is None else {self.family.passes_on.keyword: passed}
+            keywords = arguments | own
             with lower_precision(self.device):
                 if self.pieces.recompute:
-                    hidden = checkpoint(
+                    hidden, passed = checkpoint(
                         block.forward,
                         hidden,
                         residual,
@@ -134,7 +137,7 @@ class RotatedNetwork:
                         preserve_rng_state=False,
                     )
                 else:
-                    hidden = block.forward(hidden, residual, turn, keywords)
+                    hidden, passed = block.forward(hidden, residual, turn, keywords)
         if residual is not None:
             hidden = hidden @ residual.mT
         normed: Tensor = self.model.get_submodule(self.family.final_norm)(hidden)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mxrot.checkpoint.config import why_unfaithful
-from mxrot.models import Family
+from mxrot.models import Family, value_heads
 from mxrot.recipe import Recipe
 from mxrot.scheme import SiteScheme
 from mxrot.transforms.stages import BlockDiagonalSpec
@@ -192,7 +192,7 @@ def _divides(facts: Facts, size: int) -> bool:
     blocks = all(width % (size * input_block(one, width)) == 0 for one, width in widths)
     config = facts.config.get_text_config()
     heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    key_heads, _ = value_heads(config)
     shares = key_heads % size == 0 or size % key_heads == 0
     return blocks and heads % size == 0 and shares and _inner_width(config) % size == 0
 

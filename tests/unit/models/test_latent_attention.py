@@ -43,8 +43,9 @@ def test_sites_follow_from_the_config(rank: int | None, names: list[str]) -> Non
 def test_values_lie_behind_their_keys() -> None:
     """12 rows of a key, 16 of a value, for each of 4 heads."""
     config = config_of(FAMILIES["deepseek_v3"])
-    assert value_heads(config) == (4, 16) and query_width(config) == 20 and cached_numbers(config) == 40
-    rows = value_rows(find_family(config, "here"), 4 * 28, 4, 16)
+    family = find_family(config, "here")
+    assert value_heads(config) == (4, 16) and query_width(config) == 20 and cached_numbers(config, family) == (40, 40)
+    rows = value_rows(family, 4 * 28, 4, 16)
     assert rows.tolist() == [list(range(28 * head + 12, 28 * head + 28)) for head in range(4)]
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tests.contracts.tiny_configs import config_of
 from tests.tiny_model import tiny_config, write_tiny_model
 from transformers import BertConfig, Gemma3TextConfig, GPT2Config, LlamaForCausalLM
@@ -123,12 +124,64 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
             {"layer_types": ["linear_attention", "chunked_attention"]},
             "1 is of type 'chunked_attention', which family granitemoehybrid does not know",
         ),
+        ("gemma4", {"hidden_size_per_layer_input": 32}, "hidden_size_per_layer_input is 32, and family gemma4 "),
+        ("gemma4", {"num_kv_shared_layers": 1}, "num_kv_shared_layers is 1, and family gemma4 "),
     ],
 )
 def test_values_of_a_config_that_make_another_model(name: str, changes: dict[str, Any], message: str) -> None:
     find_family(config_of(FAMILIES[name]), "here")
     with pytest.raises(FamilyError, match=rf"^here: config\.json: .*{message}"):
         find_family(config_of(FAMILIES[name], **changes), "here")
+
+
+@pytest.mark.parametrize("of_text", [False, True], ids=["whole", "of text"])
+@pytest.mark.parametrize("method", ["compressed-tensors", "modelopt"])
+def test_a_quantized_model_of_no_known_family_is_quantized_first(method: str, of_text: bool) -> None:
+    """Whether its config says so, or that of its text model."""
+    config = transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"])
+    (config.get_text_config() if of_text else config).quantization_config = {"quant_method": method}
+    with pytest.raises(FamilyError) as raised:
+        find_family(config, "here")
+    assert str(raised.value).startswith(
+        "here: is quantized already (quantization_config in config.json); and its architecture "
+        "LlavaForConditionalGeneration: a model of more than text of no known family; "
+    )
+    config = transformers.BloomConfig(architectures=["BloomForCausalLM"])
+    config.quantization_config = {"quant_method": method}
+    with pytest.raises(FamilyError, match=r"^here: is quantized already .* its architecture BloomForCausalLM is of no"):
+        find_family(config, "here")
+
+
+def test_a_model_that_hears_is_refused() -> None:
+    config = config_of(FAMILIES["gemma4_with_images"])
+    find_family(config, "here")
+    config.audio_config = transformers.Gemma4AudioConfig()
+    with pytest.raises(FamilyError, match=r"^here: .* family gemma4_with_images is known without audio_config"):
+        find_family(config, "here")
+
+
+def test_one_family_has_models_with_and_without_experts() -> None:
+    with_experts = find_family(config_of(FAMILIES["gemma4"]), "here")
+    changes = {"num_experts": None, "top_k_experts": None, "enable_moe_block": False}
+    without = find_family(config_of(FAMILIES["gemma4"], **changes), "here")
+    kinds = [[site.group for site in one.sites_of(1)] for one in (with_experts, without)]
+    assert kinds[1] == ["qkv", "o", "gate_up", "down"]
+    assert kinds[0] == [*kinds[1], "expert_gate_up", *["expert_down"] * 4]
+    assert [site.linears[-1] for one in (0, 1) for site in without.sites_of(one)[:1]] == [
+        "self_attn.v_proj",
+        "self_attn.k_proj",
+    ]
+
+
+@pytest.mark.parametrize(("said", "is_refused"), [("vision", False), ("all", True), (True, True), (None, False)])
+def test_attention_to_what_follows_is_for_images_alone(said: object, is_refused: bool) -> None:
+    config = config_of(FAMILIES["gemma4"])
+    vars(config)["use_bidirectional_attention"] = said
+    if is_refused:
+        with pytest.raises(FamilyError, match="use_bidirectional_attention: not a causal language model"):
+            find_family(config, "here")
+    else:
+        assert find_family(config, "here").name == "gemma4"
 
 
 def test_the_skeleton_holds_no_weights(folder: Path) -> None:

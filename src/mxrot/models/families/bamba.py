@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mxrot.models.families.llama import ATTENTION_SITES, LLAMA_SITES
-from mxrot.models.family import Family, Kept, Site
+from mxrot.models.family import LAYER_TYPES, Family, Kept, Site
 
 RECURRENT, ATTENDING = "recurrent", "attention"
 """Kinds of decoder blocks."""
@@ -76,7 +76,7 @@ FAMILY = Family(
     ),
     final_norm="model.final_layernorm",
     attention_in=ATTENDING,
-    layer_types=("linear_attention",),
+    layer_types=(*LAYER_TYPES, "linear_attention"),
     kinds_of=kinds_by_layer_types,
     kept=(mamba_kept("mamba"),),
     states_of=mamba_states,

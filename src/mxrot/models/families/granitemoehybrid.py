@@ -14,7 +14,7 @@ from mxrot.models.families.bamba import (
     mamba_states,
 )
 from mxrot.models.families.llama import ATTENTION_SITES
-from mxrot.models.family import Family, Kept, Site
+from mxrot.models.family import LAYER_TYPES, Family, Kept, Site
 
 
 def _kinds(config: Any) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ FAMILY = Family(
         Site("down", ("shared_mlp.output_linear",), rows_before="shared_mlp.input_linear", only_in=DENSE),
     ),
     attention_in=ATTENDING,
-    layer_types=("linear_attention",),
+    layer_types=(*LAYER_TYPES, "linear_attention"),
     kinds_of=_kinds,
     kept=(
         mamba_kept("mamba"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from mxrot.models.families.bamba import ATTENDING, RECURRENT, attending, kinds_by_layer_types
 from mxrot.models.families.llama import ATTENTION_SITES
-from mxrot.models.family import Family, Kept, Site
+from mxrot.models.family import LAYER_TYPES, Family, Kept, Site
 
 SITES_BESIDE_MLP = (
     Site("conv_in", ("conv.in_proj",), norm="operator_norm", only_in=RECURRENT),
@@ -33,7 +33,7 @@ FAMILY = Family(
     (*SITES_BESIDE_MLP, *MLP_SITES),
     final_norm="model.embedding_norm",
     attention_in=ATTENDING,
-    layer_types=("conv",),
+    layer_types=(*LAYER_TYPES, "conv"),
     kinds_of=kinds_by_layer_types,
     kept=(Kept((), "a convolution over a few tokens, channel by channel, is no linear", ("conv.conv",), RECURRENT),),
     states_of=_states,

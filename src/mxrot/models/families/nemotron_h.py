@@ -10,7 +10,7 @@ from typing import Any
 
 from mxrot.models.expert_names import DENSE, SPARSE, ExpertNames
 from mxrot.models.families.bamba import ATTENDING, RECURRENT, mamba_kept, mamba_sites
-from mxrot.models.family import Family, Kept, Site
+from mxrot.models.family import LAYER_TYPES, Family, Kept, Site
 
 KINDS = {"linear_attention": RECURRENT, "full_attention": ATTENDING, "mlp": DENSE, "moe": SPARSE}
 """By what the config calls them."""
@@ -50,7 +50,7 @@ FAMILY = Family(
     attention="mixer",
     attention_in=ATTENDING,
     rotary=None,
-    layer_types=("linear_attention", "moe", "mlp"),
+    layer_types=(*LAYER_TYPES, "linear_attention", "moe", "mlp"),
     kinds_of=_kinds,
     kept=(
         mamba_kept("mixer"),
@@ -75,7 +75,6 @@ FAMILY = Family(
         gated="none",
     ),
     holds_for=(("tie_word_embeddings", False),),
-    passed_over=("mtp.",),
     stored_stem="backbone.",
     in_float32=("mixer.gate.e_score_correction_bias",),
 )

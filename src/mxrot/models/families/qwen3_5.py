@@ -9,7 +9,7 @@ from mxrot.models.families.qwen3_next import (
     mixers,
     with_one_added,
 )
-from mxrot.models.family import Family
+from mxrot.models.family import LAYER_TYPES, Family
 
 INSIDE = ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z")
 SMALL_LINEARS = ("linear_attn.in_proj_b", "linear_attn.in_proj_a")
@@ -24,7 +24,6 @@ FAMILY = Family(
     rotation_obstacle=None,
     kinds_of=mixers,
     kept=delta_kept(SMALL_LINEARS),
-    layer_types=("linear_attention",),
+    layer_types=(*LAYER_TYPES, "linear_attention"),
     states_of=delta_states,
-    passed_over=("mtp.",),
 )

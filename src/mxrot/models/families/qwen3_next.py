@@ -10,7 +10,7 @@ from typing import Any
 from mxrot.models.expert_names import ExpertNames
 from mxrot.models.families.llama import ATTENTION_SITES, MLP_SITES_BESIDE_EXPERTS
 from mxrot.models.families.qwen2_moe import kinds_by_step
-from mxrot.models.family import Family, Kept, Site
+from mxrot.models.family import LAYER_TYPES, Family, Kept, Site
 
 ATTENTION, RECURRENT = "attention", "recurrent"
 """Kinds of blocks."""
@@ -75,7 +75,6 @@ FAMILY = Family(
     ),
     kinds_of=_kinds,
     kept=delta_kept(SMALL_LINEARS),
-    layer_types=("linear_attention",),
+    layer_types=(*LAYER_TYPES, "linear_attention"),
     states_of=delta_states,
-    passed_over=("mtp.",),
 )
