@@ -20,7 +20,7 @@ from mxrot.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Divergence:
-    """Means over windows, with standard errors as if the windows were drawn from one source."""
+    """The means over windows. Standard errors assume that the windows are samples of one source."""
 
     kl: float
     """KL(original || quantized) of the next token, in nats per token."""

@@ -55,7 +55,7 @@ class Origin:
     rows: int | None = None
     column: str | None = None
     null_rows: tuple[int | str, ...] = ()
-    """The numbers of the empty rows that were left out, for a folder preceded by the file."""
+    """The numbers of the empty rows that were left out; for a folder, with the file before them."""
     files: int | None = None
     """The number of files of a folder."""
     other_files: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ class Windows:
     tokens: int
     """The tokens of the text, without the start tokens of windows."""
     whole: int
-    """Windows that the text fills, of which `ids` are some or all."""
+    """The number of windows that the text fills. `ids` are some or all of them."""
     left_out: int
     """The number of tokens after the last window, which fill none."""
     ends: bool
