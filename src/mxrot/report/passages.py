@@ -1,4 +1,4 @@
-"""The worst passage of a report: its tokens in words, and how both models would have gone on."""
+"""The worst passage of a report: its tokens as text, and the continuations of both models."""
 
 from __future__ import annotations
 

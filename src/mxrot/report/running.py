@@ -1,4 +1,4 @@
-"""The runs of a comparison: those that are finished are known by their keys, and the others are made."""
+"""The runs of a comparison. Finished runs are found by their keys, and the others are made."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Comparison:
     ) -> None:
         self._trials, self._work, self._original, self._jobs, self._world = trials, work, original, jobs, world
         self._found: dict[int, Run | str] = {}
-        for number, job in enumerate([original, *jobs] if not world.rank else []):  # the first process finds them, and cleans up
+        for number, job in enumerate([original, *jobs] if not world.rank else []):  # the first finds them, and cleans up
             known = work.find(job.key) if resume else None
             if known is not None:
                 self._found[number] = known
