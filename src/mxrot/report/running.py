@@ -60,7 +60,7 @@ class Comparison:
     ) -> None:
         self._trials, self._work, self._original, self._jobs, self._world = trials, work, original, jobs, world
         self._found: dict[int, Run | str] = {}
-        for number, job in enumerate([original, *jobs] if not world.rank else []):  # the first finds them, and cleans up
+        for number, job in enumerate([original, *jobs] if not world.rank else []):  # the first finds and cleans up
             known = work.find(job.key) if resume else None
             if known is not None:
                 self._found[number] = known
