@@ -21,7 +21,7 @@ HOST_BYTES, TRAVERSALS = 2.5e10, 7
 """The bytes per second of hidden states between a GPU and main memory, and how often all hidden states of a model are
 moved for each block. They explain the additional time of two shapes on an H200 (docs/plan.md)."""
 STARTING_SECONDS = {"cpu": 0.0, "cuda": 6.0}
-"""The time to open weights, load libraries and compile kernels if text is read. Measured in the same way."""
+"""The time to open weights, load libraries and compile kernels if text is read. Also measured on an H200."""
 OF_AN_EXPERT = 1100
 """Small operations for the statistics and the rounding of one expert's part of a site."""
 ERROR_TOKENS = 512
