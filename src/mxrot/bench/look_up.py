@@ -63,7 +63,7 @@ def _products(device: torch.device, height: int, width: int, counts: Sequence[in
     ]
     for count in counts:
         x = torch.randn(count, width, device=device).to(TYPE)
-        # On a CPU, where a division by a number is exact.
+        # On a CPU, where a division by a number is a real division.
         rows = plain_quantize_rows(x.cpu(), INPUTS.format, INPUTS.rule)
         rows = IntegerRows(rows.codes.to(device), rows.scales.to(device))
         expected = plain_look_up_product(rows, weight.packed, weight.scales, weight.levels, x.dtype)

@@ -5,8 +5,8 @@ transformers. Their decoder blocks are compiled by torch.compile if requested. O
 graph. A prompt is not, because it keeps the device busy anyway, and transformers masks attention differently in a
 graph.
 
-With the scheme of a packed cache, each model generates a token with that cache and with one of its own type, in turns,
-and both also uncompiled as transformers runs them. All positions of both caches hold random numbers.
+With the scheme of a packed cache, each model generates a token with that cache and with one of its own type, in turns.
+Both then run as transformers has them, not compiled. All positions of both caches hold random numbers.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def chosen_checkpoints(names: str) -> list[str]:
 def chosen_recipes(names: str, without: str, changes: list[str]) -> list[Any]:
     """The recipes that `--recipes` names and `--without` does not, each once, with the changes of `--set`.
 
-    "none" alone names none. ConfigError for a name that no recipe has, or if nothing is left.
+    "none" alone selects no recipe. ConfigError for an unknown name, or if nothing is left.
     """
     if names.strip() == "none":
         return []

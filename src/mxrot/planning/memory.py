@@ -65,7 +65,7 @@ def _kept_back(run: Run, stage: Stage) -> dict[str, float]:
 
 
 def estimate_host_memory(run: Run) -> MemoryEstimate:
-    """The main memory, besides a GPU."""
+    """The main memory of a run that computes on a GPU."""
     process = {"the process and the GPU's driver": PROCESS_BYTES["cuda"]}
     outer = {"embedding, last norm and head, as they are read": run.shape.outer_parameters * run.stored.itemsize}
     if run.rotates_residual:

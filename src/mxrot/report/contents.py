@@ -19,7 +19,7 @@ class ShownPassage:
     """The worst passage as text."""
 
     where: str
-    """Its text and its place in the text."""
+    """The text it is from, and its position there."""
     rows: list[tuple[int, str, float, str, str]]
     """Position, token, KL in nats, and the most likely tokens of the original and of the quantized model."""
     context: str

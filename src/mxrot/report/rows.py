@@ -32,7 +32,7 @@ class Run:
     perplexity: dict[str, Perplexity]
     """The perplexity by text name."""
     seed: int | None = None
-    """None for the original."""
+    """The seed. None for the original."""
     seconds: float | None = None
     """The time to quantize. None for the original."""
     peak_bytes: int | None = None

@@ -35,7 +35,7 @@ class Job:
 
     label: str
     calibration: Calibration | None
-    """None for the original."""
+    """The calibration. None for the original."""
     seed: int
     key: Key
     cache: RunTimeCache | None = None
