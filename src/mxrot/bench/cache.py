@@ -1,7 +1,7 @@
 """Attention of one token per sequence to a packed cache, beside PyTorch's own attention to a bfloat16 cache.
 
-Each way is first checked against float64 attention to the same numbers. Its error can be little more than that of
-PyTorch's attention to them in bfloat16. A way that fails has no speed.
+Each way is first checked against float64 attention to the same numbers. Its error may be only slightly larger than that
+of PyTorch's attention to them in bfloat16. A way that fails has no speed.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def _head_words(plan: Plan) -> str:
 
 
 def kept_line(kept: Kept, blocks: int) -> str:
-    """The linears that a family leaves unquantized in this many decoder blocks, and the reason."""
+    """A line with the parts that a family leaves unquantized in this many decoder blocks, and the reason."""
     where = "1 block" if blocks == 1 else f"{blocks} blocks"
     return f"kept as they are in {where}: {', '.join((*kept.linears, *kept.others))} ({kept.reason})"
 

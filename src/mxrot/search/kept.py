@@ -66,7 +66,7 @@ class KeptSearch:
         return all(self._path(cell, choice).exists() for cell, choices in raises.items() for choice in choices)
 
     def note(self, what: str, kl: Sequence[float]) -> None:
-        """Write a measurement that all processes know to disk at once, so that it survives the end of the search."""
+        """Keep a measurement that all processes know. It is written at once, and survives an interrupted search."""
         self.measured[what] = list(kl)
         if self.world.rank:
             return

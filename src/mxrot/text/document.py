@@ -83,7 +83,7 @@ class Text:
 
     @property
     def documents(self) -> tuple[Document, ...]:
-        """The documents, which are tokenized separately. None if the text is windows, or yet to be written."""
+        """The documents, which are tokenized separately. Empty if the text is windows, or yet to be written."""
         if isinstance(self.content, (TokenWindows, Own)):
             return ()
         return (self.content,) if isinstance(self.content, str) else self.content
@@ -104,7 +104,7 @@ class Text:
 
     @property
     def rendered(self) -> str:
-        """How its documents become tokens, in a word."""
+        """How its documents become tokens, in words."""
         if isinstance(self.content, TokenWindows):
             return "windows of token ids"
         if isinstance(self.content, Own):

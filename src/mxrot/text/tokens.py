@@ -36,7 +36,7 @@ def token_ids(text: Text, reader: Reader, progress: Progress = silent) -> Tensor
 
     Each document is tokenized separately, with the special tokens that the tokenizer adds around a text. If it adds
     none, text documents are joined by blank lines and tokenized as one string. A conversation has only the tokens that
-    the chat template writes. If the reader has a `start`, it is added to windows and not to documents.
+    the chat template writes. If the reader has a `start`, windows get it, and documents do not contain it.
 
     ConfigError for a conversation without a template, DataError if the template refuses one.
     """
