@@ -188,7 +188,7 @@ def random_quantized_model(
 
 
 def draw_weight(linear: QuantLinear, generator: torch.Generator) -> None:
-    """Draw a random weight. Codes of MXFP4 are drawn directly. In other formats a code can be no number, so weights are
+    """Draw a random weight. MXFP4 codes are drawn directly. In other formats a code can be no number: weights are
     drawn."""
     width, weights = linear.in_features, linear.weights
     if not weights.is_mxfp4:
@@ -212,8 +212,7 @@ def linear_bytes(model: PreTrainedModel) -> int:
 
 
 def prompt_step(model: PreTrainedModel, tokens: int, compiler: str | None = None) -> Callable[[], Tensor]:
-    """A step that computes the logits of the last token of one sequence. Only one block is compiled, because all are
-    alike."""
+    """A step that computes the logits of the last token of a sequence. One block is compiled, because all are alike."""
     ids = torch.arange(tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
     blocks = list(model.get_submodule(find_family(model.config, "the model").blocks).children())
     compiled: list[Any] = []

@@ -30,8 +30,8 @@ class Failure(NamedTuple):
 
 
 def failure_of(error: BaseException, kept: str | None = None) -> Failure:
-    """The message for an error that ended a command. `kept` describes what an interrupted run leaves behind, to
-    continue from."""
+    """The message for an error that ended a command. `kept` describes what an interrupted run leaves to continue
+    from."""
     failure = _failure_of(error, kept)
     return failure._replace(line="; ".join([failure.line, *notes_of(error)]))
 
@@ -53,8 +53,7 @@ def _failure_of(error: BaseException, kept: str | None) -> Failure:
 
 
 def tell(failure: Failure) -> None:
-    """Write it to standard error as one line. Only line breaks are replaced, because two spaces can be part of a
-    path."""
+    """Write it to standard error as one line. Only line breaks are replaced: two spaces can be part of a path."""
     line = " ".join(part.strip() for part in failure.line.splitlines())
     kind = "" if failure.exit_code == TimeLimitError.exit_code else "error: "
     print(f"mxrot: {kind}{line}", file=sys.stderr, flush=True)

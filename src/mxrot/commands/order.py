@@ -26,8 +26,7 @@ def check_sort(key: str) -> None:
 
 
 def first_sites(sites: Sequence[SiteMaxima], key: str, top: int | None, prefix: str) -> list[SiteMaxima]:
-    """The sites to show. With `top` and a key of the other table, those with the largest ratios. Names lose
-    `prefix`."""
+    """The sites to show. With `top` and a key of the other table, the largest ratios. Names lose `prefix`."""
     by = key if key in OF_SITES else "ratio" if top is not None and key != "model" else None
     shown = list(sites) if by is None else sorted(sites, key=lambda site: -float(getattr(site, by)))
     return [replace(site, site=site.site.removeprefix(prefix)) for site in shown[:top]]

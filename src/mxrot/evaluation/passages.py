@@ -56,8 +56,7 @@ def worst_passage(model: PreTrainedModel, original: PreTrainedModel, windows: Te
 
 
 def _by_token(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each token of ids [1, T] except the first: KL, and the most likely tokens of the original and of the
-    model."""
+    """For each token of ids [1, T] except the first: KL, and the most likely tokens of original and model."""
     device = next(model.parameters()).device
     states, wanted = (states_of(each, ids.to(device)) for each in (model, original))
     parts = []

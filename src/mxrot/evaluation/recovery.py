@@ -1,5 +1,4 @@
-"""The share of a model's accuracy in tasks that remains after quantization, by examples that both models have
-answered."""
+"""The share of a model's task accuracy that quantization leaves, by examples that both models have answered."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ from mxrot.recipe import Recipe
 from mxrot.sections import Tuning
 
 STATE_NUMBERS = 4
-"""The float32 numbers per parameter that unfinished tuning keeps: the current value, the best one, and two averages of
-Adam."""
+"""The float32 numbers per parameter of unfinished tuning: the current value, the best one, and two averages of Adam."""
 TOKEN_BYTES = 8
 """The bytes of a token id, int64."""
 

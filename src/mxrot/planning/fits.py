@@ -9,8 +9,8 @@ from mxrot.progress.pace import duration
 
 
 def verdict(plan: Plan, machine: Machine) -> str:
-    """The verdict in one line. Memory is compared with the free memory of the planned GPU, or with main memory on a
-    CPU."""
+    """The verdict in one line. Memory is compared with the free memory of the planned GPU, on a CPU with main
+    memory."""
     if plan.problems:
         more = len(plan.problems) - 1
         return f"verdict: refused: {plan.problems[0]}" + (f" (and {more} more)" if more else "")

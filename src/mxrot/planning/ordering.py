@@ -22,8 +22,7 @@ TRACING = 40
 
 
 def ordered_sites(run: Run, sites: tuple[SiteShape, ...]) -> list[tuple[SiteShape, str, int]]:
-    """The sites of a block with ordered channels, each with the kind of order and the number of channels ordered at
-    once."""
+    """The sites of a block with ordered channels, each with the kind of order and the channels ordered at once."""
     wanted = run.recipe.permutation
     if wanted is None:
         return []

@@ -121,7 +121,7 @@ def _matrix_rates(device: torch.device, dtype: torch.dtype, normal: Callable[...
 def _factor_rates(
     widths: tuple[int, int], timed: Callable[..., float], normal: Callable[..., Tensor]
 ) -> dict[str, float]:
-    """The rates of factorizing. Columns dominate for a narrow Hessian, products for a wide one, so two widths give
+    """The rates of factorizing. Columns dominate for a narrow Hessian, products for a wide one: two widths give
     both."""
     found = []
     for width in widths:
@@ -168,8 +168,7 @@ def _rounding_rates(
 
 
 def _fitted_rate(method: TransformMethod, device: torch.device) -> float:
-    """The units per second, by the method's own count. A method without a trial has an arbitrary rate, which is not
-    used."""
+    """The units per second, by the method's own count. Without a trial the rate is arbitrary, and is not used."""
     found = method.trial(device)
     if found is None:
         return 1.0

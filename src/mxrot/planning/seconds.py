@@ -92,8 +92,7 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
 
 
 def _rotations(run: Run) -> Work:
-    """The work of rotating the residual stream in all weights, each time they are read. The narrow heads are left
-    out."""
+    """The work of rotating the residual stream in all weights, each time they are read. Narrow heads are left out."""
     if not run.rotates_residual:
         return Work()
     shape, models = run.shape, 1 + run.recipe.runs_whole_original
@@ -102,8 +101,7 @@ def _rotations(run: Run) -> Work:
 
 
 def _training(run: Run) -> Work:
-    """The work of training rotations: forward and backward passes, with recomputation, and the rotated weights of each
-    step."""
+    """The work of training rotations: forward and backward passes, with recomputation, and rotated weights per step."""
     rotation, shape = run.recipe.rotation, run.shape
     if rotation is None or not run.recipe.trains_rotations:
         return Work()
@@ -170,8 +168,7 @@ def _transform(run: Run, here: SiteShape) -> Work:
 
 
 def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
-    """The work of passes over the calibration windows: products of this site's linears, and the operations around
-    them."""
+    """The work of passes over the calibration windows: products of this site's linears, and operations around them."""
     here, recipe, s = sites[position], run.recipe, run.itemsize
     n, k, tokens = here.outputs, here.inputs, here.share * run.tokens
     batches = run.tokens / run.batch_tokens
@@ -213,8 +210,7 @@ def _statistics(run: Run, here: SiteShape) -> Work:
 
 
 def _second_moments(run: Run, here: SiteShape, groups: int) -> Work:
-    """The work for Hessians, and shifts towards the target, of this number of groups, which together are all
-    windows."""
+    """The work for Hessians, and shifts towards the target, of this number of groups, together all windows."""
     requirements, n, k = here.recipe.rounding.requirements, here.rounded, here.inputs
     tokens = here.experts * here.share * run.tokens
     batches = here.experts * run.tokens / run.batch_tokens

@@ -116,8 +116,8 @@ def tuning_texts_work(run: Run) -> list[dict[str, float]]:
 
 
 def gradient_bytes(run: Run) -> float:
-    """The bytes of the gradients in all steps of tuning: float32, as processes exchange them. Gains of norms are left
-    out."""
+    """The bytes of the gradients in all steps of tuning: float32, as processes exchange them, without gains of
+    norms."""
     options, shape = run.recipe.tuning, run.shape
     if options is None:
         return 0.0

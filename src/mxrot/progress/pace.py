@@ -19,8 +19,7 @@ class Pace:
         self.begun = now
         self.done, self.total, self.what = 0.0, 0, ""
         self._seen: deque[tuple[float, float]] = deque()
-        """The times when `done` grew, and its values. The first is no earlier than the start of the counted
-        interval."""
+        """The times when `done` grew, and its values. The first is no earlier than the counted interval."""
 
     def tell(self, now: float, done: float, total: int, what: str) -> None:
         """Take in a report, with the arguments of a Progress."""

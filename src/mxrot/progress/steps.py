@@ -20,8 +20,7 @@ class Steps:
         self._done = 0.0
 
     def of(self, number: int, label: str) -> Progress:
-        """The progress function of step `number`. A phase of it begins when its count decreases or its total
-        changes."""
+        """The progress function of step `number`. A phase begins when its count decreases or its total changes."""
         phases = self._steps[number]
         begin = sum(map(sum, self._steps[:number]))
         phase, last = -1, (0.0, 0)

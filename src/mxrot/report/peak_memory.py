@@ -26,8 +26,8 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device | str) -> Iterator[Peak]:
-    """The peak while open. On a CPU it is that of the whole process, with Python and torch, and only Linux reports
-    it."""
+    """The peak while open. On a CPU it is that of the whole process, Python and torch included, reported on Linux
+    only."""
     found, device = Peak(), torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -36,16 +36,14 @@ class Run:
     seconds: float | None = None
     """The time to quantize. None for the original."""
     peak_bytes: int | None = None
-    """The peak while quantizing: allocated on a GPU, resident on a CPU. None if it is not reported, and for the
-    original."""
+    """The peak while quantizing: allocated on a GPU, resident on a CPU. None if not reported, and for the original."""
     divergence: dict[str, Divergence] = field(default_factory=dict)
     """The divergence from the original, by text. Empty if it was not measured."""
     stored_bits: int = 16
     """The bits of an unquantized weight."""
     bits_per_kv_element: float = 16.0
     cache: dict[str, Any] | None = None
-    """The measured memory of keys and values of one sequence (`evaluation.measured_cache`). None if they are not
-    quantized."""
+    """The measured memory of keys and values of one sequence (`evaluation.measured_cache`). None if unquantized."""
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     weight_errors: list[float] = field(default_factory=list)
     """The relative Frobenius error of the weights by decoder block, the mean over its linears. Empty if it is not
@@ -170,8 +168,7 @@ class ComparedRow:
         return math.exp(sum(apart) / len(apart))
 
     def kl(self, text: str | None = None) -> Mean | None:
-        """KL(original || quantized), in nats per token, on one text or as the mean over all. None if it was not
-        measured."""
+        """KL(original || quantized), in nats per token, on one text or as the mean over all. None if not measured."""
         return self._apart("kl", text)
 
     def agreement(self, text: str | None = None) -> Mean | None:
@@ -192,8 +189,7 @@ class ComparedRow:
         return recovery(self.tasks, original.tasks, normed)
 
     def _means_of_tasks(self) -> dict[str, float | None]:
-        """The means over tasks by metric, with their standard errors and recoveries. Null for values that are not
-        finite."""
+        """The means over tasks by metric, with standard errors and recoveries. Null for values that are not finite."""
         found: dict[str, float | None] = {}
         for metric, one in (("acc", self.recovery(False)), ("first", self.recovery(True))):
             figures = {"": one.mean, "_stderr": one.error, "_recovered": one.relative}

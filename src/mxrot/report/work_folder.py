@@ -59,8 +59,7 @@ class WorkFolder:
             yield cls(folder)
 
     def hashes(self, model: Path, progress: Progress) -> dict[str, str]:
-        """The SHA-256 of the model's files. Files that have not changed since an earlier comparison are not read
-        again."""
+        """The SHA-256 of the model's files. Files unchanged since an earlier comparison are not read again."""
         path = self.folder / f"stamps-{_digest(str(model.resolve()))}.json"
         found, stamps = hash_model(model, _table(path).get("stamps"), progress)
         _write(path, {"stamps": _json(stamps)})

@@ -1,5 +1,4 @@
-"""The search for the sites that are worth more bits: it raises sites, measures KL, and builds one mixture under a
-budget."""
+"""The search for sites that are worth more bits: it raises sites, measures KL, and builds a mixture under a budget."""
 
 from mxrot.search.choices import Choice, parse_choices
 from mxrot.search.run import Found, search

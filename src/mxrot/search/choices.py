@@ -34,8 +34,7 @@ class Choice:
         return self.weights if both else f"weights in {self.weights}, inputs in {self.inputs}"
 
     def changes(self, base: Choice) -> tuple[tuple[str, Any], ...]:
-        """The fields that an override changes in a recipe with the formats `base`. A named format has its default
-        rule."""
+        """The fields that an override changes in a recipe with formats `base`. A named format has its default rule."""
         weights, inputs = self.weights != base.weights, self.inputs != base.inputs
         if self.inputs is None or (weights and inputs and self.weights == self.inputs):
             return (("format", self.weights),)

@@ -84,7 +84,7 @@ class Alone:
         return Alone(base, of_all, of_kinds, dict(sorted(of_blocks.items())), last)
 
     def believed(self, costs: Costs) -> dict[Move, float]:
-        """The estimated gain of each single raise from nothing raised, in nats per token, from the gains of kinds and
+        """The estimated gain of each single raise from nothing raised, in nats per token, by the gains of kinds and
         blocks."""
         gains = {block: max(0.0, self.base - kl) for block, kl in self.blocks.items()}
         whole = sum(gains.values())

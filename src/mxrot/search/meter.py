@@ -154,8 +154,7 @@ class Meter:
         self._settled, self._entries, self._wanted = mixture, entries, None
 
     def _first_change(self, mixture: Mixture) -> int:
-        """The first block that differs from the settled mixture, or the last block if none differs. 0 if none is
-        settled."""
+        """The first block that differs from the settled mixture, else the last block. 0 if none is settled."""
         if not self._entries:
             return 0
         settled = self._settled

@@ -21,8 +21,7 @@ def picture_file(found: Found, title: str, kind: str) -> bytes:
 
 
 def draw(figure: Any, colors: Palette, found: Found, title: str) -> Marks:
-    """Draw the limited bits on one axis, KL on a logarithmic one. The line is the least KL up to each number of
-    bits."""
+    """Draw the limited bits on one axis, KL on a logarithmic one. The line is the least KL up to each bit count."""
     counts_inputs = found.limits.weights is None
     axes = figure.subplots()
     axes.set_yscale("log")

@@ -40,8 +40,7 @@ class Raised:
 
 
 def raised_runs(mixture: Mixture, kinds: Sequence[str]) -> list[Raised]:
-    """The raised sites of a mixture. Neighbouring blocks are joined, and so are kinds that are raised in the same
-    blocks."""
+    """The raised sites of a mixture, with neighbouring blocks joined, and kinds that are raised in the same blocks."""
     together: dict[tuple[tuple[int, int], Choice], list[str]] = {}
     for kind in kinds:
         own = {cell.block: choice for cell, choice in mixture.items() if cell.kind == kind}

@@ -115,8 +115,7 @@ def _one(name: str, source: Any, role: Role) -> Text:
 
 
 def _given_windows(source: Any) -> Any:
-    """An array [W, T], or the same in the output of a tokenizer, without padding. None for anything else, such as one
-    sequence."""
+    """An array [W, T], or one in a tokenizer's output without padding. None for anything else, such as one sequence."""
     if isinstance(source, Mapping) and "input_ids" in source:
         mask = source.get("attention_mask")
         if mask is not None and not (is_array(mask) and bool(torch.as_tensor(mask).all())):
