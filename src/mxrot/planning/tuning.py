@@ -93,8 +93,8 @@ def tuning_work(run: Run) -> dict[str, float]:
     held_out = max(1.0, options.held_out * run.all_windows) / options.batch_windows
     steps = options.all_steps + looks * held_out / 4
     kept = sum(activation_bytes(run, sites) for sites in shape.blocks)
-    # A forward and a backward pass of the quantized model, with what is computed again, and a forward one of the
-    # original. What is kept for the way back is read and written about ten times in all.
+    # Forward and backward passes of the quantized model, with recomputation, and a forward pass of the original.
+    # The data kept for the backward pass are read and written about ten times in all.
     found = {
         "product": 10.0 * tokens * weights * steps,
         "copy": steps * (80.0 * weights + 10.0 * tokens * kept),

@@ -19,7 +19,7 @@ def writing_stages(run: Run) -> list[Stage]:
     """The stages of memory for the calibration text. Empty if the model writes none."""
     if not run.recipe.writes_text:
         return []
-    if run.spread is not None:  # first tokens are shorter, and as many are drawn together
+    if run.spread is not None:  # first tokens take less: shorter, with as many at once
         return [Stage(WRITING, run.spread.terms(0) | merged_rotations(run))]
     return [Stage(name, terms | merged_rotations(run)) for name, terms in run.writing.stages.items()]
 
@@ -50,11 +50,11 @@ def _steps(run: Run, sizes: WritingSizes, sequences: int, length: int, spread: S
     shape, s = run.shape, run.itemsize
     rounds = _rounds(sizes, sequences, length, spread)
     launches = HOOKED_LAUNCHES if spread else LAUNCHES
-    # On a GPU a token is one recorded graph, recorded and warmed up a few times; not where weights come and go.
+    # On a GPU a token is one graph, recorded and warmed up a few times; not with spread weights, which come and go.
     operations = launches * len(shape.blocks) * (RECORDED * length if run.is_gpu and spread is None else length)
     return {
         "product": 2.0 * shape.active_parameters * sequences * length,
-        # The weights, read for each token; keys and values, half of them on average; and the numbers of a sample.
+        # Weights, read for each token; keys and values, half of them on average; the numbers of sampling.
         "copy": rounds * length * shape.parameters * s
         + sequences * length * (sizes.keys(length) / 2 + 30.0 * shape.vocabulary),
         "operations": rounds * operations,

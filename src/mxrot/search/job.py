@@ -99,7 +99,7 @@ class SearchJob:
             windows = world.hand_out(None if world.rank else store.load_windows("calibration"))
             if windows is None:
                 windows = self.calibration.windows
-            else:  # those that the original has written among them
+            else:  # they include the windows that the original has written
                 recipe = replace(recipe, calibration=replace(recipe.calibration, generated=0.0))
             model = self._quantize(recipe, windows).model
             assert model is not None

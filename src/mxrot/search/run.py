@@ -163,7 +163,7 @@ def _found(job: SearchJob, read: Sequence[Windows], parts: Sequence[Tensor]) -> 
         Measured(mixture, stage, costs.bits(mixture), Kl(tuple(meter.values(mixture, stage))))
         for mixture, stage in [*meter.stages.values()]
     ]
-    del raised, meter, judge  # the memory of a model
+    del raised, meter, judge  # frees the memory of a model
     bits = costs.bits(best)
     recipe = mixture_recipe(_with_windows(job.recipe, job.calibration), best, costs.kinds, bits, job.name)
     if best:
