@@ -15,7 +15,7 @@ from mxrot.kernels.plain import PackedRows
 FORMAT = get_format("mxfp4")
 MIDDLE = "W4A4, packed, middle rows"
 FEWEST_FOR_TRITON = 16
-"""The fewest rows for Triton. Its tiles have at least 16 rows of inputs, and win above that."""
+"""The fewest rows: Triton's tiles have at least 16 rows of inputs, and win above that."""
 TRITON = f"{MIDDLE}, Triton"
 
 

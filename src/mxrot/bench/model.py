@@ -147,7 +147,7 @@ def llama_config(
 
 @torch.no_grad()
 def random_model(config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
-    """A model in bfloat16 with normal weights of standard deviation 1/sqrt(inputs)."""
+    """A bfloat16 model of normal weights with standard deviation 1/sqrt(inputs)."""
     generator = torch.Generator(device).manual_seed(0)
     model = build_apart(config)
     for module in model.modules():

@@ -14,7 +14,7 @@ from mxrot.models import find_family, value_heads
 from mxrot.models.positions import position_count
 
 TOKENS = 8192
-"""The length of the sequence, or the model's number of positions if that is less."""
+"""The length of the sequence, or the model's positions if these are fewer."""
 _AT_ONCE = 1024
 
 

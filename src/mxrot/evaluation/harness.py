@@ -58,7 +58,7 @@ class Harness(HFLM):
         return found
 
     def _take_answers_of_others(self, missing: list[Any]) -> None:
-        """Exchange the answers: each request was asked by one process, and all need its answer."""
+        """Each request was asked by one process. After this, all know the answer."""
         if self._world.size == 1:
             return
         ranks = range(self._world.size)

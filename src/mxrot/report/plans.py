@@ -16,7 +16,7 @@ from mxrot.report.vllm import vllm_lines
 WIDTH = 120
 """The most columns of a long line."""
 AT_TOKENS = 8192
-"""The number of tokens of a cache whose size is shown, beside that at all positions."""
+"""The tokens of a cache whose size is shown, beside that at all positions."""
 SHARE_SHOWN = 0.02
 """Terms below this share of their sum are summed up."""
 NOT_SHOWN = 5e5
@@ -117,7 +117,7 @@ def _head_words(plan: Plan) -> str:
 
 
 def kept_line(kept: Kept, blocks: int) -> str:
-    """A line with the parts that a family leaves unquantized in this many decoder blocks, and the reason."""
+    """The parts that a family leaves unquantized in this many decoder blocks, and the reason."""
     where = "1 block" if blocks == 1 else f"{blocks} blocks"
     return f"kept as they are in {where}: {', '.join((*kept.linears, *kept.others))} ({kept.reason})"
 

@@ -41,7 +41,7 @@ def side_by_side(rows: Sequence[ComparedRow], title: str, columns: int = WIDTH) 
 
 
 def remarks(rows: Sequence[ComparedRow]) -> list[str]:
-    """Lines with the meaning of the figures, the runs that were left out, and the reasons for missing rows."""
+    """Lines: the meaning of figures, what was not run, and the reasons for missing figures."""
     ran = [row for row in rows if row.runs and row.original is not None]
     lines = []
     if len(next((row.texts for row in rows if row.runs), [])) > 1:

@@ -66,7 +66,7 @@ class KeptSearch:
         return all(self._path(cell, choice).exists() for cell, choices in raises.items() for choice in choices)
 
     def note(self, what: str, kl: Sequence[float]) -> None:
-        """Keep a measurement that all processes know. It is written at once, and survives an interrupted search."""
+        """Keep a measurement that all processes know. It survives an interrupted search."""
         self.measured[what] = list(kl)
         if self.world.rank:
             return
