@@ -1,4 +1,4 @@
-"""Speed, measured side by side in one run, and only of what computes the right thing."""
+"""Measurements of speed, side by side in one run, and only of code that gives correct results."""
 
 from mxrot.bench.cache import HeadShapes, bench_cache, cache_scheme, sizes_of
 from mxrot.bench.kernels import LLAMA_3_8B, ROWS, KernelRow, bench_kernels, measured_crossovers

@@ -1,7 +1,7 @@
-"""Attention of one token a sequence to a packed cache, beside PyTorch's own attention to a bfloat16 one.
+"""Attention of one token per sequence to a packed cache, beside PyTorch's own attention to a bfloat16 cache.
 
-Each way is checked against float64 first, which reads the same numbers: it may be off by little more than PyTorch's
-attention is when it reads them in bfloat16. A way that fails has no speed.
+Each way is first checked against float64 attention to the same numbers. Its error may be only slightly larger than that
+of PyTorch's attention to them in bfloat16. A way that fails has no speed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from mxrot.transforms.orders import multiply_by_hadamard
 
 BASELINE, OWN_APPEND = "bf16 attention", "bf16 keys and values written"
 BOUND = 1.5
-"""Times the error of PyTorch's attention to the same numbers in bfloat16."""
+"""The bound, as a multiple of the error of PyTorch's attention to the same numbers in bfloat16."""
 DRAWN_AT_ONCE = 1 << 24
-"""Numbers that are packed at once."""
+"""The most numbers that are packed at once."""
 
 
 @dataclass(frozen=True)
 class HeadShapes:
-    """Of an attention module."""
+    """The shapes of an attention module."""
 
     heads: int = 32
     kv_heads: int = 8
@@ -40,8 +40,8 @@ class HeadShapes:
 
 
 def cache_scheme(name: str, transform: str, width: int, first: int = 0, last: int = 0) -> CacheScheme:
-    """What `--kv` and `--kv-transform` of these names, `--kv-first` and `--kv-last` install in a model; ConfigError for
-    what there is not, and for heads of a width that is not whole blocks."""
+    """The cache scheme of `--kv` and `--kv-transform` with these names, and of `--kv-first` and `--kv-last`.
+    ConfigError for unknown names, and for a head width that is not whole blocks."""
     scheme = RunTimeCache.of(name, transform, first, last).scheme
     if scheme is None:
         raise ConfigError(f"--kv {name}: is the cache that is measured beside it; name another format")
@@ -57,7 +57,7 @@ def bench_cache(
     shapes: HeadShapes = HeadShapes(),
     told: Callable[[str], None] = lambda line: None,
 ) -> list[KernelRow]:
-    """Attention for each size, (sequences, tokens), and the newest token into the cache."""
+    """Measure attention for each size, (sequences, tokens), and appending the newest token to the cache."""
     rows = []
     for batch, tokens in sizes:
         for row in (*_attention(device, scheme, batch, tokens, shapes), *_appending(device, scheme, batch, shapes)):
@@ -67,7 +67,7 @@ def bench_cache(
 
 
 def _matrices(scheme: CacheScheme, shapes: HeadShapes, device: torch.device) -> CacheMatrices:
-    """Of the kinds and types that a model has; in place of fitted matrices random ones."""
+    """The matrices of the kinds and types that a model has. Random matrices replace fitted ones."""
     keys, values = (_matrix(kind, shapes, device) for kind in (scheme.key_transform, scheme.value_transform))
     queries, outputs = (None if one is None else torch.linalg.inv(one) for one in (keys, values))
     return CacheMatrices(
@@ -85,7 +85,7 @@ def _matrix(kind: str, shapes: HeadShapes, device: torch.device) -> Tensor | Non
 
 
 def _drawn(scheme: CacheScheme, batch: int, tokens: int, shapes: HeadShapes, device: torch.device) -> CachedTokens:
-    """Normal keys and values."""
+    """A cache of normal random keys and values."""
     heads, width = shapes.kv_heads, shapes.width
     rows = [TokenRows.empty(one, batch, heads, tokens, width, device) for one in (scheme.keys, scheme.values)]
     cached = CachedTokens(rows[0], rows[1])
@@ -130,7 +130,7 @@ def _attention(
 
 
 def _appending(device: torch.device, scheme: CacheScheme, batch: int, shapes: HeadShapes) -> Iterator[KernelRow]:
-    """A token into a cache of one place; what else there is does not matter."""
+    """Measure appending a token to a cache of one position. Other positions make no difference."""
     heads, width, dtype = shapes.kv_heads, shapes.width, torch.bfloat16
     query = torch.randn(batch, shapes.heads, 1, width, device=device).to(dtype)
     key, value = torch.randn(2, batch, heads, 1, width, device=device).to(dtype)
@@ -176,7 +176,7 @@ def _clone(cached: CachedTokens) -> CachedTokens:
 
 
 def _exact(query: Tensor, cached: CachedTokens, scaling: float) -> Tensor:
-    """Attention of the first sequence in float64, to what its cache stands for."""
+    """Attention of the first sequence in float64, to the values of its cache."""
     rows = [
         TokenRows(one.quantizer, one.codes[:1], {name: part[:1] for name, part in one.parts.items()}).dequantize()
         for one in (cached.keys, cached.values)
@@ -191,5 +191,5 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def sizes_of(batches: Sequence[int], tokens: Sequence[int]) -> list[tuple[int, int]]:
-    """All pairs."""
+    """All pairs of the two."""
     return list(product(batches, tokens))

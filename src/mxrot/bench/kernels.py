@@ -1,6 +1,6 @@
 """Kernels beside the bfloat16 product that they replace, on the shapes of Llama-3-8B or others.
 
-A kernel is checked against its plain twin first; one that fails has no speed.
+A kernel is first checked against its plain twin. A kernel that fails has no speed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from mxrot.transforms.base import random_orthogonal
 from mxrot.transforms.stages import STORED_DTYPE, apply_matrices
 
 LLAMA_3_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-"""(N, K) of q, k and v together, o, gate and up together, down."""
+"""(N, K) of q, k and v together, o, gate and up together, and down."""
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 RULES = ("even", "floor", "rceil")
 FORMAT = get_format("mxfp4")
 BASELINE = "bf16 product"
 INVARIANT = "W4A4, packed, invariant"
-"""Whose rows do not depend on each other (`kernels.fixed_rows`)."""
+"""The product with rows that do not depend on each other (`kernels.fixed_rows`)."""
 PACKED, KEPT, LIFTED = "W4A4, packed, matrix units", "W4A4, kept in FP8", "W4A4, packed, lifted on the way"
 
 
@@ -55,13 +55,13 @@ class KernelRow:
     seconds: Seconds | None
     """None if the check failed."""
     bytes: float
-    """Read and written at least."""
+    """The bytes read and written, at least."""
     operations: float
     error: float
-    """Of a quantizer the share of values that differ from the twin's, of a product the relative error against float64
-    of the same codes."""
+    """For a quantizer, the share of values that differ from the twin's. For a product, the relative error against
+    float64 of the same codes."""
     bound: float
-    """What `error` must not exceed."""
+    """The upper bound of `error`."""
     replaces: str = ""
     """The kernel that this one's speed is compared with, on the same shape."""
 
@@ -70,7 +70,7 @@ class KernelRow:
         return self.error <= self.bound
 
     def as_record(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """The row for a JSON file."""
         return vars(self) | {"seconds": None if self.seconds is None else vars(self.seconds), "holds": self.holds}
 
 
@@ -81,8 +81,8 @@ def bench_kernels(
     told: Callable[[str], None] = lambda line: None,
     all_tiles: bool = False,
 ) -> list[KernelRow]:
-    """All kernels on all shapes; `told` hears of each result. With `all_tiles` no quantizers alone, and of middle rows
-    every tile."""
+    """Measure all kernels on all shapes. `told` receives each result. With `all_tiles`, quantizers alone are left out,
+    and middle rows are measured with every tile."""
     found = []
     quantizers = [] if all_tiles else _quantizers(device, sorted({k for _, k in shapes}), rows)
     for row in chain(quantizers, _products(device, shapes, rows, told, all_tiles)):
@@ -114,12 +114,12 @@ def _quantizers(device: torch.device, widths: Sequence[int], rows: Sequence[int]
 
 
 def _matrices(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Row by row, as a model that is loaded keeps them."""
+    """Matrices stored row by row, as in a loaded model."""
     return random_orthogonal(count, 32, generator).to(device, STORED_DTYPE).contiguous()
 
 
 def by_the_book(x: Tensor, matrices: Tensor) -> Tensor:
-    """Q(x T) under the rule `floor` as one would write it down: each value to the nearest of eight that it looks at."""
+    """Q(x T) under the rule `floor`, written out directly: each value goes to the nearest of eight candidates."""
     values = apply_matrices(x.float(), matrices.float()).unflatten(-1, (-1, 32))
     scales = torch.exp2(values.abs().amax(dim=-1, keepdim=True).log2().floor() - 2)
     scaled = values / scales
@@ -129,7 +129,7 @@ def by_the_book(x: Tensor, matrices: Tensor) -> Tensor:
 
 
 def _outputs(device: torch.device) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], float]]:
-    """Name, kernel, twin, and bytes of each value."""
+    """The name, kernel, twin, and bytes per value of each."""
     if device.type != "cuda" or not has_triton():
         yield "values", rotate_quantize, plain_rotate_quantize, 4.0
         return
@@ -184,7 +184,7 @@ def _products(
 def _of_others(
     others: Mapping[str, Sequence[Product]], x: Tensor, dense: Tensor, told: Callable[[str], None]
 ) -> Iterator[_Way]:
-    """Products of others with inputs as they are, each checked against float64 of the same."""
+    """Products of other libraries with unrotated inputs, each checked against float64 of the same."""
     exact = _sample(x, dense)
     bound = 3 * _error(torch.nn.functional.linear(x, dense), exact)
     for name, functions in others.items():
@@ -202,9 +202,9 @@ class _Way:
 
     name: str
     calls: Sequence[Callable[[], Tensor]]
-    """With one weight after the other."""
+    """The calls, each with another weight."""
     size: float
-    """Bytes of a weight."""
+    """The bytes of a weight."""
     error: float
     bound: float
 
@@ -217,7 +217,7 @@ def _linears(
     told: Callable[[str], None],
     all_tiles: bool,
 ) -> Iterator[tuple[str, list[Callable[[], Tensor]], float]]:
-    """Ways to compute the quantized linear, all but one with the quantizer; one function for each weight."""
+    """The ways to compute the quantized linear, all but one with the quantizer. Each has one function per weight."""
     if device.type != "cuda" or not has_triton() or torch.cuda.get_device_capability(device) < (8, 9):
         return
     from mxrot.kernels.fused.lift import lift_weights
@@ -263,8 +263,8 @@ def _linears(
 
 
 def measured_crossovers(rows: Sequence[KernelRow]) -> Crossovers | None:
-    """Up to how many rows of input which product from packed codes is the fastest, by the sum over all shapes; None if
-    nobody raced."""
+    """The fastest product from packed codes for each range of input rows, by the sum over all shapes. None if no such
+    products were compared."""
     times = {(row.kernel, row.shape): row.seconds.median for row in rows if row.seconds is not None}
 
     def limit(mine: str, other: str) -> int | None:
@@ -295,7 +295,7 @@ SAMPLE_ROWS = 64
 
 
 def _sample(x: Tensor, weight: Tensor) -> Tensor:
-    """The first rows of the product of the same codes, float64."""
+    """The first rows of the product of the same codes, in float64."""
     return x[:SAMPLE_ROWS].double() @ weight.double().mT
 
 

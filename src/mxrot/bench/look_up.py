@@ -1,7 +1,7 @@
-"""The product of a few rows of integers with 2-bit weights that are looked up, beside the bfloat16 product.
+"""The product of a few rows of integers with looked-up 2-bit weights, beside the bfloat16 product.
 
-Scales are powers of two here, so that no float32 sum is rounded: whatever the order of its sums, a kernel must give the
-bits of its plain twin, and one that does not has no speed.
+Scales are powers of two here, so that no float32 sum is rounded. In any order of its sums, a kernel must give the same
+bits as its plain twin. A kernel that does not has no speed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mxrot.kernels import Inputs, LookUpWeight, choose_look_up
 from mxrot.kernels.plain import IntegerRows, in_planes, looked_up, plain_look_up_product, plain_quantize_rows
 
 LOOK_UP_COUNTS = (1, 2, 4, 8)
-"""Rows of inputs."""
+"""The numbers of input rows."""
 GROUP = 128
 INPUTS = TensorQuantizer.named("int4_row absmax clip 0.9")
 LOOKED_UP = "W2A4, looked up"
 TYPE = torch.bfloat16
-"""Of what comes in and goes out, and of the weights of the other product."""
+"""The type of inputs and outputs, and of the weights of the other product."""
 BITS = 2 + (16 + 4 * 8) / GROUP
 
 
@@ -35,7 +35,7 @@ def bench_look_up(
     counts: Sequence[int] = LOOK_UP_COUNTS,
     told: Callable[[str], None] = lambda line: None,
 ) -> list[KernelRow]:
-    """All shapes (N, K) with so many rows of inputs each; `told` hears of each result."""
+    """Measure all shapes (N, K) with these numbers of input rows. `told` receives each result."""
     found = []
     for height, width in shapes:
         for row in _products(device, height, width, counts):
@@ -45,7 +45,7 @@ def bench_look_up(
 
 
 def random_weight(height: int, width: int, device: torch.device) -> LookUpWeight:
-    """Any codes, ascending levels, and scales from 2^-10 to 2^-7."""
+    """A weight with random codes, ascending levels, and scales from 2^-10 to 2^-7."""
     groups = width // GROUP
     packed = torch.randint(0, 256, (height, width // 4), dtype=torch.uint8, device=device)
     scales = torch.exp2(-torch.randint(7, 11, (height, groups), device=device).float()).half()
@@ -63,7 +63,7 @@ def _products(device: torch.device, height: int, width: int, counts: Sequence[in
     ]
     for count in counts:
         x = torch.randn(count, width, device=device).to(TYPE)
-        # On a CPU, where a division by a number is one.
+        # On a CPU, where a division by a number is a real division.
         rows = plain_quantize_rows(x.cpu(), INPUTS.format, INPUTS.rule)
         rows = IntegerRows(rows.codes.to(device), rows.scales.to(device))
         expected = plain_look_up_product(rows, weight.packed, weight.scales, weight.levels, x.dtype)
@@ -83,7 +83,7 @@ def _products(device: torch.device, height: int, width: int, counts: Sequence[in
 def _ways(
     x: Tensor, rows: IntegerRows, weights: Sequence[LookUpWeight]
 ) -> Iterator[tuple[str, Sequence[Callable[[], Any]]]]:
-    """Ways to compute the linear, one function for each weight."""
+    """The ways to compute the linear, with one function per weight."""
     if choose_look_up(len(x), weights[0], INPUTS.format, x.device).path is None:
 
         def plain(w: LookUpWeight) -> Tensor:

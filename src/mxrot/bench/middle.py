@@ -1,4 +1,4 @@
-"""The product from packed codes for rows between few and many, by one tile or by every candidate."""
+"""The product from packed codes for middle numbers of rows, by one tile or by every candidate."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mxrot.kernels.plain import PackedRows
 FORMAT = get_format("mxfp4")
 MIDDLE = "W4A4, packed, middle rows"
 FEWEST_FOR_TRITON = 16
-"""Its tiles have 16 rows of inputs at least, and win beyond."""
+"""The fewest rows: Triton's tiles have at least 16 rows of inputs, and win above that."""
 TRITON = f"{MIDDLE}, Triton"
 
 
 def covers(rows: int, width: int, device: torch.device) -> bool:
-    """Is it measured for so many rows of inputs of this width?"""
+    """True if it is measured for this number of input rows of this width."""
     is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     return is_hopper and rows <= MOST_MIDDLE_ROWS and width % 128 == 0
 
@@ -33,8 +33,8 @@ def middle_products(
     all_tiles: bool,
     told: Callable[[str], None],
 ) -> Iterator[tuple[str, list[Callable[[], Tensor]], float]]:
-    """Name, one function for each weight, and bytes of a weight: quantizer and product by the tile that is chosen, then
-    the product alone; with `all_tiles` also the product by each candidate that can be launched, here and in Triton."""
+    """The name, one function per weight, and the bytes of a weight: quantizer and product by the chosen tile, then the
+    product alone. With `all_tiles` also the product by each candidate that can be launched, here and in Triton."""
     from mxrot.kernels.cuda import middle as cuda
     from mxrot.kernels.fused import middle as fused
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2

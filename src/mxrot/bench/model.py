@@ -1,11 +1,12 @@
-"""A whole model of random weights, quantized and not: what a prompt and what a generated token take.
+"""A whole model of random weights, quantized and not: the time of a prompt and of a generated token.
 
-Speed does not depend on what weights are, so nothing is quantized here: codes are drawn. All models are run by
-transformers, their decoder blocks compiled by torch.compile where that is asked for. On a GPU a token is recorded as a
-CUDA graph. A prompt is not: it keeps the device busy as it is, and transformers masks attention otherwise in a graph.
+Speed does not depend on the values of weights, so nothing is quantized here: codes are random. All models are run by
+transformers. Their decoder blocks are compiled by torch.compile if requested. On a GPU a token is recorded as a CUDA
+graph. A prompt is not, because it keeps the device busy anyway, and transformers masks attention differently in a
+graph.
 
-With the scheme of a packed cache each model generates a token with that cache and with one of its own type, which take
-turns; so do both run as transformers has them, not compiled. All places of both hold numbers that were drawn.
+With the scheme of a packed cache, each model generates a token with that cache and with one of its own type, in turns.
+Both then run as transformers has them, not compiled. All positions of both caches hold random numbers.
 """
 
 from __future__ import annotations
@@ -40,41 +41,41 @@ from mxrot.transforms.base import random_orthogonal
 from mxrot.transforms.stages import BlockDiagonal
 
 DRAWN_AT_ONCE = 2048
-"""Tokens of a layer that are packed at once."""
+"""The number of tokens of a layer that are packed at once."""
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model, one kind of work."""
+    """One model and one kind of work."""
 
     model: str
     work: str
     seconds: Seconds | None
     """None if its logits were not finite."""
     linear_bytes: int
-    """Of the linears of all decoder blocks, transforms included."""
+    """The bytes of the linears of all decoder blocks, transforms included."""
     cache: str = ""
-    """How keys and values are kept."""
+    """The format of keys and values."""
     cache_bytes: int | None = None
-    """What those of this context take, the new token's included; None where there are none."""
+    """The bytes of keys and values of this context, including the new token's. None if there are none."""
 
     def as_record(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """The row for a JSON file."""
         return vars(self) | {"seconds": None if self.seconds is None else vars(self.seconds)}
 
 
 @dataclass(frozen=True)
 class Works:
-    """What models do."""
+    """The work of the models."""
 
     prompt: int | None = 8192
-    """Tokens; None for no prompt."""
+    """The tokens of the prompt. None for no prompt."""
     contexts: tuple[int, ...] = (1024,)
-    """Tokens before the one that is generated."""
+    """The numbers of tokens before the generated one."""
     cache: CacheScheme | None = None
-    """A token is generated with this cache, too."""
+    """A cache that is also used to generate a token."""
     compiler: str | None = "inductor"
-    """A backend of torch.compile; None for none."""
+    """A backend of torch.compile. None for no compilation."""
 
 
 def bench_model(
@@ -84,9 +85,9 @@ def bench_model(
     works: Works = Works(),
     told: Callable[[str], None] = lambda line: None,
 ) -> list[ModelRow]:
-    """What `works` says, by the model and by the quantized one.
+    """Measure the work of `works`, by the model and by the quantized one.
 
-    On a GPU the quantized one is measured with weights in FP8 beside the packed ones, too.
+    On a GPU the quantized one is also measured with weights in FP8, besides the packed ones.
     """
     rows = []
     makers: list[tuple[str, Callable[[LlamaConfig, torch.device], PreTrainedModel]]] = [
@@ -120,7 +121,7 @@ def _rows_of(name: str, model: PreTrainedModel, works: Works, device: torch.devi
 
 
 def _seconds(steps: Sequence[Callable[[], Tensor]], device: torch.device, is_recorded: bool) -> list[Seconds | None]:
-    """None for steps whose logits are not finite; the others take turns."""
+    """The seconds of each step, measured in turns. None if its logits are not finite."""
     are_fine = [bool(step().isfinite().all()) for step in steps]
     fine = [[step] for step, is_fine in zip(steps, are_fine, strict=True) if is_fine]
     seconds = iter(seconds_of_each(fine, device, is_recorded=is_recorded) if fine else [])
@@ -130,7 +131,7 @@ def _seconds(steps: Sequence[Callable[[], Tensor]], device: torch.device, is_rec
 def llama_config(
     hidden: int, ffn: int, blocks: int, heads: int, kv_heads: int, vocabulary: int, positions: int = 8192
 ) -> LlamaConfig:
-    """A Llama of this shape, with a head of its own."""
+    """The config of a Llama of this shape, with an untied head."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -146,7 +147,7 @@ def llama_config(
 
 @torch.no_grad()
 def random_model(config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
-    """Of normal weights 1/sqrt(inputs) wide, bfloat16."""
+    """A bfloat16 model of normal weights with standard deviation 1/sqrt(inputs)."""
     generator = torch.Generator(device).manual_seed(0)
     model = build_apart(config)
     for module in model.modules():
@@ -163,7 +164,7 @@ def random_model(config: PretrainedConfig, device: torch.device) -> PreTrainedMo
 def random_quantized_model(
     config: LlamaConfig, device: torch.device, recipe: Recipe, keeps_fp8: bool = False
 ) -> PreTrainedModel:
-    """The same sizes with drawn codes and orthogonal transforms, in the formats of the recipe."""
+    """The same sizes with random codes and orthogonal transforms, in the formats of the recipe."""
     model, family = random_model(config, device), find_family(config, "the model")
     generator, codes = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(1)
     scheme = Scheme.of(recipe, family, model)
@@ -187,21 +188,21 @@ def random_quantized_model(
 
 
 def draw_weight(linear: QuantLinear, generator: torch.Generator) -> None:
-    """Codes of MXFP4 are drawn as they are; in another format a code may be no number, so weights are drawn."""
+    """Draw a random weight. MXFP4 codes are drawn directly. In other formats a code can be no number: weights are
+    drawn."""
     width, weights = linear.in_features, linear.weights
     if not weights.is_mxfp4:
         drawn = torch.empty(linear.out_features, width, device=generator.device).normal_(generator=generator)
         linear.set_weight(quantize(drawn * width**-0.5, weights.format, weights.rule))
         return
     linear.weight_packed.data.random_(0, 256, generator=generator)
-    # Codes are 3 in the mean square, so 2^-e is about 1/sqrt(inputs).
+    # Codes have a root mean square of 3, so 2^-e is about 1/sqrt(inputs).
     byte = 127 - round(torch.tensor(3.0 * width**0.5).log2().item())
     linear.weight_scale.data.fill_(byte)
 
 
 def linear_bytes(model: PreTrainedModel) -> int:
-    """Bytes that the linears of the decoder blocks hold, with transforms and what was prepared; what they share counts
-    once."""
+    """The bytes of the linears of the decoder blocks, with transforms and prepared data. Shared tensors count once."""
     blocks = model.get_submodule(find_family(model.config, "the model").blocks)
     tensors = [*blocks.parameters(), *blocks.buffers()]
     storages = {
@@ -211,7 +212,7 @@ def linear_bytes(model: PreTrainedModel) -> int:
 
 
 def prompt_step(model: PreTrainedModel, tokens: int, compiler: str | None = None) -> Callable[[], Tensor]:
-    """Logits of the last token of one sequence. Blocks are compiled, which are all alike: one is enough."""
+    """A step that computes the logits of the last token of a sequence. One block is compiled, because all are alike."""
     ids = torch.arange(tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
     blocks = list(model.get_submodule(find_family(model.config, "the model").blocks).children())
     compiled: list[Any] = []
@@ -241,27 +242,27 @@ def forwards_replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable[
 
 @dataclass(frozen=True)
 class TokenStep:
-    """One token with keys and values of those before it; a call gives its logits."""
+    """A step for one token, with keys and values of those before it. A call returns its logits."""
 
     run: Callable[[], Tensor]
     cache: FixedCache | FixedPackedCache
     kept: str
-    """How keys and values are, in words."""
+    """The format of keys and values, in words."""
 
     def __call__(self) -> Tensor:
         return self.run()
 
 
 def token_step(model: PreTrainedModel, context: int, compiler: str | None = None) -> TokenStep:
-    """One token, with keys and values of so many before it, all of which it sees. Blocks differ by their place in the
-    cache, so the model is compiled as a whole."""
+    """A step for one token, with keys and values of `context` tokens before it, all visible. Blocks differ by their
+    index in the cache, so the whole model is compiled."""
     cache = FixedCache(context + 1, model.config)
     run: Callable[..., Any] = model if compiler is None else torch.compile(model, fullgraph=True, backend=compiler)
     return TokenStep(_step(model, run, cache, context), cache, str(model.dtype).removeprefix("torch."))
 
 
 def packed_token_step(model: PreTrainedModel, context: int, scheme: CacheScheme) -> TokenStep:
-    """As `token_step`, not compiled, with a packed cache, which the model has at this step alone."""
+    """As `token_step`, not compiled, with a packed cache. The model has that cache only during this step."""
     cache = FixedPackedCache(context + 1, model.config)
     run = _step(model, model, cache, context)
 
@@ -294,7 +295,7 @@ def _step(
 
 
 def _draw(cache: FixedCache | FixedPackedCache) -> None:
-    """Numbers at all places; nothing is left to what zeros may be spared."""
+    """Fill all positions with random numbers, so that no kernel can skip zeros."""
     for state in states_in(cache.layers):
         state.normal_()
     if isinstance(cache, FixedCache):
@@ -314,7 +315,7 @@ def _draw(cache: FixedCache | FixedPackedCache) -> None:
 
 @contextmanager
 def _packed(model: PreTrainedModel, scheme: CacheScheme) -> Iterator[None]:
-    """While open, attention of the decoder blocks keeps keys and values so."""
+    """While open, attention of the decoder blocks keeps keys and values by this scheme."""
     family, config = find_family(model.config, "the model"), model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     modules = family.attentions(model)

@@ -1,7 +1,7 @@
-"""W4A16 products of others, which read the same MXFP4 weights: Marlin, as vLLM brings it along, and Humming.
+"""W4A16 products of other libraries that read the same MXFP4 weights: Marlin, as shipped with vLLM, and Humming.
 
-They are measured where they are installed, beside ours in the same run, and named where they are not. Both are called
-as vLLM calls them; inputs stay bfloat16 and are not rotated.
+They are measured where they are installed, beside ours in the same run. Missing ones are named. Both are called as vLLM
+calls them. Inputs stay bfloat16 and are not rotated.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Other:
-    """A product of someone else's."""
+    """A product of another library."""
 
     name: str
     package: str
     prepare: Callable[[PackedRows, Sequence[int]], Product]
-    """The product with one weight, of inputs bfloat16 [M, K], for these M."""
+    """Returns the product with one weight, for bfloat16 inputs [M, K] with these M."""
 
     def absent(self, device: torch.device) -> str | None:
-        """Why it cannot be measured there; None if it may."""
+        """The reason why it cannot be measured on this device. None if it can."""
         if importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         return None if device.type == "cuda" else f"it needs a GPU, and this is {device.type}"
@@ -47,7 +47,7 @@ def _marlin(weight: PackedRows, rows: Sequence[int]) -> Product:
     layer.weight = nn.Parameter(weight.codes.clone(), requires_grad=False)
     layer.weight_scale = nn.Parameter(weight.scales.clone(), requires_grad=False)
     marlin_utils_fp4.prepare_fp4_layer_for_marlin(layer)
-    workspace = getattr(layer, "workspace", None)  # later versions have one for all layers
+    workspace = getattr(layer, "workspace", None)  # later versions share one between layers
 
     def product(x: Tensor) -> Tensor:
         found: Tensor = marlin_utils_fp4.apply_fp4_marlin_linear(
@@ -84,7 +84,7 @@ def _humming(weight: PackedRows, rows: Sequence[int]) -> Product:
         scales = weight.scales.clone().view(torch.float8_e8m0fnu)
         layer.load_from_tensors({"weight": weight.codes.clone().view(torch.int32), "weight_scale": scales})
         layer.transform()
-    # Each kernel is compiled for some seconds: only those for the rows that are measured.
+    # Compiling a kernel takes some seconds, so only those for the measured rows are compiled.
     tunings = HummingLayerMethod.get_default_tuning_configs(layer)
     chosen = [one for one in tunings if any(one[0] <= count <= one[1] for count in rows)]
     found: Product = partial(layer, compute_config=_HUMMING_COMPUTES, tuning_config=json.dumps(chosen))
@@ -97,7 +97,7 @@ OTHERS = (Other("W4A16, Marlin", "vllm", _marlin), Other("W4A16, Humming", "humm
 def prepared_others(
     weights: Sequence[PackedRows], rows: Sequence[int], told: Callable[[str], None]
 ) -> dict[str, list[Product]]:
-    """Products with each weight by name, of those that can be prepared; `told` hears why another cannot."""
+    """The products with each weight, by name, that can be prepared. `told` receives the reasons for the others."""
     found = {}
     for other in OTHERS:
         if other.absent(weights[0].codes.device) is None:
@@ -109,7 +109,7 @@ def prepared_others(
 
 
 def absent_others(device: torch.device) -> dict[str, str]:
-    """Those that are not measured there, and why."""
+    """The products that are not measured on this device, with the reasons."""
     reasons = {other.name: other.absent(device) for other in OTHERS}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 

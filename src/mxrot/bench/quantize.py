@@ -1,4 +1,4 @@
-"""How long quantizing takes, and where the time goes."""
+"""The time of quantizing, and of its parts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class QuantizeRow:
 
     recipe: str
     windows: tuple[int, int] | None
-    """Calibration windows and their length, with those that the model writes."""
+    """The calibration windows and their length, including those that the model writes."""
     seconds: list[float]
-    """Of each run; the first one compiles kernels."""
+    """The seconds of each run. The first one compiles kernels."""
     blocks: list[float]
-    """Seconds of each decoder block in the last run; what is missing to the whole is text, tuning and the rest."""
+    """The seconds of each decoder block in the last run. The rest of the time goes to text, tuning and other work."""
     peak_gpu_bytes: int | None
 
 
@@ -39,7 +39,7 @@ def bench_quantize(
     repeats: int = 3,
     progress: Progress = silent,
 ) -> list[QuantizeRow]:
-    """Quantize `model` in memory by each recipe, `repeats` times after a first one."""
+    """Quantize `model` in memory by each recipe, `repeats` times after the first run."""
     folder, rows = find_model(model), []
     for recipe in recipes:
         windows = api.calibrate(folder, recipe, calib, samples, seq_len).windows

@@ -1,4 +1,4 @@
-"""Results of a benchmark for the terminal."""
+"""The results of a benchmark for the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mxrot.bench.timing import TIMES
 
 
 def kernel_table(rows: Sequence[KernelRow], limits: dict[str, float]) -> Table:
-    """Times, the share of the copy bandwidth, and speed relative to what a kernel replaces."""
+    """Times, the share of the copy bandwidth, and speed relative to the replaced kernel."""
     ratios = speed_ratios(rows)
     ceilings = ", ".join(
         f"{name} {1e6 * value:.2f} us" if name in TIMES else f"{name} {value / 1e9:,.0f} G/s"
@@ -40,8 +40,8 @@ def kernel_table(rows: Sequence[KernelRow], limits: dict[str, float]) -> Table:
 
 
 def model_table(rows: Sequence[ModelRow]) -> Table:
-    """Times, speed relative to the first model at the same work, and what the linears of the blocks weigh; with packed
-    caches also what they take and their speed relative to the same model without."""
+    """Times, speed relative to the first model at the same work, and the bytes of the blocks' linears. With packed
+    caches also their bytes, and their speed relative to the same model without them."""
     first = {row.work: row for row in reversed(rows)}
     unpacked = {(row.model, row.work): row for row in reversed(rows)}
     with_caches = len({row.cache for row in rows if row.cache}) > 1
@@ -86,7 +86,7 @@ def _ratio(before: ModelRow, row: ModelRow) -> str:
 
 
 def quantize_table(rows: Sequence[QuantizeRow]) -> Table:
-    """One line a recipe."""
+    """One line per recipe."""
     table = Table()
     table.add_column("recipe")
     for heading in ("windows", "first run, s", "later runs, s", "blocks, s", "GPU memory, GB"):
@@ -100,7 +100,7 @@ def quantize_table(rows: Sequence[QuantizeRow]) -> Table:
 
 
 def speed_ratios(rows: Sequence[KernelRow]) -> dict[tuple[str, tuple[int, ...]], float]:
-    """How many times faster each kernel is than the one it replaces, by its name and shape."""
+    """The speed of each kernel relative to the one it replaces, by its name and shape."""
     times = {(row.kernel, row.shape): row.seconds.median for row in rows if row.seconds is not None}
     return {
         (row.kernel, row.shape): times[row.replaces, row.shape] / row.seconds.median
@@ -110,7 +110,7 @@ def speed_ratios(rows: Sequence[KernelRow]) -> dict[tuple[str, tuple[int, ...]],
 
 
 def geometric_means(rows: Sequence[KernelRow]) -> dict[tuple[str, int], float]:
-    """The same by kernel and rows of the input, over the shapes that were measured."""
+    """The geometric mean over the measured shapes, by kernel and rows of the input."""
     ratios: dict[tuple[str, int], list[float]] = {}
     for (kernel, shape), ratio in speed_ratios(rows).items():
         ratios.setdefault((kernel, shape[0]), []).append(ratio)
@@ -118,7 +118,7 @@ def geometric_means(rows: Sequence[KernelRow]) -> dict[tuple[str, int], float]:
 
 
 def best_tiles(rows: Sequence[KernelRow]) -> dict[tuple[int, ...], tuple[str, float]]:
-    """The fastest tile of those that were measured for each shape, and its seconds, without the quantizer."""
+    """The fastest of the measured tiles for each shape, and its seconds, without the quantizer."""
     found: dict[tuple[int, ...], tuple[str, float]] = {}
     for row in rows:
         is_tile = row.kernel.startswith(f"{MIDDLE}, ") and not row.kernel.endswith("without the quantizer")

@@ -1,4 +1,4 @@
-"""How long calls take on a device."""
+"""The time of calls on a device."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mxrot.kernels.dispatch import has_triton
 
 REPEATS = 15
 CACHE_BYTES = 2e8
-"""Operands are taken in turn from so many bytes of copies, more than any cache holds."""
+"""Operands are taken in turn from this many bytes of copies, more than any cache holds."""
 MOST_COPIES = 64
 CALLS = 16
-"""A CUDA graph holds so many calls at least, so that starting it does not count."""
+"""The least number of calls in a CUDA graph, so that the time to start it does not matter."""
 EMPTY_LAUNCH = "empty launch"
 COPY_LAUNCH = "launch and copy of [128, 4096] bf16 to fp8"
 TIMES = (EMPTY_LAUNCH, COPY_LAUNCH)
-"""The ceilings that are seconds."""
+"""The ceilings in seconds."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Seconds:
 
 
 def copies_for(operand_bytes: float) -> int:
-    """How many copies of operands of this size are taken in turn."""
+    """The number of copies of operands of this size that are taken in turn."""
     return max(1, min(MOST_COPIES, int(CACHE_BYTES // max(operand_bytes, 1)) + 1))
 
 
@@ -49,8 +49,8 @@ def seconds_of(
 ) -> Seconds:
     """The time of one of `calls`, which are made one after the other.
 
-    On a GPU they are recorded as one CUDA graph: what is timed is the device and not the launching of operations;
-    otherwise operations are launched as they come.
+    On a GPU they are recorded as one CUDA graph, so that the time of the device is measured and not the launching of
+    operations. If not recorded, operations are launched one by one.
     """
     return seconds_of_each([calls], device, repeats, is_recorded)[0]
 
@@ -61,7 +61,7 @@ def seconds_of_each(
     repeats: int = REPEATS,
     is_recorded: bool = True,
 ) -> list[Seconds]:
-    """As `seconds_of` for each candidate; they take turns, so that a device that slows down does so for all."""
+    """As `seconds_of` for each candidate. They take turns, so that a device that slows down affects all of them."""
     found: list[list[float]] = [[] for _ in candidates]
     if device.type != "cuda":
         for repeat, (calls, times) in product(range(repeats + 1), zip(candidates, found, strict=True)):
@@ -100,7 +100,7 @@ def _device_seconds(
 
 
 def _recorded(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> tuple[Callable[[], None], int]:
-    """A CUDA graph of these calls, at least CALLS, and how many it has."""
+    """A CUDA graph of these calls, at least CALLS, and their number."""
     _run(calls[:2])  # compiles
     times = -(-CALLS // len(calls))
     graph = torch.cuda.CUDAGraph()
@@ -116,9 +116,8 @@ def _run(calls: Sequence[Callable[[], Any]]) -> None:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this device reaches: bytes a second of a copy, read and written, operations a second of products, and on a
-    GPU the seconds of a kernel that does nothing, and of one that loads and stores what quantizing a few rows does.
-    """
+    """The ceilings of this device: bytes per second of a copy, read and written, operations per second of products, and
+    on a GPU the seconds of an empty kernel, and of one with the loads and stores of quantizing a few rows."""
     is_gpu = device.type == "cuda"
     found = {"copy": copy_speed(device)}
     size = 8192 if is_gpu else 1024
@@ -139,8 +138,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def copy_speed(device: torch.device) -> float:
-    """Bytes a second, read and written, by the library's copy, which in a CUDA graph may be the copy engine, or by a
-    kernel: the faster of the two."""
+    """The bytes per second, read and written, of the faster of two copies: the library's, which in a CUDA graph can be
+    the copy engine, and a kernel."""
     source = torch.zeros(2**28 if device.type == "cuda" else 2**24, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     ways: list[Callable[[], Any]] = [partial(target.copy_, source), partial(torch.neg, source, out=target)]

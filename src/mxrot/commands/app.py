@@ -1,4 +1,4 @@
-"""The commands put together, with what is the same for all: errors, the version, completion in a shell."""
+"""The commands put together, with their common parts: errors, the version, shell completion."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # the reader of standard output went away, as in `mxrot recipes | head`
+        except BrokenPipeError:  # the reader of standard output has gone, as in `mxrot recipes | head`
             raise
         except (Exception, KeyboardInterrupt) as error:
             if _is_typers(error):
@@ -45,7 +45,7 @@ class _Commands(TyperGroup):
 
 
 def _is_typers(error: BaseException) -> bool:
-    """Is it bad usage, or a way to end? Typer says that itself."""
+    """True for bad usage, or a regular exit. Typer reports these itself."""
     return type(error).__module__.partition(".")[0] in ("typer", "click")
 
 

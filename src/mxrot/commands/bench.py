@@ -29,7 +29,7 @@ from mxrot.errors import ConfigError
 from mxrot.nearest import brief
 
 MOST_WEIGHTS = 1 << 33
-"""Of a linear that is timed; 16 GiB in bfloat16."""
+"""The most weights of a linear that is timed. This is 16 GiB in bfloat16."""
 
 benchmarks = typer.Typer(no_args_is_help=True, help="Measure speed, beside what mxrot replaces.", rich_markup_mode=None)
 
@@ -256,7 +256,7 @@ def bench_quantize_command(
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Positive numbers of a comma-separated list."""
+    """The positive numbers of a comma-separated list."""
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
         raise ConfigError(f"{option} {text}: expected positive numbers between commas, such as 1024,16384")

@@ -1,4 +1,4 @@
-"""The options of a cache that is asked for at run time, and what they mean."""
+"""The options of a run-time cache, and their meaning."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ KvCalib = Annotated[
 
 @dataclass(frozen=True)
 class Asked:
-    """For a cache, or for none in particular."""
+    """The request for a cache, or for the model's own."""
 
     cache: RunTimeCache | None
     calib: Any
-    """Texts that it is fitted on."""
+    """The texts that it is fitted on."""
     seq_len: int
-    """Tokens of a window of them."""
+    """The tokens of a window of these texts."""
 
     def check(self, model: str) -> None:
-        """ConfigError if the model, by its name, cannot have it; before a weight is read."""
+        """ConfigError if the model of this name cannot have the cache, before a weight is read."""
         if self.cache is not None:
             from mxrot.run_time_cache import check_cache
 
@@ -55,7 +55,7 @@ class Asked:
     def open(
         self, model: str, device: str | None, verify: bool | None, progress: Progress | None = None
     ) -> tuple[PreTrainedModel, Path]:
-        """The model with it, and its folder. What it replaces is said on standard error."""
+        """The model with the cache, and its folder. The replaced cache is reported on standard error."""
         from mxrot.progress import silent
         from mxrot.run_time_cache import open_with_cache
 
@@ -69,16 +69,16 @@ class Asked:
 def cache_asked_for(
     kv: str | None, transform: str | None, first: int, last: int, calib: list[str], seq_len: int = 2048
 ) -> Asked:
-    """What the options of one model ask for; ConfigError where they cannot be meant together."""
+    """The request of one model's options. ConfigError if they contradict each other."""
     cache = chosen_cache(kv, transform, first, last)
     check_calib(cache, calib)
     return Asked(cache, loaded_texts("--calib", calib) if calib else (), seq_len)
 
 
 def chosen_cache(kv: str | None, transform: str | None, first: int, last: int) -> RunTimeCache | None:
-    """The cache that the options ask for; None without `--kv`.
+    """The cache of these options. None without `--kv`.
 
-    ConfigError for a name that is none, for several, and for options that have nothing to say.
+    ConfigError for an unknown name, for several names, and for options without effect.
     """
     found = chosen_caches(kv, transform, first, last)
     if len(found) > 1:
@@ -89,7 +89,7 @@ def chosen_cache(kv: str | None, transform: str | None, first: int, last: int) -
 
 
 def chosen_caches(kv: str | None, transform: str | None, first: int, last: int) -> list[RunTimeCache]:
-    """The same for comma-separated formats and transforms: each format with each transform."""
+    """The caches for comma-separated formats and transforms: each format with each transform."""
     from mxrot.run_time_cache import RunTimeCache
 
     if kv is None:
@@ -103,7 +103,7 @@ def chosen_caches(kv: str | None, transform: str | None, first: int, last: int) 
 
 
 def check_calib(cache: RunTimeCache | None, calib: list[str]) -> None:
-    """ConfigError where a text is needed and not there, or there and not needed."""
+    """ConfigError if a text is needed but missing, or given but not needed."""
     needs = cache is not None and cache.needs_text
     if needs and not calib:
         raise ConfigError("--kv-transform second-moment: is fitted to keys and values of a text; name one with --calib")

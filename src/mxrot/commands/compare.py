@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from mxrot.report import ComparedRow
 
 _PLACES = ("json_file", "csv_file", "plot", "plots", "html", "work", "resume")
-"""Parameters that decide no figure."""
+"""The parameters that do not affect the figures."""
 
 
 def compare(
@@ -195,7 +195,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Asked:
-    """What a page says of a comparison beside its rows."""
+    """The data of a comparison's page besides its rows."""
 
     model: str
     seq_len: int
@@ -205,7 +205,7 @@ class Asked:
 
 
 def _write_pictures(rows: Sequence[ComparedRow], asked: Asked, plots: Path | None, html: Path | None) -> None:
-    """Every picture as files, and the page that has them all."""
+    """Write every picture as files, and the page with all of them."""
     from mxrot.checkpoint.named_file import write_named
     from mxrot.report import Comparison, compared_page, compared_pictures, write_files
 

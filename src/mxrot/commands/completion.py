@@ -1,4 +1,4 @@
-"""What a shell completes for options that take a name."""
+"""Shell completion for options that take a name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from mxrot.recipe_files import descriptions
 
 
 def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
-    """Recipes that come with mxrot, each with what it does. After a comma, the next of several."""
+    """The built-in recipes, each with its description. After a comma, the next recipe of a list."""
     before, comma, begun = incomplete.rpartition(",")
     return [(before + comma + known.name, known.summary) for known in descriptions() if known.name.startswith(begun)]

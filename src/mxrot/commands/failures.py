@@ -1,7 +1,7 @@
-"""What a command that fails says: one line for each kind of error, and an exit code.
+"""The output of a failed command: one line for each kind of error, and an exit code.
 
-2 is for what a person asked for and can ask for otherwise, 1 for the machine, an interrupt, and faults of mxrot, 143
-for SIGTERM, 75 for a time limit, which is no error.
+2 is for a request that the user can change, 1 for the machine, an interrupt, and faults of mxrot, 143 for SIGTERM, 75
+for a time limit, which is no error.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from mxrot.errors import MxrotError, TimeLimitError, notes_of
 from mxrot.failures import machine_failure
 
 TRACEBACK = "MXROT_TRACEBACK"
-"""An environment variable; set to anything, tracebacks are printed, too."""
+"""An environment variable. If it is set to any value, tracebacks are printed as well."""
 LONGEST = 500
-"""Characters of a message that is not ours: those of torch may go on for pages."""
+"""The most characters of a foreign message, because those of torch can go on for pages."""
 
 
 class Failure(NamedTuple):
-    """What is said, and the exit code."""
+    """The message and the exit code."""
 
     line: str
     exit_code: int
 
 
 def failure_of(error: BaseException, kept: str | None = None) -> Failure:
-    """What to say of an error that ended a command; `kept` is what an interrupt leaves behind, to go on from."""
+    """The message for an error that ended a command. `kept` describes what an interrupted run leaves to continue
+    from."""
     failure = _failure_of(error, kept)
     return failure._replace(line="; ".join([failure.line, *notes_of(error)]))
 
@@ -52,20 +53,20 @@ def _failure_of(error: BaseException, kept: str | None) -> Failure:
 
 
 def tell(failure: Failure) -> None:
-    """Write it to standard error, as one line, but for its breaks as it is: two spaces may be part of a path."""
+    """Write it to standard error as one line. Only line breaks are replaced: two spaces can be part of a path."""
     line = " ".join(part.strip() for part in failure.line.splitlines())
     kind = "" if failure.exit_code == TimeLimitError.exit_code else "error: "
     print(f"mxrot: {kind}{line}", file=sys.stderr, flush=True)
 
 
 def _of_nobody(error: BaseException) -> str:
-    """An error that nobody foresaw: its kind and its first line."""
+    """The message for an unexpected error: its kind and its first line."""
     lines = str(error).strip().splitlines()
     return f"unexpected {type(error).__name__}" + (f": {lines[0][:LONGEST].rstrip('.;: ')}" if lines else "")
 
 
 def _report(error: BaseException) -> str:
-    """Where the traceback is."""
+    """The place of the traceback."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get(TRACEBACK):
         print(text, file=sys.stderr)

@@ -74,7 +74,7 @@ def generate(
 
 
 def _check(chat: bool, system: str | None, temperature: float, top_p: float, top_k: int) -> None:
-    """ConfigError where an option would do nothing."""
+    """ConfigError if an option would have no effect."""
     if system is not None and not chat:
         raise ConfigError("--system: needs --chat; add it")
     if not temperature and (top_p < 1 or top_k):

@@ -140,7 +140,7 @@ def inspect(
 
 
 def _show_family(model: str, family: str, json_file: Path | None) -> None:
-    """The record of the family that is asked for, as Python text; no weight is read."""
+    """Show the record of the chosen family, as Python text. No weight is read."""
     from mxrot.deriving import asked_family, record_text
     from mxrot.models import find_config
     from mxrot.models.family_table import family_table

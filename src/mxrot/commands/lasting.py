@@ -1,4 +1,4 @@
-"""Options of commands that may run for a day."""
+"""Options of commands that can run for a day."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TensorBoard = Annotated[Path | None, typer.Option("--tensorboard", metavar="DIR"
 
 
 def chosen_limit(duration: str | None) -> TimeLimit | None:
-    """What `--time-limit` asks for, from now on."""
+    """The limit of `--time-limit`, counted from now."""
     return None if duration is None else TimeLimit(seconds_of(duration, "--time-limit"))
 
 
 def chosen_watch(
     limit: TimeLimit | None, metrics: Path | None, tensorboard: Path | None, output: Path, resume: bool
 ) -> Watch:
-    """What these options ask for; ConfigError where it cannot be. Files are made with the first finished block."""
+    """The watch of these options. ConfigError if it is impossible. Files are created with the first finished block."""
     check_file("--metrics", metrics)
     for option, path in (("--metrics", metrics), ("--tensorboard", tensorboard)):
         if path is not None and path.absolute().is_relative_to(output.absolute()):

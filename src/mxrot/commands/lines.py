@@ -1,4 +1,4 @@
-"""Lines on standard output, broken between words where a terminal is narrower."""
+"""Lines on standard output, broken between words if a terminal is narrower."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import textwrap
 
 
 def say(line: str) -> None:
-    """Print a line. On a terminal it is broken between words and the rest is set in; a file gets it as it is."""
+    """Print a line. On a terminal it is broken between words, with the rest indented. A file gets it unchanged."""
     if not sys.stdout.isatty():
         print(line)
         return
@@ -21,4 +21,4 @@ def say(line: str) -> None:
 
 
 _WHOLE = {"break_long_words": False, "break_on_hyphens": False}
-"""Paths and commands stay in one piece."""
+"""Keep paths and commands in one piece."""

@@ -1,4 +1,4 @@
-"""What commands share: options, checks, and ways to print and write."""
+"""The common parts of commands: options, checks, and functions to print and write."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def chosen_recipe(name: str, changes: list[str], head: str | None = None) -> Any
 
 
 def _head_changes(head: str | None) -> dict[str, Any]:
-    """The keys of a recipe that `--head` stands for; ConfigError for names that are none."""
+    """The recipe keys of `--head`. ConfigError for unknown names."""
     if head is None:
         return {}
     if head == "none":
@@ -93,13 +93,13 @@ def _head_changes(head: str | None) -> dict[str, Any]:
 
 
 def check_head_for(purpose: str | None, head: str | None) -> None:
-    """ConfigError where the program of `--for` takes no quantized head."""
+    """ConfigError if the program of `--for` does not support a quantized head."""
     if purpose is not None and head not in (None, "none"):
         raise ConfigError(f"--head {head}: {purpose} takes no quantized head; leave out --head or --for")
 
 
 def recipe_name(recipe: str, purpose: str | None, model: str, family: str | None = None) -> str:
-    """The recipe of `--recipe`, or the one that `--for` picks, which is then printed."""
+    """The recipe of `--recipe`, or the one that `--for` selects, which is then printed."""
     if purpose is None:
         return recipe
     from mxrot.nearest import not_known
@@ -165,7 +165,7 @@ def check_file(option: str, path: Path | None) -> None:
         if path.exists():
             is_writable = os.access(path, os.W_OK)
         else:
-            path.touch()  # more is known than access(2) tells: some file systems refuse when it comes to it
+            path.touch()  # more certain than access(2): some file systems refuse only the actual write
             path.unlink()
             is_writable = True
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which lines of `mxrot inspect` come first, and how many are shown; names without what all of them begin with."""
+"""The order of the lines of `mxrot inspect`, the number shown, and names without their common prefix."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 OF_SITES = ("ratio", "largest", "median")
 OF_ERRORS = ("weights", "output")
 KEYS = ("model", *OF_SITES, *OF_ERRORS)
-"""What `--sort` takes: the order of the model, or a column, the largest first."""
+"""The values of `--sort`: the order of the model, or a column, the largest first."""
 
 
 def check_sort(key: str) -> None:
-    """ConfigError unless it is a column."""
+    """ConfigError if the key is not a column."""
     if key not in KEYS:
         raise ConfigError(f"--sort: {not_known('column', key, list(KEYS))}")
 
 
 def first_sites(sites: Sequence[SiteMaxima], key: str, top: int | None, prefix: str) -> list[SiteMaxima]:
-    """Sites to show. With `top` and a key of the other table the largest ratios; names lose `prefix`."""
+    """The sites to show. With `top` and a key of the other table, the largest ratios. Names lose `prefix`."""
     by = key if key in OF_SITES else "ratio" if top is not None and key != "model" else None
     shown = list(sites) if by is None else sorted(sites, key=lambda site: -float(getattr(site, by)))
     return [replace(site, site=site.site.removeprefix(prefix)) for site in shown[:top]]
 
 
 def first_errors(blocks: Sequence[dict[str, Any]], key: str, top: int | None, prefix: str) -> list[dict[str, Any]]:
-    """The blocks of a run.json with the linears to show; as one block if they are sorted, with the worst expert of each
-    name."""
+    """The blocks of a run.json with the linears to show. If they are sorted, they form one block, with the worst expert
+    of each name."""
     by = key if key in OF_ERRORS else "output" if top is not None and key != "model" else None
     if by is None:
         return [{"linears": list(_short(block["linears"], prefix))} for block in _cut(blocks, top)]

@@ -32,7 +32,7 @@ from mxrot.commands.options import (
 from mxrot.errors import ConfigError
 
 MOST_MEMORY = 1_000_000
-"""In GB; no GPU has more."""
+"""In GB. No GPU has more."""
 
 
 def plan(
@@ -81,7 +81,7 @@ def plan(
         raise ConfigError(f"--gpu-memory {gpu_memory}: is in GB, at most {MOST_MEMORY}")
     check_asked(family)
     check_head_for(purpose, head)
-    chosen_recipe(recipe, changes, head)  # what is wrong there is found first
+    chosen_recipe(recipe, changes, head)  # errors of the recipe are found first
     model = with_revision(model, revision)
     prepare(model, device, json_file, gets_weights=False)
     chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes, head)

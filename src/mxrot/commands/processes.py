@@ -1,4 +1,4 @@
-"""What a command does alike in each of several processes: one speaks, and the first looks before the others."""
+"""The common behaviour of a command in each of several processes: one prints, and the first reads before the others."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:  # imports torch, which takes longer than a command that is re
 
 @contextmanager
 def looks(world: World) -> Iterator[None]:
-    """The first process does what is inside before the others, which find then what it has fetched or made; they say
-    nothing on standard error."""
+    """The first process runs the body before the others, which then find the fetched or created files. The others print
+    nothing to standard error."""
     quiet = redirect_stderr(io.StringIO()) if world.rank else nullcontext()
     with world.first_goes_ahead(), quiet:
         yield
 
 
 def own_device(world: World, device: str | None) -> str | None:
-    """Where this process computes, of what `--device` says."""
+    """The device of this process, from `--device`."""
     return device if world.device is None else str(world.device)
 
 
 def told(world: World, title: str, task: str, heartbeat: float | None = None) -> AbstractContextManager[Progress]:
-    """Progress on standard error, from the first process."""
+    """The progress on standard error, from the first process."""
     if world.rank:
         return nullcontext(silent)
     from mxrot.report import progress_on_stderr

@@ -65,7 +65,7 @@ def quantize(
     tensorboard: TensorBoard = None,
 ) -> None:
     """Quantize a model into a checkpoint folder."""
-    limit = chosen_limit(time_limit)  # first: importing takes time, too
+    limit = chosen_limit(time_limit)  # first, because importing takes time as well
     from mxrot import api
     from mxrot.deriving import check_asked
     from mxrot.progress.display import HEARTBEAT_SECONDS
@@ -112,7 +112,7 @@ def quantize(
 
 
 def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
-    """What has been made, on standard output."""
+    """Print a summary of the result on standard output."""
     from mxrot.report import (
         choice_line,
         experts_line,
@@ -144,7 +144,7 @@ def _tell(run: dict[str, Any], recipe: str, output: Path) -> None:
 
 
 def _calibration(recipe: Any, samples: int | None, seq_len: int | None) -> str:
-    """How much text it will be calibrated on."""
+    """The amount of calibration text, in words."""
     if recipe.is_data_free:
         return "without text"
     windows = samples or recipe.calibration.samples

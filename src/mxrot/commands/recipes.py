@@ -28,7 +28,7 @@ def recipes(name: Name = None, defaults: Defaults = False) -> None:
 
 
 def _as_toml(name: str, defaults: bool) -> str:
-    """The file of a recipe that comes with mxrot, or what a file means; with `defaults` every key is spelled out."""
+    """The file of a built-in recipe, or the recipe of a given file. With `defaults` every key is written out."""
     _, text = recipe_text(name)
     if name in builtin_recipes() and not defaults:
         return text

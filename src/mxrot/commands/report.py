@@ -64,7 +64,7 @@ def report(
         with looks(world):
             if not world.rank:
                 _check_places(output, plots)
-            loaded_texts("--text", text)  # found out at once
+            loaded_texts("--text", text)  # errors are found at once
             model = with_revision(model, revision)
             prepare(model, device, None)
             if against is not None:
@@ -97,6 +97,6 @@ def report(
 
 
 def _check_places(output: Path, plots: Path | None) -> None:
-    """ConfigError if a file or folder cannot be written where it was asked for."""
+    """ConfigError if a requested file or folder cannot be written."""
     check_file("--output", output)
     check_folder("--plots", plots)

@@ -153,7 +153,7 @@ def search(
 
 
 def _limits(bits: float, input_bits: float | None, inputs_only: bool) -> Limits:
-    """What the mixture may take."""
+    """The limits of the mixture."""
     from mxrot.search.bits import Limits
 
     if inputs_only and input_bits is not None:
@@ -165,7 +165,7 @@ def _limits(bits: float, input_bits: float | None, inputs_only: bool) -> Limits:
 
 
 def _check_places(output: Path, plot: Path | None) -> None:
-    """ConfigError where a file cannot be written."""
+    """ConfigError if a file cannot be written."""
     if output.suffix != ".toml":
         raise ConfigError(f"--output {output}: the recipe is a TOML file; give a name that ends in .toml")
     for option, path in (("--output", output), ("--plot", plot)):

@@ -1,4 +1,4 @@
-"""Which recipes and seeds a comparison takes."""
+"""The recipes and seeds of a comparison."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Seeds = Annotated[
 ]
 MOST_SEEDS = 100
 USUAL = "rtn,duquant++"
-"""What is compared where nothing is named."""
+"""The recipes that are compared by default."""
 
 
 def chosen_checkpoints(names: str) -> list[str]:
@@ -43,7 +43,7 @@ def chosen_checkpoints(names: str) -> list[str]:
 def chosen_recipes(names: str, without: str, changes: list[str]) -> list[Any]:
     """The recipes that `--recipes` names and `--without` does not, each once, with the changes of `--set`.
 
-    "none" alone names none. ConfigError for a name that no recipe has, or if nothing is left.
+    "none" alone selects no recipe. ConfigError for an unknown name, or if nothing is left.
     """
     if names.strip() == "none":
         return []
@@ -66,7 +66,7 @@ def chosen_recipes(names: str, without: str, changes: list[str]) -> list[Any]:
 
 
 def chosen_seeds(first: int, text: str | None) -> list[int]:
-    """The seeds of `--seeds`, a number of them or a list; else that of `--seed`."""
+    """The seeds of `--seeds`, a count or a list, otherwise that of `--seed`."""
     if text is None:
         return [first]
     try:

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity, tasks, and where its outliers are."""
+"""The evaluation of a model: perplexity, tasks, and the places of its outliers."""
 
 from mxrot.evaluation.activations import ActivationView, activation_views
 from mxrot.evaluation.answers import Answers

@@ -1,4 +1,4 @@
-"""The inputs of each site as pictures want them: magnitudes over token and channel, and the maxima of blocks."""
+"""The inputs of each site as data for pictures: magnitudes over token and channel, and the maxima of blocks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mxrot.progress import Progress, silent
 from mxrot.scheme import Scheme
 
 TOKENS_SHOWN = 128
-"""Tokens of a map: the first ones of the first window."""
+"""The number of tokens of a map: the first ones of the first window."""
 COLUMNS_SHOWN = 320
-"""Columns of a map at most. Neighbouring channels share one, which shows the largest of them."""
+"""The most columns of a map. Neighbouring channels share a column, which shows the largest of them."""
 BLOCK = 32
 PARTS_OF_OCTAVE = 4
 FIRST_OCTAVE, LAST_OCTAVE = -24, 24
@@ -34,24 +34,24 @@ class ActivationView:
     """max |x| over neighbouring channels, float32 [tokens, columns]."""
     channels: int
     block_maxima: Tensor
-    """How many blocks of 32 have max |x| in [2^(e/4), 2^((e+1)/4)), int64; the first is e = 4 FIRST_OCTAVE. What is
-    smaller or larger counts at the ends, blocks of zeros count nowhere."""
+    """The number of blocks of 32 with max |x| in [2^(e/4), 2^((e+1)/4)), int64. The first bin is e = 4 FIRST_OCTAVE.
+    Smaller and larger maxima count in the first and last bin, blocks of zeros do not count."""
     channel_maxima: Tensor
     """max |x| of each channel, float32 [K]."""
     token_maxima: Tensor
-    """max |x| of each token that the site has seen, in their order, float32 [tokens]."""
+    """max |x| of each token of the site, in their order, float32 [tokens]."""
     largest: float
     """max |x|."""
     median: float
-    """Median of the |x| that are not 0, over the tokens of the map; 1 where there are none."""
+    """The median of the nonzero |x|, over the tokens of the map. 1 if all are zero."""
     crest: float
-    """max |x| over the root mean square of its block, mean over the blocks that are not zero."""
+    """max |x| divided by the root mean square of its block, the mean over the nonzero blocks."""
     rounding_error: float | None
-    """||Q(x) - x|| / ||x|| of a token's whole input, mean over tokens; None where inputs are not quantized."""
+    """||Q(x) - x|| / ||x|| of a token's whole input, the mean over tokens. None if inputs are not quantized."""
 
 
 class _Watcher:
-    """Collects the view of one site from its inputs, a batch at a time."""
+    """Collects the view of one site from its inputs, batch by batch."""
 
     def __init__(self, change: nn.Module | None, quantizer: TensorQuantizer | None) -> None:
         self._change, self._quantizer = change, quantizer
@@ -65,7 +65,7 @@ class _Watcher:
         self._token_maxima: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
-        """Take inputs [windows, tokens, K], of one window, or [tokens, K]."""
+        """Add inputs [windows, tokens, K], of one window, or [tokens, K]."""
         x = x.float() if self._change is None else self._change(x)
         self._channels = x.shape[-1]
         if self._magnitudes is None:
@@ -92,7 +92,7 @@ class _Watcher:
 
     @property
     def has_seen(self) -> bool:
-        """Is there a view?"""
+        """True if the site has seen any inputs."""
         return self._magnitudes is not None
 
     def view(self) -> ActivationView:
@@ -111,7 +111,7 @@ class _Watcher:
 
 
 def _pooled(magnitudes: Tensor) -> Tensor:
-    """Maxima of neighbouring columns of [tokens, K], so many that COLUMNS_SHOWN are enough."""
+    """Maxima of neighbouring columns of [tokens, K], so that at most COLUMNS_SHOWN columns remain."""
     width = -(-magnitudes.shape[-1] // COLUMNS_SHOWN)
     missing = -magnitudes.shape[-1] % width
     return nn.functional.pad(magnitudes, (0, missing)).unflatten(-1, (-1, width)).amax(dim=-1)
@@ -135,9 +135,9 @@ def activation_views(
 ) -> dict[str, ActivationView]:
     """The inputs of every site over token windows [W, T], one window at a time, by the full name of its first linear.
 
-    With `transformed` after the transform of the site, as the linear rounds them, else as they come; in float32 both
-    ways. The rounding error is that of `scheme`. Experts of `model` get linears of their own; sites of experts that no
-    token is sent to have no view.
+    With `transformed`, they are the inputs after the transform of the site, as the linear rounds them, otherwise those
+    before it. Both are computed in float32. The rounding error is that of `scheme`. Experts of `model` get separate
+    linears. Sites of experts without any token have no view.
     """
     separate_experts(model)
     device = next(model.parameters()).device

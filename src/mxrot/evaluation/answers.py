@@ -1,7 +1,7 @@
-"""Log-likelihoods that a model has given, kept in a file from which an interrupted run goes on.
+"""The log-likelihoods of a model, kept in a file so that an interrupted run can continue.
 
-One JSON value a line: first whose answers they are, then [request, log-likelihood, greedy] for each request, by the
-SHA-256 of its context and continuation. A line that was cut off by a kill is dropped.
+The file has one JSON value per line: first the owner of the answers, then [request, log-likelihood, greedy] for each
+request, identified by the SHA-256 of its context and continuation. A line that was cut off by a kill is dropped.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from mxrot.calibration import World
 from mxrot.errors import ConfigError
 
 Answer = tuple[float, bool]
-"""Log-likelihood of a continuation in nats, and whether it is what greedy decoding would give."""
+"""The log-likelihood of a continuation in nats, and whether greedy decoding gives this continuation."""
 
 
 class Answers:
-    """Answers by request; also in a file where one is given, opened by `with`."""
+    """Answers by request, also kept in a file if one is given. Opened by `with`."""
 
     def __init__(self, path: Path | None = None, owner: dict[str, Any] | None = None, resume: bool = False) -> None:
-        """`owner` is what decides about the answers: those of another one are refused.
+        """`owner` holds all that decides the answers. Answers of another owner are refused.
 
-        ConfigError for a file of another owner. Without `resume` what the file holds is thrown away.
+        ConfigError for a file of another owner. Without `resume` the content of the file is discarded.
         """
         self._known: dict[str, Answer] = {}
         self._path = path
@@ -36,7 +36,7 @@ class Answers:
 
     def __enter__(self) -> Answers:
         if self._path is not None:
-            # Written again without the line that may have been cut off; killed meanwhile, the old file is still there.
+            # A new file without the line that may be cut off. The old file stays until it is complete.
             unfinished = self._path.with_name(f"{self._path.name}.new")
             lines = [{"owner": self._owner}, *([request, *answer] for request, answer in self._known.items())]
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -60,7 +60,7 @@ class Answers:
             self._write([name, *answer])
 
     def shared_by(self, world: World) -> Answers:
-        """These in the first process; in the others what these know there, with no file."""
+        """These answers in the first process. In the others, a copy of them without a file."""
         known = world.hand_out(self._known)
         if not world.rank:
             return self
@@ -69,7 +69,7 @@ class Answers:
         return found
 
     def remove(self) -> None:
-        """Delete the file: everything has been scored."""
+        """Delete the file, because all requests have been scored."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""What a quantized cache takes: counted in a real one, idle room included."""
+"""The memory of a quantized cache, measured in a real one, unused room included."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mxrot.models import find_family, value_heads
 from mxrot.models.positions import position_count
 
 TOKENS = 8192
-"""Of the sequence, or as many as the model has positions."""
+"""The length of the sequence, or the model's positions if these are fewer."""
 _AT_ONCE = 1024
 
 
 @torch.no_grad()
 def measured_cache(model: PreTrainedModel) -> dict[str, Any] | None:
-    """The scheme of a model's cache, a number of tokens, and the bytes of a cache that holds one sequence of so many,
-    beside those in 16 bits; None where nothing is quantized.
+    """The scheme of a model's cache, a number of tokens, and the bytes of a cache for one sequence of this length,
+    beside those in 16 bits. None if the cache is not quantized.
 
-    The cache is filled with normal random keys and values, block by block of the model: nothing is computed.
+    The cache is filled with normal random keys and values, block by block. Nothing is computed by the model.
     """
     scheme = cache_of(model)
     if scheme is None:

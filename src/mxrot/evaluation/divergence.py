@@ -20,7 +20,7 @@ from mxrot.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Divergence:
-    """Means over windows, with standard errors as if the windows were drawn from one source."""
+    """The means over windows. Standard errors assume that the windows are samples of one source."""
 
     kl: float
     """KL(original || quantized) of the next token, in nats per token."""
@@ -90,7 +90,7 @@ def divergence_of_means(means: Tensor, windows: Tensor) -> Divergence:
         ppl=ppl,
         original_ppl=original_ppl,
         ppl_difference=ppl - original_ppl,
-        # exp(mean) moves by exp(mean) times what the mean moves.
+        # A change of the mean changes exp(mean) by exp(mean) times as much.
         ppl_error=_standard_error(ppl * nll - original_ppl * original_nll),
         windows=len(windows),
         tokens=len(windows) * (windows.shape[1] - 1),

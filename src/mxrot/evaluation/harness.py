@@ -1,4 +1,4 @@
-"""lm-eval's model for transformers, with answers that are kept. Needs lm-eval, so it is imported by what uses it."""
+"""lm-eval's model for transformers, with stored answers. It needs lm-eval, so only its users import it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mxrot.text import Reader, check_ids
 
 
 class Harness(HFLM):
-    """Asks the model for no answer twice; the softmax is in float32, whatever the type of the logits."""
+    """Asks the model each request only once. The softmax is in float32, whatever the dtype of the logits."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Harness(HFLM):
         progress: Progress,
         world: World,
     ) -> None:
-        own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token where it has none
+        own = copy.deepcopy(tokenizer)  # lm-eval adds a padding token if it has none
         super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size, softmax_dtype="float32")
         self._answers = answers
         self._progress = progress
@@ -39,10 +39,10 @@ class Harness(HFLM):
         self._task = ""
         self._total = 0
         self._done = 0
-        self.set_cache_hook(self)  # is told each answer as soon as there is one
+        self.set_cache_hook(self)  # receives each answer as soon as it is known
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
-        """The answer to each request; only what is not known yet goes through the model, each once, in one process."""
+        """The answer to each request. Only unknown requests go through the model, each once, in one process."""
         asked = {request.args: request for request in requests}
         missing = [request for args, request in asked.items() if self._answers.get(args) is None]
         self._task = requests[0].task_name
@@ -58,7 +58,7 @@ class Harness(HFLM):
         return found
 
     def _take_answers_of_others(self, missing: list[Any]) -> None:
-        """Each request was asked by one process; now all know the answer."""
+        """Each request was asked by one process. After this, all know the answer."""
         if self._world.size == 1:
             return
         ranks = range(self._world.size)
@@ -71,13 +71,13 @@ class Harness(HFLM):
                     self._answers.add(request.args, (value, bool(greedy)))
 
     def tok_encode(self, *arguments: Any, **options: Any) -> list[int]:
-        """The tokens of a string; ConfigError if one is beyond the model's embedding."""
+        """The tokens of a string. ConfigError if one is beyond the model's embedding."""
         ids: list[int] = super().tok_encode(*arguments, **options)
         check_ids(torch.tensor(ids, dtype=torch.int64), self._task, self._reader)
         return ids
 
     def add_partial(self, kind: str, request: tuple[str, str], answer: Answer) -> None:
-        """What lm-eval calls with each answer."""
+        """Store an answer. lm-eval calls this for each one."""
         if not math.isfinite(answer[0]):
             raise NumericsError(f"{self._task}: the model's logits hold NaN or Inf; nothing can be scored")
         self._answers.add(request, answer)

@@ -1,4 +1,4 @@
-"""What is in a model: channel maxima of its sites, exponents of its weights, and what computes its linears."""
+"""The contents of a model: channel maxima of its sites, exponents of its weights, and the kernels of its linears."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from mxrot.progress import Progress, silent
 
 @dataclass(frozen=True)
 class SiteMaxima:
-    """How far the largest channel of a site sticks out."""
+    """The outlier ratio of the largest channel of a site."""
 
     site: str
-    """Full name of the first linear of the site."""
+    """The full name of the first linear of the site."""
     channels: int
     largest: float
     """max |x| over tokens and channels."""
     channel: int
-    """Where the largest is."""
+    """The channel of the largest value."""
     median: float
-    """Median over channels of the channel maxima."""
+    """The median over channels of the channel maxima."""
 
     @property
     def ratio(self) -> float:
@@ -47,8 +47,8 @@ def site_maxima(
 ) -> list[SiteMaxima]:
     """Channel maxima of every site of every decoder block over token windows [W, T].
 
-    Of sites that the experts of a block have one each of, that with the largest ratio. Experts of `model` get linears
-    of their own.
+    If each expert of a block has its own site, only the one with the largest ratio is returned. Experts of `model` get
+    separate linears.
     """
     separate_experts(model)
     device = next(model.parameters()).device
@@ -75,7 +75,7 @@ def _describe(name: str, maxima: Tensor) -> SiteMaxima:
 
 
 def quantizers(model: PreTrainedModel) -> dict[str, int]:
-    """How many linears have which formats, rules and clips of weights and inputs, which are spelled out."""
+    """The number of linears for each combination of formats, rules and clips of weights and inputs, in words."""
     found: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -85,18 +85,17 @@ def quantizers(model: PreTrainedModel) -> dict[str, int]:
 
 
 def attention_operands(model: PreTrainedModel) -> dict[str, int]:
-    """How many decoder blocks quantize which operands of attention's products, which are spelled out."""
+    """The number of decoder blocks for each set of quantized operands of attention's products, in words."""
     return dict(Counter(found.spelled for module in model.modules() if (found := operands_of(module)) is not None))
 
 
 def cache_schemes(model: PreTrainedModel) -> dict[str, int]:
-    """How many decoder blocks keep keys and values in which way, which is spelled out; none where they are as they
-    are."""
+    """The number of decoder blocks for each scheme of keys and values, in words. Empty if none are quantized."""
     return dict(Counter(found.spelled for module in model.modules() if (found := cache_scheme_of(module)) is not None))
 
 
 def cache_table(model: PreTrainedModel) -> dict[str, Any] | None:
-    """How a model keeps keys and values, in words, and bits an element; None where they are as they are."""
+    """The scheme of a model's keys and values, in words, and its bits per element. None if they are not quantized."""
     scheme = cache_of(model)
     if scheme is None:
         return None
@@ -109,21 +108,21 @@ CHOICE_ROWS = (1, 16, 128, 2048)
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What computes the linears of one shape."""
+    """The kernel for the linears of one shape."""
 
     shape: tuple[int, int]
     """(N, K)."""
     linears: int
-    """How many there are."""
+    """The number of these linears."""
     rows: int
-    """Rows of the input."""
+    """The number of rows of the input."""
     path: str | None
-    """None for the plain path."""
+    """The kernel. None for the plain path."""
     reason: str
 
 
 def kernel_choices(model: PreTrainedModel) -> list[KernelChoice]:
-    """For each shape of quantized linear and some numbers of input rows, which kernel computes it and why."""
+    """For each shape of quantized linear and some numbers of input rows, the chosen kernel and the reason."""
     by_shape: dict[tuple[int, int], list[QuantLinear]] = {}
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -137,9 +136,9 @@ def kernel_choices(model: PreTrainedModel) -> list[KernelChoice]:
 
 
 def weight_exponents(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
-    """How many blocks of weights have each scale 2^e, by the name of the site: int64 [256], the first is e = -127.
+    """The number of weight blocks with each scale 2^e, by the name of the site, int64 [256]. The first is e = -127.
 
-    Those of all experts count together. Sites without scales of a byte have no entry.
+    Experts count together. Sites without byte scales have no entry.
     """
     counts: dict[str, Tensor] = {}
     for index, block in enumerate(model.get_submodule(family.blocks).children()):

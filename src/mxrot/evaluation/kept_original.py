@@ -1,9 +1,9 @@
-"""What a comparison needs of the original when the original is gone: KL divergence with one model in memory.
+"""The data of the original that a comparison needs later: KL divergence with one model in memory.
 
-Log-probabilities of a vocabulary take hundreds of megabytes a window. What is kept are the original's last hidden
-states, [T, hidden] a window in the type that it computes in: about a hundredth of that, and exact, because its own head
-makes the same logits of them again, bit for bit. The head, and nothing else of the original, is on the device while a
-quantized model is measured.
+Log-probabilities of a vocabulary take hundreds of megabytes per window. Instead, the original's last hidden states are
+kept, [T, hidden] per window in its compute dtype. They take about a hundredth of that, and are exact: its own head
+computes the same logits from them again, bit for bit. While a quantized model is measured, only the head of the
+original is on the device.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _STATES = "states"
 class KeptOriginal:
     """The original's last hidden states on the first `count` windows of each text (None: on all), in a folder.
 
-    A folder is for one model, one set of windows and one device; whoever keeps it for longer sees to that.
+    A folder belongs to one model, one set of windows and one device. Callers that keep it longer must ensure this.
     """
 
     def __init__(self, source: Source, folder: Path, count: int | None = None) -> None:
         self._source, self._folder, self._count = source, folder, count
 
     def holds(self, name: str, windows: Tensor, batch_windows: int) -> bool:
-        """Are the states of the text `name` all there?"""
+        """True if all states of the text `name` are there."""
         seen = len(windows[: self._count])
         return all(self._path(name, start).exists() for start in range(0, seen, batch_windows))
 
@@ -46,8 +46,8 @@ class KeptOriginal:
     def keep(
         self, model: PreTrainedModel, name: str, windows: Tensor, batch_windows: int = 1, progress: Progress = silent
     ) -> Perplexity:
-        """Perplexity of the original on token windows [W, T] of the text `name`, as `perplexity` computes it, and its
-        states in the folder, a file for each batch. DiskFullError if they do not fit."""
+        """The perplexity of the original on token windows [W, T] of the text `name`, as by `perplexity`. Its states are
+        written to the folder, one file per batch. DiskFullError if they do not fit."""
         self._folder.mkdir(parents=True, exist_ok=True)
         check_logits(model, windows)
         device, seen = next(model.parameters()).device, len(windows[: self._count])
@@ -63,7 +63,7 @@ class KeptOriginal:
         return perplexity_of_means(torch.cat(means), windows)
 
     def head(self, device: torch.device | str) -> PreTrainedModel:
-        """The original's head, as `logits_of` takes a model: its decoder blocks are on the meta device."""
+        """The original's head, as a model for `logits_of`. Its decoder blocks are on the meta device."""
         model, family = build_skeleton(self._source.config), self._source.family
         device = torch.device(device)
         load_outer(model, family, self._source.outer(), compute_dtype(self._source.dtype, device), device)
@@ -80,8 +80,8 @@ class KeptOriginal:
         batch_windows: int = 1,
         progress: Progress = silent,
     ) -> tuple[Perplexity, Divergence]:
-        """Perplexity of a model on token windows [W, T] of the text `name`, and how far it is from the original, whose
-        `head` it is, on those whose states are kept.
+        """The perplexity of a model on token windows [W, T] of the text `name`, and its divergence from the original on
+        the windows with kept states. `head` is the original's.
 
         The figures are those of `perplexity` and `divergence`. NumericsError if one is not finite.
         """
@@ -99,10 +99,10 @@ class KeptOriginal:
         batch_windows: int = 1,
         progress: Progress = silent,
     ) -> Tensor:
-        """Of each of those windows whose states are kept, on its own, what `means_of_states` gives, float64 [4, W].
+        """The result of `means_of_states` for each single window with kept states, float64 [4, W].
 
-        Two models that were measured on the same windows can be compared window by window. NumericsError if a figure
-        is not finite.
+        Two models that were measured on the same windows can be compared window by window. NumericsError if a figure is
+        not finite.
         """
         kept = windows[: self._count]
         found = [means for means, _ in self._batches(model, head, name, kept, batch_windows, progress)]
@@ -118,8 +118,8 @@ class KeptOriginal:
         batch_windows: int,
         progress: Progress,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each batch the means [4, W] of the windows whose states are kept, and of the others the mean negative
-        log-likelihoods [W], float64."""
+        """For each batch, the means [4, W] of the windows with kept states, and the mean negative log-likelihoods [W]
+        of the others, float64."""
         check_logits(model, windows)
         device, seen = next(model.parameters()).device, len(windows[: self._count])
         for start in range(0, len(windows), batch_windows):

@@ -1,4 +1,4 @@
-"""Where a quantized model is furthest from the original, token by token."""
+"""The passages where a quantized model differs most from the original, token by token."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from mxrot.evaluation.perplexity import LOGITS_AT_ONCE, states_of
 from mxrot.layers import check_logits, logits_of
 
 PASSAGE = 48
-"""Tokens of a passage at most."""
+"""The most tokens of a passage."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Consecutive tokens of a window, and what two models expected in their places."""
+    """Consecutive tokens of a window, and the predictions of two models for their positions."""
 
     window: int
     start: int
-    """Position in the window of its first token; at least 1."""
+    """The position of its first token in the window, at least 1."""
     ids: Tensor
     """int64 [L]."""
     kl: Tensor
-    """KL(original || quantized) of what was expected in the place of each token, nats, float32 [L]."""
+    """KL(original || quantized) of the prediction of each token, in nats, float32 [L]."""
     original: Tensor
-    """The original's most likely token for each place, int64 [L]."""
+    """The original's most likely token at each position, int64 [L]."""
     quantized: Tensor
-    """The quantized model's."""
+    """The quantized model's, int64 [L]."""
 
 
 @torch.no_grad()
 def worst_passage(model: PreTrainedModel, original: PreTrainedModel, windows: Tensor, length: int = PASSAGE) -> Passage:
-    """The passage of token windows [W, T] with the largest mean KL, of `length` tokens or of a whole window but its
-    first; the first of several.
+    """The passage of token windows [W, T] with the largest mean KL, the first of equal ones. It has `length` tokens, or
+    a whole window without its first token.
 
-    One window at a time; log-probabilities are float32. ConfigError or FamilyError where logits are not known.
+    One window at a time. Log-probabilities are float32. ConfigError or FamilyError if the logits are not known.
     """
     length = min(length, windows.shape[1] - 1)
     for each in (model, original):
@@ -56,7 +56,7 @@ def worst_passage(model: PreTrainedModel, original: PreTrainedModel, windows: Te
 
 
 def _by_token(model: PreTrainedModel, original: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each token of ids [1, T] but the first: KL, and the most likely tokens of the original and of the model."""
+    """For each token of ids [1, T] except the first: KL, and the most likely tokens of original and model."""
     device = next(model.parameters()).device
     states, wanted = (states_of(each, ids.to(device)) for each in (model, original))
     parts = []

@@ -76,10 +76,10 @@ def perplexity_of_means(means: Tensor, windows: Tensor) -> Perplexity:
 
 
 def states_of(model: PreTrainedModel, ids: Tensor, piece: int | None = None) -> Tensor:
-    """The last hidden states [W, T, hidden] of token ids [W, T], of which the head makes logits.
+    """The last hidden states [W, T, hidden] of token ids [W, T], the input of the head.
 
-    A model with a quantized cache reads every key and value out of one, which is new for these windows; with `piece` so
-    many tokens at once, which gives the same up to the order of sums.
+    A model with a quantized cache reads every key and value from a cache that is new for these windows. With `piece`,
+    it reads this many tokens at once, with the same result up to the order of sums.
     """
     decoder = model.get_decoder()
     if cache_of(model) is None:
@@ -87,14 +87,14 @@ def states_of(model: PreTrainedModel, ids: Tensor, piece: int | None = None) -> 
         return states
     cache = PackedCache.of(model)
     length = ids.shape[1]
-    places = torch.arange(length, device=ids.device)[None]  # Bamba counts them from 0 in each piece unless told
+    places = torch.arange(length, device=ids.device)[None]  # Bamba would count them from 0 in each piece
     parts = zip(*(x.split(piece or length, dim=1) for x in (ids, places)), strict=True)
     found = [decoder(input_ids=part, position_ids=own, past_key_values=cache, use_cache=True)[0] for part, own in parts]
     return torch.cat(found, dim=1)
 
 
 def nll_of_states(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each window, float32 [W]."""
+    """The mean negative log-likelihood of each window, float32 [W]."""
     total = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
     positions = ids.shape[1] - 1
     step = max(1, LOGITS_AT_ONCE // len(ids))

@@ -1,4 +1,4 @@
-"""How much of a model's accuracy in tasks is left after quantization, by examples that both models have answered."""
+"""The share of a model's task accuracy that quantization leaves, by examples that both models have answered."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from mxrot.evaluation.tasks import TaskScore, standard_error
 
 @dataclass(frozen=True)
 class Recovery:
-    """The mean over tasks of the share of right answers, absolute and relative to the original model's; 0 to 1."""
+    """The mean over tasks of the share of right answers, absolute and relative to the original model. From 0 to 1."""
 
     mean: float
     error: float
-    """Standard error of the mean over examples."""
+    """The standard error of the mean over examples."""
     relative: float
-    """The mean over that of the original."""
+    """The mean divided by that of the original."""
     relative_error: float
-    """Of paired examples: both models have answered the same ones."""
+    """Its standard error, from paired examples: both models have answered the same ones."""
 
 
 def recovery(scores: Mapping[str, TaskScore], original: Mapping[str, TaskScore], normed: bool) -> Recovery:
-    """Of `acc`, or with `normed` of `acc_norm` where a task has it; every task counts the same.
+    """The recovery of `acc`, or with `normed` of `acc_norm` if a task has it. Every task counts the same.
 
-    The error of the ratio r is that of the mean of q - r f over the examples' hits q and f, to first order. Hits may be
-    means over seeds. NaN for an error where a task has one example, and for ratios to an original that has no hits.
+    The error of the ratio r is that of the mean of q - r f over the examples' hits q and f, to first order. Hits can be
+    means over seeds. An error is NaN if a task has one example. Ratios are NaN if the original has no hits.
     """
     pairs = [_hits(scores[name], original[name], normed) for name in original]
     found, expected = ([sum(pair[index]) / len(pair[index]) for pair in pairs] for index in (0, 1))
@@ -47,6 +47,6 @@ def _hits(score: TaskScore, original: TaskScore, normed: bool) -> tuple[tuple[fl
 
 
 def _error_of_mean(samples: list[tuple[float, ...]] | list[list[float]]) -> float:
-    """Standard error of the mean over tasks of the means over examples."""
+    """The standard error of the mean over tasks of the means over examples."""
     errors = [standard_error(values) for values in samples]
     return math.sqrt(sum(math.nan if error is None else error**2 for error in errors)) / len(errors)

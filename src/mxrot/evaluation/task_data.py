@@ -1,9 +1,9 @@
-"""Data of tasks in a folder, for machines that do not reach the hub.
+"""Data of tasks in a folder, for machines without access to the hub.
 
-DIR/DATASET/CONFIGURATION/SPLIT is a data set that `datasets` has saved, DIR/NAME_SPLIT.jsonl has one record a line.
-DATASET is the last part of the name on the hub (`allenai/ai2_arc`: ai2_arc), and NAME the same, whole or up to an
-underscore (`EleutherAI/lambada_openai`: lambada_openai, lambada). Where a task names no configuration, the one folder
-that is there may have any name.
+DIR/DATASET/CONFIGURATION/SPLIT is a data set saved by `datasets`. DIR/NAME_SPLIT.jsonl has one record per line. DATASET
+is the last part of the name on the hub (`allenai/ai2_arc`: ai2_arc). NAME is the same, whole or up to an underscore
+(`EleutherAI/lambada_openai`: lambada_openai, lambada). If a task names no configuration, the folder of the only one can
+have any name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LINES = re.compile(r"(.+)_(train|validation|test)\.jsonl")
 
 
 def local_splits(folder: Path, dataset: str, configuration: str | None) -> dict[str, Any]:
-    """Each split of a data set that `folder` holds, in memory, by its name. DataError if there is none."""
+    """The splits of a data set in `folder`, in memory, by name. DataError if there is none."""
     name = dataset.split("/")[-1]
     found = _saved_splits(folder / name, configuration)
     for path in sorted(folder.glob("*.jsonl")):
@@ -44,9 +44,9 @@ def _saved_splits(folder: Path, configuration: str | None) -> dict[str, Any]:
     splits = {}
     for path in sorted(path for path in (folder / fits[0]).iterdir() if (path / "dataset_info.json").is_file()):
         try:
-            # In memory: of one on disk, what is computed from it would be written beside it.
+            # In memory, because results computed from one on disk would be written beside it.
             splits[path.name] = load_from_disk(str(path), keep_in_memory=True)
-        except Exception as error:  # pyarrow's, datasets' and the file system's own
+        except Exception as error:  # of pyarrow, datasets or the file system
             raise DataError(f"{path}: datasets cannot load it: {str(error).strip().splitlines()[0]}") from error
     return splits
 

@@ -95,11 +95,11 @@ def standard_error(values: Sequence[float]) -> float | None:
 def load_tasks(
     names: Sequence[str], data: Path | None = None, announce: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """lm-eval's tasks of these names, with their data: from the hub, or from the folder `data` (`task_data`).
+    """The lm-eval tasks of these names, with their data: from the hub, or from the folder `data` (`task_data`).
 
-    A name may also be that of several tasks (`ai2_arc`) where the data come from the hub; `announce` is told before
-    they do. ConfigError for a name that lm-eval does not know, a task without `acc`, and without lm-eval; DataError if
-    the data are not there.
+    If the data come from the hub, a name can stand for several tasks (`ai2_arc`). `announce` is called before they are
+    fetched. ConfigError for a name that lm-eval does not know, for a task without `acc`, and if lm-eval is missing.
+    DataError if the data are not found.
     """
     if not names:
         raise ConfigError("--tasks: name at least one, as in arc_easy,piqa")
@@ -131,14 +131,14 @@ def load_tasks(
 
 @cache
 def _manager() -> Any:
-    """lm-eval's index of tasks: some seconds."""
+    """lm-eval's index of tasks. It takes some seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def _local(config: dict[str, Any], data: Path) -> dict[str, Any]:
-    """What is changed about a task so that it takes its data from a folder."""
+    """The changes to a task so that it reads its data from a folder."""
     if not config.get("dataset_path"):
         raise ConfigError(f"--task-data: {config['task']} names no data set that a folder could hold")
     splits = local_splits(data, config["dataset_path"], config.get("dataset_name"))
@@ -153,13 +153,13 @@ def _local(config: dict[str, Any], data: Path) -> dict[str, Any]:
 def _build(manager: Any, spec: Any, what: str) -> dict[str, Any]:
     try:
         return dict(manager.load([spec])["tasks"])
-    except Exception as error:  # whatever the reader of the data, or the task's own code, raises
+    except Exception as error:  # any error of the data reader or of the task's own code
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise DataError(f"{what}: lm-eval cannot load it (--task-data takes a folder): {reason}") from error
 
 
 def count_examples(task: Any, limit: int | None = None) -> int:
-    """Of a task of `load_tasks`, at most `limit`."""
+    """The number of examples of a task of `load_tasks`, at most `limit`."""
     count = len(task.eval_docs)
     return count if limit is None else min(count, limit)
 
@@ -177,10 +177,10 @@ def score_tasks(
 ) -> dict[str, TaskScore]:
     """The scores of a model on tasks of `load_tasks`, by their names.
 
-    `limit` takes the first examples of each. Requests that `answers` knows are not asked again; the processes of a
-    `world` share the others, and need the same known ones (`Answers.shared_by`). There they run in other batches than
-    in one process, so that log-likelihoods may differ by rounding. NumericsError if a log-likelihood is not finite,
-    FamilyError for a tokenizer with neither BOS nor EOS.
+    `limit` takes the first examples of each. Requests that `answers` knows are not asked again. The processes of a
+    `world` share the others, and need the same known answers (`Answers.shared_by`). Their batches differ from those of
+    one process, so log-likelihoods can differ by rounding. NumericsError if a log-likelihood is not finite, FamilyError
+    for a tokenizer with neither BOS nor EOS.
     """
     from lm_eval.evaluator import evaluate
 
@@ -214,7 +214,7 @@ def _score(task: Any, samples: list[dict[str, Any]]) -> TaskScore:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Without what lm-eval says of models and data that are handed to it."""
+    """While open, lm-eval's warnings about models and data that are passed in are silenced."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -226,7 +226,7 @@ def _without_warnings() -> Iterator[None]:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without the progress bars of lm-eval and datasets; lm-eval's has no switch."""
+    """While open, progress bars of lm-eval and datasets are hidden. lm-eval has no option for this."""
     import datasets
     from lm_eval.api import task
 

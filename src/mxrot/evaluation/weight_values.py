@@ -1,4 +1,4 @@
-"""How the weights of a model are spread."""
+"""The distribution of the weights of a model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from mxrot.layers import QuantLinear, separate_experts
 from mxrot.models import Family
 
 REACH = 6.0
-"""The first bin begins at -REACH root mean squares, the last ends at REACH; what is beyond counts there."""
+"""The first bin begins at -REACH root mean squares, the last ends at REACH. Values beyond count in these bins."""
 BINS = 48
 
 
 @torch.no_grad()
 def weight_values(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
-    """How many weights lie in each of BINS equal bins, in units of the root mean square of their own linear, by site:
+    """The number of weights in each of BINS equal bins, in units of the root mean square of their own linear, by site:
     int64 [BINS].
 
-    Of a quantized linear they are the values of its codes and scales, after the transform. A linear of zeros counts
-    in the bin of 0. Experts of `model` get linears of their own.
+    For a quantized linear, they are the values of its codes and scales, after the transform. A linear of zeros counts
+    in the bin of 0. Experts of `model` get separate linears.
     """
     separate_experts(model)
     counts: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What quantizing a model would take, from its config alone."""
+"""The requirements of quantizing a model, from its config alone."""
 
 from mxrot.planning.disk import estimate_disk, needed_on_disk
 from mxrot.planning.memory import MemoryEstimate, estimate_host_memory, estimate_memory, gigabytes

@@ -1,4 +1,4 @@
-"""What choices by site take: memory, and work; quantizing/rounded.py and rounding/held_out.py have what they follow."""
+"""The memory and the work of choices by site. They follow quantizing/rounded.py and rounding/held_out.py."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from mxrot.rounding.held_out import SAMPLED_ROWS
 from mxrot.rounding.linalg import COPIED_ELEMENTS
 
 ENCODING = 7
-"""float64 and int64 numbers a weight while it becomes a code (formats/element.py)."""
+"""The float64 and int64 numbers per weight while it is encoded (formats/element.py)."""
 DECODING = 3
-"""The same while a code becomes a float64 number again."""
+"""The same while a code is decoded to a float64 number."""
 WALKING = 3
-"""float64 numbers a weight that GPTQ walks over: the columns, what they are rounded to, and what that took away."""
+"""The float64 numbers per weight in GPTQ's walk: the columns, their rounded values, and their rounding errors."""
 
 
 def chooses(run: Run, here: SiteShape) -> bool:
-    """Does the site try options on windows that were held out?"""
+    """True if the site tries options on held-out windows."""
     return here.recipe.rounding.requirements.folds != "none" and len(run.groups) > run.kinds
 
 
 def moment_bytes(here: SiteShape) -> float:
-    """The moments of one group of windows: the Hessian, and the shift where there is a target."""
+    """The bytes of the moments of one group of windows: the Hessian, and the shift if there is a target."""
     shift = 8.0 * here.rounded * here.inputs if here.follows_original else 0.0
     return 8.0 * here.inputs**2 + shift
 
 
 def choosing_terms(run: Run, here: SiteShape) -> dict[str, float]:
-    """Of memory, while options are tried: the moments of all groups, and of an option what it makes of the weights."""
+    """The memory while options are tried: the moments of all groups, and the results of an option for the weights."""
     rounding, pieces, h = here.recipe.rounding, Pieces.of(here), 8.0 * here.inputs**2
     rows = 8.0 * min(SAMPLED_ROWS, here.rounded) * here.inputs
     reversing = 8.0 * min(here.inputs**2, COPIED_ELEMENTS)
@@ -37,7 +37,7 @@ def choosing_terms(run: Run, here: SiteShape) -> dict[str, float]:
     kept = len(run.groups) - (run.kinds - 1 if together else 0)
     tried = 0.0
     if rounding.tried_targets:
-        # The factor and the matrix it comes from; or the factor, and the regression with one product before it.
+        # The factor and its original matrix; or the factor, and the regression with one product before.
         tried = max(2 * h + reversing, h + 2 * pieces.whole)
     if rounding.tried_dampings:
         encoding = 8.0 * ENCODING * min(rows / 8, ENCODED_ELEMENTS)
@@ -51,7 +51,7 @@ def choosing_terms(run: Run, here: SiteShape) -> dict[str, float]:
 
 
 def choosing_work(run: Run, here: SiteShape) -> dict[str, float]:
-    """Amounts by the name of the rate that they are done at."""
+    """The amounts of work, by the name of their rate."""
     if not chooses(run, here):
         return {}
     rounding, folds, n, k = here.recipe.rounding, run.kinds, here.rounded, here.inputs

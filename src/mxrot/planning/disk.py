@@ -1,4 +1,4 @@
-"""How much disk quantizing into a folder takes, at its fullest."""
+"""The peak disk space that quantizing into a folder takes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mxrot.recipe import Recipe
 from mxrot.sections import Tuning
 
 STATE_NUMBERS = 4
-"""float32 numbers that an unfinished tuning keeps of each parameter: now, at its best, and two averages of Adam."""
+"""The float32 numbers per parameter of unfinished tuning: the current value, the best one, and two averages of Adam."""
 TOKEN_BYTES = 8
-"""int64."""
+"""The bytes of a token id, int64."""
 
 
 def estimate_disk(run: Run) -> dict[str, float]:
-    """Bytes beside what is there already, by what they are for."""
+    """The additional bytes, by their use."""
     after = run.shape.size_after(run.stored)
     found = {"the checkpoint": float(after.total_bytes)}
     tuning = run.recipe.tuning
@@ -38,19 +38,19 @@ def estimate_disk(run: Run) -> dict[str, float]:
 
 
 def needed_on_disk(folder: Path, recipe: Recipe, windows: tuple[int, int]) -> float:
-    """The same in all, for the model in `folder` and so many windows of so many tokens; 0 where that cannot be told."""
+    """The total for the model in `folder`, with this number and length of windows. 0 if it cannot be determined."""
     try:
         config = read_config(folder)
         family = find_family(config, str(folder))
         shape = ModelShape.of(build_apart(config_after(config, recipe)), family, recipe)
         stored = WeightFiles(folder).dtype_of_most()
-    except (FamilyError, AttributeError):  # what is wrong with it is said where it is quantized
+    except (FamilyError, AttributeError):  # quantizing reports the error
         return 0.0
     return sum(estimate_disk(Run(shape, recipe, "cpu", stored, *windows)).values())
 
 
 def _written_for(tuning: Tuning, run: Run) -> int:
-    """Windows that are kept for tuning: those of the text, and after them the written ones, at each of both times."""
+    """The windows that are kept for tuning: those of the text, then the written ones, at each of both times."""
     whole, kept = float(run.tuned_windows), 0.0
     for each in (tuning.generated, tuning.rollouts):
         whole += each * run.tuned_windows
@@ -59,7 +59,7 @@ def _written_for(tuning: Tuning, run: Run) -> int:
 
 
 def _state_bytes(run: Run) -> float:
-    """Of one state of tuning."""
+    """The bytes of one state of tuning."""
     tuning = run.recipe.tuning
     assert tuning is not None
     weights = run.shape.quantized_weights
@@ -67,7 +67,7 @@ def _state_bytes(run: Run) -> float:
     block = run.recipe.weights.quantizer().format.block or run.shape.widest
     parameters = weights * (1 + (tuning.exponent_rate > 0) / block) + transforms * (tuning.transform_rate > 0)
     if tuning.moves == "gains" or tuning.light_steps or tuning.polish_steps:
-        # Of each channel of each site: a gain or a scale, and a bias, at most.
+        # Per channel of each site, at most a gain or a scale, and a bias.
         channels = sum(site.inputs + sum(site.rows) for sites in run.shape.blocks for site in sites)
         light = channels + transforms * (tuning.light.transform_rate > 0)
         parameters = light + (parameters if tuning.moves != "gains" else 0.0)

@@ -1,4 +1,4 @@
-"""The last line of a plan: does it fit, on what, and how long does it take?"""
+"""The last line of a plan: whether the model fits, on which device, and how long it takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from mxrot.progress.pace import duration
 
 
 def verdict(plan: Plan, machine: Machine) -> str:
-    """One line. Memory is compared with what is free on the GPU that is planned for, or in main memory on a CPU."""
+    """The verdict in one line. Memory is compared with the free memory of the planned GPU, on a CPU with main
+    memory."""
     if plan.problems:
         more = len(plan.problems) - 1
         return f"verdict: refused: {plan.problems[0]}" + (f" (and {more} more)" if more else "")

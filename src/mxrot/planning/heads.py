@@ -1,4 +1,4 @@
-"""How much memory quantizing the head takes; quantizing/head.py has what this follows."""
+"""The memory for quantizing the head. It follows quantizing/head.py."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ HEAD = "quantizing the head"
 
 
 def coded_terms(run: Run) -> dict[str, float]:
-    """What becomes of the head, in main memory: codes one a byte and packed, and what stands beside them."""
+    """The quantized head in main memory: codes, one per byte and packed, and their scales."""
     head = run.shape.head
     return {} if head is None else {"codes of the head": float(head.weights + head.coded_bytes)}
 
 
 def head_stages(run: Run) -> list[Stage]:
-    """Where it computes: some rows after the others, in float64; on a CPU beside all that is outside of the blocks."""
+    """The stages on the computing device: groups of rows in turn, in float64. On a CPU, everything outside of the
+    blocks is there as well."""
     head = run.shape.head
     if head is None:
         return []

@@ -1,12 +1,12 @@
-"""How much memory quantizing takes, stage by stage: counted from what the pipeline holds.
+"""The memory that quantizing takes, stage by stage, counted from the tensors of the pipeline.
 
-A stage is a moment at which many tensors are alive; the peak is the largest of them. Each term of a stage has a name,
-so that a plan can say what fills the memory, and what to change. Where the code keeps what fits below a bound (a
-norm's outputs, a site's inputs), so does this.
+A stage is a moment at which many tensors are alive. The peak is the largest stage. Each term of a stage has a name, so
+that a plan can say what fills the memory, and what to change. Where the code keeps tensors below a bound (a norm's
+outputs, a site's inputs), so do these formulas.
 
-The formulas follow quantizing/, calibration/ and tuning/, those of site_memory.py also rounding/; tests compare them
-with the tensors that are really alive during a run. What is not counted: workspaces of matrix libraries and what an
-allocator loses between tensors.
+The formulas follow quantizing/, calibration/ and tuning/. Those of site_memory.py also follow rounding/. Tests compare
+them with the tensors that are alive during a run. Workspaces of matrix libraries and the allocator's gaps between
+tensors are not counted.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from mxrot.planning.writing import writing_stages
 from mxrot.surgery.fold_norms import ROWS
 
 PROCESS_BYTES = {"cpu": 5e8, "cuda": 3e9}
-"""Of main memory: the code of PyTorch and transformers (measured on Linux); with a GPU also its driver and libraries
-(assumed)."""
+"""The main memory for the code of PyTorch and transformers (measured on Linux), with a GPU also for its driver and
+libraries (assumed)."""
 KEPT_SHARE, MOST_KEPT = 0.45, 2.5e8
-"""What the allocator holds back within a site (heap.py), relative to the tensors alive, and at most: glibc maps tensors
-of more than 32 MiB one by one. Both were measured on Linux."""
+"""The memory that the allocator holds back within a site (heap.py), relative to the tensors alive, and at most. glibc
+maps tensors of more than 32 MiB one by one. Both were measured on Linux."""
 OF_EXPERT, INPUTS = "tokens of one expert", "inputs of the site"
-"""What is kept of the windows for a site."""
+"""The names of the data that a site keeps of the windows."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The stages of a run, in the order in which they come."""
+    """The stages of a run, in their order."""
 
     stages: tuple[Stage, ...]
 
@@ -48,7 +48,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run) -> MemoryEstimate:
-    """Of the device that computes: main memory on a CPU, the GPU's own on a GPU."""
+    """The memory of the computing device: main memory on a CPU, the GPU's own on a GPU."""
     process = {} if run.is_gpu else {"the process": PROCESS_BYTES["cpu"]}
     stages = [*training_stages(run), *_loading(run), *writing_stages(run), *_rotating(run), *ordering_stages(run)]
     for position, _ in enumerate(run.shape.fullest):
@@ -60,12 +60,12 @@ def estimate_memory(run: Run) -> MemoryEstimate:
 
 
 def _kept_back(run: Run, stage: Stage) -> dict[str, float]:
-    """What the allocator of main memory does not give back before the site is done."""
+    """The memory that the allocator of main memory returns only when the site is done."""
     return {} if run.is_gpu else {"what the allocator keeps": min(KEPT_SHARE * stage.total, MOST_KEPT)}
 
 
 def estimate_host_memory(run: Run) -> MemoryEstimate:
-    """Main memory beside a GPU."""
+    """The main memory of a run that computes on a GPU."""
     process = {"the process and the GPU's driver": PROCESS_BYTES["cuda"]}
     outer = {"embedding, last norm and head, as they are read": run.shape.outer_parameters * run.stored.itemsize}
     if run.rotates_residual:
@@ -86,7 +86,7 @@ def estimate_host_memory(run: Run) -> MemoryEstimate:
 
 
 def _read_by_experts(run: Run, here: SiteShape) -> float:
-    """Bytes of the tokens of all experts of a block, where statistics are taken of what each of them gets."""
+    """The bytes of the tokens of all experts of a block, if statistics are taken of each expert's tokens."""
     recipe = run.recipe
     looks = recipe.smoothing is not None or any(
         one.rounding.requirements.hessian or one.transform.needs for one in recipe.variants
@@ -96,7 +96,7 @@ def _read_by_experts(run: Run, here: SiteShape) -> float:
 
 
 def _states(run: Run) -> dict[str, float]:
-    """Between two blocks."""
+    """The memory between two blocks."""
     is_twice = run.recipe.looks_at_original and len(run.shape.blocks) > 1
     return {
         "hidden states": float(run.stream_bytes),
@@ -105,7 +105,7 @@ def _states(run: Run) -> dict[str, float]:
 
 
 def _outputs_of_children(run: Run) -> float:
-    """Of all of a block's submodules with sites, once the block is done."""
+    """The outputs of all submodules with sites of a block, once the block is done."""
     children = len({site.child for site in run.shape.fullest})
     return float(children * (2 if run.sees_original else 1) * run.stream_bytes)
 
@@ -137,7 +137,7 @@ def _loading(run: Run) -> list[Stage]:
 
 
 def _rotating(run: Run) -> list[Stage]:
-    """A block that is read, and its rotated weights."""
+    """The stages of reading a block and rotating its weights."""
     if not run.rotation_bytes:
         return []
     resident = _resident(run, 0)
@@ -152,11 +152,11 @@ def _rotating(run: Run) -> list[Stage]:
 
 
 def _resident(run: Run, position: int) -> dict[str, float]:
-    """What is alive during all of site `position`, but for what passes have left behind."""
+    """The tensors that are alive during all of site `position`, except those kept by passes."""
     shape, recipe, s = run.shape, run.recipe, run.itemsize
     sites = shape.fullest
     weights = sum(site.weights for site in sites)
-    # A GPU computes in the type that was read, with the very same tensors.
+    # A GPU computes in the type that was read, with the same tensors.
     read = shape.block_parameters - (0 if run.is_gpu else _smoothed(run))
     stays = run.keeps_model or recipe.tunes_network
     terms = {
@@ -182,7 +182,7 @@ def _resident(run: Run, position: int) -> dict[str, float]:
 
 
 def _smoothed(run: Run) -> int:
-    """Weights of a block that are float64 numbers, because smoothing scales are in them."""
+    """The number of weights of a block in float64, because smoothing scales are merged into them."""
     smoothing = run.recipe.smoothing
     if smoothing is None:
         return 0
@@ -198,7 +198,7 @@ def _smoothed(run: Run) -> int:
 
 
 def _remembered(run: Run, position: int) -> dict[str, float]:
-    """What passes over the calibration windows have left for later ones."""
+    """The data that passes over the calibration windows keep for later passes."""
     if not run.tokens:
         return {}
     sites, here = run.shape.fullest, run.shape.fullest[position]
@@ -220,7 +220,7 @@ def _remembered(run: Run, position: int) -> dict[str, float]:
 
 
 def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
-    """Bytes of what goes into a site, as far as they are kept from one pass to the next."""
+    """The bytes of a site's inputs that are kept from one pass to the next."""
     whole = here.share * run.tokens * here.inputs * run.itemsize
     requirements = here.recipe.rounding.requirements
     kept = beside = 0.0
@@ -229,7 +229,7 @@ def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
         share = keeps_share(run, here)
         kept, beside = share * whole, share * beside
         if run.shape.fullest[0].child == here.child:
-            beside = 0.0  # that of the first child is the hidden states themselves
+            beside = 0.0  # for the first child it is the hidden states
     if here.site.norm is not None:
         kept = 0.0  # the outputs of the norm
     elif ends and len(here.rows) == 1:
@@ -238,7 +238,7 @@ def _kept_inputs(run: Run, here: SiteShape, ends: bool) -> float:
 
 
 def _block_end(run: Run) -> list[Stage]:
-    """The block's outputs become the next one's inputs."""
+    """The stage in which the block's outputs become the next block's inputs."""
     if not run.tokens:
         return []
     last = len(run.shape.fullest) - 1
@@ -251,7 +251,7 @@ def _block_end(run: Run) -> list[Stage]:
 
 
 def gigabytes(count: float) -> str:
-    """Bytes for people: three digits that count."""
+    """Gigabytes in words, with three significant digits."""
     value = count / 1e9
     digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
     return f"{value:.{min(digits, 3)}f} GB"

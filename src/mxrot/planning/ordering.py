@@ -1,4 +1,4 @@
-"""What finding orders of channels takes: memory, and work; quantizing/permuting.py has what it follows."""
+"""The memory and the work of finding orders of channels. They follow quantizing/permuting.py."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from mxrot.planning.stage import Stage
 from mxrot.transforms.channel_order import LOOK_BYTES, ORDER_BYTES, ROUNDS, at_once, looked_at
 
 TAKEN_TOGETHER = 32.0
-"""Bytes for each pair of channels while moments are put one behind the other, for orders that are found together."""
+"""The bytes per pair of channels while moments are concatenated for orders that are found together."""
 EXCHANGE_BYTES = 100.0
-"""That a round of exchanges reads and writes for each pair of which one channel is looked at."""
+"""The bytes that a round of exchanges reads and writes per pair with a candidate channel."""
 DEALING = 13
-"""Small operations for each channel that is dealt to a block."""
+"""Small operations per channel that is dealt to a block."""
 OF_AN_EXPERT = 1500
-"""Small operations until the moments of one expert are known."""
+"""Small operations for the moments of one expert."""
 LAUNCHED, OF_EACH = 45, 15
-"""Small operations of a round for all orders that are found together, and for each of them."""
+"""Small operations of a round, for all orders that are found together and for each of them."""
 TRACING = 40
-"""The same, on a CPU, for the trace of one block."""
+"""Small operations on a CPU for the trace of one block."""
 
 
 def ordered_sites(run: Run, sites: tuple[SiteShape, ...]) -> list[tuple[SiteShape, str, int]]:
-    """The sites of a block whose channels are put in order, how, and of how many channels at once."""
+    """The sites of a block with ordered channels, each with the kind of order and the channels ordered at once."""
     wanted = run.recipe.permutation
     if wanted is None:
         return []
@@ -36,7 +36,7 @@ def ordered_sites(run: Run, sites: tuple[SiteShape, ...]) -> list[tuple[SiteShap
 
 
 def ordering_stages(run: Run) -> list[Stage]:
-    """Of memory; none where channels stay as they are."""
+    """The stages of memory. Empty if channels are not reordered."""
     shape = run.shape
     found = ordered_sites(run, shape.fullest)
     if not found:
@@ -51,7 +51,7 @@ def ordering_stages(run: Run) -> list[Stage]:
     }
     stages = []
     for here, kind, width in found:
-        whole = 8.0 * here.inputs**2  # of inputs, and the same of weights
+        whole = 8.0 * here.inputs**2  # of inputs, and the same again of weights
         order = ORDER_BYTES[kind] * width**2 + (LOOK_BYTES * looked_at(width) * width if kind == "correlated" else 0.0)
         together = min(at_once(here.inputs // width, width), len(shape.blocks) * here.experts)
         order = order if together == 1 else together * max(order, TAKEN_TOGETHER * width**2)
@@ -62,7 +62,7 @@ def ordering_stages(run: Run) -> list[Stage]:
 
 
 def ordering_work(run: Run) -> dict[str, float]:
-    """Amounts by the name of the rate that they are done at: a pass, moments, and rounds of exchanges."""
+    """The amounts of work, by the name of their rate: a pass, moments, and rounds of exchanges."""
     found: dict[str, float] = {}
     for sites in run.shape.blocks:
         chosen = ordered_sites(run, sites)
@@ -82,7 +82,7 @@ def ordering_work(run: Run) -> dict[str, float]:
                 amounts["copy"] += EXCHANGE_BYTES * ROUNDS * experts * k * looked_at(width)
                 traces = 0.0 if run.is_gpu else TRACING * k / block
                 amounts["operations"] += ROUNDS * experts * (LAUNCHED * parts / together + OF_EACH * parts + traces)
-                # What channels are worth: in float32, twice as fast.
+                # The gains of channels: in float32, twice as fast.
                 amounts["float64"] += ROUNDS * experts * parts * width**3 / block
         for name, amount in amounts.items():
             found[name] = found.get(name, 0.0) + amount

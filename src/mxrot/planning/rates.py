@@ -1,4 +1,4 @@
-"""How fast this machine does each kind of work that quantizing is made of: a run of a few seconds."""
+"""The speed of this machine in each kind of work of quantizing, measured in a few seconds."""
 
 from __future__ import annotations
 
@@ -25,58 +25,58 @@ from mxrot.rounding.walk import walk_reached
 from mxrot.transforms import TransformMethod
 
 SECONDS = 0.25
-"""Of each measurement, about."""
+"""The approximate time of each measurement."""
 MOST_CALLS = 20
 WALK_COLUMNS = 128
 FACTORED = {"cpu": (128, 512), "cuda": (2048, 12288)}
-"""Widths of the Hessians that are factorized."""
+"""The widths of the Hessians that are factorized."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second."""
+    """The speeds of a device, in amounts per second."""
 
     product: float
     """Operations of matrix products in the type that the model computes in."""
     float64: float
-    """The same in float64."""
+    """The same operations in float64."""
     copy: float
     """Bytes read and written."""
     factor: float
-    """K^3 of Hessians factorized, K their width, beside what each column takes."""
+    """K^3 of factorized Hessians of width K, without the cost of each column."""
     columns: float
-    """Columns of Hessians factorized, however many there are in one."""
+    """Columns of factorized Hessians, regardless of their width."""
     rounded: float
-    """Weights that GPTQ rounds, under one exponent."""
+    """Weights that GPTQ rounds, with one exponent."""
     block_steps: float
-    """Blocks of columns that GPTQ walks over, however few rows they have."""
+    """Blocks of columns that GPTQ processes, regardless of the number of rows."""
     encoded: float
-    """Weights that become codes."""
+    """Weights that are encoded."""
     quantized: float
     """Activations transformed and quantized."""
     fitted: float
-    """Units of the transform method, as it counts them, fitted."""
+    """Fitted units of the transform method, by its own count."""
     operations: float
-    """Small operations started, one after the other."""
+    """Small operations that are started one after the other."""
 
     def as_table(self) -> dict[str, float]:
-        """For a JSON file."""
+        """The rates for a JSON file."""
         return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class OtherRates:
-    """What a plan on another machine has measured."""
+    """The rates that a plan on another machine has measured."""
 
     device: str
-    """Its name."""
+    """The name of the device."""
     kind: str
     """"cpu" or "cuda"."""
     rates: Rates
 
     @staticmethod
     def read(path: Path) -> OtherRates:
-        """From what `mxrot plan --json` wrote there; ConfigError if it holds no rates."""
+        """The rates in a file of `mxrot plan --json`. ConfigError if it holds no rates."""
         try:
             table = read_json(path)["seconds"]
             rates = {name: float(table["rates"][name]) for name in (field.name for field in fields(Rates))}
@@ -90,7 +90,7 @@ class OtherRates:
 
 @torch.no_grad()
 def measure_rates(device: torch.device, dtype: torch.dtype, recipe: Recipe) -> Rates:
-    """Measured with random numbers; `dtype` is what the model computes in."""
+    """The rates, measured with random numbers. `dtype` is the type that the model computes in."""
     draws = torch.Generator(device).manual_seed(0)
     normal = partial(torch.randn, generator=draws, device=device)
     return Rates(
@@ -121,7 +121,8 @@ def _matrix_rates(device: torch.device, dtype: torch.dtype, normal: Callable[...
 def _factor_rates(
     widths: tuple[int, int], timed: Callable[..., float], normal: Callable[..., Tensor]
 ) -> dict[str, float]:
-    """Of a narrow Hessian each column costs most, of a wide one the products: two widths tell both."""
+    """The rates of factorizing. Columns dominate for a narrow Hessian, products for a wide one: two widths give
+    both."""
     found = []
     for width in widths:
         c = normal(width, width, dtype=torch.float64)
@@ -132,10 +133,10 @@ def _factor_rates(
 
 
 def factor_rates(widths: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
-    """The rates by which Hessians of two widths take so many seconds: K / columns + K^3 / factor."""
+    """The rates that explain these seconds for Hessians of two widths: K / columns + K^3 / factor."""
     (narrow, wide), (few, many) = widths, seconds
     cubed = (many / wide - few / narrow) / (wide**2 - narrow**2)
-    cubed = min(max(cubed, 0.1 * many / wide**3), many / wide**3)  # both cost something, whatever else ran
+    cubed = min(max(cubed, 0.1 * many / wide**3), many / wide**3)  # both costs are positive, despite noise
     return {"factor": 1 / cubed, "columns": 1 / max(few / narrow - cubed * narrow**2, 1e-3 * few / narrow)}
 
 
@@ -153,7 +154,7 @@ def _rounding_rates(
     factor = torch.eye(WALK_COLUMNS, dtype=torch.float64, device=device)
 
     def walk(count: int) -> float:
-        """The seconds of so many rows, a few blocks wide."""
+        """The seconds for this number of rows, a few blocks wide."""
         part = rows[:count, :WALK_COLUMNS].unflatten(1, (-1, size))
         return timed(lambda: walk_reached(part, factor, mxfp4, mxfp4.rule(), NEIGHBOURS[:1]))
 
@@ -167,7 +168,7 @@ def _rounding_rates(
 
 
 def _fitted_rate(method: TransformMethod, device: torch.device) -> float:
-    """Units of a method's own in a second; without a trial the rate divides nothing."""
+    """The units per second, by the method's own count. Without a trial the rate is arbitrary, and is not used."""
     found = method.trial(device)
     if found is None:
         return 1.0
@@ -176,7 +177,7 @@ def _fitted_rate(method: TransformMethod, device: torch.device) -> float:
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """The median time of a call, of as many as fit into SECONDS, after a first one (which compiles, on a GPU)."""
+    """The median time of as many calls as fit into SECONDS, after a first one (which compiles, on a GPU)."""
     first = _time_of(call, device)
     if device.type == "cpu" and first >= SECONDS:
         return first

@@ -1,4 +1,4 @@
-"""How long quantizing takes: what has to be computed, counted, over how fast this machine computes it."""
+"""The time that quantizing takes: the counted work divided by the speed of this machine."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mxrot.planning.tuning import tuning_texts_work, tuning_work
 from mxrot.planning.writing import STREAMING, writing_work
 
 DISK_BYTES = 1e9
-"""Bytes a second that files are read, hashed and written at; assumed, not measured."""
+"""The bytes per second of reading, hashing and writing files. Assumed, not measured."""
 HOST_BYTES, TRAVERSALS = 2.5e10, 7
-"""Bytes a second that hidden states go between a GPU and main memory at, and how often all of them of one model do for
-each block; what two shapes took beyond all else on an H200 (docs/plan.md)."""
+"""The bytes per second of hidden states between a GPU and main memory, and how often all hidden states of a model are
+moved for each block. They explain the additional time of two shapes on an H200 (docs/plan.md)."""
 STARTING_SECONDS = {"cpu": 0.0, "cuda": 6.0}
-"""Until weights are open, libraries loaded and kernels compiled, where text is looked at; seen there, too."""
+"""The time to open weights, load libraries and compile kernels if text is read. Also measured on an H200."""
 OF_AN_EXPERT = 1100
 """Small operations for the statistics and the rounding of one expert's part of a site."""
 ERROR_TOKENS = 512
@@ -30,17 +30,17 @@ OF_SITES = (
     *("passes over the calibration text", "statistics of the inputs", "transforms", "factors of the Hessians"),
     *("choices by site", "rounding", "refits of transforms"),
 )
-"""What is done at each site of each block."""
+"""The work at each site of each block."""
 
 
 class Work:
-    """Amounts of work by the name of the rate in `Rates` that they are done at."""
+    """Amounts of work, by the name of their rate in `Rates`."""
 
     def __init__(self, **amounts: float) -> None:
         self.amounts = amounts
 
     def add(self, **amounts: float) -> None:
-        """So much more."""
+        """Add these amounts."""
         for name, amount in amounts.items():
             self.amounts[name] = self.amounts.get(name, 0.0) + amount
 
@@ -50,7 +50,7 @@ class Work:
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds by what they are for."""
+    """Seconds by the name of the work."""
 
     terms: dict[str, float]
     rates: Rates
@@ -61,7 +61,7 @@ class TimeEstimate:
 
 
 def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
-    """The time to quantize; `building` seconds are what making the skeleton of the model has taken."""
+    """The time to quantize. `building` is the measured time in seconds for building the skeleton of the model."""
     works = {name: Work() for name in OF_SITES}
     for sites in run.shape.blocks:
         for position in range(len(sites)):
@@ -92,7 +92,7 @@ def estimate_seconds(run: Run, rates: Rates, building: float) -> TimeEstimate:
 
 
 def _rotations(run: Run) -> Work:
-    """Rotating the residual stream in all weights, each time that they are read; heads are narrow, and left out."""
+    """The work of rotating the residual stream in all weights, each time they are read. Narrow heads are left out."""
     if not run.rotates_residual:
         return Work()
     shape, models = run.shape, 1 + run.recipe.runs_whole_original
@@ -101,7 +101,7 @@ def _rotations(run: Run) -> Work:
 
 
 def _training(run: Run) -> Work:
-    """Steps of rotations: passes forward and back, with what is computed again, and the rotated weights of each."""
+    """The work of training rotations: forward and backward passes, with recomputation, and rotated weights per step."""
     rotation, shape = run.recipe.rotation, run.shape
     if rotation is None or not run.recipe.trains_rotations:
         return Work()
@@ -119,7 +119,7 @@ def _training(run: Run) -> Work:
 
 
 def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[str, Work]:
-    """What one site of one block takes."""
+    """The work at one site of one block."""
     here, recipe = sites[position], sites[position].recipe
     n, k, tokens = here.outputs, here.inputs, run.tokens
     requirements = recipe.rounding.requirements
@@ -141,7 +141,7 @@ def _site_work(run: Run, sites: tuple[SiteShape, ...], position: int) -> dict[st
             rounded=float(n * k * candidates),
             block_steps=float(steps),
             operations=6.0 * steps,
-            # Spreading what was lost; the regression that leads to the target.
+            # Spreading rounding errors; the regression towards the target.
             float64=n * float(k * k) * (5.0 if here.follows_original else 1.0),
         )
         found["choices by site"] = Work(**choosing_work(run, here))
@@ -156,7 +156,7 @@ def _rounding_operations(here: SiteShape) -> float:
 
 
 def _transform(run: Run, here: SiteShape) -> Work:
-    """Fitting a transform and folding it into the weights."""
+    """The work of fitting a transform and folding it into the weights."""
     if not here.scheme.stages:
         return Work()
     n, k, method = here.outputs, here.inputs, here.transform
@@ -168,7 +168,7 @@ def _transform(run: Run, here: SiteShape) -> Work:
 
 
 def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
-    """Products of this site's linears, and what lies around them, in all passes over the calibration windows."""
+    """The work of passes over the calibration windows: products of this site's linears, and operations around them."""
     here, recipe, s = sites[position], run.recipe, run.itemsize
     n, k, tokens = here.outputs, here.inputs, here.share * run.tokens
     batches = run.tokens / run.batch_tokens
@@ -181,7 +181,7 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
     work.add(quantized=quantized * tokens * k * len(here.rows))
     work.add(copy=(quantized * 10 + plain * 6) * tokens * n * s)
     work.add(copy=quantized * batches * n * k * (8 if run.is_gpu else 24))  # weights, written out
-    if position == 0:  # what attention computes between its linears, causally: half of all pairs
+    if position == 0:  # attention between its linears, causal: half of all pairs
         work.add(product=2 * 2.0 * tokens * run.seq_len * run.shape.query_width * (quantized + plain))
         work.add(copy=24.0 * tokens * n * s * (quantized + plain))
         # Scores are read and written in each of the steps between the two products.
@@ -193,7 +193,7 @@ def _passes(run: Run, sites: tuple[SiteShape, ...], position: int) -> Work:
 
 
 def _statistics(run: Run, here: SiteShape) -> Work:
-    """Statistics that transforms are fitted to, Hessians, and shifts towards the target."""
+    """The work for statistics that transforms are fitted to, Hessians, and shifts towards the target."""
     transform, k = here.transform, here.inputs
     tokens = here.experts * here.share * run.fitted_tokens
     batches = here.experts * run.tokens / run.batch_tokens
@@ -210,7 +210,7 @@ def _statistics(run: Run, here: SiteShape) -> Work:
 
 
 def _second_moments(run: Run, here: SiteShape, groups: int) -> Work:
-    """Hessians, and shifts towards the target, of so many groups of windows that are all windows together."""
+    """The work for Hessians, and shifts towards the target, of this number of groups, together all windows."""
     requirements, n, k = here.recipe.rounding.requirements, here.rounded, here.inputs
     tokens = here.experts * here.share * run.tokens
     batches = here.experts * run.tokens / run.batch_tokens
@@ -225,6 +225,6 @@ def _second_moments(run: Run, here: SiteShape, groups: int) -> Work:
         work.add(copy=40.0 * tokens * n + 40.0 * batches * n * k)
     else:
         work.add(product=2.0 * tokens * k * k, copy=40.0 * batches * k * k)
-    # What of a shift is the site's own output; that of the original, too, where it comes from moments.
+    # The site's own output in a shift, and that of the original if it comes from moments.
     work.add(float64=(2.0 if reads_residual(run, here) else 4.0) * groups * n * k * k)
     return work

@@ -1,4 +1,4 @@
-"""Which recipe a server takes: the first of a few, the most accurate first, whose checkpoint it would run."""
+"""The recipe for a server: the most accurate of a few whose checkpoint it can run."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from mxrot.vllm.devices import VERSION
 from mxrot.vllm.verdict import Serving, plan_for_vllm
 
 FOR_VLLM = ("mxrot", "mxrot-vllm", "w4a16", "rtn")
-"""From the most accurate down."""
+"""From the most to the least accurate."""
 
 
 @dataclass(frozen=True)
 class Servable:
-    """What stock vLLM runs."""
+    """A recipe that stock vLLM can run."""
 
     recipe: str
     lines: tuple[str, ...]
-    """Why this one, and why none before it."""
+    """The reasons for this recipe, and against those before it."""
 
 
 def recipe_for_vllm(model: str, config_path: Path) -> Servable:
-    """The first of FOR_VLLM that stock vLLM would run of this model; no weight is read.
+    """The first of FOR_VLLM that stock vLLM can run for this model. No weight is read.
 
-    ConfigError if there is none, with what stands against the last. FamilyError as `make_plan`.
+    ConfigError if there is none, with the obstacles of the last one. FamilyError as in `make_plan`.
     """
     config = read_config(config_path)
     family = find_family(config, model)

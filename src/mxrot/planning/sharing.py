@@ -1,5 +1,5 @@
-"""What one of several processes takes of a run that they share, as quantizing/shared.py has it: windows, rows of a
-site, whole experts, orders of channels and batches of tuning in equal shares, everything else in each of them."""
+"""The part of one process in a shared run, as in quantizing/shared.py. Windows, rows of a site, whole experts, orders
+of channels and batches of tuning are divided equally. All other work is done in each process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mxrot.planning.tuning import gradient_bytes
 from mxrot.planning.writing import STREAMING
 
 EXCHANGED_BYTES = {"cpu": 2e9, "cuda": 1e11}
-"""Bytes a second at which statistics pass from one process to the next, over loopback and over NVLink; assumed, not
+"""The bytes per second of exchanging statistics between processes, over loopback and over NVLink. Assumed, not
 measured."""
 OF_THE_FIRST = (WRITING, STREAMING, "writing text to tune on")
-"""What the first process does for all."""
+"""The work that the first process does for all."""
 
 
 def share_of(run: Run, processes: int) -> Run:
-    """The largest share of the windows, and of a batch of tuning."""
+    """The run with the largest share of the windows, and of a batch of tuning."""
     recipe, calibration, tuning = run.recipe, run.recipe.calibration, run.recipe.tuning
     own = replace(calibration, own=_share(calibration.own, processes))
     if tuning is not None:
@@ -32,8 +32,8 @@ def share_of(run: Run, processes: int) -> Run:
 
 
 def shared_memory(of_share: MemoryEstimate, of_all: MemoryEstimate) -> MemoryEstimate:
-    """Of the first process, which writes the text for all: stages of its share, and those of writing; of an expert that
-    it is handed the tokens of all."""
+    """The memory of the first process, which writes the text for all: the stages of its share, and those of writing.
+    For an expert, it receives the tokens of all processes."""
     written = {stage.name: stage for stage in of_all.stages if stage.name.startswith("writing")}
     whole = {stage.name: stage for stage in of_all.stages}
     return MemoryEstimate(
@@ -42,7 +42,8 @@ def shared_memory(of_share: MemoryEstimate, of_all: MemoryEstimate) -> MemoryEst
 
 
 def _handed(of_share: Stage, of_all: Stage) -> Stage:
-    """Of one of as many experts as there are processes: what all have for it, beside what this one has for each."""
+    """The memory for one expert, with one expert per process: all processes' data for it, beside this process's data
+    for each."""
     if OF_EXPERT not in of_all.terms or of_share.terms == of_all.terms:
         return of_share
     handed = {name: of_all.terms[name] for name in (OF_EXPERT, INPUTS) if name in of_all.terms}
@@ -51,7 +52,7 @@ def _handed(of_share: Stage, of_all: Stage) -> Stage:
 
 
 def shared_seconds(run: Run, processes: int, rates: Rates, building: float) -> TimeEstimate:
-    """The time of all processes together; that of one where there are no others."""
+    """The time of all processes together, or of the single one."""
     whole = estimate_seconds(run, rates, building)
     if processes == 1:
         return whole
@@ -62,14 +63,15 @@ def shared_seconds(run: Run, processes: int, rates: Rates, building: float) -> T
     if "order of channels" in terms:
         terms["order of channels"] = whole.terms["order of channels"] / processes
     if "choices by site" in terms:
-        tried = max(1, run.recipe.rounding.tried_dampings * run.kinds)  # each fold with each candidate somewhere
+        tried = max(1, run.recipe.rounding.tried_dampings * run.kinds)  # each fold and candidate, in some process
         terms["choices by site"] *= _share(tried, processes) / tried
     passed = 2 * (processes - 1) / processes * exchanged_bytes(run)
     return TimeEstimate(terms | {"exchange": passed / EXCHANGED_BYTES["cuda" if run.is_gpu else "cpu"]}, rates)
 
 
 def exchanged_bytes(run: Run) -> float:
-    """Statistics of all sites, in float64, the codes of rows, and in tuning what rounding took away, and gradients."""
+    """The exchanged bytes: statistics of all sites, in float64, the codes of rows, and in tuning the rounding errors
+    and gradients."""
     found, groups = gradient_bytes(run), len(run.groups)
     found += 2.0 * run.shape.quantized_weights if run.recipe.keeps_remainders else 0.0
     for sites in run.shape.blocks:

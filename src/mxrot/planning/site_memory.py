@@ -1,7 +1,4 @@
-"""How much memory one site takes: passes over its inputs, statistics, the fit of its transform, rounding.
-
-The formulas follow quantizing/rounded.py, calibration/site_inputs.py, calibration/site_weights.py and rounding/.
-"""
+"""The memory of one site: passes over its inputs, statistics, the fit of its transform, rounding."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from mxrot.planning.stage import CODED_BYTES, Pieces, Stage
 from mxrot.rounding.linalg import COPIED_ELEMENTS
 
 WIDE_TRANSFORM = 8.0
-"""What a transform and its inverse take in float64, relative to what is stored of it in bfloat16."""
+"""The float64 size of a transform and its inverse, relative to the bfloat16 size that is stored."""
 
 
 def forward_bytes(run: Run, position: int) -> float:
-    """Bytes at the height of a pass of one batch up to site `position`."""
+    """The peak bytes of a pass of one batch up to site `position`."""
     sites, here = run.shape.fullest, run.shape.fullest[position]
     b, s = run.batch_tokens, run.itemsize
     before = [site for site in sites[:position] if site.child == here.child]
@@ -33,19 +30,19 @@ def forward_bytes(run: Run, position: int) -> float:
     # A norm computes in float32; a product of quantized inputs is float32 before it is `s` bytes wide.
     norm = b * run.shape.hidden * (s + 8.0)
     is_attention = run.shape.fullest[0].child == here.child
-    # Scores, and what they become: probabilities in float32.
+    # Scores, and then probabilities in float32.
     scores = b * run.token_scores * (s + 4.0) if is_attention and before else 0.0
     return max(norm, quantizing + b * made * (5.0 * s if is_attention else (4.0 if run.is_gpu else 6.0)) + scores)
 
 
 def _quantizing(run: Run, channels: int) -> float:
-    """Bytes that quantizing inputs takes on a CPU, a piece after the other; one kernel on a GPU."""
+    """The bytes for quantizing inputs: piece by piece on a CPU, by one kernel on a GPU."""
     return 0.0 if run.is_gpu else 14.0 * min(run.batch_tokens * channels, CHUNK_ELEMENTS)
 
 
 def _transforming(run: Run, here: SiteShape) -> float:
-    """Bytes of inputs between stages that no kernel applies: float32 on both sides of one, and what comes out of all
-    but the last."""
+    """The bytes of inputs between stages without a kernel: float32 before and after a stage, and the outputs of all but
+    the last."""
     if here.is_fused:
         return 0.0
     led = run.itemsize if len(here.scheme.stages) > 1 else 0
@@ -53,7 +50,7 @@ def _transforming(run: Run, here: SiteShape) -> float:
 
 
 def _moment(run: Run, b: int, n: int, m: int, is_scaled: bool) -> float:
-    """Bytes of a second moment [n, m] of a batch of so many tokens: parts of its operands, products, and their sums."""
+    """The bytes of a second moment [n, m] of a batch of `b` tokens: parts of its operands, products, and their sums."""
     if not run.is_gpu:
         return 12.0 * n * m + (4.0 * b * n if is_scaled else 0.0)
     wide = 2 * n if is_scaled else n
@@ -64,7 +61,7 @@ def _moment(run: Run, b: int, n: int, m: int, is_scaled: bool) -> float:
 
 
 def site_stages(run: Run, position: int, base: dict[str, float]) -> list[Stage]:
-    """The stages of one site, with what is alive in all of them."""
+    """The stages of one site. `base` holds the tensors that are alive in all of them."""
     here = run.shape.fullest[position]
     recipe = here.recipe
     name = here.site.name
@@ -75,7 +72,7 @@ def site_stages(run: Run, position: int, base: dict[str, float]) -> list[Stage]:
         count, of_fit = here.weights / here.transforms, here.transform.fitting_bytes(fit_size(run, here))
         is_wide = count <= site_weights.MOST_TOGETHER or recipe.smoothing is not None
         weights = count * (8.0 if is_wide else run.stored.itemsize)
-        smoothed = weights if recipe.smoothing is not None else 0.0  # beside those that it is made from
+        smoothed = weights if recipe.smoothing is not None else 0.0  # in addition to the weights before smoothing
         stages.append(Stage(f"{name}: fitting", base | {"fitting the transform": weights + max(smoothed, of_fit)}))
         base = base | {"the transform and its inverse": WIDE_TRANSFORM * here.scheme.transform_bytes(here.inputs)}
     if here.transforms < here.experts:
@@ -96,12 +93,12 @@ def site_stages(run: Run, position: int, base: dict[str, float]) -> list[Stage]:
 
 
 def _factorizing(here: SiteShape) -> dict[str, float]:
-    """The Hessian, and two matrices of its size beside it, or one in the place of it (rounding/linalg.py)."""
+    """The Hessian, with two more matrices of its size, or with one that replaces it (rounding/linalg.py)."""
     h, pieces = 8.0 * here.inputs**2, Pieces.of(here)
     reversing = 8.0 * min(here.inputs**2, COPIED_ELEMENTS)
     if not here.follows_original:
         return {"the Hessian and its factor": 2 * h + reversing}
-    # The regression leaves its factor, with which some rows after the others are moved towards the target.
+    # The regression leaves its factor. Groups of rows are moved towards the target with it.
     moved = 2 * pieces.together
     return {
         "the Hessian and its factor": max(3 * h + reversing, 2 * h + moved),
@@ -110,7 +107,7 @@ def _factorizing(here: SiteShape) -> dict[str, float]:
 
 
 def _rounding(here: SiteShape) -> dict[str, float]:
-    """Weights, what they are rounded to and what that took away, and the numbers on the way to codes."""
+    """The weights, their rounded values and rounding errors, and the numbers for encoding."""
     pieces, count = Pieces.of(here), here.rounded * here.inputs
     u, shift = pieces.together, pieces.whole if here.follows_original else 0.0
     encoding = 8.0 * ENCODING * min(u / 8, ENCODED_ELEMENTS)
@@ -124,8 +121,8 @@ def _rounding(here: SiteShape) -> dict[str, float]:
 
 
 def _moments(run: Run, position: int) -> dict[str, float]:
-    """The Hessian of a site and the shift towards its target; where options are chosen those of each group of windows,
-    one after the other, at the largest."""
+    """The Hessian of a site and the shift towards its target. If options are chosen, those of each group of windows in
+    turn, at the peak."""
     here = run.shape.fullest[position]
     if not chooses(run, here):
         return _statistics(run, position, run.fitted_tokens)
@@ -137,10 +134,11 @@ def _moments(run: Run, position: int) -> dict[str, float]:
 
 
 def _statistics(run: Run, position: int, tokens: int, is_folded: bool = False) -> dict[str, float]:
-    """The Hessian of a site and the shift towards its target, on so many tokens; with the weights folded before?
+    """The Hessian of a site and the shift towards its target, on this number of tokens. With `is_folded` the weights
+    are folded before.
 
-    What a batch leaves is alive while the next one passes through the block, if it does: where inputs were kept, none
-    has to.
+    The data of a batch stay alive while the next one passes through the block. If inputs were kept, there is no such
+    pass.
     """
     here = run.shape.fullest[position]
     requirements = here.recipe.rounding.requirements
@@ -152,10 +150,10 @@ def _statistics(run: Run, position: int, tokens: int, is_folded: bool = False) -
     is_wide = requirements.inputs == "unquantized"
     is_scaled = requirements.relative and here.site.residual is not None
     temporary = _moment(run, batch, k, k, is_scaled or (run.is_gpu and is_wide))
-    left = b * k * (2.0 if run.is_gpu and not is_wide else 4.0)  # what the site sees: transformed and quantized
+    left = b * k * (2.0 if run.is_gpu and not is_wide else 4.0)  # inputs of the site: transformed and quantized
     weights = (2.0 if run.is_gpu else 4.0) * n * k if is_residual else 0.0  # for its outputs
     folded = pieces.folded if is_folded and here.follows_original else 0.0
-    # Some rows of the folded weights, and what of the shift is their own output; folding takes as much.
+    # Some rows of the folded weights, and their own output in the shift; folding takes as much.
     own = pieces.folded + (1 if pieces.folded else 2) * pieces.together
     if not here.follows_original:
         left += 4.0 * b * n if is_residual else 0.0
@@ -163,7 +161,7 @@ def _statistics(run: Run, position: int, tokens: int, is_folded: bool = False) -
     else:
         left += b * k * run.itemsize
         if is_residual:
-            left += 12.0 * b * n  # the output that is wanted, the stream with it, and what is missing there
+            left += 12.0 * b * n  # the target output, the stream with it, and its error
             temporary = max(temporary, _moment(run, batch, n, k, True) + (0.0 if run.is_gpu else 4.0 * b * k))
             totals, ending = h + u, max(2 * h + u + folded, h + 2 * u + folded, h + u + own)
         else:

@@ -1,4 +1,4 @@
-"""What is alive at one moment, and what several kinds of stages are made of."""
+"""The memory at one moment, and the terms that several kinds of stages share."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CODED_BYTES = 1 + 1 / 32
 
 @dataclass(frozen=True)
 class Stage:
-    """What is alive at one moment."""
+    """The tensors that are alive at one moment."""
 
     name: str
     terms: dict[str, float]
-    """Bytes, by what they are for."""
+    """The bytes, by their use."""
 
     @property
     def total(self) -> float:
@@ -27,12 +27,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Bytes of the float64 weights [N, K] of a site that are rounded, and of those that are taken together."""
+    """The bytes of a site's float64 weights [N, K] that are rounded, and of the rows that are processed together."""
 
     whole: float
     together: float
     folded: float
-    """Of the folded weights that are kept meanwhile."""
+    """The bytes of the folded weights that are kept meanwhile."""
 
     @staticmethod
     def of(here: SiteShape) -> Pieces:
@@ -44,5 +44,5 @@ class Pieces:
 
 
 def merged_rotations(run: Run) -> dict[str, float]:
-    """The matrices that are merged into the weights, which are kept as long as these are read."""
+    """The matrices that are merged into the weights. They are kept as long as weights are read."""
     return {"rotations": float(run.rotation_bytes)} if run.rotation_bytes else {}

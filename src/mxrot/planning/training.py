@@ -1,4 +1,4 @@
-"""What training of rotations takes: memory, and work; tuning/rotated_network.py has what it follows."""
+"""The memory and the work of training rotations. They follow tuning/rotated_network.py."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from mxrot.tuning.network import LOGIT_TOKENS
 from mxrot.tuning.rotated_network import CHANNEL_BYTES, ROOM, WEIGHT_BYTES, Pieces
 
 ROTATION_COPIES = 4
-"""float64 matrices of each rotation at once: as it is, what is learned, its gradient, and what a step makes of it."""
+"""The float64 matrices per rotation: the rotation, its parameter, its gradient, and the result of a step."""
 
 
 def trained_bytes(run: Run, sites: tuple[SiteShape, ...]) -> float:
-    """What a backward pass keeps of one token in one block."""
+    """The bytes that a backward pass keeps per token and block."""
     widths = sum(site.share * (rows + site.inputs) for site in sites for rows in site.rows)
     return CHANNEL_BYTES * widths + 8.0 * run.token_scores
 
 
 def training_pieces(run: Run) -> Pieces:
-    """How much training computes at once."""
+    """The pieces that training computes at once."""
     rotation, shape = run.recipe.rotation, run.shape
     assert rotation is not None
     batch = max(1, min(rotation.batch_windows, run.windows))
@@ -30,7 +30,7 @@ def training_pieces(run: Run) -> Pieces:
 
 
 def training_stages(run: Run) -> list[Stage]:
-    """Of memory; none where rotations are not trained."""
+    """The stages of memory. Empty if rotations are not trained."""
     if not run.recipe.trains_rotations:
         return []
     shape, pieces = run.shape, training_pieces(run)

@@ -1,4 +1,4 @@
-"""What tuning takes: memory, and work; tuning/ has what it follows."""
+"""The memory and the work of tuning. They follow tuning/."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from mxrot.transforms import BlockDiagonalSpec
 from mxrot.tuning.network import CHECKPOINT_BYTES, LOGIT_TOKENS
 
 TUNED_BYTES = 28.2
-"""A tunable weight, besides its code and scale: value and two distances, what rounding took away (2 each), offset, its
-gradient, two averages of Adam, the best so far (4 each), and the moved weight."""
+"""The bytes of a tunable weight, without its code and scale: value, two distances and rounding error (2 each), offset,
+gradient, two averages of Adam and best value (4 each), and the moved weight."""
 CLIPPED_BYTES = 14.0
-"""The same while only the ends of its blocks are learned: the weight, what it is rounded to, and its gradient."""
+"""The same if only the ends of its block are learned: the weight, its rounded value, and its gradient."""
 LEARNED_BYTES = 16.0
-"""The same of a two-bit weight that is learned: its gradient, two averages of Adam, the best so far (4 each). To it
-come itself (4), the same of the seven numbers of its block with what they become (about 2), and its looked-up value."""
+"""The same for a learned two-bit weight: its gradient, two averages of Adam, and the best value (4 each). In addition,
+there are the weight (4), these terms for the seven numbers of its block and their results (about 2), and its looked-up
+value."""
 LOOKED_UP_BYTES = 50.0
-"""On the way back through one of the weights that are looked up, for each element of it."""
+"""The bytes per element in the backward pass through a looked-up weight."""
 
 
 def block_tuning_terms(run: Run) -> dict[str, float]:
-    """Of memory, where a block is tuned by itself."""
+    """The memory if a block is tuned on its own."""
     options = run.recipe.tuning
     if options is None or options.scope != "block":
         return {}
@@ -35,17 +36,17 @@ def block_tuning_terms(run: Run) -> dict[str, float]:
 
 
 def activation_bytes(run: Run, sites: tuple[SiteShape, ...]) -> float:
-    """What a backward pass keeps of one token in one block, as tuning/network.py has it."""
+    """The bytes that a backward pass keeps per token and block, as in tuning/network.py."""
     return 8.0 * (sum(rows + site.inputs for site in sites for rows in site.rows) + run.token_scores)
 
 
 def _frozen_bytes(run: Run) -> float:
-    """A weight whose code stays: its value, in the type of products."""
+    """The bytes of a weight with a fixed code: its value, in the type of products."""
     return 2.0 if run.is_gpu else 4.0
 
 
 def tuning_stages(run: Run) -> list[Stage]:
-    """Of memory, for distillation of the whole network."""
+    """The stages of memory for distillation of the whole network."""
     options, shape = run.recipe.tuning, run.shape
     if options is None or not run.recipe.tunes_network:
         return []
@@ -81,8 +82,7 @@ def tuning_stages(run: Run) -> list[Stage]:
 
 
 def tuning_work(run: Run) -> dict[str, float]:
-    """Amounts by the name of the rate that they are done at, of steps of distillation or of block-wise
-    reconstruction."""
+    """The amounts of work, by the name of their rate, for the steps of distillation or of block-wise reconstruction."""
     options, shape = run.recipe.tuning, run.shape
     if options is None:
         return {}
@@ -93,8 +93,8 @@ def tuning_work(run: Run) -> dict[str, float]:
     held_out = max(1.0, options.held_out * run.all_windows) / options.batch_windows
     steps = options.all_steps + looks * held_out / 4
     kept = sum(activation_bytes(run, sites) for sites in shape.blocks)
-    # A forward and a backward pass of the quantized model, with what is computed again, and a forward one of the
-    # original. What is kept for the way back is read and written about ten times in all.
+    # Forward and backward passes of the quantized model, with recomputation, and a forward pass of the original.
+    # The data kept for the backward pass are read and written about ten times in all.
     found = {
         "product": 10.0 * tokens * weights * steps,
         "copy": steps * (80.0 * weights + 10.0 * tokens * kept),
@@ -108,7 +108,7 @@ def tuning_work(run: Run) -> dict[str, float]:
 
 
 def tuning_texts_work(run: Run) -> list[dict[str, float]]:
-    """The same of the text that is written to tune on."""
+    """The amounts for the text that is written to tune on."""
     options = run.recipe.tuning
     if options is None or not run.recipe.tunes_network:
         return []
@@ -116,7 +116,8 @@ def tuning_texts_work(run: Run) -> list[dict[str, float]]:
 
 
 def gradient_bytes(run: Run) -> float:
-    """Of what is learned, in all steps of tuning: float32, as processes exchange them. Gains of norms are left out."""
+    """The bytes of the gradients in all steps of tuning: float32, as processes exchange them, without gains of
+    norms."""
     options, shape = run.recipe.tuning, run.shape
     if options is None:
         return 0.0
@@ -135,7 +136,7 @@ def gradient_bytes(run: Run) -> float:
 
 
 def _correction(here: SiteShape) -> float:
-    """Numbers of the transform of a site that is learned: the last one, where it is block diagonal."""
+    """The numbers of a site's learned transform: the last stage, if it is block diagonal."""
     last = here.scheme.stages[-1] if here.scheme.stages else None
     if not isinstance(last, BlockDiagonalSpec):
         return 0.0

@@ -1,4 +1,4 @@
-"""What text that a model writes takes: memory, and work; calibration/writing_sizes.py counts the memory."""
+"""The memory and the work of text that a model writes. calibration/writing_sizes.py counts the memory."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from mxrot.planning.run import Run
 from mxrot.planning.stage import Stage, merged_rotations
 
 STREAMING = "weights for that, from main memory and disk"
-"""What of the time comes besides where the model that writes is spread over devices."""
+"""The name of the additional time if the writing model is spread over devices."""
 LAUNCHES, RECORDED = 30.0, 0.25
-"""Operations of a block for a token, and what their recording on a GPU takes of the time of each."""
+"""Operations of a block per token, and the share of their time that remains when they are recorded on a GPU."""
 HOOKED_LAUNCHES = 60.0
-"""Of a block with hooks that look where its inputs are; assumed."""
+"""The operations of a block with hooks that find its inputs' device. Assumed."""
 
 
 def writing_stages(run: Run) -> list[Stage]:
-    """Of memory, for the text that is calibrated on; none where the model writes none."""
+    """The stages of memory for the calibration text. Empty if the model writes none."""
     if not run.recipe.writes_text:
         return []
-    if run.spread is not None:  # first tokens are shorter, and as many are drawn together
+    if run.spread is not None:  # first tokens take less: shorter, with as many at once
         return [Stage(WRITING, run.spread.terms(0) | merged_rotations(run))]
     return [Stage(name, terms | merged_rotations(run)) for name, terms in run.writing.stages.items()]
 
 
 def writing_terms(run: Run, windows: int) -> dict[str, float]:
-    """Of memory, what writing so many windows takes besides the model, first tokens left out."""
+    """The memory for writing this number of windows, without the model. First tokens are left out."""
     sizes = run.writing.writing(windows)
     return sizes.together(sizes.sequences, sizes.length)
 
 
 def writing_work(run: Run, windows: float, spread: Spread | None = None) -> dict[str, float]:
-    """Amounts, by the name of the rate that they are done at, for windows that the original model writes."""
+    """The amounts of work, by the name of their rate, for windows that the original model writes."""
     if windows <= 0 or run.recipe.is_data_free:
         return {}
     sizes = run.writing.writing(windows)
@@ -46,15 +46,15 @@ def writing_work(run: Run, windows: float, spread: Spread | None = None) -> dict
 
 
 def _steps(run: Run, sizes: WritingSizes, sequences: int, length: int, spread: Spread | None) -> dict[str, float]:
-    """Of so many sequences, a token after the other."""
+    """The amounts for this number of sequences, token by token."""
     shape, s = run.shape, run.itemsize
     rounds = _rounds(sizes, sequences, length, spread)
     launches = HOOKED_LAUNCHES if spread else LAUNCHES
-    # On a GPU a token is one recorded graph, recorded and warmed up a few times; not where weights come and go.
+    # On a GPU a token is one graph, recorded and warmed up a few times; not with spread weights, which come and go.
     operations = launches * len(shape.blocks) * (RECORDED * length if run.is_gpu and spread is None else length)
     return {
         "product": 2.0 * shape.active_parameters * sequences * length,
-        # The weights, read for each token; keys and values, half of them on average; and the numbers of a sample.
+        # Weights, read for each token; keys and values, half of them on average; the numbers of sampling.
         "copy": rounds * length * shape.parameters * s
         + sequences * length * (sizes.keys(length) / 2 + 30.0 * shape.vocabulary),
         "operations": rounds * operations,
@@ -62,5 +62,5 @@ def _steps(run: Run, sizes: WritingSizes, sequences: int, length: int, spread: S
 
 
 def _rounds(sizes: WritingSizes, sequences: int, length: int, spread: Spread | None) -> int:
-    """How often sequences are written side by side until all are."""
+    """The number of rounds of sequences that are written side by side."""
     return -(-sequences // sizes.at_once(length)) if spread is None else spread.rounds(sequences)

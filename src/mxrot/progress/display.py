@@ -1,9 +1,9 @@
-"""Progress of long work, on standard error: a bar with the time to go, on no terminal a line now and then, and in a
-notebook a line with a bar that changes.
+"""The display of progress on standard error: a bar with the remaining time on a terminal, a line from time to time
+elsewhere, and a bar that is updated in place in a notebook.
 
-Work has phases, each with its own total. A phase begins where the count goes back or the total changes; the
-time to go is that of the phase. Work that says nothing for a while, as the opening of a model, still shows that it
-goes on.
+Work has phases, each with its own total. A phase begins when the count decreases or the total changes. The remaining
+time is that of the phase. Work without reports for a while, such as the opening of a model, still shows that it goes
+on.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from mxrot.progress.pace import Pace, duration
 
 SECONDS_BETWEEN_LINES = 5.0
 SHARE_BETWEEN_LINES = 0.05
-"""Of the time that has passed: the log of hours has hundreds of lines, not thousands."""
+"""A share of the elapsed time, so that the log of hours has hundreds of lines and not thousands."""
 MOST_BETWEEN_LINES = 60.0
 HEARTBEAT_SECONDS = 60.0
-"""At least, between two lines of work that may last a day."""
+"""The least time between two lines of work that can last a day."""
 SECONDS_BETWEEN_CHANGES = 0.5
-"""Of a line in a notebook."""
+"""The time between updates of a line in a notebook."""
 BAR_WIDTH = 20
-"""Of a bar, in characters."""
+"""The width of a bar, in characters."""
 
 Place = Literal["terminal", "notebook", "file"]
 ProgressOption = Progress | bool | None
-"""What functions take for `progress`: a function to be told, True to show it on standard error, False for silence.
-None shows it where somebody watches: in a notebook and at Python's prompt, and not in a script."""
+"""The type of the argument `progress`: a function to call, True to show progress on standard error, False for silence.
+None shows it only in interactive use: in a notebook or at Python's prompt, and not in a script."""
 
 
 @contextmanager
 def shown_progress(progress: ProgressOption, title: str) -> Iterator[Progress]:
-    """Yields the function to be told that a ProgressOption means."""
+    """Yields the progress function for a ProgressOption."""
     if callable(progress):
         yield progress
     elif progress or (progress is None and _is_watched()):
@@ -56,10 +56,10 @@ def shown_progress(progress: ProgressOption, title: str) -> Iterator[Progress]:
 
 @contextmanager
 def progress_on_stderr(title: str, task: str = "", between: float | None = None) -> Iterator[Progress]:
-    """Yields a function to be told (done, total, what).
+    """Yields a function that takes (done, total, what).
 
-    `task` says what will be done; it is a line of its own, once the work has something to tell: what is refused before
-    is one line, that of the error. On no terminal there are at least `between` seconds between two lines, or
+    `task` describes the work. It is printed as a line of its own with the first report, so that work refused before
+    gives one line, the error. Elsewhere than on a terminal there are at least `between` seconds between two lines, or
     SECONDS_BETWEEN_LINES.
     """
     place = _place()
@@ -77,7 +77,7 @@ def progress_on_stderr(title: str, task: str = "", between: float | None = None)
 
 @contextmanager
 def _bar(console: Console, title: str, task: str) -> Iterator[Progress]:
-    """A bar that is gone at the end."""
+    """A bar that disappears at the end."""
     pace = Pace(time.monotonic())
     columns = (
         rich.progress.TextColumn(
@@ -93,7 +93,7 @@ def _bar(console: Console, title: str, task: str) -> Iterator[Progress]:
 
 
 class _TimeToGo(rich.progress.ProgressColumn):
-    """rich's own forgets what was done more than half a minute ago, and blocks may take minutes."""
+    """The remaining time. rich's own column forgets progress older than half a minute, but blocks can take minutes."""
 
     def __init__(self, pace: Pace) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def _bar_mover(bar: rich.progress.Progress, title: str, pace: Pace, task: str = 
 
 
 class _Lines:
-    """Prints a line when it is told something, and now and then when it is not."""
+    """Prints a line for reports, and from time to time without them."""
 
     def __init__(self, title: str, task: str, place: Place, between: float) -> None:
         self._title, self._task, self._in_place, self._between = title, task, place == "notebook", between
@@ -170,7 +170,7 @@ class _Lines:
                     self._print(time.monotonic())
 
     def _print(self, now: float, is_told: bool = False) -> None:
-        # An opening that ends at once, perhaps with an error, needs no line.
+        # An opening that ends at once, possibly with an error, needs no line.
         is_quick = is_told and self._pace.is_one_step and now - self._started < SECONDS_BETWEEN_LINES
         if is_quick or now - self._printed < self._gap(now):
             return
@@ -202,7 +202,7 @@ class _Lines:
         return f"{self._title}: {drawn}{int(pace.done + 1e-6)} of {pace.total}{what}{self._rate(now)}{to_go}"
 
     def _rate(self, now: float) -> str:
-        """Of what is counted, where it has a name."""
+        """The rate of the counted unit, if it has a name."""
         what = self._pace.what
         rate = self._pace.an_hour(now) if isinstance(what, Counted) else None
         if rate is None or not isinstance(what, Counted):
@@ -217,11 +217,11 @@ def _drawn(share: float) -> str:
 
 
 def _place() -> Place:
-    """Where standard error goes."""
+    """The kind of output that standard error goes to."""
     if _is_notebook():
         return "notebook"
     console = Console(stderr=True)
-    # rich calls it a terminal, too, where FORCE_COLOR is set, and then draws nothing on one that is dumb.
+    # With FORCE_COLOR, rich calls any output a terminal. On a dumb one it draws nothing.
     is_live = console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty()
     return "terminal" if is_live else "file"
 

@@ -1,28 +1,28 @@
-"""From how far work was at which time: how long it will still take."""
+"""The remaining time of work, from its progress so far."""
 
 from __future__ import annotations
 
 from collections import deque
 
 TOLERANCE = 1e-9
-"""Of a total: sums of fractions go back by this without meaning it."""
+"""A share of the total. Sums of fractions can decrease by this through rounding."""
 
 
 class Pace:
     """The pace of one phase of the work.
 
-    It is that of the later half of the time since the phase began: steps that took no time, such as blocks that an
-    earlier run has finished, are soon forgotten, and steps that differ are averaged over many.
+    It is taken over the later half of the time since the phase began. So steps that took no time, such as blocks that
+    an earlier run has finished, are soon forgotten, and steps of different length are averaged.
     """
 
     def __init__(self, now: float) -> None:
         self.begun = now
         self.done, self.total, self.what = 0.0, 0, ""
         self._seen: deque[tuple[float, float]] = deque()
-        """When what was done grew, and to what; the first is no earlier than the beginning of what counts."""
+        """The times when `done` grew, and its values. The first is no earlier than the counted interval."""
 
     def tell(self, now: float, done: float, total: int, what: str) -> None:
-        """Take in what a Progress is told."""
+        """Take in a report, with the arguments of a Progress."""
         is_new = total != self.total or done < self.done - TOLERANCE * total
         if is_new:
             self.begun = now
@@ -35,7 +35,7 @@ class Pace:
             self._seen.popleft()
 
     def seconds_to_go(self, now: float) -> float | None:
-        """From now on; None before the first step, and where the steps before say nothing any more."""
+        """The remaining seconds. None before the first step, and if the earlier steps no longer allow an estimate."""
         if self.done >= self.total:
             return 0.0
         each = self._seconds_each(now)
@@ -46,27 +46,27 @@ class Pace:
         return needed - waited if waited < needed else needed
 
     def an_hour(self, now: float) -> float | None:
-        """How much of what is counted is done in an hour, at the pace of the time to go; None where there is none."""
+        """The units per hour at the pace of the remaining time. None if there is no estimate."""
         each = None if self.done >= self.total else self._seconds_each(now)
         return None if each is None else 3600 / each
 
     def _seconds_each(self, now: float) -> float | None:
-        """Of one of what is counted; None before the first step, and where the steps before say nothing any more."""
+        """The seconds per unit. None before the first step, and if the earlier steps no longer allow an estimate."""
         (first, before), (last, after) = self._seen[0], self._seen[-1]
         if after <= before or last <= first:
             return None
         each = (last - first) / (after - before)
-        # Once the whole of the rest should have been done the estimate was wrong: then by all that is known now.
+        # If the whole rest should be done by now, the estimate was wrong: use the time up to now.
         return each if now - last < each * (self.total - after) else (now - first) / (after - before)
 
     @property
     def is_one_step(self) -> bool:
-        """Is there nothing to count?"""
+        """True if there is nothing to count."""
         return self.total <= 1 and self.done == 0
 
 
 def duration(seconds: float) -> str:
-    """As people say it: 40 s, 12 min, 3 h 20 min."""
+    """A duration in words: 40 s, 12 min, 3 h 20 min."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""Steps of work, some long and some short, as one phase: so that the time to go is that of the whole."""
+"""Steps of work, long and short, as one phase, so that the remaining time is that of the whole."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from mxrot.progress import Progress
 
 TOTAL = 100
-"""What is told as the total, whatever is done."""
+"""The total of every report."""
 
 
 class Steps:
-    """Steps of known weights, in any unit; each has phases of its own, and what is told never goes back."""
+    """Steps of known weights, in any unit. Each has its own phases, and the reported count never decreases."""
 
     def __init__(self, progress: Progress, steps: Sequence[Sequence[float]]) -> None:
         """`steps` are the weights of the phases of each step."""
@@ -20,7 +20,7 @@ class Steps:
         self._done = 0.0
 
     def of(self, number: int, label: str) -> Progress:
-        """What step `number` tells. A phase of it begins where its count goes back or its total changes."""
+        """The progress function of step `number`. A phase begins when its count decreases or its total changes."""
         phases = self._steps[number]
         begin = sum(map(sum, self._steps[:number]))
         phase, last = -1, (0.0, 0)

@@ -15,9 +15,9 @@ from mxrot.report.sheet import Sheet
 from mxrot.report.ticks import log_ticks, plain
 
 LIGHTEST = 0.5
-"""Of the median; smaller values are not told apart."""
+"""Relative to the median. Smaller values have the same colour."""
 SURFACE = 64
-"""Rows and columns of a surface at most; each shows the largest of those that it stands for."""
+"""The most rows and columns of a surface. Each shows the largest value of those that it covers."""
 _TITLES = ("before", "after")
 Pair = tuple[ActivationView, ActivationView]
 
@@ -28,7 +28,7 @@ def magnitudes_picture(pair: Pair) -> Picture:
 
 
 def maxima_picture(pair: Pair) -> Picture:
-    """How large the maxima of blocks are."""
+    """The distribution of the maxima of blocks."""
     rows = [
         [title, low, high, share]
         for view, title in zip(pair, _TITLES, strict=True)
@@ -49,7 +49,7 @@ def _relative(view: ActivationView) -> Tensor:
 
 
 def _sheet(maps: list[Tensor], pair: Pair) -> Sheet:
-    """A line for each row of the maps; three digits, which a page has room for."""
+    """A line for each row of the maps, with three digits to keep the page small."""
     rows = []
     for values, view, title in zip(maps, pair, _TITLES, strict=True):
         step = -(-min(len(view.magnitudes), SURFACE * 2) // len(values))
@@ -59,7 +59,7 @@ def _sheet(maps: list[Tensor], pair: Pair) -> Sheet:
 
 
 def _coarse(values: Tensor) -> Tensor:
-    """Maxima of neighbours, so that SURFACE rows and columns are enough."""
+    """Maxima of neighbours, with at most SURFACE rows and columns."""
     sizes = [-(-side // SURFACE) for side in values.shape]
     missing = [-side % size for side, size in zip(values.shape, sizes, strict=True)]
     padded = nn.functional.pad(values, (0, missing[1], 0, missing[0]))
@@ -67,7 +67,7 @@ def _coarse(values: Tensor) -> Tensor:
 
 
 def draw_magnitudes(figure: Any, colors: Palette, pair: Pair) -> Marks:
-    """|x| over channel and token before and after, each in units of its median, in one scale of colours."""
+    """|x| over channel and token before and after, each in units of its median, with a common colour scale."""
     from matplotlib.colors import LogNorm
 
     top = max(float(_relative(view).max()) for view in pair)
@@ -95,7 +95,7 @@ def draw_magnitudes(figure: Any, colors: Palette, pair: Pair) -> Marks:
 
 
 def draw_block_maxima(figure: Any, colors: Palette, pair: Pair) -> Marks:
-    """How large the maxima of blocks are, before and after, in units of the median."""
+    """The distribution of the maxima of blocks, before and after, in units of the median."""
     axes = figure.subplots()
     points = []
     for view, color, label in zip(pair, (colors.before, colors.after), _TITLES, strict=True):
@@ -118,7 +118,7 @@ def draw_block_maxima(figure: Any, colors: Palette, pair: Pair) -> Marks:
 
 
 def _maxima(view: ActivationView) -> list[tuple[float, float, float]]:
-    """Both ends of each bin in units of the median, and the share of blocks there in per cent."""
+    """Both ends of each bin in units of the median, and its share of blocks in per cent."""
     used = torch.nonzero(view.block_maxima).flatten().tolist() or [0]
     first, last = used[0], used[-1] + 1
     edges = [2.0 ** (FIRST_OCTAVE + e / PARTS_OF_OCTAVE) / view.median for e in range(first, last + 1)]
@@ -128,7 +128,7 @@ def _maxima(view: ActivationView) -> list[tuple[float, float, float]]:
 
 
 def draw_surfaces(figure: Any, colors: Palette, maps: list[Tensor], channels: int) -> Marks:
-    """Side by side, with one height for both."""
+    """The surfaces side by side, with a common height."""
     figure.set_layout_engine("none")
     top = max(float(values.max()) for values in maps)
     for number, (values, title) in enumerate(zip(maps, _TITLES, strict=True)):

@@ -1,4 +1,4 @@
-"""Checkpoints that a comparison reads, in place of quantizing."""
+"""Checkpoints that a comparison reads instead of quantizing."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class GivenCheckpoint:
     """A folder that mxrot has written."""
 
     label: str
-    """How its row is called."""
+    """The name of its row."""
     folder: Path
     recipe: Recipe
     made: dict[str, Any]
-    """What its run.json says of the fields of a `Run`; empty without one."""
+    """The fields of a `Run` from its run.json. Empty if there is none."""
 
 
 def given_checkpoints(names: Sequence[str], vocabulary: int, taken: Collection[str]) -> list[GivenCheckpoint]:
-    """The checkpoints of these folders or ids, each called by as much of its path's end as sets it apart from the
-    others and from the names that are `taken`.
+    """The checkpoints of these folders or ids. The label of each is the shortest end of its path that differs from the
+    others and from the names in `taken`.
 
-    CheckpointError if one was not written by mxrot; ConfigError if one is named twice, or has another number of tokens
-    in its `vocabulary` than the original.
+    CheckpointError if one was not written by mxrot. ConfigError if one is named twice, or if its vocabulary has not the
+    size of the original's, `vocabulary`.
     """
     folders = [_folder(name, vocabulary) for name in names]
     for name, folder in zip(names, folders, strict=True):
@@ -43,7 +43,7 @@ def given_checkpoints(names: Sequence[str], vocabulary: int, taken: Collection[s
 
 
 def labels_of(folders: Sequence[Path], taken: Collection[str]) -> list[str]:
-    """The last part of each path, and as many before it as it takes to be like no other and none of those `taken`."""
+    """The last part of each path, with as many parts before it as needed to differ from all others and from `taken`."""
     length, wanted = dict.fromkeys(folders, 1), [folder.name for folder in folders]
     while clashes := {each for each, times in Counter([*wanted, *taken]).items() if times > 1}:
         for folder, label in zip(folders, wanted, strict=True):

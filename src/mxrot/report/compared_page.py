@@ -1,6 +1,6 @@
-"""The page of a comparison; see `elements` for what it loads and runs.
+"""The page of a comparison. `elements` describes what it loads and runs.
 
-Whatever comes from a checkpoint or a command line is escaped.
+Text from a checkpoint or a command line is escaped.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _CAPTIONS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a page of a comparison says."""
+    """The contents of a page of a comparison."""
 
     model: str
     rows: Sequence[ComparedRow]
     texts: Sequence[dict[str, Any]]
-    """What was read of each (`Windows.as_table`)."""
+    """The windows that were read of each text (`Windows.as_table`)."""
     command: str
     device: str
     versions: dict[str, str]
     made: str
-    """When, in UTC."""
+    """The time, in UTC."""
 
 
 def compared_page(found: Comparison, pictures: dict[str, Picture]) -> str:

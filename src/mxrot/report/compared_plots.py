@@ -14,13 +14,13 @@ from mxrot.report.ticks import log_ticks, plain
 from mxrot.report.trade_off import trade_off_picture
 
 _ROW = 20
-"""Points that a row takes."""
+"""The height of a row in points."""
 _TRADE_OFF = 400
 Measure = Callable[[ComparedRow], Mean | None]
 
 
 def compared_pictures(rows: Sequence[ComparedRow], title: str) -> dict[str, Picture]:
-    """Every picture by its name; none where nothing ran."""
+    """All pictures by name. Empty if nothing ran."""
     shown = [row for row in rows if row.reason is None and row.original is not None]
     if not shown:
         return {}
@@ -45,7 +45,7 @@ def _agreement(row: ComparedRow) -> Mean | None:
 
 
 def _bars(rows: Sequence[ComparedRow], title: str, unit: str, measure: Measure, is_log: bool = False) -> Picture:
-    """A point a row, the first on top, with its standard error over seeds."""
+    """One point per row, the first on top, with its standard error over seeds."""
     known = [(row.recipe, mean) for row in rows if (mean := measure(row)) is not None]
     lines = [[name, mean.value, mean.error] for name, mean in known]
     is_log = is_log and all(mean.value > 0 for _, mean in known)

@@ -1,7 +1,7 @@
-"""Several recipes on one model, side by side and in memory, one model at a time.
+"""A comparison of several recipes on one model, in memory, one model at a time.
 
-Every run has a key of all that decides its figures. With a folder to work in, what an earlier comparison has finished
-under the same key is taken from there.
+Every run has a key of all that decides its figures. With a work folder, runs that an earlier comparison has finished
+under the same key are taken from there.
 """
 
 from __future__ import annotations
@@ -62,21 +62,28 @@ def compare_recipes(
     announce: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
 ) -> list[ComparedRow]:
-    """The model as it is, then quantized by each recipe: a row each, the best first, with what cannot be taken last.
+    """The original model, then the model quantized by each recipe: one row each, the best first, recipes that cannot be
+    used last.
 
-    Each recipe runs with each of `seeds` (by default with `seed`); where two seeds give the same figures to the last
-    bit, chance has no part in it, and the others are not run. KL from the original is taken on the first `kl_windows`
-    of each text, on all by default; 0 takes none. `tasks` are those of `evaluation.load_tasks`, of which `limit` takes
-    the first examples. With a `prompt`, each row's `extra["generated"]` is what the model makes of it.
-    With `caches`, the original comes once more under each of them, and each recipe under each of them in the place of
-    its own; ratios and KL are still to the original with its own. What is fitted is fitted on `calib`.
-    Finished runs are kept in the folder `work`, where one is given, and with `resume` taken from there; `announce` is
-    told how many. Processes that are joined (mxrot.ranks) share the runs. Each has one model in memory at a time, and
-    beside a quantized one the head of the original, for KL.
-    With `checkpoints`, folders or ids of what mxrot has written of this model, each is read, measured in the same way,
-    and comes once, with the seed that it was made with; one that is damaged has its reason in its row.
-    Errors of the model itself, of the texts and of the machine are raised. A recipe's own stand in its row; where no
-    recipe can be taken, that is an error before any weight is read.
+    Each recipe runs with each of `seeds` (by default with `seed`). If two seeds give the same figures to the last bit,
+    the recipe does not depend on chance, and the other seeds are not run. KL from the original is measured on the first
+    `kl_windows` of each text, by default on all; 0 turns it off. `tasks` are those of `evaluation.load_tasks`, and
+    `limit` takes the first examples of each. With a `prompt`, each row's `extra["generated"]` is the model's
+    continuation of it.
+
+    With `caches`, the original is measured once more with each cache, and each recipe with each cache in place of its
+    own. Ratios and KL remain relative to the original with its own cache. Fitted transforms of caches are fitted on
+    `calib`.
+
+    Finished runs are kept in the folder `work`, if given, and reused with `resume`; `announce` receives their number.
+    Joined processes (mxrot.ranks) share the runs. Each process has one model in memory at a time, and beside a
+    quantized one the head of the original, for KL.
+
+    `checkpoints` are folders or ids of checkpoints of this model that mxrot has written. Each is read and measured in
+    the same way, once, with the seed that made it. The row of a damaged checkpoint has the reason.
+
+    Errors of the model itself, of the texts and of the machine are raised. Errors of a recipe are in its row. If no
+    recipe can be used, the error is raised before any weight is read.
     """
     _check_names(recipes)
     folder = find_model(model)
@@ -115,7 +122,7 @@ def compare_recipes(
         if resume and comparison.taken:
             announce(f"{comparison.taken} of {1 + len(jobs)} runs were finished before, and are taken from {work}")
         rows = comparison.rows()
-        world.count(0)  # nobody needs the states any more
+        world.count(0)  # no process needs the states any more
         place.drop_states()
     rows += [ComparedRow(name, reason=str(error)) for name, error in problems.items()]
     spelled = {recipe.name: recipe.to_toml() for recipe in recipes}
@@ -126,7 +133,7 @@ def compare_recipes(
 
 @contextmanager
 def _work_place(work: Path | None, world: World) -> Iterator[WorkFolder]:
-    """The folder that was given, or one that is gone afterwards."""
+    """The given folder, or a temporary one."""
     if work is not None:
         with WorkFolder.opened(work, world) as place:
             yield place
@@ -136,7 +143,7 @@ def _work_place(work: Path | None, world: World) -> Iterator[WorkFolder]:
 
 
 def _check_names(recipes: Sequence[Recipe]) -> None:
-    """ConfigError if two have the same name, because their rows could not be told apart."""
+    """ConfigError if two recipes have the same name, because their rows could not be distinguished."""
     names = [recipe.name for recipe in recipes]
     for name in names:
         if names.count(name) > 1:
@@ -144,7 +151,7 @@ def _check_names(recipes: Sequence[Recipe]) -> None:
 
 
 def _problems(source: FolderSource, recipes: Sequence[Recipe]) -> dict[str, MxrotError]:
-    """Why recipes cannot quantize the model, by name; what is wrong with the model itself is raised."""
+    """The reasons why recipes cannot quantize the model, by name. Errors of the model itself are raised."""
     skeleton = build_apart(source.config)
     for problem in weight_problems(skeleton, source.name, source):
         raise problem
@@ -153,7 +160,7 @@ def _problems(source: FolderSource, recipes: Sequence[Recipe]) -> dict[str, Mxro
 
 
 def _of_all(problems: dict[str, MxrotError]) -> MxrotError:
-    """One error where no recipe can be taken: that of all, or what each says."""
+    """The error if no recipe can be used: the common one, or a list of all."""
     said = {str(problem): problem for problem in problems.values()}
     if len(said) == 1:
         return next(iter(said.values()))
@@ -163,7 +170,7 @@ def _of_all(problems: dict[str, MxrotError]) -> MxrotError:
 def _calibrations(
     folder: Path, recipes: Sequence[Recipe], calib: Any, samples: int | None, seq_len: int, progress: Progress
 ) -> list[Calibration]:
-    """One for each recipe; those that read the same windows share them."""
+    """One calibration per recipe. Recipes that read the same windows share them."""
     if not all(recipe.is_data_free for recipe in recipes):
         calib = load_texts(calib, "calibration")
     known: dict[tuple[CalibrationChoice, bool], Calibration] = {}
@@ -180,7 +187,7 @@ def _calibrations(
 def _with_caches(
     original: str, calibrations: Sequence[Calibration], caches: Sequence[RunTimeCache], seeds: Sequence[int]
 ) -> Iterator[tuple[str, Calibration | None, int, RunTimeCache | None]]:
-    """What is to be run: its label, how it is quantized, its seed and its cache."""
+    """The runs to make: label, calibration, seed and cache of each."""
     for cache in caches:
         yield f"{original} KV {cache.label}", None, 0, cache
     for one in calibrations:
@@ -189,7 +196,7 @@ def _with_caches(
 
 
 def _under(name: str, caches: Sequence[RunTimeCache]) -> Iterator[tuple[str, RunTimeCache | None]]:
-    """A model under each cache, or with its own where none is given: the label and the cache."""
+    """The label and the cache of a model with each cache, or with its own if none is given."""
     for cache in caches:
         yield f"{name} KV {cache.label}", cache
     if not caches:
@@ -203,7 +210,7 @@ def _vocabulary(source: FolderSource) -> int:
 def _check_caches(
     source: FolderSource, recipes: Sequence[Recipe], caches: Sequence[RunTimeCache], checkpoints: Sequence[str]
 ) -> None:
-    """ConfigError for caches that the model cannot have, or that would be fitted to what recipes make."""
+    """ConfigError for caches that the model cannot have, or that would be fitted to quantized models."""
     for cache in caches:
         for problem in cache.problems(source.config, source.family, source.name):
             raise problem
@@ -219,7 +226,7 @@ def _check_caches(
 def _protocol(
     read: Sequence[Windows], kl_windows: int | None, tasks: dict[str, Any] | None, limit: int | None, prompt: str | None
 ) -> Key:
-    """What is measured, and on which tokens."""
+    """The measurements, and the tokens that they are made on."""
     return {
         "texts": {part.text.name: hashlib.sha256(part.ids.numpy().tobytes()).hexdigest() for part in read},
         "shapes": {part.text.name: list(part.ids.shape) for part in read},

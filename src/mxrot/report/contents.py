@@ -1,4 +1,4 @@
-"""What a report shows, gathered: no file is read and no model run after this."""
+"""The gathered contents of a report. After this, no file is read and no model is run."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from mxrot.recipe import Recipe
 
 @dataclass(frozen=True)
 class ShownPassage:
-    """The worst passage in words."""
+    """The worst passage as text."""
 
     where: str
-    """Which part of which text it is."""
+    """The text it is from, and its position there."""
     rows: list[tuple[int, str, float, str, str]]
     """Position, token, KL in nats, and the most likely tokens of the original and of the quantized model."""
     context: str
     """The end of the text before it."""
     original: str
-    """How the original goes on from there, always with its most likely token."""
+    """The original's continuation from there, always with its most likely token."""
     quantized: str
 
     @property
     def said(self) -> list[str]:
-        """Of each token, what a pointer finds."""
+        """The words that a pointer shows for each token."""
         return [
             f"{text!r}: KL {kl:.3f}; the original expected {original!r}, quantized {quantized!r}"
             for _, text, kl, original, quantized in self.rows
@@ -39,7 +39,7 @@ class ShownPassage:
 
 @dataclass(frozen=True)
 class Contents:
-    """One quantized model."""
+    """The contents of a report of one quantized model."""
 
     run: dict[str, Any]
     """Its run.json."""
@@ -47,54 +47,54 @@ class Contents:
     family: Family
     metrics: list[Metric]
     measured: str
-    """How the metrics came about, in a sentence."""
+    """The origin of the metrics, in a sentence."""
     before: dict[str, ActivationView]
     """The inputs of each site without the transform, by the full name of its first linear."""
     before_is_original: bool
-    """Are these the inputs in the original model?"""
+    """True if these are the inputs in the original model."""
     after: dict[str, ActivationView]
-    """As they are rounded."""
+    """The inputs as they are rounded, after the transform."""
     chosen: list[str]
-    """The sites with a picture of their own."""
+    """The sites with pictures of their own."""
     looked_at: str
-    """The text that activations were looked at on."""
+    """The text of the activations."""
     exponents: dict[str, Tensor]
-    """Blocks of weights by exponent, [256] a site."""
+    """The number of weight blocks by exponent, [256] per site."""
     cache: CacheSize | None = None
-    """Of keys and values."""
+    """The size of keys and values."""
     commands: list[tuple[str, str]] = field(default_factory=list)
-    """What a command does, and the command."""
+    """The purpose of each command, and the command."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of what made the report."""
+    """The versions of the software that made the report."""
     made: str = ""
-    """When, in UTC."""
+    """The time, in UTC."""
     links: list[tuple[str, str]] = field(default_factory=list)
-    """Words and addresses."""
+    """Link texts and addresses."""
     tokens: list[str] = field(default_factory=list)
-    """The text that activations were looked at on, token by token."""
+    """The text of the activations, token by token."""
     weights: dict[str, Tensor] = field(default_factory=dict)
-    """Counts of `evaluation.weight_values`."""
+    """The counts of `evaluation.weight_values`."""
     original_weights: dict[str, Tensor] = field(default_factory=dict)
     passage: ShownPassage | None = None
-    """None without the original."""
+    """The worst passage. None without the original."""
     has_surfaces: bool = False
-    """Is |x| also to be drawn as surfaces?"""
+    """True if |x| is also drawn as surfaces."""
 
     @property
     def name(self) -> str:
-        """Of the model that was quantized."""
+        """The name of the quantized model."""
         return str(self.run["model"])
 
     @property
     def linears(self) -> list[dict[str, Any]]:
-        """As run.json has them."""
+        """The linears, as in run.json."""
         return [linear for block in self.run["blocks"] for linear in block["linears"]]
 
     def place_of(self, linear: str) -> tuple[int, str]:
-        """Block and name within the block of the full name of a linear."""
+        """The block of a linear, and its name in the block, from its full name."""
         block = self.family.group_of(linear)[0]
         return block, linear.removeprefix(f"{self.family.block_prefix(block)}.")
 
     def site_of(self, linear: str) -> tuple[int, str]:
-        """Block and site of the full name of a linear; the site without the number of an expert."""
+        """The block and the site of a linear, from its full name. The site has no expert number."""
         return self.family.group_of(linear)

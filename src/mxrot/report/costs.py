@@ -1,7 +1,6 @@
-"""How long the parts of a comparison take beside each other, roughly: for the time to go, and for nothing else.
+"""Rough relative costs of the parts of a comparison. They serve only to estimate the remaining time.
 
-The unit is a token that passes through the model. What stands here was chosen by a look at a few runs; the pace of what
-has been done corrects it.
+The unit is a token that passes through the model. The constants come from a few runs. The measured pace corrects them.
 """
 
 from __future__ import annotations
@@ -12,25 +11,25 @@ from mxrot.text import Windows
 from mxrot.tokenizing import Calibration
 
 ROUNDING = 2000.0
-"""To read all weights, round and encode them."""
+"""Reading, rounding and encoding all weights."""
 STATISTICS = 4.0
-"""Of a calibration token: passes before and after the sites, moments, Hessians."""
+"""Per calibration token: passes before and after the sites, moments, Hessians."""
 TUNING = 4.0
-"""Of a token in a step: the original, forwards and backwards."""
+"""Per token of a step: the original, forwards and backwards."""
 KL = 1.5
-"""Of an evaluation token, with the head of the original."""
+"""Per evaluation token, with the head of the original."""
 EXAMPLE = 400.0
-"""Of an example of a task, with all its answers."""
+"""Per example of a task, with all its answers."""
 
 
 def measuring_costs(read: Sequence[Windows], examples: Sequence[int]) -> list[float]:
-    """Of each text, and of each task, which has so many examples."""
+    """The cost of each text, and of each task with this number of examples."""
     return [*(KL * part.ids.numel() for part in read), *(EXAMPLE * count for count in examples)]
 
 
 def quantizing_costs(calibration: Calibration) -> list[float]:
-    """Of the phases that `quantize` tells: training of rotations, text that is written, candidates, orders of channels,
-    the blocks, texts written for tuning, its light steps, its steps."""
+    """The costs of the phases of `quantize`: training of rotations, text that is written, candidates, orders of
+    channels, the blocks, texts written for tuning, its light steps, its steps."""
     recipe, windows = calibration.recipe, calibration.windows
     if windows is None:
         return [ROUNDING]

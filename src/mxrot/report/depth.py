@@ -1,4 +1,4 @@
-"""Errors through the depth of a model: lines over the decoder blocks, and a map of blocks and linears."""
+"""Errors over the depth of a model: lines over the decoder blocks, and a map of blocks and linears."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mxrot.report.sheet import Sheet
 
 _MARKERS = "os^Dvp"
 _ROW = 15
-"""Points that a row of the map takes."""
+"""The height of a row of the map in points."""
 Depth = dict[str, dict[int, float]]
 """Values by name and block."""
 
@@ -22,7 +22,7 @@ Depth = dict[str, dict[int, float]]
 def depth_picture(
     title: str, values: Depth, before: Depth | None = None, columns: int = 5, height: int = 250
 ) -> Picture:
-    """One line a name over the decoder blocks; `before` is drawn dashed."""
+    """One line per name over the decoder blocks. `before` is drawn dashed."""
     both = [("", values), *([("before", before)] if before else [])]
     rows = [
         [name, *([kind] if before else []), block, value]
@@ -60,16 +60,16 @@ def draw_depth(
 
 @dataclass(frozen=True)
 class ErrorMap:
-    """An error of each linear of each block; of all experts of a block the mean."""
+    """The error of each linear of each block. For experts it is the mean over all experts of a block."""
 
     names: list[str]
     blocks: list[int]
     values: list[list[float | None]]
-    """By name, then by block; None where a block has no such linear, or it was not measured."""
+    """By name, then by block. None if the block has no such linear, or if it was not measured."""
 
 
 def error_map(linears: Sequence[tuple[int, str, float | None]]) -> ErrorMap | None:
-    """Of (block, name in the block, error); None where nothing was measured."""
+    """The map of (block, name in the block, error). None if nothing was measured."""
     sums: dict[str, dict[int, list[float]]] = {}
     for block, name, value in linears:
         kind = re.sub(r"\.\d+\.", ".*.", name)
@@ -91,7 +91,7 @@ def map_picture(title: str, errors: ErrorMap) -> Picture:
 
 
 def draw_map(figure: Any, colors: Palette, title: str, errors: ErrorMap) -> Marks:
-    """What is far off beside the same linear of the other blocks has a dot."""
+    """A linear that is far off, compared with the same linear of the other blocks, has a dot."""
     axes = figure.subplots()
     shown = [[float("nan") if value is None else value for value in values] for values in errors.values]
     left, right = errors.blocks[0] - 0.5, errors.blocks[-1] + 0.5

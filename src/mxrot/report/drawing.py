@@ -1,7 +1,7 @@
-"""How a picture gets into a page and into a file: matplotlib (the extra `report`), colours, SVG.
+"""Drawing pictures for a page and for files: matplotlib (the extra `report`), colours, SVG.
 
-Each picture of a page is drawn in colours that only stand for something, and these become CSS variables, so that one
-drawing suits a light and a dark page. With it go the numbers behind it, as CSV, and what a pointer finds on it.
+The pictures of a page are drawn in placeholder colours, which are replaced by CSS variables, so that one drawing suits
+a light and a dark page. Each comes with its numbers, as CSV, and the values that a pointer shows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mxrot.errors import ConfigError
 from mxrot.report.sheet import Sheet
 
 WIDTH = 340
-"""Of a picture, in points: as wide as a phone, so that its letters are of the page's size there."""
+"""The width of a picture in points. It is that of a phone, where its letters have the size of the page's."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ DARK = Palette(
     "#c3c9d4", "#353b47", "#f5a524", "#7aa7ff", ("#7aa7ff", "#f5a524", "#34d399", "#e879f9", "#94a3b8", "#f87171")
 )
 _STANDS = Palette("#010203", "#010204", "#010205", "#010206", tuple(f"#0102{number:02x}" for number in range(7, 13)))
-"""No colours: each stands for a variable of the page."""
+"""Placeholders: each stands for a CSS variable of the page."""
 _SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",  # letters stay letters: the page chooses the font
+    "svg.fonttype": "none",  # keep text as text: the page chooses the font
     "text.parse_math": False,
     "image.composite_image": False,
     "font.size": 10.5,
@@ -68,12 +68,12 @@ _SETTINGS: dict[str, Any] = {
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 LEAST_TICKS = 2
 _COLOR_BAR = "<colorbar>"
-"""How matplotlib labels the axes of one, of which only one side has a scale."""
+"""matplotlib's label for the axes of a colour bar, which have a scale on one side only."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """Places on axes of which something is said: x and y in their data, and the words."""
+    """Points on axes with a text each: x and y in data coordinates, and the words."""
 
     axes: Any
     points: Sequence[tuple[float, float, str]]
@@ -81,21 +81,21 @@ class Points:
 
 @dataclass(frozen=True)
 class Cells:
-    """Axes that a map fills: `rows` times `columns` values of the picture's sheet."""
+    """Axes with a map of `rows` times `columns` values of the picture's sheet."""
 
     axes: Any
     first: int
-    """Row of the sheet that is drawn on top."""
+    """The row of the sheet that is drawn on top."""
     rows: int
     columns: int
     skipped: int
-    """Columns of the sheet before the values."""
+    """The number of columns of the sheet before the values."""
     unit: str
 
 
 Marks = Sequence[Points | Cells]
 Draw = Callable[[Any, Palette], Marks]
-"""Draws on a matplotlib Figure; what comes back is what a pointer finds there."""
+"""Draws on a matplotlib Figure, and returns the marks for the pointer."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +103,21 @@ class Picture:
     """One drawing."""
 
     height: int
-    """In points."""
+    """The height in points."""
     draw: Draw
     width: int = WIDTH
     sheet: Sheet = field(default_factory=Sheet)
-    """The numbers that it shows."""
+    """The numbers of the picture."""
 
 
 def check_matplotlib(what: str = "a report") -> None:
-    """ConfigError, which says `what` needs it, if it is not installed."""
+    """ConfigError, naming `what` needs matplotlib, if it is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(f"{what} needs the package matplotlib: pip install 'mxrot[report]'")
 
 
 def inline_svg(name: str, picture: Picture) -> str:
-    """The picture as an SVG element of a page, in the CSS variables of `Palette.named`."""
+    """The picture as an SVG element of a page, with the CSS variables of `Palette.named`."""
     file, found = _rendered(name, picture, _STANDS, "svg", "none")
     drawn = file.decode()
     svg = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
@@ -129,14 +129,14 @@ def inline_svg(name: str, picture: Picture) -> str:
 
 
 def _own_names(svg: str, prefix: str) -> str:
-    """Each id under a name that no other picture of the page has; those that nothing refers to are dropped."""
+    """The SVG with ids that are unique on the page. Unused ids are dropped."""
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", svg)
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", svg)
 
 
 def write_files(folder: Path, drawn: dict[str, Picture]) -> None:
-    """Every picture as NAME.svg and NAME.png, on white, and the numbers that it shows as NAME.csv."""
+    """Write every picture as NAME.svg and NAME.png, on white, and its numbers as NAME.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
         write_named(folder / f"{name}.csv", picture.sheet.csv().encode())
@@ -145,12 +145,12 @@ def write_files(folder: Path, drawn: dict[str, Picture]) -> None:
 
 
 def render(name: str, picture: Picture, colors: Palette, kind: str, background: str = "none") -> bytes:
-    """The bytes of a file; the same for the same picture."""
+    """The bytes of the file. They are the same for the same picture."""
     return _rendered(name, picture, colors, kind, background)[0]
 
 
 def _rendered(name: str, picture: Picture, colors: Palette, kind: str, background: str) -> tuple[bytes, list[Any]]:
-    """The file, and what a pointer finds, in points from the upper left corner."""
+    """The file, and the pointer marks, in points from the upper left corner."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -171,7 +171,7 @@ def _rendered(name: str, picture: Picture, colors: Palette, kind: str, backgroun
 
 
 def give_ticks(axes: Any) -> None:
-    """Three ticks for an axis that has fewer than LEAST_TICKS in view, as a logarithmic one of a narrow range has."""
+    """Set three ticks on an axis with fewer than LEAST_TICKS in view, such as a logarithmic one with a narrow range."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, FormatStrFormatter, LinearLocator
 
     for axis in (axes.xaxis, axes.yaxis):
@@ -183,7 +183,7 @@ def give_ticks(axes: Any) -> None:
 
 
 def _placed(mark: Points | Cells, figure: Any, height: int) -> list[Any]:
-    """As the page's script takes it: [x, y, words] for a point, a table with the box for a map."""
+    """A mark for the page's script: [x, y, words] for a point, a table with the box for a map."""
     scale = 72 / figure.dpi
     if isinstance(mark, Cells):
         box = mark.axes.get_window_extent()

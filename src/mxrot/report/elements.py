@@ -1,7 +1,9 @@
-"""What pages are made of: headings with a list of contents, figures, tables; one file that loads nothing else.
+"""The elements of pages: headings with a table of contents, figures, tables. A page is one file that loads nothing
+else.
 
-The one script of a page (page.js) shows values under the pointer and sorts tables; a page is whole without it. No other
-can run: the page's policy names it by its hash. Whatever is passed in is HTML already, unless it is said to be words.
+The only script of a page (page.js) shows values under the pointer and sorts tables. A page is complete without it. No
+other script can run, because the page's policy names the hash of this one. All arguments are HTML, except those
+described as plain text.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from mxrot.report.drawing import DARK, LIGHT, Palette, Picture, inline_svg
 _PAGE = Path(__file__).with_name("page.html")
 _SCRIPT = Path(__file__).with_name("page.js")
 Drawn = dict[str, str]
-"""Pictures by their names, each with a link to its numbers."""
+"""SVG pictures by name, each with a link to its numbers."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +30,25 @@ class Section:
     """A part of a page."""
 
     title: str
-    """Words."""
+    """Plain text."""
     body: str
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a table, where more is known than its HTML."""
+    """A table cell with more than its HTML."""
 
     html: str
     value: float | None = None
-    """What it is sorted by."""
+    """The value for sorting."""
     is_far: bool = False
-    """Is it far off?"""
+    """True if it is far off."""
     is_text: bool = False
-    """Words that may take several lines?"""
+    """True for text that can take several lines."""
 
 
 def page_of(title: str, heading: str, sections: Sequence[Section]) -> str:
-    """A page with a list of its sections; those without a body are left out."""
+    """A page with a list of its sections. Sections without a body are left out."""
     shown = [section for section in sections if section.body]
     names = [_anchor(section.title) for section in shown]
     links = "".join(
@@ -65,11 +67,11 @@ def page_of(title: str, heading: str, sections: Sequence[Section]) -> str:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    return filled.encode("utf-8", "xmlcharrefreplace").decode()  # a path need not be UTF-8
+    return filled.encode("utf-8", "xmlcharrefreplace").decode()  # a path can be non-UTF-8
 
 
 def drawn_for_page(pictures: dict[str, Picture]) -> Drawn:
-    """Each picture as SVG, and its numbers as a link."""
+    """Each picture as SVG, with its numbers as a link."""
     return {
         name: f'{inline_svg(name, picture)}<a class="csv" download="{escape(name)}.csv" '
         f'href="{picture.sheet.link()}">CSV</a>'
@@ -78,12 +80,12 @@ def drawn_for_page(pictures: dict[str, Picture]) -> Drawn:
 
 
 def figure(drawn: str, caption: str = "") -> str:
-    """A picture of `drawn_for_page`; the caption is words."""
+    """A picture of `drawn_for_page`. The caption is plain text."""
     return f"<figure>{drawn}{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}</figure>"
 
 
 def tiles(shown: Iterable[tuple[str, str]]) -> str:
-    """Figures with what they are, both words."""
+    """Figures with their labels, both plain text."""
     each = "".join(f'<div class="tile"><b>{escape(b)}</b><span>{escape(t)}</span></div>' for b, t in shown)
     return f'<div class="tiles">{each}</div>'
 
@@ -95,7 +97,7 @@ def table(
     is_text: bool = False,
     is_sortable: bool = False,
 ) -> str:
-    """Headings are words; it scrolls by itself where it is too wide."""
+    """A table. Headings are plain text. It scrolls on its own if it is too wide."""
     kind = ' class="text"' if is_text else ""
     top = "".join(f"<th{kind}>{escape(heading)}</th>" for heading in headings)
     body = []
@@ -109,17 +111,17 @@ def table(
 
 
 def details(summary: str, body: str) -> str:
-    """What is shown when it is asked for; the summary is words."""
+    """Content that opens on a click. The summary is plain text."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def command_words(command: str) -> str:
-    """Each word in one piece: a browser may break a line after any hyphen."""
+    """The command with unbreakable words: a browser can break a line after any hyphen."""
     return " ".join(f'<span class="word">{escape(word)}</span>' for word in command.split(" "))
 
 
 def number(value: float | None, style: str = ".4f", is_far: bool = False) -> Cell:
-    """A figure as a cell."""
+    """A number as a cell."""
     if value is None or not math.isfinite(value):
         return Cell("" if value is None else escape(str(value)))
     return Cell(f"{value:{style}}", value, is_far)

@@ -1,6 +1,6 @@
-"""The page of a report; see `elements` for what it loads and runs.
+"""The page of a report. `elements` describes what it loads and runs.
 
-Whatever comes from a checkpoint or a command line is escaped.
+Text from a checkpoint or a command line is escaped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mxrot.report.tables import choice_line, rotation_line, sites_choice_line, t
 
 _METRIC_HEADINGS = ("", "original", "quantized", "difference")
 _INPUT_BYTES = 2
-"""A weight of the original, in its 16-bit type."""
+"""The bytes of a weight of the original, in its 16-bit type."""
 
 
 def page(contents: Contents, pictures: dict[str, Picture]) -> str:
-    """The HTML of a report; `pictures` are those of `plots.pictures`."""
+    """The HTML of a report. `pictures` are those of `plots.pictures`."""
     drawn = drawn_for_page(pictures)
     sections = [
         Section("Accuracy", _accuracy(contents)),

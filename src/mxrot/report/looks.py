@@ -1,4 +1,4 @@
-"""The parts of a report that show where a quantized model differs from the original, with their pictures."""
+"""The parts of a report that show the differences between a quantized model and the original, with their pictures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mxrot.report.plots import ERRORS
 
 _CAPTIONS = {"surface": "|x| beside the median; of neighbouring tokens and channels the largest."}
 _MOST_HEAT = 3.0
-"""Nats a token, from which the colour is full."""
+"""The colour is full from this KL on, in nats per token."""
 
 
 def passage_part(contents: Contents, drawn: Drawn) -> str:
-    """The passage where the models differ most: its tokens coloured by KL, and both continuations."""
+    """The passage where the models differ most, with its tokens coloured by KL, and both continuations."""
     passage = contents.passage
     if passage is None:
         return ""
@@ -94,7 +94,7 @@ def _far_linears(contents: Contents, key: str) -> set[str]:
 
 
 def activations_part(contents: Contents, drawn: Drawn) -> str:
-    """The inputs of the chosen sites before the transform and after it."""
+    """The inputs of the chosen sites before and after the transform."""
     cards, recipe = [], contents.recipe
     for name in contents.chosen:
         before, after = contents.before[name], contents.after[name]
@@ -125,7 +125,7 @@ def activations_part(contents: Contents, drawn: Drawn) -> str:
 
 
 def outliers_part(contents: Contents) -> str:
-    """Which channels and tokens stick out, of the chosen sites and of all."""
+    """The channels and tokens that stick out, in the chosen sites and in all."""
     headings = ("site", "channels before", "× median", "channels after", "× median", "tokens before", "× median")
     named = {
         name: [
@@ -147,7 +147,7 @@ def outliers_part(contents: Contents) -> str:
 
 
 def _named(outliers: Sequence[Outlier], named: Callable[[int], str]) -> list[str | Cell]:
-    """Which they are, and how far the first sticks out."""
+    """Their names, and how far the first sticks out."""
     if not outliers:
         return ["", ""]
     times = outliers[0].times
@@ -162,7 +162,7 @@ def _token(contents: Contents, index: int) -> str:
 
 
 def _shown(token: str) -> str:
-    """A token with its spaces and line ends visible."""
+    """A token with visible spaces and line ends."""
     return f"<code>{escape(repr(token))}</code>"
 
 
@@ -176,7 +176,7 @@ def _mean_kl(passage: ShownPassage) -> float:
 
 
 def weights_part(drawn: Drawn) -> str:
-    """How weights and their scales are spread."""
+    """The distribution of weights and of their scales."""
     captions = {
         "weights": "All decoder blocks together; quantized is after the transform. The first and the last bin "
         "also hold what is beyond.",

@@ -1,4 +1,4 @@
-"""One checkpoint measured and looked at, for a report: what `mxrot report` does."""
+"""Measures a checkpoint for a report: the work of `mxrot report`."""
 
 from __future__ import annotations
 
@@ -35,41 +35,43 @@ from mxrot.shell import command
 from mxrot.text import Windows, load_texts
 
 TOKENS_LOOKED_AT = 2048
-"""Tokens that activations are looked at on, or one window if that has more."""
+"""The number of tokens for the activations, or one window if that has more."""
 
 MOST_SITES = 12
-"""With pictures of their own: each takes up to 0.8 MB of a page that is to stay below 10."""
+"""The most sites with pictures of their own. Each takes up to 0.8 MB of a page that should stay below 10 MB."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a report is to show."""
+    """The contents that a report should have."""
 
     model: str
-    """A checkpoint: its folder or hub id."""
+    """The checkpoint: a folder or a hub id."""
     against: str | None = None
     """The original."""
     texts: Sequence[str] = ("demo",)
     windows: int = 8
     seq_len: int = 512
     sites: Sequence[str] = ()
-    """Patterns of full names of linears; empty for one of each kind of site, where its input sticks out most."""
+    """Patterns of full names of linears. If empty, the site with the largest outliers is taken for each kind."""
     results: dict[str, Any] | None = None
-    """A table of `mxrot eval --json`, shown instead of measuring."""
+    """A table of `mxrot eval --json` that is shown instead of measuring."""
     baseline: dict[str, Any] | None = None
-    """The same of the original."""
+    """The same table of the original."""
     surface: bool = False
-    """Draw |x| as surfaces, too?"""
+    """True to draw |x| as surfaces too."""
     folder: Path = Path()
-    """Where the page will be, to which links lead from there."""
+    """The folder of the page. Links start there."""
     verify: bool | None = None
-    """Compare the SHA-256 of the checkpoint's files first; None for the default by their size."""
+    """Whether to check the SHA-256 of the checkpoint's files first. None for the default by their size."""
 
 
 def gather(request: Request, device: str | None = None, progress: Progress = silent) -> Contents | None:
-    """Measure and look; ConfigError and CheckpointError before any weight is read where that is possible.
+    """Measure the checkpoint and collect the contents. ConfigError and CheckpointError, where possible before any
+    weight is read.
 
-    Processes that are joined (mxrot.ranks) share what is measured. The first one alone looks, and the others get None.
+    Joined processes (mxrot.ranks) share the measurements. Only the first one collects the activations, and the others
+    return None.
     """
     world = current()
     if request.baseline is not None and request.results is None:
@@ -133,7 +135,7 @@ def gather(request: Request, device: str | None = None, progress: Progress = sil
 
 
 def _links(run: dict[str, Any], folder: Path, request: Request) -> list[tuple[str, str]]:
-    """To the original on the hub, where that is known, and to files of the checkpoint, from the page's folder."""
+    """Links to the original on the hub, if known, and to the checkpoint's files, relative to the page's folder."""
     found = []
     if run.get("revision"):
         address = f"https://huggingface.co/{run['model']}/tree/{run['revision']}"
@@ -145,7 +147,7 @@ def _links(run: dict[str, Any], folder: Path, request: Request) -> list[tuple[st
 
 
 def read_records(folder: Path) -> tuple[dict[str, Any], Recipe]:
-    """run.json and the recipe of a checkpoint; CheckpointError if it is not one that mxrot has written."""
+    """run.json and the recipe of a checkpoint. CheckpointError if mxrot has not written it."""
     if not is_checkpoint(folder):
         raise CheckpointError(f"{folder}: not a checkpoint written by mxrot")
     run = read_run(folder)
@@ -207,7 +209,7 @@ def sites_that_match(rules: Rules, patterns: Sequence[str]) -> list[str]:
 
 
 def sites_that_stick_out(family: Family, views: dict[str, ActivationView]) -> list[str]:
-    """Of each kind of site the one whose blocks have the largest maxima beside their other values."""
+    """For each kind of site, the one whose block maxima are largest relative to their other values."""
     found: dict[str, str] = {}
     for name, view in views.items():
         kind = family.group_of(name)[1]
@@ -232,7 +234,7 @@ def _how_measured(request: Request) -> str:
 
 
 def _calibration_texts(data: dict[str, Any]) -> list[str]:
-    """By their names, with the weights of several."""
+    """The names of the texts. With several, their weights too."""
     texts = data.get("texts") or [{"name": data.get("text")}]
     if len(texts) < 2:
         return [str(text.get("name")) for text in texts]
@@ -240,7 +242,7 @@ def _calibration_texts(data: dict[str, Any]) -> list[str]:
 
 
 def _commands(request: Request, run: dict[str, Any]) -> list[tuple[str, str]]:
-    """What made the checkpoint, as far as it is on record, and what makes this report."""
+    """The command that made the checkpoint, as far as it is recorded, and the command that makes this report."""
     revision = f"@{run['revision']}" if run.get("revision") else ""
     again = ["mxrot", "quantize", run["model"] + revision, "--recipe", "recipe.toml", "--seed", str(run["seed"])]
     if data := run.get("data"):

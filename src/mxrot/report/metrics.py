@@ -1,4 +1,4 @@
-"""What `mxrot eval --json` has written, as the rows of one table."""
+"""The results of `mxrot eval --json` as the rows of one table."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mxrot.checkpoint.metric import Metric
 from mxrot.errors import ConfigError, DataError
 
 _TASK_MEASURES = {"acc": "stderr", "acc_norm": "acc_norm_stderr"}
-"""And their standard errors."""
+"""The measures of a task, and their standard errors."""
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The table in a file of `mxrot eval --json`; DataError if it is not one."""
+    """The table in a file of `mxrot eval --json`. DataError if it is not one."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -31,7 +31,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def metrics_of(results: dict[str, Any], baseline: dict[str, Any] | None) -> list[Metric]:
-    """The figures of a model; `baseline` holds those of the original.
+    """The metrics of a model. `baseline` holds those of the original.
 
     ConfigError if the two were measured on different windows or questions.
     """

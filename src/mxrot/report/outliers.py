@@ -1,4 +1,4 @@
-"""Which channels and tokens of an input stick out."""
+"""The channels and tokens of an input that stick out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mxrot.evaluation import ActivationView
 
 CHANNELS = 5
 TOKENS = 3
-"""How many are shown."""
+"""The number of tokens shown."""
 
 
 class Outlier(NamedTuple):
@@ -19,16 +19,16 @@ class Outlier(NamedTuple):
 
     number: int
     times: float
-    """Its max |x| over the median of those of all."""
+    """Its max |x| divided by the median of all."""
 
 
 def outlier_channels(view: ActivationView, count: int = CHANNELS) -> list[Outlier]:
-    """The largest first."""
+    """The channels, the largest first."""
     return _largest(view.channel_maxima, count)
 
 
 def outlier_tokens(view: ActivationView, tokens: Sequence[str], count: int = TOKENS) -> list[Outlier]:
-    """The largest first; none where a site sees only some of the tokens, as that of an expert does."""
+    """The tokens, the largest first. Empty if a site sees only some tokens, as with experts."""
     return _largest(view.token_maxima, count) if len(view.token_maxima) == len(tokens) else []
 
 

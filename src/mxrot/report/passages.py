@@ -1,4 +1,4 @@
-"""The worst passage of a report: its tokens in words, and how both models would have gone on."""
+"""The worst passage of a report: its tokens as text, and the continuations of both models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mxrot.report.contents import ShownPassage
 from mxrot.text import Windows
 
 _CONTEXT = 24
-"""Tokens of the text before the passage that are shown; the models read all of them in the window."""
+"""The number of tokens shown before the passage. The models read all tokens of the window."""
 
 
 def shown_passage(model: PreTrainedModel, original: PreTrainedModel, tokenizer: Any, read: Windows) -> ShownPassage:

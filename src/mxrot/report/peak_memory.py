@@ -1,4 +1,4 @@
-"""The most memory that something takes: allocated on a GPU, resident in main memory otherwise."""
+"""The peak memory of a piece of code: allocated on a GPU, resident in main memory otherwise."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import torch
 _RESET = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 _HIGH_WATER = "5"
-"""What resets the largest resident size (Linux, Documentation/filesystems/proc.rst)."""
+"""The value that resets the largest resident size (Linux, Documentation/filesystems/proc.rst)."""
 
 
 @dataclass
 class Peak:
-    """What was seen, once it is over."""
+    """The peak, set at the end."""
 
     bytes: int | None = None
-    """None where the system does not tell."""
+    """The peak in bytes. None if the system does not report it."""
 
 
 @contextmanager
 def peak_memory(device: torch.device | str) -> Iterator[Peak]:
-    """The peak while open. On a CPU it is of the whole process, Python and torch included, and only Linux tells it."""
+    """The peak while open. On a CPU it is that of the whole process, Python and torch included, reported on Linux
+    only."""
     found, device = Peak(), torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -39,7 +40,7 @@ def peak_memory(device: torch.device | str) -> Iterator[Peak]:
 
 
 def _reset() -> bool:
-    """Whether the count could be started again."""
+    """True if the peak could be reset."""
     try:
         _RESET.write_text(_HIGH_WATER, encoding="ascii")
     except OSError:

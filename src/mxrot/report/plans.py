@@ -1,4 +1,4 @@
-"""A plan for the terminal."""
+"""The output of a plan on the terminal."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mxrot.report.vllm import vllm_lines
 WIDTH = 120
 """The most columns of a long line."""
 AT_TOKENS = 8192
-"""For which the size of a cache is shown, beside all positions."""
+"""The tokens of a cache whose size is shown, beside that at all positions."""
 SHARE_SHOWN = 0.02
-"""Terms below this share of their sum are shown together."""
+"""Terms below this share of their sum are summed up."""
 NOT_SHOWN = 5e5
 """Bytes that would be printed as 0.000 GB."""
 
@@ -61,7 +61,7 @@ def plan_report(plan: Plan, columns: int = WIDTH) -> Iterator[Table | str]:
 
 
 def _filled(line: str, width: int) -> str:
-    """The line, broken between words; later lines are indented by two more."""
+    """The line, broken between words. Continued lines are indented by two more."""
     indent = line[: len(line) - len(line.lstrip())]
     return textwrap.fill(line, width, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
 
@@ -75,7 +75,7 @@ def _sites_table(plan: Plan) -> Table:
     for heading in (*words, *numbers):
         table.add_column(heading, justify="left" if heading in words else "right")
     for found, count in plan.sizes.shape.site_counts():
-        names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in found.site.linears)  # once for all experts
+        names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in found.site.linears)  # one name for all experts
         shapes = [f"{rows} x {found.inputs}" for rows, _ in zip(found.rows, names, strict=False)]
         label = found.site.name + (f", {found.experts} experts" if found.experts > 1 else "")
         cells = ["\n".join(shapes), str(count), f"{count * found.weights / 1e6:,.1f} M"]
@@ -108,7 +108,7 @@ def _size_lines(plan: Plan) -> str:
 
 
 def _head_words(plan: Plan) -> str:
-    """Of everything else, what a quantized head takes."""
+    """The share of a quantized head in everything else."""
     head = None if plan.sizes is None else plan.sizes.shape.head
     if head is None:
         return ""
@@ -117,13 +117,13 @@ def _head_words(plan: Plan) -> str:
 
 
 def kept_line(kept: Kept, blocks: int) -> str:
-    """What a family leaves as it is in so many decoder blocks, and why."""
+    """The parts that a family leaves unquantized in this many decoder blocks, and the reason."""
     where = "1 block" if blocks == 1 else f"{blocks} blocks"
     return f"kept as they are in {where}: {', '.join((*kept.linears, *kept.others))} ({kept.reason})"
 
 
 def cache_line(cache: CacheSize) -> str:
-    """Bits of keys and values, and what a sequence takes."""
+    """Bits of keys and values, and the bytes of a sequence."""
     scheme = "as they are" if cache.scheme is None else cache.scheme.spelled
     lengths = sorted({AT_TOKENS} if cache.positions is None else {min(AT_TOKENS, cache.positions), cache.positions})
     taken = " and ".join(f"{gigabytes(cache.bytes_at(tokens))} at {tokens:,} tokens" for tokens in lengths)
@@ -143,7 +143,7 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _spread_lines(spread: Spread) -> Iterator[str]:
-    """What the model that writes text takes, device by device."""
+    """The memory of the model that writes text, device by device."""
     for device in spread.used:
         parts = ", ".join(f"{gigabytes(value)} {name}" for name, value in spread.terms(device).items())
         yield f"writing text, {spread.devices[device]}: {parts}"
@@ -195,7 +195,7 @@ def _time_table(plan: Plan) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """A duration in words."""
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 20 else f"{seconds:.0f} s"
     if seconds < 7200:

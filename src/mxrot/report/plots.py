@@ -16,7 +16,7 @@ ERRORS = {"weight_error": "Weights", "output_error": "Outputs of the linears"}
 
 
 def pictures(contents: Contents) -> dict[str, Picture]:
-    """Every picture by its name."""
+    """All pictures by name."""
     linears = contents.linears
     found: dict[str, Picture] = {}
     for key, title in ERRORS.items():

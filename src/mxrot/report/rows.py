@@ -1,4 +1,4 @@
-"""What a comparison has found: runs of models, and a row for each recipe."""
+"""The results of a comparison: runs of models, and a row for each recipe."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mxrot.layers import ModelSize
 
 
 class Mean(NamedTuple):
-    """Over the seeds of a row."""
+    """The mean over the seeds of a row."""
 
     value: float
     error: float | None
-    """Standard error over seeds; None with one."""
+    """The standard error over seeds. None with one seed."""
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -30,47 +30,46 @@ class Run:
 
     size: ModelSize
     perplexity: dict[str, Perplexity]
-    """By the text's name."""
+    """The perplexity by text name."""
     seed: int | None = None
-    """None for the original."""
+    """The seed. None for the original."""
     seconds: float | None = None
-    """To quantize; None for the original."""
+    """The time to quantize. None for the original."""
     peak_bytes: int | None = None
-    """While quantizing: allocated on a GPU, resident on a CPU; None where that is not told, and for the original."""
+    """The peak while quantizing: allocated on a GPU, resident on a CPU. None if not reported, and for the original."""
     divergence: dict[str, Divergence] = field(default_factory=dict)
-    """From the original, by text; empty where that was not asked for."""
+    """The divergence from the original, by text. Empty if it was not measured."""
     stored_bits: int = 16
-    """Of a weight that is not quantized."""
+    """The bits of an unquantized weight."""
     bits_per_kv_element: float = 16.0
     cache: dict[str, Any] | None = None
-    """What keys and values of one sequence took, measured (`evaluation.measured_cache`); None where nothing is
-    quantized of them."""
+    """The measured memory of keys and values of one sequence (`evaluation.measured_cache`). None if unquantized."""
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     weight_errors: list[float] = field(default_factory=list)
-    """Relative Frobenius error of the weights by decoder block, the mean over its linears; empty where it is not
+    """The relative Frobenius error of the weights by decoder block, the mean over its linears. Empty if it is not
     known, and for the original."""
     output_errors: list[float] = field(default_factory=list)
-    """The same of the outputs on the calibration text; empty without one."""
+    """The same for the outputs on the calibration text. Empty without one."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
-        """Of codes and scales; those of the stored type where nothing is quantized."""
+        """Bits of codes and scales, or of the stored type if nothing is quantized."""
         return self.size.bits_per_weight or float(self.stored_bits)
 
     def measures_as(self, other: Run) -> bool:
-        """Are its figures the same, to the last bit?"""
+        """True if its figures are the same to the last bit."""
         mine, others = ([x.nll for x in run.perplexity.values()] for run in (self, other))
         my_kl, other_kl = ([x.kl for x in run.divergence.values()] for run in (self, other))
         return mine == others and my_kl == other_kl
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` makes the same run of."""
+        """The run as a table for `from_json`."""
         return asdict(self)
 
     @staticmethod
     def from_json(table: dict[str, Any]) -> Run:
-        """A run that was kept; KeyError or TypeError for anything else."""
+        """The run of such a table. KeyError or TypeError for anything else."""
         tasks = {
             name: TaskScore({key: tuple(hits) for key, hits in score["hits"].items()}, score["split"], score["digest"])
             for name, score in table["tasks"].items()
@@ -101,18 +100,18 @@ class ComparedRow:
     """One recipe of a comparison, or the original: a run for each seed, or the reason why there is none."""
 
     recipe: str
-    """Name of the recipe, or of the checkpoint's folder; the type of the weights for the model as it was."""
+    """The name of the recipe, or of the checkpoint's folder. For the original model, the type of its weights."""
     runs: tuple[Run, ...] = ()
     original: Run | None = None
-    """What ratios are to; None in the row of the original, whose ratio is 1."""
+    """The reference of ratios. None in the row of the original, whose ratio is 1."""
     reason: str | None = None
-    """Why the recipe cannot be taken, or what went wrong."""
+    """The reason why the recipe cannot be used, or the error."""
     recipe_toml: str | None = None
     """The recipe with every key."""
     checkpoint: str | None = None
-    """The folder it was read from; None where it was quantized here."""
+    """The folder that it was read from. None if it was quantized here."""
     is_alike: bool = False
-    """Did another seed give the same figures, so that no more were run?"""
+    """True if another seed gave the same figures, so that no more seeds were run."""
 
     @property
     def texts(self) -> list[str]:
@@ -124,33 +123,33 @@ class ComparedRow:
 
     @property
     def perplexity(self) -> dict[str, Perplexity]:
-        """Of the first seed."""
+        """The perplexity of the first seed, by text."""
         return self.runs[0].perplexity
 
     @property
     def cache(self) -> dict[str, Any] | None:
-        """Of the first seed."""
+        """The cache of the first seed."""
         return self.runs[0].cache if self.runs else None
 
     @property
     def extra(self) -> dict[str, Any]:
-        """Of the first seed."""
+        """The extra fields of the first seed."""
         return self.runs[0].extra
 
     @property
     def quantize_seconds(self) -> float | None:
-        """Mean over seeds."""
+        """The mean over seeds."""
         seconds = [run.seconds for run in self.runs if run.seconds is not None]
         return sum(seconds) / len(seconds) if seconds else None
 
     @property
     def peak_bytes(self) -> int | None:
-        """The largest over seeds."""
+        """The largest peak over seeds."""
         return max((run.peak_bytes for run in self.runs if run.peak_bytes is not None), default=None)
 
     @property
     def tasks(self) -> dict[str, TaskScore]:
-        """Each answer a mean over seeds."""
+        """The scores of tasks. Each answer is a mean over seeds."""
         scores = {name: [run.tasks[name] for run in self.runs] for name in (self.runs[0].tasks if self.runs else ())}
         return {name: mean_score(each) for name, each in scores.items()}
 
@@ -158,7 +157,7 @@ class ComparedRow:
         return mean_of([run.perplexity[text].ppl for run in self.runs])
 
     def ratio(self, text: str | None = None) -> Mean:
-        """Perplexity over that of the original, on one text or as the geometric mean over all."""
+        """The perplexity divided by that of the original, on one text or as the geometric mean over all."""
         return mean_of([self._ratio(run, text) for run in self.runs])
 
     def _ratio(self, run: Run, text: str | None) -> float:
@@ -169,11 +168,11 @@ class ComparedRow:
         return math.exp(sum(apart) / len(apart))
 
     def kl(self, text: str | None = None) -> Mean | None:
-        """KL(original || quantized), nats a token, on one text or as the mean over all; None where it was not taken."""
+        """KL(original || quantized), in nats per token, on one text or as the mean over all. None if not measured."""
         return self._apart("kl", text)
 
     def agreement(self, text: str | None = None) -> Mean | None:
-        """Share of positions where the original's most likely token is this model's, too; None as for `kl`."""
+        """The share of positions with the same most likely token as in the original. None as for `kl`."""
         return self._apart("agreement", text)
 
     def _apart(self, measure: str, text: str | None) -> Mean | None:
@@ -184,12 +183,13 @@ class ComparedRow:
         return mean_of([sum(values) / len(chosen) for values in each])
 
     def recovery(self, normed: bool) -> Recovery:
-        """Of the mean over tasks of `acc`, or of what each task reports first; relative to itself in the original."""
+        """The recovery of the mean over tasks of `acc`, or with `normed` of each task's first metric, relative to the
+        original."""
         original = self if self.original is None else ComparedRow("", (self.original,))
         return recovery(self.tasks, original.tasks, normed)
 
     def _means_of_tasks(self) -> dict[str, float | None]:
-        """By metric, with their standard errors and what is left of the original's; null where it is not a number."""
+        """The means over tasks by metric, with standard errors and recoveries. Null for values that are not finite."""
         found: dict[str, float | None] = {}
         for metric, one in (("acc", self.recovery(False)), ("first", self.recovery(True))):
             figures = {"": one.mean, "_stderr": one.error, "_recovered": one.relative}
@@ -198,7 +198,7 @@ class ComparedRow:
         return found
 
     def as_table(self) -> dict[str, Any]:
-        """The row as `compare --json` writes it; errors are standard errors over seeds, null with one."""
+        """The row as `compare --json` writes it. Errors are standard errors over seeds, null with one seed."""
         if not self.runs:
             return {"recipe": self.recipe, "recipe_toml": self.recipe_toml, "reason": self.reason, "runs": []}
         run, ratio, kl, agreement = self.runs[0], self.ratio(), self.kl(), self.agreement()
@@ -237,7 +237,7 @@ class ComparedRow:
 
 
 def in_order(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
-    """The original, then by ratio, then those that have a reason to have none, as they came."""
+    """The original, then rows by ratio, then rows without figures, in their given order."""
 
     def place(row: ComparedRow) -> tuple[int, float]:
         if row.reason is not None:
@@ -248,7 +248,7 @@ def in_order(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
 
 
 def finite(table: dict[str, Any]) -> dict[str, Any]:
-    """With null for what JSON has no word for."""
+    """The table with null for values that JSON cannot express."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in table.items()
     }

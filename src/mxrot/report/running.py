@@ -1,4 +1,4 @@
-"""The runs of a comparison: those that are finished are known by their keys, and the others are made."""
+"""The runs of a comparison. Finished runs are found by their keys, and the others are made."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from mxrot.run_time_cache import RunTimeCache
 from mxrot.tokenizing import Calibration
 
 _OWN_ERRORS = (ConfigError, FamilyError, NumericsError)
-"""Of a recipe on a model: the others can still be compared."""
+"""Errors of one recipe on a model. The other recipes can still be compared."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run that is to be made."""
+    """One run to make."""
 
     label: str
     calibration: Calibration | None
-    """None for the original."""
+    """The calibration. None for the original."""
     seed: int
     key: Key
     cache: RunTimeCache | None = None
-    """What replaces the cache that the model comes with."""
+    """The cache that replaces the model's own."""
     checkpoint: GivenCheckpoint | None = None
-    """What is read in place of being quantized."""
+    """The checkpoint that is read instead of quantizing."""
 
 
 class Comparison:
-    """The runs of a comparison, those that are finished and those that are not; the processes of a `world` share the
-    latter, each with a model of its own in memory."""
+    """The finished and unfinished runs of a comparison. The processes of a `world` share the unfinished ones, each with
+    its own model in memory."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Comparison:
     ) -> None:
         self._trials, self._work, self._original, self._jobs, self._world = trials, work, original, jobs, world
         self._found: dict[int, Run | str] = {}
-        for number, job in enumerate([original, *jobs] if not world.rank else []):  # the first looks, and clears up
+        for number, job in enumerate([original, *jobs] if not world.rank else []):  # the first finds and cleans up
             known = work.find(job.key) if resume else None
             if known is not None:
                 self._found[number] = known
@@ -73,7 +73,7 @@ class Comparison:
         self._steps = Steps(progress, self._costs())
 
     def _costs(self) -> list[list[float]]:
-        """Of the original, and of each job that is left to this process, to quantize and to measure."""
+        """The costs of the original, and of each remaining job of this process, to quantize and to measure."""
         measuring = measuring_costs(self._trials.read, self._trials.examples)
         quantizing = [[0.0] if job.calibration is None else quantizing_costs(job.calibration) for job in self._jobs]
         pairs = [
@@ -83,12 +83,12 @@ class Comparison:
 
     @property
     def _needs_original(self) -> bool:
-        """Also where its run is known, if there is something left to be compared with its states."""
+        """True if the original must run. This also holds if its run is known but another job needs its states."""
         is_known = 0 in self._found or self._world.rank > 0
         return not is_known or (bool(self._own) and not self._trials.has_states())
 
     def rows(self) -> list[ComparedRow]:
-        """The original's, and one for each recipe."""
+        """The rows of the original and of each recipe."""
         if self._needs_original:
             told = self._steps.of(0, f"perplexity of {self._original.label}")
             self._keep(0, self._original, self._trials.original(told))
@@ -104,7 +104,7 @@ class Comparison:
         return rows
 
     def _share(self) -> None:
-        """Make the runs of this process, and take those of the others."""
+        """Make the runs of this process, and take over those of the others."""
         for number in self._own:
             self._run(number)
             let_go()
@@ -133,7 +133,7 @@ class Comparison:
         return ComparedRow(label, tuple(runs), original, checkpoint=folder, is_alike=_are_alike(runs))
 
     def _run(self, number: int) -> None:
-        """Make one run, or find out why there is none."""
+        """Make one run, or record why it is not possible."""
         job = self._jobs[number - 1]
         told = self._steps.of(2 * number - 1, job.label), self._steps.of(2 * number, f"perplexity of {job.label}")
         try:
@@ -141,14 +141,14 @@ class Comparison:
         except _OWN_ERRORS as error:
             self._keep(number, job, str(error))
         except CheckpointError as error:
-            if job.checkpoint is None:  # then it is the original, and nothing can be compared
+            if job.checkpoint is None:  # it is the original: nothing can be compared
                 raise
             self._keep(number, job, str(error))
         except Exception as error:
             lacked = machine_failure(error)
             if not isinstance(lacked, OutOfMemoryError):
                 raise
-            self._found[number] = str(lacked)  # not kept: another time there may be more memory
+            self._found[number] = str(lacked)  # not kept: later there may be more memory
 
     def _keep(self, number: int, job: Job, found: Run | str) -> None:
         self._found[number] = found
@@ -165,7 +165,7 @@ def key_of(
     fitted_on: Tensor | None = None,
     checkpoint: dict[str, str] | None = None,
 ) -> Key:
-    """Everything that decides what a run finds; `checkpoint` holds the hashes of the files of one."""
+    """Everything that decides the figures of a run. `checkpoint` holds the file hashes of a checkpoint."""
     if calibration is None:
         made: Key = {"model": hashes, "device": device_name(torch.device(device)), "versions": versions()}
     else:
@@ -179,10 +179,10 @@ def key_of(
 
 
 def sha256_of_ids(windows: Tensor | None) -> str | None:
-    """Of token windows; None without any."""
+    """The SHA-256 of token windows. None without any."""
     return None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
 def _are_alike(runs: Sequence[Run]) -> bool:
-    """Did several seeds give the same figures, all of them?"""
+    """True if several seeds all gave the same figures."""
     return len(runs) > 1 and all(runs[0].measures_as(run) for run in runs[1:])

@@ -12,13 +12,13 @@ from urllib.parse import quote
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: a cell is a string, an integer, a float, or None for nothing."""
+    """A table. A cell is a string, an integer, a float, or None if it is empty."""
 
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[Any]] = ()
 
     def csv(self) -> str:
-        """Lines of CSV, the names of the columns first; floats with every digit that they need."""
+        """Lines of CSV with a header. Floats have all digits that they need."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(self.columns)
@@ -26,5 +26,5 @@ class Sheet:
         return file.getvalue()
 
     def link(self) -> str:
-        """The same as the address of a link, which holds it whole."""
+        """The CSV as a data link that holds all of it."""
         return "data:text/csv;charset=utf-8," + quote(self.csv(), safe=",.-+_:;()/|*", errors="replace")

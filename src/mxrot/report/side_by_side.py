@@ -1,4 +1,4 @@
-"""The table of a comparison, for a terminal, and the same as CSV."""
+"""The table of a comparison, for a terminal, and as CSV."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _AGREES = "top-1\n%"
 def side_by_side(rows: Sequence[ComparedRow], title: str, columns: int = WIDTH) -> list[Table]:
     """The tables of a comparison, for a terminal with this many columns.
 
-    One table, if it fits. Otherwise the perplexities of the texts are in tables of their own, and so is the agreement
-    if necessary.
+    It is one table if that fits. Otherwise the perplexities of the texts have tables of their own, and so has the
+    agreement if necessary.
     """
     width = min(columns, WIDTH)
     texts = next((row.texts for row in rows if row.runs), [])
@@ -41,7 +41,7 @@ def side_by_side(rows: Sequence[ComparedRow], title: str, columns: int = WIDTH) 
 
 
 def remarks(rows: Sequence[ComparedRow]) -> list[str]:
-    """What the figures mean, what was not run, and why recipes have none."""
+    """Lines: the meaning of figures, what was not run, and the reasons for missing figures."""
     ran = [row for row in rows if row.runs and row.original is not None]
     lines = []
     if len(next((row.texts for row in rows if row.runs), [])) > 1:
@@ -74,7 +74,7 @@ def remarks(rows: Sequence[ComparedRow]) -> list[str]:
 
 
 def csv_text(rows: Sequence[ComparedRow]) -> str:
-    """A line for each row, with every digit; what a row does not have is empty."""
+    """One line per row, with every digit. Missing values are empty."""
     lines = [_flat(row.as_table()) for row in rows]
     columns = dict.fromkeys(column for line in sorted(lines, key=len, reverse=True) for column in line)
     file = io.StringIO()
@@ -85,7 +85,7 @@ def csv_text(rows: Sequence[ComparedRow]) -> str:
 
 
 def _flat(table: dict[str, Any]) -> dict[str, Any]:
-    """What a line of CSV holds: figures, those of each text under its name, and no recipes or single runs."""
+    """The columns of a line of CSV: figures, with those of each text under its name, but no recipes or single runs."""
     line: dict[str, Any] = {}
     for key, value in table.items():
         if key in ("runs", "recipe_toml", "tasks"):
@@ -159,31 +159,31 @@ def _width(table: Table) -> int:
 
 
 def perplexity(mean: Mean) -> str:
-    """With two digits behind the point; fewer beside an error from a hundred on, and for a model that is broken."""
+    """The perplexity with two decimals. Fewer next to an error of a hundred or more, and for a broken model."""
     if mean.value >= 1e7:
         return f"{mean.value:.1e}"
     return _shown(mean, 1 if mean.error and mean.value >= 100 else 2)
 
 
 def _kl(mean: Mean | None) -> str:
-    """With a digit more where it is small, and where there is room for it."""
+    """The KL, with one more decimal if it is small and there is room."""
     return "" if mean is None else _shown(mean, 4 if not mean.error or mean.value < 0.1 else 3)
 
 
 def _percent(mean: Mean | None) -> str:
-    """With one digit behind the point."""
+    """The percentage with one decimal."""
     return "" if mean is None else _shown(Mean(100 * mean.value, mean.error and 100 * mean.error), 1)
 
 
 def _shown(mean: Mean, digits: int) -> str:
-    """A figure and, where there is one that is not 0, its error."""
+    """A figure, with its error if there is one other than 0."""
     digits = digits if abs(mean.value) < 1000 else 0
     shown = f"{mean.value:,.{digits}f}"
     return shown if not mean.error else f"{shown} +-{_short(mean.error, digits)}"
 
 
 def _short(value: float, digits: int) -> str:
-    """Without the zero before the point."""
+    """The number without the zero before the point."""
     shown = f"{value:.{digits}f}"
     return shown[1:] if shown.startswith("0.") else shown
 

@@ -1,4 +1,4 @@
-"""What was read of a text, in words."""
+"""A description of the windows that were read of a text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mxrot.text.document import OWN_READ_AS
 
 
 def text_lines(tables: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each text, from what records say of the windows that were read (`Windows.as_table`)."""
+    """One line per text, from the records of the windows that were read (`Windows.as_table`)."""
     return [text_line(table) for table in tables]
 
 
 def text_line(table: dict[str, Any]) -> str:
-    """How many windows there are and were taken; what fills none; rows and files that were left out."""
+    """The number of windows, and of those taken; the tokens outside of windows; rows and files that were left out."""
     if table["read_as"] == OWN_READ_AS:
         return f"text {table['name']}: {_count(table['windows'], 'window')} of {table['seq_len']:,}, {OWN_READ_AS}"
     taken, filled, asked = table["windows"], table["windows_filled"], table["windows_asked"]

@@ -1,4 +1,4 @@
-"""Ticks of axes, and how their numbers are spelled."""
+"""Ticks of axes, and the spelling of their numbers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 
 
 def log_ticks(low: float, high: float, least: int = 3, most: int = 8) -> list[float]:
-    """Round numbers from `low` to `high` for a logarithmic axis: powers of ten, and with these between them what it
-    takes for `least` ticks; even steps where that is not enough."""
+    """Round numbers from `low` to `high` for a logarithmic axis: powers of ten, with as many between them as `least`
+    ticks need. Even steps if this is not enough."""
     from matplotlib.ticker import MaxNLocator
 
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -19,5 +19,5 @@ def log_ticks(low: float, high: float, least: int = 3, most: int = 8) -> list[fl
 
 
 def plain(value: float, _: object = None) -> str:
-    """Three digits, without an exponent."""
+    """The number with three digits, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

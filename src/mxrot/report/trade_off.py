@@ -1,4 +1,4 @@
-"""The picture of a comparison: what a bit buys."""
+"""The picture of a comparison: accuracy against bits."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mxrot.report.ticks import log_ticks
 
 KINDS = ("png", "svg")
 _LINE = 13.0
-"""Points from one name to the next."""
+"""The points from one name to the next."""
 _WIDTH = 520
 _BELOW, _ABOVE = 40, 34
 """Points below the axes and above them."""
 _NAMES = 0.62
-"""Where the names begin, as a share of the picture's width."""
+"""The start of the names, as a share of the picture's width."""
 
 
 def check_plot(path: Path | None) -> None:
-    """ConfigError for a file of a kind that is not drawn, and without matplotlib."""
+    """ConfigError for a file type that cannot be drawn, and without matplotlib."""
     if path is None:
         return
     if path.suffix.lower().lstrip(".") not in KINDS:
@@ -33,15 +33,15 @@ def check_plot(path: Path | None) -> None:
 
 
 def picture_file(rows: Sequence[ComparedRow], title: str, kind: str) -> bytes:
-    """Ratio to the original against bits a weight, transforms included, of each recipe that ran, as PNG or SVG.
+    """A PNG or SVG of the ratio to the original against bits per weight, transforms included, for each recipe that ran.
 
-    Bars are standard errors over seeds, where there is more than one.
+    Bars are standard errors over seeds, if there are several.
     """
     return render("trade-off", trade_off_picture(rows, title), LIGHT, kind, "white")
 
 
 def trade_off_picture(rows: Sequence[ComparedRow], title: str, width: int = _WIDTH) -> Picture:
-    """The same, to be drawn."""
+    """The same as a Picture."""
     shown = [row for row in rows if row.reason is None and row.original is not None]
     height = max(240, int(1.4 * _LINE * len(shown)) + 100)
     lines = [[row.recipe, bits_of(row), row.ratio().value, row.ratio().error] for row in shown]
@@ -50,12 +50,12 @@ def trade_off_picture(rows: Sequence[ComparedRow], title: str, width: int = _WID
 
 
 def bits_of(row: ComparedRow) -> float:
-    """A weight, with its share of the transforms."""
+    """Bits per weight, with its share of the transforms."""
     return row.runs[0].bits_per_weight + (row.size.transform_bits_per_weight or 0.0)
 
 
 def draw(figure: Any, colors: Palette, rows: Sequence[ComparedRow], title: str) -> Marks:
-    """On a logarithmic axis of ratios; each point has a line to its name, the names stand one below the other."""
+    """Draw ratios on a logarithmic axis. A line connects each point with its name, and the names stand in a column."""
     figure.set_layout_engine("none")
     height = 72 * figure.get_figheight()
     axes = figure.add_axes((0.11, _BELOW / height, _NAMES - 0.15, 1 - (_BELOW + _ABOVE) / height))
@@ -79,7 +79,7 @@ def _said(row: ComparedRow) -> str:
 
 
 def _set_limits(axes: Any, rows: Sequence[ComparedRow]) -> None:
-    """With room around the points, also where all have the same bits."""
+    """Set limits with room around the points, also if all have the same bits."""
     bits = [bits_of(row) for row in rows]
     least, most = min(bits), max(bits)
     room = max(0.1, 0.08 * (most - least))
@@ -96,7 +96,7 @@ def _set_limits(axes: Any, rows: Sequence[ComparedRow]) -> None:
 
 
 def _write_names(figure: Any, axes: Any, colors: Palette, rows: Sequence[ComparedRow]) -> None:
-    """To the right, in the order of the points from above, no two of them closer than a line."""
+    """Write the names on the right, in the vertical order of the points, at least one line apart."""
     figure.canvas.draw()
     scale = figure.dpi / 72
     spots = [axes.transData.transform((bits_of(row), row.ratio().value)) for row in rows]
@@ -128,7 +128,7 @@ def _write_names(figure: Any, axes: Any, colors: Palette, rows: Sequence[Compare
 
 
 def spread(wanted: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
-    """Heights that fall by at least `gap`, near the `wanted` ones, which fall; above `bottom` if they can be."""
+    """Descending heights, at least `gap` apart, near the descending `wanted` ones, and above `bottom` if possible."""
     heights: list[float] = []
     for height in wanted:
         heights.append(min([height, top, *(heights[-1:] and [heights[-1] - gap])]))

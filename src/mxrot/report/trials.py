@@ -1,4 +1,4 @@
-"""Where each model of a comparison is made, measured and let go of: one at a time."""
+"""Makes, measures and releases the models of a comparison, one at a time."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ from mxrot.tokenizing import Calibration
 
 @dataclass
 class Trials:
-    """What all models of a comparison have in common."""
+    """The common settings of all models of a comparison."""
 
     folder: Path
-    """Of the original."""
+    """The folder of the original."""
     stored: torch.dtype
     """The type of most of its weights."""
     device: str
     read: list[Windows]
-    """What is measured on."""
+    """The windows that are measured on."""
     kept: KeptOriginal | None
-    """None where no KL is taken."""
+    """The states of the original. None if no KL is measured."""
     tasks: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
     prompt: str | None = None
     fitted_on: Tensor | None = None
-    """Token windows [W, T] for caches with something that is fitted."""
+    """Token windows [W, T] that fitted caches are fitted on."""
 
     @property
     def examples(self) -> list[int]:
-        """How many each task has."""
+        """The number of examples of each task."""
         return [count_examples(task, self.limit) for task in self.tasks.values()]
 
     def original(self, progress: Progress) -> Run:
-        """The model as it is, of which what is needed for the others is kept."""
+        """The original model. The data of it that the other models need are kept."""
         model, _ = api.open_model(self.folder, self.device)
         return self._measured(model, progress, is_original=True)
 
@@ -73,10 +73,10 @@ class Trials:
         measures: Progress,
         checkpoint: GivenCheckpoint | None = None,
     ) -> Run:
-        """The model quantized by a recipe, or read from a checkpoint, or as it is without either, with a cache in place
-        of its own if one is given.
+        """The model quantized by a recipe, or read from a checkpoint, or else the original, with a cache in place of
+        its own if one is given.
 
-        What `quantize`, `load` and `set_cache` raise, and NumericsError for logits that are not finite.
+        Errors of `quantize`, `load` and `set_cache`, and NumericsError for logits that are not finite.
         """
         if checkpoint is not None:
             model, made = api.open_model(checkpoint.folder, self.device)[0], checkpoint.made
@@ -91,7 +91,7 @@ class Trials:
     def _quantized(
         self, calibration: Calibration, seed: int, progress: Progress
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model, and what it took."""
+        """The model, and the costs of quantizing."""
         options: dict[str, Any] = {"windows": calibration.windows, "device": self.device, "seed": seed}
         with peak_memory(self.device) as peak:
             result = quantizing.quantize(self.folder, calibration.recipe, progress=progress, **options)
@@ -101,7 +101,7 @@ class Trials:
         return result.model, made
 
     def has_states(self) -> bool:
-        """Is everything there that quantized models are compared with?"""
+        """True if all states that quantized models are compared with exist."""
         kept = self.kept
         return kept is None or all(kept.holds(part.text.name, part.ids, self._at_once(part)) for part in self.read)
 
@@ -123,8 +123,8 @@ class Trials:
     def _scores(
         self, model: PreTrainedModel, progress: Progress, is_original: bool
     ) -> tuple[dict[str, Perplexity], dict[str, Divergence]]:
-        """Perplexity on each text and, of a quantized model, how far it is from the original."""
-        if self.kept is None:  # by this process alone: others measure other models
+        """The perplexity on each text and, for a quantized model, its divergence from the original."""
+        if self.kept is None:  # not shared: other processes measure other models
             return {
                 part.text.name: perplexity(model, part.ids, self._at_once(part), progress) for part in self.read
             }, {}
@@ -136,12 +136,12 @@ class Trials:
         return {name: found[0] for name, found in both.items()}, {name: found[1] for name, found in both.items()}
 
     def _at_once(self, part: Windows) -> int:
-        """Windows that pass through a model together, as in `api.evaluate`."""
+        """The number of windows in a batch, as in `api.evaluate`."""
         return api.batch_windows(torch.device(self.device), part)
 
 
 def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
-    """Bytes the model takes in a checkpoint: what is not quantized counts in the type `stored`."""
+    """The bytes of the model in a checkpoint. Unquantized tensors count in the type `stored`."""
     family, tensors = find_family(model.config, "the model"), model.state_dict()
     head = family.head if isinstance(model.get_submodule(family.head), HeadLinear) else ""
     linears = (one for one in model.modules() if isinstance(one, QuantLinear) and not isinstance(one, HeadLinear))
@@ -151,7 +151,7 @@ def model_size(model: PreTrainedModel, stored: torch.dtype) -> ModelSize:
 
 
 def bits_per_kv_element(model: PreTrainedModel, stored: torch.dtype) -> float:
-    """Bits of a key or a value that waits in the cache: without a quantized one they are in the type of the model."""
+    """The bits of a cached key or value. An unquantized cache has the type of the model."""
     scheme = cache_of(model)
     if scheme is None:
         return 8.0 * stored.itemsize
@@ -167,7 +167,7 @@ def let_go() -> None:
 
 
 def _sentence(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:
-    """The prompt and the first sentence that the model makes of it."""
+    """The prompt and the first sentence of the model's continuation."""
     continuation = api.generate_text(model, tokenizer, prompt, max_tokens=32)
     sentence = re.split(r"(?<=[.!?])\s|\n", continuation.strip(), maxsplit=1)[0]
     return f"{prompt} {sentence}"

@@ -1,4 +1,4 @@
-"""What vLLM does with a checkpoint, for the terminal."""
+"""vLLM's support of a checkpoint, for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mxrot.vllm.verdict import Serving, VllmReport
 
 
 def print_vllm_report(report: VllmReport, out: Console) -> None:
-    """Whether it runs, with stock vLLM and with mxrot beside it; what each device computes."""
+    """Print whether it runs, with stock vLLM and with the mxrot plugin, and what each device computes."""
     stock, plugin = (list(_serving_lines(title, serving)) for title, serving in _ways(report))
     _print(stock, out)
     if not report.stock.stops:
@@ -25,7 +25,7 @@ def print_vllm_report(report: VllmReport, out: Console) -> None:
 
 
 def vllm_lines(report: VllmReport) -> Iterator[str]:
-    """The same without devices and notes."""
+    """The same lines without devices and notes."""
     for title, serving in _ways(report):
         yield from _serving_lines(title, serving)
 

@@ -1,4 +1,4 @@
-"""Pictures of the weights: their scales, and how their values are spread."""
+"""Pictures of the weights: the distributions of their scales and of their values."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mxrot.report.ticks import plain
 
 _MARKERS = "os^Dvp"
 _PANEL = 105
-"""Points that a row of histograms takes."""
+"""The height of a row of histograms in points."""
 Spread = dict[str, Tensor]
 """Counts [BINS] of weights by site."""
 
 
 def exponents_picture(exponents: dict[str, Tensor]) -> Picture:
-    """How often weights have each block scale, by site."""
+    """The frequency of each block scale of the weights, by site."""
     rows = [[site, e, share] for site, shares in _exponents(exponents).items() for e, share in shares.items()]
     return Picture(
         230, partial(draw_exponents, exponents=exponents), sheet=Sheet(["site", "exponent", "blocks %"], rows)
@@ -53,7 +53,7 @@ def draw_exponents(figure: Any, colors: Palette, exponents: dict[str, Tensor]) -
 
 
 def histograms_picture(quantized: Spread, original: Spread) -> Picture:
-    """How the weights of each site are spread, and those of the original where there are some."""
+    """The distribution of the weights of each site, with that of the original if it is given."""
     rows = [
         [site, low, high, *(_shares(of[site])[number] if site in of else None for of in (original, quantized))]
         for site in quantized
@@ -75,7 +75,7 @@ def _shares(counts: Tensor) -> list[float]:
 
 
 def draw_histograms(figure: Any, colors: Palette, quantized: Spread, original: Spread) -> Marks:
-    """A panel a site, shares on a logarithmic axis."""
+    """Draw one panel per site, with shares on a logarithmic axis."""
     bins, marks = _bins(), []
     edges = [*(low for low, _ in bins), bins[-1][1]]
     panels = figure.subplots(-(-len(quantized) // 2), min(2, len(quantized)), sharex=True, sharey=True, squeeze=False)

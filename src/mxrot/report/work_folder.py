@@ -1,7 +1,8 @@
-"""The folder of a comparison: finished runs, each under everything that decides its figures, and the original's states.
+"""The folder of a comparison: finished runs, each under a key of all that decides its figures, and the original's
+states.
 
-A run is a small file that is written whole or not at all. It is taken again only if its key is the same: the bytes of
-the model's files, the recipe, the windows of all texts, the seed, the device and the versions.
+A run is a small file that is written whole or not at all. It is reused only if its key is the same: the bytes of the
+model's files, the recipe, the windows of all texts, the seed, the device and the versions.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from mxrot.progress import Progress
 from mxrot.report.rows import Run
 
 FORMAT = 2
-"""Of the files of runs."""
+"""The format version of run files."""
 Key = dict[str, Any]
 
 
 def default_work_folder(model: Path, command: str = "compare") -> Path:
-    """In the cache, one for each model folder and command."""
+    """The default folder in the cache, one for each model folder and command."""
     digest = hashlib.sha256(str(model.resolve()).encode(errors="surrogateescape")).hexdigest()[:12]
     return cache_folder() / command / f"{model.name[:60] or 'model'}-{digest}"
 
 
 class WorkFolder:
-    """One comparison at a time works in it; see `opened`."""
+    """A folder for one comparison at a time. See `opened`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +44,8 @@ class WorkFolder:
     @classmethod
     @contextmanager
     def opened(cls, folder: Path, world: World = ONE) -> Iterator[WorkFolder]:
-        """The folder, made where it is not there, for this process alone; of several, the first one holds it for all.
+        """Open the folder, made if necessary, for this process alone. Of several processes, the first one holds it for
+        all.
 
         ConfigError if it is a file, CheckpointError if another process works there.
         """
@@ -57,14 +59,14 @@ class WorkFolder:
             yield cls(folder)
 
     def hashes(self, model: Path, progress: Progress) -> dict[str, str]:
-        """SHA-256 of the model's files; those that have not changed since an earlier comparison are not read again."""
+        """The SHA-256 of the model's files. Files unchanged since an earlier comparison are not read again."""
         path = self.folder / f"stamps-{_digest(str(model.resolve()))}.json"
         found, stamps = hash_model(model, _table(path).get("stamps"), progress)
         _write(path, {"stamps": _json(stamps)})
         return found
 
     def find(self, key: Key) -> Run | str | None:
-        """The run of that key, or the reason why there is none; None where it is not finished."""
+        """The run of this key, or the reason why there is none. None if it is not finished."""
         table = _table(self._path(key))
         if table.get("format") != FORMAT or table.get("key") != _json(key):
             return None
@@ -74,23 +76,23 @@ class WorkFolder:
             return None
 
     def keep(self, key: Key, found: Run | str) -> None:
-        """A finished run, or the reason why there is none."""
+        """Keep a finished run, or the reason why there is none."""
         is_run = isinstance(found, Run)
         run, reason = (found.to_json(), None) if is_run else (None, found)  # type: ignore[union-attr]
         self._path(key).parent.mkdir(exist_ok=True)
         _write(self._path(key), {"format": FORMAT, "key": key, "run": run, "reason": reason})
 
     def forget(self, key: Key) -> None:
-        """As if it had not been finished."""
+        """Remove the run, as if it had not been finished."""
         self._path(key).unlink(missing_ok=True)
 
     def states(self, key: Key, rank: int = 0) -> Path:
-        """Where the original's hidden states are kept while they are needed; `key` is that of its run. Each process has
+        """The folder of the original's hidden states while they are needed. `key` is that of its run. Each process has
         its own."""
         return self.folder / "original" / (_digest(key) + (f"-{rank}" if rank else ""))
 
     def drop_states(self) -> None:
-        """All of them, whosever they are."""
+        """Delete the states of all processes."""
         shutil.rmtree(self.folder / "original", ignore_errors=True)
 
     def _path(self, key: Key) -> Path:
@@ -103,12 +105,12 @@ def _digest(value: Any) -> str:
 
 
 def _json(value: Any) -> Any:
-    """As it comes back from a file."""
+    """The value as it is read back from a JSON file."""
     return json.loads(json.dumps(value))
 
 
 def _table(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing where it is not there, or is no table."""
+    """The table in a file. Empty if the file does not exist or holds no table."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Which sites of a model are worth more bits: raised, measured by KL, and put into one mixture under a budget."""
+"""The search for sites that are worth more bits: it raises sites, measures KL, and builds a mixture under a budget."""
 
 from mxrot.search.choices import Choice, parse_choices
 from mxrot.search.run import Found, search

@@ -1,8 +1,8 @@
-"""What a mixture costs: mean bits of a weight, and of an element of the inputs.
+"""The cost of a mixture: mean bits of a weight, and of an element of the inputs.
 
-Bits of a weight are those of `mxrot plan`: codes and what stands beside them, over all linears of the decoder blocks,
-those that are left as they are too, without transforms. Inputs count once for all linears of a site, which read the
-same: the mean is over what one token brings to all sites, scales included.
+Bits of a weight are those of `mxrot plan`: codes and their scales, over all linears of the decoder blocks, including
+unquantized ones, without transforms. Inputs count once for all linears of a site, because these read the same inputs:
+the mean is over the inputs of one token at all sites, scales included.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from mxrot.search.choices import Choice, everywhere
 
 
 class Cell(NamedTuple):
-    """The sites of one kind in one decoder block; what is raised together."""
+    """The sites of one kind in one decoder block. They are raised together."""
 
     kind: str
     block: int
 
 
 Mixture = Mapping[Cell, Choice]
-"""What is raised, and to what; the rest is as the recipe has it."""
+"""The raised cells and their choices. All other cells are as in the recipe."""
 
 
 def spelled(mixture: Mixture) -> str:
-    """One line, the same for the same mixture."""
+    """One line, equal for equal mixtures."""
     return " ".join(f"{cell.kind}.{cell.block}={choice.spelled}" for cell, choice in sorted(mixture.items()))
 
 
 class Bits(NamedTuple):
-    """Means, or what is added to them."""
+    """Mean bits, or an increase of them."""
 
     weights: float
     inputs: float
@@ -46,13 +46,13 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a mixture may take at most; None for as much as it likes."""
+    """The upper limits of a mixture. None is no limit."""
 
     weights: float | None = None
     inputs: float | None = None
 
     def admit(self, bits: Bits) -> bool:
-        """Up to what rounding of a sum loses."""
+        """True if the bits are within the limits, up to the rounding error of a sum."""
         return all(most is None or own <= most + 1e-9 for own, most in zip(bits, self.pair, strict=True))
 
     @property
@@ -62,18 +62,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of every raise that there is."""
+    """The bits of every possible raise."""
 
     base: Bits
-    """With nothing raised."""
+    """The bits with nothing raised."""
     added: Mapping[Cell, Mapping[Choice, Bits]]
-    """By cell, what each choice adds to both means: none takes fewer bits than the recipe, each takes more of one."""
+    """By cell, the increase of both means by each choice. No choice takes fewer bits than the recipe, and each takes
+    more bits in at least one mean."""
 
     @staticmethod
     def of(
         recipe: Recipe, choices: Sequence[Choice], family: Family, model: PreTrainedModel, stored: torch.dtype
     ) -> Costs:
-        """Those of a skeleton; what is left as it is counts in the type `stored`."""
+        """The costs for a skeleton. Unquantized weights count in the type `stored`."""
         base = Scheme.of(recipe, family, model)
         raised = {choice: Scheme.of(everywhere(recipe, choice), family, model) for choice in choices}
         shapes = _shapes(family, model)
@@ -99,12 +100,12 @@ class Costs:
         return Costs(base_bits, added)
 
     def bits(self, mixture: Mixture) -> Bits:
-        """What a mixture takes."""
+        """The bits of a mixture."""
         more = [self.added[cell][choice] for cell, choice in mixture.items()]
         return Bits(self.base.weights + sum(x.weights for x in more), self.base.inputs + sum(x.inputs for x in more))
 
     def all_of(self, choice: Choice, kind: str | None = None, block: int | None = None) -> dict[Cell, Choice]:
-        """Every cell that can be raised so, of one kind or one block where that is given."""
+        """All cells that this choice raises, of one kind or one block if that is given."""
         return {
             cell: choice
             for cell, choices in self.added.items()
@@ -113,13 +114,13 @@ class Costs:
 
     @property
     def choices(self) -> list[Choice]:
-        """Those that raise anything, the cheapest first."""
+        """The choices that raise any cell, cheapest first."""
         whole = {choice: self.bits(self.all_of(choice)) for choice in {x for more in self.added.values() for x in more}}
         return sorted(whole, key=lambda choice: (round(sum(whole[choice]), 6), choice.spelled))
 
     @property
     def kinds(self) -> list[str]:
-        """In the order in which a block computes them."""
+        """The kinds, in the order in which a block computes them."""
         return list(dict.fromkeys(cell.kind for cell, choices in self.added.items() if choices))
 
     @property
@@ -137,7 +138,7 @@ def _shapes(family: Family, model: PreTrainedModel) -> dict[str, tuple[int, int]
 
 
 def _cells(scheme: Scheme, family: Family, model: PreTrainedModel) -> dict[Cell, list[str]]:
-    """The full names of the linears of each."""
+    """The full names of the linears of each cell."""
     found = {}
     for index in range(len(list(model.get_submodule(family.blocks).children()))):
         for site in scheme.active_sites(family, index):
@@ -146,5 +147,5 @@ def _cells(scheme: Scheme, family: Family, model: PreTrainedModel) -> dict[Cell,
 
 
 def _input_bits(scheme: SiteScheme, width: int, stored: torch.dtype) -> float:
-    """Of what one token brings to a site."""
+    """The bits of one token's inputs to a site."""
     return 8.0 * stored.itemsize * width if scheme.activations is None else scheme.activations.format.bits_in(width)

@@ -1,4 +1,4 @@
-"""What a site may be raised to: formats of its weights and of its inputs."""
+"""The choices that a site can be raised to: formats of its weights and of its inputs."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from mxrot.recipe import Recipe
 
 @dataclass(frozen=True, order=True)
 class Choice:
-    """Formats, by name."""
+    """Format names."""
 
     weights: str
     inputs: str | None
-    """None where the recipe leaves inputs as they are."""
+    """None if the recipe does not quantize inputs."""
 
     @property
     def spelled(self) -> str:
-        """One name where both are alike, else "WEIGHTS/INPUTS"."""
+        """One name if both are equal, otherwise "WEIGHTS/INPUTS"."""
         return self.weights if self.inputs in (None, self.weights) else f"{self.weights}/{self.inputs}"
 
     @property
     def in_words(self) -> str:
-        """For a line of text: "weights in mxfp4, inputs in mxfp8_e4m3"."""
+        """The choice in words: "weights in mxfp4, inputs in mxfp8_e4m3"."""
         if self.inputs is None:
             return f"weights in {self.weights}"
         both = self.weights == self.inputs
         return self.weights if both else f"weights in {self.weights}, inputs in {self.inputs}"
 
     def changes(self, base: Choice) -> tuple[tuple[str, Any], ...]:
-        """What an override changes of a recipe whose own formats are `base`; a named format has its default rule."""
+        """The fields that an override changes in a recipe with formats `base`. A named format has its default rule."""
         weights, inputs = self.weights != base.weights, self.inputs != base.inputs
         if self.inputs is None or (weights and inputs and self.weights == self.inputs):
             return (("format", self.weights),)
@@ -43,15 +43,15 @@ class Choice:
 
 
 def base_choice(recipe: Recipe) -> Choice:
-    """What the recipe itself quantizes to, where no override says otherwise."""
+    """The formats of the recipe, where no override applies."""
     return Choice(recipe.weights.format, None if recipe.activations is None else recipe.activations.format)
 
 
 def parse_choices(text: str, recipe: Recipe, inputs_only: bool) -> tuple[Choice, ...]:
     """The choices that `text` names, each once, without the recipe's own formats.
 
-    A name stands for weights and inputs, "WEIGHTS/INPUTS" for both apart; with `inputs_only` for inputs, and weights
-    stay as they are. ConfigError for a format that nobody knows, and where nothing is left.
+    A name stands for weights and inputs, "WEIGHTS/INPUTS" names both separately. With `inputs_only` a name stands for
+    the inputs, and weights stay as they are. ConfigError for an unknown format, and if no choice is left.
     """
     base = base_choice(recipe)
     if base.inputs is None and (inputs_only or "/" in text):
@@ -82,7 +82,7 @@ def parse_choices(text: str, recipe: Recipe, inputs_only: bool) -> tuple[Choice,
 
 
 def with_overrides(recipe: Recipe, tables: Sequence[Override]) -> Recipe:
-    """The recipe with these tables after its own, which they win over."""
+    """The recipe with these tables after its own. They take precedence."""
     return replace(recipe, override=(*recipe.override, *tables))
 
 

@@ -1,12 +1,12 @@
-"""The search itself: what to measure next, and what to raise. It knows no model, only a ruler that gives the KL of a
-mixture.
+"""The search itself: it decides what to measure next, and what to raise. It knows no model, only a ruler that gives the
+KL of a mixture.
 
-First each kind of site is raised in all blocks, and each block with all of its sites: no cheaper score tells what a
-raise is worth (arXiv 2609.01587). What a kind gains times the block's share of what all blocks gain is what is believed
-of a single cell, and only decides which is measured first. Then, from the best uniform choice that the limits admit,
-cells are raised one after the other. Gains do not add, so whatever is about to be raised is measured on top of what is
-raised already (the lazy greedy algorithm: Minoux 1978), a few candidates a step, and the one that gains most KL for its
-share of the bits that may be spent is kept.
+First each kind of site is raised in all blocks, and each block with all of its sites, because no cheaper score predicts
+the gain of a raise (arXiv 2609.01587). The gain of a kind, times the block's share of the gain of all blocks, is the
+estimate for a single cell. It only decides the order of measurements. Then, from the best uniform choice within the
+limits, cells are raised one after the other. Gains do not add, so each candidate is measured on top of the cells that
+are already raised (the lazy greedy algorithm: Minoux 1978), a few candidates a step. The candidate with the largest
+gain of KL for its share of the available bits is kept.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from mxrot.search.bits import Bits, Cell, Costs, Limits, Mixture
 from mxrot.search.choices import Choice
 
 LOOKS = 4
-"""Candidates that are measured before one of them is raised."""
+"""The number of candidates that are measured before one of them is raised."""
 WITHOUT_GAIN = 12
-"""Candidates in a row that gain nothing, after which no more are looked at."""
+"""The number of candidates in a row without a gain after which the search stops."""
 
 
 class Ruler(Protocol):
-    """Gives figures of mixtures."""
+    """Measures mixtures."""
 
     def kl(self, mixture: Mixture, stage: str) -> float:
-        """From the original, nats a token."""
+        """KL from the original, in nats per token."""
 
     def expect(self, mixtures: Sequence[Mixture], stage: str) -> None:
-        """The first of these will be asked for next, and probably those behind it in their order: a ruler that measures
-        several at once may do so now."""
+        """Announce the next measurements: the first for certain, the others probably, in their order. A ruler that
+        measures several mixtures at once can do so now."""
 
     def settle(self, mixture: Mixture) -> None:
-        """What follows will differ from this one in little."""
+        """Announce that the next mixtures will differ little from this one."""
 
 
 Move = tuple[Cell, Choice]
@@ -44,21 +44,21 @@ Move = tuple[Cell, Choice]
 
 @dataclass(frozen=True)
 class Alone:
-    """What raising one kind, or one block, gives."""
+    """The gains of raising one kind, or one block."""
 
     base: float
     """KL with nothing raised."""
     uniform: Mapping[Choice, float]
-    """With all raised."""
+    """KL with all cells raised."""
     kinds: Mapping[tuple[str, Choice], float]
-    """With one kind raised in all blocks."""
+    """KL with one kind raised in all blocks."""
     blocks: Mapping[int, float]
-    """With one block raised to `blocks_to`."""
+    """KL with one block raised to `blocks_to`."""
     blocks_to: Choice
 
     @staticmethod
     def measure(costs: Costs, ruler: Ruler) -> Alone:
-        """All of it; blocks with the choice that takes most bits."""
+        """Measure all of it, the blocks with the most expensive choice."""
         choices = costs.choices
         base = ruler.kl({}, "nothing raised")
         ruler.settle({})
@@ -84,7 +84,8 @@ class Alone:
         return Alone(base, of_all, of_kinds, dict(sorted(of_blocks.items())), last)
 
     def believed(self, costs: Costs) -> dict[Move, float]:
-        """The gain of each single raise from nothing raised, in nats a token, as kinds and blocks make believe."""
+        """The estimated gain of each single raise from nothing raised, in nats per token, by the gains of kinds and
+        blocks."""
         gains = {block: max(0.0, self.base - kl) for block, kl in self.blocks.items()}
         whole = sum(gains.values())
         count = len(gains)
@@ -98,16 +99,16 @@ class Alone:
 
 @dataclass
 class Climb:
-    """Raises cells until the bits are spent or nothing gains."""
+    """Raises cells until the bits are spent or no raise gains."""
 
     costs: Costs
     limits: Limits
     ruler: Ruler
     believed: dict[Move, float]
-    """Gains over nothing raised."""
+    """The estimated gains over nothing raised."""
 
     def run(self, start: Mixture) -> dict[Cell, Choice]:
-        """What is raised in the end."""
+        """The raised cells in the end."""
         chosen = dict(start)
         gains = dict(self.believed)
         for cell, choice in chosen.items():
@@ -121,13 +122,13 @@ class Climb:
                 return chosen
             (cell, choice), gain = found
             for other in self.costs.added[cell]:
-                gains[cell, other] -= gain  # of another choice for it, what that gives more
+                gains[cell, other] -= gain  # only the additional gain of another choice
             chosen[cell] = choice
             now -= gain
             self.ruler.settle(chosen)
 
     def _best(self, chosen: dict[Cell, Choice], now: float, gains: dict[Move, float]) -> tuple[Move, float] | None:
-        """The raise that gains most for its bits, of those that look best; None where none gains anything."""
+        """The raise with the largest gain for its bits, among the most promising ones. None if no raise gains."""
         looked: dict[Move, float] = {}
         while True:
             if len(looked) >= WITHOUT_GAIN:
@@ -147,7 +148,7 @@ class Climb:
                 return best, looked[best]
 
     def _more(self, chosen: Mixture, move: Move) -> Bits:
-        """Bits that a raise adds."""
+        """The bits that a raise adds."""
         cell, choice = move
         before = self.costs.added[cell][chosen[cell]] if cell in chosen else Bits(0.0, 0.0)
         after = self.costs.added[cell][choice]
@@ -159,7 +160,8 @@ class Climb:
         return is_raise and self.limits.admit(Bits(bits.weights + more.weights, bits.inputs + more.inputs))
 
     def _rate(self, chosen: Mixture, move: Move, gain: float) -> tuple[float, float]:
-        """Gain for the share of what may be spent over the recipe's own bits; what spends nothing of it comes first."""
+        """The gain for the share of the bits that may be spent beyond the recipe's own. A raise that spends none of
+        them comes first."""
         pairs = zip(self._more(chosen, move), self.limits.pair, self.costs.base, strict=True)
         spent = sum(more / (most - base) for more, most, base in pairs if most is not None and more > 0)
         return (gain / spent if spent > 0 else math.copysign(math.inf, gain)), gain

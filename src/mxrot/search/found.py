@@ -1,4 +1,4 @@
-"""What a search has found."""
+"""The result of a search."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mxrot.text import Windows
 BASE = "nothing raised"
 SEARCHED = "mixture, as searched"
 QUANTIZED = "mixture, as quantized"
-"""What rows are called."""
+"""The labels of rows."""
 
 
 @dataclass(frozen=True)
 class Kl:
-    """KL(original || quantized), nats a token."""
+    """KL(original || quantized), in nats per token."""
 
     windows: tuple[float, ...]
 
@@ -32,7 +32,7 @@ class Kl:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean over windows; NaN for one."""
+        """The standard error of the mean over windows. NaN for one window."""
         count = len(self.windows)
         if count < 2:
             return math.nan
@@ -50,13 +50,13 @@ class Row:
     label: str
     bits: Bits
     seen: Kl
-    """On the windows that were searched with."""
+    """KL on the windows of the search."""
     unseen: Kl | None
-    """On as many others; None where the text has none."""
+    """KL on as many other windows. None if the text has none."""
 
     @property
     def judged(self) -> Kl:
-        """On windows that the search has not seen, if there are any."""
+        """KL on windows that the search has not seen, if there are any."""
         return self.seen if self.unseen is None else self.unseen
 
 
@@ -81,22 +81,23 @@ class Found:
 
     model: str
     recipe: Recipe
-    """With the overrides that make the mixture."""
+    """The recipe with the overrides that make the mixture."""
     limits: Limits
     base: Choice
     raised: Sequence[Raised]
     rows: Sequence[Row]
-    """Nothing raised, the mixture as it was measured, as `mxrot quantize` makes it, and each choice everywhere."""
+    """The recipe with nothing raised, the mixture as measured, the mixture from `mxrot quantize`, and each choice
+    everywhere."""
     alone: Alone
     kind_bits: Mapping[tuple[str, Choice], Bits]
-    """Of the measurements of `alone`."""
+    """The bits of the measurements of `alone`."""
     measured: Sequence[Measured]
     texts: Sequence[Windows]
-    """Of which the first half of the windows was searched with."""
+    """The first half of the windows was used by the search."""
 
     @property
     def recipe_text(self) -> str:
-        """The file: the recipe, and above it what it was measured at."""
+        """The recipe file: the recipe, below a comment with its measured figures."""
         base, best = self.rows[0], next((row for row in self.rows if row.label == QUANTIZED), self.rows[0])
         said = (
             f"KL from the original {best.judged.mean:.4g} nats a token, and {base.judged.mean:.4g} with nothing raised"
@@ -104,7 +105,7 @@ class Found:
         return f"# Written by mxrot search: {said}\n{self.recipe.to_toml()}"
 
     def as_table(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """The result for a JSON file."""
         return {
             "model": self.model,
             "base": self.base.spelled,

@@ -1,5 +1,5 @@
-"""The heavy steps of a search: quantizing, and opening models. One of them is in memory at a time, and the original's
-head; of several processes in each."""
+"""The heavy steps of a search: quantizing, and opening models. One model is in memory at a time, beside the original's
+head. With several processes, this holds for each process."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from mxrot.tokenizing import Calibration
 
 @dataclass(frozen=True)
 class SearchJob:
-    """What one search works on."""
+    """The model, texts and settings of one search."""
 
     name: str
-    """Of the model, as it was given."""
+    """The name of the model, as given."""
     source: FolderSource
     recipe: Recipe
     costs: Costs
@@ -56,7 +56,7 @@ class SearchJob:
         return int(self.source.config.get_text_config().num_hidden_layers)
 
     def quantize_all_ways(self) -> None:
-        """Quantize the model, and round every site in all ways, unless that is done."""
+        """Quantize the model, and round every site in all ways, unless this is already done."""
         raises, world = {cell: list(choices) for cell, choices in self.costs.added.items()}, self.kept.world
         family = self.source.family
         is_done = not world.rank and is_finished(self.kept, family, self.blocks) and self.kept.has_sites(raises)
@@ -69,7 +69,7 @@ class SearchJob:
         let_go()
 
     def originals(self, parts: Sequence[Tensor]) -> list[Original]:
-        """What the original makes of each set of windows [W, T]; it is let go of but for its head."""
+        """The original's states on each set of windows [W, T]. Only its head stays in memory."""
         self.progress(0, 1, "opening the original model")
         model, _ = api.open_model(self.source.folder, str(self.device))
         at_once = max(1, api.EVALUATION_TOKENS.get(self.device.type, 2048) // parts[0].shape[1])
@@ -82,7 +82,7 @@ class SearchJob:
         return [Original(head, *both) for both in zip(batches, states, strict=True)]
 
     def raised_model(self) -> RaisedModel:
-        """The quantized model, with nothing raised."""
+        """The quantized model with nothing raised."""
         self.progress(0, 1, "opening the quantized model")
         family, skeleton = self.source.family, build_apart(self.source.config)
         schemes = {one: Scheme.of(everywhere(self.recipe, one), family, skeleton) for one in self.costs.choices}
@@ -90,7 +90,7 @@ class SearchJob:
         return RaisedModel.load(self.source, self.recipe, schemes, own, self.kept, self.device)
 
     def as_quantized(self, recipe: Recipe, originals: Sequence[Original]) -> list[Kl]:
-        """KL on each set of windows of what quantizing by a recipe gives."""
+        """KL on each set of windows after quantizing by a recipe."""
         digest = hashlib.sha256(recipe.to_toml().encode()).hexdigest()
         names = [f"quantized by {digest}: {number}" for number in range(len(originals))]
         if not all(name in self.kept.measured for name in names):
@@ -99,7 +99,7 @@ class SearchJob:
             windows = world.hand_out(None if world.rank else store.load_windows("calibration"))
             if windows is None:
                 windows = self.calibration.windows
-            else:  # those that the original has written among them
+            else:  # they include the windows that the original has written
                 recipe = replace(recipe, calibration=replace(recipe.calibration, generated=0.0))
             model = self._quantize(recipe, windows).model
             assert model is not None

@@ -1,9 +1,10 @@
-"""The folder of a search: the quantized model, every site rounded in each way, and what was measured.
+"""The folder of a search: the quantized model, every site rounded in each way, and the measurements.
 
-A folder is for one model, recipe, calibration text, seed, device and set of choices, by whose hash it is called; the
-budget is no part of it, so that a search with another one goes on from what is there. A block is finished when its note
-is there (checkpoint/partial.py), and the other roundings of its sites are written before that. Of several processes the
-first one writes the model and what was measured, and each the sites that it has rounded: all have to see the folder.
+A folder belongs to one model, recipe, calibration text, seed, device and set of choices, and its name is their hash.
+The budget is not part of it, so a search with another budget continues from the same folder. A block is finished when
+its note exists (checkpoint/partial.py). The other roundings of its sites are written before that. With several
+processes, the first one writes the model and the measurements, and each one writes the sites that it has rounded. All
+processes must see the folder.
 """
 
 from __future__ import annotations
@@ -27,31 +28,31 @@ from mxrot.search.choices import Choice
 
 
 class KeptSearch:
-    """What one search has on disk."""
+    """The files of one search."""
 
     def __init__(self, folder: Path, key: Mapping[str, Any], resume: bool, world: World = ONE) -> None:
-        """Of the search that `key` describes, in `folder`; without `resume` it is begun anew. The processes of `world`
+        """Open the search that `key` describes, in `folder`. Without `resume` it starts anew. The processes of `world`
         work from it together."""
         self.world = world
         text = json.dumps(key, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
         self._log = self.folder / "measured.jsonl"
         self.measured = world.hand_out({} if world.rank else self._begun(resume))
-        """Lists of KL, one a window, by what was measured."""
+        """Lists of KL, one value per window, by the name of the measurement."""
 
     def _begun(self, resume: bool) -> dict[str, list[float]]:
-        """What was measured before, in a folder that is there."""
+        """The earlier measurements, if the folder exists."""
         if not resume:
             shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "model").mkdir(parents=True, exist_ok=True)
         return _lines(self._log)
 
     def store(self, family: Family, blocks: int) -> PartialCheckpoint:
-        """Where the model with nothing raised is kept."""
+        """The checkpoint of the model with nothing raised."""
         return PartialCheckpoint(self.folder / "model", family, blocks)
 
     def keep_site(self, cell: Cell, choice: Choice, tensors: dict[str, Tensor]) -> None:
-        """A site in one of the other ways, by the names of its tensors in the block."""
+        """Keep a site in one of the other ways, by the names of its tensors in the block."""
         path = self._path(cell, choice)
         path.parent.mkdir(exist_ok=True)
         write_tensors(path, tensors)
@@ -61,23 +62,23 @@ class KeptSearch:
         return load_file(self._path(cell, choice))
 
     def has_sites(self, raises: Mapping[Cell, Sequence[Choice]]) -> bool:
-        """Are all of them there?"""
+        """True if all of these sites are there."""
         return all(self._path(cell, choice).exists() for cell, choices in raises.items() for choice in choices)
 
     def note(self, what: str, kl: Sequence[float]) -> None:
-        """A measurement that all processes know, kept whatever ends the search."""
+        """Keep a measurement that all processes know. It survives an interrupted search."""
         self.measured[what] = list(kl)
         if self.world.rank:
             return
         with self._log.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps({"what": what, "kl": list(kl)}))  # behind a line that has no end, too
+            file.write("\n" + json.dumps({"what": what, "kl": list(kl)}))  # also after an unfinished line
 
     def _path(self, cell: Cell, choice: Choice) -> Path:
         return self.folder / choice.spelled.replace("/", "-") / f"{cell.block:05d}-{cell.kind}.safetensors"
 
 
 def _lines(path: Path) -> dict[str, list[float]]:
-    """What is noted; a last line that was not written to its end is none."""
+    """The measurements of a file. A last line that is incomplete is ignored."""
     found: dict[str, list[float]] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

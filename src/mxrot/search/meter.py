@@ -1,8 +1,8 @@
-"""KL of mixtures on a few windows, with no more computed than changes.
+"""KL of mixtures on a few windows. Only the blocks that change are computed.
 
-Blocks before the first one that is raised give what they gave before: what goes into each block is kept of the mixture
-that was settled last, and a pass begins where another one differs from it. Several processes measure several mixtures
-at once, each with a model of its own, and all know every figure.
+Blocks before the first raised one give the same outputs as before. So the input of each block is kept for the mixture
+that was settled last, and a pass begins at the first block that differs. Several processes measure several mixtures at
+once, each with a model of its own, and all get every figure.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Original:
     """The last hidden states of the original on some windows, and its head."""
 
     def __init__(self, head: PreTrainedModel, batches: Sequence[Tensor], states: Sequence[Tensor]) -> None:
-        """`batches` are token windows, `states` what the original makes of them [W, T, hidden]."""
+        """`batches` are token windows, `states` are the original's last hidden states on them [W, T, hidden]."""
         self.head, self.batches, self.states = head, batches, states
 
     @torch.no_grad()
     def kl(self, model: PreTrainedModel, states: Sequence[Tensor] | None = None) -> list[float]:
-        """KL(original || model), nats a token, of each window; `states` are the model's own, if they are known."""
+        """KL(original || model) of each window, in nats per token. `states` are the model's own, if they are known."""
         own = (states_of(model, ids) for ids in self.batches) if states is None else states
         with_original = zip(own, self.states, self.batches, strict=True)
         means = [means_of_states(model, hidden, self.head, wanted, ids)[0] for hidden, wanted, ids in with_original]
@@ -51,45 +51,45 @@ class Original:
 
 
 class Meter:
-    """A ruler for mixtures of one model; what the folder has measured is not measured again."""
+    """A ruler for mixtures of one model. Measurements in the folder are not repeated."""
 
     def __init__(
         self, raised: RaisedModel, original: Original, name: str, kept: KeptSearch, progress: Progress, about: int
     ) -> None:
-        """`name` says which windows these are; `about` so many measurements are expected. FamilyError if `logits_of`
-        does not know the model's logits."""
+        """`name` names the windows, `about` is the expected number of measurements. FamilyError if `logits_of` does not
+        know the model's logits."""
         check_logits(raised.model, original.batches[0])
         self._raised, self._original, self._name, self._kept = raised, original, name, kept
         self._progress, self._about = progress, about
         self._wanted: Mixture | None = None
-        """What shall be settled before the next pass."""
+        """The mixture to settle before the next pass."""
         self._settled: Mixture = {}
         self._broken: set[str] = set()
-        """What gives no figures; an error once it is asked for."""
+        """The mixtures without finite figures. Asking for one is an error."""
         self._entries: list[list[Tensor]] = []
-        """By batch, what goes into each block of the mixture that is settled; empty where none is."""
+        """By batch, the input of each block for the settled mixture. Empty if none is settled."""
         self.stages: dict[str, tuple[Mixture, str]] = {}
-        """Of what was measured here, by its spelling: the mixture, and the first stage that asked for it."""
+        """The mixtures that were measured here, by their spelling, with the first stage that asked for each."""
 
     def kl(self, mixture: Mixture, stage: str) -> float:
-        """The mean over windows."""
+        """The mean KL over windows."""
         values = self.values(mixture, stage)
         return sum(values) / len(values)
 
     def values(self, mixture: Mixture, stage: str) -> list[float]:
-        """Of each window."""
+        """KL of each window."""
         what = self._what(mixture)
         self.stages.setdefault(spelled(mixture), (dict(mixture), stage))
         self._tell(len(self.stages), stage)
         if not self._knows(mixture):
             self._measure([mixture])
         if what in self._broken:
-            with self._kept.world.first_goes_ahead():  # of all, which know it, one says it
+            with self._kept.world.first_goes_ahead():  # all processes know it, one reports it
                 raise NumericsError(NOT_FINITE)
         return self._kept.measured[what]
 
     def values_of(self, mixtures: Mapping[str, Mixture]) -> dict[str, list[float]]:
-        """The same of several, by the stages that ask for them."""
+        """KL of each window for several mixtures, by the stages that ask for them."""
         found: dict[str, list[float]] = {}
         left = list(mixtures.values())
         for stage, mixture in mixtures.items():
@@ -98,8 +98,9 @@ class Meter:
         return found
 
     def expect(self, mixtures: Sequence[Mixture], stage: str) -> None:
-        """Of several processes each measures one of these that are not known, unless the first is: it alone is needed
-        for sure. What they measure beyond that is known when it is asked for, and no part of the search before."""
+        """Measure these in parallel: each process takes one unknown mixture, unless the first one is known, as only
+        that one is certainly needed. The other figures are kept until they are asked for, and are not part of the
+        search before that."""
         if self._kept.world.size == 1 or not mixtures or self._knows(mixtures[0]):
             return
         unknown = {spelled(mixture): mixture for mixture in mixtures if not self._knows(mixture)}
@@ -107,7 +108,7 @@ class Meter:
         self._measure([*unknown.values()][: self._kept.world.size])
 
     def settle(self, mixture: Mixture) -> None:
-        """Passes begin from what goes into the blocks of this one."""
+        """Let passes begin from the block inputs of this mixture."""
         self._wanted = dict(mixture)
 
     def _tell(self, count: int, stage: str) -> None:
@@ -121,7 +122,7 @@ class Meter:
         return what in self._kept.measured or what in self._broken
 
     def _measure(self, mixtures: Sequence[Mixture]) -> None:
-        """As many as there are processes at most; all of these have to come here."""
+        """Measure at most as many mixtures as there are processes. All processes must call this."""
         tasks = [partial(self._measured, mixture) for mixture in mixtures]
         for mixture, figures in zip(mixtures, figures_of(tasks, self._kept.world), strict=True):
             if any(map(math.isnan, figures)):
@@ -153,7 +154,7 @@ class Meter:
         self._settled, self._entries, self._wanted = mixture, entries, None
 
     def _first_change(self, mixture: Mixture) -> int:
-        """The first block that differs from the settled mixture, or the last; 0 where none is settled."""
+        """The first block that differs from the settled mixture, else the last block. 0 if none is settled."""
         if not self._entries:
             return 0
         settled = self._settled
@@ -161,7 +162,7 @@ class Meter:
         return min(changed, default=len(self._raised.blocks) - 1)
 
     def _entries_of(self, ids: Tensor) -> list[Tensor]:
-        """What goes into each block in a pass over a batch."""
+        """The input of each block in a pass over a batch."""
         found: list[Tensor] = []
 
         def see(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -175,7 +176,7 @@ class Meter:
 
     @contextmanager
     def _from(self, first: int, entry: Tensor | None) -> Iterator[None]:
-        """While open, blocks before `first` compute nothing, and `entry` goes into that."""
+        """While open, blocks before `first` compute nothing, and `entry` is the input of block `first`."""
         if entry is None:
             yield
             return

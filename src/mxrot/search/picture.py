@@ -1,4 +1,4 @@
-"""The picture of a search: KL against bits of all that was measured."""
+"""The picture of a search: KL against bits of all measurements."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _WIDTH, _HEIGHT = 520, 330
 
 
 def picture_file(found: Found, title: str, kind: str) -> bytes:
-    """As PNG or SVG, by the ending `kind`."""
+    """The picture as PNG or SVG, by the ending `kind`."""
     return render("search", Picture(_HEIGHT, partial(draw, found=found, title=title), _WIDTH), LIGHT, kind, "white")
 
 
 def draw(figure: Any, colors: Palette, found: Found, title: str) -> Marks:
-    """Bits that the limit counts on one axis, KL on a logarithmic one; the line is the least KL up to so many bits."""
+    """Draw the limited bits on one axis, KL on a logarithmic one. The line is the least KL up to each bit count."""
     counts_inputs = found.limits.weights is None
     axes = figure.subplots()
     axes.set_yscale("log")
@@ -66,7 +66,7 @@ def _label(stage: str) -> str:
 
 
 def _lower_edge(measured: Sequence[Measured], counts_inputs: bool) -> list[tuple[float, float]]:
-    """Bits and KL of what no mixture of as few bits beats, by rising bits."""
+    """Bits and KL of the mixtures that no mixture with as few bits beats, by rising bits."""
     found: list[tuple[float, float]] = []
     for bits, kl in sorted((_of(one.bits, counts_inputs), one.kl.mean) for one in measured):
         if not found or kl < found[-1][1]:

@@ -1,4 +1,4 @@
-"""The quantized model in memory, in which sites are raised and put back."""
+"""The quantized model in memory. Its sites can be raised and put back."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from mxrot.search.kept import KeptSearch
 
 @dataclass
 class RaisedModel:
-    """A model of which some sites are as another choice makes them."""
+    """A model with some sites as another choice makes them."""
 
     model: PreTrainedModel
     family: Family
     kept: KeptSearch
     schemes: Mapping[Choice, Scheme]
-    """What each choice installs where it is taken."""
+    """By choice, the scheme that it installs."""
     sites: Mapping[Cell, Sequence[tuple[int, Site]]]
-    """Of each cell, with its block."""
+    """By cell, its sites, each with its block."""
     blank: Sequence[nn.Module]
-    """The blocks without weights and with plain linears."""
+    """The blocks, without weights and with plain linears."""
     blank_config: Any
-    """Theirs."""
+    """Their config."""
 
     def __post_init__(self) -> None:
         self.mixture: dict[Cell, Choice] = {}
@@ -55,7 +55,7 @@ class RaisedModel:
         kept: KeptSearch,
         device: torch.device,
     ) -> RaisedModel:
-        """The model of a finished pass, with nothing raised; `scheme` is what it has then."""
+        """The model of a finished pass with nothing raised. `scheme` is its scheme."""
         config, family = config_after(source.config, recipe), source.family
         dtype = compute_dtype(source.dtype, device)
         model, blank = build_skeleton(config), build_apart(config)
@@ -80,7 +80,7 @@ class RaisedModel:
         return list(self.model.get_submodule(self.family.blocks).children())
 
     def become(self, mixture: Mixture) -> None:
-        """Raise what `mixture` raises, and put everything else back."""
+        """Raise the cells of `mixture`, and put all others back."""
         for cell in [*self.mixture]:
             if self.mixture[cell] != mixture.get(cell):
                 self._put(cell, self._own.pop(cell))
@@ -126,6 +126,6 @@ class RaisedModel:
 
 
 def is_finished(kept: KeptSearch, family: Family, blocks: int) -> bool:
-    """Did an earlier search get through the pass over all blocks?"""
+    """True if an earlier search finished the pass over all blocks."""
     store: PartialCheckpoint = kept.store(family, blocks)
     return (store.folder / store.shard(0)).exists() and all(store.load(index) is not None for index in range(blocks))

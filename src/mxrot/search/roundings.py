@@ -1,10 +1,10 @@
-"""Round each site in other ways, too, while the model is quantized.
+"""Round each site in other ways as well, while the model is quantized.
 
-Every other way sees what the site sees as it is quantized: the inputs behind quantized blocks with nothing raised, its
-own transform fitted to them, and, with GPTQ, the Hessian of these inputs as they come out of its own format. It is what
-quantizing with that site alone raised would give. What follows it is not rounded again.
+Every other way uses the same data as the site itself: the inputs behind quantized blocks with nothing raised, its own
+transform fitted to them, and, with GPTQ, the Hessian of these inputs in its own format. So it gives the same as
+quantizing with that site alone raised. The sites after it are not rounded again.
 
-Of several processes, which all have the same inputs, each rounds some sites in some ways.
+Several processes have the same inputs. Each of them rounds some sites in some ways.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mxrot.transforms import SiteTransform
 
 
 class OtherRoundings:
-    """Is shown sites by `quantize`, and keeps each as every choice makes it."""
+    """Receives each site from `quantize`, and keeps it as every choice makes it."""
 
     def __init__(self, raises: Mapping[Cell, Sequence[Choice]], model: PreTrainedModel, kept: KeptSearch) -> None:
         """`model` is a skeleton."""
@@ -64,7 +64,7 @@ class OtherRoundings:
 def site_tensors(
     index: int, site: Site, weights: Mapping[str, QTensor], transform: SiteTransform | None
 ) -> dict[str, Tensor]:
-    """What a checkpoint holds of a site of block `index`, by names in the block; without biases."""
+    """The tensors of a site of block `index` in a checkpoint, by their names in the block. Biases are not included."""
     found: dict[str, Tensor] = {}
     for linear, weight in weights.items():
         found[f"{linear}.{PACKED}"] = weight.packed()

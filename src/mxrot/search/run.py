@@ -1,12 +1,12 @@
-"""A search from its beginning to its recipe.
+"""A search from its start to its recipe.
 
-One pass quantizes the model by the recipe, and rounds each site in every other way beside (roundings.py). Then sites
-are raised in the model that is in memory and put back, and each mixture is measured (climb.py, meter.py). What was
-found is quantized once more from the original, as `mxrot quantize` would by the recipe that is written, and measured on
-windows that the search has not seen.
+One pass quantizes the model by the recipe, and rounds each site in every other way as well (roundings.py). Then sites
+of the model in memory are raised and put back, and each mixture is measured (climb.py, meter.py). The result is
+quantized once more from the original, as `mxrot quantize` does by the written recipe, and measured on windows that the
+search has not seen.
 
 Several processes quantize side by side, and share other roundings and measurements (shares.py). Each figure has the
-bits of one process, and so has the recipe.
+same bits as in one process, and so has the recipe.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def search(
     announce: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
 ) -> Found:
-    """The best mixture under `limits` that measuring finds; `texts` give `windows` windows each to search with, and the
-    next as many to judge by.
+    """The best measured mixture under `limits`. Each of `texts` gives `windows` windows to search with, and the next as
+    many to judge by.
 
-    What is kept in the folder `work` is gone on from with `resume`, under the same limits or others. Processes that are
-    joined (mxrot.ranks) share the work, and all come to the same. ConfigError before any weight is read for what cannot
-    be searched.
+    With `resume` the search continues from the folder `work`, under the same limits or others. Joined processes
+    (mxrot.ranks) share the work, and all return the same result. ConfigError for what cannot be searched, before any
+    weight is read.
     """
     world = current()
     folder = find_model(model)
@@ -89,12 +89,12 @@ def search(
         job = SearchJob(model, source, recipe, costs, limits, calibration, where, seed, kept, progress)
         job.quantize_all_ways()
         found = _found(job, read, parts)
-        world.count(0)  # nobody needs the folder any more
+        world.count(0)  # no process needs the folder any more
         return found
 
 
 def _checked(source: FolderSource, recipe: Recipe, choices: Sequence[Choice], limits: Limits, processes: int) -> Costs:
-    """What every raise costs; ConfigError for what cannot be searched, before any weight is read."""
+    """The costs of every raise. ConfigError for what cannot be searched, before any weight is read."""
     if recipe.trains_rotations and processes > 1:
         raise ConfigError(
             f"recipe {recipe.name}: {processes} processes do not share the training of rotations; set rotation.steps = "
@@ -141,7 +141,7 @@ def _checked(source: FolderSource, recipe: Recipe, choices: Sequence[Choice], li
 
 
 def _halves(read: Sequence[Windows], count: int) -> list[Tensor]:
-    """Token windows to search with [W, T], `count` of each text at most, and others to judge by if there are any."""
+    """Token windows to search with [W, T], at most `count` of each text, and others to judge by, if there are any."""
     pairs = [(part.ids[: min(count, -(-len(part.ids) // 2))], part.ids) for part in read]
     seen = torch.cat([first for first, _ in pairs])
     unseen = torch.cat([whole[len(first) :] for first, whole in pairs])
@@ -163,7 +163,7 @@ def _found(job: SearchJob, read: Sequence[Windows], parts: Sequence[Tensor]) -> 
         Measured(mixture, stage, costs.bits(mixture), Kl(tuple(meter.values(mixture, stage))))
         for mixture, stage in [*meter.stages.values()]
     ]
-    del raised, meter, judge  # the memory of a model
+    del raised, meter, judge  # frees the memory of a model
     bits = costs.bits(best)
     recipe = mixture_recipe(_with_windows(job.recipe, job.calibration), best, costs.kinds, bits, job.name)
     if best:
@@ -175,7 +175,7 @@ def _found(job: SearchJob, read: Sequence[Windows], parts: Sequence[Tensor]) -> 
 
 
 def _best(job: SearchJob, meter: Meter, alone: Alone) -> dict[Cell, Choice]:
-    """Of all mixtures within the limits that were measured, the one of least KL."""
+    """The measured mixture with the least KL within the limits."""
     costs, limits = job.costs, job.limits
     starts: list[dict[Cell, Choice]] = [{}, *(costs.all_of(choice) for choice in costs.choices)]
     admitted = [mixture for mixture in starts if limits.admit(costs.bits(mixture))]
@@ -187,7 +187,7 @@ def _best(job: SearchJob, meter: Meter, alone: Alone) -> dict[Cell, Choice]:
 
 
 def _rows(costs: Costs, mixtures: Mapping[str, Mixture], meter: Meter, judge: Meter | None) -> list[Row]:
-    """A row for each, by its label."""
+    """One row per mixture, by its label."""
     seen = meter.values_of(mixtures)
     unseen = {} if judge is None else judge.values_of(mixtures)
     return [
@@ -202,7 +202,7 @@ def _rows(costs: Costs, mixtures: Mapping[str, Mixture], meter: Meter, judge: Me
 
 
 def _with_windows(recipe: Recipe, calibration: Calibration) -> Recipe:
-    """The recipe with the calibration windows that were asked for here."""
+    """The recipe with the requested number of calibration windows."""
     told = calibration.description
     if told is None:
         return recipe

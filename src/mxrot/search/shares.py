@@ -1,5 +1,5 @@
-"""What the processes of a search share: measurements, and sites rounded in other ways. One process does each of them
-whole, so that it has the bits that it has in one process; all know what comes out, and take the same next step."""
+"""The work that the processes of a search share: measurements, and sites rounded in other ways. One process does each
+piece whole, so its bits are those of a single process. All get every result, and take the same next step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from mxrot.errors import NumericsError
 
 
 def figures_of(tasks: Sequence[Callable[[], list[float]]], world: World) -> list[list[float]]:
-    """What each task gives, in all processes; one process does each, as many at a time as there are processes.
+    """The result of each task, in all processes. One process runs each task, and as many run at a time as there are
+    processes.
 
-    Where others wait for its figures, a task that raises NumericsError gives [NaN]; in one process it raises.
+    With several processes, a task that raises NumericsError gives [NaN], because others wait for it. In one process it
+    raises.
     """
     if world.size == 1:
         return [task() for task in tasks]
@@ -35,15 +37,16 @@ def _figures(task: Callable[[], list[float]]) -> list[float]:
 
 
 class Turns:
-    """Which process does what of work that any of them could do; the same in all."""
+    """Assigns pieces of work to processes, identically in all of them."""
 
     def __init__(self, size: int) -> None:
-        """Of so many processes."""
+        """`size` is the number of processes."""
         self._loads = [0.0] * size
 
     def of(self, count: int, weight: float) -> list[int]:
-        """By whom each of `count` pieces of that weight is done, of which nobody gets two before all have one: the next
-        ones may have to wait until all of these are done. Who has had least so far comes first."""
+        """The process for each of `count` pieces of this weight. No process gets a second piece before all have one,
+        because the next pieces may have to wait for all of these. The process with the least work so far comes
+        first."""
         found: list[int] = []
         for _ in range(count):
             rank = min(range(len(self._loads)), key=lambda one: (found.count(one), self._loads[one]))

@@ -1,4 +1,4 @@
-"""What was found, for a terminal."""
+"""The result for a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEAST_DIGITS = 4
 
 
 def found_tables(found: Found, title: str) -> Iterator[Table]:
-    """The models, and what kinds of sites gain by themselves."""
+    """Tables of the models, and of the gains of single kinds of sites."""
     digits = _digits(found.alone.base)
     table = _table(title, ("",), ("bits a\nweight", "bits an\ninput", "KL,\nsearched", "KL,\nunseen"))
     for row in found.rows:
@@ -36,7 +36,7 @@ def found_tables(found: Found, title: str) -> Iterator[Table]:
 
 
 def found_lines(found: Found) -> Iterator[str]:
-    """What is raised, and what the figures mean."""
+    """Lines with the raised sites, and the meaning of the figures."""
     alone, digits = found.alone, _digits(found.alone.base)
     best = sorted(alone.blocks, key=lambda block: alone.blocks[block])[:BLOCKS_SHOWN]
     said = ", ".join(f"{block} ({alone.blocks[block]:.{digits}f})" for block in best)
@@ -55,7 +55,7 @@ def found_lines(found: Found) -> Iterator[str]:
 
 
 def _raised_lines(found: Found) -> Iterator[str]:
-    """One for each choice, with the blocks of each kind."""
+    """One line per choice, with the blocks of each kind."""
     for choice in dict.fromkeys(one.choice for one in found.raised):
         blocks: dict[str, list[str]] = {}
         for one in found.raised:
@@ -74,7 +74,7 @@ def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
 
 
 def _digits(kl: float) -> int:
-    """Behind the point, so that such a KL has three that say something."""
+    """The number of decimals that gives such a KL three significant digits."""
     return LEAST_DIGITS if kl <= 0 else max(LEAST_DIGITS, 2 - math.floor(math.log10(kl)))
 
 

@@ -12,21 +12,21 @@ from mxrot.search.bits import Bits, Cell, Mixture
 from mxrot.search.choices import Choice, base_choice, with_overrides
 
 SUFFIX = "-mixture"
-"""Of the name of a recipe that makes one."""
+"""The suffix of the name of a recipe that makes a mixture."""
 
 
 @dataclass(frozen=True)
 class Raised:
-    """Sites that one table raises."""
+    """The sites that one table raises."""
 
     kinds: tuple[str, ...]
     blocks: tuple[int, int]
-    """First and last, both included."""
+    """The first and the last block, both included."""
     choice: Choice
 
     @property
     def blocks_in_words(self) -> str:
-        """For a line of text: "3", or "3 to 5"."""
+        """The blocks in words: "3", or "3 to 5"."""
         first, last = self.blocks
         return str(first) if first == last else f"{first} to {last}"
 
@@ -40,7 +40,7 @@ class Raised:
 
 
 def raised_runs(mixture: Mixture, kinds: Sequence[str]) -> list[Raised]:
-    """What a mixture raises, neighbouring blocks together, and kinds together that are raised in the same blocks."""
+    """The raised sites of a mixture, with neighbouring blocks joined, and kinds that are raised in the same blocks."""
     together: dict[tuple[tuple[int, int], Choice], list[str]] = {}
     for kind in kinds:
         own = {cell.block: choice for cell, choice in mixture.items() if cell.kind == kind}
@@ -52,7 +52,7 @@ def raised_runs(mixture: Mixture, kinds: Sequence[str]) -> list[Raised]:
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last of blocks that follow each other."""
+    """The first and last block of each run of consecutive blocks."""
     first = last = None
     for block in blocks:
         if first is None or last is None:
@@ -69,8 +69,8 @@ def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
 def mixture_recipe(
     recipe: Recipe, mixture: Mapping[Cell, Choice], kinds: Sequence[str], bits: Bits, model: str
 ) -> Recipe:
-    """The recipe that makes a mixture, with a name that says that it is one and what it takes: mxrot-mixture-4.49-8.25
-    has 4.49 bits a weight and 8.25 an input."""
+    """The recipe that makes a mixture. Its name gives the cost: mxrot-mixture-4.49-8.25 has 4.49 bits per weight and
+    8.25 per input."""
     base = base_choice(recipe)
     tables = [
         Override(tuple(sorted(one.choice.changes(base))), one.kinds, one.blocks) for one in raised_runs(mixture, kinds)

@@ -1,4 +1,4 @@
-"""Texts, and the token windows of them: what calibration and evaluation read."""
+"""Texts and their token windows: the input of calibration and evaluation."""
 
 from mxrot.text.decoding import lone_surrogate
 from mxrot.text.document import Chat, Origin, Own, Text, TokenIds, TokenWindows

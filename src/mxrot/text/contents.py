@@ -1,4 +1,4 @@
-"""The bytes of a text file: found, opened, unpacked, and refused by name where they are no text."""
+"""The bytes of a text file: opens and unpacks it, and refuses files that hold no text, by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from mxrot.errors import ConfigError, DataError
 
 PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
-"""Suffixes of compressed files, and what they are called."""
+"""Suffixes of compressed files, and the names of the compressions."""
 
 _PACKED_BY: dict[bytes, str] = {
     b"\x1f\x8b": "gzip",
@@ -46,7 +46,7 @@ PARQUET_MAGIC, ARROW_MAGIC = b"PAR1", b"ARROW1"
 
 
 def check_regular(path: Path) -> None:
-    """DataError unless it is a file that can be read to its end, as a pipe or a device cannot."""
+    """DataError unless it is a regular file. A pipe or a device cannot be read to its end."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -58,9 +58,9 @@ def check_regular(path: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file, unpacked if it is compressed, whatever its name says.
+    """The bytes of a file, unpacked if they are compressed, whatever the name of the file.
 
-    DataError if it is damaged, or of a kind that holds no text: PDF, archives, pictures, HTML, git-lfs pointers.
+    DataError if it is damaged, or of a kind without text: PDF, archives, pictures, HTML, git-lfs pointers.
     """
     check_regular(path)
     try:
@@ -80,7 +80,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def unpacked_name(path: Path) -> str:
-    """The file name without the suffix of a compression."""
+    """The file name without its compression suffix."""
     return path.name[: -len(path.suffix)] if path.suffix.lower() in PACKED else path.name
 
 

@@ -1,6 +1,6 @@
-"""Conversations in the shapes that data sets have: `messages`, ShareGPT's `conversations`, Alpaca's instructions.
+"""Conversations in the formats of data sets: `messages`, ShareGPT's `conversations`, Alpaca's instructions.
 
-All become the messages that a chat template takes: {"role", "content"}.
+All become messages for a chat template: {"role", "content"}.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-"""ShareGPT's names of speakers, and what templates call them."""
+"""ShareGPT's names of speakers, and the roles of templates."""
 
 ANSWERS = ("output", "response")
-"""What an Alpaca row calls its answer."""
+"""The keys of the answer in an Alpaca row."""
 
 
 def looks_like_messages(value: Any) -> bool:
-    """Is it a list of messages, of whatever shape?"""
+    """True for a list of messages, in any of the formats."""
     if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], dict):
         return False
     return {"role", "from"} & value[0].keys() != set()
 
 
 def messages_of(value: Any, where: str, system: Any = None) -> list[dict[str, Any]]:
-    """Messages with roles and contents; `system` goes before them. DataError with `where` if they are none."""
+    """Messages with roles and contents. `system` is put before them. DataError with `where` if they are no messages."""
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{where}: expected a list of messages, got {_kind(value)}")
     messages = [_message(item, f"{where}, message {number}") for number, item in enumerate(value, start=1)]
@@ -48,7 +48,7 @@ def messages_of(value: Any, where: str, system: Any = None) -> list[dict[str, An
 
 
 def alpaca_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """An instruction, with its input after a blank line, and the answer."""
+    """The instruction, followed by its input after a blank line, and the answer."""
     answer = next(row[name] for name in ANSWERS if name in row)
     values = {"instruction": row["instruction"], "input": row.get("input"), "output": answer}
     for name, value in values.items():
@@ -62,7 +62,7 @@ def alpaca_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 def _message(item: Any, where: str) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise DataError(f"{where}: expected an object with role and content, got {_kind(item)}")
-    # Tables fill up what a message does not have; templates ask whether a key is there.
+    # Tables fill missing keys with null, but templates check whether a key exists.
     given = {key: value for key, value in item.items() if value is not None}
     if "role" not in given and "from" in given:
         speaker = given.pop("from")
@@ -82,7 +82,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
 
 
 def _joined_parts(parts: list[Any], where: str) -> str:
-    """The text of contents in parts, as the API of OpenAI has them."""
+    """The text of contents in parts, as in the OpenAI API."""
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else _kind(part)

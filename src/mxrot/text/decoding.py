@@ -1,4 +1,4 @@
-"""Bytes to text. UTF-8, or what a byte order mark says; nothing is guessed, what it looks like is said."""
+"""Bytes to text, by UTF-8 or a byte order mark. No encoding is guessed, but the error names the likely one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOOKED_AT = 4096
 def decode(data: bytes, path: Path) -> str:
     """The text of a file, without byte order marks, and with \\n for every line end.
 
-    DataError if it is neither UTF-8 nor begins with a mark; it says what the bytes look like, and what to do.
+    DataError if it is not UTF-8 and has no mark. The error names the likely encoding, and the remedy.
     """
     kind = path.suffix.lower() or "text"
     mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
@@ -39,12 +39,12 @@ def decode(data: bytes, path: Path) -> str:
 
 
 def without_marks(text: str) -> str:
-    """`text` without byte order marks, which stand where a file begins: also one that was appended to another."""
+    """`text` without byte order marks. They stand at the start of a file, also inside if files were joined."""
     return text.removeprefix(MARK).replace("\n" + MARK, "\n") if MARK in text else text
 
 
 def lone_surrogate(text: str) -> str | None:
-    """The first half of a surrogate pair that stands alone, as it is escaped; None if the text can be written."""
+    """A lone surrogate of the text, escaped. None if the text can be written."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -72,7 +72,7 @@ def _not_utf8(data: bytes, position: int, path: Path) -> str:
 
 
 def _with_zeros(data: bytes, path: Path) -> str:
-    """What bytes with zeros among them look like."""
+    """The likely content of bytes with zeros among them, in words."""
     looked_at = data[: _LOOKED_AT // 4 * 4]
     even, odd = looked_at[::2].count(0), looked_at[1::2].count(0)
     most, half = max(even, odd), len(looked_at) / 2

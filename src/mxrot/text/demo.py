@@ -1,4 +1,4 @@
-"""The text that is always there: the reference manual of the running Python."""
+"""The text that is always available: the reference manual of the running Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _CALIBRATION_SHARE = 0.7
 
 
 def demo_text(role: Role) -> str:
-    """Python's reference manual, each paragraph once (however it is indented), cut into two parts."""
+    """Python's reference manual, each paragraph once (regardless of indentation), cut into one part per role."""
     from pydoc_data.topics import topics
 
     paragraphs: dict[str, str] = {}

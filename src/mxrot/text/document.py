@@ -1,4 +1,4 @@
-"""A text: documents by one name, and where they came from."""
+"""A text: documents under one name, and their origin."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from typing import Any
 from torch import Tensor
 
 OWN_READ_AS = "written by the model"
-"""What a record says of a text that the model writes while it is quantized."""
+"""The entry in a record for a text that the model writes while it is quantized."""
 MOST_NAMED = 5
-"""Rows or files that a record names; of others it has the number."""
+"""The most rows or files that a record names. Of the others it gives the number."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, which the model's chat template turns into text."""
+    """A conversation. The model's chat template turns it into text."""
 
     messages: list[dict[str, Any]]
     """Each with "role" and "content"."""
     place: str = field(default="", compare=False)
-    """For messages: the row it stood in."""
+    """The row of the conversation, for error messages."""
     tools: list[Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class TokenIds:
-    """A document that is tokenized already, int64 [T]."""
+    """A document of token ids, int64 [T]."""
 
     ids: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class TokenWindows:
-    """Windows that are to be taken as they are, int64 [W, T]."""
+    """Windows that are used unchanged, int64 [W, T]."""
 
     ids: Tensor
 
 
 @dataclass(frozen=True)
 class Own:
-    """What the model that is quantized will write."""
+    """A text that the quantized model will write itself."""
 
 
 Document = str | Chat | TokenIds
@@ -50,19 +50,19 @@ Document = str | Chat | TokenIds
 
 @dataclass(frozen=True)
 class Origin:
-    """What became of the rows and files that a text was read from."""
+    """The rows and files of a text, and those that were left out."""
 
     rows: int | None = None
     column: str | None = None
     null_rows: tuple[int | str, ...] = ()
-    """Rows that hold nothing, and were left out: their numbers, of a folder with the file before it."""
+    """The numbers of the empty rows that were left out; for a folder, with the file before them."""
     files: int | None = None
-    """Of a folder."""
+    """The number of files of a folder."""
     other_files: tuple[str, ...] = ()
-    """Names in that folder that are no text."""
+    """The names of files in the folder that are no text."""
 
     def as_table(self) -> dict[str, Any]:
-        """Its fields that say something; of many null rows how many, and the first."""
+        """The fields that are not empty. Of many null rows, their number and the first ones."""
         table: dict[str, Any] = {"rows": self.rows, "column": self.column, "files": self.files}
         if self.null_rows:
             table |= {"null_rows": len(self.null_rows), "first_null_rows": list(self.null_rows[:MOST_NAMED])}
@@ -78,19 +78,19 @@ class Text:
     name: str
     content: str | tuple[Document, ...] | TokenWindows | Own
     weight: float = field(default=1.0, compare=False)
-    """Its part in a mixture, beside the weights of the others."""
+    """Its weight in a mixture, relative to those of the other texts."""
     origin: Origin = field(default=Origin(), compare=False)
 
     @property
     def documents(self) -> tuple[Document, ...]:
-        """What is tokenized apart; nothing where windows were given, or are yet to be written."""
+        """The documents, which are tokenized separately. Empty if the text is windows, or yet to be written."""
         if isinstance(self.content, (TokenWindows, Own)):
             return ()
         return (self.content,) if isinstance(self.content, str) else self.content
 
     @property
     def is_empty(self) -> bool:
-        """Is there nothing but white space?"""
+        """True if there is only white space."""
         if isinstance(self.content, TokenWindows):
             return self.content.ids.numel() == 0
         if isinstance(self.content, Own):
@@ -99,12 +99,12 @@ class Text:
 
     @property
     def needs_tokenizer(self) -> bool:
-        """Is there anything that is not token ids already?"""
+        """True if anything is not token ids yet."""
         return not all(isinstance(document, TokenIds) for document in self.documents)
 
     @property
     def rendered(self) -> str:
-        """How its documents become tokens."""
+        """How its documents become tokens, in words."""
         if isinstance(self.content, TokenWindows):
             return "windows of token ids"
         if isinstance(self.content, Own):
@@ -114,7 +114,7 @@ class Text:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of its UTF-8 bytes; of several documents, of their list as JSON."""
+        """SHA-256 of its UTF-8 bytes, or of the list of documents as JSON if there are several."""
         if isinstance(self.content, str):
             return sha256(self.content.encode()).hexdigest()
         if isinstance(self.content, TokenWindows):

@@ -1,4 +1,4 @@
-"""A file, or a folder of files, to documents."""
+"""The documents of a file, or of a folder of files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mxrot.text.rows import Table, documents_of
 from mxrot.text.tables import read_arrow, read_json, read_parquet, read_separated
 
 PROSE = (".txt", ".text", ".raw", ".md", ".rst", ".log", ".tokens")
-"""Suffixes of files that are read as they are, as one document; so are files without any."""
+"""Suffixes of files that are one document, read unchanged. Files without a suffix are read in the same way."""
 
 _TABLES: dict[str, Callable[[bytes, Path, str | None], Table]] = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson", ".jsonlines"), read_json),
@@ -31,24 +31,24 @@ Read = tuple[list[Document], Origin]
 
 
 def suffix_of(path: Path) -> str:
-    """In lower case, and not that of a compression; empty for a file without one."""
+    """The suffix in lower case, without that of a compression. Empty if the file has none."""
     return Path(unpacked_name(path)).suffix.lower()
 
 
 def is_known(path: Path) -> bool:
-    """Does the name say that it is a text or a table?"""
+    """True if the suffix is that of a text or a table."""
     return suffix_of(path) in SUFFIXES
 
 
 def read_file(path: Path, column: str | None = None) -> Read:
-    """The documents in a file, by what its name says it is.
+    """The documents in a file, read by the kind that its name gives.
 
-    DataError, in one line, if it cannot be read, is of another kind, or has a suffix that says nothing.
+    DataError, in one line, if it cannot be read, is of another kind, or has an unknown suffix.
     """
     check_regular(path)
     suffix = suffix_of(path)
     if suffix and suffix not in SUFFIXES:
-        read_bytes(path)  # says what it is, where that can be told
+        read_bytes(path)  # raises a better error for a known kind
         raise DataError(
             f"{path}: unknown suffix {suffix}; known are {' '.join(SUFFIXES)}, also compressed ({' '.join(PACKED)}); "
             "give it the one that says what it holds"
@@ -69,7 +69,7 @@ def read_file(path: Path, column: str | None = None) -> Read:
 
 
 def _check_kind(data: bytes, suffix: str, path: Path) -> None:
-    """DataError if it is binary where the name says it is not, or the other way round."""
+    """DataError if it is binary and its suffix is that of a text, or the other way round."""
     if suffix in (".parquet", ".pq"):
         if not data.startswith(PARQUET_MAGIC):
             raise DataError(f"{path}: cannot be read as .parquet: it does not begin with PAR1; is the download whole?")
@@ -78,10 +78,10 @@ def _check_kind(data: bytes, suffix: str, path: Path) -> None:
 
 
 def read_folder(folder: Path, role: Role, column: str | None = None) -> Read:
-    """All texts below a folder, in the order of their paths; or a data set that `save_to_disk` has written there.
+    """All texts below a folder, in the order of their paths, or a data set that `save_to_disk` has written there.
 
-    Of several splits the one for the role is read. Hidden files and those of unknown suffix are left out, and the
-    latter are named in the record. DataError if nothing is left.
+    If there are several splits, the one for the role is read. Hidden files and files of unknown suffix are left out;
+    the record names the latter. DataError if nothing is left.
     """
     if (folder / "dataset_dict.json").is_file():
         splits = _json_object(folder / "dataset_dict.json").get("splits")
@@ -112,7 +112,7 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 
 
 def _read_saved(folder: Path, column: str | None) -> Read:
-    """A data set that `save_to_disk` of `datasets` has written: the Arrow files that its state.json lists."""
+    """A data set that `save_to_disk` of `datasets` has written: the Arrow files listed in its state.json."""
     listed = _json_object(folder / "state.json").get("_data_files")
     found = [item.get("filename") for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
     names = [name for name in found if isinstance(name, str) and Path(name).name == name]

@@ -1,4 +1,4 @@
-"""The rows of what Python has: iterables, arrays, tables of pandas and Arrow, batches of a loader."""
+"""The rows of Python objects: iterables, arrays, pandas and Arrow tables, batches of a loader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mxrot.errors import ConfigError, DataError
 from mxrot.text.conversations import looks_like_messages
 
 MOST_CHARACTERS = 1 << 30
-"""That are read of something without a length, such as a stream, which may have no end."""
+"""The most characters that are read from a source without a length, such as a stream, which may never end."""
 TAKEN = (
     "a name or a Path, a list of them, strings, rows (dicts), conversations, token ids, a tensor [windows, tokens], "
     "or a data set"
@@ -21,9 +21,9 @@ TAKEN = (
 
 
 def rows_of(source: Any, name: str) -> list[Any]:
-    """Its rows: objects by column, strings, conversations or lists of token ids.
+    """The rows of the source: objects by column, strings, conversations or lists of token ids.
 
-    ConfigError if it has none or no order, DataError if it seems to have no end.
+    ConfigError if it has no rows or no order, DataError if it seems endless.
     """
     if isinstance(source, Mapping) and isinstance(source.get("text"), (list, tuple)):  # a piece of a data set
         return [{"text": value} for value in source["text"]]
@@ -45,7 +45,7 @@ def rows_of(source: Any, name: str) -> list[Any]:
 
 
 def is_array(value: Any) -> bool:
-    """A tensor, or an array of NumPy that holds numbers."""
+    """True for a tensor, or a NumPy array of numbers."""
     if isinstance(value, Tensor):
         return True
     kind = getattr(getattr(value, "dtype", None), "kind", "")
@@ -53,14 +53,14 @@ def is_array(value: Any) -> bool:
 
 
 def is_ids(value: Any) -> bool:
-    """A list of whole numbers."""
+    """True for a list of integers."""
     if not isinstance(value, (list, tuple, range)) or not value:
         return False
     return all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
 
 
 def whole_numbers(array: Any, name: str) -> Tensor:
-    """Token ids as int64 on the CPU; ConfigError if they are not whole numbers."""
+    """Token ids as int64 on the CPU. ConfigError if they are not integers."""
     ids = torch.as_tensor(array)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ConfigError(f"{name}: token ids are whole numbers, got {str(ids.dtype).removeprefix('torch.')}")
@@ -68,7 +68,7 @@ def whole_numbers(array: Any, name: str) -> Tensor:
 
 
 def _batch(row: Any, name: str) -> Iterator[Any]:
-    """The rows in what a loader gives at once: sequences of token ids, alone or with their mask or targets."""
+    """The rows in one batch of a loader: sequences of token ids, alone or with their mask or targets."""
     if isinstance(row, tuple) and row and is_array(row[0]):  # inputs and targets, as GPTQ's loaders give them
         row = row[0]
     if is_array(row):
@@ -80,7 +80,7 @@ def _batch(row: Any, name: str) -> Iterator[Any]:
 
 
 def _encoded(row: Mapping[str, Any], name: str) -> Iterator[Any]:
-    """One row for each sequence in what a tokenizer returns."""
+    """One row per sequence in the output of a tokenizer."""
     ids, mask = (_as_list(row.get(key)) for key in ("input_ids", "attention_mask"))
     if not isinstance(ids, (list, tuple)) or not ids or not isinstance(ids[0], (list, tuple, Tensor)):
         yield {**row, "input_ids": ids, "attention_mask": mask}
@@ -103,14 +103,14 @@ def _sequences(array: Any, name: str) -> list[list[int]]:
 
 
 def _without_nan(row: Any) -> Any:
-    """NaN is what pandas has for nothing."""
+    """The row without NaN, which pandas uses for missing values."""
     if isinstance(row, dict):
         return {key: _without_nan(value) for key, value in row.items()}
     return None if isinstance(row, float) and row != row else row
 
 
 def _bounded(source: Iterable[Any], name: str) -> list[Any]:
-    """The rows of something without a length."""
+    """The rows of a source without a length."""
     rows, size = [], 0
     for row in source:
         rows.append(row)

@@ -25,23 +25,24 @@ KNOWN: dict[str, dict[str, Any]] = {
         "splits": {"calibration": "train[:2000]", "evaluation": "validation[:2000]"},
     },
 }
-"""Data sets with a short name, and what they are read with."""
+"""Data sets with a short name, and the options to load them."""
 
 _BETWEEN = re.compile(r":(?![^\[]*\])")
-"""A colon that is not in the brackets of a piece of a split, as in train[:1000]."""
+"""A colon outside of the brackets of a split slice, as in train[:1000]."""
 _LONGEST_ID = 300
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:.*)?", re.DOTALL)
 
 
 def looks_like_id(place: str) -> bool:
-    """May it be NAME[:CONFIG[:SPLIT[:COLUMN]]]?"""
+    """True if it has the form NAME[:CONFIG[:SPLIT[:COLUMN]]]."""
     return _ID.fullmatch(place) is not None and not place.startswith((".", "-")) and len(place) <= _LONGEST_ID
 
 
 def read_hub(place: str, role: Role) -> tuple[list[Document], Origin]:
-    """The documents of a data set, by its short name or its id; of several splits the one for the role.
+    """The documents of a data set, by its short name or its id. If there are several splits, the one for the role is
+    read.
 
-    ConfigError if `datasets` is not installed, DataError if the hub does not give it.
+    ConfigError if `datasets` is not installed, DataError if the hub does not provide the data.
     """
     if place in KNOWN:
         options = dict(KNOWN[place])
@@ -59,7 +60,7 @@ def read_hub(place: str, role: Role) -> tuple[list[Document], Origin]:
 
 
 def table_of(data: Any, where: str) -> Table:
-    """The rows of a `datasets.Dataset`, or of whatever gives them one after the other."""
+    """The rows of a `datasets.Dataset`, or of any other iterable of rows."""
     names = getattr(data, "column_names", None)
     columns = tuple(names) if isinstance(names, (list, tuple)) else None
     return Table(where, list(data), columns=columns, can_name_column=False)

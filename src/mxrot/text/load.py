@@ -1,4 +1,4 @@
-"""A text by what a user calls it on the command line."""
+"""A text by its name on the command line."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from mxrot.text.spec import Spec, exists, parse_spec
 
 DEMO = "demo"
 OWN = "own"
-"""No text at all, but what the model that is quantized writes."""
+"""The name for text that the quantized model writes itself."""
 _OF_OTHER_FILES = {
     *(".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".htm", ".html", ".xml", ".xls", ".xlsx", ".yaml", ".yml"),
     *(".zip", ".tar", ".tgz", ".7z", ".rar", ".pkl", ".pt", ".pth", ".bin", ".npy", ".npz", ".gguf", ".safetensors"),
     *(".py", ".toml", ".gz", ".bz2", ".xz", ".zst"),
 }
-"""Suffixes that no name of a data set has."""
+"""Suffixes that no data set name has."""
 
 
 def load_text(spec: str, role: Role) -> Text:
-    """The text that `spec`, [NAME=]PLACE[:COLUMN][@WEIGHT], names; `demo` and data sets have a part for each role,
+    """The text that `spec`, [NAME=]PLACE[:COLUMN][@WEIGHT], names. `demo` and data sets have a part for each role.
     `own` is for calibration alone.
 
-    DataError if it does not exist, cannot be read, or is empty; ConfigError if a package is missing for it.
+    DataError if it does not exist, cannot be read, or is empty. ConfigError if a required package is missing.
     """
     if not spec.strip():
         raise DataError("a text without a name; expected a file, a folder, a data set of the hub or demo")
@@ -48,7 +48,7 @@ def _own_text(spec: Spec, role: Role) -> Text:
 
 
 def make_text(name: str, documents: list[Document], origin: Origin, weight: float | None, where: str) -> Text:
-    """A text of these documents; DataError, with `where`, if there is nothing in them."""
+    """A text of these documents. DataError, with `where`, if they are empty."""
     first = documents[0] if documents else ""
     content = first if len(documents) < 2 and isinstance(first, str) else tuple(documents)
     text = Text(name, content, 1.0 if weight is None else weight, origin)
@@ -58,13 +58,13 @@ def make_text(name: str, documents: list[Document], origin: Origin, weight: floa
 
 
 def names_something(spec: str) -> bool:
-    """Is it the name of a text, known or there, and not a text itself?"""
+    """True if it is the name of a text, known or existing, and not a text itself."""
     place = parse_spec(spec).place
     return place in (DEMO, OWN, *KNOWN) or exists(place)
 
 
 def looks_like_file(place: str) -> bool:
-    """Does it end as a file of text does, in one line?"""
+    """True for one line that ends in the suffix of a text file."""
     return "\n" not in place and len(place) < 1000 and is_known(Path(place))
 
 
@@ -89,13 +89,13 @@ def _read(spec: Spec, role: Role) -> tuple[list[Document], Origin]:
 
 
 def is_fetched(spec: str) -> bool:
-    """Will it be asked for on the hub?"""
+    """True if it will be fetched from the hub."""
     place = parse_spec(spec).place
     return place not in (DEMO, OWN) and not exists(place) and (place in KNOWN or _may_be_on_hub(place))
 
 
 def _may_be_on_hub(place: str) -> bool:
-    """Has it the form of an id, and neither that of a file nor almost a name that is known?"""
+    """True if it has the form of an id, and is neither like a file name nor close to a known name."""
     first = place.split(":")[0]
     if "://" in place or not looks_like_id(place) or looks_like_file(first):
         return False
@@ -105,7 +105,7 @@ def _may_be_on_hub(place: str) -> bool:
 
 
 def _own_name(place: str) -> str:
-    """What a text is called that was given no name: of files the name without its ending."""
+    """The name of a text without a given one. For files, it is the file name without its suffix."""
     if not exists(place):
         return place
     path = expanded(place)

@@ -1,4 +1,4 @@
-"""Several texts to calibrate on: how many windows each gives."""
+"""Several texts to calibrate on: the number of windows of each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mxrot.text.windows import Windows, read_windows
 def mixed_windows(
     texts: Sequence[Text], reader: Reader, seq_len: int, count: int, progress: Progress = silent
 ) -> list[Windows]:
-    """`count` windows in all, evenly spaced over each text; of each its share by weight.
+    """`count` windows in all, evenly spaced over each text. Each text gives its share by weight.
 
-    A text that has fewer gives what it has, and no other takes their place. ConfigError if a share is less than a
+    A text with fewer windows gives all it has, and they are not replaced. ConfigError if a share is less than one
     window, or if given windows have another length than the rest.
     """
     if count < 1:
@@ -38,8 +38,8 @@ def mixed_windows(
 
 
 def split_by_weight(count: int, weights: Sequence[float]) -> list[int]:
-    """`count` in whole parts that are as near to the weights as can be; what is left goes to the largest remainders,
-    of equal ones to the first."""
+    """`count` in whole parts, as close to the weights as possible. The rest goes to the largest remainders, and to the
+    first of equal ones."""
     total = sum(weights)
     exact = [count * weight / total for weight in weights]
     parts = [int(part) for part in exact]

@@ -1,4 +1,4 @@
-"""Texts as Python has them: names, strings, rows, token ids, tensors, data sets."""
+"""Texts from Python objects: names, strings, rows, token ids, tensors, data sets."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from mxrot.text.roles import Role, split_for
 from mxrot.text.rows import Table, documents_of
 
 GIVEN = "given"
-"""The name of a text that came without one."""
+"""The name of a text that has none."""
 
 
 def load_texts(source: Any, role: Role) -> list[Text]:
-    """The texts in whatever a caller has; each has a name of its own.
+    """The texts in a Python object, each with its own name.
 
-    A name as on the command line or a Path is one text, and so is each of a list of them; with a mapping each value is
-    a text by the name of its key. All else is one text: strings (each a document), rows as files have them,
+    A name as on the command line, or a Path, is one text, and so is each item of a list of them. In a mapping each
+    value is a text, named by its key. Any other object is one text: strings (each a document), rows as in files,
     conversations, lists of token ids (each a document), an integer tensor or array (several sequences are windows that
-    are taken as they are, one is a document), what a tokenizer returns, a `datasets.Dataset` (or one by split), a
-    DataFrame, an open file, and anything that gives rows, or batches of token ids, one after the other.
-    DataError and ConfigError as `load_text`; ConfigError if two texts have the same name or it is none of these.
+    are used unchanged, one sequence is a document), the output of a tokenizer, a `datasets.Dataset` (or one by split),
+    a DataFrame, an open file, and any iterable of rows, or of batches of token ids.
+
+    DataError and ConfigError as in `load_text`. ConfigError if two texts have the same name, or for any other type.
     """
     texts = _texts(source, role)
     names = [text.name for text in texts]
@@ -56,12 +57,12 @@ def _texts(source: Any, role: Role) -> list[Text]:
 
 
 def _is_prose(text: str) -> bool:
-    """Is it a text itself? A name has one line, and the length that systems allow."""
+    """True if it is a text itself. A name has one line, and at most the length that file systems allow."""
     return ("\n" in text.strip() or len(text) > 255) and not names_something(text)
 
 
 def _is_one_text(source: Mapping[str, Any]) -> bool:
-    """Is it a row, what a tokenizer returns, or a data set by split, and not texts by name?"""
+    """True for a row, the output of a tokenizer, or a data set by split; False for texts by name."""
     if hasattr(source, "column_names") or "input_ids" in source:
         return True
     return bool({"messages", "conversations", "text"} & source.keys())
@@ -75,9 +76,9 @@ def _renamed(name: str, texts: list[Text]) -> Text:
 
 
 def _names_in(items: list[Any] | tuple[Any, ...]) -> list[Any] | None:
-    """The items, if they name texts; None if they are a text themselves. ConfigError if some are and some are not.
+    """The items if they name texts, None if they are texts themselves. ConfigError for a mix of both.
 
-    A string of one word may be either: it is as the others are.
+    A string of one word can be either. It is read like the others.
     """
     if not items or not all(isinstance(item, (str, Path, Text)) for item in items):
         return None
@@ -93,7 +94,7 @@ def _names_in(items: list[Any] | tuple[Any, ...]) -> list[Any] | None:
 
 
 def _one(name: str, source: Any, role: Role) -> Text:
-    """One text of what is not a name."""
+    """One text from an object that is not a name."""
     if isinstance(source, (bytes, bytearray)):
         raise ConfigError(f"{name}: bytes are not text; decode them, or give a Path")
     if isinstance(source, Mapping) and hasattr(source, "column_names"):  # datasets.DatasetDict
@@ -114,7 +115,7 @@ def _one(name: str, source: Any, role: Role) -> Text:
 
 
 def _given_windows(source: Any) -> Any:
-    """An array [W, T], also as a tokenizer returns it without padding; None for anything else, such as one sequence."""
+    """An array [W, T], or one in a tokenizer's output without padding. None for anything else, such as one sequence."""
     if isinstance(source, Mapping) and "input_ids" in source:
         mask = source.get("attention_mask")
         if mask is not None and not (is_array(mask) and bool(torch.as_tensor(mask).all())):
@@ -129,7 +130,7 @@ def _each_is_text(rows: Iterable[Any]) -> bool:
 
 
 def _apart(table: Table) -> tuple[list[Document], Origin]:
-    """Strings, each a document of its own."""
+    """The strings of a table, each a separate document."""
     documents: list[Document] = []
     nulls = [index + 1 for index, row in enumerate(table.rows) if not row]
     for index, row in enumerate(table.rows):

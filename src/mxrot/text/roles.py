@@ -1,4 +1,4 @@
-"""What a text is for, and which part of a data set serves it."""
+"""The purpose of a text, and the part of a data set for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPLITS: dict[Role, tuple[str, ...]] = {
 
 
 def split_for(role: Role, names: Iterable[str], where: str) -> str:
-    """The split of a data set for a role, or its only one; DataError lists them if none of them is meant for it."""
+    """The split of a data set for a role, or its only split. DataError, with the list of splits, if none fits."""
     known = list(names)
     chosen = next((name for name in _SPLITS[role] if name in known), None)
     if chosen is None and len(known) == 1:

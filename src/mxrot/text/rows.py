@@ -1,4 +1,4 @@
-"""Rows of a table, whatever it was read from, and the documents that they hold."""
+"""Rows of a table from any source, and their documents."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _KNOWN = "text, messages, conversations, instruction with output, input_ids"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, and what messages call them."""
+    """Rows, and their names for messages."""
 
     where: str
-    """The file."""
+    """The source, usually a file."""
     rows: Sequence[Any]
-    """A row is an object by column, or a string, a list of messages or of token ids; None where there is nothing."""
+    """A row is an object by column, a string, a list of messages or of token ids, or None if it is empty."""
     numbers: Sequence[int] | None = None
-    """Of each row, where they are not counted from 1."""
+    """The number of each row, if they do not count from 1."""
     unit: str = "row"
     columns: tuple[str, ...] | None = None
-    """Where the source says which there are; else those of the first row."""
+    """The columns that the source declares. None for those of the first row."""
     kind: str = ""
     """The suffix of the file, for messages."""
     can_name_column: bool = True
-    """Is it a file whose column a user can name in its place?"""
+    """True if the user can name a column after the file name."""
 
     def place(self, index: int) -> str:
-        """What to call a row."""
+        """The name of a row in messages."""
         return f"{self.where}: {self.unit} {self.number(index)}"
 
     def number(self, index: int) -> int:
@@ -46,16 +46,16 @@ class Table:
         return index + 1 if self.numbers is None else self.numbers[index]
 
     def refused(self, index: int, why: str) -> DataError:
-        """The error for a row that is none of what is read."""
+        """The error for a row of an unsupported type."""
         as_what = f"cannot be read as {self.kind}: " if self.kind else ""
         return DataError(f"{self.where}: {as_what}{self.unit} {self.number(index)} {why}")
 
 
 def documents_of(table: Table, column: str | None = None) -> tuple[list[Document], Origin]:
-    """What the rows hold, those without anything left out; and what became of them.
+    """The documents of the rows, without empty rows, and the origin.
 
-    All text is one document, joined by blank lines: a row is often no more than a line of it. A conversation or a list
-    of token ids is a document each. DataError names the row that cannot be read, or the columns there are.
+    All plain text is one document, joined by blank lines, because a row is often a single line of text. A conversation
+    or a list of token ids is a document each. DataError names an unreadable row, or the existing columns.
     """
     chosen, read = _reader(table, column)
     found: list[Document] = []
@@ -79,7 +79,7 @@ RowReader = Callable[[Any, int], Document | None]
 
 
 def _reader(table: Table, column: str | None) -> tuple[str | None, RowReader]:
-    """The column that is read, None where rows have none, and what reads a row."""
+    """The column that is read (None if rows have none), and the function that reads a row."""
     first = next((row for row in table.rows if row is not None), None)
     if first is not None and not isinstance(first, (dict, str, list, tuple)):
         raise table.refused(table.rows.index(first), 'is not an object with a string "text"')
@@ -120,7 +120,7 @@ def _listed(names: Sequence[str], most: int = 20) -> str:
 
 
 def _holds_text(rows: Sequence[Any], name: str) -> bool:
-    """Is every value of the column a string or null, and one of them more than a number?"""
+    """True if every value of the column is a string or null, and at least one is not a number."""
     some = False
     for row in rows:
         value = row.get(name) if isinstance(row, dict) else None
@@ -139,7 +139,7 @@ def _is_number(value: str) -> bool:
 
 
 def _bare(table: Table) -> RowReader:
-    """Rows without columns."""
+    """A reader for rows without columns."""
 
     def read(row: Any, index: int) -> Document | None:
         if not isinstance(row, str) and not looks_like_messages(row) and not _looks_like_ids(row):
@@ -150,7 +150,7 @@ def _bare(table: Table) -> RowReader:
 
 
 def _of_column(name: str, table: Table) -> RowReader:
-    """Rows that hold one document each, in that column."""
+    """A reader for rows with one document each, in that column."""
     expected = 'is not an object with a string "text"' if name == "text" else f"has no {name!r}"
 
     def read(row: Any, index: int) -> Document | None:
@@ -162,7 +162,7 @@ def _of_column(name: str, table: Table) -> RowReader:
 
 
 def _alpaca(table: Table) -> RowReader:
-    """Rows with an instruction and an answer."""
+    """A reader for rows with an instruction and an answer."""
 
     def read(row: Any, index: int) -> Document | None:
         if not isinstance(row, dict) or "instruction" not in row or not any(name in row for name in ANSWERS):
@@ -198,21 +198,21 @@ def _chat(messages: list[dict[str, Any]], place: str, tools: list[Any] | None) -
 
 
 def _written(text: str, place: str) -> str:
-    """`text` without byte order marks; DataError if it is no text."""
+    """`text` without byte order marks. DataError if it cannot be written as text."""
     if (half := lone_surrogate(text)) is not None:
         raise DataError(f"{place}: holds {half}, half of a character without its other half; correct or remove it")
     return without_marks(text)
 
 
 def _looks_like_ids(value: Any) -> bool:
-    """Is it a list of whole numbers?"""
+    """True for a list of integers."""
     if not isinstance(value, (list, tuple)) or not value:
         return False
     return all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
 
 
 def _unmasked(ids: Sequence[int], mask: Any) -> list[int]:
-    """Without padding."""
+    """The ids without padding."""
     mask = mask.tolist() if hasattr(mask, "tolist") else mask
     if not isinstance(mask, (list, tuple)) or len(mask) != len(ids):
         return list(ids)

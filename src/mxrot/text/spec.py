@@ -1,7 +1,7 @@
-"""What a user calls a text: [NAME=]PLACE[:COLUMN][@WEIGHT].
+"""The name of a text on the command line: [NAME=]PLACE[:COLUMN][@WEIGHT].
 
-PLACE is `demo`, a file, a folder, or a data set of the hub, which has [:CONFIG[:SPLIT[:COLUMN]]] after its id. What is
-there as a file or folder is that, whatever signs its name has.
+PLACE is `demo`, a file, a folder, or a data set of the hub, with [:CONFIG[:SPLIT[:COLUMN]]] after its id. An existing
+file or folder takes precedence, whatever characters its name has.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _WEIGHT = re.compile(r"(.+)@([0-9.]+(?:[eE][+-]?[0-9]+)?)")
 
 @dataclass(frozen=True)
 class Spec:
-    """The parts of it."""
+    """The parts of a name."""
 
     name: str
-    """Empty where none is given."""
+    """Empty if none is given."""
     place: str
     column: str | None = None
     weight: float | None = None
 
 
 def parse_spec(spec: str) -> Spec:
-    """ConfigError if its weight is not a positive number."""
+    """The parts of `spec`. ConfigError if its weight is not a positive number."""
     if exists(spec):
         return Spec("", spec)
     weight = None
@@ -48,7 +48,7 @@ def parse_spec(spec: str) -> Spec:
 
 
 def exists(place: str) -> bool:
-    """Is there anything at this path?"""
+    """True if this path exists."""
     try:
         return bool(place) and Path(place).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long, a zero byte, no such user

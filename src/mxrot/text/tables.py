@@ -18,7 +18,7 @@ from mxrot.text.rows import Table
 
 
 def read_json(data: bytes, path: Path, column: str | None = None) -> Table:
-    """An array of rows, one row a line, or one object: whichever the file holds, whatever its name says."""
+    """The rows of an array, of JSON lines, or of one object, by the content of the file and not by its name."""
     content = decode(data, path)
     start = content.lstrip()
     if start.startswith("["):
@@ -34,7 +34,7 @@ def read_json(data: bytes, path: Path, column: str | None = None) -> Table:
 
 
 def _rows_of_object(whole: dict[str, Any], column: str | None) -> list[Any]:
-    """The rows in an object that does nothing but hold them, as {"data": [...]}; else the object is the only row."""
+    """The rows in an object that only holds them, as {"data": [...]}. Any other object is the only row."""
     lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
     holds_rows = len(lists) == 1 and not looks_like_messages(lists[0]) and column not in whole and "text" not in whole
     return lists[0] if holds_rows else [whole]
@@ -49,7 +49,7 @@ def _is_json(text: str) -> bool:
 
 
 def _parsed_whole(content: str, path: Path) -> Any:
-    """The one value of a file; None if it holds more than one, as lines."""
+    """The value of a file. None if it holds several values, one a line."""
     try:
         value, end = json.JSONDecoder().raw_decode(content, len(content) - len(content.lstrip()))
     except RecursionError as error:
@@ -78,7 +78,7 @@ def _json_lines(content: str, path: Path) -> Table:
 
 
 def read_separated(data: bytes, path: Path, separator: str) -> Table:
-    """CSV or TSV with a line of names; a semicolon separates where the names have some and no comma."""
+    """CSV or TSV with a header line. The separator is a semicolon if the header has semicolons and no comma."""
     content = decode(data, path)
     header_line = content.split("\n", 1)[0]
     if separator == "," and ";" in header_line and "," not in header_line:
@@ -106,7 +106,7 @@ def read_separated(data: bytes, path: Path, separator: str) -> Table:
 
 @contextmanager
 def _fields_of_any_length() -> Iterator[None]:
-    """csv refuses fields of more than 128 kB, by a setting of the whole process."""
+    """While open, csv accepts fields of more than 128 kB. The limit is a setting of the whole process."""
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield
@@ -142,7 +142,7 @@ def read_arrow(data: bytes, path: Path, column: str | None = None) -> Table:
 
 
 def _wanted(names: tuple[str, ...], column: str | None) -> list[str] | None:
-    """Only what will be read, where that is known: the others may be large."""
+    """The columns to read, if they are known, because the others may be large."""
     chosen = column if column is not None else "text"
     return (
         [name for name in (chosen, "attention_mask", "system", "tools") if name in names] if chosen in names else None

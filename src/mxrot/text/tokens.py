@@ -13,30 +13,32 @@ from mxrot.progress import Progress, silent
 from mxrot.text.document import Chat, Document, Text
 
 TEMPLATE_DATE = "26 Jul 2024"
-"""For templates that write a date: with that of today no run could be done again. It is what those of Llama 3 write."""
+"""The date for templates that write one, so that a run can be repeated on another day. It is the default of Llama 3's
+template."""
 CHARACTERS_THAT_TAKE_TIME = 1_000_000
-"""From so many on, progress is told: that is about a second."""
+"""The number of characters, about a second's work, above which progress is shown."""
 _DOCUMENTS_BETWEEN_SIGNS = 64
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The model that reads a text, as far as it decides about the tokens."""
+    """The properties of the model that decide about the tokens of a text."""
 
     tokenizer: Any
     start: int | None = None
-    """What each window must begin with; None where windows may begin anywhere."""
+    """The token that each window must begin with. None if there is none."""
     embedding_rows: int | None = None
-    """Token ids must lie below; None where it is not known."""
+    """The upper bound of token ids. None if it is not known."""
 
 
 def token_ids(text: Text, reader: Reader, progress: Progress = silent) -> Tensor:
-    """The tokens of all documents of a text, one after the other, int64 [N].
+    """The tokens of all documents of a text, concatenated, int64 [N].
 
-    Each is tokenized by itself, with the tokens that the tokenizer puts around a text; where it puts none, documents of
-    text are joined by blank lines and tokenized as one string. A conversation has the tokens that the chat template
-    writes, and no others. With a `start`, which windows get, no document has it.
-    ConfigError if there is a conversation and no template, DataError if the template refuses one.
+    Each document is tokenized separately, with the special tokens that the tokenizer adds around a text. If it adds
+    none, text documents are joined by blank lines and tokenized as one string. A conversation has only the tokens that
+    the chat template writes. If the reader has a `start`, windows get it, and documents do not contain it.
+
+    ConfigError for a conversation without a template, DataError if the template refuses one.
     """
     documents = _joined(text.documents, reader)
     total = max(1, len(documents))
@@ -55,14 +57,14 @@ def token_ids(text: Text, reader: Reader, progress: Progress = silent) -> Tensor
 
 
 def _characters(documents: list[Document]) -> int:
-    """About as many as are to be tokenized."""
+    """The approximate number of characters to be tokenized."""
     prose = sum(len(document) for document in documents if isinstance(document, str))
     chats = (document.messages for document in documents if isinstance(document, Chat))
     return prose + sum(len(message["content"]) for messages in chats for message in messages)
 
 
 def check_ids(ids: Tensor, name: str, reader: Reader) -> None:
-    """ConfigError if a token has no row in the embedding."""
+    """ConfigError if a token id has no row in the embedding."""
     if reader.embedding_rows is None or ids.numel() == 0:
         return
     wrong = ids[(ids < 0) | (ids >= reader.embedding_rows)]
@@ -77,12 +79,12 @@ def check_ids(ids: Tensor, name: str, reader: Reader) -> None:
 
 
 def adds_tokens(tokenizer: Any) -> bool:
-    """Does the tokenizer put tokens of its own around a text?"""
+    """True if the tokenizer adds special tokens around a text."""
     return len(tokenizer("", verbose=False)["input_ids"]) > 0
 
 
 def _joined(documents: tuple[Document, ...], reader: Reader) -> list[Document]:
-    """The documents that are tokenized apart."""
+    """The documents that are tokenized separately."""
     if sum(isinstance(document, str) for document in documents) < 2:
         return list(documents)
     if reader.start is None and adds_tokens(reader.tokenizer):
@@ -111,7 +113,7 @@ def _ids_of(document: Document, reader: Reader) -> Any:
 
 
 def _rendered(chat: Chat, tokenizer: Any) -> str:
-    """A conversation as the model's chat template writes it."""
+    """The text of a conversation by the model's chat template."""
     import jinja2
 
     if not getattr(tokenizer, "chat_template", None):
@@ -128,7 +130,7 @@ def _rendered(chat: Chat, tokenizer: Any) -> str:
 
 
 def _spelled(token: int, tokenizer: Any) -> str:
-    """A token as its tokenizer spells it, if it knows it."""
+    """The token's string in the tokenizer's vocabulary, if it is known."""
     try:
         word = tokenizer.convert_ids_to_tokens(token)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):

@@ -1,6 +1,7 @@
-"""What a chat template puts around the turns of a conversation: before what a user says, and between the speakers.
+"""The tokens that a chat template puts around the turns of a conversation: before the user's text, and between
+speakers.
 
-A model that was trained on conversations writes the user's turn, too, after what stands before it (Magpie, arXiv
+A model that was trained on conversations also writes the user's turn, after the tokens before it (Magpie, arXiv
 2406.08464, section 2.1).
 """
 
@@ -12,25 +13,25 @@ from typing import Any
 from mxrot.text.tokens import TEMPLATE_DATE
 
 _MARKS = ("zqxuserone", "zqxanswer", "zqxusertwo")
-"""What the speakers say in a conversation that is rendered to see what stands around it: in no template."""
+"""The texts of the speakers in a sample conversation, which shows the tokens around them. No template contains them."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Token ids that a chat template writes, without any that a speaker says."""
+    """Token ids that a chat template writes, without the texts of the speakers."""
 
     opening: tuple[int, ...]
-    """Before what a user says first."""
+    """Before the user's first text."""
     answer: tuple[int, ...]
-    """Between what the user says and the answer."""
+    """Between the user's text and the answer."""
     question: tuple[int, ...]
-    """Between the answer and what the user says next."""
+    """Between the answer and the user's next text."""
     ends: tuple[int, ...] = ()
-    """Special tokens that end a turn: the first ones between two speakers, where these are special."""
+    """Special tokens that end a turn: the first ones between two speakers, if they are special."""
 
 
 def turns_of(tokenizer: Any) -> Turns | None:
-    """The turns of a tokenizer's chat template; None if it has none, or one that takes no plain conversation."""
+    """The turns of a tokenizer's chat template. None if it has none, or if it accepts no plain conversation."""
     import jinja2
 
     if not getattr(tokenizer, "chat_template", None):

@@ -1,4 +1,4 @@
-"""Windows of tokens, which calibration and evaluation read; and what of a text is in none."""
+"""Windows of tokens for calibration and evaluation, and the tokens that are in none of them."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class Windows:
 
     text: Text
     ids: Tensor
-    """int64 [W, T]; none yet where the model is to write them."""
+    """int64 [W, T]. Empty if the model is yet to write them."""
     tokens: int
-    """Of the text, without those that windows begin with."""
+    """The tokens of the text, without the start tokens of windows."""
     whole: int
-    """Windows that the text fills, of which `ids` are some or all."""
+    """The number of windows that the text fills. `ids` are some or all of them."""
     left_out: int
-    """Tokens after the last of them, which fill none."""
+    """The number of tokens after the last window, which fill none."""
     ends: bool
-    """Is the last of those the end-of-text token?"""
+    """True if the last of these is the end-of-text token."""
     asked: int | None = None
-    """How many windows were asked for; None for all."""
+    """The requested number of windows. None for all."""
 
     @property
     def to_write(self) -> int:
-        """Windows that the model is to write."""
+        """The number of windows that the model is to write."""
         return self.whole if isinstance(self.text.content, Own) else 0
 
     def as_table(self) -> dict[str, Any]:
-        """What a record says of them."""
+        """The entry for a record."""
         return {
             "name": self.text.name,
             "sha256": self.text.digest,
@@ -63,12 +63,14 @@ def read_windows(
     spread: bool = False,
     progress: Progress = silent,
 ) -> Windows:
-    """Windows of `seq_len` tokens without overlap; the tail that fills none is left out, and counted.
+    """Windows of `seq_len` tokens without overlap. The tail that fills no window is left out, and counted.
 
-    With a `limit` the first ones are kept, or with `spread` evenly spaced ones. Where the reader has a start, it stands
-    before the text of each. Windows that were given keep their own length.
-    Of a text that the model is to write there are none, and `whole` says how many it is to write.
-    DataError if the text does not fill one window; ConfigError if a token of those kept is beyond the embedding.
+    With a `limit` the first ones are kept, or with `spread` evenly spaced ones. If the reader has a start, it comes
+    before the text of each window. Given windows keep their own length.
+
+    A text that the model is to write has no windows yet, and `whole` is the number to write.
+
+    DataError if the text does not fill one window. ConfigError if a kept token is beyond the embedding.
     """
     if seq_len < 2:
         raise ConfigError(f"seq_len must be at least 2, got {seq_len}")
@@ -96,12 +98,12 @@ def read_windows(
 def token_windows(
     text: Text, tokenizer: Any, seq_len: int, limit: int | None, spread: bool = False, start: int | None = None
 ) -> Tensor:
-    """The windows alone, int64 [W, seq_len], for a tokenizer whose model is not known."""
+    """Only the windows, int64 [W, seq_len], for a tokenizer whose model is not known."""
     return read_windows(text, Reader(tokenizer, start), seq_len, limit, spread).ids
 
 
 def _cut(ids: Tensor, name: str, seq_len: int, start: int | None) -> tuple[Tensor, Tensor]:
-    """Windows, and the tokens that are left."""
+    """The windows, and the remaining tokens."""
     length = seq_len - (start is not None)
     count = len(ids) // length
     if count == 0:
@@ -115,7 +117,7 @@ def _cut(ids: Tensor, name: str, seq_len: int, start: int | None) -> tuple[Tenso
 
 
 def _checked(windows: Tensor, name: str, reader: Reader) -> Tensor:
-    """Windows that were given; ConfigError if this model cannot read them."""
+    """Given windows, unchanged. ConfigError if this model cannot read them."""
     if windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ConfigError(f"{name}: windows of shape {tuple(windows.shape)}; expected at least one, of two tokens")
     if reader.start is not None:
