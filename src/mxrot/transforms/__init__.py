@@ -1,6 +1,6 @@
 """Input transforms, the stages they consist of, and the methods that build them.
 
-Each method and each kind of stage is one class in a file of this package. They are found by importing these files.
+Each method and each kind of stage is one class in a file of this package. They are found by scanning these files.
 """
 
 import inspect

@@ -4,20 +4,20 @@ A transform that balances second moments leaves a block of channels the error (t
 values of L_w^T L_x, with S_x = L_x L_x^T and S_w = L_w L_w^T the block's moments of inputs and weights
 (transforms/moments). So an order is good if F = sum_g (tr S_g)^2 is small. Let a_i^2 = S_x,ii S_w,ii, and let r and q
 be the correlations of two channels in S_x and in S_w. A block of these two alone has the trace a_i + a_j - v_ij with
-(ours: for two rows, the trace of the root is the root of the trace plus twice the root of the determinant)
+(ours: for a matrix M of two rows, tr M^(1/2) = (tr M + 2 (det M)^(1/2))^(1/2))
 
     v_ij = a_i + a_j - (a_i^2 + a_j^2 + 2 a_i a_j (r q + ((1 - r^2) (1 - q^2))^(1/2)))^(1/2)
 
 - "balanced": the sums of a_i are made equal. Channels are dealt in decreasing order, each to the cheapest block that is
   not full.
 - "correlated": starting from there, pairs of channels in two blocks change places. v suggests which exchanges may help:
-  the worth of a channel in a block is a share k_g of the sum of its v there, with k_g from the block's own trace, tr
-  S_g = sum_i a_i - k_g sum_(i<j) v_ij. The traces themselves give the effect of an exchange, and one that makes F
+  the worth of a channel in a block is a share k_g of the sum of its v there, with k_g taken from the block's own trace,
+  tr S_g = sum_i a_i - k_g sum_(i<j) v_ij. The traces themselves give the effect of an exchange, and one that makes F
   larger is taken back.
 
-If the new order does not make F smaller, the old order stays. Otherwise the blocks are put in decreasing order of tr
-S_g, so that GPTQ rounds the largest first. Several sets of moments may share one order (the query heads that read one
-value head). F is then their sum.
+If the new order does not make F smaller, the old order stays. Otherwise the blocks are sorted by decreasing tr S_g, so
+that GPTQ rounds the largest first. Several sets of moments may share one order (the query heads that read one value
+head). F is then their sum.
 """
 
 from __future__ import annotations
