@@ -184,9 +184,9 @@ def _statistics(run: BlockRun, part: Part, site: Site, transform: SiteTransform 
 def folds_of(groups: Mapping[str, Moments], requirements: Requirements) -> tuple[list[Moments], list[Fold]]:
     """The moments of everything to fit to, in parts, and the folds for the choice of candidates.
 
-    "windows": a fold of all kinds and their held-out windows. "kinds": for each kind, a fold of that kind and the
-    held-out windows of the others, if there are several kinds. No folds if nothing is held out. The kinds in `groups`
-    may be overwritten.
+    "windows": all kinds together, with a fold for the held-out windows of each kind. "kinds": each kind, with a fold
+    for the held-out windows of each other kind. With one kind both are the same. No folds if nothing is held out. The
+    kinds in `groups` may be overwritten.
     """
     kinds = {name: one for name, one in groups.items() if not name.startswith(HELD)}
     held = {name: groups[f"{HELD} {name}"] for name in kinds if f"{HELD} {name}" in groups}
