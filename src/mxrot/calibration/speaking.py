@@ -29,7 +29,7 @@ class Speakers:
             row[: len(part)] = torch.tensor(part, device=device)
         self._answers = torch.zeros(count, dtype=torch.int64, device=device)  # 1 during an answer
         self._said = torch.zeros(count, dtype=torch.int64, device=device)
-        self._written = torch.full((count,), -1, dtype=torch.int64, device=device)  # tokens written between two turns, or -1
+        self._written = torch.full((count,), -1, dtype=torch.int64, device=device)  # of the tokens between, or -1
 
     def next(self, drawn: Tensor, given: Tensor | None) -> Tensor:
         """The tokens [S] to write after the model has drawn `drawn`. Rows whose token is `given` (bool) wait."""

@@ -76,7 +76,7 @@ class WritingSizes:
 
     @property
     def drawing(self) -> Drawing:
-        """The first tokens that the model draws. It has no rounds if none are drawn."""
+        """The first tokens that the model draws; for no sequence if first tokens are not drawn."""
         free = self.sequences * (1 - self.choice.prompted - self.choice.chats)
         tokens, rounds = (BURN_IN, BURN_INS) if start_token(self.config) is None else (2, 1)
         return Drawing(round(DRAWN_SHARES[self.choice.first] * free), tokens, rounds)

@@ -79,7 +79,7 @@ class RunRecord:
     choice: list[Trial] | None = None
     """The tried candidates, in order; None if there was no choice."""
     left_out_of_recipe: list[str] = field(default_factory=list)
-    """The parts of the given recipe that the model does not support, one sentence each. They are not in `recipe`."""
+    """The parts of the given recipe that the model had no room for, one sentence each. They are not in `recipe`."""
     rotation_losses: list[float] | None = None
     """The cross entropy of the next token, in nats, before each step of the training of rotations, on the windows of
     that step; None without training."""

@@ -90,8 +90,8 @@ def quantize(
 ) -> QuantizedModel:
     """Quantize a model, given by its source or its folder.
 
-    Parts of the recipe that the model does not support are left out (mxrot.suited), and the record says so. Rotations
-    of the recipe are merged into the weights first. Everything else is read from the rotated model.
+    Parts of the recipe that the model has no room for are left out (mxrot.suited), and the record says so. Rotations of
+    the recipe are merged into the weights first. Everything else is read from the rotated model.
 
     `windows` are calibration token windows [W, T] (None for a recipe that needs no data). The first `given` are text
     and the others were written by the model; by default all are text. Computes on `device`, in the checkpoint's own
