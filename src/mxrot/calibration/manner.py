@@ -21,7 +21,7 @@ class Manner:
     chats: float = 0.0
     """The share of conversations, in which the model is both speakers. It counts as 0 without `turns`."""
     temperatures: tuple[float, ...] = (1.0,)
-    """The sampling temperatures. The sequences of each kind take them in turn."""
+    """Sampling temperatures, taken in turn by each kind's sequences."""
     turns: Turns | None = None
     """The turns of the model's chat template."""
 

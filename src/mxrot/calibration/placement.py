@@ -62,7 +62,7 @@ class Placement:
     device: torch.device
     """The device on which blocks compute."""
     is_on_host: bool = False
-    """True if they lie in host memory instead of on the device."""
+    """True if in host memory instead of on the device."""
     folder: Path | None = None
     """The folder for nameless memory-mapped files, if they lie on disk. Then `is_on_host` is also set."""
 

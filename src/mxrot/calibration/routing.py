@@ -19,7 +19,7 @@ class Routing:
     executor: Executor
     """The executor of the block."""
     tokens: list[Tensor]
-    """The tokens of each batch, [tokens, H], as the block's placement keeps them."""
+    """Tokens of each batch, [tokens, H], as the block's placement keeps them."""
     chosen: list[Tensor]
     """The experts of each token, int64 [tokens, experts per token]."""
 

@@ -43,10 +43,10 @@ class Room:
     devices: tuple[str, ...]
     """The names of the devices. Quantizing computes on the first."""
     free: tuple[float, ...]
-    """The free bytes of each device."""
+    """For each device."""
     host: float
     disk: float = 0.0
-    """The free bytes in the folder of temporary files."""
+    """Free bytes in the temporary folder."""
 
 
 def room_here(device: torch.device, wanted: float) -> Room | None:
@@ -77,9 +77,9 @@ class Spread:
     at_once: int
     """The number of sequences written side by side."""
     computes: tuple[int, ...]
-    """For each block, the index of the device that computes it."""
+    """The device index for each block."""
     lies: tuple[Place, ...]
-    """For each block, the place of its weights."""
+    """The place of each."""
 
     def device_of(self, block: int) -> str:
         """The device that computes a block."""
@@ -119,7 +119,7 @@ class Spread:
 
     @property
     def steps(self) -> int:
-        """The total number of passes over the weights."""
+        """The total passes over the weights."""
         drawing = self.sizes.drawing
         drawn = drawing.rounds * drawing.tokens * self.rounds(drawing.sequences)
         return self.rounds(self.sizes.sequences) * self.sizes.length + drawn

@@ -21,9 +21,9 @@ from mxrot.errors import DataError
 T = TypeVar("T")
 
 MOST_DIMENSIONS = 8
-"""The most dimensions of a tensor that is reduced or gathered."""
+"""The most dimensions of an exchanged tensor."""
 BUCKET_ELEMENTS = 1 << 24
-"""The number of elements of small tensors that are summed together."""
+"""Elements of small tensors that are summed together."""
 _DTYPES = (
     torch.float64,
     torch.float32,

@@ -24,7 +24,7 @@ class Drawing:
 
     sequences: int
     tokens: int
-    """The tokens that the model writes for one of them."""
+    """Tokens the model writes for one."""
     rounds: int
     """The number of rounds."""
 
@@ -76,7 +76,7 @@ class WritingSizes:
 
     @property
     def drawing(self) -> Drawing:
-        """The first tokens that the model draws; for no sequence if first tokens are not drawn."""
+        """The drawn first tokens; for no sequence if none are drawn."""
         free = self.sequences * (1 - self.choice.prompted - self.choice.chats)
         tokens, rounds = (BURN_IN, BURN_INS) if start_token(self.config) is None else (2, 1)
         return Drawing(round(DRAWN_SHARES[self.choice.first] * free), tokens, rounds)

@@ -155,4 +155,4 @@ class _Memory(Source):
         return iter(())
 
     def prefetch(self, index: int) -> None:
-        """Nothing to do: everything is in memory."""
+        """Nothing: it is in memory."""

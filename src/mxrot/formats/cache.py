@@ -55,7 +55,7 @@ class CacheScheme:
 
     @property
     def by_name(self) -> dict[str, TensorQuantizer]:
-        """The quantizers, by their names in recipes and checkpoints."""
+        """By their names in recipes and checkpoints."""
         return {"keys": self.keys, "values": self.values}
 
     @property

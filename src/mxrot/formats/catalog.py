@@ -57,7 +57,7 @@ class Format:
         return self.uniform.scale
 
     def block_in(self, columns: int) -> int:
-        """The number of elements of a block in a row of `columns` elements, at least 1."""
+        """Elements of a block in a row of `columns` elements, at least 1."""
         if self.block is None:
             return max(columns, 1)
         sizes = range(self.longest_block or self.block, self.block, -self.block)

@@ -64,8 +64,8 @@ def _split(maxima: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def third_exponents(maxima: Tensor, element: Element) -> Tensor:
-    """floor(log2 amax), for scales that are divided by 3: amax lands in [max / 2, max) of E2M1 (FP-Quant, arXiv
-    2509.23202)."""
+    """floor(log2 amax), for scales that are divided by 3: amax lands in [max / 2, max) of E2M1 (FP-Quant,
+    arXiv 2509.23202)."""
     return binary_exponents(maxima)
 
 

@@ -26,8 +26,8 @@ def from_mxfp4(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
 def from_tiles(codes: Tensor, factors: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Dequantize a matrix [N, K] with one factor per tile (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 
-    `codes` have a floating-point type. A tile has `rows` rows and `columns` columns; `factors` are float32 [ceil(N /
-    rows), ceil(K / columns)].
+    `codes` have a floating-point type. A tile has `rows` rows and `columns` columns; `factors` are float32
+    [ceil(N / rows), ceil(K / columns)].
     """
     n, k = codes.shape
     of_columns = factors.float().repeat_interleave(columns, dim=1)[:, :k]

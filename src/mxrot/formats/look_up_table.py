@@ -130,7 +130,7 @@ def nearest_levels(blocks: Tensor) -> Tensor:
 
 
 def _nearest_levels(blocks: Tensor) -> Tensor:
-    """Like `nearest_levels`, for blocks [M, B]."""
+    """For blocks [M, B]."""
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     x = (blocks / torch.where(largest > 0, largest, 1)).sort(dim=-1).values
     size = x.shape[-1]

@@ -37,7 +37,7 @@ class AttentionOperands:
 
     @property
     def by_name(self) -> dict[str, TensorQuantizer | None]:
-        """The quantizers, by their names in recipes and checkpoints."""
+        """By their names in recipes and checkpoints."""
         return {"queries_keys": self.queries_keys, "probabilities_values": self.probabilities_values}
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from mxrot.formats.element import Element
 
 SHRINKS = 100
-"""The number of factors p = 1 - i / SHRINKS, for i from 0 on."""
+"""The factors p are 1 - i / SHRINKS, for i from 0 on."""
 POWER = 2.4
 SEARCHED_ELEMENTS = 1 << 20
 """The number of elements searched at once. The factors are tried in turn, so each element takes little memory."""
@@ -32,7 +32,7 @@ def shrunk_maxima(blocks: Tensor, maxima: Tensor, element: Element) -> Tensor:
 
 
 def _best_shrinks(blocks: Tensor, maxima: Tensor, element: Element) -> Tensor:
-    """The best factor of each block [M, B], in the type of `maxima` [M]."""
+    """Best factor of each block [M, B], in the type of `maxima` [M]."""
     relative = (blocks / torch.where(maxima > 0, maxima, 1.0)[:, None]).float()
     best = torch.ones_like(maxima)
     least = torch.full_like(maxima, torch.inf, dtype=torch.float32)

@@ -29,7 +29,7 @@ from mxrot.transforms import generator_for
 from mxrot.tuning import Check, tune_block
 
 TUNING_SHARE = 0.8
-"""The approximate share of tuning in the time for a block that is tuned by itself."""
+"""Tuning's rough share of the time for a block tuned by itself."""
 
 
 def quantize_block(

@@ -40,14 +40,14 @@ from mxrot.scheme import Scheme
 LOGIT_TOKENS = 2048
 """The number of positions whose logits exist at once."""
 LEAST_KL = 1e-9
-"""The least value, in nats per token. A smaller KL counts as this, so that it has a logarithm."""
+"""The least KL in nats per token: a smaller one counts as this, to have a logarithm."""
 QUANTIZING_SHARE = 0.9
-"""The approximate share of quantizing in the time for a candidate. The rest is measuring."""
+"""Quantizing's rough share of the time for a candidate; the rest is measuring."""
 
 
 Quantize = Callable[[Recipe, Tensor, int, Progress], PreTrainedModel]
-"""Quantizes the model with another recipe and keeps it in memory. Arguments: the recipe, the windows, how many of them
-are given text, the progress."""
+"""Quantizes the model with another recipe and keeps it in memory. It takes the windows, how many are given text, and
+the progress."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Fold:
     written: Tensor
     """The windows written by the model."""
     measured: dict[str, Tensor]
-    """The windows to measure on, by the kind of their text."""
+    """The measured windows, by kind of text."""
 
     def fitted(self, share: float) -> Tensor:
         """The windows to fit to, with this share of the written ones."""

@@ -37,7 +37,7 @@ class QuantizedHead(NamedTuple):
     """The head as a checkpoint stores it."""
 
     tensors: dict[str, Tensor]
-    """The tensors by their names in the checkpoint, bias included; on the CPU."""
+    """By their names in the checkpoint, bias included; on the CPU."""
     report: LinearReport
 
 

@@ -36,7 +36,7 @@ class Wanted:
     shape: tuple[int, ...]
     """The shape of the order. Its last dimension is the channels."""
     sets: int
-    """The number of sets that share an order."""
+    """Sets that share an order."""
     block: int
     kind: ChannelOrder
 
@@ -75,7 +75,7 @@ class Orders:
             self.find()
 
     def _count(self, rank: int) -> int:
-        """The number of orders that this process will find."""
+        """The number of orders it will find."""
         return sum(by == rank for _, by, _ in self._left)
 
     def find(self) -> None:
@@ -224,6 +224,6 @@ def _moments(run: BlockRun, part: Part, site: Site) -> Pair:
 
 
 def diagonal_blocks(moments: Tensor, width: int) -> Tensor:
-    """The diagonal blocks [K / width, width, width] of [K, K]."""
+    """The blocks [K / width, width, width] of [K, K]."""
     count = len(moments) // width
     return moments.unflatten(0, (count, width)).unflatten(2, (count, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)

@@ -14,7 +14,7 @@ from mxrot.tuning import Check
 
 @dataclass(frozen=True)
 class LinearReport:
-    """The errors and statistics of one quantized linear."""
+    """The errors of one quantized linear."""
 
     name: str
     shape: tuple[int, int]
@@ -34,7 +34,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """The errors and statistics of one quantized decoder block."""
+    """The errors of one quantized decoder block."""
 
     index: int
     seconds: float
@@ -56,7 +56,7 @@ class Trial:
     score: float
     """The geometric mean of these."""
     is_kept: bool
-    """True if the score is less than all before."""
+    """True if less than all before."""
 
 
 @dataclass

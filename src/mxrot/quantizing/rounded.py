@@ -25,7 +25,7 @@ from mxrot.rounding.held_out import Fold, Moments
 from mxrot.transforms import SiteTransform
 
 ERROR_ELEMENTS = 1 << 24
-"""The number of weights whose error is computed at once."""
+"""The weights whose error is computed at once."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RoundedRows:
     lost: Tensor
     """The Frobenius norm of the error of the transformed weights, a scalar."""
     norm: Tensor
-    """The Frobenius norm of the transformed weights."""
+    """The norm of the transformed weights."""
     remainder: Tensor | None
     """As in `RoundedLinear`."""
 
@@ -50,7 +50,7 @@ class RoundedLinear:
     """Relative Frobenius error of the transformed weights, a scalar."""
     damping: float | None
     remainder: Tensor | None
-    """Each weight before rounding minus its rounded value, bfloat16; None unless tuning follows."""
+    """Each weight minus its rounded value, bfloat16; None unless tuning follows."""
     tokens: int | None
     """The number of tokens in the mean of the Hessian; None without one."""
     target_strength: float | None = None
@@ -250,7 +250,7 @@ def error_norms(weight: QTensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm(norms: Sequence[Tensor]) -> Tensor:
-    """The norm of a matrix, from the norms of groups of its rows."""
+    """The norm of a matrix, from those of groups of rows."""
     return norms[0] if len(norms) == 1 else torch.stack(list(norms)).norm()
 
 

@@ -151,7 +151,7 @@ class _Job:
     model: PreTrainedModel
     """A skeleton at first. Blocks get their tensors in turn."""
     store: BlockStore | None
-    """The store; with several processes, only the first one has it."""
+    """With several processes, only the first one has it."""
     progress: Progress
     is_stored: bool
     """True if there is a store, here or in the first process."""

@@ -39,11 +39,11 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Rounded:
-    """Quantized weights, with what rounding changed and the damping it used."""
+    """Quantized weights, with error and damping."""
 
     weight: QTensor
     remainder: Tensor
-    """The weight before rounding minus the weight after, float64 [N, K], column by column at the time of rounding."""
+    """Each weight before rounding, at its turn, minus its rounded value, float64 [N, K]."""
     damping: float | None = None
     """The damping with which the Hessian could be factorized, relative to its mean diagonal. None without a Hessian."""
 
@@ -76,7 +76,7 @@ class RoundingMethod(ABC):
 
     @property
     def requirements(self) -> Requirements:
-        """Nothing, unless a method overrides it."""
+        """Nothing by default."""
         return Requirements()
 
     @property
@@ -86,7 +86,7 @@ class RoundingMethod(ABC):
 
     @property
     def chooses_target(self) -> bool:
-        """True if `chosen` decides the target's damping."""
+        """True if `chosen` chooses that damping."""
         return False
 
     @property
@@ -96,7 +96,7 @@ class RoundingMethod(ABC):
 
     @property
     def tried_dampings(self) -> int:
-        """The number of dampings for which `chosen` rounds a sample of rows, for each fold."""
+        """Roundings of a sample of rows tried per fold."""
         return 0
 
     @property

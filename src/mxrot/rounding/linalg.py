@@ -97,7 +97,7 @@ def _identity(matrix: Tensor, overwrites: bool) -> Tensor:
 
 
 def _copy_reversed(source: Tensor, target: Tensor) -> None:
-    """Write J S J of a matrix S [K, K] to `target`, some rows at a time."""
+    """Write J S J of a matrix [K, K], some rows at a time."""
     width = len(source)
     rows = max(1, COPIED_ELEMENTS // max(1, width))
     for start in range(0, width, rows):

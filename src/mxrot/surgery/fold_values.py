@@ -15,8 +15,8 @@ from mxrot.surgery.smooth import Weights
 
 
 def reader_moments(reader: Tensor, heads: int, width: int) -> Tensor:
-    """W^T W summed over the query heads that read each value head: float64 [heads, D, D], from the reader's weight [N,
-    Q * D]."""
+    """W^T W summed over the query heads that read each value head: float64 [heads, D, D], from the reader's weight
+    [N, Q * D]."""
     columns = reader.double().unflatten(1, (heads, -1, width)).permute(1, 2, 0, 3).flatten(1, 2)
     return columns.mT @ columns
 

@@ -60,7 +60,7 @@ class BlockFormat(Protocol):
 
 @dataclass(frozen=True)
 class FitSize:
-    """The sizes of one site's fit, for estimates of memory and time."""
+    """The size of the fit at one site."""
 
     outputs: int
     """The rows of the weights that are fitted together, N."""

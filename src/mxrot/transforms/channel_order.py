@@ -33,7 +33,7 @@ ChannelOrder = Literal["none", "balanced", "correlated"]
 ROUNDS = 64
 """The most rounds of exchanges. A block takes part in one exchange per round."""
 ROWS = 128
-"""The number of rows of v that are computed at once."""
+"""The rows of v computed at once."""
 PART, FEWEST = 4, 256
 """A round considers one channel in PART, at least FEWEST: those that other blocks attract most."""
 NARROW = 128

@@ -23,8 +23,8 @@ DAMPING = 0.01
 def head_transforms(kept: Tensor, readers: Tensor) -> Tensor:
     """T of each head, float64 [heads, D, D] with |det T| = 1.
 
-    `kept` and `readers` are the second moments of the cached rows and of their readers, both symmetric float64 [heads,
-    D, D]. A head with zero moments in either gets the Hadamard matrix.
+    `kept` and `readers` are the second moments of the cached rows and of their readers, both symmetric float64
+    [heads, D, D]. A head with zero moments in either gets the Hadamard matrix.
     ConfigError for a width D without a Hadamard matrix; torch.linalg.LinAlgError for moments that are not finite.
     """
     found = balancing_transform(kept, readers, DAMPING).matrices

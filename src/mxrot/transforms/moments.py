@@ -8,13 +8,13 @@ L_x^T, S_w = L_w L_w^T (Cholesky) and L_w^T L_x = U S V^T (SVD), the transform i
 with H the orthonormal Hadamard matrix. Inputs and weights get the same second moments, their product of traces is the
 least that any invertible T can reach, and H gives every channel the same share.
 
-`brake` l is KBBQ's (2026-07): T = L_w U S^(-l/2) H = L_x^-T V S^(1 - l/2) H leaves inputs with the moments H^T S^(2 -
-l) H and weights with H^T S^l H. l = 1 is the transform above.
+`brake` l is KBBQ's (2026-07): T = L_w U S^(-l/2) H = L_x^-T V S^(1 - l/2) H leaves inputs with the moments
+H^T S^(2 - l) H and weights with H^T S^l H. l = 1 is the transform above.
 
 `open` c counts the error that GPTQ cannot make up for. The rounding error of inputs meets all of S_w. The columns
-behind block g make up for part of the rounding error of its weights. The rest meets the Schur complement of M = E[x^T
-x] given these columns, S_open = R_gg R_gg^T with M = R R^T, R upper triangular. Both errors together are least if S_x
-is replaced by S_x + c S_open. The complement is taken where GPTQ walks, of T^T M T with the T of c = 0, plus
+behind block g make up for part of the rounding error of its weights. The rest meets the Schur complement of M =
+E[x^T x] given these columns, S_open = R_gg R_gg^T with M = R R^T, R upper triangular. Both errors together are least if
+S_x is replaced by S_x + c S_open. The complement is taken where GPTQ walks, of T^T M T with the T of c = 0, plus
 `open_damping` of its mean diagonal, and transformed back.
 
 With `sharing = "site"` one T serves all blocks. Each block counts by its share of the output error under an optimal
@@ -189,7 +189,7 @@ def _damped(moments: Tensor, damping: float) -> Tensor:
 
 
 def _traces(moments: Tensor) -> Tensor:
-    """The traces [n, 1, 1] of matrices [n, B, B]."""
+    """Traces: [n, B, B] to [n, 1, 1]."""
     return moments.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None]
 
 

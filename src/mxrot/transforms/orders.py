@@ -1,8 +1,8 @@
 """Hadamard matrices of many orders, and products with them.
 
-The orders are Kronecker products of Sylvester's 2^k, Paley I (q + 1 for a prime power q = 3 mod 4) and Paley II (2 (q +
-1) for q = 1 mod 4) (Paley, J. Math. Phys. 12, 1933; Hedayat and Wallis, Ann. Stat. 6, 1978, section 3). They cover
-nearly every hidden and feed-forward size of a language model. Of all such products for an order, the one with the
+The orders are Kronecker products of Sylvester's 2^k, Paley I (q + 1 for a prime power q = 3 mod 4) and Paley II
+(2 (q + 1) for q = 1 mod 4) (Paley, J. Math. Phys. 12, 1933; Hedayat and Wallis, Ann. Stat. 6, 1978, section 3). They
+cover nearly every hidden and feed-forward size of a language model. Of all such products for an order, the one with the
 fewest additions is taken; in a tie, the one with the larger power of two.
 """
 

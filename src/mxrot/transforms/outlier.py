@@ -59,8 +59,8 @@ def groups_at_once(block: int) -> int:
 def spreading_rotation(size: int) -> Tensor:
     """R~, float64 [size, size]: orthogonal, with its first row uniformly 1/sqrt(size).
 
-    It is the product G_(size-2) ... G_0 of Givens rotations in the planes (i, i + 1), cos = 1/sqrt(i + 2), sin = sqrt(i
-    + 1)/sqrt(i + 2), with rows and columns 0 and size - 1 swapped at the end.
+    It is the product G_(size-2) ... G_0 of Givens rotations in the planes (i, i + 1), cos = 1/sqrt(i + 2), sin =
+    sqrt(i + 1)/sqrt(i + 2), with rows and columns 0 and size - 1 swapped at the end.
     """
     product = torch.eye(size, dtype=torch.float64)
     for i in range(size - 1):

@@ -1,7 +1,7 @@
 """The stages of an input transform, a short tuple. Each is an invertible matrix T on row vectors.
 
-The inputs are multiplied by one stage after the other, and the weights that read them by the inverse transposes (x' = x
-T, W' = W T^-T), so that exactly x' W'^T = x W^T. A `StageSpec` describes a stage without tensors; recipes and
+The inputs are multiplied by one stage after the other, and the weights that read them by the inverse transposes
+(x' = x T, W' = W T^-T), so that exactly x' W'^T = x W^T. A `StageSpec` describes a stage without tensors; recipes and
 config.json use it. A stage has tensors in float64. A checkpoint has those of `Stage.stored`.
 """
 
@@ -73,7 +73,7 @@ class StageSpec(ABC):
         return None
 
     def to_table(self) -> dict[str, Any]:
-        """The spec as a JSON table, which `spec_from_table` reads."""
+        """A JSON table, which `spec_from_table` reads."""
         return {"kind": self.kind, **asdict(self)}
 
 

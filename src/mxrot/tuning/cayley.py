@@ -22,8 +22,8 @@ ROUNDS = 5
 
 
 def cayley_step(matrices: Tensor, gradients: Tensor, rate: float) -> Tensor:
-    """Orthogonal matrices after a step against these gradients, all float64 [n, D, D]. The step of each is min(rate, 1
-    / |A|_1)."""
+    """Orthogonal matrices after a step against these gradients, all float64 [n, D, D]. The step of each is
+    min(rate, 1 / |A|_1)."""
     A = skew_direction(matrices, gradients)
     steps = step_sizes(A, rate)
     return orthonormalized(cayley_curve(matrices, A, steps))

@@ -155,7 +155,7 @@ class ClippedBlock:
         return ClippedBlock(block, tuple(inputs), linears)
 
     def groups(self, options: Tuning) -> list[Group]:
-        """The parameters: both ends of all blocks of weights."""
+        """Both ends of all blocks of weights."""
         ends = [end for linear in self.linears.values() for end in (linear.lower, linear.upper)]
         return [Group(ends, options.clip_rate)] if ends else []
 

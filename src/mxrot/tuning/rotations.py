@@ -100,7 +100,7 @@ def train_rotations(
 
 
 def cosine_rate(step: int, options: Rotation) -> float:
-    """The learning rate: `options.rate` at step 0, falling to 0 after the last."""
+    """From `options.rate` at step 0 to 0 after the last."""
     return options.rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
 
 
