@@ -159,7 +159,7 @@ def check_passes(model: PreTrainedModel, family: Family, ids: Tensor, where: str
 
 
 def find_windows(model: PreTrainedModel, family: Family, ids: Tensor, where: str) -> Windows:
-    """The blocks with a sliding window: their output for the last token does not depend on the first one.
+    """The kind of sliding windows. A block has one if its output for the last token does not depend on the first one.
 
     FamilyError if a token depends on a later one, or if the config does not list these blocks.
     """

@@ -48,8 +48,7 @@ class ScaleRule(ABC):
     dynamic: bool = True
     """True if it may quantize activations at run time."""
     raises_from: Callable[..., int] | None = None
-    """For rules with exponent floor(log2 amax) - emax, or one more: the smallest fraction field of amax that gives one
-    more.
+    """For an exponent floor(log2 amax) - emax or one more: the least fraction field of amax that gives the latter.
 
     Called with (element) for float32, with (element, 2^n) for a float with n fraction bits. None for other rules.
     """

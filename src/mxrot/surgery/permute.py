@@ -70,7 +70,7 @@ def permutable_linears(family: Family, index: int) -> list[str]:
 
 
 def _feeding(family: Family, index: int, linear: str) -> tuple[str, ...]:
-    """The linears whose rows make the channels of `linear`: one row per channel, or one in each half of a linear. None
+    """The linears whose rows make the channels of `linear`: one row per channel, or one in each half of a linear. Empty
     if a row feeds several channels."""
     sites = family.sites_of(index)
     for site in sites:

@@ -1,7 +1,7 @@
 """Second-moment transforms: WUSH (arXiv 2512.00956) balances and spreads the moments of both operands.
 
-Let S_x = E[x_g^T x_g] for a block's inputs and S_w = E[w_g^T w_g] for the weight rows that read it. With S_x = L_x
-L_x^T, S_w = L_w L_w^T (Cholesky) and L_w^T L_x = U S V^T (SVD), the transform is
+Let S_x = E[x_g^T x_g] for a block's inputs and S_w = E[w_g^T w_g] for the weight rows that read it. With
+S_x = L_x L_x^T, S_w = L_w L_w^T (Cholesky) and L_w^T L_x = U S V^T (SVD), the transform is
 
     T = L_x^-T V S^(1/2) H,        T^T S_x T = T^-1 S_w T^-T = H^T S H
 
@@ -12,10 +12,10 @@ least that any invertible T can reach, and H gives every channel the same share.
 H^T S^(2 - l) H and weights with H^T S^l H. l = 1 is the transform above.
 
 `open` c counts the error that GPTQ cannot make up for. The rounding error of inputs meets all of S_w. The columns
-behind block g make up for part of the rounding error of its weights. The rest meets the Schur complement of M =
-E[x^T x] given these columns, S_open = R_gg R_gg^T with M = R R^T, R upper triangular. Both errors together are least if
-S_x is replaced by S_x + c S_open. The complement is taken where GPTQ walks, of T^T M T with the T of c = 0, plus
-`open_damping` of its mean diagonal, and transformed back.
+behind block g make up for part of the rounding error of its weights. The rest meets the Schur complement of
+M = E[x^T x] given these columns, S_open = R_gg R_gg^T with M = R R^T, R upper triangular. Both errors together are
+least if S_x is replaced by S_x + c S_open. The complement is taken where GPTQ walks, of T^T M T with the T of c = 0,
+plus `open_damping` of its mean diagonal, and transformed back.
 
 With `sharing = "site"` one T serves all blocks. Each block counts by its share of the output error under an optimal
 transform of its own: its moments are put on equal traces and weighted by the product of the traces.
