@@ -1,4 +1,4 @@
-"""Forward passes with hooks, and the statistics they leave behind."""
+"""Forward passes with hooks, and the statistics that they collect."""
 
 from mxrot.calibration.executor import Executor
 from mxrot.calibration.first_block import block_arguments, first_executor, first_hidden

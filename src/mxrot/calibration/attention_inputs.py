@@ -1,7 +1,7 @@
-"""What a block's attention function is given: queries, keys and values, after norms, RoPE and whatever the family does.
+"""The inputs of a block's attention function: queries, keys and values after norms, RoPE and other steps of the family.
 
-They are seen at the function itself, which is the one place that all families share: q, k and v may come from one
-linear, or pass norms of their own.
+They are recorded at the function itself, the only place that all families share: q, k and v may come from one linear,
+or pass norms of their own.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mxrot.calibration.statistics import Summed
 from mxrot.kernels import second_moment
 
 SeeHeads = Callable[[Tensor, Tensor, Tensor], None]
-"""Is shown queries [windows, heads, tokens, D], and keys and values [windows, KV heads, tokens, D]."""
+"""Receives queries [windows, heads, tokens, D], and keys and values [windows, KV heads, tokens, D]."""
 NAME = "mxrot_watched_attention"
 _SEE = "sees_attention_inputs"
 
 
 def watched_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    """Show what it was given to who watches, and end the pass."""
+    """Pass the inputs to the watching callback, and end the forward pass."""
     getattr(module, _SEE)(query, key, value)
     raise StopForwardError
 
@@ -39,7 +39,7 @@ AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 
 @contextmanager
 def watched_heads(attention: nn.Module, see: SeeHeads) -> Iterator[None]:
-    """While open, `see` gets the inputs of the attention function of the module `attention`; the pass ends there."""
+    """While open, `see` gets the inputs of the attention function of the module `attention`. The pass ends there."""
     before: Any = attention.config
     own = copy(before)
     own._attn_implementation = NAME
@@ -53,20 +53,21 @@ def watched_heads(attention: nn.Module, see: SeeHeads) -> Iterator[None]:
 
 
 class HeadMoments(Summed):
-    """The mean of x^T x over tokens, head by head: float64 [KV heads, D, D]; products of one batch as in
+    """The mean of x^T x over tokens for each head: float64 [KV heads, D, D]; products of one batch as in
     `second_moment`."""
 
     def update(self, x: Tensor, kept: int) -> None:
-        """Take in one batch [windows, heads, tokens, D]; heads that share one of the `kept` count together."""
+        """Add one batch [windows, heads, tokens, D]. Heads that share one of the `kept` KV heads are counted
+        together."""
         heads = x.unflatten(1, (kept, -1)).transpose(0, 1).reshape(kept, -1, x.shape[-1])
         self._add(torch.stack([second_moment(rows, rows) for rows in heads]), heads.shape[1])
 
 
 def head_moments(executor: Executor, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Second moments of queries, keys and values, each float64 [KV heads, D, D], of the block that has begun.
+    """The second moments of queries, keys and values of the current block, each float64 [KV heads, D, D].
 
-    `attention` is its module that calls the attention function. Moments are means over tokens, those of queries also
-    over the heads that share a key; of all processes of the executor's world.
+    `attention` is the module that calls the attention function. Moments are means over tokens, for queries also over
+    the heads that share a key, and over all processes of the executor's world.
     """
     moments = [HeadMoments() for _ in range(3)]
 

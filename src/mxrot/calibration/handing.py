@@ -1,4 +1,4 @@
-"""Tokens that several processes have of the same module, handed to one of them."""
+"""Send the tokens that several processes have for the same module to one of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mxrot.calibration.world import World
 
 
 def handed_out(executors: Sequence[Executor], world: World) -> Executor:
-    """Of executors, as many as there are processes and the same in all of them, the one of this rank, with the batches
-    of all processes, by rank, and without a world: it runs by itself.
+    """The executor of this rank, with the batches of all processes, by rank.
 
-    Each runs a module on batches [1, tokens, H] of its own. The sums over them are those of one process with all
-    windows, to the last bit where each process ends with a batch of it.
+    `executors` are as many as there are processes, and the same in all of them. The result has no world: it runs by
+    itself. Each runs a module on its own batches [1, tokens, H]. The sums over them equal those of one process with all
+    windows, to the last bit if each process ends with a whole batch of it.
     """
     told = world.gather(_described(executors))
     found = None
@@ -32,7 +32,7 @@ def handed_out(executors: Sequence[Executor], world: World) -> Executor:
 
 
 def _described(executors: Sequence[Executor]) -> Tensor:
-    """Of each, the width of its tokens and how many there are by batch, zeros behind them: int64."""
+    """For each executor the width of its tokens and their number by batch, padded with zeros: int64."""
     found = torch.zeros(len(executors), 1 + max(len(one.batches) for one in executors), dtype=torch.int64)
     for row, executor in zip(found, executors, strict=True):
         for index in executor.batches:

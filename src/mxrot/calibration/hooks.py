@@ -1,4 +1,4 @@
-"""Look into modules while they run. Everything is as it was when a context ends, whatever happened inside."""
+"""Observe modules while they run. When a context ends, everything is restored, whatever happened inside."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 class StopForwardError(Exception):
-    """Raised by a hook when a forward pass has shown what it was run for."""
+    """Raised by a hook when a forward pass has reached its purpose."""
 
 
 @contextmanager
 def watched_inputs(module: nn.Module, see: Callable[[Tensor], None], stop: bool = False) -> Iterator[None]:
-    """While open, `see` gets the input of every call of `module`; with `stop` the forward pass then ends there."""
+    """While open, `see` gets the input of every call of `module`. With `stop` the forward pass ends there."""
 
     def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         see(arguments[0])

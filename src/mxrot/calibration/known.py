@@ -1,4 +1,4 @@
-"""What is known of submodules of a block, so that a pass need not compute it again."""
+"""Known outputs of a block's submodules, so that a pass need not compute them again."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mxrot.calibration.placement import Placement, may_remember
 
 
 class KnownOutputs:
-    """Outputs of submodules that will not change any more, by batch, as far as they have run.
+    """Outputs of submodules that no longer change, by batch, for those that have run.
 
-    `readers` are norms, and which submodules read the output of each; nothing else does. It is kept as long as one of
-    them has to run.
+    `readers` are norms, with all submodules that read the output of each. An output of a norm is kept while one of its
+    readers has yet to run.
     """
 
     def __init__(self, placement: Placement, readers: Mapping[str, frozenset[str]]) -> None:
@@ -26,34 +26,34 @@ class KnownOutputs:
         self._outputs: dict[str, dict[int, Any]] = {name: {} for name in readers}
 
     def want(self, names: Iterable[str]) -> None:
-        """From now on keep the outputs of these submodules."""
+        """Keep the outputs of these submodules from now on."""
         for name in names:
             self._outputs.setdefault(name, {})
 
     def wants(self, name: str) -> bool:
-        """Are the outputs of this submodule kept?"""
+        """True if the outputs of this submodule are kept."""
         return name in self._outputs
 
     def batches(self, name: str) -> list[int]:
-        """Those whose output of a submodule is known, in order."""
+        """The batches for which the output of a submodule is known, in order."""
         return sorted(self._outputs.get(name, {}))
 
     def note(self, name: str, index: int, output: Any) -> None:
-        """Keep what a submodule gave on batch `index`."""
+        """Keep the output of a submodule on batch `index`."""
         self._outputs[name][index] = self.placement.put(without_scores(output))
 
     def forget(self, name: str, index: int) -> None:
-        """The submodule has to run again on batch `index`."""
+        """Forget an output: the submodule has to run again on batch `index`."""
         self._outputs[name].pop(index, None)
 
     def forget_batch(self, index: int) -> None:
-        """Nothing of batch `index` will be asked for any more."""
+        """Forget everything about batch `index`, which is no longer needed."""
         for outputs in self._outputs.values():
             outputs.pop(index, None)
 
     @contextmanager
     def answering(self, block: nn.Module, index: int) -> Iterator[None]:
-        """While open, what is known of batch `index` is not computed again, and what is wanted is kept."""
+        """While open, known outputs of batch `index` are not computed again, and wanted outputs are kept."""
         with ExitStack() as stack:
             for name, outputs in self._outputs.items():
                 module = block.get_submodule(name)
@@ -68,7 +68,7 @@ class KnownOutputs:
             yield
 
     def _is_read_no_more(self, name: str, index: int) -> bool:
-        """Is everything that reads the output of this norm known?"""
+        """True if all readers of the output of this norm are known."""
         readers = self.readers.get(name)
         return readers is not None and all(index in self._outputs.get(reader, {}) for reader in readers)
 
@@ -76,19 +76,20 @@ class KnownOutputs:
         if name not in self.readers:
             self.note(name, index, output)
             return
-        # A norm: where hidden states do not stay on the device these do not either, they take less time than copies.
+        # A norm. If hidden states leave the device, its outputs do not stay there either: they take less time than
+        # copies.
         outputs = self._outputs[name]
         if not self.placement.is_on_host and may_remember(sum(known.nbytes for known in outputs.values()), [output]):
             outputs[index] = output
 
 
 def _answering(module: nn.Module, output: Any) -> AbstractContextManager[None]:
-    """While open, `module` computes nothing and gives `output`."""
+    """While open, `module` computes nothing and returns `output`."""
     return running(module, lambda *arguments, **keywords: output)
 
 
 def without_scores(output: Any) -> Any:
-    """A submodule's output, with None for scores of attention [W, heads, tokens, tokens], which no block reads."""
+    """A submodule's output, with None for attention scores [W, heads, tokens, tokens], which no block reads."""
     if not isinstance(output, tuple):
         return output
     return tuple(None if isinstance(part, Tensor) and part.dim() == 4 else part for part in output)
@@ -96,21 +97,22 @@ def without_scores(output: Any) -> Any:
 
 @dataclass(frozen=True)
 class Ending:
-    """The last step of a submodule on one batch: a linear, whose output it passes on, perhaps with None behind it."""
+    """The last step of a submodule on one batch: a linear, whose output is returned, possibly followed by None."""
 
     x: Tensor
-    """What goes into the linear."""
+    """The input of the linear."""
     others: tuple[None, ...] | None
-    """What follows in the tuple that the submodule gives, as far as it is read; None where it gives no tuple."""
+    """The values after it in the returned tuple, if it is a tuple; else None."""
 
     @staticmethod
     def of(x: Tensor, given: Tensor, output: Any) -> Ending | None:
-        """How a submodule goes on after a linear that made `given` of `x`; None if it does more than pass that on."""
+        """The ending of a submodule with a linear that computed `given` from `x`; None if it does more than return
+        that."""
         first, *others = without_scores(output) if isinstance(output, tuple) else (output,)
         if first is not given or any(other is not None for other in others):
             return None
         return Ending(x, (None,) * len(others) if isinstance(output, tuple) else None)
 
     def output(self, linear: nn.Module) -> Any:
-        """What the submodule gives with this linear in that place."""
+        """The output of the submodule with this linear in its place."""
         return linear(self.x) if self.others is None else (linear(self.x), *self.others)

@@ -1,4 +1,4 @@
-"""Which calibration tokens go to which expert of a block."""
+"""The routing of calibration tokens to the experts of a block."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mxrot.calibration.placement import Placement
 
 @dataclass(frozen=True)
 class Routing:
-    """What the experts of a block read, batch by batch."""
+    """The inputs of the experts of a block, batch by batch."""
 
     executor: Executor
-    """Of the block."""
+    """The executor of the block."""
     tokens: list[Tensor]
-    """[tokens, H] each, as the block's placement keeps them."""
+    """Tokens of each batch, [tokens, H], as the block's placement keeps them."""
     chosen: list[Tensor]
-    """int64 [tokens, experts a token]: where each goes."""
+    """The experts of each token, int64 [tokens, experts per token]."""
 
     @staticmethod
     @torch.no_grad()
@@ -38,18 +38,18 @@ class Routing:
         return found
 
     def count(self, expert: int) -> int:
-        """Tokens that are sent to an expert, of all processes."""
+        """The number of tokens routed to an expert, over all processes."""
         return self._counts[expert] if expert < len(self._counts) else 0
 
     @cached_property
     def _counts(self) -> list[int]:
-        """By the number of the expert, as far as any gets some."""
+        """The counts by the number of the expert, up to the last one with tokens."""
         found = torch.stack([torch.tensor([len(rows) for rows in batch]) for batch in self._rows]).sum(dim=0)
         return [int(count) for count in self.executor.world.sum(found).tolist()]
 
     @cached_property
     def _rows(self) -> list[tuple[Tensor, ...]]:
-        """Of each batch, by the number of the expert, the rows that are sent to it, in their order: int64."""
+        """For each batch and expert, the rows routed to the expert, in order: int64."""
         experts = self.executor.world.largest(1 + max((int(chosen.max()) for chosen in self.chosen), default=0))
         found = []
         for chosen in self.chosen:
@@ -60,9 +60,10 @@ class Routing:
         return found
 
     def sent_to(self, module: nn.Module, expert: int | None, routing: Routing | None = None) -> Executor:
-        """Runs `module`, an expert, on the tokens that it gets, [1, tokens, H] a batch; None stands for all of them.
+        """An executor that runs the expert `module` on its tokens, [1, tokens, H] per batch; None stands for all
+        tokens.
 
-        `routing` says where they go; without, this one.
+        `routing` gives the tokens' experts; by default, this one.
         """
         rows = self._rows if routing is None else routing._rows
         hidden = []

@@ -1,4 +1,4 @@
-"""What rounding must know of the inputs of a site: their Hessian, and the shift towards what it shall reproduce."""
+"""What rounding needs of the inputs of a site: their Hessian, and the shift towards the target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mxrot.transforms.stages import STORED_DTYPE
 
 
 def watched_modules(site: Site, requirements: Requirements) -> list[str]:
-    """The modules whose inputs rounding looks at; the one whose input is the site's is the last of them."""
+    """The modules whose inputs rounding needs. The last one's input is the site's."""
     modules = [site.reader]
     if site.residual is not None and (requirements.relative or requirements.target == "residual"):
         modules.insert(0, site.residual)
@@ -30,16 +30,16 @@ def watched_modules(site: Site, requirements: Requirements) -> list[str]:
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """The inputs of a site as its linears will see them, transformed and quantized; or before they are quantized."""
+    """The inputs of a site as its linears will see them, transformed and, unless `quantizer` is None, quantized."""
 
     executor: Executor
     site: Site
     transform: SiteTransform | None
-    """As it is applied: after the rounding of a checkpoint."""
+    """The transform as it is applied, after the rounding of a checkpoint."""
     quantizer: TensorQuantizer | None
     """None for inputs that are not quantized, or not yet."""
     batches: Sequence[int] | None = None
-    """Of the executor; None for all that is fitted to."""
+    """Batches of the executor; None for all that is fitted to."""
 
     def hessian(self, weights: SiteWeights, requirements: Requirements) -> Tensor:
         """The mean of x^T x, float64 [K, K]."""
@@ -56,9 +56,9 @@ class SiteInputs:
     ) -> tuple[Tensor, Tensor]:
         """The mean of x^T x [K, K], and that of d^T x [N, K]; float64, the products of a batch in float32.
 
-        d is what the site's outputs lack of the target while its weights are not rounded: the original's output
-        less its own, plus, with target "residual", what the residual stream lacks before it. Its own output is
-        linear in x, so its part of d^T x is the folded weights times the mean of x^T x.
+        d is what the site's outputs lack of the target before its weights are rounded: the original's output minus its
+        own and, with target "residual", plus what the residual stream lacks before it. Its own output is linear in x,
+        so its part of d^T x is the folded weights times the mean of x^T x.
         """
         modules = watched_modules(self.site, requirements)
         if len(modules) == 1:
@@ -74,7 +74,7 @@ class SiteInputs:
             hessian.update(seen, size)
             missing.update(goal, seen, size)
         mean = hessian.result(self.executor.world)
-        del hessian  # its sum
+        del hessian  # frees its sum
         shift = missing.result(self.executor.world)
         del missing
         for rows in weights.groups:
@@ -82,14 +82,14 @@ class SiteInputs:
         return mean, shift
 
     def _shift_by_moments(self, original: Executor, weights: SiteWeights) -> tuple[Tensor, Tensor]:
-        """The same where d is linear in the two inputs alone: from their second moments, without any output."""
+        """The same if d is linear in the two inputs alone: from their second moments, without any output."""
         hessian, cross = Hessian(), CrossMoment()
         for (x,), (x_original,) in self._beside(original, self.site.linears[:1]):
             seen = self._seen(x)
             hessian.update(seen)
             cross.update(x_original, seen)
         mean = hessian.result(self.executor.world)
-        del hessian  # its sum
+        del hessian  # frees its sum
         across = cross.result(self.executor.world)
         del cross
         shift = torch.empty(weights.shape, dtype=torch.float64, device=mean.device)
@@ -99,7 +99,7 @@ class SiteInputs:
         return mean, shift
 
     def _beside(self, original: Executor, modules: Sequence[str]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Batch by batch, the inputs of `modules` here and in the original block, which run no further."""
+        """Batch by batch, the inputs of `modules` here and in the original block; neither runs further."""
         batches = self._batches
         return zip(self.executor.watch(modules, batches), original.watch(modules, batches), strict=True)
 
@@ -109,7 +109,7 @@ class SiteInputs:
 
     @property
     def _dtype(self) -> torch.dtype:
-        """The type that the block computes in."""
+        """The type in which the block computes."""
         return self.executor.dtype
 
     @cached_property
@@ -118,7 +118,7 @@ class SiteInputs:
         return None if found is None else found.to(STORED_DTYPE)
 
     def _seen(self, x: Tensor) -> Tensor:
-        """The shape of `x`; bfloat16 on a GPU where that holds it exactly, else float32."""
+        """The inputs as seen, in the shape of `x`; bfloat16 on a GPU if that is exact, else float32."""
         if self.quantizer is None:
             return x.float() if self.transform is None else self.transform.apply(x)
         led = x if self.transform is None else self.transform.lead(x)
@@ -127,11 +127,11 @@ class SiteInputs:
 
 
 def _outputs(x: Tensor, parts: Tensor, weights: SiteWeights) -> Tensor:
-    """What linears with these weights give, float32 [windows, tokens, N]; `parts` are `weights.parts`."""
+    """The outputs of linears with these weights, float32 [windows, tokens, N]; `parts` are `weights.parts`."""
     return outputs(x.flatten(0, -2), parts, weights.shape[0]).unflatten(0, x.shape[:-1])
 
 
 def _inverse_size(stream: Tensor) -> Tensor:
-    """1 / rms of each token [..., 1]: an error counts relative to it, as the norm that reads the stream sees it."""
+    """1 / rms of each token [..., 1]. Errors count relative to the rms, as the norm that reads the stream sees them."""
     rms = torch.linalg.vector_norm(stream, dim=-1, keepdim=True) / math.sqrt(stream.shape[-1])
     return 1 / rms.clamp(min=math.sqrt(torch.finfo(stream.dtype).tiny))

@@ -1,7 +1,7 @@
-"""The weights of a site in float64, as its linears read them and folded against its transform: some rows at a time.
+"""The weights of a site in float64, unchanged or folded against its transform, some rows at a time.
 
-gate and up of a 70B model take 3.8 GB in float64, and what rounding makes of them several times that. Rows do not
-depend on each other, so that above a bound they are taken some after the other.
+gate and up of a 70B model take 3.8 GB in float64, and rounding several times that. Rows do not depend on each other, so
+above a bound they are taken in groups.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mxrot.kernels import weight_parts
 from mxrot.transforms import SiteTransform
 
 MOST_TOGETHER = 1 << 27
-"""float64 weights of a site (1 GiB) up to which all rows are taken together. For other numbers of rows a library may
-multiply by another kernel, which sums in another order: below, and that is up to models of 8B parameters, the bits are
+"""The most float64 weights of a site (1 GiB) for which all rows are taken together. For other numbers of rows a library
+may use another kernel, which sums in another order. Up to the bound, which covers models of 8B parameters, the bits are
 those of products with all rows."""
 ELEMENTS_AT_ONCE = 1 << 26
-"""Weights that are taken together above that."""
+"""The number of weights taken together above that."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class Rows:
     """Some rows of a site's linears."""
 
     pieces: tuple[tuple[str, int, int], ...]
-    """Of linears, by their names, the first row and the one behind the last."""
+    """The names of linears, each with its first row and the row after its last."""
     place: slice
-    """Among the rows of all linears, one linear below the other."""
+    """The place among the rows of all linears, one linear below the other."""
 
     @property
     def counts(self) -> list[int]:
-        """Rows of each piece."""
+        """The number of rows of each piece."""
         return [stop - start for _, start, stop in self.pieces]
 
     def share(self, rank: int, size: int) -> Rows:
-        """Those of one of so many processes: as many for each, one share behind the other."""
+        """The rows of process `rank` out of `size`: equal shares, one after the other."""
         height = sum(self.counts)
         start, stop = height * rank // size, height * (rank + 1) // size
         found, before = [], 0
@@ -57,9 +57,9 @@ def together(weights: Mapping[str, Tensor], linears: Sequence[str]) -> Tensor:
 
 
 def to_fit_to(weights: Mapping[str, Tensor], linears: Sequence[str], scales: Tensor | None) -> Tensor:
-    """All rows of these linears [N, K], times smoothing scales [K]: float64, or as they were read above the bound.
+    """All rows of these linears [N, K], times smoothing scales [K]: float64, or their own type above the bound.
 
-    gate and up of all experts of a block are such: a method makes float64 of as much as it takes at once.
+    gate and up of all experts of a block are above it. A method converts as much to float64 as it takes at once.
     """
     if scales is not None:
         return together(weights, linears) * scales
@@ -69,7 +69,7 @@ def to_fit_to(weights: Mapping[str, Tensor], linears: Sequence[str], scales: Ten
 
 
 def _one_above_other(pieces: Sequence[Tensor]) -> Tensor:
-    """float64 [N, K] of [n, K] of any dtype, without each of them in float64 beside it."""
+    """float64 [N, K] from pieces [n, K] of any dtype, without a float64 copy of each piece."""
     shape = sum(len(piece) for piece in pieces), pieces[0].shape[1]
     found = torch.empty(shape, dtype=torch.float64, device=pieces[0].device)
     for place, piece in zip(found.split([len(piece) for piece in pieces]), pieces, strict=True):
@@ -79,13 +79,13 @@ def _one_above_other(pieces: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SiteWeights:
-    """Those of the linears of a site, [N, K] all together."""
+    """The weights of the linears of a site, [N, K] in total."""
 
     weights: Mapping[str, Tensor]
-    """[rows, K] of any floating-point dtype, by their names; may hold more than those of the site."""
+    """The weights [rows, K] by name, of any floating-point dtype; may include others than those of the site."""
     linears: Sequence[str]
     transform: SiteTransform | None = None
-    """As it is applied."""
+    """The transform as it is applied."""
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -98,12 +98,12 @@ class SiteWeights:
 
     @property
     def is_taken_whole(self) -> bool:
-        """Is there room for all of them?"""
+        """True if all of them may be taken together."""
         return self.shape[0] * self.shape[1] <= MOST_TOGETHER
 
     @cached_property
     def whole_linears(self) -> list[Rows]:
-        """One linear after the other."""
+        """The rows of one linear after the other."""
         found, first = [], 0
         for name, height in self._heights.items():
             found.append(Rows(((name, 0, height),), slice(first, first + height)))
@@ -112,7 +112,7 @@ class SiteWeights:
 
     @cached_property
     def groups(self) -> list[Rows]:
-        """All rows, those together that there is room for."""
+        """All rows, in groups that fit into memory."""
         if self.is_taken_whole:
             pieces = tuple(piece for rows in self.whole_linears for piece in rows.pieces)
             return [Rows(pieces, slice(0, self.shape[0]))]
@@ -138,7 +138,7 @@ class SiteWeights:
         return self.transform.fold(self.as_read(rows))
 
     def all_folded(self) -> Tensor:
-        """All rows, float64 [N, K], however many they are; for reading."""
+        """All rows, float64 [N, K], however many they are; read-only."""
         if len(self.groups) == 1:
             return self.folded(self.groups[0])
         found = torch.empty(self.shape, dtype=torch.float64, device=self.weights[self.linears[0]].device)
@@ -148,7 +148,7 @@ class SiteWeights:
 
     @cached_property
     def _all_folded(self) -> Tensor:
-        """Kept: they are wanted several times."""
+        """Cached, because they are used several times."""
         assert self.transform is not None
         found = torch.empty(self.shape, dtype=torch.float64, device=self.weights[self.linears[0]].device)
         for name, rows in zip(self.linears, self.whole_linears, strict=True):
@@ -156,7 +156,7 @@ class SiteWeights:
         return found
 
     def parts(self, dtype: torch.dtype) -> Tensor:
-        """As `kernels.weight_parts` gives them for inputs of `dtype`, of all rows."""
+        """The parts that `kernels.weight_parts` gives for inputs of `dtype`, of all rows."""
         found = [weight_parts(self.as_read(rows), dtype) for rows in self.groups]
         if len(found) == 1:
             return found[0]

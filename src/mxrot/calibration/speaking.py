@@ -1,4 +1,4 @@
-"""Conversations in which the model is both speakers: who has the word, and what stands between two turns."""
+"""Conversations in which the model is both speakers: whose turn it is, and the tokens between two turns."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from mxrot.text import Turns
 
 USER_TOKENS = 64
-"""After so many the other has the word; an answer goes on for as long as it likes."""
+"""The length of a user's turn, at most. An answer has no limit."""
 
 
 class Speakers:
-    """The state of conversations that are written side by side, a token at a time, [S] each.
+    """The state of conversations written side by side, one token at a time, [S] each.
 
-    A turn ends when the model draws a token that ends it, or when a user has said USER_TOKENS; then come the tokens
-    that the template puts before the next turn.
+    A turn ends when the model draws a token that ends it, or after USER_TOKENS of a user. Then the tokens follow that
+    the template puts before the next turn.
     """
 
     def __init__(self, turns: Turns, ends: tuple[int, ...], is_chat: Tensor) -> None:
@@ -27,18 +27,18 @@ class Speakers:
         self._between = torch.zeros(2, max(len(part) for part in between), dtype=torch.int64, device=device)
         for row, part in zip(self._between, between, strict=True):
             row[: len(part)] = torch.tensor(part, device=device)
-        self._answers = torch.zeros(count, dtype=torch.int64, device=device)  # 1 while an answer is given
+        self._answers = torch.zeros(count, dtype=torch.int64, device=device)  # 1 during an answer
         self._said = torch.zeros(count, dtype=torch.int64, device=device)
-        self._written = torch.full((count,), -1, dtype=torch.int64, device=device)  # of what stands between, or -1
+        self._written = torch.full((count,), -1, dtype=torch.int64, device=device)  # of the tokens between, or -1
 
     def next(self, drawn: Tensor, given: Tensor | None) -> Tensor:
-        """The tokens [S] that stand where the model has drawn `drawn`; rows whose token is `given` (bool) wait."""
+        """The tokens [S] to write after the model has drawn `drawn`. Rows whose token is `given` (bool) wait."""
         speaks = self.is_chat if given is None else self.is_chat & ~given
         ends = torch.isin(drawn, self._ends) | ((self._answers == 0) & (self._said >= USER_TOKENS))
         begins = speaks & (self._written < 0) & ends
         self._written = torch.where(begins, 0, self._written)
         between = speaks & (self._written >= 0)
-        # What stands before an answer is row 0, and so on: by who has spoken.
+        # Indexed by the last speaker: row 0 is the text before an answer.
         token = torch.where(between, self._between[self._answers, self._written.clamp(min=0)], drawn)
         self._written = self._written + between.long()
         is_over = between & (self._written == self._lengths[self._answers])

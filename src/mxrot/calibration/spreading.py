@@ -1,9 +1,9 @@
-"""Where the blocks of a model that writes text lie and compute, when no single device holds it.
+"""The placement of a model's blocks over several devices while it writes text, if no single device holds it.
 
-Decoder blocks are given to the GPUs of a machine in their order, as many to each as it has room for. A GPU that cannot
-keep all of its blocks has the others come from main memory, or from disk, for each token that is written: one pass over
-the weights then serves as many sequences as there is room for keys and values. More sequences leave less room for
-blocks, so that the time is least somewhere between; what stands between blocks is on the first GPU.
+Decoder blocks are assigned to the GPUs of a machine in order, as many to each as fit. If a GPU cannot keep all of its
+blocks, the others are copied from main memory, or from disk, for each written token. One pass over the weights then
+serves as many sequences as there is room for keys and values. More sequences leave less room for blocks, so the time
+has a minimum in between. Everything outside of the blocks is on the first GPU.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from mxrot.environment import available_memory
 from mxrot.errors import ConfigError
 
 USED = 0.9
-"""Of the free bytes of a GPU, of main memory and of a disk; the rest is for what lies between operations, workspaces of
-libraries and what an allocator loses."""
+"""The usable share of the free bytes of a GPU, of main memory and of a disk. The rest is for temporaries, workspaces of
+libraries and fragmentation."""
 HOST_BYTES, DISK_BYTES, GPU_BYTES = 2e10, 1e9, 2e12
-"""Bytes a second that come to a GPU from main memory and from disk, and that it reads itself; assumed, not measured."""
+"""Bytes per second copied to a GPU from main memory and from disk, and read by the GPU itself; assumed, not
+measured."""
 BLOCK_SECONDS = 1e-3
-"""To launch the operations of a block without a recording of them; assumed."""
+"""The time to launch the operations of a block without a recording; assumed."""
 
 Place = Literal["device", "main memory", "disk"]
 """Where the weights of a block lie between two tokens."""
@@ -37,27 +38,29 @@ Place = Literal["device", "main memory", "disk"]
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that are free."""
+    """The free bytes."""
 
     devices: tuple[str, ...]
-    """By their names; the first is where quantizing computes."""
+    """The names of the devices. Quantizing computes on the first."""
     free: tuple[float, ...]
-    """Of each."""
+    """For each device."""
     host: float
     disk: float = 0.0
-    """In the folder of temporary files."""
+    """Free bytes in the temporary folder."""
 
 
 def room_here(device: torch.device, wanted: float) -> Room | None:
-    """Of this machine; of its other GPUs only where `device` has no room for the bytes `wanted`, because asking takes
-    some memory there. None where the device is no GPU."""
+    """The room on this machine; None if the device is not a GPU.
+
+    Other GPUs are queried only if `device` has no room for the bytes `wanted`, because a query takes some memory there.
+    """
     if device.type != "cuda":
         return None
     own = torch.cuda.current_device() if device.index is None else device.index
     free = {own: torch.cuda.mem_get_info(own)[0]}
     if free[own] < wanted:
         for number in range(torch.cuda.device_count()):
-            with suppress(RuntimeError):  # where only one process may compute
+            with suppress(RuntimeError):  # if only one process may compute there
                 free.setdefault(number, torch.cuda.mem_get_info(number)[0])
     names = tuple(f"cuda:{number}" for number in free)
     disk = shutil.disk_usage(tempfile.gettempdir()).free
@@ -70,34 +73,34 @@ class Spread:
 
     sizes: WritingSizes
     devices: tuple[str, ...]
-    """All that could be used, by name; what lies outside of the blocks is on the first."""
+    """The names of all usable devices. Everything outside of the blocks is on the first."""
     at_once: int
-    """Sequences that are written side by side."""
+    """The number of sequences written side by side."""
     computes: tuple[int, ...]
-    """Of each block, on which of the devices."""
+    """The device index for each block."""
     lies: tuple[Place, ...]
-    """Of each block."""
+    """The place of each."""
 
     def device_of(self, block: int) -> str:
-        """Where a block computes."""
+        """The device that computes a block."""
         return self.devices[self.computes[block]]
 
     def bytes_in(self, place: Place) -> float:
-        """Bytes of weights of decoder blocks that lie there."""
+        """The bytes of decoder blocks in this place."""
         return sum(size for size, own in zip(self.sizes.blocks, self.lies, strict=True) if own == place)
 
     @property
     def streamed(self) -> float:
-        """Bytes of weights that come to a device for each token."""
+        """The bytes of weights copied to a device for each token."""
         return self.bytes_in("main memory") + self.bytes_in("disk")
 
     @property
     def used(self) -> list[int]:
-        """The devices that have something to do."""
+        """The indices of the devices in use."""
         return sorted({0, *self.computes})
 
     def terms(self, device: int) -> dict[str, float]:
-        """Bytes on one of the devices, by what they are for."""
+        """The bytes on one of the devices, by purpose."""
         sizes = self.sizes
         own = [block for block, where in enumerate(self.computes) if where == device]
         comes = [sizes.blocks[block] for block in own if self.lies[block] != "device"]
@@ -111,24 +114,24 @@ class Spread:
         return {name: value for name, value in found.items() if value}
 
     def rounds(self, sequences: int) -> int:
-        """How often sequences are written side by side until so many are."""
+        """The number of rounds that write `sequences` sequences."""
         return -(-sequences // self.at_once)
 
     @property
     def steps(self) -> int:
-        """Passes over the weights in all."""
+        """The total passes over the weights."""
         drawing = self.sizes.drawing
         drawn = drawing.rounds * drawing.tokens * self.rounds(drawing.sequences)
         return self.rounds(self.sizes.sequences) * self.sizes.length + drawn
 
     @property
     def seconds_to_stream(self) -> float:
-        """In which weights come from main memory and from disk, for all tokens."""
+        """The seconds for copying weights from main memory and from disk, for all tokens."""
         return self.steps * (self.bytes_in("main memory") / HOST_BYTES + self.bytes_in("disk") / DISK_BYTES)
 
     @property
     def said(self) -> str:
-        """In one line."""
+        """A description in one line."""
         places = [self.devices[device] for device in self.used]
         places += [place for place in ("main memory", "disk") if place in self.lies]
         *most, last = places
@@ -136,7 +139,7 @@ class Spread:
         return f"The model that writes the text is spread over {where}, {self.at_once} sequences at a time"
 
     def as_table(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """A table for a JSON file."""
         return {
             "sequences_at_once": self.at_once,
             "devices": {
@@ -150,11 +153,11 @@ class Spread:
 
 
 def spread_over(sizes: WritingSizes, room: Room) -> Spread | None:
-    """How a model that writes text is spread over the devices of `room`; None where the first one holds it as a whole,
+    """The spread of a model that writes text over the devices of `room`. None if the first one holds the whole model,
     by the plan's own count.
 
-    As many sequences at a time, of all, a half, a quarter and so on, as take the least time. That depends on the
-    devices alone, and not on main memory. ConfigError where there is not room enough in all.
+    The sequences at a time are all, a half, a quarter and so on, whichever takes the least time. That depends on the
+    devices alone, and not on main memory. ConfigError if there is too little room in total.
     """
     if sizes.on_one_device <= room.free[0]:
         return None
@@ -183,7 +186,7 @@ def spread_over(sizes: WritingSizes, room: Room) -> Spread | None:
 
 
 def check_spreads() -> None:
-    """ConfigError where the package is missing that spreads models."""
+    """Raise ConfigError if the package that spreads models is missing."""
     if find_spec("accelerate") is None:
         raise ConfigError(
             "the model that writes calibration text does not fit on one device, and spreading it over several "
@@ -192,8 +195,8 @@ def check_spreads() -> None:
 
 
 def _spread(sizes: WritingSizes, room: Room, at_once: int) -> Spread | None:
-    """With so many sequences at a time, all that is left over in main memory; None where there is no room for keys and
-    values."""
+    """The spread for this many sequences at a time, with the remaining blocks in main memory. None if keys and values
+    do not fit."""
     keys = at_once * _keys_of_block(sizes)
     caps = [USED * free for free in room.free]
     caps[0] -= sizes.outer + sizes.beside + at_once * sizes.logits
@@ -203,7 +206,7 @@ def _spread(sizes: WritingSizes, room: Room, at_once: int) -> Spread | None:
     lies: list[Place] = ["device"] * len(sizes.blocks)
     if computes is not None:
         return Spread(sizes, room.devices, at_once, tuple(computes), tuple(lies))
-    caps = [max(0.0, cap - max(sizes.blocks)) for cap in caps]  # a block that comes for a moment
+    caps = [max(0.0, cap - max(sizes.blocks)) for cap in caps]  # room for a copied block
     computes, lies = [], []
     for device, count in enumerate(_shares(len(sizes.blocks), caps)):
         left = caps[device] - count * keys
@@ -218,7 +221,7 @@ def _spread(sizes: WritingSizes, room: Room, at_once: int) -> Spread | None:
 
 
 def _in_order(sizes: list[float], caps: list[float]) -> list[int] | None:
-    """For each size the place that it goes to, one place filled after the other; None where they do not all fit."""
+    """The place of each size, filling one place after the other; None if they do not all fit."""
     found: list[int] = []
     place, left = 0, caps[0]
     for size in sizes:
@@ -233,7 +236,7 @@ def _in_order(sizes: list[float], caps: list[float]) -> list[int] | None:
 
 
 def _shares(count: int, caps: list[float]) -> list[int]:
-    """`count` things in proportion to `caps`; nothing where there is no room at all."""
+    """`count` things in proportion to `caps`; zeros if there is no room at all."""
     whole = sum(caps)
     if not whole:
         return []
@@ -242,14 +245,14 @@ def _shares(count: int, caps: list[float]) -> list[int]:
 
 
 def _seconds(spread: Spread) -> float:
-    """The time that depends on how many sequences are written at a time."""
+    """The part of the time that depends on the number of sequences at a time."""
     blocks = spread.sizes.blocks
     of_step = spread.streamed / HOST_BYTES + spread.sizes.weights / GPU_BYTES + BLOCK_SECONDS * len(blocks)
     return spread.steps * of_step
 
 
 def _waiting(spread: Spread, room: Room) -> Spread | None:
-    """The same, with what main memory has no room for on disk; None where the disk has none, either."""
+    """The same spread, with blocks on disk that do not fit into main memory. None if the disk is also too small."""
     host, disk = USED * room.host, USED * room.disk
     lies: list[Place] = []
     for size, place in zip(spread.sizes.blocks, spread.lies, strict=True):
@@ -267,7 +270,7 @@ def _waiting(spread: Spread, room: Room) -> Spread | None:
 
 
 def _keys_of_block(sizes: WritingSizes) -> float:
-    """Bytes of keys and values of one sequence in one block."""
+    """The bytes of keys and values of one sequence in one block."""
     return sizes.keys(sizes.length) / len(sizes.blocks)
 
 

@@ -1,8 +1,8 @@
-"""What calibration remembers of the inputs of a site, batch after batch.
+"""Statistics of the inputs of a site, collected batch after batch.
 
-Each collector sees batches [windows, tokens, K] and keeps something small on the same device. How what several
-processes have seen becomes one is stated by what a collector is made from: `Summed`, `Maximum` or `Gathered`. A
-transform method asks for a collector by its name in COLLECTORS.
+Each collector sees batches [windows, tokens, K] and keeps something small on the same device. Its base class says how
+the results of several processes are combined: `Summed`, `Maximum` or `Gathered`. A transform method asks for a
+collector by its name in COLLECTORS.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ class Statistic(ABC):
 
     @abstractmethod
     def result(self, world: World = ONE) -> Tensor:
-        """The statistic over all batches so far, of all processes of `world`, which ask together; the same in each.
+        """The statistic over all batches so far, of all processes of `world`. All must call this; all get the same
+        result.
 
-        DataError if none has seen any.
+        DataError if no process has seen any batch.
         """
 
 
 class Collector(Statistic):
-    """A statistic of the inputs of a site alone."""
+    """A statistic of the inputs of one site."""
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
-        """Take in one batch [windows, tokens, K] of any floating-point dtype."""
+        """Add one batch [windows, tokens, K] of any floating-point dtype."""
 
 
 class Summed(Statistic):
-    """A mean: the sums of all processes, and what they are sums over."""
+    """A mean: the sums and the counts of all processes."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
         self.count = 0
-        """Windows or tokens that this process has seen."""
+        """The number of windows or tokens that this process has seen."""
 
     def _add(self, total: Tensor, count: int) -> None:
-        """Keep `total`, or add it to what is kept."""
+        """Keep `total`, or add it to the kept sum."""
         self._total = total if self._total is None else self._total.add_(total)
         self.count += count
 
@@ -55,7 +56,7 @@ class Summed(Statistic):
 
 
 class Maximum(Statistic):
-    """The largest of what all processes have seen; NaN where one is."""
+    """The maximum over all processes; NaN if one of them is."""
 
     def __init__(self) -> None:
         self._largest: Tensor | None = None
@@ -65,7 +66,7 @@ class Maximum(Statistic):
 
     @property
     def has_seen(self) -> bool:
-        """Has this process seen anything?"""
+        """True if this process has seen a batch."""
         return self._largest is not None
 
     def result(self, world: World = ONE) -> Tensor:
@@ -74,15 +75,15 @@ class Maximum(Statistic):
 
 
 class Gathered(Statistic):
-    """Some of the tokens, put together from all processes in the order of their rank."""
+    """Some of the tokens, joined from all processes in rank order."""
 
     @abstractmethod
     def _own(self) -> Tensor | None:
-        """Those of this process; None where it has seen nothing."""
+        """The tokens of this process; None if it has seen nothing."""
 
     @abstractmethod
     def _together(self, parts: list[Tensor]) -> Tensor:
-        """Those of several processes, and of them as many as one process with all their tokens would keep."""
+        """The tokens of several processes, reduced to as many as one process with all of them would keep."""
 
     def result(self, world: World = ONE) -> Tensor:
         """The tokens."""
@@ -91,7 +92,7 @@ class Gathered(Statistic):
 
 
 class ChannelMaxima(Maximum, Collector):
-    """max |x| of each channel: float32 [K]. NaN where a NaN was seen."""
+    """max |x| of each channel: float32 [K]. NaN if a NaN was seen."""
 
     def update(self, x: Tensor) -> None:
         self._take(torch.linalg.vector_norm(x.flatten(0, -2), ord=torch.inf, dim=0).float())
@@ -106,14 +107,14 @@ class ChannelSquares(Summed, Collector):
 
 
 class LargestMagnitude(Maximum, Collector):
-    """max |x| over everything: float32 scalar; NaN where a NaN was seen. Nothing waits for the device until asked."""
+    """max |x| over everything: float32 scalar; NaN if a NaN was seen. Nothing waits for the device until the result."""
 
     def update(self, x: Tensor) -> None:
         self._take(torch.linalg.vector_norm(x.flatten(), ord=torch.inf).float())
 
 
 class PeakBlocks(Gathered, Collector):
-    """Of each block of channels, the tokens with the largest max |x|: float32 [G, rows, B], largest first."""
+    """For each block of channels, the tokens with the largest max |x|: float32 [G, rows, B], largest first."""
 
     def __init__(self, block: int, rows: int) -> None:
         self.block, self.rows = block, rows
@@ -137,9 +138,9 @@ class PeakBlocks(Gathered, Collector):
 
 
 class SpacedBlocks(Gathered, Collector):
-    """About `rows` evenly spaced ones of `tokens` tokens, cut into blocks: float32 [G, rows, B].
+    """About `rows` evenly spaced tokens out of `tokens`, in blocks: float32 [G, rows, B].
 
-    `tokens` are those of all processes, of which `before` come before the first of this one.
+    `tokens` counts those of all processes; `before` of them precede the first of this process.
     """
 
     def __init__(self, block: int, rows: int, tokens: int, before: int = 0) -> None:
@@ -163,7 +164,7 @@ class SpacedBlocks(Gathered, Collector):
 class RowSample(Gathered, Collector):
     """About `rows` tokens of the first batch, evenly spaced: float32 [<= rows, K].
 
-    Of several processes the first batch is that of the lowest rank that has one.
+    With several processes, it is the first batch of the lowest rank that has one.
     """
 
     def __init__(self, rows: int) -> None:
@@ -214,7 +215,7 @@ class CrossMoment(Summed):
     """The mean of d^T x over tokens: float64 [N, K]; the products of one batch are summed in float32."""
 
     def update(self, d: Tensor, x: Tensor, size: Tensor | None = None) -> None:
-        """Take in one batch, d [windows, tokens, N] and x [windows, tokens, K].
+        """Add one batch, d [windows, tokens, N] and x [windows, tokens, K].
 
         With `size` [windows, tokens, 1] both are multiplied by it first.
         """
@@ -229,5 +230,5 @@ COLLECTORS: dict[str, Callable[..., Collector]] = {
     "mean": lambda block, rows, tokens, before=0: MeanWindow(),
     "whole": lambda block, rows, tokens, before=0: Hessian(),
 }
-"""Name in `TransformMethod.needs` to a constructor from (block size, rows, tokens that all processes will see, and how
-many of these come before this process's own: 0)."""
+"""From a name in `TransformMethod.needs` to a constructor. Its arguments are the block size, rows, the tokens that all
+processes will see, and how many of these come before this process's own (default 0)."""

@@ -1,8 +1,8 @@
-"""The processes that the calibration windows are spread over, and how what each of them has seen becomes one.
+"""The processes that share the calibration windows, and the reductions over what they have seen.
 
-Every process runs the same code on windows of its own, and asks for the same reductions in the same order. A reduced
-value is the same in all of them, so that they go the same way, or raise together. One process is the world `ONE`, in
-which reducing changes nothing, copies nothing and waits for nothing.
+Every process runs the same code on its own windows, and calls the same reductions in the same order. A reduced value is
+the same in all of them, so they branch the same way, or raise together. One process is the world `ONE`, in which
+reducing changes nothing, copies nothing and waits for nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mxrot.errors import DataError
 T = TypeVar("T")
 
 MOST_DIMENSIONS = 8
-"""Of a tensor that is reduced or gathered."""
+"""The most dimensions of an exchanged tensor."""
 BUCKET_ELEMENTS = 1 << 24
-"""Of small tensors that are added up together."""
+"""Elements of small tensors that are summed together."""
 _DTYPES = (
     torch.float64,
     torch.float32,
@@ -34,52 +34,52 @@ _DTYPES = (
     torch.uint8,
     torch.bool,
 )
-"""In an order that all processes have."""
+"""In an order that is the same in all processes."""
 
 
 class World(ABC):
-    """Processes that share the calibration windows; None stands for what a process has seen nothing of.
+    """Processes that share the calibration windows. None stands for a value of a process that has seen no data.
 
-    DataError where no process has seen anything.
+    DataError if no process has seen any.
     """
 
     rank: int
-    """Of this process, from 0."""
+    """The rank of this process, from 0."""
     size: int
-    """How many there are."""
+    """The number of processes."""
     device: torch.device | None = None
-    """Where this process computes; None where that is not the world's to say."""
+    """The device on which this process computes; None if the world does not define it."""
 
     @property
     def peers(self) -> World:
-        """All processes that come to the same results, whether they share windows or not."""
+        """All processes that get the same results, whether or not they share windows."""
         return self
 
     @abstractmethod
     def sum(self, tensor: Tensor | None) -> Tensor:
-        """The sum over all processes, in the type of `tensor`; its order depends on their number alone."""
+        """The sum over all processes, in the type of `tensor`. Its order depends only on their number."""
 
     @abstractmethod
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one type, which have the same shapes in every process, by their sums over all; where this
-        process computes."""
+        """Replace tensors by their sums over all processes, on this process's device. They have one type, and the same
+        shapes in every process."""
 
     @abstractmethod
     def max(self, tensor: Tensor | None) -> Tensor:
-        """The largest of all processes, number by number, of floating-point tensors; NaN where one is NaN."""
+        """The elementwise maximum over all processes of floating-point tensors; NaN if one is NaN."""
 
     @abstractmethod
     def gather(self, tensor: Tensor | None) -> list[Tensor]:
-        """The tensors of all processes that have one, by rank; their shapes may differ."""
+        """The tensors of all processes that have one, by rank. Their shapes may differ."""
 
     @abstractmethod
     def handed_to(self, rank: int, rows: Tensor, counts: Sequence[int]) -> list[Tensor] | None:
-        """In process `rank` the rows [n, K] of all, by rank, on its device; None in the others. All know how many rows
-        each gives, and they have one width and type."""
+        """In process `rank`, the rows [n, K] of all processes, by rank, on its device; None in the others. All know how
+        many rows each gives; width and type are the same."""
 
     @abstractmethod
     def meet(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes have reached this point."""
 
     def count(self, count: int) -> int:
         """The sum of a number over all processes."""
@@ -90,15 +90,15 @@ class World(ABC):
         return number if self.size == 1 else float(self.sum(torch.tensor([number], dtype=torch.float64)))
 
     def largest(self, count: int) -> int:
-        """The largest of a number of all processes."""
+        """The largest value of a number over all processes."""
         return count if self.size == 1 else max(map(int, self.gather(torch.tensor([count]))))
 
     def hand_out(self, value: T) -> T:
-        """What the first process gives; what the others give is not looked at."""
+        """The value of the first process. The values of the others are ignored."""
         return value
 
     def hand_out_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """`hand_out` for tensors by their names, one after the other: the others get them where they compute."""
+        """`hand_out` for tensors by name, one after the other. The others get them on their own device."""
         names = self.hand_out(None if tensors is None else list(tensors))
         if names is None or self.size == 1:
             return tensors
@@ -111,7 +111,7 @@ class World(ABC):
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
-        """The first process does what is inside before the others: it fetches what they find then."""
+        """The first process runs the body before the others, so that they find what it has fetched."""
         if self.rank:
             self.hand_out(None)
         yield
@@ -119,7 +119,7 @@ class World(ABC):
             self.hand_out(None)
 
     def spread(self, tasks: Sequence[Callable[[], float]]) -> list[float]:
-        """What tasks give of which any process could do each: every process does some, and all know all."""
+        """The results of tasks that any process could run. Every process runs some, and all get all results."""
         own = [task() for task in tasks[self.rank :: self.size]]
         found = [0.0] * len(tasks)
         for rank, given in enumerate(self.gather(torch.tensor(own, dtype=torch.float64))):
@@ -141,7 +141,7 @@ class OneProcess(World):
         return _there([tensor])[0]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Nothing."""
+        """Nothing to do."""
 
     def max(self, tensor: Tensor | None) -> Tensor:
         """`tensor` itself."""
@@ -156,16 +156,16 @@ class OneProcess(World):
         return [rows]
 
     def meet(self) -> None:
-        """There are no others."""
+        """There are no others to wait for."""
 
 
 ONE = OneProcess()
 
 
 class SideBySide(OneProcess):
-    """Processes that do the same, each with all windows, and with the bits of one process: nothing is reduced.
+    """Processes that all do the same with all windows, and with the bits of one process: nothing is reduced.
 
-    What any of them could do, and what the first one keeps, goes through their `peers`.
+    Work that any of them could do, and data kept by the first one, go through their `peers`.
     """
 
     def __init__(self, peers: World) -> None:
@@ -173,14 +173,14 @@ class SideBySide(OneProcess):
 
     @property
     def peers(self) -> World:
-        """Those that stand side by side."""
+        """The processes side by side."""
         return self._peers
 
 
 class ProcessWorld(World):
     """The processes of the default group of torch.distributed: gloo on CPUs, NCCL on GPUs.
 
-    `device` is where this process computes; what it gives to a reduction may lie elsewhere, and stays as it is.
+    `device` is where this process computes. The arguments of a reduction may lie elsewhere, and are not changed.
     """
 
     device: torch.device
@@ -190,13 +190,13 @@ class ProcessWorld(World):
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
     def sum(self, tensor: Tensor | None) -> Tensor:
-        """The sum over all processes, on this one's device."""
+        """The sum over all processes, on this process's device."""
         total = self._own(tensor, 0)
         distributed.all_reduce(total)
         return total
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """In place where a tensor is large; small ones pass side by side in one buffer."""
+        """Large tensors are summed in place. Small ones are joined in one buffer."""
         for bucket in _buckets(tensors):
             if len(bucket) == 1 and bucket[0].is_contiguous():
                 distributed.all_reduce(bucket[0])
@@ -208,14 +208,14 @@ class ProcessWorld(World):
                 tensor.copy_(total.view_as(tensor))
 
     def max(self, tensor: Tensor | None) -> Tensor:
-        """The largest, on this one's device; where a NaN is goes beside it, because backends drop NaNs as they like."""
+        """The maximum, on this process's device. NaNs are reduced separately, because backends may drop them."""
         own = self._own(tensor, -math.inf)
         both = torch.stack([own.nan_to_num(-math.inf, math.inf, -math.inf), own.isnan().to(own.dtype)])
         distributed.all_reduce(both, distributed.ReduceOp.MAX)
         return torch.where(both[1] > 0, math.nan, both[0])
 
     def gather(self, tensor: Tensor | None) -> list[Tensor]:
-        """The tensors by rank, on this one's device; on the way all are as long as the longest."""
+        """The tensors by rank, on this process's device. For the exchange all are padded to the longest."""
         shapes, dtype = self._shapes(tensor)
         sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
         own = torch.zeros(max(sizes), dtype=dtype, device=self.device)
@@ -228,7 +228,7 @@ class ProcessWorld(World):
         ]
 
     def handed_to(self, rank: int, rows: Tensor, counts: Sequence[int]) -> list[Tensor] | None:
-        """The rows of all in process `rank`; on the way all have as many as the one with most."""
+        """The rows of all in process `rank`. For the exchange all are padded to the largest number of rows."""
         own = torch.zeros(max(counts), rows.shape[1], dtype=rows.dtype, device=self.device)
         own[: len(rows)] = rows
         found = [torch.empty_like(own) for _ in counts] if rank == self.rank else None
@@ -236,24 +236,24 @@ class ProcessWorld(World):
         return None if found is None else [padded[:count] for padded, count in zip(found, counts, strict=True)]
 
     def hand_out(self, value: T) -> T:
-        """Pickled on the way; tensors should be on the CPU."""
+        """The value is pickled; tensors should be on the CPU."""
         given = [value if self.rank == 0 else None]
         distributed.broadcast_object_list(given, src=0)
         return cast(T, given[0])
 
     def meet(self) -> None:
-        """On CPUs, where there is a backend for them: one between GPUs takes memory there."""
+        """Meet on the CPUs if there is a backend for them: one between GPUs takes memory there."""
         distributed.all_reduce(torch.zeros(1))
 
     def _own(self, tensor: Tensor | None, neutral: float) -> Tensor:
-        """A copy of `tensor` on the device; without one, as many of the neutral number as others have there."""
+        """A copy of `tensor` on the device. Without one, a tensor of the neutral number in the others' shape."""
         shapes, dtype = self._shapes(tensor)
         if tensor is not None:
             return torch.empty(tensor.shape, dtype=dtype, device=self.device).copy_(tensor)
         return torch.full(_there(shapes)[0], neutral, dtype=dtype, device=self.device)
 
     def _shapes(self, tensor: Tensor | None) -> tuple[list[torch.Size | None], torch.dtype]:
-        """The shape of every process's tensor, and the type that all have."""
+        """The shape of every process's tensor, and their common type."""
         own = torch.full((2 + MOST_DIMENSIONS,), -1)
         if tensor is not None:
             own[: 2 + tensor.dim()] = torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape])
@@ -265,7 +265,7 @@ class ProcessWorld(World):
 
 
 def _there(found: Sequence[T | None]) -> list[T]:
-    """Those that are there; DataError where none is."""
+    """The values that are not None. DataError if all are."""
     there = [one for one in found if one is not None]
     if not there:
         raise DataError("a statistic of no tokens: calibration saw none here")
@@ -273,7 +273,7 @@ def _there(found: Sequence[T | None]) -> list[T]:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """In their order, as many together as BUCKET_ELEMENTS hold, and one at least."""
+    """The tensors in order, in groups of at most BUCKET_ELEMENTS elements, but at least one tensor."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and sum(one.numel() for one in bucket) + tensor.numel() > BUCKET_ELEMENTS:

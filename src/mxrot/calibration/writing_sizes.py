@@ -1,4 +1,4 @@
-"""What a model that writes text takes of memory: what a plan says, and what decides where it runs."""
+"""The memory of a model that writes text. A plan prints it, and it decides where the model runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mxrot.models import Family, start_token
 from mxrot.sections import CalibrationChoice
 
 DRAWN_SHARES = {"uniform": 0.0, "model": 1.0, "both": 0.5}
-"""Of the sequences of free text, for which the model draws the first token."""
+"""The shares of the free-text sequences whose first token the model draws."""
 WRITING = "writing calibration text"
 
 
@@ -24,36 +24,36 @@ class Drawing:
 
     sequences: int
     tokens: int
-    """That it writes for one of them."""
+    """Tokens the model writes for one."""
     rounds: int
-    """How often it does."""
+    """The number of rounds."""
 
 
 @dataclass(frozen=True)
 class WritingSizes:
-    """A model, and the text that it shall write."""
+    """The sizes of a model, and of the text that it writes."""
 
     config: Any
-    """Of transformers."""
+    """The config of transformers."""
     choice: CalibrationChoice
     windows: float
-    """That it writes."""
+    """The windows that it writes."""
     seq_len: int
     itemsize: int
-    """Bytes of a number that it computes with."""
+    """The bytes of a number in its compute type."""
     device_type: str
     outer: float
-    """Bytes outside of the decoder blocks."""
+    """The bytes outside of the decoder blocks."""
     blocks: tuple[float, ...]
-    """Bytes of each decoder block."""
+    """The bytes of each decoder block."""
     beside: float = 0.0
-    """Bytes that are on the first device anyway: rotations."""
+    """Other bytes on the first device: rotations."""
 
     @staticmethod
     def of(
         model: PreTrainedModel, family: Family, choice: CalibrationChoice, shape: tuple[int, int], dtype: torch.dtype
     ) -> WritingSizes:
-        """Of a skeleton that computes in `dtype` on a GPU; `shape` is that of the windows that are given."""
+        """The sizes of a skeleton that computes in `dtype` on a GPU. `shape` is that of the given windows."""
         s, (given, seq_len) = dtype.itemsize, shape
         decoder = model.get_submodule(family.blocks).children()
         blocks = tuple(float(s * sum(parameter.numel() for parameter in block.parameters())) for block in decoder)
@@ -62,12 +62,12 @@ class WritingSizes:
 
     @property
     def weights(self) -> float:
-        """Bytes of the whole model."""
+        """The bytes of the whole model."""
         return self.outer + sum(self.blocks)
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """The tokens of a sequence."""
         return min(SEQUENCE_TOKENS, self.seq_len)
 
     @property
@@ -76,28 +76,29 @@ class WritingSizes:
 
     @property
     def drawing(self) -> Drawing:
-        """None of the sequences where first tokens are not drawn."""
+        """The drawn first tokens; for no sequence if none are drawn."""
         free = self.sequences * (1 - self.choice.prompted - self.choice.chats)
         tokens, rounds = (BURN_IN, BURN_INS) if start_token(self.config) is None else (2, 1)
         return Drawing(round(DRAWN_SHARES[self.choice.first] * free), tokens, rounds)
 
     def at_once(self, length: int) -> int:
-        """Sequences of so many tokens that are written side by side where one device holds the model."""
+        """The number of sequences of `length` tokens written side by side if one device holds the model."""
         return sequences_within(self.device_type, self.keys(length), self.weights)
 
     def keys(self, length: int) -> int:
-        """Bytes of keys and values of one sequence of so many tokens."""
+        """The bytes of keys and values of one sequence of `length` tokens."""
         return cache_bytes(self.config, length, self.itemsize)
 
     @property
     def logits(self) -> float:
-        """Bytes of what becomes a token of one sequence: logits, their probabilities, and the sums of these, the last
-        two in float32; and logits in float32, or divided by a temperature, where the model's own are not those."""
+        """The bytes for the next token of one sequence: logits, their probabilities and the cumulative sums of these,
+        the last two in float32. Logits in float32, or divided by a temperature, are added if they differ from the
+        model's own."""
         others = self.itemsize < 4 or set(self.choice.temperatures) != {1.0}
         return float(self.config.get_text_config().vocab_size) * (self.itemsize + (12.0 if others else 8.0))
 
     def together(self, sequences: int, length: int) -> dict[str, float]:
-        """Bytes besides the model, of so many sequences of so many tokens, those of them that are written at once."""
+        """The bytes besides the model for `sequences` sequences of `length` tokens, counting those written at once."""
         at_once = min(sequences, self.at_once(length))
         return {
             "keys and values": float(at_once * self.keys(length)),
@@ -105,12 +106,12 @@ class WritingSizes:
         }
 
     def writing(self, windows: float) -> WritingSizes:
-        """The same model writing so many windows."""
+        """The same model writing this many windows."""
         return replace(self, windows=windows)
 
     @cached_property
     def stages(self) -> dict[str, dict[str, float]]:
-        """What is in memory at each moment, besides what was there before, where one device holds the model."""
+        """The memory at each stage, beyond what was in memory before, if one device holds the model."""
         drawing = self.drawing
         found = {"drawing first tokens": self.together(drawing.sequences, drawing.tokens)} if drawing.sequences else {}
         found[WRITING] = self.together(self.sequences, self.length)
@@ -118,5 +119,5 @@ class WritingSizes:
 
     @property
     def on_one_device(self) -> float:
-        """Bytes that it takes there at most."""
+        """The peak of bytes there."""
         return self.beside + max(sum(terms.values()) for terms in self.stages.values())

@@ -1,4 +1,4 @@
-"""A family from the model itself, for an architecture that nobody has written a record for."""
+"""A family derived from the model itself, for architectures without a written record."""
 
 from mxrot.deriving.asked import AUTO, asked_family, check_asked, record_file
 from mxrot.deriving.derive import derived_family

@@ -1,4 +1,4 @@
-"""The family that a user asks for by name."""
+"""The family that a user requests by name."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from mxrot.models.given import given_family
 from mxrot.nearest import not_known
 
 AUTO = "auto"
-"""Derived from the model itself."""
+"""Derive the family from the model."""
 
 
 def check_asked(family: str | None) -> None:
-    """ConfigError for a family that cannot be asked for."""
+    """Raise ConfigError for a family that cannot be requested."""
     if family not in (None, AUTO):
         raise ConfigError(f"family: {not_known('value', str(family), [AUTO])}")
 
 
 @contextmanager
 def asked_family(family: str | None, place: Path, name: str) -> Iterator[Family | None]:
-    """While open, the model whose config is at `place` is of the family that is asked for: "auto" for the one that is
-    derived from it, which is handed out; None for what the registry says.
+    """While open, the model whose config is at `place` has the requested family: "auto" for the derived one, which is
+    returned; None for that of the registry.
 
-    `name` is what errors call the model. ConfigError for another word, FamilyError as of `derived_family`.
+    `name` is the model's name in errors. ConfigError for another word, FamilyError as for `derived_family`.
     """
     check_asked(family)
     found = None if family is None else derived_family(read_config(place), name)
@@ -36,5 +36,5 @@ def asked_family(family: str | None, place: Path, name: str) -> Iterator[Family 
 
 
 def record_file(output: Path) -> Path:
-    """Where the record of a derived family is written for review: beside the output folder."""
+    """The file for the record of a derived family, for review: beside the output folder."""
     return output.with_name(f"{output.name}.family.py")

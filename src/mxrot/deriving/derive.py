@@ -1,8 +1,8 @@
-"""A family for a model that nobody has written one for: its sites from a pass, everything else only where it is proven.
+"""Derive a family for a model without a written one: its sites from a forward pass, everything else by proof.
 
-A small random model of transformers' own class is run once. Linears that read the very same tensor are a site. What
-else a record says is tried on that model in float64 (`proofs`), and left out where it does not hold: then nothing is
-smoothed, permuted or rotated there. What cannot be left out is an error.
+A small random model of transformers' own class is run once. Linears that read the same tensor are a site. The other
+claims of a record are tested on that model in float64 (`proofs`). Those that fail are left out: then nothing is
+smoothed, permuted or rotated there. A required claim that fails is an error.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from mxrot.models.family_table import OBSTACLE
 
 
 def derived_family(config: Any, where: str) -> Family:
-    """The family of a model by its config: the same one each time, whatever its weights are.
+    """The family of a model from its config. It does not depend on the weights, and is the same each time.
 
-    `where` is what errors call the model. FamilyError, with the reason, for a model that cannot be understood: its
-    decoder blocks differ, a linear is not reached by a pass or its weight is used by something else, other weights are
-    in the blocks, as those of experts are, or what surrounds the blocks is not embedding, final norm and head.
+    `where` is the model's name in errors. FamilyError, with the reason, for an unsupported model: its decoder blocks
+    differ, a linear is not reached by a pass or its weight is used by something else, the blocks contain other weights,
+    such as those of experts, or the modules around the blocks are not embedding, final norm and head.
     """
     if getattr(config, "text_config", None) is not None:
         raise FamilyError(f"{where}: a model of more than text; no family is derived for it")
@@ -63,7 +63,7 @@ def derived_family(config: Any, where: str) -> Family:
         return with_site_names(_with_proofs(few, family), few)
     except MxrotError:
         raise
-    except Exception as error:  # of transformers' own code, in a model that is not as others are
+    except Exception as error:  # from transformers' own code, in an unusual model
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise FamilyError(
             f"{where}: a small model of its class does not run as it is called here ({said}); its family must be "
@@ -72,19 +72,19 @@ def derived_family(config: Any, where: str) -> Family:
 
 
 def _check_same_class(model: PreTrainedModel, skeleton: PreTrainedModel, block: str, where: str) -> None:
-    """FamilyError unless a block of both is built of the same modules."""
+    """Raise FamilyError unless a block of both models consists of the same modules."""
     names = [[(n, type(m)) for n, m in one.get_submodule(block).named_modules()] for one in (model, skeleton)]
     if names[0] != names[1]:
         raise FamilyError(f"{where}: a small model of its class has other modules; no family is derived for it")
 
 
 def _ids(model: PreTrainedModel) -> torch.Tensor:
-    """Two windows of tokens, no token twice."""
+    """Two windows of tokens without repetition."""
     return torch.arange(2 * TOKENS).view(2, TOKENS) % model.config.vocab_size
 
 
 def _with_sites(model: PreTrainedModel, blocks: str, architecture: str, where: str) -> Family:
-    """What a pass shows: the sites, and the modules around the blocks."""
+    """The family with what a pass shows: the sites, and the modules around the blocks."""
     ids = _ids(model)
     body = name_of(model, model.get_decoder(), "decoder", where)
     embedding = name_of(model, model.get_input_embeddings(), "embedding", where)
@@ -108,7 +108,7 @@ def _with_sites(model: PreTrainedModel, blocks: str, architecture: str, where: s
 
 
 def _named(model: PreTrainedModel, family: Family, where: str) -> Family:
-    """The family with its attention and its windows, where blocks that run one by one are the model."""
+    """The family with its attention and windows, if its blocks, run one by one, equal the model."""
     ids = _ids(model)
     check_outside(model, family, where)
     check_passes(model, family, ids, where)
@@ -117,7 +117,7 @@ def _named(model: PreTrainedModel, family: Family, where: str) -> Family:
 
 
 def _sites(model: PreTrainedModel, blocks: str, ids: torch.Tensor, where: str) -> tuple[Site, ...]:
-    """The linears of each site, with the module that makes what they read for a norm, until it is proven to be one."""
+    """The linears of each site. The module that computes their input is entered as the norm until that is proven."""
     children = [(f"{blocks}.{name}", block) for name, block in model.get_submodule(blocks).named_children()]
     calls = traced(model, children, ids)
     found = [
@@ -135,13 +135,13 @@ def _sites(model: PreTrainedModel, blocks: str, ids: torch.Tensor, where: str) -
 
 
 def _made_by(calls: list[Calls], linear: str) -> str | None:
-    """The module that makes what a linear reads in every block; the innermost, and None where there is none."""
+    """The innermost module that computes the input of a linear in every block; None if there is none."""
     common = set.intersection(*(set(own.makers(linear)) for own in calls))
     return max(common, key=lambda name: (name.count("."), name), default=None)
 
 
 def _with_proofs(model: PreTrainedModel, family: Family) -> Family:
-    """The family with the norms, producers and orders of channels that are proven."""
+    """The family with the proven norms, producers and orders of channels."""
     trial = Trial(model, family, _ids(model))
     family = replace(family, sites=tuple(_with_norm(trial, site) for site in family.sites))
     for number in range(len(family.sites)):
@@ -152,7 +152,7 @@ def _with_proofs(model: PreTrainedModel, family: Family) -> Family:
 
 
 def _with_norm(trial: Trial, site: Site) -> Site:
-    """The site with its norm, where that is a module of the block itself and takes scales; else without."""
+    """The site with its norm if that is a module of the block itself and takes scales, otherwise without."""
     if site.norm is not None and "." not in site.norm:
         for adds_one in (False, True):
             named = replace(site, norm_adds_one=adds_one)
@@ -162,7 +162,7 @@ def _with_norm(trial: Trial, site: Site) -> Site:
 
 
 def _with_values(trial: Trial, family: Family, number: int) -> Family:
-    """The family with the linear that makes values, where site `number` is what reads them, head after head."""
+    """The family with the linear that makes values, if site `number` reads them head after head."""
     site, config = family.sites[number], trial.model.config
     heads, width = value_heads(config)
     if (
@@ -180,7 +180,8 @@ def _with_values(trial: Trial, family: Family, number: int) -> Family:
 
 
 def _with_producer(trial: Trial, family: Family, number: int) -> Family:
-    """The family where site `number` names the linear whose rows are its channels, up to factors, if there is one."""
+    """The family in which site `number` names the linear whose rows are its channels, up to factors, if there is
+    one."""
     site = family.sites[number]
     if site.producer is not None or len(site.linears) > 1:
         return family
@@ -193,8 +194,8 @@ def _with_producer(trial: Trial, family: Family, number: int) -> Family:
 
 
 def _with_inner_rows(trial: Trial, family: Family) -> Family:
-    """The family with the linear whose rows, or halves of them, are the channels of the last site one by one, where
-    that site names no producer and there is one."""
+    """The family with the linear whose rows, or halves of them, are the channels of the last site one by one, if that
+    site names no producer and there is one."""
     number, last = len(family.sites) - 1, family.sites[-1]
     if last.producer is not None or len(last.linears) > 1:
         return family

@@ -1,4 +1,4 @@
-"""Models of transformers in float64 all the way: what they compute in float32 whatever their type, too."""
+"""Models of transformers entirely in float64, including what they always compute in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class InFloat64(TorchFunctionMode):
-    """While open, what is told to be float32 becomes float64: norms, rotary embeddings, softmax, shares of experts."""
+    """While open, conversions to float32 become float64: norms, rotary embeddings, softmax, shares of experts."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.view:  # bytes of a file

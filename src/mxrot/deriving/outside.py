@@ -1,4 +1,4 @@
-"""What surrounds the decoder blocks of a model, and how the blocks are called."""
+"""The modules around the decoder blocks of a model, and the names of blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mxrot.models.family import Windows
 
 
 def find_blocks(model: PreTrainedModel, where: str) -> str:
-    """The name of the one list of all decoder blocks; FamilyError if there are several, or none."""
+    """The name of the only list of all decoder blocks. FamilyError if there are several, or none."""
     count = model.config.num_hidden_layers
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found = [name for name in lists if len(model.get_submodule(name)) == count]  # type: ignore[arg-type]
@@ -32,7 +32,7 @@ def find_blocks(model: PreTrainedModel, where: str) -> str:
 
 
 def check_alike(model: PreTrainedModel, blocks: str, where: str) -> None:
-    """FamilyError unless all decoder blocks have modules of the same names and classes."""
+    """Raise FamilyError unless all decoder blocks have modules of the same names and classes."""
     first, *others = ([(name, type(one)) for name, one in block.named_modules()] for block in _children(model, blocks))
     for index, other in enumerate(others, 1):
         if other != first:
@@ -48,7 +48,7 @@ def _children(model: PreTrainedModel, name: str) -> list[nn.Module]:
 
 
 def name_of(model: nn.Module, wanted: nn.Module | None, what: str, where: str) -> str:
-    """The name of a module of a model; FamilyError if it has none."""
+    """The name of a module of a model. FamilyError if it has none."""
     for name, module in model.named_modules():
         if module is wanted and name:
             return name
@@ -56,7 +56,8 @@ def name_of(model: nn.Module, wanted: nn.Module | None, what: str, where: str) -
 
 
 def find_final_norm(model: PreTrainedModel, body: str, blocks: str, ids: Tensor, where: str) -> str:
-    """The module of the body between the last decoder block and what the body gives; FamilyError if it is not one."""
+    """The module of the body between the last decoder block and the body's output. FamilyError unless it is a single
+    one."""
     given: list[Any] = []
     seen: list[tuple[str, Any, Any]] = []
     last = _children(model, blocks)[-1]
@@ -85,9 +86,9 @@ def find_final_norm(model: PreTrainedModel, body: str, blocks: str, ids: Tensor,
 
 
 def find_rotary(model: PreTrainedModel, embedding: str, where: str) -> str | None:
-    """The module whose numbers no file holds, and which is made anew from the config; None if there is none.
+    """The module whose numbers are in no file and are recomputed from the config; None if there is none.
 
-    FamilyError if there are several, or one cannot be made anew.
+    FamilyError if there are several, or if one cannot be recomputed.
     """
     found = [name for name, module in model.named_modules() if module._non_persistent_buffers_set and name != embedding]
     if not found:
@@ -107,7 +108,7 @@ def find_rotary(model: PreTrainedModel, embedding: str, where: str) -> str | Non
 
 
 def check_outside(model: PreTrainedModel, family: Family, where: str) -> None:
-    """FamilyError for a tensor that is in no block, embedding, final norm or head."""
+    """Raise FamilyError for a tensor outside of blocks, embedding, final norm and head."""
     known = tuple(f"{name}." for name in (family.blocks, family.embedding, family.final_norm, family.head))
     for name in model.state_dict():
         if not name.startswith(known):
@@ -115,12 +116,12 @@ def check_outside(model: PreTrainedModel, family: Family, where: str) -> None:
 
 
 def first_of(model: PreTrainedModel, family: Family, ids: Tensor) -> Executor:
-    """Before the first block, in batches of one window."""
+    """An executor before the first block, with batches of one window."""
     return first_executor(model, family, ids, 1)
 
 
 def find_attention(model: PreTrainedModel, family: Family, ids: Tensor, where: str) -> str:
-    """The module of a block that calls transformers' attention function; FamilyError if there is not one."""
+    """The module of a block that calls transformers' attention function. FamilyError unless there is exactly one."""
     found = []
     block = _children(model, family.blocks)[0]
     for name, module in block.named_modules():
@@ -141,7 +142,7 @@ def find_attention(model: PreTrainedModel, family: Family, ids: Tensor, where: s
 
 
 def check_passes(model: PreTrainedModel, family: Family, ids: Tensor, where: str) -> None:
-    """FamilyError unless blocks that run one after the other, the final norm and the head give the model's logits."""
+    """Raise FamilyError unless blocks run one after the other, the final norm and the head give the model's logits."""
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         executor = first_of(model, family, ids)
@@ -158,9 +159,9 @@ def check_passes(model: PreTrainedModel, family: Family, ids: Tensor, where: str
 
 
 def find_windows(model: PreTrainedModel, family: Family, ids: Tensor, where: str) -> Windows:
-    """Which blocks see a few tokens only, by whether what they give for the last token depends on the first one.
+    """The kind of sliding windows. A block has one if its output for the last token does not depend on the first one.
 
-    FamilyError if a token depends on a later one, or if the config does not say which blocks they are.
+    FamilyError if a token depends on a later one, or if the config does not list these blocks.
     """
     config = model.config
     _check_keys(config, where)
@@ -190,7 +191,7 @@ def find_windows(model: PreTrainedModel, family: Family, ids: Tensor, where: str
 
 
 def _check_keys(config: Any, where: str) -> None:
-    """FamilyError for a window that the config calls otherwise: it may be longer than the tokens of a small model."""
+    """Raise FamilyError for a window under another key of the config: it may exceed the tokens of a small model."""
     for key, value in vars(config).items():
         is_one = ("window" in key and "sliding_window" not in key) or key == "attention_chunk_size"
         if is_one and key != "max_window_layers" and type(value) is int and value > 0:

@@ -1,9 +1,9 @@
-"""What a record says of a model, tried on a small one in float64 with the very functions that will rely on it.
+"""Test the claims of a record on a small model in float64, with the same functions that will rely on them.
 
-A model with random weights whose logits stay the same under a random change of the kind is one whose function the
-change leaves alone: with other weights it would hold as well, but for a chance of measure zero. Rounding in float64 is
-what `TOLERANCE` allows; a change that does not fold away moves the logits by about their own size. Each change is tried
-with weights of two sizes, because a bound (a clip of values, say) shows only where values reach it.
+If the logits of a model with random weights stay the same under a random change of a kind, that change preserves the
+model's function. It then holds for other weights, too, except with probability zero. `TOLERANCE` allows for rounding in
+float64; a change that does not fold away moves the logits by about their own size. Each change is tried with two sizes
+of weights, because a bound (such as a clip of values) shows only if values reach it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mxrot.surgery import PermutedFfn, PermutedHeads, RotatedHeads, fold_into_pr
 from mxrot.transforms.base import random_orthogonal
 
 TOLERANCE = 1e-9
-"""Of logits beside their own norm: what remains of 2^-52 after some thousands of sums that cancel."""
+"""The largest change of logits relative to their norm: what 2^-52 becomes after some thousands of sums that cancel."""
 
 MAGNITUDES = (1.0, 1e4)
-"""Of the weights of linears, beside those with which a linear keeps the size of what it reads."""
+"""Factors of linears' weights, relative to those with which a linear keeps the size of its input."""
 
 
 class Trial:
-    """A small model in float64, and changes of it that must leave its logits as they are."""
+    """A small model in float64, and changes of it that must preserve its logits."""
 
     def __init__(self, model: PreTrainedModel, family: Family, ids: Tensor) -> None:
         self.model, self.ids = model, ids
@@ -39,11 +39,11 @@ class Trial:
         self._plain = {name: value.clone() for name, value in self._tensors().items()}
 
     def holds(self, change: Callable[[], None]) -> bool:
-        """Are the logits the same after `change`, and the model another? It is as it was afterwards."""
+        """True if `change` changes the model but not its logits. The model is restored afterwards."""
         try:
             return all(self._holds_at(magnitude, change) for magnitude in MAGNITUDES)
         except (AttributeError, ConfigError, IndexError, KeyError, RuntimeError, ValueError):
-            return False  # there is no such module, or its shape does not fit
+            return False  # no such module, or its shape does not fit
         finally:
             self._set(1.0)
 
@@ -55,7 +55,7 @@ class Trial:
         return is_changed and bool((self._logits() - expected).norm() <= TOLERANCE * expected.norm())
 
     def folds(self, site: Site) -> bool:
-        """Can scales go from the linears of `site` into its norm or its producer, in every block?"""
+        """True if scales can go from the linears of `site` into its norm or its producer, in every block."""
         heads, generator = value_heads(self.model.config), torch.Generator().manual_seed(1)
 
         def change() -> None:
@@ -73,15 +73,15 @@ class Trial:
         return self.holds(change)
 
     def inputs(self, linear: str) -> int:
-        """How many channels a linear of a block reads."""
+        """The number of input channels of a linear of a block."""
         return int(self.model.get_submodule(f"{self.names[0]}.{linear}").get_parameter("weight").shape[1])
 
     def outputs(self, linear: str) -> int:
-        """How many it makes."""
+        """The number of its output channels."""
         return int(self.model.get_submodule(f"{self.names[0]}.{linear}").get_parameter("weight").shape[0])
 
     def permutes(self, family: Family, number: int) -> bool:
-        """Can the channels that site `number` of each block reads be put in another order?"""
+        """True if the input channels of site `number` can be permuted in each block."""
         generator, (linear,) = torch.Generator().manual_seed(2), family.sites[number].linears
 
         def change() -> None:
@@ -92,7 +92,7 @@ class Trial:
         return self.holds(change)
 
     def turns_heads(self, family: Family) -> bool:
-        """Can value heads be rotated, and their channels be put in another order?"""
+        """True if value heads can be rotated and their channels permuted."""
         generator = torch.Generator().manual_seed(3)
         heads, width = value_heads(self.model.config)
 
@@ -123,14 +123,14 @@ class Trial:
         }
 
     def _set(self, magnitude: float) -> None:
-        """Let the blocks be as they were, with the weights of their linears times a number."""
+        """Restore the blocks, with the weights of their linears times `magnitude`."""
         for name, value in self._tensors().items():
             plain = self._plain[name]
             value.copy_(plain * magnitude if plain.dim() > 1 else plain)
 
 
 class _Memory(Source):
-    """The small model as decorators of sources read it."""
+    """The small model as a source, for decorators of sources."""
 
     def __init__(self, trial: Trial, family: Family) -> None:
         self._trial = trial
@@ -155,4 +155,4 @@ class _Memory(Source):
         return iter(())
 
     def prefetch(self, index: int) -> None:
-        """Everything is here."""
+        """Nothing: it is in memory."""

@@ -1,4 +1,4 @@
-"""What the sites of a derived family are called: as those of the families that are written by hand, by their places."""
+"""Names for the sites of a derived family, by their places, like those of families written by hand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mxrot.models import Family, Site
 
 
 def with_site_names(family: Family, model: PreTrainedModel) -> Family:
-    """The family with the names qkv, o, gate_up or up, and down; other sites are called as their first linear.
+    """The family with the names qkv, o, gate_up or up, and down. Other sites get the name of their first linear.
 
-    Only a name hangs on it: recipes that treat a site in another way, as QuaRot's do with `down`, call it so.
+    Nothing else depends on the names, except recipes that treat a site specially, as QuaRot's do with `down`.
     """
     names: dict[int, str] = {}
     inside = [number for number, site in enumerate(family.sites) if _count_inside(family, site)]
@@ -42,7 +42,7 @@ def _count_inside(family: Family, site: Site) -> int:
 
 
 def _up(family: Family, model: PreTrainedModel, linears: tuple[str, ...], down: str) -> str:
-    """gate_up for two linears, or one of twice the rows that the last one reads; else up."""
+    """gate_up for two linears, or for one with twice the rows that the last one reads; else up."""
     block = model.get_submodule(family.block_prefix(0))
     rows = sum(int(block.get_submodule(name).get_parameter("weight").shape[0]) for name in linears)
     return "gate_up" if rows == 2 * block.get_submodule(down).get_parameter("weight").shape[1] else "up"

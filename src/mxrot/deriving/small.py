@@ -1,4 +1,4 @@
-"""A model of the same class as a given one, and so small that it runs at once: random weights, few of everything."""
+"""A small model of the same class as a given one, fast to run: random weights, few of everything."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mxrot.models import needed_attention
 
 TOKENS = 12
 WINDOW = 4
-"""Of a sliding window, where the model has one: fewer than `TOKENS`, so that it shows."""
+"""The length of a sliding window, if the model has one: less than `TOKENS`, so that it has an effect."""
 MOST_BLOCKS = 12
 MOST_NUMBERS = 30_000_000
-"""Parameters of a small model: some keys of a config are widths that are not known as such."""
+"""The most parameters of a small model: some keys of a config are widths that are not recognized as such."""
 _HEADS, _HEAD_WIDTH, _HIDDEN, _INNER, _VOCABULARY = 4, 16, 64, 96, 50
 _INNER_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "shared_intermediate_size")
 _TOKEN_KEYS = {"pad_token_id": None, "bos_token_id": 2, "eos_token_id": 1}
@@ -25,9 +25,9 @@ _TOKEN_KEYS = {"pad_token_id": None, "bos_token_id": 2, "eos_token_id": 1}
 
 def small_config(config: Any, where: str, keeps_blocks: bool = False) -> Any:
     """A config of the same architecture with 4 heads of 16 channels, and all its decoder blocks, or one of each kind,
-    two at least.
+    at least two.
 
-    FamilyError where there are more than `MOST_BLOCKS` kinds.
+    FamilyError if there are more than `MOST_BLOCKS` kinds.
     """
     found = deepcopy(config)
     if not keeps_blocks:
@@ -43,7 +43,7 @@ def small_config(config: Any, where: str, keeps_blocks: bool = False) -> Any:
 
 
 def _sizes(config: Any) -> dict[str, Any]:
-    """What is set to another value, of the keys that the config has."""
+    """The new values for those keys that the config has."""
     heads, kept = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     found: dict[str, Any] = {"hidden_size": _HIDDEN, "num_attention_heads": _HEADS, "vocab_size": _VOCABULARY}
     found["num_key_value_heads"] = _HEADS if kept == heads else 1 if kept == 1 else 2
@@ -55,8 +55,8 @@ def _sizes(config: Any) -> dict[str, Any]:
 
 
 def _keep_blocks(config: Any, where: str) -> None:
-    """Let the config have the first block, the second, and the first of each kind that its lists by block tell
-    apart."""
+    """Reduce the config to the first block, the second, and the first of each kind that its lists by block
+    distinguish."""
     count = config.num_hidden_layers
     lists = {
         key: value
@@ -78,7 +78,7 @@ def _keep_blocks(config: Any, where: str) -> None:
 
 
 def _small_rope(rope: dict[str, Any], width: int) -> dict[str, Any]:
-    """Parameters of a rotary embedding of heads of `_HEAD_WIDTH` channels, of one for heads of `width`."""
+    """The parameters of a rotary embedding for heads of `_HEAD_WIDTH` channels, from one for heads of `width`."""
     found = dict(rope)
     for key, value in rope.items():
         if isinstance(value, dict):
@@ -91,7 +91,7 @@ def _small_rope(rope: dict[str, Any], width: int) -> dict[str, Any]:
 
 
 def small_model(config: Any, where: str, keeps_blocks: bool = False) -> PreTrainedModel:
-    """A model of `small_config` in float64, with random weights that all count, the same each time.
+    """A model of `small_config` in float64, with random weights that all matter, the same each time.
 
     FamilyError if transformers cannot build it.
     """
@@ -112,7 +112,7 @@ def small_model(config: Any, where: str, keeps_blocks: bool = False) -> PreTrain
             _fill(model)
     except FamilyError:
         raise
-    except Exception as error:  # of its checks, which raise many kinds
+    except Exception as error:  # from its checks, which raise many kinds of errors
         said = " ".join(str(error).split())[:200]
         raise FamilyError(f"{where}: no small model of its class can be built: {said}") from error
     return model

@@ -1,4 +1,4 @@
-"""Which linears of a decoder block read the very same tensor, from one pass of a model."""
+"""Find the linears of a decoder block that read the same tensor, from one pass of a model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mxrot.errors import FamilyError
 
 @dataclass
 class Calls:
-    """What the modules of one decoder block were given and gave in one pass, in the order in which they ended."""
+    """The inputs and outputs of the modules of one decoder block in one pass, in the order in which they ended."""
 
     inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
-    """Each with its version, which what is written into a tensor changes."""
+    """Each tensor with its version, which changes when the tensor is written to."""
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def linears_by_input(self, linears: Iterable[str]) -> list[tuple[str, ...]]:
-        """Those that read one tensor together, in the order in which they compute."""
+        """Groups of linears that read the same tensor, in the order of computation."""
         found: dict[tuple[int, int], list[str]] = {}
         wanted = set(linears)
         for name, tensors in self.inputs.items():
@@ -34,13 +34,13 @@ class Calls:
         return [tuple(names) for names in found.values()]
 
     def makers(self, linear: str) -> list[str]:
-        """The modules that gave the very tensor that `linear` reads."""
+        """The modules that returned the same tensor that `linear` reads."""
         read, _ = self.inputs[linear][0]
         return [name for name, tensors in self.outputs.items() if len(tensors) == 1 and tensors[0] is read]
 
 
 class _WeightReads(TorchFunctionMode):
-    """While open, notes the linears whose tensors anything but their own forward is computed from."""
+    """While open, notes the linears whose tensors are used outside of their own forward."""
 
     def __init__(self, linears: dict[str, nn.Linear]) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 def block_linears(block: nn.Module, where: str) -> dict[str, nn.Linear]:
     """The linears of a decoder block by their names in it.
 
-    FamilyError for any other weight of two dimensions or more: what computes with it is not known.
+    FamilyError for any other weight of two or more dimensions, because its use is unknown.
     """
     found = {}
     for name, module in block.named_modules():
@@ -140,7 +140,7 @@ def _noted(module: nn.Module, name: str, full: str, calls: Calls, running: set[s
 
 
 def _check_apart(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
-    """FamilyError if a linear of a block shares a tensor with another module."""
+    """Raise FamilyError if a linear of a block shares a tensor with another module."""
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = name.rpartition(".")[0]

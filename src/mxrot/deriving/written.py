@@ -1,4 +1,4 @@
-"""A derived family as a file of models/families would hold it, for review."""
+"""A derived family as Python source for models/families, for review."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WIDTH = 120
 
 
 def record_text(family: Family) -> str:
-    """Python text that makes the record, with a first line that says how it came about."""
+    """Python text that makes the record, with a first line on its origin."""
     lines = [
         f'"""{family.name}: derived by `--family auto` from a small random model of its class.',
         "",
@@ -32,7 +32,7 @@ def record_text(family: Family) -> str:
 
 
 def _set(record: Any, positional: tuple[str, ...]) -> list[str]:
-    """The fields that differ from what they are by default."""
+    """The fields that differ from their defaults."""
     return [
         field.name
         for field in fields(record)

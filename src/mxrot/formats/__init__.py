@@ -1,4 +1,4 @@
-"""Number formats: elements, block scales, quantized tensors. Tensors in, tensors out."""
+"""Number formats: elements, block scales and quantized tensors. The functions take and return tensors."""
 
 from mxrot.formats.block import (
     as_blocks,

@@ -1,6 +1,6 @@
-"""Block scales as they are stored, with what stands beside them in a uniform grid.
+"""The stored block scales of a uniform grid, with the tensor scale and zero points that belong to them.
 
-On most formats the scale is an E8M0 byte b that stands for 2^(b - 127) (OCP Microscaling v1.0, section 5.4.1); 255
+In most formats the scale is an E8M0 byte b that stands for 2^(b - 127) (OCP Microscaling v1.0, section 5.4.1). Byte 255
 would be NaN and is never written.
 """
 
@@ -30,23 +30,23 @@ class ScaleType:
 
 E8M0 = ScaleType("e8m0", 8, torch.uint8)
 E4M3_SCALE = ScaleType("e4m3", 8, torch.float8_e4m3fn)
-"""NVFP4: an E4M3 number a block, relative to one float32 a tensor."""
+"""NVFP4: one E4M3 number per block, relative to one float32 per tensor."""
 FP16_SCALE = ScaleType("fp16", 16, torch.float16)
 LOG256_LEVELS = ScaleType("log256", 8, torch.float32)
-"""256 levels of log2(scale); kept as the float32 that the level stands for."""
+"""256 levels of log2(scale). The float32 value of the level is stored."""
 
 
 @dataclass(frozen=True)
 class BlockScales(Parts):
-    """The parts of a uniform grid: the scales of a tensor's blocks, as stored."""
+    """The parts of a uniform grid: the stored scales of a tensor's blocks."""
 
     stored: Tensor
-    """[..., G] in the dtype of the scale type."""
+    """[..., G], in the dtype of the scale type."""
     type: ScaleType
     tensor_scale: Tensor | None = None
-    """float32 scalar, or one a row [..., 1], that multiplies the block scales; None stands for 1."""
+    """float32, a scalar or one per row [..., 1], multiplied with the block scales. None means 1."""
     zero_points: Tensor | None = None
-    """[..., G] uint8 codes that stand for 0; None where the element is signed."""
+    """uint8 [..., G], the codes that stand for 0. None if the element is signed."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ class BlockScales(Parts):
         return BlockScales(tensors["scale"], self.type, tensors.get("tensor_scale"), tensors.get("zero_point"))
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The real scale of each block, [..., G] in float32 or float64."""
+        """The scale of each block as a number, [..., G] in float32 or float64."""
         is_byte = self.type == E8M0
         values = look_up(_E8M0_VALUES, self.stored, dtype) if is_byte else self.stored.to(dtype)
         return values if self.tensor_scale is None else values * self.tensor_scale.to(dtype)

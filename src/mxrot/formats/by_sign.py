@@ -1,7 +1,7 @@
-"""A grid with two scales a block: one for the elements above 0, one for all others.
+"""A grid with two scales per block: one for the elements above 0, one for all others.
 
-AMXFP4 (arXiv 2411.09909) is such a grid of E2M1 elements with E5M2 scales. Blocks of inputs are skewed, each in its
-way; under one scale the side that reaches less far has only the small codes to itself.
+AMXFP4 (arXiv 2411.09909) is such a grid, with E2M1 elements and E5M2 scales. Blocks of inputs are skewed, each in its
+own way. Under a single scale, the side with the smaller range can use only the small codes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ ABOVE, OTHERS = "scale", "negative_scale"
 
 @dataclass(frozen=True)
 class BySign(Grid):
-    """max(x, 0) over the largest element scales what is above 0, -min(x, 0) over it all others, each a small float.
+    """Two small-float scales: max(x, 0) / max element for values above 0, -min(x, 0) / max element for all others.
 
-    Scales and elements are rounded half away from zero. A scale is at least the smallest number of its type, which is
-    also that of a sign that does not occur, and scales nothing then: a block of zeros has code 0 and the smallest
-    scales. A scale beyond the largest number of the type is Inf, which `quantize` refuses, and what it scales becomes
-    NaN when it is rounded.
+    Scales and elements are rounded half away from zero. A scale is at least the smallest positive number of its type. A
+    sign that does not occur has that scale, which then scales nothing: a block of zeros has code 0 and the smallest
+    scales. A scale beyond the largest number of the type is Inf. `quantize` refuses it, and rounding turns the values
+    under it into NaN.
     """
 
     element: FloatElement
@@ -41,12 +41,12 @@ class BySign(Grid):
 
     def choose(self, blocks: Tensor, rule: ScaleRule) -> NamedParts:
         low, high = rule.cut(blocks.amin(dim=-1)), rule.cut(blocks.amax(dim=-1))
-        poison = (low - low) + (high - high)  # NaN where there is NaN or Inf
+        poison = (low - low) + (high - high)  # NaN if the block holds NaN or Inf
         ends = {ABOVE: high, OTHERS: -low}
         return NamedParts({name: self._stored(end / self.element.max + poison) for name, end in ends.items()})
 
     def _stored(self, scales: Tensor) -> Tensor:
-        """E5M2 of float32/float64 scales; the smallest for negative ones, which are those of signs that are absent."""
+        """Float32/float64 scales as E5M2. Negative ones, whose sign does not occur, become the smallest scale."""
         scales = scales.clamp(min=self.scale.values[1])
         rounded = self.scale.round_half_away(scales)
         beyond = (self.scale.max + 2.0 ** (self.scale.max_exponent + 1)) / 2
@@ -75,7 +75,7 @@ class BySign(Grid):
         return self.not_finite(parts) is None
 
     def is_exact_in_bfloat16(self, rule: ScaleRule) -> bool:
-        return self.element.mantissa_bits + self.scale.mantissa_bits + 2 <= 8  # of all bits of a product
+        return self.element.mantissa_bits + self.scale.mantissa_bits + 2 <= 8  # all bits of a product
 
 
 def _scales_of(is_above: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""How keys and values of attention are kept: one row for each token and head, in blocks along the width of a head."""
+"""How the keys and values of attention are quantized: one row per token and head, in blocks along the head's width."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from mxrot.errors import ConfigError
 from mxrot.formats.quantizer import TensorQuantizer
 
 CacheTransform = Literal["none", "hadamard", "stored"]
-"""None; the Hadamard matrix of the width of a head divided by its root, without random signs; or one matrix for each
-head of keys and values, which the attention module has."""
+"""No transform; the Hadamard matrix of the head's width divided by its root, without random signs; or one matrix for
+each head of keys and values, stored in the attention module."""
 
 
 @dataclass(frozen=True)
 class CacheScheme:
-    """What attention reads of tokens before: Q(k T) and Q(v U), with k as it is after its norm and RoPE.
+    """What attention reads of earlier tokens: Q(k T) and Q(v U), where k is taken after its norm and RoPE.
 
-    A query is multiplied by T^-T, and what a head gives by U^-1: without Q the function stays. ConfigError for
-    quantizers that rows by themselves cannot have, and for other values than those that are said here.
+    Queries are multiplied by T^-T, and the output of a head by U^-1. Without Q the function stays the same. ConfigError
+    for quantizers that cannot work row by row, and for values other than those listed here.
     """
 
     keys: TensorQuantizer
     values: TensorQuantizer
     first: int = 0
-    """Tokens at the start of a sequence that are read in 16 bits."""
+    """The number of tokens at the start of a sequence that are read in 16 bits."""
     last: int = 0
-    """Query t reads key and value j in 16 bits where t - j < last."""
+    """Query t reads key and value j in 16 bits if t - j < last."""
     key_transform: CacheTransform = "none"
-    """T."""
+    """The transform T."""
     value_transform: CacheTransform = "none"
-    """U, where it is applied at run time. What is merged into the weights beside the values does not stand here."""
+    """The transform U, if it is applied at run time. A transform merged into the weights of the values is not listed
+    here."""
 
     def __post_init__(self) -> None:
         for name, quantizer in self.by_name.items():
@@ -54,7 +55,7 @@ class CacheScheme:
 
     @property
     def by_name(self) -> dict[str, TensorQuantizer]:
-        """As recipes and checkpoints call them."""
+        """By their names in recipes and checkpoints."""
         return {"keys": self.keys, "values": self.values}
 
     @property
@@ -65,7 +66,7 @@ class CacheScheme:
 
     @property
     def head_block(self) -> int:
-        """What the width of a head must be a multiple of: whole blocks, and codes that fill whole bytes."""
+        """The width of a head must be a multiple of this: it holds whole blocks, and its codes fill whole bytes."""
         formats = [quantizer.format for quantizer in self.by_name.values()]
         return math.lcm(*(format.block or 1 for format in formats), *(8 // math.gcd(8, one.bits) for one in formats))
 

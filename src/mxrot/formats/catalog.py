@@ -1,4 +1,4 @@
-"""All number formats, one constant for each. A line that is added here adds a format everywhere."""
+"""All number formats, one constant for each. A line added here adds a format everywhere."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Format:
     rules: tuple[str, ...]
     """The scale rules of the format. The first is the default."""
     longest_block: int | None = None
-    """Where blocks fit the row: one is as many times `block` as divide the row, up to so many elements."""
+    """If set, blocks fit the row: a block is the largest multiple of `block` that divides the row, up to this size."""
     compressed_tensors: str | None = None
     """The name of its layout in compressed-tensors checkpoints, if mxrot writes one."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Pickled and copied by its name, as what stands in FORMATS: an element's NaN would not equal its copy."""
+        """Pickle and copy a format of FORMATS by its name: the NaN of an element would not equal its copy."""
         return (get_format, (self.name,)) if FORMATS.get(self.name) is self else super().__reduce_ex__(protocol)
 
     @property
@@ -42,29 +42,29 @@ class Format:
 
     @property
     def uniform(self) -> Uniform:
-        """The grid of a format that has one scale a block; kernels know no other."""
+        """The grid of a format with one scale per block. Kernels support no other."""
         assert isinstance(self.grid, Uniform)
         return self.grid
 
     @property
     def element(self) -> Element:
-        """Of a uniform grid."""
+        """The element of a uniform grid."""
         return self.uniform.element
 
     @property
     def scale(self) -> ScaleType:
-        """Of a uniform grid."""
+        """The scale type of a uniform grid."""
         return self.uniform.scale
 
     def block_in(self, columns: int) -> int:
-        """Elements of a block in a row of so many, at least 1."""
+        """Elements of a block in a row of `columns` elements, at least 1."""
         if self.block is None:
             return max(columns, 1)
         sizes = range(self.longest_block or self.block, self.block, -self.block)
         return next((size for size in sizes if columns and columns % size == 0), self.block)
 
     def bits_in(self, columns: int) -> float:
-        """Bits that a row of so many elements takes under the default rule, with all that stands beside the codes."""
+        """The bits that a row of `columns` elements takes under the default rule, codes and all parts included."""
         blocks = columns / self.block_in(columns)
         parts = [part for part in self.grid.parts(self.rule()) if part.per != "tensor"]
         return columns * self.bits + sum(
@@ -73,9 +73,9 @@ class Format:
 
     @property
     def bits_per_element(self) -> float:
-        """Bits of storage an element, scales and zero points included; those of a whole row or tensor are not.
+        """Bits of storage per element, with scales and zero points but without parts of a whole row or tensor.
 
-        In the longest blocks that there are.
+        Blocks are taken as long as the format allows.
         """
         block = self.longest_block or self.block
         return float(self.bits) if block is None else self.bits_in(block) / block

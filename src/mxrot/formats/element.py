@@ -1,12 +1,12 @@
-"""Element types: what one code of a block means, and how a real number becomes a code.
+"""Element types: the meaning of one code of a block, and how a real number becomes a code.
 
-A code is a small unsigned integer held in uint8. For a floating-point element it is
-sign << (bits - 1) | magnitude, and magnitudes are ordered like the values they stand for;
-for an integer element it is the two's complement of the integer, masked to `bits`.
+A code is a small unsigned integer held in uint8. For a floating-point element it is sign << (bits - 1) | magnitude, and
+magnitudes are ordered like the values they stand for. For an integer element it is the two's complement of the integer,
+masked to `bits`.
 
-Encoding rounds to nearest, ties to the even code, and saturates at the largest finite value
-(OCP Microscaling v1.0, section 5.3). The sign of -0.0 is kept where the element has one.
-Both float32 and float64 inputs are rounded once, from the value they hold.
+Encoding rounds to nearest, ties to the even code, and saturates at the largest finite value (OCP Microscaling v1.0,
+section 5.3). The sign of -0.0 is kept if the element has one. Both float32 and float64 inputs are rounded once, from
+their exact values.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ _FLOAT_LAYOUT = {
 
 
 def binary_exponents(x: Tensor) -> Tensor:
-    """floor(log2 |x|) read from the exponent bits of float32 or float64 `x`; same shape, integer.
+    """floor(log2 |x|), read from the exponent bits of float32 or float64 `x`; integer, same shape.
 
-    Zeros and subnormals of the input type give the exponent below its smallest normal number
-    (-127 or -1023), Inf and NaN the one above its largest (128 or 1024).
+    Zeros and subnormals give the exponent below that of the smallest normal number (-127 or -1023). Inf and NaN give
+    the one above that of the largest (128 or 1024).
     """
     integer, mantissa_bits, mask, bias = _FLOAT_LAYOUT[x.dtype]
     return ((x.view(integer) >> mantissa_bits) & mask) - bias
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:
-    """2^e as float32 for integer e in [-127, 127], exact (2^-127 is a subnormal number)."""
+    """2^e as float32 for integer e in [-127, 127]; exact (2^-127 is a subnormal number)."""
     e = exponents.to(torch.int32)
     bits = torch.where(e > -127, (e + 127) << 23, torch.full_like(e, 1 << 22))
     return bits.view(torch.float32)
 
 
 def look_up(values: tuple[Any, ...], indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """values[i] for uint8 `indices`, in `dtype`, same shape."""
+    """values[i] for uint8 `indices`, in `dtype`; same shape."""
     return _table(values, dtype, indices.device).take(indices.to(torch.int64))
 
 
@@ -56,29 +56,29 @@ def look_up_pairs(pairs: tuple[tuple[float, float], ...], indices: Tensor) -> Te
 
 @lru_cache(maxsize=256)
 def _table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A lookup table, kept: making one on a GPU waits for everything before it."""
+    """A lookup table, cached: making one on a GPU waits for all work before it."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
 class Element(ABC):
-    """How one code of a block is read and written. Pure: it holds no tensor."""
+    """How one code of a block is read and written. It holds no tensor."""
 
     name: str
-    """Name in the OCP spelling, lower case."""
+    """The name in the OCP spelling, in lower case."""
     bits: int
-    """Bits of a code, sign included."""
+    """The bits of a code, sign included."""
 
     @property
     @abstractmethod
     def max(self) -> float:
-        """Largest finite magnitude."""
+        """The largest finite magnitude."""
 
     @property
     @abstractmethod
     def mantissa_bits(self) -> int:
-        """Bits behind the leading one of the largest values; the `even` scale rule rounds to them."""
+        """The bits after the leading one in the largest values. The `even` scale rule rounds to them."""
 
     @property
     def max_exponent(self) -> int:
@@ -87,19 +87,19 @@ class Element(ABC):
 
     @abstractmethod
     def round(self, y: Tensor) -> Tensor:
-        """Nearest value of float32/float64 `y`, same dtype and shape; Inf saturates, NaN stays NaN."""
+        """The nearest values of float32/float64 `y`, same dtype and shape. Inf saturates, NaN stays NaN."""
 
     @abstractmethod
     def encode(self, y: Tensor) -> Tensor:
-        """uint8 codes of float32/float64 `y`, same shape; Inf saturates, NaN has no meaningful code."""
+        """The uint8 codes of float32/float64 `y`, same shape. Inf saturates; the code of NaN is meaningless."""
 
     @abstractmethod
     def decode_scalar(self, code: int) -> float:
-        """Value of one code; NaN and Inf where the element has such codes."""
+        """The value of one code; NaN or Inf if the element has such codes."""
 
     @cached_property
     def values(self) -> tuple[float, ...]:
-        """Value of every code, in code order."""
+        """The value of every code, in code order."""
         return tuple(self.decode_scalar(code) for code in range(1 << self.bits))
 
     @property
@@ -108,16 +108,16 @@ class Element(ABC):
 
     @cached_property
     def largest_value(self) -> float:
-        """The largest finite magnitude that a code can have, the most negative code of an integer included."""
+        """The largest finite magnitude of any code, including the most negative code of an integer."""
         return max(abs(value) for value in self.values if math.isfinite(value))
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Values of uint8 `codes` in `dtype`, same shape."""
+        """The values of uint8 `codes` in `dtype`, same shape."""
         return look_up(self.values, codes, dtype)
 
     @cached_property
     def value_pairs(self) -> tuple[tuple[float, float], ...]:
-        """For an element of 4 bits: the values of the low and of the high nibble of every byte."""
+        """For 4-bit elements: the values of the low and the high nibble of every byte."""
         return tuple((self.values[byte & 15], self.values[byte >> 4]) for byte in range(256))
 
 
@@ -128,9 +128,9 @@ class FloatElement(Element):
     exponent_bits: int
     fraction_bits: int
     bias: int
-    """Exponent field minus bias is the exponent of a normal number."""
+    """The exponent of a normal number is its exponent field minus this bias."""
     top_codes: tuple[float, ...] = ()
-    """What the topmost magnitude codes mean where they are not numbers, lowest first."""
+    """The values of the topmost magnitude codes if these are not numbers, lowest code first."""
 
     @property
     def mantissa_bits(self) -> int:
@@ -138,7 +138,7 @@ class FloatElement(Element):
 
     @property
     def max_code(self) -> int:
-        """Magnitude code of the largest finite value."""
+        """The magnitude code of the largest finite value."""
         return (1 << (self.bits - 1)) - 1 - len(self.top_codes)
 
     @property
@@ -147,7 +147,7 @@ class FloatElement(Element):
 
     @property
     def min_exponent(self) -> int:
-        """Exponent of the smallest normal number."""
+        """The exponent of the smallest normal number."""
         return 1 - self.bias
 
     def _magnitude(self, code: int) -> float:
@@ -164,31 +164,31 @@ class FloatElement(Element):
         return sign * self._magnitude(magnitude)
 
     def _steps(self, y: Tensor) -> Tensor:
-        """Distance between neighbouring values around `y`, a power of two, same dtype and shape."""
+        """The distance between neighbouring values around `y`, a power of two; same dtype and shape."""
         integer, mantissa_bits, mask, _ = _FLOAT_LAYOUT[y.dtype]
         binade = (y.view(integer) & (mask << mantissa_bits)).view(y.dtype)
         smallest_normal = math.ldexp(1.0, self.min_exponent)
         return binade.clamp(min=smallest_normal).mul_(math.ldexp(1.0, -self.fraction_bits))
 
     def round(self, y: Tensor) -> Tensor:
-        # Saturating first gives the same value, and keeps Inf / Inf away.
+        # Saturating first gives the same value, and avoids Inf / Inf.
         y = y.clamp(-self.max, self.max)
         step = self._steps(y)
         return y.div_(step).round_().mul_(step)
 
     def round_half_away(self, y: Tensor) -> Tensor:
-        """As `round`, with ties to the value farther from 0; the sign of a zero stays."""
+        """Like `round`, but ties go to the value farther from 0. The sign of a zero stays."""
         magnitude = y.abs().clamp_(max=self.max)
         step = self._steps(magnitude)
         multiples = magnitude.div_(step)
         whole = multiples.floor()
-        rest = multiples.sub_(whole)  # exact, as a half added to it would not be
+        rest = multiples.sub_(whole)  # exact; adding a half would not be
         return whole.add_(rest >= 0.5).mul_(step).copysign_(y)
 
     def encode(self, y: Tensor) -> Tensor:
         y = y.clamp(-self.max, self.max)
         exponents = binary_exponents(y).clamp(min=self.min_exponent)
-        # In units of the step, a normal number lies in [2^f, 2^(f+1)]; the upper end carries into the exponent.
+        # In units of the step, a normal number lies in [2^f, 2^(f+1)]. At the upper end it carries into the exponent.
         multiples = (y.abs() / self._steps(y)).round().to(exponents.dtype)
         magnitude = ((exponents - self.min_exponent) << self.fraction_bits) + multiples
         negative = torch.signbit(y).to(exponents.dtype)
@@ -199,8 +199,8 @@ class FloatElement(Element):
 class IntElement(Element):
     """Two's complement integers times a fixed power-of-two step, or unsigned integers.
 
-    The most negative code of a signed element is never written, so that the range is symmetric
-    (OCP section 5.3.4 allows that); it is still decoded.
+    The most negative code of a signed element is never written, so the range is symmetric (OCP section 5.3.4 allows
+    that). It can still be decoded.
     """
 
     step_exponent: int = 0
@@ -226,7 +226,7 @@ class IntElement(Element):
     def round(self, y: Tensor) -> Tensor:
         step = math.ldexp(1.0, self.step_exponent)
         low = -self.max if self.signed else 0.0
-        # Two's complement has one zero: adding 0 turns -0 into it.
+        # Two's complement has a single zero: adding 0 turns -0 into it.
         return (y / step).round_().mul_(step).clamp_(low, self.max).add_(0.0)
 
     def encode(self, y: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Exponents of power-of-two scales, from the maxima of blocks.
+"""Exponents of power-of-two scales, computed from the maxima of blocks.
 
-An E8M0 byte b stands for 2^(b - 127) (OCP Microscaling v1.0, section 5.4.1); 255 is NaN. Exponents come from the
+An E8M0 byte b stands for 2^(b - 127) (OCP Microscaling v1.0, section 5.4.1); 255 is NaN. Exponents are read from the
 exponent bits of the maximum, never from a floating-point logarithm.
 """
 
@@ -19,12 +19,12 @@ E8M0_MAX_BYTE = E8M0_MAX + E8M0_BIAS
 
 
 def block_maxima(blocks: Tensor) -> Tensor:
-    """max |x| over the last dimension; NaN if there is one."""
+    """max |x| over the last dimension; NaN if it holds a NaN."""
     return blocks.abs().amax(dim=-1)
 
 
 def e8m0_bytes(exponents: Tensor, maxima: Tensor) -> Tensor:
-    """E8M0 bytes of integer exponents, saturating at 2^-127 and 2^127; NaN (255) where `maxima` is not finite."""
+    """The E8M0 bytes of integer exponents, saturating at 2^-127 and 2^127; NaN (255) if `maxima` is not finite."""
     clamped = exponents.clamp(E8M0_MIN, E8M0_MAX) + E8M0_BIAS
     return torch.where(maxima.isfinite(), clamped, 255).to(torch.uint8)
 
@@ -37,7 +37,7 @@ def floor_exponents(maxima: Tensor, element: Element) -> Tensor:
 def even_exponents(maxima: Tensor, element: Element) -> Tensor:
     """The exponent of amax rounded to the element's mantissa bits (half away from zero), minus emax.
 
-    For E2M1: `floor`, and one more when the mantissa of amax is at least 1.75.
+    For E2M1 it is that of `floor`, plus one if the mantissa of amax is at least 1.75.
     """
     exponents, mantissas = _split(maxima)
     rounds_to_two = mantissas >= 2 - 2.0 ** -(element.mantissa_bits + 1)
@@ -52,26 +52,27 @@ def ceil_exponents(maxima: Tensor, element: Element) -> Tensor:
 
 
 def seven_and_a_quarter_exponents(maxima: Tensor, element: Element) -> Tensor:
-    """ceil(log2(amax / 7.25)) of E2M1, the rule of AutoRound: up to 7.25 the maximum saturates at 6."""
+    """ceil(log2(amax / 7.25)) for E2M1, AutoRound's rule: maxima between 6 and 7.25 saturate at 6."""
     exponents, mantissas = _split(maxima)
     return exponents - element.max_exponent + (mantissas > 7.25 / 4).to(exponents.dtype)
 
 
 def _split(maxima: Tensor) -> tuple[Tensor, Tensor]:
-    """Exponents e and mantissas m of maxima = m 2^e, exact; m in [1, 2) unless the E8M0 byte saturates."""
+    """Exponents e and mantissas m with maxima = m 2^e, exact; m is in [1, 2) unless the E8M0 byte saturates."""
     exponents = binary_exponents(maxima)
     return exponents, maxima * powers_of_two(-exponents.clamp(E8M0_MIN, E8M0_MAX)).to(maxima.dtype)
 
 
 def third_exponents(maxima: Tensor, element: Element) -> Tensor:
-    """floor(log2 amax), to be divided by 3: amax lands in [max / 2, max) of E2M1 (FP-Quant, arXiv 2509.23202)."""
+    """floor(log2 amax), for scales that are divided by 3: amax lands in [max / 2, max) of E2M1 (FP-Quant,
+    arXiv 2509.23202)."""
     return binary_exponents(maxima)
 
 
 def least_error_exponents(blocks: Tensor, middle: Tensor, element: Element) -> Tensor:
-    """Of e-1, e, e+1, with e in `middle`, the exponent with the least squared error; the smallest of equals."""
+    """The exponent among e-1, e, e+1, with e in `middle`, of least squared error; the smallest in a tie."""
     candidates = torch.stack([middle - 1, middle, middle + 1]).clamp(E8M0_MIN, E8M0_MAX)
-    # Measured in units of 2^middle: the squares of very small or large blocks would vanish or overflow.
+    # Errors are in units of 2^middle. Otherwise the squares of very small or large blocks would vanish or overflow.
     unit = candidates[1]
     relative = blocks / powers_of_two(unit).to(blocks.dtype)[..., None]
     errors = torch.stack([_squared_error(relative, exponents - unit, element) for exponents in candidates])

@@ -1,8 +1,8 @@
 """Grids: the values that the elements of a block may take, and how a block of numbers becomes codes.
 
-A grid says which tensors stand beside the codes (scales, zero points, a codebook), chooses them for given blocks, and
-rounds, encodes and decodes blocks under them. Nothing else knows what they mean: a format with another kind of block is
-one class here and one line in `catalog.py`.
+A grid defines the tensors stored beside the codes (scales, zero points, a codebook). It chooses them for given blocks,
+and rounds, encodes and decodes blocks under them. No other code interprets them: a format with another kind of block
+needs one class here and one line in `catalog.py`.
 """
 
 from __future__ import annotations
@@ -22,65 +22,65 @@ from mxrot.formats.scale import ScaleRule
 
 @dataclass(frozen=True)
 class Grid(ABC):
-    """What the values of a block may be. Pure: it holds no tensor."""
+    """The values that a block may hold. It holds no tensor."""
 
     @property
     @abstractmethod
     def bits(self) -> int:
-        """Bits of a code: 2, 4, 6 or 8."""
+        """The bits of a code: 2, 4, 6 or 8."""
 
     @abstractmethod
     def parts(self, rule: ScaleRule) -> tuple[PartSpec, ...]:
-        """What stands beside the codes under `rule`."""
+        """The parts stored beside the codes under `rule`."""
 
     @abstractmethod
     def choose(self, blocks: Tensor, rule: ScaleRule) -> Parts:
-        """Parts of float32/float64 `blocks` [..., G, B]; those of a block that holds NaN or Inf decode to NaN."""
+        """The parts of float32/float64 `blocks` [..., G, B]. The parts of a block with NaN or Inf decode to NaN."""
 
     @abstractmethod
     def encode(self, blocks: Tensor, parts: Parts) -> Tensor:
-        """uint8 codes of finite float32/float64 `blocks` [..., G, B], same shape: each the nearest value's."""
+        """The uint8 codes of the nearest values of finite float32/float64 `blocks` [..., G, B]; same shape."""
 
     @abstractmethod
     def decode(self, codes: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
-        """Values of uint8 `codes` [..., G, B] in `dtype`, float32 or float64, in which they are computed."""
+        """The values of uint8 `codes` [..., G, B], computed in `dtype`, which is float32 or float64."""
 
     def round(self, blocks: Tensor, parts: Parts) -> Tensor:
-        """`decode(encode(blocks))` in the dtype of `blocks`, bit for bit; NaN where the parts are."""
+        """`decode(encode(blocks))` in the dtype of `blocks`, bit for bit; NaN if the parts are NaN."""
         return self.decode(self.encode(blocks, parts), parts, blocks.dtype)
 
     def as_parts(self, tensors: dict[str, Tensor], rule: ScaleRule) -> Parts:
-        """Parts as a checkpoint holds them, by their names."""
+        """The parts, from the tensors of a checkpoint by name."""
         return NamedParts(tensors)
 
     def decode_packed(self, packed: Tensor, parts: Parts, block: int) -> Tensor:
-        """Float32 values [..., K] of packed codes [..., K * bits / 8], in blocks of so many."""
+        """float32 values [..., K] of packed codes [..., K * bits / 8], in blocks of `block` elements."""
         codes = unpack_codes(packed, self.bits).unflatten(-1, (-1, block))
         return self.decode(codes, parts, torch.float32).flatten(-2)
 
     def not_finite(self, parts: Parts) -> str | None:
-        """The name of a part that overflows its type, as an error calls it; None if all are finite."""
+        """The name, for error messages, of a part that overflows its type. None if all are finite."""
         for name, tensor in parts.tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 return f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
         return None
 
     def is_within_float32(self, parts: Parts) -> bool:
-        """Is every value that a code can have certainly a finite float32? False makes others look at the values."""
+        """True if every code surely gives a finite float32 value. If False, callers check the values themselves."""
         return False
 
     def looks_at_whole_tensor(self, rule: ScaleRule) -> bool:
-        """Do the parts of a block depend on blocks of other rows?"""
+        """True if the parts of a block depend on blocks of other rows."""
         return False
 
     def is_exact_in_bfloat16(self, rule: ScaleRule) -> bool:
-        """Is every value a bfloat16 number?"""
+        """True if every value is a bfloat16 number."""
         return False
 
 
 @dataclass(frozen=True)
 class Uniform(Grid):
-    """Equal elements under one scale a block, with a zero point where the element has no sign: (e - zero) * scale."""
+    """Equal elements under one scale per block, with a zero point if the element is unsigned: (e - zero) * scale."""
 
     element: Element
     scale: ScaleType
@@ -151,7 +151,7 @@ def _scales(parts: Parts) -> BlockScales:
 
 
 def _scaled(blocks: Tensor, scales: BlockScales) -> Tensor:
-    """blocks / scale + zero point; 0 where the scale has underflowed to 0."""
+    """blocks / scale + zero point; 0 if the scale has underflowed to 0."""
     values = scales.values(blocks.dtype)[..., None]
     if scales.zero_points is None and scales.type.dtype == torch.uint8:
         return blocks / values

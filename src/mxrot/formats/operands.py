@@ -10,15 +10,16 @@ from mxrot.formats.quantizer import TensorQuantizer
 
 @dataclass(frozen=True)
 class AttentionOperands:
-    """Both operands of a product are quantized in blocks along the dimension that is summed, or left as they are.
+    """The quantizers of both products. Operands are quantized in blocks along the summed dimension, or left as they
+    are.
 
     ConfigError for quantizers that the operands cannot have.
     """
 
     queries_keys: TensorQuantizer | None = None
-    """Of q k^T: in blocks along the width of a head."""
+    """For q k^T: in blocks along the width of a head."""
     probabilities_values: TensorQuantizer | None = None
-    """Of p v: in blocks along the tokens that are attended to."""
+    """For p v: in blocks along the attended tokens."""
 
     def __post_init__(self) -> None:
         if self.queries_keys is None and self.probabilities_values is None:
@@ -36,12 +37,12 @@ class AttentionOperands:
 
     @property
     def by_name(self) -> dict[str, TensorQuantizer | None]:
-        """As recipes and checkpoints call them."""
+        """By their names in recipes and checkpoints."""
         return {"queries_keys": self.queries_keys, "probabilities_values": self.probabilities_values}
 
     @property
     def head_block(self) -> int:
-        """What the width of a head must be a multiple of."""
+        """The width of a head must be a multiple of this."""
         return 1 if self.queries_keys is None else self.queries_keys.format.block or 1
 
     @property
@@ -54,6 +55,6 @@ class AttentionOperands:
 
 
 def _looks_beyond_block(quantizer: TensorQuantizer) -> bool:
-    """Do scales depend on other blocks, of the same row at least?"""
+    """True if scales depend on other blocks, of the same row or of others."""
     format = quantizer.format
     return format.grid.looks_at_whole_tensor(format.rule(quantizer.rule.name))

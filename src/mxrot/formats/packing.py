@@ -1,9 +1,9 @@
-"""Codes of 2, 4, 6 or 8 bits to bytes and back, along the last dimension.
+"""Pack codes of 2, 4, 6 or 8 bits into bytes along the last dimension, and unpack them.
 
-2 bits: four codes a byte, the first one in the lowest bits.
-4 bits: two codes a byte, the even column in the low nibble (compressed-tensors, torch.float4_e2m1fn_x2).
+2 bits: four codes per byte, the first one in the lowest bits.
+4 bits: two codes per byte, the even column in the low nibble (compressed-tensors, torch.float4_e2m1fn_x2).
 6 bits: four codes in three bytes, little-endian, the first code in the lowest bits.
-8 bits: as they are.
+8 bits: one code per byte.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., K] to bytes [..., K * bits / 8]. ValueError if K does not fill whole bytes."""
+    """Pack uint8 codes [..., K] into bytes [..., K * bits / 8]. ValueError if K codes do not fill whole bytes."""
     if bits == 8:
         return codes
     codes_per_word = {2: 4, 4: 2, 6: 4}[bits]

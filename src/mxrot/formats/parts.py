@@ -1,4 +1,4 @@
-"""What is stored beside the codes of a quantized tensor: named tensors, most of them with one entry a block."""
+"""What is stored beside the codes of a quantized tensor: named tensors, most of them with one entry per block."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PartSpec:
-    """The name, the type and the shape of one part; in a checkpoint it is called `weight_<name>`."""
+    """The name, type and shape of one part. Its name in a checkpoint is `weight_<name>`."""
 
     name: str
     dtype: torch.dtype
     bits: int
-    """Bits of information an entry has; its type may have more."""
+    """The bits of information in an entry. Its type may have more."""
     per: Literal["block", "row", "tensor"] = "block"
-    """What has an entry of its own."""
+    """What each entry belongs to."""
     shape: tuple[int, ...] = ()
-    """Of one entry."""
+    """The shape of one entry."""
 
     def shape_of(self, rows: int, blocks: int) -> tuple[int, ...]:
-        """The shape for a matrix of so many rows, of so many blocks each."""
+        """The shape for a matrix of `rows` rows with `blocks` blocks each."""
         places = {"block": (rows, blocks), "row": (rows, 1), "tensor": ()}
         return (*places[self.per], *self.shape)
 
 
 class Parts(ABC):
-    """Named tensors: [..., G, *entry] with an entry a block, [..., 1, *entry] a row, [] the whole tensor."""
+    """Named tensors: [..., G, *entry] with an entry per block, [..., 1, *entry] per row, [] for the whole tensor."""
 
     @property
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """By name; those of the whole tensor are scalars."""
+        """The tensors by name. Those of the whole tensor are scalars."""
 
     @abstractmethod
     def with_tensors(self, tensors: dict[str, Tensor]) -> Parts:
-        """Parts of the same kind and names that hold these."""
+        """Parts of the same kind and names with these tensors."""
 
     def split_rows(self, rows: list[int]) -> list[Parts]:
-        """The parts of matrices of so many rows each, of those of one above the other; scalars belong to all."""
+        """Split the parts of a matrix by these numbers of rows. Each piece keeps the scalars."""
         split = {
             name: [tensor] * len(rows) if tensor.dim() == 0 else list(tensor.split(rows))
             for name, tensor in self.tensors.items()
@@ -53,7 +53,7 @@ class Parts(ABC):
         ]
 
     def of_blocks(self, blocks: Tensor | slice) -> Parts:
-        """The parts of some blocks of a matrix, by their places in the row; what is a row's or a tensor's stays."""
+        """The parts of some blocks, by their index in the row. Parts of a row or of the whole tensor stay."""
         return self.with_tensors(
             {
                 name: tensor if tensor.dim() == 0 or tensor.shape[1] == 1 else tensor[:, blocks]
@@ -63,12 +63,12 @@ class Parts(ABC):
 
     @staticmethod
     def side_by_side(parts: Sequence[Parts]) -> Parts:
-        """The parts of matrices beside each other; scalars are those of the first."""
+        """Join the parts of matrices side by side. Scalars are taken from the first."""
         return Parts._together(parts, 1)
 
     @staticmethod
     def one_above_other(parts: Sequence[Parts]) -> Parts:
-        """The parts of matrices with other rows, and of all of them together; scalars are those of the first."""
+        """Join the parts of matrices one above the other. Scalars are taken from the first."""
         return Parts._together(parts, 0)
 
     @staticmethod
@@ -84,7 +84,7 @@ class Parts(ABC):
 
 @dataclass(frozen=True)
 class NamedParts(Parts):
-    """The parts of a grid that has no record of its own for them."""
+    """The parts of a grid that has no class of its own for them."""
 
     named: dict[str, Tensor]
 

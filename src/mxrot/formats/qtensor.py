@@ -51,7 +51,7 @@ class QTensor:
 
     @property
     def is_finite(self) -> bool:
-        """Are all values finite in float32? A value near 3.4e38 may have been rounded to 2^128."""
+        """True if all values are finite in float32. A value near 3.4e38 may have been rounded to 2^128."""
         return self.format.grid.is_within_float32(self.parts) or bool(torch.isfinite(self.dequantize()).all())
 
     def packed(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""A format and a scale rule. Together they define how a tensor is quantized, and what is stored."""
+"""A format and a scale rule. Together they define how a tensor is quantized and stored."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mxrot.formats.parts import Parts
 from mxrot.formats.scale import ScaleRule
 
 PACKED = "weight_packed"
-"""The name in a checkpoint of the packed codes of a weight."""
+"""The name of a weight's packed codes in a checkpoint."""
 PART = "weight_"
-"""What the names of its parts start with there."""
+"""The prefix of the names of its parts in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TensorQuantizer:
 
     @property
     def is_exact_in_bfloat16(self) -> bool:
-        """Are all quantized values bfloat16 numbers?"""
+        """True if all quantized values are bfloat16 numbers."""
         return self.format.grid.is_exact_in_bfloat16(self.rule)
 
     @property
@@ -44,27 +44,27 @@ class TensorQuantizer:
 
     @property
     def looks_up(self) -> bool:
-        """Are codes the places of values in a table that each block has?"""
+        """True if codes are indices into a table of values that each block has."""
         return isinstance(self.format.grid, LookUpTable)
 
     @property
     def looks_at_whole_tensor(self) -> bool:
-        """Does what a block becomes depend on blocks of other rows?"""
+        """True if the result for a block depends on blocks of other rows."""
         return self.format.grid.looks_at_whole_tensor(self.rule)
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """Names of what stands beside the codes, as in `Parts.tensors`."""
+        """The names of the parts, as in `Parts.tensors`."""
         return tuple(part.name for part in self.format.grid.parts(self.rule))
 
     def as_parts(self, tensors: Sequence[Tensor]) -> Parts:
-        """Parts as a checkpoint holds them, in the order of `part_names`."""
+        """The parts, from the tensors of a checkpoint in the order of `part_names`."""
         return self.format.grid.as_parts(dict(zip(self.part_names, tensors, strict=True)), self.rule)
 
     def stored_parts(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of each tensor of a weight [out_features, in_features], by its name in a checkpoint.
+        """The shape and type of each tensor of a weight [out_features, in_features], by its name in a checkpoint.
 
-        The codes come first. ConfigError if a row is not whole blocks.
+        The codes come first. ConfigError if a row does not hold whole blocks.
         """
         format = self.format
         block = format.block_in(in_features)
@@ -87,12 +87,12 @@ class TensorQuantizer:
 
     @property
     def spelled(self) -> str:
-        """Format and rule by name, and the clip where there is one, as `named` reads it: "mxfp4 even clip 0.9"."""
+        """The names of format and rule, and the clip if there is one, as `named` reads them: "mxfp4 even clip 0.9"."""
         return f"{self.format.name} {self.spelled_rule}"
 
     @property
     def spelled_rule(self) -> str:
-        """The rule by its name, and its clip where it has one."""
+        """The name of the rule, and its clip if it has one."""
         return f"{self.rule.name} clip {self.rule.clip}" if self.rule.is_clipped else self.rule.name
 
     @staticmethod
@@ -103,6 +103,7 @@ class TensorQuantizer:
 
     @staticmethod
     def of(format: str, rule: str | None = None, clip: float = 1.0) -> TensorQuantizer:
-        """By the names of its format and rule; ConfigError if there is none of that name, or no such clip."""
+        """The quantizer with these names of format and rule. ConfigError if one does not exist or the clip is
+        invalid."""
         found = get_format(format)
         return TensorQuantizer(found, found.rule(rule).clipped(clip))

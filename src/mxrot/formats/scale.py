@@ -1,10 +1,10 @@
 """The rules that choose block scales.
 
-A rule sees blocks [..., B] and returns one scale a block. Exponents come from the exponent bits of the block
+A rule takes blocks [..., B] and returns one scale per block. Exponents are read from the exponent bits of the block
 maximum, never from a floating-point logarithm.
 
-Which rule quantizes the activations belongs to the runtime that will serve the model, so every accuracy
-is reported under one; weights may use any rule.
+The runtime that serves a model decides which rule quantizes the activations, so every reported accuracy names its rule.
+Weights may use any rule.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ class ScaleRule(ABC):
     name: str
     summary: str
     dynamic: bool = True
-    """May quantize activations at run time."""
+    """True if it may quantize activations at run time."""
     raises_from: Callable[..., int] | None = None
-    """For rules whose exponent is floor(log2 amax) - emax or one more: the least fraction field of amax at which it is
-    one more, for (element) as a float32, for (element, 2^n) as a float with n bits of fraction. None for rules of
-    another kind."""
+    """For an exponent floor(log2 amax) - emax or one more: the least fraction field of amax that gives the latter.
+
+    Called with (element) for float32, with (element, 2^n) for a float with n fraction bits. None for other rules.
+    """
     by_row: bool = False
-    """Where a scale depends on other blocks: on those of its own row only."""
+    """If a scale depends on other blocks: True if these are all in its own row."""
     clip: float = 1.0
-    """What the largest and the smallest element of a block are multiplied by before the rule sees them: below 1 what
-    is beyond saturates, and the other elements get finer steps."""
+    """The factor applied to the largest and smallest element of a block before the rule sees them. Below 1, elements
+    beyond it saturate and the others get finer steps."""
 
     def clipped(self, clip: float) -> ScaleRule:
-        """This rule with that clip; ConfigError unless it is above 0 and at most 1."""
+        """This rule with `clip`. ConfigError unless it is above 0 and at most 1."""
         if not 0 < clip <= 1:
             raise ConfigError(f"clip {clip} is not above 0 and at most 1")
-        # With a clip no fraction field of the unclipped maximum says which exponent is chosen.
+        # With a clip, the fraction field of the unclipped maximum no longer tells which exponent is chosen.
         return self if clip == self.clip else replace(self, clip=clip, raises_from=None)
 
     @property
@@ -70,45 +71,45 @@ class ScaleRule(ABC):
 
     @property
     def sees_extremes_only(self) -> bool:
-        """Are the scales made from the largest and the smallest element of each block, whatever lies between?"""
+        """True if scales depend on the largest and the smallest element of each block alone."""
         return True
 
     def maxima(self, blocks: Tensor) -> Tensor:
-        """max |x| of each block, clipped; NaN where the block holds one."""
+        """max |x| of each block, clipped; NaN if the block holds one."""
         return self.cut(block_maxima(blocks))
 
     def cut(self, extremes: Tensor) -> Tensor:
-        """Largest or smallest elements of blocks, clipped."""
+        """The largest or smallest elements of blocks, clipped."""
         return extremes * self.clip if self.is_clipped else extremes
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
-        """Does the scale of a block depend on blocks of other rows?"""
+        """True if the scale of a block depends on blocks of other rows."""
         return False
 
     def has_tensor_scale(self, scale_type: ScaleType) -> bool:
-        """Is there a scale that multiplies those of all blocks?"""
+        """True if one tensor scale multiplies the scales of all blocks."""
         return False
 
     def for_rows(self) -> ScaleRule:
-        """This rule for inputs, whose rows are tokens: a token must not depend on the others of its batch."""
+        """This rule for inputs. Their rows are tokens, and a token must not depend on others in its batch."""
         return self
 
     def stored_type(self, scale_type: ScaleType) -> ScaleType:
-        """How this rule's scales are stored in a format whose scale type is `scale_type`."""
+        """How this rule stores its scales in a format with the scale type `scale_type`."""
         return scale_type
 
     @property
     def is_power_of_two(self) -> bool:
-        """Is every scale a power of two?"""
+        """True if every scale is a power of two."""
         return False
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Pickled and copied by its name, as what stands in RULES."""
+        """Pickle and copy a rule of RULES by its name."""
         return (get_rule, (self.name,)) if RULES.get(self.name) is self else super().__reduce_ex__(protocol)
 
     @abstractmethod
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
-        """Scales of float32/float64 `blocks` [..., B]. A block that holds NaN or Inf gets the scale NaN."""
+        """The scales of float32/float64 `blocks` [..., B]. A block that holds NaN or Inf gets the scale NaN."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ class ExponentRule(ScaleRule):
     """A rule that picks a power of two."""
 
     exponents: Callable[[Tensor, Element], Tensor] = floor_exponents
-    """Integer exponents [...] for the maxima [...] of blocks; out-of-range ones saturate."""
+    """Integer exponents [...] for the maxima [...] of blocks; those out of range saturate."""
     factor: float | None = None
-    """Constant that multiplies every scale; None stands for 1."""
+    """A constant that multiplies every scale. None means 1."""
 
     @property
     def is_power_of_two(self) -> bool:
@@ -139,7 +140,7 @@ class ExponentRule(ScaleRule):
 
 @dataclass(frozen=True)
 class LeastErrorRule(ExponentRule):
-    """A rule that tries each exponent and its two neighbours on the block itself."""
+    """A rule that tries an exponent and its two neighbours on the block itself."""
 
     @property
     def sees_extremes_only(self) -> bool:
@@ -151,7 +152,7 @@ class LeastErrorRule(ExponentRule):
 
 @dataclass(frozen=True)
 class ShrunkRule(ExponentRule):
-    """A rule whose maxima are shrunk before (`formats.shrinks`): a clip for each block, by its own error."""
+    """A rule that shrinks the maxima first (`formats.shrinks`): a clip for each block, chosen by its own error."""
 
     @property
     def sees_extremes_only(self) -> bool:
@@ -163,10 +164,10 @@ class ShrunkRule(ExponentRule):
 
 @dataclass(frozen=True)
 class Log256Rule(ScaleRule):
-    """amax / max, its logarithm floored to 256 levels between the smallest and the largest of the tensor.
+    """amax / max, with its logarithm floored to 256 levels between the smallest and the largest of the tensor.
 
-    This is what the code released with DuQuant++ computes in place of E8M0. No hardware reads it.
-    A tensor whose scales are all equal keeps them as they are.
+    The code released with DuQuant++ computes this instead of E8M0. No hardware reads it. If all scales of a tensor are
+    equal, they stay as they are.
     """
 
     def looks_at_whole_tensor(self, scale_type: ScaleType) -> bool:
@@ -193,7 +194,7 @@ class AbsMaxRule(ScaleRule):
     """amax / max, rounded to the scale type."""
 
     shrinks: bool = False
-    """Is amax shrunk first, as for `ShrunkRule`?"""
+    """True if amax is shrunk first, as in `ShrunkRule`."""
 
     @property
     def sees_extremes_only(self) -> bool:
@@ -227,8 +228,8 @@ class AbsMaxRule(ScaleRule):
 
 @dataclass(frozen=True)
 class MinMaxRule(ScaleRule):
-    """(max - min) / the largest code in FP16, and an integer zero point, for unsigned elements; the range always holds
-    0."""
+    """(max - min) / the largest code in FP16, and an integer zero point, for unsigned elements. The range always
+    includes 0."""
 
     def choose(self, blocks: Tensor, element: Element, scale_type: ScaleType) -> BlockScales:
         low, high = self.cut(blocks.amin(dim=-1).clamp(max=0)), self.cut(blocks.amax(dim=-1).clamp(min=0))
@@ -240,10 +241,10 @@ class MinMaxRule(ScaleRule):
 
 @dataclass(frozen=True)
 class LevelsRule(ScaleRule):
-    """A rule for formats whose blocks bring their values along: these read from it what it looks at."""
+    """A rule for formats whose blocks hold their own values. The grid reads its settings."""
 
     is_spaced: bool = True
-    """Are the values equally spaced between the ends of the block?"""
+    """True if the values are equally spaced between the ends of the block."""
 
     @property
     def sees_extremes_only(self) -> bool:
@@ -253,7 +254,7 @@ class LevelsRule(ScaleRule):
         raise TypeError(f"rule {self.name} chooses values, and a uniform format has those of its element")
 
 
-# Functions with a name: a rule that does not stand in RULES can be pickled, too.
+# Named functions, so that a rule outside RULES can be pickled, too.
 def _never_raises(element: Element, whole: int = _WHOLE) -> int:
     return whole
 
@@ -324,7 +325,7 @@ RULES: dict[str, ScaleRule] = {
 
 
 def get_rule(name: str) -> ScaleRule:
-    """The rule called `name`; ConfigError with the list of known ones."""
+    """The rule called `name`. ConfigError, with a list of all rules, if there is none."""
     if name not in RULES:
         raise ConfigError(not_known("scale rule", name, RULES))
     return RULES[name]

@@ -1,8 +1,8 @@
-"""How far the maximum of a block is shrunk before its scale is stored: the search of MR-GPTQ (arXiv 2509.23202).
+"""The factor that shrinks the maximum of a block before its scale is stored: MR-GPTQ's search (arXiv 2509.23202).
 
-Each shrink p of SHRINKS makes the scale p * amax / max, which no type has rounded yet, and the block is rounded under
-it; kept is the p with the least sum of |error|^POWER. How much of that the stored scale keeps is up to the rule that
-casts it: a power of two knows nothing between two octaves.
+Each factor p gives the unrounded scale p * amax / max, and the block is rounded under it. The p with the least sum of
+|error|^POWER is kept. The rule then casts the scale to its type, which may lose part of this choice: a power of two has
+no steps within an octave.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 from mxrot.formats.element import Element
 
 SHRINKS = 100
-"""p = 1 - i / SHRINKS, for i from 0 on."""
+"""The factors p are 1 - i / SHRINKS, for i from 0 on."""
 POWER = 2.4
 SEARCHED_ELEMENTS = 1 << 20
-"""Of blocks that are searched at once: all shrinks one after the other, so a few numbers for each element."""
+"""The number of elements searched at once. The factors are tried in turn, so each element takes little memory."""
 
 
 def shrunk_maxima(blocks: Tensor, maxima: Tensor, element: Element) -> Tensor:
-    """`maxima` [...] of float32/float64 `blocks` [..., B], each times its best shrink; of equals the largest.
+    """`maxima` [...] of float32/float64 `blocks` [..., B], each times its best factor; the largest factor in a tie.
 
-    Errors are computed in float32, relative to the maximum. NaN and Inf stay what they are, and so does 0.
+    Errors are computed in float32, relative to the maximum. NaN, Inf and 0 stay as they are.
     """
     flat, largest = blocks.reshape(-1, blocks.shape[-1]), maxima.reshape(-1)
     count = max(1, SEARCHED_ELEMENTS // max(1, flat.shape[-1]))
@@ -32,7 +32,7 @@ def shrunk_maxima(blocks: Tensor, maxima: Tensor, element: Element) -> Tensor:
 
 
 def _best_shrinks(blocks: Tensor, maxima: Tensor, element: Element) -> Tensor:
-    """In the type of `maxima` [M], for blocks [M, B]."""
+    """Best factor of each block [M, B], in the type of `maxima` [M]."""
     relative = (blocks / torch.where(maxima > 0, maxima, 1.0)[:, None]).float()
     best = torch.ones_like(maxima)
     least = torch.full_like(maxima, torch.inf, dtype=torch.float32)

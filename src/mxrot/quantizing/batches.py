@@ -1,4 +1,4 @@
-"""How much passes through a decoder block together."""
+"""How many tokens pass through a decoder block together."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from mxrot.layers import score_heads
 from mxrot.models import Family
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131072}
-"""Tokens that pass through a block at once, at most; fixed, so that sums always run in the same order."""
+"""The most tokens that pass through a block at once. It is fixed, so that sums always run in the same order."""
 BATCH_ELEMENTS = 1 << 28
-"""Bounds tokens times the widest activation, so that a large model's temporaries stay near a gigabyte each."""
+"""A bound on tokens times the widest activation, so that a large model's temporaries stay near a gigabyte each."""
 
 
 def windows_at_once(model: PreTrainedModel, family: Family, device: torch.device, seq_len: int) -> int:
-    """How many calibration windows pass through a block together."""
+    """The number of calibration windows that pass through a block together."""
     inner = [module for module in model.get_submodule(family.blocks).modules() if isinstance(module, nn.Linear)]
     widest = max(max(linear.in_features, linear.out_features) for linear in inner)
     return max(1, tokens_at_once(max(widest, score_heads(model) * seq_len), device.type) // seq_len)
 
 
 def tokens_at_once(widest: int, device_type: str) -> int:
-    """The same in tokens, where a block makes so many numbers of a token at most, before it goes on."""
+    """The number of tokens that pass through a block together, if it holds at most `widest` numbers per token at a
+    time."""
     return min(BATCH_TOKENS.get(device_type, BATCH_TOKENS["cpu"]), BATCH_ELEMENTS // widest)
 
 
 def held_out(windows: int, share: float, kind: str) -> Tensor:
-    """Which windows of a kind of text nothing is fitted to: evenly spaced, away from the ends; bool [windows].
+    """The windows of one kind of text that are held out from fits: evenly spaced, away from the ends; bool [windows].
 
-    DataError where there are too few.
+    DataError if there are too few.
     """
     if windows < 2:
         raise DataError(
@@ -45,9 +46,9 @@ def held_out(windows: int, share: float, kind: str) -> Tensor:
 
 
 def window_groups(windows: int, given: int, share: float) -> dict[str, Tensor] | None:
-    """Positions of windows by what they are for, as an executor takes them; None where none are held out.
+    """The positions of windows by purpose, as an executor takes them. None if no windows are held out.
 
-    The first `given` are text, the others the model has written. Of a kind of one window nothing is held out.
+    The first `given` windows are text, the others were written by the model. A kind with one window holds none out.
     """
     if not share:
         return None

@@ -1,8 +1,8 @@
 """Quantize one decoder block: fit its cache, smooth it, then take its sites one after the other.
 
-A site's statistics are taken, its transform fitted, its weights rounded and its linears replaced before the next
-site is looked at. Smoothing scales come first, from one pass over the block as it was, because they must go into
-layers that will be rounded before the site they serve.
+For each site, statistics are taken, the transform fitted, the weights rounded and the linears replaced before the next
+site. Smoothing scales come first, from one pass over the block as it was, because they are folded into layers that are
+rounded before the site they serve.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mxrot.transforms import generator_for
 from mxrot.tuning import Check, tune_block
 
 TUNING_SHARE = 0.8
-"""Of the time for a block that is tuned by itself, about."""
+"""Tuning's rough share of the time for a block tuned by itself."""
 
 
 def quantize_block(
@@ -42,9 +42,9 @@ def quantize_block(
 ) -> BlockReport:
     """Load one block, and quantize its sites one after the other.
 
-    `executor` runs it then, up to where the next block follows; None where no data is looked at. `original` runs the
-    block of the original model, and goes on to the next; None where neither rounding nor tuning asks for it.
-    `progress` is told weights, of those of the block.
+    `executor` then runs it, up to the start of the next block; None if no data is used. `original` runs the block of
+    the original model, and goes on to the next; None if neither rounding nor tuning needs it. `progress` is reported in
+    weights of the block.
     """
     started = time.monotonic()
     prefix = run.family.block_prefix(index)
@@ -91,7 +91,7 @@ def quantize_block(
 
 
 def _load(run: BlockRun, index: int, block: nn.Module, executor: Executor | None, tensors: Weights) -> Weights:
-    """Fill a block, and fit the transforms of its cache, where the recipe has some; the weights of its linears."""
+    """Fill a block and, if the recipe has them, fit the transforms of its cache. Returns the weights of its linears."""
     prefix = run.family.block_prefix(index)
     weights = linear_weights(run.family, tensors)
     fill_original(run, block, tensors, prefix)
@@ -101,13 +101,13 @@ def _load(run: BlockRun, index: int, block: nn.Module, executor: Executor | None
 
 
 def linear_weights(family: Family, tensors: Weights) -> Weights:
-    """The weights of the linears of all sites, by their names in a block, among its tensors."""
+    """The weights of the linears of all sites among a block's tensors, by their names in the block."""
     linears = [linear for site in family.sites for linear in site.linears]
     return {name: tensors[f"{name}.weight"] for name in linears if f"{name}.weight" in tensors}
 
 
 def _tune(run: BlockRun, part: Part, sites: Sequence[Site], progress: Progress) -> list[Check] | None:
-    """Tune the whole block, where the recipe says so; the losses."""
+    """Tune the whole block if the recipe says so. Returns the losses."""
     tuning = run.recipe.tuning
     if tuning is None or tuning.scope != "block" or not sites:
         return None
@@ -129,7 +129,7 @@ def _tune(run: BlockRun, part: Part, sites: Sequence[Site], progress: Progress) 
 
 
 def _by_weights(progress: Progress, prefix: str, weights: Weights, sites: Sequence[Site]) -> dict[str, Progress]:
-    """For each site, by its name, what it tells of itself; its share of the work is that of its weights."""
+    """A progress callback for each site, by name. Its share of the work is its share of the weights."""
     sizes = [sum(weights[linear].numel() for linear in site.linears) for site in sites]
     begins = [sum(sizes[:position]) for position in range(len(sites))]
     return {
@@ -144,13 +144,13 @@ def _children_of(sites: Sequence[Site]) -> frozenset[str]:
 
 
 def _readers(sites: Sequence[Site]) -> dict[str, frozenset[str]]:
-    """Of each norm that sites of a block read, the direct submodules of it that read the norm."""
+    """For each norm that sites of a block read, the direct submodules of the block that read it."""
     norms = {site.norm for site in sites if site.norm is not None}
     return {norm: _children_of([site for site in sites if site.norm == norm]) for norm in sorted(norms)}
 
 
 def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str) -> None:
-    """Give a block without weights those of the original model; matrices of a quantized cache change nothing yet."""
+    """Fill an empty block with the original's tensors. The matrices of a quantized cache are set to change nothing."""
     own = {name: value.to(run.family.dtype_of(name, run.dtype)) for name, value in tensors.items()}
     for place, module in block.named_modules():
         cache = cache_scheme_of(module)
@@ -161,8 +161,8 @@ def fill_original(run: BlockRun, block: nn.Module, tensors: Weights, prefix: str
 
 
 def finished_tensors(run: BlockRun, index: int, block: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a quantized block as a checkpoint keeps them: what is not quantized in its own type, and with the
-    bits of the source where nothing has changed it."""
+    """The tensors of a quantized block for a checkpoint. Those not quantized keep their own type and, if nothing
+    changed them, the bits of the source."""
     prefix = run.family.block_prefix(index)
     own = run.other_types_under(prefix)
     found = stored_tensors(block, run.stored_dtype, own)
@@ -175,10 +175,10 @@ def finished_tensors(run: BlockRun, index: int, block: nn.Module) -> dict[str, T
 def advance_original(
     run: BlockRun, index: int, block: nn.Module, executor: Executor | None, original: Executor
 ) -> None:
-    """Let the original model go on behind a block; `block` has no weights yet, and `executor` stands before it."""
+    """Move the original model on past a block. `block` has no weights yet, and `executor` stands before it."""
     prefix = run.family.block_prefix(index)
     tensors = run.source.block(index, run.device)
-    if run.recipe.fits_cache:  # once more, for the very bits of the weights around the values
+    if run.recipe.fits_cache:  # again, for the exact bits of the weights around the values
         whole = deepcopy(block, {id(run.config): run.config})
         _load(run, index, whole, executor, tensors)
         own = copy_of(run, whole)
@@ -190,7 +190,7 @@ def advance_original(
 
 
 def copy_of(run: BlockRun, block: nn.Module) -> nn.Module:
-    """The block with tensors of its own and attention as transformers computes it; its config is the same."""
+    """A copy of the block with its own tensors and transformers' attention. Its config is shared."""
     found = deepcopy(block, {id(run.config): run.config})
     for module in found.modules():
         restore_attention(module)
@@ -199,7 +199,7 @@ def copy_of(run: BlockRun, block: nn.Module) -> nn.Module:
 
 
 def _smooth_block(run: BlockRun, index: int, part: Part) -> dict[str, Tensor]:
-    """Smoothing scales [K] by site name, as `smooth_sites` gives them, of all sites of a block."""
+    """The smoothing scales [K] of all sites of a block by site name, as `smooth_sites` gives them."""
     sites = smoothed_sites(run.rules, index)
     inside = [site for site in sites if site.expert is not None]
     scales = smooth_sites(run, part, [site for site in sites if site.expert is None])

@@ -1,7 +1,7 @@
-"""Transforms of a quantized cache that are fitted to keys, queries, values and the weights behind them.
+"""Transforms of a quantized cache, fitted to keys, queries, values and the weights behind them.
 
-In a checkpoint that of the values is merged into the linears before and behind attention; a model that is only run
-with a quantized cache has both in its attention modules.
+In a checkpoint, the transform of the values is merged into the linears before and behind attention. A model that only
+runs with a quantized cache has both transforms in its attention modules.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from mxrot.transforms.heads import head_transforms
 
 @dataclass(frozen=True)
 class HeadTransforms:
-    """Matrices of a block's heads of keys and values, float64 [KV heads, D, D]."""
+    """The matrices of a block's heads of keys and values, float64 [KV heads, D, D]."""
 
     keys: Tensor
     values: Tensor
 
 
 def fitted_transforms(executor: Executor, attention: nn.Module, reader: Tensor, name: str) -> HeadTransforms:
-    """Those of the block that has begun, by what its `attention` is given; `reader` is the weight behind it.
+    """The transforms of the current block, fitted to the inputs of `attention`. `reader` is the weight behind it.
 
-    NumericsError, with the `name` of the attention, for what is not finite or cannot be factorized.
+    NumericsError, with the `name` of the attention, for values that are not finite or cannot be factorized.
     """
     queries, keys, values = head_moments(executor, attention)
     for what, moments in (("queries", queries), ("keys", keys), ("values", values)):
@@ -65,10 +65,10 @@ def _named(name: str) -> Iterator[None]:
 
 
 def fit_block(run: BlockRun, part: Part) -> None:
-    """Fit the cache's transforms of a block that is not quantized yet.
+    """Fit the cache's transforms for a block that is not quantized yet.
 
-    The keys' becomes a parameter of its attention; the values' is merged into the weights of `part`, in float64, and
-    rounded once into its modules.
+    The transform of the keys becomes a parameter of its attention. That of the values is merged into the weights of
+    `part`, in float64, and rounded once into its modules.
     """
     family, executor = run.family, part.executor
     assert executor is not None
@@ -100,15 +100,16 @@ def _fill(parameter: Tensor, exact: Tensor, dtype: torch.dtype, name: str) -> No
 
 @torch.no_grad()
 def set_matrix(attention: nn.Module, name: str, matrices: Tensor) -> None:
-    """Give an attention module with a quantized cache one of the matrices that it has a parameter for."""
+    """Set one of the matrices of an attention module with a quantized cache."""
     attention.get_parameter(name).copy_(matrices)
 
 
 @torch.no_grad()
 def fit_cache(model: PreTrainedModel, family: Family, windows: Tensor, scheme: CacheScheme) -> None:
-    """Install a quantized cache with fitted transforms, in place of any, in a model that runs and is not quantized.
+    """Install a quantized cache with fitted transforms in a running model that is not quantized, replacing any other
+    cache.
 
-    `windows` are calibration token windows [W, T]; `scheme` says which of the two transforms are "stored": these are
+    `windows` are calibration token windows [W, T]. `scheme` says which of the two transforms are "stored": these are
     fitted to the model as it is, and kept in its attention modules. NumericsError as for `fitted_transforms`.
     """
     heads, width = value_heads(model.config.get_text_config())

@@ -1,15 +1,15 @@
-"""Choose among changes of a recipe by what they cost on text that no fit has seen, for the model at hand.
+"""Choose among changes of a recipe by their error on text that no fit has seen, for the given model.
 
-What rounds best on one model need not on the next: how far weights follow a target, how GPTQ is damped, how much of the
-text the model writes itself. So each candidate of `[choice]` quantizes the model, and what counts is the divergence of
-its logits from the original's, on windows that it was not fitted to. Windows of the same text are not enough where a
-fit takes to a kind of text. There are two kinds, what was given and what the model writes, and `unseen = "kinds"` fits
-to one of them and measures on the other.
+The best settings differ between models: how far weights follow a target, the damping of GPTQ, how much of the text the
+model writes itself. So each candidate of `[choice]` quantizes the model, and is measured by the divergence of its
+logits from the original's, on held-out windows. Windows of the same text are not enough if a fit adapts to a kind of
+text. There are two kinds, given text and text that the model writes; `unseen = "kinds"` fits to one of them and
+measures on the other.
 
-The score of a candidate is the geometric mean, over the kinds that it is measured on, of KL(original || quantized) in
-nats a token: a kind that is hard for every candidate has no more to say than the others. Candidates are tried one
-after the other, each on top of what was kept until then, and kept where the score falls. Nothing is drawn, so that a
-resumed run comes to the same choice; what is measured is kept candidate by candidate.
+The score of a candidate is the geometric mean, over the measured kinds, of KL(original || quantized) in nats per token,
+so a kind that is hard for every candidate does not dominate. Candidates are tried one after the other, each on top of
+those kept so far. One is kept if the score falls. Nothing is random, so a resumed run makes the same choice.
+Measurements are stored candidate by candidate.
 """
 
 from __future__ import annotations
@@ -38,37 +38,38 @@ from mxrot.recipe import Recipe
 from mxrot.scheme import Scheme
 
 LOGIT_TOKENS = 2048
-"""Positions whose logits exist at once."""
+"""The number of positions whose logits exist at once."""
 LEAST_KL = 1e-9
-"""Nats a token: less counts as so much, so that it has a logarithm."""
+"""The least KL in nats per token: a smaller one counts as this, to have a logarithm."""
 QUANTIZING_SHARE = 0.9
-"""Of the time for a candidate, about; the rest is measuring."""
+"""Quantizing's rough share of the time for a candidate; the rest is measuring."""
 
 
 Quantize = Callable[[Recipe, Tensor, int, Progress], PreTrainedModel]
-"""Quantizes the model by another recipe, on windows of which so many are given text, and keeps it in memory."""
+"""Quantizes the model with another recipe and keeps it in memory. It takes the windows, how many are given text, and
+the progress."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What a candidate is fitted to, and what it is measured on."""
+    """The windows that a candidate is fitted to, and those that it is measured on."""
 
     text: Tensor
-    """Given windows [W, T]; there may be none."""
+    """Given windows [W, T]; may be empty."""
     written: Tensor
-    """Those that the model has written."""
+    """The windows written by the model."""
     measured: dict[str, Tensor]
-    """Windows by the kind of their text."""
+    """The measured windows, by kind of text."""
 
     def fitted(self, share: float) -> Tensor:
-        """The windows to fit to, with a share of the written ones."""
+        """The windows to fit to, with this share of the written ones."""
         return torch.cat([self.text, self.written[: round(share * len(self.written))]])
 
 
 def folds_of(windows: Tensor, given: int, recipe: Recipe) -> list[Fold]:
-    """How `windows` [W, T], of which the first `given` are text and the others written, are used by a recipe's choice.
+    """How a recipe's choice uses `windows` [W, T], of which the first `given` are text and the others written.
 
-    DataError where a kind has too few to hold some out.
+    DataError if a kind has too few windows to hold some out.
     """
     choice = recipe.choice
     assert choice is not None
@@ -94,17 +95,17 @@ def folds_of(windows: Tensor, given: int, recipe: Recipe) -> list[Fold]:
 
 @dataclass(frozen=True)
 class Reference:
-    """The original on the windows that are measured on: its last states, and the head that reads them."""
+    """The original on the measured windows: its last hidden states, and the head that reads them."""
 
     head: PreTrainedModel
-    """The original, whose decoder blocks hold no weights any more."""
+    """The original, with its decoder blocks freed of their weights."""
     states: dict[str, list[Tensor]]
-    """By kind, of each window [T, hidden]."""
+    """By kind, the states [T, hidden] of each window."""
 
     @staticmethod
     @torch.no_grad()
     def of(original: PreTrainedModel, family: Family, windows: dict[str, Tensor]) -> Reference:
-        """Run the original, and let go of its decoder blocks."""
+        """Run the original, and free its decoder blocks."""
         for of_kind in windows.values():
             check_logits(original, of_kind)
         states = {kind: [_states(original, window) for window in of_kind] for kind, of_kind in windows.items()}
@@ -114,7 +115,8 @@ class Reference:
 
     @torch.no_grad()
     def divergences(self, model: PreTrainedModel, windows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """KL(original || model) of each window in nats a token, float64 [W] by kind; NumericsError if not finite."""
+        """KL(original || model) of each window in nats per token, float64 [W] by kind. NumericsError if it is not
+        finite."""
         found = {}
         for kind, of_kind in windows.items():
             pairs = zip(of_kind, self.states[kind], strict=True)
@@ -126,7 +128,7 @@ class Reference:
         return found
 
     def _divergence(self, model: PreTrainedModel, states: Tensor, wanted: Tensor) -> Tensor:
-        """The mean over positions, as the two heads make logits of these states [T, hidden]."""
+        """The mean KL over positions of the logits that the two heads compute from these states [T, hidden]."""
         total = torch.zeros((), dtype=torch.float64)
         for part, expected in zip(states.split(LOGIT_TOKENS), wanted.split(LOGIT_TOKENS), strict=True):
             logs = logits_of(model, part).float().log_softmax(dim=-1)
@@ -150,11 +152,10 @@ def choose(
     store: BlockStore | None = None,
     progress: Progress = silent,
 ) -> tuple[Recipe, list[Trial]]:
-    """The recipe of a `run` with the candidates that are kept, without its choice; and what each of them has cost.
+    """The recipe of a `run` with the kept candidates and without its choice, and the score of each candidate.
 
-    So many windows were `given`, which says how many a candidate has written beside them.
-
-    The original is loaded only where the store does not know all results.
+    `given` is the number of given windows; the others of a fold are written ones. The original is loaded only if the
+    store lacks some results.
     """
     recipe = run.recipe
     choice = recipe.choice
@@ -196,15 +197,15 @@ def choose(
 
 
 def _reference(run: BlockRun, folds: Sequence[Fold], progress: Progress) -> Reference:
-    """Of everything that is measured on."""
+    """The reference for all measured windows."""
     progress(0, 1, "opening the original model")
     measured = {kind: of_kind for fold in folds for kind, of_kind in fold.measured.items()}
     return Reference.of(load_original(run.source, run.dtype, run.device), run.family, measured)
 
 
 def choice_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[ConfigError]:
-    """Candidates that would install something else, because a checkpoint says what is installed by its recipe; and
-    those that do not go with what may be kept before them."""
+    """The problems of candidates: those that would install something else than the recipe, from which a checkpoint is
+    read, and those that conflict with candidates that may be kept before them."""
     if recipe.choice is None:
         return
     installed = Scheme.of(recipe, family, model)

@@ -1,4 +1,4 @@
-"""Distillation of the original model into a quantized one whose blocks are all there: its stages, and its text."""
+"""Distill the original model into a completely quantized one: the stages, and the text."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ def distill(
     store: BlockStore | None,
     progress: Progress,
 ) -> list[Check]:
-    """Tune `model`, quantized and on its device, towards the original; the losses. `given` of the windows [W, T] came
-    from the text.
+    """Tune `model`, quantized and on its device, towards the original. Returns the losses.
 
-    Every process holds both models, and takes its part of each batch.
+    The first `given` of the windows [W, T] are text. Every process holds both models, and takes a part of each batch.
     """
     options = run.recipe.tuning
     assert options is not None
@@ -79,7 +78,7 @@ def _windows_to_tune_on(
     store: BlockStore | None,
     progress: Progress,
 ) -> Tensor:
-    """The calibration windows, and after them what the models that write for each purpose do, where they shall."""
+    """The calibration windows, followed by what the models write for each purpose, if the recipe asks for it."""
     options, calibration = run.recipe.tuning, run.recipe.calibration
     assert options is not None
     for purpose, each in (("tuning", options.generated), ("rollouts", options.rollouts)):
@@ -92,7 +91,7 @@ def _windows_to_tune_on(
 
 
 def _round_gains(run: BlockRun, blocks: Sequence[nn.Module]) -> None:
-    """Give the gains of norms the values that their own type holds: a checkpoint keeps no others."""
+    """Round the gains of norms to their own type, the only values a checkpoint can keep."""
     for index, block in enumerate(blocks):
         prefix = run.family.block_prefix(index)
         for name, gain in gains_of(block).items():
@@ -100,7 +99,7 @@ def _round_gains(run: BlockRun, blocks: Sequence[nn.Module]) -> None:
 
 
 def learned_outside(run: BlockRun, model: PreTrainedModel) -> dict[str, Tensor]:
-    """What tuning has changed outside of the decoder blocks: the gain of the last norm."""
+    """The tensors outside of the decoder blocks that tuning has changed: the gain of the last norm."""
     options = run.recipe.tuning
     if options is None or options.scope != "network" or options.moves == "levels" or not options.norm_rate:
         return {}

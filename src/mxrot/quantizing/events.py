@@ -1,4 +1,4 @@
-"""The event of a finished block, for those who watch a run."""
+"""The event of a finished block, for callbacks that watch a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mxrot.watching import Watch
 
 
 def watched(watch: Watch | None, world: World, is_stored: bool) -> Watch:
-    """What watches a run, in one of several processes; ConfigError where it may end one that keeps nothing."""
+    """The watch of a run in one of several processes. ConfigError if it could end a run that keeps nothing."""
     watch = Watch() if watch is None else watch.among(world)
     if watch.limit is not None and not is_stored:
         raise ConfigError("a time limit needs an output, from which the run can continue")
@@ -24,15 +24,15 @@ def watched(watch: Watch | None, world: World, is_stored: bool) -> Watch:
 
 
 def tell_of_block(run: BlockRun, report: BlockReport, is_new: bool, tokens: int | None) -> None:
-    """Tell that a block is finished, and kept where the recipe keeps it; TimeLimitError if the next one would probably
-    come too late. `tokens` are those of all calibration windows."""
+    """Report that a block is finished, and stored if the recipe does so. TimeLimitError if the next one would probably
+    end too late. `tokens` counts those of all calibration windows."""
     blocks, watch = run.config.num_hidden_layers, run.watch
     if not is_new:
         watch.skip("block", report.seconds)
         return
     name = run.family.block_prefix(report.index)
     watch.finish("block", report.seconds, **block_event(report, name, blocks, tokens, run.device))
-    # What a network is tuned with is made again by a resumed run, so there is nothing to go on from before.
+    # A resumed run repeats the preparation for tuning a network, so a stop before it would save nothing.
     if not run.recipe.tunes_network and not run.is_last(report.index):
         watch.end_if_over("block", f"block {report.index + 1} of {blocks}")
 
@@ -40,7 +40,7 @@ def tell_of_block(run: BlockRun, report: BlockReport, is_new: bool, tokens: int 
 def block_event(
     report: BlockReport, name: str, blocks: int, tokens: int | None, device: torch.device
 ) -> dict[str, Any]:
-    """Its place, errors by site, memory and tokens, as JSON takes it."""
+    """The block's index, its errors by site, memory and tokens, as a JSON table."""
     sites: dict[str, list[LinearReport]] = {}
     for linear in report.linears:
         sites.setdefault(linear.site, []).append(linear)
@@ -55,7 +55,7 @@ def block_event(
 
 
 def _errors(linears: list[LinearReport]) -> dict[str, float | None]:
-    """Means over the linears of a site, of all experts where it has some."""
+    """The mean errors over the linears of each site, all experts included."""
     return {
         "weight": _mean(linear.weight_error for linear in linears),
         "output": _mean(linear.output_error for linear in linears),
@@ -68,12 +68,12 @@ def _mean(errors: Iterable[float | None]) -> float | None:
 
 
 def _gpu_peak(device: torch.device) -> int | None:
-    """Allocated at most since the run began."""
+    """The peak of allocated bytes since the run began."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _host_peak() -> int | None:
-    """Resident at most since the process began; None where the system does not tell."""
+    """The peak of resident bytes since the process began. None if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,11 +1,11 @@
 """Quantize the experts of a decoder block.
 
-gate and up of all experts share one transform, from all tokens: the channels that they read mean the same to each of
-them. down of each expert has a transform of its own: its channels are nobody else's. Rounding looks at the tokens that
-are sent to the expert, and one that every token goes to sees them all.
+gate and up of all experts share one transform, fitted to all tokens: their input channels have the same meaning for
+each expert. down of each expert has its own transform, because no other expert shares its channels. Rounding uses the
+tokens that are routed to the expert. An expert that every token goes to sees all of them.
 
-Of fewer tokens than a linear has inputs the Hessian is singular. An expert that gets fewer than its widest linear has
-inputs is calibrated on all tokens of the block, as if each were sent to it, and is reported.
+With fewer tokens than a linear has inputs, the Hessian is singular. An expert with fewer tokens than its widest linear
+has inputs is calibrated on all tokens of the block, as if each were routed to it, and is reported.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of a decoder block, and what is sent to them."""
+    """The experts of a decoder block, and the tokens routed to them."""
 
     block: Part
     routing: Routing | None
-    """None where no data is looked at."""
+    """The routing; None if no data is used."""
     original: Routing | None
-    """What they read in the original block; None where rounding does not ask for it."""
+    """The inputs of the experts in the original block; None if rounding does not need them."""
 
     @staticmethod
     def of(block: Part, experts: str) -> Mixture:
-        """Look at what goes into the module `experts` of the block as it is now."""
+        """Record the inputs of the module `experts` of the block in its current state."""
         routing = original = None
         if block.executor is not None:
             routing = Routing.of(block.executor, experts)
@@ -49,7 +49,7 @@ class Mixture:
         return Mixture(block, routing, original)
 
     def part(self, expert: str) -> Part:
-        """An expert with the tokens that it is calibrated on; those of the original go where the block sends them."""
+        """An expert with its calibration tokens. Those of the original follow the routing of the block."""
         executor = original = None
         module = self.block.module.get_submodule(expert)
         if self.routing is not None:
@@ -62,18 +62,19 @@ class Mixture:
         return Part(name, self.block.index, module, self._weights(expert), executor, original)
 
     def has_few_tokens(self, expert: str) -> bool:
-        """Are fewer tokens sent to it than its widest linear has inputs? Not to one that gets all."""
+        """True if an expert gets fewer tokens than its widest linear has inputs. Never true for one that gets all
+        tokens."""
         if self.routing is None or number_of(expert) is None:
             return False
         return self._count(expert) < max(weight.shape[1] for weight in self._weights(expert).values())
 
     def few_tokens(self, experts: Sequence[str]) -> dict[str, int]:
-        """Those of `experts` that have few, by their full names, and how many."""
+        """The `experts` with few tokens, by their full names, and their numbers of tokens."""
         few = [expert for expert in experts if self.has_few_tokens(expert)]
         return {f"{self.block.name}.{expert}": self._count(expert) for expert in few}
 
     def _count(self, expert: str) -> int:
-        """Tokens that are sent to an expert that has a number."""
+        """The number of tokens routed to a numbered expert."""
         number = number_of(expert)
         assert self.routing is not None and number is not None
         return self.routing.count(number)
@@ -84,7 +85,7 @@ class Mixture:
 
 
 def smooth_experts(run: BlockRun, block: Part, experts: str, sites: Sequence[Site]) -> dict[str, Tensor]:
-    """`smooth_sites` for sites that are in one expert each."""
+    """`smooth_sites` for sites that each lie in one expert."""
     found: dict[str, Tensor] = {}
     mixture = Mixture.of(block, experts)
     for site in sites:
@@ -103,9 +104,9 @@ def quantize_experts(
     scales: dict[str, Tensor],
     told: Mapping[str, Progress],
 ) -> tuple[list[LinearReport], dict[str, int]]:
-    """Quantize the sites of the module `experts`; the experts with few tokens, and how many they got.
+    """Quantize the sites of the module `experts`. Also returns the experts with few tokens, and how many they got.
 
-    `told` is told how far each site is, by the site's name.
+    `told` has the progress callback of each site, by the site's name.
     """
     mixture = Mixture.of(block, experts)
     reports = []
@@ -120,7 +121,7 @@ def quantize_experts(
 def _quantize_shared(
     run: BlockRun, mixture: Mixture, site: Site, scales: Tensor | None, progress: Progress
 ) -> list[LinearReport]:
-    """Quantize a site that all experts have a part of: one transform, each rounded for its own tokens."""
+    """Quantize a site that all experts are part of: one transform, each expert rounded for its own tokens."""
     rows = RowSample(ERROR_ROWS)
     transform = fit_transform(run, mixture.block, site, scales, rows)
     rounded: dict[str, RoundedLinear] = {}
@@ -135,12 +136,12 @@ def _quantize_shared(
 
 
 def _alike(run: BlockRun, index: int, sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
-    """Sites of one expert each, as many at a time as there are processes, where they follow the same rules."""
+    """Groups of sites of one expert each, as many as there are processes, if they follow the same rules."""
     return some_at_once(sites, lambda site: (site.group, run.rules.of(index, site.name)), run.world.size)
 
 
 def some_at_once(found: Sequence[T], alike: Callable[[T], object], most: int) -> Iterator[Sequence[T]]:
-    """So many at a time, none beside one that is not `alike`."""
+    """Groups of at most `most` items that are all `alike`."""
     for _, group in groupby(found, key=alike):
         some = list(group)
         for start in range(0, len(some), most):
@@ -148,12 +149,12 @@ def some_at_once(found: Sequence[T], alike: Callable[[T], object], most: int) ->
 
 
 def _experts_of(site: Site) -> list[str]:
-    """The experts that the linears of a site are in."""
+    """The experts that contain the linears of a site."""
     return list(dict.fromkeys(linear.rpartition(".")[0] for linear in site.linears))
 
 
 def inside(site: Site, expert: str) -> Site:
-    """What is in this expert of a site, by names in the expert."""
+    """The part of a site in this expert, with names relative to the expert."""
     dotted = f"{expert}."
     linears = tuple(linear.removeprefix(dotted) for linear in site.linears if linear.startswith(dotted))
     producer = None if site.producer is None else site.producer.removeprefix(dotted)
@@ -161,7 +162,7 @@ def inside(site: Site, expert: str) -> Site:
 
 
 def number_of(expert: str) -> int | None:
-    """Of an expert, by its name in a block; None for one that all tokens go to."""
+    """The number of an expert, from its name in a block. None for one that gets all tokens."""
     last = expert.rpartition(".")[2]
     return int(last) if last.isdigit() else None
 

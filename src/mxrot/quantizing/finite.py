@@ -1,7 +1,7 @@
-"""Numbers that went beyond their type while a site was quantized: errors that name the layer, never an Inf in silence.
+"""Checks for numbers that overflow their type while a site is quantized. Errors name the layer; no Inf passes silently.
 
-Weights and inputs are looked at as they come. What is looked at here is what is made of them: smoothing scales that go
-into a gain, statistics in float32, factorizations of second moments, and the values that codes and scales stand for.
+Weights and inputs are checked when they are read. Here their results are checked: smoothing scales that go into a gain,
+statistics in float32, factorizations of second moments, and the values of codes and scales.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mxrot.transforms import SiteTransform
 
 
 def check_folded(block: nn.Module, name: str, site: Site, dtype: torch.dtype) -> None:
-    """NumericsError if what took the smoothing scales of `site` does not fit into `dtype` any more."""
+    """Raise NumericsError if tensors that took the smoothing scales of `site` no longer fit into `dtype`."""
     for module, parameter in (
         (site.norm, "weight"),
         (site.producer, "bias"),
@@ -34,7 +34,8 @@ def check_folded(block: nn.Module, name: str, site: Site, dtype: torch.dtype) ->
 
 
 def check_statistics(seen: dict[str, Tensor], name: str) -> None:
-    """NumericsError if a statistic of finite inputs is not finite: second moments are sums of squares in float32."""
+    """Raise NumericsError if a statistic of finite inputs is not finite: second moments are sums of squares in
+    float32."""
     for need, statistic in seen.items():
         if not torch.isfinite(statistic).all():
             raise NumericsError(
@@ -45,7 +46,7 @@ def check_statistics(seen: dict[str, Tensor], name: str) -> None:
 
 @contextmanager
 def named_factorizations(name: str) -> Iterator[None]:
-    """Inside this context, a matrix that cannot be factorized or inverted is a NumericsError with `name`."""
+    """While open, a matrix that cannot be factorized or inverted raises NumericsError with `name`."""
     try:
         yield
     except torch.linalg.LinAlgError as error:
@@ -56,13 +57,13 @@ def named_factorizations(name: str) -> Iterator[None]:
 
 
 def check_transform(transform: SiteTransform, name: str) -> None:
-    """NumericsError unless a transform and its inverse are finite."""
+    """Raise NumericsError unless a transform and its inverse are finite."""
     if not all(stage.is_finite for stage in transform.stages):
         raise NumericsError(f"{name}: its transform or the inverse is not finite; check the model's weights")
 
 
 def check_rounded(weight: QTensor, wanted: Tensor, name: str) -> None:
-    """NumericsError if `weight`, made from the finite `wanted`, stands for more than float32 holds."""
+    """Raise NumericsError if `weight`, made from the finite `wanted`, has values beyond float32."""
     if not weight.is_finite:
         raise NumericsError(
             f"{name}: {weight.format.name} rounds its largest weight, {wanted.abs().max():.3g}, to more than float32 "

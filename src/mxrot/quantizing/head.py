@@ -1,7 +1,7 @@
-"""The head as a quantized linear: its weights are rounded to nearest, some rows at a time, once all else is done.
+"""The head as a quantized linear: its weights are rounded to nearest, some rows at a time, after everything else.
 
-It is taken from the model that is quantized, after the rotations of its recipe. Blocks are calibrated and tuned as the
-head was: nothing of them depends on how it is rounded.
+It is the head of the model after the rotations of its recipe. Blocks are calibrated and tuned with the unquantized
+head, so they do not depend on its rounding.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from mxrot.transforms.orders import hadamard_matrix
 from mxrot.transforms.stages import BlockDiagonal
 
 SITE = "head"
-"""What a report calls it, and a checkpoint its transform."""
+"""The name of the head in a report, and of its transform in a checkpoint."""
 
 
 class QuantizedHead(NamedTuple):
-    """The head as a checkpoint keeps it."""
+    """The head as a checkpoint stores it."""
 
     tensors: dict[str, Tensor]
-    """By their names in it, bias included; on the CPU."""
+    """By their names in the checkpoint, bias included; on the CPU."""
     report: LinearReport
 
 
 def head_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[ConfigError]:
-    """Why the head of a model cannot be quantized, where `recipe` does that."""
+    """The reasons why the head of a model cannot be quantized, if `recipe` quantizes it."""
     if recipe.head is None:
         return
     if family.beside is not None:
@@ -60,7 +60,7 @@ def head_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Ite
 
 
 def quantized_head(run: BlockRun, outer: dict[str, Tensor]) -> QuantizedHead | None:
-    """The head of the tensors outside of the decoder blocks, by their full names; None where it is left as it is.
+    """The quantized head, from the tensors outside of the decoder blocks by full name. None if it is not quantized.
 
     Raises as `rounded_head`.
     """
@@ -70,9 +70,9 @@ def quantized_head(run: BlockRun, outer: dict[str, Tensor]) -> QuantizedHead | N
 def rounded_head(
     scheme: SiteScheme, name: str, outer: dict[str, Tensor], device: torch.device | str = "cpu"
 ) -> QuantizedHead:
-    """The head of this name, whose weight and bias are in `outer`, by a scheme; computed on `device` in float64.
+    """Quantize the head called `name`, with weight and bias in `outer`, by a scheme; computed on `device` in float64.
 
-    NumericsError names it if a weight is NaN or Inf.
+    NumericsError, with the name, if a weight is NaN or Inf.
     """
     weight = outer[f"{name}.weight"]
     rows, width = weight.shape
@@ -101,13 +101,13 @@ def rounded_head(
 
 
 def in_place_of_weight(family: Family, outer: dict[str, Tensor], head: QuantizedHead) -> dict[str, Tensor]:
-    """The tensors outside of the decoder blocks with the quantized head in the place of the original one."""
+    """The tensors outside of the decoder blocks, with the quantized head replacing the original one."""
     kept = {name: tensor for name, tensor in outer.items() if name != f"{family.head}.weight"}
     return kept | {f"{family.head}.{name}": tensor for name, tensor in head.tensors.items()}
 
 
 def install_quantized_head(run: BlockRun, model: PreTrainedModel, head: QuantizedHead) -> None:
-    """Put it into a model that is ready but for that."""
+    """Install the quantized head in an otherwise finished model."""
     install_head(model, run.scheme, run.family)
     module = model.get_submodule(run.family.head)
     moved = {

@@ -1,8 +1,8 @@
-"""Scales of inputs that FP8 products do not hold: found while a site is quantized, and moved into the weights.
+"""Input scales out of range for FP8 products: found while a site is quantized, and moved into the weights.
 
-MXFP4 inputs go into FP8 products as E5M2, which has scales from 2^-15 to 2^13 (`kernels.plain.E5M2_EXPONENTS`). A power
-of two taken from the matrices of the last stage, and so given to the weights, moves all scales of a site and changes no
-product: T / 2^s and W T^-T 2^s are exact, and nothing is said of it. What a site without such a stage has is told.
+MXFP4 inputs enter FP8 products as E5M2, which allows scales from 2^-15 to 2^13 (`kernels.plain.E5M2_EXPONENTS`). A
+power of two can move from the matrices of the last stage to the weights. It shifts all scales of a site and changes no
+product: T / 2^s and W T^-T 2^s are exact, so no warning is needed. A site without such a stage gets a warning.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ from mxrot.transforms import SiteTransform
 from mxrot.transforms.stages import BlockDiagonal
 
 LEAST_WEIGHT, MOST_WEIGHT = 2.0**-100, 2.0**120
-"""Between these the largest weight of a site has to stay: E8M0 goes from 2^-127 to 2^127, other weights are less."""
+"""The bounds of the largest weight of a site: E8M0 goes from 2^-127 to 2^127, and other weights are smaller."""
 
 
 def within_e5m2(
     transform: SiteTransform | None, x: Tensor, scheme: SiteScheme, name: str, weights: Callable[[], Tensor]
 ) -> SiteTransform | None:
-    """The transform, over a power of two where inputs `x` [tokens, K] of the site `name` have scales that E5M2 does not
-    hold. Where some stay outside a MxrotWarning says so. Waits for the device.
+    """The transform, divided by a power of two if inputs `x` [tokens, K] of the site `name` have scales beyond E5M2.
 
-    `weights` gives those [N, K] that will be folded against it. Only where weights and inputs are MXFP4: other products
-    do not go through E5M2.
+    A MxrotWarning is given if some stay outside. It waits for the device. `weights` returns the weights [N, K] that
+    will be folded. Only MXFP4 weights with MXFP4 inputs are affected: other products do not use E5M2.
     """
     inputs = scheme.activations
     if inputs is None or not (inputs.is_mxfp4 and scheme.weights.is_mxfp4) or not x.numel():
@@ -61,7 +60,7 @@ def within_e5m2(
 
 
 def exponents_of(transformed: Tensor, quantizer: TensorQuantizer) -> tuple[int, int]:
-    """The least and the largest exponent of scales of blocks of [tokens, K] that are not zero; (0, 0) if all are."""
+    """The least and the largest exponent of scales of nonzero blocks of [tokens, K]; (0, 0) if all blocks are zero."""
     blocks = transformed.unflatten(-1, (-1, quantizer.format.block_in(transformed.shape[-1])))
     stored = quantizer.format.uniform.choose(blocks, quantizer.rule).stored.to(torch.int32)
     counted = stored[(blocks != 0).any(dim=-1) & (stored != 255)] - E8M0_BIAS
@@ -72,10 +71,9 @@ def exponents_of(transformed: Tensor, quantizer: TensorQuantizer) -> tuple[int, 
 
 
 def shift_for(lowest: int, highest: int) -> int:
-    """The s by which scales from 2^lowest to 2^highest, over 2^s, are E5M2's: 0 where they are, else the middle one.
+    """The s for which scales from 2^lowest to 2^highest, divided by 2^s, fit E5M2: 0 if they fit, else the middle one.
 
-    Where they span more than E5M2 does, the one that has the largest scale just inside: what is cut off costs more
-    than what is rounded.
+    If they span more than E5M2, s brings the largest scale just inside: clipping costs more than rounding.
     """
     least, most = E5M2_EXPONENTS
     from_, to = highest - most, lowest - least

@@ -1,4 +1,4 @@
-"""Fill a model skeleton: what is outside of the decoder blocks, and blocks that are quantized already."""
+"""Fill a model skeleton: the modules outside of the decoder blocks, and blocks that are already quantized."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mxrot.surgery import stored_tensors
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The model's own type on a GPU; float32, which holds it exactly and is faster there, on a CPU."""
+    """On a GPU the model's own type; on a CPU float32, which holds it exactly and is faster there."""
     return torch.float32 if device.type == "cpu" else stored
 
 
@@ -29,8 +29,11 @@ def load_outer(
     device: torch.device,
     carries: bool = True,
 ) -> None:
-    """Load what is outside of the decoder blocks, by full names; without what stands beside the text model, unless the
-    model `carries` that. FamilyError names a tensor that is missing or has no place."""
+    """Load the tensors outside of the decoder blocks, by full names.
+
+    Modules beside the text model are skipped, unless the model `carries` them. FamilyError, with the name, for a tensor
+    that is missing or unexpected.
+    """
     outside = (family.embedding, family.final_norm, family.head, *family.carried)
     for name in tensors:
         if not name.startswith(tuple(f"{place}." for place in outside)):
@@ -41,7 +44,7 @@ def load_outer(
         own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
         own = {key: value.to(device, None if key in coded else dtype) for key, value in own.items()}
         is_tied = name == family.head and "weight" not in own and model.config.tie_word_embeddings
-        if is_tied:  # its bias, where it has one, is its own
+        if is_tied:  # a bias of its own is not tied
             own["weight"] = model.get_submodule(family.embedding).get_parameter("weight")
         fill(model.get_submodule(name), own, name)
         if is_tied:
@@ -52,7 +55,7 @@ def load_outer(
 
 
 def _coded_names(module: nn.Module) -> set[str]:
-    """The tensors of a quantized head that keep the types in which a checkpoint holds them."""
+    """The tensors of a quantized head that keep their checkpoint types."""
     if not isinstance(module, HeadLinear):
         return set()
     return {name for name, tensor in stored_tensors(module, torch.int8).items() if tensor.dtype != torch.int8}
@@ -61,10 +64,10 @@ def _coded_names(module: nn.Module) -> set[str]:
 def load_original(
     source: Source, dtype: torch.dtype, device: torch.device, separates_experts: bool = False
 ) -> PreTrainedModel:
-    """The whole model as its source gives it, ready to run: experts as transformers computes them, or with linears of
-    its own for each.
+    """The whole model from its source, ready to run, with experts as in transformers or, if `separates_experts`, with
+    linears for each expert.
 
-    FamilyError unless the source has the tensors of the config, all of them and no others.
+    FamilyError unless the source has exactly the tensors that the config requires.
     """
     model, family = build_skeleton(source.config), source.family
     for problem in source.problems(model):
@@ -85,7 +88,7 @@ def load_original_block(
     device: torch.device | str,
     separates_experts: bool = False,
 ) -> None:
-    """Fill a meta `block` with what its source gives; FamilyError as of `load_original`."""
+    """Fill a meta `block` from the source. FamilyError as for `load_original`."""
     tensors, family = source.block(index, device), source.family
     if family.experts is not None and not separates_experts:
         tensors = family.experts.together(tensors)
@@ -104,7 +107,7 @@ def load_finished_block(
 ) -> None:
     """Fill a meta `block` with the tensors of a quantized one, by their names in the block.
 
-    CheckpointError or FamilyError names a tensor that is missing, extra or of the wrong shape.
+    CheckpointError or FamilyError, with the name, for a tensor that is missing, extra or of the wrong shape.
     """
     prefix = family.block_prefix(index)
     for site in scheme.active_sites(family, index):

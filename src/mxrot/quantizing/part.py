@@ -1,4 +1,4 @@
-"""What the steps of quantizing are given: the run as a whole, and the part of the model that is at hand."""
+"""The arguments of the steps of quantizing: the whole run, and the current part of the model."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from mxrot.watching import Watch
 
 @dataclass(frozen=True)
 class BlockRun:
-    """What stays the same from block to block."""
+    """The settings that stay the same from block to block."""
 
     recipe: Recipe
     source: Source
     device: torch.device
     dtype: torch.dtype
-    """In which is computed."""
+    """The type of the computation."""
     seed: int
     scheme: Scheme
     replay: Replays = field(default_factory=Replays)
     world: World = ONE
-    """The processes that the calibration windows are spread over."""
+    """The processes that share the calibration windows."""
     beside: Beside | None = None
-    """Sees each site."""
+    """A callback that sees each site."""
     watch: Watch = field(default_factory=Watch)
-    """Hears of blocks and looks of tuning, and ends the run in time."""
+    """A callback for blocks and checks of tuning. It can end the run in time."""
 
     @property
     def family(self) -> Family:
@@ -45,33 +45,32 @@ class BlockRun:
 
     @property
     def config(self) -> Any:
-        """Of the text model."""
+        """The config of the text model."""
         return self.source.config.get_text_config()
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of most weights."""
+        """The stored type of most weights."""
         return self.source.dtype
 
     def is_last(self, index: int) -> bool:
-        """Does no decoder block follow block `index`?"""
+        """True if block `index` is the last decoder block."""
         return bool(index + 1 == self.config.num_hidden_layers)
 
     def rounding_type(self, name: str) -> torch.dtype:
-        """What a tensor that is changed here is rounded to: the type that it will be stored in, unless computing holds
-        less."""
+        """The type that a changed tensor is rounded to: its stored type, unless the compute type holds less."""
         own = self.source.types.get(name, self.stored_dtype)
         return own if own == self.stored_dtype or self.dtype.itemsize >= 4 else self.dtype
 
     def other_types_under(self, prefix: str) -> dict[str, torch.dtype]:
-        """The types of tensors that are stored in another one and whose names start with `prefix` and a dot, by the
-        rest of their names."""
+        """The types of tensors whose names start with `prefix` and a dot and whose stored type is not the usual one, by
+        the rest of their names."""
         dotted = prefix + "."
         return {name[len(dotted) :]: own for name, own in self.source.types.items() if name.startswith(dotted)}
 
     @cached_property
     def rules(self) -> Rules:
-        """The recipe for the sites of this model."""
+        """The recipe's rules for the sites of this model."""
         return Rules(self.recipe, self.family, self.config.num_hidden_layers)
 
     def active_sites(self, index: int) -> tuple[Site, ...]:
@@ -79,26 +78,26 @@ class BlockRun:
         return self.rules.active_sites(index)
 
     def of(self, part: Part, site: Site) -> tuple[Recipe, SiteScheme]:
-        """By which rules a site is quantized, and what will be installed there."""
+        """The rules by which a site is quantized, and the scheme to be installed there."""
         return self.rules.of(part.index, site.name), self.scheme.linears[f"{part.name}.{site.linears[0]}"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """What holds sites: a decoder block, or one of its experts."""
+    """A module that contains sites: a decoder block, or one of its experts."""
 
     name: str
     index: int
-    """Of the decoder block."""
+    """The index of the decoder block."""
     module: nn.Module
     weights: Weights
-    """By their names in the module, as they were read; in float64 where smoothing has changed them."""
+    """The weights by their names in the module, as they were read; in float64 if smoothing has changed them."""
     executor: Executor | None
-    """Runs the module; None where no data is looked at."""
+    """Runs the module; None if no data is used."""
     original: Executor | None = None
-    """Runs that of the original model; None where neither rounding nor tuning asks for it."""
+    """Runs the module of the original model; None if neither rounding nor tuning needs it."""
 
 
 Beside = Callable[[BlockRun, Part, Site, Tensor | None], None]
-"""Is shown a site whose weights are rounded and whose linears are not replaced yet, with its smoothing scales where
-these are not folded: it can round the same weights for the same inputs in another way."""
+"""A callback for a site with rounded weights and not yet replaced linears. It also gets the smoothing scales, if these
+are not folded. It can round the same weights for the same inputs in another way."""

@@ -1,7 +1,7 @@
-"""Patterns of `ignore`: what is said of one that matches no linear, and what it may have meant.
+"""Patterns of `ignore`: the error for one that matches no linear, with a suggestion.
 
-Patterns are shell-style, on the full name of a linear or its last part. Other tools read regular expressions, or the
-names of modules that hold linears; what is suggested for these has been tried on the names of the model.
+Patterns are shell-style, on the full name of a linear or its last part. Other tools use regular expressions, or the
+names of modules that contain linears. A suggestion for these has been tried on the names of the model.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from mxrot.models.family import is_ignored
 from mxrot.nearest import brief, did_you_mean, listed
 
 _REGULAR = re.compile(r"^re:|^\.\*|\.\+|[\\^$|()]")
-"""What a regular expression has, and no shell-style pattern of names."""
+"""Marks of a regular expression that no shell-style pattern of names has."""
 _MOST_ALTERNATIVES = 12
 
 
 def matches_nothing(pattern: str, linears: Sequence[str], modules: Iterable[str]) -> str | None:
-    """What is wrong with a pattern that matches none of the `linears`; None if it matches one.
+    """The problem of a pattern that matches none of the `linears`; None if it matches one.
 
-    `linears` are full names, `modules` those of all modules.
+    `linears` are full names, `modules` the names of all modules.
     """
     if any(is_ignored(name, (pattern,)) for name in linears):
         return None
@@ -34,7 +34,7 @@ def matches_nothing(pattern: str, linears: Sequence[str], modules: Iterable[str]
 
 
 def _meaning(pattern: str, linears: Sequence[str], modules: Iterable[str]) -> str:
-    """What the pattern may have meant, to go into a sentence."""
+    """The probable meaning of the pattern, as part of a sentence."""
     if _REGULAR.search(pattern):
         found = [_shell(part, linears) for part in _alternatives(pattern)]
         meant = list(dict.fromkeys(part for part in found if part is not None))
@@ -53,7 +53,7 @@ def _meaning(pattern: str, linears: Sequence[str], modules: Iterable[str]) -> st
 
 
 def _shell(text: str, linears: Sequence[str]) -> str | None:
-    """A pattern that is like `text`, and matches a linear; None if there is none."""
+    """A shell pattern like `text` that matches a linear; None if there is none."""
     text = re.sub(r"[\[\]\"'\s]", "", text)
     for suffix in (".weight", ".bias"):
         text = text.removesuffix(suffix)
@@ -62,7 +62,7 @@ def _shell(text: str, linears: Sequence[str]) -> str | None:
     if _any(text, linears):
         return text
     below = next((p for p in (f"{text}.*", f"*.{text}.*") if _any(p, linears)), None)
-    if below is not None:  # a module; without dots where that matches no other
+    if below is not None:  # a module; without dots if that matches no other
         wide = f"*{text}*"
         return wide if _all(wide, linears) == _all(f"*.{text}.*", linears) and not text[-1].isdigit() else below
     return next((p for p in (f"*.{text}", f"*{text}") if _any(p, linears)), None)
@@ -77,7 +77,7 @@ def _all(pattern: str, linears: Sequence[str]) -> list[str]:
 
 
 def _alternatives(pattern: str) -> Iterator[str]:
-    """The parts of a regular expression as shell patterns, as far as it is a simple one."""
+    """The alternatives of a simple regular expression, as shell patterns."""
     text = pattern.removeprefix("re:").strip().removeprefix("^").removesuffix("$")
     pieces = re.split(r"\((?:\?:)?([^()]*)\)", text)
     groups = [piece.split("|") if number % 2 else [piece] for number, piece in enumerate(pieces)]

@@ -1,8 +1,8 @@
-"""Channels in the order that a recipe asks for, found on one pass of the original model over the calibration text.
+"""The channel orders that a recipe asks for, found in one pass of the original model over the calibration text.
 
-Everything that comes after, the original model that runs beside included, is read from the source with them. Of several
-processes each finds some of the orders, from moments that all of them have taken together, or, of an expert that is its
-own, from those that it has taken of the tokens of all.
+Everything later, including the original model that runs in parallel, is read from the source with these orders. Of
+several processes each finds some of the orders. It uses moments that all processes have computed together or, for its
+own expert, those of the tokens of all processes.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ from mxrot.transforms import ChannelOrder, at_once, channel_orders
 
 @dataclass(frozen=True)
 class Wanted:
-    """An order that is to be found, or several of the same number of channels."""
+    """An order to be found, or several orders of the same width."""
 
     name: str
     """The full name of the linear that reads the channels."""
     shape: tuple[int, ...]
-    """Of the order, whose last dimension are the channels."""
+    """The shape of the order. Its last dimension is the channels."""
     sets: int
-    """That share an order."""
+    """Sets that share an order."""
     block: int
     kind: ChannelOrder
 
     @property
     def manner(self) -> tuple[object, ...]:
-        """What orders that are found together have in common."""
+        """The properties that orders found together must share."""
         return self.shape[-1], self.sets, self.block, self.kind
 
 
 Pair = tuple[Tensor, Tensor]
-"""Moments of inputs and weights, float64 [..., n, K, K] each."""
+"""Moments of inputs and weights, each float64 [..., n, K, K]."""
 
 
 class Orders:
-    """Of channels of one kind, which take about the same time each."""
+    """Orders of one kind of channels, which take about the same time each."""
 
     def __init__(self, world: World) -> None:
         self.found: dict[str, Tensor] = {}
-        """As `find_orders` gives them."""
+        """The found orders, as `find_orders` returns them."""
         self._world, self._turn = world, 0
         self._left: list[tuple[Wanted, int, Pair | None]] = []
-        """What is not found yet, by which process it will be, and its moments in that one."""
+        """The open requests, each with the process that will find it, and its moments in that process."""
 
     def ask(self, wanted: Wanted, moments: Pair) -> None:
-        """Have orders found, by the process whose turn it is, from moments that all have."""
+        """Request orders from the next process in turn, from moments that all processes have."""
         self.ask_of(self._turn, wanted, moments)
         self._turn = (self._turn + 1) % self._world.size
 
     def ask_of(self, rank: int, wanted: Wanted, moments: Pair | None) -> None:
-        """Have orders found by one process, which has the moments: as many together as there is memory for."""
+        """Request orders from one process, which has the moments. It finds as many together as memory allows."""
         most = at_once(wanted.sets * math.prod(wanted.shape[:-1]), wanted.shape[-1])
         if self._left and (self._left[0][0].manner != wanted.manner or self._count(rank) == most):
             self.find()
@@ -75,11 +75,11 @@ class Orders:
             self.find()
 
     def _count(self, rank: int) -> int:
-        """How many that process will find."""
+        """The number of orders it will find."""
         return sum(by == rank for _, by, _ in self._left)
 
     def find(self) -> None:
-        """Find those that were asked for and are not found yet."""
+        """Find all orders that are still open."""
         if not self._left:
             return
         moments = [moments for *_, moments in self._left if moments is not None]
@@ -96,7 +96,7 @@ class Orders:
 
 
 def _orders_of(wanted: Wanted, moments: list[Pair]) -> Tensor | None:
-    """One behind the other, int64; None where there are none. `moments` are let go."""
+    """The orders concatenated, int64; None if there are none. `moments` are freed."""
     if not moments:
         return None
     inputs, weights = (
@@ -107,7 +107,7 @@ def _orders_of(wanted: Wanted, moments: list[Pair]) -> Tensor | None:
 
 
 def _together(moments: list[Tensor]) -> Tensor:
-    """One behind the other; one alone may be large, and is not copied."""
+    """The moments concatenated. A single one may be large, and is not copied."""
     return moments[0] if len(moments) == 1 else torch.cat(moments)
 
 
@@ -120,11 +120,11 @@ def _there(found: Tensor | None) -> Tensor:
 def find_orders(
     run: BlockRun, blocks: list[nn.Module], executor: Executor, progress: Progress = silent
 ) -> dict[str, Tensor]:
-    """The orders that the recipe asks for, int64 by the full names of the linears that read the channels: [I] of inner
-    ones, [value heads, D] of values.
+    """The orders that the recipe asks for, int64 by the full names of the linears that read the channels.
 
-    `blocks` have no weights; `executor` stands before the first one, and runs them all. NumericsError with the name of
-    a linear whose inputs are not finite on the calibration text.
+    They are [I] for inner channels and [value heads, D] for values. `blocks` have no weights; `executor` stands before
+    the first one, and runs them all. NumericsError, with the name of a linear whose inputs are not finite on the
+    calibration text.
     """
     ffn, of_heads = Orders(run.world.peers), Orders(run.world.peers)
     for index, block in enumerate(blocks):
@@ -145,7 +145,7 @@ def find_orders(
 
 
 def permuted_run(run: BlockRun, orders: dict[str, Tensor]) -> BlockRun:
-    """The run with these orders merged into its source; values that none is of stay as they are."""
+    """The run with these orders merged into its source. Values without an order stay as they are."""
     source, wanted = run.source, run.recipe.permutation
     assert wanted is not None
     blocks = range(run.config.num_hidden_layers)
@@ -161,7 +161,7 @@ def permuted_run(run: BlockRun, orders: dict[str, Tensor]) -> BlockRun:
 
 
 def _look_at(run: BlockRun, part: Part, ffn: Orders, of_heads: Orders) -> None:
-    """Ask for the orders of one block."""
+    """Request the orders of one block."""
     wanted, family = run.recipe.permutation, run.family
     assert wanted is not None and part.executor is not None
     sites = run.active_sites(part.index)
@@ -171,7 +171,7 @@ def _look_at(run: BlockRun, part: Part, ffn: Orders, of_heads: Orders) -> None:
         block = run.rules.of(part.index, reader.name).transform.block
         of_inputs, of_weights = (
             diagonal_blocks(moments, width).unflatten(0, (heads, -1)) for (moments,) in _moments(run, part, reader)
-        )  # [value heads, query heads that read it, D, D]
+        )  # [value heads, query heads that read each, D, D]
         name = f"{part.name}.{family.values_read_by}"
         of_heads.ask(
             Wanted(name, (heads, width), of_inputs.shape[1], block, wanted.value_heads), (of_inputs, of_weights)
@@ -190,7 +190,8 @@ def _look_at(run: BlockRun, part: Part, ffn: Orders, of_heads: Orders) -> None:
 
 
 def _ask(run: BlockRun, places: Sequence[tuple[Part, Site]], ffn: Orders) -> None:
-    """Ask for the orders of what linears of MLPs read; where there is one for each process, it takes the moments."""
+    """Request the orders of the channels that linears of MLPs read. If there is one per process, it takes the
+    moments."""
     orders = [_wanted(run, part, site) for part, site in places]
     if is_one_each([site for _, site in places], run.world):
         alone, own = by_itself(run, [part for part, _ in places])
@@ -203,7 +204,7 @@ def _ask(run: BlockRun, places: Sequence[tuple[Part, Site]], ffn: Orders) -> Non
 
 
 def _wanted(run: BlockRun, part: Part, site: Site) -> Wanted:
-    """The order of what a linear of an MLP reads."""
+    """The order of the channels that a linear of an MLP reads."""
     assert run.recipe.permutation is not None
     width = part.weights[site.linears[0]].shape[1]
     block = run.rules.of(part.index, site.name).transform.block_in(width)
@@ -223,6 +224,6 @@ def _moments(run: BlockRun, part: Part, site: Site) -> Pair:
 
 
 def diagonal_blocks(moments: Tensor, width: int) -> Tensor:
-    """[K / width, width, width] of [K, K]."""
+    """The blocks [K / width, width, width] of [K, K]."""
     count = len(moments) // width
     return moments.unflatten(0, (count, width)).unflatten(2, (count, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)

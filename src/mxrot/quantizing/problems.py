@@ -1,6 +1,6 @@
-"""What makes quantizing a model impossible, as far as its config and the recipe tell: before any weight is read.
+"""Reasons why a model cannot be quantized, found from its config and the recipe before any weight is read.
 
-`quantize` stops at the first problem; `plan` names them all.
+`quantize` stops at the first problem; `plan` lists all of them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from mxrot.transforms.orders import factors_of
 def find_problems(
     model: PreTrainedModel, family: Family, recipe: Recipe, where: str, source: Source | None = None
 ) -> Iterator[MxrotError]:
-    """Why `recipe` cannot quantize `model`, a skeleton of `family`, on any machine; none if it can.
+    """The reasons why `recipe` cannot quantize `model`, a skeleton of `family`, on any machine; none if it can.
 
-    Without a `source` as far as the config tells.
+    Without a `source` only the config is checked.
     """
     yield from weight_problems(model, where, source)
     yield from ignore_problems(model, family, recipe)
@@ -58,7 +58,7 @@ def find_problems(
 
 
 def weight_problems(model: PreTrainedModel, where: str, source: Source | None) -> Iterator[MxrotError]:
-    """Why the weights cannot be quantized, by any recipe."""
+    """The reasons why no recipe can quantize the weights."""
     key = quantized_by(model.config)
     if key is not None:
         yield FamilyError(f"{where}: is quantized already ({key} in config.json); give the original")
@@ -67,7 +67,7 @@ def weight_problems(model: PreTrainedModel, where: str, source: Source | None) -
 
 
 def ignore_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[MxrotError]:
-    """Patterns of `ignore` that match nothing, and a recipe that leaves everything as it is."""
+    """Patterns of `ignore` that match nothing, and a recipe that quantizes nothing."""
     if not recipe.ignore:
         return
     modules = dict(model.named_modules())
@@ -85,7 +85,7 @@ def ignore_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> I
 
 
 def expert_problems(rules: Rules) -> Iterator[MxrotError]:
-    """What is not done with experts."""
+    """Unsupported settings for experts."""
     recipe, family = rules.recipe, rules.family
     if family.experts is None:
         return
@@ -102,7 +102,7 @@ def expert_problems(rules: Rules) -> Iterator[MxrotError]:
 
 
 def smoothing_problems(rules: Rules) -> Iterator[MxrotError]:
-    """Sites that smoothing names and that are not there, and those whose scales have no place to go."""
+    """Sites named by smoothing that do not exist, and those whose scales cannot be folded."""
     recipe, family = rules.recipe, rules.family
     if recipe.smoothing is None:
         return
@@ -128,14 +128,15 @@ def smoothing_problems(rules: Rules) -> Iterator[MxrotError]:
 
 
 def heads_problem(where: str, family: Family, remedy: str) -> ConfigError:
-    """That keys, values and products of a family stay as they are."""
+    """The error that keys, values and products of a family cannot be quantized."""
     return ConfigError(
         f"{where}: in family {family.name} keys and values are not quantized: {family.heads_obstacle}; {remedy}"
     )
 
 
 def attention_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[MxrotError]:
-    """Attention whose operands are to be quantized and that does more than its two products, or of odd heads."""
+    """Problems of quantized attention operands: attention that does more than its two products, and unsuitable head
+    widths."""
     if recipe.attention is None:
         return
     config = model.config.get_text_config()
@@ -165,8 +166,8 @@ def attention_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -
 
 
 def cache_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> Iterator[MxrotError]:
-    """Heads whose width is not whole blocks of what keys and values are kept in, or that have no Hadamard matrix, and a
-    family in which no cache is quantized."""
+    """Problems of a quantized cache: heads whose width does not hold whole blocks or has no Hadamard matrix, and a
+    family without support for it."""
     if recipe.cache is None:
         return
     if family.heads_obstacle is not None:
@@ -191,7 +192,7 @@ def cache_problems(model: PreTrainedModel, family: Family, recipe: Recipe) -> It
 
 
 def stage_problems(model: PreTrainedModel, rules: Rules) -> Iterator[MxrotError]:
-    """Stages that there are none of for the widths of the model, each kind and width once."""
+    """Stages that do not exist for the widths of the model, once for each kind and width."""
     told = set()
     for index, block in enumerate(model.get_submodule(rules.family.blocks).children()):
         modules = dict(block.named_modules())
@@ -201,7 +202,7 @@ def stage_problems(model: PreTrainedModel, rules: Rules) -> Iterator[MxrotError]
                 continue
             recipe, width = rules.of(index, site.name), linear.in_features
             for spec in recipe.transform.specs(width, recipe.sharing, rules.smooths(site)):
-                if width % spec.multiple or (spec, width) in told:  # the former is said of each linear
+                if width % spec.multiple or (spec, width) in told:  # the former is reported for each linear
                     continue
                 told.add((spec, width))
                 try:
@@ -214,10 +215,11 @@ def stage_problems(model: PreTrainedModel, rules: Rules) -> Iterator[MxrotError]
 def memory_problem(
     recipe: Recipe, writing: WritingSizes, device: torch.device | str, room: Room | None
 ) -> MxrotError | None:
-    """What is wrong if `recipe` runs the whole original where there is so much room; None where it does not, or where
-    the room is unknown.
+    """The problem if `recipe` runs the whole original and `room` is too small. None if there is no problem, or if the
+    room is unknown.
 
-    To write text, as `writing` counts it, it may be spread over the devices of `room`; else `device` has to hold it.
+    To write text, as `writing` counts it, the original may be spread over the devices of `room`. Otherwise `device`
+    must hold it.
     """
     if room is None or not recipe.runs_whole_original:
         return None
@@ -244,7 +246,7 @@ def memory_problem(
 
 
 def writing_problem(recipe: Recipe, writing: WritingSizes, room: Room) -> MxrotError | None:
-    """Why the original cannot write the text of `recipe` there, on however many devices."""
+    """The reason why the original cannot write the text of `recipe`, on any number of devices."""
     if not recipe.writes_text:
         return None
     try:
@@ -256,5 +258,5 @@ def writing_problem(recipe: Recipe, writing: WritingSizes, room: Room) -> MxrotE
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a GPU; None where that cannot be told."""
+    """The free bytes on a GPU; None if that is unknown."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""What a run writes down about itself."""
+"""The record that a run writes about itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mxrot.tuning import Check
 
 @dataclass(frozen=True)
 class LinearReport:
-    """What quantizing one linear cost."""
+    """The errors of one quantized linear."""
 
     name: str
     shape: tuple[int, int]
@@ -22,73 +22,72 @@ class LinearReport:
     weight_error: float
     """Relative Frobenius error of the transformed weights."""
     output_error: float | None
-    """Relative Frobenius error of the output on calibration tokens, inputs quantized too; None without data."""
+    """Relative Frobenius error of the output on calibration tokens, with quantized inputs; None without data."""
     damping: float | None
-    """Damping of the Hessian that let it factorize; None without one."""
+    """The damping with which the Hessian could be factorized; None without a Hessian."""
     tokens: int | None = None
-    """Calibration tokens that the Hessian is a mean over; None without one. With fewer than the linear has inputs its
+    """The number of calibration tokens in the mean of the Hessian; None without one. With fewer tokens than inputs its
     rank is not full."""
     target_strength: float | None = None
-    """1 / the damping of the way to the target that was chosen for the site, 0 for its own output; None where it was
-    not chosen."""
+    """1 / the chosen damping of the move towards the target, 0 for the own output; None if nothing was chosen."""
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What quantizing one decoder block cost."""
+    """The errors of one quantized decoder block."""
 
     index: int
     seconds: float
     linears: list[LinearReport]
     tuning: list[Check] | None = None
-    """Losses of its reconstruction; None where it was not tuned by itself."""
+    """The losses of its reconstruction; None if it was not tuned by itself."""
     few_tokens: dict[str, int] = field(default_factory=dict)
-    """Experts that were calibrated on all tokens of the block, with the number of those that were sent to them."""
+    """The experts calibrated on all tokens of the block, with the number of tokens routed to them."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate of a choice has cost, on windows that it was not fitted to."""
+    """The score of a candidate of a choice, on windows that it was not fitted to."""
 
     candidate: str
-    """The changes, on top of what had been kept before; empty for the recipe as it is."""
+    """The changes, on top of those kept before; empty for the unchanged recipe."""
     nats_per_token: dict[str, float]
-    """KL(original || quantized) by the kind of text."""
+    """KL(original || quantized), by the kind of text."""
     score: float
-    """Their geometric mean."""
+    """The geometric mean of these."""
     is_kept: bool
-    """Less than all before?"""
+    """True if less than all before."""
 
 
 @dataclass
 class RunRecord:
-    """Everything needed to say what a run did, and to do it again."""
+    """Everything needed to describe a run, and to repeat it."""
 
     recipe: Recipe
     seed: int
     windows: tuple[int, int] | None
-    """Calibration windows and their length; None without data."""
+    """The number of calibration windows and their length; None without data."""
     device: str
     versions: dict[str, str]
     kernels: dict[str, Any] = field(default_factory=dict)
-    """As of `kernel_choices`."""
+    """As `kernel_choices` returns them."""
     blocks: list[BlockReport] = field(default_factory=list)
     seconds: float = 0.0
     peak_gpu_bytes: int | None = None
     tuning: list[Check] | None = None
-    """Losses of the distillation; None where the whole network was not tuned."""
+    """The losses of the distillation; None if the whole network was not tuned."""
     choice: list[Trial] | None = None
-    """What was tried, in this order; None where there was nothing to choose."""
+    """The tried candidates, in order; None if there was no choice."""
     left_out_of_recipe: list[str] = field(default_factory=list)
-    """What the model had no room for of the recipe that was given, a sentence each; it is not in `recipe`."""
+    """The parts of the given recipe that the model had no room for, one sentence each. They are not in `recipe`."""
     rotation_losses: list[float] | None = None
-    """Cross entropy of the next token, in nats, at each step of the training of rotations, on its windows and before
-    it; None where none were trained."""
+    """The cross entropy of the next token, in nats, before each step of the training of rotations, on the windows of
+    that step; None without training."""
     head: LinearReport | None = None
-    """What quantizing the head cost; None where it was left as it is."""
+    """The errors of the quantized head; None if it was not quantized."""
 
     def as_table(self) -> dict[str, Any]:
-        """The record as JSON takes it."""
+        """The record as a JSON table."""
         others = ("recipe", "blocks", "tuning", "choice", "head")
         plain = {key: value for key, value in vars(self).items() if key not in others}
         tuning = None if self.tuning is None else [asdict(check) for check in self.tuning]
@@ -101,5 +100,5 @@ class RunRecord:
 
 
 def alike(linears: Iterable[str]) -> dict[str, int]:
-    """Full names of linears with stars for numbers, and how many there are of each."""
+    """Full names of linears with stars for numbers, and the count of each."""
     return Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in linears)

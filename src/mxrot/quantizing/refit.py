@@ -1,4 +1,4 @@
-"""Refit the transform of a site, once its weights are codes."""
+"""Refit the transform of a site after its weights are quantized."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def refitted(
     transform: SiteTransform | None,
     rounded: Mapping[str, RoundedLinear],
 ) -> SiteTransform | None:
-    """The transform of a site whose weights are about to be replaced, as a checkpoint will hold it.
+    """The refitted transform, as a checkpoint will hold it, of a site whose linears are about to be replaced.
 
-    By the moments and the target of the recipe's rounding, taken once more; the same transform where the recipe refits
-    none, or where none is multiplied at run time.
+    The moments and the target of the recipe's rounding are computed again. The transform is unchanged if the recipe
+    refits none, or if none is applied at run time.
     """
     recipe, scheme = run.of(part, site)
     if recipe.refit is None or transform is None or transform.matrices is None:
@@ -57,7 +57,7 @@ def refitted(
     added = added_to_diagonal(hessian, gram, recipe.refit.damping)
     del shift, weights
     columns = by_block(hessian, size)
-    del hessian  # the solver takes two more of that size
+    del hessian  # the solver takes two more matrices of that size
     columns_of_gram = by_block(gram, size)
     del gram
     goal = diagonal_blocks(wanted, size)
@@ -69,7 +69,7 @@ def refitted(
 
 
 def _codes(rows: Rows, rounded: Mapping[str, RoundedLinear]) -> Tensor:
-    """What some rows of a site have become, float64 [n, K]."""
+    """The dequantized weights of some rows of a site, float64 [n, K]."""
     pieces = []
     for name, first, last in rows.pieces:
         weight = rounded[name].weight

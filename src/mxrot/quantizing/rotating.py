@@ -1,6 +1,7 @@
-"""The rotations that a recipe merges into a model before it is quantized, and the model as it is read then.
+"""The rotations that a recipe merges into a model before quantizing, and the source of the rotated model.
 
-Everything else, the original model that runs beside and the one that writes text included, is read from this source.
+Everything else is read from this source, including the original model that runs in parallel and the one that writes
+text.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from mxrot.transforms.orders import factors_of, multiply_by_hadamard, random_had
 
 
 def rotation_problems(config: Any, family: Family, recipe: Recipe, where: str) -> Iterator[ConfigError]:
-    """Why the rotations of `recipe` cannot be merged into a model of this config."""
+    """The reasons why the rotations of `recipe` cannot be merged into a model of this config."""
     wanted = recipe.rotation
-    is_refused = recipe.cache is not None and family.heads_obstacle is not None  # said where caches are looked at
+    is_refused = recipe.cache is not None and family.heads_obstacle is not None  # reported with the cache's problems
     if not family.names_values and recipe.changes_values and not is_refused:
         yield ConfigError(
             f"{where}: recipe {recipe.name} changes values inside of their heads (rotation.value_heads or "
@@ -52,7 +53,7 @@ def rotation_problems(config: Any, family: Family, recipe: Recipe, where: str) -
 
 
 def config_after(config: Any, recipe: Recipe) -> Any:
-    """The config of the model that is quantized: the very same, unless its head gets weights of its own."""
+    """The config of the quantized model: the same object, unless its head gets its own weights."""
     if not (unties(recipe) and config.tie_word_embeddings):
         return config
     found = deepcopy(config)
@@ -61,14 +62,14 @@ def config_after(config: Any, recipe: Recipe) -> Any:
 
 
 def unties(recipe: Recipe) -> bool:
-    """Does the head need weights of its own?"""
+    """True if the head needs its own weights."""
     return recipe.head is not None or (recipe.rotation is not None and recipe.rotation.residual != "none")
 
 
 def drawn_rotations(config: Any, recipe: Recipe, seed: int, device: torch.device | str) -> Rotations:
     """The rotations that `recipe` asks for in a model of this config, on `device`; the same for the same seed.
 
-    Random ones, but for the values of a cache whose transform is the Hadamard matrix.
+    They are random, except for the values of a cache with the Hadamard transform.
     """
     config, wanted = config.get_text_config(), recipe.rotation
     if wanted is None:
@@ -87,14 +88,14 @@ def drawn_rotations(config: Any, recipe: Recipe, seed: int, device: torch.device
 
 
 def _of_cache(config: Any, device: torch.device | str) -> Tensor:
-    """The Hadamard matrix of the width of a head, for the values of each block: [blocks, D, D]."""
+    """The Hadamard matrix of the head's width, for the values of each block: [blocks, D, D]."""
     _, width = value_heads(config)
     matrix: Tensor = multiply_by_hadamard(torch.eye(width, dtype=torch.float64, device=device), False)
     return matrix.expand(config.get_text_config().num_hidden_layers, -1, -1)
 
 
 def _drawn(kind: str, size: int, seed: int, names: list[str], device: torch.device | str) -> Tensor:
-    """A matrix for each name: [count, size, size]."""
+    """One matrix for each name: [count, size, size]."""
     generators = [generator_for(seed, name) for name in names]
     if kind == "hadamard":
         return torch.stack([random_hadamard(size, generator, device) for generator in generators])
@@ -102,8 +103,8 @@ def _drawn(kind: str, size: int, seed: int, names: list[str], device: torch.devi
 
 
 def rotated_source(source: Source, rotations: Rotations, unties_head: bool = False) -> Source:
-    """The model with these rotations merged into its weights, each of which is rounded once; with a head of its own
-    where these, or the head, need one."""
+    """The source with these rotations merged into its weights, each rounded once. The head gets its own weights if the
+    rotations, or `unties_head`, require it."""
     if (unties_head or rotations.residual is not None) and source.config.tie_word_embeddings:
         source = Untied(source)
     if rotations.value_heads is not None:

@@ -1,4 +1,4 @@
-"""Round the weights of a site: statistics once, then some rows after the other where there are many."""
+"""Round the weights of a site: statistics once, then the rows, in groups if there are many."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ from mxrot.rounding.held_out import Fold, Moments
 from mxrot.transforms import SiteTransform
 
 ERROR_ELEMENTS = 1 << 24
-"""Weights whose error is taken at once."""
+"""The weights whose error is computed at once."""
 
 
 @dataclass(frozen=True)
 class RoundedRows:
-    """Some rows of a linear."""
+    """Some rounded rows of a linear."""
 
     weight: QTensor
     lost: Tensor
-    """The Frobenius norm of what the transformed weights have lost, a scalar."""
+    """The Frobenius norm of the error of the transformed weights, a scalar."""
     norm: Tensor
-    """That of the transformed weights."""
+    """The norm of the transformed weights."""
     remainder: Tensor | None
     """As in `RoundedLinear`."""
 
 
 @dataclass(frozen=True)
 class RoundedLinear:
-    """A linear that is about to be replaced."""
+    """A rounded linear before its replacement."""
 
     weight: QTensor
     error: Tensor
     """Relative Frobenius error of the transformed weights, a scalar."""
     damping: float | None
     remainder: Tensor | None
-    """What rounding took away, bfloat16; None unless tuning follows."""
+    """Each weight minus its rounded value, bfloat16; None unless tuning follows."""
     tokens: int | None
-    """That the Hessian is a mean over; None without one."""
+    """The number of tokens in the mean of the Hessian; None without one."""
     target_strength: float | None = None
     """As in `LinearReport`."""
 
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What is known of a site before its weights are rounded; the same in all processes."""
+    """The statistics of a site before its weights are rounded; the same in all processes."""
 
     weights: SiteWeights
     method: RoundingMethod
-    """That of the recipe, with what it has chosen for the site."""
+    """The rounding method of the recipe, with the options chosen for the site."""
     seen: Moments | None
-    """None for a method that looks at no data."""
+    """The moments; None for a method that uses no data."""
 
     @property
     def tokens(self) -> int | None:
@@ -77,12 +77,12 @@ Work = tuple[Part, Site, SiteTransform | None]
 
 
 def round_sites(run: BlockRun, works: Sequence[Work]) -> list[dict[str, RoundedLinear]]:
-    """`round_site` for sites of several parts, such as experts, whose weights have the same shapes and formats, and of
-    which none reads what another one writes.
+    """`round_site` for sites of several parts, such as experts.
 
-    Where there are as many as processes, with linears of the same names, each is rounded by one of them, which is
-    handed the tokens of all: a small matrix takes a GPU as long as half of it, and many small sums between processes
-    take longer than the tokens.
+    Their weights have the same shapes and formats, and none reads the output of another. If there are as many sites as
+    processes, with linears of the same names, each process rounds one and is given the tokens of all. For small
+    matrices this is faster: half of one takes a GPU as long as the whole, and many small sums between processes take
+    longer than sending the tokens.
     """
     if not is_one_each([site for _, site, _ in works], run.world):
         return [round_site(run, *work) for work in works]
@@ -91,7 +91,7 @@ def round_sites(run: BlockRun, works: Sequence[Work]) -> list[dict[str, RoundedL
 
 
 def round_site(run: BlockRun, part: Part, site: Site, transform: SiteTransform | None) -> dict[str, RoundedLinear]:
-    """Round the linears of a site, by their names, for the inputs of the part; of several processes each some rows."""
+    """Round the linears of a site, by their names, for the inputs of the part. Several processes share the rows."""
     statistics = _statistics(run, part, site, transform)
     weights, method, seen, tokens = statistics.weights, statistics.method, statistics.seen, statistics.tokens
     recipe, scheme = run.of(part, site)
@@ -100,7 +100,7 @@ def round_site(run: BlockRun, part: Part, site: Site, transform: SiteTransform |
     own = groups if scheme.weights.looks_at_whole_tensor else shares(groups, run.world)
     moves = [] if shift is None else [shift[rows.place] for rows in own]
     prepared = method.prepare(hessian, moves, f"{part.name}.{site.linears[0]}")
-    del hessian, seen, statistics  # what they have become is in `prepared`
+    del hessian, seen, statistics  # their results are in `prepared`
     found: dict[str, list[RoundedRows]] = {linear: [] for linear in site.linears}
     for position, rows in enumerate(groups):
         move = moves[position] if moves else None
@@ -121,7 +121,7 @@ def _round_rows(
     prepared: Prepared,
     move: Tensor | None,
 ) -> list[tuple[str, RoundedRows]]:
-    """Round some rows, which belong to the linears of these names; this process its `own` of them."""
+    """Round some rows of the named linears. This process rounds its `own` rows among them."""
     recipe, scheme = run.of(part, site)
     folded = weights.folded(own)
     name, quantizer = f"{part.name}.{weights.linears[0]}", scheme.weights
@@ -146,8 +146,8 @@ def _round_rows(
 
 
 def _statistics(run: BlockRun, part: Part, site: Site, transform: SiteTransform | None) -> SiteStatistics:
-    """How a site is rounded, and the moments of its inputs where rounding asks for them, the shift towards its target
-    among them; of all processes."""
+    """The rounding method of a site and, if rounding needs them, the moments of its inputs with the shift towards its
+    target; over all processes."""
     weights = SiteWeights(part.weights, site.linears, transform)
     recipe, scheme = run.of(part, site)
     requirements = recipe.rounding.requirements
@@ -173,7 +173,7 @@ def _statistics(run: BlockRun, part: Part, site: Site, transform: SiteTransform 
         peers = run.world.peers
         spread = None if peers.size == 1 else peers.spread
         method = method.chosen(folds, weights.all_folded(), by.format, by.rule, name, spread)
-        del folds  # and with them what was held out
+        del folds  # frees the held-out moments, too
         found = Moments.together(fitted)
         if method.requirements.target == "own":
             found = replace(found, shift=None)
@@ -182,10 +182,11 @@ def _statistics(run: BlockRun, part: Part, site: Site, transform: SiteTransform 
 
 
 def folds_of(groups: Mapping[str, Moments], requirements: Requirements) -> tuple[list[Moments], list[Fold]]:
-    """The moments that together are those of all that is fitted to, and what candidates are fitted to and measured on.
+    """The moments of everything to fit to, in parts, and the folds for the choice of candidates.
 
-    "windows": all kinds, and what is held out of them; "kinds": each kind, and what is held out of the others, where
-    there are several; nothing where none is held out. Of `groups` those of kinds may be overwritten.
+    "windows": all kinds together, with a fold for the held-out windows of each kind. "kinds": each kind, with a fold
+    for the held-out windows of each other kind. With one kind both are the same. No folds if nothing is held out. The
+    kinds in `groups` may be overwritten.
     """
     kinds = {name: one for name, one in groups.items() if not name.startswith(HELD)}
     held = {name: groups[f"{HELD} {name}"] for name in kinds if f"{HELD} {name}" in groups}
@@ -199,7 +200,7 @@ def folds_of(groups: Mapping[str, Moments], requirements: Requirements) -> tuple
 def _together(
     pieces: Sequence[RoundedRows], damping: float | None, tokens: int | None, strength: float | None
 ) -> RoundedLinear:
-    """The whole of a linear."""
+    """The whole linear, from its pieces."""
     remainders = [piece.remainder for piece in pieces if piece.remainder is not None]
     return RoundedLinear(
         QTensor.one_above_other([piece.weight for piece in pieces]),
@@ -212,7 +213,8 @@ def _together(
 
 
 def exchanged(own: Mapping[str, RoundedLinear], world: World) -> list[dict[str, RoundedLinear]]:
-    """What each process has rounded, by rank; its own is `own`. All have linears of the same names and shapes."""
+    """The linears that each process has rounded, by rank; `own` is this process's. Names and shapes are the same in
+    all."""
     found = []
     for values in each_of(chain(*(_numbers(linear) for linear in own.values())), world):
         of_one = {}
@@ -229,7 +231,7 @@ def exchanged(own: Mapping[str, RoundedLinear], world: World) -> list[dict[str, 
 
 
 def _numbers(linear: RoundedLinear) -> list[Tensor]:
-    """All that a rounded linear holds, in the order in which `exchanged` takes it; NaN stands for None."""
+    """All tensors of a rounded linear, in the order of `exchanged`; NaN stands for None."""
     told = [math.nan if value is None else value for value in (linear.damping, linear.target_strength, linear.tokens)]
     codes = linear.weight.codes
     found = [codes, *linear.weight.parts.tensors.values(), linear.error]
@@ -238,7 +240,7 @@ def _numbers(linear: RoundedLinear) -> list[Tensor]:
 
 
 def error_norms(weight: QTensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The Frobenius norms of what `weight` [n, K] has lost of the `wanted`, and of that; some rows at a time."""
+    """The Frobenius norms of the error of `weight` [n, K] against `wanted`, and of `wanted`; some rows at a time."""
     if wanted.numel() <= ERROR_ELEMENTS:
         return (weight.dequantize(torch.float64) - wanted).norm(), wanted.norm()
     counts = [len(rows) for rows in wanted.split(max(1, ERROR_ELEMENTS // wanted.shape[1]))]
@@ -248,10 +250,10 @@ def error_norms(weight: QTensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm(norms: Sequence[Tensor]) -> Tensor:
-    """That of a matrix, from those of its rows."""
+    """The norm of a matrix, from those of groups of rows."""
     return norms[0] if len(norms) == 1 else torch.stack(list(norms)).norm()
 
 
 def error_ratio(lost: Tensor, norm: Tensor) -> Tensor:
-    """A relative error, a scalar; what is lost itself where the norm is zero."""
+    """A relative error, a scalar; the absolute error if the norm is zero."""
     return torch.where(norm > 0, lost / norm, lost)

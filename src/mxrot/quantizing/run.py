@@ -1,12 +1,12 @@
-"""Quantize a model: one pass over its decoder blocks, one block on the device at a time.
+"""Quantize a model: one pass over its decoder blocks, with one block on the device at a time.
 
-The inputs of a block come from the already quantized blocks before it. Within a block the sites are taken in
-the order in which they compute: a site's statistics are taken, its transform fitted, its weights rounded and its
-linears replaced before the next site is looked at. Smoothing scales come first, from one pass over the block as
-it was, because they must go into layers that will be rounded before the site they serve.
+The inputs of a block come from the already quantized blocks before it. Within a block, sites are taken in the order of
+computation: for each site, statistics are taken, the transform fitted, the weights rounded and the linears replaced
+before the next site. Smoothing scales come first, from one pass over the block as it was, because they are folded into
+layers that are rounded before the site they serve.
 
-Finished blocks may be handed to a store (on disk), which releases them; a store that already holds a block gives
-it back instead of having it quantized again, with the same bits.
+Finished blocks may be given to a store (on disk), which frees their memory. A store that already holds a block returns
+it, with the same bits, and the block is not quantized again.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class QuantizedModel:
     """The result of `quantize`."""
 
     model: PreTrainedModel | None
-    """Ready to run; None where a store took the blocks."""
+    """The model, ready to run; None if a store took the blocks."""
     record: RunRecord
     scheme: Scheme
-    """What is installed."""
+    """The installed scheme."""
     source: Source
-    """What was quantized: the model as it was given, after the rotations and permutations of the recipe."""
+    """The quantized source: the given model after the rotations and permutations of the recipe."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,18 +88,18 @@ def quantize(
     world: World = ONE,
     watch: Watch | None = None,
 ) -> QuantizedModel:
-    """Quantize a model, by its source or its folder.
+    """Quantize a model, given by its source or its folder.
 
-    What the model has no room for is left out of the recipe (mxrot.suited), and the record says so. Rotations of the
-    recipe are merged into the weights first, and all else is read from what comes out.
-    `windows` are calibration token windows [W, T] (None for a recipe that needs no data), of which the first `given`
-    are text and the others were written by the model; all are text by default. Computes on `device`,
-    in the checkpoint's own type on a GPU and in float32 on a CPU; everything a checkpoint keeps is rounded to its
-    type either way, so that a reloaded model is the same model. With a `store`, finished blocks go there. `beside` is
-    shown each site of a block that is quantized here, but those of experts that share one. The processes of `world`
-    call this together, each with all windows, and take their shares (side by side each takes all of them); the first
-    one alone has the store and writes text, and all come to the same model. `watch` hears of finished blocks, and may
-    end the run with a TimeLimitError.
+    Parts of the recipe that the model has no room for are left out (mxrot.suited), and the record says so. Rotations of
+    the recipe are merged into the weights first. Everything else is read from the rotated model.
+
+    `windows` are calibration token windows [W, T] (None for a recipe that needs no data). The first `given` are text
+    and the others were written by the model; by default all are text. Computes on `device`, in the checkpoint's own
+    type on a GPU and in float32 on a CPU. Everything that a checkpoint keeps is rounded to its type either way, so a
+    reloaded model is the same model. `store` takes finished blocks. `beside` sees each site of a block that is
+    quantized here, except those of experts that share one. The processes of `world` call this together, each with all
+    windows, and share the work (side by side, each takes all windows). Only the first has the store and writes text,
+    and all get the same model. `watch` is told of finished blocks, and may end the run with a TimeLimitError.
 
     Raises ConfigError and FamilyError before any weight is read, NumericsError with the layer's name.
     """
@@ -131,7 +131,7 @@ def quantize(
         give_back()
     if recipe.tunes_network:
         assert windows is not None
-        streams = None  # its memory
+        streams = None  # frees memory
         give_back()
         record.tuning = distill(job.run, job.model, windows, given, job.store, progress)
         for index, block in enumerate(job.blocks):
@@ -145,16 +145,16 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Job:
-    """What one call of `quantize` works on."""
+    """The state of one call of `quantize`."""
 
     run: BlockRun
     model: PreTrainedModel
-    """A skeleton at first; blocks get tensors as they are taken."""
+    """A skeleton at first. Blocks get their tensors in turn."""
     store: BlockStore | None
-    """Of several processes that of the first one."""
+    """With several processes, only the first one has it."""
     progress: Progress
     is_stored: bool
-    """Is there a store, here or in the first process?"""
+    """True if there is a store, here or in the first process."""
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -163,11 +163,11 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Streams:
-    """What goes into the next block: in the model that is quantized, and in the original."""
+    """The inputs of the next block, in the quantized model and in the original."""
 
     executor: Executor
     original: Executor | None
-    """None where the recipe does not look at the original."""
+    """None if the recipe does not use the original."""
 
 
 def _checked(
@@ -180,7 +180,7 @@ def _checked(
     windows: Tensor | None,
     world: World,
 ) -> _Job:
-    """Everything that can be refused is refused here, before any weight is read."""
+    """The checked job. Everything that can be refused is refused here, before any weight is read."""
     check_device(device)
     check_shared(recipe, None if windows is None else len(windows), world.size)
     device = torch.device(device)
@@ -210,7 +210,7 @@ def _checked(
 
 
 def _check_own_text(recipe: Recipe) -> None:
-    """ConfigError where a recipe cannot do with what the model writes."""
+    """Raise ConfigError if a recipe cannot use text that the model writes."""
     if not recipe.calibration.own:
         raise ConfigError(f"recipe {recipe.name} needs calibration text, and no window of it is given")
     if recipe.trains_rotations:
@@ -221,7 +221,7 @@ def _check_own_text(recipe: Recipe) -> None:
 
 
 def _rotated(job: _Job, windows: Tensor | None) -> tuple[_Job, list[float] | None]:
-    """The job with the recipe's rotations merged into its source, and the losses of their training, if they are."""
+    """The job with the recipe's rotations merged into its source, and the losses of their training, if trained."""
     run, losses = job.run, None
     rotations = drawn_rotations(run.config, run.recipe, run.seed, run.device)
     if run.recipe.trains_rotations:
@@ -234,7 +234,7 @@ def _rotated(job: _Job, windows: Tensor | None) -> tuple[_Job, list[float] | Non
 
 
 def _permuted(job: _Job, windows: Tensor | None, given: int) -> _Job:
-    """The job with channels in the order that the recipe asks for; a store keeps it until the run is done."""
+    """The job with channels in the order of the recipe. A store keeps the orders until the run is done."""
     run = job.run
     if run.recipe.permutation is None:
         return job
@@ -254,7 +254,7 @@ def _permuted(job: _Job, windows: Tensor | None, given: int) -> _Job:
 
 
 def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
-    """The given windows, and after them those that the original model writes, where the recipe wants some."""
+    """The given windows, followed by those that the original model writes, if the recipe asks for some."""
     run, choice = job.run, job.run.recipe.calibration
     if windows is None or not choice.writes:
         return windows
@@ -275,7 +275,7 @@ def _calibration_windows(job: _Job, windows: Tensor | None) -> Tensor | None:
 def _chosen(
     job: _Job, source: Source, windows: Tensor | None, given: int
 ) -> tuple[_Job, Tensor | None, list[Trial] | None]:
-    """The job with what its recipe's choice has kept, the windows that it asks for, and what was tried.
+    """The job with the candidates kept by its recipe's choice, the windows that it asks for, and the tried candidates.
 
     `source` is the model before rotations, which are merged again for each candidate.
     """
@@ -301,7 +301,7 @@ def _new_record(recipe: Recipe, job: _Job, windows: Tensor | None) -> RunRecord:
 
 
 def _first_streams(job: _Job, windows: Tensor | None, given: int) -> _Streams | None:
-    """What goes into the first block; None for a recipe that needs no data."""
+    """The inputs of the first block; None for a recipe that needs no data."""
     run = job.run
     if run.recipe.is_data_free:
         return None
@@ -312,7 +312,7 @@ def _first_streams(job: _Job, windows: Tensor | None, given: int) -> _Streams | 
 
 
 def _release_outer(job: _Job) -> None:
-    """Let go of embedding, last norm and head where no block needs them any more: a store takes those of the source."""
+    """Free embedding, last norm and head once no block needs them: a store takes those of the source."""
     run = job.run
     if job.is_stored and not run.recipe.tunes_network:
         for name in (run.family.embedding, run.family.final_norm, run.family.head):
@@ -321,7 +321,8 @@ def _release_outer(job: _Job) -> None:
 
 
 def _next_block(job: _Job, index: int, block: nn.Module, streams: _Streams | None) -> tuple[BlockReport, bool]:
-    """Quantize a block, or take it from the store, and go on to the inputs of the next; was it quantized here?"""
+    """Quantize a block, or take it from the store, and compute the inputs of the next. The bool is True if quantized
+    here."""
     run, family = job.run, job.run.family
     told = part_of(job.progress, index, 1, len(job.blocks), "blocks")
     told(0, 1, family.block_prefix(index))
@@ -348,7 +349,7 @@ def _next_block(job: _Job, index: int, block: nn.Module, streams: _Streams | Non
 
 
 def _hand_over(job: _Job, index: int, block: nn.Module, report: BlockReport | None) -> None:
-    """Give a block to the store, if there is one, and let go of it; without a report the store has it already."""
+    """Give a block to the store, if there is one, and free it. Without a report the store already has it."""
     if not job.is_stored:
         return
     if job.store is not None and report is not None:
@@ -357,7 +358,7 @@ def _hand_over(job: _Job, index: int, block: nn.Module, report: BlockReport | No
 
 
 def _finish(job: _Job, record: RunRecord) -> PreTrainedModel | None:
-    """The model, ready to run; None where a store has taken it. The record is told of a quantized head."""
+    """The model, ready to run; None if a store has taken it. A quantized head is added to the record."""
     run, count = job.run, len(job.blocks)
     rest = run.source.outer() if job.store is not None or (run.scheme.head is not None and not job.is_stored) else {}
     head = quantized_head(run, rest) if rest else None

@@ -1,5 +1,5 @@
-"""What the processes of a run share: windows, and the rows of a site. Statistics are reduced where they are taken, and
-gradients in tuning/."""
+"""The sharing of windows and of a site's rows among the processes of a run. Statistics are reduced where they are
+computed, and gradients in tuning/."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mxrot.recipe import Recipe
 
 
 def check_shared(recipe: Recipe, windows: int | None, processes: int) -> None:
-    """ConfigError for what several processes do not do together, with so many calibration windows."""
+    """Raise ConfigError for what several processes cannot do together, with this number of calibration windows."""
     if processes == 1:
         return
     for said, is_wanted in (
@@ -35,15 +35,15 @@ def check_shared(recipe: Recipe, windows: int | None, processes: int) -> None:
 
 
 UNEVEN = 8
-"""A share may be so much of itself, as a divisor, off: where shares then end with batches of one process, what is
-computed of a batch has the same bits."""
+"""A share may deviate by 1 / UNEVEN of its size, if it then ends with a whole batch of one process. The results of a
+batch then have the same bits."""
 
 
 def own_windows(groups: Mapping[str, Tensor], at_once: int, world: World) -> dict[str, Tensor]:
-    """Of the positions of each group those that this process takes, one process behind the other; so many windows pass
-    through a block `at_once`.
+    """The positions of each group that belong to this process, process after process; `at_once` windows pass through a
+    block together.
 
-    Each has nearly as many, and none is without any where there are as many as processes.
+    Shares are nearly equal. With at least as many windows as processes, none is empty.
     """
     found, turn = {}, 0
     for name, places in groups.items():
@@ -62,7 +62,8 @@ def own_windows(groups: Mapping[str, Tensor], at_once: int, world: World) -> dic
 def own_executor(
     run: BlockRun, model: PreTrainedModel, windows: Tensor, groups: Mapping[str, Tensor] | None = None
 ) -> Executor:
-    """Before the first block, for the share of this process of `windows` [W, T]; `groups` are positions among them."""
+    """An executor before the first block, for this process's share of `windows` [W, T]. `groups` are positions among
+    them."""
     at_once = windows_at_once(model, run.family, run.device, windows.shape[1])
     if groups is None:
         windows = windows[own_windows({"": torch.arange(len(windows))}, at_once, run.world)[""]]
@@ -72,7 +73,7 @@ def own_executor(
 
 
 def shares(groups: Sequence[Rows], world: World) -> Sequence[Rows]:
-    """Of each group the rows that this process rounds; the groups themselves where they are not shared."""
+    """The rows of each group that this process rounds; the groups themselves if they are not shared."""
     if world.size == 1 or min(sum(rows.counts) for rows in groups) < world.size:
         return groups
     return [rows.share(world.rank, world.size) for rows in groups]
@@ -85,7 +86,7 @@ def gathered(weight: QTensor, world: World) -> QTensor:
 
 
 def gathered_rows(tensor: Tensor, world: World) -> Tensor:
-    """Of a tensor [n, ...] those of all processes; a scalar is the same in all."""
+    """The tensors [n, ...] of all processes, concatenated. A scalar is the same in all."""
     if tensor.dim() == 0:
         return tensor
     found = world.gather(tensor.contiguous().view(torch.uint8))
@@ -93,15 +94,14 @@ def gathered_rows(tensor: Tensor, world: World) -> Tensor:
 
 
 def is_one_each(sites: Sequence[Site], world: World) -> bool:
-    """Are there as many sites, alike but for the expert that they are in, as processes that share the windows?"""
+    """True if there are as many sites, alike except for their expert, as processes that share the windows."""
     return 1 < world.size == len(sites) and len({site.linears for site in sites}) == 1
 
 
 def by_itself(run: BlockRun, parts: Sequence[Part]) -> tuple[BlockRun, Part]:
-    """The run of this process without the others, and the part that is its own, of as many as there are processes, with
-    the tokens that all have for it.
+    """The run of this process alone, and its own part of `parts`, one per process, with the tokens of all processes.
 
-    What such a run raises, one process raises alone; the others end at their next exchange.
+    An error in such a run is raised by one process alone. The others end at their next exchange.
     """
     world, own = run.world, parts[run.world.rank]
     if own.executor is not None:
@@ -115,7 +115,7 @@ def by_itself(run: BlockRun, parts: Sequence[Part]) -> tuple[BlockRun, Part]:
 
 
 def each_of(own: Iterable[Tensor], world: World) -> list[Iterator[Tensor]]:
-    """What each process has, by rank, of tensors of the same shapes and types in all; their bytes pass at once."""
+    """The tensors of each process, by rank. Shapes and types are the same in all; the bytes are sent together."""
     like = list(own)
     counts = [tensor.nbytes for tensor in like]
     given = world.gather(torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in like]))
@@ -126,7 +126,8 @@ def each_of(own: Iterable[Tensor], world: World) -> list[Iterator[Tensor]]:
 
 
 def check_alike(block: nn.Module, name: str, world: World) -> None:
-    """NumericsError unless a finished block has the same bytes in every process: each goes on from its own."""
+    """Raise NumericsError unless a finished block has the same bytes in every process, because each goes on from its
+    own."""
     if world.size == 1:
         return
     bytes_of = [value.contiguous().flatten().view(torch.uint8) for value in block.state_dict().values()]

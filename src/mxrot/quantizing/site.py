@@ -37,13 +37,14 @@ from mxrot.transforms import SiteSample, SiteTransform, generator_for
 from mxrot.transforms.smoothing import moment_scales, smoothing_scales
 
 ERROR_ROWS = 512
-"""Calibration tokens on which the output error of each linear is measured."""
+"""The number of calibration tokens on which the output error of each linear is measured."""
 MEASURED = ("weight_error", "output_error", "damping", "tokens", "target_strength")
-"""Of a linear's report, what is not known before it is quantized."""
+"""The fields of a linear's report that are unknown before it is quantized."""
 
 
 def smoothed_sites(rules: Rules, index: int) -> list[Site]:
-    """Sites of a block that get smoothing scales, with all their linears; none of which nothing is quantized."""
+    """The sites of a block that get smoothing scales, with all their linears. Sites without quantized linears are left
+    out."""
     if rules.recipe.smoothing is None:
         return []
     active = {site.name for site in rules.active_sites(index)}
@@ -51,9 +52,9 @@ def smoothed_sites(rules: Rules, index: int) -> list[Site]:
 
 
 def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Smoothing scales [K] by site name, from the inputs of the part as it was.
+    """The smoothing scales [K] by site name, from the inputs of the part as it was.
 
-    With sharing "site" they are folded here, and what is returned is empty.
+    With sharing "site" they are folded here, and the result is empty.
     """
     smoothing = run.recipe.smoothing
     if smoothing is None:
@@ -88,11 +89,11 @@ def smooth_sites(run: BlockRun, part: Part, sites: Sequence[Site]) -> dict[str, 
 def quantize_site(
     run: BlockRun, part: Part, site: Site, scales: Tensor | None, progress: Progress = silent
 ) -> list[LinearReport]:
-    """Fit the site's transform, round its weights, and put quantized linears in place."""
+    """Fit the site's transform, round its weights, and install the quantized linears."""
     rows, name = RowSample(ERROR_ROWS), f"{part.name}.{site.linears[0]}"
     progress(0, 5, name)
     transform = fit_transform(run, part, site, scales, rows)
-    progress(1, 5, name)  # with GPTQ most of the time goes into rounding, and the statistics for it
+    progress(1, 5, name)  # with GPTQ most of the time goes into rounding and its statistics
     rounded = round_site(run, part, site, transform)
     if run.beside is not None:
         run.beside(run, part, site, scales)
@@ -117,9 +118,9 @@ def quantize_sites(
 def fit_transform(
     run: BlockRun, part: Part, site: Site, scales: Tensor | None, rows: RowSample
 ) -> SiteTransform | None:
-    """The site's transform as a checkpoint will hold it; None where nothing is applied at run time.
+    """The site's transform as a checkpoint will hold it; None if nothing is applied at run time.
 
-    With `sharing = "block"` it starts with the division by the smoothing scales. `rows` gets the raw inputs.
+    With `sharing = "block"` it starts with the division by the smoothing scales. `rows` collects the raw inputs.
     """
     recipe, scheme = run.of(part, site)
     method, executor = recipe.transform.beside(recipe.rounding.mends_later_columns), part.executor
@@ -156,7 +157,7 @@ def fit_transform(
             within_e5m2(None, rows.result(run.world), scheme, name, own_weights)
         return None
     weights = to_fit_to(part.weights, site.linears, scales)
-    seen = {need: collectors.pop(need).result(run.world) for need in list(collectors)}  # and their sums are let go
+    seen = {need: collectors.pop(need).result(run.world) for need in list(collectors)}  # and frees their sums
     check_statistics(seen, name)
     sample = SiteSample(weights, block, seen, scheme.activations, scheme.weights, run.replay)
     with named_factorizations(name):
@@ -176,7 +177,7 @@ def install_rounded(
     rounded: dict[str, RoundedLinear],
     rows: RowSample,
 ) -> list[LinearReport]:
-    """Put quantized linears in place; what they cost, on the inputs in `rows`."""
+    """Install the quantized linears. Returns their errors on the inputs in `rows`."""
     quantized = {linear: found.weight for linear, found in rounded.items()}
     _, scheme = run.of(part, site)
     install_site(part.module, part.index, site, scheme)
@@ -190,7 +191,7 @@ def install_rounded(
     if part.executor is not None:
         sample = rows.result(run.world)
         output_errors = [_output_error(part.module, x, part.weights[x], sample) for x in site.linears]
-    errors = torch.stack(weight_errors + output_errors).tolist()  # one wait for the device
+    errors = torch.stack(weight_errors + output_errors).tolist()  # waits for the device once
     return [
         LinearReport(
             f"{part.name}.{linear}",
@@ -209,7 +210,7 @@ def install_rounded(
 def _installed_by_each(
     run: BlockRun, places: Sequence[tuple[Part, Site]], reports: list[LinearReport]
 ) -> list[LinearReport]:
-    """Install what every process has made of the site that is its own; the reports of all of them, by rank."""
+    """Install the site that each process has rounded. Returns the reports of all of them, by rank."""
     part, site = places[run.world.rank]
     measured = [[getattr(report, name) for name in MEASURED] for report in reports]
     told = torch.tensor([[math.nan if x is None else x for x in row] for row in measured], dtype=torch.float64)
@@ -241,7 +242,7 @@ def _quantized(part: Part, site: Site) -> list[QuantLinear]:
 
 
 def _output_error(block: nn.Module, linear: str, weight: Tensor, x: Tensor) -> Tensor:
-    """Relative error of one installed linear on sampled inputs `x`, against its weights before quantization."""
+    """The relative error of one installed linear on sampled inputs `x`, against its weights before quantization."""
     module = block.get_submodule(linear)
     assert isinstance(module, QuantLinear)
     bias = 0 if module.bias is None else module.bias

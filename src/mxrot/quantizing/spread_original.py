@@ -1,8 +1,7 @@
-"""The original model on several devices, for the time in which it writes text (calibration/spreading.py).
+"""The original model on several devices while it writes text (calibration/spreading.py).
 
-Blocks that no GPU keeps lie in main memory, which the driver is told not to move, so that copies are fast; or in files
-that are mapped into memory and have no names. accelerate's hooks bring each of their weights where it computes, and
-take it away again.
+Blocks that no GPU keeps lie in page-locked main memory, so that copies are fast, or in nameless memory-mapped files.
+accelerate's hooks copy each weight to its device for the computation, and free the copy afterwards.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from mxrot.models import Source, build_skeleton
 from mxrot.quantizing.loading import load_original, load_original_block, load_outer
 
 PORTABLE = 1
-"""Memory that copies to all GPUs are fast from (cudaHostRegisterPortable)."""
+"""Memory from which copies to all GPUs are fast (cudaHostRegisterPortable)."""
 
 
 def spread_here(sizes: WritingSizes, device: torch.device) -> Spread | None:
-    """How the model is spread over this machine, which is said in a line; None where `device` holds it."""
+    """How the model is spread over this machine, which is also reported in a line. None if `device` holds it."""
     room = room_here(device, sizes.on_one_device)
     spread = None if room is None else spread_over(sizes, room)
     if spread is not None:
@@ -42,7 +41,7 @@ def spread_here(sizes: WritingSizes, device: torch.device) -> Spread | None:
 def opened_original(
     source: Source, dtype: torch.dtype, device: torch.device, spread: Spread | None
 ) -> Iterator[PreTrainedModel]:
-    """The whole model to write text with: on `device`, or as it is spread, and then only while this is open."""
+    """The whole model for writing text: on `device`, or spread over devices as long as this is open."""
     if spread is None:
         yield load_original(source, dtype, device)
         return
@@ -65,7 +64,7 @@ def opened_original(
 def _load_block(
     block: nn.Module, index: int, source: Source, dtype: torch.dtype, spread: Spread, kept: ExitStack
 ) -> dict[str, Tensor]:
-    """Load a block to where it lies; its tensors by their full names where that is no device."""
+    """Load a block to its place. Returns its tensors by full name if that place is not a device."""
     place = spread.lies[index]
     load_original_block(block, index, source, dtype, spread.device_of(index) if place == "device" else "cpu")
     if place == "device":
@@ -81,7 +80,7 @@ def _load_block(
 
 
 def _hook(model: PreTrainedModel, source: Source, spread: Spread, waiting: Mapping[str, Tensor]) -> None:
-    """Let each block compute on its device, with weights that come there where they lie elsewhere."""
+    """Let each block compute on its device, copying the weights that lie elsewhere."""
     from accelerate.hooks import attach_align_device_hook_on_blocks
 
     family, main = source.family, torch.device(spread.devices[0])
@@ -96,7 +95,7 @@ def _hook(model: PreTrainedModel, source: Source, spread: Spread, waiting: Mappi
 
 
 def _let_go(model: PreTrainedModel) -> None:
-    """Take the hooks away, and all memory with them: other processes may be waiting for it."""
+    """Remove the hooks, and free all their memory: other processes may be waiting for it."""
     from accelerate.hooks import remove_hook_from_module
 
     remove_hook_from_module(model, recurse=True)
@@ -108,9 +107,9 @@ def _let_go(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _in_locked_memory(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Copies in one piece of main memory, which stays where it is while this is open, if the driver agrees.
+    """Copies in one piece of main memory, page-locked while this is open, if the driver agrees.
 
-    PyTorch's own pinned memory is as large as the next power of two, and is not given back.
+    PyTorch's own pinned memory is rounded up to a power of two, and is never freed.
     """
     sizes = {name: -(-value.nbytes // 64) * 64 for name, value in tensors.items()}
     piece = torch.empty(sum(sizes.values()), dtype=torch.uint8)
@@ -132,6 +131,6 @@ def _in_locked_memory(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tenso
 
 
 def _clear_error() -> None:
-    """Let the driver forget an error, which the next operation on a GPU would raise."""
+    """Clear the driver's last error, which the next operation on a GPU would raise."""
     with suppress(RuntimeError):
         torch.zeros(1, device="cuda")

@@ -1,4 +1,4 @@
-"""Rotations that are learned before a model is quantized, on the text that it is calibrated on."""
+"""Rotations trained before a model is quantized, on its calibration text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mxrot.tuning import RotatedNetwork, RotationTraining, train_rotations, trai
 
 
 def training_problems(rules: Rules) -> Iterator[ConfigError]:
-    """Why rotations cannot be trained by this recipe; none where they are not to be."""
+    """The reasons why this recipe cannot train rotations; none if it trains none."""
     recipe = rules.recipe
     if recipe.rotation is None or not recipe.trains_rotations:
         return

@@ -1,4 +1,4 @@
-"""Text that the original model writes itself, behind the text that is given."""
+"""Text that the original model writes, added to the given text."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mxrot.transforms import generator_for
 
 @dataclass(frozen=True)
 class Writing:
-    """How much is written, and what for."""
+    """How much text is written, and its purpose."""
 
     purpose: str
-    """Names the text in a store, and draws other numbers than another purpose."""
+    """Names the text in a store, and seeds its random numbers."""
     count: int
-    """Windows."""
+    """The number of windows."""
     manner: Manner
     seed: int = 0
 
@@ -38,7 +38,7 @@ class Writing:
         store: BlockStore | None = None,
         progress: Progress = silent,
     ) -> Tensor:
-        """`windows` [W, T], of which the first `given` are text, and after them what `original` writes; a store gets
+        """`windows` [W, T], of which the first `given` are text, followed by those that `original` writes. A store gets
         all of them."""
         generator = generator_for(self.seed, f"windows for {self.purpose}")
         length, text = windows.shape[1], windows[:given]
@@ -50,19 +50,21 @@ class Writing:
 
 
 def by_the_first(purpose: str, write: Callable[[], Tensor], store: BlockStore | None, world: World) -> Tensor:
-    """The windows that a store has kept for a purpose, or what `write` gives: of several processes the first one has
-    the store and writes, and hands out what all get."""
+    """The windows stored for a purpose, or those that `write` returns. With several processes, the first one has the
+    store, writes, and hands the windows to all."""
     kept = world.hand_out(None if store is None else store.load_windows(purpose))
     if kept is not None:
         return kept
-    world.meet()  # from here on the others take no memory of a GPU
+    world.meet()  # from here on the others use no GPU memory
     found = world.hand_out(None if world.rank else write())
     assert found is not None
     return found
 
 
 def manner_of(choice: CalibrationChoice, folder: Path, prompted: float) -> Manner:
-    """How the model in a folder writes, with a share that goes on from the text; its tokenizer is read only where
-    conversations are wanted, and raises what it raises."""
+    """How the model in a folder writes, with the share `prompted` that continues the text.
+
+    Its tokenizer is read only for conversations; its errors are passed on.
+    """
     turns = turns_of(load_tokenizer(folder)) if choice.chats else None
     return Manner(choice.first, prompted, choice.chats, choice.temperatures, turns)

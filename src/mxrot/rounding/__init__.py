@@ -1,4 +1,4 @@
-"""Rounding methods. A method is one class, listed here."""
+"""Rounding methods. Each is one class, listed here."""
 
 from mxrot.errors import ConfigError
 from mxrot.nearest import not_known
@@ -10,7 +10,7 @@ METHODS: dict[str, type[RoundingMethod]] = {method.name: method for method in (R
 
 
 def get_rounding(name: str) -> type[RoundingMethod]:
-    """The method called `name`; ConfigError with the list of known ones."""
+    """The method called `name`. ConfigError, with a list of all methods, if there is none."""
     if name not in METHODS:
         raise ConfigError(not_known("rounding", name, METHODS))
     return METHODS[name]

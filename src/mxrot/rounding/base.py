@@ -1,4 +1,4 @@
-"""What a rounding method is: real weights in, codes and scales out."""
+"""The interface of rounding methods: real weights in, codes and scales out."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from mxrot.rounding.held_out import Fold, Spread
 from mxrot.typed import check_fields
 
 Target = Literal["own", "original", "residual"]
-"""What a quantized linear shall reproduce: its own output on the inputs it will see, that of the original linear in
-the original model, or what the residual stream lacks of the original's."""
+"""What a quantized linear should reproduce: its own output on the inputs it will see, the output of the original linear
+in the original model, or what the residual stream lacks compared with the original's."""
 
 Inputs = Literal["quantized", "unquantized"]
-"""Which inputs a Hessian is of: those that a linear will see, or the same before they are quantized."""
+"""The inputs of the Hessian: those that the linear will see, or the same before quantization."""
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a rounding method wants to know of the inputs of a site."""
+    """The statistics of a site's inputs that a rounding method needs."""
 
     hessian: bool = False
     target: Target = "own"
-    """What the `shift` leads to; none for "own"."""
+    """The target that `shift` leads to. "own" has no shift."""
     relative: bool = False
-    """Where outputs go into the residual stream, count each token's error relative to the size of the stream."""
+    """True if the error of each token counts relative to the size of the residual stream, for outputs that go into
+    it."""
     inputs: Inputs = "quantized"
-    """What the Hessian is of; transformed they are."""
+    """The inputs of the Hessian, always after the transform."""
     folds: Literal["none", "windows", "kinds"] = "none"
-    """What `chosen` wants to see: nothing, tokens of windows that are held out, or those of the other kind of text."""
+    """The held-out tokens that `chosen` needs: none, those of held-out windows, or those of the other kind of text."""
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Quantized weights and what it took."""
+    """Quantized weights, with error and damping."""
 
     weight: QTensor
     remainder: Tensor
-    """What rounding took away from each weight as it found it, float64 [N, K]."""
+    """Each weight before rounding, at its turn, minus its rounded value, float64 [N, K]."""
     damping: float | None = None
-    """Damping of the Hessian that let it factorize, relative to its mean diagonal; None where there was none."""
+    """The damping with which the Hessian could be factorized, relative to its mean diagonal. None without a Hessian."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a method has made of the statistics of a site; all of its weights are rounded with it."""
+    """What a method computes from the statistics of a site, to round all of its weights."""
 
     factor: Tensor | None = None
-    """Upper triangular [K, K], float64: of the inverse of the damped Hessian, its channels in `order`."""
+    """float64 [K, K], upper triangular: the factor of the inverse of the damped Hessian, with channels in `order`."""
     order: Tensor | None = None
-    """The order in which the columns are rounded, [K]."""
+    """[K], the order in which columns are rounded."""
     damping: float | None = None
     """As in `Rounded`."""
 
@@ -63,9 +64,9 @@ class Prepared:
 class RoundingMethod(ABC):
     """Rounds the weights of one site. Fields are its options, and its keys in a recipe.
 
-    First `prepare`, once, then `round_rows`, for some rows after the other: no row's codes depend on another's, unless
-    a scale looks at the whole tensor. Rows that are rounded apart get the same bits wherever a product of matrices
-    sums a row in the same order for any number of rows.
+    Call `prepare` once, then `round_rows` for one group of rows after another. The codes of a row do not depend on
+    other rows, unless a scale depends on the whole tensor. Rows rounded separately get the same bits if matrix products
+    sum each row in the same order, whatever the number of rows.
     """
 
     name: ClassVar[str]
@@ -80,32 +81,32 @@ class RoundingMethod(ABC):
 
     @property
     def target_strength(self) -> float:
-        """1 / the damping of the way to the target; 0 where there is none but its own output."""
+        """1 / the damping of the move towards the target; 0 if the target is "own"."""
         return 0.0
 
     @property
     def chooses_target(self) -> bool:
-        """Does `chosen` decide about that?"""
+        """True if `chosen` chooses that damping."""
         return False
 
     @property
     def tried_targets(self) -> int:
-        """Regressions that `chosen` tries for each fold."""
+        """The number of regressions that `chosen` tries for each fold."""
         return 0
 
     @property
     def tried_dampings(self) -> int:
-        """The same of roundings of a sample of rows."""
+        """Roundings of a sample of rows tried per fold."""
         return 0
 
     @property
     def candidates(self) -> int:
-        """Scales that each block is rounded under before one is kept: how often the work is done."""
+        """The number of scales tried for each block; the work grows by this factor."""
         return 1
 
     @property
     def mends_later_columns(self) -> bool:
-        """Do columns make up for what those before them have lost, from the first to the last?"""
+        """True if columns, from the first to the last, make up for the errors of those before them."""
         return False
 
     def check(self, format: Format, rule: ScaleRule) -> None:
@@ -121,16 +122,18 @@ class RoundingMethod(ABC):
         name: str,
         spread: Spread | None = None,
     ) -> RoundingMethod:
-        """This method with the options that leave least on unseen tokens, for a site whose folded rows are `weight`
-        [N, K] float64; itself where it does not choose. `spread` shares what has to be tried among processes."""
+        """This method with the options of least error on unseen tokens, for folded `weight` [N, K] float64 of a site.
+
+        A method without choices returns itself. `spread` shares the trials among processes.
+        """
         return self
 
     def prepare(self, hessian: Tensor | None, shifts: Sequence[Tensor], name: str) -> Prepared:
         """What rounding needs of `hessian` [K, K], the mean of x^T x over the inputs that `requirements` names.
 
-        `shifts` [n, K], of so many rows each, are the mean of d^T x, with d what the outputs lack of the target; none
-        for the target "own". Both are overwritten: there is no Hessian left, and each shift has become the move of its
-        rows towards the target. NumericsError, with `name`, if there is nothing to be made of the Hessian.
+        Each of `shifts` [n, K] is the mean of d^T x for n rows, where d is the target minus the output; none for the
+        target "own". Both are overwritten: the Hessian is lost, and each shift becomes the move of its rows towards the
+        target. NumericsError, with `name`, if the Hessian is unusable.
         """
         return Prepared()
 
@@ -138,7 +141,8 @@ class RoundingMethod(ABC):
     def round_rows(
         self, weight: Tensor, format: Format, rule: ScaleRule, prepared: Prepared, name: str, move: Tensor | None = None
     ) -> Rounded:
-        """Codes and scales of `weight` [n, K], some rows or all of them; with `move` [n, K] it is added first.
+        """The codes and scales of `weight` [n, K], which may be some of the rows. `move` [n, K] is added first, if
+        given.
 
         NumericsError, with `name`, if a weight is NaN or Inf or a block scale overflows.
         """
@@ -152,7 +156,7 @@ class RoundingMethod(ABC):
         name: str,
         shift: Tensor | None = None,
     ) -> Rounded:
-        """Both steps for a whole `weight` [N, K]; its `hessian` and `shift` [N, K] stay as they are."""
+        """Both steps for a whole `weight` [N, K]. `hessian` and `shift` [N, K] are not changed."""
         move = None if shift is None else shift.clone()
         own = None if hessian is None else hessian.clone()
         prepared = self.prepare(own, [] if move is None else [move], name)

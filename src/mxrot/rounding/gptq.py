@@ -1,34 +1,35 @@
 """GPTQ (arXiv 2210.17323) for block formats, with both orders of scales of MR-GPTQ (2509.23202, section 4).
 
-Columns are rounded one after the other; the error of each is spread over the columns still open, along the
-inverse Hessian of the inputs. A block's scales must be fixed before its first column is rounded:
-`scales = "reached"` takes them from the updated weights when the walk reaches the block, `scales = "walked"` also
-walks the block under the exponents next to those and keeps what costs each row least in the objective itself
-(sum_j (difference_j / U_jj)^2, the block's own part of it), `scales = "fixed"` takes all of them from the weights
-as they came. Only then may `columns = "descending"` walk in order of
-decreasing diagonal of H, because a block's columns need not be neighbours in that order (codes are put back
-in place afterwards; nothing is shuffled at run time).
+Columns are rounded one after the other. The error of each is spread over the columns not yet rounded, along the inverse
+Hessian of the inputs. The scales of a block must be fixed before its first column is rounded:
 
-`target` says what the quantized linear shall reproduce. "own": what the weights give on the inputs it will really
-see. "original": what the original linear gives in the original model, which makes up for part of the error of
-everything before it (GPTAQ, arXiv 2504.02692; Qronos, 2505.11695). "residual" (ours): where the output is added to
-the residual stream, what is missing there from the original's. With D the difference between target and own
-output, and x the quantized inputs, the quadratic objective has its minimum at W + E[D^T x] (H + d I)^-1; GPTQ then
-starts from there, and nothing else changes.
+- `scales = "reached"` takes them from the updated weights when the walk reaches the block.
+- `scales = "walked"` also walks the block under the neighbouring exponents. For each row it keeps the exponent with the
+  least cost in the objective (the block's part of sum_j (difference_j / U_jj)^2).
+- `scales = "fixed"` takes all of them from the weights before the walk. Only then may `columns = "descending"` walk in
+  order of decreasing diagonal of H, where the columns of a block need not be neighbours (codes are put back in place
+  afterwards; nothing is permuted at run time).
 
-`first_column = "crossed"` is Qronos' (arXiv 2505.11695): where there is a target, the first column is rounded from
-where it would go if the others stayed as they came, w + E[d^T x]_1 / (H + d I)_11, and not from where it goes together
-with them. What follows is GPTQ's, which solves for the rest again whatever the first has become. `damping_of =
-"largest"` is also theirs: damping relative to the largest eigenvalue of H. `first_order` b is FOEM's term (arXiv
-2507.11017): with each column that is rounded those still open go back by b of what they have moved (`walk_drawn_back`),
-a column at a time and without a kernel.
+`target` is what the quantized linear should reproduce. "own": the output of the weights on the inputs it will really
+see. "original": the output of the original linear in the original model, which makes up for part of the error of all
+earlier layers (GPTAQ, arXiv 2504.02692; Qronos, 2505.11695). "residual" (ours): for outputs added to the residual
+stream, what is missing there from the original's. With D the target minus the own output, and x the quantized inputs,
+the quadratic objective has its minimum at W + E[D^T x] (H + d I)^-1. GPTQ starts from there, and nothing else changes.
 
-`inputs` says what H is of: the inputs as the linear will really see them, or, as in MR-GPTQ, before they are quantized.
+`first_column = "crossed"` is from Qronos (arXiv 2505.11695): with a target, the first column is rounded from its
+minimum with the other columns fixed, w + E[d^T x]_1 / (H + d I)_11, instead of the joint minimum. The rest is GPTQ,
+which solves for the other columns again, whatever the first became. `damping_of = "largest"` is also from Qronos:
+damping relative to the largest eigenvalue of H. `first_order` b is FOEM's term (arXiv 2507.11017): with each rounded
+column, the open columns go back by the share b of their move so far (`walk_drawn_back`), one column at a time and
+without a kernel.
 
-`dampings` and `target_dampings` are candidates for each site, chosen by what they leave on unseen tokens (held_out.py).
+`inputs` chooses the inputs of H: those that the linear will really see or, as in MR-GPTQ, the same before quantization.
 
-All arithmetic is float64. With H a multiple of the identity nothing is spread and the codes equal rounding to
-nearest bit for bit (but for a weight of -0, which may come out as +0).
+`dampings` and `target_dampings` are candidates; each site takes those with the least error on unseen tokens
+(held_out.py).
+
+All arithmetic is float64. If H is a multiple of the identity, nothing is spread and the codes equal rounding to nearest
+bit for bit (except that a weight of -0 may become +0).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from mxrot.rounding.linalg import Measure, damping_unit, inverse_factor
 from mxrot.rounding.walk import SPAN, walk_fixed, walk_reached, walks_whole_blocks
 
 NEIGHBOURS = (0, -1, 1)
-"""Exponents that `scales = "walked"` tries, relative to the rule's; of equals the first is kept."""
+"""The exponents that `scales = "walked"` tries, relative to the rule's. In a tie the first is kept."""
 
 
 @dataclass(frozen=True)
@@ -59,30 +60,30 @@ class GPTQ(RoundingMethod):
     name = "gptq"
 
     damping: float = 0.01
-    """Added to the diagonal of H, relative to its mean."""
+    """The damping added to the diagonal of H, relative to its mean."""
     scales: Literal["reached", "walked", "fixed"] = "reached"
     columns: Literal["natural", "descending"] = "natural"
     target: Target = "own"
     target_damping: float = 0.01
-    """The same as `damping`, in the regression that leads to the target."""
+    """Like `damping`, for the regression towards the target."""
     inputs: Inputs = "quantized"
-    """What H is of: the inputs as the linear will really see them, or before they are quantized (MR-GPTQ)."""
+    """The inputs of H: as the linear will really see them, or before quantization (MR-GPTQ)."""
     tokens: Literal["equal", "relative"] = "equal"
-    """How much each token counts: as it is, or (where outputs go into the residual stream) relative to its size."""
+    """The weight of each token: equal, or relative to the size of the residual stream for outputs that go into it."""
     damping_of: Measure = "mean"
     """What both dampings are relative to: the mean of H's diagonal, or its largest eigenvalue."""
     first_column: Literal["joint", "crossed"] = "joint"
-    """Where the first column is rounded from: its place in the minimum over all columns, or over itself alone."""
+    """Where the first column is rounded from: the minimum over all columns, or over this column alone."""
     first_order: float = 0.0
-    """The share of what open columns have moved that each rounded column takes back."""
+    """The share of their move so far that open columns lose with each rounded column."""
     dampings: tuple[float, ...] = ()
-    """Candidates for `damping`, from which each site takes the one that leaves least on held-out tokens; none: it is
-    not chosen."""
+    """Candidates for `damping`. Each site takes the one with the least error on held-out tokens. If empty, `damping` is
+    used."""
     target_dampings: tuple[float, ...] = ()
-    """The same for `target_damping`; infinity stands for the target "own", under which there is nothing to choose."""
+    """Candidates for `target_damping`. Infinity means the target "own". With that target there is nothing to choose."""
     folds: Literal["windows", "kinds"] = "kinds"
-    """What candidates are measured on: held-out windows of all kinds of text that they are fitted to, or those of one
-    kind while they are fitted to the other (docs/methods.md)."""
+    """What candidates are measured on: held-out windows of all kinds of text, or the text of one kind after a fit to
+    the other (docs/methods.md)."""
 
     @property
     def requirements(self) -> Requirements:
@@ -201,7 +202,7 @@ class GPTQ(RoundingMethod):
         first = 0 if order is None else int(order[0])
         crossed = self._crossed(hessian, shifts, first)
         if shifts:
-            # First, and let go: it needs the Hessian as it is, and the factor takes the place of that.
+            # First, and freed: it needs the Hessian as it is, and the factor will overwrite that.
             regression, _ = inverse_factor(hessian, self.target_damping, name, relative_to=self.damping_of)
             for shift in shifts:
                 shift.copy_((shift @ regression.t()) @ regression)
@@ -214,7 +215,7 @@ class GPTQ(RoundingMethod):
         return Prepared(factor, order, damping)
 
     def _crossed(self, hessian: Tensor, shifts: Sequence[Tensor], first: int) -> list[Tensor]:
-        """Where the first column of each shift goes if the others stay, [n]; none where it goes with them."""
+        """The moved first column [n] of each shift if the others stay fixed; empty for the joint minimum."""
         if self.first_column == "joint" or not shifts:
             return []
         added = self.target_damping * damping_unit(hessian, self.damping_of)
@@ -245,10 +246,10 @@ class GPTQ(RoundingMethod):
 def _move_first(
     moves: Sequence[Tensor], crossed: Sequence[Tensor], first: int, factor: Tensor, order: Tensor | None
 ) -> None:
-    """Let the first column [n] of each move [n, K] be that of `crossed`, in place.
+    """Set the first column [n] of each move [n, K] to that of `crossed`, in place.
 
-    The others go where the walk then finds them as if the column had come from where it was: rounding it to q leaves
-    them at w - (w_1 - q) U_1 / U_11 either way.
+    The other columns are set so that the walk corrects them as if the first column had stayed in place: rounding it to
+    q leaves them at w - (w_1 - q) U_1 / U_11 either way.
     """
     ratios = factor[0] / factor[0, 0]
     if order is not None:

@@ -1,17 +1,17 @@
-"""How strongly a regression, or GPTQ, is damped: by what it leaves on tokens that it has not seen.
+"""Choose the damping of a regression, or of GPTQ, by the error on tokens held out from the fit.
 
-A site with weights W, whose outputs lack d of the target on inputs x, is left with |(Q - W) x - d|^2 a token by weights
-Q. Of other tokens than those that Q was made from this takes their moments alone, H = E[x^T x] and C = E[d^T x], up to
-a constant: tr((Q - W) H (Q - W)^T) - 2 tr((Q - W) C^T). Relative to tr(W H W^T), the energy of the outputs, folds can
-be added up.
+Let a site have weights W and inputs x, and let d be what its outputs lack of the target. Weights Q then have the error
+|(Q - W) x - d|^2 per token. On held-out tokens this depends only on their moments, H = E[x^T x] and C = E[d^T x], up to
+a constant: tr((Q - W) H (Q - W)^T) - 2 tr((Q - W) C^T). Errors are relative to tr(W H W^T), the energy of the outputs,
+so folds can be added up.
 
-Two things are chosen by it, one after the other, because rounding adds to what the regression leaves nearly the same
-whatever that is. The damping of the regression by its own weights, M = C (H + c I)^-1, with infinity for M = 0, the
-target "own". The damping of GPTQ by really rounding a sample of rows: scales grow with what is passed on, which no
-formula for the error of a column knows.
+Two dampings are chosen in turn, because rounding adds nearly the same error whatever the regression is. The damping of
+the regression is measured on its unrounded weights, M = C (H + c I)^-1; infinity means M = 0, the target "own". The
+damping of GPTQ is measured by really rounding a sample of rows: scales grow with the errors passed on, and no formula
+for a column's error covers that.
 
-`Fold` says what is fitted to and what is left on: a kind of text and another kind, so that what is taken for a rule and
-is a habit of one kind costs on the other.
+A `Fold` names the tokens to fit to and the tokens to measure on. They may be two kinds of text, so that a habit of one
+kind costs on the other.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 Spread = Callable[[Sequence[Callable[[], float]]], list[float]]
-"""Gives what tasks give, each of which may be done somewhere else; see `World.spread`."""
+"""Runs tasks, possibly in several processes, and returns their results; see `World.spread`."""
 SAMPLED_ROWS = 128
-"""Rows that are rounded to choose a damping, evenly spaced among those of a site."""
+"""The number of rows rounded to choose a damping, evenly spaced among those of a site."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What some tokens say of a site."""
+    """The moments of a site over some tokens."""
 
     hessian: Tensor
     """The mean of x^T x, float64 [K, K]."""
@@ -42,12 +42,12 @@ class Moments:
 
     @staticmethod
     def together(parts: Sequence[Moments]) -> Moments:
-        """Those of the tokens of all parts, in the tensors of the first one, which is overwritten."""
+        """The moments over the tokens of all parts, in the tensors of the first part, which is overwritten."""
         tokens = sum(part.tokens for part in parts)
         (first, *others) = parts
         for total in (first.hessian, first.shift):
             if total is not None:
-                total.mul_(first.tokens / tokens).add_(0.0)  # -0 becomes +0, as when a matrix is added
+                total.mul_(first.tokens / tokens).add_(0.0)  # turns -0 into +0, as adding a matrix would
         for part in others:
             first.hessian.add_(part.hessian, alpha=part.tokens / tokens)
             if first.shift is not None and part.shift is not None:
@@ -57,15 +57,17 @@ class Moments:
 
 @dataclass(frozen=True)
 class Fold:
-    """Tokens to fit to, and others that say what it is worth."""
+    """The tokens to fit to, and the tokens to measure on."""
 
     fitted: Moments
     unseen: Moments
 
 
 def left_on(move: Tensor, seen: Moments) -> float:
-    """What weights that are changed by `move` [n, K] leave on these tokens, less what unchanged ones do: per token, the
-    mean of |move x - d|^2 - |d|^2; of n rows."""
+    """The error of weights changed by `move` [n, K] on these tokens, minus that of unchanged weights.
+
+    It is the mean over tokens of |move x - d|^2 - |d|^2, summed over n rows.
+    """
     found = (move @ seen.hessian).mul_(move).sum()
     if seen.shift is not None:
         found = found - 2 * (move * seen.shift).sum()
@@ -79,18 +81,17 @@ def choose_target_damping(
     factor_of: Callable[[float, Tensor], Tensor],
     spread: Spread | None = None,
 ) -> float:
-    """The candidate whose regression leaves least on unseen tokens, folds relative to their `energies`; of equals the
-    largest, and infinity stands for no regression.
+    """The candidate whose regression has the least error on unseen tokens, with folds relative to their `energies`.
 
-    `factor_of(damping, H)` gives U with U^T U the inverse of the damped H, as `inverse_factor` does. With `spread` it
-    is asked for each fold and candidate there.
+    In a tie the largest is taken. Infinity means no regression. `factor_of(damping, H)` gives U with U^T U the inverse
+    of the damped H, as `inverse_factor` does. `spread` runs it for each fold and candidate.
     """
 
     def left(damping: float, fold: Fold, energy: float) -> float:
         assert fold.fitted.shift is not None
         factor = factor_of(damping, fold.fitted.hessian)
         move = (fold.fitted.shift @ factor.t()) @ factor
-        del factor  # as large as a Hessian, of which the next factor takes two
+        del factor  # as large as a Hessian, and the next factor takes two
         return left_on(move, fold.unseen) / energy
 
     ordered = sorted(candidates, reverse=True)
@@ -106,10 +107,10 @@ def choose_damping(
     errors_of: Callable[[float, Tensor], Tensor],
     spread: Spread | None = None,
 ) -> float:
-    """The candidate whose rounding leaves least on unseen tokens: from the largest down, as long as each leaves less.
+    """The candidate whose rounding has the least error on unseen tokens: from the largest down, while the error falls.
 
-    `errors_of(damping, H)` gives what rounding some rows with the Hessian H changes in them, [n, K]. With `spread` it
-    is asked for each fold and candidate there; otherwise for no more than it takes.
+    `errors_of(damping, H)` gives the change [n, K] that rounding with the Hessian H makes in some rows. With `spread`
+    it is called for each fold and candidate, otherwise only as often as needed.
     """
 
     def left(damping: float, fold: Fold, energy: float) -> float:
@@ -141,7 +142,7 @@ def _of_all_folds(
     energies: Sequence[float],
     spread: Spread,
 ) -> list[float]:
-    """Of each candidate what it leaves, over all folds."""
+    """The error of each candidate, summed over all folds."""
     tasks = [
         partial(left, damping, fold, energy)
         for damping in candidates
@@ -156,12 +157,12 @@ def _in_turn(tasks: Sequence[Callable[[], float]]) -> list[float]:
 
 
 def energy(weight: Tensor, seen: Moments) -> float:
-    """The mean of |x W^T|^2 over tokens; 1 where nothing comes out."""
+    """The mean of |x W^T|^2 over tokens; 1 if the output is zero."""
     found = float((weight @ seen.hessian).mul_(weight).sum())
     return found if found > 0 else 1.0
 
 
 def spaced_rows(count: int) -> Tensor:
-    """SAMPLED_ROWS of so many rows, or all, evenly spaced; int64."""
+    """The indices of SAMPLED_ROWS out of `count` rows, or of all, evenly spaced; int64."""
     taken = min(count, SAMPLED_ROWS)
     return torch.arange(taken) * count // max(1, taken)

@@ -1,7 +1,7 @@
 """The factor of an inverse Hessian that GPTQ walks along.
 
-A Hessian of 28672 channels takes 6.6 GB, so this counts its copies: beside the Hessian there is one that is factorized
-in place, and one that starts as the identity and ends as the inverse of the factor.
+A Hessian of 28672 channels takes 6.6 GB, so copies are limited. Beside the Hessian there is one that is factorized in
+place, and one that starts as the identity and ends as the inverse of the factor.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Measure = Literal["mean", "largest"]
 
 ATTEMPTS = 4
 POWER_ROUNDS = 64
-"""Products with a matrix after which its largest eigenvalue is known well enough to add a share of it."""
+"""The rounds of the power method, enough to add a share of the largest eigenvalue."""
 COPIED_ELEMENTS = 1 << 24
-"""Of a matrix that is copied the other way round, at once: what a flip allocates."""
+"""The number of elements reversed at once: what a flip allocates."""
 
 
 def inverse_factor(
@@ -29,28 +29,28 @@ def inverse_factor(
 ) -> tuple[Tensor, float]:
     """Upper triangular U with U^T U = (H + damping * mean(diag H) I)^-1, float64, and the damping that was used.
 
-    With `relative_to` "largest" the largest eigenvalue of H stands in the place of the mean of its diagonal.
+    With `relative_to` "largest", the largest eigenvalue of H replaces the mean of its diagonal.
 
-    `hessian` [K, K] is symmetric positive semidefinite. With J the reversal of the order of the channels and
-    J H J = L L^T, U is J L^-1 J: one Cholesky factorization, and no explicit inverse of H.
-    If it fails the damping grows tenfold, at most three times; then NumericsError with `name`.
+    `hessian` [K, K] is symmetric positive semidefinite. With J the reversal of the channel order and J H J = L L^T, U
+    is J L^-1 J: one Cholesky factorization, without an explicit inverse of H.
+    If it fails, the damping grows tenfold, at most three times. Then NumericsError, with `name`, is raised.
 
-    Takes two more matrices of that size, of which U is one; with `overwrites` one, and H holds no Hessian any more.
+    It takes two more matrices of that size, one of them U. With `overwrites` it takes one, and H is lost.
     """
-    finite = torch.stack(hessian.aminmax()).isfinite().all()  # without a matrix of their magnitudes
+    finite = torch.stack(hessian.aminmax()).isfinite().all()  # avoids a matrix of magnitudes
     matrix = hessian.double()
     scale = damping_unit(matrix, relative_to)
     work = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
-    lower = work.mT  # LAPACK's order of columns: nothing is copied on the way there
+    lower = work.mT  # LAPACK's column order, so nothing is copied for it
     failed = torch.empty((), dtype=torch.int32, device=matrix.device)
     used = damping
     for attempt in range(ATTEMPTS):
         used = damping * 10**attempt
         _copy_reversed(matrix, lower)
-        work.add_(0.0)  # -0 becomes +0, as when a matrix is added
+        work.add_(0.0)  # turns -0 into +0, as adding a matrix would
         work.diagonal().add_(used * scale)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        # One wait for the device; what was made of NaN is thrown away.
+        # The only wait for the device. What was computed from NaN is discarded.
         if bool(finite & (failed == 0)):
             inverse = _identity(matrix, overwrites)
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
@@ -67,16 +67,17 @@ def inverse_factor(
 
 
 def damping_unit(matrix: Tensor, relative_to: Measure) -> Tensor:
-    """What a damping of 1 adds to the diagonal of a Hessian [K, K]: a scalar; 1 where the Hessian is zero."""
+    """What a damping of 1 adds to the diagonal of a Hessian [K, K]: a scalar; 1 if the Hessian is zero."""
     unit = matrix.diagonal().mean() if relative_to == "mean" else largest_eigenvalue(matrix)
-    # All inputs zero: any positive multiple of the identity leaves GPTQ equal to rounding to nearest.
+    # If all inputs are zero, any positive multiple of the identity makes GPTQ equal to rounding to nearest.
     return torch.where(unit > 0, unit, torch.ones_like(unit))
 
 
 def largest_eigenvalue(matrix: Tensor) -> Tensor:
-    """Of a positive semidefinite matrix [K, K], from below: a Rayleigh quotient after rounds of the power method.
+    """A lower bound of the largest eigenvalue of a positive semidefinite matrix [K, K].
 
-    They begin at the row of the largest diagonal, which is in a direction that counts.
+    It is the Rayleigh quotient after the power method, started from the row of the largest diagonal entry, which is not
+    orthogonal to the large eigenvectors.
     """
     vector = _unit(matrix[matrix.diagonal().argmax()])
     for _ in range(POWER_ROUNDS):
@@ -85,18 +86,18 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
 
 
 def _unit(vector: Tensor) -> Tensor:
-    """Of length 1; zero stays zero."""
+    """The vector scaled to length 1; zero stays zero."""
     return vector / torch.linalg.vector_norm(vector).clamp(min=torch.finfo(vector.dtype).tiny)
 
 
 def _identity(matrix: Tensor, overwrites: bool) -> Tensor:
-    """The identity, its columns one behind the other; in place of `matrix` if that may be overwritten."""
+    """The identity in column-major order; in the memory of `matrix` if that may be overwritten."""
     taken = matrix if overwrites and matrix.is_contiguous() else torch.empty_like(matrix)
     return taken.zero_().fill_diagonal_(1).mT
 
 
 def _copy_reversed(source: Tensor, target: Tensor) -> None:
-    """J S J of a matrix [K, K], some rows at a time."""
+    """Write J S J of a matrix [K, K], some rows at a time."""
     width = len(source)
     rows = max(1, COPIED_ELEMENTS // max(1, width))
     for start in range(0, width, rows):

@@ -13,7 +13,7 @@ from mxrot.rounding.base import Prepared, Rounded, RoundingMethod
 
 @dataclass(frozen=True)
 class RoundToNearest(RoundingMethod):
-    """Each weight by itself."""
+    """Rounds each weight by itself."""
 
     name = "rtn"
 

@@ -1,8 +1,8 @@
-"""The walk of GPTQ over the columns of a weight: one after the other is rounded, and those still open make up for it.
+"""GPTQ's walk over the columns of a weight: each is rounded in turn, and the open columns make up for its error.
 
-Columns are rounded some at a time (a block, or a piece of one that is very wide). Within them each passes its error on
-at once; the columns of the same span make up for all of them together, and those behind the span wait until all of it
-is done: they are read and written once for many.
+Several columns are rounded at a time (a block, or a piece of a very wide one). Among them each passes its error on at
+once. The other columns of the span are then corrected for all of them together. The columns behind the span are
+corrected once the whole span is done, so they are read and written less often.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from mxrot.formats import BlockScales, Format, Parts, ScaleRule, Uniform
 from mxrot.kernels import RoundedColumns, plain_round_on_grid, round_columns, round_reached
 
 SPAN = 256
-"""Columns within which the error of a block is made up for at once; those behind wait until all of them are done."""
+"""The columns within which the error of a block is corrected at once. Later columns wait until all of them are done."""
 PIECE = 32
-"""Columns of a block wider than a span that are rounded at a time."""
+"""The number of columns rounded at a time in a block wider than a span."""
 
 RoundUnder = Callable[[Tensor, Tensor, Tensor], RoundedColumns]
-"""Rounds columns [N, n] along their block `upper` [n, n] of the factor; [n] says which block of parts is whose."""
+"""Rounds columns [N, n] along their diagonal block `upper` [n, n] of the factor. [n] gives the block index of each
+column."""
 
 
 def walk_fixed(
     blocks: Tensor, factor: Tensor, parts: Parts, order: Tensor, format: Format, first_order: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ under given parts, columns in `order` [K]; with `first_order` as `walk_drawn_back` does it.
+    """GPTQ under given parts, with columns in `order` [K]. With `first_order` it uses `walk_drawn_back`.
 
-    Values [N, G, B] that lie on the grid of the parts, and what rounding took away from each weight [N, K].
+    Returns values [N, G, B] on the grid of the parts, and each weight before rounding minus its rounded value [N, K].
     """
     block = blocks.shape[-1]
     group = order // block
@@ -58,11 +59,11 @@ def walk_reached(
     offsets: tuple[int, ...],
     first_order: float = 0.0,
 ) -> tuple[Tensor, Tensor, Parts]:
-    """GPTQ that chooses the parts of a block when it gets there, for all of the block.
+    """GPTQ that chooses the parts of each block when it reaches the block.
 
-    Values [N, G, B], what rounding took away from each weight [N, K], and the parts [N, G]. `offsets` are the
-    exponents to try, relative to the rule's; (0,) takes the rule's as they are. Others only for `walks_whole_blocks`,
-    and without `first_order`, with which the walk is that of `walk_drawn_back`.
+    Returns values [N, G, B], each weight before rounding minus its rounded value [N, K], and the parts [N, G].
+    `offsets` are the exponents to try, relative to the rule's; (0,) tries the rule's alone. Others need
+    `walks_whole_blocks` and no `first_order`. With `first_order` the walk is `walk_drawn_back`.
     """
     block = blocks.shape[-1]
     columns = blocks.flatten(-2).clone()
@@ -92,12 +93,13 @@ def walk_reached(
 
 
 def walks_whole_blocks(format: Format) -> bool:
-    """Are its blocks walked at once, scales included? Else parts are chosen first, and columns rounded under them."""
+    """True if blocks are walked at once, scales included. Otherwise parts are chosen first and columns rounded under
+    them."""
     return isinstance(format.grid, Uniform) and format.block is not None and format.block <= SPAN
 
 
 def rounding_under(parts: Parts, format: Format) -> RoundUnder:
-    """How columns are rounded under the parts [N, G] of their blocks."""
+    """A function that rounds columns under the parts [N, G] of their blocks."""
     if not isinstance(parts, BlockScales):
         return lambda columns, upper, group: plain_round_on_grid(columns, upper, parts.of_blocks(group), format.grid)
     values, zeros = parts.values(torch.float64), parts.zero_points
@@ -111,10 +113,10 @@ def rounding_under(parts: Parts, format: Format) -> RoundUnder:
 
 
 def walk(columns: Tensor, factor: Tensor, block: int, round_some: Callable[[slice, Tensor], None]) -> Tensor:
-    """Round `columns` [N, K] in blocks of so many; what rounding took away from each, [N, K].
+    """Round `columns` [N, K] in blocks of `block`. Returns each weight before rounding minus its rounded value, [N, K].
 
-    `round_some` rounds the columns of a slice and writes what they have lost into the tensor that it is given. When it
-    gets the first columns of a block, all columns of the block have made up for everything before it.
+    `round_some` rounds the columns of a slice and writes these differences into the given tensor. When it gets the
+    first columns of a block, all columns of the block already make up for all earlier errors.
     """
     width = columns.shape[1]
     remainder, diagonal = torch.empty_like(columns), factor.diagonal()
@@ -130,11 +132,11 @@ def walk(columns: Tensor, factor: Tensor, block: int, round_some: Callable[[slic
 def walk_drawn_back(
     columns: Tensor, factor: Tensor, block: int, round_some: Callable[[slice, Tensor], None], share: float
 ) -> Tensor:
-    """`walk`, where each column that is rounded also takes the `share` b off how far those still open have moved.
+    """Like `walk`, but each rounded column also takes the share b off the move of the open columns.
 
-    With D what the open columns [N, K] have moved since they came, and e_j what column j loses over the factor's
-    diagonal, D <- (1 - b) D - e_j U_j (FOEM's first-order term, arXiv 2507.11017). One column is rounded at a time;
-    those behind a span of n columns get what that comes to, (1 - b)^n D - sum_j (1 - b)^(n - 1 - j) e_j U_j.
+    With D the move of the open columns [N, K] so far, and e_j the error of column j over the factor's diagonal, D <- (1
+    - b) D - e_j U_j (FOEM's first-order term, arXiv 2507.11017). One column is rounded at a time. Those behind a span
+    of n columns get the sum of these steps, (1 - b)^n D - sum_j (1 - b)^(n - 1 - j) e_j U_j.
     """
     width, start = columns.shape[1], columns.clone()
     remainder, diagonal = torch.empty_like(columns), factor.diagonal()
@@ -153,9 +155,9 @@ def walk_drawn_back(
 
 
 def spans(width: int, block: int) -> Iterator[tuple[int, int, int]]:
-    """Where each span starts and stops, and how many of its columns are rounded at a time.
+    """The start and stop of each span, and how many of its columns are rounded at a time.
 
-    A span is whole blocks; a block wider than one has spans of its own, and is rounded in pieces.
+    A span holds whole blocks. A block wider than a span has its own spans, and is rounded in pieces.
     """
     longest, step = (SPAN // block * block, block) if block <= SPAN else (SPAN, PIECE)
     part = width if block <= SPAN else block
@@ -165,7 +167,7 @@ def spans(width: int, block: int) -> Iterator[tuple[int, int, int]]:
 
 
 def spread(remainder: Tensor, columns: Tensor, here: slice, stop: int, factor: Tensor, diagonal: Tensor) -> None:
-    """Let the columns [N, K] behind `here`, up to `stop`, make up for what those in it have lost; in place."""
+    """Correct the columns [N, K] behind `here`, up to `stop`, for the errors of those in it; in place."""
     if here.stop < stop:
         errors = remainder[:, here] / diagonal[here]
         columns[:, here.stop : stop].addmm_(errors, factor[here, here.stop : stop], alpha=-1)

@@ -1,4 +1,4 @@
-"""Changes to a model's modules: what must be folded where, and the replacement of linears."""
+"""Changes to a model's modules: folding into neighbours, and the replacement of linears."""
 
 from mxrot.surgery.fold_norms import FoldedNorms
 from mxrot.surgery.permute import PermutedFfn, permutable_linears

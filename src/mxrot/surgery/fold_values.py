@@ -1,7 +1,8 @@
-"""A matrix for each value head, merged into the linears before and behind attention; the function stays.
+"""A matrix for each value head, merged into the linears before and behind attention. The function stays the same.
 
-Attention sums values over tokens: with v U for the values v of a head it gives sums times U, and with W_o U^-T for the
-columns of every head that reads them o_proj gives what it gave. (For one orthogonal matrix a block see `rotate_heads`.)
+Attention sums values over tokens. With v U for the values v of a head, it returns its sums times U. With W_o U^-T for
+the columns of every head that reads them, o_proj returns its former output. (For one orthogonal matrix per block see
+`rotate_heads`.)
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from mxrot.surgery.smooth import Weights
 
 
 def reader_moments(reader: Tensor, heads: int, width: int) -> Tensor:
-    """W^T W summed over the query heads that read each value head: float64 [heads, D, D], of the weight [N, Q * D] of
-    what reads them."""
+    """W^T W summed over the query heads that read each value head: float64 [heads, D, D], from the reader's weight
+    [N, Q * D]."""
     columns = reader.double().unflatten(1, (heads, -1, width)).permute(1, 2, 0, 3).flatten(1, 2)
     return columns.mT @ columns
 
 
 def fold_values(weights: Weights, bias: Tensor | None, family: Family, matrices: Tensor) -> Tensor | None:
-    """Put the values of each head under its matrix, float64 [heads, D, D]: in `weights`, whose two entries become
-    float64, not rounded. Returns the bias of the values as it is then, float64; None where there is none."""
+    """Transform the values of each head by its matrix, float64 [heads, D, D], in `weights`.
+
+    The two entries of `weights` become float64, not rounded. Returns the new bias of the values, float64; None if there
+    is none.
+    """
     heads, width, _ = matrices.shape
     values, reader = family.values, family.values_read_by
     weights[values] = _rows(weights[values], matrices)
@@ -33,7 +37,7 @@ def fold_values(weights: Weights, bias: Tensor | None, family: Family, matrices:
 
 
 def _rows(tensor: Tensor, matrices: Tensor) -> Tensor:
-    """U^T W for the rows W of each head, which are the last of `tensor`; others may come before. Float64."""
+    """U^T W for the rows W of each head, the last rows of `tensor`; others may come before. Float64."""
     heads, width, _ = matrices.shape
     exact = tensor.double()
     before, own = exact.split([len(exact) - heads * width, heads * width])

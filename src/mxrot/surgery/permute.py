@@ -1,4 +1,4 @@
-"""The inner channels of an MLP in another order: outliers side by side in a block, or apart, at no cost at run time."""
+"""A new order for the inner channels of an MLP: outliers side by side in a block, or apart, at no cost at run time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mxrot.models import ChangedSource, Family, Source
 
 
 class PermutedFfn(ChangedSource):
-    """Channel j of what an MLP's last linear reads is the one that was channel order[j]; bits are moved, not changed.
+    """Channel j of the input of an MLP's last linear is the former channel order[j]. Bits are moved, not changed.
 
     `orders` are permutations, int64 [I], by the full names of these linears (`model.layers.0.mlp.down_proj`, or one of
-    an expert); the others stay as they are. Their columns are permuted, and the rows (and biases) of gate and up, both
-    halves where these are one linear.
-    ConfigError for a linear whose channels do not come from such rows, and for what is no permutation of its width.
+    an expert). The others stay as they are. The linears' columns are permuted, and the rows (and biases) of gate and
+    up, or both halves if these are one linear.
+    ConfigError for a linear whose channels do not come from such rows, and for anything but a permutation of its width.
     """
 
     def __init__(self, inner: Source, orders: Mapping[str, Tensor]) -> None:
@@ -43,7 +43,7 @@ class PermutedFfn(ChangedSource):
             order = order.to(tensors[weight].device)
             found[weight] = tensors[weight][:, order]
             for name in (f"{linear}.{kind}" for linear in self._rows[full] for kind in ("weight", "bias")):
-                if name in tensors:  # a bias need not be there
+                if name in tensors:  # the bias is optional
                     found[name] = torch.cat([rows[order] for rows in tensors[name].split(len(order))])
         return found
 
@@ -70,8 +70,8 @@ def permutable_linears(family: Family, index: int) -> list[str]:
 
 
 def _feeding(family: Family, index: int, linear: str) -> tuple[str, ...]:
-    """The linears whose rows make the channels of `linear`, one by one, or once in each half of one linear; none where
-    a channel feeds several."""
+    """The linears whose rows make the channels of `linear`: one row per channel, or one in each half of a linear. Empty
+    if a row feeds several channels."""
     sites = family.sites_of(index)
     for site in sites:
         source = site.producer or site.rows_before

@@ -1,7 +1,7 @@
-"""The channels inside value heads in another order: v's rows and the columns of o that read them. Free at run time.
+"""A new order for the channels inside value heads: v's rows and the columns of o that read them. Free at run time.
 
-Attention sums values over tokens, channel by channel, and no rotary embedding touches them. Under grouped queries the
-heads that read one value head share its order.
+Attention sums values over tokens, channel by channel, without rotary embedding. With grouped queries, the heads that
+read one value head share its order.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from mxrot.surgery.rotate import digest_of
 
 
 class PermutedHeads(ChangedSource):
-    """Channel j of a value head is the one that was channel order[j]; bits are moved, not changed.
+    """Channel j of a value head is the former channel order[j]. Bits are moved, not changed.
 
-    `orders` are permutations, int64 [decoder blocks, value heads, D], D the width of a head. The rows (and biases) of
-    values in the linear that makes them are permuted, and the columns of the linear behind attention. ConfigError for
-    orders of another shape, and for what is no permutation.
+    `orders` are permutations, int64 [decoder blocks, value heads, D], with D the width of a head. They permute the rows
+    (and biases) of the values, and the columns of the linear behind attention. ConfigError for orders of another shape,
+    and for anything but a permutation.
     """
 
     def __init__(self, inner: Source, orders: Tensor) -> None:
@@ -43,7 +43,7 @@ class PermutedHeads(ChangedSource):
         into = order[None, :, None].expand_as(columns)
         found = {reader: columns.gather(-1, into).flatten(1)}
         for name in (f"{values}.weight", f"{values}.bias"):
-            if name in tensors:  # a bias need not be there
+            if name in tensors:  # the bias is optional
                 found[name] = self._rows(tensors[name], order)
         return tensors | found
 

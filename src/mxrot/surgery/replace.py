@@ -1,4 +1,4 @@
-"""Put quantized linears in the place of a block's own."""
+"""Replace the linears of a block by quantized ones."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def install_empty_site(
     weights: TensorQuantizer,
     activations: TensorQuantizer | None,
 ) -> None:
-    """Replace the linears of `site` by quantized ones that share one input transform, called by the name of a scheme,
-    with zeros for codes and scales, to be filled.
+    """Replace the linears of `site` by empty quantized ones that share one input transform, called by the name of a
+    scheme. Codes and scales are zeros, to be filled.
 
-    The transform belongs to the first linear of the site. Those of one module are computed together: they get the
-    very same input, and those of two experts do not.
+    The transform belongs to the first linear of the site. Linears of one module are computed together, because they get
+    the same input. Those of two experts are not.
     """
     placed: dict[str, list[QuantLinear]] = defaultdict(list)
     for position, name in enumerate(site.linears):
@@ -51,9 +51,8 @@ def install_empty_site(
 def stored_tensors(
     block: nn.Module, dtype: torch.dtype, own: Mapping[str, torch.dtype] = NO_TYPES
 ) -> dict[str, Tensor]:
-    """The tensors of a block as a checkpoint keeps them: quantized ones and the matrices of a quantized
-    cache as they are, all others in `dtype`, or in the
-    type that `own` has for their name."""
+    """The tensors of a block for a checkpoint: quantized tensors and the matrices of a quantized cache unchanged, all
+    others in `dtype`, or in the type that `own` has for their name."""
     quantized = {
         f"{name}.{parameter}" if name else parameter
         for name, module in block.named_modules()

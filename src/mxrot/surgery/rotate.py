@@ -1,8 +1,8 @@
 """A rotation of the residual stream, merged into the weights on both sides of it (SpinQuant's R1, arXiv 2405.16406,
-section 3.1; QuaRot, 2404.00456, section 4). Nothing is computed at run time, and the model's function stays.
+section 3.1; QuaRot, 2404.00456, section 4). Nothing is computed at run time, and the model's function stays the same.
 
-With h the stream, a row vector, everything that writes to it gives h R: embedding E R, o and down R^T W. What reads it
-takes W G R, with G the gain of its norm, which is folded first, because only a norm without gains commutes with R.
+With h the stream, a row vector, everything that writes to it now writes h R: embedding E R, o and down R^T W. Readers
+get W G R, with G the gain of their norm. The gain is folded first, because only a norm without gains commutes with R.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from mxrot.surgery.fold_norms import (
 )
 
 TOLERANCE = 1e-9
-"""Of R^T R beside the identity: a hundred thousand roundings of float64; a matrix in float32 is off by 1e-7."""
+"""The largest difference of R^T R from the identity: a hundred thousand roundings of float64. A matrix in float32 is
+off by 1e-7."""
 
 
 class Rotated(ChangedSource):
     """Norm gains folded as by `FoldedNorms`, and the residual stream rotated by an orthogonal `matrix` [H, H].
 
-    In float64, on the device of the matrix or of the weights, rounded once to the type that each weight is stored in.
-    ConfigError as for `FoldedNorms`, and for a matrix of another size, or one that is not orthogonal in float64.
+    Computed in float64, on the device of the matrix or of the weights, and rounded once to the stored type of each
+    weight. ConfigError as for `FoldedNorms`, and for a matrix of another size, or one that is not orthogonal in
+    float64.
     """
 
     def __init__(self, inner: Source, matrix: Tensor) -> None:
@@ -62,28 +64,28 @@ class Rotated(ChangedSource):
         exact = {name: weight if name in inner else weight @ matrix for name, weight in exact.items()}
         writers = [linear for site in sites if site.writes_residual for linear in site.linears]
         for name in (f"{linear}.{kind}" for linear in writers for kind in ("weight", "bias")):
-            if name in tensors:  # a bias need not be there
+            if name in tensors:  # the bias is optional
                 exact[name] = matrix.T @ exact.get(name, tensors[name].double())
         found = {name: self.as_stored(f"{prefix}.{name}", weight) for name, weight in exact.items()}
         return tensors | gains_of_one(sites, tensors) | found
 
     def as_stored(self, name: str, exact: Tensor) -> Tensor:
-        """A float64 tensor, by its full name, in the type that it is stored in; NumericsError as of `rounded`."""
+        """A float64 tensor in the stored type of its full name. NumericsError as for `rounded`."""
         return rounded(name, exact, self.type_of(name))
 
 
 @dataclass(frozen=True)
 class Rotations:
-    """Matrices that are merged into the weights of a model; float64."""
+    """Rotations to be merged into the weights of a model; float64."""
 
     residual: Tensor | None = None
-    """[H, H] of the residual stream; None where it stays as it is."""
+    """[H, H], the rotation of the residual stream; None leaves it unchanged."""
     value_heads: Tensor | None = None
-    """[decoder blocks, D, D]; None where the values stay as they are."""
+    """[decoder blocks, D, D], the rotations of the values; None leaves them unchanged."""
 
 
 def check_orthogonal(matrices: Tensor, shape: tuple[int, ...], where: str) -> None:
-    """ConfigError unless these are orthogonal matrices [..., B, B] of this shape, in float64."""
+    """Raise ConfigError unless these are orthogonal matrices [..., B, B] of this shape, in float64."""
     if matrices.shape != shape:
         raise ConfigError(f"{where}: a rotation of shape {list(matrices.shape)}; expected {list(shape)}")
     identity = torch.eye(shape[-1], dtype=torch.float64, device=matrices.device)
@@ -96,5 +98,5 @@ def check_orthogonal(matrices: Tensor, shape: tuple[int, ...], where: str) -> No
 
 
 def digest_of(matrices: Tensor) -> str:
-    """A name for these numbers: 16 letters."""
+    """A digest of these numbers: 16 letters."""
     return hashlib.sha256(matrices.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""Rotations of the values of attention, merged into the linears before and behind them (SpinQuant's R2, arXiv
-2405.16406, section 3.1; QuaRot, 2404.00456, section 4). Nothing is computed at run time, and the function stays.
+"""Rotations of attention values, merged into the linears before and behind them (SpinQuant's R2, arXiv 2405.16406,
+section 3.1; QuaRot, 2404.00456, section 4). Nothing is computed at run time, and the function stays the same.
 
-Attention sums values over tokens, head by head, and the sums are what o_proj reads: with v R for the values v of each
-head it reads sums times R, and with W_o R for the columns of that head it gives what it gave. Under grouped queries
+Attention sums values over tokens, head by head, and o_proj reads the sums. With v R for the values v of each head it
+reads the sums times R, and with W_o R for the columns of that head it returns its former output. With grouped queries
 several heads read one value head, so all heads of a decoder block have one matrix.
 """
 
@@ -17,11 +17,11 @@ from mxrot.surgery.rotate import check_orthogonal, digest_of
 
 
 class RotatedHeads(ChangedSource):
-    """The values of each head rotated by the orthogonal `matrices` [decoder blocks, D, D], D the width of a head.
+    """The values of each head rotated by the orthogonal `matrices` [decoder blocks, D, D], with D the width of a head.
 
-    In float64, rounded once to the type that each weight is stored in; with `rounds` false the two weights stay in
-    float64, for a change that follows and rounds them (`Rotated`). ConfigError for matrices of another shape, and for
-    those that are not orthogonal in float64.
+    Computed in float64, and rounded once to the stored type of each weight. With `rounds` false the two weights stay in
+    float64, for a later change that rounds them (`Rotated`). ConfigError for matrices of another shape, and for those
+    that are not orthogonal in float64.
     """
 
     def __init__(self, inner: Source, matrices: Tensor, rounds: bool = True) -> None:
@@ -47,7 +47,7 @@ class RotatedHeads(ChangedSource):
         return tensors | found
 
     def _rows(self, tensor: Tensor, matrix: Tensor) -> Tensor:
-        """The rows of the value heads turned: R^T W for the rows W of a head."""
+        """The rotated rows of the value heads: R^T W for the rows W of a head."""
         exact = tensor.to(torch.float64, copy=True)
         own = value_rows(self.family, len(exact), self._heads, self._width).to(exact.device)
         exact[own] = torch.einsum("hd...,de->he...", exact[own], matrix)

@@ -1,8 +1,8 @@
 """Fold per-channel smoothing scales into the layers around a site.
 
-A site reads x; it shall read x / s instead, and its linears use W * s. With `sharing = "block"` the division is
-a diagonal factor of the site's own transform, and nothing here is needed. With `sharing = "site"` it goes into
-whatever makes x: the gain of an RMSNorm, or the rows (and bias) of up_proj or v_proj.
+A site reads x; it should read x / s instead, with linears W * s. With `sharing = "block"` the division is a diagonal
+factor of the site's own transform, and nothing here is needed. With `sharing = "site"` it goes into whatever computes
+x: the gain of an RMSNorm, or the rows (and bias) of up_proj or v_proj.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mxrot.models import Site
 from mxrot.transforms.smoothing import SmoothingBy, equal_over_groups, per_value_row
 
 Weights = dict[str, Tensor]
-"""Weights of the linears of one block, by their names in it: as they were read, float64 once they are changed."""
+"""The weights of the linears of one block, by their names in it: as they were read, float64 once they are changed."""
 
 
 def shareable_scales(scales: Tensor, site: Site, heads: tuple[int, int], by: SmoothingBy = "maxima") -> Tensor:
@@ -34,13 +34,13 @@ def fold_into_producer(
     dtype: torch.dtype,
     router_types: Mapping[str, torch.dtype] | None = None,
 ) -> None:
-    """Divide what makes the site's input by `scales` (float64 [K]) and multiply the weights of its readers.
+    """Divide the producer of the site's input by `scales` (float64 [K]) and multiply the weights of its readers.
 
-    `weights` gets new ones in float64, and `block` another norm gain or bias. A norm gain is rounded once, to the
-    checkpoint's `dtype`; the weights are multiplied by the ratio that this rounding left, so that the product
-    stays exact. So are those of routers, which are rounded again, to `router_types` by their names, or to `dtype`. The
-    bias of a norm is divided by that ratio and rounded once, as that of a producer is. ConfigError for a site whose
-    input has no such place.
+    `weights` gets new float64 entries, and `block` a new norm gain or bias. A norm gain is rounded once, to the
+    checkpoint's `dtype`. The weights are multiplied by the actual ratio of old and rounded gain, so the product stays
+    exact. So are those of routers, which are rounded again, to `router_types` by their names, or to `dtype`. The bias
+    of a norm is divided by that ratio and rounded once, as is that of a producer. ConfigError for a site whose input
+    has no such producer.
     """
     if site.norm is not None:
         scales = _divide_gain(block.get_submodule(site.norm), scales, dtype, 1.0 if site.norm_adds_one else 0.0)
@@ -61,7 +61,7 @@ def fold_into_producer(
 
 
 def _row_scales(site: Site, scales: Tensor, heads: tuple[int, int], rows: int) -> Tensor:
-    """What the rows of the producer are divided by, [rows]: those of keys by 1."""
+    """The divisors of the producer's rows, [rows]; 1 for those of keys."""
     if not site.producer_is_value:
         return scales
     of_values = per_value_row(scales, *heads)
@@ -72,17 +72,17 @@ def _row_scales(site: Site, scales: Tensor, heads: tuple[int, int], rows: int) -
 
 
 def _divide_gain(norm: nn.Module, scales: Tensor, dtype: torch.dtype, added: float) -> Tensor:
-    """Divide the gain of `norm`, `added` + its weight; the scales that this has really applied."""
+    """Divide the gain of `norm`, `added` + its weight. Returns the scales after rounding."""
     assert isinstance(norm.weight, Tensor)
     gain = added + norm.weight.double()
     rounded = (gain / scales - added).to(dtype).double()
     if added:
-        # A small gain can be rounded away beside what is added; its channel would be lost.
+        # Beside the added term, a small gain can be rounded to zero. Its channel would be lost.
         step = torch.finfo(dtype).eps * added * torch.where(gain < 0, -1.0, 0.5)
         rounded = torch.where((rounded == -added) & (gain != 0), step - added, rounded)
     divided = added + rounded
     applied = torch.where(divided != 0, gain / torch.where(divided != 0, divided, 1.0), scales)
-    norm.weight.data.copy_(rounded)  # last: `gain` may be this very tensor in a float64 model
+    norm.weight.data.copy_(rounded)  # last: `gain` may be this same tensor in a float64 model
     bias = getattr(norm, "bias", None)
     if isinstance(bias, Tensor):
         bias.data.copy_((bias.double() / applied).to(dtype))

@@ -1,4 +1,4 @@
-"""An embedding and a head that are one tensor, made two: what changes one of them may then leave the other."""
+"""An embedding and a head that share one tensor are separated, so that a change of one need not affect the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mxrot.models import ChangedSource, Source, build_skeleton
 
 
 class Untied(ChangedSource):
-    """The head is a copy of the embedding, bit for bit; one that is in the files already stays as it is."""
+    """The head is a copy of the embedding, bit for bit. A head that is already in the files stays as it is."""
 
     def __init__(self, inner: Source) -> None:
         super().__init__(inner, "untied")
@@ -29,7 +29,7 @@ class Untied(ChangedSource):
         return {self._head: found[self._embedding], **found} if self._embedding in found else found
 
     def problems(self, model: PreTrainedModel) -> Iterator[FamilyError]:
-        """Those of the source before: it may lack a head, which its own config says."""
+        """The problems of the inner source, except a missing head, which its own config allows."""
         return self.inner.problems(build_skeleton(self.inner.config))
 
     def changed_outer(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

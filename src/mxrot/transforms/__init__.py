@@ -1,6 +1,6 @@
-"""Input transforms, the stages they are made of, and the methods that build them.
+"""Input transforms, the stages they consist of, and the methods that build them.
 
-A method, or a kind of stage, is one class in a file of this package, and is found by looking through it.
+Each method and each kind of stage is one class in a file of this package. They are found by scanning these files.
 """
 
 import inspect
@@ -28,7 +28,7 @@ from mxrot.transforms.stages import (
 
 
 def _methods() -> Iterator[type[TransformMethod]]:
-    """The classes of this package's files that are whole methods."""
+    """The classes in this package's files that are complete methods."""
     for file in pkgutil.iter_modules(__path__):
         module = import_module(f"{__name__}.{file.name}")
         for found in vars(module).values():
@@ -43,7 +43,7 @@ METHODS: dict[str, type[TransformMethod]] = {
 
 
 def get_transform(name: str) -> type[TransformMethod]:
-    """The method called `name`; ConfigError with the list of known ones."""
+    """The method called `name`. ConfigError, with a list of all methods, if there is none."""
     if name not in METHODS:
         raise ConfigError(not_known("transform", name, METHODS))
     return METHODS[name]

@@ -1,23 +1,23 @@
-"""In which order channels go into blocks: free where the rows that make them and the columns that read them can move.
+"""The order in which channels go into blocks, free if their producing rows and reading columns can be permuted.
 
-A transform that balances second moments leaves a block of channels the error (tr S_g)^2 / B, with S_g the singular
-values of L_w^T L_x, S_x = L_x L_x^T and S_w = L_w L_w^T the block's moments of inputs and weights (transforms/moments).
-So an order is good where F = sum_g (tr S_g)^2 is small. With a_i^2 = S_x,ii S_w,ii, and r and q the correlations of two
-channels in S_x and in S_w, a block of these two alone has the trace a_i + a_j - v_ij with (ours: the trace of the root
-of a matrix of two rows is the root of its trace and of twice the root of its determinant)
+A transform that balances second moments leaves a block of channels the error (tr S_g)^2 / B. Here S_g are the singular
+values of L_w^T L_x, with S_x = L_x L_x^T and S_w = L_w L_w^T the block's moments of inputs and weights
+(transforms/moments). So an order is good if F = sum_g (tr S_g)^2 is small. Let a_i^2 = S_x,ii S_w,ii, and let r and q
+be the correlations of two channels in S_x and in S_w. A block of these two alone has the trace a_i + a_j - v_ij with
+(ours: for a matrix M of two rows, tr M^(1/2) = (tr M + 2 (det M)^(1/2))^(1/2))
 
     v_ij = a_i + a_j - (a_i^2 + a_j^2 + 2 a_i a_j (r q + ((1 - r^2) (1 - q^2))^(1/2)))^(1/2)
 
-- "balanced": the sums of a_i are made equal. The channels are dealt in decreasing order, each to the block that is not
-  full and that it costs least.
-- "correlated": from there pairs of channels of two blocks change places. Which may help is told by v: what a channel
-  is worth in a block is a share k_g of the sum of its v there, with k_g as the block's own trace has it,
-  tr S_g = sum_i a_i - k_g sum_(i<j) v_ij. What an exchange does is told by the traces themselves, and one that makes F
+- "balanced": the sums of a_i are made equal. Channels are dealt in decreasing order, each to the cheapest block that is
+  not full.
+- "correlated": starting from there, pairs of channels in two blocks change places. v suggests which exchanges may help:
+  the worth of a channel in a block is a share k_g of the sum of its v there, with k_g taken from the block's own trace,
+  tr S_g = sum_i a_i - k_g sum_(i<j) v_ij. The traces themselves give the effect of an exchange, and one that makes F
   larger is taken back.
 
-The order as it is stays where F is no smaller by what was found. Else the blocks are put in decreasing order of tr S_g,
-so that GPTQ comes to the largest first. Several sets of moments may share one order (the query heads that read one
-value head): F is their sum.
+If the new order does not make F smaller, the old order stays. Otherwise the blocks are sorted by decreasing tr S_g, so
+that GPTQ rounds the largest first. Several sets of moments may share one order (the query heads that read one value
+head). F is then their sum.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ from torch import Tensor
 ChannelOrder = Literal["none", "balanced", "correlated"]
 
 ROUNDS = 64
-"""Of exchanges at most; in each a block takes part in one."""
+"""The most rounds of exchanges. A block takes part in one exchange per round."""
 ROWS = 128
-"""Of v that are computed at once."""
+"""The rows of v computed at once."""
 PART, FEWEST = 4, 256
-"""One channel in so many is looked at in a round, those first that another block draws most, and this many at least."""
+"""A round considers one channel in PART, at least FEWEST: those that other blocks attract most."""
 NARROW = 128
-"""Channels up to which a CPU is faster: a GPU takes longer to launch a round than the round takes."""
+"""Up to this many channels a CPU is faster: a GPU takes longer to launch a round than to compute it."""
 JITTERS = (1e-12, 1e-9, 1e-6)
-"""Of the trace of a block, added to its diagonal so that what has no full rank has a Cholesky factor: the first that
-does."""
+"""Shares of a block's trace, added to its diagonal so that a matrix without full rank has a Cholesky factor. The first
+that works is taken."""
 ORDER_BYTES = {"none": 0.0, "balanced": 18.0, "correlated": 20.0}
-"""For each of K^2 pairs of channels, at the peak, the moments of inputs and weights (8 each) included."""
+"""Bytes for each of K^2 pairs of channels, at the peak, the moments of inputs and weights (8 each) included."""
 LOOK_BYTES = 41.0
-"""For each pair of which one channel is looked at in a round."""
+"""Bytes for each pair with one channel considered in a round."""
 TOGETHER_BYTES = 2**30
-"""That orders which are found together take."""
+"""The bytes that orders found together may take."""
 LEAST_GAIN = 1e-4
-"""Of what an exchange is expected to take off F, relative to the mean of a block."""
+"""The least expected decrease of F by an exchange, relative to the mean of a block."""
 
 
 def channel_order(inputs: Tensor, weights: Tensor, block: int, kind: ChannelOrder, rounds: int = ROUNDS) -> Tensor:
-    """The order of K channels for blocks of `block`: int64 [K] on the CPU; channel j is the one that was order[j].
+    """The order of K channels for blocks of `block`: int64 [K] on the CPU. Channel j is the former channel order[j].
 
     `inputs` and `weights` are second moments [n, K, K], float64, of n sets of channels that share the order. K is a
-    multiple of `block`. Channels whose moments are zero are dealt like the others.
+    multiple of `block`. Channels with zero moments are dealt like the others.
     """
     return channel_orders(inputs[None], weights[None], block, kind, rounds)[0]
 
 
 def channel_orders(inputs: Tensor, weights: Tensor, block: int, kind: ChannelOrder, rounds: int = ROUNDS) -> Tensor:
-    """As `channel_order`, the orders [E, K] of E times as many sets [E, n, K, K], each of them that of its own alone.
+    """Like `channel_order`, for E independent groups of sets [E, n, K, K]: orders [E, K].
 
-    A GPU takes about as long for many narrow ones as for one of them; `at_once` says for how many there is memory.
+    A GPU takes about as long for many narrow ones as for one. `at_once` tells how many fit into memory.
     """
     count, _, width, _ = inputs.shape
     natural = torch.arange(width).repeat(count, 1)
@@ -86,12 +86,12 @@ def channel_orders(inputs: Tensor, weights: Tensor, block: int, kind: ChannelOrd
 
 
 def at_once(count: int, width: int) -> int:
-    """How many orders of so many channels, of `count` sets each, are found together: one at least."""
+    """The number of orders of `width` channels, with `count` sets each, that are found together; at least one."""
     return max(1, int(TOGETHER_BYTES / (count * (ORDER_BYTES["correlated"] + LOOK_BYTES) * width**2)))
 
 
 def dealt(sizes: Tensor, block: int) -> Tensor:
-    """The block of each channel, int64 [E, K], from sizes a [E, n, K] on the CPU: those of the least sum of squared
+    """The block of each channel, int64 [E, K], from sizes a [E, n, K] on the CPU, for a small sum of squared block
     sums."""
     orders, count, width = sizes.shape
     each = torch.arange(orders)
@@ -101,7 +101,7 @@ def dealt(sizes: Tensor, block: int) -> Tensor:
     for channel in sizes.square().sum(dim=1).argsort(descending=True, stable=True).T:
         own = sizes[each, :, channel, None]
         cost = (sums * own).sum(dim=1).masked_fill(room == 0, torch.inf)
-        # Of equals the emptiest: channels without any size would all go to the first one.
+        # In a tie the emptiest block is taken. Otherwise all channels of size zero would go to the first.
         chosen = torch.where(cost == cost.amin(dim=1, keepdim=True), room, -1).argmax(dim=1)
         places[each, channel] = chosen
         sums[each, :, chosen] += own[..., 0]
@@ -110,7 +110,7 @@ def dealt(sizes: Tensor, block: int) -> Tensor:
 
 
 def pair_gains(inputs: Tensor, weights: Tensor) -> Tensor:
-    """v: what two channels in one block take off its trace; float32 [..., K, K], zero on the diagonal."""
+    """v, the decrease of the trace by two channels sharing a block; float32 [..., K, K], zero on the diagonal."""
     found = torch.empty(inputs.shape, dtype=torch.float32, device=inputs.device)
     for x, w, into in zip(*(tensor.flatten(0, -3) for tensor in (inputs, weights, found)), strict=True):
         scales = [moments.diagonal().clamp(min=0).sqrt() for moments in (x, w)]
@@ -129,7 +129,7 @@ def pair_gains(inputs: Tensor, weights: Tensor) -> Tensor:
 
 
 def exchanged(inputs: Tensor, weights: Tensor, places: Tensor, block: int, rounds: int = ROUNDS) -> Tensor:
-    """Places [E, K], the block of each channel, after exchanges of two channels each that take something off F."""
+    """The places [E, K], the block of each channel, after exchanges of two channels that each decrease F."""
     gains, places = pair_gains(inputs, weights), places.clone()
     sizes = (_diagonal(inputs) * _diagonal(weights)).clamp(min=0).sqrt().float()
     refused = torch.zeros(len(gains), *gains.shape[2:], dtype=torch.bool, device=gains.device)
@@ -168,11 +168,11 @@ def _swapped(places: Tensor, which: Tensor, first: Tensor, second: Tensor) -> Te
 def exchange_costs(
     places: Tensor, sizes: Tensor, gains: Tensor, traces: Tensor, rows: Tensor, worths: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """What F should become more by when channels i, of `rows` [E, R], and j change places: float32 [E, R, K]; 0 where
-    they are in one block.
+    """The expected change of F when channels i, of `rows` [E, R], and j change places: float32 [E, R, K].
 
-    With t_g the trace of a block [E, n, G] and c_i,g = k_g sum of v_ij over the j in it, and i in g, j in h, the block
-    g gets t_g - a_i + a_j + c_i,g - c_j,g + k_g v_ij, and h the same with i and j the other way round.
+    It is 0 for channels of the same block. Let t_g be the trace of a block [E, n, G], and c_i,g be k_g times the sum of
+    v_ij over the j in it. For i in g and j in h, block g gets t_g - a_i + a_j + c_i,g - c_j,g + k_g v_ij, and h the
+    same with i and j swapped.
     """
     each = torch.arange(len(places), device=places.device)[:, None]
     blocks = places[each, rows]
@@ -197,7 +197,7 @@ def exchange_costs(
 
 
 def worth(places: Tensor, sizes: Tensor, gains: Tensor, traces: Tensor) -> tuple[Tensor, Tensor]:
-    """What each channel is worth in each block, c [E, n, G, K], and the share k of each block [E, n, G]."""
+    """The worth c [E, n, G, K] of each channel in each block, and the share k [E, n, G] of each block."""
     count, blocks = traces.shape[1:]
     beside, share = gains.new_empty(*sizes.shape[:2], blocks, sizes.shape[2]), torch.empty_like(traces)
     for one, own in enumerate(places):
@@ -212,7 +212,7 @@ def worth(places: Tensor, sizes: Tensor, gains: Tensor, traces: Tensor) -> tuple
 
 
 def _restless(places: Tensor, worths: tuple[Tensor, Tensor], traces: Tensor) -> Tensor:
-    """The channels that most of what is theirs draws to another block: a part of all, int64 [E, R]."""
+    """The channels most attracted to another block, int64 [E, R]; R is a part of all channels."""
     beside, _ = worths
     drawn = torch.zeros_like(beside[:, 0, 0])
     for position in range(traces.shape[1]):
@@ -223,14 +223,14 @@ def _restless(places: Tensor, worths: tuple[Tensor, Tensor], traces: Tensor) -> 
 
 
 def looked_at(width: int) -> int:
-    """How many of so many channels are looked at in a round."""
+    """The number of `width` channels that a round considers."""
     return max(min(width, FEWEST), width // PART)
 
 
 def _apart(
     rows: list[int], best: list[float], partner: list[int], places: list[int], bound: float
 ) -> list[tuple[int, int]]:
-    """The best exchanges, each below `bound`, of which no two touch the same block: their gains add up."""
+    """The best exchanges below `bound` of which no two touch the same block, so that their gains add up."""
     taken: set[int] = set()
     found = []
     for place in sorted(range(len(rows)), key=best.__getitem__):
@@ -244,14 +244,14 @@ def _apart(
 
 
 def block_traces(inputs: Tensor, weights: Tensor, order: Tensor, block: int) -> Tensor:
-    """tr S_g of the blocks that orders make, int64 [E, G B]: float64 [E, n, G], from moments [E, n, K, K]."""
+    """tr S_g of the blocks that orders, int64 [E, G B], make: float64 [E, n, G], from moments [E, n, K, K]."""
     members = order.unflatten(1, (-1, block))
     which = torch.arange(len(order), device=order.device).repeat_interleave(members.shape[1])
     return _traces_of(inputs, weights, which, members.flatten(0, 1)).unflatten(0, members.shape[:2]).mT
 
 
 def _traces_of(inputs: Tensor, weights: Tensor, which: Tensor, members: Tensor) -> Tensor:
-    """tr S_g of blocks of these members, int64 [M, B], among the channels of the sets of `which` [M]: [M, n]."""
+    """tr S_g [M, n] of blocks with these members, int64 [M, B], among the channels of the sets `which` [M]."""
     places = which[:, None, None], slice(None), members[:, :, None], members[:, None, :]
     of_inputs, of_weights = (moments[places].movedim(-1, 1) for moments in (inputs, weights))
     traces = of_inputs.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
@@ -261,7 +261,7 @@ def _traces_of(inputs: Tensor, weights: Tensor, which: Tensor, members: Tensor) 
 
 
 def _roots(moments: Tensor, traces: Tensor) -> Tensor:
-    """Cholesky factors of second moments [..., B, B], each plus a little of its trace."""
+    """Cholesky factors of second moments [..., B, B], each plus a small share of its trace."""
     identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
     roots = torch.empty_like(moments)
     is_open = torch.ones_like(traces, dtype=torch.bool)

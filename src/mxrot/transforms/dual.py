@@ -1,21 +1,21 @@
 """The dual transform of DuQuant (arXiv 2406.01721, section 3.2): rotate, permute, rotate.
 
-Where a row of channels shares one scale, as in INT4 a token, blocks must be alike. Two greedy rotations of blocks
-(mxrot.transforms.outlier) spread the peaks within a block, and one permutation between them evens out the blocks:
-channels in decreasing order of max |x|, as the first rotation has left it, are dealt to the blocks back and forth,
+If a row of channels shares one scale, as in INT4 per token, blocks must be alike. Two greedy rotations of blocks
+(mxrot.transforms.outlier) spread the peaks within a block. One permutation between them evens out the blocks: channels
+in decreasing order of max |x|, after the first rotation, are dealt to the blocks back and forth,
 
     first to blocks 1, 2, ... G, then to G, ... 2, 1, and so on.
 
 The means of max |x| over the channels of two blocks then differ by at most (largest - smallest) / B: from round to
 round the sign of their difference alternates, and the amounts are parts of one descending sequence.
 
-Both searches and the order must see the same whole tokens, since the second rotation mixes channels of all blocks:
-evenly spaced ones, or the mean of the calibration windows, token by token, as in the released code. Of their blocks
-those with the largest peaks are searched, as in DuQuant++. With `sharing = "site"` one matrix, made for the worst
-channel of all blocks, serves them all, as in the released code; the paper writes one a block.
+Both searches and the order must see the same whole tokens, because the second rotation mixes channels of all blocks.
+These are evenly spaced tokens or, as in the released code, the mean of the calibration windows, token by token. In each
+block those with the largest peaks are searched, as in DuQuant++. With `sharing = "site"`, one matrix made for the worst
+channel of all blocks serves them all, as in the released code. The paper has one per block.
 
-The paper takes blocks of 128, of which its models' widths are multiples. Ours, for the others: the largest block that
-divides the width, is a multiple of 32, and has at most `block` channels: 96 for a width of 576.
+The paper takes blocks of 128, which divide the widths of its models. For other widths (ours) the block is the largest
+that divides the width, is a multiple of 32, and has at most `block` channels: 96 for a width of 576.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mxrot.transforms.site_transform import SiteTransform
 from mxrot.transforms.stages import BlockDiagonal, Permutation, PermutationSpec, Sharing, StageSpec
 
 UNIT = 32
-"""Blocks are multiples of so many channels, which suits matrix hardware."""
+"""Blocks are multiples of this number of channels, which suits matrix hardware."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class DualRotation(TransformMethod):
     name = "dual"
 
     block: int = field(default=128, kw_only=True)
-    """Channels that one matrix mixes, at most."""
+    """The most channels that one matrix mixes."""
     steps: int = 256
-    """Of each of the two searches."""
+    """The steps of each of the two searches."""
     sample: Literal["spaced", "mean"] = "spaced"
     """Fit to evenly spaced tokens, or to the mean of the calibration windows."""
     rows: int = 512
-    """Evenly spaced tokens; rows that a search looks at in each block, or eight times as many for all blocks."""
+    """The number of evenly spaced tokens. A search looks at this many rows per block, or at eight times as many for all
+    blocks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +94,7 @@ class DualRotation(TransformMethod):
         return SiteTransform((first, Permutation(order), second))
 
     def _tokens(self, sample: SiteSample) -> Tensor:
-        """What the transform is fitted to, float32 [rows, K]."""
+        """The tokens that the transform is fitted to, float32 [rows, K]."""
         seen = sample.seen[self.sample]
         return seen if self.sample == "mean" else seen.transpose(0, 1).flatten(1)
 
@@ -101,14 +102,15 @@ class DualRotation(TransformMethod):
         return OutlierRotation(block=block, steps=self.steps, rows=self.rows)
 
     def fitting_bytes(self, size: FitSize) -> float:
-        """Of a search; the tokens before and after the first rotation and in blocks, the first rotation."""
+        """The bytes of a search, of the tokens before and after the first rotation and in blocks, and of the first
+        rotation."""
         block = self.block_in(size.width)
         count = 1 if size.sharing == "site" else size.width // block
         held = 3 * 4.0 * self.rows * size.width + 8.0 * count * block**2
         return self._search(block).fitting_bytes(size) + held
 
     def fitting_work(self, size: FitSize) -> Work:
-        """Units are those of a search, of which there are two."""
+        """The units of the two searches."""
         found = self._search(self.block_in(size.width)).fitting_work(size)
         return {name: 2 * amount for name, amount in found.items()}
 
@@ -117,10 +119,10 @@ class DualRotation(TransformMethod):
 
 
 def zigzag_order(maxima: Tensor, block: int) -> Tensor:
-    """Of channels with these maxima [K], which goes where: int64 [K], one block of places after the other.
+    """Where channels with these maxima [K] go: int64 [K], the channel at each place, block after block.
 
-    The largest go to the first places of all blocks, from the first block to the last, the next largest to the second
-    places, from the last block to the first, and so on. Equal ones keep their order.
+    The largest go to the first places of all blocks, from the first block to the last. The next largest go to the
+    second places, from the last block to the first, and so on. Equal ones keep their order.
     """
     rounds = maxima.sort(descending=True, stable=True).indices.unflatten(0, (block, -1))
     rounds[1::2] = rounds[1::2].flip(1)

@@ -1,8 +1,8 @@
 """Data-free transforms: identity, Hadamard, randomized Hadamard, random orthogonal.
 
-MR-GPTQ (arXiv 2509.23202) rotates each block of 32 with the same Hadamard matrix; QuaRot (2404.00456)
-randomizes it with signs. Signs go on the input side, diag(s) H: on the output side they would only flip
-codes and change nothing.
+MR-GPTQ (arXiv 2509.23202) rotates each block of 32 with the same Hadamard matrix. QuaRot (2404.00456) randomizes it
+with signs. Signs go on the input side, diag(s) H: on the output side they would only flip the signs of codes and change
+nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mxrot.transforms.stages import BlockDiagonal, Sharing, StageSpec
 
 
 def matrices_wanted(sample: SiteSample, sharing: Sharing) -> int:
-    """How many matrices a transform of this sharing holds."""
+    """The number of matrices in a transform with this sharing."""
     return 1 if sharing == "site" else sample.groups
 
 

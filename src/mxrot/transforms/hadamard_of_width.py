@@ -1,8 +1,8 @@
 """One Hadamard matrix over all channels of a site: QuaRot's online transform before down_proj (arXiv 2404.00456,
 section 4; R4 in SpinQuant, 2405.16406).
 
-It spreads an outlier over the whole width, at K log K operations a token, and keeps no tensor. The matrix has no random
-signs, as in QuaRot: `orders.factors_of` says how it is made up, and which widths have one.
+It spreads an outlier over the whole width, with K log K operations per token, and stores no tensor. As in QuaRot, the
+matrix has no random signs. `orders.factors_of` gives its factors, and the widths that have one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mxrot.transforms.stages import Sharing, Stage, StageSpec, StoredTensors, wo
 
 @dataclass(frozen=True)
 class HadamardOfWidthSpec(StageSpec):
-    """One Hadamard matrix over all channels; `orders.factors_of` says which widths have one."""
+    """One Hadamard matrix over all channels. `orders.factors_of` tells which widths have one."""
 
     kind = "hadamard-of-width"
 
@@ -45,7 +45,7 @@ class HadamardOfWidthSpec(StageSpec):
 
 @dataclass(frozen=True)
 class HadamardOfWidth(Stage):
-    """x -> x H with H orthonormal over all channels: its own inverse transpose."""
+    """x -> x H with H orthonormal over all channels, its own inverse transpose."""
 
     @property
     def spec(self) -> HadamardOfWidthSpec:

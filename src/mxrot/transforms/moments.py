@@ -1,24 +1,24 @@
-"""Second-moment transforms: WUSH (arXiv 2512.00956), which balances and spreads what both operands carry.
+"""Second-moment transforms: WUSH (arXiv 2512.00956) balances and spreads the moments of both operands.
 
-With S_x = E[x_g^T x_g] of a block's inputs and S_w = E[w_g^T w_g] of the weight rows that read it,
+Let S_x = E[x_g^T x_g] for a block's inputs and S_w = E[w_g^T w_g] for the weight rows that read it. With
 S_x = L_x L_x^T, S_w = L_w L_w^T (Cholesky) and L_w^T L_x = U S V^T (SVD), the transform is
 
     T = L_x^-T V S^(1/2) H,        T^T S_x T = T^-1 S_w T^-T = H^T S H
 
-with H the orthonormal Hadamard matrix: inputs and weights get the same second moments, their product of traces is
-the least that any invertible T can reach, and H gives every channel the same share.
+with H the orthonormal Hadamard matrix. Inputs and weights get the same second moments, their product of traces is the
+least that any invertible T can reach, and H gives every channel the same share.
 
 `brake` l is KBBQ's (2026-07): T = L_w U S^(-l/2) H = L_x^-T V S^(1 - l/2) H leaves inputs with the moments
-H^T S^(2 - l) H and weights with H^T S^l H; l = 1 is the transform above.
+H^T S^(2 - l) H and weights with H^T S^l H. l = 1 is the transform above.
 
-`open` c counts what GPTQ cannot mend. The error that rounding inputs makes meets all of S_w; what rounding the weights
-of block g loses, columns behind it make up for, and what is left meets the Schur complement of M = E[x^T x] given
-these, S_open = R_gg R_gg^T with M = R R^T, R upper triangular. Both errors together are least where inputs have the
-moments S_x + c S_open, which take the place of S_x above. The complement is taken where GPTQ walks, of T^T M T with the
-T of c = 0, plus `open_damping` of its mean diagonal, and taken back.
+`open` c counts the error that GPTQ cannot make up for. The rounding error of inputs meets all of S_w. The columns
+behind block g make up for part of the rounding error of its weights. The rest meets the Schur complement of
+M = E[x^T x] given these columns, S_open = R_gg R_gg^T with M = R R^T, R upper triangular. Both errors together are
+least if S_x is replaced by S_x + c S_open. The complement is taken where GPTQ walks, of T^T M T with the T of c = 0,
+plus `open_damping` of its mean diagonal, and transformed back.
 
-With `sharing = "site"` one T serves all blocks. Each block counts by what it contributes to the output error of
-an optimal transform of its own: its moments are put on equal traces and weighted by the product of the traces.
+With `sharing = "site"` one T serves all blocks. Each block counts by its share of the output error under an optimal
+transform of its own: its moments are put on equal traces and weighted by the product of the traces.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from mxrot.transforms.orders import hadamard_matrix
 from mxrot.transforms.stages import BlockDiagonal, Sharing
 
 MOST_TOGETHER = 1 << 27
-"""Weights (1 GiB in float64) whose moments are taken at once."""
+"""The number of weights (1 GiB in float64) whose moments are taken at once."""
 
 OPEN_MATRICES = 4
-"""Of the size of M, while what is open is found: M itself, transformed, the other way round, and its factor."""
+"""The matrices of the size of M that exist while S_open is computed: M, its transform, its reversal, and the factor."""
 
 
 @dataclass(frozen=True)
 class SecondMoment(TransformMethod):
-    """Balanced second moments of inputs and weights."""
+    """Balances the second moments of inputs and weights."""
 
     name = "moments"
     orthogonal = False
 
     damping: float = 0.01
-    """Added to the diagonal of both second moments, relative to its mean."""
+    """The damping added to the diagonal of both second moments, relative to its mean."""
     condition: float = math.inf
-    """Largest ratio of T's singular values; those beyond are brought in from both ends (HiRes, arXiv 2609.34680, caps
-    them at 8)."""
+    """The largest ratio of T's singular values. Those beyond it are clipped from both ends (HiRes, arXiv 2609.34680,
+    has a cap of 8)."""
     brake: float = 1.0
-    """l: how much of the unevenness of the moments' product the weights keep; 1 gives both operands the same."""
+    """l, the share of the unevenness of the moments' product that the weights keep. 1 gives both operands the same."""
     open: float = 0.0
-    """c: how much the moments count that later columns leave open, beside all of them."""
+    """c, the weight of the moments left open by later columns, beside the full moments."""
     open_damping: float = 0.3
-    """Added to the diagonal of T^T M T for these, relative to its mean; what GPTQ is damped by."""
+    """The damping of T^T M T for S_open, relative to its mean diagonal; the damping of GPTQ."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +81,7 @@ class SecondMoment(TransformMethod):
         return frozenset({"moments", "whole"} if self.open else {"moments"})
 
     def beside(self, mends_later_columns: bool) -> SecondMoment:
-        """Where nothing is made up for, what is left open is everything, and S_x (1 + c) has the transform of S_x."""
+        """Without later corrections S_open is all of S_x, and S_x (1 + c) has the transform of S_x."""
         return self if mends_later_columns else replace(self, open=0.0)
 
     def fit(self, sample: SiteSample, sharing: Sharing, generator: torch.Generator) -> BlockDiagonal:
@@ -96,7 +96,7 @@ class SecondMoment(TransformMethod):
         return found if math.isinf(self.condition) else conditioned(found, self.condition)
 
     def fitting_bytes(self, size: FitSize) -> float:
-        """The weights once more, by blocks; where they are many, those that are taken at once, and their float64."""
+        """The bytes of the weights in blocks; of many weights, those taken at once, also in float64."""
         count = size.outputs * size.width
         whole = OPEN_MATRICES * 8.0 * size.width**2 if self.open else 0.0
         return whole + (8.0 * count if count <= MOST_TOGETHER else 16.0 * MOST_TOGETHER)
@@ -130,14 +130,15 @@ def shared_moments(inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     is_alive = (input_traces > 0) & (weight_traces > 0)
     ratio = torch.where(is_alive, (weight_traces / input_traces).sqrt(), 0.0)
     inverse = torch.where(is_alive, (input_traces / weight_traces).sqrt(), 0.0)
-    # The sizes that equal traces have taken away.
+    # The sizes that the equal traces have removed.
     whole = (torch.where(is_alive, weight_traces, 0.0).sum() / torch.where(is_alive, input_traces, 0.0).sum()).sqrt()
     whole = torch.where(is_alive.any(), whole, 1.0)
     return (inputs * ratio).mean(dim=0, keepdim=True) / whole, (weights * inverse).mean(dim=0, keepdim=True) * whole
 
 
 def balancing_transform(inputs: Tensor, weights: Tensor, damping: float, brake: float = 1.0) -> BlockDiagonal:
-    """T of the second moments S_x and S_w, both [n, B, B] and symmetric; a block that is dead in either gets H."""
+    """T from the second moments S_x and S_w, both [n, B, B] and symmetric. A block with zero moments in either gets
+    H."""
     size = inputs.shape[-1]
     rotation = hadamard_matrix(size).to(inputs)
     lower_x = torch.linalg.cholesky(_damped(inputs, damping))
@@ -154,7 +155,8 @@ def balancing_transform(inputs: Tensor, weights: Tensor, damping: float, brake: 
 def open_moments(whole: Tensor, first: BlockDiagonal, damping: float) -> Tensor:
     """S_open of each block: float64 [G, B, B], from M [K, K].
 
-    Taken of T^T M T, T being `first`, plus `damping` of its mean diagonal, and given back in the channels of M.
+    It is taken of T^T M T, with T being `first`, plus `damping` of its mean diagonal, and transformed back to the
+    channels of M.
     """
     matrices = first.matrices
     size = matrices.shape[-1]
@@ -173,7 +175,7 @@ def open_moments(whole: Tensor, first: BlockDiagonal, damping: float) -> Tensor:
 
 
 def conditioned(transform: BlockDiagonal, condition: float) -> BlockDiagonal:
-    """T with singular values clipped to a ratio of `condition` around their geometric mean."""
+    """T with its singular values clipped to a ratio of `condition` around their geometric mean."""
     left, singular, right = torch.linalg.svd(transform.matrices)
     middle = singular.log().mean(dim=-1, keepdim=True).exp()
     clipped = (singular / middle).clamp(condition**-0.5, condition**0.5) * middle
@@ -187,11 +189,11 @@ def _damped(moments: Tensor, damping: float) -> Tensor:
 
 
 def _traces(moments: Tensor) -> Tensor:
-    """[n, B, B] to [n, 1, 1]."""
+    """Traces: [n, B, B] to [n, 1, 1]."""
     return moments.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None]
 
 
 def _sign_of_largest(rows: Tensor) -> Tensor:
-    """+-1 for each row [..., n, 1]: singular vectors have no sign of their own, and H mixes them."""
+    """+-1 for each row [..., n, 1]. The signs of singular vectors are arbitrary, and H mixes the vectors."""
     largest = rows.abs().argmax(dim=-1, keepdim=True)
     return rows.gather(-1, largest).sign()

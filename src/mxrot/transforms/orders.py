@@ -1,9 +1,9 @@
 """Hadamard matrices of many orders, and products with them.
 
-Orders are what Kronecker products reach of Sylvester's 2^k, Paley I (q + 1 for a prime power q = 3 mod 4) and Paley II
-(2 (q + 1) for q = 1 mod 4) (Paley, J. Math. Phys. 12, 1933; Hedayat and Wallis, Ann. Stat. 6, 1978, section 3): nearly
-every hidden and feed-forward size of a language model. Of all ways to write an order as such a product the one with the
-fewest additions is taken, a tie going to the larger power of two.
+The orders are Kronecker products of Sylvester's 2^k, Paley I (q + 1 for a prime power q = 3 mod 4) and Paley II
+(2 (q + 1) for q = 1 mod 4) (Paley, J. Math. Phys. 12, 1933; Hedayat and Wallis, Ann. Stat. 6, 1978, section 3). They
+cover nearly every hidden and feed-forward size of a language model. Of all such products for an order, the one with the
+fewest additions is taken; in a tie, the one with the larger power of two.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from mxrot.errors import ConfigError
 
 LARGEST_FACTOR = 1024
-"""Of one factor that is no power of two: it is multiplied as a dense matrix."""
+"""The largest factor that is no power of two. It is multiplied as a dense matrix."""
 
 
 def hadamard_matrix(size: int) -> Tensor:
@@ -32,7 +32,7 @@ def hadamard_matrix(size: int) -> Tensor:
 
 
 def factors_of(order: int) -> tuple[int, ...]:
-    """Orders of Hadamard matrices whose Kronecker product has this one: Paley's, falling, then one power of two.
+    """The orders of Hadamard matrices whose Kronecker product has `order`: Paley's, falling, then one power of two.
 
     ConfigError if the constructions do not reach it.
     """
@@ -48,7 +48,7 @@ def factors_of(order: int) -> tuple[int, ...]:
 
 @cache
 def _best_factors(order: int) -> tuple[tuple[int, ...], int] | None:
-    """Paley orders and a power of two; None where there are none."""
+    """Paley orders and a power of two; None if no product gives this order."""
     if order < 1:
         return None
     if not order & (order - 1):
@@ -63,7 +63,7 @@ def _best_factors(order: int) -> tuple[tuple[int, ...], int] | None:
 
 @cache
 def _paley(order: int) -> tuple[int, int] | None:
-    """Which construction gives this order, 1 or 2, and of which prime power; None where neither does."""
+    """The construction that gives this order, 1 or 2, and its prime power; None if neither does."""
     if order % 4 == 0 and (order - 1) % 4 == 3 and _prime_power(order - 1):
         return 1, order - 1
     half = order // 2 - 1
@@ -71,7 +71,7 @@ def _paley(order: int) -> tuple[int, int] | None:
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
-    """(p, e) with q = p^e; None where q is no power of one prime."""
+    """(p, e) with q = p^e; None if q is not a power of a prime."""
     p = next((p for p in range(2, q + 1) if q % p == 0), 0)
     e = 0
     while p and q % p == 0:
@@ -81,7 +81,7 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 
 @cache
 def hadamard_factor(order: int) -> Tensor:
-    """A Hadamard matrix of +-1 by Paley's constructions, float64 [order, order]; for a factor of `factors_of`."""
+    """A Hadamard matrix of +-1 by Paley's constructions, float64 [order, order], for a factor of `factors_of`."""
     found = _paley(order)
     assert found is not None, order
     construction, q = found
@@ -97,9 +97,9 @@ def hadamard_factor(order: int) -> Tensor:
 
 
 def residue_characters(q: int) -> Tensor:
-    """Q[a, b] = 1 where a - b is a square of the field of q elements other than 0, 0 where a = b, else -1: float64.
+    """Q[a, b], float64: 1 if a - b is a nonzero square of the field of q elements, 0 if a = b, else -1.
 
-    An element of the field is a polynomial over the p numbers, written as a number in base p.
+    An element of the field is a polynomial over the integers modulo p, written as a number in base p.
     """
     found = _prime_power(q)
     assert found is not None
@@ -114,7 +114,7 @@ def residue_characters(q: int) -> Tensor:
 
 
 def _powers_of_generator(p: int, e: int) -> list[int]:
-    """x^0, x^1, ... of the first polynomial of degree e by which x runs through all elements but 0."""
+    """x^0, x^1, ... modulo the first polynomial of degree e for which the powers of x are all nonzero elements."""
     q = p**e
     for number in range(q):
         low = [number // p**i % p for i in range(e)]  # x^e = low[0] + low[1] x + ...
@@ -132,8 +132,9 @@ def _powers_of_generator(p: int, e: int) -> list[int]:
 
 
 def random_hadamard(order: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-    """diag(s) H with random signs s, drawn on the CPU, and H the orthonormal Hadamard matrix of this order: float64
-    [order, order] on `device`. ConfigError as of `factors_of`.
+    """diag(s) H, float64 [order, order] on `device`, with H the orthonormal Hadamard matrix of this order.
+
+    The random signs s are drawn on the CPU. ConfigError as for `factors_of`.
     """
     factors_of(order)
     signs = torch.randint(0, 2, (order,), generator=generator).double() * 2 - 1
@@ -143,9 +144,10 @@ def random_hadamard(order: int, generator: torch.Generator, device: torch.device
 
 @torch.library.custom_op("mxrot::multiply_by_hadamard", mutates_args=())
 def multiply_by_hadamard(x: Tensor, transposed: bool) -> Tensor:
-    """x H for the orthonormal Hadamard matrix over the last dimension, or x H^T: in the type of x, float32 or float64.
+    """x H, or x H^T, over the last dimension, for the orthonormal Hadamard matrix; in the type of x, float32 or
+    float64.
 
-    One operation for torch.compile. Dense products run with the precision that PyTorch is set to for float32.
+    It is one operation for torch.compile. Dense products use the precision that PyTorch is set to for float32.
     """
     factors = factors_of(x.shape[-1])
     *paley, power = factors
@@ -175,7 +177,7 @@ multiply_by_hadamard.register_autograd(_gradients, setup_context=_keep)
 
 
 def _butterflies(x: Tensor, size: int) -> Tensor:
-    """x times the Sylvester matrix of +-1, [n, size]; never `x` itself."""
+    """x [n, size] times the Sylvester matrix of +-1; never `x` itself."""
     out, width = x.clone(), 1
     while width < size:
         left, right = out.view(-1, size // (2 * width), 2, width).unbind(dim=2)

@@ -1,25 +1,25 @@
 """The outlier-aware rotation of DuQuant++ (arXiv 2604.17789, section 3; DuQuant, arXiv 2406.01721, section 3.2).
 
-One step finds the channel c where |x| peaks, and rotates with R = E_c R~ diag(1, Q) E_c: E_c swaps channels 0
-and c, row 0 of R~ is uniformly 1/sqrt(B), and Q is a random orthogonal matrix of the other channels. The pivot
-keeps 1/sqrt(B) of the peak; Q then turns the shares of the others, so that they are not even (docs/log.md).
-After n steps the prefix of the product with the smallest peak is kept, which may be the empty one. One rotation is
-enough for MX formats: each block has its own scale, so the variance between blocks, for which DuQuant needed a
-permutation and a second rotation, does not matter.
+One step finds the channel c where |x| peaks, and rotates with R = E_c R~ diag(1, Q) E_c. E_c swaps channels 0 and c,
+row 0 of R~ is uniformly 1/sqrt(B), and Q is a random orthogonal matrix of the other channels. The pivot keeps 1/sqrt(B)
+of the peak; Q then turns the shares of the others, so that they are not even (docs/log.md). After n steps the prefix of
+the product with the smallest peak is kept, which may be the empty one. One rotation is enough for MX formats: each
+block has its own scale, so the variance between blocks, for which DuQuant needed a permutation and a second rotation,
+does not matter.
 
-The search never leaves the device: all blocks take a step at once, and the best prefix is found when all steps
-are done. By default it looks at the tokens with the largest peaks only, because no other can hold the peak before
-the first step; `sample = "spaced"` takes evenly spaced ones, and "both" both.
+The search never leaves the device: all blocks take a step at once, and the best prefix is found after the last step. By
+default it looks only at the tokens with the largest peaks, because no other can hold the peak before the first step.
+`sample = "spaced"` takes evenly spaced tokens, and "both" takes both.
 
-`score = "error"` keeps the prefix with the least squared error of the run-time quantizer on the same tokens instead.
-Ours: `score = "joint"` estimates what the rounding of both operands does to the block's output,
+`score = "error"` instead keeps the prefix with the least squared error of the run-time quantizer on the same tokens.
+Ours: `score = "joint"` estimates the error of the block's output when both operands are rounded,
 
     mean over tokens of |(Q(x) - x) W^T|^2 + mean over tokens of |x (Q(W) - W)^T|^2
 
-with the second factors taken through their second moments, and `start = "moments"` begins with the transform of
-mxrot.transforms.moments in place of the identity: a search among the rotations that may follow it.
-The remaining options exist for `duquant++-released`: the code released with the paper picks the channel by the
-row index modulo B, scores by max - min, draws Q once, and searches on the mean of the calibration windows.
+with the second factors represented by their second moments. `start = "moments"` begins with the transform of
+mxrot.transforms.moments instead of the identity, and searches the rotations that may follow it.
+The remaining options exist for `duquant++-released`: the code released with the paper picks the channel by the row
+index modulo B, scores by max - min, draws Q once, and searches on the mean of the calibration windows.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from mxrot.transforms.orders import hadamard_matrix
 from mxrot.transforms.stages import BlockDiagonal, Sharing
 
 GROUPS_AT_ONCE = 128
-"""Blocks of 32 that are searched together; bounds the memory of the rotations they take."""
+"""The blocks of 32 that are searched together. It bounds the memory of their rotations."""
 
 
 def groups_at_once(block: int) -> int:
-    """How many blocks of this size are searched together."""
+    """The number of blocks of this size that are searched together."""
     return max(1, min(GROUPS_AT_ONCE, GROUPS_AT_ONCE * 32**2 // block**2))
 
 
 @cache
 def spreading_rotation(size: int) -> Tensor:
-    """R~, float64 [size, size]: orthogonal, its first row uniformly 1/sqrt(size).
+    """R~, float64 [size, size]: orthogonal, with its first row uniformly 1/sqrt(size).
 
-    The product G_(size-2) ... G_0 of Givens rotations in the planes (i, i + 1), cos = 1/sqrt(i + 2),
-    sin = sqrt(i + 1)/sqrt(i + 2), with rows and columns 0 and size - 1 swapped at the end.
+    It is the product G_(size-2) ... G_0 of Givens rotations in the planes (i, i + 1), cos = 1/sqrt(i + 2), sin =
+    sqrt(i + 1)/sqrt(i + 2), with rows and columns 0 and size - 1 swapped at the end.
     """
     product = torch.eye(size, dtype=torch.float64)
     for i in range(size - 1):
@@ -75,35 +75,35 @@ def spreading_rotation(size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Operands:
-    """What the search rotates, a batch of blocks at once."""
+    """The tensors that the search rotates, for a batch of blocks."""
 
     x: Tensor
     """Inputs, float32 [batch, rows, B]."""
     weights: Tensor | None = None
-    """Rows of the weights, float32 [batch, rows, B]; None where the score does not look at them."""
+    """Rows of the weights, float32 [batch, rows, B]; None if the score does not use them."""
     moments: Tensor | None = None
     """The mean of x^T x over all tokens, [batch, B, B]."""
 
     def split(self, size: int) -> list[Operands]:
-        """At most `size` blocks each."""
+        """Split into batches of at most `size` blocks."""
         if self.weights is None or self.moments is None:
             return [Operands(x) for x in self.x.split(size)]
         parts = zip(self.x.split(size), self.weights.split(size), self.moments.split(size), strict=True)
         return [Operands(x, weights, moments.to(x.dtype)) for x, weights, moments in parts]
 
     def tensors(self) -> list[Tensor]:
-        """Those that there are, in the order of the fields."""
+        """The tensors that are present, in the order of the fields."""
         return [tensor for tensor in (self.x, self.weights, self.moments) if tensor is not None]
 
     def rotated(self, rotation: Tensor) -> Operands:
-        """After the rotation [batch, B, B], which acts on the weights as it does on the inputs."""
+        """The operands after the rotation [batch, B, B], which acts on weights as on inputs."""
         x = self.x @ rotation
         if self.weights is None or self.moments is None:
             return Operands(x)
         return Operands(x, self.weights @ rotation, rotation.mT @ self.moments @ rotation)
 
     def output_error(self, lost: Tensor, quantize_weight: Callable[[Tensor], Tensor]) -> Tensor:
-        """The estimate of the mean squared error of the outputs, [batch], when the inputs lose `lost`."""
+        """The estimated mean squared error of the outputs, [batch], if the inputs lose `lost`."""
         assert self.weights is not None and self.moments is not None
         lost_weights = quantize_weight(self.weights) - self.weights
         weight_moments = self.weights.mT @ self.weights / self.weights.shape[1]
@@ -113,28 +113,28 @@ class Operands:
 
 @dataclass(frozen=True)
 class OutlierRotation(TransformMethod):
-    """Greedy rotation of the peaks."""
+    """Spreads the peaks by greedy rotations."""
 
     name = "outlier"
 
     steps: int = 64
-    """Steps of the search (the paper: 128 or 256)."""
+    """The steps of the search (the paper: 128 or 256)."""
     score: Literal["peak", "error", "joint"] = "peak"
-    """What the kept prefix minimises: the peak, the squared error of the activation quantizer, or the estimated
-    output error of both quantizers."""
+    """What the kept prefix minimizes: the peak, the squared error of the activation quantizer, or the estimated output
+    error of both quantizers."""
     peak: Literal["abs", "range"] = "abs"
-    """max |x| (DuQuant) or max x - min x (released code)."""
+    """max |x| (DuQuant), or max x - min x (released code)."""
     pivot: Literal["channel", "row"] = "channel"
-    """Which index chooses the channel to swap: its own, or the row's modulo B (released code)."""
+    """The index of the channel to swap: the peak's own, or its row modulo B (released code)."""
     redraw: bool = True
-    """Draw Q afresh for each step."""
+    """True if Q is drawn again for each step."""
     sample: Literal["peaks", "spaced", "both", "mean"] = "peaks"
-    """Search on the tokens with the largest peaks of each block, on evenly spaced tokens, on both of these, or on
-    the mean of the calibration windows."""
+    """The tokens to search on: those with the largest peaks of each block, evenly spaced ones, both of these, or the
+    mean of the calibration windows."""
     rows: int = 512
-    """Tokens that the search looks at in each block, of each kind; as many rows of the weights."""
+    """The tokens of each kind that the search looks at in each block, and the number of weight rows."""
     start: Literal["identity", "moments"] = "identity"
-    """What the search begins with."""
+    """The start of the search."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,7 +145,7 @@ class OutlierRotation(TransformMethod):
             hadamard_matrix(self.block)
 
     def check(self, weights: BlockFormat, activations: BlockFormat | None) -> None:
-        """A score that rounds must see whole blocks of what it rounds."""
+        """A score that rounds must see whole blocks of the rounded tensors."""
         if self.score == "joint":
             self._check_blocks("weights", weights)
         if self.score in ("error", "joint"):
@@ -202,7 +202,7 @@ class OutlierRotation(TransformMethod):
         return rotation if start is None else start.compose(rotation)
 
     def fitting_bytes(self, size: FitSize) -> float:
-        """Of the rotations and the search; where searches are recorded, of one for each number of blocks."""
+        """The bytes of the rotations and the search. Each number of blocks has its own recorded search."""
         is_shared, B = size.sharing == "site", self.block
         together = 1 if is_shared else groups_at_once(B)
         groups = {min(together, width // B) for width in size.recorded or (size.width,)}
@@ -230,7 +230,7 @@ class OutlierRotation(TransformMethod):
         return search, float(blocks.numel() * plain.steps)
 
     def _search_rows(self, sample: SiteSample, sharing: Sharing) -> Tensor:
-        """What the search rotates: float32 [1 | G, rows, B]."""
+        """The rows that the search rotates: float32 [1 | G, rows, B]."""
         if self.sample == "mean":
             mean = sample.seen["mean"].unflatten(-1, (sample.groups, sample.block))
             return mean.flatten(0, 1)[None] if sharing == "site" else mean.transpose(0, 1).contiguous()
@@ -255,8 +255,8 @@ class OutlierRotation(TransformMethod):
     def _search(self, sample: SiteSample, rotations: Tensor, *tensors: Tensor) -> Tensor:
         """The best prefix product of each batch entry, float64 [batch, B, B].
 
-        The operands are rotated step by step; pivots and scores are written down, and the product of the kept
-        steps is formed at the end.
+        The operands are rotated step by step, while pivots and scores are recorded. The product of the kept steps is
+        formed at the end.
         """
         operands = Operands(*tensors)
         x = operands.x
@@ -275,7 +275,7 @@ class OutlierRotation(TransformMethod):
         return ordered_product(torch.where((steps < kept)[..., None, None], taken, identity))
 
     def _look(self, operands: Operands, sample: SiteSample) -> tuple[Tensor, Tensor]:
-        """The score to minimise and the channel to spread next, [batch] each."""
+        """The score to minimize and the channel to spread next, [batch] each."""
         x = operands.x
         if self.pivot == "channel":
             peak, pivot = torch.linalg.vector_norm(x, ord=torch.inf, dim=1).max(dim=1)
@@ -293,13 +293,13 @@ class OutlierRotation(TransformMethod):
 
 
 def _largest_rows(blocks: Tensor, count: int) -> Tensor:
-    """Of all rows of `blocks` [G, rows, B] those with the largest max |x|, in their order: [1, <= count, B]."""
+    """The rows of `blocks` [G, rows, B] with the largest max |x|, in their order: [1, <= count, B]."""
     rows = blocks.flatten(0, 1)
     return rows[rows.abs().amax(dim=-1).topk(min(len(rows), count)).indices.sort().values][None]
 
 
 def swaps_with_first(size: int, device: torch.device) -> Tensor:
-    """Row c exchanges channels 0 and c: int64 [B, B]. Nothing is copied from the CPU: it is recorded on a GPU."""
+    """Row c exchanges channels 0 and c: int64 [B, B]. It copies nothing from the CPU, so a GPU can record it."""
     channels = torch.arange(size, device=device)
     swaps = channels.repeat(size, 1).masked_fill(channels == channels[:, None], 0)
     swaps[:, 0] = channels
@@ -307,13 +307,13 @@ def swaps_with_first(size: int, device: torch.device) -> Tensor:
 
 
 def swapped(rotations: Tensor, swaps: Tensor) -> Tensor:
-    """E R E with the exchanges of `swaps` for E: [n, B, B] and int64 [n, batch, B] to [n, batch, B, B]."""
+    """E R E with the exchanges `swaps` as E: [n, B, B] and int64 [n, batch, B] to [n, batch, B, B]."""
     number = torch.arange(len(rotations), device=rotations.device)[:, None, None, None]
     return rotations[number, swaps[..., :, None], swaps[..., None, :]]
 
 
 def ordered_product(matrices: Tensor) -> Tensor:
-    """matrices[0] @ matrices[1] @ ..., [n, ..., B, B] to [..., B, B], neighbours multiplied first."""
+    """matrices[0] @ matrices[1] @ ..., [n, ..., B, B] to [..., B, B]; neighbours are multiplied first."""
     while len(matrices) > 1:
         pairs = matrices[: len(matrices) // 2 * 2]
         matrices = torch.cat([pairs[0::2] @ pairs[1::2], matrices[len(pairs) :]])

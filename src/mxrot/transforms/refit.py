@@ -1,14 +1,14 @@
-"""What is right for a transform once the weights behind it are codes: block-diagonal least squares, in closed form.
+"""Refit a transform after its weights are quantized: block-diagonal least squares, in closed form.
 
-The outputs of a site are x' W_q^T with x' = Q(x T). A correction T <- T (I + D), D block-diagonal, moves them by about
-x' D W_q^T. With H the mean of x'^T x', S = W_q^T W_q and C the mean of r^T x', r what the outputs lack, the mean of
-|r - x' D W_q^T|^2 is least where for each block g
+The outputs of a site are x' W_q^T with x' = Q(x T). A correction T <- T (I + D), D block-diagonal, changes them by
+about x' D W_q^T. Let H be the mean of x'^T x', S = W_q^T W_q, and C the mean of r^T x', where r is what the outputs
+lack. The mean of |r - x' D W_q^T|^2 is least if for each block g
 
     sum_h H_gh D_h S_hg + damping h s D_g = (C^T W_q)_gg
 
-h and s the mean diagonals of H and S. That is solved by conjugate gradients: for D a block-diagonal matrix a step is
-two products of K B K numbers. HiRes (arXiv 2609.34680) refits an affine map a head of v and three scalars an MLP in
-closed form; this is the same for all that the transform can take. x' is rounded again after D, which is left out.
+with h and s the mean diagonals of H and S. Conjugate gradients solve this: for a block-diagonal D a step is two
+products of K B K numbers. HiRes (arXiv 2609.34680) refits an affine map per head of v and three scalars per MLP in
+closed form. This does the same for every value of the transform. The second rounding of x' after D is neglected.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 ROUNDS = 100
-"""Of conjugate gradients, at most."""
+"""The most steps of conjugate gradients."""
 TOLERANCE = 1e-8
-"""Of the residual, relative to the right-hand side: far below what bfloat16 keeps of a transform."""
+"""The residual relative to the right-hand side: far below the precision of a transform in bfloat16."""
 
 
 def by_block(matrix: Tensor, size: int) -> Tensor:
-    """The columns of [K, K] by block: [K / size, K, size], in tensors of their own."""
+    """The columns of [K, K] by block, [K / size, K, size], copied to a new tensor."""
     groups = len(matrix) // size
     return matrix.view(len(matrix), groups, size).permute(1, 0, 2).contiguous()
 
@@ -34,10 +34,10 @@ def added_to_diagonal(hessian: Tensor, gram: Tensor, damping: float) -> Tensor:
 
 
 def refit_correction(rows: Tensor, columns: Tensor, wanted: Tensor, added: Tensor, shared: bool = False) -> Tensor:
-    """D, float64 [G, B, B], or [1, B, B] where one matrix is `shared` by all blocks.
+    """D, float64 [G, B, B], or [1, B, B] if one matrix is `shared` by all blocks.
 
-    `rows` and `columns` are H and S `by_block` [G, K, B], `wanted` [G, B, B] the diagonal blocks of C^T W_q; all
-    float64. Takes two more matrices [K, K].
+    `rows` and `columns` are H and S `by_block` [G, K, B], and `wanted` [G, B, B] the diagonal blocks of C^T W_q; all
+    float64. It takes two more matrices [K, K].
     """
     groups, size, _ = wanted.shape
 
@@ -70,6 +70,6 @@ def refit_correction(rows: Tensor, columns: Tensor, wanted: Tensor, added: Tenso
 
 
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
-    """Of [K, K] the blocks [K / size, size, size] along the diagonal."""
+    """The blocks [K / size, size, size] on the diagonal of [K, K]."""
     groups = len(matrix) // size
     return matrix.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -1,8 +1,8 @@
 """SmoothQuant's per-channel scales (arXiv 2211.10438, section 4), as DuQuant++ uses them.
 
-s_j = amax_x(j)^alpha / amax_w(j)^(1 - alpha); the input becomes x_j / s_j and the weights W_j * s_j. With root mean
-squares instead of maxima and alpha 1/2, both get the same second moment in every channel: of all diagonal matrices D
-that makes E|x D^-1|^2 |W D|^2 least, by the inequality of Cauchy and Schwarz.
+s_j = amax_x(j)^alpha / amax_w(j)^(1 - alpha). The input becomes x_j / s_j and the weights W_j * s_j. With root mean
+squares instead of maxima and alpha 1/2, both get the same second moment in every channel. By the Cauchy-Schwarz
+inequality, this minimizes E|x D^-1|^2 |W D|^2 over all diagonal matrices D.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 SmoothingBy = Literal["maxima", "moments"]
-"""Channels of inputs and weights beside each other by max |x|, as SmoothQuant does, or by the root of E[x^2]."""
+"""How channels of inputs and weights are compared: by max |x|, as in SmoothQuant, or by the root of E[x^2]."""
 
 SMALLEST = 1e-5
-"""Maxima and root mean squares below this count as this, so that a dead channel does not get an extreme scale."""
+"""The lower limit of maxima and root mean squares, so that a dead channel does not get an extreme scale."""
 
 
 def smoothing_scales(input_maxima: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -25,7 +25,7 @@ def smoothing_scales(input_maxima: Tensor, weights: Tensor, alpha: float) -> Ten
 
 
 def moment_scales(input_squares: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """s, float64 [K], as `smoothing_scales`, from E[x^2] over the calibration tokens [K] and the mean square of the
+    """s, float64 [K], like `smoothing_scales`, from E[x^2] over the calibration tokens [K] and the mean square of the
     site's weights [rows, K]."""
     return _balance(input_squares.double().sqrt(), weights.double().square().mean(dim=0).sqrt(), alpha)
 
@@ -36,10 +36,10 @@ def _balance(of_inputs: Tensor, of_weights: Tensor, alpha: float) -> Tensor:
 
 
 def equal_over_groups(scales: Tensor, value_heads: int, head_dim: int, by: SmoothingBy = "maxima") -> Tensor:
-    """Scales [heads * head_dim] made equal over the query heads that read one value head, by their maximum; those of
-    moments by their geometric mean.
+    """Scales [heads * head_dim] made equal over the query heads that read one value head: by their maximum, or for
+    "moments" by their geometric mean.
 
-    Query head h reads value head h // (heads / value_heads), so channels of one group lie together.
+    Query head h reads value head h // (heads / value_heads), so the channels of a group are adjacent.
     """
     grouped = scales.view(value_heads, -1, head_dim)
     one = grouped.amax(dim=1, keepdim=True) if by == "maxima" else grouped.log().mean(dim=1, keepdim=True).exp()
@@ -47,5 +47,5 @@ def equal_over_groups(scales: Tensor, value_heads: int, head_dim: int, by: Smoot
 
 
 def per_value_row(scales: Tensor, value_heads: int, head_dim: int) -> Tensor:
-    """The scales that `equal_over_groups` made, one for each row of v_proj: [value_heads * head_dim]."""
+    """The scales of `equal_over_groups`, one for each row of v_proj: [value_heads * head_dim]."""
     return torch.clone(scales.view(value_heads, -1, head_dim)[:, 0]).flatten()

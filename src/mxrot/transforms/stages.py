@@ -1,8 +1,8 @@
-"""What an input transform is made of: a short tuple of stages, each an invertible matrix T on row vectors.
+"""The stages of an input transform, a short tuple. Each is an invertible matrix T on row vectors.
 
-The inputs are multiplied by one stage after the other, the weights that read them by their inverse transposes
-(x' = x T, W' = W T^-T), so that exactly x' W'^T = x W^T. A `StageSpec` says what a stage is, without tensors:
-what a recipe promises and config.json holds. A stage has tensors, in float64; a checkpoint, what `Stage.stored` gives.
+The inputs are multiplied by one stage after the other, and the weights that read them by the inverse transposes
+(x' = x T, W' = W T^-T), so that exactly x' W'^T = x W^T. A `StageSpec` describes a stage without tensors; recipes and
+config.json use it. A stage has tensors in float64. A checkpoint has those of `Stage.stored`.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from mxrot.typed import check_fields
 Sharing = Literal["site", "block"]
 
 STORED_DTYPE = torch.bfloat16
-"""The type that a checkpoint keeps sqrt(B) T in, and that runtimes apply T in."""
+"""The type in which a checkpoint stores sqrt(B) T, and in which runtimes apply T."""
 
 LARGEST_CONDITION = 1e10
-"""Of a stored matrix; one that rounding has made singular has about 1e16 in float64."""
+"""The largest condition number of a stored matrix. Rounding that makes it singular gives about 1e16 in float64."""
 
 StoredTensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shapes and types by name."""
 
 
 SPECS: dict[str, type[StageSpec]] = {}
-"""Every kind of stage that a checkpoint may name: the subclasses of `StageSpec`."""
+"""Every kind of stage that a checkpoint may contain: the subclasses of `StageSpec`."""
 
 
 @dataclass(frozen=True)
 class StageSpec(ABC):
-    """What a stage is, for inputs of any width; fields are plain values."""
+    """The description of a stage, for inputs of any width. Its fields are plain values."""
 
     kind: ClassVar[str]
     names: ClassVar[tuple[str, ...]] = ()
-    """Of its tensors in a checkpoint."""
+    """The names of its tensors in a checkpoint."""
 
     def __init_subclass__(cls) -> None:
         SPECS[cls.kind] = cls
@@ -52,28 +52,28 @@ class StageSpec(ABC):
 
     @property
     def multiple(self) -> int:
-        """Widths that it takes are multiples of this."""
+        """The width must be a multiple of this."""
         return 1
 
     def check(self, width: int) -> None:
-        """ConfigError unless there is such a stage for inputs of `width` channels."""
+        """Raise ConfigError if no such stage exists for inputs of `width` channels."""
         if width % self.multiple:
             raise ConfigError(f"stage {self.kind}: {width} channels are not a multiple of {self.multiple}")
 
     @abstractmethod
     def tensors(self, width: int) -> StoredTensors:
-        """What a checkpoint holds of one for `width` channels, by `names`; ConfigError as of `check`."""
+        """The tensors in a checkpoint for `width` channels, by `names`. ConfigError as for `check`."""
 
     @abstractmethod
     def stage(self, stored: Mapping[str, Tensor]) -> Stage:
-        """The stage as runtimes apply it, from what a checkpoint holds."""
+        """The stage as runtimes apply it, from the tensors of a checkpoint."""
 
     def problem(self, stored: Mapping[str, Tensor]) -> str | None:
-        """What is wrong with tensors of the right shapes and types; None where nothing is."""
+        """The problem of tensors with the right shapes and types; None if they are valid."""
         return None
 
     def to_table(self) -> dict[str, Any]:
-        """For JSON; `spec_from_table` reads it."""
+        """A JSON table, which `spec_from_table` reads."""
         return {"kind": self.kind, **asdict(self)}
 
 
@@ -86,7 +86,7 @@ class Stage(ABC):
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
-        """x T along the last dimension; float64 input in float64, all others in float32."""
+        """x T along the last dimension; float64 for float64 input, else float32."""
 
     @abstractmethod
     def fold(self, weight: Tensor) -> Tensor:
@@ -94,29 +94,29 @@ class Stage(ABC):
 
     @abstractmethod
     def stored(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, by the names of `StageSpec.tensors`."""
+        """The tensors for a checkpoint, by the names of `StageSpec.tensors`."""
 
     @property
     def is_finite(self) -> bool:
-        """Are all numbers of it and of its inverse finite?"""
+        """True if all its numbers and those of its inverse are finite."""
         return True
 
     def as_applied(self) -> Stage:
-        """This stage after the rounding of a checkpoint: fold weights against this one."""
+        """This stage after the rounding of a checkpoint. Weights are folded against this one."""
         return self.spec.stage(self.stored())
 
 
 @dataclass(frozen=True)
 class BlockDiagonalSpec(StageSpec):
-    """A matrix for each block of channels."""
+    """One matrix for each block of channels."""
 
     kind = "block-diagonal"
     names = ("weight",)
 
     block: int = 32
-    """Channels that one matrix mixes, B."""
+    """The channels that one matrix mixes, B."""
     sharing: Sharing = "site"
-    """One matrix for all blocks, or one each."""
+    """One matrix for all blocks, or one for each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,7 +128,7 @@ class BlockDiagonalSpec(StageSpec):
         return self.block
 
     def tensors(self, width: int) -> StoredTensors:
-        """sqrt(B) T: [B, B] where one matrix serves all blocks or there is one block, else [G, B, B]."""
+        """sqrt(B) T: [B, B] if one matrix serves all blocks or there is one block, else [G, B, B]."""
         self.check(width)
         one, groups = (self.block, self.block), width // self.block
         return {"weight": ((groups, *one) if self.sharing == "block" and groups > 1 else one, STORED_DTYPE)}
@@ -157,7 +157,7 @@ class BlockDiagonal(Stage):
 
     @staticmethod
     def diagonal(values: Tensor, block: int) -> BlockDiagonal:
-        """x_j -> x_j * values_j; `values` [K] with K a multiple of `block`."""
+        """x_j -> x_j * values_j, for `values` [K] with K a multiple of `block`."""
         return BlockDiagonal(torch.diag_embed(values.double().unflatten(0, (-1, block))))
 
     @property
@@ -170,7 +170,7 @@ class BlockDiagonal(Stage):
 
     @cached_property
     def inverse_transposes(self) -> Tensor:
-        """T^-T, float64, shape of `matrices`."""
+        """T^-T, float64, in the shape of `matrices`."""
         return torch.linalg.inv(self.matrices).transpose(-1, -2)
 
     @property
@@ -192,13 +192,13 @@ class BlockDiagonal(Stage):
         return {"weight": self.to_stored()}
 
     def to_stored(self) -> Tensor:
-        """bf16(sqrt(B) T), [B, B] where all blocks share T, else [G, B, B]."""
+        """bf16(sqrt(B) T): [B, B] if all blocks share T, else [G, B, B]."""
         stored = (self.matrices * math.sqrt(self.block)).to(STORED_DTYPE)
         return stored[0] if stored.shape[0] == 1 else stored
 
     @staticmethod
     def from_stored(stored: Tensor) -> BlockDiagonal:
-        """What a runtime applies: bf16(stored / sqrt(B)), the division in float32, as float64."""
+        """The stage that a runtime applies: bf16(stored / sqrt(B)), with the division in float32, as float64."""
         effective = _opaquely_applied(stored) if torch.compiler.is_compiling() else _applied(stored)
         return BlockDiagonal(effective if effective.dim() == 3 else effective[None])
 
@@ -212,7 +212,7 @@ def _applied(stored: Tensor) -> Tensor:
 
 @torch.library.custom_op("mxrot::applied_blocks", mutates_args=())
 def _opaquely_applied(stored: Tensor) -> Tensor:
-    """The same as one operation for compilers, which leave out a rounding that they can see."""
+    """The same, as one opaque operation: compilers omit a rounding that they can see."""
     return _applied(stored).contiguous()
 
 
@@ -223,7 +223,7 @@ def _applied_shape(stored: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PermutationSpec(StageSpec):
-    """Channels in another order."""
+    """A permutation of the channels."""
 
     kind = "permutation"
     names = ("order",)
@@ -242,7 +242,7 @@ class PermutationSpec(StageSpec):
 
 @dataclass(frozen=True, eq=False)
 class Permutation(Stage):
-    """x'_j = x_order(j): a matrix of 0 and 1, which is its own inverse transpose. No number changes."""
+    """x'_j = x_order(j): a matrix of 0 and 1, its own inverse transpose. No number changes."""
 
     order: Tensor
     """int64 [K]."""
@@ -262,7 +262,7 @@ class Permutation(Stage):
 
 
 def spec_from_table(table: Mapping[str, Any]) -> StageSpec:
-    """The spec that `StageSpec.to_table` wrote; ConfigError names what is wrong with it."""
+    """The spec that `StageSpec.to_table` wrote. ConfigError names the problem if it is invalid."""
     values = dict(table)
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in SPECS:
@@ -282,5 +282,5 @@ def apply_matrices(x: Tensor, matrices: Tensor) -> Tensor:
 
 
 def working_type(x: Tensor) -> torch.dtype:
-    """What stages compute in: float64 for float64, else float32."""
+    """The type in which stages compute: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""What is learned by gradient: rotations before quantizing; rounding, transforms and levels after the closed form."""
+"""Training by gradient: rotations before quantizing; rounding, transforms and levels after the closed form."""
 
 from mxrot.tuning.levels import gains_of
 from mxrot.tuning.loop import Check, TuningCheckpoint

@@ -1,14 +1,14 @@
-"""Gradient steps from one orthogonal matrix to another (Cayley SGD: Li, Fuxin and Todorovic, arXiv 2002.01113, section
-4; as SpinQuant takes it, 2405.16406, section 3.2).
+"""Gradient steps on orthogonal matrices (Cayley SGD: Li, Fuxin and Todorovic, arXiv 2002.01113, section 4; as used by
+SpinQuant, 2405.16406, section 3.2).
 
 With G the gradient for R and What = G R^T - (1/2) R (R^T G R^T), the skew matrix A = What - What^T gives the curve
-    R(s) = (I + (s/2) A)^-1 (I - (s/2) A) R,
-which stays orthogonal and along which the loss falls by s |A|^2 at first (Frobenius). Square matrices have
-R R^T = I, so that What = (1/2) G R^T, which is what is computed here.
+    R(s) = (I + (s/2) A)^-1 (I - (s/2) A) R.
+It stays orthogonal, and the loss along it falls by s |A|^2 at first (Frobenius). Square matrices have R R^T = I, so
+What = (1/2) G R^T, which is computed here.
 
-The inverse is not taken: R(s) is the fixed point of Y = R - (s/2) A (R + Y), and with s at most 1 / |A|_1 each round
-halves the distance to it at least. What is left of it would add up over the steps, so each ends with Q of a QR
-decomposition, which the paper's code does at random in one step of a hundred.
+The inverse is not computed: R(s) is the fixed point of Y = R - (s/2) A (R + Y). With s at most 1 / |A|_1, each round at
+least halves the distance to it. The remaining distance would add up over the steps, so each step ends with Q of a QR
+decomposition. The paper's code does this at random in one step of a hundred.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from mxrot.transforms.base import orthonormalized
 
 ROUNDS = 5
-"""Of the fixed-point iteration."""
+"""The rounds of the fixed-point iteration."""
 
 
 def cayley_step(matrices: Tensor, gradients: Tensor, rate: float) -> Tensor:
-    """Orthogonal matrices after a step down these gradients, float64 [n, D, D] all; the step of each is
+    """Orthogonal matrices after a step against these gradients, all float64 [n, D, D]. The step of each is
     min(rate, 1 / |A|_1)."""
     A = skew_direction(matrices, gradients)
     steps = step_sizes(A, rate)
@@ -36,7 +36,7 @@ def skew_direction(matrices: Tensor, gradients: Tensor) -> Tensor:
 
 
 def step_sizes(A: Tensor, rate: float) -> Tensor:
-    """[n], of skew matrices [n, D, D]; |A|_1 is the largest sum of a column."""
+    """The steps [n] for skew matrices [n, D, D]; |A|_1 is the largest absolute column sum."""
     return A.abs().sum(dim=-2).amax(dim=-1).reciprocal().clamp(max=rate)
 
 

@@ -1,14 +1,14 @@
 """Learned weight clipping (OmniQuant, arXiv 2308.13137, section 3.2; DuQuant, arXiv 2406.01721, calls it LWC).
 
-Each block of weights, a whole output channel where a format has such blocks, has two parameters: its largest and its
+Each block of weights (a whole output channel in formats with such blocks) has two parameters. Its largest and its
 smallest element are multiplied by their sigmoids before the rule chooses the scale,
 
     high = sigmoid(upper) max(W, 0)        low = sigmoid(lower) min(W, 0)
 
-and the weights are rounded to nearest under it, in every forward pass as a checkpoint will hold them. Both start at
-sigmoid(4) = 0.982. The gradient is straight-through: that of the rounding, of the zero point's and of the scale's own
-type are 1. With s the scale, an element inside the range moves by (Q(w) - w) / s for each unit of s, one outside goes
-with the end where it lies. Weights themselves do not move.
+and the weights are rounded to nearest under that scale, in every forward pass, as a checkpoint will hold them. Both
+start at sigmoid(4) = 0.982. The gradient is straight-through: the derivatives of the rounding of elements, zero point
+and scale are 1. With s the scale, an element inside the range moves by (Q(w) - w) / s per unit of s. An element outside
+moves with the end on its side. The weights themselves do not move.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from mxrot.tuning.loop import Group
 from mxrot.tuning.tunable import TunableInputs
 
 START = 4.0
-"""Of both parameters of a block, before the sigmoid."""
+"""The start of both parameters of a block, before the sigmoid."""
 
 
 def chosen_scales(low: Tensor, high: Tensor, quantizer: TensorQuantizer) -> BlockScales:
-    """The scales of blocks whose smallest and largest elements are `low` and `high` [..., G]: a rule that sees
-    extremes only sees no difference to a block of two."""
+    """The scales of blocks whose smallest and largest elements are `low` and `high` [..., G]. A rule that sees only
+    extremes gives the same scale for a block of these two."""
     found = choose_parts(torch.stack([low, high], dim=-1), quantizer.format, quantizer.rule)
     assert isinstance(found, BlockScales)
     return found
 
 
 class RoundClipped(torch.autograd.Function):
-    """Blocks rounded to nearest under the scales of given ends, with the gradient for the ends."""
+    """Blocks rounded to nearest under the scales of given ends, with gradients for the ends."""
 
     @staticmethod
     def forward(ctx: Any, low: Tensor, high: Tensor, blocks: Tensor, quantizer: TensorQuantizer) -> Tensor:
-        """`low` and `high` [N, G], `blocks` [N, G, B], float32; the values, of the shape of `blocks`."""
+        """`low` and `high` [N, G] and `blocks` [N, G, B], float32. Returns the values, in the shape of `blocks`."""
         scales = chosen_scales(low, high, quantizer)
         rounded = round_blocks(blocks, scales, quantizer.format)
         ctx.quantizer = quantizer
@@ -66,19 +66,18 @@ class RoundClipped(torch.autograd.Function):
         over = torch.where(is_over, gradient, 0.0).sum(dim=-1)
         under = torch.where(is_under, gradient, 0.0).sum(dim=-1)
         if zeros:
-            # s = (high - low) / max; what saturates lies at high or at low, but for the rounding of the zero point.
+            # s = (high - low) / max. Saturated elements lie at high or low, except for the rounding of the zero point.
             lost = torch.where(scale > 0, -low / scale - zero.squeeze(-1), 0.0)
             share = (of_scale + lost * (over + under)) / element.max
             return under - share, over + share, None, None
-        # s = max(high, -low) / max; what saturates lies at s max or at -s max.
+        # s = max(high, -low) / max. Saturated elements lie at s max or -s max.
         whole = of_scale / element.max + over - under
         is_high = high >= -low
         return torch.where(is_high, 0.0, -whole), torch.where(is_high, whole, 0.0), None, None
 
 
 def saturating(element: Element) -> tuple[float, float]:
-    """Below the first and beyond the second an element rounds to its last value as if it were not there: half a step
-    beyond it."""
+    """The limits below and above which an element saturates: half a step beyond its last values."""
     values = sorted(value for value in set(element.values) if abs(value) <= element.max)
     top = element.max + (values[-1] - values[-2]) / 2
     return (-top if element.is_signed else values[0] - (values[1] - values[0]) / 2), top
@@ -89,7 +88,7 @@ def _zero_points(scales: BlockScales) -> list[Tensor]:
 
 
 class ClippedLinear(nn.Module):
-    """A quantized linear whose scales may move between those of its ends and of nothing."""
+    """A quantized linear whose scales can move between those of its full ends and zero."""
 
     def __init__(self, linear: QuantLinear, inputs: TunableInputs) -> None:
         super().__init__()
@@ -116,14 +115,14 @@ class ClippedLinear(nn.Module):
         return rounded.flatten(-2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N]; the product is bfloat16 where autocast says so."""
+        """[..., K] to [..., N]. The product is bfloat16 under autocast."""
         quantized, _ = self._inputs[0](x)
         product = nn.functional.linear(quantized.to(torch.float32), self.weight())
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
     @torch.no_grad()
     def finished(self) -> QuantLinear:
-        """The linear with the codes and scales that the learned ends give."""
+        """The quantized linear with the codes and scales of the learned ends."""
         linear = self._linear[0]
         scales = chosen_scales(*self.ends(), self.quantizer)
         linear.set_weight(encode_blocks(self.blocks, scales, self.quantizer.format))
@@ -133,16 +132,16 @@ class ClippedLinear(nn.Module):
 
 @dataclass(frozen=True)
 class ClippedBlock:
-    """A decoder block whose weights' ends are learned for now."""
+    """A decoder block while the ends of its weights are learned."""
 
     block: nn.Module
     inputs: tuple[TunableInputs, ...]
     linears: dict[str, ClippedLinear]
-    """By their names in the block."""
+    """The linears by their names in the block."""
 
     @staticmethod
     def of(block: nn.Module, sites: Sequence[Site]) -> ClippedBlock:
-        """Put clipped linears in the place of quantized ones."""
+        """Replace the quantized linears by clipped ones."""
         inputs, linears = [], {}
         for site in sites:
             own = TunableInputs.of(block, site)
@@ -162,20 +161,20 @@ class ClippedBlock:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Of the weights [N, K]."""
+        """The shapes of the weights [N, K]."""
         blocks = [linear.blocks for linear in self.linears.values()]
         return [(own.shape[0], own.shape[1] * own.shape[2]) for own in blocks]
 
     def begin(self) -> None:
-        """Before a pass: nothing."""
+        """Called before a pass: nothing to do."""
 
     def settle(self) -> None:
-        """After parameters have changed: no graph kept."""
+        """Called after parameters have changed: free the graph."""
         for inputs in self.inputs:
             inputs.forget()
 
     def finish(self) -> None:
-        """Put quantized linears back."""
+        """Put the quantized linears back."""
         self.settle()
         for name, linear in self.linears.items():
             self.block.set_submodule(name, linear.finished())

@@ -1,7 +1,7 @@
-"""Gains of norms while they are learned: relative to what they were, rounded in every pass to what is stored.
+"""Gains of norms while they are learned: relative to their start, and rounded in every pass to the stored type.
 
-A gain that is multiplied by 1 + c has c as its parameter, so that one learning rate fits large and small ones; where a
-norm multiplies by 1 + its weight, it is the whole that is multiplied.
+A gain multiplied by 1 + c has c as its parameter, so that one learning rate fits large and small gains. If a norm
+multiplies by 1 + its weight, the whole factor is multiplied.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from mxrot.tuning.straight_through import PassThrough
 
 
 class LearnedVector(nn.Module):
-    """A vector x = x_0 + u c with c learned from 0 on, as its type holds it."""
+    """A vector x = x_0 + u c in its stored type, with c learned from 0 on."""
 
     def __init__(self, start: Tensor, unit: Tensor, dtype: torch.dtype) -> None:
-        """`start` x_0 and `unit` u, both float32 [K]; `dtype` is that of a checkpoint."""
+        """`start` x_0 and `unit` u, both float32 [K]; `dtype` is the type in a checkpoint."""
         super().__init__()
         self.start: Tensor
         self.unit: Tensor
@@ -35,7 +35,7 @@ class LearnedVector(nn.Module):
 
 
 class LearnedGain(nn.Module):
-    """The gain of a norm, which has the learned one in the place of its weight."""
+    """The gain of a norm, whose weight is replaced by the learned one."""
 
     def __init__(self, norm: nn.Module, adds_one: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -48,16 +48,16 @@ class LearnedGain(nn.Module):
         norm.weight = start
 
     def begin(self) -> None:
-        """Before a pass, in its graph."""
+        """Called before a pass, within its graph."""
         self._norm[0].weight = self.vector.value()
 
     def settle(self) -> None:
-        """After the parameter has changed: no graph kept."""
+        """Called after the parameter has changed: free the graph."""
         self._norm[0].weight = self.vector.start
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Give the norm what was learned as its weight."""
+        """Set the learned gain as the norm's weight."""
         (norm,) = self._norm
         del norm.weight
         norm.weight = nn.Parameter(self.vector.value(), requires_grad=False)
@@ -66,9 +66,9 @@ class LearnedGain(nn.Module):
 def learned_gains(
     module: nn.Module, prefix: str, adds_one: bool, rounding_type: Callable[[str], torch.dtype]
 ) -> list[LearnedGain]:
-    """Those of all norms in a module, or of the module itself, whose full name is `prefix`.
+    """The gains of all norms in a module, or of the module itself, whose full name is `prefix`.
 
-    `rounding_type` gives the type of a tensor by its full name; `adds_one`: these norms multiply by 1 + their weight.
+    `rounding_type` gives the type of a tensor by its full name. `adds_one`: these norms multiply by 1 + their weight.
     """
     found = []
     for name, one in list(module.named_modules(prefix=prefix)):

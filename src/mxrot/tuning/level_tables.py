@@ -1,19 +1,19 @@
-"""The learned partition of two-bit blocks: where each is clipped, cut into four, and which four values it has.
+"""The learned partition of two-bit blocks: the clip, the three boundaries and the four values of each block.
 
-RCP (arXiv 2502.15779) learns a non-uniform partition of the two-bit grid with the clipping. Its body and its code were
-not to be had; this is our derivation. Of a block with smallest element min and largest max, both taken once,
+RCP (arXiv 2502.15779) learns a non-uniform partition of the two-bit grid together with the clip. Its text and code were
+not available; this is our derivation. For a block with smallest element min and largest max, both taken once,
 
     low = s(lower) min      high = s(upper) max                           s the sigmoid
     t1 = s(a1)     t2 = t1 + (1 - t1) s(a2)     t3 = t2 + (1 - t2) s(a3)  the boundaries, from 0 at low to 1 at high
     c1 = s(b1)     c2 = c1 + (1 - c1) s(b2)                               the inner levels; the outer ones are 0 and 1
 
-so boundaries and levels stay in order whatever is learned. All seven numbers of a block start where the rounding before
-has left its levels, with boundaries in the middle between them: at equally spaced ones s(a) is 1/6, 2/5, 2/3 and s(b)
-1/3, 1/2, which is clipped asymmetric INT2. Levels go through the types that they are stored in, in every forward pass,
-with the gradient passing unchanged. (Where 0 does not lie between the two inner levels of a block, its ends are taken
-from the nearer of these instead, so that a block of one sign can be clipped, too.)
+so boundaries and levels stay in order whatever is learned. All seven numbers of a block start at the levels of the
+earlier rounding, with boundaries halfway between them. At equally spaced levels s(a) is 1/6, 2/5, 2/3 and s(b) 1/3,
+1/2, which is clipped asymmetric INT2. In every forward pass, levels go through their stored types, and the gradient
+passes unchanged. (If 0 does not lie between the two inner levels of a block, its ends are taken from the nearer of
+these instead, so that a block of one sign can also be clipped.)
 
-The numbers of all blocks of a network lie in one tensor each: what they become is a few operations for all weights.
+The numbers of all blocks of a network lie in one tensor each, so a few operations compute those of all weights.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from mxrot.tuning.loop import Group
 from mxrot.tuning.straight_through import PassThrough
 
 ROOM = 1e-3
-"""How near a sigmoid starts to 0 and to 1 at most."""
+"""The least distance of a sigmoid from 0 and 1 at the start."""
 
 
 class LevelTables(nn.Module):
-    """Of so many blocks of weights at once."""
+    """The level tables of many blocks of weights at once."""
 
     def __init__(self, weights: Sequence[Tensor], levels: Sequence[Tensor], is_spaced: bool) -> None:
-        """From float32 `weights` [G, B] of each linear and the `levels` [G, 4] that their blocks have."""
+        """From float32 `weights` [G, B] of each linear and the `levels` [G, 4] of their blocks."""
         super().__init__()
         self.counts = [len(one) for one in levels]
         self.is_spaced = is_spaced
         start = torch.cat(list(levels)).t()
         span = start[-1] - start[0]
         span = torch.where(span > 0, span, 1)
-        room = 1 + 2 * ROOM  # a level at the very end of its block can be had, too
+        room = 1 + 2 * ROOM  # so that a level at the very end of its block is possible, too
         middle = torch.clamp(torch.zeros_like(span), start[1], start[2])
         smallest, largest = (torch.cat([end(one, dim=-1) for one in weights]) for end in (torch.amin, torch.amax))
         buffers = {
@@ -56,7 +56,7 @@ class LevelTables(nn.Module):
         }
         self.unit: Tensor
         self.middle: Tensor
-        """What the ends are taken from: 0, nearly everywhere."""
+        """The origin of the ends: 0 for nearly all blocks."""
         self.smallest: Tensor
         self.largest: Tensor
         for name, value in buffers.items():
@@ -68,7 +68,7 @@ class LevelTables(nn.Module):
         self.inner = nn.Parameter(_chained((start[1:-1] - start[0]) / span), requires_grad=not is_spaced)
 
     def groups(self, options: Tuning) -> list[Group]:
-        """What is learned at which rate; what has none is left as it is."""
+        """The parameters with their rates. Those without a rate stay fixed."""
         rates = (
             (self.ends, options.clip_rate),
             (self.boundaries, options.boundary_rate),
@@ -87,18 +87,18 @@ class LevelTables(nn.Module):
         return torch.stack([low, *(low + span * share for share in _shares(self.inner)), high], dim=-1)
 
     def values(self) -> Tensor:
-        """The levels as they are stored, float32 [G, 4]; gradients are those of the real ones."""
+        """The levels as they are stored, float32 [G, 4], with the gradients of the real ones."""
         return PassThrough.apply(self.real_levels(), partial(_as_stored, is_spaced=self.is_spaced))
 
     def edges(self) -> Tensor:
-        """Low, the three boundaries and high of all blocks, in units of each, float32 [G, 5]."""
+        """Low, the three boundaries and high of all blocks, in units of each block, float32 [G, 5]."""
         low, high = (end / self.unit for end in self._clipped())
         span = high - low
         shares = _shares(self.boundaries) if not self.is_spaced else (1 / 6, 1 / 2, 5 / 6)
         return torch.stack([low, *(low + span * share for share in shares), high], dim=-1)
 
     def stored(self) -> NamedParts:
-        """Scales and levels of all blocks."""
+        """The scales and levels of all blocks."""
         return stored_levels(self.real_levels(), self.is_spaced)
 
     def _clipped(self) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def _as_stored(levels: Tensor, is_spaced: bool) -> Tensor:
 
 
 def _shares(chain: Tensor) -> list[Tensor]:
-    """Ascending numbers from 0 to 1: each goes on from the one before, the sigmoid of its own of the way to 1."""
+    """Ascending numbers from 0 to 1. Each covers the share of the remaining way to 1 that its sigmoid gives."""
     left, found = None, []
     for rest in torch.sigmoid(-chain):  # 1 - s
         left = rest if left is None else left * rest
@@ -120,7 +120,7 @@ def _shares(chain: Tensor) -> list[Tensor]:
 
 
 def _chained(shares: Tensor) -> Tensor:
-    """The inverse of `_shares`, with a little room where two are equal."""
+    """The inverse of `_shares`, with a small gap where two are equal."""
     before = torch.cat([torch.zeros_like(shares[:1]), shares[:-1]])
     return _logits((shares - before) / (1 - before).clamp(min=ROOM))
 
@@ -130,5 +130,5 @@ def _logits(shares: Tensor) -> Tensor:
 
 
 def _over(end: Tensor, whole: Tensor) -> Tensor:
-    """What part of its block's extreme an end is; half of nothing."""
+    """An end as a share of its block's extreme; 1/2 if that is 0."""
     return torch.where(whole != 0, end / torch.where(whole != 0, whole, 1), 0.5)

@@ -1,15 +1,15 @@
 """Two-bit weights while they are learned: the weights themselves, and the partition of their blocks.
 
-A weight is kept in steps of its block (a third of the span of the levels at the start), so that one rate means the same
-everywhere, and is looked up in every forward pass: which boundaries it exceeds says which level it has. Gradients, from
-that of the looked-up weight:
+A weight is kept in steps of its block (a third of the span of the levels at the start), so that one rate has the same
+effect everywhere. It is looked up in every forward pass: the boundaries that it exceeds determine its level. Gradients,
+from that of the looked-up weight:
 
-- a weight between the ends of its block has it unchanged (straight-through), one beyond them has none;
-- a level has the sum of those of its members, which is its true gradient;
+- a weight between the ends of its block has the same gradient (straight-through), one beyond them has none;
+- a level has the sum of the gradients of its members, which is its true gradient;
 - a boundary has a windowed surrogate, since its true gradient is zero almost everywhere: when it moves up by a small d,
-  the weights within d of it fall to the level below. Those within WINDOW are counted for them, times d / (2 WINDOW).
+  the weights within d of it fall to the level below. Those within WINDOW are counted instead, times d / (2 WINDOW).
 
-Inputs are quantized with gradients straight-through.
+Inputs are quantized with straight-through gradients.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from mxrot.tuning.loop import Group
 from mxrot.tuning.straight_inputs import StraightInputs, product_type
 
 WINDOW = 0.25
-"""How far from a boundary a weight counts for its gradient, in steps of the block."""
+"""The distance from a boundary within which weights count for its gradient, in steps of the block."""
 
 
 def codes_under(weights: Tensor, edges: Tensor) -> Tensor:
-    """How many of the three boundaries in `edges` [G, 5] each of `weights` [G, B] exceeds: int64."""
+    """The number of the three boundaries in `edges` [G, 5] that each of `weights` [G, B] exceeds: int64."""
     return torch.searchsorted(edges[:, 1:-1].contiguous(), weights)
 
 
 class LookUp(torch.autograd.Function):
-    """The levels of weights, with gradients for both and for the boundaries."""
+    """The levels of weights, with gradients for weights, levels and boundaries."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, edges: Tensor, values: Tensor, unit: Tensor) -> Tensor:
-        """`weights` [G, B] and `edges` [G, 5] in units [G]; `values` [G, 4] of any type; that type, [G, B]."""
+        """`weights` [G, B] and `edges` [G, 5] are in units [G]; `values` [G, 4] may have any type. Returns [G, B] in
+        that type."""
         ctx.save_for_backward(weights, edges, values, unit)
         return values.gather(-1, codes_under(weights, edges))
 
@@ -75,7 +76,7 @@ class LevelsLinear(nn.Module):
         weight = linear.qtensor().dequantize()
         if linear.remainder is not None:
             weight = weight + linear.remainder.to(weight)
-            linear.remainder = None  # its memory
+            linear.remainder = None  # frees its memory
         self.shape, self.bias = weight.shape, linear.bias
         self.weights = nn.Parameter(as_blocks(weight, linear.weights.format, "weight").flatten(0, 1))
         self.edges: Tensor | None = None
@@ -85,7 +86,7 @@ class LevelsLinear(nn.Module):
         self._linear = (linear,)
 
     def start_levels(self) -> Tensor:
-        """Those that rounding has chosen, float32 [G, 4]."""
+        """The levels chosen by rounding, float32 [G, 4]."""
         return level_values(self._linear[0].qtensor().parts, torch.float32).flatten(0, 1)
 
     def weight(self) -> Tensor:
@@ -101,7 +102,7 @@ class LevelsLinear(nn.Module):
 
     @torch.no_grad()
     def finished(self, edges: Tensor, parts: NamedParts) -> QuantLinear:
-        """The linear with the codes and levels that were learned, which are these."""
+        """The quantized linear with the learned codes and these levels."""
         linear = self._linear[0]
         rows = self.shape[0]
         codes = codes_under(self.weights, edges).to(torch.uint8).view(self.shape)
@@ -111,10 +112,10 @@ class LevelsLinear(nn.Module):
 
 
 class LevelsNetwork:
-    """A network of two-bit linears that are learned for now."""
+    """A network of two-bit linears while they are learned."""
 
     def __init__(self, blocks: Sequence[nn.Module], sites: Callable[[int], Sequence[Site]]) -> None:
-        """Put learned linears in the place of quantized ones; `sites` gives those of a block that are quantized."""
+        """Replace the quantized linears by learned ones. `sites` gives the quantized sites of a block."""
         self.places: list[tuple[nn.Module, str, LevelsLinear]] = []
         self.inputs: list[StraightInputs] = []
         is_spaced = True
@@ -148,7 +149,7 @@ class LevelsNetwork:
             linear.weights.div_(unit[:, None])
 
     def groups(self, options: Tuning) -> list[Group]:
-        """What is learned at which rate; what has none is left as it is."""
+        """The parameters with their rates. Those without a rate stay fixed."""
         if self.tables is None:
             return []
         weights = [linear.weights for _, _, linear in self.places]
@@ -160,7 +161,7 @@ class LevelsNetwork:
         return found + self.tables.groups(options)
 
     def begin(self) -> None:
-        """Before a pass: what boundaries and levels are, for all linears."""
+        """Called before a pass: compute the boundaries and levels of all linears."""
         if self.tables is None:
             return
         with torch.autocast(self.tables.unit.device.type, enabled=False):
@@ -171,7 +172,7 @@ class LevelsNetwork:
             linear.edges, linear.values = piece
 
     def settle(self) -> None:
-        """After parameters have changed: no graph kept."""
+        """Called after parameters have changed: free the graph."""
         for inputs in self.inputs:
             inputs.forget()
         for _, _, linear in self.places:
@@ -179,7 +180,7 @@ class LevelsNetwork:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Put quantized linears back, with the codes and levels that were learned."""
+        """Put the quantized linears back, with the learned codes and levels."""
         self.settle()
         for gain in self.gains:
             gain.requires_grad_(False)

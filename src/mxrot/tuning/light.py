@@ -1,9 +1,9 @@
-"""What is learned while codes stay: numbers of 16 bits that are there anyway and cost nothing at run time.
+"""Training with fixed codes: of 16-bit numbers that exist anyway and cost nothing at run time.
 
-The gains of norms, biases, and the transforms of inputs. Weights are what their codes stand for, made once, and need
-no gradient; a step is cheaper than one that moves rounding, and has few parameters to fit a text with. Inputs are
-quantized with gradients straight-through. Gains after encoding are SandwichQuant's (arXiv 2608.24173), scales of values
-and of the MLP those of HiRes (2609.34680); here they are channel by channel, in the rows of T.
+These are the gains of norms, biases, and the transforms of inputs. Weights are dequantized once, and need no gradient.
+A step is cheaper than one that moves rounding, and has few parameters that could overfit. Inputs are quantized with
+straight-through gradients. Gains after encoding are from SandwichQuant (arXiv 2608.24173), scales of values and of the
+MLP from HiRes (2609.34680). Here they are per channel, in the rows of T.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mxrot.tuning.moving_transform import MovingTransform
 from mxrot.tuning.straight_inputs import StraightInputs, product_type
 
 TypeOf = Callable[[int, str], torch.dtype]
-"""What a tensor of a block is rounded to: by the position of the block, and its name there."""
+"""The type that a tensor of a block is rounded to, by the index of the block and the tensor's name in it."""
 
 
 class FrozenLinear(nn.Module):
-    """A quantized linear whose codes stay."""
+    """A quantized linear with fixed codes."""
 
     def __init__(self, linear: QuantLinear, inputs: StraightInputs, dtype: torch.dtype | None) -> None:
-        """`dtype` is that of the bias, where it has one that is learned."""
+        """`dtype` is the type of the bias, if it has one that is learned."""
         super().__init__()
         weight = linear.qtensor().dequantize()
         self.weight: Tensor
@@ -50,7 +50,7 @@ class FrozenLinear(nn.Module):
 
     @torch.no_grad()
     def finished(self) -> QuantLinear:
-        """The linear with the bias that was learned."""
+        """The quantized linear with the learned bias."""
         (linear,) = self._linear
         if self.learned is not None:
             assert linear.bias is not None
@@ -59,7 +59,7 @@ class FrozenLinear(nn.Module):
 
 
 class LightNetwork:
-    """Decoder blocks of which numbers of 16 bits are learned for now."""
+    """Decoder blocks while their 16-bit numbers are learned."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class LightNetwork:
         type_of: TypeOf,
         options: Tuning,
     ) -> None:
-        """Put frozen linears in the place of quantized ones; `sites` gives those of a block that are quantized."""
+        """Replace the quantized linears by frozen ones. `sites` gives the quantized sites of a block."""
         self.gains = list(gains)
         self.inputs: list[StraightInputs] = []
         self.places: list[tuple[nn.Module, str, FrozenLinear]] = []
@@ -96,7 +96,7 @@ class LightNetwork:
             if options.transform_rate:
                 self.corrections.append(moving.correction)
             if moving.scales is not None:
-                # A norm before the site has a gain for each channel.
+                # A norm before the site already has a gain for each channel.
                 is_learned = options.scale_rate > 0 and (site.norm is None or not self.gains)
                 moving.scales.requires_grad_(is_learned)
                 self.scales += [moving.scales] if is_learned else []
@@ -109,7 +109,7 @@ class LightNetwork:
         return [(linear.weight.shape[0], linear.weight.shape[1]) for _, _, linear in self.places]
 
     def groups(self, options: Tuning) -> list[Group]:
-        """What is learned at which rate."""
+        """The parameters with their rates."""
         biases = [linear.learned.change for _, _, linear in self.places if linear.learned is not None]
         found = [
             Group([gain.vector.change for gain in self.gains], options.norm_rate),
@@ -131,7 +131,7 @@ class LightNetwork:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Put quantized linears back, with what was learned beside them."""
+        """Put the quantized linears back, with what was learned beside them."""
         self.settle()
         for gain in self.gains:
             gain.finish()

@@ -1,4 +1,4 @@
-"""The loop that both paths of tuning share: Adam, a learning rate that falls, and a stop by held-out text."""
+"""The loop that all tuning shares: Adam, a falling learning rate, and early stopping by held-out text."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from mxrot.watching import Watch
 ADAM_EPSILON = 1e-12
 """Far below any gradient: those of many million offsets are 1e-7 or less, for a loss that is a mean over tokens."""
 KEEP_SECONDS = 60.0
-"""Between two looks at which an unfinished run is kept, which is four times as large as the weights in float32."""
+"""The time between two checks at which an unfinished run is stored. It is four times as large as the weights in
+float32."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One look at the losses."""
+    """The losses at one check."""
 
     step: int
     train: float | None
-    """Mean since the look before; None at the start, and where a loss was not finite and tuning ended: that is a look
-    at the parameters it went back to."""
+    """The mean since the check before. None at the start, and after a loss that was not finite ended tuning: then the
+    check is of the restored parameters."""
     held_out: float
 
 
 @dataclass
 class TuningState:
-    """Where a tuning run stands."""
+    """The state of a tuning run."""
 
     step: int = 0
     checks: list[Check] = field(default_factory=list)
@@ -51,7 +52,7 @@ class TuningState:
         return min((check.held_out for check in self.checks), default=math.inf)
 
     def stops(self, patience: int) -> bool:
-        """Were the last `patience` looks no better than one before them?"""
+        """True if the last `patience` checks were no better than an earlier one."""
         if len(self.checks) <= patience:
             return False
         earlier = min(check.held_out for check in self.checks[:-patience])
@@ -59,43 +60,43 @@ class TuningState:
 
 
 class TuningCheckpoint(Protocol):
-    """Keeps an unfinished tuning run, so that it can go on after the process has ended."""
+    """Stores an unfinished tuning run, so that it can be resumed by another process."""
 
     def load(self) -> dict[str, Tensor] | None:
-        """What `save` was given last, or None."""
+        """The tensors saved last, or None."""
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Replace what is kept."""
+        """Replace the stored tensors."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are learned alike."""
+    """Parameters with the same settings."""
 
     parameters: Sequence[nn.Parameter]
     rate: float
-    """Peak learning rate."""
+    """The peak learning rate."""
     decay: float = 0.0
-    """By how much of the way back to its start a parameter is drawn at each step, in learning rates."""
+    """The share of the way back to its start by which a step draws a parameter, in units of the learning rate."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is tuned."""
+    """The problem to tune."""
 
     groups: Sequence[Group]
     backward: Callable[[Tensor], float]
-    """Adds the gradients of the loss on these windows (positions, int64 [n]), and gives the loss."""
+    """Adds the gradients of the loss on these windows (positions, int64 [n]), and returns the loss."""
     held_out_loss: Callable[[], float]
     settle: Callable[[], None]
-    """Runs whenever the parameters have changed."""
+    """Called whenever the parameters have changed."""
     windows: Tensor
-    """Positions of the windows to train on, int64 [n]; one that is in it several times comes that often."""
+    """The positions of the windows to train on, int64 [n]. Repeated positions are used that often."""
     name: str
     are_own: bool = False
-    """Does each of several processes have other windows, `backward` being of its own? By default all have the same."""
+    """True if each process has other windows, and its own `backward`. By default all have the same."""
     rolls_back: bool = False
-    """Where a loss is not finite, end with the best parameters so far; otherwise that is an error."""
+    """If a loss is not finite: True ends with the best parameters so far, False raises an error."""
 
 
 def tune(
@@ -107,12 +108,12 @@ def tune(
     watch: Watch | None = None,
     world: World = ONE,
 ) -> list[Check]:
-    """Minimise; the parameters end at the least held-out loss that was seen, the start included.
+    """Minimize the loss. The parameters end at the least held-out loss that was seen, the start included.
 
     The processes of `world` call this together with the same parameters, and take the same steps, each on its share of
-    the windows. `held_out_loss` is the same in all; the first one alone has a checkpoint. NumericsError with the
-    problem's name if a loss is not finite, unless the problem rolls back. TimeLimitError after a look, once all is
-    kept, if the next one would probably end too late for `watch`.
+    the windows. `held_out_loss` is the same in all; only the first has a checkpoint. NumericsError with the problem's
+    name if a loss is not finite, unless the problem rolls back. TimeLimitError after a check, once everything is
+    stored, if the next one would probably end too late for `watch`.
     """
     parameters = [parameter for group in problem.groups for parameter in group.parameters]
     if not parameters:
@@ -140,7 +141,7 @@ def tune(
     while state.step < options.steps and not state.stops(options.patience):
         for group, settings in zip(problem.groups, optimizer.param_groups, strict=True):
             settings["lr"] = group.rate * rate_factor(state.step, options.steps)
-        optimizer.zero_grad(set_to_none=False)  # a recorded step adds to where the gradients are
+        optimizer.zero_grad(set_to_none=False)  # a recorded step adds to the same gradient tensors
         batch = batches[state.step]
         loss = problem.backward(batch.windows) if len(batch.windows) else 0.0
         losses.append(average(parameters, loss, batch.share, world))
@@ -165,7 +166,7 @@ def tune(
                 tuning_checkpoint.save(_kept(parameters, optimizer, state))
                 kept_at = time.monotonic()
             if is_over:
-                world.count(0)  # the first process has kept the state
+                world.count(0)  # the first process has stored the state
                 raise watch.ending("look", f"step {state.step} of {options.steps} of {problem.name}")
         progress(state.step, options.steps, f"{problem.name}, held-out loss {state.least:.4g}")
     _go_back(parameters, state)
@@ -235,19 +236,19 @@ def _restore(
         parameter.data.copy_(kept[f"{index}.now"])
         state.best.append(kept[f"{index}.best"].to(parameter.device))
         if f"{index}.exp_avg" in kept:
-            # On a CPU and on a GPU (fused) the optimizer counts steps where its parameters are.
+            # On a CPU and on a GPU (fused) the optimizer's step count is on the device of its parameters.
             optimizer.state[parameter] = {key: kept[f"{index}.{key}"].to(parameter.device) for key in keys}
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """While open, operations use their deterministic form; one that has none raises RuntimeError."""
-    # What makes cuBLAS deterministic; it is looked at when an operation runs.
+    """While open, operations use their deterministic form. One without such a form raises RuntimeError."""
+    # Makes cuBLAS deterministic. It is read when an operation runs.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     more: Any = torch.utils.deterministic
     fills = more.fill_uninitialized_memory
-    # With only warnings attention would not be deterministic: its backward pass asks for this.
+    # With warnings only, attention would not be deterministic: its backward pass checks this setting.
     torch.use_deterministic_algorithms(True, warn_only=False)
     more.fill_uninitialized_memory = False
     try:

@@ -1,7 +1,7 @@
-"""A transform that moves while the weights behind it stay: T = diag(s) T_0 R, through the bfloat16 of a checkpoint.
+"""A transform that moves while its weights stay: T = diag(s) T_0 R, in the bfloat16 of a checkpoint.
 
-R acts on what is quantized, whose channels are of like size, so one learning rate fits all of it; s on the channels
-that come in, where no norm has a gain for each. Both cost nothing at run time, where T is multiplied anyway.
+R acts on the quantized channels, which have similar sizes, so one learning rate fits all of it. s acts on the input
+channels, if no norm has a gain for each. Neither costs anything at run time, where T is multiplied anyway.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from mxrot.tuning.straight_through import RoundToStored
 
 
 class MovingTransform(nn.Module):
-    """The matrices of a site's last block-diagonal stage, which start as they are."""
+    """The matrices of a site's last block-diagonal stage, starting from their current values."""
 
     def __init__(self, transform: InputTransform, width: int) -> None:
-        """`width` is that of the inputs; one matrix for all blocks can take no scales."""
+        """`width` is that of the inputs. One matrix for all blocks cannot take scales."""
         super().__init__()
         self._transform = (transform,)  # in a tuple, so that it is not registered here
         self.start: Tensor
@@ -36,7 +36,7 @@ class MovingTransform(nn.Module):
         return self.correction.requires_grad or (self.scales is not None and self.scales.requires_grad)
 
     def matrices(self) -> Tensor:
-        """T as a checkpoint will hold it, float32 [1 | G, B, B]."""
+        """The matrices T as a checkpoint will hold them, float32 [1 | G, B, B]."""
         if not self.moves:
             return self.start
         with torch.autocast(self.start.device.type, enabled=False):
@@ -46,7 +46,7 @@ class MovingTransform(nn.Module):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Give the transform the matrices that were learned."""
+        """Set the learned matrices in the transform."""
         found = self.matrices()
         if not torch.equal(found, self.start):
             self._transform[0].weight.data = BlockDiagonal(found.double()).to_stored()

@@ -1,8 +1,9 @@
 """Distillation of the whole network: the divergence of the logits, through all decoder blocks at once.
 
-That is KL(original || quantized), or with its reverse b KL(quantized || original) + (1 - b) KL(original || quantized),
-b the mean probability that the original gives the tokens of the text (RCP, arXiv 2502.15779, has it from
-BitDistiller, 2402.10631): where it is sure of itself, what it finds likely counts, and else all of what it says.
+The loss is KL(original || quantized) or, with its reverse, b KL(quantized || original) + (1 - b) KL(original ||
+quantized). b is the mean probability that the original gives the tokens of the text (RCP, arXiv 2502.15779, has it from
+BitDistiller, 2402.10631). If the original is confident, its likely tokens count most; otherwise its whole distribution
+counts.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from mxrot.tuning.tuned_network import TunedNetwork, tuned_network
 from mxrot.watching import Watch
 
 LOGIT_TOKENS = 2048
-"""Positions whose logits exist at once."""
+"""The number of positions whose logits exist at once."""
 CHECKPOINT_BYTES = 40e9
-"""Activations above this (estimated) are computed again in the backward pass."""
+"""Above this estimate of their size, activations are recomputed in the backward pass."""
 PROBED_WINDOWS = 32
-"""Windows to train on in which the original is asked how probable the text is."""
+"""The number of training windows on which the original's probability of the text is measured."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A model without its embedding: blocks, final norm and head, on hidden states of one batch."""
+    """A model without its embedding: blocks, final norm and head, applied to hidden states of one batch."""
 
     model: PreTrainedModel
     family: Family
@@ -62,7 +63,7 @@ class Network:
         return normed.flatten(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of such states, [tokens, vocabulary]."""
+        """The logits of such states, [tokens, vocabulary]."""
         return logits_of(self.model, hidden)
 
 
@@ -84,8 +85,8 @@ def tune_network(
     """Tune `model`, quantized and on its device, towards `original` on token windows [W, T]; in place.
 
     The processes of `world` call this together with equal models and windows, and take a part of each batch. The first
-    `given` windows are text, the others were written by a model. `active_sites` gives those of a block that are
-    quantized, `rounding_type` what a tensor is rounded to, by its full name.
+    `given` windows are text, the others were written by a model. `active_sites` gives the quantized sites of a block,
+    `rounding_type` the type that a tensor is rounded to, by its full name.
     """
     device = model.get_submodule(family.embedding).weight.device
     assert isinstance(device, torch.device)
@@ -110,11 +111,11 @@ def tune_network(
     replay = Replays()
 
     def run(step: Callable[..., Tensor], batch: Tensor) -> Tensor:
-        """step(student's and teacher's first hidden states)."""
+        """Call step(student's and teacher's first hidden states)."""
         return replay(step.__name__, step, *(first_hidden(m, family, batch) for m in (model, original)))
 
     def divergence(expected: Tensor, found: Tensor) -> Tensor:
-        """The mean loss in nats a token, for the states [tokens, hidden] of both; float32."""
+        """The mean loss in nats per token, for the states [tokens, hidden] of both; float32."""
         with torch.no_grad():
             wanted = teacher.logits(expected)
         mean: Tensor
@@ -125,7 +126,7 @@ def tune_network(
         return mean
 
     def learn(first: Tensor, wanted: Tensor) -> Tensor:
-        """Adds the gradients of the mean divergence, and gives it."""
+        """Add the gradients of the mean divergence, and return it."""
         with torch.no_grad():
             expected = teacher.forward(wanted)
         tuned.begin()
@@ -174,7 +175,7 @@ def tune_network(
 def _gains(
     model: PreTrainedModel, family: Family, options: Tuning, rounding_type: Callable[[str], torch.dtype]
 ) -> list[LearnedGain]:
-    """Of the norms of all blocks and the last one, where they are learned relative to what they are."""
+    """The gains of the norms of all blocks and of the last one, if they are learned relative to their start."""
     if not options.norm_rate or options.moves == "levels":
         return []
     return [
@@ -185,13 +186,13 @@ def _gains(
 
 
 def lower_precision(device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 matrix products on a GPU; the hidden states stay float32."""
+    """bfloat16 matrix products on a GPU. The hidden states stay float32."""
     return nullcontext() if device.type == "cpu" else torch.autocast(device.type, torch.bfloat16)
 
 
 @torch.no_grad()
 def mean_probability(teacher: Network, windows: Tensor) -> float:
-    """Of the tokens of `windows` [W, T] behind the first of each, as the teacher predicts them; 0 to 1."""
+    """The teacher's mean probability, 0 to 1, of the tokens of `windows` [W, T], except the first of each."""
     total = 0.0
     for window in windows:
         states = teacher.forward(first_hidden(teacher.model, teacher.family, window[None]))[:-1]
@@ -203,7 +204,7 @@ def mean_probability(teacher: Network, windows: Tensor) -> float:
 
 
 def _activation_bytes(model: PreTrainedModel, tuned: TunedNetwork, windows: int, length: int) -> float:
-    """About what a backward pass keeps: each linear's input and output, twice for what lies between them; scores that
-    attention writes out, and the probabilities that they become."""
+    """The approximate bytes kept for a backward pass: each linear's input and output, twice the size for what lies
+    between them, and attention's scores and probabilities if they are written out."""
     scores = model.config.get_text_config().num_hidden_layers * score_heads(model) * length
     return windows * length * 8.0 * (sum(sum(shape) for shape in tuned.shapes) + scores)

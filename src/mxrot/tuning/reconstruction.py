@@ -1,4 +1,4 @@
-"""Block-wise reconstruction: one decoder block on the device, its output made like the original block's."""
+"""Block-wise reconstruction: one decoder block on the device is tuned to the output of the original block."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def tune_block(
     progress: Progress = silent,
     watch: Watch | None = None,
 ) -> list[Check]:
-    """Tune a quantized block in place, that of `executor`, whose full name is `name`.
+    """Tune the quantized block of `executor`, in place. Its full name is `name`.
 
-    The loss is the mean over tokens of |h - h_original|^2 / |h_original|^2 with h the block's output, its inputs
-    coming from the quantized blocks before it, and those of the block of `original` from the original model.
-    `rounding_type` gives what a tensor is rounded to, by its full name. Of several processes each has windows of its
-    own, of which a step takes some of each; all come to the same block.
+    The loss is the mean over tokens of |h - h_original|^2 / |h_original|^2 with h the block's output. Its inputs come
+    from the quantized blocks before it, those of the block of `original` from the original model. `rounding_type` gives
+    the type that a tensor is rounded to, by its full name. Each of several processes has its own windows, and a step
+    takes some from each. All get the same block.
     """
     block, world = executor.block, executor.world
     train, test, held_out = own_split(executor.windows, options.held_out, world)
@@ -98,7 +98,7 @@ def tune_block(
 
 
 def in_type(value: Any, dtype: torch.dtype) -> Any:
-    """Tensors of floating-point types in another one, in dictionaries, lists and tuples too."""
+    """Convert floating-point tensors to another type, in dictionaries, lists and tuples too."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):

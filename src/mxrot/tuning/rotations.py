@@ -1,7 +1,7 @@
-"""Rotations learned on the quantized network's next-token cross entropy (SpinQuant, arXiv 2405.16406, section 3.2).
+"""Rotations trained on the quantized network's next-token cross entropy (SpinQuant, arXiv 2405.16406, section 3.2).
 
-Plain gradient descent over orthogonal matrices by Cayley steps, with a learning rate that falls along a cosine from
-its start to 0. No part of the model is trained, so that nothing is kept but the matrices.
+It is plain gradient descent over orthogonal matrices by Cayley steps. The learning rate falls along a cosine from its
+start to 0. No part of the model is trained, so only the matrices are stored.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from mxrot.tuning.rotated_network import RotatedNetwork
 from mxrot.tuning.shares import window_batches
 
 KEEP_SECONDS = 20.0
-"""Between two steps at which an unfinished training is kept: some matrices."""
+"""The time between two steps at which an unfinished training, a few matrices, is stored."""
 
 
 @dataclass
 class RotationTraining:
-    """Where training stands."""
+    """The state of a training."""
 
     residual: Tensor | None
     """As in `Rotations`."""
     value_heads: Tensor | None
     losses: list[float] = field(default_factory=list)
-    """Of each step that was made, in nats a token, on its own windows and before it."""
+    """The loss before each step, in nats per token, on the windows of that step."""
 
     @staticmethod
     def begin(
         start: Rotations, device: torch.device | str, checkpoint: TuningCheckpoint | None = None
     ) -> RotationTraining:
-        """From `start`, or from what `checkpoint` has kept; CheckpointError if that is not of this training."""
+        """The state from `start`, or from `checkpoint`. CheckpointError if that is of another training."""
         residual, value_heads = (None if m is None else m.to(device) for m in (start.residual, start.value_heads))
         training = RotationTraining(residual, value_heads)
         if checkpoint is not None and (kept := checkpoint.load()):
@@ -52,13 +52,13 @@ class RotationTraining:
         return Rotations(self.residual, self.value_heads)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, for `take_up`."""
+        """All tensors, for `take_up`."""
         named = {"residual": self.residual, "value_heads": self.value_heads}
         kept = {name: matrices for name, matrices in named.items() if matrices is not None}
         return kept | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
 
     def take_up(self, kept: dict[str, Tensor]) -> None:
-        """Go on from what an earlier run has kept; CheckpointError if that is not of this training."""
+        """Resume from the tensors of an earlier run. CheckpointError if they are of another training."""
         expected = {name: tuple(tensor.shape) for name, tensor in self.tensors().items() if name != "losses"}
         found = {name: tuple(tensor.shape) for name, tensor in kept.items() if name != "losses"}
         if expected != found or "losses" not in kept:
@@ -80,10 +80,10 @@ def train_rotations(
     checkpoint: TuningCheckpoint | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Go on with `training` to the last step, on token windows [W, T]; rotations that are None stay so.
+    """Continue `training` to the last step, on token windows [W, T]. Rotations that are None stay so.
 
-    The same generator gives the same bits on one machine, whether or not a run goes on from `checkpoint`. NumericsError
-    if a loss or a gradient is not finite.
+    The same generator gives the same bits on one machine, whether or not a run is resumed from `checkpoint`.
+    NumericsError if a loss or a gradient is not finite.
     """
     batches = list(window_batches(torch.arange(len(windows)), options.batch_windows, options.steps, generator))
     kept_at = time.monotonic()
@@ -100,12 +100,12 @@ def train_rotations(
 
 
 def cosine_rate(step: int, options: Rotation) -> float:
-    """From `options.rate` at step 0 to 0 behind the last."""
+    """From `options.rate` at step 0 to 0 after the last."""
     return options.rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
 
 
 def _step(network: RotatedNetwork, windows: Tensor, training: RotationTraining, rate: float) -> float:
-    """One step of all matrices; the loss before it."""
+    """One step of all matrices. Returns the loss before it."""
     residual, value_heads = (
         None if matrices is None else matrices.clone().requires_grad_()
         for matrices in (training.residual, training.value_heads)

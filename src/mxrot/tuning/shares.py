@@ -1,12 +1,12 @@
-"""What each of several processes takes of the windows that are tuned on, and how their gradients become one.
+"""The shares of several processes in the windows for tuning, and the sum of their gradients.
 
-Where all have the same windows, a batch is that of one process, and each takes a part of it. Where each has windows of
-its own, as for a block, whose inputs lie where they were computed, a batch has as many of each process, as nearly as it
-goes: what is left over goes round, and a process has none in a step of fewer windows than processes. A process goes
-through all of its windows before any comes again.
+If all have the same windows, a batch is that of one process, and each takes a part of it. If each has its own windows,
+as for a block, whose inputs lie where they were computed, a batch takes as nearly as possible the same number from each
+process. The rest goes to the processes in turn, and a process has none in a step of fewer windows than processes. A
+process uses all of its windows before any is repeated.
 
-Gradients are summed, each times the share of the step's windows that it is a mean over; all windows are as long. What
-torch's DistributedDataParallel has beyond that, exchange during the backward pass, does not fit: the loss is of several
+Gradients are summed, each times its process's share of the step's windows; all windows have the same length. The extra
+feature of torch's DistributedDataParallel, exchange during the backward pass, does not fit: the loss has several
 backward passes, a step is recorded, and a process may have no window in it.
 """
 
@@ -24,16 +24,16 @@ from mxrot.errors import DataError
 
 @dataclass(frozen=True)
 class StepShare:
-    """What a process takes of the windows of a step."""
+    """The windows of a process in one step."""
 
     windows: Tensor
-    """Their positions, int64 [n]; there may be none."""
+    """Their positions, int64 [n]; may be empty."""
     share: float
-    """Of all windows of the step."""
+    """Their share of all windows of the step."""
 
 
 def split_windows(windows: int, held_out: float) -> tuple[Tensor, Tensor]:
-    """Positions to train on, and evenly spaced ones that are held out, int64; DataError unless both are some."""
+    """The positions to train on, and evenly spaced ones that are held out, int64. DataError if either is empty."""
     if windows < 2:
         raise DataError(f"tuning holds out windows: it needs 2, and calibration has {windows}")
     count = min(max(1, round(windows * held_out)), windows - 1)
@@ -44,8 +44,10 @@ def split_windows(windows: int, held_out: float) -> tuple[Tensor, Tensor]:
 
 
 def own_split(own: int, held_out: float, world: World) -> tuple[list[int], list[int], int]:
-    """`split_windows` of the windows of all processes, of which this one has `own`, one process behind the other: its
-    positions among its own, and how many all hold out."""
+    """`split_windows` of the windows of all processes, process after process, of which this one has `own`.
+
+    Returns the positions among its own windows, and how many all processes hold out.
+    """
     before = world.before(own)
     train, test = split_windows(world.count(own), held_out)
     mine = [[place - before for place in part.tolist() if 0 <= place - before < own] for part in (train, test)]
@@ -53,16 +55,16 @@ def own_split(own: int, held_out: float, world: World) -> tuple[list[int], list[
 
 
 def at_once(batch_windows: int, world: World) -> int:
-    """The most windows of a batch that pass through a process."""
+    """The most windows of a batch that pass through one process."""
     return -(-batch_windows // world.size)
 
 
 def step_shares(
     windows: Tensor, size: int, steps: int, generator: torch.Generator, world: World, are_own: bool
 ) -> Iterator[StepShare]:
-    """What this process takes in each step, in which all take `size` windows together.
+    """The share of this process in each step. All processes take `size` windows together.
 
-    `windows` are positions of those to train on: `are_own` says whether they are this process's alone.
+    `windows` are the positions to train on. With `are_own` they are this process's alone.
     """
     if world.size == 1 or not are_own:
         for batch in window_batches(windows, size, steps, generator):
@@ -76,7 +78,7 @@ def step_shares(
 
 
 def own_count(there: Sequence[int], size: int, step: int, rank: int) -> int:
-    """How many of the `size` windows of a step the process of this rank takes, where so many are `there` by rank."""
+    """How many of the `size` windows of a step this rank takes, with `there` windows by rank."""
     able = [other for other, count in enumerate(there) if count]
     if rank not in able:
         return 0
@@ -85,7 +87,7 @@ def own_count(there: Sequence[int], size: int, step: int, rank: int) -> int:
 
 
 def window_batches(windows: Tensor, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """For each step the positions of its windows, `size` of them; each of `windows` once before any comes again."""
+    """The positions of `size` windows for each step. Each of `windows` is used once before any is repeated."""
     return _in_turn(windows, [min(size, len(windows))] * steps, generator)
 
 
@@ -100,8 +102,10 @@ def _in_turn(windows: Tensor, counts: Iterable[int], generator: torch.Generator)
 
 @torch.no_grad()
 def average(parameters: Sequence[nn.Parameter], loss: float, share: float, world: World) -> float:
-    """Let gradients of the mean loss over a `share` of a step's windows, on which it is `loss`, be those over all; the
-    loss over all. Every process has the same bits."""
+    """Average gradients and losses over all windows of a step; every process gets the same bits.
+
+    This process's gradients are those of the mean `loss` over its `share` of the windows. Returns the loss over all.
+    """
     if world.size == 1:
         return loss
     gradients = []

@@ -1,4 +1,4 @@
-"""The inputs of sites whose linears others stand in for while something is learned: quantized, straight-through."""
+"""Quantized inputs of sites with straight-through gradients, while other modules replace their linears for training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mxrot.tuning.straight_through import PassThrough, RotateQuantize
 
 
 class StraightInputs(nn.Module):
-    """The quantized inputs of a site, computed once for all its linears, with gradients straight-through."""
+    """The quantized inputs of a site, computed once for all its linears, with straight-through gradients."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class StraightInputs(nn.Module):
         readers: int,
         moving: MovingTransform | None = None,
     ) -> None:
-        """With `moving` the matrices of `transform` are those."""
+        """With `moving`, the matrices of `transform` are taken from it."""
         super().__init__()
         self.quantizer, self.readers, self.moving = quantizer, readers, moving
         self._transform = (transform,)  # in a tuple, so that it is not registered here
@@ -31,7 +31,7 @@ class StraightInputs(nn.Module):
         self._reads_left = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Q(x T): bfloat16 on a GPU, where the products are; else float32."""
+        """Q(x T): bfloat16 on a GPU, like the products there; else float32."""
         if self._last is None or self._last[0] is not x:
             self._last, self._reads_left = (x, self._quantized(x)), self.readers
         _, quantized = self._last
@@ -52,12 +52,12 @@ class StraightInputs(nn.Module):
             return found
 
     def forget(self) -> None:
-        """Let go of the last input and its graph."""
+        """Free the last input and its graph."""
         self._last = None
 
 
 def product_type(device: torch.device) -> torch.dtype:
-    """In which inputs and weights are multiplied while they are learned."""
+    """The type in which inputs and weights are multiplied while they are learned."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 

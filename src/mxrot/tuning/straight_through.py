@@ -1,4 +1,4 @@
-"""Rounding with a gradient: forward what a deployed model computes, backward as if nothing had been rounded."""
+"""Rounding with a gradient: forward as in a deployed model, backward as if nothing had been rounded."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mxrot.transforms.stages import STORED_DTYPE
 
 
 class PassThrough(torch.autograd.Function):
-    """What a rounding function makes of x; the gradient is that of x."""
+    """A rounding function of x; the gradient is that of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounds: Callable[[Tensor], Tensor]) -> Tensor:
-        """Of the shape of `x`, in whatever type `rounds` gives."""
+        """In the shape of `x`, and the type that `rounds` returns."""
         ctx.dtype = x.dtype
         return rounds(x)
 
@@ -34,7 +34,7 @@ class RotateQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: Tensor, quantizer: TensorQuantizer) -> Tensor:
-        """`x` [..., K], `matrices` float32 [1 | G, B, B] of bfloat16 numbers; the values that the codes stand for."""
+        """`x` [..., K], `matrices` float32 [1 | G, B, B] of bfloat16 numbers. Returns the values of the codes."""
         ctx.save_for_backward(x, matrices)
         with torch.autocast(x.device.type, enabled=False):
             return rotate_quantize(x, matrices.to(STORED_DTYPE), quantizer.format, quantizer.rule)
@@ -55,7 +55,7 @@ class RotateQuantize(torch.autograd.Function):
 
 
 class MoveWeights(torch.autograd.Function):
-    """Weights where their offsets, a moving transform and moving exponents take them, rounded to their grid again.
+    """Weights moved by their offsets, a moving transform and moving exponents, rounded to their grid again.
 
     The gradients are those of `mxrot.kernels.plain_moved_weights_gradients`.
     """
@@ -64,7 +64,7 @@ class MoveWeights(torch.autograd.Function):
     def forward(
         ctx: Any, offset: Tensor, follow: Tensor | None, exponent: Tensor | None, start: WeightMoves, element: Element
     ) -> Tensor:
-        """bfloat16 [N, K]; `exponent` float32 [N, K/32] counts from the scales of `start`, and is rounded."""
+        """bfloat16 [N, K]. `exponent`, float32 [N, K/32], is relative to the scales of `start`, and is rounded."""
         scales = start.scales if exponent is None else start.scales * torch.exp2(exponent.round())
         ctx.moves, ctx.element = replace(start, scales=scales, follow=follow), element
         ctx.save_for_backward(offset)
@@ -117,7 +117,7 @@ class WeightedDivergence(torch.autograd.Function):
 
 
 class InverseTransposed(torch.autograd.Function):
-    """R^-T, from an inverse that was computed before; with the gradient for R."""
+    """R^-T, from an inverse that was computed before, with the gradient for R."""
 
     @staticmethod
     def forward(ctx: Any, matrices: Tensor, inverse: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""How sites are quantized while rotations are trained: by the rules of the recipe, rounding with a gradient."""
+"""The quantization of sites while rotations are trained: by the rules of the recipe, with straight-through
+gradients."""
 
 from __future__ import annotations
 
@@ -17,28 +18,28 @@ from mxrot.transforms import SiteSample, SiteTransform, generator_for
 from mxrot.tuning.straight_through import PassThrough
 
 Rounds = Callable[[Tensor], Tensor]
-"""What rounding makes of a tensor, with a gradient."""
+"""A rounding function with a gradient."""
 
 
 @dataclass(frozen=True)
 class TrainedSite:
-    """How a site is quantized while rotations move."""
+    """The quantization of a site while rotations are trained."""
 
     site: Site
-    """With those of its linears that are quantized."""
+    """The site with its quantized linears."""
     transform: SiteTransform | None = None
-    """What is applied to its inputs at run time, and is not trained."""
+    """The transform of its inputs at run time, which is not trained."""
     inputs: Rounds | None = None
-    """Rounds the transformed inputs; None leaves them as they are."""
+    """Rounds the transformed inputs; None leaves them unchanged."""
     weights: Rounds | None = None
-    """Rounds the folded weights; None leaves them as they are."""
+    """Rounds the folded weights; None leaves them unchanged."""
 
 
 def trained_sites(rules: Rules, index: int, block: nn.Module, seed: int) -> list[TrainedSite]:
-    """The sites of a block with linears of its own for each expert; weights are rounded only if the recipe's rotation
-    is trained on quantized ones.
+    """The sites of a block with separate linears for each expert. Weights are rounded only if the recipe's rotation is
+    trained on quantized ones.
 
-    Transforms are those that quantizing will find: they look at no text.
+    Transforms are those that quantizing will use: they need no data.
     """
     rotation = rules.recipe.rotation
     assert rotation is not None
@@ -70,7 +71,7 @@ def _transform(rules: Rules, index: int, site: Site, block: nn.Module, seed: int
 
 
 def rounded_inputs(quantizer: TensorQuantizer, x: Tensor) -> Tensor:
-    """Q(x) as `rotate_quantize` gives it; on a CPU, where nothing casts what a linear reads, in the type of `x`."""
+    """Q(x) as in `rotate_quantize`; on a CPU, which has no autocast for linears, in the type of `x`."""
 
     def rounds(x: Tensor) -> Tensor:
         found = rotate_quantize(x, None, quantizer.format, quantizer.rule)

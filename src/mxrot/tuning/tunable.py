@@ -1,10 +1,11 @@
-"""The form that quantized linears take while they are tuned: the same function, with parameters that have gradients.
+"""Quantized linears while they are tuned: the same function, with parameters that have gradients.
 
 A site has a correction R of its transform, T = T_0 R, which starts as the identity. A linear has an offset for each
-weight, in steps between neighbouring codes, that starts at what rounding took away (but for a margin). Where it leads
-is rounded again, so beyond 1/2 the weight has moved to its neighbour. With a reach of 1 no offset goes further than one
-code: rounding is tuned, weights are not trained; with a longer one they are, on their grid. When T moves, the weights
-follow, W' = W'_0 R^-T, before they are rounded. A block of weights may have an offset of its scale's exponent, too.
+weight, in steps between neighbouring codes. It starts at the rounding error (up to a margin). The moved weight is
+rounded again, so beyond 1/2 it has moved to its neighbour. With a reach of 1 no offset goes further than one code:
+rounding is tuned, weights are not trained. With a longer reach they are trained, on their grid. When T moves, the
+weights follow, W' = W'_0 R^-T, before they are rounded. A block of weights may also have an offset of its scale's
+exponent.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class TunableInputs(nn.Module):
 
     @staticmethod
     def of(block: nn.Module, site: Site) -> TunableInputs:
-        """Those of a quantized site of a decoder block."""
+        """The inputs of a quantized site of a decoder block."""
         first = block.get_submodule(site.linears[0])
         assert isinstance(first, QuantLinear) and first.activations is not None
         return TunableInputs(first.transform, first.activations, len(site.linears), first.weight_packed.device)
@@ -63,7 +64,7 @@ class TunableInputs(nn.Module):
         return self._transform[0]
 
     def matrices(self) -> Tensor:
-        """T as a checkpoint will hold it, float32 [1 | G, B, B]."""
+        """The matrices T as a checkpoint will hold them, float32 [1 | G, B, B]."""
         if not self.correction.requires_grad:
             return self.start
         with torch.autocast(self.start.device.type, enabled=False):
@@ -71,7 +72,7 @@ class TunableInputs(nn.Module):
         return rounded
 
     def follow(self) -> Tensor | None:
-        """R^-T, which W'_0 is multiplied with when T moves; None while it cannot."""
+        """R^-T, which multiplies W'_0 if T moves; None if T is fixed."""
         if not self.correction.requires_grad:
             return None
         transposed: Tensor = InverseTransposed.apply(self.correction, self.inverse)
@@ -86,16 +87,16 @@ class TunableInputs(nn.Module):
         _, quantized, follow = self._last
         self._reads_left -= 1
         if not self._reads_left:
-            self.forget()  # with recomputation in the backward pass, it would be kept for nothing
+            self.forget()  # with recomputation in the backward pass, keeping it would be useless
         return quantized, follow
 
     def forget(self) -> None:
-        """Let go of the last input and its graph."""
+        """Free the last input and its graph."""
         self._last = None
 
 
 class TunableLinear(nn.Module):
-    """A quantized linear whose codes and exponents may move."""
+    """A quantized linear whose codes and exponents can move."""
 
     def __init__(self, linear: QuantLinear, inputs: TunableInputs, margin: float, reach: float = 1.0) -> None:
         """`margin` and `reach` as in `Tuning`."""
@@ -106,7 +107,7 @@ class TunableLinear(nn.Module):
         element = self.format.element
         values, scales = quantized.dequantize(), quantized.scales.values()
         wide = scales.repeat_interleave(self.format.block_in(values.shape[-1]), dim=-1)
-        # Values on a grid of four bits and their distances are bfloat16 numbers.
+        # Values on a 4-bit grid and their distances are bfloat16 numbers.
         up, down = ((d * wide).to(torch.bfloat16) for d in neighbour_distances(element, quantized.codes))
         self.start = WeightMoves(values.to(torch.bfloat16), up, down, scales)
         lost = torch.zeros_like(values) if linear.remainder is None else linear.remainder.to(values)
@@ -119,7 +120,7 @@ class TunableLinear(nn.Module):
         self._linear = (linear,)
 
     def weight(self, follow: Tensor | None) -> Tensor:
-        """The quantized weights, bfloat16 [N, K]; `follow` as of the site's inputs."""
+        """The quantized weights, bfloat16 [N, K]; `follow` is that of the site's inputs."""
         exponent = self.exponent if self.exponent.requires_grad else None
         with torch.autocast(self.offset.device.type, enabled=False):
             weight: Tensor = MoveWeights.apply(self.offset, follow, exponent, self.start, self.format.element)
@@ -137,14 +138,14 @@ class TunableLinear(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep offsets within their reach, and those of exponents within one binade."""
+        """Limit offsets to their reach, and those of exponents to one binade."""
         self.offset.clamp_(-self.reach, self.reach)
         if self.exponent.requires_grad:
             self.exponent.clamp_(-LARGEST_EXPONENT_OFFSET, LARGEST_EXPONENT_OFFSET)
 
     @torch.no_grad()
     def finished(self) -> QuantLinear:
-        """The linear with the codes that the tuned weights have."""
+        """The quantized linear with the codes of the tuned weights."""
         linear = self._linear[0]
         scales = linear.qtensor().scales
         if self.exponent.requires_grad:
@@ -158,17 +159,17 @@ class TunableLinear(nn.Module):
 
 @dataclass(frozen=True)
 class TunableBlock:
-    """A decoder block whose quantized linears are tunable for now."""
+    """A decoder block while its quantized linears are tunable."""
 
     block: nn.Module
     inputs: dict[str, TunableInputs]
-    """By the name of their site."""
+    """The inputs, by the name of their site."""
     linears: dict[str, TunableLinear]
-    """By their names in the block."""
+    """The linears by their names in the block."""
 
     @staticmethod
     def of(block: nn.Module, sites: Sequence[Site], margin: float, reach: float = 1.0) -> TunableBlock:
-        """Put tunable linears in the place of quantized ones; `margin` and `reach` as in `Tuning`."""
+        """Replace the quantized linears by tunable ones; `margin` and `reach` as in `Tuning`."""
         inputs, linears = {}, {}
         for site in sites:
             inputs[site.name] = TunableInputs.of(block, site)
@@ -189,26 +190,26 @@ class TunableBlock:
         return [linear.exponent for linear in self.linears.values() if linear.exponent.requires_grad]
 
     def fix_exponents(self) -> None:
-        """Leave the exponents as they are."""
+        """Keep the exponents fixed."""
         for linear in self.linears.values():
             linear.exponent.requires_grad_(False)
 
     def fix_transforms(self) -> None:
-        """Leave the transforms as they are."""
+        """Keep the transforms fixed."""
         for site in self.inputs.values():
             site.correction.requires_grad_(False)
 
     def groups(self, options: Tuning) -> list[Group]:
-        """As `parameter_groups` gives them for this block alone."""
+        """The groups of `parameter_groups` for this block alone."""
         return parameter_groups([self], options)
 
     def settle(self) -> None:
-        """As `settle` does for this block alone."""
+        """Call `settle` for this block alone."""
         settle([self])
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Put quantized linears back, with the codes and the transform that tuning has led to."""
+        """Put the quantized linears back, with the tuned codes and transform."""
         self.settle()
         matrices = {name: site.matrices().clone() for name, site in self.inputs.items()}
         finished = {name: linear.finished() for name, linear in self.linears.items()}
@@ -221,7 +222,7 @@ class TunableBlock:
 
 @torch.no_grad()
 def settle(blocks: Sequence[TunableBlock]) -> None:
-    """After parameters have changed: offsets within bounds, inverses of the corrections, no graph kept."""
+    """Called after parameters have changed: limit offsets, invert the corrections, free the graph."""
     sites = [site for block in blocks for site in block.inputs.values()]
     for block in blocks:
         for linear in block.linears.values():
@@ -230,14 +231,14 @@ def settle(blocks: Sequence[TunableBlock]) -> None:
         site.forget()
     moving = [site for site in sites if site.correction.requires_grad]
     if moving:
-        # Here and not where they are needed: for all sites at once it is a few operations.
+        # For all sites at once, because it then takes only a few operations.
         found = inverses(torch.cat([site.correction for site in moving]))
         for site, part in zip(moving, found.split([len(site.correction) for site in moving]), strict=True):
             site.inverse.copy_(part)
 
 
 def parameter_groups(blocks: Sequence[TunableBlock], options: Tuning) -> list[Group]:
-    """What is learned at which rate; what has none is left as it is."""
+    """The parameters with their rates. Those without a rate stay fixed."""
     groups = [Group([p for block in blocks for p in block.offsets()], options.offset_rate, options.decay)]
     for block in blocks:
         if not options.transform_rate:
@@ -252,7 +253,7 @@ def parameter_groups(blocks: Sequence[TunableBlock], options: Tuning) -> list[Gr
 
 
 def neighbour_distances(element: Element, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the next larger and the next smaller value lie from that of each code; 0 where there is none."""
+    """The distances from the value of each code to the next larger and the next smaller value; 0 if there is none."""
     values = sorted({value for value in element.values if value == value and abs(value) <= element.max})
     place = {value: index for index, value in enumerate(values)}
     up, down = [], []

@@ -18,28 +18,28 @@ from mxrot.tuning.tunable import TunableBlock, parameter_groups, settle
 
 
 class TunedNetwork(Protocol):
-    """A network whose quantized linears are others for now."""
+    """A network whose quantized linears are temporarily replaced."""
 
     @property
     def shapes(self) -> Sequence[tuple[int, int]]:
-        """Of the weights [N, K] that are quantized."""
+        """The shapes of the quantized weights [N, K]."""
 
     def groups(self, options: Tuning) -> list[Group]:
-        """What is learned at which rate; what has none is left as it is."""
+        """The parameters with their rates. Those without a rate stay fixed."""
 
     def begin(self) -> None:
-        """Before each pass, in its graph."""
+        """Called before each pass, within its graph."""
 
     def settle(self) -> None:
-        """After parameters have changed."""
+        """Called after parameters have changed."""
 
     def finish(self) -> None:
-        """Put quantized linears back."""
+        """Put the quantized linears back."""
 
 
 @dataclass(frozen=True)
 class RoundedNetwork:
-    """One whose rounding, transforms and exponents move, and gains of norms."""
+    """A network whose rounding, transforms, exponents and gains of norms move."""
 
     blocks: Sequence[TunableBlock]
     gains: Sequence[LearnedGain] = ()
@@ -76,9 +76,9 @@ def tuned_network(
     type_of: TypeOf,
     options: Tuning,
 ) -> TunedNetwork:
-    """Put what moves in the place of the quantized linears of decoder blocks, as the options say.
+    """Replace the quantized linears of decoder blocks by trainable ones, as the options say.
 
-    `gains` are those that are learned, of norms that have them already; `type_of` gives the type of a block's tensors.
+    `gains` are the learned ones, already installed in their norms. `type_of` gives the type of a block's tensors.
     """
     if options.moves == "levels":
         return LevelsNetwork(blocks, active_sites)
