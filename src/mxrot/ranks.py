@@ -37,8 +37,7 @@ BEAT_SECONDS = 1.0
 LOST_SECONDS = 35.0
 """A process whose count has not changed for this time counts as lost."""
 GRACE_SECONDS = 4.0
-"""The time for a process to end by itself, because its exchange fails. Then it is interrupted, and then ended at once.
-"""
+"""The time for a process to end by itself, because its exchange fails. Then it is interrupted, then ended at once."""
 _FAILED = "failed"
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
