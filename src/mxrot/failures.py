@@ -133,7 +133,7 @@ def _reason(path: Path) -> int | None:
 
 
 def _is_gpu_memory(error: BaseException) -> bool:
-    """Did a GPU's memory run out? Without loading torch: who has not loaded it got no such error."""
+    """True if a GPU's memory ran out. torch is not loaded for this: without it there is no such error."""
     torch = sys.modules.get("torch")
     if torch is None:
         return False
@@ -145,6 +145,6 @@ def _is_gpu_memory(error: BaseException) -> bool:
 
 
 def _asked(message: str) -> str:
-    """What was asked for, as torch says it."""
+    """The amount of memory that was requested, as torch's message gives it."""
     found = re.search(r"Tried to allocate ([\d.]+ [KMGT]?i?B)", message)
     return f" ({found[1]} more wanted)" if found else ""
