@@ -64,9 +64,7 @@ class FixedPackedCache(Cache):
     If a scheme keeps tokens in 16 bits, attention sees those up to `position`, and tokens must come in order.
     """
 
-    def __init__(
-        self, positions: int, config: Any = None
-    ) -> None:  # sets its own layers, without Cache's setup
+    def __init__(self, positions: int, config: Any = None) -> None:  # sets its own layers, without Cache's setup
         """`config` is as for `FixedCache`."""
         self.layers = recurrent_layers(config)
         self.positions = self.visible = positions
