@@ -60,9 +60,7 @@ def in_fixed_rows(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     parts = []
     for start in range(0, len(flat), size):
         part = flat[start : start + size]
-        whole = torch.zeros(
-            size, flat.shape[1], dtype=x.dtype, device=x.device
-        )  # always aligned alike
+        whole = torch.zeros(size, flat.shape[1], dtype=x.dtype, device=x.device)  # always aligned alike
         whole[: len(part)] = part
         parts.append(compute(whole)[: len(part)])
     return torch.cat(parts).view(*x.shape[:-1], -1)
