@@ -126,7 +126,7 @@ def _constant(text: str) -> float:
 
 
 def _levels(table: Any) -> int:
-    """How deep lists and tables are nested."""
+    """The nesting depth of lists and tables."""
     level, inside = 0, [table]
     while inside and level <= MOST_LEVELS:
         level += 1

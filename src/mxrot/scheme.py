@@ -154,7 +154,7 @@ class Share:
     """Full names of the linears."""
     weights: int
     bits_per_weight: float
-    """Of the codes and the parts stored with them."""
+    """Bits of the codes and of the parts stored with them."""
 
 
 def shares_of(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> list[Share]:

@@ -120,7 +120,7 @@ def _load(
     WHOLE: tl.constexpr,
     POLICY: tl.constexpr,
 ):
-    """The first EACH of the OF numbers in each block, [1, N] of [ROWS / 8, RUN, WARPS, 8, 4, EACH]; [N] if OF is 1.
+    """The first EACH of the OF numbers in each block, [1, N] of [ROWS / 8, RUN, WARPS, 8, 4, EACH]; [N] if EACH is 1.
 
     Rows beyond the end are replaced by the last one, blocks beyond the end by zeros.
     """
