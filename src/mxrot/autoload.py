@@ -106,7 +106,7 @@ class _Finder:
 
             spec = find_spec(name)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader)  # type: ignore[assignment] # what Loader adds is not asked for
+                spec.loader = _Loader(spec.loader)  # type: ignore[assignment] # other methods of Loader are not used
             return spec
         except Exception as error:
             _warn(error)

@@ -83,7 +83,7 @@ def multiply_by_mxfp4(inputs: Tensor, codes: Tensor, scales: Tensor, are_exact_i
 
 
 MOMENT_CHANNELS = 512
-"""Channels per product on a GPU: the whole second moment of so many is computed for its diagonal blocks."""
+"""Channels per product on a GPU, which computes their whole second moment for its diagonal blocks."""
 
 
 def second_moment(a: Tensor, b: Tensor, size: Tensor | None = None) -> Tensor:
