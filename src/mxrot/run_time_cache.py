@@ -31,7 +31,7 @@ from mxrot.tokenizing import fitting_windows
 from mxrot.transforms.orders import factors_of
 
 NAMES = {"mxfp8": "mxfp8_e4m3", "int4": "int4_row_asym", "int2": "int2_g32_asym"}
-"""Short names of common formats."""
+"""Short names of formats, for users who do not need the full names."""
 NOTHING = "none"
 """Used in place of a format: keys and values are not quantized."""
 Transform = Literal["none", "hadamard", "second-moment"]

@@ -38,11 +38,11 @@ class Crossovers:
     kept: int
     """If weights are kept in FP8."""
     few: int = 0
-    """With more rows than this, the product for middle rows is used,"""
+    """The product for middle rows is used for more rows than this."""
     middle: int = 0
-    """up to this number if weights are packed, and"""
+    """It is used up to this number if weights are packed. 0 means never."""
     middle_kept: int = 0
-    """up to this number if they are kept in FP8; at most `MOST_MIDDLE_ROWS`. 0 means never."""
+    """The same if they are kept in FP8. Both are at most `MOST_MIDDLE_ROWS`."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.packed <= MOST_ROWS and 0 <= self.kept <= MOST_ROWS):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 COLUMNS = 2048
 LEAST = tl.constexpr(-60000.0)
-"""Below any logit, and within float16."""
+"""A float16 number below any logit."""
 
 
 @triton.jit

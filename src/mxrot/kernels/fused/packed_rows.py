@@ -183,7 +183,7 @@ def _shifts(zeros, DTYPE: tl.constexpr):
 
 @triton.jit
 def are_in_range(scales, FRACTION: tl.constexpr):
-    """Flags of the rows [N] whose scales `numbers_of` can apply. For other rows its result is undefined."""
+    """Flags of the rows [N] if `numbers_of` can apply all of their scales. For other rows its result is undefined."""
     if FRACTION >= 0:
         return tl.max(scales.to(tl.int32), axis=1) < 188
     else:

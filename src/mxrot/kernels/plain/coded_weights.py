@@ -13,7 +13,7 @@ from mxrot.formats import BlockScales, Format, QTensor
 BLOCK = 32
 """Elements that share a power-of-two scale."""
 WRITTEN_OUT = 2**24
-"""Weights that are dequantized at one time. A head has many times more weights than fit beside a model."""
+"""Weights that are dequantized at one time. A head has a thousand times as many as fit beside a model."""
 
 
 @dataclass(frozen=True)
