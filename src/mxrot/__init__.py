@@ -12,7 +12,7 @@ from importlib import import_module
 from mxrot import autoload
 from mxrot.version import __version__ as __version__
 
-TYPE_CHECKING = False  # typing alone takes as long to import as all that is imported here
+TYPE_CHECKING = False  # importing typing alone takes as long as all other imports here
 if TYPE_CHECKING:
     from typing import Any
 

@@ -419,9 +419,9 @@ def evaluate_tasks(
 
 
 def kept_answers(path: Path, model: PreTrainedModel, folder: Path, resume: bool = False) -> Answers:
-    """The file that keeps the answers of a model to tasks.
+    """The file that keeps a model's answers to tasks.
 
-    With `resume`, the answers in the file are used. ConfigError if another model, device or version gave them.
+    With `resume`, the answers in the file are used. ConfigError if they come from another model, device or version.
     """
     owner: dict[str, Any] = {
         "model": hash_model(folder)[0],

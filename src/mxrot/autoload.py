@@ -1,12 +1,13 @@
-"""Lets transformers load checkpoints of mxrot, without importing transformers for it.
+"""Lets transformers load checkpoints of mxrot, without importing transformers.
 
-`import mxrot` calls `install`, and so does `import torch` where mxrot is installed (through `mxrot_autoload`, the entry
-point in pyproject.toml). So it runs in programs that have nothing to do with mxrot: whatever goes wrong here is a
-warning, and transformers is imported as if mxrot were not there. It refuses checkpoints with transforms then.
+`import mxrot` calls `install`. Where mxrot is installed, `import torch` calls it too, through the entry point
+`mxrot_autoload` in pyproject.toml. It therefore also runs in programs that do not use mxrot. Every failure here is only
+a warning, and transformers is imported as if mxrot were not installed. transformers then refuses checkpoints with
+transforms.
 
-transformers finds the code for a quantized checkpoint by the `quant_method` in its config, which is
-"compressed-tensors" here, and that code would leave the transforms out. So the two entries of that method are replaced,
-when transformers' module with them is imported, by ones that look for mxrot's marker first.
+transformers finds the code for a quantized checkpoint by the `quant_method` in its config. Here it is
+"compressed-tensors", and that code would leave the transforms out. When the transformers module with the two entries of
+that method is imported, they are replaced by entries that look for mxrot's marker first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MODULE = "transformers.quantizers.auto"
 
 
 def install() -> None:
-    """Replace the entries now, or as soon as their module is imported."""
+    """Replace the entries now if their module is imported, otherwise when it is."""
     if MODULE in sys.modules:
         _try_to_replace(sys.modules[MODULE])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -51,11 +52,11 @@ def _warn(error: Exception) -> None:
             stacklevel=2,
         )
     except Exception:
-        return  # warnings are errors here, and nobody has asked for mxrot
+        return  # here warnings are errors, and the program may not use mxrot
 
 
 def replace_entries(module: ModuleType) -> None:
-    """Put our entries before those of compressed-tensors. Nothing of mxrot is imported until one is used."""
+    """Put mxrot's entries before those of compressed-tensors. mxrot itself is imported only when one is used."""
     configs, quantizers = module.AUTO_QUANTIZATION_CONFIG_MAPPING, module.AUTO_QUANTIZER_MAPPING
     if isinstance(configs.get(METHOD), _Configs):
         return
@@ -73,14 +74,14 @@ def replace_entries(module: ModuleType) -> None:
 
 
 def on_load(config: Any, **options: Any) -> Any:
-    """The quantizer of `mxrot.MxrotConfig`."""
+    """The quantizer for `mxrot.MxrotConfig`."""
     from mxrot.checkpoint.huggingface import OnLoadQuantizer
 
     return OnLoadQuantizer(config, **options)
 
 
 class _Configs:
-    """Stands for the class of a quantization config: makes one from a dictionary."""
+    """Stands in for the class of a quantization config. It makes a config from a dictionary."""
 
     def __init__(self, others: Any) -> None:
         self._others = others
@@ -94,7 +95,7 @@ class _Configs:
 
 
 class _Finder:
-    """Finds only the module with the entries, as others do, and has them replaced once it has run."""
+    """Finds only the module with the entries, through the other finders. The entries are replaced after it has run."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != MODULE:
@@ -105,7 +106,7 @@ class _Finder:
 
             spec = find_spec(name)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader)  # type: ignore[assignment] # what Loader adds is not asked for
+                spec.loader = _Loader(spec.loader)  # type: ignore[assignment] # other methods of Loader are not used
             return spec
         except Exception as error:
             _warn(error)
@@ -113,7 +114,7 @@ class _Finder:
 
 
 class _Loader:
-    """Another loader, until the module has run; what that raises is the module's own."""
+    """Wraps another loader until the module has run. Errors of the module pass through."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

@@ -1,4 +1,4 @@
-"""Where mxrot keeps what it can make again: $MXROT_CACHE, else ~/.cache/mxrot."""
+"""The cache folder of mxrot: $MXROT_CACHE, otherwise ~/.cache/mxrot. It holds only what can be made again."""
 
 from __future__ import annotations
 

@@ -11,16 +11,16 @@ from mxrot.tables import key_and_value
 from mxrot.typed import check_fields
 
 MOST_CANDIDATES = 8
-"""The most candidates. Any subset of them may be kept, so each subset is checked before any work."""
+"""The maximum number of candidates. Any subset may be kept, so each subset is checked before any work."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Changes of the recipe. Each is tried on the model, and kept if it helps on text that no fit has seen."""
+    """Candidate changes of the recipe. Each is tried on the model and kept if it helps on text that no fit has seen."""
 
     candidates: tuple[str, ...]
-    """Each is "KEY=VALUE", or several of them separated by semicolons: "rounding.target=own; rounding.damping=1.0".
-    They are tried one after the other, each together with those that have been kept so far."""
+    """Each is "KEY=VALUE", or several of these separated by semicolons: "rounding.target=own; rounding.damping=1.0".
+    They are tried one after the other, each together with those kept so far."""
     held_out: float = 0.125
     """The share of windows, given and written, that the model is measured on."""
     unseen: Literal["windows", "kinds"] = "windows"
@@ -39,7 +39,7 @@ class Choice:
             self.changes_of(text)
 
     def problems(self, writes: bool, trains_rotations: bool, is_data_free: bool) -> Iterator[str]:
-        """What cannot come before or after a choice. `writes`: does the model write calibration text?"""
+        """Steps that cannot come before or after a choice. `writes` is True if the model writes calibration text."""
         if trains_rotations:
             yield "choice: rotations would be trained for each candidate anew; set rotation.steps = 0"
         if is_data_free:
@@ -49,7 +49,7 @@ class Choice:
 
     @staticmethod
     def changes_of(candidate: str) -> dict[str, Any]:
-        """The dotted keys of a candidate and their values. ConfigError for keys that decide what is installed."""
+        """The dotted keys of a candidate and their values. ConfigError for a key that decides what is installed."""
         found = dict(key_and_value(part.strip(), "choice: candidates:") for part in candidate.split(";"))
         for key in found:
             if key.partition(".")[0] not in ("rounding", "transform", "smoothing") and key != "calibration.generated":

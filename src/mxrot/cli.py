@@ -1,8 +1,8 @@
-"""The command `mxrot`. Its commands are in `mxrot.commands`, thin: they read options, call mxrot.api, and print.
+"""The command `mxrot`. Its commands in `mxrot.commands` are thin: they read options, call mxrot.api, and print.
 
-Exit codes: 0 done, 2 bad usage or bad input (one line, no traceback), 143 after SIGTERM, 75 after a
-time limit, 1 anything else (one line, too).
-Until an interrupt is taken care of it ends in a traceback; so what comes first here is quick to import.
+Exit codes: 0 success, 2 wrong usage or input (one line, no traceback), 143 after SIGTERM, 75 after a time limit, 1 for
+any other error (also one line). Until interrupts are handled, one ends in a traceback. The modules imported first are
+therefore quick to import.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def main() -> None:
         raise SystemExit("mxrot: error: interrupted") from None
     import os
 
-    # Threads that spin while they wait for one another stand still where cores are shared: 25 times as slow beside
-    # one other process. Read when torch is loaded, so no module that this one imports may load it.
+    # OpenMP threads that spin while they wait slow each other down on shared cores: 25 times as slow beside one other
+    # process. torch reads the variable when it is loaded, so no module that this one imports may load torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Bars of other packages, which show beside ours; read when they are loaded.
+    # Hide progress bars of other packages beside ours. The packages read the variable when they are loaded.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _quieten()
     from mxrot.commands.app import app
@@ -33,11 +33,11 @@ def main() -> None:
     try:
         app(prog_name="mxrot")
     finally:
-        interrupts.end_at_once()  # what is still to come is Python's end, which drops errors with a traceback
+        interrupts.end_at_once()  # Python's shutdown follows, which drops errors with a traceback
 
 
 def _quieten() -> None:
-    """Other packages speak to developers: torchao, where it is installed, warns of extensions it does not need."""
+    """Silence warnings of other packages that are meant for developers, such as torchao's about unneeded extensions."""
     import logging
     import sys
     import warnings

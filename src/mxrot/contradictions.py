@@ -1,4 +1,4 @@
-"""Tables of a recipe that do not go together, each said in one sentence with what to do."""
+"""Tables of a recipe that cannot be combined. Each problem is one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tuning_problems(
     sharing: Sharing,
     rounding: RoundingMethod,
 ) -> Iterator[str]:
-    """Why what is quantized so cannot be tuned."""
+    """Why a model that is quantized in this way cannot be tuned."""
     if activations is None:
         yield "tuning needs quantized activations"
     if tuning.moves == "levels":
@@ -54,7 +54,7 @@ def tuning_problems(
 def table_problems(
     rotation: Rotation | None, tuning: Tuning | None, attention: AttentionChoice | None, cache: CacheChoice | None
 ) -> Iterator[str]:
-    """What of attention, and of a quantized cache, is not done beside what else."""
+    """Combinations with attention, and with a quantized cache, that are not supported."""
     trains = rotation is not None and rotation.steps > 0
     if attention is not None and (tuning is not None or trains):
         yield (

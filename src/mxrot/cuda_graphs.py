@@ -1,11 +1,11 @@
-"""Record a chain of small GPU operations once, and play it back for other tensors of the same shapes.
+"""Record a chain of small GPU operations once, and replay it for other tensors of the same shapes.
 
-A search, or a step of tuning, takes thousands of operations that run for microseconds and take longer to launch. A
-CUDA graph launches them all at once. On a CPU, and at the first call on a GPU (which loads what the operations need),
-the function just runs; the results are the same bits either way.
+A search or a tuning step takes thousands of operations that run for microseconds. Launching them takes longer than
+running them, and a CUDA graph launches all of them at once. On a CPU, and at the first call on a GPU (which loads what
+the operations need), the function just runs. The results are the same bits in both cases.
 
-A function may also add to gradients that exist before it is recorded. What it reads besides its arguments is read
-again at each playback, so long as it stays where it was.
+The function may also add to gradients that exist before it is recorded. Each replay reads the other tensors that the
+function uses again. They must stay at the same address.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Recording:
 
 
 class Replays:
-    """Recordings, and the GPU memory they hold, for as long as this object lives."""
+    """Recordings and their GPU memory, for as long as this object lives."""
 
     def __init__(self) -> None:
         self._recorded: dict[Hashable, _Recording | None] = {}
@@ -48,7 +48,7 @@ class Replays:
     def __call__(self, key: Hashable, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """function(*tensors), all on one device.
 
-        `key` stands for everything else that the function depends on. It must not wait for the device.
+        `key` stands for everything else that the function depends on. The function must not wait for the device.
         """
         if not tensors[0].is_cuda:
             return function(*tensors)
@@ -62,7 +62,7 @@ class Replays:
         return recording.play(tensors)
 
     def _run(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
-        # On the stream of the recording: autograd goes on adding to a gradient on the stream where it began to.
+        # Use the stream of the recording: autograd keeps adding to a gradient on the stream where it began.
         stream, current = self._stream(tensors[0].device), torch.cuda.current_stream(tensors[0].device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

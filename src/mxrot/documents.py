@@ -1,7 +1,7 @@
-"""Files of text that others wrote: only regular files, UTF-8 in every locale, and JSON without surprises.
+"""Text files written by other programs: regular files only, UTF-8 in every locale, and strict JSON.
 
-A document is refused, in one sentence, where readers differ or fail: another encoding, a byte order mark, a key given
-twice, nesting deeper than 64 levels, numbers of more than 40 digits, NaN.
+A document that readers would read differently, or fail on, is refused in one sentence: another encoding, a byte order
+mark, a repeated key, nesting deeper than 64 levels, numbers of more than 40 digits, NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_BYTES = 1 << 28
 MOST_LEVELS = 64
 MOST_DIGITS = 40
 POINTER = b"version https://git-lfs"
-"""What a file starts with that stands for another one, which git-lfs was to fetch."""
+"""The first bytes of a git-lfs pointer, a small file that stands for one that git-lfs has not fetched."""
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -29,12 +29,13 @@ _KINDS = (
 
 
 def check_regular(path: Path) -> int:
-    """Size in bytes of a regular file; DamagedError for all else, before it is opened, which a pipe would block."""
+    """The size in bytes of a regular file. DamagedError for anything else, before it is opened: opening a pipe would
+    block."""
     try:
         found = os.stat(path)
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # a zero byte in the name
+    except ValueError as error:  # a null byte in the name
         raise DamagedError(f"{str(path)!r}: not the name of a file") from error
     if not stat.S_ISREG(found.st_mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "no file")
@@ -43,7 +44,7 @@ def check_regular(path: Path) -> int:
 
 
 def check_is_here(path: Path) -> None:
-    """DamagedError if a file is a git-lfs pointer in the place of the one that is meant."""
+    """DamagedError if a file is only a git-lfs pointer."""
     check_regular(path)
     try:
         with path.open("rb") as file:
@@ -58,7 +59,7 @@ def check_is_here(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; DamagedError if it cannot be read or is none."""
+    """The text of a UTF-8 file. DamagedError if it cannot be read or is not UTF-8."""
     check_is_here(path)
     size = check_regular(path)
     if size > MOST_BYTES:
@@ -72,12 +73,12 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; DamagedError if there is none."""
+    """The object in a JSON file. DamagedError if it holds no object."""
     return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """The object that `text` is in JSON; DamagedError, with `where`, if it is none."""
+    """The JSON object in `text`. DamagedError, with `where`, if it is not one."""
     try:
         table = json.loads(
             text,
@@ -125,7 +126,7 @@ def _constant(text: str) -> float:
 
 
 def _levels(table: Any) -> int:
-    """How deep lists and tables are nested."""
+    """The nesting depth of lists and tables."""
     level, inside = 0, [table]
     while inside and level <= MOST_LEVELS:
         level += 1

@@ -1,4 +1,4 @@
-"""What a run computes on, and with: the device, and versions."""
+"""The device and the versions that a run uses."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mxrot.version import __version__
 
 
 def check_device(device: torch.device | str, given: str = "device") -> None:
-    """ConfigError, which begins with `given`, unless the device gives the right answer to a float64 product.
+    """ConfigError, which begins with `given`, unless the device computes a float64 product correctly.
 
-    Transforms, statistics and rounding compute in float64. MPS has none, neither have some GPUs of Intel, and a meta
-    device has no answers; asked for a tensor alone, they all have one.
+    Transforms, statistics and rounding compute in float64. MPS and some Intel GPUs have no float64, and a meta device
+    has no values. Making a float64 tensor does not show this on any of them.
     """
     try:
         kind = torch.device(device)
@@ -39,7 +39,7 @@ def check_device(device: torch.device | str, given: str = "device") -> None:
 
 
 def available_memory() -> float | None:
-    """Bytes of main memory that can be had; None where the system does not say."""
+    """Bytes of main memory that are available. None if the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
@@ -50,7 +50,7 @@ def available_memory() -> float | None:
 
 
 def versions(tasks: bool = False) -> dict[str, str]:
-    """Versions of what decides about a number; with `tasks` also that of lm-eval."""
+    """The versions that can affect a result. With `tasks`, also the version of lm-eval."""
     return ({"lm_eval": version("lm_eval")} if tasks else {}) | {
         "mxrot": __version__,
         "torch": torch.__version__,
@@ -60,7 +60,7 @@ def versions(tasks: bool = False) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the GPU's name, or the kind of device."""
+    """The name of the GPU, or the type of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -89,7 +89,7 @@ def leave_to_another(error: BaseException) -> None:
 
 
 def is_left_to_another(error: BaseException) -> bool:
-    """Does another process of the run report this error?"""
+    """True if another process of the run reports this error."""
     return "is_left_to_another" in error.__dict__
 
 

@@ -1,8 +1,8 @@
-"""What the machine did not have: memory, descriptors, room on the disk, threads.
+"""Failures of the machine: not enough memory, file descriptors, disk space or threads.
 
-Python and torch say so in many ways; here they become one error each, which says what did not fit and what to do. What
-happened is told by the type of an error and by the number that the system gave (errno). Where a library gives neither,
-its whole message has to be one that only this failure has: no name of a file can look like it.
+Python and torch report these in many ways. Here each becomes one error that says what did not fit and what to do. The
+type of an error and its errno tell what happened. If a library gives neither, its whole message must match a text that
+only this failure has, so that no file name can look like it.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ _CPU_ALLOCATOR = re.compile(
     r"\[enforce fail at alloc_cpu\.cpp:\d+\] [^/\\]{0,40}DefaultCPUAllocator: can't allocate memory: "
     r"you tried to allocate (?P<bytes>\d+) bytes\. Error code \d+ \([\w ]+\)\s*"
 )
-"""torch gives its CPU allocator's failure no type (c10/core/impl/alloc_cpu.cpp): the whole message, from its start."""
+"""The whole message of torch's CPU allocator, from its start. Its error has no type of its own
+(c10/core/impl/alloc_cpu.cpp)."""
 _MAPPING = re.compile(
     r"unable to (?:mmap \d+ bytes from|open|read|resize|stat) file <.*>[\w -]*: "
     r"(?P<text>[\w ]+) \((?P<number>\d+)\)"
 )
-"""The same for files that it maps (aten/src/ATen/MapAllocator.cpp)."""
+"""The same for files that torch maps (aten/src/ATen/MapAllocator.cpp)."""
 _RUST = re.compile(r"(?P<text>[\w ]+) \(os error (?P<number>\d+)\)")
-"""What Rust's standard library makes of errno, where nothing stands before it."""
+"""The text that Rust's standard library makes from errno, with nothing before it."""
 _WITHOUT_TYPE = {
-    "std::bad_alloc": errno.ENOMEM,  # C++, by way of torch
+    "std::bad_alloc": errno.ENOMEM,  # C++, through torch
     "can't start new thread": errno.EAGAIN,  # Python's threading
 }
-"""Whole messages of a RuntimeError."""
+"""Whole messages of a RuntimeError, with their errno."""
 _CUDA_OUT_OF_MEMORY = 2
-"""cudaErrorMemoryAllocation"""
+"""cudaErrorMemoryAllocation."""
 _UNOPENED = "No such file or directory: "
-"""How safetensors begins to say that it could not open a file, whatever the reason."""
+"""The start of safetensors' message when it cannot open a file, for any reason."""
 
 LESS_MEMORY = (
     "take fewer or shorter windows (--samples, --windows, --seq-len) or another --device; "
@@ -46,7 +47,7 @@ LESS_MEMORY = (
 
 
 def machine_failure(error: BaseException | None, where: str = "") -> MachineError | DiskFullError | None:
-    """What the machine lacked, if that is why `error` was raised, or what it came from; None for every other error.
+    """The machine failure behind `error` or one of its causes. None for every other error.
 
     `where` says what was being done.
     """
@@ -62,7 +63,7 @@ def machine_failure(error: BaseException | None, where: str = "") -> MachineErro
 
 @contextmanager
 def named_failures(where: str) -> Iterator[None]:
-    """While open, what the machine lacks is raised as a MachineError, or DiskFullError, that says `where`."""
+    """While open, a machine failure is raised as a MachineError or DiskFullError that says `where`."""
     try:
         yield
     except MxrotError:
@@ -104,7 +105,7 @@ def _by_number(number: int | None, error: BaseException, where: str) -> MachineE
 
 
 def _number(error: BaseException) -> int | None:
-    """errno, also where a library in Rust or C++ keeps it for itself."""
+    """The errno of an error, also if a library in Rust or C++ gives it only in its message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     text = str(error)
@@ -121,18 +122,18 @@ def _number(error: BaseException) -> int | None:
 
 
 def _reason(path: Path) -> int | None:
-    """Why a file that is there could not be opened: if it can be now, there were no descriptors a moment ago."""
+    """Why an existing file could not be opened. If it can be opened now, there were no free descriptors before."""
     try:
         with path.open("rb"):
             return errno.EMFILE
     except OSError as error:
         return error.errno
-    except ValueError:  # a zero byte in what is no path
+    except ValueError:  # a null byte in a text that is not a path
         return None
 
 
 def _is_gpu_memory(error: BaseException) -> bool:
-    """Did a GPU's memory run out? Without loading torch: who has not loaded it got no such error."""
+    """True if a GPU's memory ran out. torch is not loaded for this: without it there is no such error."""
     torch = sys.modules.get("torch")
     if torch is None:
         return False
@@ -144,6 +145,6 @@ def _is_gpu_memory(error: BaseException) -> bool:
 
 
 def _asked(message: str) -> str:
-    """What was asked for, as torch says it."""
+    """The amount of memory that was requested, as torch's message gives it."""
     found = re.search(r"Tried to allocate ([\d.]+ [KMGT]?i?B)", message)
     return f" ({found[1]} more wanted)" if found else ""

@@ -1,9 +1,10 @@
-"""Give memory that was freed back to the system.
+"""Return freed memory to the system.
 
-glibc keeps what lies between tensors that are still alive, and takes more from the system for the next block where the
-pieces do not fit: without this, main memory grows with the number of blocks. It is asked after each site. Mapping every
-tensor by itself instead (M_MMAP_THRESHOLD) saves a little more memory and takes twice the time, in page faults
-(docs/log.md). musl, macOS and Windows give back by themselves, or cannot be asked.
+glibc keeps the free memory between tensors that are still alive. If its pieces are too small for the next block, it
+takes more from the system. Without this module, main memory therefore grows with the number of blocks. Memory is
+returned after each site. Mapping every tensor by itself instead (M_MMAP_THRESHOLD) saves a little more memory, but its
+page faults double the time (docs/log.md). musl, macOS and Windows return memory by themselves or offer no such
+function.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import cache
 
 
 def give_back() -> None:
-    """Nothing where the system's C library has no such function."""
+    """Return freed memory. Does nothing if the system's C library has no function for it."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

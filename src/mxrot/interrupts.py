@@ -1,13 +1,13 @@
-"""What ends a run early: Ctrl-C, SIGTERM and SIGHUP, which end it alike, but for the exit code.
+"""Interrupts that end a run early: Ctrl-C, SIGTERM and SIGHUP. They differ only in the exit code.
 
-An interrupt is a KeyboardInterrupt, so that what is half written is taken away and finished blocks are kept. There are
-two times at which that is no way out. While modules are imported nothing is half written, and compiled code may swallow
-an exception or make another of it: the process ends at once. And safetensors calls Python from compiled code; an
-interrupt that arrives there comes out as a ValueError about whatever was being built, and the run would end as if a
-file were damaged: it waits.
+An interrupt is raised as a KeyboardInterrupt, so that half-written files are removed and finished blocks are kept.
+There are two exceptions. While modules are imported, nothing is half written, and compiled code may swallow an
+exception or turn it into another. The process then ends at once. safetensors calls Python from compiled code. An
+interrupt there would become a ValueError about the object being built, and the run would end as if a file were damaged.
+The interrupt therefore waits.
 
-The command line asks for this; a program that imports mxrot keeps its own handlers. Only what is quick to import is
-imported here: until it is, an interrupt is a traceback.
+Only the command line turns this on. A program that imports mxrot keeps its own handlers. This module imports only
+modules that are quick to import, because an interrupt before it is loaded is a traceback.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 EXIT_CODE = 1
 TERMINATED = 128 + signal.SIGTERM
-"""143, which batch systems take for what they asked for, and not for a failure of the job."""
+"""143. Batch systems take it for the end that they requested, not for a failure of the job."""
 ECHO_SECONDS = 1.0
-"""Wrappers hand on what the terminal has sent already: the same interrupt, once more."""
+"""A wrapper may pass on an interrupt that the terminal has already sent. Within this time it counts as the same one."""
 AFTERMATH_SECONDS = 10.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """An interrupt; the message is what a person is told."""
+    """An interrupt. The message is shown to the user."""
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -41,40 +41,40 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code(number: int | None) -> int:
-    """Of a process that this signal has ended."""
+    """The exit code of a process that this signal has ended."""
     return TERMINATED if number == signal.SIGTERM else EXIT_CODE
 
 
 _raised_at: float | None = None
 _raised: int | None = None
-"""The signal of that time."""
+"""The signal of the last raised interrupt."""
 _waiting = 0
-"""How many `interrupt_waits` are open."""
+"""The number of open `interrupt_waits`."""
 _noted: int | None = None
-"""The signal that waits."""
+"""The signal of the waiting interrupt."""
 
 
 def arrived() -> bool:
-    """Was an interrupt raised just now? An error that comes then may be what somebody made of it."""
+    """True if an interrupt was raised just now. An error that follows may be caused by it."""
     return _raised_at is not None and time.monotonic() - _raised_at < AFTERMATH_SECONDS
 
 
 def last_raised() -> int | None:
-    """The signal of the interrupt that was raised last."""
+    """The signal of the last interrupt that was raised."""
     return _raised
 
 
 def end_at_once() -> None:
-    """From now on an interrupt writes one line and ends the process with its exit code, without any cleaning up."""
+    """From now on an interrupt writes one line and ends the process with its exit code, without any cleanup."""
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores a signal
             signal.signal(number, _end)
 
 
 def raise_interrupts() -> None:
-    """From now on an interrupt is raised as `Interrupted` in the main thread; another one, later, ends the process.
+    """From now on an interrupt is raised as `Interrupted` in the main thread. A later one ends the process.
 
-    Only where `end_at_once` was asked for before.
+    This works only after a call of `end_at_once`.
     """
     taken = [number for number in SIGNALS if signal.getsignal(number) is _end]
     for number in taken:
@@ -84,7 +84,7 @@ def raise_interrupts() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # a bar, which hides the cursor
+    clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # clears a progress bar, which hides the cursor
     os.write(2, f"{clear}mxrot: error: {Interrupted(number)}\n".encode())
     os._exit(exit_code(number))
 
@@ -101,7 +101,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _again(lost: Any) -> None:
-    """In place of sys.unraisablehook: an interrupt that was raised where Python drops errors is raised again, soon."""
+    """Replaces sys.unraisablehook. An interrupt that was raised where Python drops errors is raised again soon."""
     global _raised_at
     if not isinstance(lost.exc_value, Interrupted):
         sys.__unraisablehook__(lost)
@@ -113,9 +113,9 @@ def _again(lost: Any) -> None:
 
 
 class interrupt_waits:  # noqa: N801 (used as a function is; contextlib would take longer to import than this module)
-    """While open, an interrupt waits; it is raised at the end, also in place of an error. For short work only.
+    """While open, an interrupt waits. It is raised at the end, even in place of an error. For short work only.
 
-    Does nothing outside of the main thread, which no interrupt reaches, or where somebody else handles interrupts.
+    Does nothing outside the main thread, which no interrupt reaches, or if other code handles interrupts.
     """
 
     def __enter__(self) -> None:
@@ -148,5 +148,5 @@ class interrupt_waits:  # noqa: N801 (used as a function is; contextlib would ta
 
 
 def _is_main_thread() -> bool:
-    threading = sys.modules.get("threading")  # where nobody imported it there is one thread
+    threading = sys.modules.get("threading")  # if it is not imported, there is only one thread
     return threading is None or threading.current_thread() is threading.main_thread()

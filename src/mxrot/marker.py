@@ -1,11 +1,11 @@
-"""How a `quantization_config` is known to be ours. Imports nothing: it is looked at wherever torch is imported."""
+"""How a `quantization_config` of mxrot is recognized. Imports nothing, because `import torch` loads this module."""
 
 from __future__ import annotations
 
 MARKER = "mxrot"
-"""The key of what mxrot alone writes."""
+"""The key of the table that only mxrot writes."""
 SAVED_BY = "saved_by"
-"""What the marker says where `save_pretrained` has written last."""
+"""The key in the marker that says `save_pretrained` has written last."""
 METHOD = "compressed-tensors"
 """The `quant_method` of a checkpoint."""
 NATIVE = "mxrot"
@@ -13,13 +13,13 @@ NATIVE = "mxrot"
 ON_LOAD = "mxrot"
 """The `quant_method` of `mxrot.MxrotConfig`."""
 IN_VLLM = "mxrot"
-"""The name of the quantization method in vLLM, where the plugin is."""
+"""The name of the quantization method in vLLM, with the plugin."""
 
 
 def is_ours(table: object) -> bool:
-    """Does a `quantization_config` carry mxrot's marker, its `format`, or transforms that go by mxrot's names?
+    """True if a `quantization_config` has mxrot's marker, its `format`, or transforms with mxrot's names.
 
-    With these and without the marker it was damaged: another reader would leave the transforms out.
+    With the others but without the marker, the config is damaged: another reader would leave the transforms out.
     """
     if not isinstance(table, dict):
         return False
@@ -40,6 +40,6 @@ def _is_native(group: object) -> bool:
 
 
 def _is_scheme(name: object) -> bool:
-    """Is it called layer<i>_<site>?"""
+    """True if the name has the form layer<i>_<site>."""
     start, _, site = str(name).partition("_")
     return start.startswith("layer") and start[5:].isdigit() and bool(site)

@@ -1,4 +1,4 @@
-"""Open a model and its tokenizer from a folder, an object or an id. Every tensor is there, and none is random."""
+"""Open a model and its tokenizer from a folder, an object or an id. No tensor is missing, and none is random."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def base_name(model: str, folder: Path) -> str:
 
 
 def is_verifiable(name: str | Path) -> bool:
-    """Is this a checkpoint of mxrot with recorded hashes?"""
+    """True if this is a checkpoint of mxrot with recorded hashes."""
     return (find_model(str(name)) / "run.json").exists()
 
 
@@ -87,7 +87,7 @@ def _opened_by_transformers(
     folder: Path, family: Family, config: Any, name: str, device: torch.device
 ) -> PreTrainedModel:
     """A model that another program has quantized, opened by transformers. FamilyError unless transformers finds every
-    tensor, and a place for each."""
+    tensor and has a place for each."""
     weight_map(folder)
     try:
         model, report = getattr(transformers, family.auto_class).from_pretrained(
@@ -112,7 +112,7 @@ def _opened_by_transformers(
 
 
 def first_line(error: Exception) -> str:
-    """The message of an error of another package, or its kind."""
+    """The first line of an error message of another package, or the type of the error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -28,8 +28,8 @@ class Override:
 
     changes: tuple[tuple[str, Any], ...]
     """Dotted keys and their values, such as ("weights.format", "mxfp8_e4m3"). ("weights", "none") leaves the site
-    unquantized, ("activations", "none") its inputs. "format" sets the format of weights and, if they are quantized, of
-    activations."""
+    unquantized, and ("activations", "none") leaves its inputs unquantized. "format" sets the format of weights and, if
+    they are quantized, of activations."""
     sites: tuple[str, ...] = ()
     """Shell-style patterns. They match the name of a site, or the full name or last part of its linears. Empty: all."""
     blocks: tuple[int, int] | None = None
@@ -48,17 +48,17 @@ class Override:
 
     @property
     def leaves(self) -> bool:
-        """Are the sites left unquantized?"""
+        """True if the sites are left unquantized."""
         return ("weights", "none") in self.changes
 
     @property
     def sets_weights(self) -> bool:
-        """Does the table change how weights are quantized?"""
+        """True if the table changes how weights are quantized."""
         return any(key == "format" or key.startswith("weights.") for key, _ in self.changes)
 
     @staticmethod
     def from_table(table: Any, where: str) -> Override:
-        """The override in a table, as TOML gives it; ConfigError, with `where`, if it is none."""
+        """The override in a parsed TOML table. ConfigError, with `where`, if it is not valid."""
         if not isinstance(table, dict):
             raise ConfigError(f"{where}: expected a table, got {brief(table)}; write [[override]] above its keys")
         changes: list[tuple[str, Any]] = []
@@ -83,7 +83,7 @@ class Override:
             raise ConfigError(f"{where}: {str(error).removeprefix('override: ')}") from error
 
     def to_table(self) -> dict[str, Any]:
-        """The table; `from_table` of it is equal to this one."""
+        """The table. `from_table` reads it back to an equal override."""
         table: dict[str, Any] = {"sites": list(self.sites)} if self.sites else {}
         if self.blocks is not None:
             table["blocks"] = list(self.blocks)
@@ -97,14 +97,15 @@ class Override:
         return table
 
     def covers(self, index: int, blocks: int) -> bool:
-        """Is block `index`, of so many, one of its own?"""
+        """True if the range of this override includes block `index` of `blocks`."""
         if self.blocks is None:
             return True
         first, last = (number + blocks if number < 0 else number for number in self.blocks)
         return first <= index <= last
 
     def matches(self, site: Site, linears: Sequence[str]) -> bool:
-        """Does it name `site`, whose `linears` have these full names? ConfigError if it names a part of them."""
+        """True if the patterns match `site`, whose `linears` have these full names. ConfigError if they match only some
+        of them."""
         if not self.sites or any(fnmatchcase(name, one) for name in (site.group, site.name) for one in self.sites):
             return True
         named = [name for name in linears if is_ignored(name, self.sites)]
@@ -116,7 +117,7 @@ class Override:
         return bool(named)
 
     def apply(self, table: dict[str, Any]) -> None:
-        """Set its keys in the table of a recipe. A format or a method that is named starts from its own defaults."""
+        """Set the keys in the table of a recipe. A new format or method starts from its own defaults."""
         own = self.to_table()
         if "format" in own:
             for key in ("weights", "activations"):
@@ -139,7 +140,7 @@ def _changes_of(section: str, value: Any, where: str) -> list[tuple[str, Any]]:
 
 
 def _begun(section: str, before: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """What stays of a section whose keys `own` are about to be set."""
+    """The keys of a section that stay when its keys `own` are set."""
     if section in ("weights", "activations"):
         return {} if "format" in own else dict(before)
     if "method" in own:

@@ -21,9 +21,9 @@ class Sampling:
 
     temperature: float = 0.0
     top_p: float = 1.0
-    """Only the smallest set of tokens whose probabilities sum to this value is drawn from."""
+    """Tokens are drawn only from the smallest set whose probabilities sum to this value."""
     top_k: int = 0
-    """Only this many of the most probable tokens are drawn from. 0 means all."""
+    """Tokens are drawn only from this many of the most probable ones. 0 means all."""
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
@@ -42,9 +42,9 @@ GREEDY = Sampling()
 
 
 def chat_ids(question: str, system: str | None, reader: Reader) -> Tensor:
-    """The tokens of a question in the chat template of the tokenizer, int64 [1, T], up to where the answer begins.
+    """The tokens of a question in the tokenizer's chat template, int64 [1, T], up to the start of the answer.
 
-    ConfigError if the tokenizer has no template, if the template refuses, or as `prompt_ids`.
+    ConfigError if the tokenizer has no template, if the template refuses the question, or as for `prompt_ids`.
     """
     for text in (question, system or ""):
         _check_text(text)
@@ -54,7 +54,7 @@ def chat_ids(question: str, system: str | None, reader: Reader) -> Tensor:
     turns.append({"role": "user", "content": question})
     try:
         ids = reader.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except Exception as error:  # a template is a program of the model's: it raises what it likes
+    except Exception as error:  # a template is a program of the model, and can raise any error
         raise ConfigError(f"--chat: the chat template refuses this ({str(error)[:200]})") from error
     found = torch.tensor([ids], dtype=torch.int64)
     check_ids(found, "the prompt", reader)
@@ -69,7 +69,7 @@ def _check_text(prompt: str) -> None:
 def prompt_ids(prompt: str, reader: Reader) -> Tensor:
     """The tokens of a prompt, int64 [1, T]. An empty prompt is the token that begins a text.
 
-    ConfigError if there is no such token, if the prompt is no text, or if a token is beyond the embedding.
+    ConfigError if there is no such token, if the prompt is not valid text, or if a token is beyond the embedding.
     """
     _check_text(prompt)
     ids = reader.tokenizer(prompt, verbose=False)["input_ids"]
@@ -102,9 +102,10 @@ def continue_prompt(
     sampling: Sampling = GREEDY,
     streams: bool = False,
 ) -> str:
-    """A continuation of the tokens [1, T] by at most `count`, without them; `streams` prints it word by word, too.
+    """A continuation of the tokens [1, T] by at most `count` tokens, without the prompt. `streams` also prints it word
+    by word.
 
-    Sampling draws from torch's generator of the device, seeded here; its state is as before afterwards.
+    Sampling draws from torch's generator of the device, seeded here. The state of the generator is restored afterwards.
     """
     device = next(model.parameters()).device
     ids = ids.to(device)

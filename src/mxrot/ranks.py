@@ -1,9 +1,9 @@
-"""The processes of one run, as torchrun, accelerate or a cluster starts them: what joins them, and ends them together.
+"""The processes of one run, started by torchrun, accelerate or a cluster: how they join, and how they end together.
 
-Only the environment variables are read that all of these set. Beside the exchange of tensors, which waits as long as
-one process works alone, each process counts in the store of the rendezvous and watches the others count there. The
-first that fails leaves its error in the store; the others raise that one, and where a process does not come back from
-an exchange, its watch ends it.
+Only environment variables that all of these launchers set are read. An exchange of tensors waits as long as one process
+works alone. Each process therefore also counts in the store of the rendezvous, and watches the counts of the others.
+The first process that fails writes its error to the store, and the others raise this error. If a process does not
+return from an exchange, its watch ends it.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from mxrot.failures import machine_failure
 from mxrot.interrupts import exit_code
 
 JOIN = timedelta(seconds=45)
-"""In which all processes have to be there."""
+"""The time within which all processes must join."""
 EXCHANGE = timedelta(days=7)
-"""While one writes text the others wait; who is lost is found out by the watch."""
+"""The timeout of an exchange. While one process writes text, the others wait. The watch detects lost processes."""
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 35.0
-"""Without a beat, after which a process counts as lost."""
+"""A process whose count has not changed for this time counts as lost."""
 GRACE_SECONDS = 4.0
-"""In which a process ends by itself, because its exchange fails; then as by an interrupt; then at once."""
+"""The time for a process to end by itself, because its exchange fails. Then it is interrupted, then ended at once."""
 _FAILED = "failed"
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _open: World | None = None
-"""The one that is joined."""
+"""The world that is joined now."""
 
 
 @contextmanager
 def joined(device: str | None = None) -> Iterator[World]:
-    """While open, the world of all processes of this run, each with its own GPU or on the CPU; inside of another one
-    the same. One process where the environment names no others, or where the program has joined them for itself.
+    """While open, the world of all processes of this run, each on its own GPU or on the CPU. A nested call gives the
+    same world. There is one process if the environment names no others, or if the program has joined them itself.
 
-    An error in one process ends all: the others raise RankError with the error of the first that failed.
+    An error in one process ends all of them: the others raise RankError with the error of the first that failed.
     """
     global _open
     place = None if _open is not None or distributed.is_initialized() else _place()
@@ -61,11 +61,11 @@ def joined(device: str | None = None) -> Iterator[World]:
     try:
         _open = ProcessWorld(_device(device, int(os.environ.get("LOCAL_RANK", place[0]))))
         yield _open
-        _open.count(0)  # all have come to the end
+        _open.count(0)  # all processes have reached the end
     except BaseException as error:
         try:
             first = watch.first(error)
-        except KeyboardInterrupt as interrupt:  # torchrun ends the others, too
+        except KeyboardInterrupt as interrupt:  # torchrun ends the other processes, too
             first = interrupt
         if first is error:
             raise
@@ -80,12 +80,12 @@ def joined(device: str | None = None) -> Iterator[World]:
 
 
 def current() -> World:
-    """The world that is joined, by `joined` around this; one process otherwise."""
+    """The world that an enclosing `joined` has joined. Otherwise one process."""
     return _open or ONE
 
 
 def _place() -> tuple[int, int] | None:
-    """The rank of this process and the number of all; None where it is the only one."""
+    """The rank of this process and the number of processes. None if it is the only one."""
     found = {name: os.environ.get(name) for name in _NAMES}
     if found["RANK"] is None or found["WORLD_SIZE"] in (None, "1"):
         return None
@@ -128,7 +128,7 @@ def _join(rank: int, size: int) -> _Watch:
 
 
 def _device(asked: str | None, local: int) -> torch.device:
-    """Where this process computes."""
+    """The device of this process."""
     if asked is not None:
         check_device(asked)
     device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -145,18 +145,18 @@ def _device(asked: str | None, local: int) -> torch.device:
 
 
 class _Watch(Thread):
-    """Counts for this process, and looks at the others."""
+    """Counts for this process, and watches the counts of the others."""
 
     def __init__(self, store: distributed.Store, rank: int, size: int) -> None:
         super().__init__(daemon=True)
         self.over = Event()
-        """Nothing is to be watched any more."""
-        # A connection of its own: the other may be waiting.
+        """Set when there is nothing left to watch."""
+        # A separate connection: the other one may be waiting.
         self._store: distributed.Store = cast(Any, store).clone()
         self._rank, self._others = rank, [other for other in range(size) if other != rank]
 
     def run(self) -> None:
-        """Until all is over."""
+        """Count and watch until `over` is set."""
         beats = dict.fromkeys(self._others, -1)
         moved = dict.fromkeys(self._others, time.monotonic())
         while not self.over.wait(BEAT_SECONDS):
@@ -176,7 +176,7 @@ class _Watch(Thread):
                 return
 
     def first(self, error: BaseException) -> BaseException:
-        """What the run ends with, of which this process has seen `error`."""
+        """The error that the run ends with, given the `error` that this process has seen."""
         self.over.set()
         try:
             if _is_of_exchange(error):
@@ -185,7 +185,7 @@ class _Watch(Thread):
             self._leave(self._rank, said, code)
             found = self._found()
             if self._rank == 0:
-                time.sleep(1.5 * BEAT_SECONDS)  # the store may end with this process: others shall have looked
+                time.sleep(1.5 * BEAT_SECONDS)  # the store may end with this process: the others must read it first
         except (RuntimeError, ValueError):
             found = self._storeless()
             return found if _is_of_exchange(error) else error
@@ -200,16 +200,16 @@ class _Watch(Thread):
         return {other: self._store.add(f"beat {other}", 0) for other in self._others}
 
     def _leave(self, rank: int, said: str, code: int) -> None:
-        """For all, unless there is an error already."""
+        """Write an error for all processes, unless there is one already."""
         self._store.compare_set(_FAILED, "", json.dumps([rank, said, code]))
 
     def _found(self) -> RankError | None:
-        """The first error."""
+        """The first error of the run."""
         if not self._store.check([_FAILED]):
             return None
         rank, said, code = json.loads(self._store.get(_FAILED))
         error = RankError(f"rank {rank}: {said}", rank, code)
-        if self._rank and (rank, said) != (0, _LOST):  # the first process says it
+        if self._rank and (rank, said) != (0, _LOST):  # the first process reports it
             leave_to_another(error)
         return error
 
@@ -217,7 +217,7 @@ class _Watch(Thread):
         return RankError("rank 0: has ended, and with it the rendezvous of all", 0)
 
     def _lost(self) -> RankError:
-        """After an exchange has failed and nobody has said why: those that do not count any more were killed."""
+        """The error if an exchange fails without a reported error. Processes that no longer count were killed."""
         before = self._beats()
         for _ in range(3):
             time.sleep(BEAT_SECONDS)
@@ -230,7 +230,7 @@ class _Watch(Thread):
         return self._found() or RankError("the exchange with another process has failed", self._rank)
 
     def _end(self, error: RankError) -> None:
-        """See that this process ends, which may be waiting for what never comes."""
+        """End this process, which may be waiting in an exchange that never finishes."""
         if self.over.wait(GRACE_SECONDS):
             return
         interrupt_main()
@@ -245,7 +245,7 @@ _LOST = "was lost, by a kill or with its machine"
 
 
 def _said(error: BaseException) -> tuple[str, int]:
-    """An error in words, and the exit code."""
+    """The text of an error, and its exit code."""
     known = error if isinstance(error, MxrotError) else machine_failure(error)
     if known is not None:
         return str(known), known.exit_code
@@ -256,7 +256,7 @@ def _said(error: BaseException) -> tuple[str, int]:
 
 
 def _is_of_exchange(error: BaseException) -> bool:
-    """Was it raised because another process has gone?"""
+    """True if the error was raised because another process has gone."""
     found: BaseException | None = error
     while found is not None:
         names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(found.__traceback__))

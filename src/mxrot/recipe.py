@@ -67,7 +67,7 @@ class Recipe:
     rotation: Rotation | None = None
     """Rotations that are merged into the weights first; None: no rotation."""
     permutation: PermutationChoice | None = None
-    """Orders of channels, applied after the rotations; None: the order is kept."""
+    """Orders of channels, applied after the rotations; None: the order is unchanged."""
     smoothing: Smoothing | None = None
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
     choice: Choice | None = None
@@ -78,7 +78,7 @@ class Recipe:
     attention: AttentionChoice | None = None
     """Formats of the operands in the products of attention; None: they are not quantized."""
     cache: CacheChoice | None = None
-    """How keys and values are stored; None: they are not quantized."""
+    """Formats of stored keys and values; None: they are not quantized."""
     head: HeadChoice | None = None
     """Format of the head, which then has weights of its own; None: it is not quantized."""
     ignore: tuple[str, ...] = ()
@@ -180,80 +180,80 @@ class Recipe:
 
     @property
     def is_data_free(self) -> bool:
-        """Does the recipe work without calibration text?"""
+        """True if the recipe works without calibration text."""
         looks_at_data = any(one.transform.needs or one.rounding.requirements.hessian for one in self.variants)
         learns = self.tuning is not None or self.trains_rotations or self.fits_cache or self.permutation is not None
         return self.smoothing is None and not learns and not looks_at_data
 
     @property
     def trains_rotations(self) -> bool:
-        """Are rotations learned before anything is quantized?"""
+        """True if rotations are learned before anything is quantized."""
         return self.rotation is not None and self.rotation.steps > 0
 
     @property
     def fits_cache(self) -> bool:
-        """Are transforms of keys and values fitted to the inputs of attention?"""
+        """True if transforms of keys and values are fitted to the inputs of attention."""
         return self.cache is not None and self.cache.is_fitted
 
     @property
     def turns_values_for_cache(self) -> bool:
-        """Is a Hadamard matrix merged into the weights around the values only because of the cache?"""
+        """True if a Hadamard matrix is merged into the weights around the values only because of the cache."""
         return self.cache is not None and self.cache.turns_values(self.rotation)
 
     @property
     def rotates_weights(self) -> bool:
-        """Are rotations merged into the weights before all other steps?"""
+        """True if rotations are merged into the weights before all other steps."""
         return self.rotation is not None or self.turns_values_for_cache
 
     @property
     def changes_values(self) -> bool:
-        """Are matrices merged into the weights before and after the values of each head?"""
+        """True if matrices are merged into the weights before and after the values of each head."""
         turns = self.rotation is not None and self.rotation.value_heads != "none"
         return turns or self.turns_values_for_cache or self.fits_cache
 
     @property
     def looks_at_original(self) -> bool:
-        """Must the original model run beside the quantized one, block by block?"""
+        """True if the original model must run beside the quantized one, block by block."""
         return self.tunes_blocks or any(one.rounding.requirements.target != "own" for one in self.variants)
 
     @property
     def is_tuned(self) -> bool:
-        """Does an optimizer take steps on the quantized model?"""
+        """True if an optimizer takes steps on the quantized model."""
         return self.tuning is not None or self.trains_rotations
 
     @property
     def tunes_blocks(self) -> bool:
-        """Is each block tuned by itself?"""
+        """True if each block is tuned by itself."""
         return self.tuning is not None and self.tuning.scope == "block"
 
     @property
     def tunes_network(self) -> bool:
-        """Does tuning need all blocks at once?"""
+        """True if tuning needs all blocks at once."""
         return self.tuning is not None and self.tuning.scope == "network"
 
     @property
     def keeps_remainders(self) -> bool:
-        """Does tuning start from the remainders of rounding?"""
+        """True if tuning starts from the remainders of rounding."""
         return self.tuning is not None and self.tuning.moves != "gains"
 
     @property
     def runs_whole_original(self) -> bool:
-        """Does the whole original model run at once?"""
+        """True if the whole original model runs at once."""
         return self.writes_text or self.holds_original
 
     @property
     def writes_text(self) -> bool:
-        """Does the original model write calibration text? It may then be spread over several devices."""
+        """True if the original model writes calibration text. It may then be spread over several devices."""
         return self.calibration.writes and not self.is_data_free
 
     @property
     def holds_original(self) -> bool:
-        """Must the device hold the whole original model?"""
+        """True if the device must hold the whole original model."""
         return self.tunes_network or self.trains_rotations or self.choice is not None
 
     @property
     def has_transform(self) -> bool:
-        """Does any site multiply its inputs by a matrix at run time?"""
+        """True if any site multiplies its inputs by a matrix at run time."""
         return any(one._stages for one in self.variants)
 
     @property
@@ -340,7 +340,7 @@ class Recipe:
         """The recipe in a TOML text. ConfigError, which begins with `where`, if it is not a recipe."""
         try:
             table = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # the latter where arrays are nested a thousand deep
+        except (ValueError, RecursionError) as error:  # RecursionError if arrays are nested a thousand levels deep
             raise ConfigError(f"{where}: not TOML: {str(error)[:200]}") from error
         return Recipe.from_table(table, where)
 

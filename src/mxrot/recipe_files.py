@@ -1,4 +1,4 @@
-"""The recipes that come with mxrot, as files: what there is can be listed without torch, which a Recipe needs."""
+"""The recipes that come with mxrot, as files. They can be listed without torch, which a Recipe needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILTIN_FOLDER = Path(__file__).parent / "recipes"
 
 
 class Description(NamedTuple):
-    """What a recipe's file says of it."""
+    """The description in the file of a recipe."""
 
     name: str
     summary: str
@@ -27,20 +27,20 @@ class Description(NamedTuple):
 
 
 def builtin_recipes() -> dict[str, Path]:
-    """Name and file of the recipes that come with mxrot."""
+    """The names and files of the recipes that come with mxrot."""
     return {path.stem: path for path in sorted(BUILTIN_FOLDER.glob("*.toml"))}
 
 
 def descriptions() -> list[Description]:
-    """Of all of them, by name."""
+    """The descriptions of all these recipes, sorted by name."""
     tables = [tomllib.loads(path.read_text(encoding="utf-8")) for path in builtin_recipes().values()]
     return [Description(table["name"], table["summary"], table["source"]) for table in tables]
 
 
 def recipe_text(name_or_file: str | Path) -> tuple[Path, str]:
-    """The file of a recipe by its built-in name, or that file itself, and what is in it.
+    """The file of a recipe, given by its built-in name or as a file, and its contents.
 
-    ConfigError, with the names that there are, if there is no such file, or if it is not text.
+    ConfigError, with the known names, if there is no such file, or if it is not text.
     """
     known = builtin_recipes()
     name = str(name_or_file)

@@ -1,4 +1,4 @@
-"""A recipe for the sites of one model: which of them are quantized, and by which rules."""
+"""A recipe applied to one model: which sites are quantized, and by which rules."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from mxrot.recipe import Recipe
 
 @dataclass(frozen=True)
 class Rules:
-    """A recipe, for a model of a family with so many decoder blocks."""
+    """A recipe for a model of a family, with its number of decoder blocks."""
 
     recipe: Recipe
     family: Family
     blocks: int
 
     def of(self, index: int, site: str) -> Recipe:
-        """The recipe for a site of block `index` that is quantized, by its name, without overrides."""
+        """The recipe of a quantized site of block `index`, given by its name. It has no overrides."""
         found = self._chosen[index, site] if self.recipe.override else self.recipe
         assert found is not None, f"block {index}: site {site} is left as it is"
         return found
 
     def active_sites(self, index: int) -> tuple[Site, ...]:
-        """The sites of block `index` without linears that are left as they are; empty ones are gone."""
+        """The sites of block `index`, without linears that are not quantized. Empty sites are left out."""
         sites = self.family.active_sites(index, self.recipe.ignore)
         if not self.recipe.override:
             return sites
         return tuple(site for site in sites if self._chosen[index, site.name] is not None)
 
     def smooths(self, site: Site) -> bool:
-        """Does such a site get smoothing scales, where it is quantized?"""
+        """True if a site gets smoothing scales when it is quantized."""
         return self.recipe.smoothing is not None and site.group not in self.recipe.smoothing.skip
 
     def input_block(self, linear: str) -> int | None:
-        """What in_features of a linear of a decoder block, by its full name, must be a multiple of; None where it is
-        left as it is."""
+        """in_features of a linear, given by its full name, must be a multiple of this number. None if the linear is not
+        quantized."""
         if is_ignored(linear, self.recipe.ignore):
             return None
         found = self._by_linear.get(linear, self.recipe)
@@ -48,20 +48,20 @@ class Rules:
 
     @cached_property
     def _by_linear(self) -> dict[str, Recipe | None]:
-        """Without those that no override names."""
+        """Recipes by linear, without linears that no override matches."""
         if not self.recipe.override:
             return {}
         return {name: self._chosen[index, site.name] for index, site, names in self._all for name in names}
 
     @cached_property
     def in_use(self) -> tuple[Recipe, ...]:
-        """The different recipes that sites are quantized by; ConfigError if overrides cannot be combined."""
+        """The distinct recipes that sites are quantized by. ConfigError if overrides cannot be combined."""
         if not self.recipe.override:
             return (self.recipe,)
         return tuple(dict.fromkeys(found for found in self._chosen.values() if found is not None))
 
     def problems(self) -> Iterator[ConfigError]:
-        """Overrides that name nothing or a part of a site, or that cannot be combined."""
+        """Overrides that match nothing or only a part of a site, or that cannot be combined."""
         named: set[int] = set()
         for number, one in enumerate(self.recipe.override):
             try:
@@ -93,7 +93,7 @@ class Rules:
 
     @cached_property
     def _all(self) -> list[tuple[int, Site, list[str]]]:
-        """Every site that `ignore` does not leave as it is: its block, and the full names of its linears."""
+        """Every site that `ignore` does not exclude: its block, the site, and the full names of its linears."""
         found = []
         for index in range(self.blocks):
             for site in self.family.active_sites(index, self.recipe.ignore):

@@ -1,7 +1,8 @@
-"""A quantized cache that is asked for when a model is opened, whatever the model is: the original or a checkpoint.
+"""A quantized cache that is requested when a model is opened. The model may be an original or a checkpoint.
 
-Nothing is folded into weights. Keys and values are multiplied as they come, queries and what heads give by the inverse;
-so it goes on and off, and the same model is compared under several caches.
+Nothing is folded into weights. Keys and values are multiplied by the transform at run time, and queries and head
+outputs by the inverse. The cache can therefore be switched on and off, and one model can be compared under several
+caches.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from mxrot.tokenizing import fitting_windows
 from mxrot.transforms.orders import factors_of
 
 NAMES = {"mxfp8": "mxfp8_e4m3", "int4": "int4_row_asym", "int2": "int2_g32_asym"}
-"""Short names of formats, where the full one says more than most want to know."""
+"""Short names of formats, for users who do not need the full names."""
 NOTHING = "none"
-"""In the place of a format: keys and values as they are."""
+"""Used in place of a format: keys and values are not quantized."""
 Transform = Literal["none", "hadamard", "second-moment"]
 _NO_ATTENTION = "the operands of its attention's products are quantized, and no attention does both"
 _INSTALLED: dict[str, CacheTransform] = {"none": "none", "hadamard": "hadamard", "second-moment": "stored"}
@@ -40,21 +41,21 @@ _INSTALLED: dict[str, CacheTransform] = {"none": "none", "hadamard": "hadamard",
 
 @dataclass(frozen=True)
 class RunTimeCache:
-    """What was asked for."""
+    """The requested cache."""
 
     keys: str | None
-    """Their format, by its full name, under its default rule; None for keys and values as they are."""
+    """The full name of the format of keys, with its default rule; None: keys and values are not quantized."""
     values: str | None
     transform: Transform = "hadamard"
     first: int = 0
     """Tokens at the start of a sequence that are read in 16 bits."""
     last: int = 0
-    """Tokens before each query that it reads in 16 bits, its own included."""
+    """The newest tokens, the query's own included, that each query reads in 16 bits."""
 
     @staticmethod
     def of(format: str, transform: str = "hadamard", first: int = 0, last: int = 0) -> RunTimeCache:
-        """By names that a person types, KEYS/VALUES for two of them; ConfigError for those that are none, and for what
-        a cache cannot have."""
+        """The cache for names as a user types them: one format, or KEYS/VALUES. ConfigError for unknown names, and for
+        formats that a cache cannot have."""
         if format == NOTHING:
             return RunTimeCache(None, None, "none")
         keys, slash, values = format.partition("/")
@@ -73,7 +74,7 @@ class RunTimeCache:
 
     @property
     def scheme(self) -> CacheScheme | None:
-        """What is installed."""
+        """The scheme that is installed."""
         if self.keys is None or self.values is None:
             return None
         keys, values = (QuantizerChoice(name).for_inputs() for name in (self.keys, self.values))
@@ -82,12 +83,12 @@ class RunTimeCache:
 
     @property
     def needs_text(self) -> bool:
-        """Is something fitted to keys and values?"""
+        """True if the transform is fitted to keys and values."""
         return self.transform == "second-moment"
 
     @property
     def label(self) -> str:
-        """In a few words: "mxfp4 hadamard", "mxfp8/int4 first 16 last 128"."""
+        """A short description: "mxfp4 hadamard", "mxfp8/int4 first 16 last 128"."""
         if self.keys is None or self.values is None:
             return "16 bit"
         parts = [self.formats, *([self.transform] if self.transform != "none" else [])]
@@ -96,12 +97,12 @@ class RunTimeCache:
 
     @property
     def formats(self) -> str:
-        """As a person types them."""
+        """The formats as a user types them."""
         short = {full: name for name, full in NAMES.items()}
         return "/".join(dict.fromkeys(short.get(str(name), str(name)) for name in (self.keys, self.values)))
 
     def problems(self, config: Any, family: Family, where: str) -> Iterator[MxrotError]:
-        """Why a model of this config cannot have it, found without a weight."""
+        """Reasons why a model with this config cannot have the cache. No weight is read."""
         if self.scheme is None:
             return
         if family.heads_obstacle is not None:
@@ -136,14 +137,14 @@ class RunTimeCache:
 
 
 def _marker(config: Any) -> dict[str, Any]:
-    """What a checkpoint of mxrot says of itself; empty for other models."""
+    """The marker in a checkpoint of mxrot. Empty for other models."""
     table = getattr(config, "quantization_config", None)
     found = table.get(MARKER) if isinstance(table, dict) else None
     return found if isinstance(found, dict) else {}
 
 
 def check_cache(cache: RunTimeCache, model: str) -> None:
-    """ConfigError if a model, by its name, cannot have this cache; only its config is read."""
+    """ConfigError if a model, given by name, cannot have this cache. Only its config is read."""
     config = read_config(find_model(model))
     for problem in cache.problems(config, find_family(config, model), model):
         raise problem
@@ -152,10 +153,10 @@ def check_cache(cache: RunTimeCache, model: str) -> None:
 def set_cache(
     model: PreTrainedModel, cache: RunTimeCache, windows: Tensor | None = None, progress: Progress = silent
 ) -> CacheScheme | None:
-    """Let a model keep keys and values so from here on, in place of what it kept before, which comes back.
+    """Set how a model keeps keys and values from now on. Returns the scheme that it had before.
 
-    `windows` [W, T] of token ids are what is fitted to, where something is. ConfigError for a model that cannot have
-    it.
+    `windows` [W, T] of token ids are the text for a transform that is fitted. ConfigError if the model cannot have this
+    cache.
     """
     name = str(model.name_or_path or type(model).__name__)
     family = find_family(model.config, name)
@@ -190,7 +191,7 @@ def open_with_cache(
     seq_len: int = 2048,
     progress: Progress = silent,
 ) -> tuple[PreTrainedModel, Path, CacheScheme | None]:
-    """A model ready to run with a cache, its folder, and the scheme that the cache replaces, if it had one."""
+    """A model with the cache, ready to run, its folder, and the scheme that the cache replaces, if it had one."""
     model, folder = open_model(name, device, verify)
     if cache is None:
         return model, folder, None

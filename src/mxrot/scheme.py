@@ -1,7 +1,8 @@
-"""What is installed in a model, linear by linear: made from a recipe here, and put into modules here.
+"""What is installed in each linear of a model. A scheme is made from a recipe here, and installed in modules here.
 
-config.json of a checkpoint spells it out (`checkpoint.config`), and alone says what runs; recipe.toml says how it came
-about. All code that builds a quantized model calls `install`: to quantize, load or time it, in transformers or vLLM.
+config.json of a checkpoint lists it (`checkpoint.config`), and alone decides what runs. recipe.toml records how the
+checkpoint was made. All code that builds a quantized model calls `install`: to quantize, load or time it, in
+transformers or vLLM.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class SiteScheme:
     activations: TensorQuantizer | None = None
     """None: the inputs are not quantized."""
     stages: tuple[StageSpec, ...] = ()
-    """Of the input transform, in the order in which they are applied."""
+    """The stages of the input transform, in the order in which they are applied."""
     accumulation: Accumulation = "exact"
 
     @property
     def input_block(self) -> int:
-        """What in_features must be a multiple of."""
+        """in_features must be a multiple of this number."""
         quantizers = [self.weights] if self.activations is None else [self.weights, self.activations]
         blocks = [quantizer.format.block or 1 for quantizer in quantizers]
         return math.lcm(*blocks, *(stage.multiple for stage in self.stages))
@@ -59,11 +60,11 @@ class SiteScheme:
         return f"weights {self.weights.spelled}, inputs {inputs}, {stages}"
 
     def weight_bytes(self, rows: int, width: int) -> tuple[int, int]:
-        """What the codes of a weight [rows, width] take, and its scales."""
+        """The bytes of the codes of a weight [rows, width], and of its scales."""
         return self.weights.stored_bytes(rows, width)
 
     def transform_bytes(self, width: int) -> int:
-        """What the transform of so many channels takes."""
+        """The bytes of the transform of `width` channels."""
         parts = stored_tensors(self.stages, width).values()
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
 
@@ -73,19 +74,19 @@ class Scheme:
     """What is installed in a model."""
 
     linears: Mapping[str, SiteScheme]
-    """By the full names of the linears that are quantized; those of a site have the same."""
+    """Schemes by the full names of quantized linears. All linears of a site have the same scheme."""
     left: tuple[str, ...] = ()
     """The sorted full names of the linears of decoder blocks that are not quantized."""
     cache: CacheScheme | None = None
     """None: keys and values are not quantized."""
     attention: AttentionOperands | None = None
-    """Of the products of attention; None where they are computed as transformers does."""
+    """The quantizers of the operands of attention products. None: attention is computed as in transformers."""
     head: SiteScheme | None = None
-    """None where the head is left as it is."""
+    """None: the head is not quantized."""
 
     @staticmethod
     def of(recipe: Recipe, family: Family, model: PreTrainedModel) -> Scheme:
-        """What `recipe` installs in a model, or has installed: only names and widths are looked at."""
+        """What `recipe` installs, or has installed, in a model. Only names and widths are read."""
         blocks = list(model.get_submodule(family.blocks).children())
         rules = Rules(recipe, family, len(blocks))
         found: dict[str, SiteScheme] = {}
@@ -105,21 +106,21 @@ class Scheme:
 
     @property
     def distinct(self) -> tuple[SiteScheme, ...]:
-        """The different schemes, in the order in which sites of decoder blocks come to have them."""
+        """The distinct schemes, in the order in which they first occur at sites of decoder blocks."""
         return tuple(dict.fromkeys(self.linears.values()))
 
     @property
     def has_transform(self) -> bool:
-        """Is a transform applied to the inputs of any site?"""
+        """True if a transform is applied to the inputs of any site."""
         return any(one.stages for one in self.distinct)
 
     def input_block(self, linear: str) -> int:
-        """What in_features of a linear, by its full name, must be a multiple of."""
+        """in_features of a linear, given by its full name, must be a multiple of this number."""
         one = self.linears.get(linear)
         return 1 if one is None else one.input_block
 
     def active_sites(self, family: Family, index: int) -> tuple[Site, ...]:
-        """The sites of block `index` without linears that are left as they are; empty ones are gone."""
+        """The sites of block `index`, without linears that are not quantized. Empty sites are left out."""
         prefix = family.block_prefix(index)
         found = []
         for site in family.sites_of(index):
@@ -130,14 +131,14 @@ class Scheme:
 
 
 def site_scheme(recipe: Recipe, width: int, is_smoothed: bool) -> SiteScheme:
-    """What `recipe` installs at a site that reads so many channels, by itself (without overrides)."""
+    """What `recipe` itself, without overrides, installs at a site with inputs of `width` channels."""
     stages = recipe.transform.specs(width, recipe.sharing, is_smoothed)
     activations = None if recipe.activations is None else recipe.activations.for_inputs()
     return SiteScheme(recipe.weights.quantizer(), activations, stages, recipe.accumulation)
 
 
 def head_scheme(recipe: Recipe) -> SiteScheme | None:
-    """What `recipe` installs at the head; None where it leaves that as it is."""
+    """What `recipe` installs at the head. None if the head is not quantized."""
     head = recipe.head
     if head is None:
         return None
@@ -146,18 +147,18 @@ def head_scheme(recipe: Recipe) -> SiteScheme | None:
 
 @dataclass(frozen=True)
 class Share:
-    """What one scheme of a model is for."""
+    """The linears of a model that have one scheme."""
 
     scheme: SiteScheme
     linears: tuple[str, ...]
-    """Full names."""
+    """Full names of the linears."""
     weights: int
     bits_per_weight: float
-    """Of codes and what stands beside them."""
+    """Bits of the codes and of the parts stored with them."""
 
 
 def shares_of(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> list[Share]:
-    """The distinct schemes, with the linears that have each; `shapes` are those of all, by their full names."""
+    """The distinct schemes and the linears that have each. `shapes` are the shapes of all linears, by full name."""
     names: dict[SiteScheme, list[str]] = {}
     for name, one in scheme.linears.items():
         names.setdefault(one, []).append(name)
@@ -170,7 +171,7 @@ def shares_of(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> list[Sha
 
 
 def scheme_name(block_index: int, site: Site) -> str:
-    """The name of a site's transform in a checkpoint; [a-z0-9_] only."""
+    """The name of a site's transform in a checkpoint, in characters [a-z0-9_] only."""
     return f"layer{block_index}_{site.name}"
 
 
@@ -182,9 +183,9 @@ def transform_name(family: Family, index: int, site: Site) -> str:
 def install_site(
     block: nn.Module, index: int, site: Site, scheme: SiteScheme, device: torch.device | str | None = None
 ) -> None:
-    """Replace the linears of a site of block `index` by quantized ones, with zeros for codes and scales.
+    """Replace the linears of a site of block `index` by quantized ones, with all codes and scales zero.
 
-    The transform is empty, and belongs to the first linear; on the device of that unless another is given.
+    The first linear owns the transform, which is empty. It is on the device of that linear unless another is given.
     """
     first = block.get_submodule(site.linears[0])
     assert isinstance(first, nn.Linear)
@@ -207,7 +208,7 @@ def fill_site(block: nn.Module, site: Site, weights: Mapping[str, QTensor], tran
 
 
 def install(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
-    """Install a scheme in a model whose linears are those of its family, without values."""
+    """Install a scheme, without values, in a model whose linears are those of its family."""
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
         prefix = family.block_prefix(index)
         for site in scheme.active_sites(family, index):
@@ -217,7 +218,8 @@ def install(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
 
 
 def install_head(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
-    """Replace the head by a quantized one without values, where the scheme says so; it must not be the embedding."""
+    """Replace the head by a quantized one without values, if the scheme has one. The head must not be tied to the
+    embedding."""
     own = scheme.head
     if own is None:
         return
@@ -231,9 +233,9 @@ def install_head(model: PreTrainedModel, scheme: Scheme, family: Family) -> None
 
 
 def install_attention(model: PreTrainedModel, scheme: Scheme, family: Family) -> None:
-    """Let the attention of all decoder blocks quantize its operands, or keys and values, where the scheme says so.
+    """Make the attention of all decoder blocks quantize its operands, or keys and values, as the scheme says.
 
-    Matrices that a quantized cache stores have no values yet.
+    The matrices that a quantized cache stores have no values yet.
     """
     heads, width = value_heads(model.config.get_text_config())
     for attention in family.attentions(model):
@@ -244,7 +246,7 @@ def install_attention(model: PreTrainedModel, scheme: Scheme, family: Family) ->
 
 
 def prepare(model: nn.Module, scheme: Scheme, keeps_fp8: bool = False, only_on_gpus: bool = False) -> None:
-    """Make what kernels read faster of the linears of a filled model, and let each sum as its scheme says."""
+    """Prepare the linears of a filled model for faster kernels, and set how each one sums, as its scheme says."""
     for name, linear in model.named_modules():
         if isinstance(linear, QuantLinear) and name in scheme.linears:
             linear.fast = scheme.linears[name].accumulation == "fast"

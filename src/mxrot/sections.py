@@ -63,17 +63,17 @@ class AttentionChoice:
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """The head as a quantized linear: its weights rounded to nearest, with a power of two a block."""
+    """The head as a quantized linear. Its weights are rounded to nearest, and each block has a power-of-two scale."""
 
     format: str = "mxint8"
-    """Of its weights."""
+    """The format of the weights."""
     rule: str = ""
-    """The scale rule of its weights; empty: the format's default rule."""
+    """The scale rule of the weights. If empty, the default rule of the format."""
     inputs: str = ""
-    """The format of what it reads, each token by itself under the format's default rule; empty: 16 bit."""
+    """The format of the inputs, with its default rule; each token is quantized by itself. An empty name: 16 bit."""
     transform: Literal["none", "hadamard"] = "none"
-    """What its inputs are multiplied with: the Hadamard matrix in blocks of 32, which spreads outliers of channels, in
-    weights and in inputs."""
+    """The transform of the inputs: the Hadamard matrix in blocks of 32. It spreads outlier channels in weights and
+    inputs."""
 
     def __post_init__(self) -> None:
         check_fields(self, "head")
@@ -89,7 +89,8 @@ class HeadChoice:
 
     @staticmethod
     def named(text: str) -> HeadChoice:
-        """Of "WEIGHTS" or "WEIGHTS/INPUTS", with the transform where there are inputs, or weights of fewer than 8 bits.
+        """The choice for "WEIGHTS" or "WEIGHTS/INPUTS". It has the transform if inputs are quantized or weights have
+        fewer than 8 bits.
 
         mxfp8 is short for mxfp8_e4m3. ConfigError for anything else.
         """
@@ -101,23 +102,23 @@ class HeadChoice:
         return replace(found, transform="hadamard") if is_coarse else found
 
     def weights(self) -> TensorQuantizer:
-        """Format and rule of the weights; ConfigError for names that are none."""
+        """The format and rule of the weights. ConfigError for unknown names."""
         return self._quantizer("format", QuantizerChoice(self.format, self.rule))
 
     def activations(self) -> TensorQuantizer | None:
-        """Those of the inputs; None where these stay in 16 bit."""
+        """The format and rule of the inputs. None if they stay in 16 bit."""
         if not self.inputs:
             return None
         self._quantizer("inputs", QuantizerChoice(self.inputs))
         return QuantizerChoice(self.inputs).for_inputs()
 
     def stages(self) -> tuple[StageSpec, ...]:
-        """Of the transform of the inputs."""
+        """The stages of the input transform."""
         return () if self.transform == "none" else (BlockDiagonalSpec(HEAD_BLOCK, "site"),)
 
     @property
     def spelled(self) -> str:
-        """Weights and inputs in a few words: "mxfp8_e4m3", "mxfp4 with mxfp4 inputs"."""
+        """The formats in words: "mxfp8_e4m3", "mxfp4 with mxfp4 inputs"."""
         return f"{self.format} with {self.inputs} inputs" if self.inputs else self.format
 
     @staticmethod
@@ -130,7 +131,7 @@ class HeadChoice:
 
 SHORT_NAMES = {"mxfp8": "mxfp8_e4m3"}
 HEAD_BLOCK = 32
-"""Elements of a block, in all formats with a power of two a block."""
+"""Elements in a block, for all formats with power-of-two scales."""
 
 
 def _formats_of_heads() -> list[str]:
@@ -169,7 +170,7 @@ class CalibrationChoice:
     generated: float = 0.0
     """Windows that the original model writes, for each window of the text."""
     own: int = 0
-    """Windows that it writes in addition, even without a text: the text `own` of --calib."""
+    """Additional windows that it writes, even without a text: the text `own` of --calib."""
     first: First = "uniform"
     """How the first token of free text is drawn."""
     prompted: float = 0.0
@@ -207,7 +208,7 @@ class CalibrationChoice:
 
     @property
     def writes(self) -> bool:
-        """Does the original model write text?"""
+        """True if the original model writes text."""
         return bool(self.generated or self.own)
 
     def written(self, given: int) -> int:
@@ -236,7 +237,7 @@ class Rotation:
     batch_windows: int = 8
     """Calibration windows in each step."""
     quantized_weights: bool = False
-    """Does the training also quantize the weights, and not only the inputs?"""
+    """True if the training also quantizes the weights, and not only the inputs."""
 
     @property
     def spelled(self) -> str:
@@ -259,13 +260,13 @@ class Rotation:
 
 @dataclass(frozen=True)
 class PermutationChoice:
-    """Orders of channels that are free at run time, found on the calibration text before anything is quantized
-    (transforms/channel_order.py)."""
+    """Orders of channels that can be changed at no run-time cost. They are found on the calibration text before
+    anything is quantized (transforms/channel_order.py)."""
 
     ffn: ChannelOrder = "none"
-    """Of the inner channels of an MLP, or of each expert."""
+    """The order of the inner channels of an MLP, or of each expert."""
     value_heads: ChannelOrder = "none"
-    """Of the channels inside each value head."""
+    """The order of the channels inside each value head."""
 
     @property
     def spelled(self) -> str:
@@ -307,11 +308,11 @@ class CacheChoice:
 
     @property
     def is_fitted(self) -> bool:
-        """Are the transforms fitted to the inputs of attention?"""
+        """True if the transforms are fitted to the inputs of attention."""
         return self.transform == "second_moment"
 
     def turns_values(self, rotation: Rotation | None) -> bool:
-        """Is a Hadamard matrix merged into the weights around the values? Not if a rotation is there already."""
+        """True if a Hadamard matrix is merged into the weights around the values. False if a rotation already is."""
         return self.transform == "hadamard" and (rotation is None or rotation.value_heads == "none")
 
     def scheme(self) -> CacheScheme:

@@ -1,4 +1,4 @@
-"""What a shell does: words of commands, and homes of users in paths."""
+"""Conversions as in a shell: words to a command line, and ~ to a home folder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def command(*words: str | Path) -> str:
-    """One line that a shell takes apart into these words again; a path that starts with a hyphen is no option."""
+    """One line that a shell splits into these words again. A path that starts with a hyphen is not an option."""
     return shlex.join(
         f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words
     )
 
 
 def is_utf8(path: str | Path) -> bool:
-    """Is the name UTF-8? Others are taken by Python, and by no reader of safetensors or tokenizers."""
+    """True if the name is UTF-8. Python accepts other names, but readers of safetensors and tokenizers do not."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -23,7 +23,7 @@ def is_utf8(path: str | Path) -> bool:
 
 
 def expanded(path: str | Path) -> Path:
-    """With a home for ~, as a shell has it: of a user that is not there it stays as it is."""
+    """The path with a home folder for ~, as in a shell. If the user does not exist, it stays as it is."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

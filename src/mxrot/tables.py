@@ -1,4 +1,4 @@
-"""TOML tables: records from them, with every key and type checked, and text from them."""
+"""TOML tables: read into records, with every key and type checked, and written as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def section(table: dict[str, Any], key: str, where: str, default: dict[str, Any], example: str) -> dict[str, Any]:
-    """Take the table called `key` out of another; ConfigError, with a key that it could have, if it is none."""
+    """Take the table called `key` out of another table. ConfigError, with an example of a key, if it is not a table."""
     value = table.pop(key, default)
     if not isinstance(value, dict):
         raise ConfigError(
@@ -27,14 +27,14 @@ def section(table: dict[str, Any], key: str, where: str, default: dict[str, Any]
 
 
 def keys_of(kind: type) -> list[str]:
-    """The keys that a table for a dataclass may have."""
+    """The valid keys of a table for a dataclass."""
     return [item.name for item in fields(kind)]
 
 
 def build(kind: type[T], values: dict[str, Any], where: str, others: Iterable[str] = ()) -> T:
     """A record from a table. ConfigError names a key that is unknown, missing or of the wrong type.
 
-    `others` are keys of the same table that have been taken out of it: known, too.
+    `others` are keys of the same table that have already been taken out. They count as known.
     """
     hints = get_type_hints(kind)
     for key in values:
@@ -49,7 +49,7 @@ def build(kind: type[T], values: dict[str, Any], where: str, others: Iterable[st
 def build_method(
     methods: Mapping[str, type[T]], what: str, values: dict[str, Any], where: str, others: Iterable[str] = ()
 ) -> T:
-    """An instance of the method that a table names, from the rest of the table."""
+    """An instance of the method that a table names, built from the rest of the table."""
     if "method" not in values:
         raise ConfigError(f"{where}: 'method' is missing; methods are {', '.join(methods)}")
     name = checked(values.pop("method"), str, f"{where}.method")
@@ -68,7 +68,7 @@ def build_method(
 
 
 def misplaced(key: str, here: Iterable[str], everywhere: Iterable[str]) -> str:
-    """What is said of a key that is not among those `here`, where it may be one of those `everywhere`, dotted."""
+    """The message about a key that is not among `here`. It suggests one of the dotted keys `everywhere`."""
     here, everywhere = list(here), list(everywhere)
     inside = {dotted.rpartition(".")[2] for dotted in everywhere}
     near = nearest(key, {*here, *inside})
@@ -79,19 +79,20 @@ def misplaced(key: str, here: Iterable[str], everywhere: Iterable[str]) -> str:
 
 
 def key_and_value(text: str, where: str) -> tuple[str, Any]:
-    """What "KEY=VALUE" sets, the value read as TOML where it is that, else as a string; ConfigError without an =."""
+    """The key and the value of "KEY=VALUE". The value is read as TOML if possible, otherwise as a string. ConfigError
+    without an =."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"{where} {text!r}: expected KEY=VALUE")
     try:
         table = tomllib.loads(f"value = {value}")
-    except (ValueError, RecursionError):  # the latter where arrays are nested a thousand deep
+    except (ValueError, RecursionError):  # RecursionError if arrays are nested a thousand levels deep
         return key, value
     return key, table["value"] if len(table) == 1 else value
 
 
 def write_toml(table: dict[str, Any]) -> str:
-    """A table of plain values, of one level of such tables, and of lists of tables, as TOML.
+    """A table as TOML. It may hold plain values, tables of plain values, and lists of tables.
 
     Tables inside those of a list are written with dotted keys.
     """
@@ -116,16 +117,16 @@ def _dotted(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spelled(value: Any) -> str:
-    """A plain value as TOML spells it: as JSON does, but for what JSON has no word for."""
+    """A plain value in TOML. This is JSON, except for values that JSON cannot write."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_spelled(item) for item in value)}]"
-    # TOML wants every control character escaped; JSON leaves the last one as it is.
+    # TOML requires every control character to be escaped; JSON leaves DEL as it is.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def plain(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass as TOML takes them."""
+    """The fields of a dataclass as plain TOML values."""
     values = {item.name: getattr(record, item.name) for item in fields(record)}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -20,7 +20,7 @@ from mxrot.recipe import Recipe
 from mxrot.text import Reader, Text, TokenWindows, Windows, load_texts, mixed_windows, read_windows, turns_of
 
 FITTING_WINDOWS = 32
-"""The most windows that a run-time transform is fitted on. It has a few numbers for each of many tokens."""
+"""The maximum number of windows to fit a run-time transform. It has only a few numbers, fitted to many tokens each."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,12 @@ class Calibration:
     windows: Tensor | None
     description: dict[str, Any] | None
     recipe: Recipe
-    """The recipe with the number of windows that the text has, which may be smaller than the recipe's."""
+    """The recipe with the number of windows that the text actually has, which may be smaller than the original number.
+    """
 
 
 def reader_for(config: Any, tokenizer: Any, embedding_rows: int | None = None) -> Reader:
-    """What reads texts for the model of a config; the rows of its embedding are those of the config, unless given."""
+    """The reader of texts for a model with this config. The embedding has the rows of the config, unless given."""
     rows = config.get_text_config().vocab_size if embedding_rows is None else embedding_rows
     return Reader(tokenizer, start_token(config), rows)
 
@@ -49,8 +50,8 @@ def calibrate(
 ) -> Calibration:
     """Calibration windows for a recipe. A recipe that needs no data gets none.
 
-    `calib` is whatever `load_texts` takes. `samples` and `seq_len` replace those of the recipe; windows that were given
-    as such are all taken, unless `samples` asks for fewer.
+    `calib` is any value that `load_texts` accepts. `samples` and `seq_len` replace those of the recipe. Windows that
+    were given as windows are all used, unless `samples` asks for fewer.
     """
     if recipe.is_data_free:
         return Calibration(None, None, recipe)
@@ -83,7 +84,7 @@ def calibrate(
 def fitting_windows(
     folder: Path, calib: Any, seq_len: int, samples: int = FITTING_WINDOWS, progress: Progress = silent
 ) -> Tensor:
-    """Token windows [W, T] for what is fitted to a model that stays as it is; `calib` as for `calibrate`."""
+    """Token windows [W, T] to fit a transform to a model that does not change. `calib` is as for `calibrate`."""
     texts = load_texts(calib, "calibration")
     parts = mixed_windows(texts, _reader_of(folder, texts), seq_len, samples, progress)
     windows = torch.cat([part.ids for part in parts])
@@ -93,13 +94,13 @@ def fitting_windows(
 
 
 def _reader_of(folder: Path, texts: Sequence[Text]) -> Reader:
-    """With a tokenizer where one is needed."""
+    """A reader for the model in `folder`, with a tokenizer if the texts need one."""
     needs_tokenizer = any(text.needs_tokenizer for text in texts)
     return reader_for(read_config(folder), load_tokenizer(folder) if needs_tokenizer else None)
 
 
 def _digest(texts: Sequence[Text]) -> str:
-    """Of one text its own; of several one of theirs."""
+    """The digest of the text, or one digest of several texts."""
     digests = [text.digest for text in texts]
     return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
 
@@ -113,9 +114,11 @@ def read_texts(
     seq_len: int = 2048,
     progress: Progress = silent,
 ) -> list[Windows]:
-    """The windows of each text as `evaluate` reads them, and what was left out; `evaluate` and `diverge` take them.
+    """The windows of each text as `evaluate` reads them, and what was left out. `evaluate` and `diverge` accept the
+    result.
 
-    Of a model by its name only the config and the tokenizer are read. ConfigError if a token is beyond its embedding.
+    For a model given by name, only the config and the tokenizer are read. ConfigError if a token is beyond its
+    embedding.
     """
     loaded = texts_or_windows(text)
     needs_tokenizer = tokenizer is None and need_tokenizer(loaded)
@@ -132,21 +135,21 @@ def read_texts(
 
 
 def texts_or_windows(text: Any) -> list[Text] | list[Windows]:
-    """The texts that `text` stands for, or the windows that `read_texts` has made of them before."""
+    """The texts that `text` stands for, or the windows that `read_texts` made of them."""
     if isinstance(text, list) and text and all(isinstance(item, Windows) for item in text):
         return text
     return load_texts(text, "evaluation")
 
 
 def need_tokenizer(texts: Sequence[Text] | Sequence[Windows]) -> bool:
-    """Is there any text that is not yet token ids?"""
+    """True if any text is not yet token ids."""
     return any(isinstance(text, Text) and text.needs_tokenizer for text in texts)
 
 
 def _evaluation_windows(
     texts: Sequence[Text], reader: Reader, windows: int | None, seq_len: int, progress: Progress = silent
 ) -> list[Windows]:
-    """The first `windows` windows of each text, or all. ConfigError if a text has a weight."""
+    """The first `windows` windows of each text, or all of them. ConfigError if a text has a weight."""
     for item in texts:
         if item.weight != 1.0:
             raise ConfigError(

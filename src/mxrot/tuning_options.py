@@ -30,36 +30,36 @@ class Tuning:
     scope: Literal["network", "block"] = "network"
     """"network": distill the whole network's logits; "block": reconstruct one decoder block after the other."""
     moves: Literal["rounding", "clipping", "levels", "gains"] = "rounding"
-    """"rounding": codes, transforms and exponents; "clipping": the ends of each block of weights, which are rounded to
-    nearest between them again, only with scope "block"; "levels": weights of look-up tables, the ends and the
-    partition of their blocks, only with scope "network"; "gains": numbers of 16 bits beside codes that stay, which are
-    gains of norms, biases and transforms."""
+    """"rounding": codes, transforms and exponents. "clipping": the ends of each block of weights, which are then
+    rounded to nearest again between these ends (only with scope "block"). "levels": for look-up formats, the weights,
+    and the ends and partition of their blocks (only with scope "network"). "gains": 16-bit numbers beside fixed codes,
+    which are gains of norms, biases and transforms."""
     loss: Literal["forward", "weighted"] = "forward"
-    """Of the logits, with scope "network". "forward": KL(original || quantized); "weighted": that and its reverse, the
-    mean probability of the text being the weight of the latter."""
+    """The loss of the logits with scope "network". "forward": KL(original || quantized). "weighted": this and the
+    reverse KL, weighted by the mean probability of the text."""
     steps: int = 400
-    """Optimizer steps: in all with scope "network", for each block with scope "block"."""
+    """Optimizer steps: in total with scope "network", for each block with scope "block"."""
     light_steps: int = 0
-    """Optimizer steps before these in which only what moves = "gains" learns is learned, at the rates for it; only with
-    scope "network" and moves = "rounding"."""
+    """Optimizer steps before these, which train only what moves = "gains" trains, at the rates for these steps. Only
+    with scope "network" and moves = "rounding"."""
     polish_steps: int = 0
-    """The same after these: steps on what moves = "gains" learns, once codes stay where they are."""
+    """The same after these steps, once the codes are fixed."""
     generated: float = 0.0
-    """Windows that the original model writes for tuning alone, for each one of the calibration text; only with scope
+    """Windows that the original model writes only for tuning, for each window of the calibration text. Only with scope
     "network"."""
     rollouts: float = 0.0
-    """Windows that the quantized model writes before it is tuned, for each one of the calibration text; only with scope
-    "network"."""
+    """Windows that the quantized model writes before it is tuned, for each window of the calibration text. Only with
+    scope "network"."""
     prompted: float = 0.0
-    """The share of written windows that continue a piece of the calibration text, instead of a random token. Without
+    """The share of written windows that continue a piece of the calibration text instead of a random token. Without
     `generated` and `rollouts`, this and `repeats` have no effect."""
     repeats: int = 1
     """How often a window of the calibration text is used for each use of a window that a model has written."""
     batch_windows: int = 4
     """Calibration windows in each step."""
     offset_rate: float = 4e-3
-    """Peak learning rate of the rounding offsets, in steps between codes; with "levels", of the weights, in a third of
-    the span that the levels of their block have at the start, and 0 leaves them as they are."""
+    """The peak learning rate of the rounding offsets, in steps between codes. With "levels", that of the weights, in
+    thirds of the initial span of the levels of their block. With 0 they do not change."""
     transform_rate: float = 1e-4
     """The peak learning rate of the corrections of transforms. With 0 the transforms do not change."""
     exponent_rate: float = 0.0
@@ -67,24 +67,25 @@ class Tuning:
     clip_rate: float = 1e-2
     """The peak learning rate of the ends of blocks of weights, if they are learned."""
     level_rate: float = 1e-2
-    """With "levels": peak learning rate of the inner levels of blocks, before the sigmoid; 0 leaves them as they
-    are."""
+    """With "levels": the peak learning rate of the inner levels of blocks, before the sigmoid. With 0 they do not
+    change."""
     boundary_rate: float = 1e-2
-    """The same of the boundaries between the levels."""
+    """With "levels": the peak learning rate of the boundaries between the levels. With 0 they do not change."""
     norm_rate: float = 0.0
-    """Peak learning rate of the gains of norms, relative to what they are; 0 leaves them as they are. With "levels", of
-    those in decoder blocks, as they are."""
+    """The peak learning rate of the gains of norms, relative to their values. With "levels", that of the gains in
+    decoder blocks, in absolute terms. With 0 they do not change."""
     scale_rate: float = 0.0
-    """With "gains": peak learning rate of a factor for each channel that comes into a transform, where no norm before
-    it has a gain that is learned; 0 leaves it out."""
+    """With "gains": the peak learning rate of a factor for each input channel of a transform, if no norm before it has
+    a gain that is learned. With 0 there are no factors."""
     bias_rate: float = 0.0
-    """With "gains": peak learning rate of biases, relative to what they are and to their mean magnitude; 0 leaves them
-    as they are."""
+    """With "gains": the peak learning rate of biases, relative to their values and their mean magnitude. With 0 they do
+    not change."""
     light_transform_rate: float = 1e-3
-    """In the light steps and the polish: peak learning rate of the transforms' corrections, where weights do not
-    follow; 0 leaves the transforms as they are."""
+    """In the light steps and the polish: the peak learning rate of the corrections of transforms, which weights do not
+    follow. With 0 the transforms do not change."""
     light_norm_rate: float = 0.0
-    """In them: that of the gains of norms; 0 takes `norm_rate`, which moves them beside rounding, too."""
+    """In the light steps and the polish: the peak learning rate of the gains of norms. 0 takes `norm_rate`, which also
+    moves them during rounding."""
     decay: float = 0.0
     """How strongly offsets are pulled back to their start: in each step by rate * decay of the distance."""
     held_out: float = 0.1
@@ -187,7 +188,7 @@ class Tuning:
 
     @property
     def all_steps(self) -> int:
-        """With those on gains before and after the others."""
+        """The number of steps, with the light steps and the polish."""
         return self.light_steps + self.steps + self.polish_steps
 
     def _gains_for(self, steps: int) -> Tuning:

@@ -1,4 +1,4 @@
-"""Records that people fill in: each field has the type that it says, or a ConfigError names the field."""
+"""Records that users fill in: each field has its declared type, or a ConfigError names the field."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mxrot.nearest import brief, listed
 
 
 def check_fields(record: Any, where: str) -> None:
-    """Check the fields of a dataclass, which may be frozen; what is converted (`checked`) takes its place.
+    """Check the fields of a dataclass, which may be frozen. Converted values (`checked`) replace the original ones.
 
-    For `__post_init__`, so that `dataclasses.replace` is checked too.
+    Call it in `__post_init__`, so that `dataclasses.replace` is checked too.
     """
     for key, hint in _hints(cast(Hashable, type(record))).items():
         value = getattr(record, key)
@@ -32,9 +32,9 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """`value` if it has the type `hint`; an integer for a float, and a list for a tuple, are converted.
+    """`value` if it has the type `hint`. An integer is converted to a float, and a list to a tuple.
 
-    ConfigError, with `where`, otherwise.
+    ConfigError, with `where`, for any other type.
     """
     if get_origin(hint) is Literal:
         if isinstance(value, str) and value in get_args(hint):
@@ -67,7 +67,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
 
 
 def _number(value: Any, hint: Any) -> int | float | None:
-    """`value` as the type of number that is asked for; None where it is none, or too large."""
+    """`value` as the wanted type of number. None if it is not a number, or too large."""
     if isinstance(value, bool):
         return None
     if hint is int and isinstance(value, Integral):
@@ -81,7 +81,7 @@ def _number(value: Any, hint: Any) -> int | float | None:
 
 
 def _text(value: str, where: str) -> str:
-    """ConfigError for what no file could hold."""
+    """ConfigError for a text that no file could hold."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -90,7 +90,7 @@ def _text(value: str, where: str) -> str:
 
 
 def _as_list(value: Any) -> str:
-    """How one string is written as a list; a shell takes the quotation marks off one that was meant as a list."""
+    """How one string is written as a list. A shell removes the quotation marks of a string that was meant as a list."""
     if not isinstance(value, str) or len(value) > 100:
         return ""
     items = [item.strip().strip("\"'") for item in value.strip("[]").split(",")]

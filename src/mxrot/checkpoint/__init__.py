@@ -1,6 +1,6 @@
-"""Checkpoint folders: the compressed-tensors layout, written block by block and read back.
+"""Checkpoint folders in the compressed-tensors layout: written block by block, and read back.
 
-Names are imported when they are first used: what looks at a folder needs no writer.
+Names are imported when they are first used, because code that only inspects a folder needs no writer.
 """
 
 from __future__ import annotations

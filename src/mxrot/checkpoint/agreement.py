@@ -1,8 +1,8 @@
-"""Do the files of a checkpoint tell one story? What config.json spells out, what recipe.toml would install, and what
-the first version left to the tensors.
+"""Checks that the files of a checkpoint agree: the scheme in config.json, the scheme that recipe.toml would install,
+and, for version 1, what only the tensors show.
 
-recipe.toml tells how a checkpoint came about. Where it says something else about what runs, one of the two was edited,
-and neither is believed.
+recipe.toml records how a checkpoint was made. If it contradicts config.json about what runs, one of the two was edited,
+and the checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from mxrot.transforms.stages import BlockDiagonalSpec
 
 
 def check_layout(quantization: dict[str, Any], layout: Layout, scheme: Scheme, family: Family) -> None:
-    """CheckpointError unless a `quantization_config` is one that is written for `scheme`."""
+    """CheckpointError unless a `quantization_config` is the one that is written for `scheme`."""
     dtype = layout.dtype or torch.float32
     write = native_config if layout.is_native or not scheme.has_transform else compressed_tensors_config
     if layout.version > 1:
         _check_spelling(quantization, write(scheme, family, dtype))
         return
-    one_matrix = {  # of one matrix a block, or each its own, version 1 said the same
+    one_matrix = {  # version 1 did not say whether there is one matrix for all blocks or one for each
         name: replace(one, stages=one.stages and (BlockDiagonalSpec(THEIR_BLOCK, "site"),))
         for name, one in scheme.linears.items()
     }
@@ -46,9 +46,9 @@ def check_layout(quantization: dict[str, Any], layout: Layout, scheme: Scheme, f
 
 
 def _check_spelling(quantization: dict[str, Any], expected: dict[str, Any]) -> None:
-    """CheckpointError unless a `quantization_config` says what is `expected` of it.
+    """CheckpointError unless a `quantization_config` has the `expected` fields and values.
 
-    Fields of other programs may stand beside ours.
+    Fields of other programs may stand beside them.
     """
     marker = expected[MARKER] | {key: value for key, value in quantization[MARKER].items() if key in expected[MARKER]}
     found = {key: quantization.get(key) for key in expected} | {MARKER: marker}
@@ -76,7 +76,8 @@ def _shortly(value: Any) -> str:
 
 
 def settled(layout: Layout, scheme: Scheme, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Scheme:
-    """The scheme of a checkpoint of version 1 with as many matrices as its file holds, which its config did not say."""
+    """The scheme of a checkpoint of version 1, with as many matrices as its file holds. Its config did not say how
+    many."""
     if layout.version > 1:
         return scheme
     linears = dict(scheme.linears)
@@ -93,7 +94,7 @@ def settled(layout: Layout, scheme: Scheme, family: Family, shapes: Mapping[str,
 
 
 def check_recipe(said: Scheme, scheme: Scheme, family: Family, version: int = FORMAT_VERSION) -> None:
-    """CheckpointError if a recipe would install something else: `said` is what it installs in this model."""
+    """CheckpointError if a recipe would install another scheme. `said` is the scheme that it installs in this model."""
     if said.attention != scheme.attention:
         words = ("none" if one.attention is None else one.attention.spelled for one in (said, scheme))
         raise CheckpointError(
@@ -120,7 +121,7 @@ def check_recipe(said: Scheme, scheme: Scheme, family: Family, version: int = FO
                 f"recipe.toml and config.json contradict each other: {name} is unquantized in "
                 f"{'recipe.toml' if one is None else 'config.json'} only; take both from one run of `mxrot quantize`"
             )
-        if version == 1:  # which had no word for the rule of weights
+        if version == 1:  # version 1 did not name the rule of weights
             one = replace(one, weights=other.weights if one.weights.format is other.weights.format else one.weights)
         for what in ("weights", "activations", "transform", "accumulation"):
             a, b = scheme_table(one)[what], scheme_table(other)[what]

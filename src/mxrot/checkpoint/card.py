@@ -1,4 +1,4 @@
-"""The model card: README.md of a checkpoint. Its first lines say how to load it, and what happens otherwise."""
+"""The model card: README.md of a checkpoint. It begins with how to load the model, and what happens otherwise."""
 
 from __future__ import annotations
 
@@ -113,25 +113,25 @@ _VLLM_CACHE = (
 
 @dataclass(frozen=True)
 class Made:
-    """What a card says of the result."""
+    """The result as a card describes it."""
 
     recipe: Recipe
     scheme: Scheme
     size: ModelSize
     shapes: Mapping[str, tuple[int, int]]
-    """Of the weights that are quantized, by the full names of their linears."""
+    """The shapes of the quantized weights, by the full names of their linears."""
     has_bias: bool = False
-    """Has a quantized linear one?"""
+    """True if a quantized linear has a bias."""
     left: Sequence[str] = ()
-    """Full names of the linears that are as they were."""
+    """Full names of the linears that are not quantized."""
     data: dict[str, Any] | None = None
-    """What run.json says of calibration."""
+    """The calibration record in run.json."""
     auto_class: str = "AutoModelForCausalLM"
-    """transformers' class that loads it."""
+    """The transformers class that loads the model."""
 
 
 def model_card(source: Source, made: Made) -> str:
-    """The card's Markdown."""
+    """The card in Markdown."""
     recipe, size = made.recipe, made.size
     return _TEMPLATE.format(
         header=_header(source, made.scheme),
@@ -210,7 +210,7 @@ def _warning(scheme: Scheme) -> str:
 
 
 def _mixture(made: Made) -> str:
-    """What has which scheme, where there are several."""
+    """The linears of each scheme, if there are several schemes."""
     shares = shares_of(made.scheme, made.shapes)
     if len(shares) < 2:
         return ""
@@ -231,7 +231,7 @@ def _mixture(made: Made) -> str:
 
 
 def _header(source: Source, scheme: Scheme) -> str:
-    """The fields that the hub reads, as YAML. A base model is named only where it is a hub id."""
+    """The fields that the hub reads, as YAML. A base model is named only if it has a hub id."""
     fields: dict[str, Any] = {"license": "unknown"} | source.licence
     if source.hub_id:
         fields |= {"base_model": source.hub_id, "base_model_relation": "quantized"}
@@ -253,7 +253,7 @@ def _vllm(made: Made) -> str:
 
 
 def _left(linears: Sequence[str], size: ModelSize) -> str:
-    """The linears that were left as they were, and how much of the blocks that is."""
+    """The linears that are not quantized, and their share of the blocks."""
     if not linears:
         return "All linears are quantized."
     named = ", ".join(code(name) + (f" ({count})" if count > 1 else "") for name, count in alike(linears).items())
@@ -276,7 +276,7 @@ def _limits(source: Source, recipe: Recipe, data: dict[str, Any] | None) -> list
 
 
 def _texts(data: dict[str, Any]) -> str:
-    """The texts that it was calibrated on, from the record of them."""
+    """The calibration texts, from their record."""
     named = [
         f"{text['windows']:,} windows of {text['seq_len']:,} tokens of {code(text['name'])} (SHA-256 `{text['sha256']}`"
         + (")" if text["read_as"] == "text" else f", read as {text['read_as']})")

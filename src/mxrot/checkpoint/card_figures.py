@@ -1,4 +1,4 @@
-"""Measured figures in a model card, between two lines that no reader of Markdown shows."""
+"""Measured figures in a model card, between two marker lines that Markdown does not show."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mxrot.checkpoint.metric import Metric
 from mxrot.errors import CheckpointError
 
 ACCURACY = ("<!-- accuracy, written by mxrot report --card -->", "<!-- end of accuracy -->")
-"""The lines between which they stand."""
+"""The marker lines before and after the figures."""
 
 
 def write_metrics(folder: Path, metrics: Sequence[Metric]) -> None:
-    """Put measured figures into the card of a checkpoint, in place of those that are there, and its new SHA-256 into
-    run.json. CheckpointError if the card has no place for them."""
+    """Replace the measured figures in the card of a checkpoint, and write the card's new SHA-256 into run.json.
+    CheckpointError if the card has no place for them."""
     path = folder / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, start, rest = card.partition(ACCURACY[0])

@@ -1,4 +1,4 @@
-"""What a model card says of the model that was quantized."""
+"""What a model card says about the model that was quantized."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from mxrot.models import commit_of
 
 @dataclass(frozen=True)
 class Source:
-    """What a card says of the model that was quantized."""
+    """The model that was quantized, as a card describes it."""
 
     name: str
-    """Hub id, or the name of its folder."""
+    """The hub id, or the name of the folder."""
     hub_id: str | None = None
-    """None where it is not known."""
+    """None if it is not known."""
     licence: dict[str, str] = field(default_factory=dict)
-    """`license`, `license_name` and `license_link` of its own card, as far as it has them."""
+    """`license`, `license_name` and `license_link` from the model's own card, if it has them."""
     commit: str | None = None
-    """Of the hub, where its cache says so."""
+    """The commit on the hub, if the hub's cache knows it."""
 
 
 def describe_source(name: str, folder: Path) -> Source:
-    """The model called `name` in `folder`, with what its own card says.
+    """The model called `name` in `folder`, with facts from its own card.
 
-    A folder that is a quantized form of a model on the hub counts as that model.
+    A folder that holds a quantized form of a model on the hub counts as that model.
     """
     try:
         data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # somebody else's file: whatever is wrong with it, it says nothing
+    except Exception:  # written by others: a card that is wrong in any way gives no facts
         data = {}
     fields = {key: data.get(key) for key in ("license", "license_name", "license_link")}
     licence = {key: value for key, value in fields.items() if isinstance(value, str)}

@@ -1,7 +1,7 @@
-"""A checkpoint folder with everything in it compared that can be compared before a value is read.
+"""A checkpoint folder after all checks that need no tensor value.
 
-Whoever opens one goes through here, from transformers and vLLM too: config.json, the headers of all weight files, their
-index, recipe.toml and run.json must tell one story.
+All code that opens a checkpoint uses this module, also from transformers and vLLM. config.json, the headers and the
+index of all weight files, recipe.toml and run.json must agree.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from mxrot.scheme import Scheme
 
 @dataclass(frozen=True)
 class Checked:
-    """A checkpoint that fits itself."""
+    """A checkpoint whose files agree."""
 
     folder: Path
     config: Any
-    """Of transformers, without the `quantization_config`."""
+    """The transformers config, without the `quantization_config`."""
     quantization: dict[str, Any]
     family: Family
     layout: Layout
     scheme: Scheme
     tensors: dict[str, StoredTensor]
-    """By their names in the model."""
+    """Tensors by their names in the model."""
     records: Records | None
-    """None where only `save_pretrained` has written."""
+    """None if only `save_pretrained` has written the folder."""
     skeleton: PreTrainedModel
     """The model with its quantized linears, on the meta device."""
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Is this a folder that mxrot has written, whatever became of it? By the marker in config.json, or by the files
-    that only mxrot writes."""
+    """True if mxrot has written this folder, even if it is damaged. It has the marker in config.json, or files that
+    only mxrot writes."""
     if all((folder / name).exists() for name in ("run.json", "recipe.toml")):
         return True
     try:
@@ -65,7 +65,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 @contextmanager
 def checkpoint_errors(folder: Path) -> Iterator[None]:
-    """Let what goes wrong inside come out as a CheckpointError that names the folder."""
+    """While open, errors are raised as a CheckpointError that names the folder."""
     try:
         yield
     except CheckpointError:
@@ -78,7 +78,7 @@ def checkpoint_errors(folder: Path) -> Iterator[None]:
 
 
 def check_checkpoint(folder: Path, verify: bool | None = None) -> Checked:
-    """CheckpointError unless all of it fits; `verify` as for `verification.check_files`."""
+    """CheckpointError unless all files agree. `verify` is as for `verification.check_files`."""
     with checkpoint_errors(folder):
         return _check(folder, verify)
 

@@ -1,15 +1,16 @@
-"""The `quantization_config` of a checkpoint: what is installed, in the words of compressed-tensors and mxrot's marker.
+"""The `quantization_config` of a checkpoint: what is installed, in the words of compressed-tensors and in mxrot's
+marker.
 
-One config group stands for each distinct scheme, and the marker, a table of its own, adds to each what
-compressed-tensors has no word for. There are two forms. The compressed-tensors form names its layout and spells
-transforms as it does. The native form is the same where compressed-tensors runs the same model by it; where it would
-not, because of a transform or a format without a layout, every format is called "mxrot", and weights and inputs are
-given in mxrot's words. Others must refuse what they would run otherwise than it was made: compressed-tensors, and so
-transformers, refuses that format in a group, and vLLM, which does not look at it, the words.
+Each distinct scheme is one config group. The marker is a separate table, and adds to each group what compressed-tensors
+cannot express. There are two forms. The compressed-tensors form names its layout, and gives transforms as
+compressed-tensors does. The native form is the same if compressed-tensors would run the same model by it. If it would
+not, because of a transform or a format without a layout, every format is called "mxrot", and weights and inputs are in
+mxrot's words. Programs that would run another model must refuse it: compressed-tensors, and so transformers, refuses
+that format in a group. vLLM does not read the format, but refuses the words.
 
 A transform's matrix is stored as sqrt(32) T under the type "random-hadamard", because both compressed-tensors and vLLM
-divide matrices of that type by sqrt(32) when they load them; vLLM does so for every type, compressed-tensors only for
-the Hadamard ones.
+divide matrices of that type by sqrt(32) when they load them. vLLM does so for every type, compressed-tensors only for
+the Hadamard types.
 """
 
 from __future__ import annotations
@@ -31,25 +32,25 @@ from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
 
 FORMAT_VERSION = 5
-"""The newest: the head is quantized."""
+"""The newest version: the head is quantized."""
 WITH_CACHE = 4
-"""What is written where keys and values of attention are kept in few bits, and the head is as it was."""
+"""The version that is written if keys and values of attention are quantized, and the head is not."""
 WITH_OPERANDS = 3
-"""What is written where the operands of attention's products are quantized."""
+"""The version that is written if the operands of attention products are quantized."""
 PLAIN = 2
-"""What is written where attention is as it was: those that know no newer one read it."""
+"""The version that is written if attention is not quantized. Programs that know no newer version read it."""
 EVERY = ["Linear"]
-"""Targets of a scheme that all linears have which are not ignored."""
+"""The targets of a scheme of all linears that are not ignored."""
 HEAD = "head"
 """The group of a quantized head, which is its only target."""
 THEIR_BLOCK = 32
-"""Channels of the matrices for which layout and arithmetic of compressed-tensors were tried."""
+"""Channels of a block for which the layout and arithmetic of compressed-tensors were tested."""
 _MIXED = "mixed-precision"
-"""What compressed-tensors calls the format of a checkpoint whose groups have several."""
+"""What compressed-tensors calls the format of a checkpoint whose groups have different formats."""
 
 
 def check_exportable(recipe: Recipe) -> None:
-    """ConfigError if what this recipe makes of weights cannot be stored."""
+    """ConfigError if the weights that this recipe makes cannot be stored."""
     for one in recipe.variants:
         quantizer = one.weights.quantizer()
         for part in quantizer.format.grid.parts(quantizer.rule):
@@ -62,20 +63,21 @@ def check_exportable(recipe: Recipe) -> None:
 
 
 def native_config(scheme: Scheme, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """The `quantization_config` that a checkpoint is written with; `dtype` is that of what is not quantized."""
+    """The `quantization_config` that a checkpoint is written with. `dtype` is the type of tensors that are not
+    quantized."""
     return _config(scheme, family, dtype, NATIVE if is_native(scheme) else None)
 
 
 def is_native(scheme: Scheme) -> bool:
-    """Is a checkpoint of it written in the form that only mxrot reads?"""
+    """True if the checkpoint is written in the form that only mxrot reads."""
     return scheme.has_transform or why_unfaithful(scheme) is not None
 
 
 def compressed_tensors_config(scheme: Scheme, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """The one by which stock vLLM runs it, in the words of compressed-tensors; ConfigError where it has none.
+    """The config by which stock vLLM runs the scheme, in the words of compressed-tensors. ConfigError if it has none.
 
-    With transforms a group's format is "mxrot" here, too: vLLM, which applies them, does not look at it, and
-    transformers, which would leave them out, refuses it.
+    With transforms, a group's format is "mxrot" here, too. vLLM applies transforms, and does not read the format.
+    transformers would leave them out, and refuses it.
     """
     if (reason := why_unfaithful(scheme)) is not None:
         raise ConfigError(f"compressed-tensors: {reason}")
@@ -88,10 +90,10 @@ def compressed_tensors_config(scheme: Scheme, family: Family, dtype: torch.dtype
 
 
 def why_unfaithful(scheme: Scheme) -> str | None:
-    """Why compressed-tensors has no words for a scheme; None if it has.
+    """Why compressed-tensors cannot express a scheme. None if it can.
 
-    What runtimes choose themselves, the scale rule of inputs and how products are summed, does not count; but no
-    runtime clips inputs. Weights may be clipped: their scales are stored, however they were chosen.
+    The scale rule of inputs and the summation of products do not count, because runtimes choose these themselves. But
+    no runtime clips inputs. Weights may be clipped: their scales are stored, whatever rule chose them.
     """
     if scheme.cache is not None:
         return "keys and values of attention are quantized"
@@ -111,7 +113,7 @@ def why_unfaithful(scheme: Scheme) -> str | None:
 
 
 def _layout_of(scheme: SiteScheme) -> str | None:
-    """What compressed-tensors calls the layout of a site's weights, where inputs fit to it."""
+    """What compressed-tensors calls the layout of a site's weights, if the inputs fit it."""
     inputs, weights = scheme.activations, scheme.weights
     fits = inputs is None or (inputs.format is weights.format and inputs.rule.is_power_of_two)
     return weights.format.compressed_tensors if fits and weights.rule.is_power_of_two else None
@@ -122,7 +124,7 @@ def _is_one_matrix(scheme: SiteScheme) -> bool:
 
 
 def _config(scheme: Scheme, family: Family, dtype: torch.dtype, called: str | None) -> dict[str, Any]:
-    """`called` is what every format is called; None for the names of compressed-tensors."""
+    """The config. `called` is the name of every format, None for the names of compressed-tensors."""
     targets = _targets(scheme, family)
     parts = [(f"group_{number}", one, targets[one]) for number, one in enumerate(scheme.distinct)]
     if scheme.head is not None:
@@ -161,7 +163,7 @@ def _config(scheme: Scheme, family: Family, dtype: torch.dtype, called: str | No
 
 
 def _version(scheme: Scheme) -> int:
-    """The oldest that has words for a scheme."""
+    """The oldest version that can express a scheme."""
     if scheme.head is not None:
         return FORMAT_VERSION
     if scheme.cache is not None:
@@ -170,7 +172,7 @@ def _version(scheme: Scheme) -> int:
 
 
 def scheme_table(scheme: SiteScheme) -> dict[str, Any]:
-    """What the marker says of a scheme."""
+    """The table of a scheme in the marker."""
     return {
         "weights": _quantizer_table(scheme.weights),
         "activations": None if scheme.activations is None else _quantizer_table(scheme.activations),
@@ -180,19 +182,19 @@ def scheme_table(scheme: SiteScheme) -> dict[str, Any]:
 
 
 def attention_table(attention: AttentionOperands) -> dict[str, Any]:
-    """What the marker says of the operands of attention's products."""
+    """The table of the operands of attention products in the marker."""
     return {name: one and _quantizer_table(one) for name, one in attention.by_name.items()}
 
 
 def cache_table(cache: CacheScheme) -> dict[str, Any]:
-    """What `kv_cache_scheme` says, in mxrot's words."""
+    """The table `kv_cache_scheme`, in mxrot's words."""
     return {name: _quantizer_table(one) for name, one in cache.by_name.items()} | {
         name: getattr(cache, name) for name in ("first", "last", "key_transform", "value_transform")
     }
 
 
 def _quantizer_table(quantizer: TensorQuantizer) -> dict[str, Any]:
-    """With a key for the clip only where there is one: other checkpoints read as before."""
+    """A quantizer's table. It has a key for the clip only if there is one, so that other checkpoints stay as before."""
     table: dict[str, Any] = {"format": quantizer.format.name, "rule": quantizer.rule.name}
     return table | {"clip": quantizer.rule.clip} if quantizer.rule.is_clipped else table
 
@@ -227,12 +229,12 @@ def _arguments(format: Format) -> dict[str, Any]:
 
 
 def _targets(scheme: Scheme, family: Family) -> dict[SiteScheme, list[str]]:
-    """Of each distinct scheme the linears that have it: all that are not ignored, or regular expressions. What stands
-    beside a text model has linears, too, which are never meant, and a quantized head is one with a group of its own."""
+    """The linears of each distinct scheme: all that are not ignored, or regular expressions. Linears outside the text
+    model never belong to them, and a quantized head has its own group."""
     if len(scheme.distinct) == 1 and family.beside is None and scheme.head is None:
         return {scheme.distinct[0]: EVERY}
     left = [name for name in scheme.left if name.removeprefix(f"{family.blocks}.").partition(".")[0].isdecimal()]
-    count = 1 + max(_place(name, family)[0] for name in (*scheme.linears, *left))  # others left are refused as such
+    count = 1 + max(_place(name, family)[0] for name in (*scheme.linears, *left))  # others in `left` are refused
     blocks: dict[tuple[SiteScheme, str], list[int]] = defaultdict(list)
     for name, one in scheme.linears.items():
         index, inner = _place(name, family)
@@ -247,13 +249,14 @@ def _targets(scheme: Scheme, family: Family) -> dict[SiteScheme, list[str]]:
 
 
 def _place(linear: str, family: Family) -> tuple[int, str]:
-    """Block of the full name of a linear, and its name there."""
+    """The block in the full name of a linear, and its name within the block."""
     number, _, inner = linear.removeprefix(f"{family.blocks}.").partition(".")
     return int(number), inner
 
 
 def _target(family: Family, linears: Iterable[str], blocks: Iterable[int] | None) -> str:
-    """A regular expression for linears, by their names in a block, of these blocks; None for all."""
+    """A regular expression for linears, given by their names in a block, of these blocks. None stands for all
+    blocks."""
     numbers = r"\d+" if blocks is None else "|".join(map(str, blocks))
     numbers = f"(?:{numbers})" if "|" in numbers else numbers
     names = "|".join(_inner_patterns(family, list(linears)))
@@ -261,7 +264,7 @@ def _target(family: Family, linears: Iterable[str], blocks: Iterable[int] | None
 
 
 def _inner_patterns(family: Family, linears: list[str]) -> list[str]:
-    """Regular expressions for names in a block, one for those of all experts."""
+    """Regular expressions for names in a block, with one expression for the same linear of all experts."""
     known = Counter(map(_without_numbers, family.linears))
     here = Counter(map(_without_numbers, linears))
     patterns = []

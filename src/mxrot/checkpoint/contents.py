@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint beside those that its config implies: names, shapes and types before any value is read,
-and values as they are read.
+"""The tensors of a checkpoint compared with its config: names, shapes and types before any value is read, and values as
+they are read.
 
-A tensor that is missing would be random, one too many would be left out, and a scale or a transform that is damaged
-would make garbage, all without an error of any reader.
+Without these checks no reader would raise an error: a missing tensor would be random, an extra one would be left out,
+and a damaged scale or transform would give garbage.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class Stored:
         return [header.path for header in self.headers]
 
     def tensors(self, family: Family) -> dict[str, StoredTensor]:
-        """Every tensor by the name that it has in the model."""
+        """Every tensor by its name in the model."""
         found = {name: tensor for header in self.headers for name, tensor in header.tensors.items()}
         return {in_model(name, family): tensor for name, tensor in found.items()}
 
 
 def read_stored(folder: Path) -> Stored:
-    """The files that transformers takes: one, else those of the index.
+    """The files that transformers reads: the single file, otherwise the files of the index.
 
-    CheckpointError if there are none, or if the index does not give each tensor of its files, and no other.
+    CheckpointError if there are none, or if the index does not list exactly the tensors of its files.
     """
     if (folder / SINGLE).exists():
         return Stored((read_header(folder / SINGLE),))
@@ -86,7 +86,7 @@ def _check_index(path: Path, listed: dict[str, str], headers: list[Header]) -> N
 
 
 def read_files(files: Iterable[str | Path]) -> Stored:
-    """The same of the files that transformers has found."""
+    """The same for the files that transformers has found."""
     headers = [read_header(Path(path)) for path in files]
     index = headers[0].path.with_name(INDEX)
     if headers[0].path.name != SINGLE and index.exists():
@@ -95,7 +95,7 @@ def read_files(files: Iterable[str | Path]) -> Stored:
 
 
 def in_model(name: str, family: Family) -> str:
-    """The name in the model of a tensor that a file may have under an older one."""
+    """The name in the model of a tensor, which a file may hold under an older name."""
     name = name if family.beside is None else family.beside.model_name(name)
     prefix = f"{family.blocks}."
     if family.experts is None or not name.startswith(prefix):
@@ -108,9 +108,9 @@ def in_model(name: str, family: Family) -> str:
 
 
 def check_counts(config: dict[str, Any], stored: Stored) -> None:
-    """CheckpointError if a config.json asks for more decoder blocks or experts than there are tensors.
+    """CheckpointError if a config.json has more decoder blocks or experts than there are tensors for.
 
-    Looked at before transformers reads it, which would take memory for as many.
+    This runs before transformers reads the config, which would allocate memory for all of them.
     """
     most = sum(len(header.tensors) for header in stored.headers)
     text = config.get("text_config")
@@ -123,7 +123,7 @@ def check_counts(config: dict[str, Any], stored: Stored) -> None:
 
 
 def check_blocks(config: Any, family: Family, tensors: Iterable[str]) -> None:
-    """CheckpointError if the config has another number of decoder blocks than the tensors."""
+    """CheckpointError if the config and the tensors have different numbers of decoder blocks."""
     prefix = f"{family.blocks}."
     blocks = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
     claimed = config.get_text_config().num_hidden_layers
@@ -136,7 +136,7 @@ def check_blocks(config: Any, family: Family, tensors: Iterable[str]) -> None:
 def install_linears(model: PreTrainedModel, family: Family, scheme: Scheme) -> None:
     """Replace the linears of every site by quantized ones without values, on the meta device.
 
-    CheckpointError if a linear is said to be left that is not there, ConfigError for what is not installed.
+    CheckpointError if a linear that should be left does not exist. ConfigError for a scheme that cannot be installed.
     """
     separate_experts(model)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -154,7 +154,7 @@ def install_linears(model: PreTrainedModel, family: Family, scheme: Scheme) -> N
 
 
 def check_tensors(model: nn.Module, family: Family, tensors: dict[str, StoredTensor], is_tied: bool) -> None:
-    """CheckpointError names a tensor that a model with its linears installed lacks, or has no place for, or that is of
+    """CheckpointError names a tensor that is missing in a model with its linears installed, has no place in it, or has
     another shape or type."""
     types = _types(model)
     expected = {name: (tuple(value.shape), types.get(name, _FLOATS)) for name, value in model.state_dict().items()}
@@ -174,7 +174,7 @@ def check_tensors(model: nn.Module, family: Family, tensors: dict[str, StoredTen
 
 
 def _types(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The types that tensors of quantized linears and caches can have in a file."""
+    """The types that tensors of quantized linears and caches may have in a file."""
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
@@ -188,8 +188,8 @@ def _types(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def check_value(name: str, tensor: Tensor) -> None:
-    """CheckpointError if a tensor holds what no quantization writes: a scale or a number that is none, or a transform
-    that has no inverse."""
+    """CheckpointError if a tensor holds a value that no quantization writes: an invalid scale or number, or a transform
+    without an inverse."""
     if name.endswith(".weight_scale") and tensor.dtype == torch.uint8:
         if bool((tensor == 255).any()):
             raise CheckpointError(f"{name}: holds the scale NaN (byte 255); the file is damaged")
@@ -202,7 +202,7 @@ def check_value(name: str, tensor: Tensor) -> None:
 
 
 def _is_invertible(matrices: Tensor) -> bool:
-    """Have all of [heads, D, D] an inverse that float64 can find?"""
+    """True if all matrices [heads, D, D] have an inverse that float64 can find."""
     found, wrong = torch.linalg.inv_ex(matrices.double())
     return not bool(wrong.any()) and bool(torch.isfinite(found).all())
 

@@ -1,4 +1,4 @@
-"""Let two folders change places in one step, where the system can."""
+"""Exchange two folders in one step, if the system can."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places with no moment in between; False, and nothing has changed, where that cannot be.
+    """Exchange two paths in one atomic step. False, with nothing changed, if the system cannot do this.
 
     OSError as for any rename.
     """
@@ -38,5 +38,5 @@ def _call_of_system() -> ctypes._NamedFuncPointer | None:
     name = {"linux": "renameat2", "darwin": "renamex_np"}.get(sys.platform)
     if name is None:
         return None
-    # Old C libraries lack it.
+    # Old C libraries do not have this function.
     return getattr(ctypes.CDLL(None, use_errno=True), name, None)

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and what was written into them.
+"""Files that appear whole or not at all, with the size and hash of their contents.
 
-Every file of an output goes through `whole_file`: it is written under a name that ends in `.tmp`, hashed on the way,
-and renamed. Tensors go one by one, so that a state of a hundred gigabytes is never a second time in memory.
+Every file of an output is written through `whole_file`: under a name that ends in `.tmp`, hashed on the way, and
+renamed. Tensors are written one by one, so that a state of a hundred gigabytes is never in memory twice.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ TYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What safetensors calls types, in the order in which it puts them into a file: widest first."""
+"""The names of types in safetensors, in the order in which it writes them to a file: widest first."""
 _ORDER = {dtype: place for place, dtype in enumerate(TYPE_NAMES)}
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a file holds."""
+    """The size and hash of a file."""
 
     bytes: int
     sha256: str
@@ -57,7 +57,7 @@ class Written:
 
 @dataclass
 class Sink:
-    """An open file that counts and hashes what it is given."""
+    """An open file that counts and hashes the bytes written to it."""
 
     file: IO[bytes]
     count: int = 0
@@ -75,7 +75,8 @@ class Sink:
 
 @contextmanager
 def whole_file(path: Path, size: int) -> Iterator[Sink]:
-    """A file to write `size` bytes into; it is at `path` when the block ends, and nothing is if it ends in an error.
+    """A file to write `size` bytes into. It appears at `path` when the block ends, but not if the block ends in an
+    error.
 
     DiskFullError if there is no space left.
     """
@@ -128,7 +129,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Written:
 
 
 def sha256_of(path: Path, told: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a file; `told` hears of so many bytes more whenever they were read."""
+    """The SHA-256 of a file. `told` is called after each piece, with its number of bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
@@ -138,19 +139,19 @@ def sha256_of(path: Path, told: Callable[[int], None] = lambda count: None) -> s
 
 
 def seen(path: Path) -> Written:
-    """Size and SHA-256 of a file as it is now."""
+    """The size and SHA-256 of a file as it is now."""
     return Written(path.stat().st_size, sha256_of(path))
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The path of a file that run.json lists, with a folder where it has one, and never out of `folder`."""
+    """The path of a file that run.json lists. It may be in a subfolder, but never outside of `folder`."""
     parts = PurePosixPath(name).parts
     is_inside = bool(parts) and not any(part in ("..", "/") or "\\" in part for part in parts)
     return folder.joinpath(*parts) if is_inside else folder / Path(name).name
 
 
 def check_hashes(folder: Path, listed: Any) -> None:
-    """CheckpointError unless the files that run.json lists are there, byte for byte; `listed` is its table of them."""
+    """CheckpointError unless the files in the table `listed` of run.json exist, unchanged byte for byte."""
     if not isinstance(listed, dict) or INDEX not in listed:
         raise CheckpointError(f"{folder / 'run.json'}: has no list of files")
     paths = [file_in(folder, name) for name in listed]

@@ -1,7 +1,7 @@
-"""What decides about the bits of a checkpoint.
+"""Everything that decides the bits of a checkpoint.
 
-Weights count as a whole: every byte is hashed. A file that has the size, the times and the number in its file system
-that it had when a run noted its hash is not read again.
+Every byte of the weights is hashed. A file is not read again if its size, times and inode number are still those that a
+run noted with its hash.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from mxrot.progress import Progress, silent
 from mxrot.recipe import Recipe
 
 FORMAT = 2
-"""Of the fingerprint itself. The first one knew 4 KiB of each tensor."""
+"""The version of the fingerprint itself. Version 1 hashed 4 KiB of each tensor."""
 _THREADS = 4
 _SECONDS_BETWEEN = 0.5
 
 Stamps = dict[str, list[int | str]]
-"""Of each file: its size, times and number, and the hash that it had then."""
+"""For each file its size, times and inode number, and the hash that it had then."""
 
 
 def hash_files(
     folder: Path, paths: Sequence[Path], stamps: Stamps | None = None, progress: Progress = silent
 ) -> tuple[dict[str, str], Stamps]:
-    """SHA-256 of files by their names in a folder, several at once; and stamps by which the next call knows them."""
+    """The SHA-256 of files by their names in a folder, several at once, and stamps that let the next call skip
+    unchanged files."""
     known = stamps or {}
     names = [path.relative_to(folder).as_posix() for path in paths]
     sizes = {path: path.stat().st_size for path in paths}
     all_bytes = sum(sizes.values())
-    read: list[int] = []  # bytes, piece by piece; appending is safe from many threads
+    read: list[int] = []  # bytes of each piece; appending is safe from many threads
 
     def hash_of(name: str, path: Path) -> list[int | str]:
         stamp, noted = _stamp(path), known.get(name)
@@ -64,14 +65,14 @@ def hash_files(
 def hash_model(
     source: Path, stamps: Stamps | None = None, progress: Progress = silent
 ) -> tuple[dict[str, str], Stamps]:
-    """The same of the files that a model is read from: its config, its weights and their index."""
+    """The same for the files of a model: its config, its weights and their index."""
     index = [path for path in (source / INDEX,) if path.is_file()]
     return hash_files(source, [source / "config.json", *index, *WeightFiles(source).files], stamps, progress)
 
 
 def _stamp(path: Path) -> list[int | str]:
     found = path.stat()
-    # With the time at which anything about the file was changed, which nobody can set back.
+    # ctime changes with anything about the file, and nobody can set it back.
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
@@ -85,8 +86,8 @@ def fingerprint_of(
     changes: Sequence[str] = (),
     ranks: int = 1,
 ) -> dict[str, Any]:
-    """Of a run that quantizes a model of these `files`, hashes by their names, after these `changes` of its source, in
-    so many processes."""
+    """The fingerprint of a run with this number of processes (`ranks`). It quantizes a model whose `files` have these
+    hashes, by name, after these `changes` of its source."""
     device = torch.device(device)
     data = None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return {
@@ -104,13 +105,13 @@ def fingerprint_of(
 
 
 def going_on(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprint of a run that goes on from that of `found`: with the numbers of processes of both."""
+    """The fingerprint of a run that continues the run of `found`. It has the numbers of processes of both."""
     before: list[int] = found.get("ranks", [1])
     return {**wanted, "ranks": [*before, *(one for one in wanted["ranks"] if before[-1:] != [one])]}
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What of a run is another one than in the fingerprint `found`, in words; a run may go on in more processes."""
+    """How a run differs from the fingerprint `found`, in words. A different number of processes does not count."""
     if found.get("format") != FORMAT:
         return ["version of mxrot"]
     said = []

@@ -121,7 +121,7 @@ class OnLoadQuantizer(_Quantizer):
     def validate_environment(self, *_: Any, device_map: Any = None, **options: Any) -> None:
         """ConfigError unless the whole model will be on one device. Called again once "auto" has been resolved."""
         if isinstance(device_map, dict):
-            places = set(device_map.values())  # as transformers does it, which spreads a model over 0 and "cuda:0", too
+            places = set(device_map.values())  # as transformers does; it spreads a model over 0 and "cuda:0", too
             if len(places) > 1 or places & {"disk", "meta", torch.device("meta")}:
                 raise ConfigError(
                     f"device_map: a model that is quantized while it is loaded must be on one device, got "
@@ -149,7 +149,7 @@ class MxrotQuantizer(_Quantizer):
     _scheme: Scheme
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
-        """Tensors may be renamed, but linears of experts are not put together. Older transformers give no model."""
+        """Allow renamed tensors, but do not merge the linears of experts. Older transformers passes no model."""
         return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
@@ -169,14 +169,15 @@ class MxrotQuantizer(_Quantizer):
 def check_files_of(
     model: PreTrainedModel, config: CheckpointConfig, files: Sequence[str]
 ) -> tuple[Scheme, Stored | None]:
-    """Install linears without values in a model that transformers has built, and compare all that it is about to read.
+    """Install linears without values in a model that transformers has built, and check everything that it is about to
+    read.
 
-    CheckpointError as for `mxrot.load`. Records beside the files are looked at where there are some: from the hub
-    transformers fetches none.
+    CheckpointError as for `mxrot.load`. Records beside the files are checked if they exist. transformers fetches none
+    from the hub.
     """
     layout, family = config.layout, find_family(model.config, "config.json")
     blocks = model.config.get_text_config().num_hidden_layers
-    if not files:  # a state_dict that the caller gives
+    if not files:  # the caller gives a state_dict
         scheme = layout.scheme(family, blocks)
         install_linears(model, family, scheme)
         return scheme, None
@@ -184,7 +185,7 @@ def check_files_of(
     with checkpoint_errors(folder):
         stored = read_files(files)
         if (folder / INDEX).exists():
-            WeightFiles(folder)  # refuses one file beside the shards of another model, of which transformers takes one
+            WeightFiles(folder)  # refuses a file beside shards: transformers takes one
         tensors = stored.tensors(family)
         records = read_records(folder, stored, SAVED_BY in config.table[MARKER])
         check_files(folder, records)
@@ -203,7 +204,7 @@ def check_files_of(
 
 
 def check_values_of(model: PreTrainedModel, stored: Stored | None) -> None:
-    """CheckpointError if a loaded model holds a damaged value; what was left on disk is read there."""
+    """CheckpointError if a loaded model holds a damaged value. Values that were left on disk are read from there."""
     on_disk = set()
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
@@ -221,9 +222,9 @@ def check_values_of(model: PreTrainedModel, stored: Stored | None) -> None:
 
 
 def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Replace the linears of a loaded model by quantized ones, by a recipe that needs no text.
+    """Replace the linears of a loaded model by quantized ones, with a recipe that needs no text.
 
-    The model is written to a temporary folder for it.
+    The model is written to a temporary folder first.
     """
     separate_experts(model)
     config = deepcopy(model.config)
@@ -250,7 +251,7 @@ def quantize_in_place(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give a loaded model a head of its own, which is a copy of the embedding."""
+    """Give a loaded model its own head, which is a copy of the embedding."""
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
     head = model.get_output_embeddings()
@@ -259,8 +260,8 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def take_rotated(model: PreTrainedModel, quantized: PreTrainedModel) -> None:
-    """Give a loaded model what rotations have changed beside the weights that are codes: embedding, norms, biases,
-    routers, and a head that is not quantized."""
+    """Copy to a loaded model everything that rotations have changed and that is not quantized: embedding, norms,
+    biases, routers, and a head."""
     own = dict(model.named_parameters())
     for name, rotated in quantized.named_parameters():
         if name in own and own[name].shape == rotated.shape:
@@ -270,7 +271,7 @@ def take_rotated(model: PreTrainedModel, quantized: PreTrainedModel) -> None:
 def with_config(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """A model that was quantized in memory, with the config that `save_pretrained` writes for `from_pretrained`.
 
-    None for a recipe whose result no checkpoint can hold.
+    The model gets no config if a checkpoint cannot hold the result of the recipe.
     """
     try:
         check_exportable(recipe)

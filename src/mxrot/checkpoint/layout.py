@@ -34,7 +34,7 @@ class Group:
     """A config group."""
 
     targets: tuple[str, ...]
-    """Names, "re:" with a regular expression that starts where the name does, or "Linear" for all."""
+    """Names, "re:" with a regular expression that matches from the start of the name, or "Linear" for all."""
     scheme: SiteScheme
 
     @cached_property
@@ -42,7 +42,7 @@ class Group:
         return [re.compile(one.removeprefix("re:")) for one in self.targets if one.startswith("re:")]
 
     def covers(self, linear: str) -> bool:
-        """Does it stand for a linear, by its full name?"""
+        """True if the group covers a linear, given by its full name."""
         if linear in self.targets or list(self.targets) == EVERY:
             return True
         return any(pattern.match(linear) for pattern in self._patterns)
@@ -50,27 +50,27 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a `quantization_config` says, by itself."""
+    """The contents of a `quantization_config`, without comparing them with a model."""
 
     version: int
     is_native: bool
-    """Does it call its formats "mxrot"?"""
+    """True if the format of its groups is "mxrot"."""
     groups: tuple[Group, ...]
-    """Of the linears of decoder blocks."""
+    """The groups of the linears of decoder blocks."""
     head: str
     left: tuple[str, ...]
-    """Full names of linears of decoder blocks that are left as they are."""
+    """Full names of linears of decoder blocks that are not quantized."""
     dtype: torch.dtype | None
-    """Of what is not quantized; None where the first version does not say."""
+    """The type of tensors that are not quantized. None if the config is of version 1, which does not say."""
     cache: CacheScheme | None = None
     attention: AttentionOperands | None = None
     head_scheme: SiteScheme | None = None
-    """None where the head is left as it is."""
+    """None: the head is not quantized."""
 
     def scheme_of(self, linear: str) -> SiteScheme | None:
-        """What is installed at a linear, by its full name; None where it is left as it is.
+        """The scheme of a linear, given by its full name. None if it is not quantized.
 
-        CheckpointError if that is not said, or said twice.
+        CheckpointError if the config does not say this, or says it twice.
         """
         if linear in self.left or linear == self.head:
             return None
@@ -81,7 +81,7 @@ class Layout:
         return found[0]
 
     def scheme(self, family: Family, blocks: int) -> Scheme:
-        """What is installed in a model of so many decoder blocks; CheckpointError as for `scheme_of`."""
+        """The scheme of a model with this number of decoder blocks. CheckpointError as for `scheme_of`."""
         found = {name: self.scheme_of(name) for name in linears_of(family, blocks)}
         linears = {name: one for name, one in found.items() if one is not None}
         return Scheme(linears, self.left, self.cache, self.attention, self.head_scheme)
@@ -98,7 +98,7 @@ def linears_of(family: Family, blocks: int) -> list[str]:
 
 
 def check_marker(quantization: Any, where: str) -> dict[str, Any]:
-    """mxrot's marker in a `quantization_config`; CheckpointError if it is missing or of another version."""
+    """mxrot's marker in a `quantization_config`. CheckpointError if it is missing or has an unknown version."""
     marker = quantization.get(MARKER) if isinstance(quantization, dict) else None
     if not isinstance(marker, dict):
         raise CheckpointError(f"{where}: config.json has no {MARKER!r} marker; not a checkpoint written by mxrot")
@@ -111,9 +111,9 @@ def check_marker(quantization: Any, where: str) -> dict[str, Any]:
 
 
 def read_layout(quantization: Any, where: str = "the checkpoint") -> Layout:
-    """What a `quantization_config` says; CheckpointError names a field that is missing or not known.
+    """The layout in a `quantization_config`. CheckpointError names a field that is missing or unknown.
 
-    Whether its fields fit one another and the model is for `check_layout`.
+    `check_layout` checks whether the fields fit each other and the model.
     """
     marker = check_marker(quantization, where)
     format = quantization.get("format")
@@ -246,7 +246,7 @@ def _attention(table: Any) -> AttentionOperands | None:
 
 
 def _scheme_of_version_1(quantization: dict[str, Any], marker: dict[str, Any], layout: str) -> SiteScheme:
-    """The only one: weights by their format's default rule, since theirs was not written down."""
+    """The only scheme of version 1. Weights have their format's default rule, since version 1 did not name the rule."""
     formats = [one for one in FORMATS.values() if one.compressed_tensors == layout]
     if not formats:
         raise CheckpointError(f"{_WHERE}: format {layout!r} is not one of version 1")
@@ -259,7 +259,7 @@ def _scheme_of_version_1(quantization: dict[str, Any], marker: dict[str, Any], l
         raise CheckpointError(f"{where} {rule!r} does not apply to inputs")
     sharing = _one_of(Sharing, marker.get("sharing"), f"{_WHERE}: {MARKER}.sharing")
     stages = (BlockDiagonalSpec(THEIR_BLOCK, sharing),) if "transform_config" in quantization else ()
-    # The first ones had no such field.
+    # The first checkpoints had no such field.
     accumulation = _one_of(Accumulation, marker.get("accumulation", "exact"), f"{_WHERE}: {MARKER}.accumulation")
     return SiteScheme(weights, inputs, stages, accumulation)
 

@@ -1,9 +1,9 @@
-"""One living process at a time writes to an output.
+"""Only one living process at a time writes to an output.
 
-The lock is flock(2) on a small file beside the output (see `Place.lock`), which says for people whose it is. The
-system lets go of it when its process ends, however it ends, and the next run takes the file that was left. Where a
-file system has no such locks, the file itself is the lock: it is made by one process only, and counts as long as that
-process lives, which can be told on the same host only.
+The lock is flock(2) on a small file beside the output (see `Place.lock`), whose text names the holder. The system
+releases the lock when its process ends for any reason, and the next run takes over the file. If a file system has no
+such locks, the file itself is the lock: only one process can create it, and it counts as long as that process lives.
+This can be checked on the same host only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Holder:
     host: str
     since: str
     started: str
-    """Of the process, in the system's own count, where it tells: numbers of processes are used again."""
+    """The start time of the process by the system's own count, if it is available. Process numbers are reused."""
 
     @classmethod
     def here(cls) -> Holder:
@@ -45,10 +45,10 @@ class Holder:
 
     @property
     def lives(self) -> bool:
-        """Whether it may still be at work; a process of another host may."""
+        """True if the process may still be running. A process on another host counts as running."""
         if self.host != platform.node() or sys.platform == "win32":
             return True
-        with suppress(PermissionError):  # somebody else's, and there
+        with suppress(PermissionError):  # the process of another user, which is running
             try:
                 os.kill(self.pid, 0)
             except ProcessLookupError:
@@ -67,19 +67,19 @@ def held(path: Path, output: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # before it is let go of: who waits for this very file finds it gone, and makes another
+            path.unlink()  # before the lock is released: a waiting process finds this file gone, and makes a new one
         os.close(file)
 
 
 def check_free(path: Path, output: Path) -> None:
-    """CheckpointError if somebody holds it now."""
+    """CheckpointError if another process holds the lock now."""
     if path.exists():
         with held(path, output):
             pass
 
 
 def _take(path: Path, output: Path) -> int:
-    """An open, locked file that stands at `path`."""
+    """An open, locked file at `path`."""
     while True:
         file, is_new = _open(path)
         try:
@@ -90,7 +90,7 @@ def _take(path: Path, output: Path) -> int:
             if locks is False or (locks is None and not is_new and (found is None or found.lives)):
                 raise CheckpointError(_busy(output, path, found, locks is None))
             if locks is None and not is_new:
-                path.unlink(missing_ok=True)  # of a process that is gone
+                path.unlink(missing_ok=True)  # left by a process that has ended
             elif _stands_at(file, path):
                 os.ftruncate(file, 0)
                 os.pwrite(file, json.dumps(asdict(Holder.here())).encode(), 0)
@@ -102,7 +102,7 @@ def _take(path: Path, output: Path) -> int:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """The file, and whether this call has made it. Never through a link, which may point anywhere."""
+    """The open file, and True if this call created it. A link is never followed, because it may point anywhere."""
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     while True:
         with suppress(FileExistsError):
@@ -112,7 +112,7 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _lock(file: int) -> bool | None:
-    """Whether it could be had; None where there are no locks."""
+    """True if the file could be locked. None if there are no locks."""
     if sys.platform == "win32":
         return None
     try:
@@ -127,7 +127,7 @@ def _lock(file: int) -> bool | None:
 
 
 def _stands_at(file: int, path: Path) -> bool:
-    """Is it still the file of that name? Its holder may have removed it between opening and locking."""
+    """True if the open file is still the one at `path`. Its holder may have removed it between opening and locking."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
@@ -135,7 +135,7 @@ def _stands_at(file: int, path: Path) -> bool:
 
 
 def _read(file: int) -> Holder | None:
-    """Whom it names; None for an empty file, or another one."""
+    """The holder that the file names. None for an empty file or other contents."""
     try:
         table: Any = json.loads(os.pread(file, _MOST_BYTES, 0))
         return Holder(int(table["pid"]), str(table["host"]), str(table["since"]), str(table["started"]))
@@ -150,7 +150,7 @@ def _busy(output: Path, path: Path, holder: Holder | None, is_without_locks: boo
 
 
 def _started(pid: int) -> str:
-    """When a process has started, as Linux counts; empty where that is not told."""
+    """The start time of a process, as Linux counts it. Empty if it is not available."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):

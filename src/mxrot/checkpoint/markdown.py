@@ -1,4 +1,4 @@
-"""Names and texts of others in Markdown: shown as they are."""
+"""Names and texts from outside, escaped so that Markdown shows them unchanged."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 
 
 def plain_text(text: str) -> str:
-    """As a part of a paragraph or heading, on one line."""
+    """The text as part of a paragraph or heading, on one line."""
     line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
     escaped = re.sub(r"([\\`*\[\]<>|]|&(?=\w+;|#))", r"\\\1", line)
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", re.sub(r"^(#|[+-](?= ))", r"\\\1", escaped))
 
 
 def code(text: str) -> str:
-    """As code in a line, between as many backticks as it takes."""
+    """The text as inline code, between enough backticks."""
     line = " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
     fence = "`" * (max(map(len, re.findall(r"`+", line)), default=0) + 1)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
@@ -21,12 +21,12 @@ def code(text: str) -> str:
 
 
 def code_block(text: str, language: str) -> str:
-    """As lines of code, which end with a line break."""
+    """The text as a code block, which ends with a line break."""
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}{fence}"
 
 
 def cell(text: str) -> str:
-    """As a cell of a table."""
+    """The text as a cell of a table."""
     return plain_text(text).replace("\\|", "|").replace("|", "\\|")

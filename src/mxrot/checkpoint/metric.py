@@ -8,27 +8,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured figure of a quantized model, beside that of the original where it is known."""
+    """One measured figure of a quantized model, with that of the original if it is known."""
 
     name: str
     """The text or task."""
     measure: str
     value: float
     error: float | None = None
-    """Standard error of `value`."""
+    """The standard error of `value`."""
     original: float | None = None
     difference_error: float | None = None
-    """Standard error of `value` less `original`, where both were measured on the same text."""
+    """The standard error of `value` minus `original`, if both were measured on the same text."""
     counted: str = ""
-    """On how much it was measured."""
+    """The amount of text or examples that was measured."""
     is_share: bool = False
-    """Shown in percent."""
+    """The figure is shown in percent."""
     digits: int = 3
-    """Shown behind the point, where it is no share."""
+    """Digits after the point, for a figure that is not a share."""
 
     @property
     def cells(self) -> tuple[str, str, str, str, str, str]:
-        """Name, measure, original, value, difference and what was counted, as tables show them."""
+        """The name, measure, original, value, difference and measured amount, as tables show them."""
         difference = None if self.original is None else self.value - self.original
         return (
             self.name,

@@ -1,4 +1,4 @@
-"""Files whose place a person has named: tables as JSON, reports, pictures."""
+"""Output files at a path that the user names: JSON tables, reports, pictures."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mxrot.errors import DiskFullError
 
 
 def write_named(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: what stood there stays until all of it is written, and a link stays a link.
+    """Write a file whole or not at all. The old file stays until the new one is complete, and a link stays a link.
 
-    A pipe or a device takes the data as they come, as `/dev/stdout` does; and so does a file in a folder that takes no
-    new names. DiskFullError if there is no space left.
+    A pipe or a device, such as `/dev/stdout`, is written directly; so is a file in a folder that accepts no new names.
+    DiskFullError if there is no space left.
     """
     real = path.resolve()
     fresh = real.with_name(f".{real.name[:200]}.{os.getpid()}.tmp")
     try:
-        # Not by its real path: that of a pipe behind /dev/stdout is none.
+        # Do not test the real path: a pipe behind /dev/stdout has none.
         if path.exists() and not (path.is_file() and os.access(real.parent, os.W_OK)):
             path.write_bytes(data)
             return

@@ -1,4 +1,4 @@
-"""Tensors that a run keeps to go on from, with a note of their hash: what was changed since is never taken up."""
+"""Tensors that a run keeps in order to resume, with a note of their hash. A changed file is never used."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from mxrot.errors import CheckpointError, DamagedError
 from mxrot.interrupts import interrupt_waits
 
 NEW = "new-"
-"""A name that begins so is of a file that was not finished, or not put in its place."""
+"""The prefix of a file that is unfinished, or not yet in its place."""
 
 
 @dataclass(frozen=True)
 class NotedTensors:
-    """A file of tensors, and its note beside it."""
+    """A file of tensors, with a note beside it."""
 
     path: Path
     what: str
-    """For messages."""
+    """A description for messages."""
 
     @property
     def note(self) -> Path:
         return self.path.with_suffix(".json")
 
     def load(self) -> dict[str, Tensor] | None:
-        """None if there is none; CheckpointError if it is not what `save` wrote."""
+        """The tensors, or None if there are none. CheckpointError if the file is not what `save` wrote."""
         if not self.path.is_file():
             return None
         digests = self._noted()
@@ -48,7 +48,8 @@ class NotedTensors:
             raise CheckpointError(f"{self.path}: cannot be read ({error}); start over with --force") from error
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Replace what is kept. Killed at any moment, what was kept before or what is kept now can be loaded."""
+        """Replace the kept tensors. If the run is killed at any moment, either the old or the new tensors can be
+        loaded."""
         before = (self._noted() or [])[:1] if self.path.is_file() else []
         fresh = self.path.with_name(NEW + self.path.name)
         try:

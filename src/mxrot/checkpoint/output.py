@@ -1,10 +1,10 @@
-"""Where an output may stand, where it is made, and who may write there.
+"""Where an output may be, where it is made, and which run may write to it.
 
-Most outputs are made beside, in `NAME.partial`, and appear by one rename (placing.py). One that cannot be renamed, a
-mount point as with `docker -v $PWD/out:/out` or a folder whose parent takes no new names, is made in a folder inside of
-it and filled from there.
+Most outputs are made in `NAME.partial` beside the output, and appear with one rename (placing.py). Some outputs cannot
+be renamed: a mount point, as with `docker -v $PWD/out:/out`, or a folder whose parent accepts no new names. These are
+made in a folder inside the output, and filled from there.
 
-Everything is done with the real path: two spellings of one folder are one output, and a link to a folder stays.
+All steps use the real path. Two spellings of one folder are therefore one output, and a link to a folder stays a link.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from mxrot.errors import CheckpointError, DiskFullError
 
 _INSIDE, _INSIDE_LOCK = "mxrot.partial", ".mxrot.lock"
 _OF_THE_SYSTEM = {"lost+found"}
-"""At the top of file systems; never looked at, never moved."""
+"""A folder at the top of a file system. It is never read and never moved."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """An output folder, and what stands beside it while it is made."""
+    """An output folder, and the paths beside it while it is made."""
 
     shown: Path
-    """As the user has it."""
+    """The path as the user gave it."""
     output: Path
-    """Its real path."""
+    """The real path of the output."""
     is_filled: bool
-    """Is it made inside and filled where it stands, instead of being put there by a rename?"""
+    """True if the output is made inside the folder and filled in place, instead of being renamed there."""
 
     @property
     def partial(self) -> Path:
-        """Where the work is done."""
+        """The folder in which the work is done."""
         return self.output / _INSIDE if self.is_filled else self._beside("{}.partial")
 
     @property
@@ -46,7 +46,7 @@ class Place:
         return self.output / _INSIDE_LOCK if self.is_filled else self._beside(".{}.mxrot.lock")
 
     def contents(self) -> list[Path]:
-        """What stands at the output that is the user's."""
+        """Everything at the output that belongs to the user."""
         if not self.output.is_dir():
             return []
         own = {_INSIDE, _INSIDE_LOCK} if self.is_filled else set()
@@ -62,7 +62,7 @@ class Place:
 
 
 def find_place(output: Path) -> Place:
-    """Where `output` is to be made; CheckpointError if it has no name or is no folder."""
+    """The place where `output` is made. CheckpointError if it has no name or is not a folder."""
     if output.name in ("", ".."):
         raise CheckpointError(f"{output}: has no name of its own; name the folder to be made")
     try:
@@ -73,7 +73,7 @@ def find_place(output: Path) -> Place:
         place = Place(output, real, real.is_dir() and _must_be_filled(real))
         for path in (place.partial, place.lock):
             with suppress(FileNotFoundError):
-                path.lstat()  # its name may be too long
+                path.lstat()  # the name may be too long
         str(real).encode()
         return place
     except UnicodeEncodeError as error:
@@ -84,29 +84,30 @@ def find_place(output: Path) -> Place:
 
 
 def _dangles(path: Path) -> bool:
-    """A link to what is not there yet."""
+    """True if the path is a link whose target does not exist."""
     return path.is_symlink() and not path.exists()
 
 
 def check_output(output: Path, force: bool) -> None:
-    """CheckpointError if `output` is there and not an empty folder, unless `force` replaces it; or if somebody writes
-    there now."""
+    """CheckpointError if `output` exists and is not an empty folder, unless `force` replaces it, or if another run is
+    writing there now."""
     place = find_place(output)
     check_free(place.lock, output)
     check_empty(place, force)
 
 
 def check_empty(place: Place, force: bool) -> None:
-    """CheckpointError if something stands at the output, unless `force` replaces it."""
+    """CheckpointError if the output is not empty, unless `force` replaces it."""
     if place.contents() and not force:
         raise CheckpointError(f"{place.shown}: exists and is not empty; use --force to replace it, or another folder")
 
 
 @contextmanager
 def claimed(output: Path) -> Iterator[Place]:
-    """While open, no other run writes to `output`. Folders above it are made, and go again if nothing came into them.
+    """While open, no other run writes to `output`. Missing parent folders are created, and removed again if they stay
+    empty.
 
-    CheckpointError if another run holds it, or if its place takes no files.
+    CheckpointError if another run holds the output, or if files cannot be created there.
     """
     place = find_place(output)
     parent = place.lock.parent
@@ -127,7 +128,7 @@ def claimed(output: Path) -> Iterator[Place]:
 
 def _remove_empty(folders: list[Path]) -> None:
     for path in folders:
-        with suppress(OSError):  # not empty: the output is in it
+        with suppress(OSError):  # not empty: it holds the output
             path.rmdir()
 
 
@@ -137,7 +138,7 @@ def _must_be_filled(real: Path) -> bool:
     if os.path.lexists(real.with_name(real.name + ".partial")):
         return False
     with suppress(OSError):
-        if Path.cwd().is_relative_to(real):  # a shell stands in it, and would be left in a folder that is gone
+        if Path.cwd().is_relative_to(real):  # the current folder of a shell, which would be gone
             return True
     return os.access(real, os.W_OK | os.X_OK) and not _can_be_renamed(real)
 
@@ -147,12 +148,12 @@ def _can_be_renamed(real: Path) -> bool:
         return False
     above = real.parent.stat()
     mine = os.geteuid() if hasattr(os, "geteuid") else 0
-    # In folders such as /tmp only what one owns.
+    # In folders such as /tmp, users can rename only their own entries.
     return not above.st_mode & stat.S_ISVTX or mine in (0, above.st_uid, real.stat().st_uid)
 
 
 def _mount_points() -> set[Path]:
-    """Also those that show a folder of the same file system elsewhere, which `os.path.ismount` does not see."""
+    """All mount points, with bind mounts of the same file system, which `os.path.ismount` does not detect."""
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
@@ -162,7 +163,7 @@ def _mount_points() -> set[Path]:
 
 
 def _unescaped(field: bytes) -> bytes:
-    r"""Spaces, tabs, newlines and backslashes stand there as \040, \011, \012 and \134."""
+    r"""Decode spaces, tabs, newlines and backslashes, which are written as \040, \011, \012 and \134."""
     for code in (0o40, 0o11, 0o12, 0o134):
         field = field.replace(b"\\%03o" % code, bytes([code]))
     return field

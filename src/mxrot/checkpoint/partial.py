@@ -1,12 +1,12 @@
-"""The folder that a run fills, and from which it goes on after it was stopped.
+"""The folder that a run fills, and from which a stopped run can be resumed.
 
-`fingerprint.json` makes a folder ours: none other is ever used, and none other is ever removed. A decoder block is a
-shard and a note beside it with its hash; the note comes last, so a block with a note is finished. Calibration text that
-the model has written, orders of channels, the training of rotations, and an unfinished tuning of the whole network, are
-kept beside them (noted.py).
+`fingerprint.json` marks a folder as mxrot's. No other folder is ever used or removed. Each decoder block is a shard,
+with a note of its hash beside it. The note is written last, so a block with a note is finished. Other files beside them
+hold calibration text that the model has written, orders of channels, the training of rotations, and an unfinished
+tuning of the whole network (noted.py).
 
-Whatever ends a run, what is in the folder stays. A run that finds one with work in it goes on with `resume`, starts
-over with `force`, and is refused without either; with `resume` nothing is ever thrown away.
+The contents of the folder stay, whatever ends a run. If a new run finds work in it, it continues with `resume`, starts
+over with `force`, and is refused without either. With `resume` nothing is ever deleted.
 """
 
 from __future__ import annotations
@@ -52,34 +52,34 @@ _OLD_FINGERPRINT = {"model", "recipe", "windows", "seed", "device", "versions"}
 
 
 def is_note(name: str) -> bool:
-    """Is a file of this name for a resumed run only?"""
+    """True if only a resumed run needs a file of this name."""
     return _NOTES.fullmatch(name) is not None or name.endswith(TEMPORARY)
 
 
 class PartialCheckpoint:
-    """What a run has done so far: one shard a decoder block, and one for everything else."""
+    """The finished part of a run: one shard for each decoder block, and one for everything else."""
 
     def __init__(self, folder: Path, family: Family, blocks: int, room: Room | None = None) -> None:
-        """`room` is looked at before each block is made, and again before it is written."""
+        """`room` is checked before each block is made, and again before it is written."""
         self.folder, self.family, self.blocks, self.room = folder, family, blocks, room
         self.size = ModelSize()
         self.weight_map: dict[str, str] = {}
         self._written: dict[str, Written] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
-        """Of the weights that are quantized, by the full names of the linears."""
+        """The shapes of the quantized weights, by the full names of their linears."""
         self.left_bytes: dict[str, int] = {}
-        """Of the weights of linears that were stored as they were."""
+        """The bytes of the weights of linears that were stored unquantized."""
 
     def shard(self, number: int) -> str:
-        """File name of a shard: 0 holds everything outside of the blocks, i + 1 block i."""
+        """The file name of a shard. Shard 0 holds everything outside the blocks, shard i + 1 holds block i."""
         return f"model-{number + 1:05d}-of-{self.blocks + 1:05d}.safetensors"
 
     def _report_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.json"
 
     def load(self, index: int) -> tuple[dict[str, Tensor], BlockReport] | None:
-        """A block that an earlier run finished. One that cannot be read, or was changed, counts as unfinished: then it
-        will be made, and there has to be room for what is still to be written."""
+        """A block that an earlier run finished. A block that cannot be read or was changed counts as unfinished. It
+        will be made again, so the remaining files must fit on the disk."""
         found = self._finished(index)
         if found is None and self.room is not None:
             self.room.check()
@@ -110,7 +110,7 @@ class PartialCheckpoint:
         self._check_room_for(named)
         written = write_tensors(path, named)
         self._count(named, path.name, written, report)
-        # Last: a block with a report is finished.
+        # Write the report last: a block with a report is finished.
         write_json(self._report_path(index), {"sha256": written.sha256, "report": asdict(report)})
 
     def save_rest(self, tensors: dict[str, Tensor]) -> None:
@@ -137,11 +137,11 @@ class PartialCheckpoint:
 
     @property
     def left_alone(self) -> list[str]:
-        """Full names of the linears of decoder blocks that were stored as they were."""
+        """Full names of the linears of decoder blocks that were stored unquantized."""
         return sorted(name.removesuffix(".weight") for name in self.left_bytes if name != self._head)
 
     def left_table(self) -> dict[str, Any]:
-        """What was left alone, the head too where it is stored: for the record."""
+        """The weights that were stored unquantized, with the head if it is stored, for the record."""
         taken = sum(self.left_bytes.values())
         return {
             "linears": sorted(name.removesuffix(".weight") for name in self.left_bytes),
@@ -174,7 +174,7 @@ class PartialCheckpoint:
         return NotedTensors(self.folder / f"{_CHOICE}.safetensors", "what candidates have cost")
 
     def load_windows(self, purpose: str) -> Tensor | None:
-        """Token windows that `save_windows` kept; CheckpointError if they were changed."""
+        """The token windows that `save_windows` kept. CheckpointError if they were changed."""
         kept = self._windows(purpose).load()
         return None if kept is None else kept["windows"]
 
@@ -189,7 +189,7 @@ class PartialCheckpoint:
         write_json(self.folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))})
 
     def results(self) -> dict[str, Written]:
-        """Every file of the result by its name in the folder; CheckpointError if a shard is not what was written."""
+        """All files of the result, by their names in the folder. CheckpointError if a shard is not what was written."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file() and not is_note(path.name))
         found = {path.relative_to(self.folder).as_posix(): seen(path) for path in paths if REPLACED not in path.parts}
         for name, written in self._written.items():
@@ -201,7 +201,7 @@ class PartialCheckpoint:
 
 
 def holds_work(folder: Path) -> str | None:
-    """What is in a partial folder that would have to be done again, in words; None if there is nothing."""
+    """The work in a partial folder that would have to be done again, in words. None if there is none."""
     blocks = len(list(folder.glob("block-*.json")))
     if blocks:
         return f"{blocks} finished block" + "s" * (blocks > 1)
@@ -217,10 +217,11 @@ def holds_work(folder: Path) -> str | None:
 
 
 def open_partial(partial: Path, fingerprint: dict[str, Any], stamps: Stamps, resume: bool) -> dict[str, Any]:
-    """Make the folder to work in, or take up what an earlier run left there; the fingerprint that is written there. See
-    `check_free_to_work`.
+    """Create the working folder, or take over what an earlier run left there. Returns the fingerprint that is written
+    there. See `check_free_to_work`.
 
-    CheckpointError, and nothing is changed, if the folder is not ours, or with `resume` of another run.
+    CheckpointError if the folder is not mxrot's, or with `resume` if it belongs to another run. Then nothing is
+    changed.
     """
     check_ours(partial)
     found = read_fingerprint(partial)
@@ -235,7 +236,7 @@ def open_partial(partial: Path, fingerprint: dict[str, Any], stamps: Stamps, res
             partial.mkdir()
         else:
             fingerprint = going_on(found, fingerprint)
-        # A killed run could not tidy up; the temporary file of a new one has both marks.
+        # A killed run could not clean up; the temporary file of a new one has both marks.
         for path in {*partial.glob(f"*{TEMPORARY}"), *partial.glob(f"{NEW}*")}:
             path.unlink()
         write_json(partial / FINGERPRINT, {"by": "mxrot", "fingerprint": fingerprint, "stamps": stamps})
@@ -247,9 +248,9 @@ def open_partial(partial: Path, fingerprint: dict[str, Any], stamps: Stamps, res
 
 
 def check_free_to_work(partial: Path, resume: bool, force: bool) -> None:
-    """CheckpointError unless a run may work in this folder, as far as that can be told without its fingerprint.
+    """CheckpointError unless a run may work in this folder, as far as this is known without its fingerprint.
 
-    What an earlier run left there is gone on from with `resume`, and thrown away with `force` alone.
+    What an earlier run left there is continued with `resume`, and deleted with `force` alone.
     """
     check_ours(partial, may_lack_notes=resume)
     if resume:
@@ -265,9 +266,9 @@ def check_free_to_work(partial: Path, resume: bool, force: bool) -> None:
 
 
 def check_ours(partial: Path, may_lack_notes: bool = False) -> None:
-    """CheckpointError if something stands there that no run of mxrot has made.
+    """CheckpointError if the folder exists and was not made by mxrot.
 
-    `may_lack_notes`: may run.json stand in for the fingerprint? It has one, too, that is still to be compared.
+    With `may_lack_notes`, run.json may replace the fingerprint. It also holds a fingerprint, which is compared later.
     """
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise CheckpointError(f"{partial}: is needed as the work folder, and is not a folder; move it away")
@@ -289,21 +290,21 @@ def check_ours(partial: Path, may_lack_notes: bool = False) -> None:
 
 
 def remove_partial(partial: Path) -> None:
-    """Remove the folder, if it is ours; see `check_ours`."""
+    """Remove the folder, if it is mxrot's. See `check_ours`."""
     check_ours(partial)
     if partial.exists():
         shutil.rmtree(partial)
 
 
 def read_fingerprint(folder: Path) -> dict[str, Any] | None:
-    """Whose a partial folder is; None if that cannot be told."""
+    """The fingerprint of a partial folder. None if it cannot be read."""
     table = _read(folder / FINGERPRINT)
     found = table if table.keys() >= _OLD_FINGERPRINT else table.get("fingerprint")
     return found if isinstance(found, dict) else None
 
 
 def read_stamps(folder: Path) -> Stamps:
-    """Hashes of the model's files that an earlier run has noted there."""
+    """The hashes of the model's files that an earlier run noted there."""
     stamps = _read(folder / FINGERPRINT).get("stamps")
     return stamps if isinstance(stamps, dict) else {}
 

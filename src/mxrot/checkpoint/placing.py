@@ -1,8 +1,8 @@
 """Put a finished folder in its place.
 
-The last rename comes before the notes of a run go. A note, `placing.json`, says what the rename replaces, by the number
-that the file system gives it; so whatever moment a run is killed at, the next one can tell a finished output from one
-that is to be put in place, and what is left of a replaced one from a folder of somebody else.
+The last rename happens before the notes of a run are removed. A note, `placing.json`, records which folder the rename
+replaces, by its inode number. After a run is killed at any moment, the next run can therefore tell a finished output
+from one that is still to be put in place, and the rest of a replaced output from an unrelated folder.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from mxrot.errors import DamagedError
 
 PLACING = "placing.json"
 REPLACED = "replaced"
-"""In the partial folder of an output that is filled: what stood there before."""
+"""In the partial folder of an output that is filled in place: the old contents of the output."""
 _NOT_RENAMED = {errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES}
 
 
 def put_in_place(place: Place, is_note: Callable[[str], bool]) -> None:
-    """Put the finished partial folder in place. What stood there goes last, and then what `is_note` says of names.
+    """Put the finished partial folder in place. The old output is removed last, and then the files whose names
+    `is_note` accepts.
 
-    OSError leaves both the finished folder and what stood there.
+    After an OSError, both the finished folder and the old output are intact.
     """
     partial, output = place.partial, place.output
     if place.is_filled:
@@ -47,7 +48,7 @@ def put_in_place(place: Place, is_note: Callable[[str], bool]) -> None:
     except OSError as error:
         if error.errno not in _NOT_RENAMED or not output.is_dir():
             raise
-        # A mount that nothing told of, or a folder of a lower layer of a container.
+        # A mount that was not detected, or a folder of a lower layer of a container.
         (partial / PLACING).unlink()
         _fill(place, is_note)
         return
@@ -55,7 +56,7 @@ def put_in_place(place: Place, is_note: Callable[[str], bool]) -> None:
 
 
 def finish_placing(place: Place, is_note: Callable[[str], bool]) -> None:
-    """Do what a killed run left to do after, or at, its last rename; nothing where there was none."""
+    """Finish what a killed run left to do at or after its last rename. Does nothing if there was none."""
     partial, output = place.partial, place.output
     if (note := _read(output / PLACING)) is not None:
         for path in (partial, output.with_name(str(note.get("backup")))):
@@ -72,7 +73,7 @@ def finish_placing(place: Place, is_note: Callable[[str], bool]) -> None:
 
 
 def remove_notes(folder: Path, is_note: Callable[[str], bool]) -> None:
-    """Remove what only a resumed run needs; what says that the folder is in its place last."""
+    """Remove the files that only a resumed run needs. The file that marks the folder as placed is removed last."""
     for path in folder.iterdir():
         if is_note(path.name) and path.name != PLACING:
             path.unlink()
@@ -80,7 +81,7 @@ def remove_notes(folder: Path, is_note: Callable[[str], bool]) -> None:
 
 
 def _rename_twice(partial: Path, output: Path, backup: Path) -> None:
-    """Where folders cannot change places in one step."""
+    """Rename the output away, then the partial folder to it, if the system cannot exchange folders in one step."""
     output.rename(backup)
     try:
         partial.rename(output)
@@ -90,7 +91,7 @@ def _rename_twice(partial: Path, output: Path, backup: Path) -> None:
 
 
 def _fill(place: Place, is_note: Callable[[str], bool]) -> None:
-    """Move the files of the partial folder into the output; what stood there waits in the partial folder."""
+    """Move the files of the partial folder into the output. The old contents wait in the partial folder."""
     partial, output = place.partial, place.output
     old = partial / REPLACED
     note = _read(partial / PLACING)
@@ -109,7 +110,7 @@ def _fill(place: Place, is_note: Callable[[str], bool]) -> None:
             raise
         write_json(partial / PLACING, note | {"is_empty": True})
     new = [path for path in partial.iterdir() if path != old and not is_note(path.name)]
-    for path in sorted(new, key=lambda path: path.name == "run.json"):  # last: with it the output is whole
+    for path in sorted(new, key=lambda path: path.name == "run.json"):  # last: run.json makes the output complete
         _move(path, output / path.name)
     if old.exists():
         shutil.rmtree(old)
@@ -146,7 +147,7 @@ def _note(**what: Any) -> dict[str, Any]:
 
 
 def _identity(path: Path | None) -> list[int] | None:
-    """Number of a folder in its file system, which a rename does not change."""
+    """The device and inode number of a folder, which a rename does not change."""
     if path is None:
         return None
     with suppress(OSError):

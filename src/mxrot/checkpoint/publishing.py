@@ -1,4 +1,4 @@
-"""A checkpoint on the hub, with its card."""
+"""Upload a checkpoint to the hub, with its card."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.errors import CheckpointError, ConfigError
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
-"""Of the library that asks the hub: what it raises without a connection, too."""
+"""The base error of the hub's HTTP library. It is also raised without a connection."""
 FOLDER_IN_CARD = "path/to/this/folder"
-"""What a card calls the checkpoint until it has a name on the hub."""
+"""The path in a card's examples until the checkpoint has a name on the hub."""
 
 
 def publish(folder: Path, repository: str, *, private: bool = False, message: str = "") -> str:
-    """Upload the files that run.json lists, and run.json; returns the address of the commit.
+    """Upload the files that run.json lists, and run.json. Returns the address of the commit.
 
-    The card names the repository in its examples. Nothing else of the folder goes, and the folder stays as it is.
-    The hashes of all files are compared first: CheckpointError if one is not what was written, or if there are none.
-    ConfigError if the name is none of the hub, or the hub refuses.
+    The card names the repository in its examples. No other file of the folder is uploaded, and the folder does not
+    change. The hashes of all files are compared first: CheckpointError if a file is not what was written, or if there
+    are no files. ConfigError if the name is not valid on the hub, or if the hub refuses.
     """
     try:
         validate_repo_id(repository)
@@ -53,7 +53,7 @@ def publish(folder: Path, repository: str, *, private: bool = False, message: st
 
 
 def card_for(folder: Path, repository: str) -> bytes:
-    """The card of the checkpoint under its name on the hub; CheckpointError if it has none."""
+    """The card of the checkpoint with its name on the hub. CheckpointError if it has no card."""
     path = folder / "README.md"
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing; a checkpoint is published with its card")
@@ -61,7 +61,7 @@ def card_for(folder: Path, repository: str) -> bytes:
 
 
 def missing_in_card(folder: Path) -> list[str]:
-    """What a reader of the hub would miss in the card, one line each."""
+    """What the card lacks for readers on the hub, one line each."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     data = ModelCard(text, ignore_metadata_errors=True).data
     found = []

@@ -28,13 +28,14 @@ def load(
     verify: bool | None = None,
     keeps_fp8: bool = False,
 ) -> PreTrainedModel:
-    """The quantized model in `folder`, on `device`, ready for `generate`; one that `save_pretrained` has written, too.
+    """The quantized model in `folder`, on `device`, ready for `generate`. `save_pretrained` may have written the
+    folder, too.
 
-    Parts that are not quantized are held in `dtype`; by default in the checkpoint's own type on a GPU, and in
-    float32, which holds it exactly, on a CPU. Names, shapes, types and sizes of all that is stored are compared with
-    the config first, and recipe.toml with the config. `verify` compares the SHA-256 of every file with run.json, False
-    of none, and None of what programs read, of weights up to 1 GB. CheckpointError names what is wrong. `keeps_fp8`
-    gives a byte a weight more on a GPU, for speed with long inputs.
+    Parts that are not quantized are held in `dtype`. By default this is the checkpoint's own type on a GPU, and
+    float32, which holds it exactly, on a CPU. The names, shapes, types and sizes of all stored tensors are first
+    compared with the config, and recipe.toml with the config. `verify` selects the files whose SHA-256 is compared with
+    run.json: True all, False none, None all that programs read, with weights up to 1 GB. CheckpointError names what is
+    wrong. With `keeps_fp8`, a weight takes one byte more on a GPU, which is faster for long inputs.
     """
     folder = expanded(folder)
     with checkpoint_errors(folder):
@@ -67,8 +68,8 @@ def _load(checked: Checked, device: torch.device, dtype: torch.dtype | None, kee
 
 
 def own_dtype(checked: Checked) -> torch.dtype:
-    """The type that the model computes in: as config.json has it, which transformers writes again with a model that was
-    moved to another type; else that of the embedding, which the first version took."""
+    """The type that the model computes in, from config.json. transformers writes it there again if a model was moved to
+    another type. Otherwise it is the type of the embedding, as in version 1."""
     if SAVED_BY in checked.quantization[MARKER] and isinstance(checked.config.dtype, torch.dtype):
         return checked.config.dtype
     return checked.layout.dtype or WeightFiles(checked.folder, checked.family.beside).dtype_of(
@@ -77,5 +78,5 @@ def own_dtype(checked: Checked) -> torch.dtype:
 
 
 def _moved(value: Tensor, kind: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the device, and in `dtype` unless it is of a quantized linear."""
+    """The value on the device, and in `dtype` unless it belongs to a quantized linear."""
     return value.to(device, dtype) if kind.dtype == torch.int8 else value.to(device)

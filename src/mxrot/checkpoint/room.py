@@ -1,8 +1,8 @@
-"""Room on the disk: looked at before a run and before each block, so that a disk is seen to fill up before it is full.
+"""Disk space, checked before a run and before each block, so that a filling disk is noticed before it is full.
 
-Both looks count alike: what a run writes in all, less what is there already. So a run that is stopped here would be
-refused, too, if it were resumed before there is room, and one that was let begin is stopped only where somebody else
-has filled the disk.
+Both checks count the same: everything that a run writes, minus what is there already. A run that is stopped here would
+therefore also be refused if it were resumed before space is free. A run that was allowed to start is stopped only if
+other programs have filled the disk.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from mxrot.errors import DiskFullError
 
 @dataclass(frozen=True)
 class Room:
-    """What a run that works in a folder has to write, and the disk that it is to fit on."""
+    """The bytes that a run in a folder has to write, and the disk that must hold them."""
 
     shown: Path
-    """The output as the user has it, for messages."""
+    """The output path as the user gave it, for messages."""
     partial: Path
-    """The folder to work in."""
+    """The working folder."""
     disk: Path
-    """A folder on the same disk that is there."""
+    """An existing folder on the same disk."""
     needed_bytes: float
-    """The most bytes in all. 0 if unknown."""
+    """The maximum number of bytes in total. 0 if unknown."""
 
     def check(self) -> None:
-        """DiskFullError unless what is still to be written fits."""
+        """DiskFullError unless the bytes that are still to be written fit."""
         self.check_for(self._still())
 
     def check_for(self, size: float) -> None:
-        """DiskFullError unless so many bytes fit, also where what comes after them would not: what was made is kept
-        first. It says what is still to be written in all."""
+        """DiskFullError unless `size` bytes fit, even if later files would not: finished work is kept first. The
+        message gives all bytes that are still to be written."""
         free = self._free()
         if free is not None and size > free:
             still = max(size, self._still())
@@ -48,7 +48,7 @@ class Room:
         return self.needed_bytes - there
 
     def _free(self) -> int | None:
-        """None where the file system does not tell."""
+        """Free bytes. None if the file system does not say."""
         disk = shutil.disk_usage(self.disk)
         return disk.free if disk.total else None
 

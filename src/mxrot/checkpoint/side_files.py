@@ -1,8 +1,8 @@
-"""Files of a model folder that go into its checkpoint as they are: the tokenizer, chat templates, licences.
+"""Files of a model folder that are copied unchanged into its checkpoint: the tokenizer, chat templates, licences.
 
-They are found and looked at before any work, so that nothing about them can stop a run at its end. Folders are left
-out, but for the one in which transformers keeps further chat templates; so is everything that could run or be
-unpickled.
+They are found and checked before any work, so that they cannot stop a run at its end. Folders are left out, except the
+one in which transformers keeps additional chat templates. Every file that could be executed or unpickled is left out,
+too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _COPIED = (
     "notice*",
     "use_policy*",
 )
-"""In small letters; names are compared so."""
+"""In lower case; names are compared in lower case."""
 _NEVER = (
     "*.py",
     "*.safetensors",
@@ -57,13 +57,13 @@ _PIECE = 1 << 22
 
 
 def is_side_file(name: str) -> bool:
-    """Does a file of this name go into the checkpoint as it is?"""
+    """True if a file of this name is copied unchanged into the checkpoint."""
     small = name.lower()
     return any(fnmatchcase(small, one) for one in _COPIED) and not any(fnmatchcase(small, one) for one in _NEVER)
 
 
 def find_side_files(source: Path) -> list[Path]:
-    """Those of a model folder; FamilyError for one that is no file that can be read."""
+    """The side files of a model folder. FamilyError if one is not a readable regular file."""
     found = []
     for path in [*sorted(source.iterdir()), *sorted((source / TEMPLATES).glob("*.jinja"))]:
         if is_side_file(path.name) and not path.is_dir():
@@ -73,7 +73,7 @@ def find_side_files(source: Path) -> list[Path]:
 
 
 def left_out(source: Path) -> list[str]:
-    """Names in a model folder that have no counterpart in its checkpoint, folders with a slash."""
+    """Names in a model folder that have no counterpart in its checkpoint. Folders end with a slash."""
     here = {path.relative_to(source).parts[0] for path in find_side_files(source)}
     here |= {path.name for path in WeightFiles(source).files} | _WRITTEN_ANEW
     others = (path for path in source.iterdir() if path.name not in here and not path.name.endswith(".index.json"))
@@ -81,7 +81,7 @@ def left_out(source: Path) -> list[str]:
 
 
 def copy_file(path: Path, target: Path) -> None:
-    """Copy a side file; DiskFullError if there is no space left."""
+    """Copy a side file. DiskFullError if there is no space left."""
     target.parent.mkdir(exist_ok=True)
     with path.open("rb") as file, whole_file(target, path.stat().st_size) as sink:
         while piece := file.read(_PIECE):
@@ -92,7 +92,7 @@ def _check_readable(path: Path) -> None:
     where = f"{path}: goes into the checkpoint"
     try:
         kind = path.stat().st_mode
-        if not stat.S_ISREG(kind):  # opening a FIFO would wait for somebody who writes
+        if not stat.S_ISREG(kind):  # opening a FIFO would wait for a writer
             raise FamilyError(f"{where}, and is not a regular file; put the file there, or move it away")
         os.close(os.open(path, os.O_RDONLY))
     except FileNotFoundError as error:

@@ -1,6 +1,8 @@
-"""Are the files of a checkpoint those that mxrot has written? run.json has the size and the SHA-256 of each.
+"""Checks that the files of a checkpoint are those that mxrot has written. run.json has the size and the SHA-256 of
+each.
 
-What `save_pretrained` writes again is another checkpoint: it has no run.json, or one of the files that it replaced.
+Files that `save_pretrained` writes are another checkpoint. It has no run.json, or an older one whose files were
+replaced.
 """
 
 from __future__ import annotations
@@ -18,26 +20,26 @@ from mxrot.errors import CheckpointError, ConfigError
 from mxrot.recipe import Recipe
 
 MOST_HASHED_BYTES = 1_000_000_000
-"""By default weights up to this many bytes are hashed, which takes about a second (docs/checkpoint.md)."""
+"""By default, weights up to this many bytes are hashed, which takes about a second (docs/checkpoint.md)."""
 _THREADS = 4
 _UNREAD = ("*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
-"""Files that people read, and no program."""
+"""Files that only people read, not programs."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """What mxrot has written about a checkpoint."""
+    """What mxrot has recorded about a checkpoint."""
 
     recipe: Recipe
     run: dict[str, Any] | None
-    """run.json; None if it is of files that were replaced since."""
+    """run.json. None if its files were replaced later."""
 
 
 def read_records(folder: Path, stored: Stored, was_saved_again: bool = False) -> Records | None:
-    """The records in a folder; None for a checkpoint that only `save_pretrained` has written.
+    """The records in a folder. None for a checkpoint that only `save_pretrained` has written.
 
-    CheckpointError if one of the two is missing, or cannot be read. `was_saved_again` says that `save_pretrained` wrote
-    last: what else is there is of an earlier checkpoint, perhaps of another model, and is not looked at.
+    CheckpointError if one of the two is missing, or cannot be read. With `was_saved_again`, `save_pretrained` wrote
+    last. Other records then belong to an earlier checkpoint, perhaps of another model, and are not read.
     """
     if was_saved_again:
         return None
@@ -67,10 +69,11 @@ def _listed(folder: Path, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_files(folder: Path, records: Records | None, verify: bool | None = None) -> None:
-    """CheckpointError unless every file of run.json is there, weights with their size, and hashes are those on record.
+    """CheckpointError unless all files of run.json exist, weights have their recorded size, and hashes match.
 
-    `verify` compares the hashes of all files; False of none; None of all that a program reads, and of weights up to
-    MOST_HASHED_BYTES in total. CheckpointError, too, if `verify` has nothing to compare with.
+    `verify` selects the hashes to compare: True for all files, False for none, None for all that a program reads, with
+    weights up to MOST_HASHED_BYTES in total. CheckpointError, too, if `verify` is True and there is nothing to compare
+    with.
     """
     if records is None or records.run is None:
         if verify:

@@ -1,4 +1,4 @@
-"""Fast code for what the plain path defines, and the choice between them."""
+"""Fast code for the functions that the plain path defines, and the choice between them."""
 
 from mxrot.kernels.cached_attention import append_tokens, decode_attention, decodes_packed
 from mxrot.kernels.dispatch import (

@@ -1,4 +1,4 @@
-"""A packed cache: new tokens into it, and attention to what it holds, by kernels where they run."""
+"""Functions on a packed cache: appending new tokens, and attention to packed tokens. Kernels are used if they run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def append_tokens(
     exact: ExactTokens | None = None,
     visible: Tensor | None = None,
 ) -> Tensor:
-    """Key and value into the cache, and the query transformed, as `plain_append_tokens` defines them."""
+    """Store key and value in the cache, and return the transformed query, as `plain_append_tokens` defines it."""
     if key.shape[2] == 1 and decodes_packed(query, cached):
         from mxrot.kernels.fused.append_tokens import append_tokens as fused
 
@@ -43,7 +43,7 @@ def decode_attention(
     softcap: float | None = None,
     exact: ExactTokens | None = None,
 ) -> Tensor:
-    """Attention of one token a sequence to the first `length` tokens, as `plain_decode_attention` defines it."""
+    """Attention of one token per sequence to the first `length` tokens, as `plain_decode_attention` defines it."""
     if decodes_packed(query, cached):
         from mxrot.kernels.fused.cached_attention import decode_attention as fused
 
@@ -52,7 +52,8 @@ def decode_attention(
 
 
 def decodes_packed(query: Tensor, cached: CachedTokens) -> bool:
-    """Do kernels run for single tokens like `query` [B, heads, 1, D] there, which unpack in registers?"""
+    """True if kernels, which unpack in registers, run for single tokens like `query` [B, heads, 1, D] on this
+    device."""
     if not query.is_cuda or not has_triton() or query.dtype not in _TYPES or query.shape[2] != 1:
         return False
     width = query.shape[3]

@@ -1,4 +1,4 @@
-"""What chooses between ways to compute that round differently."""
+"""The settings that choose between computations with different rounding."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mxrot.kernels.fixed_rows import has_invariant_rows
 
 
 def kernel_choices(device: torch.device | str) -> dict[str, Any]:
-    """What chooses there between ways to compute that round differently.
+    """The settings on this device that choose between computations with different rounding.
 
-    The number of threads does not (docs/log.md). Crossovers are numbers of rows up to which a way is the fastest;
-    `invariant_rows` is there where rows must not depend on each other.
+    The number of threads is not one of them (docs/log.md). Crossovers are numbers of rows up to which a path is the
+    fastest. `invariant_rows` is set if rows must not depend on each other.
     """
     device = torch.device(device)
     precision: dict[str, Any] = {"float32_products": torch.get_float32_matmul_precision()}

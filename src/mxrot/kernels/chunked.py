@@ -1,7 +1,7 @@
-"""Linears on a CPU: a few rows at a time, so that what lies between two steps stays in the cache.
+"""Linears on a CPU: a few rows at a time, so that intermediate results stay in the cache.
 
-As a chain of operations on the whole tensor each step reads and writes memory; here only the first reads from it and
-the last writes to it. The bits of quantized activations are those of `plain_rotate_quantize`.
+In a chain of operations on the whole tensor, each step reads and writes memory. Here only the first step reads from
+memory, and only the last writes to it. The bits of quantized activations are those of `plain_rotate_quantize`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _EXPONENT_BITS = 0x7F800000
 
 
 def rotate_quantize_in_chunks(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
-    """Q(x T) in float32, the shape of `x` [..., K]; `matrices` [1 | G, B, B], or None.
+    """Q(x T) in float32, in the shape of `x` [..., K]. `matrices` are [1 | G, B, B], or None.
 
-    For a FloatElement under a rule with `raises_from`, with blocks of the size of the matrices.
+    For a FloatElement under a rule with `raises_from`. Blocks have the size of the matrices.
     """
     element = format.element
     assert isinstance(element, FloatElement) and rule.raises_from is not None
@@ -35,7 +35,7 @@ def rotate_quantize_in_chunks(x: Tensor, matrices: Tensor | None, format: Format
     for start in range(0, len(flat), rows):
         part = flat[start : start + rows].to(torch.float32).unflatten(1, (groups, block))
         if per_group is not None:
-            # Blocks first: the product comes out like that, and the way back is the last step's.
+            # Blocks first: the product has this order, and the last step restores the order of rows.
             part = torch.bmm(part.transpose(0, 1), per_group)
         elif shared is not None:
             part = (part.reshape(-1, block) @ shared).view(part.shape)
@@ -46,13 +46,13 @@ def rotate_quantize_in_chunks(x: Tensor, matrices: Tensor | None, format: Format
 
 
 def _quantize(values: Tensor, element: FloatElement, raises_from: int, out: Tensor) -> None:
-    """Blocks [..., B] of float32 to `out`, rounded under the scale of each."""
+    """Quantize blocks [..., B] of float32, each with its own scale, and write them to `out`."""
     magnitude = values.abs()
-    top = magnitude.view(torch.int32).amax(dim=-1, keepdim=True)  # as integers NaN is above all
+    top = magnitude.view(torch.int32).amax(dim=-1, keepdim=True)  # as integers, NaN is the largest
     exponents = (top >> 23) - (127 + element.max_exponent) + ((top & 0x7FFFFF) >= raises_from)
     exponents = exponents.clamp_(-127, 127)
     magnitude.mul_(powers_of_two(-exponents)).clamp_(max=element.max)
-    # Adding 2^23 steps of the grid rounds to it, ties to even.
+    # Adding 2^23 grid steps rounds to the grid, ties to even.
     power = magnitude.clamp(min=2.0**element.min_exponent)
     power.view(torch.int32).bitwise_and_(_EXPONENT_BITS).add_((23 - element.fraction_bits) << 23)
     scales = torch.where(top < _EXPONENT_BITS, powers_of_two(exponents), torch.nan)
@@ -60,7 +60,7 @@ def _quantize(values: Tensor, element: FloatElement, raises_from: int, out: Tens
 
 
 def packed_product_in_chunks(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """inputs [..., K] @ W^T in float32, for packed MXFP4 weights [N, K] that are written out some rows at a time."""
+    """inputs [..., K] @ W^T in float32, for packed MXFP4 weights [N, K]. A few rows at a time are dequantized."""
     format = get_format("mxfp4")
     rows, width = len(codes), inputs.shape[-1]
     step = max(1, WEIGHT_CHUNK // width)

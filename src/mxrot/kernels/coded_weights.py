@@ -1,4 +1,5 @@
-"""Inputs that are not quantized times a weight in codes: by a kernel where it runs, else written out piece by piece."""
+"""The product of unquantized inputs and coded weights: with a kernel if it runs, otherwise dequantized piece by
+piece."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ from mxrot.kernels.fixed_rows import has_invariant_rows
 from mxrot.kernels.plain.coded_weights import CodedWeight, plain_coded_product
 
 MOST_ROWS = 128
-"""More are multiplied faster by weights that are written out."""
+"""With more rows, dequantized weights are faster."""
 READ_PACKED = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8")
 """Formats that the kernel reads."""
 PATH = "codes"
 
 
 def choose_coded(rows: int, weight: CodedWeight, dtype: torch.dtype, device: torch.device) -> Choice:
-    """How so many rows of inputs of `dtype` are multiplied by the weight there."""
+    """The way to multiply `rows` rows of inputs of `dtype` by the weight on this device."""
     if device.type != "cuda":
         return Choice(None, f"the kernel that reads codes runs on GPUs, not on {device.type}")
     if not has_triton():

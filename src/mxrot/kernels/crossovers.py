@@ -1,7 +1,7 @@
-"""Up to how many rows which way to compute a linear is the fastest, as it was measured.
+"""Measured crossovers: the number of rows up to which each path of a linear is the fastest.
 
-`mxrot bench kernels --remember` measures on this device and keeps the result for it; what was measured before, on a
-device of the same compute capability, stands in where nobody has.
+`mxrot bench kernels --remember` measures them on this device and stores them for it. Without such a measurement,
+earlier figures from a device of the same compute capability are used.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from mxrot.documents import read_json
 from mxrot.errors import DamagedError, MxrotWarning
 
 MOST_ROWS = 128
-"""That the product from packed codes takes."""
+"""The most rows for the product from packed codes."""
 
 
 MOST_MIDDLE_ROWS = 1024
-"""For which the product for middle rows is measured."""
+"""The most rows for which the product for middle rows is measured."""
 
 
 @dataclass(frozen=True)
 class Crossovers:
-    """Up to so many rows of input, `MOST_ROWS` at most, the product from packed codes for few rows is the fastest; and
-    for which the one for middle rows is, where it can be taken."""
+    """The largest numbers of input rows, at most `MOST_ROWS`, for which the product from packed codes for few rows is
+    the fastest, and the range for which the product for middle rows is, if it is available."""
 
     packed: int
-    """Where weights are packed, and lifted to FP8 for more rows."""
+    """If weights are packed, and lifted to FP8 for more rows."""
     kept: int
-    """Where they are kept in FP8."""
+    """If weights are kept in FP8."""
     few: int = 0
-    """From one row more on the product for middle rows is taken, up to"""
+    """The product for middle rows is used for more rows than this."""
     middle: int = 0
-    """so many, where weights are packed, and"""
+    """It is used up to this number if weights are packed. 0 means never."""
     middle_kept: int = 0
-    """so many where they are kept in FP8; `MOST_MIDDLE_ROWS` at most. 0 for never."""
+    """The same if they are kept in FP8. Both are at most `MOST_MIDDLE_ROWS`."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.packed <= MOST_ROWS and 0 <= self.kept <= MOST_ROWS):
@@ -54,8 +54,8 @@ class Crossovers:
 MEASURED: dict[tuple[int, int], Crossovers] = {
     (9, 0): Crossovers(packed=64, kept=16, few=8, middle=256, middle_kept=64)
 }
-"""By compute capability, where speed and perplexity were both measured on such a device: 9.0 on an H100, and for middle
-rows on an H200."""
+"""By compute capability, if both speed and perplexity were measured on such a device: 9.0 on an H100, its middle rows
+on an H200."""
 
 
 def file_of_crossovers() -> Path:
@@ -64,25 +64,26 @@ def file_of_crossovers() -> Path:
 
 @dataclass(frozen=True)
 class Found:
-    """What counts on a device."""
+    """The crossovers that apply on a device."""
 
     crossovers: Crossovers
     origin: str
-    """Where it was measured."""
+    """The place where they were measured."""
 
 
 @cache
 def crossovers_of(device: torch.device) -> Crossovers | None:
-    """Those that were remembered for a device of this name, else those of its compute capability.
+    """The stored crossovers of devices with this name, otherwise those of the compute capability.
 
-    Looked up once for a device: every call of a linear asks. A file that is damaged counts as none, with a warning.
+    They are looked up once per device, because every call of a linear needs them. A damaged file counts as missing,
+    with a warning.
     """
     found = find_crossovers(device)
     return None if found is None else found.crossovers
 
 
 def find_crossovers(device: torch.device) -> Found | None:
-    """The same, and where they come from; None where there is nothing to choose from, as on a CPU."""
+    """The same crossovers, with their origin. None if there is no choice, as on a CPU."""
     if device.type != "cuda":
         return None
     remembered = _remembered(torch.cuda.get_device_name(device))
@@ -94,7 +95,8 @@ def find_crossovers(device: torch.device) -> Found | None:
 
 
 def remember(device: torch.device, crossovers: Crossovers) -> Path:
-    """Keep them for devices of this name; the file. What it holds of other devices stays, as far as it can be read."""
+    """Store the crossovers for devices of this name, and return the file. Its readable entries for other devices are
+    kept."""
     path = file_of_crossovers()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -128,7 +130,7 @@ def _remembered(name: str) -> Crossovers | None:
 
 
 def _read(path: Path) -> dict[str, Crossovers | ValueError]:
-    """By names of devices what was measured, or what is wrong with it; DamagedError for a file that is no table."""
+    """The measurement by device name, or the error in it. DamagedError if the file is not a table."""
     if not os.path.exists(path):
         return {}
     return {name: _crossovers(entry) for name, entry in read_json(path).items()}
@@ -144,7 +146,7 @@ def _crossovers(entry: Any) -> Crossovers | ValueError:
     names = [field.name for field in fields(Crossovers)]
     found = {name: entry[name] for name in names if name in entry} if isinstance(entry, dict) else {}
     if not {"packed", "kept"} <= found.keys() or any(type(rows) is not int for rows in found.values()):
-        return ValueError("expected whole numbers packed and kept")  # True is none, though an instance
+        return ValueError("expected whole numbers packed and kept")  # True is an int, but not valid here
     try:
         return Crossovers(**found)
     except ValueError as error:

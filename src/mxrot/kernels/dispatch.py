@@ -1,4 +1,4 @@
-"""Which code runs an operation here. The only place that asks about devices and compilers."""
+"""The choice of the code that runs an operation on a device. No other module asks about devices and compilers."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from mxrot.transforms.stages import apply_matrices
 
 
 def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule) -> Tensor:
-    """Q(x T), the shape of `x`: bfloat16 from the Triton kernel where it applies, else float32.
+    """Q(x T), in the shape of `x`: bfloat16 from the Triton kernel if it applies, otherwise float32.
 
-    Matrices of other blocks than the format's are multiplied first, in float32.
+    Matrices whose block size is not the format's are multiplied first, in float32.
     """
     x, left = _fused_or_applied(x, matrices, format)
     if x.is_cuda and has_triton() and _kernel_covers(x, format, rule):
@@ -51,7 +51,8 @@ def rotate_quantize(x: Tensor, matrices: Tensor | None, format: Format, rule: Sc
 
 
 def multiply(inputs: Tensor, weight: Tensor, are_exact_in_bfloat16: bool) -> Tensor:
-    """inputs [..., K] @ weight [N, K]^T in float32; on bfloat16 matrix hardware where both are bfloat16 numbers."""
+    """inputs [..., K] @ weight [N, K]^T in float32. It runs on bfloat16 matrix hardware if both are exact in
+    bfloat16."""
     return in_fixed_rows(lambda part: _multiply(part, weight, are_exact_in_bfloat16), inputs)
 
 
@@ -64,8 +65,8 @@ def _multiply(inputs: Tensor, weight: Tensor, are_exact_in_bfloat16: bool) -> Te
 
 
 def dequantize_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
-    """MXFP4 weights [N, K] of packed codes uint8 [N, K/2] and E8M0 bytes [N, K/32]: bfloat16 from the Triton kernel,
-    else float32; the same numbers."""
+    """MXFP4 weights [N, K] of packed codes uint8 [N, K/2] and E8M0 bytes [N, K/32]. The result is bfloat16 from the
+    Triton kernel, otherwise float32, with the same numbers."""
     if codes.is_cuda and has_triton():
         from mxrot.kernels.fused.dequantize import dequantize
 
@@ -75,20 +76,20 @@ def dequantize_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def multiply_by_mxfp4(inputs: Tensor, codes: Tensor, scales: Tensor, are_exact_in_bfloat16: bool) -> Tensor:
-    """inputs [..., K] times packed MXFP4 weights [N, K], which are written out for it: float32 [..., N]."""
+    """inputs [..., K] times packed MXFP4 weights [N, K], which are dequantized first: float32 [..., N]."""
     if inputs.device.type == "cpu" and not has_invariant_rows():
         return packed_product_in_chunks(inputs, codes, scales)
     return multiply(inputs, dequantize_mxfp4(codes, scales), are_exact_in_bfloat16)
 
 
 MOMENT_CHANNELS = 512
-"""Channels whose whole second moment a GPU takes for the blocks on its diagonal."""
+"""Channels per product on a GPU, which computes their whole second moment for its diagonal blocks."""
 
 
 def second_moment(a: Tensor, b: Tensor, size: Tensor | None = None) -> Tensor:
-    """a^T b, float64 [n, m] of [rows, n] and [rows, m], each row of both times its `size` [rows, 1].
+    """a^T b, float64 [n, m], of [rows, n] and [rows, m]. Each row of both is multiplied by its `size` [rows, 1].
 
-    Products and their sums are float32 on a CPU; on a GPU as `kernels.plain.moments` has it.
+    Products and their sums are float32 on a CPU. On a GPU they are as in `kernels.plain.moments`.
     """
     if not a.is_cuda:
         left = a.float() if size is None else a * size
@@ -115,15 +116,16 @@ def block_moments(x: Tensor, block: int) -> Tensor:
     if not x.is_cuda:
         blocks = x.float().unflatten(1, (-1, block)).transpose(0, 1)
         return (blocks.transpose(1, 2) @ blocks).double()
-    # Matrix hardware is faster at the blocks between, which nobody asked for, than anything else at small products.
+    # With the unneeded blocks off the diagonal, matrix hardware is still faster than any way to compute small products.
     parts = [diagonal_blocks(second_moment(part, part), block) for part in x.split(MOMENT_CHANNELS, dim=1)]
     return torch.cat(parts)
 
 
 def weight_parts(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 `weight` [N, K] for `outputs` with inputs of `dtype`: [N, K], or [2 N, K] where one number is not enough.
+    """float64 `weight` [N, K] in the form for `outputs` with inputs of `dtype`: [N, K], or [2 N, K] if one part is not
+    enough.
 
-    Waits for the device.
+    Synchronizes with the device.
     """
     if dtype == torch.float32 or weight.device.type == "cpu":
         return weight.to(torch.float32)
@@ -133,7 +135,7 @@ def weight_parts(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def outputs(x: Tensor, parts: Tensor, rows: int) -> Tensor:
-    """x W^T in float32, [tokens, N]; `parts` are W's, with N `rows` each."""
+    """x W^T in float32, [tokens, N]. `parts` are the parts of W, with N `rows` each."""
     if x.is_cuda and x.dtype == parts.dtype != torch.float32:
         product = torch.mm(x, parts.t(), out_dtype=torch.float32)
     else:
@@ -142,20 +144,20 @@ def outputs(x: Tensor, parts: Tensor, rows: int) -> Tensor:
 
 
 FP8_OUTPUTS = 16
-"""What the outputs of an FP8 product must be a multiple of (torch._scaled_mm)."""
+"""The number of outputs of an FP8 product must be a multiple of this (torch._scaled_mm)."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which way a linear is computed, and why."""
+    """The path that computes a linear, and the reason."""
 
     path: str | None
-    """A name in `linear.PATHS`; None for the plain path, which dequantizes the weights and multiplies them."""
+    """A name in `linear.PATHS`. None: the plain path, which dequantizes the weights and multiplies."""
     reason: str
 
 
 def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice:
-    """How y = Q(x T) W_q^T is computed for so many rows of x, with MXFP4 on both sides."""
+    """The path that computes y = Q(x T) W_q^T for `rows` rows of x, with MXFP4 on both sides."""
     if device.type != "cuda":
         return Choice(None, f"{device.type} has no FP4 or FP8 products")
     if not has_triton():
@@ -186,7 +188,8 @@ def choose_path(rows: int, weight: PackedWeight, device: torch.device) -> Choice
 
 
 def takes_middle_rows(rows: int, weight: PackedWeight, device: torch.device) -> bool:
-    """Is there a product for middle rows, and are they many enough for it? Triton's is slower than the one in CUDA."""
+    """True if there is a product for middle rows, and enough rows for it. Triton's product is slower than the one in
+    CUDA."""
     from mxrot.kernels.cuda.middle import is_there
 
     is_hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
@@ -196,7 +199,7 @@ def takes_middle_rows(rows: int, weight: PackedWeight, device: torch.device) -> 
 
 
 def quantized_linear(inputs: Inputs, weight: PackedWeight) -> Tensor | None:
-    """Q(x T) W_q^T in the type of x where a kernel computes it; None where the plain path does."""
+    """Q(x T) W_q^T in the type of x, if a kernel computes it. None if the plain path does."""
     if not _is_for_kernels(inputs):
         return None
     choice = choose_path(inputs.rows, weight, inputs.x.device)
@@ -209,11 +212,11 @@ def quantized_linear(inputs: Inputs, weight: PackedWeight) -> Tensor | None:
 
 
 LOOK_UP_ROWS = 1024
-"""Up to so many rows codes of 2 bits are looked up; for more they are written out in float32."""
+"""With up to this many rows, 2-bit codes are looked up. With more, they are dequantized to float32."""
 
 
 def choose_look_up(rows: int, weight: LookUpWeight, inputs: Format, device: torch.device) -> Choice:
-    """How y = Q(x T) W_q^T is computed for so many rows of x, with weights that are looked up."""
+    """The path that computes y = Q(x T) W_q^T for `rows` rows of x, with look-up weights."""
     if device.type != "cuda" or torch.version.hip is not None or not has_triton():
         return Choice(None, "weights are looked up on Nvidia's GPUs only, by Triton")
     if not (isinstance(inputs.grid, Uniform) and isinstance(inputs.element, IntElement) and inputs.block is None):
@@ -228,7 +231,7 @@ def choose_look_up(rows: int, weight: LookUpWeight, inputs: Format, device: torc
 
 
 def look_up_linear(inputs: Inputs, weight: LookUpWeight) -> Tensor | None:
-    """Q(x T) W_q^T in the type of x where a kernel looks the weights up; None where the plain path computes it."""
+    """Q(x T) W_q^T in the type of x, if a kernel looks the weights up. None if the plain path computes it."""
     if choose_look_up(inputs.rows, weight, inputs.format, inputs.x.device).path is None:
         return None
     x, matrices = inputs.x, inputs.matrices
@@ -238,7 +241,8 @@ def look_up_linear(inputs: Inputs, weight: LookUpWeight) -> Tensor | None:
 
 
 def _fused_or_applied(x: Tensor, matrices: Tensor | None, format: Format) -> tuple[Tensor, Tensor | None]:
-    """What is left to transform where the kernels quantize: nothing where matrices are of other blocks than theirs."""
+    """The input and the matrices that remain to be applied. Matrices of other blocks than the kernels' are applied
+    here."""
     if matrices is None or matrices.shape[-1] == format.block:
         return x, matrices
     applied = matrices.to(torch.float32)
@@ -272,7 +276,8 @@ def round_reached(
 ) -> ReachedColumns:
     """GPTQ over one block of columns, scales included, as `plain_round_reached` defines it.
 
-    `reciprocals` [B] are those of the diagonal of `upper`. Values and differences [N, B] are written `into` these.
+    `reciprocals` [B] are those of the diagonal of `upper`. Values and differences [N, B] are written to the tensors
+    `into`.
     """
     if columns.is_cuda and has_triton() and _rounds_reached_on_gpu(format, rule, offsets):
         from mxrot.kernels.fused.round_reached import round_reached as fused
@@ -333,11 +338,11 @@ def _kernel_covers(x: Tensor, format: Format, rule: ScaleRule) -> bool:
 
 
 def takes_block_scales(device: torch.device) -> bool:
-    """Has this device matrix units for FP4 with a scale for each block?"""
+    """True if this device has matrix units for FP4 with a scale for each block."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 @cache
 def has_triton() -> bool:
-    """Can kernels be compiled here?"""
+    """True if Triton kernels can be compiled on this machine."""
     return importlib.util.find_spec("triton") is not None

@@ -1,8 +1,8 @@
 """The product of lifted activations and lifted weights: one FP8 matrix product.
 
-Both operands are exact, so what is left of accuracy is the accumulator. Hopper's matrix units add FP8 products up in
-fewer bits than float32; `fast=False` moves partial sums to float32 registers in between, which makes the error that of
-a bfloat16 product.
+Both operands are exact, so the only error is that of the accumulator. Hopper's matrix units sum FP8 products in fewer
+bits than float32. With `fast=False`, partial sums are moved to float32 registers, and the error is that of a bfloat16
+product.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 def fp8_product(inputs: Tensor, weights: Tensor, scales: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """inputs E5M2 [..., K] @ weights E4M3 [N, K]^T times `scales`, float32 [] or one an output [N]: `dtype` [..., N].
+    """inputs E5M2 [..., K] @ weights E4M3 [N, K]^T times `scales`, float32 [] or one per output [N]: `dtype` [..., N].
 
-    On CUDA devices with FP8 matrix hardware (compute capability 8.9 and later). The static power of two of the
-    inputs belongs into `scales`. With one scale for all the library has its fastest products, and rounds once to
-    `dtype`; with one an output it rounds to bfloat16 first.
+    On CUDA devices with FP8 matrix hardware (compute capability 8.9 and later). `scales` must include the static power
+    of two of the inputs. With one scale for all outputs, the library has its fastest products, and rounds once to
+    `dtype`. With one scale per output, it rounds to bfloat16 first.
     """
     flat = inputs.reshape(-1, inputs.shape[-1])
     if scales.dim():
@@ -33,5 +33,5 @@ def fp8_product(inputs: Tensor, weights: Tensor, scales: Tensor, dtype: torch.dt
 
 @lru_cache(maxsize=64)
 def _ones(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    # Of this type whatever the default is: vLLM loads a model with that of its weights.
+    # Explicit, whatever the default type is: vLLM loads a model with the type of its weights as default.
     return torch.ones(shape, dtype=torch.float32, device=device)

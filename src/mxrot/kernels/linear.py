@@ -1,7 +1,7 @@
-"""Ways to compute y = Q(x T) W_q^T with MXFP4 on both sides. `dispatch` chooses among them.
+"""Paths that compute y = Q(x T) W_q^T with MXFP4 on both sides. `dispatch` chooses among them.
 
-Each takes the packed weights as a checkpoint holds them, and says where it runs. All give the same sums of exact
-products; they differ in the order and the precision of the sums, and those with E5M2 inputs cut off scales of inputs
+Each path takes the packed weights as a checkpoint holds them, and says where it runs. All compute the same sums of
+exact products. They differ in the order and the precision of the sums. Paths with E5M2 inputs clamp scales of inputs
 beyond `plain.E5M2_EXPONENTS`.
 """
 
@@ -20,28 +20,29 @@ from mxrot.kernels.fp8 import fp8_product
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Weights in MXFP4, and what a path has made of them once."""
+    """Weights in MXFP4, and what a path has computed from them once."""
 
     codes: Tensor
-    """Two codes a byte, uint8 [N, K/2]."""
+    """Two codes per byte, uint8 [N, K/2]."""
     scales: Tensor
     """E8M0 bytes, uint8 [N, K/32]."""
     row_exponents: Tensor | None = None
-    """For lifting to E4M3 without an error, int32 [N]; None where some block does not fit, or nobody looked."""
+    """Exponents for lifting to E4M3 without an error, int32 [N]. None if some block does not fit, or if this was not
+    checked."""
     lifted_scales: Tensor | None = None
-    """2^row_exponents, float32 [N], or [] where they are all the same."""
+    """2^row_exponents, float32 [N], or [] if all are the same."""
     lifted: Tensor | None = None
-    """E4M3 [N, K], where memory is given for speed."""
+    """E4M3 [N, K], if memory is given for speed."""
     swizzled: Tensor | None = None
-    """The scales once more in the order of `plain.swizzle_scales`, uint8, for hardware that takes scales of blocks."""
+    """A copy of the scales in the order of `plain.swizzle_scales`, uint8, for hardware that reads block scales."""
 
 
 @dataclass(frozen=True)
 class LookUpWeight:
-    """Weights whose 2-bit codes are looked up in four levels a group."""
+    """Weights whose 2-bit codes are looked up in four levels per group."""
 
     packed: Tensor
-    """Four codes a byte, uint8 [N, K/4]."""
+    """Four codes per byte, uint8 [N, K/4]."""
     scales: Tensor
     """float16 [N, G]."""
     levels: Tensor
@@ -54,7 +55,7 @@ class LookUpWeight:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What goes into a linear."""
+    """The input of a linear, its transform and its quantizer."""
 
     x: Tensor
     """[..., K] in fp16, bf16 or fp32."""
@@ -71,14 +72,14 @@ class Inputs:
 
 
 def _count_scales(inputs: Inputs) -> None:
-    """Count the scales that E5M2 does not hold."""
+    """Count the scales that E5M2 cannot represent."""
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_packed
 
     scale_counts.add(rotate_quantize_packed(inputs.x, inputs.matrices, inputs.format, inputs.rule))
 
 
 def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
-    """A few rows: weights are read packed (Triton)."""
+    """Few rows: weights are read packed (Triton)."""
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
     from mxrot.kernels.fused.skinny import skinny_product
 
@@ -90,7 +91,7 @@ def by_matrix_units(inputs: Inputs, weight: PackedWeight) -> Tensor:
 
 
 def by_middle_rows(inputs: Inputs, weight: PackedWeight) -> Tensor:
-    """Some rows: weights are read packed and multiplied as FP8 (CUDA C++; Triton where it cannot be compiled)."""
+    """Middle rows: weights are read packed and multiplied as FP8 (CUDA C++; Triton if that cannot be compiled)."""
     from mxrot.kernels.cuda import middle as cuda
     from mxrot.kernels.fused import middle as fused
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
@@ -104,8 +105,8 @@ def by_middle_rows(inputs: Inputs, weight: PackedWeight) -> Tensor:
 
 
 def by_fixed_tiles(inputs: Inputs, weight: PackedWeight) -> Tensor:
-    """Any number of rows, each with the bits that it has alone: weights are read packed, and one program goes along all
-    of K (CUDA C++ on Hopper; Triton elsewhere, and for K that is no multiple of 128)."""
+    """Any number of rows, each with the bits that it has alone. Weights are read packed, and one program sums over all
+    of K (CUDA C++ on Hopper; Triton elsewhere, and if K is not a multiple of 128)."""
     from mxrot.kernels.cuda import middle as cuda
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
     from mxrot.kernels.fused.skinny import fixed_product
@@ -128,7 +129,7 @@ def by_fixed_tiles(inputs: Inputs, weight: PackedWeight) -> Tensor:
 
 
 def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
-    """Many rows: one FP8 product, of weights that are kept in FP8 or lifted on the way."""
+    """Many rows: one FP8 product, with weights that are kept in FP8 or lifted on the fly."""
     from mxrot.kernels.fused.lift import lift_weights
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
 
@@ -143,7 +144,7 @@ def by_fp8(inputs: Inputs, weight: PackedWeight) -> Tensor:
 
 
 def by_block_scales(inputs: Inputs, weight: PackedWeight) -> Tensor:
-    """Any number of rows, FP4 matrix hardware that takes the scales of both sides (Triton)."""
+    """Any number of rows, on FP4 matrix hardware that applies the scales of both sides (Triton)."""
     from mxrot.kernels.fused.block_scaled import block_scaled_product
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_packed
 
@@ -155,7 +156,7 @@ def by_block_scales(inputs: Inputs, weight: PackedWeight) -> Tensor:
 
 
 def by_look_up(inputs: Inputs, weight: LookUpWeight) -> Tensor:
-    """A few rows of integers: weights are read packed (Triton). The matrices are not applied."""
+    """Few rows of integers: weights are read packed (Triton). The matrices are not applied."""
     from mxrot.kernels.fused.look_up import look_up_product
     from mxrot.kernels.fused.quantize_rows import quantize_rows
 

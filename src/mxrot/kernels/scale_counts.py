@@ -1,8 +1,8 @@
-"""How many scales of inputs lie beyond what the E5M2 inputs of FP8 products hold; counted only if asked for.
+"""Counts of input scales beyond the range of the E5M2 inputs of FP8 products. They are counted only on request.
 
-Set the environment variable MXROT_COUNT_SCALES to 1 before mxrot is imported. Counts lie on the device and are added up
-there, under CUDA graphs too; one line on standard error tells them when the process ends. Each product then quantizes
-its inputs twice. Without the variable nothing is computed and nothing is asked for again.
+Set the environment variable MXROT_COUNT_SCALES to 1 before mxrot is imported. The counts are stored and added on the
+device, under CUDA graphs too. One line on standard error reports them when the process ends. Each product then
+quantizes its inputs twice. Without the variable nothing is computed, and the variable is not read again.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _totals: dict[torch.device, Tensor] = {}
 
 @dataclass(frozen=True)
 class ScaleCounts:
-    """Of blocks of inputs that went into FP8 products, without those that are zero or hold NaN."""
+    """Counts of input blocks of FP8 products, without blocks that are zero or hold NaN."""
 
     blocks: int
     above: int
-    """Those whose scale is more than 2^13: lowered to that, and the block is cut off."""
+    """Blocks with a scale above 2^13. The scale is lowered to 2^13, and the block is clipped."""
     below: int
-    """Those whose scale is less than 2^-15: raised to that, so that small values are rounded away."""
+    """Blocks with a scale below 2^-15. The scale is raised to 2^-15, so that small values are rounded away."""
 
     def __str__(self) -> str:
         least, most = E5M2_EXPONENTS
@@ -42,7 +42,7 @@ class ScaleCounts:
 
 
 def outside(packed: PackedRows) -> Tensor:
-    """Blocks, those above and those below, int64 [3], of MXFP4 inputs with scales row by row."""
+    """The numbers of blocks, of those above and of those below, int64 [3], for MXFP4 inputs with scales row by row."""
     has_value = (packed.codes.unflatten(-1, (-1, 16)) & 0x77).amax(dim=-1) > 0
     counted = has_value & (packed.scales != 255)
     exponents = packed.scales.to(torch.int32) - E8M0_BIAS
@@ -51,7 +51,7 @@ def outside(packed: PackedRows) -> Tensor:
 
 
 def add(packed: PackedRows) -> None:
-    """Count these, too."""
+    """Add the blocks of `packed` to the counts."""
     device = packed.codes.device
     if device not in _totals:
         _totals[device] = torch.zeros(3, dtype=torch.int64, device=device)
@@ -59,13 +59,13 @@ def add(packed: PackedRows) -> None:
 
 
 def counted_scales() -> ScaleCounts:
-    """What was counted so far, on all devices; waits for them."""
+    """The counts so far, on all devices. Synchronizes with them."""
     sums = [total.tolist() for total in _totals.values()]
     return ScaleCounts(*(sum(row[place] for row in sums) for place in range(3)))
 
 
 def forget_counts() -> None:
-    """Begin again at zero."""
+    """Reset the counts to zero."""
     for total in _totals.values():
         total.zero_()
 

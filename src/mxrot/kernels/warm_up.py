@@ -1,7 +1,7 @@
-"""For which numbers of rows a linear is computed another way, and kernels compiled before they are needed.
+"""The numbers of rows at which the path of a linear changes, and compilation of kernels before they are needed.
 
-Triton compiles a kernel when it is first called with constants it has not seen. Which constants a linear's kernels have
-depends on its shape and on the rows of its input; so each of them is called once, with few rows where few do.
+Triton compiles a kernel when it is first called with new constants. The constants of a linear's kernels depend on its
+shape and on the number of input rows. Each kernel is therefore called once, with few rows if possible.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from mxrot.kernels.fixed_rows import has_invariant_rows
 from mxrot.kernels.linear import PackedWeight
 
 _STEPS = 8
-"""Numbers of rows that are looked at between one power of two and the next."""
+"""Numbers of rows that are checked between one power of two and the next."""
 _warm: set[Hashable] = set()
-"""What has been compiled in this process, by the shapes that kernels are compiled for."""
+"""Variants that were compiled in this process, by the shapes that kernels are compiled for."""
 
 
 def path_changes(weight: PackedWeight, device: torch.device) -> list[tuple[int, Choice]]:
-    """From how many rows on which way is taken, the fewest rows first.
+    """The path from each number of rows on, the fewest rows first.
 
     No choice changes beyond `MOST_MIDDLE_ROWS`, which no crossover exceeds.
     """
@@ -36,7 +36,7 @@ def path_changes(weight: PackedWeight, device: torch.device) -> list[tuple[int, 
 
 
 def path_lines(device: torch.device) -> Iterator[str]:
-    """What computes W4A4 linears there, whose weights fit: a line for each way, with the rows for which it is taken."""
+    """The paths of W4A4 linears with suitable weights on this device: one line per path, with its numbers of rows."""
     changes = path_changes(_nominal(), device)
     ends = [*(f" to {rows - 1}" for rows, _ in changes[1:]), " or more"]
     for (rows, choice), end in zip(changes, ends, strict=True):
@@ -44,14 +44,14 @@ def path_lines(device: torch.device) -> Iterator[str]:
 
 
 def _nominal() -> PackedWeight:
-    """A weight that every way takes."""
+    """A weight that every path accepts."""
     codes, scales = torch.empty(128, 16, device="meta"), torch.empty(128, 1, device="meta")
     exponents = torch.empty(128, device="meta")
     return PackedWeight(codes, scales, exponents, exponents, swizzled=scales)
 
 
 def row_counts(weight: PackedWeight, matrices: Tensor | None, device: torch.device, most_rows: int) -> list[int]:
-    """Numbers of rows, up to `most_rows`, that have every kernel of a linear compiled once, the fewest that do."""
+    """The smallest set of numbers of rows, up to `most_rows`, that compiles every kernel of a linear."""
     changes = path_changes(weight, device)
     seen: dict[Hashable, int] = {}
     for rows in _candidates(most_rows):
@@ -61,7 +61,8 @@ def row_counts(weight: PackedWeight, matrices: Tensor | None, device: torch.devi
 
 
 def _candidates(most_rows: int) -> Iterator[int]:
-    """All up to MOST_ROWS + 1; beyond, where a kernel could take its input in other pieces, and one row more each."""
+    """All numbers up to MOST_ROWS + 1. Beyond, numbers at which a kernel could split its input differently, and each
+    plus one."""
     yield from range(1, min(most_rows, MOST_ROWS + 1) + 1)
     power = MOST_ROWS
     while power < most_rows:
@@ -75,7 +76,7 @@ def _candidates(most_rows: int) -> Iterator[int]:
 def variant(
     rows: int, path: str | None, weight: PackedWeight, matrices: Tensor | None, device: torch.device
 ) -> Hashable:
-    """What the kernels of one call are compiled for, as far as it depends on the rows."""
+    """The key of what the kernels of one call are compiled for, as far as it depends on the rows."""
     from mxrot.kernels.cuda import middle
     from mxrot.kernels.fused.middle import default_tile, processors_of
     from mxrot.kernels.fused.rotate_quantize import compiled_for
@@ -99,12 +100,12 @@ def warm_up(
     like: Tensor,
     most_rows: int,
 ) -> list[int]:
-    """Have the kernels compiled by which `compute` takes inputs of up to `most_rows` rows; the numbers of rows that it
+    """Compile the kernels that `compute` uses for inputs of up to `most_rows` rows. Returns the numbers of rows that it
     was called with.
 
-    Inputs have the width, type and device of `like` [0, K]. `weight` is that of W4A4; of other formats (None) it is not
-    known for how many rows anything changes, and powers of two, and one row more each, are taken. Nothing is called
-    where kernels are not compiled, nor for what this process has compiled before.
+    Inputs have the width, type and device of `like` [0, K]. `weight` is that of W4A4. None stands for other formats.
+    Their changes are not known, so powers of two, and each plus one, are used. Nothing is called if kernels are not
+    compiled on the device, or if this process has compiled them before.
     """
     if not compiles(like.device):
         return []
@@ -125,11 +126,11 @@ def _shapes_of(weight: PackedWeight | None, matrices: Tensor | None, like: Tenso
 
 
 def _powers(most_rows: int) -> list[int]:
-    """Powers of two up to `most_rows`, and one row more each."""
+    """Powers of two up to `most_rows`, and each plus one."""
     powers = [1 << place for place in range(most_rows.bit_length())]
     return sorted({rows for power in powers for rows in (power, power + 1) if rows <= most_rows} | {most_rows})
 
 
 def compiles(device: torch.device) -> bool:
-    """Are kernels compiled there?"""
+    """True if kernels are compiled for this device."""
     return device.type == "cuda" and has_triton()

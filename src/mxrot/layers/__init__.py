@@ -1,4 +1,4 @@
-"""Modules that a quantized model is made of, and what models compute in another way here than in transformers."""
+"""Modules of a quantized model, and parts of models that are computed differently here than in transformers."""
 
 from mxrot.layers.attention import score_heads, shared_heads, step_mask, unmasked
 from mxrot.layers.cached_attention import quantize_cache, restore_cache

@@ -1,14 +1,15 @@
 """Attention that reads quantized keys and values: Q(k T) and Q(v U), with q T^-T and a head's output times U^-1.
 
-An attention function for transformers, which an attention module calls once `quantize_cache` has given it a scheme and
-a config of its own; so the original model may run beside, on the same config. A layer of a `DynamicCache` in which
-nothing is kept yet becomes a packed one (`layers.packed_cache`) when its module is called, so `model.generate` and
-whoever calls the model under `torch.no_grad()` reads what is packed, from the first call on. With no cache, with
-gradients, and with other caches of transformers, keys and values are quantized here, at every call: the same values,
-and the gradient is that of values that are not rounded.
+This is an attention function for transformers. An attention module calls it after `quantize_cache` has given it a
+scheme and its own config, so the original model may run beside it on the same config. When its module is called, an
+empty layer of a `DynamicCache` becomes a packed layer (`layers.packed_cache`). `model.generate`, and every call of the
+model under `torch.no_grad()`, therefore reads packed keys and values from the first call on. Without a cache, with
+gradients, and with other caches of transformers, keys and values are quantized here in every call. The values are the
+same, and the gradient is that of unrounded values.
 
-Which keys and values a query reads in 16 bits depends on its place and theirs alone, so a text in one pass, in pieces
-and token by token gives the same, up to the order of sums. Padding is what the mask hides at the start of a sequence.
+The positions of a query and a key alone decide whether the query reads the key in 16 bits. A text in one pass, in
+pieces, or token by token therefore gives the same result, up to the order of sums. Padding is what the mask hides at
+the start of a sequence.
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ def cached_attention(
     softcap: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """[batch, heads, tokens, width], and keys and values with as many heads or fewer, or what a `PackedCacheLayer` has
-    given in place of them, to [batch, tokens, heads, width] in the type of the query.
+    """Attention of a query [batch, heads, tokens, width]: output [batch, tokens, heads, width], in the type of the
+    query.
 
-    `attention_mask` is as for PyTorch's own attention or transformers' eager one: flags or numbers to add, [batch, 1,
-    tokens, keys]; without one a single query sees all keys, and of several each sees one more than that before it.
-    Windows come as masks. ConfigError for dropout and sinks, and in a model that makes other masks.
+    Keys and values have as many heads or fewer; a `PackedCacheLayer` may take their place. `attention_mask` is as for
+    PyTorch's own attention or transformers' eager one: flags, or numbers to add, [batch, 1, tokens, keys]. Without a
+    mask a single query sees all keys, and each of several queries sees one key more than the query before it. Windows
+    are given as masks. ConfigError for dropout and sinks, and in a model that makes other masks.
     """
     installed = installed_cache(module)
     assert installed is not None
@@ -78,7 +80,7 @@ def cached_attention(
         else:
             assert isinstance(value, Tensor)
             if attention_mask is None and query.shape[2] > 1:
-                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # the rest is not there yet
+                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # later keys are not filled yet
             count, are_last = key.shape[2], attention_mask is None
         mask = None if attention_mask is None else attention_mask[..., :count]
         call = Call(
@@ -128,7 +130,7 @@ def _check_window(scheme: CacheScheme, queries: int, keys: int, window: int | No
 
 
 def _places(query: Tensor, mask: Tensor | None, count: int, are_last: bool) -> Tensor:
-    """Of each query among the keys: the last one that it sees, int64 [B or 1, T]."""
+    """The position among the keys of each query, which is the last key that it sees, int64 [B or 1, T]."""
     queries = query.shape[2]
     if are_last or mask is None:
         return torch.arange(count - queries, count, device=query.device)[None]
@@ -137,19 +139,19 @@ def _places(query: Tensor, mask: Tensor | None, count: int, are_last: bool) -> T
 
 
 def _padding(mask: Tensor, batch: int) -> Tensor:
-    """How many keys no query sees before the first that one does, int64 [B]; all where none is seen."""
+    """The number of leading keys that no query sees, int64 [B]. All keys if no query sees any."""
     seen = seen_in(mask[:, 0]).any(dim=1).expand(batch, -1)
     return (seen.cumsum(dim=-1) == 0).sum(dim=-1)
 
 
 class _PackedReading(Reading):
-    """What a layer keeps."""
+    """Reads the tokens that a layer keeps."""
 
     def __init__(self, layer: PackedCacheLayer, work: torch.dtype) -> None:
         self.layer, self.work = layer, work
         self.count = layer.visible
         self.before = layer.keys.length - self.count
-        """Tokens that are kept for later alone."""
+        """Tokens that are kept only for later calls."""
 
     def codes(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         start, stop = start + self.before, stop + self.before
@@ -168,7 +170,7 @@ class _PackedReading(Reading):
 
 
 class _GivenReading(Reading):
-    """Keys and values that a call is given as they are, float32 or float64."""
+    """Reads keys and values that are passed to a call unquantized, float32 or float64."""
 
     def __init__(
         self, scheme: CacheScheme, matrices: CacheMatrices, key: Tensor, value: Tensor, mask: Tensor | None
@@ -195,10 +197,10 @@ class _GivenReading(Reading):
 
 
 def quantize_cache(attention: nn.Module, scheme: CacheScheme, width: int, kv_heads: int) -> None:
-    """Let a module that computes attention quantize keys and values, whatever is chosen for its model later.
+    """Make an attention module quantize keys and values, whatever attention function is chosen for its model later.
 
-    Stored matrices become its parameters, float32 [kv_heads, width, width] that keep their type, identities until they
-    are filled. ConfigError for heads that are not whole blocks.
+    Stored matrices become its parameters, float32 [kv_heads, width, width]. They keep their type, and are identities
+    until they are filled. ConfigError if the width of a head is not whole blocks.
     """
     if width % scheme.head_block:
         raise ConfigError(
@@ -220,7 +222,7 @@ def quantize_cache(attention: nn.Module, scheme: CacheScheme, width: int, kv_hea
 
 
 def restore_cache(attention: nn.Module) -> None:
-    """Undo `quantize_cache`, if it was done."""
+    """Undo `quantize_cache`, if it was called."""
     installed = installed_cache(attention)
     if installed is None:
         return
@@ -233,7 +235,7 @@ def restore_cache(attention: nn.Module) -> None:
 
 
 def _pack_empty_layer(attention: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """A hook: what the cache has for a module that is called becomes a packed layer."""
+    """A hook: before a module is called, its layer of the cache becomes a packed layer."""
     cache = named.get("past_key_values")
     if cache is None or (torch.is_grad_enabled() and _has_gradient(attention, (*arguments, *named.values()))):
         return
@@ -246,7 +248,7 @@ def _has_gradient(attention: nn.Module, inputs: tuple[Any, ...]) -> bool:
 
 
 def _apply_without_casts(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-    """`_apply` of an attention module, as in `model.to(...)`: its matrices move, and stay float32."""
+    """`_apply` of an attention module, as in `model.to(...)`. Its matrices move, and stay float32."""
     installed = installed_cache(self)
     assert installed is not None
     kept = nn.Module()

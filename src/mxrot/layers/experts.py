@@ -1,8 +1,8 @@
-"""Mixtures of experts: linears of each expert in the place of transformers' tensors that hold all experts.
+"""Mixtures of experts: linears for each expert replace transformers' tensors that hold all experts.
 
 transformers computes the experts of a block with two tensors (`models/expert_names.py`). Here an expert is a module
-with three linears, or two where there is no gate, so that each is quantized like any other linear. The router is left
-as it is.
+with three linears, or two if it has no gate, so that each is quantized like any other linear. The router does not
+change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mxrot.models.skeleton import build_skeleton
 
 
 class Expert(nn.Module):
-    """down of what gate and up give, or up alone, with the linears under the names that checkpoints give them."""
+    """An expert: down applied to gate and up, or to up alone. The linears have the names of checkpoints."""
 
     def __init__(self, linears: dict[str, nn.Linear], together: nn.Module) -> None:
         super().__init__()
@@ -37,17 +37,17 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a block; each computes the tokens that the router sends it."""
+    """The experts of a block. Each computes the tokens that the router assigns to it."""
 
     def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """[tokens, H] to [tokens, H]: the sum over a token's experts, times their shares.
+        """[tokens, H] to [tokens, H]: the sum of the outputs of a token's experts, times their shares.
 
-        `chosen` and `shares` [tokens, experts a token] come from the router. Sums run in the type of `x`, in the order
-        of the experts.
+        `chosen` and `shares` [tokens, experts per token] come from the router. Sums are in the type of `x`, in the
+        order of the experts.
         """
         result = torch.zeros_like(x)
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self)).tolist()  # one wait for the device
+        counts = torch.bincount(chosen.flatten(), minlength=len(self)).tolist()  # one synchronization with the device
         for expert, places in zip(self, order.split(counts), strict=True):
             if len(places):
                 tokens = places // chosen.shape[1]
@@ -69,7 +69,7 @@ def _separated(module: nn.Module, names: ExpertNames) -> Experts:
         whole = module.get_parameter(fused)
         for name, part in names.split(fused, whole.detach()).items():
             parts[name] = nn.Parameter(part, requires_grad=whole.requires_grad)
-        delattr(module, fused)  # its memory
+        delattr(module, fused)  # frees its memory
     together = GATES[names.gated](module)
     count = len(parts) // (len(names.linears) * len(names.kinds))
     experts = (
@@ -80,7 +80,7 @@ def _separated(module: nn.Module, names: ExpertNames) -> Experts:
 
 
 def _linear(parts: dict[str, nn.Parameter], name: str) -> nn.Linear:
-    """The linear of a weight, and of a bias where there is one."""
+    """The linear with a weight, and with a bias if there is one."""
     weight, bias = parts[f"{name}.weight"], parts.get(f"{name}.bias")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = weight
@@ -90,7 +90,7 @@ def _linear(parts: dict[str, nn.Parameter], name: str) -> nn.Linear:
 
 
 def build_apart(config: Any) -> PreTrainedModel:
-    """As `build_skeleton`, with linears of its own for each expert: what is quantized."""
+    """Like `build_skeleton`, but each expert has its own linears, as needed for quantization."""
     model = build_skeleton(config)
     separate_experts(model)
     return model

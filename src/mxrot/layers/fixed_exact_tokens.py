@@ -1,4 +1,4 @@
-"""What a `FixedPackedCache` keeps in 16 bits of one attention module, at addresses that stay."""
+"""The 16-bit tokens of a `FixedPackedCache` for one attention module, at fixed addresses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mxrot.kernels import ExactTokens
 
 
 class FixedExactTokens:
-    """A ring of the newest `last` tokens, and the `first` ones that are no padding, of each sequence.
+    """For each sequence, a ring of the newest `last` tokens, and the `first` tokens that are not padding.
 
-    Padding is what the mask hides of the newest token, from position 0 on; without masks there is none.
+    Padding is what the mask hides from the newest token, starting at position 0. Without masks there is none.
     """
 
     def __init__(self, scheme: CacheScheme, like: Tensor) -> None:
-        """`like`: keys or values [B, heads, 1, D]."""
+        """`like` gives the shape and type of keys or values, [B, heads, 1, D]."""
         batch, heads, _, width = like.shape
         self.first, self.last = scheme.first, scheme.last
 
@@ -29,15 +29,15 @@ class FixedExactTokens:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All keys and values."""
+        """All key and value tensors."""
         return [x for pair in (self.recent, self.leading) if pair is not None for x in pair]
 
     @property
     def nbytes(self) -> int:
-        """Of all rows."""
+        """The bytes of all rows."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def read_by(self, query: Tensor) -> ExactTokens:
-        """As a step of this query [B, heads, 1, D] writes and reads them."""
+        """The tokens as a step of this query [B, heads, 1, D] writes and reads them."""
         begins = self.begins if self.first else None
         return ExactTokens(query, self.first, self.last, self.recent, 0, self.leading, begins)

@@ -1,6 +1,6 @@
-"""Packed keys and values of all positions, at addresses that stay: `FixedCache` for attention with a quantized cache.
+"""Packed keys and values of all positions, at fixed addresses: the `FixedCache` for attention with a quantized cache.
 
-A step of it is what a CUDA graph can hold: the place of the next token lies on the device, and nothing grows.
+A CUDA graph can hold a step of it: the position of the next token is on the device, and nothing grows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class FixedPackedLayer:
     def attend(
         self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
     ) -> Tensor:
-        """The newest token of every sequence, query [B, heads, 1, D], into its place, and what it reads of the visible
-        ones: [B, heads, 1, D]. `mask` hides some of them, as for PyTorch's own attention, [B, 1, 1, positions]."""
+        """Store the newest token of every sequence, then attend to the visible tokens: query and output [B, heads, 1,
+        D]. `mask` [B, 1, 1, positions] hides some of them, as for PyTorch's own attention."""
         assert self.new is not None and self.cache.position is not None and query.shape[2] == 1
         (key, value), self.new = self.new, None
         if self.tokens is None:
@@ -59,42 +59,43 @@ class FixedPackedLayer:
 
 
 class FixedPackedCache(Cache):
-    """One token a call; attention sees the first `visible` ones.
+    """Takes one token per call. Attention sees the first `visible` tokens.
 
-    Where a scheme keeps tokens in 16 bits it sees those up to `position`, and tokens must come one after the other.
+    If a scheme keeps tokens in 16 bits, attention sees those up to `position`, and tokens must come in order.
     """
 
-    def __init__(self, positions: int, config: Any = None) -> None:  # without what Cache sets up: layers of its own
-        """`config` as of `FixedCache`."""
+    def __init__(self, positions: int, config: Any = None) -> None:  # sets its own layers, without Cache's setup
+        """`config` is as for `FixedCache`."""
         self.layers = recurrent_layers(config)
         self.positions = self.visible = positions
         self.position: Tensor | None = None
-        """int64 [1], where the next token goes."""
+        """The position of the next token, int64 [1]."""
         self._kept: dict[int, FixedPackedLayer] = {}
 
     @property
     def is_filled(self) -> bool:
-        """Do keys and values have their addresses?"""
+        """True if the tensors of keys and values are allocated."""
         return bool(self.kept)
 
     @property
     def kept(self) -> list[CachedTokens]:
-        """Of all layers that were called."""
+        """The packed tokens of all layers that were called."""
         return [layer.tokens for layer in self._kept.values() if layer.tokens is not None]
 
     @property
     def kept_exact(self) -> list[FixedExactTokens]:
-        """What they keep in 16 bits, where they do."""
+        """The 16-bit tokens of these layers, if they keep any."""
         return [layer.exact for layer in self._kept.values() if layer.exact is not None]
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values, with all that stands beside them, of all positions, and of states."""
+        """The bytes of keys and values of all positions, with their scales, 16-bit tokens and states."""
         exact = sum(kept.nbytes for kept in self.kept_exact) + sum(state.nbytes for state in states_in(self.layers))
         return exact + sum(tokens.keys.nbytes + tokens.values.nbytes for tokens in self.kept)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Note the keys and values [B, heads, 1, width] of a layer; the layer itself, twice, which attention reads."""
+        """Note the keys and values [B, heads, 1, width] of a layer. Returns the layer itself, twice, for attention to
+        read."""
         layer = self._kept.setdefault(layer_idx, FixedPackedLayer(self))
         layer.new = key_states, value_states
         return layer, layer

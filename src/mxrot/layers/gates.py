@@ -1,4 +1,4 @@
-"""What an expert makes of the outputs of gate and up, or of up alone, and down reads."""
+"""The function between gate, up and down of an expert: of gate and up, or of up alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Product(nn.Module):
 
 
 class Clamped(nn.Module):
-    """(1 + up) * gate * sigmoid(alpha * gate), of a gate that is at most `limit`, and up within +-`limit` (gpt-oss)."""
+    """(1 + up) * gate * sigmoid(alpha * gate), with gate at most `limit` and up within +-`limit` (gpt-oss)."""
 
     def __init__(self, alpha: float, limit: float) -> None:
         super().__init__()
@@ -40,4 +40,4 @@ GATES: dict[str, Callable[[Any], nn.Module]] = {
     "clamped": lambda fused: Clamped(fused.alpha, fused.limit),
     "none": lambda fused: fused.act_fn,
 }
-"""By `ExpertNames.gated`, made from transformers' module of all experts."""
+"""Gates by `ExpertNames.gated`, made from transformers' module of all experts."""

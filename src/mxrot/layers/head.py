@@ -1,11 +1,12 @@
 """The head as a quantized linear.
 
-It is read whole for each token and has as many rows as the vocabulary. Where its inputs stay in 16 bits, products are
-exact in what inputs and codes hold, up to the order of their sums: codes are read as they are where a kernel does that
-(`kernels.coded_weights`), and else written out piece by piece. With quantized inputs it is a `QuantLinear` like others.
+The whole head is read for each token, and it has as many rows as the vocabulary. If its inputs stay in 16 bits, the
+product of inputs and codes is exact, up to the order of sums. A kernel reads the codes directly if it can
+(`kernels.coded_weights`); otherwise they are dequantized piece by piece. With quantized inputs the head is an ordinary
+`QuantLinear`.
 
-While torch.compile traces a model, and where gradients are recorded, the product is one operation of the library
-`mxrot`; its gradient is that of x W_q^T + b, for x and b.
+While torch.compile traces a model, and while gradients are recorded, the product is one operation of the library
+`mxrot`. Its gradient is that of x W_q^T + b, for x and b.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class HeadLinear(QuantLinear):
     """Logits of hidden states: x W_q^T + b without quantized inputs, Q(x T) W_q^T + b with them."""
 
     def compute(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
-        """[..., in_features] to [..., out_features], in the dtype of `x`; sums in float32, rounded once.
+        """[..., in_features] to [..., out_features], in the dtype of `x`. Sums are in float32, rounded once.
 
-        Where inputs are not quantized, x T is computed in float32 and rounded to the type of `x` first.
+        If inputs are not quantized, x T is computed in float32 and rounded to the type of `x` first.
         """
         if self.activations is not None:
             return super().compute(x, weight, bias)
@@ -43,7 +44,7 @@ class HeadLinear(QuantLinear):
         return _product(x, self._matrices(x.device), weight.codes, weight.parts[0], bias, format)
 
     def choose_path(self, rows: int) -> Choice:
-        """What computes it for so many rows of bfloat16 input, and why."""
+        """The way to compute it for `rows` rows of bfloat16 input, and why."""
         if self.activations is not None:
             return super().choose_path(rows)
         weight = CodedWeight(self.weight_packed, self.weight_scale, self.weights.format)
@@ -85,7 +86,7 @@ def _head_shape(x: Tensor, stored: Tensor | None, applied: Tensor | None, codes:
 def _head_gradient(
     gradient: Tensor, stored: Tensor | None, applied: Tensor | None, codes: Tensor, scales: Tensor, format: str
 ) -> Tensor:
-    """(dy W_q) T^T in float32: [..., K] of dy [..., N]."""
+    """The gradient (dy W_q) T^T in float32, [..., K], of dy [..., N]."""
     values = CodedWeight(codes, scales, get_format(format)).dequantized()
     with torch.autocast(gradient.device.type, enabled=False):
         found = gradient.to(torch.float32) @ values
@@ -101,7 +102,7 @@ def _head_gradient_shape(
 
 
 _X, _BIAS = 0, 5
-"""Positions of arguments of `_head_product` that have gradients."""
+"""Positions of the arguments of `_head_product` that have gradients."""
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

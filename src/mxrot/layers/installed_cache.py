@@ -1,8 +1,9 @@
-"""The quantized cache of an attention module: its scheme, and the matrices that its keys and values are turned by.
+"""The quantized cache of an attention module: its scheme, and the matrices for its keys and values.
 
-Keys are kept as Q(k T) and values as Q(v U); a query is multiplied by T^-T and what a head gives by U^-1, so without Q
-nothing changes (QuaRot, arXiv 2404.00456, section 4, for Hadamard matrices). k T and v U are products in float64,
-rounded once: so the codes of a token do not depend on how many tokens come with it. The others are in float32.
+Keys are kept as Q(k T) and values as Q(v U). A query is multiplied by T^-T and a head's output by U^-1, so without Q
+nothing changes (QuaRot, arXiv 2404.00456, section 4, for Hadamard matrices). The products k T and v U are in float64,
+rounded once. The codes of a token therefore do not depend on the number of tokens in a call. The other products are in
+float32.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from mxrot.kernels import CacheMatrices
 from mxrot.transforms.orders import multiply_by_hadamard
 
 INSTALLED = "quantized_cache"
-"""The attribute of an attention module that says how its cache is quantized."""
+"""The attribute of an attention module that holds its quantized cache."""
 
 
 def turned(x: Tensor, matrix: Tensor | None) -> Tensor:
-    """x T of [B, heads, n, D] and a float64 matrix, or x without one: float32, or float64 for x in float64."""
+    """x T of [B, heads, n, D] and a float64 matrix, or x without a matrix. The result is float32, or float64 for x in
+    float64."""
     if matrix is None:
         return x
     return (x.double() @ matrix).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -30,17 +32,18 @@ def turned(x: Tensor, matrix: Tensor | None) -> Tensor:
 
 @dataclass
 class InstalledCache:
-    """What `quantize_cache` leaves with a module."""
+    """The state that `quantize_cache` stores in a module."""
 
     scheme: CacheScheme
     before: Any
-    """The config that the module had."""
+    """The config that the module had before."""
     _made: tuple[Any, list[Tensor], CacheMatrices] | None = field(default=None, repr=False)
-    """Matrices, by what they were made of; the stored ones are held, so that no other tensor comes to lie there."""
+    """Matrices, with the tensors that they were made of. Holding the stored tensors keeps their memory from being
+    reused."""
 
     def matrices(self, module: nn.Module, width: int, device: torch.device, work: torch.dtype) -> CacheMatrices:
-        """Those of `module` on a device: T and U in float64, their inverses in `work`, float32 or float64. Kept until
-        what is stored changes."""
+        """The matrices of `module` on a device: T and U in float64, their inverses in `work`, float32 or float64. They
+        are cached until the stored tensors change."""
         stored = [getattr(module, name).to(device) for name in self.scheme.stored_names]
         if any(one.is_inference() or (one.requires_grad and torch.is_grad_enabled()) for one in stored):
             return _made_of(self.scheme, dict(zip(self.scheme.stored_names, stored, strict=True)), width, device, work)
@@ -55,13 +58,13 @@ class InstalledCache:
 
 
 def installed_cache(attention: nn.Module) -> InstalledCache | None:
-    """What is installed in an attention module, if anything is."""
+    """The installed cache of an attention module. None without one."""
     found: InstalledCache | None = getattr(attention, INSTALLED, None)
     return found
 
 
 def cache_scheme_of(attention: nn.Module) -> CacheScheme | None:
-    """How an attention module quantizes its cache; None if it does not."""
+    """The scheme of an attention module's cache. None if the cache is not quantized."""
     found = installed_cache(attention)
     return None if found is None else found.scheme
 

@@ -18,9 +18,9 @@ from mxrot.layers.transform import InputTransform, keep, keeping_type
 
 
 class QuantLinear(SiteLinear):
-    """y = Q(x T) W_q^T + b with W_q kept as packed codes and their parts: `weight_packed` and `weight_<part>`.
+    """y = Q(x T) W_q^T + b. W_q is stored as packed codes and their parts: `weight_packed` and `weight_<part>`.
 
-    The first linear of a site owns the transform as a submodule under its checkpoint name; the others refer to it.
+    The first linear of a site owns the transform as a submodule with its checkpoint name. The others refer to it.
     """
 
     site: SiteProducts[QuantLinear] | None
@@ -41,19 +41,19 @@ class QuantLinear(SiteLinear):
             empty = torch.zeros(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        # What `prepare_site` makes; moves with the module and is no part of a checkpoint.
+        # Set by `prepare_site`. It moves with the module and is not part of a checkpoint.
         for name in PREPARED:
             keep(self, name, None)
         self.keeps_lifted = None
         self.site = None
         self.fast = False
-        """Sum FP8 products in fewer bits, where they run."""
+        """Sum FP8 products in fewer bits, if they are used."""
         self._transform: tuple[InputTransform, ...] = ()
         self.remainder: Tensor | None = None
-        """What rounding took away from each weight, bfloat16 [out_features, in_features]; kept only for tuning."""
+        """The rounding remainder of each weight, bfloat16 [out_features, in_features]. Kept only for tuning."""
 
     def own_transform(self, scheme: str, transform: InputTransform) -> None:
-        """Register the site's transform here, under the name it has in a checkpoint."""
+        """Register the site's transform here, with its name in a checkpoint."""
         self.add_module(f"{scheme}_input", transform)
         self.share_transform(transform)
 
@@ -67,7 +67,7 @@ class QuantLinear(SiteLinear):
 
     @torch.no_grad()
     def set_weight(self, weight: QTensor) -> None:
-        """Take over the codes [out_features, in_features] and their parts; ValueError if these are of another rule."""
+        """Take over the codes [out_features, in_features] and their parts. ValueError if they have another rule."""
         tensors = weight.parts.tensors
         if weight.format != self.weights.format or tuple(tensors) != self.weights.part_names:
             raise ValueError(f"expected {self.weights.spelled} with {self.weights.part_names}, got {tuple(tensors)}")
@@ -78,11 +78,11 @@ class QuantLinear(SiteLinear):
 
     @property
     def together(self) -> Sequence[QuantLinear]:
-        """The linears that are computed together with this one, and it."""
+        """The linears that are computed together with this one, including it."""
         return (self,) if self.site is None else self.site.linears
 
     def forget(self) -> None:
-        """Let go of what was prepared, here and in the other linears of the site."""
+        """Drop what was prepared, here and in the other linears of the site."""
         if self.site is not None:
             self.site.forget()
         for linear in self.together:
@@ -97,7 +97,7 @@ class QuantLinear(SiteLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """For `model.to(...)`: codes and scales keep their types, a bias does not.
 
-        On another device a prepared site is prepared again, once all its linears have arrived.
+        On a new device a prepared site is prepared again, once all its linears are there.
         """
         moves = fn(self.weight_packed.new_empty(0)).device != self.weight_packed.device
         if moves:
@@ -115,11 +115,11 @@ class QuantLinear(SiteLinear):
             self.site.join()
 
     def stored_weight(self) -> StoredWeight:
-        """Codes and their parts, without what was prepared."""
+        """The codes and their parts, without what was prepared."""
         return StoredWeight(self.weight_packed, tuple(getattr(self, PART + name) for name in self.weights.part_names))
 
     def qtensor(self) -> QTensor:
-        """The weight as codes and their parts."""
+        """The weight as a QTensor of codes and their parts."""
         stored = self.stored_weight()
         return QTensor.from_packed(stored.codes, self.weights.as_parts(stored.parts), self.weights.format)
 
@@ -128,18 +128,18 @@ class QuantLinear(SiteLinear):
         return self.stored_weight().dequantized(self.weights)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Q(x T), the shape of `x`; float32, or bfloat16 where that holds it exactly."""
+        """Q(x T), in the shape of `x`. The type is float32, or bfloat16 if that is exact."""
         return quantized_input(self._led(x), self._matrices(x.device), self.activations)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], in the dtype of `x`; sums in float32."""
+        """[..., in_features] to [..., out_features], in the dtype of `x`. Sums are in float32."""
         found = None if self.site is None else self.site.take(self, x)
         return self.compute(x, self._own_weight(), self.bias) if found is None else found
 
     def compute(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
-        """Q(x T) W_q^T + b with a weight in the format of this one.
+        """Q(x T) W_q^T + b with a weight in the format of this linear.
 
-        The gradients are those of `layers.product.traced_product`, and of what leads to its inputs.
+        The gradients are those of `layers.product.traced_product`, and of the leading stages of the transform.
         """
         x = self._led(x)
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
@@ -148,7 +148,7 @@ class QuantLinear(SiteLinear):
         return product(x, self._matrices(x.device), weight, bias, self.weights, self.activations, self.fast)
 
     def _traced_transform(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """The stored transform, and the bytes of its matrices where they are at hand."""
+        """The stored transform, and the bytes of its matrices if they are available."""
         transform = self.transform
         if transform is None or not transform.has_matrices:
             return None, None
@@ -158,23 +158,23 @@ class QuantLinear(SiteLinear):
         return (None, None) if matrices is None else (matrices, matrices.view(torch.int16))
 
     def _own_weight(self) -> StoredWeight:
-        """With what was prepared, where that is not of the whole site."""
+        """The weight with what was prepared, unless that is for the whole site."""
         own = self.stored_weight()
         return own if self.whole_codes is not None else StoredWeight(own.codes, own.parts, prepared_of(self))
 
     def _led(self, x: Tensor) -> Tensor:
-        """`x` after the stages of the transform that are not multiplied where it is quantized."""
+        """`x` after the leading stages of the transform, which are applied before the quantizer."""
         return x if self.transform is None else self.transform.lead(x)
 
     def _matrices(self, device: torch.device) -> Tensor | None:
         if self.transform is None or not self.transform.has_matrices:
             return None
         matrices = self.transform.matrices()
-        # Where a model is spread over devices, the linear that owns the transform may be on another.
+        # If a model is spread over devices, the linear that owns the transform may be on another device.
         return matrices if matrices.device == device else matrices.to(device)
 
     def choose_path(self, rows: int) -> Choice:
-        """What computes this linear for so many rows of input, and why."""
+        """The way to compute this linear for `rows` rows of input, and why."""
         if self.activations is not None and self.weights.looks_up:
             weight = self.stored_weight().looked_up()
             return choose_look_up(rows, weight, self.activations.format, self.weight_packed.device)
@@ -185,7 +185,8 @@ class QuantLinear(SiteLinear):
         return choose_path(rows, self.site_weight().packed(), self.weight_packed.device)
 
     def site_weight(self) -> StoredWeight:
-        """What is multiplied when this linear is called: the weight of its site where that was prepared as a whole."""
+        """The weight that is multiplied when this linear is called. It is the weight of the whole site if that was
+        prepared."""
         return self._own_weight() if self.site is None else self.site.weight_of(self)
 
     def extra_repr(self) -> str:
@@ -194,5 +195,5 @@ class QuantLinear(SiteLinear):
 
 
 def _is_of(tensor: Tensor, parameter: Tensor | None) -> bool:
-    """Is it this parameter, or its gradient?"""
+    """True if the tensor is this parameter or its gradient."""
     return parameter is not None and (tensor is parameter or tensor is parameter.grad)

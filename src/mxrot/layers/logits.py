@@ -1,4 +1,4 @@
-"""From the last hidden states to logits, where not all of them can exist at once."""
+"""Logits from the last hidden states, when not all logits fit in memory at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mxrot.models import FAMILIES, LogitKeys
 
 _TOKENS = 2
 _TOLERANCE = 2.0**-5
-"""Beside the largest logit: four roundings of bfloat16. A factor that is left out is worth more."""
+"""Relative to the largest logit: four roundings of bfloat16. A missing factor makes a larger difference."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class _Scaling:
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [..., vocabulary] of what the body of `model` gives, [..., hidden], with the bits of its own forward.
+    """Logits [..., vocabulary] of the output of the body of `model`, [..., hidden], with the bits of its own forward.
 
-    Some models scale them, by a factor or a divisor in their config, or bound them: c tanh(x / c). What it calls
-    these numbers stands in the record of the family (`LogitKeys`).
+    Some models scale logits by a factor or a divisor in their config, or bound them: c tanh(x / c). The record of the
+    family names these config keys (`LogitKeys`).
     """
     logits: Tensor = model.get_output_embeddings()(hidden)
     scaling = _scaling(model)
@@ -44,7 +44,7 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def check_logits(model: PreTrainedModel, ids: Tensor) -> None:
     """FamilyError unless `logits_of` gives the logits of the model's own forward, on two of the token ids [W, T].
 
-    A family whose record does not name how its logits are scaled would be measured wrongly without an error.
+    If the record of a family does not name how its logits are scaled, results would be wrong without an error.
     """
     few = ids[:1, :_TOKENS].to(next(model.parameters()).device)
     own = model(input_ids=few, use_cache=False).logits.float()

@@ -1,4 +1,4 @@
-"""Norms of models as one operation each, where their class writes them as a chain of six."""
+"""Norms of models as one operation each, if their class writes them as a chain of six operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ PLAIN_NORMS = frozenset(family.norm_class for family in FAMILIES.values() if fam
 
 @contextmanager
 def fused_norms(model: nn.Module) -> Iterator[None]:
-    """While open, norms run as PyTorch's own operation; for float32 states the same up to float32 rounding."""
+    """While open, norms run as PyTorch's own operation. For float32 states the result is the same up to float32
+    rounding."""
     norms = [module for module in model.modules() if type(module).__name__ in PLAIN_NORMS]
     for norm in norms:
         norm.forward = _FusedNorm(norm)

@@ -1,12 +1,12 @@
-"""A cache for transformers whose keys and values are kept packed.
+"""A cache for transformers with packed keys and values.
 
-`update` is given keys and values after RoPE, but neither the query nor the mask, and attention needs both: the query is
-transformed inversely, and `first` counts from the first token that is no padding. So `update` only notes what is new
-and gives the layer itself in place of keys and values; the attention function (`layers.cached_attention`) lets the
-layer `take` them, and reads from it.
+`update` receives keys and values after RoPE, but not the query or the mask. Attention needs both: the query is
+multiplied by the inverse transform, and `first` counts from the first token that is not padding. `update` therefore
+only notes the new tokens and returns the layer in place of keys and values. The attention function
+(`layers.cached_attention`) makes the layer `take` them, and reads from it.
 
-In 16 bits a layer keeps the first tokens, and the newest `last - 1`, which is what later queries read so, and a few
-more, so that drafts can be taken back; `activate_past_recording` keeps all until `crop`.
+In 16 bits a layer keeps the first tokens and the newest `last - 1`, which later queries read in 16 bits, and a few
+more, so that drafts can be cropped. `activate_past_recording` keeps all tokens until `crop`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mxrot.layers.packed_tokens import PackedTokens
 from mxrot.layers.recent_tokens import Pair, RecentTokens
 
 TAKEN_BACK = 24
-"""As many of the newest tokens can be cropped where `last` is used and no past is recorded."""
+"""The number of newest tokens that can be cropped if `last` is used and no past is recorded."""
 
 
 class PackedCacheLayer(CacheLayerMixin):
@@ -52,26 +52,27 @@ class PackedCacheLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors that are kept."""
+        """The bytes of all tensors that are kept."""
         leading = 0 if self.leading is None else sum(tensor.nbytes for tensor in self.leading)
         return self.keys.nbytes + self.values.nbytes + self.recent.nbytes + leading
 
     def reset(self) -> None:
         self.keys, self.values = PackedTokens(self.scheme.keys), PackedTokens(self.scheme.values)
         self.tokens = 0
-        """Seen so far, also those that a window has left behind."""
+        """The number of tokens so far, including those that have left a window."""
         self.new: Pair | None = None
-        """What `update` was given and `take` has not taken."""
+        """The tokens given to `update` that `take` has not taken yet."""
         self.recent = RecentTokens()
-        """The newest tokens as they came."""
+        """The newest tokens, unquantized."""
         self.leading: Pair | None = None
-        """The `first` tokens of each sequence as they came, zeros where there are none yet."""
+        """The `first` tokens of each sequence, unquantized; zeros for tokens that have not come yet."""
         self.padding: Tensor | None = None
-        """How many tokens of padding each sequence starts with, int64 [B]: all so far where no other was seen."""
+        """The number of padding tokens at the start of each sequence, int64 [B]. All tokens so far if only padding was
+        seen."""
         self._ask_from = 0
-        """Before so many tokens have come, not all sequences can have their first ones."""
+        """With fewer tokens than this, some sequence still lacks its first tokens."""
         self._complete: int | None = None
-        """From so many tokens on they do; None where this was not seen yet."""
+        """With at least this many tokens, no sequence lacks any. None until this was seen."""
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -79,9 +80,10 @@ class PackedCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        """Note new keys and values [B, heads, n, D]; the layer itself, twice, which the attention function reads.
+        """Note new keys and values [B, heads, n, D]. Returns the layer itself, twice, for the attention function to
+        read.
 
-        ConfigError if a gradient would have to pass what is packed.
+        ConfigError if a gradient would have to pass through packed tokens.
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ConfigError(
@@ -97,12 +99,12 @@ class PackedCacheLayer(CacheLayerMixin):
 
     @property
     def visible(self) -> int:
-        """Keys that the queries of this call are given, as `get_mask_sizes` said; the newest ones."""
+        """The number of newest keys that the queries of this call see, as `get_mask_sizes` said."""
         window = self.keys.length if self.sliding_window is None else self.sliding_window - 1 + self._call
         return min(self.keys.length, window)
 
     def take(self, matrices: CacheMatrices) -> None:
-        """Pack what is new."""
+        """Pack the new tokens."""
         assert self.new is not None
         (key, value), self.new = self.new, None
         self._call = key.shape[2]
@@ -112,8 +114,8 @@ class PackedCacheLayer(CacheLayerMixin):
             self.recent.append(key, value)
 
     def take_by(self, pack: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Let `pack` write the key and value of one token at the end of the tokens, where room was made, and with
-        `last` into the ring of the newest, where it is made here; what it returns."""
+        """Let `pack` write the key and value of one token at the end of the tokens, which must have room, and with
+        `last` into the ring of the newest, where room is made here. Returns what `pack` returns."""
         assert self.new is not None and self.has_first
         (key, value), self.new = self.new, None
         self._call = key.shape[2]
@@ -128,7 +130,8 @@ class PackedCacheLayer(CacheLayerMixin):
 
     @property
     def has_first(self) -> bool:
-        """Had all `first` tokens of all sequences come before the new ones? Asks the device until they had."""
+        """True if all `first` tokens of all sequences came before the new ones. Synchronizes with the device until they
+        have."""
         assert self.new is not None
         before = self.tokens - self.new[0].shape[2]
         if not self.scheme.first:
@@ -144,14 +147,14 @@ class PackedCacheLayer(CacheLayerMixin):
         return before >= self._complete
 
     def note_padding(self, padding: Tensor | None) -> None:
-        """Keep those of the new tokens that are among the `first`; `padding` as the attribute, None where there is
-        none in this call."""
+        """Keep the new tokens that are among the `first`. `padding` is as the attribute, None if this call has no
+        padding."""
         recent, count = self.recent.read(0, self.recent.length), self.scheme.first
         batch, heads, held, _ = recent[0].shape
         start = self.tokens - self._call
         if padding is None:
             padding = torch.full((batch,), start, device=recent[0].device)
-        # Where nothing but padding had been seen, the call says more.
+        # If only padding was seen so far, this call knows more.
         self.padding = padding if self.padding is None else torch.where(self.padding < start, self.padding, padding)
         if self.leading is None:
             self.leading = tuple(x.new_zeros(batch, heads, count, x.shape[3]) for x in recent)  # type: ignore[assignment]
@@ -166,7 +169,7 @@ class PackedCacheLayer(CacheLayerMixin):
         self.leading = kept[0], kept[1]
 
     def trim(self) -> None:
-        """Let go of what no later query reads."""
+        """Drop what no later query reads."""
         if self.record_past:
             return
         if self.sliding_window is not None:
@@ -180,11 +183,11 @@ class PackedCacheLayer(CacheLayerMixin):
             tokens.shrink()
 
     def _keep_recent(self, tokens: int) -> None:
-        # With last = 1 a query finds itself among the new ones.
+        # With last = 1 a query reads only itself in 16 bits, and it is among the new tokens.
         self.recent.keep(0 if self.scheme.last < 2 else tokens)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys a call of so many queries is given, and how many came before them."""
+        """The number of keys for a call with this many queries, and the number of tokens before them."""
         kept = self.tokens if self.sliding_window is None else min(self.tokens, self.sliding_window - 1)
         return kept + query_length, self.tokens - kept
 
@@ -199,8 +202,8 @@ class PackedCacheLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens: so many for a negative number; all but so many for a positive one, as until
-        transformers 5.17. RuntimeError where what comes before them is not kept any more."""
+        """Forget the newest tokens. A negative number is the number to forget. A positive number is the number to keep,
+        as in transformers until 5.17. RuntimeError if the earlier tokens are no longer kept."""
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.tokens - tokens_to_remove)
         removed = min(removed, self.tokens)
         left = self.tokens - removed
@@ -226,7 +229,7 @@ class PackedCacheLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences of the batch: places, or flags."""
+        """Keep these sequences of the batch, given by indices or flags."""
         if not self.tokens:
             return
         indices = torch.as_tensor(indices, device=self.device)
@@ -247,18 +250,18 @@ class PackedCacheLayer(CacheLayerMixin):
         self.padding = None if self.padding is None else self.padding.index_select(0, places)
 
     def offload(self) -> None:
-        """Nothing: attention reads after a cache has offloaded the layer."""
+        """Does nothing: attention reads the layer after a cache has offloaded it."""
 
     def prefetch(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class PackedCache(Cache):
-    """Keys and values of a model, packed where its attention modules quantize them."""
+    """Keys and values of a model, packed for the attention modules that quantize them."""
 
     @staticmethod
     def of(model: PreTrainedModel) -> PackedCache:
-        """An empty one for a model of transformers; ConfigError if none of its modules quantizes its cache."""
+        """An empty cache for a transformers model. ConfigError if none of its modules quantizes its cache."""
         like = DynamicCache(config=model.config)
         for module in model.modules():
             if cache_scheme_of(module) is not None:
@@ -269,13 +272,13 @@ class PackedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Of keys, values and states of all layers, with all that stands beside them."""
+        """The bytes of keys, values and states of all layers, with scales and 16-bit tokens."""
         return sum(_bytes_of(layer) for layer in self.layers)
 
 
 def pack_layer(cache: Any, attention: nn.Module) -> None:
-    """Make the layer of an attention module a packed one, in a `DynamicCache` or `PackedCache` where it holds nothing
-    yet; the cache becomes a `PackedCache`. What transformers offloads stays as it is."""
+    """Replace an attention module's layer in a `DynamicCache` or `PackedCache` by a packed one, if the layer is empty.
+    The cache becomes a `PackedCache`. Layers that transformers offloads do not change."""
     scheme = cache_scheme_of(attention)
     if scheme is None or type(cache) not in (DynamicCache, PackedCache) or cache.offloading:
         return

@@ -1,4 +1,5 @@
-"""One token a sequence through kernels: one launch packs its key and value, others read what is packed."""
+"""Decoding of one token per sequence with kernels: one launch packs its key and value, others attend to packed
+tokens."""
 
 from __future__ import annotations
 
@@ -26,10 +27,11 @@ def decode_packed(
     scaling: float,
     softcap: float | None,
 ) -> Tensor | None:
-    """Attention of a query [B, heads, 1, D] to what `layer` keeps, its new token included, in the shape and type of it.
+    """Attention of a query [B, heads, 1, D] to the tokens in `layer` and its new token. The output has the query's
+    shape and type.
 
-    None, and nothing is done, where kernels do not run: for several tokens, for the first token of a cache, while
-    sequences lack some of the first tokens, and for masks of numbers, which may be other than large ones.
+    None, with nothing changed, if kernels do not run: for several tokens, for the first token of a cache, while
+    sequences lack some of the first tokens, and for masks of numbers, which may hold other than large numbers.
     """
     is_flags = mask is None or mask.dtype == torch.bool
     if query.shape[2] != 1 or not layer.keys.length or not is_flags or not _takes(layer, query):
@@ -52,25 +54,25 @@ def decode_packed(
 
 
 def _takes(layer: PackedCacheLayer, query: Tensor) -> bool:
-    """Is what is read in 16 bits of the type of the query?"""
+    """True if the 16-bit tokens have the type of the query."""
     keeps = layer.scheme.first or layer.scheme.last
     return not keeps or layer.dtype == query.dtype
 
 
 def _ring(layer: PackedCacheLayer, query: Tensor, place: int) -> ExactTokens | None:
-    """Where a token that comes to a place is kept as it came; the first ones are there."""
+    """The ring that stores the token at `place` in 16 bits. The first tokens are complete already."""
     if not layer.scheme.last:
         return None
     return ExactTokens(query, 0, layer.scheme.last, layer.recent.rings, _shift(layer, place))
 
 
 def _shift(layer: PackedCacheLayer, place: int) -> int:
-    """From the place of a token to its row in the ring, where the next one's place is this."""
+    """The difference between a token's place and its row in the ring, if the next token's place is `place`."""
     return (layer.recent.end - place) % layer.recent.capacity
 
 
 def _exact(layer: PackedCacheLayer, query: Tensor) -> ExactTokens | None:
-    """What is read as it came, by a query as it came."""
+    """The tokens that an untransformed query reads in 16 bits."""
     first, last = layer.scheme.first, layer.scheme.last
     if not first and not last:
         return None
@@ -83,7 +85,7 @@ def _exact(layer: PackedCacheLayer, query: Tensor) -> ExactTokens | None:
 
 
 def _rows(layer: PackedCacheLayer, matrices: CacheMatrices, skipped: int) -> CachedTokens:
-    """The buffers from the first token that is kept, or a later one."""
+    """The buffers, from the first token that is kept or a later one."""
     return CachedTokens(_from(layer.keys, skipped), _from(layer.values, skipped), matrices)
 
 

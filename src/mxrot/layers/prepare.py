@@ -1,4 +1,4 @@
-"""Make the linears of a site ready for the kernels: what can be looked at once is not looked at in every call."""
+"""Prepare the linears of a site for the kernels: checks that can be made once are not made in every call."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from mxrot.layers.transform import keep
 
 @torch.no_grad()
 def prepare_site(linears: Sequence[SiteLinear], keeps_lifted: bool = False) -> None:
-    """Put the MXFP4 weights of a site into one tensor, and look whether they can be lifted to FP8.
+    """Put the MXFP4 weights of a site into one tensor, and check whether they can be lifted to FP8.
 
-    With `keeps_lifted` they are, which takes a byte a weight more. The linears keep their parameters, as parts.
+    With `keeps_lifted` they are lifted, which takes one byte more per weight. The parameters of the linears become
+    views.
     """
     first = linears[0]
     first.forget()
@@ -45,14 +46,14 @@ def prepare_site(linears: Sequence[SiteLinear], keeps_lifted: bool = False) -> N
     if int(outside):
         return
     keep(first, "row_exponents", exponents)
-    # As integers: a cast of the module would cast these too.
+    # As integers: a cast of the module would change floats.
     keep(first, "lifted_scales", powers.view(torch.int32))
     if keeps_lifted:
         keep(first, "lifted", plain_lift_weights(codes, scales, exponents).view(torch.uint8))
 
 
 def is_in_one_place(linears: Sequence[SiteLinear]) -> bool:
-    """Are the weights and the transform of a site on one device, and not held back by hooks that offload them?"""
+    """True if the weights and the transform of a site are on one device, and no hooks offload them."""
     stored = [linear.weight_packed for linear in linears]
     transforms = {linear.transform for linear in linears if linear.transform is not None}
     stored += [tensor for transform in transforms for tensor in transform.parameters()]

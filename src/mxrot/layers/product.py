@@ -1,12 +1,11 @@
-"""What a quantized linear computes, as one function of tensors.
+"""The function that a quantized linear computes, on tensors.
 
-The plain path is the definition that faster kernels must reproduce: the transform in float32, the activation
-quantizer on its float32 result, then the product of the quantized input with the dequantized weights.
-Where both operands are exact in bfloat16 the product runs on bfloat16 matrix hardware with a float32 result,
-otherwise in float32.
+The plain path is the definition that faster kernels must reproduce: the transform in float32, the activation quantizer
+on its float32 result, then the product of the quantized input with the dequantized weights. If both operands are exact
+in bfloat16, the product runs on bfloat16 matrix hardware with a float32 result, otherwise in float32.
 
-While torch.compile traces a model, the function is one operation of the library `mxrot` that it does not look into:
-which kernel runs is decided when it runs.
+While torch.compile traces a model, the function is one opaque operation of the library `mxrot`. The kernel is chosen
+when the operation runs.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ from mxrot.transforms.stages import STORED_DTYPE, BlockDiagonal, apply_matrices
 
 
 class Prepared(NamedTuple):
-    """What was made of an MXFP4 weight once, as in `PackedWeight`, in types that no cast of a module changes."""
+    """What was computed once from an MXFP4 weight, as in `PackedWeight`, in types that no cast of a module changes."""
 
     row_exponents: Tensor | None = None
     lifted_scales: Tensor | None = None
-    """The bits of float32 numbers, int32."""
+    """The bits of float32 numbers, as int32."""
     lifted: Tensor | None = None
     """The bytes of E4M3 numbers, uint8 [N, K]."""
     swizzled: Tensor | None = None
@@ -50,23 +49,23 @@ NOTHING_PREPARED = Prepared()
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight [N, K] as a checkpoint holds it, and what was prepared of it."""
+    """A weight [N, K] as a checkpoint holds it, and what was prepared from it."""
 
     codes: Tensor
     """Packed, uint8 [N, K * bits / 8]."""
     parts: tuple[Tensor, ...]
-    """In the order of `TensorQuantizer.part_names`."""
+    """The parts, in the order of `TensorQuantizer.part_names`."""
     prepared: Prepared = NOTHING_PREPARED
 
     def packed(self) -> PackedWeight:
-        """As the kernels take it; for MXFP4."""
+        """The weight in the form that kernels take, for MXFP4."""
         exponents, powers, lifted, swizzled = self.prepared
         lifted = None if lifted is None else lifted.view(torch.float8_e4m3fn)
         powers = None if powers is None else powers.view(torch.float32)
         return PackedWeight(self.codes, self.parts[0], exponents, powers, lifted, swizzled)
 
     def looked_up(self) -> LookUpWeight:
-        """As the kernels take it; for formats that look up."""
+        """The weight in the form that kernels take, for look-up formats."""
         return LookUpWeight(self.codes, *self.parts)
 
     def dequantized(self, quantizer: TensorQuantizer) -> Tensor:
@@ -83,8 +82,8 @@ def product(
     activations: TensorQuantizer | None,
     fast: bool = False,
 ) -> Tensor:
-    """Q(x T) W_q^T + b, [..., K] to [..., N], in the dtype of `x`; sums in float32, with `fast` in less where an FP8
-    product runs; autocast changes nothing of it."""
+    """Q(x T) W_q^T + b, [..., K] to [..., N], in the dtype of `x`. Sums are in float32. With `fast`, an FP8 product
+    sums in fewer bits. Autocast has no effect."""
     if _is_autocast(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return product(x, matrices, weight, bias, weights, activations, fast)
@@ -105,7 +104,7 @@ def product(
 def _plain_product(
     inputs: Tensor, weight: StoredWeight, weights: TensorQuantizer, activations: TensorQuantizer | None
 ) -> Tensor:
-    """Quantized inputs times the weights, which are written out: float32 [..., N]."""
+    """Quantized inputs times the dequantized weights: float32 [..., N]."""
     is_exact = activations is not None and weights.is_exact_in_bfloat16 and activations.is_exact_in_bfloat16
     if weights.is_mxfp4:
         return multiply_by_mxfp4(inputs, weight.codes, weight.parts[0], is_exact)
@@ -113,7 +112,7 @@ def _plain_product(
 
 
 def quantized_input(x: Tensor, matrices: Tensor | None, activations: TensorQuantizer | None) -> Tensor:
-    """Q(x T), the shape of `x`; float32, or bfloat16 where that holds it exactly."""
+    """Q(x T), in the shape of `x`. The type is float32, or bfloat16 if that is exact."""
     if activations is not None:
         return rotate_quantize(x, matrices, activations.format, activations.rule)
     x = x.to(torch.float32)
@@ -124,7 +123,7 @@ def quantized_input(x: Tensor, matrices: Tensor | None, activations: TensorQuant
 
 
 def applied_matrices(stored: Tensor) -> Tensor:
-    """T as runtimes apply it, bfloat16 [1 | G, B, B], from what a checkpoint holds."""
+    """T as runtimes apply it, bfloat16 [1 | G, B, B], from the stored tensor of a checkpoint."""
     return BlockDiagonal.from_stored(stored).matrices.to(STORED_DTYPE)
 
 
@@ -138,11 +137,11 @@ def traced_product(
     activations: TensorQuantizer | None,
     fast: bool = False,
 ) -> Tensor:
-    """`product` for torch.compile and for gradients. `stored` is the transform of a checkpoint, `applied` the bytes of
-    its matrices (int16) where they are at hand.
+    """`product` for torch.compile and for gradients. `stored` is the transform of a checkpoint, and `applied` the bytes
+    of its matrices (int16) if they are available.
 
-    The gradient passes the rounding of the inputs unchanged (straight-through; rounding itself has the gradient zero
-    almost everywhere): it is that of (x T) W_q^T + b, for x and b. Where inputs are not quantized it is the exact one.
+    The gradient passes the rounding of the inputs unchanged (straight-through; rounding itself has a zero gradient
+    almost everywhere). It is the gradient of (x T) W_q^T + b, for x and b. If inputs are not quantized, it is exact.
     """
     result: Tensor = _product(
         x,
@@ -180,7 +179,7 @@ def _product(
 
 
 def matrices_of(stored: Tensor | None, applied: Tensor | None) -> Tensor | None:
-    """T as runtimes apply it, from what a checkpoint holds, or from its bytes where they are at hand."""
+    """T as runtimes apply it, from the stored tensor of a checkpoint, or from its bytes if they are available."""
     if stored is None:
         return None
     return applied_matrices(stored) if applied is None else applied.view(STORED_DTYPE)
@@ -200,7 +199,7 @@ def _product_gradient(
     parts: Sequence[Tensor],
     weights: str,
 ) -> Tensor:
-    """(dy W_q) T^T in float32: [..., K] of dy [..., N]."""
+    """The gradient (dy W_q) T^T in float32, [..., K], of dy [..., N]."""
     W = StoredWeight(codes, tuple(parts)).dequantized(TensorQuantizer.named(weights))
     with torch.autocast(gradient.device.type, enabled=False):
         found = gradient.to(torch.float32) @ W
@@ -222,14 +221,14 @@ def _product_gradient_shape(
 
 
 _X, _BIAS = 0, 6
-"""Positions of arguments of `_product` that have gradients."""
+"""Positions of the arguments of `_product` that have gradients."""
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, stored, applied, codes, parts, _, bias, ctx.weights, *_ = inputs
     ctx.save_for_backward(stored, applied, codes, *parts)
     ctx.type, ctx.bias_type = x.dtype, None if bias is None else bias.dtype
-    # For a list of tensors torch wants a list, for anything else None.
+    # torch requires a list for a list of tensors, and None for anything else.
     ctx.nothing = [[None] * len(value) if _are_tensors(value) else None for value in inputs]
 
 

@@ -1,22 +1,22 @@
 """Attention whose two products have quantized operands: Q(q) Q(k)^T, and Q(p) Q(v) (arXiv 2411.09909 does both).
 
-An attention function for transformers, which an attention module calls once `quantize_attention` has given it operands
-and a config of its own; so the original model may run beside, on the same config.
+This is an attention function for transformers. An attention module calls it after `quantize_attention` has given it
+operands and its own config, so the original model may run beside it on the same config.
 
-**Which blocks.** Blocks lie along the dimension that is summed. Those of q and k are along the width of a head, and a
-token's are its own. Those of p and v are along the tokens that are attended to: tokens 0 to B - 1 of the sequence, B to
-2 B - 1, and so on, and v has them for each of its channels.
+**Which blocks.** Blocks lie along the dimension that is summed. The blocks of q and k are along the width of a head,
+within one token. The blocks of p and v are along the tokens that are attended to: tokens 0 to B - 1 of the sequence, B
+to 2 B - 1, and so on. v has such blocks for each of its channels.
 
-**The block that is not full.** A token sees nothing of what follows it, so neither may the scales by which its output
-is computed. For the query at token t, blocks that end before t hold all their tokens. The block of t itself holds the
-tokens up to t and zeros beyond, in p and in v; so v's values of that block are quantized once for each query in it.
-This is what a cache holds when token t is generated, and what a whole text gives at token t: both agree, up to the
-order of sums, which may move a number across the middle between two codes. Keys that no query sees, which is padding,
-count as zeros in v. Padding on the left moves the tokens to other places in their blocks, and so to other codes, unless
-its length is a multiple of B.
+**The incomplete block.** A token does not see later tokens, so these must not affect the scales by which its output is
+computed. For the query at token t, blocks that end before t hold all their tokens. The block of t itself holds the
+tokens up to t, and zeros beyond, in p and in v. v's values of that block are therefore quantized once for each query in
+it. A cache holds the same when token t is generated, and a whole text gives the same at token t. Both agree up to the
+order of sums, which may move a number across the middle between two codes. Keys that no query sees are padding, and
+count as zeros in v. Padding on the left moves the tokens to other positions in their blocks, and so to other codes,
+unless its length is a multiple of B.
 
-q, k and v are quantized from the values that they have, p from float32; products and sums are float32 (float64 for a
-model in float64). p is not normalized again. The gradient is that of products whose operands are not rounded.
+q, k and v are quantized from their own type, p from float32. Products and sums are float32 (float64 for a model in
+float64). p is not normalized again. The gradient is that of products with unrounded operands.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from mxrot.layers.attention import NAME, OPERANDS, UNMASKED
 
 QUANTIZED = "mxrot_quantized_attention"
 NUMBERS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
-"""Scores, or values in blocks that are not full, that exist at once; some ten tensors of so many."""
+"""The maximum number of scores, or of values in incomplete blocks, at one time. About ten tensors have this size."""
 KNOWN_MASKS = ("sdpa", "eager", NAME, UNMASKED)
-"""Attention functions of the model, for which it makes its masks."""
+"""Attention functions of the model whose masks are supported."""
 _REFUSED = ("softcap", "sliding_window", "s_aux")
 
 
@@ -48,11 +48,11 @@ _REFUSED = ("softcap", "sliding_window", "s_aux")
 class _Installed:
     operands: AttentionOperands
     before: Any
-    """The config that the module had."""
+    """The config that the module had before."""
 
 
 def quantize_attention(attention: nn.Module, operands: AttentionOperands) -> None:
-    """Let a module that computes attention quantize its operands; whatever is chosen for its model later."""
+    """Make an attention module quantize its operands, whatever attention function is chosen for its model later."""
     before: Any = attention.config
     own = copy(before)
     own._attn_implementation = QUANTIZED
@@ -61,14 +61,14 @@ def quantize_attention(attention: nn.Module, operands: AttentionOperands) -> Non
 
 
 def restore_attention(attention: nn.Module) -> None:
-    """Undo `quantize_attention`, if it was done."""
+    """Undo `quantize_attention`, if it was called."""
     if (installed := getattr(attention, OPERANDS, None)) is not None:
         attention.config = installed.before
         delattr(attention, OPERANDS)
 
 
 def operands_of(attention: nn.Module) -> AttentionOperands | None:
-    """How the operands of a module are quantized; None if they are not."""
+    """The operands of a module. None if they are not quantized."""
     installed: _Installed | None = getattr(attention, OPERANDS, None)
     return None if installed is None else installed.operands
 
@@ -85,15 +85,16 @@ def quantized_attention(
 ) -> tuple[Tensor, None]:
     """[batch, heads, tokens, width], and keys and values with as many heads or fewer, to [batch, tokens, heads, width].
 
-    `attention_mask` is as for PyTorch's own attention or transformers' eager one: flags or numbers to add, [batch, 1,
-    tokens, keys]; without one a single query sees all keys, and of several each sees one more than that before it, the
-    first one key. ConfigError for dropout, soft caps, windows and sinks, and in a model that makes other masks.
+    `attention_mask` is as for PyTorch's own attention or transformers' eager one: flags, or numbers to add, [batch, 1,
+    tokens, keys]. Without a mask a single query sees all keys. Of several queries the first sees one key, and each
+    later one sees one key more. ConfigError for dropout, soft caps, windows and sinks, and in a model that makes other
+    masks.
     """
     installed: _Installed = getattr(module, OPERANDS)
     operands = installed.operands
     _check_call(installed.before._attn_implementation, dropout, more)
     if attention_mask is None and query.shape[2] > 1:
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # what lies behind is not there yet
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # later keys are not filled yet
     with torch.autocast(query.device.type, enabled=False):
         found = _attend(operands, query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5)
     return found.to(query.dtype).transpose(1, 2).contiguous(), None
@@ -113,7 +114,7 @@ def _check_call(masks: str | None, dropout: float, more: dict[str, Any]) -> None
 def _attend(
     operands: AttentionOperands, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor:
-    """Float32 or float64 [batch, heads, tokens, width]."""
+    """The output for float32 or float64 inputs, [batch, heads, tokens, width]."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     query, key, value = (rounded(x.to(work), own) for x, own in _with(operands.queries_keys, query, key, value))
     mask = None if mask is None else mask[..., : key.shape[2]]
@@ -129,31 +130,31 @@ def _attend(
         else:
             some = mask[:, :, None, rows]
             seen, scores = seen_in(some), scores if some.dtype == torch.bool else scores + some
-        # A query of padding sees nothing, and gets zeros.
+        # A padding query sees no keys, and gets zeros.
         p = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).masked_fill(~seen, 0)
         parts.append(values.summed(p, seen))
     return torch.cat(parts, dim=3).flatten(1, 2)
 
 
 def _with(quantizer: TensorQuantizer | None, *tensors: Tensor) -> Iterator[tuple[Tensor, TensorQuantizer | None]]:
-    """q and k with what quantizes them, v without."""
+    """q and k with their quantizer, v without one."""
     query, key, value = tensors
     yield from ((query, quantizer), (key, quantizer), (value, None))
 
 
 def seen_in(mask: Tensor) -> Tensor:
-    """Which keys a query sees, flags, by a mask of flags or of numbers to add."""
+    """Flags of the keys that each query sees, from a mask of flags or of numbers to add."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _causal(rows: slice, queries: int, keys: int, device: torch.device) -> Tensor:
-    """[1, 1, 1, rows, keys]"""
+    """Flags of a causal mask, [1, 1, 1, rows, keys]."""
     places = torch.arange(rows.start, rows.stop, device=device) + keys - queries
     return (torch.arange(keys, device=device) <= places[:, None])[None, None, None]
 
 
 def _row_slices(query: Tensor, values: _Values) -> Iterator[slice]:
-    """Queries at once."""
+    """Slices of queries that are computed at one time."""
     batch, kept, shared, queries, _ = query.shape
     each = batch * kept * max(shared * values.keys, values.numbers_per_query)
     step = max(1, NUMBERS_AT_ONCE.get(query.device.type, NUMBERS_AT_ONCE["cpu"]) // max(1, each))
@@ -163,12 +164,12 @@ def _row_slices(query: Tensor, values: _Values) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class _Values:
-    """The values [batch, kept, keys, width], and how they and the probabilities are quantized."""
+    """The values [batch, kept, keys, width], and the quantizer of values and probabilities."""
 
     value: Tensor
-    """With zeros up to whole blocks."""
+    """The values, padded with zeros to whole blocks."""
     whole: Tensor
-    """All of it quantized, [batch, kept, width, keys]: right where a block lies before the query's."""
+    """All values quantized, [batch, kept, width, keys]. Valid for blocks before the block of the query."""
     keys: int
     quantizer: TensorQuantizer | None
 
@@ -181,11 +182,12 @@ class _Values:
 
     @property
     def numbers_per_query(self) -> int:
-        """Of its own block."""
+        """Numbers in the query's own block."""
         return 0 if self.quantizer is None else _block_of(self.quantizer) * self.value.shape[-1]
 
     def summed(self, p: Tensor, seen: Tensor) -> Tensor:
-        """[batch, kept, heads that share, queries, width] of probabilities [..., queries, keys], 0 where not `seen`."""
+        """The sums [batch, kept, heads that share, queries, width] for probabilities [..., queries, keys], which are 0
+        where not `seen`."""
         if self.quantizer is None:
             return (p.flatten(2, 3) @ self.whole.mT).unflatten(2, p.shape[2:4])
         block, keys = _block_of(self.quantizer), self.value.shape[2]
@@ -200,8 +202,8 @@ class _Values:
         return found + torch.einsum("bkhqn,bqkwn->bkhqw", p.gather(4, picked).squeeze(4), self._own(own, last))
 
     def _own(self, own: Tensor, last: Tensor) -> Tensor:
-        """Of each query [batch, queries] the values of its block as far as it sees them, quantized: [batch, queries,
-        kept, width, block]."""
+        """For each query [batch, queries], the quantized values of its own block, as far as it sees them: [batch,
+        queries, kept, width, block]."""
         assert self.quantizer is not None
         block = _block_of(self.quantizer)
         blocks = self.value.unflatten(2, (-1, block)).transpose(1, 2)

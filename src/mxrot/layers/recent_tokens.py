@@ -1,7 +1,7 @@
-"""The newest keys and values as they came, in a ring: a token costs no copy of the others.
+"""The newest keys and values, unquantized, in a ring buffer: appending a token copies no other token.
 
-Token j is row j % capacity. The ring grows where more tokens than it has rows are kept, with room for more, and gives
-room back where a call has brought many.
+Token j is in row j % capacity. The ring grows if it has fewer rows than tokens to keep, with spare rows. It shrinks
+after a call that has brought many tokens.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 ROOM = 32
-"""A ring that grows gets so many rows more than it needs, and no ring keeps more of them."""
+"""A growing ring gets this many spare rows, and no ring keeps more of them."""
 
 Pair = tuple[Tensor, Tensor]
-"""Of keys and values, [B, heads, tokens, D] each."""
+"""Keys and values, [B, heads, tokens, D] each."""
 
 
 class RecentTokens:
@@ -21,7 +21,7 @@ class RecentTokens:
 
     def __init__(self) -> None:
         self.rings: Pair | None = None
-        """[B, heads, capacity, D] each."""
+        """Keys and values, [B, heads, capacity, D] each."""
         self.length = 0
         self.end = 0
 
@@ -31,12 +31,12 @@ class RecentTokens:
 
     @property
     def nbytes(self) -> int:
-        """Of the rings, idle rows included."""
+        """The bytes of the rings, with unused rows."""
         return 0 if self.rings is None else sum(ring.nbytes for ring in self.rings)
 
     @torch.no_grad()
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Keep tokens [B, heads, n, D]."""
+        """Store tokens [B, heads, n, D]."""
         tokens = key.shape[2]
         self.reserve(tokens, (key, value))
         assert self.rings is not None
@@ -49,28 +49,28 @@ class RecentTokens:
         self.written(tokens)
 
     def reserve(self, tokens: int, like: Pair) -> None:
-        """Make room for so many more: from row `end` on, which goes round."""
+        """Make room for `tokens` more tokens, from row `end` on, modulo the capacity."""
         if self.rings is None or self.length + tokens > self.capacity:
             self._move(self.length + tokens + (ROOM if self.length else 0), like)
 
     def written(self, tokens: int) -> None:
-        """So many have come into the room."""
+        """Count `tokens` tokens that were written into the room."""
         self.end += tokens
         self.length += tokens
 
     def keep(self, tokens: int) -> None:
-        """Let go of all but so many, and of rows that these and one more token do not need."""
+        """Drop all but the newest `tokens` tokens, and rows that these and one more token do not need."""
         self.length = min(self.length, tokens)
         if self.rings is not None and self.capacity > tokens + 1 + ROOM:
             self._move(tokens + 1, self.rings)
 
     def drop_last(self, tokens: int) -> None:
-        """Forget so many tokens at the end."""
+        """Forget `tokens` tokens at the end."""
         self.end -= tokens
         self.length = max(0, self.length - tokens)
 
     def read(self, start: int, stop: int) -> Pair:
-        """Tokens `start` to `stop` of those that are kept: views where they lie side by side."""
+        """Tokens `start` to `stop` of those that are kept. The result is a view if they are contiguous."""
         assert self.rings is not None and 0 <= start <= stop <= self.length
         row = (self.end - self.length + start) % self.capacity
         rest = row + stop - start - self.capacity
@@ -81,14 +81,14 @@ class RecentTokens:
         return key, value
 
     def select(self, sequences: Tensor) -> None:
-        """Keep these of the batch, int64 [B'], in this order; one may come several times."""
+        """Keep these sequences of the batch, int64 [B'], in this order. A sequence may occur several times."""
         if self.rings is not None:
             key, value = (ring.index_select(0, sequences) for ring in self.rings)
             self.rings = key, value
 
     def _move(self, capacity: int, like: Pair) -> None:
-        """Rings of so many rows, with the tokens that are kept."""
-        with torch.inference_mode(False):  # rings that may be written in any mode
+        """New rings with `capacity` rows, with the tokens that are kept."""
+        with torch.inference_mode(False):  # makes rings that can be written in any mode
             made = tuple(x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in like)
         if self.length:
             rows = torch.arange(self.end - self.length, self.end, device=made[0].device) % capacity

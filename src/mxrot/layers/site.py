@@ -1,11 +1,11 @@
 """Linears that read the same input, computed together.
 
-The first one that is called transforms and quantizes the input once and multiplies it by the weights of all, which lie
-in one tensor; the others take their part when they are called with the very same input, unchanged. Called in another
-order, or with another input, each computes its own.
+The first linear that is called transforms and quantizes the input once, and multiplies it by the weights of all linears
+of the site, which are in one tensor. The others take their part when they are called with the same unchanged input
+tensor. If the order or the input differs, each linear computes its own product.
 
-Each thread has products of its own. A tensor made under `torch.inference_mode` does not count its changes, so nobody
-knows whether it was changed between two linears: there each computes its own (`torch.no_grad` keeps the saving).
+Each thread has its own products. A tensor made under `torch.inference_mode` does not count its changes, so a change
+between two linears could not be detected. Each linear then computes its own product (`torch.no_grad` keeps the saving).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PREPARED = ("row_exponents", "lifted_scales", "lifted", "swizzled", "whole_codes
 
 
 class _Products:
-    """What was computed and not yet taken."""
+    """Products that were computed and not yet taken."""
 
     input: Tensor | None = None
     state: tuple[int, bool] | None = None
@@ -40,17 +40,17 @@ class _Products:
 
 
 class _ProductsOfThread(_Products, threading.local):
-    """The same, for each thread."""
+    """The products of one thread."""
 
 
 class SiteLinear(nn.Module):
-    """A linear, as far as its site asks."""
+    """The interface of a linear that its site uses."""
 
     out_features: int
     weights: TensorQuantizer
     weight_packed: nn.Parameter
     weight_scale: nn.Parameter
-    """Of formats that have a part of this name, as MXFP4 has."""
+    """The scales, for formats that have a part of this name, such as MXFP4."""
     bias: nn.Parameter | None
     row_exponents: Tensor | None
     lifted_scales: Tensor | None
@@ -59,25 +59,25 @@ class SiteLinear(nn.Module):
     whole_codes: Tensor | None
     whole_scales: Tensor | None
     keeps_lifted: bool | None
-    """As the site was prepared, so that it can be again on another device; None where it was not."""
+    """How the site was prepared, in order to repeat it on another device. None if it was not prepared."""
     site: SiteProducts[Any] | None
 
     @property
     @abstractmethod
     def transform(self) -> InputTransform | None:
-        """What the linears of the site apply to their input."""
+        """The transform that the linears of the site apply to their input."""
 
     @abstractmethod
     def stored_weight(self) -> StoredWeight:
-        """Codes and their parts, without what was prepared."""
+        """The codes and their parts, without what was prepared."""
 
     @abstractmethod
     def compute(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
-        """The product with a weight in the format of this one."""
+        """The product with a weight in the format of this linear."""
 
     @abstractmethod
     def forget(self) -> None:
-        """Let go of what was prepared, here and in the other linears of the site."""
+        """Drop what was prepared, here and in the other linears of the site."""
 
 
 L = TypeVar("L", bound=SiteLinear)
@@ -94,11 +94,11 @@ class SiteProducts(Generic[L]):
         """Release products that no linear has taken."""
         self._of_threads = _ProductsOfThread()
         self._traced = _Products()
-        """While a model is compiled, which settles who takes what once for all calls. A change in place between two
-        linears of a site is not seen there."""
+        """The products while a model is compiled. The compiler decides once for all calls who takes which product. It
+        does not notice an in-place change of the input between two linears of a site."""
 
     def take(self, linear: L, x: Tensor) -> Tensor | None:
-        """The product of `linear` with x; None where the site has not computed it."""
+        """The product of `linear` with x. None if the site has not computed it."""
         if torch.compiler.is_compiling():
             products, state = self._traced, None
         elif x.is_inference():
@@ -125,14 +125,14 @@ class SiteProducts(Generic[L]):
         parts = whole.split([linear.out_features for linear in self.linears], dim=-1)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return parts
-        # Not what `split` gives: each may be changed in place by one who records gradients.
+        # Not the views of `split`: with gradients, each part may be changed in place.
         if not whole.requires_grad:
             return tuple(part.data for part in parts)
         ends = list(accumulate(linear.out_features for linear in self.linears))
         return tuple(whole[..., start:end] for start, end in zip([0, *ends], ends, strict=False))
 
     def weight_of(self, linear: L) -> StoredWeight:
-        """The weight that is multiplied when `linear` is called: of the whole site where that was prepared."""
+        """The weight that is multiplied when `linear` is called. It is that of the whole site if that was prepared."""
         first = self.linears[0]
         if first.whole_codes is None or first.whole_scales is None:
             own = linear.stored_weight()
@@ -140,7 +140,7 @@ class SiteProducts(Generic[L]):
         return StoredWeight(first.whole_codes, (first.whole_scales,), prepared_of(first))
 
     def _has_absent_bias(self) -> bool:
-        """Is a bias offloaded, to be brought when its own linear is called?"""
+        """True if a bias is offloaded, and is loaded only when its own linear is called."""
         return any(linear.bias is not None and linear.bias.is_meta for linear in self.linears)
 
     def _bias(self) -> Tensor | None:
@@ -157,10 +157,10 @@ class SiteProducts(Generic[L]):
         )
 
     def join(self) -> None:
-        """Make the weights parts of the whole one again, after a copy that took them apart."""
+        """Make the weights views of the whole weight again, after a copy has separated them."""
         linears: tuple[L, ...] = vars(self).get("linears", ())
         if any("_parameters" not in vars(linear) for linear in linears):
-            return  # the copy is not complete yet, and the last one calls again
+            return  # the copy is not complete yet, and its last linear calls again
         if linears and linears[0].whole_codes is not None and linears[0].whole_scales is not None:
             share_weights(linears, linears[0].whole_codes, linears[0].whole_scales)
 
@@ -173,14 +173,14 @@ class SiteProducts(Generic[L]):
 
 
 def share_weights(linears: Sequence[SiteLinear], codes: Tensor, scales: Tensor) -> None:
-    """Let the parameters of the linears of a site be parts of its whole weight."""
+    """Make the parameters of the linears of a site views of its whole weight."""
     rows = [linear.out_features for linear in linears]
     for linear, own_codes, own_scales in zip(linears, codes.split(rows), scales.split(rows), strict=True):
         linear.weight_packed.data, linear.weight_scale.data = own_codes, own_scales
 
 
 def lies_apart(linear: SiteLinear) -> bool:
-    """Is the weight of a linear no longer a part of the whole one of its site?"""
+    """True if the weight of a linear is no longer a view of the whole weight of its site."""
     whole = None if linear.site is None else linear.site.linears[0].whole_codes
     if whole is None:
         return False
@@ -188,5 +188,5 @@ def lies_apart(linear: SiteLinear) -> bool:
 
 
 def prepared_of(linear: SiteLinear) -> Prepared:
-    """What `prepare_site` has made and `linear` holds."""
+    """The tensors of `prepare_site` that `linear` holds."""
     return Prepared(linear.row_exponents, linear.lifted_scales, linear.lifted, linear.swizzled)

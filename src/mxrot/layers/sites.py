@@ -1,4 +1,4 @@
-"""The sites of a whole model, made ready for the kernels."""
+"""Preparation of all sites of a model for the kernels."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mxrot.layers.prepare import is_in_one_place, prepare_site
 
 
 def prepare_linears(model: nn.Module, keeps_lifted: bool = False) -> None:
-    """`prepare_site` for all sites of a model.
+    """Call `prepare_site` for all sites of a model.
 
-    A site whose weights are not all on one device (or on none, where they are offloaded) stays as it is.
+    A site is not prepared if its weights are not all on one device, or are offloaded.
     """
     for linears in sites_of(model):
         _prepare(linears, keeps_lifted)
 
 
 def prepare_on_gpus(model: nn.Module, keeps_lifted: bool = False) -> None:
-    """The same for the sites that are on a GPU, of a model that may be spread over devices."""
+    """The same for the sites that are on a GPU. The model may be spread over devices."""
     for linears in sites_of(model):
         if linears[0].weight_packed.is_cuda:
             _prepare(linears, keeps_lifted)
@@ -31,8 +31,8 @@ def prepare_on_gpus(model: nn.Module, keeps_lifted: bool = False) -> None:
 
 @torch.no_grad()
 def warm_up_linear(linear: QuantLinear, dtype: torch.dtype, most_rows: int) -> list[int]:
-    """Have the kernels compiled that compute a prepared linear for inputs of up to `most_rows` rows in `dtype`; the
-    numbers of rows that it was called with, none on a device for which nothing is compiled."""
+    """Compile the kernels that compute a prepared linear for inputs of up to `most_rows` rows in `dtype`. Returns the
+    numbers of rows that it was called with; none on a device without compiled kernels."""
     weight = linear.site_weight()
     activations = linear.activations
     are_mxfp4 = activations is not None and linear.weights.is_mxfp4 and activations.is_mxfp4
@@ -52,7 +52,7 @@ def _prepare(linears: Sequence[QuantLinear], keeps_lifted: bool) -> None:
 
 
 def sites_of(model: nn.Module) -> Iterator[Sequence[QuantLinear]]:
-    """The quantized linears of a model, those of a site together."""
+    """The quantized linears of a model, grouped by site."""
     for module in model.modules():
         if isinstance(module, QuantLinear) and (module.site is None or module.site.linears[0] is module):
             yield (module,) if module.site is None else module.site.linears

@@ -1,4 +1,4 @@
-"""What a model weighs, by what the bytes are for."""
+"""The size of a model in bytes, by purpose."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from mxrot.layers.transform import is_of_transform
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Bytes of a model's tensors; sizes of parts add up."""
+    """Bytes of a model's tensors. Sizes of parts add up."""
 
     quantized_weights: int = 0
-    """Number of weights that are held as codes."""
+    """The number of weights that are held as codes."""
     code_bytes: int = 0
     scale_bytes: int = 0
     transform_bytes: int = 0
     other_bytes: int = 0
-    """Embeddings, norms, heads, and linears that were left alone."""
+    """Embeddings, norms, heads, and linears that are not quantized."""
     left_weights: int = 0
-    """Number of weights of linears of decoder blocks that were left alone."""
+    """The number of weights of linears of decoder blocks that are not quantized."""
     left_bytes: int = 0
-    """What these take; a part of `other_bytes`."""
+    """The bytes of these weights, a part of `other_bytes`."""
     head_bytes: int = 0
-    """What a quantized head takes, with its scales and its transform; a part of `other_bytes`, too."""
+    """The bytes of a quantized head with its scales and its transform, also a part of `other_bytes`."""
 
     @staticmethod
     def of(
@@ -37,11 +37,12 @@ class ModelSize:
         left: Collection[str] = (),
         head: str = "",
     ) -> ModelSize:
-        """The size of named tensors, as a checkpoint names them, that hold so many weights as codes; shared storage
-        counts once.
+        """The size of named tensors, as a checkpoint names them. They hold `quantized_weights` weights as codes. Shared
+        storage counts once.
 
-        What is not quantized counts `other_itemsize` bytes an element; None stands for what it takes now. `left` are
-        names of weights of linears that were left alone; `head` is the name of the head where that is quantized.
+        Tensors that are not quantized count `other_itemsize` bytes per element; None stands for their current size.
+        `left` are the names of weights of linears that are not quantized. `head` is the name of the head if that is
+        quantized.
         """
         counts = {"codes": 0, "scales": 0, "transforms": 0, "other": 0}
         left_weights = left_bytes = head_bytes = 0
@@ -64,7 +65,7 @@ class ModelSize:
         return ModelSize(quantized_weights, *parts, left_weights, left_bytes, head_bytes)
 
     def as_table(self) -> dict[str, int]:
-        """As a record has it: without a head that is as it was."""
+        """The table for a record. It has no entry for a head that is not quantized."""
         return {name: value for name, value in vars(self).items() if name != "head_bytes" or value}
 
     def __add__(self, other: ModelSize) -> ModelSize:
@@ -79,9 +80,10 @@ class ModelSize:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Mean over the linears of the decoder blocks, those that were left alone too; None if nothing is quantized.
+        """The mean bits per weight over the linears of the decoder blocks, with those that are not quantized. None if
+        nothing is quantized.
 
-        Of codes and scales; transforms are not counted.
+        Codes and scales count, transforms do not.
         """
         if not self.quantized_weights:
             return None
@@ -89,7 +91,7 @@ class ModelSize:
 
     @property
     def transform_bits_per_weight(self) -> float | None:
-        """Bits of transforms, over the same weights."""
+        """Bits of transforms per weight, over the same weights."""
         return 8 * self.transform_bytes / self._linear_weights if self.quantized_weights else None
 
     @property
@@ -98,7 +100,7 @@ class ModelSize:
 
 
 def _kind(name: str) -> str:
-    if is_of_transform(name):  # asked first: a stage's tensor may be called as a part is
+    if is_of_transform(name):  # tested first: a tensor of a stage may have the name of a part
         return "transforms"
     last = name.rpartition(".")[2]
     if last.startswith(PART):

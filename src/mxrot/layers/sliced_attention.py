@@ -1,12 +1,12 @@
-"""softmax(q k^T) v where some keys and values are read from codes and others in 16 bits, slice by slice.
+"""softmax(q k^T) v, slice by slice, where some keys and values are read from codes and others in 16 bits.
 
-Keys are visited in slices, and for each of them the queries in slices; what a query has summed so far is kept with the
-largest score that it has met and the sum of its weights, and a larger score scales both down (Milakov and Gimelshein,
-arXiv 1805.02867; FlashAttention, 2205.14135, section 3.1). So each slice of keys is dequantized once, and what exists
-at once is bounded. Products and sums are float32, or float64 for queries in float64.
+Keys are visited in slices, and for each slice the queries in slices. For each query the sum so far is kept, with its
+largest score so far and the sum of its weights. A larger score rescales both sums (Milakov and Gimelshein, arXiv
+1805.02867; FlashAttention, 2205.14135, section 3.1). Each slice of keys is therefore dequantized once, and memory is
+bounded. Products and sums are float32, or float64 for queries in float64.
 
-Query t reads key and value j in 16 bits where t - j < last, or where j is among the `first` tokens that are no padding.
-Each pair of t and j has one place: among the codes, among the first tokens, or among the last ones.
+Query t reads key and value j in 16 bits if t - j < last, or if j is among the `first` tokens that are not padding. Each
+pair of t and j is counted once: with the codes, with the first tokens, or with the last tokens.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ KEYS_AT_ONCE = 4096
 
 
 class Reading(ABC):
-    """Keys and values of the tokens that attention is given, the newest last; float32 or float64."""
+    """Keys and values of the tokens that attention reads, the newest last; float32 or float64."""
 
     count: int
 
     @abstractmethod
     def codes(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Q(k T) and Q(v U) of some of them, [B, heads, n, D]."""
+        """Q(k T) and Q(v U) of tokens `start` to `stop`, [B, heads, n, D]."""
 
     @abstractmethod
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """k and v of some that a query reads in 16 bits because it is near."""
+        """k and v of tokens `start` to `stop`, for queries near enough to read them in 16 bits."""
 
     @abstractmethod
     def leading(self) -> tuple[Tensor, Tensor, Tensor]:
-        """k and v of the first tokens of each sequence [B, heads, first, D], and where they begin, int64 [B]: what a
-        window has left behind begins below 0."""
+        """k and v of the first tokens of each sequence [B, heads, first, D], and the positions where they begin, int64
+        [B]. A position below 0 has left the window."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,18 @@ class Call:
     """The queries of a call, and what they see."""
 
     query: Tensor
-    """Times what scores are scaled by, float32 or float64 [B, heads of keys, heads that share them, T, D]."""
+    """The query times the scale of scores, float32 or float64 [B, heads of keys, heads that share them, T, D]."""
     matrices: CacheMatrices
     mask: Tensor | None
-    """Flags or numbers to add, [B or 1, 1, T, keys]."""
+    """Flags, or numbers to add, [B or 1, 1, T, keys]."""
     places: Tensor
-    """Where each query stands among the keys, int64 [B or 1, T]."""
+    """The position of each query among the keys, int64 [B or 1, T]."""
     places_are_last: bool
-    """Is query i of T known to stand at the i-th of the last T places?"""
+    """True if query i of T is known to be at the i-th of the last T positions."""
     softcap: float | None
 
     def scores(self, rows: slice, keys: Tensor, mask: Tensor | None, is_exact: bool) -> Tensor:
-        """[B, heads of keys, sharing heads, rows, n]; `mask` is of these."""
+        """Scores [B, heads of keys, sharing heads, rows, n]. `mask` is for these rows and keys."""
         query = self.query[:, :, :, rows]
         if not is_exact and self.matrices.queries is not None:
             query = query @ self.matrices.queries[:, None]
@@ -69,11 +69,11 @@ class Call:
         return found if mask is None or mask.dtype == torch.bool else found + mask
 
     def distance(self, rows: slice, keys: Tensor) -> Tensor:
-        """t - j for keys at these places [n] or [B, n]: int64 [B or 1, 1, 1, rows, n]."""
+        """t - j for keys at these positions [n] or [B, n]: int64 [B or 1, 1, 1, rows, n]."""
         return (self.places[:, rows, None] - keys.view(-1, 1, keys.shape[-1]))[:, None, None]
 
     def keys_near(self, rows: slice, columns: slice, count: int, last: int) -> slice:
-        """Those of `columns` that are near a query of these rows, or more."""
+        """The part of `columns` that is near a query of these rows, or a larger part."""
         start, stop = 0, count if last else 0
         if self.places_are_last and last:
             before = count - self.query.shape[3]
@@ -82,19 +82,20 @@ class Call:
         return slice(start, max(start, min(stop, columns.stop)))
 
     def come_after(self, rows: slice, columns: slice, count: int) -> bool:
-        """Are all these queries known to stand behind these keys, or at the last one?"""
+        """True if all these queries are known to come after these keys, or at the last one."""
         return self.places_are_last and columns.stop <= count - self.query.shape[3] + rows.start + 1
 
 
 class _Sums:
-    """What some queries have summed so far."""
+    """The sums of some queries so far."""
 
     def __init__(self) -> None:
         self.largest: Tensor | None = None
 
     def add(self, scores: Tensor, seen: Tensor | None, values: Tensor, is_exact: bool) -> None:
-        """`values` [B, heads of keys, n, D] with the weights exp(scores) where they are seen, by default everywhere."""
-        in_place = not scores.requires_grad  # `scores` are the caller's no more
+        """Add `values` [B, heads of keys, n, D], with the weights exp(scores), where they are seen. Default:
+        everywhere."""
+        in_place = not scores.requires_grad  # the caller does not use `scores` again
         if seen is not None:
             scores = scores.masked_fill_(~seen, -torch.inf) if in_place else scores.masked_fill(~seen, -torch.inf)
         largest = scores.detach().amax(dim=-1, keepdim=True)
@@ -113,7 +114,8 @@ class _Sums:
         self.largest = largest
 
     def result(self, matrices: CacheMatrices) -> Tensor:
-        """[B, heads of keys, sharing heads, rows, D]; zeros for a query that sees nothing, which is padding."""
+        """The output [B, heads of keys, sharing heads, rows, D]. A query that sees nothing is padding, and gets
+        zeros."""
         turned, exact = self.summed
         if matrices.outputs is not None:
             turned = turned @ matrices.outputs[:, None]
@@ -121,7 +123,7 @@ class _Sums:
 
 
 def attend(call: Call, reading: Reading, scheme: CacheScheme) -> Tensor:
-    """What the heads give, float32 or float64 [B, heads, T, D]."""
+    """The outputs of the heads, float32 or float64 [B, heads, T, D]."""
     batch, kept, shared, queries, width = call.query.shape
     numbers = NUMBERS_AT_ONCE.get(call.query.device.type, NUMBERS_AT_ONCE["cpu"])
     keys = max(1, min(reading.count, KEYS_AT_ONCE, numbers // (batch * kept * width)))
@@ -151,7 +153,7 @@ def _add_slice(
     leading: Tensor | None,
     sums: _Sums,
 ) -> None:
-    """Keys at `columns`, without those among the first tokens, which begin at the places `leading` [B]."""
+    """Add the keys at `columns`, except those among the first tokens, which begin at the positions `leading` [B]."""
     places = torch.arange(columns.start, columns.stop, device=call.places.device)
     mask = None if call.mask is None else call.mask[:, :, None, rows, columns]
     seen = None if mask is None else seen_in(mask)

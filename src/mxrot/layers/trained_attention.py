@@ -1,8 +1,8 @@
-"""Attention with quantized keys and values where gradients are wanted: one call of PyTorch's own.
+"""Attention with quantized keys and values when gradients are needed: one call of PyTorch's own attention.
 
-Slice by slice a backward pass would keep all scores. Here keys and values are rounded with the gradient of what is not
-rounded, and PyTorch multiplies and sums: in the type that it is told to (bfloat16 under autocast, which holds MXFP4 and
-rounds INT4 values), and so not to the last bit as without gradients.
+In the sliced computation, a backward pass would keep all scores. Here keys and values are rounded with the gradient of
+unrounded values, and PyTorch multiplies and sums. It does so in its own type (bfloat16 under autocast, which holds
+MXFP4 values exactly and rounds INT4 values). The last bits therefore differ from the result without gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mxrot.layers.quantized_attention import rounded
 
 
 def is_trained(scheme: CacheScheme, inputs: tuple[object, ...], softcap: float | None) -> bool:
-    """Is a gradient wanted that this can give? It reads all tokens alike, and knows no soft caps."""
+    """True if a gradient is needed that this function supports. It reads all tokens alike, and has no soft caps."""
     if not torch.is_grad_enabled() or scheme.first or scheme.last or softcap is not None:
         return False
     return all(isinstance(x, Tensor) for x in inputs) and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
@@ -32,11 +32,11 @@ def trained_attention(
     scaling: float,
 ) -> Tensor:
     """Query [batch, heads, tokens, width], and keys and values with as many heads or fewer, to [batch, tokens, heads,
-    width] in the type of the query. `matrices` are those for products in float32, or float64 for inputs in float64;
-    `mask` is as for `cached_attention`."""
+    width] in the type of the query. `matrices` are for products in float32, or in float64 for inputs in float64. `mask`
+    is as for `cached_attention`."""
     query, key, value = inputs
     if mask is None and query.shape[2] > 1:
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # the rest is not there yet
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # later keys are not filled yet
     kept, dtype = key.shape[1], query.dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):

@@ -14,15 +14,15 @@ from mxrot.transforms.stages import BlockDiagonalSpec, StageSpec, apply_matrices
 
 
 def is_of_transform(name: str) -> bool:
-    """Does a tensor of this name in a checkpoint belong to an input transform?"""
+    """True if a tensor of this name in a checkpoint belongs to an input transform."""
     return name.rpartition(".")[0].endswith("_input")
 
 
 class _Applied(NamedTuple):
-    """The matrices that were made of a stored tensor, and how to know it again."""
+    """The matrices that were made from a stored tensor, and the facts that identify it."""
 
     stored: Tensor
-    """Holds its memory, so that no other tensor comes to lie there."""
+    """Holds the tensor's memory, so that it is not reused."""
     place: int
     version: int
     matrices: Tensor
@@ -31,35 +31,36 @@ class _Applied(NamedTuple):
 class InputTransform(nn.Module):
     """Holds the tensors of a site's stages, as a checkpoint does, and applies the stages.
 
-    A block-diagonal stage at the end is `matrices`, for whoever quantizes what comes out; `lead` is all before it.
+    A block-diagonal stage at the end is `matrices`, for the code that quantizes its result. `lead` is all stages before
+    it.
     """
 
     weight: nn.Parameter
-    """sqrt(B) T in bfloat16 of the last block-diagonal stage, where there is one."""
+    """sqrt(B) T of the last block-diagonal stage, if there is one, in bfloat16."""
 
     def __init__(self, specs: Sequence[StageSpec], stored: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.specs = tuple(specs)
         self.has_matrices = isinstance(self.specs[-1], BlockDiagonalSpec)
-        """Is the last stage one that the quantizer applies?"""
+        """True if the quantizer applies the last stage."""
         self.has_lead = len(self.specs) > self.has_matrices
         for name, tensor in stored.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._applied: _Applied | None = None
         self.is_for_kernels = False
-        """Keep the matrices row by row on a GPU, which kernels would otherwise copy in every call."""
+        """Keep the matrices row by row on a GPU. Otherwise kernels would copy them in every call."""
         self.prepared: Tensor | None
-        """The bytes of `matrices()`, int16, for a compiled model; no part of a checkpoint, moves with the module."""
+        """The bytes of `matrices()`, int16, for a compiled model. Not part of a checkpoint; moves with the module."""
         keep(self, "prepared", None)
 
     @staticmethod
     def of(transform: SiteTransform) -> InputTransform:
-        """One that applies `transform`, after the rounding of a checkpoint."""
+        """An input transform that applies `transform`, rounded as in a checkpoint."""
         return InputTransform(transform.specs, transform.stored())
 
     @staticmethod
     def empty(specs: Sequence[StageSpec], width: int, device: torch.device | str) -> InputTransform:
-        """One for inputs of `width` channels, to be filled."""
+        """An input transform for `width` channels, without values."""
         return InputTransform(specs, empty_tensors(specs, width, device))
 
     def fill(self, transform: SiteTransform) -> None:
@@ -70,9 +71,9 @@ class InputTransform(nn.Module):
             own[name].data = tensor
 
     def lead(self, x: Tensor) -> Tensor:
-        """`x` after all stages but the one of `matrices`, in the type of `x`.
+        """`x` after all stages except the one of `matrices`, in the type of `x`.
 
-        They are computed in float32 and rounded once; autocast changes nothing of it.
+        The stages are computed in float32 and rounded once. Autocast has no effect.
         """
         if not self.has_lead:
             return x
@@ -85,7 +86,7 @@ class InputTransform(nn.Module):
         return (tensor for name, tensor in self.named_parameters() if not (self.has_matrices and name == "weight"))
 
     def _led(self, x: Tensor) -> Tensor:
-        # Where a model is spread over devices, the linear that owns the transform may be on another.
+        # If a model is spread over devices, the linear that owns the transform may be on another device.
         stored = {name: tensor.to(x.device) for name, tensor in self.named_parameters()}
         parts = list(zip(self.specs, by_stage(self.specs, stored), strict=True))
         leading = parts[:-1] if self.has_matrices else parts
@@ -93,16 +94,16 @@ class InputTransform(nn.Module):
             return applied_in_turn([spec.stage(part) for spec, part in leading], x)
 
     def matrices(self) -> Tensor:
-        """T as runtimes apply it, bfloat16 [1 | G, B, B], where it `has_matrices`; kept until what is stored changes.
+        """T as runtimes apply it, bfloat16 [1 | G, B, B], if it `has_matrices`. Cached until the stored tensor changes.
 
-        A transform that is on the meta device is called instead: where weights are offloaded, hooks bring them for the
-        time of a call.
+        A transform on the meta device is called as a module instead: if weights are offloaded, hooks load them during a
+        call.
         """
         weight = self.weight
         if weight.device.type == "meta":
             found: Tensor = self()
             return found
-        if weight.is_inference():  # it does not count its changes
+        if weight.is_inference():  # an inference tensor does not count its changes
             return self._made()
         place, version, kept = weight.data_ptr(), weight._version, self._applied
         if kept is None or (kept.place, kept.version, kept.stored.device) != (place, version, weight.device):
@@ -122,7 +123,8 @@ class InputTransform(nn.Module):
             keep(self, "prepared", self.matrices().view(torch.int16))
 
     def forward(self, x: Tensor | None = None, only_lead: bool = False) -> Tensor:
-        """What linears see of x before it is quantized, float32; without x, `matrices`; or what `lead` gives."""
+        """What linears see of x before it is quantized, float32. Without x, `matrices`. With `only_lead`, the result of
+        `lead`."""
         if x is None:
             return self._made()
         led = self._led(x) if self.has_lead else x
@@ -147,7 +149,7 @@ class InputTransform(nn.Module):
 
 
 def keeping_type(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`change` without the casts in it: what is stored as numbers of few bits means something else in another type."""
+    """`change` without its casts: codes would mean something else in another type."""
 
     def changed(tensor: Tensor) -> Tensor:
         found = change(tensor)
@@ -157,9 +159,9 @@ def keeping_type(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 
 def keep(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """Make `value` a buffer of a module that moves with it and is no part of a checkpoint.
+    """Make `value` a buffer of a module that moves with it and is not part of a checkpoint.
 
-    None is no such buffer, though its name is: who goes through all of them (accelerate) takes each for a tensor.
+    None becomes a persistent buffer instead: code that goes through the others (accelerate) expects a tensor in each.
     """
     if value is not None or module._buffers.get(name, module) is not None:
         module.register_buffer(name, value, persistent=value is None)

@@ -1,4 +1,4 @@
-"""Checkpoints in vLLM: what it makes of one, the form that it reads, and the plugin that runs all of them.
+"""Checkpoints in vLLM: what vLLM does with one, the form that vLLM reads, and the plugin that runs all of them.
 
-Nothing is imported here: vLLM looks at `plugin` in each of its processes.
+Nothing is imported here, because vLLM loads `plugin` in each of its processes.
 """

@@ -1,11 +1,11 @@
-"""How stock vLLM multiplies MXFP4 weights, device by device, as its Python code of one version says."""
+"""How stock vLLM multiplies MXFP4 weights on each device, according to the Python code of one version."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 VERSION = "0.32.0"
-"""Of vLLM: what is said of it here, and in `vllm.verdict`, holds for this one."""
+"""The vLLM version that the facts here and in `vllm.verdict` were read from."""
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,10 @@ class Arithmetic:
 
     device: str
     computes: str
-    """Bits of weights and activations, and by what; `none` where vLLM refuses."""
+    """Bits of weights and activations, and the code that computes; `none`: vLLM refuses."""
     note: str = ""
     majors: tuple[int, ...] = ()
-    """Compute capabilities of NVIDIA's devices, before the point."""
+    """Compute capabilities of NVIDIA devices: the digits before the point."""
 
 
 DEVICES = (
@@ -40,11 +40,12 @@ DEVICES = (
     Arithmetic("other AMD", "W4A4, emulated with amd-quark", "scale rule even, slow"),
     Arithmetic("CPU", "none", "no kernel"),
 )
-"""What is chosen with no option, when everything is installed that vLLM's wheel asks for."""
+"""What vLLM chooses without options, if everything that its wheel requires is installed."""
 
 
 def arithmetic_of(capability: tuple[int, int] | None) -> Arithmetic:
-    """What stock vLLM chooses on a device of NVIDIA; a CPU for None, `unclear` where nobody has looked."""
+    """What stock vLLM chooses on an NVIDIA device. None stands for a CPU. `unclear` for devices that were not looked
+    at."""
     if capability is None:
         return next(one for one in DEVICES if one.device == "CPU")
     for one in DEVICES:

@@ -1,4 +1,4 @@
-"""Write a checkpoint again for another program to run."""
+"""Write a checkpoint again so that another program can run it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ _HEADING = "\n## vLLM\n"
 
 
 def export_for_vllm(folder: Path, output: Path, force: bool = False) -> VllmReport:
-    """Copy the checkpoint in `folder` to the new folder `output` as stock vLLM runs it; what vLLM does with that.
+    """Copy the checkpoint in `folder` to the new folder `output`, in the form that stock vLLM runs. Returns what vLLM
+    does with it.
 
-    Weights stay as they are. config.json says what is installed in the words of compressed-tensors, and gives bfloat16,
-    in which vLLM applies the very matrices that weights were folded against; the card tells how to serve it.
-    CheckpointError, before anything is written, if stock vLLM would
-    not run it, if a file has changed since it was written, or if `output` is not empty, unless `force`.
+    Weights stay as they are. config.json says in the words of compressed-tensors what is installed. It sets bfloat16,
+    in which vLLM applies exactly the matrices that the weights were folded with. The card tells how to serve the copy.
+    CheckpointError, before anything is written, if stock vLLM would not run the copy, if a file has changed since it
+    was written, or if `output` is not empty and `force` is not set.
     """
     report = check_for_vllm(folder)
     if report.stock.stops:
@@ -54,7 +55,7 @@ def export_for_vllm(folder: Path, output: Path, force: bool = False) -> VllmRepo
 
 
 def _check_partial(place: Place) -> None:
-    """CheckpointError if there is work of `mxrot quantize` where this one is to be done."""
+    """CheckpointError if the working folder holds work of `mxrot quantize`."""
     check_ours(place.partial)
     if work := holds_work(place.partial):
         raise CheckpointError(f"{place.partial}: holds {work} of `mxrot quantize`; finish that, or give another output")
@@ -78,7 +79,8 @@ def _write(checked: Checked, output: Path) -> None:
 
 
 def _quantization(checked: Checked) -> dict[str, Any]:
-    """The `quantization_config` by which stock vLLM runs it; what others have put into the marker stays there."""
+    """The `quantization_config` by which stock vLLM runs the checkpoint. Keys of other programs in the marker are
+    kept."""
     family = checked.family
     dtype = checked.layout.dtype or WeightFiles(checked.folder, family.beside).dtype_of(f"{family.embedding}.weight")
     table = compressed_tensors_config(checked.scheme, family, dtype)
@@ -86,7 +88,7 @@ def _quantization(checked: Checked) -> dict[str, Any]:
 
 
 def vllm_section(report: VllmReport) -> str:
-    """How to serve it, for the model card."""
+    """The section of the model card that tells how to serve the copy."""
     rows = "".join(f"| {device.device} | {device.computes} | {device.note} |\n" for device in DEVICES)
     notes = "".join(f"- {note[0].upper()}{note[1:]}.\n" for note in report.notes)
     sizes = ", ".join(map(str, report.stock.tensor_parallel))

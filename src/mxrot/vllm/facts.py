@@ -1,4 +1,4 @@
-"""What decides how vLLM takes a checkpoint: the same of one that is there and of one that is planned."""
+"""The facts that decide how vLLM handles a checkpoint, for an existing checkpoint or a planned one."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from mxrot.scheme import Scheme
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides, of one checkpoint."""
+    """The facts about one checkpoint."""
 
     config: Any
-    """Of transformers, without the `quantization_config`."""
+    """The transformers config, without the `quantization_config`."""
     family: Family
     scheme: Scheme
     is_native: bool
-    """Is its config in mxrot's own form, which stock vLLM refuses?"""
+    """True if its config has mxrot's own form, which stock vLLM refuses."""
     widths: Mapping[str, int]
-    """in_features of the quantized linears, by their full names."""
+    """in_features of the quantized linears, by full name."""
     biased: tuple[str, ...]
     """Quantized linears with a bias."""
 
     @staticmethod
     def planned(skeleton: PreTrainedModel, family: Family, recipe: Recipe) -> Facts:
-        """Of what `recipe` would make of a model."""
+        """The facts about the checkpoint that `recipe` would make of a model."""
         scheme = Scheme.of(recipe, family, skeleton)
         return of_model(skeleton, family, scheme, is_native(scheme))
 
     @staticmethod
     def written(folder: Path, verify: bool | None = None) -> Facts:
-        """Of the checkpoint in `folder`, from its config and the headers of its files.
+        """The facts about the checkpoint in `folder`, from its config and the headers of its files.
 
-        CheckpointError if it is none or does not fit itself; `verify` as for `mxrot.load`.
+        CheckpointError if it is not a checkpoint or contradicts itself. `verify` is as for `mxrot.load`.
         """
         checked = check_checkpoint(folder, verify)
         return of_model(checked.skeleton, checked.family, checked.scheme, checked.layout.is_native)
@@ -53,7 +53,7 @@ class Facts:
 
     @property
     def dtype(self) -> str:
-        """In which vLLM runs it, if nothing else is said."""
+        """The dtype that vLLM uses by default."""
         return str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
 
     @property
@@ -64,7 +64,7 @@ class Facts:
 
 
 def of_model(model: PreTrainedModel, family: Family, scheme: Scheme, native: bool) -> Facts:
-    """Of a model, with its linears quantized or as they were, that has `scheme` installed or is to have it."""
+    """The facts about a model that has `scheme` installed or will have it. Its linears may be quantized or not."""
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in scheme.linears}
     widths = {name: linear.in_features for name, linear in linears.items()}
     biased = tuple(name for name, linear in linears.items() if isinstance(linear.bias, nn.Parameter))

@@ -1,8 +1,8 @@
-"""mxrot's quantized linear inside vLLM's parallel linears; imported by vLLM only, through `vllm.plugin`.
+"""mxrot's quantized linear inside vLLM's parallel linears. Only vLLM imports this module, through `vllm.plugin`.
 
-vLLM holds q, k, v and gate, up as one linear each, so a site is one linear here, and has one scheme. A linear that is
-split along its outputs reads whole inputs and keeps the whole transform; one that is split along its inputs keeps the
-matrices of its blocks, for which its share of the inputs must be whole blocks.
+vLLM holds q, k, v as one linear, and gate, up as another. A site is therefore one linear here, with one scheme. A
+linear that is split along its outputs reads whole inputs and keeps the whole transform. A linear that is split along
+its inputs keeps the matrices of its own blocks, so its share of the inputs must be whole blocks.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ from mxrot.transforms.stages import BlockDiagonalSpec
 from mxrot.vllm.verdict import CACHE_STOP, HEAD_STOP, OPERANDS_STOP, input_block, why_not_in_plugin
 
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
-"""vLLM's variable of its batch-invariant mode."""
+"""The environment variable of vLLM's batch-invariant mode."""
 
 
 class MxrotQuantization(CompressedTensorsConfig):
-    """A checkpoint's `quantization_config` for vLLM, which is told nothing of it but what is ignored."""
+    """A checkpoint's `quantization_config` for vLLM. Its base class is only told what is ignored."""
 
     layout: Layout
     scheme: Scheme
     transform_names: dict[str, str]
-    """What the transform of a linear's inputs is called, by the full name of the linear."""
+    """The names of the transforms of linears' inputs, by the full names of the linears."""
     transforms: dict[str, SlicedTransform]
-    """By these names: linears of a site that vLLM holds apart share one."""
+    """The transforms by these names. Linears of a site that vLLM holds apart share one."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MxrotQuantization:
-        """CheckpointError for a config that says what this mxrot does not know."""
+        """CheckpointError if this mxrot does not know something in the config."""
         layout = read_layout(config, "config.json")
         found: MxrotQuantization = super().from_config({"ignore": config["ignore"], "format": config["format"]})
         found.layout, found.transforms = layout, {}
         return found
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, **options: Any) -> None:
-        """Look at the model that it is for, and at the files where they are here already; vLLM calls it.
+        """Check the model, and its files if they are on this machine already. vLLM calls this method.
 
-        CheckpointError if the folder that vLLM is about to read contradicts itself, ConfigError for quantized products
-        of attention, for a quantized cache and for a quantized head.
+        CheckpointError if the folder that vLLM is about to read contradicts itself. ConfigError for quantized products
+        of attention, a quantized cache or a quantized head.
         """
         super().maybe_update_config(model_name, hf_config=hf_config, **options)
         family = find_family(hf_config, model_name)
@@ -106,9 +106,9 @@ class MxrotQuantization(CompressedTensorsConfig):
         return MxrotLinearMethod(prefix, own, self.transform_names[parts[0]], self.transforms)
 
     def scheme_of(self, prefix: str, parts: list[str]) -> SiteScheme | None:
-        """What is installed at a linear of vLLM, all of whose parts have the same; None where it is left as it is.
+        """The scheme of a linear of vLLM, which all of its parts share. None if it is not quantized.
 
-        ConfigError if they do not, or if a part is none that the checkpoint knows.
+        ConfigError if the parts differ, or if the checkpoint does not know one of them.
         """
         for part in parts:
             if part not in self.scheme.linears and part not in self.scheme.left:
@@ -120,7 +120,7 @@ class MxrotQuantization(CompressedTensorsConfig):
 
 
 class SlicedTransform(nn.Module):
-    """sqrt(B) T of the blocks that a linear reads here, of all blocks in the checkpoint."""
+    """sqrt(B) T of the blocks that a linear reads here, out of all blocks in the checkpoint."""
 
     def __init__(self, stage: BlockDiagonalSpec, width: int, first: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class SlicedTransform(nn.Module):
         set_weight_attrs(self.weight, {"weight_loader": self.load})
 
     def load(self, parameter: nn.Parameter, stored: Tensor, *shard: Any) -> None:
-        """Take the matrices of these blocks; one matrix stands for all."""
+        """Take the matrices of these blocks. A single matrix serves all blocks."""
         matrices = parameter.data.view(-1, *stored.shape[-2:])
         matrices.copy_(stored[self.first : self.first + len(matrices)] if stored.dim() == 3 else stored)
 
@@ -155,7 +155,7 @@ class MxrotLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Parameters with the names and shapes of the checkpoint, for the part that is kept here."""
+        """Create parameters with the names and shapes of the checkpoint, for the part on this device."""
         self.dtype = params_dtype
         self.most_rows = get_current_vllm_config().scheduler_config.max_num_batched_tokens
         rows, columns = sum(output_partition_sizes), input_size_per_partition
@@ -173,7 +173,7 @@ class MxrotLinearMethod(LinearMethodBase):
             layer.add_module(f"{self.transform_name}_input", self._transform(layer, columns, input_size))
 
     def _parameter(self, name: str, empty: Tensor, loader: Any) -> nn.Parameter:
-        """One that vLLM fills with the rows and columns that belong here."""
+        """A parameter that vLLM fills with the rows and columns of this device."""
         per = {PART + part.name: part.per for part in self.scheme.weights.format.grid.parts(self.scheme.weights.rule)}
         if per.get(name) == "row":
             return ChannelQuantScaleParameter(data=empty, output_dim=0, weight_loader=loader)
@@ -187,7 +187,7 @@ class MxrotLinearMethod(LinearMethodBase):
         return self.transforms.setdefault(self.transform_name, SlicedTransform(stage, columns, first))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Put a QuantLinear into the place of the parameters, and have its kernels compiled."""
+        """Replace the parameters by a QuantLinear, and compile its kernels."""
         if os.environ.get(BATCH_INVARIANT, "0") not in ("", "0"):
             set_invariant_rows(True)
         columns, rows = layer.input_size_per_partition, len(layer.weight_packed)

@@ -1,10 +1,10 @@
-"""vLLM loads mxrot's checkpoints as mxrot computes them, where both are installed.
+"""The vLLM plugin: vLLM runs mxrot's checkpoints with mxrot's own code, if both are installed.
 
-vLLM calls `register` in each of its processes (entry point `mxrot` of the group `vllm.general_plugins`). A checkpoint
-with mxrot's marker is then run by `vllm.linear`, which knows what stock vLLM does not: a matrix a block,
-biases, several devices, and mxrot's kernels. `--quantization compressed-tensors` leaves it to stock vLLM all the same.
+vLLM calls `register` in each of its processes (entry point `mxrot` of the group `vllm.general_plugins`). `vllm.linear`
+then runs every checkpoint with mxrot's marker. It supports what stock vLLM does not: a matrix for each block, biases,
+several devices, and mxrot's kernels. With `--quantization compressed-tensors`, stock vLLM still runs the checkpoint.
 
-Nothing of vLLM is imported before it calls, and nothing else of mxrot before it meets such a checkpoint.
+Nothing of vLLM is imported before vLLM calls, and nothing else of mxrot before such a checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from mxrot.marker import IN_VLLM, is_ours
 
 
 def register() -> None:
-    """Make the method known to vLLM; may be called more than once."""
+    """Register the method with vLLM. It may be called more than once."""
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
     class MxrotMethod(QuantizationConfig):
-        """Stands for the class of a quantization config: says which checkpoints are its own, and makes their config."""
+        """Stands in for the class of a quantization config. It recognizes its checkpoints, and makes their config."""
 
         @classmethod
         def override_quantization_method(
             cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
         ) -> str | None:
-            """Ours is what `is_ours` knows, unless the user names another method."""
+            """The method of a checkpoint that `is_ours` recognizes, unless the user names another method."""
             return IN_VLLM if is_ours(hf_quant_cfg) and user_quant in (None, IN_VLLM) else None
 
         @classmethod

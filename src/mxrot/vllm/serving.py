@@ -1,7 +1,7 @@
-"""The command that serves a checkpoint: of vLLM where it is installed, else of transformers.
+"""The command that serves a checkpoint: with vLLM if it is installed, otherwise with transformers.
 
-Both have a server that speaks the words of OpenAI's; here is only decided which one, with which options, and said what
-will compute what. Code that comes with a model is trusted by neither.
+Both have a server with the API of OpenAI. This module only chooses the server and its options, and says which code will
+compute what. Neither server runs code that comes with a model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mxrot.vllm.verdict import VllmReport, judge
 
 PROGRAMS = ("auto", "vllm", "transformers")
 WEIGHTS_SHARE = 0.7
-"""Of a GPU's memory: more than that are not weights where tensor parallel is chosen here."""
+"""The largest share of a GPU's memory for weights, when tensor parallelism is chosen here."""
 _SERVER_PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic")
 _TRUST = "--trust-remote-code"
 _GROUP, _PLUGIN = "vllm.general_plugins", "mxrot"
@@ -36,24 +36,24 @@ _DTYPES = ("bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Machine:
-    """What is installed here, and what computes."""
+    """What is installed on this machine, and its devices."""
 
     vllm: str | None
-    """Its version; None where it is not installed."""
+    """The version of vLLM; None: it is not installed."""
     lacks: tuple[str, ...]
-    """Packages that the server of transformers wants and that are not there."""
+    """Missing packages that the server of transformers needs."""
     plugin_stop: str | None
-    """Why vLLM would not find mxrot's plugin; None if it does."""
+    """Why vLLM would not find mxrot's plugin. None if it does."""
     gpu_bytes: tuple[int, ...]
-    """Memory of each GPU."""
+    """The memory of each GPU."""
     capability: tuple[int, int] | None
-    """Of the first GPU, (0, 0) where it is none of NVIDIA; None without one."""
+    """The compute capability of the first GPU. (0, 0) if it is not from NVIDIA, None without a GPU."""
     autoloads: bool = True
-    """Does `import torch` let transformers know mxrot's checkpoints?"""
+    """True if `import torch` makes transformers recognize mxrot's checkpoints."""
 
     @staticmethod
     def here() -> Machine:
-        """This one."""
+        """The machine that this program runs on."""
         try:
             vllm = version("vllm") if importlib.util.find_spec("vllm") else None
         except PackageNotFoundError:
@@ -68,21 +68,21 @@ class Machine:
 
     @property
     def device(self) -> torch.device:
-        """Where linears are computed."""
+        """The device that computes linears."""
         return torch.device("cuda" if self.gpu_bytes else "cpu")
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks for."""
+    """What the user requests."""
 
     program: str = "auto"
     stock: bool = False
-    """Leave the checkpoint to vLLM as it comes, without the plugin."""
+    """Stock vLLM runs the checkpoint, without the plugin."""
     tensor_parallel: int | None = None
     max_len: int | None = None
     more: tuple[str, ...] = ()
-    """Options for the program, behind all others."""
+    """Options for the program, after all others."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,18 @@ class Server:
 
     words: tuple[str, ...]
     lines: tuple[str, ...]
-    """What computes what."""
+    """Which code computes what."""
     missing: str | None
-    """Why it cannot be started here; None if it can."""
+    """Why it cannot be started here. None if it can."""
 
     @property
     def line(self) -> str:
-        """The command as a shell takes it."""
+        """The command as a line for a shell."""
         return command(*self.words)
 
 
 def server_for(folder: Path, facts: Facts, wish: Wish, machine: Machine) -> Server:
-    """The server of the checkpoint in `folder`. ConfigError for what cannot be served so, with what to do."""
+    """The server of the checkpoint in `folder`. ConfigError, with what to do, if it cannot be served as requested."""
     if wish.program not in PROGRAMS:
         raise ConfigError(f"--program {wish.program}: expected one of {', '.join(PROGRAMS)}")
     _check_passed_on(wish.more)
@@ -128,7 +128,7 @@ def _by_vllm(folder: Path, facts: Facts, wish: Wish, machine: Machine) -> Server
 
 
 def _takes_plugin(folder: Path, report: VllmReport, wish: Wish, machine: Machine) -> bool:
-    """With the plugin? ConfigError where neither it nor vLLM as it comes runs the checkpoint."""
+    """True if the plugin runs the checkpoint. ConfigError if neither the plugin nor stock vLLM does."""
     if not wish.stock and not report.plugin.stops:
         if machine.plugin_stop is not None:
             raise ConfigError(f"{folder}: {machine.plugin_stop}; --stock leaves it to stock vLLM")
@@ -146,7 +146,7 @@ def _takes_plugin(folder: Path, report: VllmReport, wish: Wish, machine: Machine
 
 
 def _tensor_parallel(folder: Path, sizes: tuple[int, ...], wish: Wish, machine: Machine) -> int:
-    """As asked for; else the fewest GPUs that hold the weights, 1 without any."""
+    """The requested number of GPUs. By default, the fewest that hold the weights; 1 without a GPU."""
     said = ", ".join(map(str, sizes))
     count = len(machine.gpu_bytes)
     if wish.tensor_parallel is not None:
@@ -193,7 +193,7 @@ def _by_transformers(folder: Path, facts: Facts, wish: Wish, machine: Machine) -
 
 
 def _own_lines(facts: Facts, machine: Machine) -> Iterator[str]:
-    """What mxrot's own code computes: in transformers, and as the plugin of vLLM."""
+    """What mxrot's own code computes, in transformers and as the plugin of vLLM."""
     for one in facts.scheme.distinct:
         weights = one.weights.format.name
         if one.activations is None:
@@ -237,7 +237,7 @@ def _plugin_stop() -> str | None:
 
 
 def _check_passed_on(more: tuple[str, ...]) -> None:
-    """ConfigError for an option behind -- that lets code of a model run, spelled in any way that vLLM takes."""
+    """ConfigError for an option after -- that lets code of a model run, in any spelling that vLLM accepts."""
     for word in more:
         name = word.split("=")[0].replace("_", "-")
         if len(name) > 3 and _TRUST.startswith(name):

@@ -1,7 +1,7 @@
-"""What vLLM makes of a checkpoint: as it comes, and with mxrot installed beside it (`vllm.plugin`).
+"""What vLLM does with a checkpoint, without mxrot and with mxrot installed beside it (`vllm.plugin`).
 
-One verdict for all who ask: `mxrot plan` of a checkpoint that is not there yet, `mxrot export` of one that is. What is
-said here of vLLM was read in its Python code; docs/vllm.md says where each of it stands there, and which of it was run.
+`mxrot plan`, for a planned checkpoint, and `mxrot export`, for an existing one, give the same verdict. The facts about
+vLLM were read in its Python code. docs/vllm.md says where each is found there, and which were tested in a run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from mxrot.vllm.devices import DEVICES, VERSION
 from mxrot.vllm.facts import Facts
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Those whose model vLLM holds itself, with q, k, v and gate, up as separate linears in the checkpoint."""
+"""Architectures that vLLM implements itself, with q, k, v and gate, up as separate linears in the checkpoint."""
 FUSED = ("Phi3ForCausalLM",)
-"""The same, with q, k and v as one linear, and gate and up."""
+"""The same, with q, k and v as one linear, and gate and up as another."""
 KV_OF_VLLM = (
     "from a checkpoint vLLM takes FP8 keys and values with a scale for a tensor or a head, which mxrot does not make: "
     "for vLLM, quantize without [cache] and serve with --kv-cache-dtype fp8"
@@ -40,45 +40,45 @@ _SIZES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Serving:
-    """What stands against serving a checkpoint in vLLM, for one of the two ways."""
+    """What prevents serving a checkpoint in vLLM, for one of the two ways."""
 
     stops: tuple[str, ...]
-    """One sentence each; none if it runs."""
+    """One sentence for each reason. Empty if it runs."""
     tensor_parallel: tuple[int, ...]
-    """Sizes that fit, of 1, 2, 4, 8 and 16; none where it does not run."""
+    """The sizes of 1, 2, 4, 8 and 16 that fit. Empty if it does not run."""
     needs_export: bool = False
-    """Is it what `mxrot export -o` writes that runs, and not the folder as it is?"""
+    """True if vLLM runs the output of `mxrot export -o`, and not the folder as it is."""
 
 
 @dataclass(frozen=True)
 class VllmReport:
-    """A checkpoint in the eyes of vLLM, whether it is there or planned."""
+    """What vLLM does with a checkpoint that exists or is planned."""
 
     stock: Serving
     plugin: Serving
-    """With mxrot installed in vLLM's environment."""
+    """The result with mxrot installed in vLLM's environment."""
     notes: tuple[str, ...]
-    """What runs, but otherwise than accuracy was measured."""
+    """Things that run, but differently from how accuracy was measured."""
 
     def as_table(self) -> dict[str, Any]:
-        """As `--json` of `export` and `plan` writes it."""
+        """The table that `--json` of `export` and `plan` writes."""
         told = ("device", "computes", "note")
         devices = [{name: getattr(one, name) for name in told} for one in DEVICES] if not self.stock.stops else []
         return {"vllm": VERSION, **asdict(self), "devices": devices}
 
 
 def check_for_vllm(folder: Path, verify: bool | None = None) -> VllmReport:
-    """What vLLM does with the checkpoint in `folder`; raises as `Facts.written`."""
+    """What vLLM does with the checkpoint in `folder`. Raises the errors of `Facts.written`."""
     return judge(Facts.written(folder, verify))
 
 
 def plan_for_vllm(skeleton: PreTrainedModel, family: Family, recipe: Recipe) -> VllmReport:
-    """What vLLM would do with the checkpoint that `recipe` makes of a model: the same, said before it is there."""
+    """What vLLM would do with the checkpoint that `recipe` makes of a model, found before it is made."""
     return judge(Facts.planned(skeleton, family, recipe))
 
 
 def judge(facts: Facts) -> VllmReport:
-    """The one verdict."""
+    """The verdict for these facts."""
     both = tuple(_stops_of_both(facts))
     stock = (*both, *_stops_of_stock(facts))
     plugin = (*both, *_stops_of_plugin(facts))
@@ -152,7 +152,7 @@ def _stops_of_plugin(facts: Facts) -> Iterator[str]:
 
 
 def why_not_in_plugin(scheme: SiteScheme) -> str | None:
-    """Why mxrot does not compute such linears in vLLM; None if it does."""
+    """Why mxrot does not compute such linears in vLLM. None if it does."""
     if scheme.stages and not (len(scheme.stages) == 1 and isinstance(scheme.stages[0], BlockDiagonalSpec)):
         kinds = " then ".join(stage.kind for stage in scheme.stages)
         return f"inputs are transformed by {kinds}; the plugin computes one block-diagonal stage"
@@ -187,7 +187,7 @@ def _notes(facts: Facts) -> Iterator[str]:
 
 
 def _divides(facts: Facts, size: int) -> bool:
-    """Can so many devices share the linears? Whole blocks of inputs, and whole heads."""
+    """True if `size` devices can share the linears: each gets whole blocks of inputs, and whole heads."""
     widths = [(facts.scheme.linears[name], facts.widths[name]) for name in facts.row_parallel]
     blocks = all(width % (size * input_block(one, width)) == 0 for one, width in widths)
     config = facts.config.get_text_config()
@@ -198,11 +198,11 @@ def _divides(facts: Facts, size: int) -> bool:
 
 
 def _inner_width(config: Any) -> int:
-    """Of an MLP, or of an expert where no block has a plain one."""
+    """The inner width of an MLP. If no block has a plain MLP, that of an expert."""
     return int(getattr(config, "intermediate_size", None) or config.moe_intermediate_size)
 
 
 def input_block(scheme: SiteScheme, width: int) -> int:
-    """What the share that a device has of `width` inputs is a multiple of: where a row is one block, all of them."""
+    """A device's share of `width` inputs must be a multiple of this number. If a row is one block, it is `width`."""
     quantizers = [quantizer for quantizer in (scheme.weights, scheme.activations) if quantizer is not None]
     return width if any(quantizer.format.block is None for quantizer in quantizers) else scheme.input_block

@@ -1,1 +1,1 @@
-"""Kernels in CUDA C++, which NVRTC compiles at run time: what Triton's compiler schedules too slowly."""
+"""Kernels in CUDA C++, which NVRTC compiles at run time. Triton's compiler schedules these products too slowly."""

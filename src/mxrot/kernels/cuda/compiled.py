@@ -1,6 +1,6 @@
-"""CUDA C++ compiled by NVRTC, as PyTorch brings it along, and launched by the driver. No build step, no other package.
+"""CUDA C++ compiled by PyTorch's NVRTC and launched through the driver, without a build step or another package.
 
-A source is compiled for one architecture when it is first called, in about a second, and kept for the process.
+A source is compiled for one architecture at its first call, in about a second, and kept for the process.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class _Config(ctypes.Structure):
 
 
 class CompileError(RuntimeError):
-    """NVRTC is not there, or refuses a source."""
+    """NVRTC is missing, or rejects a source."""
 
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    """The library that belongs to this PyTorch."""
+    """The NVRTC library of this PyTorch."""
     major = (torch.version.cuda or "").partition(".")[0]
     name = f"libnvrtc.so.{major}" if sys.platform == "linux" else f"nvrtc64_{major}0_0.dll"
     folders = [Path(folder) for folder in getattr(find_spec("nvidia"), "submodule_search_locations", None) or ()]
@@ -59,7 +59,7 @@ def _nvrtc() -> ctypes.CDLL:
 
 @cache
 def has_nvrtc() -> bool:
-    """Can sources be compiled here? For Hopper's own instructions from NVRTC 12 on."""
+    """True if sources can be compiled here. Hopper's own instructions need NVRTC 12 or later."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     try:
         failed = _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
@@ -74,7 +74,7 @@ def _driver() -> ctypes.CDLL:
 
 
 def compile_source(source: str, architecture: str) -> bytes:
-    """Machine code of CUDA C++ for an architecture such as `sm_90a`; CompileError says what NVRTC does not like."""
+    """Machine code of CUDA C++ for an architecture such as `sm_90a`. CompileError gives NVRTC's message."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"mxrot.cu", 0, None, None)
     options = [b"--gpu-architecture=" + architecture.encode(), b"--std=c++17"]
@@ -95,15 +95,15 @@ def compile_source(source: str, architecture: str) -> bytes:
 
 
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
-"""Of a CUtensorMap."""
+"""Size and alignment of a CUtensorMap."""
 _BYTE, _PLAIN, _TURNED_128, _WHOLE_LINES = 0, 0, 3, 2
 """CU_TENSOR_MAP_DATA_TYPE_UINT8, _SWIZZLE_NONE and _128B, _L2_PROMOTION_L2_128B."""
 
 
 @lru_cache(maxsize=4096)
 def map_of_bytes(address: int, rows: int, width: int, tall: int, wide: int) -> ctypes.Array[ctypes.c_ubyte]:
-    """What tells the bulk copy engine of bytes [rows, width] there, copied in boxes [tall, wide]. Boxes 128 wide lie
-    in shared memory as the matrix hardware reads them, swizzled; what is outside is 0."""
+    """The tensor map for the bulk copy engine, of bytes [rows, width] at `address`, copied in boxes [tall, wide]. Boxes
+    128 wide are swizzled in shared memory, as the matrix hardware reads them. Bytes outside the tensor are 0."""
     room = (ctypes.c_ubyte * (_MAP_BYTES + _MAP_ALIGNMENT))()
     found = (ctypes.c_ubyte * _MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % _MAP_ALIGNMENT)
     sizes, stride = (ctypes.c_uint64 * 2)(width, rows), (ctypes.c_uint64 * 1)(width)
@@ -126,18 +126,18 @@ class Kernel:
     """A function of compiled code, on one device."""
 
     def __init__(self, code: bytes, name: str, shared: int, device: torch.device) -> None:
-        """`shared` bytes of dynamic shared memory for each block; RuntimeError if the device has fewer."""
+        """`shared`: bytes of dynamic shared memory per block. RuntimeError if the device has fewer."""
         self._shared, self._module, self._function = shared, ctypes.c_void_p(), ctypes.c_void_p()
         self._device = device
         with torch.cuda.device(device):
-            torch.cuda.synchronize(device)  # the driver wants the context of this thread
+            torch.cuda.synchronize(device)  # the driver needs a context in this thread
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code))
             _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
             _check(_driver().cuFuncSetAttribute(self._function, _MOST_SHARED, shared))
 
     def launch(self, blocks: int, threads: int, arguments: Sequence[Any], stream: int, overlaps: bool) -> None:
-        """Launch so many blocks of so many threads; `arguments` are ctypes values. With `overlaps` while the kernel
-        before still runs (`kernels.fused.overlap`)."""
+        """Launch `blocks` blocks of `threads` threads. `arguments` are ctypes values. With `overlaps`, it starts while
+        the previous kernel still runs (`kernels.fused.overlap`)."""
         attribute = _Attribute(id=_OVERLAPS, value=1)
         config = _Config(blocks, 1, 1, threads, 1, 1, self._shared, stream, ctypes.pointer(attribute), int(overlaps))
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))

@@ -1,5 +1,5 @@
-// MXFP4 inputs, as E5M2, by MXFP4 weights that stay packed: each block goes along its share of all chunks of 256 columns
-// of all tiles. `middle.py` says what is computed, defines the constants, and writes `add_products`.
+// MXFP4 inputs, as E5M2, times packed MXFP4 weights. Each block processes its share of all chunks of 256 columns of all
+// tiles. `middle.py` explains the computation, defines the constants, and writes `add_products`.
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -9,9 +9,9 @@ struct alignas(64) Map {  // CUtensorMap
   u64 words[16];
 };
 
-constexpr int THREADS = 128 * GROUPS;  // and a warpgroup, one warp of which starts the copies
+constexpr int THREADS = 128 * GROUPS;  // plus a warpgroup, in which one warp starts the copies
 constexpr int TILE_ROWS = 64 * GROUPS;
-constexpr int SUMS = INPUTS / 2;  // of a thread
+constexpr int SUMS = INPUTS / 2;  // per thread
 constexpr int HALF_BYTES = INPUTS * 128;  // inputs of 128 columns
 constexpr int INPUT_BYTES = 2 * HALF_BYTES;
 constexpr int WORD_BYTES = TILE_ROWS * 128;
@@ -22,10 +22,10 @@ typedef u32 Number;
 #else
 typedef unsigned short Number;
 #endif
-constexpr int PITCH = 64 * sizeof(Number) + 16;  // of the outputs of a warpgroup in shared memory, [INPUTS, 64]
+constexpr int PITCH = 64 * sizeof(Number) + 16;  // outputs of a warpgroup in shared memory, [INPUTS, 64]
 
-// Shared memory: stages, their scales, outputs, barriers. Of a stage both halves of the inputs and the words lie at
-// multiples of 1024, swizzled.
+// Shared memory: stages, their scales, outputs, barriers. In a stage, both halves of the inputs and the words are
+// swizzled and start at multiples of 1024.
 constexpr int SCALES_AT = STAGES * STAGE_BYTES;
 constexpr int OUTPUTS_AT = SCALES_AT + STAGES * TILE_ROWS * 8;
 constexpr int BARRIERS_AT = OUTPUTS_AT + GROUPS * INPUTS * PITCH;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void copy_4(u32 to, const u8* from) {
 __device__ __forceinline__ void copy_8(u32 to, const u8* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
 }
-// Arrives once all copies of this thread so far are done.
+// Arrives when all earlier copies of this thread are done.
 __device__ __forceinline__ void arrive_after_copies(u32 at) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
 }
@@ -85,7 +85,7 @@ __device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selected) {
   return found;
 }
 
-// Eight codes to eight E5M2 numbers, by the bytes of the eight magnitudes; `ones` is 0x80808080 in a register.
+// Converts eight codes to eight E5M2 numbers, with the bytes of the eight magnitudes. `ones` is 0x80808080.
 __device__ __forceinline__ void look_up(u32 codes, u32 low, u32 high, u32 ones, u32& first, u32& second) {
   const u32 magnitudes = codes & 0x77777777u;
   const u32 signs = permute(ones, ones, codes), later = permute(ones, ones, codes >> 16);
@@ -93,7 +93,7 @@ __device__ __forceinline__ void look_up(u32 codes, u32 low, u32 high, u32 ones, 
   second = ((later << 1) & 0x80808080u) | permute(low, high, magnitudes >> 16);
 }
 
-// Where a block is in its share: the last tile comes first, and of each tile the first chunk.
+// The position of a block in its share. The last tile is first, and in each tile the first chunk.
 struct Cursor {
   int tile, chunk, end;
   __device__ __forceinline__ void open(int which, int first, int last, int chunks) {
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
   const int steps = last - first;
   Cursor at;
   at.open((last - 1) / chunks, first, last, chunks);
-  // Barrier `slot` says that a stage is there, barrier STAGES + slot that all warps are done with it.
+  // Barrier `slot`: the stage is loaded. Barrier STAGES + slot: all warps are done with it.
   const u32 barriers = base + BARRIERS_AT;
   if (thread == 0) {
     for (int slot = 0; slot < STAGES; slot++) {
@@ -200,11 +200,11 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
   if (OVERLAP) asm volatile("griddepcontrol.launch_dependents;");
-  // Rows of a warp are dealt out so that what eight threads load side by side lies in all banks; and the row 8 after it.
+  // Rows of a warp are assigned so that eight neighbouring threads load from all banks. A thread also has row + 8.
   const int group = thread / 128, row = thread / 32 * 16 + lane / 8 + lane / 4 % 2 * 4;
-  const u32 ones = 0x80808080u | (u32)rows >> 31;  // in a register, which a compiler cannot know
+  const u32 ones = 0x80808080u | (u32)rows >> 31;  // stays in a register: the compiler cannot fold it
   Cursor decoded = at;
-  int slot = 0, parity = 0;  // of the stage that is decoded next
+  int slot = 0, parity = 0;  // of the next stage to decode
   int bias[2];
   const auto open = [&]() {
 #pragma unroll
@@ -219,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
 #pragma unroll
     for (int which = 0; which < 2; which++) {
       const uint4 words = *(const uint4*)(words_at + which * 1024);
-      // The field of the exponent of E5M2; where it is none the block holds zeros, and their byte is 0 all the same.
+      // The E5M2 exponent field. If it is out of range, the block holds only zeros, whose byte is 0 in any case.
       const u32 field = (int)scales_at[which * 64] - bias[which];
       const u32 low = field * 0x04040400u + (0x02000000u - 0x0400u), high = field * 0x04040404u + 0x0A080604u;
       look_up(words.x, low, high, ones, numbers[which], numbers[which + 2]);
@@ -238,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
   float sums[SUMS], total[SUMS];
 #pragma unroll
   for (int which = 0; which < SUMS; which++) sums[which] = total[which] = 0;
-  int used = 0;  // the stage that is multiplied
+  int used = 0;  // the stage being multiplied
   u32 now[16], then[16];
   const auto multiply = [&](u32(&numbers)[16], int half, bool adds) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -281,8 +281,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     }
     if (at.tile * chunks > first) at.open(tile - 1, first, last, chunks);
 
-    // Either the sums are handed on, or those of other blocks are added and outputs written. What is handed on lies where
-    // NOTHING was, a NaN that no sum is; whoever reads it puts NOTHING there again.
+    // Either pass the sums on, or add those of other blocks and write the outputs. Sums are passed on in places that
+    // hold NOTHING, a NaN that no sum can be. The block that reads them writes NOTHING there again.
     if (end < chunks) {
       uint4* const mine = parts + (size_t)blockIdx.x * (SUMS / 4) * THREADS + thread;
 #pragma unroll

@@ -1,17 +1,17 @@
-"""Some rows of MXFP4 times MXFP4 weights, which stay packed, on Hopper's FP8 matrix hardware (CUDA C++).
+"""Middle rows of MXFP4 inputs times packed MXFP4 weights, on Hopper's FP8 matrix hardware (CUDA C++).
 
-The same product as `kernels.fused.middle`, the same order of inputs (`plain.across_blocks`) and the same way from codes
-to FP8 numbers in registers; its docstring says why. What Triton's compiler does not do is done here:
+The product, the order of inputs (`plain.across_blocks`) and the conversion of codes to FP8 numbers in registers are
+those of `kernels.fused.middle`, whose docstring explains them. This kernel adds what Triton's compiler cannot do:
 
-- Codes of the next 128 columns are looked up while the matrix hardware works on those before them.
-- A warp of its own has codes, scales and inputs copied into shared memory, `stages` ahead, codes and scales even before
-  the kernel that quantizes the inputs is done.
-- A grid is as large as the device, whatever the shape: tiles times chunks of 256 columns are dealt out evenly
-  ("stream-K", Osama et al., arXiv 2301.03598). A tile that several blocks have computed is added up by the last of
-  them, in a fixed order.
+- Codes of the next 128 columns are looked up while the matrix hardware multiplies the previous ones.
+- A separate warp copies codes, scales and inputs into shared memory, `stages` ahead. It copies codes and scales even
+  before the kernel that quantizes the inputs has finished.
+- The grid is as large as the device, whatever the shape. Tiles times chunks of 256 columns are divided evenly among
+  blocks ("stream-K", Osama et al., arXiv 2301.03598). If several blocks have computed a tile, the last of them adds up
+  the sums, in a fixed order.
 
-Sums of 128 columns, or of 256 with `promote` 2, are added up in the matrix hardware, in fewer bits than float32, and
-those sums in float32.
+The matrix hardware sums 128 columns, or 256 with `promote` 2, in fewer bits than float32. These sums are added in
+float32.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _COPIER_REGISTERS = 40
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block computes at a time, and how."""
+    """The work of a block at one time, and its resources."""
 
     inputs: int
     """Rows of inputs: 8, or a multiple of 16 up to 256."""
     groups: int = 2
     """Warpgroups, each for 64 rows of weights."""
     stages: int = 4
-    """Chunks of 256 columns that have a place in shared memory, 2 at least."""
+    """Chunks of 256 columns that fit in shared memory, at least 2."""
     blocks: int = 1
-    """That a multiprocessor holds at a time."""
+    """Blocks per multiprocessor."""
     promote: int = 1
-    """Columns over 128 that are summed in fewer bits than float32, 1 or 2."""
+    """Columns summed in fewer bits than float32, divided by 128: 1 or 2."""
     held: int = 168
-    """Registers that a thread is launched with. What is left of 65536 is where the next kernel can begin."""
+    """Registers per thread at launch. The next kernel can start in those that are left of 65536."""
 
     @property
     def rows(self) -> int:
@@ -55,16 +55,16 @@ class Tile:
 
     @property
     def threads(self) -> int:
-        """Those that multiply, and a warpgroup for the one that has bytes copied."""
+        """Threads that multiply, and one more warpgroup for copies."""
         return 128 * (self.groups + 1)
 
     @property
     def registers(self) -> int:
-        """Of a thread that multiplies, once those that copy have given theirs away."""
+        """Registers of a multiplying thread, after the copying threads have released theirs."""
         return min(240, (self.held * (self.groups + 1) - _COPIER_REGISTERS) // self.groups // 8 * 8)
 
     def shared_bytes(self, dtype: torch.dtype) -> int:
-        """Of a block, for outputs of this type."""
+        """Shared memory of a block, for outputs of this type."""
         stage = self.inputs * 256 + self.rows * (128 + 8)
         outputs = self.groups * self.inputs * (64 * dtype.itemsize + 16)
         return self.stages * (stage + 16) + outputs + 1024
@@ -81,12 +81,12 @@ _SIXTY_FOUR = Tile(64, groups=1, stages=3, blocks=2, promote=2, held=128)
 _SIXTY_FOUR_TALL = Tile(64, groups=2, stages=5, promote=2)
 _MANY = Tile(128, groups=2, stages=3, promote=2)
 SMALL = 1024
-"""Tiles of 128 rows of weights times chunks of 256 columns. Where there are fewer, a tile for 128 rows of inputs is
+"""A number of tiles of 128 rows of weights times chunks of 256 columns. With fewer, a tile for 128 rows of inputs is
 split too often."""
 
 
 def choose_tile(inputs: int, rows: int, groups: int) -> Tile:
-    """For so many rows of inputs and of weights, and blocks in each; measured on an H200."""
+    """The tile for these numbers of rows of inputs, of rows of weights, and of blocks in each; measured on an H200."""
     for tile in (_EIGHT, _SIXTEEN, _THIRTY_TWO, _SIXTY_FOUR):
         if inputs <= tile.inputs:
             return tile
@@ -95,7 +95,7 @@ def choose_tile(inputs: int, rows: int, groups: int) -> Tile:
 
 
 def whole_tile(inputs: int) -> Tile:
-    """For so many rows of inputs where every tile is computed by one block."""
+    """The tile for this number of input rows if one block computes every tile."""
     for tile in (_EIGHT, _SIXTEEN, _THIRTY_TWO, _SIXTY_FOUR):
         if inputs <= tile.inputs:
             return replace(tile, groups=1, stages=max(3, tile.stages - 1), blocks=2, held=128)
@@ -120,7 +120,7 @@ CANDIDATES = (
 
 
 def candidates(inputs: int) -> list[Tile]:
-    """Tiles that are worth measuring for so many rows of inputs."""
+    """Tiles that are worth measuring for this number of input rows."""
     least, most = min(inputs, 64), max(8, 2 * inputs)
     return [tile for tile in CANDIDATES if least <= tile.inputs < most or tile.inputs == 8 >= inputs]
 
@@ -163,16 +163,16 @@ class _Ready:
 
     kernel: Kernel
     handed_on: Tensor
-    """Room for sums that a block hands on to another, int32, NOTHING between launches; for launches in CUDA graphs."""
+    """Space for sums that a block passes to another, int32, NOTHING between launches; for launches in CUDA graphs."""
 
 
 _ready: dict[tuple[Tile, torch.dtype, torch.device], _Ready] = {}
 _handed_on: dict[tuple[torch.device, int, int], Tensor] = {}
-"""The same for launches on a stream, of this size."""
+"""The same for launches on a stream, by device, stream and size."""
 
 
 def is_there(device: torch.device) -> bool:
-    """Is this a Hopper GPU, and can kernels be compiled for it?"""
+    """True for a Hopper GPU for which kernels can be compiled."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and has_nvrtc()
 
 
@@ -191,8 +191,8 @@ def _nothing(tile: Tile, device: torch.device) -> Tensor:
 
 
 def _room(tile: Tile, ready: _Ready, device: torch.device, stream: int) -> Tensor:
-    """Where this launch hands sums on. Graphs have a place of their own, which must be there before they are captured;
-    so no two graphs with these products may run at the same time."""
+    """The space in which this launch passes sums on. Graphs have their own space, which must exist before they are
+    captured. No two graphs with these products may therefore run at the same time."""
     if torch.cuda.is_current_stream_capturing():
         return ready.handed_on
     key = device, stream, ready.handed_on.numel()
@@ -207,7 +207,8 @@ def _processors(device: torch.device) -> int:
 
 
 def count_blocks(tiles: int, chunks: int, most: int) -> int:
-    """Blocks of a launch on a device that holds so many: all, or a few less if then each tile has the same number."""
+    """Blocks of a launch on a device that holds at most `most`: all of them, or a few less if each tile then has the
+    same number."""
     blocks = min(most, tiles * chunks)
     return blocks - blocks % tiles if tiles < blocks and blocks // tiles * tiles > 0.9 * blocks else blocks
 
@@ -221,10 +222,10 @@ def middle_product(
     tile: Tile | None = None,
     are_whole: bool = False,
 ) -> Tensor:
-    """As `plain_middle_product` defines it: `dtype` [..., N]; K a multiple of 128.
+    """The product that `plain_middle_product` defines: `dtype` [..., N]. K is a multiple of 128.
 
-    Where tiles are whole, one block goes along all of K, and what comes out of a row does not depend on the rows beside
-    it.
+    With `are_whole`, one block sums over all of K for each tile, and the result of a row does not depend on the other
+    rows.
     """
     assert inputs.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()
     rows, groups = scales.shape

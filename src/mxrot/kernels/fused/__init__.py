@@ -1,1 +1,1 @@
-"""The kernels, in Triton. Imported where one runs: Triton is not everywhere."""
+"""The Triton kernels. A module is imported when its kernel runs, because Triton is not always installed."""

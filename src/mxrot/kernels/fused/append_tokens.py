@@ -1,10 +1,10 @@
-"""The newest token of every sequence into a packed cache, in one launch (Triton).
+"""Packs the newest token of every sequence into a cache, in one launch (Triton).
 
-A program takes the keys, the values or the queries of one head of the cache for a few sequences: rows times matrix,
-which is read once for all of them, quantizer, and the bytes at their places. Where some tokens are read as they came,
-rows are written as they are, too. `plain_append_tokens` is the specification: without matrices, and wherever products
-are the same numbers, codes and what stands beside them are the same bits. Products with float64 matrices are, but once
-in some 2^29 times.
+A program handles the keys, the values or the queries of one head of the cache for a few sequences. It multiplies the
+rows by the matrix, which is read once for all of them, quantizes, and writes the bytes to their places. If some tokens
+are read unquantized, their rows are also written unchanged. `plain_append_tokens` is the specification. Without
+matrices, and wherever products are the same numbers, codes and parts are the same bits. Products with float64 matrices
+are the same, except about once in 2^29 times.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from mxrot.kernels.plain.cached_attention import CachedTokens, TokenRows
 from mxrot.kernels.plain.exact_tokens import ExactTokens
 
 PROGRAMS = 64
-"""Of one kind; from so many on a program takes several rows, which share a matrix."""
+"""From this many programs of one kind on, a program handles several rows, which share a matrix."""
 MOST_ROWS = 8
-"""Such rows."""
+"""The maximum number of such rows."""
 PRODUCTS = 8192
-"""That are in the registers of a program at once."""
+"""Products that are in the registers of a program at one time."""
 WHOLE = 128
-"""Up to this width all of a matrix is in registers, and up to half of `MOST_ROWS` go through it one after the other: on
-an H200 four rows take 7.5 us so and 17 us else, eight 23 us and 20 us."""
+"""Up to this width, the whole matrix is in registers, and up to half of `MOST_ROWS` are multiplied one after the other.
+On an H200, four rows take 7.5 us this way and 17 us otherwise, eight 23 us and 20 us."""
 ENTRIES = 4096
-"""Of a matrix at once else; the next ones are on their way."""
+"""Otherwise, matrix entries at one time. The next ones are being loaded."""
 
 
 @triton.jit
@@ -48,11 +48,11 @@ def _rows_times(
     HAS_MATRIX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """float32 [ROWS, WIDTH] of rows from `start` on, as many as there are of `rows`, times the matrix there, in whose
-    type products and sums are. Each sequence has `per` rows, which are heads side by side."""
+    """float32 [ROWS, WIDTH]: the rows from `start` on, up to `rows`, times the matrix. Products and sums have the type
+    of the matrix. Each sequence has `per` rows, which are neighbouring heads."""
     columns = tl.arange(0, WIDTH)
     if HAS_MATRIX and AT_ONCE == WIDTH:
-        # No kernel writes it, so it is on its way while the one before still runs.
+        # No kernel writes the matrix, so it is loaded while the previous kernel still runs.
         matrix = tl.load(matrix_pointer + columns[:, None] * WIDTH + columns[None, :])
         if OVERLAP:
             gdc_wait()
@@ -87,7 +87,7 @@ def _rows_times(
 
 @triton.jit
 def _row(x_pointer, row, rows, per, batch_stride, head_stride, WIDTH: tl.constexpr):
-    """One of them, [WIDTH]; zeros where there is none."""
+    """One of the rows, [WIDTH], or zeros if there is no such row."""
     columns = tl.arange(0, WIDTH)
     place = row // per * batch_stride + row % per * head_stride
     return tl.load(x_pointer + place + columns, mask=columns < tl.where(row < rows, WIDTH, 0), other=0)
@@ -117,8 +117,8 @@ def _keep(
     FIRST: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
 ):
-    """Rows of keys or values as they are, where they belong: into the ring, and among the first ones if they are. One
-    program `notes` where sequences begin; all find the same, before that and after."""
+    """Write rows of keys or values unchanged to their places: in the ring, and among the first tokens if they are. One
+    program `notes` where sequences begin. All programs find the same values before and after it."""
     row, columns = start + tl.arange(0, ROWS), tl.arange(0, WIDTH)[None, :]
     inside = row < batch
     pair = row * kv_heads + head
@@ -363,7 +363,7 @@ def append_tokens(
     exact: ExactTokens | None = None,
     visible: Tensor | None = None,
 ) -> Tensor:
-    """As `plain_append_tokens` defines it, for one token a sequence and rows that `RowLayout` knows."""
+    """The function `plain_append_tokens`, for one token per sequence and rows that `RowLayout` supports."""
     batch, kv_heads, tokens, width = key.shape
     matrices = cached.matrices
     assert tokens == 1 and (matrices.keys is None) == (matrices.queries is None)
@@ -371,7 +371,7 @@ def append_tokens(
     assert layouts[0] is not None and layouts[1] is not None
     moves = matrices.queries is not None
     given = [query if one is None else one for one in (matrices.queries, matrices.keys, matrices.values)]
-    # A copy of a matrix would have to be waited for.
+    # The kernel would have to wait for a copy of a matrix.
     overlaps = can_overlap(query.device) and all(x.is_contiguous() for x in given[0 if moves else 2 :])
     key, value, query = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value, query))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if moves else query
@@ -430,18 +430,18 @@ def append_tokens(
 
 
 def _tensors(rows: TokenRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales, and zero points, or anything where there are none."""
+    """Codes, scales, and zero points; any tensor if there are no zero points."""
     scales = rows.parts["scale"]
     return rows.codes, scales, rows.parts.get("zero_point", scales)
 
 
 def strides_of(rows: TokenRows, unit: int = 1) -> tuple[int, ...]:
-    """Of sequences, heads and tokens: of codes in units of so many bytes, and of what stands beside them."""
+    """Strides of sequences, heads and tokens: of codes in units of `unit` bytes, and of parts."""
     scales = rows.parts["scale"]
     assert all(part.stride() == scales.stride() for part in rows.parts.values()) and scales.stride(-1) == 1
     return (*(stride // unit for stride in rows.codes.stride()[:3]), *scales.stride()[:3])
 
 
 def matrix_stride(matrices: Tensor | None) -> int:
-    """Between the matrices of two kv heads."""
+    """The stride between the matrices of two kv heads."""
     return 0 if matrices is None or len(matrices) == 1 else matrices.shape[-1] ** 2

@@ -1,4 +1,4 @@
-"""Rounding in Triton, as kernels share it."""
+"""Rounding in Triton, shared by kernels."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ def power_of_two(exponents):
 
 @triton.jit
 def inverse_power_of_two(powers):
-    """1 / 2^e in float32, for 2^e from 2^-126 to 2^126; by bits, because a division need not be exact."""
+    """1 / 2^e in float32, for 2^e from 2^-126 to 2^126. It is computed from the bits, because division may be
+    inexact."""
     return ((254 << 23) - powers.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def round_to_element(scaled, smallest_normal, fraction_bits, largest):
-    """float32 to the nearest element of a floating-point format, ties to even, beyond `largest` to that."""
+    """Round float32 to the nearest element of a floating-point format, ties to even. Values beyond `largest` become
+    `largest`."""
     magnitude = tl.minimum(tl.abs(scaled), largest)
     binade = tl.maximum(magnitude, smallest_normal).to(tl.int32, bitcast=True) & 0x7F800000
-    # 2^23 steps of the grid there: float32 holds no fraction of a step next to them.
+    # 2^23 steps of the grid: near this number, float32 has no fractions of a step.
     power = binade.to(tl.float32, bitcast=True) * power_of_two(23 - fraction_bits)
     rounded = (magnitude + power) - power
     sign = scaled.to(tl.int32, bitcast=True) & -0x80000000
@@ -46,7 +48,7 @@ def _dot(a, b, total, DTYPE: tl.constexpr):
 
 @triton.jit
 def product(x, y, total, PARTS: tl.constexpr, DTYPE: tl.constexpr):
-    """total + x y, where float32 y becomes so many numbers of DTYPE, and x is of that."""
+    """total + x y. float32 y is split into PARTS numbers of DTYPE, and x has this type."""
     first = y.to(DTYPE)
     total = _dot(x, first, total, DTYPE)
     if PARTS == 2:

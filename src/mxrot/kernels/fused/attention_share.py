@@ -1,8 +1,8 @@
 """Attention of queries to a share of the tokens of a cache: the kernel (Triton).
 
-A program has one head of the cache of one sequence, and goes through its tokens for all queries that read it. Those of
-the last programs are what is read as it came (`fused.exact_share`), of the others packed (`fused.packed_share`). A
-program is best a single warp, which waits for no other.
+A program handles one head of the cache of one sequence, and processes its tokens for all queries that read it. The last
+programs read unquantized tokens (`fused.exact_share`), the others packed tokens (`fused.packed_share`). A program is
+best a single warp, which waits for no other warp.
 """
 
 from __future__ import annotations

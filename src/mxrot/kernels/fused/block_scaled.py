@@ -1,10 +1,10 @@
-"""MXFP4 times MXFP4 on matrix hardware that takes the scales of blocks (Triton).
+"""MXFP4 times MXFP4 on matrix hardware that applies block scales (Triton).
 
-On GPUs of compute capability 10 and later `tl.dot_scaled` becomes their own FP4 product; on others the compiler writes
-the operands out in bfloat16, which is right and slow. Scales come in the order in which that hardware reads them
+On GPUs of compute capability 10 and later, `tl.dot_scaled` becomes their own FP4 product. On others the compiler
+converts the operands to bfloat16, which is correct but slow. Scales are in the order that this hardware reads
 (`plain.swizzle_scales`). `plain_packed_product` is the specification, up to the order of the sums.
 
-Not run on such hardware so far: tested in Triton's interpreter, and compiled.
+It has not been run on such hardware so far. It was tested in Triton's interpreter, and compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mxrot.kernels.plain import PackedRows
 
 ROWS = tl.constexpr(128)
 GROUPS = tl.constexpr(4)
-"""Blocks of 32 that one tile of swizzled scales covers; one step of the sum."""
+"""Blocks of 32 in one tile of swizzled scales, and in one step of the sum."""
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _block_scaled(
 
 
 def block_scaled_product(inputs: PackedRows, codes: Tensor, swizzled: Tensor, dtype: torch.dtype) -> Tensor:
-    """MXFP4 inputs [..., K] with swizzled scales by codes uint8 [N, K/2] with swizzled scales: `dtype` [..., N]."""
+    """MXFP4 inputs [..., K] with swizzled scales times codes uint8 [N, K/2] with swizzled scales: `dtype` [..., N]."""
     rows, groups = len(codes), codes.shape[1] // 16
     count = inputs.codes.numel() // (groups * 16)
     out = torch.empty(count, rows, dtype=dtype, device=codes.device)

@@ -1,14 +1,15 @@
-"""One token of every sequence attends to a packed cache (Triton).
+"""Attention of one token per sequence to a packed cache (Triton).
 
-Tokens are split among programs, each of which goes through its share for all queries that read one head of the cache:
-codes become numbers in registers (`fused.packed_rows`), scores and what they sum up are products on matrix hardware,
-and the softmax goes along with the sums (Flash-Decoding; arXiv 2205.14135). A few programs more have those that are
-read as they came. Another launch puts the shares together (`fused.combine_shares`).
+Tokens are split among programs. Each processes its share for all queries that read one head of the cache: codes become
+numbers in registers (`fused.packed_rows`), scores and weighted sums are products on matrix hardware, and the softmax is
+computed along with the sums (Flash-Decoding; arXiv 2205.14135). A few additional programs read the unquantized tokens.
+A second launch combines the shares (`fused.combine_shares`).
 
-Products have bfloat16 operands for bfloat16 queries, as in PyTorch's own attention: probabilities are rounded to them,
-and integers with several scales a row. For float16 queries and packed tokens both queries and probabilities are sums of
-two bfloat16 numbers. For float32, and by Triton's interpreter, all is float32. Sums are float32; of floating-point
-elements in units of 2^60, so what is below 2^-89 is lost. `plain_decode_attention` is the specification.
+Products have bfloat16 operands for bfloat16 queries, as in PyTorch's own attention: probabilities are rounded to
+bfloat16, and so are integers with several scales per row. For float16 queries and packed tokens, both queries and
+probabilities are sums of two bfloat16 numbers. For float32, and in Triton's interpreter, everything is float32. Sums
+are float32. Sums of floating-point elements are in units of 2^60, so values below 2^-89 are lost.
+`plain_decode_attention` is the specification.
 """
 
 from __future__ import annotations
@@ -34,31 +35,31 @@ UNIT_BYTES = 2
 
 @dataclass(frozen=True)
 class Tile:
-    """How tokens are shared out."""
+    """How tokens are divided among programs."""
 
     tokens: int
-    """That a program takes at a time."""
+    """Tokens that a program processes at one time."""
     splits: int
     """Programs for one head of the cache of one sequence."""
     warps: int = 1
     stages: int = 1
     fetches: int = 0
-    """Bring tokens to the L2 cache before they are loaded: 1 for the first ones of a program, 2 for all."""
+    """Prefetch tokens to the L2 cache before they are loaded: 1 for the first tokens of a program, 2 for all."""
     registers: int | None = None
-    """The most that a thread may have."""
+    """The maximum number of registers per thread."""
 
 
 LEAST_TOKENS = 32
-"""That matrix hardware sums over: a thread may hold eight of them side by side, and four threads do. Triton 3.6 gives
-wrong sums over 16, and does not say so."""
+"""The least number of tokens that matrix hardware sums over: a thread may hold eight neighbours, and four threads do.
+Triton 3.6 gives wrong sums over 16, without an error."""
 
 
 def choose_tile(pairs: int, tokens: int, processors: int, is_wide: bool = False, is_float32: bool = False) -> Tile:
-    """For so many pairs of a sequence and a head of the cache, of up to so many tokens each, and multiprocessors;
-    wide: codes of 8 bits.
+    """The tile for `pairs` pairs of a sequence and a head of the cache, with up to `tokens` tokens each, on
+    `processors` multiprocessors; `is_wide`: codes of 8 bits.
 
-    Measured on an H200, whose multiprocessors have room for nine programs: with 1 to 32 sequences of 8 heads 128 wide,
-    1024 to 16384 tokens. Many pairs fill them twice, because fewer splits would leave many of them empty.
+    Measured on an H200, whose multiprocessors hold nine programs each: with 1 to 32 sequences of 8 heads 128 wide, 1024
+    to 16384 tokens. Many pairs fill the device twice, because fewer splits would leave many multiprocessors empty.
     """
     size = 16 if is_float32 else LEAST_TOKENS
     programs = (8 if pairs <= processors else 16) * processors
@@ -75,7 +76,8 @@ def decode_attention(
     softcap: float | None = None,
     exact: ExactTokens | None = None,
 ) -> Tensor:
-    """As `plain_decode_attention` defines it, for rows that `RowLayout` knows, of a power of two from 64 on."""
+    """The function `plain_decode_attention`, for rows that `RowLayout` supports, with a power-of-two width of at least
+    64."""
     batch, kv_heads = cached.keys.codes.shape[:2]
     tokens = length if isinstance(length, int) else cached.keys.capacity
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 4
@@ -95,13 +97,13 @@ def attend_by_tiles(
     tile: Tile,
     exact: ExactTokens | None = None,
 ) -> Tensor:
-    """`decode_attention` by a given tile."""
+    """`decode_attention` with a given tile."""
     if not query.numel():
         return torch.empty_like(query)
     query = query if query.stride(-1) == 1 else query.contiguous()
     if visible is not None and visible.dtype == torch.bool:
         visible = visible.view(torch.uint8)
-    # A copy, if it needs one, comes before what the last launch does not wait for.
+    # If a copy is needed, it is made before the last launch, which does not wait for it.
     outputs = None if cached.matrices.outputs is None else cached.matrices.outputs.contiguous()
     exact = ExactTokens(query) if exact is None else exact
     of_exact = triton.cdiv(exact.first, tile.tokens) + triton.cdiv(exact.last, tile.tokens)
@@ -121,7 +123,7 @@ def _share(
     tile: Tile,
     exact: ExactTokens,
 ) -> None:
-    """Fill the shares."""
+    """Compute the shares."""
     batch, heads, _, width = query.shape
     kv_heads = cached.keys.codes.shape[1]
     layouts = [RowLayout.of(rows.quantizer, width) for rows in (cached.keys, cached.values)]
@@ -183,13 +185,13 @@ def _share(
 
 
 def _operands(query: Tensor) -> tuple[int, tl.dtype]:
-    """Of how many numbers the other operands of products are sums, and of which type."""
+    """The number of parts of the other operands of products, and their type."""
     if not query.is_cuda or query.dtype == torch.float32:
         return 1, tl.float32
     return (1 if query.dtype == torch.bfloat16 else 2), tl.bfloat16
 
 
 def _units(rows: TokenRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes in units, scales, and zero points, or anything where there are none."""
+    """Codes in units, scales, and zero points; any tensor if there are no zero points."""
     scales = rows.parts["scale"]
     return rows.codes.view(torch.int16), scales, rows.parts.get("zero_point", scales)

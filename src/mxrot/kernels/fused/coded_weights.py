@@ -1,17 +1,17 @@
-"""A few rows of bfloat16 times MXINT8, MXFP8 or MXFP4 weights, which stay in codes (Triton).
+"""A few rows of bfloat16 times MXINT8, MXFP8 or MXFP4 weights in codes (Triton).
 
-For generation the head is read once for a few rows, so its bytes set the pace. A program goes along a few rows of the
-weight and all of K, and takes codes apart in registers, two by a few instructions (packed_rows.py): they are the first
-operand of the product, and the inputs, which all programs share and the L2 cache holds, are the second. Codes come out
-in an order of their own, in which inputs are put, too. Both are copied to shared memory some steps ahead. With as many
-rows of weights as a vocabulary has there are programs enough for every device, and nothing is split along K.
+In generation the head is read once for a few rows, so its size limits the speed. A program processes a few rows of the
+weight along all of K, and decodes codes in registers, two with a few instructions (packed_rows.py). They are the first
+operand of the product. The inputs, which all programs share and the L2 cache holds, are the second. Codes are decoded
+in a special order, and the inputs are put in the same order. Both are copied to shared memory some steps ahead. A
+vocabulary has enough rows of weights for the programs of any device, so K is not split.
 
-Every number of a code times its scale is a bfloat16 number, so products are exact; sums are float32, in an order that
+Every code's number times its scale is a bfloat16 number, so products are exact. Sums are float32, in an order that
 depends on the tile. `plain.plain_coded_product` is the specification up to that order. Rows of weights with the scale
-NaN give NaN; of floating-point elements also those with a scale above 2^60, and blocks with scales below 2^-60 lose
-bits. Integers: the lower seven bits of a code become the last bits of a number from 128 to 255, from which 128 is
-taken, or 256 where the code is negative; a scale below 2^-120 counts as that. Triton's interpreter has no bfloat16
-products: there both operands are float32.
+NaN give NaN. With floating-point elements, so do rows with a scale above 2^60, and blocks with scales below 2^-60 lose
+bits. Integers: the lower seven bits of a code become the last bits of a number from 128 to 255. 128 is subtracted from
+it, or 256 if the code is negative. A scale below 2^-120 counts as 2^-120. Triton's interpreter has no bfloat16
+products, so both operands are float32 there.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from mxrot.kernels.fused.packed_rows import RowLayout, are_in_range, numbers_of,
 from mxrot.kernels.plain.coded_weights import BLOCK, CodedWeight
 
 COLUMNS = 128
-"""Of K, at a time."""
+"""Columns of K at one time."""
 _INTEGER = -1
-"""In place of the bits of fraction."""
+"""Replaces the number of fraction bits for integers."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program takes."""
+    """The size of a program's work."""
 
     weights: int
     """Rows of the weight."""
@@ -47,19 +47,20 @@ class Tile:
 
 
 FIXED = Tile(64, 16, 4, 3)
-"""Where a row must not depend on those beside it."""
+"""The tile if a row must not depend on other rows."""
 
 
 def tile_for(rows: int) -> Tile:
-    """For so many rows of inputs: all of them in one program, up to 128, so that codes are taken apart once."""
+    """The tile for `rows` rows of inputs. Up to 128, one program handles all of them, so that codes are decoded
+    once."""
     if rows <= 16:
         return FIXED
     return Tile(64, 32, 4, 3) if rows <= 32 else Tile(64, 64, 4, 3) if rows <= 64 else Tile(64, 128, 8, 3)
 
 
 def _decoder(moved: str) -> tl.constexpr:
-    """Assembly that takes one code of each of two 16-bit units ($1) and the factor of their block twice ($2) to two
-    bfloat16 numbers; `moved` moves the code to the lower byte of its half. lop3 0xEA is (a & b) | c."""
+    """Assembly that converts one code of each of two 16-bit units ($1), with the factor of their block twice ($2), to
+    two bfloat16 numbers. `moved` moves the code to the lower byte of its half. lop3 0xEA is (a & b) | c."""
     return tl.constexpr(
         f"""{{
         .reg .b32 code, number, start, one, zero;
@@ -158,7 +159,7 @@ def _coded_product(
 
 
 def codes_of(format: Format) -> tuple[int, int, int] | None:
-    """Bits of a code, bits of fraction and the smallest exponent; None for a format that the kernel does not read."""
+    """Bits of a code, bits of fraction and the smallest exponent. None for a format that the kernel does not read."""
     if format == get_format("mxint8"):
         return 8, _INTEGER, 0
     if format.block != BLOCK or format.bits not in (4, 8) or "even" not in format.rules:
@@ -168,9 +169,9 @@ def codes_of(format: Format) -> tuple[int, int, int] | None:
 
 
 def coded_product(x: Tensor, weight: CodedWeight, dtype: torch.dtype, is_fixed: bool = False) -> Tensor:
-    """`dtype` [..., N] of bfloat16 x [..., K]; with `is_fixed` a row has the bits that it has alone.
+    """The product `dtype` [..., N] for bfloat16 x [..., K]. With `is_fixed`, a row has the bits that it has alone.
 
-    For formats of which `codes_of` knows how they are read.
+    For formats that `codes_of` supports.
     """
     read = codes_of(weight.format)
     assert read is not None and x.dtype == torch.bfloat16

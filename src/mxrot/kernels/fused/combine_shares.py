@@ -1,6 +1,6 @@
-"""What programs found of shares of the tokens, put together (Triton).
+"""Combines the results of programs for shares of the tokens (Triton).
 
-Shares of packed tokens are multiplied by the matrix that turns values back; those of tokens that were read as they came
+Shares of packed tokens are multiplied by the matrix that inverts the transform of values. Shares of unquantized tokens
 are not.
 """
 
@@ -19,38 +19,39 @@ from mxrot.kernels.fused.overlap import can_overlap
 from mxrot.kernels.plain.cached_attention import times_each
 
 MOST_COMBINED = 128
-"""Up to this width a matrix is in the registers of one program."""
+"""Up to this width, a matrix is in the registers of one program."""
 SPLITS = (1, 4, 16, 64, 256)
-"""Packed shares that one program puts together at most. Few kinds, because each is compiled, and a text that grows sees
-them all."""
+"""The maximum number of packed shares that one program combines. There are few values, because each is compiled, and a
+growing text needs all of them."""
 MOST_SPLITS = SPLITS[-1]
 COLUMNS = 32
-"""That it does so for, where no matrix wants them all."""
+"""Columns that a program combines, if no matrix needs all of them."""
 ENTRIES = 4096
-"""Of shares at once."""
+"""Entries of shares at one time."""
 
 
 @dataclass(frozen=True)
 class Shares:
-    """What programs have found, float32, for each head of each sequence: shares of packed tokens, then exact ones."""
+    """The results of programs, float32, for each head of each sequence: shares of packed tokens, then unquantized
+    ones."""
 
     sums: Tensor
-    """[B heads, count, D]: values times weights 2^(score - maximum)."""
+    """[B heads, count, D]: sums of values times weights 2^(score - maximum)."""
     maxima: Tensor
-    """[B heads, count], of scores in units of log 2; -inf where nothing was seen."""
+    """[B heads, count]: maxima of scores in units of log 2; -inf if no token was seen."""
     totals: Tensor
-    """[B heads, count], of weights."""
+    """[B heads, count]: totals of weights."""
     packed: int
-    """How many are of packed tokens."""
+    """The number of shares of packed tokens."""
 
     @property
     def exact(self) -> int:
-        """How many are of tokens that were read as they came."""
+        """The number of shares of unquantized tokens."""
         return self.sums.shape[1] - self.packed
 
     @staticmethod
     def empty(query: Tensor, packed: int, exact: int) -> Shares:
-        """Room for so many of a query [B, heads, 1, D]."""
+        """Room for the shares of a query [B, heads, 1, D]."""
         batch, heads, _, width = query.shape
         sums = query.new_empty(batch * heads, packed + exact, width, dtype=torch.float32)
         maxima, totals = (query.new_empty(batch * heads, packed + exact, dtype=torch.float32) for _ in range(2))
@@ -71,8 +72,8 @@ def _summed(
     AT_ONCE: tl.constexpr,
     IS_ASKED: tl.constexpr,
 ):
-    """Of `count` shares from `start` on, MOST at most, as for the largest maximum: totals and, if these are asked for,
-    some columns of the sums; both of every AT_ONCE-th share."""
+    """The totals of `count` shares from `start` on, at most MOST, rescaled to the largest maximum, and some columns of
+    the sums if IS_ASKED; both of every AT_ONCE-th share."""
     total = tl.zeros([AT_ONCE], tl.float32)
     found = tl.zeros([AT_ONCE, columns.shape[0]], tl.float32)
     for begin in tl.static_range(0, MOST, AT_ONCE):
@@ -109,12 +110,12 @@ def _combine(
     EXACT_AT_ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The shares of one head of one sequence, some columns of them: what packed ones sum up, times the matrix of its
-    kv head, and exact ones, which are not multiplied by it. PACKED and EXACT of them at most."""
+    """Some columns of the combined shares of one head of one sequence: the sum of packed shares times the matrix of its
+    kv head, plus unquantized shares, which are not multiplied. There are at most PACKED and EXACT of them."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if HAS_MATRIX:
-        # No kernel writes it, so it is on its way while the one before still runs.
+        # No kernel writes the matrix, so it is loaded while the previous kernel still runs.
         matrix_pointer += row // group % kv_heads * matrix_stride
         matrix = tl.load(matrix_pointer + columns[:, None] * WIDTH + columns[None, :])
     if OVERLAP:
@@ -155,7 +156,7 @@ def _combine(
             EXACT_AT_ONCE,
             ASKS_EXACT,
         )
-    # All loads come before, and wait for no sum.
+    # All loads come first, and wait for no sum.
     total = tl.sum(totals, axis=0)
     if EXACT > 0:
         total += tl.sum(own_totals, axis=0)
@@ -169,7 +170,8 @@ def _combine(
 
 
 def combined(query: Tensor, shares: Shares, outputs: Tensor | None, kv_heads: int) -> Tensor:
-    """Of all shares, in the shape and type of the query; what packed ones sum up is multiplied by `outputs`."""
+    """The attention of all shares, in the shape and type of the query. The sum of packed shares is multiplied by
+    `outputs`."""
     if outputs is None or query.shape[3] <= MOST_COMBINED:
         return _sum_shares(query, shares, outputs, kv_heads, query.dtype)
     if not shares.exact:

@@ -1,4 +1,4 @@
-"""MXFP4 weights as bfloat16 in one pass (Triton), for devices and shapes that have no product of packed codes.
+"""MXFP4 weights as bfloat16 in one pass (Triton), for devices and shapes without a product of packed codes.
 
 Every E2M1 number times a power of two is a bfloat16 number, so nothing is rounded. `QTensor.dequantize_packed` is the
 specification, bit for bit.
@@ -19,17 +19,17 @@ GROUPS = 32
 
 @triton.jit
 def _values(codes):
-    """E2M1 of 4-bit codes in int32, float32."""
+    """The E2M1 values of 4-bit codes in int32, float32."""
     code = codes & 7
     above = (code + 252) << 22
     magnitude = tl.where(code >= 2, above, code * 0x3F000000)  # 0 and 0.5
-    # The sign by its bit: compiled, minus zero is what 0 - x gives, without a sign.
+    # Set the sign bit: compiled code computes -x as 0 - x, which loses the sign of zero.
     return (magnitude | ((codes & 8) << 28)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _upper_half(values):
-    """float32 numbers of at most 8 significant bits as bfloat16."""
+    """float32 numbers with at most 8 significant bits as bfloat16."""
     return (values.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
@@ -51,7 +51,7 @@ def _dequantize(
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """bfloat16 [N, K] of codes uint8 [N, K/2], two a byte, and E8M0 bytes [N, K/32]."""
+    """bfloat16 [N, K] from codes uint8 [N, K/2], two per byte, and E8M0 bytes [N, K/32]."""
     rows, groups = scales.shape
     out = torch.empty(rows, groups * 32, dtype=torch.bfloat16, device=codes.device)
     if out.numel():

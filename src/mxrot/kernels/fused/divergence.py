@@ -1,6 +1,6 @@
-"""KL divergence of logits with its gradient, a row a program (Triton).
+"""The KL divergence of logits and its gradient, one program per row (Triton).
 
-Reads both rows twice and writes the gradient once; as a chain of operations it is ten times the traffic.
+It reads both rows twice and writes the gradient once. A chain of operations has ten times the traffic.
 `plain_divergence` is the specification, up to the order of float32 sums.
 """
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 COLUMNS = 2048
 LEAST = tl.constexpr(-60000.0)
-"""Below any logit, and a float16 number."""
+"""A float16 number below any logit."""
 
 
 @triton.jit
 def _norm(largest, sums):
-    """log sum exp, of lanes."""
+    """log sum exp over lanes."""
     whole = tl.max(largest, axis=0)
     return whole + tl.log(tl.sum(sums * tl.exp(largest - whole), axis=0))
 
@@ -39,7 +39,7 @@ def _divergence(
     found_pointer += row * found_stride
     gradient_pointer += row * width
     lanes = tl.arange(0, COLUMNS)
-    # Each lane has a maximum and a sum of its own until the end: one reduction instead of one for each chunk.
+    # Each lane has its own maximum and sum until the end: one reduction instead of one for each chunk.
     largest_expected = tl.full([COLUMNS], LEAST, tl.float32)
     largest_found = tl.full([COLUMNS], LEAST, tl.float32)
     sum_expected = tl.zeros([COLUMNS], tl.float32)
@@ -69,7 +69,7 @@ def _divergence(
 
 
 def divergence(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """As `plain_divergence` defines it."""
+    """The function `plain_divergence`."""
     rows, width = found.shape
     loss = torch.empty(rows, dtype=torch.float32, device=found.device)
     gradient = torch.empty_like(found, memory_format=torch.contiguous_format)

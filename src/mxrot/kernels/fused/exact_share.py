@@ -1,8 +1,8 @@
-"""Attention of queries to tokens that are read as they came: what programs of `attention_share` do (Triton).
+"""Attention of queries to unquantized tokens: part of the programs of `attention_share` (Triton).
 
-They are few, the first tokens of a sequence and the newest ones, so a program has as many as it takes at a time: of one
-head of one sequence, for all queries that read it. Products have operands of the type of the query, float32 for the
-interpreter; probabilities of float16 queries are sums of two such numbers.
+These are the first tokens of a sequence and the newest ones. There are few, so a program handles only as many as it
+processes at one time: of one head of one sequence, for all queries that read it. Products have operands of the query's
+type, float32 in the interpreter. Probabilities of float16 queries are sums of two such numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mxrot.kernels.fused.arithmetic import product
 
 @triton.jit
 def _fetch(pointer, row, WIDTH: tl.constexpr):
-    """Let these rows be brought to the L2 cache, 64 bytes by one instruction."""
+    """Prefetch these rows to the L2 cache, 64 bytes per instruction."""
     EACH: tl.constexpr = 512 // pointer.dtype.element_ty.primitive_bitwidth
     at = row[:, None] * WIDTH + tl.arange(0, WIDTH // EACH)[None, :] * EACH
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointer + at], tl.int32, False, 1)
@@ -24,7 +24,7 @@ def _fetch(pointer, row, WIDTH: tl.constexpr):
 
 @triton.jit
 def _rows_at(keys_pointer, values_pointer, row, inside, WIDTH: tl.constexpr):
-    """Keys and values [TOKENS, WIDTH] of these rows, zeros for those that are not `inside`."""
+    """Keys and values [TOKENS, WIDTH] of these rows; zeros for rows that are not `inside`."""
     at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     keys = tl.load(keys_pointer + at, mask=inside[:, None], other=0)
     return keys, tl.load(values_pointer + at, mask=inside[:, None], other=0)
@@ -62,10 +62,10 @@ def exact_share(
     OVERLAP: tl.constexpr,
     FETCHES: tl.constexpr,
 ):
-    """Maxima [HEADS] of scores in units of log 2, totals [HEADS] of weights, and values summed, [WIDTH, HEADS]: of a
-    part of these tokens, for the queries of a pair of a sequence and a head. Pointers are those of the sequence.
+    """Maxima [HEADS] of scores in units of log 2, totals [HEADS] of weights, and sums of values, [WIDTH, HEADS]: for a
+    part of these tokens, and the queries of one sequence and head. Pointers are those of the sequence.
 
-    Parts of the first tokens come first, then those that go back from the newest of `count` tokens.
+    The parts of the first tokens come first, then those that go back from the newest of `count` tokens.
     """
     OF_FIRST: tl.constexpr = (FIRST + TOKENS - 1) // TOKENS
     item = part * TOKENS + tl.arange(0, TOKENS)
@@ -74,7 +74,7 @@ def exact_share(
     inside = (back >= 0) & (back < last) & (token >= 0)
     row = pair * ring + tl.where(inside, (token + shift) % ring, 0)
     if FETCHES:
-        # The kernel before writes the newest token at most, and nothing is read yet.
+        # The previous kernel writes only the newest token, and nothing is read yet.
         if part >= OF_FIRST:
             _fetch(recent_keys, row, WIDTH)
             _fetch(recent_values, row, WIDTH)
@@ -89,7 +89,7 @@ def exact_share(
         keys, values = _rows_at(recent_keys, recent_values, row, inside, WIDTH)
         seen = inside
     else:
-        # Rows are on their way before it is known which of them are read.
+        # Rows are loaded before it is known which of them are needed.
         begin = (tl.load(begins_pointer) - skipped).to(tl.int32)
         if part < OF_FIRST:
             rows = pair * leading_rows + item
@@ -106,7 +106,7 @@ def exact_share(
     heads = tl.arange(0, HEADS)
     of_query = heads[None, :] * query_head + tl.arange(0, WIDTH)[:, None]
     query = tl.load(query_pointer + of_query, mask=heads[None, :] < GROUP, other=0).to(tl.float32)
-    # Queries are of the type of products as they are.
+    # Queries already have the type of the products.
     scores = product(keys.to(DTYPE), query, tl.zeros([TOKENS, HEADS], tl.float32), 1, DTYPE)
     if HAS_SOFTCAP:
         scores = (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634) * scaling)) - 1.0) * softcap

@@ -1,12 +1,12 @@
-"""MXFP4 weights as FP8 E4M3, with one power of two a row (Triton).
+"""MXFP4 weights as FP8 E4M3, with one power of two per row (Triton).
 
-An E2M1 number times 2^d is an E4M3 number for d from -8 to 6, so a row whose block exponents span no more than that
-is lifted without an error, and a product of FP8 matrices is the product of MXFP4 ones. `plain_lift_weights` is the
+An E2M1 number times 2^d is an E4M3 number for d from -8 to 6. A row whose block exponents span no more than that is
+lifted without an error, and a product of FP8 matrices is the product of MXFP4 matrices. `plain_lift_weights` is the
 specification, bit for bit.
 
-A block's scale decides which bytes its eight magnitudes become. These eight are written down once for a block, in two
-words, and each code then looks its byte up. A thread takes half a block: the 8 bytes it loads and the 16 that it stores
-lie beside those of its neighbours. Triton's interpreter has no inline assembly: there codes are taken one by one.
+The scale of a block decides which bytes its eight magnitudes become. These eight bytes are computed once per block, in
+two words, and each code then looks up its byte. A thread processes half a block: its 8 loaded and 16 stored bytes are
+next to those of its neighbours. Triton's interpreter has no inline assembly, so there codes are converted one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 HALVES = 256
-"""Half blocks a program."""
+"""Half blocks per program."""
 _LOOK_UP = tl.constexpr(
     """{
     .reg .b32 code, sign, upper;
@@ -40,8 +40,8 @@ where a code is negative, else 0x80; one bit to the left and the top bits are th
 
 @triton.jit
 def _table(shift):
-    """The bytes of |E2M1| 2^shift in E4M3, int32: codes 0 to 3, and codes 4 to 7. Below 2^-6 the nearest multiple of
-    2^-9, ties to even; `shift` at most 6."""
+    """The bytes of |E2M1| 2^shift in E4M3, int32: codes 0 to 3, and codes 4 to 7. Values below 2^-6 are rounded to
+    multiples of 2^-9, ties to even. `shift` is at most 6."""
     above = (shift + 6) << 3
     first = tl.where(above == 0, 4, above)
     low = (first << 8) | ((above + 8) << 16) | ((above + 12) << 24)
@@ -63,7 +63,7 @@ def _table(shift):
 
 @triton.jit
 def _bytes(packed, low, high, ASSEMBLY: tl.constexpr):
-    """Words of eight codes to two words of four bytes."""
+    """Convert words of eight codes to two words of four bytes each."""
     if ASSEMBLY:
         first, second = tl.inline_asm_elementwise(
             _LOOK_UP, "=&r,=&r,r,r,r", [packed, low, high], (tl.int32, tl.int32), True, 1
@@ -109,7 +109,7 @@ def _lift(
 
 
 def lift_weights(codes: Tensor, scales: Tensor, row_exponents: Tensor, out: Tensor | None = None) -> Tensor:
-    """As `plain_lift_weights` defines it; into `out`, E4M3 [N, K], if that is given."""
+    """The function `plain_lift_weights`. The result is written to `out`, E4M3 [N, K], if it is given."""
     rows, groups = scales.shape
     lifted = torch.empty(rows, groups * 32, dtype=torch.float8_e4m3fn, device=codes.device) if out is None else out
     if lifted.numel():

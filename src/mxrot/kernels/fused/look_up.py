@@ -1,20 +1,21 @@
-"""A few rows of integers times 2-bit weights whose codes are looked up in four levels a group (Triton).
+"""A few rows of integers times 2-bit weights whose codes are looked up in four levels per group (Triton).
 
-For one row the weights are read once, 16 of them in four bytes, and memory sets the pace only if a weight costs about
+For one row the weights are read once, 16 of them in four bytes. Memory limits the speed only if a weight costs about
 one instruction. Hence:
 
-- The four int8 levels of a group are one 32-bit register. PRMT picks four of its bytes by four selectors of four bits,
-  and two-bit codes are such selectors as they lie, every other one of them: codes 0, 2, 4, 6 of a word under the mask
-  0x3333, codes 1, 3, 5, 7 two bits further. DP4A multiplies what was picked by four inputs and adds the products up.
-  That is 13 instructions for 16 weights, and integers all the way: the product of a group is exact.
-- Inputs lie in the order that this asks for (`plain.in_planes`), so a thread loads 16 bytes of them at a time, too.
-- A thread takes 64 weights of each of several rows; what it picked serves all rows of inputs. All its weights are on
-  their way before it waits for the inputs: the kernel is launched while the one that writes them runs.
-- Warps of a program lie along K or along rows of weights (`Tile`). The dimensions of all tensors are those of the
-  layout, so that threads exchange nothing before the sums over K; these have a fixed order.
+- The four int8 levels of a group are one 32-bit register. PRMT selects four of its bytes with four 4-bit selectors.
+  Every other 2-bit code of a word is such a selector in place: codes 0, 2, 4, 6 under the mask 0x3333, and codes 1, 3,
+  5, 7 after a shift by two bits. DP4A multiplies the selected bytes by four inputs and adds the products. These are 13
+  instructions for 16 weights, all on integers: the product of a group is exact.
+- Inputs are in the order that this needs (`plain.in_planes`), so a thread also loads 16 bytes of them at a time.
+- A thread processes 64 weights of each of several rows, and uses the selected bytes for all rows of inputs. All its
+  weights are being loaded before it waits for the inputs: the kernel is launched while the kernel that writes them
+  runs.
+- Warps of a program are along K or along rows of weights (`Tile`). The dimensions of all tensors are those of the
+  layout, so threads exchange nothing before the sums over K, which have a fixed order.
 
 `plain_look_up_product` is the specification, up to the order of the float32 sums. Triton's interpreter has no inline
-assembly: there PRMT and DP4A are written out.
+assembly, so PRMT and DP4A are replaced by arithmetic there.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from mxrot.kernels.fused.overlap import can_overlap
 from mxrot.kernels.plain.look_up import IntegerRows
 
 MOST_INPUTS = 8
-"""Rows of inputs that a program takes at once."""
+"""Rows of inputs that a program processes at one time."""
 
 
 @triton.jit
 def _pick(levels, selectors, ASSEMBLY: tl.constexpr):
-    """Four of the bytes of `levels` by the lower four nibbles of `selectors`, each 0 to 3: int32."""
+    """Four of the bytes of `levels`, selected by the lower four nibbles of `selectors`, each 0 to 3: int32."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [levels, selectors], tl.int32, is_pure=True, pack=1
@@ -50,7 +51,7 @@ def _pick(levels, selectors, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _add_products(total, left, right, ASSEMBLY: tl.constexpr):
-    """total + the sum of the products of four int8 each."""
+    """total + the sum of four products of int8."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [left, right, total], tl.int32, is_pure=True, pack=1
@@ -74,7 +75,7 @@ def _load_weights(
     WORDS: tl.constexpr,
     PER_GROUP: tl.constexpr,
 ):
-    """Of each of RUN rows words [T, WORDS] of the chunk of each thread, FIRST beyond `words_at`, and scales [T] and
+    """For each of RUN rows, FIRST rows beyond `words_at`: words [T, WORDS] of each thread's chunk, and scales [T] and
     levels [T, 1] of its group; zeros beyond the end."""
     IS_WHOLE: tl.constexpr = FIRST + ACROSS <= CHUNKS
     inside = None if IS_WHOLE else FIRST + chunk < CHUNKS
@@ -83,7 +84,7 @@ def _load_weights(
     group = FIRST // PER_GROUP if FIRST % PER_GROUP == 0 else (FIRST + chunk) // PER_GROUP - chunk // PER_GROUP
     loaded: tl.tuple = ()
     for run in tl.static_range(RUN):
-        # What differs is a number known to the compiler: one address serves all.
+        # The offset is a compile-time constant: one address serves all.
         at = words_at + (run * CHUNKS + FIRST) * WORDS
         loaded += (tl.load(at, mask=inside_of_two, other=nothing, eviction_policy="evict_first"),)
     for run in tl.static_range(RUN):
@@ -95,7 +96,7 @@ def _load_weights(
 
 @triton.jit
 def _load_inputs(pointer, chunk, IS_WHOLE: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr):
-    """The four planes of a row of inputs at the chunk of each thread, [T, WORDS]; zeros beyond the end."""
+    """The four planes of a row of inputs at each thread's chunk, [T, WORDS]; zeros beyond the end."""
     SIZE: tl.constexpr = CHUNKS * WORDS
     inside = None if IS_WHOLE else (chunk < CHUNKS)[:, None]
     nothing = None if IS_WHOLE else 0
@@ -107,7 +108,7 @@ def _load_inputs(pointer, chunk, IS_WHOLE: tl.constexpr, CHUNKS: tl.constexpr, W
 
 @triton.jit
 def _looked_up(words, levels, ASSEMBLY: tl.constexpr):
-    """The levels that the codes of words [T, WORDS] name, four int8 in an int32, in the order of the four planes."""
+    """The levels of the codes in words [T, WORDS], four int8 in an int32, in the order of the four planes."""
     even, odd = words & 0x33333333, (words >> 2) & 0x33333333
     first, second = _pick(levels, even, ASSEMBLY), _pick(levels, even >> 16, ASSEMBLY)
     return first, second, _pick(levels, odd, ASSEMBLY), _pick(levels, odd >> 16, ASSEMBLY)
@@ -115,7 +116,7 @@ def _looked_up(words, levels, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _product(weights, FIRST: tl.constexpr, inputs, ASSEMBLY: tl.constexpr):
-    """The product of a chunk for each thread, [T]: of what was looked up, four tensors from FIRST on, with inputs."""
+    """The product of each thread's chunk, [T]: of the looked-up levels, four tensors from FIRST on, with inputs."""
     sums = _add_products(tl.zeros_like(inputs[0]), weights[FIRST], inputs[0], ASSEMBLY)
     for plane in tl.static_range(1, 4):
         sums = _add_products(sums, weights[FIRST + plane], inputs[plane], ASSEMBLY)
@@ -124,7 +125,7 @@ def _product(weights, FIRST: tl.constexpr, inputs, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _side_by_side(parts, DOWN: tl.constexpr, COUNT: tl.constexpr, LEVELS: tl.constexpr):
-    """2^LEVELS = COUNT tensors [T] as one [DOWN, T / DOWN, COUNT]."""
+    """2^LEVELS = COUNT tensors [T] as one tensor [DOWN, T / DOWN, COUNT]."""
     for level in tl.static_range(LEVELS):
         joined: tl.tuple = ()
         for place in tl.static_range(COUNT >> (level + 1)):
@@ -157,7 +158,7 @@ def _look_up_product(
 ):
     STEPS: tl.constexpr = (CHUNKS + ACROSS - 1) // ACROSS
     COUNT: tl.constexpr = RUN * INPUTS
-    # Of the last program some rows may be those of the one before, which writes the same there.
+    # Some rows of the last program may be those of the previous one, which writes the same values.
     first_input = tl.program_id(1) * INPUTS
     first_row = tl.minimum(tl.program_id(0) * (RUN * DOWN), rows_in_all - RUN * DOWN)
     thread = tl.arange(0, DOWN * ACROSS)
@@ -185,7 +186,7 @@ def _look_up_product(
             weights += _looked_up(loaded[3 * RUN * step + run], loaded[3 * RUN * step + RUN + 2 * run + 1], ASSEMBLY)
         added: tl.tuple = ()
         for which in tl.static_range(INPUTS):
-            # Of rows beyond the end the last one.
+            # Rows beyond the end are replaced by the last one.
             place = tl.minimum(first_input + which, inputs_in_all - 1).to(tl.int64)
             pointer = inputs_pointer + place * (4 * CHUNKS * WORDS)
             inputs = _load_inputs(pointer, step * ACROSS + chunk, (step + 1) * ACROSS <= CHUNKS, CHUNKS, WORDS)
@@ -205,35 +206,35 @@ def _look_up_product(
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program computes, and how."""
+    """The work of a program, and how it is divided."""
 
     run: int
-    """Rows of weights that a thread takes."""
+    """Rows of weights per thread."""
     down: int
-    """Warps that have rows of their own."""
+    """Warps with different rows."""
     across: int
-    """Warps that share a row: each has its part of K."""
+    """Warps that share a row, each with a part of K."""
     ahead: int = 8
-    """Steps along K whose weights are loaded before anything is computed."""
+    """Steps along K whose weights are loaded before the first computation."""
 
 
 def choose_tile(inputs: int, rows: int, chunks: int) -> Tile:
-    """For so many rows of inputs and of weights, and chunks of K; measured on an H200."""
+    """The tile for these numbers of rows of inputs, rows of weights, and chunks of K; measured on an H200."""
     if inputs > 1:
         return Tile(2, 1, 4, 2) if chunks > 64 else Tile(2, 4, 1)
     return Tile(4, 2, 1, 1) if rows >= 16384 else Tile(1, 4, 1, 1)
 
 
 def words_of_chunk(group: int) -> int:
-    """Words of 16 weights that a thread loads at once, all of one group of so many weights; 0 where there are none."""
+    """Words of 16 weights that a thread loads at once, all in one group of `group` weights. 0 if there are none."""
     return next((words for words in (4, 2, 1) if group % (16 * words) == 0), 0)
 
 
 def look_up_product(inputs: IntegerRows, packed: Tensor, scales: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `plain_look_up_product` defines it, for inputs in the order of `plain.in_planes`, and groups of weights that
+    """The function `plain_look_up_product`, for inputs in the order of `plain.in_planes`, and groups of weights that
     are a multiple of 16.
 
-    Made for few rows of inputs: MOST_INPUTS of them at a time go through all weights.
+    It is made for few rows of inputs: MOST_INPUTS of them at a time are multiplied by all weights.
     """
     rows, groups = scales.shape
     words = words_of_chunk(4 * packed.shape[1] // max(1, groups))
@@ -250,7 +251,7 @@ def product_by_tiles(
     tile: Tile,
     has_assembly: bool,
 ) -> Tensor:
-    """`look_up_product` by tiles of a given kind, with PRMT and DP4A or with arithmetic in their place."""
+    """`look_up_product` with a given tile, with PRMT and DP4A or with arithmetic in their place."""
     rows, groups = scales.shape
     count = inputs.scales.numel()
     width = 4 * packed.shape[1]

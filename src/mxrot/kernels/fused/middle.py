@@ -1,25 +1,25 @@
-"""Some rows of MXFP4 times MXFP4 weights, which stay packed, on Hopper's FP8 matrix hardware (Triton).
+"""Middle rows of MXFP4 inputs times packed MXFP4 weights, on Hopper's FP8 matrix hardware (Triton).
 
-From 17 rows on a product in float16 is bound by arithmetic, and lifting the weights first writes and reads them in FP8.
-Here codes become FP8 numbers in the registers from which the matrix hardware takes its first operand:
+From 17 rows on, a product in float16 is limited by arithmetic, and lifting the weights first writes and reads them in
+FP8. Here codes become FP8 numbers in the registers from which the matrix hardware reads its first operand:
 
-- The product is that of the weights, [N, K], by the inputs turned, [K, M]: its first operand may lie in registers, and
-  the second one, the inputs, lies in shared memory as it lies in memory.
-- Both are E5M2. The eight magnitudes of a block are eight bytes, two words, which its exponent gives by a product and a
-  sum each, because no number is subnormal where the weights can be lifted to E4M3 (`plain.lift_exponents`). A byte
-  permutation looks four codes up at a time: 11 instructions for 8 codes, signs included.
-- Of K = 32 a thread gives columns 4 t to 4 t + 3 and 16 + 4 t to 19 + 4 t of its row, t of four threads. A thread that
-  loads a whole block of a row, 16 bytes, has them all if the inputs are in the order of `plain.across_blocks`. So
-  nothing is exchanged between threads, and four blocks are the least that a step takes.
-- Hopper's FP8 products are summed in fewer bits than float32. A step sums `Tile.step` products, and steps are added up
-  in float32 registers; a tile that is fast sums all in the matrix hardware.
-- Where a grid is small K is split. Each part writes its float32 sums, and a second launch adds them up in order.
+- The product is that of the weights, [N, K], and the transposed inputs, [K, M]. Its first operand may be in registers.
+  The second one, the inputs, is in shared memory in the same order as in memory.
+- Both are E5M2. The eight magnitudes of a block are eight bytes, two words. One product and one sum of its exponent
+  give each word, because no number is subnormal if the weights can be lifted to E4M3 (`plain.lift_exponents`). A byte
+  permutation looks up four codes at a time: 11 instructions for 8 codes, signs included.
+- For K = 32 a thread provides columns 4 t to 4 t + 3 and 16 + 4 t to 19 + 4 t of its row, as thread t of four. A thread
+  that loads a whole block of a row, 16 bytes, has all of them if the inputs are in the order of `plain.across_blocks`.
+  Threads then exchange nothing, and a step has at least four blocks.
+- Hopper's FP8 products are summed in fewer bits than float32. A step sums `Tile.step` products, and steps are added in
+  float32 registers. A fast tile sums everything in the matrix hardware.
+- If the grid is small, K is split. Each part writes its float32 sums, and a second launch adds them in order.
 
-The assembly takes four neighbours in the last dimension as four codes of one word. That Triton gives them to it
-together is how it numbers the registers of an operand of 8 bits; a test looks at it in what is compiled.
+The assembly takes four neighbours in the last dimension as four codes of one word. Triton passes them together because
+of how it numbers the registers of an 8-bit operand. A test checks this in the compiled code.
 
-`plain_middle_product` is the specification, up to the order of the sums. Triton's interpreter has no inline assembly:
-there bytes are looked up one by one and multiplied as float32.
+`plain_middle_product` is the specification, up to the order of the sums. Triton's interpreter has no inline assembly,
+so bytes are looked up one by one and multiplied as float32 there.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ _LOOK_UP = tl.constexpr(
     lop3.b32 $0, sign, 0x80808080, $0, 0xEA;
     }"""
 )
-"""Four codes, in the lower half of a word, to four bytes. Words and tables are the same for all four elements, of which
-the first is read. `lift` says how signs are found."""
+"""Converts four codes, in the lower half of a word, to four bytes. Words and tables are the same for all four elements,
+and the first is read. `lift` explains the signs."""
 _OPERANDS = tl.constexpr("=&r" + 12 * ",r")
 BLOCKS = tl.constexpr(4)
-"""Of a row, that four threads load side by side."""
+"""Neighbouring blocks of a row that four threads load."""
 
 
 @triton.jit
 def _table(exponents):
-    """The bytes of |E2M1| 2^e in E5M2, int32: codes 0 to 3, and codes 4 to 7; for e from -13 to 13. For others the byte
-    of code 0 is 0 all the same."""
+    """The bytes of |E2M1| 2^e in E5M2, int32: codes 0 to 3, and codes 4 to 7; for e from -13 to 13. For other e the
+    byte of code 0 is still 0."""
     fields = exponents + 15
     return fields * 0x04040400 + (0x02000000 - 0x0400), fields * 0x04040404 + 0x0A080604
 
 
 @triton.jit
 def _numbers(words, low, high, ASSEMBLY: tl.constexpr):
-    """The four codes in the lower halves of `words` [..., 4], the same four times, by tables of that shape: E5M2, or
-    float32."""
+    """The numbers of the four codes in the lower halves of `words` [..., 4], whose four entries are equal, from tables
+    of this shape: E5M2, or float32."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(_LOOK_UP, _OPERANDS, [words, low, high], tl.float8e5, True, 4)
     else:
@@ -72,14 +72,14 @@ def _numbers(words, low, high, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _value(byte):
-    """The float32 of bytes of E5M2."""
+    """The float32 values of E5M2 bytes."""
     return (byte.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _places(EACH: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr):
-    """Row, chunk of four blocks, block in it, and which of EACH, of the elements of
-    [ROWS / (16 WARPS), CHUNKS, 2, WARPS, 8, 4, EACH] in one dimension."""
+    """Row, chunk of four blocks, block in the chunk, and index below EACH, of the elements of [ROWS / (16 WARPS),
+    CHUNKS, 2, WARPS, 8, 4, EACH] in one dimension."""
     places = tl.arange(0, ROWS * CHUNKS * 4 * EACH)
     block, octet, warp = places // EACH % 4, places // (4 * EACH) % 8, places // (32 * EACH) % WARPS
     others = places // (32 * EACH * WARPS)
@@ -165,7 +165,7 @@ def _middle(
 def _add_parts(
     parts_pointer, row_exponent_pointer, out_pointer, outputs, rows_in_all, SPLIT: tl.constexpr, EACH: tl.constexpr
 ):
-    """Float32 sums [SPLIT, outputs], the first one first, times the power of two of their row."""
+    """Add float32 sums [SPLIT, outputs], the first one first, and multiply by the power of two of their row."""
     at = tl.program_id(0).to(tl.int64) * EACH + tl.arange(0, EACH)
     inside = at < outputs
     total = tl.load(parts_pointer + at, mask=inside, other=0)
@@ -177,7 +177,7 @@ def _add_parts(
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program computes, and how."""
+    """The work of a program, and how it is divided."""
 
     inputs: int
     """Rows of inputs, 16 to 256."""
@@ -190,7 +190,7 @@ class Tile:
     warps: int = 4
     """4 or 8."""
     stages: int = 4
-    """Steps whose bytes are on their way or computed."""
+    """Steps whose bytes are being loaded or computed."""
     fast: bool = False
     """Sum all of K in the matrix hardware."""
 
@@ -200,7 +200,8 @@ class Tile:
 
 
 def default_tile(inputs: int, rows: int, groups: int, processors: int) -> Tile:
-    """For so many rows of inputs and of weights, blocks in each, and multiprocessors; reckoned, not measured."""
+    """The tile for these numbers of rows of inputs, rows of weights, blocks in each, and multiprocessors; estimated,
+    not measured."""
     tile = Tile(min(128, max(16, triton.next_power_of_2(inputs))), 64, 128, 1)
     programs = max(1, triton.cdiv(inputs, tile.inputs) * triton.cdiv(rows, tile.rows))
     steps = groups // BLOCKS.value
@@ -209,10 +210,10 @@ def default_tile(inputs: int, rows: int, groups: int, processors: int) -> Tile:
 
 
 def candidates(inputs: int, rows: int, groups: int, processors: int) -> list[Tile]:
-    """Tiles that are worth measuring there, the default first: of those that a compiler gives registers enough.
+    """Tiles that are worth measuring for this shape, the default first, if the compiler has enough registers for them.
 
-    Left out are four warps with sums [128, 128], or with 128 rows of weights and steps of 256 beside 64 of inputs, and
-    256 rows of inputs but for fast ones: those move registers to memory.
+    Left out are tiles that spill registers to memory: four warps with sums [128, 128], or with 128 rows of weights and
+    steps of 256 beside 64 rows of inputs; and 256 rows of inputs, except for fast tiles.
     """
     first = default_tile(inputs, rows, groups, processors)
     wide = replace(first, rows=128, warps=8)
@@ -237,9 +238,9 @@ def middle_product(
     dtype: torch.dtype,
     tile: Tile | None = None,
 ) -> Tensor:
-    """As `plain_middle_product` defines it: `dtype` [..., N], by a tile of a given kind or the default one.
+    """The function `plain_middle_product`: `dtype` [..., N], with a given tile or the default one.
 
-    For K a multiple of the tile's step; of 128 by default.
+    K must be a multiple of the tile's step, which is 128 by default.
     """
     rows, groups = scales.shape
     count = inputs.numel() // (32 * groups)
@@ -280,5 +281,5 @@ def middle_product(
 
 
 def processors_of(device: torch.device) -> int:
-    """Multiprocessors there, 1 for a CPU."""
+    """The number of multiprocessors of a device, 1 for a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

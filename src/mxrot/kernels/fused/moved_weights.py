@@ -1,7 +1,7 @@
-"""Weights that tuning moves, and the gradients of what moves them, one kernel each way (Triton).
+"""Weights that tuning moves, and the gradients of what moves them, with one kernel for each direction (Triton).
 
-`plain_moved_weights` and `plain_moved_weights_gradients` are the specification; sums of products are taken in an
-order of their own here, so a weight next to a rounding boundary may fall on the other side.
+`plain_moved_weights` and `plain_moved_weights_gradients` are the specification. Sums of products have a different order
+here, so a weight next to a rounding boundary may fall on the other side.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROWS = 64
 
 @triton.jit
 def _continuous(offset_pointer, value_pointer, up_pointer, down_pointer, place, mask):
-    """The weights that are rounded, before they follow the transform, and the distances that offsets count in."""
+    """The weights before they follow the transform and are rounded, and the distances that are the units of offsets."""
     offset = tl.load(offset_pointer + place, mask=mask, other=0.0)
     value = tl.load(value_pointer + place, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_pointer + place, mask=mask, other=0.0).to(tl.float32)
@@ -116,7 +116,7 @@ def _gradients(
 
 
 def moved_weights(offset: Tensor, moves: WeightMoves, element: FloatElement) -> Tensor:
-    """As `plain_moved_weights` defines it; bfloat16 [N, K]."""
+    """The function `plain_moved_weights`: bfloat16 [N, K]."""
     rows, width = offset.shape
     out = torch.empty(rows, width, dtype=torch.bfloat16, device=offset.device)
     _moved_weights[(triton.cdiv(rows, ROWS), width // BLOCK.value)](
@@ -135,7 +135,7 @@ def moved_weights(offset: Tensor, moves: WeightMoves, element: FloatElement) -> 
 def moved_weights_gradients(
     gradient: Tensor, offset: Tensor, moves: WeightMoves, element: FloatElement, wants_exponent: bool
 ) -> WeightGradients:
-    """As `plain_moved_weights_gradients` defines it."""
+    """The function `plain_moved_weights_gradients`."""
     rows, width = offset.shape
     groups, parts = width // BLOCK.value, triton.cdiv(rows, ROWS)
     of_offset = torch.empty_like(offset)

@@ -1,4 +1,4 @@
-"""Kernels that compute nothing: what launching one takes, and memory between loads and stores (Triton)."""
+"""Kernels without computation: they measure the time of a launch, and of memory between loads and stores (Triton)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAM_BYTES = tl.constexpr(1024)
-"""What a program of `half` reads: as much as one that quantizes 16 blocks of bfloat16."""
+"""Bytes that a program of `half` reads, as many as one that quantizes 16 blocks of bfloat16."""
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _nothing(pointer):
 def _half(pointer, out_pointer, size):
     SIZE: tl.constexpr = PROGRAM_BYTES // 16
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    place = tl.max_contiguous(place, 1)  # a thread stores one number for the two it loads
+    place = tl.max_contiguous(place, 1)  # a thread stores one number for two that it loads
     inside = place < size
     both = tl.load(pointer + (place[:, None] * 2 + tl.arange(0, 2)[None, :]), mask=inside[:, None])
     first, second = tl.split(both)
@@ -33,10 +33,10 @@ def nothing(x: Tensor) -> None:
 
 
 def half(x: Tensor) -> Tensor:
-    """Of each 16 bytes of a contiguous `x` the first 8 xor the others, uint8 [bytes / 2].
+    """For each 16 bytes of a contiguous `x`, the first 8 xor the others, uint8 [bytes / 2].
 
-    What is loaded and stored to quantize bfloat16 to FP8, by the same number of programs where there are few rows, and
-    next to nothing else.
+    It loads and stores as much as quantizing bfloat16 to FP8, with the same number of programs for few rows, and
+    computes almost nothing else.
     """
     out = torch.empty(x.nbytes // 2, dtype=torch.uint8, device=x.device)
     numbers = x.reshape(-1).view(torch.int64)

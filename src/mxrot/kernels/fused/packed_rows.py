@@ -1,15 +1,15 @@
 """Rows of 2-, 4- and 8-bit codes as the kernels of the cache read and write them (Triton).
 
-A row is read as units of 16 bits, each of 2, 4 or 8 codes, and its numbers stand in an order of their own: first those
-of the first place of every unit, then those of the second. Sums over columns do not care, and what is written goes to
-`columns_of`. Two units are taken apart at a time, into two bfloat16 numbers, by three to five instructions.
+A row is read as 16-bit units, each of 2, 4 or 8 codes. Its numbers are in a special order: first those at the first
+place of every unit, then those at the second, and so on. Sums over columns do not depend on the order, and results are
+written to `columns_of`. Two units are decoded at a time, into two bfloat16 numbers, by three to five instructions.
 
-Numbers of floating-point elements are made by moving the bits of a code to where a bfloat16 or float32 number has
-them: that is the value times a power of two, and one product puts it right and applies the scale. For that power to fit
-into one factor, numbers here are 2^-60 of what they stand for. A row with a scale above 2^60, or NaN, counts as NaN;
-below 2^-60 numbers lose bits.
-Integers become the last bits of a number from 128 to 256, from which 128 and the zero point are taken, all exact; where
-a row has one scale it is applied to sums. Triton's interpreter has no assembly: there the numbers are float32.
+Numbers of floating-point elements are made by moving the bits of a code to the places that they have in bfloat16 or
+float32. This gives the value times a power of two, and one product corrects it and applies the scale. For the power to
+fit into one factor, numbers here are 2^-60 times their values. A row with a scale above 2^60, or NaN, counts as NaN.
+Below 2^-60 numbers lose bits. Integers become the last bits of a number from 128 to 256. 128 and the zero point are
+subtracted from it, all exactly. If a row has one scale, it is applied to sums. Triton's interpreter has no assembly, so
+the numbers are float32 there.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from mxrot.formats.element import FloatElement, IntElement
 from mxrot.kernels.fused.arithmetic import power_of_field, round_to_element
 
 _INTEGER = -1
-"""In place of the bits of fraction."""
+"""Replaces the number of fraction bits for integers."""
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """What kernels need to know of a format, a rule and a width."""
+    """The facts about a format, a rule and a width that kernels need."""
 
     bits: int
     groups: int
     fraction: int
-    """Bits of fraction of a floating-point element; `_INTEGER` for an unsigned integer with a zero point."""
+    """Fraction bits of a floating-point element. `_INTEGER` for an unsigned integer with a zero point."""
     min_exponent: int
     max_exponent: int
     largest: float
     raises_from: int
-    """Of the rule, as `ScaleRule.raises_from` has it for float32."""
+    """`ScaleRule.raises_from` of the rule, for float32."""
     clip: float
 
     @staticmethod
     def of(quantizer: TensorQuantizer, width: int) -> RowLayout | None:
-        """None for what the kernels do not know."""
+        """The layout. None if the kernels do not support it."""
         format, rule = quantizer.format, quantizer.rule
         if not isinstance(format.grid, Uniform) or width % format.block_in(width):
             return None
@@ -72,7 +72,7 @@ class RowLayout:
         return self.fraction == _INTEGER
 
     def reading(self, prefix: str) -> dict[str, int]:
-        """Constants of a kernel that reads."""
+        """Constants of a kernel that reads rows."""
         return {
             f"{prefix}_BITS": self.bits,
             f"{prefix}_GROUPS": self.groups,
@@ -81,7 +81,7 @@ class RowLayout:
         }
 
     def writing(self, prefix: str) -> dict[str, int | float]:
-        """Constants of a kernel that writes."""
+        """Constants of a kernel that writes rows."""
         return self.reading(prefix) | {
             f"{prefix}_MAX_EXPONENT": self.max_exponent,
             f"{prefix}_LARGEST": self.largest,
@@ -92,14 +92,14 @@ class RowLayout:
 
 @triton.jit
 def columns_of(WIDTH: tl.constexpr, BITS: tl.constexpr):
-    """Which columns the numbers of a row are, in the order in which `numbers_of` gives them."""
+    """The columns of the numbers of a row, in the order of `numbers_of`."""
     place, UNITS = tl.arange(0, WIDTH), WIDTH * BITS // 16
     return place % UNITS * (16 // BITS) + place // UNITS
 
 
 @triton.jit
 def spread(x, WIDTH: tl.constexpr):
-    """[N, WIDTH] of one entry a group, [N, G]."""
+    """[N, WIDTH] with one entry per group from [N, G]."""
     N: tl.constexpr = x.shape[0]
     G: tl.constexpr = x.shape[1]
     if G == 1:
@@ -110,10 +110,11 @@ def spread(x, WIDTH: tl.constexpr):
 
 @triton.constexpr_function
 def _assembly(place: int, bits: int, fraction: int) -> str:
-    """Takes the codes at a place of two units ($1) to two bfloat16 numbers. For floating-point elements $2 is a factor
-    of both; of integers it is what is added to both, which are 128 and more.
+    """Converts the codes at a place of two units ($1) to two bfloat16 numbers. For floating-point elements, $2 is a
+    factor of both. For integers, it is added to both, which are at least 128.
 
-    lop3 0xEA is (a & b) | c. A product is a sum with -0, which older devices have of two numbers at a time.
+    lop3 0xEA is (a & b) | c. A product is a fused multiply-add with -0, which older devices have for two numbers at a
+    time.
     """
 
     def moved(to: str, by: int) -> str:
@@ -142,7 +143,7 @@ def _assembly(place: int, bits: int, fraction: int) -> str:
 def _at_place(
     units, factors, shifts, PLACE: tl.constexpr, BITS: tl.constexpr, FRACTION: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Numbers [N, W] of the codes at a place of units [N, W]; integers with None for factors are not scaled."""
+    """Numbers [N, W] of the codes at a place of units [N, W]. Integers are not scaled if the factors are None."""
     if tl.bfloat16 == DTYPE:
         assembly: tl.constexpr = _assembly(PLACE, BITS, FRACTION)
         operand = factors if FRACTION >= 0 else shifts
@@ -164,7 +165,7 @@ def _at_place(
 
 @triton.jit
 def _factors(scales, MIN_EXPONENT: tl.constexpr, DTYPE: tl.constexpr):
-    """What the bits of floating-point codes are multiplied with, by one instruction a scale; see `are_in_range`."""
+    """The factors for the bits of floating-point codes, with one instruction per scale. See `are_in_range`."""
     if tl.bfloat16 == DTYPE:
         return (scales.to(tl.int16) * 128 + (66 + MIN_EXPONENT) * 128).to(tl.bfloat16, bitcast=True)
     else:
@@ -173,7 +174,7 @@ def _factors(scales, MIN_EXPONENT: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _shifts(zeros, DTYPE: tl.constexpr):
-    """-128 less the zero points."""
+    """-128 minus the zero points."""
     if tl.bfloat16 == DTYPE:
         return (zeros.to(tl.int16) | -0x3D00).to(tl.bfloat16, bitcast=True)
     else:
@@ -182,7 +183,7 @@ def _shifts(zeros, DTYPE: tl.constexpr):
 
 @triton.jit
 def are_in_range(scales, FRACTION: tl.constexpr):
-    """Which rows [N] have only scales that `numbers_of` can apply; of others it gives anything."""
+    """Flags of the rows [N] if `numbers_of` can apply all of their scales. For other rows its result is undefined."""
     if FRACTION >= 0:
         return tl.max(scales.to(tl.int32), axis=1) < 188
     else:
@@ -199,9 +200,9 @@ def numbers_of(
     MIN_EXPONENT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Numbers [N, D] of units [N, W], with scales and zero points [N, G] as they are stored.
+    """Numbers [N, D] of units [N, W], with stored scales and zero points [N, G].
 
-    Those of floating-point elements are 2^-60 of what they stand for; of integers with one scale a row without it.
+    Floating-point elements give 2^-60 times their values. Integers with one scale per row are not scaled.
     """
     N: tl.constexpr = units.shape[0]
     W: tl.constexpr = units.shape[1]
@@ -250,8 +251,8 @@ def store_rows(
     RAISES_FROM: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    """Quantize float32 x [ROWS, WIDTH] as `formats.quantize` does, and write the bytes of the rows that are `inside`
-    and what stands beside them from their places [ROWS] on.
+    """Quantize float32 x [ROWS, WIDTH] as `formats.quantize` does. Write the codes and parts of the rows that are
+    `inside`, from their places [ROWS] on.
 
     A block that holds NaN or Inf gets the scale NaN.
     """
@@ -260,7 +261,7 @@ def store_rows(
     BLOCK: tl.constexpr = WIDTH // GROUPS
     blocks = tl.reshape(x, [ROWS * GROUPS, BLOCK])
     part_places = part_places[:, None] + tl.arange(0, GROUPS)[None, :]
-    # As integers the bits of magnitudes are ordered like these, with NaN on top.
+    # As integers, the bits of magnitudes have the same order, with NaN at the top.
     bits = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     is_finite = bits < 0x7F800000
     blocks = tl.where(is_finite[:, None], blocks, 0.0)
@@ -297,7 +298,7 @@ def store_rows(
 
 @triton.jit
 def _to_integer(x, LARGEST: tl.constexpr):
-    """To the nearest integer from 0 to LARGEST, ties to even; float32."""
+    """Round to the nearest integer from 0 to LARGEST, ties to even; float32."""
     return (tl.minimum(tl.maximum(x, 0.0), LARGEST) + 8388608.0) - 8388608.0
 
 
@@ -308,7 +309,7 @@ def _float_codes(scaled, BITS: tl.constexpr, FRACTION: tl.constexpr, MIN_EXPONEN
     bits = rounded.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     normal = (magnitude >> (23 - FRACTION)) - ((126 + MIN_EXPONENT) << FRACTION)
-    # Below the smallest normal number a code counts steps.
+    # Below the smallest normal number, a code is a number of steps.
     steps = (tl.abs(rounded) * 2.0 ** (FRACTION - MIN_EXPONENT)).to(tl.int32)
     codes = tl.where(magnitude >= ((127 + MIN_EXPONENT) << 23), normal, steps)
     return codes | ((bits >> (32 - BITS)) & (1 << (BITS - 1)))

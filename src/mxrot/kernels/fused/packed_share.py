@@ -1,6 +1,7 @@
-"""Attention of queries to a share of the tokens of a packed cache: what programs of `attention_share` do (Triton).
+"""Attention of queries to a share of the packed tokens of a cache: part of the programs of `attention_share` (Triton).
 
-Tokens are rows of the first product, queries are columns of both: of eight at least, so few of them waste little.
+Tokens are rows of the first product, and queries are columns of both. There are at least eight columns, so few queries
+waste little.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _load(
 
 @triton.jit
 def _fetch(codes_pointer, scale_pointer, code_stride, part_stride, start, count, TOKENS: tl.constexpr):
-    """Let rows and scales of TOKENS tokens from `start` on be brought to the L2 cache."""
+    """Prefetch rows and scales of TOKENS tokens from `start` on to the L2 cache."""
     row = tl.maximum(tl.minimum(start + tl.arange(0, TOKENS), count - 1), 0).to(tl.int64)
     assembly: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
     tl.inline_asm_elementwise(assembly, "=r,l", [codes_pointer + row * code_stride], tl.int32, False, 1)
@@ -51,7 +52,7 @@ def _fetch(codes_pointer, scale_pointer, code_stride, part_stride, start, count,
 
 @triton.jit
 def _row_scales(scales, TOKENS: tl.constexpr):
-    """float32 [TOKENS] of the only scale of each row."""
+    """float32 [TOKENS], the only scale of each row."""
     return tl.reshape(scales, [TOKENS]).to(tl.float32)
 
 
@@ -98,15 +99,14 @@ def packed_share(
     V_FRACTION: tl.constexpr,
     V_MIN_EXPONENT: tl.constexpr,
 ):
-    """Maxima [HEADS] of scores in units of log 2, totals [HEADS] of weights, and values summed, [WIDTH, HEADS] in the
-    order of `columns_of`: of one of so many parts of the first `count` tokens, for the queries of a pair of a sequence
-    and a head. Pointers are those of the pair. FIRST tokens from a place on are left out.
-    """
+    """Maxima [HEADS] of scores in units of log 2, totals [HEADS] of weights, and sums of values, [WIDTH, HEADS] in the
+    order of `columns_of`: for one of `splits` parts of the first `count` tokens, and the queries of one sequence and
+    head. Pointers are those of the pair. FIRST tokens from a place on are left out."""
     K_UNITS: tl.constexpr = WIDTH * K_BITS // 16
     V_UNITS: tl.constexpr = WIDTH * V_BITS // 16
     each = (count + TOKENS * splits - 1) // (TOKENS * splits) * TOKENS
     if FETCHES:
-        # Of these the kernel before writes the newest token at most, and nothing is read yet.
+        # The previous kernel writes at most the newest of these tokens, and nothing is read yet.
         _fetch(key_codes, key_scales, kc_token, kp_token, split * each, count, TOKENS)
         _fetch(value_codes, value_scales, vc_token, vp_token, split * each, count, TOKENS)
     if OVERLAP:
@@ -165,7 +165,7 @@ def packed_share(
             flags = tl.load(visible_pointer + token, mask=seen, other=0)
             seen = seen & (flags != 0)
         if HAS_SOFTCAP:
-            # tanh x = 2 sigmoid(2 x) - 1; `scaling` is over the cap here, and `softcap` in units of log 2.
+            # tanh x = 2 sigmoid(2 x) - 1. Here `scaling` is divided by the cap, and `softcap` is in units of log 2.
             scores = (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634) * scaling)) - 1.0) * softcap
         else:
             scores = scores * scaling
@@ -174,7 +174,7 @@ def packed_share(
         scores = tl.where(seen[:, None], scores, float("-inf"))
         before = largest
         largest = tl.maximum(largest, tl.max(scores, axis=0))
-        # Where nothing was seen so far, anything finite will do.
+        # If no token was seen so far, any finite number will do.
         origin = tl.where(largest == float("-inf"), 0.0, largest)
         p = tl.exp2(scores - origin[None, :])
         shrink = tl.exp2(before - origin)

@@ -50,7 +50,7 @@ def two_bfloat16_parts(x: Tensor, factors: Tensor | None = None) -> Tensor:
             HAS_FACTORS=factors is not None,
             ROWS=ROWS,
             COLUMNS=COLUMNS,
-            # x * factor - first, fused, would not round the product as the twin does.
+            # fused, x * factor - first would not round the product as the plain function does
             enable_fp_fusion=False,
         )
     return out

@@ -1,10 +1,11 @@
 """Rows of inputs as integers with one scale each, in one launch (Triton).
 
-Reads fp16, bf16 or fp32 [M, K]: the largest magnitude or both ends of a row, the scale, rounding, and the order in
-which `fused.look_up` reads what comes out. `plain_quantize_rows` and `in_planes` are the specification, bit for bit.
+The kernel reads fp16, bf16 or fp32 [M, K]. It finds the largest magnitude or both ends of a row, computes the scale,
+rounds, and writes the codes in the order that `fused.look_up` reads. `plain_quantize_rows` and `in_planes` are the
+specification, bit for bit.
 
-Divisions take longer than reading a row does. So where there are few rows several programs share one: each looks for
-the ends of the whole row, and rounds its part. That is one launch, and no program waits for another.
+Divisions take longer than reading a row. With few rows, several programs therefore share one row: each finds the ends
+of the whole row, and rounds its own part. This is one launch, and no program waits for another.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from mxrot.kernels.fused.overlap import can_overlap
 from mxrot.kernels.plain.look_up import IntegerRows
 
 INFINITY = tl.constexpr(0x7F800000)
-"""The bits of a float32; those of NaN are more."""
+"""The bits of Inf in float32. NaN has larger bits."""
 SHARED_ROWS = 16
-"""Up to so many rows have several programs each."""
+"""Up to this many rows, several programs share each row."""
 HALF_EVEN = tl.constexpr(12582912.0)
-"""1.5 * 2^23: float32 holds no fraction next to it."""
+"""1.5 * 2^23: near this number, float32 has no fractions."""
 
 
 @triton.jit
 def _words(pointer, first, words_in_all, WORDS: tl.constexpr):
-    """float32 [WORDS, 16] of the words of 16 numbers from `first` on; zeros beyond the end."""
+    """float32 [WORDS, 16] from words of 16 numbers, from `first` on; zeros beyond the end."""
     word = first + tl.arange(0, WORDS)[:, None]
     return tl.load(pointer + word * 16 + tl.arange(0, 16)[None, :], mask=word < words_in_all, other=0.0).to(tl.float32)
 
@@ -58,7 +59,7 @@ def _quantize_rows(
         gdc_launch_dependents()
     x_pointer += row * stride
     x = _words(x_pointer, 0, words_in_all, WORDS)
-    # By bits, which do not lose a NaN.
+    # On the bits, which keep a NaN.
     magnitude = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0)
     if SIGNED:
         low = 0.0
@@ -89,22 +90,22 @@ def _quantize_rows(
 
 @triton.jit
 def _rounded(x, least, most):
-    """The nearest integer within these, ties to even."""
+    """The nearest integer from `least` to `most`, ties to even."""
     return (tl.minimum(tl.maximum(x, least), most) + HALF_EVEN) - HALF_EVEN
 
 
 def choose_part(rows: int, words: int) -> int:
-    """Words of 16 numbers that a program rounds of so many in each of `rows`, a power of two."""
+    """Words of 16 numbers that a program rounds, out of `words` in each of `rows` rows; a power of two."""
     return min(triton.next_power_of_2(words), 128) if rows <= SHARED_ROWS else triton.next_power_of_2(words)
 
 
 def choose_warps(words: int) -> int:
-    """For a row of so many words of 16 numbers, a power of two."""
+    """The number of warps for a row of `words` words of 16 numbers, a power of two."""
     return max(1, min(16, triton.next_power_of_2(words) // 32))
 
 
 def quantize_rows(x: Tensor, format: Format, rule: ScaleRule) -> IntegerRows:
-    """`plain_quantize_rows` of x [..., K], K a multiple of 16, with the codes in the order of `plain.in_planes`."""
+    """`plain_quantize_rows` of x [..., K], with the codes in the order of `plain.in_planes`. K is a multiple of 16."""
     element = format.element
     assert isinstance(element, IntElement) and format.block is None
     rows = x.reshape(-1, x.shape[-1])
@@ -132,7 +133,7 @@ def quantize_rows(x: Tensor, format: Format, rule: ScaleRule) -> IntegerRows:
             PART=part,
             num_warps=choose_warps(words),
             launch_pdl=overlaps,
-            # high * clip - low, fused, would not round the product as the twin does.
+            # fused, high * clip - low would not round the product as the plain function does
             enable_fp_fusion=False,
         )
     shape = x.shape[:-1]

@@ -1,22 +1,22 @@
-"""One pass over an activation: block transform, scale, rounding (Triton).
+"""Block transform, scale and rounding in one pass over an activation (Triton).
 
-Reads fp16, bf16 or fp32 [M, K], multiplies each block of 32 by its matrix with float32 sums, picks the exponent of
-each row's block, rounds to the element, and writes what the product that follows reads:
+The kernel reads fp16, bf16 or fp32 [M, K], multiplies each block of 32 by its matrix with float32 sums, chooses the
+exponent of each row's block, rounds to the element, and writes the input of the next product:
 
-- what the codes stand for, as bfloat16 (which holds it exactly) or as FP8 E5M2 under a static power of two;
-- MXFP4 codes, two a byte, and E8M0 scales, row by row or in the order of a block-scaled product.
+- the values of the codes, as bfloat16 (which is exact) or as FP8 E5M2 with a static power of two;
+- MXFP4 codes, two per byte, and E8M0 scales, row by row or in the order of a block-scaled product.
 
-The plain twins are the specification. Given the same transformed values the kernel gives the same bits; its products
-are summed in an order of their own, so with a transform a value next to a rounding boundary may fall on the other
-side. A block that holds NaN or Inf, after the transform, becomes NaN.
+The plain functions are the specification. For the same transformed values the kernel gives the same bits. Its products
+are summed in a different order, so with a transform a value next to a rounding boundary may fall on the other side. A
+block that holds NaN or Inf after the transform becomes NaN.
 
-Memory sets the pace as long as a value costs few instructions and memory is written in whole sectors of 32 bytes. A
-program is one warp; its blocks stay in registers, four threads a block, from transform to store. Where each column of
-blocks has its own matrix a program takes several columns side by side: the codes of one block are half a sector, and
-its scale is one byte of a sector that 32 programs would write.
+Memory limits the speed as long as a value costs few instructions and memory is written in whole sectors of 32 bytes. A
+program is one warp. Its blocks stay in registers from transform to store, with four threads per block. If each column
+of blocks has its own matrix, a program handles several neighbouring columns: the codes of one block are half a sector,
+and its scale is one byte of a sector that 32 programs would write.
 
-Matrices that are bfloat16 are multiplied on matrix hardware: activations of 8, 11 or 24 significant bits are one, two
-or three bfloat16 numbers, whose products with the matrix are exact in float32.
+bfloat16 matrices are multiplied on matrix hardware. Activations of 8, 11 or 24 significant bits are one, two or three
+bfloat16 numbers, whose products with the matrix are exact in float32.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 @triton.jit
 def _place(rows_in_all, groups_in_all, steps, ROWS: tl.constexpr, GROUPS: tl.constexpr, FLAT: tl.constexpr):
-    """The first column of blocks of this program, its first row (int64), and how many of both there are for it."""
+    """The first column of blocks of this program, its first row (int64), and its numbers of columns and rows."""
     group = 0 if FLAT else tl.program_id(0) * GROUPS
     first = tl.program_id(0 if FLAT else 1).to(tl.int64) * (steps * ROWS)
     return group, first, groups_in_all - group, tl.minimum(rows_in_all - first, steps * ROWS).to(tl.int32)
@@ -54,10 +54,10 @@ def _place(rows_in_all, groups_in_all, steps, ROWS: tl.constexpr, GROUPS: tl.con
 
 @triton.jit
 def _matrix(pointer, columns, EVEN: tl.constexpr):
-    """The matrix there for `_transformed`, [32, 32]; anything unless there are `columns`.
+    """The matrix at `pointer` for `_transformed`, [32, 32]. Undefined unless there are `columns`.
 
-    Numbered by what a thread holds, 8 rows of 4 columns, then by the threads of rows and of columns: so it is loaded,
-    and so the matrix hardware takes its operand.
+    It is numbered first by what a thread holds, 8 rows of 4 columns, then by the threads of rows and of columns. This
+    is the order of the load, and of the matrix hardware's operand.
     """
     place = tl.arange(0, 1024)
     row, column = place // 4 % 4 * 8 + place // 128, place // 16 % 8 * 4 + place % 4
@@ -68,11 +68,11 @@ def _matrix(pointer, columns, EVEN: tl.constexpr):
 
 @triton.jit
 def _transformed(x, matrix, PARTS: tl.constexpr):
-    """float32 [ROWS, 32] of x [ROWS, 32] times what `_matrix` gave; PARTS 0 is float32 arithmetic.
+    """float32 [ROWS, 32] of x [ROWS, 32] times the result of `_matrix`. PARTS 0 is float32 arithmetic.
 
-    Of a row on matrix hardware, thread t of four holds columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9, 2 t + 16 and so on.
-    Which columns these are is free as long as the matrix agrees: here they are 8 t to 8 t + 7, before and after, so
-    that a thread loads and stores them at once and nothing is exchanged between threads.
+    In a row on matrix hardware, thread t of four holds columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9, 2 t + 16 and so on. The
+    columns can be numbered freely if the matrix agrees. Here they are 8 t to 8 t + 7, before and after, so that a
+    thread loads and stores them at once and threads exchange nothing.
     """
     ROWS: tl.constexpr = x.shape[0]
     x = tl.reshape(tl.permute(tl.reshape(x, [ROWS, 4, 2, 2, 2]), [0, 3, 2, 1, 4]), [ROWS, BLOCK])
@@ -89,14 +89,15 @@ def _transformed(x, matrix, PARTS: tl.constexpr):
         if PARTS > 2:
             product = tl.dot((rest - second.to(tl.float32)).to(tl.bfloat16), matrix, product)
     product = tl.permute(tl.reshape(product, [ROWS, 4, 4, 2]), [0, 2, 3, 1])
-    # Registers in the order of columns, for what is packed two and four at a time.
+    # Registers in the order of columns, for the steps that pack two and four at a time.
     first, second = tl.split(tl.reshape(product, [ROWS, 16, 2]))
     return tl.reshape(tl.join(first, second), [ROWS, BLOCK])
 
 
 @triton.jit
 def _times_one(x):
-    """bfloat16 x. Matrix hardware wants four registers in a row, and what a load wrote is copied there; not this."""
+    """bfloat16 x. Matrix hardware needs four consecutive registers: the result of a load is copied there, this result
+    is not."""
     return tl.inline_asm_elementwise(
         "{ .reg .b32 one, zero; mov.b32 one, 0x3F803F80; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, one, zero; }",
         "=r,r",
@@ -109,14 +110,14 @@ def _times_one(x):
 
 @triton.jit
 def _block(pointer, stride, count, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """Blocks from there on, one a row, [ROWS, 32]; beyond `count` rows anything."""
+    """Blocks from `pointer` on, one per row, [ROWS, 32]. Undefined from row `count` on."""
     rows = tl.arange(0, ROWS)[:, None]
     return tl.load(pointer + rows * stride + tl.arange(0, BLOCK)[None, :], mask=None if EVEN else rows < count)
 
 
 @triton.jit
 def _blocks(pointer, stride, columns, count, ROWS: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr):
-    """`_block` of each of GROUPS columns of blocks; of those from `columns` on anything."""
+    """`_block` for each of GROUPS columns of blocks. Undefined from `columns` on."""
     blocks: tl.tuple = ()
     for group in tl.static_range(GROUPS):
         rows = _rows(group, columns, count)
@@ -126,7 +127,7 @@ def _blocks(pointer, stride, columns, count, ROWS: tl.constexpr, GROUPS: tl.cons
 
 @triton.jit
 def _matrices(pointer, stride, columns, GROUPS: tl.constexpr, EVEN: tl.constexpr):
-    """`_matrix` of each of GROUPS columns of blocks; of those from `columns` on anything."""
+    """`_matrix` for each of GROUPS columns of blocks. Undefined from `columns` on."""
     matrices: tl.tuple = ()
     for group in tl.static_range(GROUPS):
         matrices += (_matrix(pointer + group * stride, columns - group, EVEN or group == 0),)
@@ -135,18 +136,18 @@ def _matrices(pointer, stride, columns, GROUPS: tl.constexpr, EVEN: tl.constexpr
 
 @triton.jit
 def _rows(group: tl.constexpr, columns, count):
-    """How many rows a column of blocks has."""
+    """The number of rows in a column of blocks."""
     return count if group == 0 else tl.where(group < columns, count, 0)
 
 
 @triton.jit
 def _maxima(x, ROWS: tl.constexpr):
-    """The bits of the largest magnitude in each row of x [ROWS, 32], above those of Inf where there is NaN."""
+    """The bits of the largest magnitude in each row of x [ROWS, 32]. With NaN they are above those of Inf."""
     first, second = tl.split(tl.reshape(x, [ROWS, 4, 2, 2, 2]))
     first, second = tl.split(tl.maximum(tl.abs(first), tl.abs(second), propagate_nan=tl.PropagateNan.ALL))
     first, second = tl.split(tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL))
     largest = tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
-    # As integers the bits are ordered like the numbers, with NaN on top; tl.max of floats would drop NaN.
+    # As integers, the bits have the order of the numbers, with NaN at the top; tl.max of floats would drop NaN.
     return tl.max(largest.to(tl.int32, bitcast=True), axis=1)
 
 
@@ -158,15 +159,15 @@ def _along(numbers, ROWS: tl.constexpr):
 
 @triton.jit
 def _scale_fields(bits, raises_from, max_exponent):
-    """(e + 127) << 23 for the exponents e of the scales of blocks with these maxima; e may be below -127."""
-    # A fraction from `raises_from` on carries into the exponent.
+    """(e + 127) << 23 for the exponents e of the scales of blocks with these maxima. e may be below -127."""
+    # A fraction of at least `raises_from` carries into the exponent.
     return ((bits + (0x800000 - raises_from)) & 0x7F800000) - (max_exponent << 23)
 
 
 @triton.jit
 def _rounded(x, bits, fields, smallest_normal, fraction_bits, largest, ROWS: tl.constexpr):
-    """x [ROWS, 32] to the nearest multiples of elements, as `round_to_element` finds them, without a division by the
-    scale; NaN in blocks with NaN or Inf. For scales of 2^-126 to 2^100."""
+    """Round x [ROWS, 32] to the nearest multiples of elements, as `round_to_element` does, without a division by the
+    scale. Blocks with NaN or Inf give NaN. For scales of 2^-126 to 2^100."""
     scales = fields.to(tl.float32, bitcast=True)
     magnitude = tl.minimum(tl.abs(x), _along(scales * largest, ROWS))
     binade = tl.maximum(magnitude, _along(scales * smallest_normal, ROWS)).to(tl.int32, bitcast=True) & 0x7F800000
@@ -222,7 +223,7 @@ def _values(
     if ACROSS:
         places = tl.max_contiguous(places // 4 * 16 + places % 4, (1, 4))
     tl.assume(count > 0)
-    # Before the matrices, which are waited for where they are made operands.
+    # Load before the matrices: converting these to operands waits for them.
     if ONCE:
         loaded = _blocks(x_pointer, from_stride, columns, count, ROWS, GROUPS, EVEN)
     if HAS_MATRIX:
@@ -245,7 +246,7 @@ def _values(
             if IN_PAIRS:
                 pairs = tl.permute(tl.reshape(values, [ROWS, 4, 2, 2, 2]), [0, 3, 1, 2, 4])
                 values = tl.reshape(pairs, [ROWS, BLOCK])
-            # Eight columns a thread, as it holds them, are stored at once, or in two fours.
+            # A thread stores its eight columns at once, or in two fours.
             place = out_pointer + group * BLOCK + rows * to_stride + places
             if ACROSS:
                 block = (first + start + rows) % 4 if FLAT else (first_group + group) % 4
@@ -258,20 +259,21 @@ def _values(
 
 @triton.jit
 def _words(x, inverses, ROWS: tl.constexpr):
-    """E2M1 codes of x [ROWS, 32] times `inverses` [ROWS], below 8, eight a word, the first one lowest: [ROWS, 4].
+    """E2M1 codes of x [ROWS, 32] times `inverses` [ROWS], which are below 8, eight per word, the first one lowest:
+    [ROWS, 4].
 
-    A code is 1/2 above the last one up to 2, 1 up to 4 and 2 up to 8, so of the lines 2 v, v + 2 and v / 2 + 4 the
-    lowest gives the code. Next to 2^23 float32 rounds to integers, ties to even; and the lowest after rounding is the
-    lowest, rounded.
+    Codes have steps of 1/2 up to 2, of 1 up to 4 and of 2 up to 8, so the lowest of the lines 2 v, v + 2 and v / 2 + 4
+    gives the code. Near 2^23, float32 rounds to integers, ties to even. The lowest after rounding is the rounded
+    lowest.
     """
     v = tl.abs(x * _along(inverses, ROWS))
     codes = tl.minimum(tl.minimum(v * 2 + 8388608.0, v + 8388610.0), v * 0.5 + 8388612.0)
     first, second = tl.split(tl.reshape(codes.to(tl.uint32, bitcast=True), [ROWS, 4, 2, 2, 2]))
     first, second = tl.split(first + (second << 4))
     first, second = tl.split(first + (second << 8))
-    # 2^23 is 0x4B000000, of which 1 + 2^4 times are left here: 0xFB000000 without what went beyond the word.
+    # 2^23 is 0x4B000000. 1 + 2^4 times this remains here: 0xFB000000 without the overflow of the word.
     codes = first + (second << 16) + 0x05000000
-    # What rounds to 8 is cut off at 7, the code of 6.
+    # What rounds to 8 is clipped to 7, the code of 6.
     eights = codes & 0x88888888
     codes = codes | (eights - (eights >> 3))
     return ((codes & 0x77777777) | (_signs(x, ROWS) & 0x88888888)).to(tl.int32, bitcast=True)
@@ -279,7 +281,8 @@ def _words(x, inverses, ROWS: tl.constexpr):
 
 @triton.jit
 def _signs(x, ROWS: tl.constexpr):
-    """The signs of x [ROWS, 32] in the top bits of halves of bytes, in the order of `_words`; other bits vary."""
+    """The signs of x [ROWS, 32] in the top bits of halves of bytes, in the order of `_words`. Other bits are
+    undefined."""
     x = tl.reshape(x.to(tl.uint32, bitcast=True), [ROWS, 4, 2, 2, 2])
     even, odd = tl.split(x)
     x0, x2 = tl.split(even)
@@ -288,7 +291,7 @@ def _signs(x, ROWS: tl.constexpr):
     x1, x5 = tl.split(x1)
     x2, x6 = tl.split(x2)
     x3, x7 = tl.split(x3)
-    # From the last one on: each moves what is there by four bits and puts its own four behind, one instruction.
+    # From the last one on: each step shifts the word by four bits and appends its own four, in one instruction.
     word = x7 >> 28
     word = (word << 4) | (x6 >> 28)
     word = (word << 4) | (x5 >> 28)
@@ -301,21 +304,21 @@ def _signs(x, ROWS: tl.constexpr):
 
 @triton.jit
 def _swizzled_place(rows, group, groups_in_all):
-    """Where `swizzle_scales` puts the scales of these rows in one group, int64 bytes."""
+    """The places, in int64 bytes, where `swizzle_scales` puts the scales of these rows in one group."""
     tile = (rows // 128) * ((groups_in_all + 3) // 4) + group // 4
     return tile * 512 + (rows % 32) * 16 + (rows % 128) // 32 * 4 + group % 4
 
 
 @triton.jit
 def _runs(pointer, places, COUNT: tl.constexpr, BYTES: tl.constexpr):
-    """Pointers [ROWS, COUNT] from `places` [ROWS] on, with hints by which a thread takes so many bytes of a row."""
+    """Pointers [ROWS, COUNT] from `places` [ROWS] on, with hints that a thread handles BYTES bytes of a row."""
     place = pointer + places[:, None] + tl.arange(0, COUNT)[None, :]
     return tl.multiple_of(tl.max_contiguous(place, (1, COUNT)), (BYTES, BYTES))
 
 
 @triton.jit
 def _side_by_side(words, GROUPS: tl.constexpr, ROWS: tl.constexpr):
-    """1, 2 or 4 of [ROWS, 4] as [ROWS, 4 GROUPS]."""
+    """1, 2 or 4 tensors [ROWS, 4] as [ROWS, 4 GROUPS]."""
     if GROUPS == 1:
         return words[0]
     elif GROUPS == 2:
@@ -362,7 +365,7 @@ def _packed(
     rows = tl.arange(0, ROWS)
     word, byte = tl.arange(0, GROUPS * 4)[None, :], tl.arange(0, 4)[None, :]
     tl.assume(count > 0)
-    # Before the matrices, which are waited for where they are made operands.
+    # Load before the matrices: converting these to operands waits for them.
     if ONCE:
         loaded = _blocks(x_pointer, from_stride, columns, count, ROWS, GROUPS, EVEN)
     if HAS_MATRIX:
@@ -397,10 +400,10 @@ def _packed(
 def rotate_quantize(
     x: Tensor, matrices: Tensor | None, format: Format, rule: ScaleRule, has_fixed_tile: bool = False
 ) -> Tensor:
-    """Q(x T) as bfloat16, the shape of `x` [..., K]; `matrices` [1 | G, 32, 32] float32 or bfloat16, or None.
+    """Q(x T) as bfloat16, in the shape of `x` [..., K]. `matrices` [1 | G, 32, 32] are float32 or bfloat16, or None.
 
-    For 32-element blocks of a FloatElement under a rule with `raises_from`. With a fixed tile the bits of a row are the
-    same whatever rows are beside it.
+    For 32-element blocks of a FloatElement under a rule with `raises_from`. With a fixed tile the bits of a row do not
+    depend on the other rows.
     """
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     _write_values(_Blocks.of(x, matrices, has_fixed_tile=has_fixed_tile), matrices, format, rule, out, (-127, 127), 0)
@@ -417,8 +420,8 @@ def rotate_quantize_e5m2(
     has_fixed_tile: bool = False,
     are_across_blocks: bool = False,
 ) -> Tensor:
-    """As `plain_rotate_quantize_e5m2` defines it; the values in the order of `plain.in_pairs` or `plain.across_blocks`
-    where that is wanted."""
+    """The function `plain_rotate_quantize_e5m2`. With the flags, the values are in the order of `plain.in_pairs` or
+    `plain.across_blocks`."""
     out = torch.empty(x.shape, dtype=torch.float8_e5m2, device=x.device)
     least, most = E5M2_EXPONENTS
     blocks = _Blocks.of(x, matrices, has_fixed_tile=has_fixed_tile)
@@ -435,12 +438,12 @@ def rotate_quantize_packed(
     swizzled: bool = False,
     has_fixed_tile: bool = False,
 ) -> PackedRows:
-    """As `plain_rotate_quantize_packed` defines it."""
+    """The function `plain_rotate_quantize_packed`."""
     assert format.element == E2M1
     shape, groups = x.shape[:-1], x.shape[-1] // BLOCK.value
     codes = torch.empty(*shape, groups * 16, dtype=torch.uint8, device=x.device)
     size = swizzled_bytes(math.prod(shape), groups) if swizzled else math.prod(shape) * groups
-    # What the swizzled order holds beyond the rows and blocks that there are counts as scales of 2^-127.
+    # In the swizzled order, padding beyond the rows and blocks counts as scales of 2^-127.
     scales = (torch.zeros if swizzled else torch.empty)(size, dtype=torch.uint8, device=x.device)
     if codes.numel():
         blocks = _Blocks.of(x, matrices, is_packed=True, in_order=swizzled, has_fixed_tile=has_fixed_tile)
@@ -499,23 +502,24 @@ def _write_values(
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program takes at a time."""
+    """The work of a program at one time."""
 
     rows: int
     groups: int = 1
     """Columns of blocks, each with its matrix: 1, 2 or 4."""
     stages: int = 3
-    """Steps whose blocks are copied to shared memory or computed at a time; 1 to load into registers as computed."""
+    """Steps whose blocks are copied to shared memory or computed at one time. With 1 they are loaded into registers."""
     programs: int = 8192
-    """From so many programs on each takes several steps."""
+    """From this many programs on, each program takes several steps."""
 
 
 def choose_tile(blocks: int, is_flat: bool, is_packed: bool) -> Tile:
-    """For so many blocks; flat: they are one column of blocks; packed: to codes and scales.
+    """The tile for `blocks` blocks; `is_flat`: they are one column of blocks; `is_packed`: the result is codes and
+    scales.
 
-    Measured on an H100 and an H200 with bfloat16 inputs of 1 to 8192 rows of 4096 and 14336. Few blocks, up to
-    [128, 4096]: all wait for what one program does, so that is little, once. Some more: launching programs is what
-    takes time, so there are few.
+    Measured on an H100 and an H200 with bfloat16 inputs of 1 to 8192 rows of 4096 and 14336. With few blocks, up to
+    [128, 4096], the time is that of one program, so a program does little, once. With some more, launching programs
+    takes the time, so there are few programs.
     """
     if blocks <= 16384:
         return Tile(8 if blocks <= 4096 else 16, groups=2 if is_packed and not is_flat else 1)
@@ -534,12 +538,12 @@ FIXED_TILE = Tile(16, programs=4096)
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The blocks of an input as rows and columns of blocks, and how programs share them."""
+    """The blocks of an input as rows and columns of blocks, and their division among programs."""
 
     x: Tensor
     """[rows, 32 groups], the last dimension contiguous."""
     is_flat: bool
-    """All blocks are one column: they lie one after the other, and nothing depends on the group of one."""
+    """True if all blocks are one column: they are contiguous, and nothing depends on a block's group."""
     tile: Tile
 
     @classmethod
@@ -551,7 +555,8 @@ class _Blocks:
         in_order: bool = False,
         has_fixed_tile: bool = False,
     ) -> _Blocks:
-        """`in_order`: where a result goes depends on its row and group. A fixed tile does not depend on the rows."""
+        """With `in_order`, the place of a result depends on its row and group. A fixed tile does not depend on the
+        rows."""
         flat = x.reshape(-1, x.shape[-1])
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         is_flat = flat.is_contiguous() and (matrices is None or len(matrices) == 1) and not in_order
@@ -568,12 +573,12 @@ class _Blocks:
 
     @property
     def columns(self) -> int:
-        """Of programs, each with `tile.groups` columns of blocks."""
+        """Columns of programs, each with `tile.groups` columns of blocks."""
         return triton.cdiv(self.groups, self.tile.groups)
 
     @property
     def steps(self) -> int:
-        """How many times `tile.rows` rows a program takes."""
+        """The number of steps of a program, of `tile.rows` rows each."""
         tiles = triton.cdiv(self.rows, self.tile.rows)
         wanted = min(MOST_STEPS, tiles * self.columns // self.tile.programs)
         return max(1, wanted, triton.cdiv(tiles, MOST_PROGRAMS_DOWN))
@@ -584,7 +589,7 @@ class _Blocks:
         return (down,) if self.is_flat else (self.columns, down)
 
     def constants(self, matrices: Tensor | None) -> dict[str, int | bool]:
-        """What the kernels are compiled for."""
+        """The compile-time constants of the kernels."""
         overlaps = can_overlap(self.x.device)
         return {
             "HAS_MATRIX": matrices is not None,
@@ -604,7 +609,8 @@ class _Blocks:
 def compiled_for(
     rows: int, width: int, matrices: Tensor | None, is_packed: bool = False, has_fixed_tile: bool = False
 ) -> Hashable:
-    """What the quantizer of contiguous inputs [rows, width] is compiled for, as far as it depends on the rows."""
+    """The key of what the quantizer of contiguous inputs [rows, width] is compiled for, as far as it depends on the
+    rows."""
     x = torch.empty(rows, width, device="meta")
     blocks = _Blocks.of(x, matrices, is_packed, in_order=is_packed, has_fixed_tile=has_fixed_tile)
     return blocks.is_flat, tuple(blocks.constants(None).items())
@@ -615,13 +621,14 @@ def _matrix_stride(matrices: Tensor | None) -> int:
 
 
 def _parts(x: Tensor, matrices: Tensor | None) -> int:
-    """How many bfloat16 numbers `x` is split into; 0 for float32 arithmetic, all that Triton's interpreter has."""
+    """The number of bfloat16 numbers that `x` is split into. 0 for float32 arithmetic, the only one in Triton's
+    interpreter."""
     on_matrix_hardware = matrices is not None and matrices.dtype == torch.bfloat16 and x.is_cuda
     return _PARTS[x.dtype] if on_matrix_hardware else 0
 
 
 def _numbers(format: Format, rule: ScaleRule) -> tuple[float, ...]:
-    """What the kernels need to know of an element and a rule."""
+    """The numbers of an element and a rule that the kernels need."""
     element = format.element
     assert isinstance(element, FloatElement) and rule.raises_from is not None and format.block == BLOCK.value
     smallest = 2.0**element.min_exponent

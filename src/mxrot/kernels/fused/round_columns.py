@@ -1,9 +1,9 @@
 """GPTQ over one block of columns, all rows at once (Triton).
 
-Rows do not depend on each other, so each program takes a few of them through all columns of the block and all
-candidate scales without leaving its registers. `plain_round_columns` is the specification; the kernel may fuse a
-multiplication with an addition where the plain code does not, so a weight on a rounding boundary may fall on the
-other side. All arithmetic is float64.
+Rows do not depend on each other. Each program processes a few of them through all columns of the block and all
+candidate scales, without leaving its registers. `plain_round_columns` is the specification. The kernel may fuse a
+multiplication with an addition where the plain code does not, so a weight on a rounding boundary may fall on the other
+side. All arithmetic is float64.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _round_columns(
 
 
 def round_columns(columns: Tensor, scales: Tensor, upper: Tensor, element: FloatElement) -> RoundedColumns:
-    """Like `plain_round_columns` without zero points; B a power of two."""
+    """The function `plain_round_columns` without zero points. B is a power of two."""
     rows, width = columns.shape
     columns, scales, upper = columns.contiguous(), scales.contiguous(), upper.contiguous()
     values, differences = torch.empty_like(columns), torch.empty_like(columns)

@@ -1,9 +1,9 @@
-"""GPTQ over one block of columns, which also chooses the block's scales: all of it in one kernel (Triton).
+"""GPTQ over one block of columns, with the choice of the block's scales, in one kernel (Triton).
 
-Rows do not depend on each other. A program takes a few of them through all columns of the block under all candidate
-scales side by side, without leaving its registers. `plain_round_reached` is the specification; the kernel multiplies
-by reciprocals of the diagonal and may fuse a multiplication with an addition, so a weight on a rounding boundary may
-fall on the other side. All arithmetic is float64.
+Rows do not depend on each other. A program processes a few of them through all columns of the block, with all candidate
+scales side by side, without leaving its registers. `plain_round_reached` is the specification. The kernel multiplies by
+reciprocals of the diagonal and may fuse a multiplication with an addition, so a weight on a rounding boundary may fall
+on the other side. All arithmetic is float64.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _power_of_two(exponents):
 
 @triton.jit
 def _rounded(scaled, smallest_normal, steps, largest):
-    """float64 to the nearest element, ties to even; adding 2^52 of its steps (`steps` times its binade) does it."""
+    """Round float64 to the nearest element, ties to even, by adding 2^52 of its steps (`steps` times its binade)."""
     magnitude = tl.minimum(tl.abs(scaled), largest)
     binade = (magnitude.to(tl.int64, bitcast=True) & _EXPONENT_BITS).to(tl.float64, bitcast=True)
     power = tl.maximum(binade, smallest_normal) * steps
@@ -45,7 +45,8 @@ def _rounded(scaled, smallest_normal, steps, largest):
 
 @triton.jit
 def _of_chosen(tile, is_chosen):
-    """[CANDIDATES, ROWS, B] to [ROWS, B], by bits: adding zeros would lose the sign of -0."""
+    """The chosen candidates of [CANDIDATES, ROWS, B], as [ROWS, B]. It works on bits: adding zeros would lose the sign
+    of -0."""
     bits = tl.where(is_chosen[:, :, None], tile.to(tl.int64, bitcast=True), 0)
     return tl.sum(bits, axis=0).to(tl.float64, bitcast=True)
 
@@ -84,7 +85,7 @@ def _round_reached(
     mask = inside[:, None]
     start = tl.load(columns_pointer + rows[:, None] * columns_stride + columns[None, :], mask=mask, other=0.0)
 
-    # As integers the bits of |x| are ordered like the numbers, with NaN on top.
+    # As integers, the bits of |x| have the order of the numbers, with NaN at the top.
     bits = tl.max(tl.abs(start).to(tl.int64, bitcast=True), axis=1)
     raised = ((bits & _FRACTION) >= raises_from).to(tl.int32)
     exponents = (bits >> _FRACTION_BITS).to(tl.int32) - 1023 - max_exponent + raised
@@ -102,7 +103,7 @@ def _round_reached(
         difference = weight - _rounded(weight * inverses, smallest_normal, steps, largest) * scales
         error = difference * tl.load(reciprocals_pointer + j)
         upper = tl.load(upper_pointer + j * upper_stride + columns)
-        # A column that was rounded stays as the walk found it.
+        # A rounded column keeps the value that it had just before rounding.
         tile = tl.where((columns > j)[None, None, :], tile - error[:, :, None] * upper[None, None, :], tile)
 
     values = _rounded(tile * inverses[:, :, None], smallest_normal, steps, largest) * scales[:, :, None]
@@ -130,10 +131,11 @@ def round_reached(
     reciprocals: Tensor,
     into: tuple[Tensor, Tensor],
 ) -> ReachedColumns:
-    """As `plain_round_reached` defines it, for a FloatElement in blocks of a power of two with E8M0 scales.
+    """The function `plain_round_reached`, for a FloatElement in blocks of a power of two with E8M0 scales.
 
-    Under a rule with `raises_from`; at most four offsets. `reciprocals` [B] are those of the diagonal of `upper`.
-    Values and differences [N, B] are written `into` these, whose rows may lie in those of a larger matrix.
+    For a rule with `raises_from`, and at most four offsets. `reciprocals` [B] are those of the diagonal of `upper`.
+    Values and differences [N, B] are written to the tensors `into`, whose rows may be parts of the rows of a larger
+    matrix.
     """
     element = format.element
     assert isinstance(element, FloatElement) and rule.raises_from is not None

@@ -1,26 +1,27 @@
-"""A few rows of MXFP4 times MXFP4 weights, which stay packed, on float16 matrix hardware (Triton).
+"""A few rows of MXFP4 inputs times packed MXFP4 weights, on float16 matrix hardware (Triton).
 
-For generation the weights are read once and little is computed with them, so memory sets the pace as long as a code
-costs few instructions and enough bytes are on their way at any time. Hence:
+In generation the weights are read once and little is computed with them. Memory limits the speed as long as a code
+costs few instructions and enough bytes are being loaded at any time. Hence:
 
-- Weights and inputs are loaded a step ahead of what is done with them. The branch around these loads keeps a compiler
-  from moving them behind the arithmetic. The first weights are on their way before the inputs are there: the kernel is
-  launched while the one that writes them runs.
-- A program goes along a few rows, all of K. Each warp takes its own share of the blocks, and shares are added up at the
-  end, in a fixed order: a small layer still fills a device.
-- A code becomes a float16 number, which holds code and scale exactly, where they are an E4M3 number times one power of
-  two for the row (`plain.lift_exponents`). The three bits of a magnitude, put where exponent and fraction of float16
-  meet, are 2^-14 of it; one product, of two numbers at a time, raises them and applies the scale of the block. So a sum
-  goes over all of K in float32, with nothing to do for each block, and the power of two of the row comes last.
-- Inputs are E5M2, which are the upper halves of float16 numbers, in an order in which two that are multiplied side by
-  side lie side by side (`plain.in_pairs`): one instruction for two of them. Packed codes would be half the bytes, and
-  every program would spend a third of its time on taking them apart.
-- A sum may run over K in any order. Each thread loads whole blocks, 16 bytes at a time, and the order is the one in
-  which the matrix hardware wants its operands: nothing is exchanged between threads. This rests on how Triton deals
-  out what is loaded; where it deals otherwise the result is the same, through shared memory and slower.
+- Weights and inputs are loaded one step before they are used. The branch around these loads keeps a compiler from
+  moving them behind the arithmetic. The first weights are loaded before the inputs are ready: the kernel is launched
+  while the kernel that writes them runs.
+- A program processes a few rows, along all of K. Each warp handles its own share of the blocks, and the shares are
+  added at the end, in a fixed order. Even a small layer thus fills a device.
+- A code becomes a float16 number, which holds code and scale exactly if they are an E4M3 number times one power of two
+  for the row (`plain.lift_exponents`). The three bits of a magnitude, put where exponent and fraction of float16 meet,
+  are 2^-14 times its value. One product, of two numbers at a time, raises them and applies the scale of the block. A
+  sum therefore runs over all of K in float32, without a step for each block, and the power of two of the row is applied
+  last.
+- Inputs are E5M2, which are the upper halves of float16 numbers. Their order puts two that are multiplied together side
+  by side (`plain.in_pairs`): one instruction for two of them. Packed codes would be half the bytes, but every program
+  would spend a third of its time on decoding them.
+- A sum may run over K in any order. Each thread loads whole blocks, 16 bytes at a time, and the order is that of the
+  matrix hardware's operands, so threads exchange nothing. This relies on how Triton distributes loaded data. If it
+  distributes otherwise, the result is the same, through shared memory and slower.
 
-`plain_paired_product` is the specification, up to the order of the sums. Triton's interpreter has no inline assembly:
-there the numbers are float32.
+`plain_paired_product` is the specification, up to the order of the sums. Triton's interpreter has no inline assembly,
+so the numbers are float32 there.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from mxrot.kernels.fused.overlap import can_overlap
 
 
 def _decoder(sign: str, magnitude: str) -> tl.constexpr:
-    """Assembly that takes one code of each of two 16-bit units ($1), and the factor of their block twice ($2), to two
-    float16 numbers; `sign` and `magnitude` move the code's sign to bit 15 and its magnitude to bits 11 to 9.
+    """Assembly that converts one code of each of two 16-bit units ($1), with the factor of their block twice ($2), to
+    two float16 numbers. `sign` and `magnitude` move the code's sign to bit 15 and its magnitude to bits 11 to 9.
 
     lop3 0xEA is (sign & 0x80008000) | magnitude.
     """
@@ -63,7 +64,8 @@ _FOURTH = _decoder("mov.b32 sign, $1;", "shr.u32 number, $1, 3;")
 _LOWER = tl.constexpr("{ .reg .b32 moved; shl.b32 moved, $1, 8; and.b32 $0, moved, 0xFF00FF00; }")
 _UPPER = tl.constexpr("and.b32 $0, $1, 0xFF00FF00;")
 RAISED = tl.constexpr(5)
-"""Weights are multiplied as E4M3 numbers over 2^5: with scales up to 2^1, the factors that lift codes are finite."""
+"""Weights are multiplied as E4M3 numbers divided by 2^5: with scales up to 2^1, the factors that lift codes are
+finite."""
 
 
 @triton.jit
@@ -96,7 +98,7 @@ def _factors(exponents, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _places(ROWS: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
-    """Row, block and which of EACH in it, of the elements of [ROWS / 8, RUN, WARPS, 8, 4, EACH] in one dimension."""
+    """Row, block and index below EACH in it, of the elements of [ROWS / 8, RUN, WARPS, 8, 4, EACH] in one dimension."""
     places = tl.arange(0, ROWS * RUN * WARPS * 4 * EACH)
     threads, octets, warps = places // EACH % 4, places // (4 * EACH) % 8, places // (32 * EACH) % WARPS
     others = places // (32 * EACH * WARPS)
@@ -118,17 +120,17 @@ def _load(
     WHOLE: tl.constexpr,
     POLICY: tl.constexpr,
 ):
-    """The first EACH numbers of the OF that each block has, [1, N] of [ROWS / 8, RUN, WARPS, 8, 4, EACH]; [N] of one.
+    """The first EACH of the OF numbers in each block, [1, N] of [ROWS / 8, RUN, WARPS, 8, 4, EACH]; [N] if EACH is 1.
 
-    Of rows beyond the end the last one instead, of blocks beyond the end zeros.
+    Rows beyond the end are replaced by the last one, blocks beyond the end by zeros.
     """
     start = first_row.to(tl.int64) * groups_in_all + first_block
     row, block, which = _places(ROWS, EACH, RUN, WARPS)
     at = tl.minimum(row, rows_in_all - 1 - first_row) * groups_in_all + block
     if EACH == 1:
-        at = tl.max_contiguous(at, 1)  # one byte a thread
+        at = tl.max_contiguous(at, 1)  # one byte per thread
     else:
-        # Of two dimensions, so that the layout of scales is never that of words.
+        # Two dimensions, so that scales never have the layout of words.
         at, block = (at * OF + which)[None, :], block[None, :]
     inside = None if WHOLE else first_block + block < groups_in_all
     return tl.load(pointer + start * OF + at, mask=inside, other=None if WHOLE else 0, eviction_policy=POLICY)
@@ -156,8 +158,8 @@ def _load_inputs(
 def _operand(numbers, EIGHTS: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
     """Numbers [EIGHTS, RUN, WARPS, 8, 4, 8] as [WARPS, ROWS, RUN * 32].
 
-    A thread holds four of K side by side, then come the four threads of a row: the order in which Triton gives operands
-    to the matrix hardware, where it sees 16 bits and no load in the same loop.
+    A thread holds four neighbours of K, then come the four threads of a row. Triton passes operands to the matrix
+    hardware in this order if they have 16 bits and no load is in the same loop.
     """
     numbers = tl.reshape(numbers, [EIGHTS, RUN, WARPS, 8, 4, 2, 4])
     return tl.reshape(tl.permute(numbers, [2, 0, 3, 1, 5, 4, 6]), [WARPS, EIGHTS * 8, RUN * 32])
@@ -181,8 +183,8 @@ def _weights(words, exponents, PLACE: tl.constexpr, RUN: tl.constexpr, WARPS: tl
 
 @triton.jit
 def _values(words, PLACE: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """The inputs that go with `_weights` of this PLACE, [WARPS, INPUTS, RUN * 32], from words of four E5M2
-    each, those that PLACE 0 and 1, or 2 and 3, share."""
+    """The inputs for `_weights` of this PLACE, [WARPS, INPUTS, RUN * 32], from words of four E5M2 each, which PLACE 0
+    and 1, or 2 and 3, share."""
     EIGHTS: tl.constexpr = words.shape[1] // (RUN * WARPS * 128)
     units = tl.reshape(_units(words), [EIGHTS, RUN, WARPS, 8, 4, 8])
     if not ASSEMBLY:
@@ -274,32 +276,33 @@ def _packed_product(
 
 
 MOST_OUTPUTS = 2**31 - 1
-"""Of one launch: places of outputs are int32."""
+"""The maximum number of outputs in one launch: their places are int32."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program computes, and how."""
+    """The work of a program, and how it is divided."""
 
     inputs: int
     """Rows of inputs, 8, 16 or 32."""
     rows: int
-    """Rows of weights, 16 or a multiple."""
+    """Rows of weights, a multiple of 16."""
     run: int
-    """Blocks of a row that a thread takes at a time."""
+    """Blocks of a row that a thread handles at one time."""
     warps: int
-    """Each has its part of K."""
+    """Warps, each with a part of K."""
     registers: int = 128
-    """The most that a thread may have."""
+    """The maximum number of registers per thread."""
 
     @property
     def groups(self) -> int:
-        """Blocks of a row at a time."""
+        """Blocks of a row at one time."""
         return 4 * self.run * self.warps
 
 
 def choose_tile(inputs: int, rows: int, groups: int, processors: int) -> Tile:
-    """For so many rows of inputs and of weights, blocks in each, and multiprocessors; measured on an H100."""
+    """The tile for these numbers of rows of inputs, rows of weights, blocks in each, and multiprocessors; measured on
+    an H100."""
     programs = triton.cdiv(rows, 16) / processors
     is_long = programs <= 2 and groups >= 256
     if inputs <= 8:
@@ -316,8 +319,8 @@ def tile_for(inputs: int, rows: int, groups: int, device: torch.device) -> Tile:
 
 
 def fixed_product(inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `plain_paired_product` defines it, for any number of rows of inputs, by the tile of many: what comes out of a
-    row is the same to the bit whatever rows are beside it. All of K is summed by one program, in one order."""
+    """The function `plain_paired_product`, for any number of input rows, with the tile of many rows. One program sums
+    over all of K, in one order, so the bits of a row do not depend on the other rows."""
     rows, groups = scales.shape
     tile = tile_for(MOST_ROWS, rows, groups, codes.device)
     flat = inputs.view(-1, inputs.shape[-1])
@@ -329,7 +332,7 @@ def fixed_product(inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: 
 
 
 def skinny_product(inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `plain_paired_product` defines it, for at most `MOST_ROWS` rows of inputs."""
+    """The function `plain_paired_product`, for at most `MOST_ROWS` rows of inputs."""
     assert inputs.numel() <= MOST_ROWS * inputs.shape[-1]
     rows, groups = scales.shape
     tile = tile_for(inputs.numel() // (32 * groups), rows, groups, codes.device)
@@ -339,7 +342,7 @@ def skinny_product(inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents:
 def product_by_tiles(
     inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype, tile: Tile
 ) -> Tensor:
-    """`skinny_product` by tiles of a given kind."""
+    """`skinny_product` with a given tile."""
     rows, groups = scales.shape
     count = inputs.numel() // (32 * groups)
     assert count * rows <= MOST_OUTPUTS

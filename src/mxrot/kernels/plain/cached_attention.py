@@ -1,7 +1,7 @@
-"""Attention of new tokens to packed keys and values, and how those get there.
+"""Attention of new tokens to packed keys and values, and packing of new tokens: the specification.
 
-One token of one head is a row of a quantized tensor. Keys are kept as k T and queries multiplied by T^-T, so that their
-products stay; values as v U, and what attention sums of them is multiplied by U^-1.
+One token of one head is a row of a quantized tensor. Keys are kept as k T and queries are multiplied by T^-T, so that
+their products do not change. Values are kept as v U, and attention's sums of them are multiplied by U^-1.
 """
 
 from __future__ import annotations
@@ -17,44 +17,44 @@ from mxrot.kernels.plain.exact_tokens import ExactTokens
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Packed keys or values, with room for more tokens than there are."""
+    """Packed keys or values, with room for more tokens."""
 
     quantizer: TensorQuantizer
     codes: Tensor
     """uint8 [B, kv heads, capacity, D * bits / 8]."""
     parts: dict[str, Tensor]
-    """What stands beside them, by name: [B, kv heads, capacity, G, ...]."""
+    """The parts of the format, by name: [B, kv heads, capacity, G, ...]."""
 
     @property
     def capacity(self) -> int:
-        """How many tokens there is room for."""
+        """The maximum number of tokens."""
         return self.codes.shape[2]
 
     @property
     def width(self) -> int:
-        """D."""
+        """The width D of a row."""
         return self.codes.shape[-1] * 8 // self.quantizer.format.bits
 
     def first(self, count: int) -> TokenRows:
-        """The first tokens, as views."""
+        """The first `count` tokens, as views."""
         parts = {name: part[:, :, :count] for name, part in self.parts.items()}
         return TokenRows(self.quantizer, self.codes[:, :, :count], parts)
 
     def dequantize(self) -> Tensor:
-        """What they stand for, float32 [B, kv heads, capacity, D]."""
+        """The values of the codes, float32 [B, kv heads, capacity, D]."""
         parts = self.quantizer.as_parts([self.parts[name] for name in self.quantizer.part_names])
         return QTensor.dequantize_packed(self.codes, parts, self.quantizer.format)
 
     @property
     def nbytes(self) -> int:
-        """Of all places, filled or not."""
+        """The bytes of all places, filled or not."""
         return self.codes.nbytes + sum(part.nbytes for part in self.parts.values())
 
     @staticmethod
     def empty(
         quantizer: TensorQuantizer, batch: int, kv_heads: int, capacity: int, width: int, device: torch.device | str
     ) -> TokenRows:
-        """Room for so many tokens, all zeros. ConfigError if a row of `width` is not whole blocks."""
+        """Room for `capacity` tokens, all zeros. ConfigError if a row of `width` is not whole blocks."""
         (codes, dtype), *parts = quantizer.stored_parts(1, width).values()
         lead = batch, kv_heads, capacity
         made = [torch.zeros(*lead, *shape[1:], dtype=of, device=device) for shape, of in parts]
@@ -64,8 +64,8 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class CacheMatrices:
-    """[1 or kv heads, D, D] each, multiplied from the right; None is the identity. Products and their sums are in their
-    type, float32 or float64: in float64, codes do not depend on the order of sums."""
+    """[1 or kv heads, D, D] each, multiplied from the right; None is the identity. Products and their sums are in the
+    type of the matrices, float32 or float64. In float64, codes do not depend on the order of sums."""
 
     keys: Tensor | None = None
     """T."""
@@ -79,7 +79,7 @@ class CacheMatrices:
 
 @dataclass(frozen=True)
 class CachedTokens:
-    """Keys and values of one layer, and how they are transformed."""
+    """Keys and values of one layer, and their transforms."""
 
     keys: TokenRows
     values: TokenRows
@@ -95,12 +95,12 @@ def plain_append_tokens(
     exact: ExactTokens | None = None,
     visible: Tensor | None = None,
 ) -> Tensor:
-    """Pack key and value [B, kv heads, T, D] of new tokens, transformed, as float32 numbers into the places from
+    """Transform keys and values [B, kv heads, T, D] of new tokens in float32, and pack them into the places from
     `position` on, an int, or int64 [1] on the device.
 
-    Returns the query [B, heads, T, D], transformed, in its own type. One token is kept in `exact` as it came, too, and
-    is padding as `visible` says, as `ExactTokens.keep` has it.
-    Nothing is refused: what holds NaN or Inf is read back as NaN.
+    Returns the transformed query [B, heads, T, D], in its own type. With `exact`, one token is also kept unquantized,
+    and `visible` says whether it is padding, as in `ExactTokens.keep`. No value is refused: rows that hold NaN or Inf
+    are read back as NaN.
     """
     _write(cached.keys, times_each(key, cached.matrices.keys), position)
     _write(cached.values, times_each(value, cached.matrices.values), position)
@@ -118,12 +118,13 @@ def plain_decode_attention(
     softcap: float | None = None,
     exact: ExactTokens | None = None,
 ) -> Tensor:
-    """Attention of one token a sequence, query [B, heads, 1, D], to the first `length` tokens: shape and type of it.
+    """Attention of one token per sequence, query [B, heads, 1, D], to the first `length` tokens, in the query's shape
+    and type.
 
-    `length` is an int, or the place of the newest of them, int64 [1] on the device. Where `visible` [B, N], N at least
-    so many, is 0 a token is not seen; a query that sees none gets zeros. Arithmetic is float32. With `softcap` c scores
-    are c tanh(score / c).
-    With `exact` some tokens are read as they came, by the query as it came, and are not multiplied by U^-1.
+    `length` is an int, or the place of the newest token, int64 [1] on the device. A token is not seen if its flag in
+    `visible` [B, N] is 0, with N at least the length. A query that sees no token gets zeros. Arithmetic is float32.
+    With `softcap` c, scores are c tanh(score / c). With `exact`, some tokens are read unquantized, by the untransformed
+    query, and are not multiplied by U^-1.
     """
     tokens = length if isinstance(length, int) else cached.keys.capacity
     length = length if isinstance(length, int) else length + 1
@@ -138,7 +139,7 @@ def plain_decode_attention(
         seen = seen & (torch.nn.functional.pad(visible, (0, max(0, tokens - visible.shape[1])))[:, :tokens] != 0)
     seen = seen[:, None, None]
     p = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).masked_fill(~seen, 0)
-    # Whatever lies in places that are not filled yet is not read.
+    # Places that are not filled yet are not read, whatever they hold.
     outputs = cached.matrices.outputs
     packed = seen if exact is None else seen & ~is_exact[:, None, None]
     found = (p.masked_fill(~packed, 0) @ values.masked_fill(~packed.mT, 0)).reshape(query.shape)
@@ -150,7 +151,7 @@ def plain_decode_attention(
 
 
 def _scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """float32 [B, kv heads, heads that share them, tokens]."""
+    """Scores, float32 [B, kv heads, heads that share them, tokens]."""
     return query.float().reshape(len(query), keys.shape[1], -1, query.shape[-1]) @ keys.mT * scaling
 
 

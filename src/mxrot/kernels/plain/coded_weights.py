@@ -1,4 +1,4 @@
-"""Inputs in 16 or 32 bits times a weight that stays in codes: the specification."""
+"""Inputs in 16 or 32 bits times a weight in codes: the specification."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from mxrot.formats import BlockScales, Format, QTensor
 
 BLOCK = 32
-"""Elements that share a power of two."""
+"""Elements that share a power-of-two scale."""
 WRITTEN_OUT = 2**24
-"""Weights that are written out at once: a head has a thousand times as many as fit beside a model."""
+"""Weights that are dequantized at one time. A head has a thousand times as many as fit beside a model."""
 
 
 @dataclass(frozen=True)
 class CodedWeight:
-    """A weight [N, K] in a format with a power of two a block."""
+    """A weight [N, K] in a format with power-of-two block scales."""
 
     codes: Tensor
     """Packed, uint8 [N, K * bits / 8]."""
@@ -27,7 +27,7 @@ class CodedWeight:
     format: Format
 
     def rows(self, start: int, end: int) -> CodedWeight:
-        """Some rows of it."""
+        """Rows `start` to `end` of it."""
         return CodedWeight(self.codes[start:end], self.scales[start:end], self.format)
 
     def dequantized(self) -> Tensor:
@@ -38,10 +38,10 @@ class CodedWeight:
 def plain_coded_product(
     x: Tensor, weight: CodedWeight, multiply: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Tensor:
-    """x [..., K] W_q^T in float32, [..., N]: exact products of what `x` and the codes hold, sums in float32.
+    """x [..., K] W_q^T in float32, [..., N]: exact products of the numbers in `x` and the codes, with sums in float32.
 
-    Some rows of the weight are written out after the others. `multiply` gives inputs times rows of weights in float32;
-    by default in float32 arithmetic.
+    Rows of the weight are dequantized a part at a time. `multiply` gives inputs times rows of weights in float32. By
+    default it uses float32 arithmetic.
     """
     count, width = len(weight.codes), x.shape[-1]
     step = max(1, WRITTEN_OUT // max(1, width))

@@ -1,4 +1,4 @@
-"""Tokens that attention reads as they came, beside those of a packed cache."""
+"""Tokens that attention reads unquantized, beside those of a packed cache."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ExactTokens:
-    """Of one layer, for one token a sequence: which tokens are read so, and what they are.
+    """The unquantized tokens of one layer, for a step of one token per sequence.
 
-    Those are the newest `last`, and those at places `begins` to `begins + first`. Each is read in one place alone.
+    These are the newest `last` tokens, and those at places `begins` to `begins + first`. Each token is read from only
+    one of the two.
     """
 
     query: Tensor
-    """As it came, [B, heads, 1, D]."""
+    """The untransformed query, [B, heads, 1, D]."""
     first: int = 0
     last: int = 0
     recent: Pair | None = None
-    """Keys and values [B, kv heads, ring, D], contiguous: token j is row (j + shift) % ring. None where last is 0."""
+    """Keys and values [B, kv heads, ring, D], contiguous. Token j is in row (j + shift) % ring. None if last is 0."""
     shift: int = 0
-    """At least 0."""
+    """Not negative."""
     leading: Pair | None = None
-    """Of the first tokens [B, kv heads, first or more, D], contiguous; None where first is 0."""
+    """Keys and values of the first tokens [B, kv heads, first or more, D], contiguous. None if first is 0."""
     begins: Tensor | None = None
-    """int64 [B]: where they begin, `skipped` more than among the tokens that attention is given."""
+    """int64 [B]: where the first tokens begin. Among the tokens that attention gets, it is `skipped` less."""
     skipped: int = 0
 
     def keep(self, key: Tensor, value: Tensor, position: int | Tensor, visible: Tensor | None) -> None:
-        """Write one token of each sequence, [B, kv heads, 1, D] at `position`, an int or int64 [1] on the device, where
-        it belongs: into the ring, and among the first ones if it is one.
+        """Store one token of each sequence, [B, kv heads, 1, D], at `position`, an int or int64 [1] on the device: in
+        the ring, and among the first tokens if it is one of them.
 
-        Tokens come one after the other from position 0 on, which forgets what was noted. Those whose flags in `visible`
-        [B, N] are 0, before the first one that is not, are padding: `begins` is how many.
+        Tokens come in order from position 0 on; position 0 resets earlier notes. Tokens before the first one whose flag
+        in `visible` [B, N] is not 0 are padding, and `begins` is their number.
         """
         position = torch.as_tensor(position, device=key.device).reshape(1)
         if self.recent is not None:
@@ -57,15 +58,15 @@ class ExactTokens:
             rows.scatter_(2, index, torch.where(is_first, new, rows.gather(2, index)))
 
     def first_flags(self, places: Tensor) -> Tensor:
-        """Which tokens at these places [n] are among the first ones, bool [B or 1, n]."""
+        """Flags of the first tokens among those at these places [n], bool [B or 1, n]."""
         if self.begins is None:
             return torch.zeros_like(places, dtype=torch.bool)[None]
         after = places - (self.begins[:, None] - self.skipped)
         return (after >= 0) & (after < self.first)
 
     def overlay(self, keys: Tensor, values: Tensor, length: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, kv heads, n, D] of tokens, those that are read as they came in their places, in the type
-        that `keys` has, and flags of them [B, n]."""
+        """Keys and values [B, kv heads, n, D] with the unquantized tokens in their places, in the type of `keys`, and
+        their flags [B, n]."""
         count, batch = keys.shape[2], len(keys)
         places = torch.arange(count, device=keys.device)
         is_first = self.first_flags(places).expand(batch, -1)
@@ -83,5 +84,5 @@ class ExactTokens:
 
 
 def _chosen(flags: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Tokens [B, heads, n, D] of `new` where flags [B, n] are set, in the type of `old`."""
+    """Tokens [B, heads, n, D] of `new` where the flags [B, n] are set, otherwise of `old`, in the type of `old`."""
     return torch.where(flags[:, None, :, None], new.to(old.dtype), old)

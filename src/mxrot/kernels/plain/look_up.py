@@ -1,4 +1,4 @@
-"""Inputs as integers, and their product with weights whose codes are looked up in levels: the specification."""
+"""Integer inputs, and their product with weights whose codes are looked up in levels: the specification."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mxrot.formats import Format, ScaleRule, unpack_codes
 from mxrot.formats.element import IntElement
 
 AT_ONCE = 1 << 24
-"""Weights that `plain_look_up_product` writes out at once."""
+"""Weights that `plain_look_up_product` dequantizes at one time."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class IntegerRows:
 
     @property
     def values(self) -> Tensor:
-        """What they stand for, float32 [..., K]."""
+        """The values of the codes, float32 [..., K]."""
         return self.codes * self.scales
 
 
 def plain_quantize_rows(x: Tensor, format: Format, rule: ScaleRule) -> IntegerRows:
-    """Q(x) for a format of integers with one scale a row, without the zero points: these are subtracted.
+    """Q(x) for an integer format with one scale per row, without zero points, which are subtracted.
 
     The codes of a row that held NaN or Inf are 0.
     """
@@ -54,8 +54,8 @@ def plain_look_up_product(
 ) -> Tensor:
     """`inputs` [..., K] times weights scale * levels[code]: `dtype` [..., N].
 
-    `packed` uint8 [N, K/4], `scales` float16 [N, G], `levels` int8 [N, G, 4]. The product of a group is an integer,
-    which is exact; times its scale it is added up in float32, group after group, and the scale of the row comes last.
+    `packed` uint8 [N, K/4], `scales` float16 [N, G], `levels` int8 [N, G, 4]. The product of a group is an exact
+    integer. Its products with the group scales are added in float32, group by group, and the row scale is applied last.
     """
     rows, groups = scales.shape
     x = inputs.codes.flatten(0, -2).unflatten(-1, (groups, -1)).transpose(0, 1).double()  # [G, M, B]
@@ -67,9 +67,9 @@ def plain_look_up_product(
 
 
 def _product(x: Tensor, packed: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
-    """float32 [M, rows] for some rows of weights; x float64 [G, M, B]."""
+    """The product with some rows of weights, float32 [M, rows]; x float64 [G, M, B]."""
     values = looked_up(packed, levels).transpose(0, 1)  # [G, rows, B]
-    # Integers below 2^53: exact in float64, whatever the order.
+    # Integers below 2^53 are exact in float64, in any order.
     exact = (x @ values.double().mT).to(torch.float32)
     total = exact.new_zeros(exact.shape[1:])
     for each, scale in zip(exact, scales.to(torch.float32).t(), strict=True):
@@ -78,7 +78,7 @@ def _product(x: Tensor, packed: Tensor, scales: Tensor, levels: Tensor) -> Tenso
 
 
 def looked_up(packed: Tensor, levels: Tensor) -> Tensor:
-    """The levels that codes name, int8 [N, G, B] of uint8 [N, K/4] and int8 [N, G, 4]."""
+    """The levels of the codes, int8 [N, G, B], from uint8 [N, K/4] and int8 [N, G, 4]."""
     codes = unpack_codes(packed, 2).unflatten(-1, (levels.shape[1], -1))
     return levels.gather(2, codes.to(torch.int64))
 
@@ -86,11 +86,11 @@ def looked_up(packed: Tensor, levels: Tensor) -> Tensor:
 def in_planes(codes: Tensor) -> Tensor:
     """`codes` [..., K] in the order in which `fused.look_up` multiplies them.
 
-    Column 16 w + 8 h + 2 b + p is at (2 p + h) K/4 + 4 w + b: four bytes hold four columns that are two apart.
+    Column 16 w + 8 h + 2 b + p moves to (2 p + h) K/4 + 4 w + b. Four bytes then hold four columns that are two apart.
     """
     return codes.unflatten(-1, (-1, 2, 4, 2)).permute(*range(codes.dim() - 1), -1, -3, -4, -2).flatten(-4)
 
 
 def out_of_planes(codes: Tensor) -> Tensor:
-    """What `in_planes` has put in order, as it was."""
+    """The inverse of `in_planes`."""
     return codes.unflatten(-1, (2, 2, -1, 4)).permute(*range(codes.dim() - 1), -2, -3, -1, -4).flatten(-4)

@@ -13,15 +13,15 @@ from mxrot.formats.exponents import E8M0_BIAS
 from mxrot.kernels.plain.activations import PackedRows, out_of_blocks, out_of_pairs
 
 E4M3_SHIFTS = -8, 6
-"""Exponents d for which every E2M1 number times 2^d is an E4M3 number."""
+"""The least and the largest exponent d for which every E2M1 number times 2^d is an E4M3 number."""
 
 
 def lift_exponents(codes: Tensor, scales: Tensor, together: bool = False) -> tuple[Tensor, Tensor]:
-    """The exponent of each row of lifted weights, int32 [N], and how many of their blocks do not fit below it.
+    """The exponent of each row of lifted weights, int32 [N], and the number of their blocks that do not fit below it.
 
-    `codes` uint8 [N, K/2], two of E2M1 a byte, `scales` E8M0 bytes [N, K/32]. The largest block of a row is lifted by
-    2^6; with `together` that of all rows is, and all have the same exponent. A block of zeros fits anywhere. The count
-    is an int64 scalar.
+    `codes` uint8 [N, K/2], two E2M1 codes per byte, `scales` E8M0 bytes [N, K/32]. The largest block of a row is lifted
+    by 2^6. With `together`, the largest block of all rows is, and all rows have the same exponent. A block of zeros
+    always fits. The count is an int64 scalar.
     """
     has_value = (codes.unflatten(1, (-1, 16)) & 0x77).amax(dim=2) > 0
     exponents = scales.to(torch.int32) - E8M0_BIAS
@@ -34,9 +34,9 @@ def lift_exponents(codes: Tensor, scales: Tensor, together: bool = False) -> tup
 
 
 def plain_lift_weights(codes: Tensor, scales: Tensor, row_exponents: Tensor) -> Tensor:
-    """MXFP4 weights over 2^(exponent of their row), as E4M3 [N, K].
+    """MXFP4 weights divided by 2^(exponent of their row), as E4M3 [N, K].
 
-    Exact but for the blocks that `lift_exponents` counts; those are rounded to multiples of 2^-9.
+    Exact except for the blocks that `lift_exponents` counts. These are rounded to multiples of 2^-9.
     """
     element = get_format("mxfp4").element
     values = element.decode(unpack_codes(codes, 4), torch.float32).unflatten(1, (-1, 32))
@@ -49,10 +49,10 @@ def plain_lift_weights(codes: Tensor, scales: Tensor, row_exponents: Tensor) -> 
 def lift_rows(
     inputs: PackedRows, lift: Callable[[Tensor, Tensor, Tensor], Tensor] = plain_lift_weights
 ) -> tuple[Tensor, Tensor]:
-    """MXFP4 inputs [..., K] as E4M3 with one power of two a token: E4M3 [..., K] and its exponents, int32 [...].
+    """MXFP4 inputs [..., K] as E4M3 with one power of two per token: E4M3 [..., K] and its exponents, int32 [...].
 
-    For inputs beyond the range of E5M2 (`plain_rotate_quantize_e5m2`). Blocks that lie 2^14 or more below the largest
-    one of their token are rounded to multiples of 2^-15 of its scale.
+    For inputs beyond the range of E5M2 (`plain_rotate_quantize_e5m2`). Blocks that are 2^14 or more below the largest
+    block of their token are rounded to multiples of 2^-15 of its scale.
     """
     codes, scales = inputs.codes.flatten(0, -2), inputs.scales.flatten(0, -2)
     exponents, _ = lift_exponents(codes, scales)
@@ -61,7 +61,7 @@ def lift_rows(
 
 
 def plain_packed_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """MXFP4 inputs [..., K] by MXFP4 weights, uint8 codes [N, K/2] and E8M0 scales [N, K/32]: `dtype` [..., N].
+    """MXFP4 inputs [..., K] times MXFP4 weights, uint8 codes [N, K/2] and E8M0 scales [N, K/32]: `dtype` [..., N].
 
     Products of codes are exact, sums are float32.
     """
@@ -76,12 +76,12 @@ def plain_packed_product(inputs: PackedRows, codes: Tensor, scales: Tensor, dtyp
 def plain_paired_product(
     inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """E5M2 inputs [..., K] in the order of `in_pairs` by MXFP4 weights that can be lifted, `codes` uint8 [N, K/2],
-    `scales` E8M0 bytes [N, K/32] and `row_exponents` int32 [N] as for `plain_lift_weights`: `dtype` [..., N].
+    """E5M2 inputs [..., K] in the order of `in_pairs` times MXFP4 weights that can be lifted: `dtype` [..., N].
 
+    `codes` uint8 [N, K/2], `scales` E8M0 bytes [N, K/32] and `row_exponents` int32 [N] are as for `plain_lift_weights`.
     Products are exact, sums are float32.
     """
-    # A float8 tensor cannot be copied everywhere, its bytes can.
+    # Not all devices can copy a float8 tensor, but all can copy its bytes.
     ordered = out_of_pairs(inputs.view(torch.uint8)).view(inputs.dtype)
     lifted = plain_lift_weights(codes, scales, row_exponents)
     return plain_fp8_product(ordered, lifted, torch.exp2(row_exponents.float()), dtype)
@@ -90,7 +90,7 @@ def plain_paired_product(
 def plain_middle_product(
     inputs: Tensor, codes: Tensor, scales: Tensor, row_exponents: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`plain_paired_product` of inputs in the order of `across_blocks`."""
+    """`plain_paired_product`, with inputs in the order of `across_blocks`."""
     ordered = out_of_blocks(inputs.view(torch.uint8)).view(inputs.dtype)
     lifted = plain_lift_weights(codes, scales, row_exponents)
     return plain_fp8_product(ordered, lifted, torch.exp2(row_exponents.float()), dtype)

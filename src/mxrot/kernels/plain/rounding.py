@@ -14,36 +14,36 @@ from mxrot.formats.element import Element
 
 @dataclass(frozen=True)
 class RoundedColumns:
-    """A block of columns after GPTQ has walked over it."""
+    """A block of columns after GPTQ has processed it."""
 
     values: Tensor
     """Rounded values on the grid of the chosen scales, float64 [N, B]."""
     differences: Tensor
-    """What each column, as the walk found it, lost by rounding: float64 [N, B]."""
+    """The rounding error of each column, relative to its value just before rounding: float64 [N, B]."""
     chosen: Tensor
-    """Index of the scales that cost each row least, int64 [N]."""
+    """Index of the scales with the least cost for each row, int64 [N]."""
 
 
 @dataclass(frozen=True)
 class ReachedColumns:
-    """A block of columns whose scales GPTQ has chosen when it got there."""
+    """A block of columns whose scales GPTQ chose when it reached the block."""
 
     values: Tensor
     """As in `RoundedColumns`."""
     differences: Tensor
     """As in `RoundedColumns`."""
     scales: BlockScales
-    """One a row, [N, 1]."""
+    """One scale per row, [N, 1]."""
 
 
 def plain_round_columns(
     columns: Tensor, scales: Tensor, upper: Tensor, zeros: Tensor | None, element: Element
 ) -> RoundedColumns:
-    """Round the columns of a block one after the other, and let those still open make up for the error of each.
+    """Round the columns of a block one after the other, and let the open columns compensate for the error of each.
 
-    `columns` float64 [N, B]; `scales` float64 [C, N, B], of which each row keeps the one whose walk costs
-    sum_j (difference_j / upper_jj)^2 least, of equals the first; `upper` float64 [B, B], the block on the diagonal
-    of the Cholesky factor of the inverse Hessian; `zeros` float64 [N, B] codes that stand for 0, or None.
+    `columns` float64 [N, B]. `scales` float64 [C, N, B], of which each row keeps the one with the least sum_j
+    (difference_j / upper_jj)^2, the first if equal. `upper` float64 [B, B], the block on the diagonal of the Cholesky
+    factor of the inverse Hessian. `zeros` float64 [N, B] codes that stand for 0, or None.
     """
     best: RoundedColumns | None = None
     least = columns.new_full((len(columns),), torch.inf)
@@ -69,11 +69,11 @@ def plain_round_columns(
 def _walk(
     columns: Tensor, scales: Tensor, upper: Tensor, zeros: Tensor | None, element: Element
 ) -> tuple[Tensor, Tensor]:
-    """Rounded values and differences [N, B] under one set of scales."""
+    """Rounded values and differences [N, B] with one set of scales."""
     ratios = upper / upper.diagonal()[:, None]
-    # Transposed, so that each step works on contiguous rows; a step is a few short kernels, and their number is
-    # what a GPU waits for.
-    local = columns.t().clone(memory_format=torch.contiguous_format)  # of one row, contiguous() is no copy
+    # Transposed, so that each step works on contiguous rows. A step is a few short kernels, and a GPU waits for their
+    # launches.
+    local = columns.t().clone(memory_format=torch.contiguous_format)  # for one row, contiguous() would not copy
     scale = scales.t().contiguous()
     divisor = torch.where(scale == 0, torch.inf, scale)
     zero = None if zeros is None else zeros.t().contiguous()
@@ -90,9 +90,10 @@ def _walk(
 
 
 def plain_round_on_grid(columns: Tensor, upper: Tensor, parts: Parts, grid: Grid) -> RoundedColumns:
-    """Round float64 `columns` [N, n] one after the other on any grid, under parts with an entry a column or a row.
+    """Round float64 `columns` [N, n] one after the other on any grid, with parts that have an entry per column or per
+    row.
 
-    As `plain_round_columns` does it under one set of scales.
+    The method is that of `plain_round_columns` with one set of scales.
     """
     ratios = upper / upper.diagonal()[:, None]
     local, differences = columns.clone(), torch.empty_like(columns)
@@ -114,7 +115,7 @@ def plain_round_reached(
 ) -> ReachedColumns:
     """Choose the scales of a block, float64 `columns` [N, B], and round it as `plain_round_columns` does.
 
-    Each row tries the rule's exponent plus each of `offsets`; (0,) takes the rule's scales as they are, of any type.
+    Each row tries the rule's exponent plus each of `offsets`. (0,) takes the rule's own scales, of any type.
     """
     width = columns.shape[1]
     scales = rule.choose(columns[:, None], format.element, format.scale)
@@ -128,7 +129,7 @@ def plain_round_reached(
 
 
 def shifted(scales: BlockScales, offset: int) -> BlockScales:
-    """The scales times 2^offset, as far as the exponent goes; only offset 0 for scales that are no E8M0 bytes."""
+    """The scales times 2^offset, limited to the exponent range. Scales that are not E8M0 bytes allow only offset 0."""
     if offset == 0:
         return scales
     stored = (scales.stored.to(torch.int16) + offset).clamp(0, E8M0_MAX_BYTE)

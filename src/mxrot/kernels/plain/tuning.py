@@ -1,4 +1,4 @@
-"""What tuning computes with weights and logits: the specification."""
+"""Computations of tuning with weights and logits: the specification."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from mxrot.transforms.stages import apply_matrices
 
 @dataclass(frozen=True)
 class WeightMoves:
-    """Where tunable weights [N, K] start, and what moves them besides their own offsets."""
+    """The initial values of tunable weights [N, K], and what moves them besides their own offsets."""
 
     value: Tensor
-    """Their values at the start, on the grid; bfloat16 [N, K]."""
+    """The initial values, on the grid; bfloat16 [N, K]."""
     up: Tensor
-    """Distance to the next larger value of the grid, 0 at its end; bfloat16 [N, K]."""
+    """The distance to the next larger grid value, 0 at the end of the grid; bfloat16 [N, K]."""
     down: Tensor
-    """Distance to the next smaller one."""
+    """The distance to the next smaller grid value, bfloat16 [N, K]."""
     scales: Tensor
     """A power of two for each block of 32, float32 [N, K/32]."""
     follow: Tensor | None = None
-    """What a moving transform multiplies weights with, float32 [1 | K/32, 32, 32]; None for nothing."""
+    """The matrix with which a moving transform multiplies weights, float32 [1 | K/32, 32, 32]; None for no
+    transform."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,16 @@ class WeightGradients:
     offset: Tensor
     """[N, K]."""
     follow: Tensor | None
-    """The shape of `follow`; None where there is none."""
+    """The shape of `follow`, or None without it."""
     exponent: Tensor | None
-    """For the binary logarithm of each scale, [N, K/32]; None if not asked for."""
+    """The gradient for log2 of each scale, [N, K/32]; None if not requested."""
 
 
 def plain_moved_weights(offset: Tensor, moves: WeightMoves, element: Element) -> Tensor:
-    """Tunable weights as they are for these offsets float32 [N, K]: on the grid, bfloat16 [N, K].
+    """Tunable weights for these offsets, float32 [N, K]: on the grid, bfloat16 [N, K].
 
-    An offset is the way to a neighbour, up or down by its sign, in units of its distance. Where it leads the weight
-    is multiplied by `follow`, and rounded on the grid of `scales`.
+    An offset is a move towards a neighbour, up or down by its sign, in units of the distance to it. The moved weight is
+    multiplied by `follow`, and rounded on the grid of `scales`.
     """
     weight, _ = _continuous(offset, moves)
     scales = moves.scales.repeat_interleave(offset.shape[1] // moves.scales.shape[1], dim=1)
@@ -54,10 +55,10 @@ def plain_moved_weights(offset: Tensor, moves: WeightMoves, element: Element) ->
 def plain_moved_weights_gradients(
     gradient: Tensor, offset: Tensor, moves: WeightMoves, element: Element, wants_exponent: bool
 ) -> WeightGradients:
-    """Gradients of what moves the weights, from the `gradient` [N, K] of the moved ones, as if nothing were rounded.
+    """Gradients of what moves the weights, from the `gradient` [N, K] of the moved weights, as if nothing were rounded.
 
-    That of an exponent is the one of LSQ (arXiv 1902.08153, section 2.1): ln 2 times what rounding added, or the
-    whole value where it was cut off.
+    The gradient of an exponent is that of LSQ (arXiv 1902.08153, section 2.1): ln 2 times the rounding error, or times
+    the whole value if it was clipped.
     """
     weight, distance = _continuous(offset, moves)
     gradient = gradient.float()
@@ -79,7 +80,7 @@ def plain_moved_weights_gradients(
 
 
 def _continuous(offset: Tensor, moves: WeightMoves) -> tuple[Tensor, Tensor]:
-    """The weights that are rounded, before they follow the transform, and the distances that offsets count in."""
+    """The weights before they follow the transform and are rounded, and the distances that are the units of offsets."""
     distance = torch.where(offset > 0, moves.up, moves.down).float()
     return moves.value.float() + offset * distance, distance
 
