@@ -82,6 +82,9 @@ NOT_RUN = {
     "python benchmarks/everywhere.py": Elsewhere(BENCHMARK, "tests/test_everywhere.py", "everywhere.main()"),
     "python benchmarks/accuracy.py": Elsewhere(BENCHMARK, "tests/test_benchmarks.py", "measure_units("),
     "python benchmarks/serving.py": Elsewhere(BENCHMARK, "tests/test_benchmark_of_serving.py", "serving.main("),
+    "python benchmarks/serving_random.py": Elsewhere(
+        BENCHMARK, "tests/test_benchmark_of_serving.py", 'imported("serving_random")'
+    ),
     "python benchmarks/tasks.py": Elsewhere(BENCHMARK, "tests/test_benchmarks.py", "tasks.main()"),
 }
 """Commands of other programs, by how they begin."""
