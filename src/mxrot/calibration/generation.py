@@ -257,7 +257,7 @@ def sequences_within(device_type: str, sequence_bytes: int, model_bytes: float) 
     return max(1, min(SEQUENCES_AT_ONCE, int(bound // sequence_bytes)))
 
 
-def cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
-    """Bytes of keys, values and states of one sequence of so many tokens."""
-    family = find_family(config, "the model that writes")
+def cache_bytes(config: Any, tokens: int, itemsize: int, family: Family | None = None) -> int:
+    """The bytes of keys, values and states of one sequence; FamilyError if no family is given and none is known."""
+    family = family or find_family(config, "the model that writes")
     return CacheSize.of(config, family, None).bytes_without_windows(tokens, itemsize)

@@ -48,6 +48,8 @@ class WritingSizes:
     """The bytes of each decoder block."""
     beside: float = 0.0
     """Other bytes on the first device: rotations."""
+    family: Family | None = None
+    """The family of the model; None: that of the config."""
 
     @staticmethod
     def of(
@@ -58,7 +60,8 @@ class WritingSizes:
         decoder = model.get_submodule(family.blocks).children()
         blocks = tuple(float(s * sum(parameter.numel() for parameter in block.parameters())) for block in decoder)
         outer = float(s * sum(parameter.numel() for parameter in model.parameters())) - sum(blocks)
-        return WritingSizes(model.config, choice, choice.written(given), seq_len, s, "cuda", outer, blocks)
+        windows = choice.written(given)
+        return WritingSizes(model.config, choice, windows, seq_len, s, "cuda", outer, blocks, family=family)
 
     @property
     def weights(self) -> float:
@@ -87,7 +90,7 @@ class WritingSizes:
 
     def keys(self, length: int) -> int:
         """The bytes of keys and values of one sequence of `length` tokens."""
-        return cache_bytes(self.config, length, self.itemsize)
+        return cache_bytes(self.config, length, self.itemsize, self.family)
 
     @property
     def logits(self) -> float:

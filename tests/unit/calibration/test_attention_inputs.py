@@ -76,7 +76,9 @@ def test_every_family_shows_them_and_is_as_before(name: str) -> None:
     model = model_of(name)
     family = find_family(model.config, name)
     before = model(WINDOWS).logits
-    block = model.get_submodule(family.blocks)[next(index for index in range(2) if family.attends(index))]
+    block = model.get_submodule(family.blocks)[
+        next(index for index in range(model.config.num_hidden_layers) if family.attends(index))
+    ]
     attention: Any = block.get_submodule(family.attention)
     config = attention.config
     executor = first_executor(model, family, WINDOWS, 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -25,6 +26,14 @@ from mxrot.kernels.cuda.middle import (
 
 HOPPER_SHARED, HOPPER_REGISTERS = 232448, 65536
 """Bytes of shared memory of a block, and registers of a multiprocessor."""
+
+
+def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
+    is_there = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    skip = pytest.mark.skipif(not is_there, reason="needs a GPU of compute capability 9.0")
+    return pytest.mark.gpu(skip(test))
+
+
 TILES = (*CANDIDATES, *(whole_tile(count) for count in (8, 16, 32, 64, 128)))
 
 
@@ -153,7 +162,7 @@ def product(x: Tensor, w: Weights, dtype: torch.dtype = torch.bfloat16, **how: A
     return middle_product(ordered(x), w.codes, w.scales, w.exponents, dtype, **how)
 
 
-@pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("count", "rows", "width"), [(71, 200, 512), (5, 72, 128), (130, 1000, 1152), (17, 333, 4096)])
 def test_it_is_the_product(tile: Tile, count: int, rows: int, width: int) -> None:
@@ -165,7 +174,7 @@ def test_it_is_the_product(tile: Tile, count: int, rows: int, width: int) -> Non
         torch.testing.assert_close(product(x, w, dtype, tile=tile), found[0].to(dtype), rtol=0, atol=0)
 
 
-@pytest.mark.gpu
+@on_hopper
 def test_a_row_has_the_same_bits_beside_any_others() -> None:
     x, w = inputs(200, 2048, 0), weights(640, 2048, 1)
     whole = product(x, w, are_whole=True)
@@ -173,7 +182,7 @@ def test_a_row_has_the_same_bits_beside_any_others() -> None:
         assert torch.equal(product(x[start : start + count], w, are_whole=True), whole[start : start + count])
 
 
-@pytest.mark.gpu
+@on_hopper
 def test_in_a_graph_and_beside_it() -> None:
     x, w = inputs(40, 4096, 0), weights(512, 4096, 1)
     eager, put = product(x, w), ordered(x)
