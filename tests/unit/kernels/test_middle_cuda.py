@@ -120,6 +120,13 @@ def test_a_source_that_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not middle.is_there(torch.device("cpu"))
 
 
+def test_a_graph_does_not_hold_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled and filled then would belong to the memory of that graph."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"^middle rows, 8x192, .*: a CUDA graph cannot hold the first call"):
+        middle._prepared(choose_tile(1, 4096, 128), torch.bfloat16, torch.device("cuda", 7))
+
+
 def looked_up(codes: int, field: int) -> list[int]:
     """What `look_up` in the CUDA source does, with prmt as PTX defines it: bytes of eight codes, for an E5M2 field."""
 

@@ -179,6 +179,8 @@ def is_there(device: torch.device) -> bool:
 def _prepared(tile: Tile, dtype: torch.dtype, device: torch.device) -> _Ready:
     key = tile, dtype, device
     if key not in _ready:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"middle rows, {tile}: a CUDA graph cannot hold the first call; call it once before")
         code = compile_source(source_of(tile, dtype, can_overlap(device)), "sm_90a")
         kernel = Kernel(code, "middle_rows", tile.shared_bytes(dtype), device)
         _ready[key] = _Ready(kernel, _nothing(tile, device))
