@@ -172,8 +172,9 @@ def test_transforms_and_smoothing_fold_away(folders: dict[str, Path], family: Fa
         model = pipeline.quantize(folders[family.name], chosen, windows=WINDOWS).model
         assert model is not None
         errors.append(float(((logits(model) - original).norm(dim=-1) / original.norm(dim=-1)).median()))
-    # Where scores are not divided by the root of a width, as in Gemma 4, 8 bits alone give 0.037.
-    assert len(errors) >= 2 and max(errors) < 0.05 and max(errors) < 3 * errors[0]
+    # Gemma 4 does not divide scores by the root of a width: 8 bits alone give 0.037 there.
+    bound = 0.05 if family.name.startswith("gemma4") else 0.03
+    assert len(errors) >= 2 and max(errors) < bound and max(errors) < 3 * errors[0]
 
 
 @each
