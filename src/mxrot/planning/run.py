@@ -158,6 +158,7 @@ class Run:
             float(self.shape.outer_parameters * self.itemsize),
             tuple(float(count * self.itemsize) for count in self.shape.each_block),
             float(self.rotation_bytes),
+            self.shape.family,
         )
 
     @cached_property

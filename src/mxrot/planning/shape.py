@@ -111,7 +111,7 @@ class HeadShape:
 class ModelShape:
     """What planning must know of a model."""
 
-    family: str
+    family: Family
     blocks: tuple[tuple[SiteShape, ...], ...]
     """Of each decoder block the sites that are quantized."""
     hidden: int
@@ -156,7 +156,7 @@ class ModelShape:
         linears = [linear for index, block in enumerate(modules) for linear in _linears(block, family, index)]
         width = value_heads(config)[1]
         return ModelShape(
-            family=family.name,
+            family=family,
             blocks=blocks,
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
