@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections import Counter
 from collections.abc import Callable
-from importlib.resources import files
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,12 +16,14 @@ from tests.unit.kernels.test_middle import Weights, assert_is_product, inputs, o
 from torch import Tensor
 
 from mxrot.kernels.cuda import compiled, middle
+from mxrot.kernels.cuda.compiled import source_file
 from mxrot.kernels.cuda.middle import (
     CANDIDATES,
+    Deal,
     Tile,
     candidates,
     choose_tile,
-    count_blocks,
+    count_teams,
     middle_product,
     whole_tile,
 )
@@ -34,7 +38,8 @@ def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.gpu(skip(test))
 
 
-TILES = (*CANDIDATES, *(whole_tile(count) for count in (8, 16, 32, 64, 128)))
+TEAMS = tuple(replace(tile, team=team) for tile in CANDIDATES for team in (2, 4) if tile.inputs // team % 8 == 0)
+TILES = (*CANDIDATES, *TEAMS, *(whole_tile(count) for count in (8, 16, 32, 64, 128)))
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -54,48 +59,83 @@ def test_the_source_of_a_tile(tile: Tile) -> None:
     source = middle.source_of(tile, torch.float16, overlaps=True)
     assert f"#define INPUTS {tile.inputs}\n" in source and "#define OUTPUT 1\n" in source
     product, _ = source.split("// MXFP4 inputs")
+    assert "wgmma" not in source_file("middle.cu") and "asm" not in source_file("middle.cu")
     assert f"m64n{tile.inputs}k32.f32.e5m2.e5m2" in product and product.count('"+f"(sums[') == tile.inputs // 2
     names = set(re.findall(r"#define (\w+)", source))
     assert names == {
-        *("INPUTS", "GROUPS", "STAGES", "PROMOTE", "OUTPUT", "OVERLAP"),
+        *("INPUTS", "GROUPS", "TEAM", "STAGES", "PROMOTE", "OUTPUT", "OVERLAP"),
         *("MOST_THREADS", "REGISTERS", "COPIER_REGISTERS"),
     }
     body = source.split("#define OVERLAP 1\n")[1]
     assert all(re.search(rf"\b{name}\b", body) for name in names)
 
 
-def dealt_out(tiles: int, chunks: int, blocks: int) -> list[tuple[int, int]]:
-    """First and last unit of each block, as the kernel computes them."""
-    units = tiles * chunks
-    return [(units * block // blocks, units * (block + 1) // blocks) for block in range(blocks)]
-
-
 @pytest.mark.parametrize(
-    ("tiles", "chunks", "most"), [(32, 16, 132), (48, 16, 132), (224, 16, 264), (3, 1, 132), (7, 5, 9)]
+    ("tiles", "chunks", "most"), [(32, 16, 132), (48, 16, 132), (224, 16, 264), (3, 1, 132), (7, 5, 9), (500, 16, 66)]
 )
 def test_who_adds_up_a_tile(tiles: int, chunks: int, most: int) -> None:
-    """Every unit belongs to one block; a block hands on one tile at most, to a block after it, which finds it."""
-    blocks = count_blocks(tiles, chunks, most)
-    shares = dealt_out(tiles, chunks, blocks)
-    assert blocks <= most and all(first < last for first, last in shares)
+    """Every unit belongs to one team; a team hands on one tile at most, to a team after it, which finds it."""
+    deal = Deal.of(Tile(8, groups=1), 8, 64 * tiles, 8 * chunks, most, are_whole=False)
+    teams, units = deal.teams, deal.rest * chunks
+    assert teams == count_teams(tiles, chunks, most) <= most and (tiles - deal.rest) % teams == 0
+    shares = [(units * team // teams, units * (team + 1) // teams) for team in range(teams)]
+    assert all(first < last for first, last in shares)
     computed: Counter[int] = Counter()
-    for block, (first, last) in enumerate(shares):
-        parts = [(tile, max(first, tile * chunks), min(last, (tile + 1) * chunks)) for tile in range(tiles)]
+    for team, (first, last) in enumerate(shares):
+        parts = [(tile, max(first, tile * chunks), min(last, (tile + 1) * chunks)) for tile in range(deal.rest)]
         mine = [(tile, start, end) for tile, start, end in parts if start < end]
         computed.update(unit for _, start, end in mine for unit in range(start, end))
         handed_on = [tile for tile, _, end in mine if end < (tile + 1) * chunks]
         assert handed_on in ([], [mine[-1][0]])  # the last, which is computed first
         for tile, start, end in mine:
             if end == (tile + 1) * chunks and start > tile * chunks:
-                earliest = ((tile * chunks + 1) * blocks - 1) // (tiles * chunks)
-                others = [other for other in range(block) if shares[other][1] > tile * chunks]
-                assert others == list(range(earliest, block))
-    assert computed == Counter(range(tiles * chunks))
+                earliest = ((tile * chunks + 1) * teams - 1) // units
+                others = [other for other in range(team) if shares[other][1] > tile * chunks]
+                assert others == list(range(earliest, team))
+    assert computed == Counter(range(units))
 
 
-def test_blocks_that_share_tiles_evenly() -> None:
-    assert count_blocks(32, 16, 132) == 128 and count_blocks(48, 16, 132) == 132
-    assert count_blocks(4, 2, 132) == 8 and count_blocks(448, 16, 132) == 132
+def test_tiles_that_are_whole() -> None:
+    """As many for each team, and the rest shared; with `are_whole` each is one team's."""
+    tile = Tile(16, groups=2, team=2)
+    deal = Deal.of(tile, 100, 1000, 512 // 32, 11, are_whole=False)
+    assert deal == Deal(teams=5, chunks=2, input_tiles=7, row_tiles=4, rest=8) and deal.rest < 2 * deal.teams
+    assert Deal.of(tile, 100, 1000, 16, 11, are_whole=True) == Deal(5, 2, 7, 4, rest=3)
+    assert Deal.of(tile, 16, 256, 16, 132, are_whole=True) == Deal(1, 2, 1, 1, rest=0)
+
+
+def test_teams_that_share_tiles_evenly() -> None:
+    assert count_teams(32, 16, 132) == 128 and count_teams(48, 16, 132) == 132
+    assert count_teams(4, 2, 132) == 8 and count_teams(448, 16, 132) == 132
+
+
+def test_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver is given: clusters where teams are larger than one block, and the early start."""
+    seen: list[tuple[int, int, int, list[tuple[int, list[int]]]]] = []
+
+    class Driver:
+        @staticmethod
+        def cuLaunchKernelEx(config: Any, *_: Any) -> int:
+            given = config._obj
+            found = [
+                (given.attributes[which].id, list(given.attributes[which].value[:3])) for which in range(given.count)
+            ]
+            seen.append((given.x, given.threads_x, given.shared, found))
+            return 0
+
+    monkeypatch.setattr(compiled, "_driver", Driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    kernel = compiled.Kernel.__new__(compiled.Kernel)
+    kernel._shared, kernel._function, kernel._device = 4096, ctypes.c_void_p(), torch.device("cuda", 0)
+    kernel.launch(5, 2, 384, [ctypes.c_int(1)], 0, True)
+    kernel.launch(7, 1, 256, [ctypes.c_int(1)], 0, True)
+    kernel.launch(7, 1, 256, [ctypes.c_int(1)], 0, False)
+    assert seen == [
+        (10, 384, 4096, [(4, [2, 1, 1]), (6, [1, 0, 0])]),
+        (7, 256, 4096, [(6, [1, 0, 0])]),
+        (7, 256, 4096, []),
+    ]
+    assert ctypes.sizeof(compiled._Attribute) == 72  # sizeof(CUlaunchAttribute)
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 16, 33, 64, 65, 128, 129, 5000])
@@ -151,7 +191,7 @@ def looked_up(codes: int, field: int) -> list[int]:
 
 def test_codes_are_looked_up_as_the_format_has_them() -> None:
     """Every code at every place, for every field where the numbers of a block are normal ones; zeros for any."""
-    source = files("mxrot.kernels.cuda").joinpath("middle.cu").read_text()
+    source = source_file("middle.cu")
     for number in ("0x04040400u", "0x02000000u - 0x0400u", "0x04040404u", "0x0A080604u", "0x77777777u", "0x80808080u"):
         assert number in source
     magnitudes = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

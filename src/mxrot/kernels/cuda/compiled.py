@@ -9,6 +9,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ import torch
 
 _MOST_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
-_OVERLAPS = 6
-"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+_TEAMS, _OVERLAPS = 4, 6
+"""CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION and _PROGRAMMATIC_STREAM_SERIALIZATION."""
 
 
 class _Attribute(ctypes.Structure):
     """CUlaunchAttribute."""
 
-    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("_rest", ctypes.c_byte * 60))
+    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int * 16))
 
 
 class _Config(ctypes.Structure):
@@ -71,6 +72,11 @@ def has_nvrtc() -> bool:
 @cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1" if sys.platform == "linux" else "nvcuda.dll")
+
+
+def source_file(name: str) -> str:
+    """A file of this package."""
+    return files("mxrot.kernels.cuda").joinpath(name).read_text(encoding="utf-8")
 
 
 def compile_source(source: str, architecture: str) -> bytes:
@@ -135,11 +141,16 @@ class Kernel:
             _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
             _check(_driver().cuFuncSetAttribute(self._function, _MOST_SHARED, shared))
 
-    def launch(self, blocks: int, threads: int, arguments: Sequence[Any], stream: int, overlaps: bool) -> None:
-        """Launch `blocks` blocks of `threads` threads. `arguments` are ctypes values. With `overlaps`, it starts while
-        the previous kernel still runs (`kernels.fused.overlap`)."""
-        attribute = _Attribute(id=_OVERLAPS, value=1)
-        config = _Config(blocks, 1, 1, threads, 1, 1, self._shared, stream, ctypes.pointer(attribute), int(overlaps))
+    def launch(
+        self, teams: int, team: int, threads: int, arguments: Sequence[Any], stream: int, overlaps: bool
+    ) -> None:
+        """Launch `teams` clusters of `team` blocks of `threads` threads. `arguments` are ctypes values. With
+        `overlaps`, it starts while the previous kernel still runs (`kernels.fused.overlap`)."""
+        attributes = (_Attribute * 2)()
+        wanted = [(_TEAMS, (team, 1, 1))] * (team > 1) + [(_OVERLAPS, (1,))] * overlaps
+        for attribute, (kind, values) in zip(attributes, wanted, strict=False):
+            attribute.id, attribute.value[: len(values)] = kind, values
+        config = _Config(teams * team, 1, 1, threads, 1, 1, self._shared, stream, attributes, len(wanted))
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
         with torch.cuda.device(self._device):
             _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, addresses, None))

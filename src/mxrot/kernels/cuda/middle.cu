@@ -1,17 +1,11 @@
-// MXFP4 inputs, as E5M2, times packed MXFP4 weights. Each block processes its share of all chunks of 256 columns of all
-// tiles. `middle.py` explains the computation, defines the constants, and writes `add_products`.
-
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct alignas(64) Map {  // CUtensorMap
-  u64 words[16];
-};
+// MXFP4 inputs, as E5M2, times packed MXFP4 weights. A team is a cluster of blocks, which have the same inputs and
+// different weights. Each team processes its share of all chunks of 256 columns of all tiles. `middle.py` explains the
+// computation, defines the constants, and writes `add_products`.
 
 constexpr int THREADS = 128 * GROUPS;  // plus a warpgroup, in which one warp starts the copies
 constexpr int TILE_ROWS = 64 * GROUPS;
 constexpr int SUMS = INPUTS / 2;  // per thread
+constexpr int COPIED = INPUTS / TEAM;  // inputs that a block copies for its team, a multiple of 8 where there are others
 constexpr int HALF_BYTES = INPUTS * 128;  // inputs of 128 columns
 constexpr int INPUT_BYTES = 2 * HALF_BYTES;
 constexpr int WORD_BYTES = TILE_ROWS * 128;
@@ -20,7 +14,7 @@ constexpr int STAGE_BYTES = INPUT_BYTES + WORD_BYTES;
 #if OUTPUT == 2
 typedef u32 Number;
 #else
-typedef unsigned short Number;
+typedef u16 Number;
 #endif
 constexpr int PITCH = 64 * sizeof(Number) + 16;  // outputs of a warpgroup in shared memory, [INPUTS, 64]
 
@@ -30,60 +24,7 @@ constexpr int SCALES_AT = STAGES * STAGE_BYTES;
 constexpr int OUTPUTS_AT = SCALES_AT + STAGES * TILE_ROWS * 8;
 constexpr int BARRIERS_AT = OUTPUTS_AT + GROUPS * INPUTS * PITCH;
 
-__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
-__device__ __forceinline__ void init_barrier(u32 at, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void arrive(u32 at) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
-__device__ __forceinline__ void arrive_and_expect(u32 at, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void wait(u32 at, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(at),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void copy_box(u32 to, const Map* map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
-__device__ __forceinline__ void copy_4(u32 to, const u8* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy_8(u32 to, const u8* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-}
-// Arrives when all earlier copies of this thread are done.
-__device__ __forceinline__ void arrive_after_copies(u32 at) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
-}
-__device__ __forceinline__ void meet(int which, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory");
-}
-constexpr u32 NOTHING = 0xFFFFFFFFu;
-__device__ __forceinline__ void store_at_once(uint4* to, u32 a, u32 b, u32 c, u32 d) {
-  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-__device__ __forceinline__ uint4 load_at_once(const uint4* from) {
-  uint4 found;
-  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
-               : "l"(from)
-               : "memory");
-  return found;
-}
-__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selected) {
-  u32 found;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(low), "r"(high), "r"(selected));
-  return found;
-}
+constexpr u32 NOTHING = 0xFFFFFFFFu;  // a NaN that no sum can be
 
 // Converts eight codes to eight E5M2 numbers, with the bytes of the eight magnitudes. `ones` is 0x80808080.
 __device__ __forceinline__ void look_up(u32 codes, u32 low, u32 high, u32 ones, u32& first, u32& second) {
@@ -93,17 +34,29 @@ __device__ __forceinline__ void look_up(u32 codes, u32 low, u32 high, u32 ones, 
   second = ((later << 1) & 0x80808080u) | permute(low, high, magnitudes >> 16);
 }
 
-// The position of a block in its share. The last tile is first, and in each tile the first chunk.
+// What a team computes: its share of the chunks of the first `rest` tiles, the last tile first and in each tile the first
+// chunk; then every one of the other tiles whose turn it is.
+struct Share {
+  int team, teams, chunks, rest, tiles, first, last;
+};
 struct Cursor {
   int tile, chunk, end;
-  __device__ __forceinline__ void open(int which, int first, int last, int chunks) {
+  __device__ __forceinline__ void open(const Share& share, int which) {
     tile = which;
-    chunk = max(first - which * chunks, 0);
-    end = min(last - which * chunks, chunks);
+    chunk = 0, end = share.chunks;
+    if (which >= share.rest) return;
+    chunk = max(share.first - which * share.chunks, 0);
+    end = min(share.last - which * share.chunks, share.chunks);
   }
-  __device__ __forceinline__ bool next(int first, int last, int chunks) {
+  __device__ __forceinline__ void start(const Share& share) {
+    open(share, share.last > share.first ? (share.last - 1) / share.chunks : share.rest + share.team);
+  }
+  __device__ __forceinline__ bool next(const Share& share) {
     if (++chunk < end) return false;
-    if (tile * chunks > first) open(tile - 1, first, last, chunks);
+    const int following = tile >= share.rest                         ? tile + share.teams
+                          : tile * share.chunks > share.first ? tile - 1
+                                                                     : share.rest + share.team;
+    if (following < share.tiles) open(share, following);
     return true;
   }
 };
@@ -111,39 +64,58 @@ struct Cursor {
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     middle_rows(const __grid_constant__ Map inputs, const __grid_constant__ Map codes, const u8* scales,
                 const int* exponents, Number* out, uint4* parts, int count, int rows, int groups, int chunks,
-                int input_tiles, int tiles, int are_whole) {
-  extern __shared__ u8 unaligned[];
+                int input_tiles, int row_tiles, int rest, int are_whole) {
+  u8* const unaligned = shared_memory();
   u8* const shared = unaligned + ((1024 - (shared_address(unaligned) & 1023)) & 1023);
   const u32 base = shared_address(shared);
   const int thread = threadIdx.x, lane = thread % 32;
-  const int units = tiles * chunks;
-  const int shared_out = are_whole ? tiles : units, each = are_whole ? chunks : 1;
-  const int first = (int)((long long)shared_out * blockIdx.x / gridDim.x) * each;
-  const int last = (int)((long long)shared_out * (blockIdx.x + 1) / gridDim.x) * each;
-  const int steps = last - first;
+  const int team = blockIdx.x / TEAM, teams = gridDim.x / TEAM, member = TEAM == 1 ? 0 : block_of_cluster();
+  const int units = rest * chunks, shared_out = are_whole ? rest : units, each = are_whole ? chunks : 1;
+  const int tiles = input_tiles * row_tiles;
+  const Share share = {team,
+                       teams,
+                       chunks,
+                       rest,
+                       tiles,
+                       (int)((long long)shared_out * team / teams) * each,
+                       (int)((long long)shared_out * (team + 1) / teams) * each};
+  const int steps = share.last - share.first + (tiles - rest) / teams * chunks;
   Cursor at;
-  at.open((last - 1) / chunks, first, last, chunks);
-  // Barrier `slot`: the stage is loaded. Barrier STAGES + slot: all warps are done with it.
+  at.start(share);
+  // Tiles next to each other in this order have the same weights, or one of ACROSS tiles of inputs, which the L2 cache
+  // holds.
+  constexpr int ACROSS = 8;
+  const auto place_of = [&](int tile, int& first_row, int& first_input) {
+    const int band = tile / (ACROSS * row_tiles), within = tile - band * ACROSS * row_tiles;
+    const int width = min(ACROSS, input_tiles - band * ACROSS), down = within / width;
+    first_row = (down * TEAM + member) * TILE_ROWS;
+    first_input = (band * ACROSS + within - down * width) * INPUTS;
+  };
+  // Barrier `slot`: the stage is loaded. Barrier STAGES + slot: all warps of the team are done with it.
   const u32 barriers = base + BARRIERS_AT;
   if (thread == 0) {
     for (int slot = 0; slot < STAGES; slot++) {
       init_barrier(barriers + slot * 8, 33);
-      init_barrier(barriers + (STAGES + slot) * 8, THREADS / 32);
+      init_barrier(barriers + (STAGES + slot) * 8, TEAM * THREADS / 32);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
+  if (TEAM > 1) arrive_in_cluster();
 
   if (thread >= THREADS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIER_REGISTERS));
-    if (thread >= THREADS + 32) return;
+    release_registers<COPIER_REGISTERS>();
+    if (thread >= THREADS + 32) {
+      if (TEAM > 1) wait_for_cluster();
+      return;
+    }
     constexpr int EACH = TILE_ROWS / 32;
     const u8* scales_at[EACH];
     int tile = -1, first_row = 0, first_input = 0;
     const auto open = [&]() {
       tile = at.tile;
-      first_row = tile / input_tiles * TILE_ROWS;
-      first_input = tile % input_tiles * INPUTS;
+      place_of(tile, first_row, first_input);
+      first_input += member * COPIED;
 #pragma unroll
       for (int which = 0; which < EACH; which++)
         scales_at[which] = scales + (size_t)min(first_row + which * 32 + lane, rows - 1) * groups;
@@ -169,16 +141,25 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     };
     const auto fetch_inputs = [&](int slot) {
       if (lane != 0) return;
-      copy_box(base + slot * STAGE_BYTES, &inputs, at.chunk * 256, first_input, barriers + slot * 8);
-      copy_box(base + slot * STAGE_BYTES + HALF_BYTES, &inputs, at.chunk * 256 + 128, first_input, barriers + slot * 8);
+      const u32 full = barriers + slot * 8;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const u32 to = base + slot * STAGE_BYTES + half * HALF_BYTES + member * COPIED * 128;
+        const int column = at.chunk * 256 + half * 128;
+        if (TEAM == 1)
+          copy_box(to, &inputs, column, first_input, full);
+        else
+          copy_box_to_all(to, &inputs, column, first_input, full, TEAM);
+      }
     };
     const Cursor start = at;
     for (int step = 0; step < STAGES && step < steps; step++) {
       if (at.tile != tile) open();
       fetch_weights(step);
-      at.next(first, last, chunks);
+      at.next(share);
     }
-    if (OVERLAP) asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (OVERLAP) wait_for_previous_kernel();
+    if (TEAM > 1) wait_for_cluster();
     at = start;
     tile = -1;
     u32 parity = 1;
@@ -189,17 +170,22 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
         fetch_weights(slot);
       }
       fetch_inputs(slot);
-      at.next(first, last, chunks);
+      at.next(share);
       if (++slot == STAGES) {
         slot = 0;
         parity ^= 1;
       }
     }
+    if (TEAM > 1) {
+      arrive_in_cluster();
+      wait_for_cluster();
+    }
     return;
   }
 
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-  if (OVERLAP) asm volatile("griddepcontrol.launch_dependents;");
+  take_registers<REGISTERS>();
+  if (OVERLAP) allow_next_kernel();
+  if (TEAM > 1) wait_for_cluster();
   // Rows of a warp are assigned so that eight neighbouring threads load from all banks. A thread also has row + 8.
   const int group = thread / 128, row = thread / 32 * 16 + lane / 8 + lane / 4 % 2 * 4;
   const u32 ones = 0x80808080u | (u32)rows >> 31;  // stays in a register: the compiler cannot fold it
@@ -207,9 +193,11 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
   int slot = 0, parity = 0;  // of the next stage to decode
   int bias[2];
   const auto open = [&]() {
+    int first_row, first_input;
+    place_of(decoded.tile, first_row, first_input);
 #pragma unroll
     for (int which = 0; which < 2; which++)
-      bias[which] = 112 + exponents[min(decoded.tile / input_tiles * TILE_ROWS + row + 8 * which, rows - 1)];
+      bias[which] = 112 + exponents[min(first_row + row + 8 * which, rows - 1)];
   };
   const auto decode = [&](u32(&numbers)[16], bool is_second) {
     const u8* const words_at =
@@ -232,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
       slot = 0;
       parity ^= 1;
     }
-    if (decoded.next(first, last, chunks)) open();
+    if (decoded.next(share)) open();
   };
 
   float sums[SUMS], total[SUMS];
@@ -241,21 +229,21 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
   int used = 0;  // the stage being multiplied
   u32 now[16], then[16];
   const auto multiply = [&](u32(&numbers)[16], int half, bool adds) {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    begin_products();
     const u64 operand =
         (u64)((base + used * STAGE_BYTES + half * HALF_BYTES) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 #pragma unroll
     for (int part = 0; part < 4; part++)
       add_products(sums, numbers[4 * part], numbers[4 * part + 1], numbers[4 * part + 2], numbers[4 * part + 3],
                    operand + 2 * part, adds || part);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    start_products();
   };
   const auto wait_for_products = [&](u32(&numbers)[16]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    finish_products();
 #pragma unroll
-    for (int which = 0; which < SUMS; which++) asm volatile("" : "+f"(sums[which])::"memory");
+    for (int which = 0; which < SUMS; which++) hold(sums[which]);
 #pragma unroll
-    for (int which = 0; which < 16; which++) asm volatile("" ::"r"(numbers[which]));
+    for (int which = 0; which < 16; which++) hold(numbers[which]);
   };
   const auto add_up = [&]() {
 #pragma unroll
@@ -275,25 +263,28 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
       multiply(then, 1, PROMOTE == 2);
       if (left) decode(now, false);
       wait_for_products(then);
-      if (lane == 0) arrive(barriers + (STAGES + used) * 8);
+      const u32 empty = barriers + (STAGES + used) * 8;
+      if (TEAM == 1 && lane == 0) arrive(empty);
+      if (TEAM > 1 && lane < TEAM) arrive_in(empty, lane);
       if (++used == STAGES) used = 0;
       add_up();
     }
-    if (at.tile * chunks > first) at.open(tile - 1, first, last, chunks);
+    at.chunk = end - 1;
+    at.next(share);
 
-    // Either pass the sums on, or add those of other blocks and write the outputs. Sums are passed on in places that
-    // hold NOTHING, a NaN that no sum can be. The block that reads them writes NOTHING there again.
+    // Either pass the sums on, or add those of other teams and write the outputs. Sums are passed on in places that hold
+    // NOTHING. The block that reads them writes NOTHING there again.
     if (end < chunks) {
-      uint4* const mine = parts + (size_t)blockIdx.x * (SUMS / 4) * THREADS + thread;
+      uint4* const mine = parts + (size_t)(team * TEAM + member) * (SUMS / 4) * THREADS + thread;
 #pragma unroll
       for (int which = 0; which < SUMS / 4; which++)
         store_at_once(mine + which * THREADS, __float_as_uint(total[4 * which]), __float_as_uint(total[4 * which + 1]),
                       __float_as_uint(total[4 * which + 2]), __float_as_uint(total[4 * which + 3]));
     } else {
       const long long begins = (long long)tile * chunks;
-      const int earliest = begins < first ? (int)(((begins + 1) * gridDim.x - 1) / units) : blockIdx.x;
-      for (int other = (int)blockIdx.x - 1; other >= earliest; other--) {
-        uint4* const theirs = parts + (size_t)other * (SUMS / 4) * THREADS + thread;
+      const int earliest = begins < share.first ? (int)(((begins + 1) * teams - 1) / units) : team;
+      for (int other = team - 1; other >= earliest; other--) {
+        uint4* const theirs = parts + (size_t)(other * TEAM + member) * (SUMS / 4) * THREADS + thread;
         constexpr int BATCH = SUMS / 4 < 8 ? SUMS / 4 : 8;
 #pragma unroll
         for (int batch = 0; batch < SUMS / 4; batch += BATCH) {
@@ -319,7 +310,9 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
         }
       }
       u8* const mine = shared + OUTPUTS_AT + group * INPUTS * PITCH;
-      const int first_row = tile / input_tiles * TILE_ROWS + group * 64, first_input = tile % input_tiles * INPUTS;
+      int first_row, first_input;
+      place_of(tile, first_row, first_input);
+      first_row += group * 64;
       meet(group + 1, 128);
 #pragma unroll
       for (int upper = 0; upper < 2; upper++) {
@@ -328,13 +321,12 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
 #pragma unroll
         for (int which = 0; which < INPUTS / 4; which++) {
           const float value = total[which / 2 * 4 + upper * 2 + which % 2] * power;
-          Number number;
 #if OUTPUT == 2
-          number = __float_as_uint(value);
+          const Number number = __float_as_uint(value);
 #elif OUTPUT == 1
-          asm("cvt.rn.f16.f32 %0, %1;" : "=h"(number) : "f"(value));
+          const Number number = to_float16(value);
 #else
-          asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(number) : "f"(value));
+          const Number number = to_bfloat16(value);
 #endif
           *(Number*)(mine + (which / 2 * 8 + lane % 4 * 2 + which % 2) * PITCH + place * sizeof(Number)) = number;
         }
@@ -355,5 +347,9 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     }
 #pragma unroll
     for (int which = 0; which < SUMS; which++) total[which] = 0;
+  }
+  if (TEAM > 1) {  // the others may still arrive at barriers of this block
+    arrive_in_cluster();
+    wait_for_cluster();
   }
 }

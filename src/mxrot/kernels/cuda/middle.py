@@ -7,8 +7,10 @@ those of `kernels.fused.middle`, whose docstring explains them. This kernel adds
 - A separate warp copies codes, scales and inputs into shared memory, `stages` ahead. It copies codes and scales even
   before the kernel that quantizes the inputs has finished.
 - The grid is as large as the device, whatever the shape. Tiles times chunks of 256 columns are divided evenly among
-  blocks ("stream-K", Osama et al., arXiv 2301.03598). If several blocks have computed a tile, the last of them adds up
-  the sums, in a fixed order.
+  teams of blocks ("stream-K", Osama et al., arXiv 2301.03598). If several teams have computed a tile, the last of them
+  adds up the sums, in a fixed order.
+- The blocks of a team (a cluster) compute different rows of weights for the same inputs. Each of them loads a part of
+  the inputs from the L2 cache, for all of them (multicast).
 
 The matrix hardware sums 128 columns, or 256 with `promote` 2, in fewer bits than float32. These sums are added in
 float32.
@@ -19,12 +21,11 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor
 
-from mxrot.kernels.cuda.compiled import Kernel, compile_source, has_nvrtc, map_of_bytes
+from mxrot.kernels.cuda.compiled import Kernel, compile_source, has_nvrtc, map_of_bytes, source_file
 from mxrot.kernels.fused.overlap import can_overlap
 
 _OUTPUTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -47,6 +48,8 @@ class Tile:
     """Columns summed in fewer bits than float32, divided by 128: 1 or 2."""
     held: int = 168
     """Registers per thread at launch. The next kernel can start in those that are left of 65536."""
+    team: int = 1
+    """Blocks that load inputs together: 1, 2 or 4. Each has at least 8 of them."""
 
     @property
     def rows(self) -> int:
@@ -71,7 +74,8 @@ class Tile:
 
     def __str__(self) -> str:
         sums = f"sums of {128 * self.promote}, {self.held} registers"
-        return f"{self.inputs}x{self.rows}, {self.stages} stages, {self.blocks} blocks, {sums}"
+        team = "" if self.team == 1 else f", teams of {self.team}"
+        return f"{self.inputs}x{self.rows}, {self.stages} stages, {self.blocks} blocks, {sums}{team}"
 
 
 _EIGHT = Tile(8, groups=3, stages=4, promote=2, held=96)
@@ -95,7 +99,7 @@ def choose_tile(inputs: int, rows: int, groups: int) -> Tile:
 
 
 def whole_tile(inputs: int) -> Tile:
-    """The tile for this number of input rows if one block computes every tile."""
+    """The tile for this number of input rows if one team computes every tile."""
     for tile in (_EIGHT, _SIXTEEN, _THIRTY_TWO, _SIXTY_FOUR):
         if inputs <= tile.inputs:
             return replace(tile, groups=1, stages=max(3, tile.stages - 1), blocks=2, held=128)
@@ -125,12 +129,12 @@ def candidates(inputs: int) -> list[Tile]:
     return [tile for tile in CANDIDATES if least <= tile.inputs < most or tile.inputs == 8 >= inputs]
 
 
-def source_of(tile: Tile, dtype: torch.dtype, overlaps: bool) -> str:
-    """CUDA C++ of the kernel for this tile."""
-    sums = tile.inputs // 2
+def definitions(tile: Tile, dtype: torch.dtype, overlaps: bool) -> str:
+    """The constants of the kernel for this tile."""
     named = {
         "INPUTS": tile.inputs,
         "GROUPS": tile.groups,
+        "TEAM": tile.team,
         "STAGES": tile.stages,
         "MOST_THREADS": 65536 // tile.held // 128 * 128,
         "PROMOTE": tile.promote,
@@ -139,6 +143,12 @@ def source_of(tile: Tile, dtype: torch.dtype, overlaps: bool) -> str:
         "COPIER_REGISTERS": _COPIER_REGISTERS,
         "OVERLAP": int(overlaps),
     }
+    return "".join(f"#define {name} {value}\n" for name, value in named.items())
+
+
+def source_of(tile: Tile, dtype: torch.dtype, overlaps: bool) -> str:
+    """CUDA C++ of the kernel for this tile."""
+    sums = tile.inputs // 2
     results = ", ".join(f"%{which}" for which in range(sums))
     first = ", ".join(f"%{sums + which}" for which in range(4))
     held = ", ".join(f'"+f"(sums[{which}])' for which in range(sums))
@@ -153,8 +163,7 @@ __device__ __forceinline__ void add_products(float (&sums)[{sums}], unsigned a, 
       : "r"(a), "r"(b), "r"(c), "r"(d), "l"(inputs), "r"(adds));
 }}
 """
-    body = files("mxrot.kernels.cuda").joinpath("middle.cu").read_text(encoding="utf-8")
-    return "".join(f"#define {name} {value}\n" for name, value in named.items()) + product + body
+    return definitions(tile, dtype, overlaps) + source_file("hopper.cuh") + product + source_file("middle.cu")
 
 
 @dataclass(frozen=True)
@@ -208,11 +217,34 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def count_blocks(tiles: int, chunks: int, most: int) -> int:
-    """Blocks of a launch on a device that holds at most `most`: all of them, or a few less if each tile then has the
+def count_teams(tiles: int, chunks: int, most: int) -> int:
+    """Teams of a launch on a device that holds at most `most`: all of them, or a few less if each tile then has the
     same number."""
-    blocks = min(most, tiles * chunks)
-    return blocks - blocks % tiles if tiles < blocks and blocks // tiles * tiles > 0.9 * blocks else blocks
+    teams = min(most, tiles * chunks)
+    return teams - teams % tiles if tiles < teams and teams // tiles * tiles > 0.9 * teams else teams
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How a product is divided among teams."""
+
+    teams: int
+    chunks: int
+    """Of 256 columns in a tile."""
+    input_tiles: int
+    row_tiles: int
+    rest: int
+    """Tiles whose chunks are divided evenly. Each team computes the same number of the others, which are whole."""
+
+    @classmethod
+    def of(cls, tile: Tile, count: int, rows: int, groups: int, processors: int, are_whole: bool) -> Deal:
+        """For these numbers of rows of inputs, of rows of weights, and of blocks of 32 in each."""
+        chunks, input_tiles = -(-groups // 8), -(-count // tile.inputs)
+        row_tiles = -(-rows // (tile.rows * tile.team))
+        tiles, most = input_tiles * row_tiles, processors * tile.blocks // tile.team
+        teams = min(tiles, most) if are_whole else count_teams(tiles, chunks, most)
+        rest = tiles % teams if are_whole or tiles < teams else teams + tiles % teams
+        return cls(teams, chunks, input_tiles, row_tiles, rest)
 
 
 def middle_product(
@@ -226,27 +258,25 @@ def middle_product(
 ) -> Tensor:
     """The product that `plain_middle_product` defines: `dtype` [..., N]. K is a multiple of 128.
 
-    With `are_whole`, one block sums over all of K for each tile, and the result of a row does not depend on the other
+    With `are_whole`, one team sums over all of K for each tile, and the result of a row does not depend on the other
     rows.
     """
     assert inputs.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()
     rows, groups = scales.shape
-    count, chunks, device = inputs.numel() // (32 * groups), -(-groups // 8), codes.device
+    count, device = inputs.numel() // (32 * groups), codes.device
     out = torch.empty(count, rows, dtype=dtype, device=device)
     if not out.numel():
         return out.view(*inputs.shape[:-1], rows)
     tile = tile or (whole_tile(count) if are_whole else choose_tile(count, rows, groups))
-    input_tiles = -(-count // tile.inputs)
-    tiles = input_tiles * -(-rows // tile.rows)
-    most = _processors(device) * tile.blocks
-    blocks = min(tiles, most) if are_whole else count_blocks(tiles, chunks, most)
+    deal = Deal.of(tile, count, rows, groups, _processors(device), are_whole)
     ready, stream = _prepared(tile, dtype, device), torch.cuda.current_stream(device).cuda_stream
     maps = [
-        map_of_bytes(inputs.data_ptr(), count, 32 * groups, tile.inputs, 128),
+        map_of_bytes(inputs.data_ptr(), count, 32 * groups, tile.inputs // tile.team, 128),
         map_of_bytes(codes.data_ptr(), rows, 16 * groups, tile.rows, 128),
     ]
     pointers = (scales, row_exponents, out, _room(tile, ready, device, stream))
     arguments = [*maps, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in pointers)]
-    numbers = [ctypes.c_int(number) for number in (count, rows, groups, chunks, input_tiles, tiles, int(are_whole))]
-    ready.kernel.launch(blocks, tile.threads, [*arguments, *numbers], stream, can_overlap(device))
+    numbers = (count, rows, groups, deal.chunks, deal.input_tiles, deal.row_tiles, deal.rest, int(are_whole))
+    arguments += [ctypes.c_int(number) for number in numbers]
+    ready.kernel.launch(deal.teams, tile.team, tile.threads, arguments, stream, can_overlap(device))
     return out.view(*inputs.shape[:-1], rows)
