@@ -24,6 +24,10 @@ constexpr int SCALES_AT = STAGES * STAGE_BYTES;
 constexpr int OUTPUTS_AT = SCALES_AT + STAGES * TILE_ROWS * 8;
 constexpr int BARRIERS_AT = OUTPUTS_AT + GROUPS * INPUTS * PITCH;
 
+// Sums that are handed on, in units of 16 bytes per thread. A thread loads as many at once as its registers hold, of one
+// team or of several: each load takes most of a microsecond.
+constexpr int PARTS = SUMS / 4, REMAINING = REGISTERS - 2 * SUMS, IN_FLIGHT = REMAINING < 92 ? 4 : REMAINING < 140 ? 8 : 16;
+constexpr int BATCH = PARTS < IN_FLIGHT ? PARTS : IN_FLIGHT, OTHERS = IN_FLIGHT / BATCH;
 constexpr u32 NOTHING = 0xFFFFFFFFu;  // a NaN that no sum can be
 
 // Converts eight codes to eight E5M2 numbers, with the bytes of the eight magnitudes. `ones` is 0x80808080.
@@ -254,6 +258,11 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
   decode(now, false);
   for (int left = steps; left > 0;) {
     const int tile = at.tile, end = at.end;
+    int first_row, first_input, exponent[2];
+    place_of(tile, first_row, first_input);
+#pragma unroll
+    for (int upper = 0; upper < 2; upper++)  // loaded before it is needed
+      exponent[upper] = exponents[min(first_row + row + 8 * upper, rows - 1)];
     for (int step = at.chunk; step < end; step++) {
       left--;
       multiply(now, 0, false);
@@ -275,49 +284,55 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     // Either pass the sums on, or add those of other teams and write the outputs. Sums are passed on in places that hold
     // NOTHING. The block that reads them writes NOTHING there again.
     if (end < chunks) {
-      uint4* const mine = parts + (size_t)(team * TEAM + member) * (SUMS / 4) * THREADS + thread;
+      uint4* const mine = parts + (size_t)(team * TEAM + member) * PARTS * THREADS + thread;
 #pragma unroll
-      for (int which = 0; which < SUMS / 4; which++)
+      for (int which = 0; which < PARTS; which++)
         store_at_once(mine + which * THREADS, __float_as_uint(total[4 * which]), __float_as_uint(total[4 * which + 1]),
                       __float_as_uint(total[4 * which + 2]), __float_as_uint(total[4 * which + 3]));
     } else {
       const long long begins = (long long)tile * chunks;
       const int earliest = begins < share.first ? (int)(((begins + 1) * teams - 1) / units) : team;
-      for (int other = team - 1; other >= earliest; other--) {
-        uint4* const theirs = parts + (size_t)(other * TEAM + member) * (SUMS / 4) * THREADS + thread;
-        constexpr int BATCH = SUMS / 4 < 8 ? SUMS / 4 : 8;
+      for (int other = team - 1; other >= earliest; other -= OTHERS) {
+        uint4* const theirs = parts + (size_t)(other * TEAM + member) * PARTS * THREADS + thread;
+        constexpr int BEFORE = TEAM * PARTS * THREADS;  // from one team to the one before it
 #pragma unroll
-        for (int batch = 0; batch < SUMS / 4; batch += BATCH) {
-          uint4 found[BATCH];
-          bool is_there;
+        for (int batch = 0; batch < PARTS; batch += BATCH) {
+          uint4 found[OTHERS][BATCH];
+          bool are_there;
           do {
-            is_there = true;
+            are_there = true;
 #pragma unroll
-            for (int which = 0; which < BATCH; which++) found[which] = load_at_once(theirs + (batch + which) * THREADS);
+            for (int which = 0; which < OTHERS * BATCH; which++)
+              if (other - which / BATCH >= earliest)
+                found[which / BATCH][which % BATCH] =
+                    load_at_once(theirs - which / BATCH * BEFORE + (batch + which % BATCH) * THREADS);
 #pragma unroll
-            for (int which = 0; which < BATCH; which++)
-              is_there &= found[which].x != NOTHING & found[which].y != NOTHING & found[which].z != NOTHING &
-                          found[which].w != NOTHING;
-          } while (!is_there);
+            for (int which = 0; which < OTHERS * BATCH; which++) {
+              const uint4 numbers = found[which / BATCH][which % BATCH];
+              if (other - which / BATCH >= earliest)
+                are_there &= numbers.x != NOTHING & numbers.y != NOTHING & numbers.z != NOTHING & numbers.w != NOTHING;
+            }
+          } while (!are_there);
 #pragma unroll
-          for (int which = 0; which < BATCH; which++) {
-            store_at_once(theirs + (batch + which) * THREADS, NOTHING, NOTHING, NOTHING, NOTHING);
-            total[4 * (batch + which)] += __uint_as_float(found[which].x);
-            total[4 * (batch + which) + 1] += __uint_as_float(found[which].y);
-            total[4 * (batch + which) + 2] += __uint_as_float(found[which].z);
-            total[4 * (batch + which) + 3] += __uint_as_float(found[which].w);
+          for (int which = 0; which < OTHERS * BATCH; which++) {
+            if (other - which / BATCH < earliest) continue;
+            const uint4 numbers = found[which / BATCH][which % BATCH];
+            const int part = batch + which % BATCH;
+            store_at_once(theirs - which / BATCH * BEFORE + part * THREADS, NOTHING, NOTHING, NOTHING, NOTHING);
+            total[4 * part] += __uint_as_float(numbers.x);
+            total[4 * part + 1] += __uint_as_float(numbers.y);
+            total[4 * part + 2] += __uint_as_float(numbers.z);
+            total[4 * part + 3] += __uint_as_float(numbers.w);
           }
         }
       }
       u8* const mine = shared + OUTPUTS_AT + group * INPUTS * PITCH;
-      int first_row, first_input;
-      place_of(tile, first_row, first_input);
       first_row += group * 64;
       meet(group + 1, 128);
 #pragma unroll
       for (int upper = 0; upper < 2; upper++) {
         const int place = row % 64 + 8 * upper;
-        const float power = __int_as_float((127 + exponents[min(first_row + place, rows - 1)]) << 23);
+        const float power = __int_as_float((127 + exponent[upper]) << 23);
 #pragma unroll
         for (int which = 0; which < INPUTS / 4; which++) {
           const float value = total[which / 2 * 4 + upper * 2 + which % 2] * power;
