@@ -30,6 +30,9 @@ struct alignas(64) Map {  // address, rows, width, rows of a box, width of a box
 struct uint4 {
   u32 x, y, z, w;
 };
+struct float4 {
+  float x, y, z, w;
+};
 using std::max;
 using std::min;
 
@@ -260,6 +263,15 @@ inline void wait(u32 at, u32 parity) {
   while ((machine::barrier_of(machine::mine(), at).phase & 1) == parity) machine::resume_scheduler();
 }
 
+inline void wait_for_others(u32 at, u32 parity) { wait(at, parity); }
+inline void store_in(u32 at, int block, u32 a, u32 b, u32 c, u32 d) {
+  machine::Block& other = *machine::blocks[machine::mine().first_of_cluster + block];
+  if (!other.alive) machine::fail("a store into a block that has ended");
+  if (at % 16 || at + 16 > other.memory.size()) machine::fail("a store outside of shared memory");
+  const u32 numbers[4] = {a, b, c, d};
+  std::memcpy(other.memory.data() + at, numbers, 16);
+}
+
 inline void copy_box(u32 to, const Map* map, int column, int row, u32 barrier) {
   machine::later([=, which = machine::running->block, held = *map] {
     machine::copy_into(which, to, held, column, row, barrier);
@@ -298,6 +310,7 @@ inline void meet(int which, int threads) {
   while (meeting.number == number) machine::resume_scheduler();
 }
 inline void __syncthreads() { meet(0, machine::block_threads); }
+inline void meet_warp() { meet(200 + threadIdx.x / 32, 32); }
 inline int block_of_cluster() { return blockIdx.x % machine::team_size; }
 inline void arrive_in_cluster() {
   machine::Cluster& cluster = *machine::mine().cluster;

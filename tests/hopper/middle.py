@@ -65,12 +65,12 @@ def product_on_cpu(
     rows, groups = scales.shape
     count = inputs.numel() // (32 * groups)
     deal = Deal.of(tile, count, rows, groups, processors, are_whole)
-    numbers = [count, rows, groups, deal.chunks, deal.input_tiles, deal.row_tiles, deal.rest, are_whole]
+    numbers = [count, rows, groups, deal.chunks, deal.input_tiles, deal.row_tiles, deal.rest, deal.are_whole]
     out = torch.full((count, rows), torch.nan, dtype=dtype)
     parts = torch.full((deal.teams * tile.team * tile.rows * tile.inputs,), NOTHING, dtype=torch.int32)
     before = torch.full((count, 32 * groups), 0x3C, dtype=torch.uint8)
     maps = [
-        *_map(before, count, 32 * groups, tile.inputs // tile.team),
+        *_map(before, count, 32 * groups, tile.copied),
         *_map(codes, rows, 16 * groups, tile.rows),
     ]
     failure = _compiled(tile, dtype).run(

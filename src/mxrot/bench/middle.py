@@ -14,6 +14,7 @@ from mxrot.kernels.plain import PackedRows
 
 FORMAT = get_format("mxfp4")
 MIDDLE = "W4A4, packed, middle rows"
+ALONE = ", without the quantizer"
 FEWEST_FOR_TRITON = 16
 """The fewest rows: Triton's tiles have at least 16 rows of inputs, and win above that."""
 TRITON = f"{MIDDLE}, Triton"
@@ -34,7 +35,7 @@ def middle_products(
     told: Callable[[str], None],
 ) -> Iterator[tuple[str, list[Callable[[], Tensor]], float]]:
     """The name, one function per weight, and the bytes of a weight: quantizer and product by the chosen tile, then the
-    product alone. With `all_tiles` also the product by each candidate that can be launched, here and in Triton."""
+    product alone. With `all_tiles` the same by each candidate that can be launched, here and in Triton."""
     from mxrot.kernels.cuda import middle as cuda
     from mxrot.kernels.fused import middle as fused
     from mxrot.kernels.fused.rotate_quantize import rotate_quantize_e5m2
@@ -45,13 +46,17 @@ def middle_products(
     def quantized() -> Tensor:
         return rotate_quantize_e5m2(x, matrices, FORMAT, rule, are_across_blocks=True)
 
-    def whole(w: PackedRows) -> Tensor:
-        return product(quantized(), w.codes, w.scales, exponents, torch.bfloat16)
+    def whole(way: Callable[..., Tensor], w: PackedRows) -> Tensor:
+        return way(quantized(), w.codes, w.scales, exponents, torch.bfloat16)
 
     once = quantized()
-    yield MIDDLE, [partial(whole, w) for w in weights], 17 / 32
     arguments = [(once, w.codes, w.scales, exponents, torch.bfloat16) for w in weights]
-    yield f"{MIDDLE}, without the quantizer", [partial(product, *each) for each in arguments], 17 / 32
+
+    def measured(name: str, way: Callable[..., Tensor]) -> Iterator[tuple[str, list[Callable[[], Tensor]], float]]:
+        yield name, [partial(whole, way, w) for w in weights], 17 / 32
+        yield f"{name}{ALONE}", [partial(way, *each) for each in arguments], 17 / 32
+
+    yield from measured(MIDDLE, product)
     if not all_tiles:
         return
     rows, groups = weights[0].scales.shape
@@ -67,4 +72,4 @@ def middle_products(
         except Exception as failure:
             told(f"{name}: not launched: {type(failure).__name__}: {str(failure)[:200]}")
             continue
-        yield name, [partial(way, *each) for each in arguments], 17 / 32
+        yield from measured(name, way)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from mxrot.bench.kernels import KernelRow
-from mxrot.bench.middle import MIDDLE
+from mxrot.bench.middle import ALONE, MIDDLE
 from mxrot.bench.model import ModelRow
 from mxrot.bench.quantize import QuantizeRow
 from mxrot.bench.timing import TIMES
@@ -117,12 +117,13 @@ def geometric_means(rows: Sequence[KernelRow]) -> dict[tuple[str, int], float]:
     return {key: math.exp(sum(map(math.log, found)) / len(found)) for key, found in ratios.items()}
 
 
-def best_tiles(rows: Sequence[KernelRow]) -> dict[tuple[int, ...], tuple[str, float]]:
-    """The fastest of the measured tiles for each shape, and its seconds, without the quantizer."""
+def best_tiles(rows: Sequence[KernelRow], alone: bool = False) -> dict[tuple[int, ...], tuple[str, float]]:
+    """The fastest of the measured tiles for each shape, and its seconds, with the quantizer before it or alone."""
     found: dict[tuple[int, ...], tuple[str, float]] = {}
     for row in rows:
-        is_tile = row.kernel.startswith(f"{MIDDLE}, ") and not row.kernel.endswith("without the quantizer")
+        tile = row.kernel.removesuffix(ALONE).removeprefix(f"{MIDDLE}, ")
+        is_tile = row.kernel.startswith(MIDDLE) and tile != MIDDLE and row.kernel.endswith(ALONE) == alone
         if is_tile and row.seconds is not None:
-            mine = row.kernel.removeprefix(f"{MIDDLE}, "), row.seconds.median
+            mine = tile, row.seconds.median
             found[row.shape] = min(found.get(row.shape, mine), mine, key=lambda each: each[1])
     return found

@@ -82,8 +82,10 @@ def bench_kernels_command(
     for (kernel, count), ratio in bench.geometric_means(found).items():
         print(f"{kernel}, {count} rows: {ratio:.2f} times as fast, geometric mean over the shapes")
     fastest = bench.best_tiles(found)
-    for shape, (tile, seconds) in fastest.items():
-        print(f"middle rows, {' '.join(map(str, shape))}: {tile}: {1e6 * seconds:.1f} us without the quantizer")
+    for alone, of_shapes in ((False, fastest), (True, bench.best_tiles(found, alone=True))):
+        for shape, (tile, seconds) in of_shapes.items():
+            kind = "without the quantizer" if alone else "with the quantizer"
+            print(f"middle rows, {' '.join(map(str, shape))}: {tile}: {1e6 * seconds:.1f} us {kind}")
     limit = bench.measured_crossovers(found)
     if limit is not None:
         print(f"from packed codes: up to {limit.packed} rows, up to {limit.kept} where weights are kept in FP8")

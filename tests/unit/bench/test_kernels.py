@@ -211,8 +211,11 @@ def test_the_fastest_tile_of_each_shape() -> None:
         row(f"{middle.MIDDLE}, broken", (64, 2, 128), None),
         row(middle.MIDDLE, (64, 2, 128), 1e-6),
         row(f"{middle.MIDDLE}, a", (32, 2, 128), 4e-6),
+        row(f"{middle.MIDDLE}, a, without the quantizer", (64, 2, 128), 1.5e-6),
+        row(f"{middle.MIDDLE}, b, without the quantizer", (64, 2, 128), 1.7e-6),
     ]
     assert best_tiles(rows) == {(64, 2, 128): ("b", 2e-6), (32, 2, 128): ("a", 4e-6)}
+    assert best_tiles(rows, alone=True) == {(64, 2, 128): ("a", 1.5e-6)}
 
 
 def test_tiles_and_lut_exclude_each_other() -> None:

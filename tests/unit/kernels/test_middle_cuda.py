@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,8 +37,7 @@ def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.gpu(skip(test))
 
 
-TEAMS = tuple(replace(tile, team=team) for tile in CANDIDATES for team in (2, 4) if tile.inputs // team % 8 == 0)
-TILES = (*CANDIDATES, *TEAMS, *(whole_tile(count) for count in (8, 16, 32, 64, 128)))
+TILES = (*CANDIDATES, *(whole_tile(count) for count in (8, 16, 32, 64, 128)))
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -63,7 +61,7 @@ def test_the_source_of_a_tile(tile: Tile) -> None:
     assert f"m64n{tile.inputs}k32.f32.e5m2.e5m2" in product and product.count('"+f"(sums[') == tile.inputs // 2
     names = set(re.findall(r"#define (\w+)", source))
     assert names == {
-        *("INPUTS", "GROUPS", "TEAM", "STAGES", "PROMOTE", "OUTPUT", "OVERLAP"),
+        *("INPUTS", "GROUPS", "TEAM", "SPLIT", "STAGES", "PROMOTE", "OUTPUT", "OVERLAP"),
         *("MOST_THREADS", "REGISTERS", "COPIER_REGISTERS"),
     }
     body = source.split("#define OVERLAP 1\n")[1]
@@ -99,9 +97,16 @@ def test_tiles_that_are_whole() -> None:
     """As many for each team, and the rest shared; with `are_whole` each is one team's."""
     tile = Tile(16, groups=2, team=2)
     deal = Deal.of(tile, 100, 1000, 512 // 32, 11, are_whole=False)
-    assert deal == Deal(teams=5, chunks=2, input_tiles=7, row_tiles=4, rest=8) and deal.rest < 2 * deal.teams
-    assert Deal.of(tile, 100, 1000, 16, 11, are_whole=True) == Deal(5, 2, 7, 4, rest=3)
-    assert Deal.of(tile, 16, 256, 16, 132, are_whole=True) == Deal(1, 2, 1, 1, rest=0)
+    assert deal == Deal(5, chunks=2, input_tiles=7, row_tiles=4, rest=8, are_whole=False) and deal.rest < 2 * deal.teams
+    assert Deal.of(tile, 100, 1000, 16, 11, are_whole=True) == Deal(5, 2, 7, 4, 3, True)
+    assert Deal.of(tile, 16, 256, 16, 132, are_whole=True) == Deal(1, 2, 1, 1, 0, True)
+
+
+def test_teams_that_divide_columns() -> None:
+    tile = Tile(16, groups=2, team=4, splits=True)
+    assert Deal.of(tile, 40, 4096, 128, 132, are_whole=False) == Deal(33, 16, 3, 32, 30, True)
+    with pytest.raises(ValueError, match=r"^middle rows, 16x128, .* that divide columns: 16 blocks of 32 columns"):
+        Deal.of(tile, 40, 4096, 16, 132, are_whole=False)
 
 
 def test_teams_that_share_tiles_evenly() -> None:
@@ -230,12 +235,13 @@ def test_a_row_has_the_same_bits_beside_any_others() -> None:
 
 
 @on_hopper
-def test_in_a_graph_and_beside_it() -> None:
+@pytest.mark.parametrize("are_whole", [False, True])
+def test_in_a_graph_and_beside_it(are_whole: bool) -> None:
     x, w = inputs(40, 4096, 0), weights(512, 4096, 1)
-    eager, put = product(x, w), ordered(x)
+    eager, put = product(x, w, are_whole=are_whole), ordered(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = middle_product(put, w.codes, w.scales, w.exponents, torch.bfloat16)
+        captured = middle_product(put, w.codes, w.scales, w.exponents, torch.bfloat16, are_whole=are_whole)
     for _ in range(3):
         graph.replay()
-        assert torch.equal(captured, eager) and torch.equal(product(x, w), eager)
+        assert torch.equal(captured, eager) and torch.equal(product(x, w, are_whole=are_whole), eager)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tests.hopper import middle as machine
@@ -18,8 +16,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the source itself"),
 ]
 
-TEAMS = tuple(replace(tile, team=team) for tile in (CANDIDATES[2], CANDIDATES[8], CANDIDATES[-1]) for team in (2, 4))
-TILES = tuple(dict.fromkeys((*CANDIDATES, *(whole_tile(count) for count in (8, 16, 32)), *TEAMS[:-1])))
+TILES = tuple(dict.fromkeys((*CANDIDATES, *(whole_tile(count) for count in (8, 16, 32)))))
+"""Those that are measured or taken."""
 
 
 def product(
@@ -43,16 +41,17 @@ def product(
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_it_is_the_product(tile: Tile) -> None:
-    """Tiles that teams share and others, partial tiles of both operands, a partial chunk; blocks that do nothing."""
+    """Tiles that teams divide and others, partial tiles of both operands, a partial chunk; blocks that do nothing."""
     product(inputs(tile.inputs + 3, 1152, 0), tile.rows * tile.team * 2 + 37, tile, 3 * tile.team)
-    product(inputs(1, 128, 0), 8, tile, 6 * tile.team)
+    if not tile.splits:
+        product(inputs(1, 128, 0), 8, tile, 6 * tile.team)
 
 
-@pytest.mark.parametrize("team", [1, 2, 4])
+@pytest.mark.parametrize(("team", "splits"), [(1, False), (2, False), (4, False), (2, True), (4, True)])
 @pytest.mark.parametrize("seed", range(6))
-def test_in_any_order(team: int, seed: int) -> None:
+def test_in_any_order(team: int, splits: bool, seed: int) -> None:
     """Copies, blocks and warps are early and late: the bits are the same."""
-    tile, x = Tile(32, groups=1, stages=2, team=team), inputs(71, 2304, 0)
+    tile, x = Tile(32, groups=1, stages=2, team=team, splits=splits), inputs(71, 2304, 0)
     first = product(x, 600, tile, 5 * team)
     assert torch.equal(product(x, 600, tile, 5 * team, seed=1 + seed), first)
 
@@ -97,20 +96,28 @@ MISTAKES = {
         "    if (TEAM > 1) wait_for_cluster();\n    at = start;\n",
         "    at = start;\n",
     ),
-    "each of a team copies the same inputs": ("      first_input += member * COPIED;\n", ""),
+    "each of a team copies the same inputs": ("      if (IS_SHARED) first_input += member * COPIED;\n", ""),
     "a block ends while others arrive at its barriers": (
         "    if (TEAM > 1) {\n      arrive_in_cluster();\n      wait_for_cluster();\n    }\n    return;\n",
         "    return;\n",
     ),
     "sums that were handed on stay": (
-        "            store_at_once(theirs + (batch + which) * THREADS, NOTHING, NOTHING, NOTHING, NOTHING);\n",
-        "",
+        "store_at_once(theirs - which / BATCH * BEFORE + part * THREADS, NOTHING,",
+        "if (false) store_at_once(theirs - which / BATCH * BEFORE + part * THREADS, NOTHING,",
     ),
     "a barrier expects too few bytes": (
         "arrive_and_expect(full, STAGE_BYTES);",
         "arrive_and_expect(full, WORD_BYTES);",
     ),
-    "nobody hands on sums": ("    if (end < chunks) {\n", "    if (false) {\n"),
+    "sums of one tile are stored over those of another": (
+        "        if (tiles_done > 0) wait_for_others(sums_taken, tiles_done - 1 & 1);\n",
+        "",
+    ),
+    "sums of others are added before they are there": (
+        "        wait_for_others(sums_there, tiles_done & 1);\n",
+        "",
+    ),
+    "nobody hands on sums": ("    } else if (!SPLIT && end < chunks) {\n", "    } else if (false) {\n"),
 }
 
 
@@ -124,7 +131,7 @@ def test_a_mistake_is_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> Non
         source = source.replace("  if (TEAM > 1) {  // the others", "  if (false) {  // the others")
     monkeypatch.setattr(machine, "source_file", lambda name: source)
     machine._compiled.cache_clear()
-    tile, x = Tile(16, groups=2, stages=2, team=2), inputs(40, 2304, 0)
+    tile, x = Tile(16, groups=2, stages=2, team=2, splits="sums of" in mistake), inputs(40, 2304, 0)
     with pytest.raises((AssertionError, RuntimeError)):
         for seed in range(12):
             product(x, 700, tile, 4, seed=seed)

@@ -43,6 +43,22 @@ __device__ __forceinline__ void wait(u32 at, u32 parity) {
       : "memory");
 }
 
+// The same, with what other blocks of the cluster stored before they arrived.
+__device__ __forceinline__ void wait_for_others(u32 at, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(at),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void store_in(u32 at, int block, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.v4.b32 [there], {%2, %3, %4, %5};\n}" ::"r"(at),
+      "r"(block), "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
 // Copies into shared memory. A box arrives in this block, or at the same place of all blocks of the cluster, each of
 // which gets the bytes counted on its own barrier.
 __device__ __forceinline__ void copy_box(u32 to, const Map* map, int column, int row, u32 barrier) {
@@ -73,6 +89,7 @@ __device__ __forceinline__ void arrive_after_copies(u32 at) {
 __device__ __forceinline__ void meet(int which, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory");
 }
+__device__ __forceinline__ void meet_warp() { __syncwarp(); }
 __device__ __forceinline__ int block_of_cluster() {
   u32 found;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(found));

@@ -1,11 +1,12 @@
-// MXFP4 inputs, as E5M2, times packed MXFP4 weights. A team is a cluster of blocks, which have the same inputs and
-// different weights. Each team processes its share of all chunks of 256 columns of all tiles. `middle.py` explains the
+// MXFP4 inputs, as E5M2, times packed MXFP4 weights. A team is a cluster of blocks. They have the same inputs and
+// different weights; or, if SPLIT, different chunks of the same tile, whose sums the first block adds up. Each team processes its share of all chunks of 256 columns of all tiles. `middle.py` explains the
 // computation, defines the constants, and writes `add_products`.
 
 constexpr int THREADS = 128 * GROUPS;  // plus a warpgroup, in which one warp starts the copies
 constexpr int TILE_ROWS = 64 * GROUPS;
 constexpr int SUMS = INPUTS / 2;  // per thread
-constexpr int COPIED = INPUTS / TEAM;  // inputs that a block copies for its team, a multiple of 8 where there are others
+constexpr bool IS_SHARED = TEAM > 1 && !SPLIT;  // the inputs of a team
+constexpr int COPIED = IS_SHARED ? INPUTS / TEAM : INPUTS;  // that a block copies; a multiple of 8 if for others too
 constexpr int HALF_BYTES = INPUTS * 128;  // inputs of 128 columns
 constexpr int INPUT_BYTES = 2 * HALF_BYTES;
 constexpr int WORD_BYTES = TILE_ROWS * 128;
@@ -18,11 +19,12 @@ typedef u16 Number;
 #endif
 constexpr int PITCH = 64 * sizeof(Number) + 16;  // outputs of a warpgroup in shared memory, [INPUTS, 64]
 
-// Shared memory: stages, their scales, outputs, barriers. In a stage, both halves of the inputs and the words are
+// Shared memory: stages, their scales, outputs, sums of other blocks, barriers. In a stage, both halves of the inputs and the words are
 // swizzled and start at multiples of 1024.
 constexpr int SCALES_AT = STAGES * STAGE_BYTES;
 constexpr int OUTPUTS_AT = SCALES_AT + STAGES * TILE_ROWS * 8;
-constexpr int BARRIERS_AT = OUTPUTS_AT + GROUPS * INPUTS * PITCH;
+constexpr int SUMS_AT = OUTPUTS_AT + GROUPS * INPUTS * PITCH;
+constexpr int BARRIERS_AT = SUMS_AT + (SPLIT ? (TEAM - 1) * SUMS * THREADS * 4 : 0);
 
 // Sums that are handed on, in units of 16 bytes per thread. A thread loads as many at once as its registers hold, of one
 // team or of several: each load takes most of a microsecond.
@@ -42,13 +44,14 @@ __device__ __forceinline__ void look_up(u32 codes, u32 low, u32 high, u32 ones, 
 // chunk; then every one of the other tiles whose turn it is.
 struct Share {
   int team, teams, chunks, rest, tiles, first, last;
+  int begin, finish;  // chunks of a tile that is whole
 };
 struct Cursor {
   int tile, chunk, end;
   __device__ __forceinline__ void open(const Share& share, int which) {
     tile = which;
-    chunk = 0, end = share.chunks;
-    if (which >= share.rest) return;
+    chunk = share.begin, end = share.finish;
+    if (SPLIT || which >= share.rest) return;
     chunk = max(share.first - which * share.chunks, 0);
     end = min(share.last - which * share.chunks, share.chunks);
   }
@@ -82,8 +85,11 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
                        rest,
                        tiles,
                        (int)((long long)shared_out * team / teams) * each,
-                       (int)((long long)shared_out * (team + 1) / teams) * each};
-  const int steps = share.last - share.first + (tiles - rest) / teams * chunks;
+                       (int)((long long)shared_out * (team + 1) / teams) * each,
+                       SPLIT ? chunks * member / TEAM : 0,
+                       SPLIT ? chunks * (member + 1) / TEAM : chunks};
+  const int own = SPLIT ? (share.last - share.first) / chunks * (share.finish - share.begin) : share.last - share.first;
+  const int steps = own + (tiles - rest) / teams * (share.finish - share.begin);
   Cursor at;
   at.start(share);
   // Tiles next to each other in this order have the same weights, or one of ACROSS tiles of inputs, which the L2 cache
@@ -92,15 +98,20 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
   const auto place_of = [&](int tile, int& first_row, int& first_input) {
     const int band = tile / (ACROSS * row_tiles), within = tile - band * ACROSS * row_tiles;
     const int width = min(ACROSS, input_tiles - band * ACROSS), down = within / width;
-    first_row = (down * TEAM + member) * TILE_ROWS;
+    first_row = (SPLIT ? down : down * TEAM + member) * TILE_ROWS;
     first_input = (band * ACROSS + within - down * width) * INPUTS;
   };
-  // Barrier `slot`: the stage is loaded. Barrier STAGES + slot: all warps of the team are done with it.
-  const u32 barriers = base + BARRIERS_AT;
+  // Barrier `slot`: the stage is loaded. Barrier STAGES + slot: all warps are done with it, those of the team if it
+  // shares inputs. The last two: sums are in the first block; it has taken them.
+  const u32 barriers = base + BARRIERS_AT, sums_there = barriers + 2 * STAGES * 8, sums_taken = sums_there + 8;
   if (thread == 0) {
     for (int slot = 0; slot < STAGES; slot++) {
       init_barrier(barriers + slot * 8, 33);
-      init_barrier(barriers + (STAGES + slot) * 8, TEAM * THREADS / 32);
+      init_barrier(barriers + (STAGES + slot) * 8, (IS_SHARED ? TEAM : 1) * THREADS / 32);
+    }
+    if (SPLIT) {
+      init_barrier(sums_there, (TEAM - 1) * THREADS / 32);
+      init_barrier(sums_taken, THREADS / 32);
     }
     publish_barriers();
   }
@@ -119,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     const auto open = [&]() {
       tile = at.tile;
       place_of(tile, first_row, first_input);
-      first_input += member * COPIED;
+      if (IS_SHARED) first_input += member * COPIED;
 #pragma unroll
       for (int which = 0; which < EACH; which++)
         scales_at[which] = scales + (size_t)min(first_row + which * 32 + lane, rows - 1) * groups;
@@ -148,9 +159,9 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
       const u32 full = barriers + slot * 8;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const u32 to = base + slot * STAGE_BYTES + half * HALF_BYTES + member * COPIED * 128;
+        const u32 to = base + slot * STAGE_BYTES + half * HALF_BYTES + (IS_SHARED ? member * COPIED * 128 : 0);
         const int column = at.chunk * 256 + half * 128;
-        if (TEAM == 1)
+        if (!IS_SHARED)
           copy_box(to, &inputs, column, first_input, full);
         else
           copy_box_to_all(to, &inputs, column, first_input, full, TEAM);
@@ -230,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
   float sums[SUMS], total[SUMS];
 #pragma unroll
   for (int which = 0; which < SUMS; which++) sums[which] = total[which] = 0;
-  int used = 0;  // the stage being multiplied
+  int used = 0, tiles_done = 0;  // the stage being multiplied
   u32 now[16], then[16];
   const auto multiply = [&](u32(&numbers)[16], int half, bool adds) {
     begin_products();
@@ -273,17 +284,47 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
       if (left) decode(now, false);
       wait_for_products(then);
       const u32 empty = barriers + (STAGES + used) * 8;
-      if (TEAM == 1 && lane == 0) arrive(empty);
-      if (TEAM > 1 && lane < TEAM) arrive_in(empty, lane);
+      if (!IS_SHARED && lane == 0) arrive(empty);
+      if (IS_SHARED && lane < TEAM) arrive_in(empty, lane);
       if (++used == STAGES) used = 0;
       add_up();
     }
     at.chunk = end - 1;
     at.next(share);
 
+    if (SPLIT) {
+      const u32 mine = base + SUMS_AT + thread * 16;
+      if (member > 0) {
+        if (tiles_done > 0) wait_for_others(sums_taken, tiles_done - 1 & 1);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+          store_in(mine + ((member - 1) * PARTS + part) * THREADS * 16, 0, __float_as_uint(total[4 * part]),
+                   __float_as_uint(total[4 * part + 1]), __float_as_uint(total[4 * part + 2]),
+                   __float_as_uint(total[4 * part + 3]));
+        meet_warp();
+        if (lane == 0) arrive_in(sums_there, 0);
+      } else {
+        wait_for_others(sums_there, tiles_done & 1);
+#pragma unroll
+        for (int other = 1; other < TEAM; other++)
+#pragma unroll
+          for (int part = 0; part < PARTS; part++) {
+            const float4 sums_of = *(const float4*)(shared + SUMS_AT + (((other - 1) * PARTS + part) * THREADS + thread) * 16);
+            total[4 * part] += sums_of.x;
+            total[4 * part + 1] += sums_of.y;
+            total[4 * part + 2] += sums_of.z;
+            total[4 * part + 3] += sums_of.w;
+          }
+        meet_warp();
+        if (lane > 0 && lane < TEAM) arrive_in(sums_taken, lane);
+      }
+      tiles_done++;
+    }
+
     // Either pass the sums on, or add those of other teams and write the outputs. Sums are passed on in places that hold
     // NOTHING. The block that reads them writes NOTHING there again.
-    if (end < chunks) {
+    if (SPLIT && member > 0) {
+    } else if (!SPLIT && end < chunks) {
       uint4* const mine = parts + (size_t)(team * TEAM + member) * PARTS * THREADS + thread;
 #pragma unroll
       for (int which = 0; which < PARTS; which++)
@@ -291,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
                       __float_as_uint(total[4 * which + 2]), __float_as_uint(total[4 * which + 3]));
     } else {
       const long long begins = (long long)tile * chunks;
-      const int earliest = begins < share.first ? (int)(((begins + 1) * teams - 1) / units) : team;
+      const int earliest = !SPLIT && begins < share.first ? (int)(((begins + 1) * teams - 1) / units) : team;
       for (int other = team - 1; other >= earliest; other -= OTHERS) {
         uint4* const theirs = parts + (size_t)(other * TEAM + member) * PARTS * THREADS + thread;
         constexpr int BEFORE = TEAM * PARTS * THREADS;  // from one team to the one before it

@@ -10,7 +10,8 @@ those of `kernels.fused.middle`, whose docstring explains them. This kernel adds
   teams of blocks ("stream-K", Osama et al., arXiv 2301.03598). If several teams have computed a tile, the last of them
   adds up the sums, in a fixed order.
 - The blocks of a team (a cluster) compute different rows of weights for the same inputs. Each of them loads a part of
-  the inputs from the L2 cache, for all of them (multicast).
+  the inputs from the L2 cache, for all of them (multicast). Or they compute different columns of the same tile, and
+  pass their sums to the first of them through shared memory.
 
 The matrix hardware sums 128 columns, or 256 with `promote` 2, in fewer bits than float32. These sums are added in
 float32.
@@ -50,6 +51,8 @@ class Tile:
     """Registers per thread at launch. The next kernel can start in those that are left of 65536."""
     team: int = 1
     """Blocks that load inputs together: 1, 2 or 4. Each has at least 8 of them."""
+    splits: bool = False
+    """True if the blocks of a team divide the columns of a tile among themselves instead."""
 
     @property
     def rows(self) -> int:
@@ -66,15 +69,21 @@ class Tile:
         """Registers of a multiplying thread, after the copying threads have released theirs."""
         return min(240, (self.held * (self.groups + 1) - _COPIER_REGISTERS) // self.groups // 8 * 8)
 
+    @property
+    def copied(self) -> int:
+        """Rows of inputs that a block loads at one time."""
+        return self.inputs if self.splits else self.inputs // self.team
+
     def shared_bytes(self, dtype: torch.dtype) -> int:
         """Shared memory of a block, for outputs of this type."""
         stage = self.inputs * 256 + self.rows * (128 + 8)
         outputs = self.groups * self.inputs * (64 * dtype.itemsize + 16)
-        return self.stages * (stage + 16) + outputs + 1024
+        sums = (self.team - 1) * self.inputs * self.rows * 4 + 16 if self.splits else 0
+        return self.stages * (stage + 16) + outputs + sums + 1024
 
     def __str__(self) -> str:
         sums = f"sums of {128 * self.promote}, {self.held} registers"
-        team = "" if self.team == 1 else f", teams of {self.team}"
+        team = "" if self.team == 1 else f", teams of {self.team}{' that divide columns' if self.splits else ''}"
         return f"{self.inputs}x{self.rows}, {self.stages} stages, {self.blocks} blocks, {sums}{team}"
 
 
@@ -120,6 +129,26 @@ CANDIDATES = (
     Tile(128, groups=1, stages=3, promote=2),
     _MANY,
     Tile(128, groups=2, stages=3),
+    # Half of a multiprocessor: the next product loads weights while this one runs.
+    Tile(8, groups=2, stages=5, promote=2, held=80),
+    Tile(8, groups=1, stages=6, promote=2, held=96),
+    Tile(16, groups=2, stages=5, promote=2, held=80),
+    Tile(32, groups=1, stages=5, promote=2, held=128),
+    Tile(64, groups=1, stages=3, promote=2, held=128),
+    # Teams that divide columns.
+    *(Tile(8, groups=3, stages=4, promote=2, held=96, team=team, splits=True) for team in (2, 4)),
+    *(Tile(8, groups=2, stages=5, promote=2, held=80, team=team, splits=True) for team in (2, 4)),
+    *(Tile(16, groups=2, stages=6, promote=2, held=96, team=team, splits=True) for team in (2, 4)),
+    *(Tile(32, groups=2, stages=5, promote=2, held=128, team=team, splits=True) for team in (2, 4)),
+    Tile(64, groups=2, stages=4, promote=2, held=128, team=2, splits=True),
+    # Teams that share inputs.
+    Tile(16, groups=2, stages=6, promote=2, held=96, team=2),
+    Tile(32, groups=1, stages=5, blocks=2, promote=2, held=96, team=2),
+    Tile(32, groups=2, stages=5, promote=2, held=128, team=2),
+    *(Tile(64, groups=1, stages=3, blocks=2, promote=2, held=128, team=team) for team in (2, 4)),
+    *(Tile(64, groups=2, stages=5, promote=2, team=team) for team in (2, 4)),
+    Tile(64, groups=3, stages=4, promote=2, held=128, team=2),
+    *(Tile(128, groups=2, stages=3, promote=2, team=team) for team in (2, 4)),
 )
 
 
@@ -135,6 +164,7 @@ def definitions(tile: Tile, dtype: torch.dtype, overlaps: bool) -> str:
         "INPUTS": tile.inputs,
         "GROUPS": tile.groups,
         "TEAM": tile.team,
+        "SPLIT": int(tile.splits),
         "STAGES": tile.stages,
         "MOST_THREADS": 65536 // tile.held // 128 * 128,
         "PROMOTE": tile.promote,
@@ -235,16 +265,21 @@ class Deal:
     row_tiles: int
     rest: int
     """Tiles whose chunks are divided evenly. Each team computes the same number of the others, which are whole."""
+    are_whole: bool
+    """True if no tile is divided among teams."""
 
     @classmethod
     def of(cls, tile: Tile, count: int, rows: int, groups: int, processors: int, are_whole: bool) -> Deal:
         """For these numbers of rows of inputs, of rows of weights, and of blocks of 32 in each."""
         chunks, input_tiles = -(-groups // 8), -(-count // tile.inputs)
-        row_tiles = -(-rows // (tile.rows * tile.team))
+        row_tiles = -(-rows // (tile.rows * (1 if tile.splits else tile.team)))
+        if tile.splits and chunks < tile.team:
+            raise ValueError(f"middle rows, {tile}: {groups} blocks of 32 columns are too few")
+        are_whole = are_whole or tile.splits
         tiles, most = input_tiles * row_tiles, processors * tile.blocks // tile.team
         teams = min(tiles, most) if are_whole else count_teams(tiles, chunks, most)
         rest = tiles % teams if are_whole or tiles < teams else teams + tiles % teams
-        return cls(teams, chunks, input_tiles, row_tiles, rest)
+        return cls(teams, chunks, input_tiles, row_tiles, rest, are_whole)
 
 
 def middle_product(
@@ -271,12 +306,12 @@ def middle_product(
     deal = Deal.of(tile, count, rows, groups, _processors(device), are_whole)
     ready, stream = _prepared(tile, dtype, device), torch.cuda.current_stream(device).cuda_stream
     maps = [
-        map_of_bytes(inputs.data_ptr(), count, 32 * groups, tile.inputs // tile.team, 128),
+        map_of_bytes(inputs.data_ptr(), count, 32 * groups, tile.copied, 128),
         map_of_bytes(codes.data_ptr(), rows, 16 * groups, tile.rows, 128),
     ]
     pointers = (scales, row_exponents, out, _room(tile, ready, device, stream))
     arguments = [*maps, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in pointers)]
-    numbers = (count, rows, groups, deal.chunks, deal.input_tiles, deal.row_tiles, deal.rest, int(are_whole))
+    numbers = (count, rows, groups, deal.chunks, deal.input_tiles, deal.row_tiles, deal.rest, int(deal.are_whole))
     arguments += [ctypes.c_int(number) for number in numbers]
     ready.kernel.launch(deal.teams, tile.team, tile.threads, arguments, stream, can_overlap(device))
     return out.view(*inputs.shape[:-1], rows)
