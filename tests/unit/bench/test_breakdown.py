@@ -87,34 +87,66 @@ def test_ranges_end() -> None:
     assert "forward" not in vars(linear) and F.scaled_dot_product_attention is own
 
 
-@pytest.mark.parametrize("path", ["matrix units", "fp8"])
-def test_kernels_of_quantized_linears(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """The way through kernels, with operators in the place of the kernels: one for a quantizer, two for a product."""
+def quantize(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """One operator, in the place of the kernel of a quantizer."""
+    return torch.neg(x)
+
+
+def product(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    """Two operators, in the place of the kernel of a product."""
+    return torch.zeros(*x.shape[:-1], len(codes), dtype=torch.bfloat16).abs_()
+
+
+def count_inputs(linears: list[QuantLinear]) -> int:
+    """How many inputs are quantized: those of sites, and of linears without one."""
+    return len({id(linear.site or linear) for linear in linears})
+
+
+@pytest.mark.parametrize(
+    ("path", "quantizer"),
+    [
+        ("matrix units", "rotate_quantize_e5m2"),
+        ("fp8", "rotate_quantize_e5m2"),
+        ("block scales", "rotate_quantize_packed"),
+    ],
+)
+def test_quantizers_of_the_paths_of_linears(monkeypatch: pytest.MonkeyPatch, path: str, quantizer: str) -> None:
+    """With operators in the place of kernels."""
     pytest.importorskip("triton")
-    from mxrot.kernels.fused import lift, rotate_quantize, skinny
+    from mxrot.kernels.fused import block_scaled, lift, rotate_quantize, skinny
 
     quantized = model.random_quantized_model(CONFIG, CPU, load_recipe("mxrot"))
     linears = [module for module in quantized.modules() if isinstance(module, QuantLinear)]
-    sites = len({id(linear.site) for linear in linears if linear.site is not None})
-    alone = sum(linear.site is None for linear in linears)
-
-    def quantize(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.neg(x)
-
-    def product(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
-        return torch.zeros(*x.shape[:-1], len(codes), dtype=torch.bfloat16).abs_()
-
     monkeypatch.setattr(dispatch, "choose_path", lambda *_: dispatch.Choice(path, ""))
-    monkeypatch.setattr(rotate_quantize, "rotate_quantize_e5m2", quantize)
+    monkeypatch.setattr(rotate_quantize, quantizer, quantize)
     monkeypatch.setattr(skinny, "skinny_product", product)
+    monkeypatch.setattr(block_scaled, "block_scaled_product", product)
     monkeypatch.setattr(lift, "lift_weights", lambda codes, *_: codes)
     monkeypatch.setattr(paths, "fp8_product", product)
     for linear in linears:
-        for name in ("row_exponents", "lifted_scales"):
+        for name in ("row_exponents", "lifted_scales", "swizzled"):
             setattr(linear, name, torch.zeros(linear.out_features, dtype=torch.int32))
     found = launches(break_down(model.token_step(quantized, 8), STEP, quantized))
-    assert found[QUANTIZERS] == sites + alone
-    assert found[PRODUCTS] >= 2 * (sites + alone)
+    assert found[QUANTIZERS] == count_inputs(linears)
+    assert found[PRODUCTS] >= 2 * count_inputs(linears)
+
+
+def test_quantizers_of_looked_up_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with integers, which each linear makes for itself, and with matrices that are applied before."""
+    pytest.importorskip("triton")
+    from mxrot.kernels.fused import look_up, quantize_rows
+
+    monkeypatch.setattr(dispatch, "choose_look_up", lambda *_: dispatch.Choice("look-up", ""))
+    monkeypatch.setattr(quantize_rows, "quantize_rows", quantize)
+    monkeypatch.setattr(look_up, "look_up_product", product)
+    more = []
+    for changes in ({}, {"transform.method": "hadamard"}):
+        quantized = model.random_quantized_model(CONFIG, CPU, load_recipe("rcp-unrotated").changed(changes))
+        linears = [module for module in quantized.modules() if isinstance(module, QuantLinear)]
+        found = launches(break_down(model.token_step(quantized, 8), STEP, quantized))
+        assert found[PRODUCTS] >= 2 * len(linears) > 0
+        more.append(found[QUANTIZERS] - len(linears))
+    assert more[0] == 0 < more[1]
 
 
 def user(start: float, end: float, name: str) -> dict[str, Any]:
@@ -180,7 +212,7 @@ def test_a_profiler_that_records_nothing_gives_no_breakdown(monkeypatch: pytest.
 def test_breakdowns_of_a_benchmark() -> None:
     """One for each token, of a step that is not compiled; none for a prompt."""
     torch.compiler.reset()
-    rows = bench_model(CONFIG, load_recipe("rtn"), CPU, Works(16, (8,), None, "aot_eager", (1, 2), True))
+    rows = bench_model(CONFIG, load_recipe("rtn"), CPU, Works(16, (8,), None, "eager", (1, 2), True))
     assert [row.breakdown is None for row in rows] == [True, False, False] * 2
     for row in rows:
         found = row.breakdown
