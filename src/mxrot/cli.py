@@ -27,6 +27,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Hide progress bars of other packages beside ours. The packages read the variable when they are loaded.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Hide the log of PyTorch's profiler, which reads the variable when it first starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     _quieten()
     from mxrot.commands.app import app
 

@@ -93,7 +93,7 @@ OPTIONS = {
     "bench model": [
         *("--kv", "--kv-transform", "--kv-first", "--kv-last"),
         *("-r", "--recipe", "--set", "--blocks", "--hidden", "--ffn", "--heads", "--kv-heads", "--vocabulary"),
-        *("--prompt", "--context", "--compile", "--device", "--json"),
+        *("--prompt", "--context", "--batch", "--compile", "--breakdown", "--device", "--json"),
     ],
 }
 QUICK = ("--set", "transform.steps=4", "--samples", "2", "--seq-len", "32")

@@ -4,9 +4,10 @@ from mxrot.bench.cache import HeadShapes, bench_cache, cache_scheme, sizes_of
 from mxrot.bench.kernels import LLAMA_3_8B, ROWS, KernelRow, bench_kernels, measured_crossovers
 from mxrot.bench.look_up import LOOK_UP_COUNTS, bench_look_up
 from mxrot.bench.model import ModelRow, Works, bench_model, llama_config, random_model
+from mxrot.bench.model_tables import breakdown_tables, model_lines, model_table
 from mxrot.bench.others import absent_others
 from mxrot.bench.quantize import QuantizeRow, bench_quantize
-from mxrot.bench.tables import best_tiles, geometric_means, kernel_table, model_table, quantize_table
+from mxrot.bench.tables import best_tiles, geometric_means, kernel_table, quantize_table
 from mxrot.bench.timing import Seconds, ceilings, copy_speed, seconds_of
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "bench_model",
     "bench_quantize",
     "best_tiles",
+    "breakdown_tables",
     "cache_scheme",
     "ceilings",
     "copy_speed",
@@ -33,6 +35,7 @@ __all__ = [
     "kernel_table",
     "llama_config",
     "measured_crossovers",
+    "model_lines",
     "model_table",
     "quantize_table",
     "random_model",

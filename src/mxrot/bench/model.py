@@ -7,26 +7,33 @@ graph.
 
 With the scheme of a packed cache, each model generates a token with that cache and with one of its own type, in turns.
 Both then run as transformers has them, not compiled. All positions of both caches hold random numbers.
+
+In a batch, every sequence generates a token in the same step. The caches of one batch and context are gone before those
+of the next are made.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from mxrot.bench.breakdown import Breakdown, break_down
 from mxrot.bench.timing import Seconds, seconds_of_each
 from mxrot.formats import CacheScheme, quantize
 from mxrot.kernels import plain_append_tokens
 from mxrot.layers import (
     FixedCache,
     FixedPackedCache,
+    InputTransform,
     QuantLinear,
     build_apart,
     quantize_cache,
@@ -57,11 +64,19 @@ class ModelRow:
     cache: str = ""
     """The format of keys and values."""
     cache_bytes: int | None = None
-    """The bytes of keys and values of this context, including the new token's. None if there are none."""
+    """The bytes of keys and values of this context, including the new tokens'. None if there are none."""
+    batch: int = 1
+    """The number of sequences."""
+    breakdown: Breakdown | None = None
+    """Where the time goes, without torch.compile, if requested."""
 
     def as_record(self) -> dict[str, Any]:
         """The row for a JSON file."""
-        return vars(self) | {"seconds": None if self.seconds is None else vars(self.seconds)}
+        seconds = None if self.seconds is None else vars(self.seconds)
+        return vars(self) | {
+            "seconds": seconds,
+            "breakdown": None if self.breakdown is None else self.breakdown.as_record(),
+        }
 
 
 @dataclass(frozen=True)
@@ -71,11 +86,19 @@ class Works:
     prompt: int | None = 8192
     """The tokens of the prompt. None for no prompt."""
     contexts: tuple[int, ...] = (1024,)
-    """The numbers of tokens before the generated one."""
+    """The numbers of tokens before the generated one, in each sequence."""
     cache: CacheScheme | None = None
     """A cache that is also used to generate a token."""
     compiler: str | None = "inductor"
     """A backend of torch.compile. None for no compilation."""
+    batches: tuple[int, ...] = (1,)
+    """The numbers of sequences that generate a token at once."""
+    with_breakdown: bool = False
+    """Also find where the time of a generated token goes."""
+
+
+Key = tuple[str, str, str]
+"""The model, work and cache of a row."""
 
 
 def bench_model(
@@ -89,35 +112,106 @@ def bench_model(
 
     On a GPU the quantized one is also measured with weights in FP8, besides the packed ones.
     """
-    rows = []
-    makers: list[tuple[str, Callable[[LlamaConfig, torch.device], PreTrainedModel]]] = [
-        ("bf16", random_model),
-        (recipe.name, partial(random_quantized_model, recipe=recipe)),
-    ]
+    rows: list[ModelRow] = []
+    plain: dict[Key, Seconds] = {}
+    makers: dict[str, Callable[[LlamaConfig, torch.device], PreTrainedModel]] = {
+        "bf16": random_model,
+        recipe.name: partial(random_quantized_model, recipe=recipe),
+    }
     if device.type == "cuda":
-        kept = partial(random_quantized_model, recipe=recipe, keeps_fp8=True)
-        makers.append((f"{recipe.name}, kept in FP8", kept))
-    for name, make in makers:
+        makers[f"{recipe.name}, kept in FP8"] = partial(random_quantized_model, recipe=recipe, keeps_fp8=True)
+    for name, make in makers.items():
         model = make(config, device)
-        for row in _rows_of(name, model, works, device):
+        for row in _rows_of(name, model, works, plain):
             rows.append(row)
             told(f"{name}, {row.work}{row.cache and ', cache '}{row.cache}: {row.seconds or 'LOGITS ARE NOT FINITE'}")
         del model
+        _release(device)
+    if not works.with_breakdown:
+        return rows
+    # The profiler can slow down whatever follows it in this process, so all times are measured before it starts.
+    parts: dict[Key, Breakdown | None] = {}
+    for name, make in makers.items():
+        model = make(config, device)
+        parts |= _breakdowns(name, model, works, plain)
+        del model
+        _release(device)
+    for key in [key for key, found in parts.items() if found is None]:
+        told(f"{', '.join(key)}: torch.profiler recorded no kernels")
+    return [replace(row, breakdown=parts.get((row.model, row.work, row.cache))) for row in rows]
+
+
+def _rows_of(name: str, model: PreTrainedModel, works: Works, plain: dict[Key, Seconds]) -> Iterator[ModelRow]:
+    """The rows of a model. With a breakdown, `plain` gets the times of tokens without torch.compile."""
+    device = model.device
+    if works.prompt is not None:
+        step = prompt_step(model, works.prompt, works.compiler)
+        yield ModelRow(name, f"prompt of {works.prompt}", _seconds([step], device, False)[0], linear_bytes(model))
+    for context, batch in product(works.contexts, works.batches):
+        rows = _token_rows(name, model, works, (batch, context), plain)
+        if works.compiler is not None:
+            torch.compiler.reset()  # it would compile the next size with dimensions that vary, which is slower
+        _release(device)
+        yield from rows
+
+
+def _token_rows(
+    name: str, model: PreTrainedModel, works: Works, size: tuple[int, int], plain: dict[Key, Seconds]
+) -> list[ModelRow]:
+    """A row for each cache, of this batch and context. Nothing refers to the caches afterwards."""
+    tokens = _token_steps(model, works, size)
+    linears, found = linear_bytes(model), _seconds(tokens, model.device, True)
+    rows = [
+        ModelRow(name, _work(size), seconds, linears, token.kept, token.cache.nbytes, size[0])
+        for token, seconds in zip(tokens, found, strict=True)
+    ]
+    if works.with_breakdown:
+        if works.compiler is not None:
+            found = _seconds([token.plain for token in tokens], model.device, True)
+        plain.update(
+            {
+                (name, row.work, row.cache): seconds
+                for row, seconds in zip(rows, found, strict=True)
+                if seconds is not None
+            }
+        )
     return rows
 
 
-def _rows_of(name: str, model: PreTrainedModel, works: Works, device: torch.device) -> Iterator[ModelRow]:
-    linears, compiler = linear_bytes(model), works.compiler
-    if works.prompt is not None:
-        step = prompt_step(model, works.prompt, compiler)
-        yield ModelRow(name, f"prompt of {works.prompt}", _seconds([step], device, False)[0], linears)
-    for context in works.contexts:
-        tokens = [token_step(model, context, compiler)]
-        if works.cache is not None:
-            tokens.append(packed_token_step(model, context, works.cache))
-        for found, seconds in zip(tokens, _seconds(tokens, device, True), strict=True):
-            kept = found.cache.nbytes
-            yield ModelRow(name, f"token after {context}", seconds, linears, found.kept, kept)
+def _breakdowns(
+    name: str, model: PreTrainedModel, works: Works, plain: dict[Key, Seconds]
+) -> dict[Key, Breakdown | None]:
+    """The breakdown of each token that has a time."""
+    found: dict[Key, Breakdown | None] = {}
+    for context, batch in product(works.contexts, works.batches):
+        for token in _token_steps(model, works, (batch, context)):
+            key = name, _work((batch, context)), token.kept
+            if key in plain:
+                found[key] = break_down(token.plain, plain[key], model)
+            del token
+        _release(model.device)
+    return found
+
+
+def _token_steps(model: PreTrainedModel, works: Works, size: tuple[int, int]) -> list[TokenStep]:
+    """A step with each cache."""
+    batch, context = size
+    tokens = [token_step(model, context, works.compiler, batch)]
+    if works.cache is not None:
+        tokens.append(packed_token_step(model, context, works.cache, batch))
+    return tokens
+
+
+def _work(size: tuple[int, int]) -> str:
+    batch, context = size
+    return f"token after {context}" if batch == 1 else f"{batch} tokens after {context} each"
+
+
+def _release(device: torch.device) -> None:
+    """Free models and caches that are no longer used."""
+    gc.collect()  # a packed cache and its layers refer to each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _seconds(steps: Sequence[Callable[[], Tensor]], device: torch.device, is_recorded: bool) -> list[Seconds | None]:
@@ -174,17 +268,25 @@ def random_quantized_model(
             for name in site.linears:
                 linear = block.get_submodule(name)
                 assert isinstance(linear, QuantLinear)
-                transform = linear.transform
-                if transform is not None and transform.has_matrices and name == site.linears[0]:
-                    blocks, size = transform.weight.shape[:-2].numel(), transform.weight.shape[-1]
-                    matrices = random_orthogonal(blocks, size, generator)
-                    transform.weight.data = BlockDiagonal(matrices.to(device)).to_stored()
+                if linear.transform is not None and name == site.linears[0]:
+                    draw_transform(linear.transform, generator)
                 draw_weight(linear, codes)
     head = model.get_submodule(family.head)
     if isinstance(head, QuantLinear):
         draw_weight(head, codes)
     prepare(model, scheme, keeps_fp8)
     return model
+
+
+def draw_transform(transform: InputTransform, generator: torch.Generator) -> None:
+    """Draw the orthogonal matrices and permutations of all stages."""
+    for tensor in transform.parameters():
+        if not tensor.is_floating_point():
+            tensor.data = torch.randperm(len(tensor), generator=generator).to(tensor)
+        else:
+            blocks, size = tensor.shape[:-2].numel(), tensor.shape[-1]
+            matrices = random_orthogonal(blocks, size, generator)
+            tensor.data = BlockDiagonal(matrices.to(tensor.device)).to_stored()
 
 
 def draw_weight(linear: QuantLinear, generator: torch.Generator) -> None:
@@ -248,41 +350,48 @@ class TokenStep:
     cache: FixedCache | FixedPackedCache
     kept: str
     """The format of keys and values, in words."""
+    plain: Callable[[], Tensor]
+    """The same step, not compiled."""
 
     def __call__(self) -> Tensor:
         return self.run()
 
 
-def token_step(model: PreTrainedModel, context: int, compiler: str | None = None) -> TokenStep:
-    """A step for one token, with keys and values of `context` tokens before it, all visible. Blocks differ by their
-    index in the cache, so the whole model is compiled."""
+def token_step(model: PreTrainedModel, context: int, compiler: str | None = None, batch: int = 1) -> TokenStep:
+    """A step for one token of each of `batch` sequences, with keys and values of `context` tokens before it, all
+    visible. Blocks differ by their index in the cache, so the whole model is compiled."""
     cache = FixedCache(context + 1, model.config)
-    run: Callable[..., Any] = model if compiler is None else torch.compile(model, fullgraph=True, backend=compiler)
-    return TokenStep(_step(model, run, cache, context), cache, str(model.dtype).removeprefix("torch."))
+    run = plain = _step(model, model, cache, (batch, context))
+    if compiler is not None:
+        compiled = torch.compile(model, fullgraph=True, backend=compiler)
+        run = _step(model, compiled, cache, (batch, context))
+    return TokenStep(run, cache, str(model.dtype).removeprefix("torch."), plain)
 
 
-def packed_token_step(model: PreTrainedModel, context: int, scheme: CacheScheme) -> TokenStep:
+def packed_token_step(model: PreTrainedModel, context: int, scheme: CacheScheme, batch: int = 1) -> TokenStep:
     """As `token_step`, not compiled, with a packed cache. The model has that cache only during this step."""
     cache = FixedPackedCache(context + 1, model.config)
-    run = _step(model, model, cache, context)
+    run = _step(model, model, cache, (batch, context))
 
     def step() -> Tensor:
         with _packed(model, scheme):
             return run()
 
-    return TokenStep(step, cache, scheme.spelled)
+    return TokenStep(step, cache, scheme.spelled, step)
 
 
 def _step(
-    model: PreTrainedModel, run: Callable[..., Any], cache: FixedCache | FixedPackedCache, context: int
+    model: PreTrainedModel, run: Callable[..., Any], cache: FixedCache | FixedPackedCache, size: tuple[int, int]
 ) -> Callable[[], Tensor]:
+    batch, context = size
     place = torch.tensor([context], device=model.device)
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+    places = place.expand(batch, 1)
 
     @torch.no_grad()
     def step() -> Tensor:
         cache.position = place
-        arguments = {"input_ids": ids, "position_ids": place[None], "use_cache": True, "past_key_values": cache}
+        arguments = {"input_ids": ids, "position_ids": places, "use_cache": True, "past_key_values": cache}
         with unmasked(model):
             if not cache.is_filled:
                 model(**arguments)

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from mxrot.bench.kernels import KernelRow
 from mxrot.bench.middle import ALONE, MIDDLE
-from mxrot.bench.model import ModelRow
 from mxrot.bench.quantize import QuantizeRow
 from mxrot.bench.timing import TIMES
 
@@ -37,52 +36,6 @@ def kernel_table(rows: Sequence[KernelRow], limits: dict[str, float]) -> Table:
             cells += ["" if ratio is None else f"{ratio:.2f}", f"{row.error:.1e}"]
         table.add_row(*cells)
     return table
-
-
-def model_table(rows: Sequence[ModelRow]) -> Table:
-    """Times, speed relative to the first model at the same work, and the bytes of the blocks' linears. With packed
-    caches also their bytes, and their speed relative to the same model without them."""
-    first = {row.work: row for row in reversed(rows)}
-    unpacked = {(row.model, row.work): row for row in reversed(rows)}
-    with_caches = len({row.cache for row in rows if row.cache}) > 1
-    table = Table()
-    table.add_column("model")
-    table.add_column("work")
-    headings = ["ms", "quartiles", "x", "linears, GB", "of the first"]
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    if with_caches:
-        table.add_column("cache")
-        for heading in ("MB", "of 16 bit", "x"):
-            table.add_column(heading, justify="right")
-    for row in rows:
-        before = first[row.work]
-        share = f"{row.linear_bytes / before.linear_bytes:.3f}"
-        cells = [*_time_cells(row, before), f"{row.linear_bytes / 1e9:.3f}", share]
-        if with_caches:
-            cells += _cache_cells(row, unpacked[row.model, row.work])
-        table.add_row(row.model, row.work, *cells)
-    return table
-
-
-def _time_cells(row: ModelRow, before: ModelRow) -> list[str]:
-    if row.seconds is None:
-        return ["LOGITS ARE NOT FINITE", "", ""]
-    median, low, high = (1e3 * value for value in (row.seconds.median, row.seconds.low, row.seconds.high))
-    return [f"{median:.2f}", f"{low:.2f} to {high:.2f}", _ratio(before, row)]
-
-
-def _cache_cells(row: ModelRow, before: ModelRow) -> list[str]:
-    if row.cache_bytes is None or before.cache_bytes is None:
-        return [row.cache, "", "", ""]
-    share = f"{row.cache_bytes / before.cache_bytes:.3f}"
-    return [row.cache, f"{row.cache_bytes / 1e6:.1f}", share, _ratio(before, row)]
-
-
-def _ratio(before: ModelRow, row: ModelRow) -> str:
-    if before.seconds is None or row.seconds is None:
-        return ""
-    return f"{before.seconds.median / row.seconds.median:.2f}"
 
 
 def quantize_table(rows: Sequence[QuantizeRow]) -> Table:

@@ -122,6 +122,9 @@ def bench_model_command(
     contexts: Annotated[str, typer.Option("--context", help="Tokens before the generated one, comma-separated")] = (
         "1024"
     ),
+    batches: Annotated[
+        str, typer.Option("--batch", help="Sequences that generate a token at once, comma-separated")
+    ] = "1",
     cache: Annotated[
         str | None,
         typer.Option(
@@ -140,12 +143,15 @@ def bench_model_command(
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile the decoder blocks (default: without --kv)"),
     ] = None,
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown", help="Also show where the time of a token goes, without torch.compile")
+    ] = False,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
     """Measure a model of random weights beside bfloat16.
 
-    It reads a prompt, and generates one token.
+    It reads a prompt, and generates one token of each sequence.
     """
     import torch
 
@@ -161,7 +167,7 @@ def bench_model_command(
         raise ConfigError("--compile: with --kv both caches run without torch.compile; leave out one of the two")
     if cache is None and (cache_first or cache_last):
         raise ConfigError("--kv-first, --kv-last: need a cache; name its format with --kv")
-    lengths = _numbers("--context", contexts)
+    lengths, counts = _numbers("--context", contexts), _numbers("--batch", batches)
     scheme = (
         None if cache is None else bench.cache_scheme(cache, cache_transform, hidden // heads, cache_first, cache_last)
     )
@@ -169,13 +175,16 @@ def bench_model_command(
         raise ConfigError(f"--kv-transform {cache_transform}: cannot be fitted to random weights; take hadamard")
     config = bench.llama_config(hidden, ffn, blocks, heads, kv_heads, vocabulary, max(prompt, *lengths) + 1)
     compiler = None if cache is not None or compiles is False else "inductor"
-    works = bench.Works(prompt or None, lengths, scheme, compiler)
+    works = bench.Works(prompt or None, lengths, scheme, compiler, counts, breakdown)
     rows = bench.bench_model(config, chosen, where, works, lambda line: print(line, file=sys.stderr, flush=True))
     show(bench.model_table(rows))
+    print("\n".join(bench.model_lines(rows)))
+    for each in bench.breakdown_tables(rows):
+        show(each)
     table = {"device": device_name(where), "versions": versions(), "rows": [row.as_record() for row in rows]}
     more = {"config": config.to_diff_dict(), "recipe_toml": chosen.to_toml(), "compiled": compiler is not None}
     write_json(json_file, table | more)
-    if any(row.seconds is None for row in rows):
+    if any(row.seconds is None or (breakdown and row.cache and row.breakdown is None) for row in rows):
         raise typer.Exit(1)
 
 
