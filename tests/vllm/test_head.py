@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,11 +31,13 @@ from vllm.model_executor.model_loader import weight_utils
 import mxrot
 from mxrot.checkpoint.files import seen
 from mxrot.errors import CheckpointError, ConfigError
+from mxrot.formats import TensorQuantizer
 from mxrot.kernels import warm_up
 from mxrot.kernels.fixed_rows import has_invariant_rows, set_invariant_rows
 from mxrot.layers import HeadLinear
 from mxrot.marker import IN_VLLM
-from mxrot.vllm.head import MxrotHeadMethod
+from mxrot.scheme import SiteScheme
+from mxrot.vllm.head import MxrotHeadMethod, most_rows
 from mxrot.vllm.linear import MxrotLinearMethod, MxrotQuantization
 from mxrot.vllm.plugin import register
 from mxrot.vllm.verdict import check_for_vllm
@@ -194,9 +198,8 @@ def test_it_is_traced_as_one_operation(head: str, folder: Folders) -> None:
     assert torch.equal(traced(x), made.quant_method.apply(made, x))
 
 
-@pytest.mark.parametrize("head", ["mxint8", "mxfp4, inputs too"])
 def test_its_kernels_are_compiled_for_as_many_rows_as_there_are_requests(
-    head: str, folder: Folders, monkeypatch: pytest.MonkeyPatch
+    folder: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits of all tokens of a step would take gigabytes."""
     monkeypatch.setattr(warm_up, "compiles", lambda device: True)
@@ -209,12 +212,19 @@ def test_its_kernels_are_compiled_for_as_many_rows_as_there_are_requests(
         return compute(linear, x, *rest)
 
     monkeypatch.setattr(HeadLinear, "compute", noted)
-    config = configure(folder(head), "bfloat16")
+    config = configure(folder("mxint8"), "bfloat16")
     config.scheduler_config.max_num_seqs = 48
     assert config.scheduler_config.max_num_batched_tokens > 48
     load(config)
     assert {dtype for _, dtype in called} == {torch.bfloat16}
-    assert min(called)[0] == 1 and (max(called)[0] == 48 if head == "mxint8" else 1 < max(called)[0] <= 48)
+    assert (min(called)[0], max(called)[0]) == (1, 48)
+
+
+@pytest.mark.parametrize(("speculative", "rows"), [(0, 48), (1, 96), (3, 100)])
+def test_speculative_tokens_want_logits_too(speculative: int, rows: int) -> None:
+    scheduler = SimpleNamespace(max_num_seqs=48, max_num_batched_tokens=100)
+    config: Any = SimpleNamespace(scheduler_config=scheduler, num_speculative_tokens=speculative)
+    assert most_rows(config) == rows
 
 
 # --- refused
@@ -275,6 +285,19 @@ def test_another_name_of_the_head_is_refused(folder: Folders) -> None:
         pytest.raises(ConfigError, match=r"^model.lm_head: the quantized head of this checkpoint is lm_head"),
     ):
         ParallelLMHead(TOKENS_OF, 64, quant_config=quantization_of(made), prefix="model.lm_head")
+
+
+def test_a_head_with_a_number_for_the_whole_tensor_is_refused(folder: Folders) -> None:
+    """mxrot writes none."""
+    made = folder()
+    config = quantization_of(made)
+    weights = TensorQuantizer.of("nvfp4")
+    config.scheme = replace(config.scheme, head=SiteScheme(weights))
+    with (
+        set_current_vllm_config(configure(made, "float32")),
+        pytest.raises(ConfigError, match=r"^lm_head: weights in nvfp4 have a number for the whole tensor"),
+    ):
+        ParallelLMHead(TOKENS_OF, 64, quant_config=config, prefix="lm_head")
 
 
 def test_a_hub_checkpoint_is_known_by_its_config_alone(folder: Folders) -> None:

@@ -38,7 +38,7 @@ class MxrotHeadMethod(QuantizeMethodBase):
         **attributes: Any,
     ) -> None:
         """Create parameters with the names of the checkpoint, for the rows on this device and those without a token."""
-        self.dtype, self.most_rows = params_dtype, _most_rows(get_current_vllm_config())
+        self.dtype, self.most_rows = params_dtype, most_rows(get_current_vllm_config())
         rows = sum(output_partition_sizes)
         placed = {"input_dim": 1, "output_dim": 0, "weight_loader": attributes["weight_loader"]}
         for name, (shape, dtype) in self.scheme.weights.stored_parts(rows, input_size).items():
@@ -67,7 +67,7 @@ class MxrotHeadMethod(QuantizeMethodBase):
         return linear.compute(x, linear.site_weight(), bias)
 
 
-def _most_rows(config: VllmConfig) -> int:
+def most_rows(config: VllmConfig) -> int:
     """The most hidden states that get logits in a step: of each request the last one, and those that are guessed
     ahead."""
     scheduler = config.scheduler_config
