@@ -15,13 +15,12 @@ import torch
 from tests.tiny_model import write_tiny_model
 from tests.unit.checkpoint.folders import TOKENS, all_tensors, change_shard, recipe, write
 from tests.unit.checkpoint.folders import logits as own_logits
-from tests.vllm.plain_vllm import configure, load
+from tests.vllm.plain_vllm import configure, load, logits
 from tests.vllm.test_plugin import fill, quantization_of, under
 from tests.vllm.test_stock import relative_error
 from torch import Tensor
 from transformers import AutoConfig
 from vllm.config import set_current_vllm_config
-from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 from vllm.model_executor.layers.quantization import _CUSTOMIZED_METHOD_TO_QUANT_CONFIG as CUSTOM
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
@@ -77,13 +76,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return make
 
 
-@torch.inference_mode()
-def logits(model: Any, config: Any) -> Tensor:
-    """As vLLM's runner asks for them: [windows, length, vocabulary]."""
-    with set_current_vllm_config(config), set_forward_context(None, config):
-        return torch.stack([model.compute_logits(model(window, torch.arange(len(window)))) for window in TOKENS])
-
-
 def head_of(folder: Path) -> ParallelLMHead:
     """vLLM's head alone, filled from the checkpoint, on the device that vLLM believes to be."""
     table = AutoConfig.from_pretrained(folder)
@@ -114,7 +106,7 @@ def test_logits_are_ours_bit_for_bit_in_float32(head: str, tokens: int, tied: bo
     assert isinstance(embedding.quant_method, UnquantizedEmbeddingMethod)
     assert torch.equal(embedding.weight[:tokens], all_tensors(made)["model.embed_tokens.weight"].float())
     assert [name for name, _ in model.lm_head.named_parameters(recurse=False)] == []
-    found = logits(model, config)
+    found = logits(model, config, TOKENS)
     assert found.shape[-1] == tokens and torch.equal(found, own_logits(mxrot.load(made)))
 
 
@@ -125,7 +117,7 @@ def test_other_architectures(kind: str, checkpoint: Callable[[str], Path]) -> No
     config = configure(made, "float32")
     model = load(config)
     assert isinstance(model.lm_head.quant_method, MxrotHeadMethod)
-    assert torch.equal(logits(model, config), own_logits(mxrot.load(made)))
+    assert torch.equal(logits(model, config, TOKENS), own_logits(mxrot.load(made)))
 
 
 @pytest.mark.parametrize("head", HEADS)
