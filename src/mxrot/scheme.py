@@ -33,6 +33,9 @@ from mxrot.surgery import install_empty_site
 from mxrot.transforms.site_transform import SiteTransform, stored_tensors
 from mxrot.transforms.stages import StageSpec
 
+HEAD_TRANSFORM = "head"
+"""The name of the transform of a quantized head in a checkpoint."""
+
 
 @dataclass(frozen=True)
 class SiteScheme:
@@ -228,7 +231,7 @@ def install_head(model: PreTrainedModel, scheme: Scheme, family: Family) -> None
     device = old.weight.device
     new = HeadLinear(old.in_features, old.out_features, own.weights, own.activations, old.bias, device)
     if own.stages:
-        new.own_transform("head", InputTransform.empty(own.stages, old.in_features, device))
+        new.own_transform(HEAD_TRANSFORM, InputTransform.empty(own.stages, old.in_features, device))
     model.set_submodule(family.head, new)
 
 

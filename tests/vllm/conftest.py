@@ -5,6 +5,7 @@ import os
 import shutil
 
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"
+os.environ["VLLM_PLUGINS"] = ""  # tests of stock vLLM run in the same process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from collections.abc import Callable, Iterator
@@ -115,6 +116,10 @@ _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "other-formats": ("hadamard", {"weights__format": "int4_g32_asym", "weights__rule": "", "activations": "none"}),
     "whole-rows": ("rtn", {"weights__format": "int8_row", "weights__rule": "", "activations": "none"}),
+    **{
+        f"head-{name}": ("hadamard", {"head__format": "mxfp4", "head__transform": "hadamard"})
+        for name in ("mistral", "qwen2", "qwen3", "phi3")
+    },
     "tensor-scale": ("rtn", {"weights__format": "nvfp4", "weights__rule": "", "activations": "none"}),
 }
 
@@ -131,7 +136,7 @@ _FOREIGN: dict[str, tuple[Any, Any]] = {
 def _write(root: Path, kind: str) -> None:
     name, changes = _RECIPES[kind]
     source = root / f"source-{kind}"
-    foreign = _FOREIGN.get(kind)
+    foreign = _FOREIGN.get(kind.removeprefix("head-"))
     if foreign is None:
         write_tiny_model(source, torch.bfloat16, attention_bias="bias" in kind)
     else:

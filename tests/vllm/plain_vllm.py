@@ -109,10 +109,10 @@ def load(config: VllmConfig) -> Any:
 
 @torch.inference_mode()  # as vLLM on a GPU
 def logits(model: Any, config: VllmConfig, tokens: Tensor) -> Tensor:
-    """[windows, length, vocabulary] in float32."""
+    """[windows, length, vocabulary] in float32, from the head as vLLM computes it."""
     rows = []
     with set_current_vllm_config(config), set_forward_context(None, config):
         for window in tokens:
             hidden = model(window, torch.arange(len(window)))
-            rows.append(nn.functional.linear(hidden, model.lm_head.weight).float())
+            rows.append(model.compute_logits(hidden).float())
     return torch.stack(rows)

@@ -102,10 +102,6 @@ _VLLM_BIAS = " vLLM without mxrot takes no bias on linears with a transform, and
 _VLLM_OWN = (
     "only with mxrot installed beside it, if at all: {why}. `mxrot export path/to/this/folder --to vllm` says more."
 )
-
-_VLLM_HEAD = (
-    "not with this quantized head, which was not tried there. `mxrot export path/to/this/folder --to vllm` says more."
-)
 _VLLM_CACHE = (
     "not with this cache, whose formats vLLM does not have. `mxrot export path/to/this/folder --to vllm` says more."
 )
@@ -244,7 +240,7 @@ def _vllm(made: Made) -> str:
     if made.scheme.cache is not None:
         return _VLLM_CACHE
     if made.scheme.head is not None:
-        return _VLLM_HEAD
+        return _VLLM_OWN.format(why="stock vLLM does not read this quantized head")
     if why is not None:
         return _VLLM_OWN.format(why=why.replace("it has", "compressed-tensors has"))
     if not made.scheme.has_transform:

@@ -92,14 +92,8 @@ def _head_changes(head: str | None) -> dict[str, Any]:
     return {f"head.{key}": getattr(chosen, key) for key in ("format", "inputs", "transform")}
 
 
-def check_head_for(purpose: str | None, head: str | None) -> None:
-    """ConfigError if the program of `--for` does not support a quantized head."""
-    if purpose is not None and head not in (None, "none"):
-        raise ConfigError(f"--head {head}: {purpose} takes no quantized head; leave out --head or --for")
-
-
-def recipe_name(recipe: str, purpose: str | None, model: str, family: str | None = None) -> str:
-    """The recipe of `--recipe`, or the one that `--for` selects, which is then printed."""
+def recipe_name(recipe: str, purpose: str | None, model: str, family: str | None, head: str | None) -> str:
+    """The recipe of `--recipe`, or the one that `--for` selects for the head of `--head`, which is then printed."""
     if purpose is None:
         return recipe
     from mxrot.nearest import not_known
@@ -114,7 +108,7 @@ def recipe_name(recipe: str, purpose: str | None, model: str, family: str | None
 
     place = find_config(model)
     with asked_family(family, place, model):
-        picked = recipe_for_vllm(model, place)
+        picked = recipe_for_vllm(model, place, _head_changes(head))
     for line in picked.lines:
         say(line)
     return picked.recipe

@@ -20,7 +20,6 @@ from mxrot.commands.options import (
     RecipeOption,
     Revision,
     Samples,
-    check_head_for,
     chosen_recipe,
     console,
     prepare,
@@ -80,11 +79,10 @@ def plan(
     if gpu_memory is not None and gpu_memory > MOST_MEMORY:
         raise ConfigError(f"--gpu-memory {gpu_memory}: is in GB, at most {MOST_MEMORY}")
     check_asked(family)
-    check_head_for(purpose, head)
     chosen_recipe(recipe, changes, head)  # errors of the recipe are found first
     model = with_revision(model, revision)
     prepare(model, device, json_file, gets_weights=False)
-    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes, head)
+    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family, head), changes, head)
     other = None if rates is None else OtherRates.read(rates)
     machine = Machine(torch.device(device or api.default_device()), gpu_memory and 1e9 * gpu_memory, other)
     place = find_config(model)

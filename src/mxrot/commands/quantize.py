@@ -24,7 +24,6 @@ from mxrot.commands.options import (
     Revision,
     Samples,
     Seed,
-    check_head_for,
     chosen_recipe,
     loaded_texts,
     prepare,
@@ -73,8 +72,7 @@ def quantize(
 
     model = with_revision(model, revision)
     check_asked(family)
-    check_head_for(purpose, head)
-    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family), changes, head)
+    chosen = chosen_recipe(recipe_name(recipe, purpose, model, family, head), changes, head)
     if not is_utf8(output):
         raise ConfigError(
             f"--output {output}: the name is not UTF-8, which no reader of tokenizers accepts; give another one"

@@ -7,7 +7,6 @@ its inputs keeps the matrices of its own blocks, so its share of the inputs must
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,21 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import get_layer_partition_names
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
-from vllm.model_executor.utils import set_weight_attrs
 
 from mxrot.checkpoint.checked import check_checkpoint
 from mxrot.checkpoint.layout import Layout, read_layout
 from mxrot.errors import ConfigError
 from mxrot.formats.quantizer import PACKED, PART
-from mxrot.kernels.fixed_rows import set_invariant_rows
-from mxrot.layers import InputTransform, QuantLinear, prepare_site, warm_up_linear
+from mxrot.layers import QuantLinear
 from mxrot.marker import IN_VLLM
 from mxrot.models import find_family
 from mxrot.scheme import Scheme, SiteScheme, scheme_name
 from mxrot.transforms.stages import BlockDiagonalSpec
-from mxrot.vllm.verdict import CACHE_STOP, HEAD_STOP, OPERANDS_STOP, input_block, why_not_in_plugin
-
-BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
-"""The environment variable of vLLM's batch-invariant mode."""
+from mxrot.vllm.head import MxrotHeadMethod
+from mxrot.vllm.install import SlicedTransform, install_linear, transform_module
+from mxrot.vllm.verdict import CACHE_STOP, OPERANDS_STOP, input_block, why_not_in_plugin
 
 
 class MxrotQuantization(CompressedTensorsConfig):
@@ -64,7 +61,7 @@ class MxrotQuantization(CompressedTensorsConfig):
         """Check the model, and its files if they are on this machine already. vLLM calls this method.
 
         CheckpointError if the folder that vLLM is about to read contradicts itself. ConfigError for quantized products
-        of attention, a quantized cache or a quantized head.
+        of attention and a quantized cache.
         """
         super().maybe_update_config(model_name, hf_config=hf_config, **options)
         family = find_family(hf_config, model_name)
@@ -76,8 +73,6 @@ class MxrotQuantization(CompressedTensorsConfig):
             raise ConfigError(f"{model_name}: {OPERANDS_STOP}")
         if self.scheme.cache is not None:
             raise ConfigError(f"{model_name}: {CACHE_STOP}")
-        if self.scheme.head is not None:
-            raise ConfigError(f"{model_name}: {HEAD_STOP}")
         self.transform_names = {
             f"{family.block_prefix(index)}.{name}": scheme_name(index, site)
             for index in range(hf_config.get_text_config().num_hidden_layers)
@@ -95,6 +90,8 @@ class MxrotQuantization(CompressedTensorsConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
             raise ConfigError(f"{prefix}: has experts, which mxrot does not compute in vLLM")
+        if isinstance(layer, ParallelLMHead) and self.scheme.head is not None:
+            return self._head_method(prefix, self.scheme.head)
         if not isinstance(layer, LinearBase):
             return super().get_quant_method(layer, prefix)
         parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
@@ -104,6 +101,13 @@ class MxrotQuantization(CompressedTensorsConfig):
         if reason := why_not_in_plugin(own):
             raise ConfigError(f"{prefix}: {reason}")
         return MxrotLinearMethod(prefix, own, self.transform_names[parts[0]], self.transforms)
+
+    def _head_method(self, prefix: str, scheme: SiteScheme) -> MxrotHeadMethod:
+        if prefix != self.layout.head:
+            raise ConfigError(f"{prefix}: the quantized head of this checkpoint is {self.layout.head}")
+        if reason := why_not_in_plugin(scheme):
+            raise ConfigError(f"{prefix}: {reason}")
+        return MxrotHeadMethod(prefix, scheme)
 
     def scheme_of(self, prefix: str, parts: list[str]) -> SiteScheme | None:
         """The scheme of a linear of vLLM, which all of its parts share. None if it is not quantized.
@@ -117,22 +121,6 @@ class MxrotQuantization(CompressedTensorsConfig):
         if len(found) > 1:
             raise ConfigError(f"{prefix}: its parts {', '.join(parts)} are not of one site, or not quantized alike")
         return found.pop()[0]
-
-
-class SlicedTransform(nn.Module):
-    """sqrt(B) T of the blocks that a linear reads here, out of all blocks in the checkpoint."""
-
-    def __init__(self, stage: BlockDiagonalSpec, width: int, first: int) -> None:
-        super().__init__()
-        shape, dtype = stage.tensors(width)["weight"]
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-        self.first = first
-        set_weight_attrs(self.weight, {"weight_loader": self.load})
-
-    def load(self, parameter: nn.Parameter, stored: Tensor, *shard: Any) -> None:
-        """Take the matrices of these blocks. A single matrix serves all blocks."""
-        matrices = parameter.data.view(-1, *stored.shape[-2:])
-        matrices.copy_(stored[self.first : self.first + len(matrices)] if stored.dim() == 3 else stored)
 
 
 @register_weight_loader_v2_supported_method
@@ -170,7 +158,7 @@ class MxrotLinearMethod(LinearMethodBase):
             empty = torch.empty(shape, dtype=dtype)
             layer.register_parameter(name, self._parameter(name, empty, loader))
         if self.scheme.stages:
-            layer.add_module(f"{self.transform_name}_input", self._transform(layer, columns, input_size))
+            layer.add_module(transform_module(self.transform_name), self._transform(layer, columns, input_size))
 
     def _parameter(self, name: str, empty: Tensor, loader: Any) -> nn.Parameter:
         """A parameter that vLLM fills with the rows and columns of this device."""
@@ -188,23 +176,9 @@ class MxrotLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Replace the parameters by a QuantLinear, and compile its kernels."""
-        if os.environ.get(BATCH_INVARIANT, "0") not in ("", "0"):
-            set_invariant_rows(True)
         columns, rows = layer.input_size_per_partition, len(layer.weight_packed)
         linear = QuantLinear(columns, rows, self.scheme.weights, self.scheme.activations, device="meta")
-        for name in self.scheme.weights.stored_parts(rows, columns):
-            setattr(linear, name, nn.Parameter(getattr(layer, name).data, requires_grad=False))
-            delattr(layer, name)
-        linear.fast = self.scheme.accumulation == "fast"
-        if self.scheme.stages:
-            stored: SlicedTransform = getattr(layer, f"{self.transform_name}_input")
-            linear.own_transform(
-                self.transform_name, InputTransform(self.scheme.stages, {"weight": stored.weight.data})
-            )
-            delattr(layer, f"{self.transform_name}_input")
-        prepare_site((linear,))
-        layer.add_module("quantized", linear)
-        warm_up_linear(linear, self.dtype, self.most_rows)
+        install_linear(layer, linear, self.scheme, self.transform_name, self.dtype, self.most_rows)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         linear: QuantLinear = layer.quantized

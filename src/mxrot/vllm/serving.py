@@ -218,6 +218,10 @@ def _head_lines(facts: Facts) -> Iterator[str]:
 def _plugin_lines(facts: Facts, machine: Machine) -> Iterator[str]:
     yield "linears by mxrot's plugin, as mxrot.load computes them"
     yield from _own_lines(facts, machine)
+    yield from _head_lines(facts)
+    head = facts.scheme.head
+    if head is not None and head.activations is None and facts.dtype == "float16":
+        yield "  dequantized in each step, because its kernel takes bfloat16 only: -- --dtype bfloat16"
 
 
 def _stock_lines(report: VllmReport, machine: Machine) -> Iterator[str]:

@@ -32,8 +32,8 @@ KV_OF_VLLM = (
 CACHE_STOP = "quantizes keys and values of attention by blocks, which neither vLLM nor the plugin does"
 OPERANDS_STOP = "quantizes the operands of attention's products, which neither vLLM nor the plugin does"
 HEAD_STOP = (
-    "has a quantized head, which was not tried in vLLM and which the plugin does not load: for vLLM, quantize without "
-    "[head]"
+    "has a quantized head, which config.json describes in mxrot's own words: install mxrot where vLLM runs, or "
+    "quantize without [head]"
 )
 _SIZES = (1, 2, 4, 8, 16)
 
@@ -102,8 +102,6 @@ def _stops_of_both(facts: Facts) -> Iterator[str]:
         yield f"it {CACHE_STOP}; {KV_OF_VLLM}"
     if facts.scheme.attention is not None:
         yield f"it {OPERANDS_STOP}"
-    if facts.scheme.head is not None:
-        yield f"it {HEAD_STOP}"
     if facts.scheme.has_transform and facts.architecture not in ARCHITECTURES + FUSED:
         tried = ", ".join(ARCHITECTURES + FUSED)
         yield f"{facts.architecture}: its transforms were not tried in vLLM; tried were {tried}"
@@ -136,6 +134,8 @@ def _stops_of_stock(facts: Facts) -> Iterator[str]:
         and (reason := why_unfaithful(facts.scheme)) is not None
     ):
         yield f"vLLM reads the words of compressed-tensors: {reason}; install mxrot where vLLM runs"
+    if facts.scheme.head is not None:
+        yield f"it {HEAD_STOP}"
     biased = [name for name in facts.biased if facts.scheme.linears[name].stages]
     if biased:
         yield (
@@ -145,6 +145,9 @@ def _stops_of_stock(facts: Facts) -> Iterator[str]:
 
 
 def _stops_of_plugin(facts: Facts) -> Iterator[str]:
+    if facts.scheme.head is not None and facts.architecture not in ARCHITECTURES + FUSED:
+        tried = ", ".join(ARCHITECTURES + FUSED)
+        yield f"{facts.architecture}: its quantized head was not tried in vLLM; tried were {tried}"
     for one in facts.scheme.distinct:
         if reason := why_not_in_plugin(one):
             yield reason

@@ -197,9 +197,9 @@ def test_others_refuse_it_and_are_told_why(source: Path, written: Path) -> None:
     with pytest.raises(ConfigError, match=r"^compressed-tensors: the head is quantized$"):
         compressed_tensors_config(Scheme.of(EIGHT, family, model), family, torch.float16)
     report = plan_for_vllm(model, family, EIGHT)
-    for serving in (report.stock, report.plugin):
-        (stop,) = serving.stops
-        assert stop.startswith("it has a quantized head, which was not tried in vLLM")
+    (stop,) = report.stock.stops
+    assert stop.startswith("it has a quantized head") and "install mxrot where vLLM runs" in stop
+    assert (report.plugin.stops, report.plugin.tensor_parallel) == ((), (1,))
     table = json.loads((written / "config.json").read_text())["quantization_config"]
     with pytest.raises(ValueError, match="mxrot"):
         QuantizationConfig.model_validate(table)

@@ -40,9 +40,19 @@ def test_plan_for_vllm_plans_that_recipe(model: Path, tmp_path: Path) -> None:
     assert table["recipe"] == "mxrot-vllm" and not table["vllm"]["stock"]["stops"]
 
 
-def test_what_vllm_does_not_run_at_all_is_refused(tmp_path: Path) -> None:
+def test_a_head_for_vllm_gets_a_recipe_for_the_plugin(model: Path, tmp_path: Path) -> None:
+    shown = run("plan", model, "--for", "vllm", "--head", "mxint8", "--json", tmp_path / "plan.json").stdout
+    assert shown.startswith("for vLLM: recipe mxrot, because vLLM 0.32.0 with mxrot installed runs the folder as it is")
+    table = json.loads((tmp_path / "plan.json").read_text())
+    assert table["recipe"] == "mxrot" and not table["vllm"]["plugin"]["stops"] and table["vllm"]["stock"]["stops"]
+    run("plan", model, "--for", "vllm", "--head", "none", "--json", tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["recipe"] == "mxrot-vllm"
+
+
+@pytest.mark.parametrize("head", [(), ("--head", "mxint8")])
+def test_what_vllm_does_not_run_at_all_is_refused(tmp_path: Path, head: tuple[str, ...]) -> None:
     mixture = write_tiny_mixture(tmp_path / "experts", "mixtral")
-    said = run("plan", mixture, "--for", "vllm", code=2).stderr
+    said = run("plan", mixture, "--for", "vllm", *head, code=2).stderr
     assert "with none of mxrot, mxrot-vllm, w4a16, rtn: it has experts" in said
 
 

@@ -76,6 +76,20 @@ def test_it_says_what_computes_what(folders: dict[str, Path]) -> None:
     assert "1 or more rows: plain" in "\n".join(served(folders["block"], LAPTOP).lines)
 
 
+def test_a_head_is_served_by_the_plugin_alone(source: Path, tmp_path: Path) -> None:
+    """The tiny model is in float16, which the kernel of the head does not take."""
+    write(source, tmp_path / "head", recipe("rtn", head__format="mxint8"))
+    lines = served(tmp_path / "head").lines
+    assert lines[-2:] == (
+        "the head: weights mxint8 even, inputs in 16 bit, no transform",
+        "  dequantized in each step, because its kernel takes bfloat16 only: -- --dtype bfloat16",
+    )
+    coarse = {"head__format": "mxfp4", "head__inputs": "mxfp4"}
+    write(source, tmp_path / "W4A4", recipe("rtn", **coarse))
+    assert served(tmp_path / "W4A4").lines[-1] == "the head: weights mxfp4 even, inputs mxfp4 even, no transform"
+    assert "install mxrot where vLLM runs" in refused(tmp_path / "head", stock=True)
+
+
 def test_stock_is_left_to_compressed_tensors_in_bfloat16(folders: dict[str, Path]) -> None:
     found = served(folders["rtn"], stock=True)
     assert found.words[-2:] == ("--quantization", "compressed-tensors") and "bfloat16" in found.words

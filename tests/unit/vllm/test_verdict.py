@@ -83,6 +83,10 @@ def test_other_architectures(config: Any, model: Any, runs_with_plugin: bool, tm
     report = check_for_vllm(tmp_path / "plain")
     assert report.stock.stops == ()
     assert any("not tried" in note for note in report.notes) != runs_with_plugin
+    write(tmp_path / "model", tmp_path / "head", recipe("rtn", head__format="mxint8"))
+    report = check_for_vllm(tmp_path / "head")
+    assert [stop for stop in report.plugin.stops if "its quantized head was not tried" not in stop] == []
+    assert (report.plugin.stops == ()) == runs_with_plugin and report.stock.stops
 
 
 @pytest.mark.parametrize(("ffn", "sizes"), [(96, (1,)), (128, (1, 2)), (256, (1, 2))])
