@@ -15,6 +15,9 @@ from mxrot.kernels.plain import PackedRows
 FORMAT = get_format("mxfp4")
 MIDDLE = "W4A4, packed, middle rows"
 ALONE = ", without the quantizer"
+EARLY = ", launched before the quantizer waits"
+MOST_EARLY_ROWS = 64
+"""The most rows for which that is measured: tiles for more rows leave no room for another kernel."""
 FEWEST_FOR_TRITON = 16
 """The fewest rows: Triton's tiles have at least 16 rows of inputs, and win above that."""
 TRITON = f"{MIDDLE}, Triton"
@@ -43,11 +46,11 @@ def middle_products(
     rule = FORMAT.rule()
     product: Callable[..., Tensor] = cuda.middle_product if cuda.is_there(x.device) else fused.middle_product
 
-    def quantized() -> Tensor:
-        return rotate_quantize_e5m2(x, matrices, FORMAT, rule, are_across_blocks=True)
+    def quantized(at_once: bool = False) -> Tensor:
+        return rotate_quantize_e5m2(x, matrices, FORMAT, rule, are_across_blocks=True, allows_next_at_once=at_once)
 
-    def whole(way: Callable[..., Tensor], w: PackedRows) -> Tensor:
-        return way(quantized(), w.codes, w.scales, exponents, torch.bfloat16)
+    def whole(way: Callable[..., Tensor], w: PackedRows, at_once: bool = False) -> Tensor:
+        return way(quantized(at_once), w.codes, w.scales, exponents, torch.bfloat16)
 
     once = quantized()
     arguments = [(once, w.codes, w.scales, exponents, torch.bfloat16) for w in weights]
@@ -73,3 +76,5 @@ def middle_products(
             told(f"{name}: not launched: {type(failure).__name__}: {str(failure)[:200]}")
             continue
         yield from measured(name, way)
+        if len(x) <= MOST_EARLY_ROWS:
+            yield f"{name}{EARLY}", [partial(whole, way, w, at_once=True) for w in weights], 17 / 32

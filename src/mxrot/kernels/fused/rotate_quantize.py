@@ -38,6 +38,8 @@ from mxrot.kernels.fused.overlap import can_overlap
 from mxrot.kernels.plain import E5M2_EXPONENTS, PackedRows, swizzled_bytes
 
 BLOCK = tl.constexpr(32)
+AFTER_IT, AT_ONCE = tl.constexpr(1), tl.constexpr(2)
+"""When the next kernel may start: after the wait for the previous one, or before it."""
 MOST_STEPS = 64
 MOST_PROGRAMS_DOWN = 65535
 """CUDA's limit of the second dimension of a grid."""
@@ -211,8 +213,11 @@ def _values(
     FLAT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    if OVERLAP == AT_ONCE:
+        gdc_launch_dependents()
     if OVERLAP:
         gdc_wait()
+    if OVERLAP == AFTER_IT:
         gdc_launch_dependents()
     first_group, first, columns, count = _place(rows_in_all, groups_in_all, steps, ROWS, GROUPS, FLAT)
     from_stride = BLOCK if FLAT else x_stride
@@ -419,14 +424,17 @@ def rotate_quantize_e5m2(
     are_in_pairs: bool = False,
     has_fixed_tile: bool = False,
     are_across_blocks: bool = False,
+    allows_next_at_once: bool = False,
 ) -> Tensor:
     """The function `plain_rotate_quantize_e5m2`. With the flags, the values are in the order of `plain.in_pairs` or
-    `plain.across_blocks`."""
+    `plain.across_blocks`. With `allows_next_at_once`, the next kernel may start before this one has waited for the
+    previous one; before its own wait it must touch only what is older than both."""
     out = torch.empty(x.shape, dtype=torch.float8_e5m2, device=x.device)
     least, most = E5M2_EXPONENTS
     blocks = _Blocks.of(x, matrices, has_fixed_tile=has_fixed_tile)
     exponents = least + shift, most + shift
-    _write_values(blocks, matrices, format, rule, out, exponents, shift, are_in_pairs, are_across_blocks)
+    order = are_in_pairs, are_across_blocks
+    _write_values(blocks, matrices, format, rule, out, exponents, shift, order, allows_next_at_once)
     return out
 
 
@@ -474,11 +482,15 @@ def _write_values(
     out: Tensor,
     exponents: tuple[int, int],
     shift: int,
-    are_in_pairs: bool = False,
-    are_across_blocks: bool = False,
+    order: tuple[bool, bool] = (False, False),
+    allows_next_at_once: bool = False,
 ) -> None:
     if not out.numel():
         return
+    constants = blocks.constants(matrices)
+    if allows_next_at_once and constants["OVERLAP"]:
+        constants["OVERLAP"] = AT_ONCE.value
+    are_in_pairs, are_across_blocks = order
     _values[blocks.grid](
         blocks.x,
         blocks.x if matrices is None else matrices.contiguous(),
@@ -496,7 +508,7 @@ def _write_values(
         SHIFTED=shift != 0,
         IN_PAIRS=are_in_pairs,
         ACROSS=are_across_blocks,
-        **blocks.constants(matrices),
+        **constants,
     )
 
 
@@ -600,7 +612,7 @@ class _Blocks:
             "ONCE": self.steps == 1,
             "EVEN": self.rows % self.tile.rows == 0 and self.groups % self.tile.groups == 0,
             "FLAT": self.is_flat,
-            "OVERLAP": overlaps,
+            "OVERLAP": AFTER_IT.value if overlaps else 0,
             "num_warps": 1,
             "launch_pdl": overlaps,
         }
