@@ -1,9 +1,8 @@
-// The functions of `mxrot/kernels/cuda/hopper.cuh` on a CPU, so that a kernel's arithmetic, addresses and handshakes run
-// without a GPU. Threads are fibers, and blocks run at
-// different paces. Copies arrive late and in random order; products are computed as late as possible,
-// when they are waited for. A launch fails, with a sentence, if threads wait for ever, if a barrier gets more arrivals
-// than it expects, and if memory of a block that has ended is used. Not modelled: memory order between threads, registers,
-// and the fewer bits in which Hopper sums products.
+// The functions of `mxrot/kernels/cuda/hopper.cuh` on a CPU, so that the arithmetic, addresses and handshakes of a kernel
+// run without a GPU. Threads are fibers, and blocks run at different paces. Copies arrive late and in random order.
+// Products are computed as late as possible, when they are waited for. A launch fails, with a sentence, if threads wait
+// for ever, if a barrier gets more arrivals than it expects, or if memory of a block that has ended is used. Not
+// modelled: the order in which other threads see stores, registers, and the fewer bits in which Hopper sums products.
 
 #include <ucontext.h>
 
@@ -104,7 +103,8 @@ static int block_threads, team_size;
 static Block& mine() { return *blocks[running->block]; }
 static void resume_scheduler() { swapcontext(&running->context, &scheduler); }
 [[noreturn]] static void fail(const std::string& why) {
-  if (failure.empty()) failure = why + " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(threadIdx.x) + ")";
+  const std::string where = "block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(threadIdx.x);
+  if (failure.empty()) failure = why + " (" + where + ")";
   for (;;) resume_scheduler();
 }
 static void later(std::function<void()> happens) {
@@ -399,9 +399,10 @@ inline void finish_products() {
     for (int four = 0; four < 4; four++) {
       const Thread& other = *threads[first_of_four + four];
       if (other.products.size() != thread->products.size()) fail("threads of a warpgroup start other products");
-      for (int part = 0; part < 4; part++)
-        for (int byte = 0; byte < 4; byte++)
-          left[part % 2][part / 2 * 16 + four * 4 + byte] = values[other.products[which].numbers[part] >> 8 * byte & 255];
+      for (int place = 0; place < 16; place++) {
+        const int part = place / 4, byte = place % 4;
+        left[part % 2][part / 2 * 16 + four * 4 + byte] = values[other.products[which].numbers[part] >> 8 * byte & 255];
+      }
     }
     for (int place = 0; place < INPUTS / 2; place++) {
       const int input = place / 4 * 8 + lane % 4 * 2 + place % 2, upper = place / 2 % 2;

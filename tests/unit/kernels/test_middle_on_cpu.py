@@ -117,7 +117,7 @@ MISTAKES = {
         "        wait_for_others(sums_there, tiles_done & 1);\n",
         "",
     ),
-    "nobody hands on sums": ("    } else if (!SPLIT && end < chunks) {\n", "    } else if (false) {\n"),
+    "nobody hands on sums": ("SPLIT ? member == 0 : end == chunks;", "SPLIT ? member == 0 : true;"),
 }
 
 

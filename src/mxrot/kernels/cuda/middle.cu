@@ -1,6 +1,7 @@
 // MXFP4 inputs, as E5M2, times packed MXFP4 weights. A team is a cluster of blocks. They have the same inputs and
-// different weights; or, if SPLIT, different chunks of the same tile, whose sums the first block adds up. Each team processes its share of all chunks of 256 columns of all tiles. `middle.py` explains the
-// computation, defines the constants, and writes `add_products`.
+// different weights, or with SPLIT different chunks of the same tile, whose sums the first block adds up. Each team
+// processes its share of all chunks of 256 columns of all tiles. `middle.py` explains the computation, defines the
+// constants, and writes `add_products`.
 
 constexpr int THREADS = 128 * GROUPS;  // plus a warpgroup, in which one warp starts the copies
 constexpr int TILE_ROWS = 64 * GROUPS;
@@ -19,16 +20,17 @@ typedef u16 Number;
 #endif
 constexpr int PITCH = 64 * sizeof(Number) + 16;  // outputs of a warpgroup in shared memory, [INPUTS, 64]
 
-// Shared memory: stages, their scales, outputs, sums of other blocks, barriers. In a stage, both halves of the inputs and the words are
-// swizzled and start at multiples of 1024.
+// Shared memory: stages, their scales, outputs, sums of other blocks, barriers. In a stage, both halves of the inputs
+// and the words are swizzled and start at multiples of 1024.
 constexpr int SCALES_AT = STAGES * STAGE_BYTES;
 constexpr int OUTPUTS_AT = SCALES_AT + STAGES * TILE_ROWS * 8;
 constexpr int SUMS_AT = OUTPUTS_AT + GROUPS * INPUTS * PITCH;
 constexpr int BARRIERS_AT = SUMS_AT + (SPLIT ? (TEAM - 1) * SUMS * THREADS * 4 : 0);
 
-// Sums that are handed on, in units of 16 bytes per thread. A thread loads as many at once as its registers hold, of one
-// team or of several: each load takes most of a microsecond.
-constexpr int PARTS = SUMS / 4, REMAINING = REGISTERS - 2 * SUMS, IN_FLIGHT = REMAINING < 92 ? 4 : REMAINING < 140 ? 8 : 16;
+// Sums that are handed on, in units of 16 bytes per thread. A thread loads as many at once as its registers hold, of
+// one team or of several: each load takes most of a microsecond.
+constexpr int PARTS = SUMS / 4, REMAINING = REGISTERS - 2 * SUMS;
+constexpr int IN_FLIGHT = REMAINING < 92 ? 4 : REMAINING < 140 ? 8 : 16;
 constexpr int BATCH = PARTS < IN_FLIGHT ? PARTS : IN_FLIGHT, OTHERS = IN_FLIGHT / BATCH;
 constexpr u32 NOTHING = 0xFFFFFFFFu;  // a NaN that no sum can be
 
@@ -40,8 +42,8 @@ __device__ __forceinline__ void look_up(u32 codes, u32 low, u32 high, u32 ones, 
   second = ((later << 1) & 0x80808080u) | permute(low, high, magnitudes >> 16);
 }
 
-// What a team computes: its share of the chunks of the first `rest` tiles, the last tile first and in each tile the first
-// chunk; then every one of the other tiles whose turn it is.
+// What a team computes: its share of the chunks of the first `rest` tiles, the last tile first and in each tile the
+// first chunk; then every one of the other tiles whose turn it is.
 struct Share {
   int team, teams, chunks, rest, tiles, first, last;
   int begin, finish;  // chunks of a tile that is whole
@@ -60,9 +62,9 @@ struct Cursor {
   }
   __device__ __forceinline__ bool next(const Share& share) {
     if (++chunk < end) return false;
-    const int following = tile >= share.rest                         ? tile + share.teams
-                          : tile * share.chunks > share.first ? tile - 1
-                                                                     : share.rest + share.team;
+    const bool is_last_of_share = tile < share.rest && tile * share.chunks <= share.first;
+    const int after_share = is_last_of_share ? share.rest + share.team : tile + share.teams;
+    const int following = tile < share.rest && !is_last_of_share ? tile - 1 : after_share;
     if (following < share.tiles) open(share, following);
     return true;
   }
@@ -92,14 +94,13 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
   const int steps = own + (tiles - rest) / teams * (share.finish - share.begin);
   Cursor at;
   at.start(share);
-  // Tiles next to each other in this order have the same weights, or one of ACROSS tiles of inputs, which the L2 cache
-  // holds.
-  constexpr int ACROSS = 8;
+  // Neighbouring tiles have the same weights, or inputs of the same BAND tiles, which the L2 cache holds.
+  constexpr int BAND = 8;
   const auto place_of = [&](int tile, int& first_row, int& first_input) {
-    const int band = tile / (ACROSS * row_tiles), within = tile - band * ACROSS * row_tiles;
-    const int width = min(ACROSS, input_tiles - band * ACROSS), down = within / width;
+    const int band = tile / (BAND * row_tiles), within = tile - band * BAND * row_tiles;
+    const int width = min(BAND, input_tiles - band * BAND), down = within / width;
     first_row = (SPLIT ? down : down * TEAM + member) * TILE_ROWS;
-    first_input = (band * ACROSS + within - down * width) * INPUTS;
+    first_input = (band * BAND + within - down * width) * INPUTS;
   };
   // Barrier `slot`: the stage is loaded. Barrier STAGES + slot: all warps are done with it, those of the team if it
   // shares inputs. The last two: sums are in the first block; it has taken them.
@@ -309,11 +310,12 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
         for (int other = 1; other < TEAM; other++)
 #pragma unroll
           for (int part = 0; part < PARTS; part++) {
-            const float4 sums_of = *(const float4*)(shared + SUMS_AT + (((other - 1) * PARTS + part) * THREADS + thread) * 16);
-            total[4 * part] += sums_of.x;
-            total[4 * part + 1] += sums_of.y;
-            total[4 * part + 2] += sums_of.z;
-            total[4 * part + 3] += sums_of.w;
+            const int place = ((other - 1) * PARTS + part) * THREADS + thread;
+            const float4 numbers = *(const float4*)(shared + SUMS_AT + place * 16);
+            total[4 * part] += numbers.x;
+            total[4 * part + 1] += numbers.y;
+            total[4 * part + 2] += numbers.z;
+            total[4 * part + 3] += numbers.w;
           }
         meet_warp();
         if (lane > 0 && lane < TEAM) arrive_in(sums_taken, lane);
@@ -321,16 +323,17 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
       tiles_done++;
     }
 
-    // Either pass the sums on, or add those of other teams and write the outputs. Sums are passed on in places that hold
-    // NOTHING. The block that reads them writes NOTHING there again.
-    if (SPLIT && member > 0) {
-    } else if (!SPLIT && end < chunks) {
+    // Either pass the sums on, or add those of other teams and write the outputs. Sums are passed on in places that
+    // hold NOTHING. The block that reads them writes NOTHING there again.
+    const bool writes = SPLIT ? member == 0 : end == chunks;
+    if (!SPLIT && !writes) {
       uint4* const mine = parts + (size_t)(team * TEAM + member) * PARTS * THREADS + thread;
 #pragma unroll
       for (int which = 0; which < PARTS; which++)
         store_at_once(mine + which * THREADS, __float_as_uint(total[4 * which]), __float_as_uint(total[4 * which + 1]),
                       __float_as_uint(total[4 * which + 2]), __float_as_uint(total[4 * which + 3]));
-    } else {
+    }
+    if (writes) {
       const long long begins = (long long)tile * chunks;
       const int earliest = !SPLIT && begins < share.first ? (int)(((begins + 1) * teams - 1) / units) : team;
       for (int other = team - 1; other >= earliest; other -= OTHERS) {
