@@ -19,12 +19,16 @@ COMPILER = shutil.which("g++")
 NOTHING = -1
 
 _LAUNCH = """
-extern "C" const char* run(int teams, int threads, int shared, unsigned seed, const void* late, const Map* maps,
+extern "C" const char* run(int teams, int threads, int shared, unsigned seed, const void* late, const u64* tensors,
                            const u8* scales, const int* exponents, void* out, void* parts, const int* n) {
-  const long bytes = maps[0].words[1] * maps[0].words[2];
-  return machine::launch(teams, TEAM, threads, shared, seed, late, (void*)maps[0].words[0], bytes,
-                         [=] { middle_rows(maps[0], maps[1], scales, exponents, (Number*)out, (uint4*)parts,
-                                           n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7]); });
+  Map inputs, codes;
+  std::memcpy(&inputs, tensors, sizeof(Map));
+  std::memcpy(&codes, tensors + 16, sizeof(Map));
+  const long bytes = inputs.words[1] * inputs.words[2];
+  return machine::launch(teams, TEAM, threads, shared, seed, late, (void*)inputs.words[0], bytes, [=] {
+    middle_rows(inputs, codes, scales, exponents, (Number*)out, (uint4*)parts, n[0], n[1], n[2], n[3], n[4], n[5], n[6],
+                n[7]);
+  });
 }
 """
 
