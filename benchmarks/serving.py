@@ -1,11 +1,13 @@
 """What vLLM makes of a checkpoint, beside bfloat16 and W4A16: accuracy, decoding, first tokens, mixed batches.
 
     python benchmarks/serving.py --original DIR --checkpoint DIR --stock DIR --text wiki.test.raw --out FOLDER
+    python benchmarks/serving.py --original DIR --checkpoint DIR --head-checkpoint DIR --out FOLDER
     python benchmarks/serving.py --random FOLDER --together --kv-gib 8 --out FOLDER
 
 Run where vLLM is installed, with mxrot beside it. `--original` is the model that was quantized, `--checkpoint` what
 the plugin serves, `--stock` what vLLM serves as it comes (written by `mxrot export --to vllm`), by Marlin as W4A16.
-With `--random`, a folder that serving_random.py has written, speeds are those of its models, and perplexities those of
+`--head-checkpoint` is one more for the plugin, with a quantized head (written by `mxrot quantize --head mxint8`). With
+`--random`, a folder that serving_random.py has written, speeds are those of its models, and perplexities those of
 the others, if they are given. Each engine is a process of its own; what fails in one leaves the others as they are.
 Prints one table and writes one JSON file with the command, versions and device, which grows with what is measured;
 paths in it are names. docs/serving.md says what each figure is.
@@ -25,26 +27,36 @@ from typing import Any
 import torch
 from serving_figures import late_kernels, merged, table, text_of
 from serving_jobs import Crew, Job, Limits
-from serving_random import FOLDERS
+from serving_ways import STOCK, Way, random_ways_of, ways_of
 from serving_worker import MIXED_NEW
 
 from mxrot.api import load_tokenizer
 from mxrot.environment import device_name, versions
+from mxrot.errors import MxrotError
 from mxrot.models import read_config
 from mxrot.models.positions import position_count
 from mxrot.text import load_text, token_windows
 
-PATHS = ("--original", "--checkpoint", "--stock", "--random", "--text", "--out")
+PATHS = ("--original", "--checkpoint", "--head-checkpoint", "--stock", "--random", "--text", "--out")
 """Options whose values are paths."""
-STOCK = {"quantization": "compressed-tensors", "linear_backend": "marlin"}
 SMALL_SHARE = 0.05
 """Of a GPU's memory: what vLLM is told to find free where the size of the cache is given."""
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--original", type=Path, help="the model as it was, served in bfloat16")
     parser.add_argument("--checkpoint", type=Path, help="for the plugin")
+    parser.add_argument(
+        "--head-checkpoint",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="for the plugin, with a quantized head; repeatable",
+    )
     parser.add_argument("--stock", type=Path, help="for vLLM as it comes, W4A16 by Marlin")
     parser.add_argument("--random", type=Path, help="folder of serving_random.py: speeds are of its models")
     parser.add_argument("--text", default="demo", help="a text as for mxrot eval")
@@ -67,12 +79,22 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.original is None and options.random is None:
         parser.error("give --original, --random or both")
-    if options.original is not None and options.checkpoint is None and options.stock is None:
-        parser.error("give --checkpoint, --stock or both beside --original")
-    if options.original is None and (options.checkpoint is not None or options.stock is not None):
-        parser.error("--checkpoint and --stock need --original, which they are compared with")
+    served = [options.checkpoint, options.stock, *options.head_checkpoint]
+    if options.original is not None and not any(served):
+        parser.error("give --checkpoint, --stock, --head-checkpoint or several of them beside --original")
+    if options.original is None and any(served):
+        parser.error("--checkpoint, --stock and --head-checkpoint need --original, which they are compared with")
     if options.together and (options.kv_gib is None or options.tensor_parallel > 1):
         parser.error("--together needs --kv-gib, and one GPU for each engine")
+    try:
+        timed, missing = random_ways_of(options), [way for way, one in ways_of(options).items() if one.head is not None]
+    except MxrotError as error:
+        parser.error(str(error))
+    missing = [way for way in missing if options.random is not None and way not in timed]
+    if missing:
+        parser.error(
+            f"{missing[0]}: {options.random} has no such model; give its format to serving_random.py as --head"
+        )
     return options
 
 
@@ -82,29 +104,6 @@ def numbers(text: str) -> list[int]:
     if any(number < 1 for number in found):
         raise argparse.ArgumentTypeError(f"{text}: expected positive numbers between commas")
     return found
-
-
-def ways_of(options: argparse.Namespace) -> dict[str, tuple[Path, dict[str, Any], str]]:
-    """By name: the folder, options of vLLM's LLM that belong to it, and VLLM_PLUGINS. Of models with a text."""
-    if options.original is None:
-        return {}
-    found: dict[str, tuple[Path, dict[str, Any], str]] = {"bf16": (options.original, {}, "")}
-    if options.stock is not None:
-        found["stock W4A16"] = (options.stock, STOCK, "")
-    if options.checkpoint is not None:
-        found["plugin W4A4"] = (options.checkpoint, {}, "mxrot")
-    return found
-
-
-def random_ways_of(options: argparse.Namespace) -> dict[str, tuple[Path, dict[str, Any], str]]:
-    """The same of models of random weights, which have no tokenizer."""
-    if options.random is None:
-        return {}
-    own: dict[str, dict[str, Any]] = {"bf16": {"load_format": "dummy"}, "stock W4A16": STOCK, "plugin W4A4": {}}
-    return {
-        way: (options.random / name, own[way] | {"skip_tokenizer_init": True}, "mxrot" if "plugin" in way else "")
-        for way, name in FOLDERS.items()
-    }
 
 
 def fitting_prompts(lengths: list[int], positions: int | None) -> list[int]:
@@ -118,16 +117,14 @@ def graph_sizes(requests: list[int]) -> list[int]:
     return sorted({1 << power for power in range(most.bit_length()) if 1 << power <= most} | set(requests))
 
 
-def task_of(
-    options: argparse.Namespace, folder: Path, own: dict[str, Any], windows: list[list[int]], is_timed: bool = True
-) -> dict[str, Any]:
+def task_of(options: argparse.Namespace, way: Way, windows: list[list[int]], is_timed: bool = True) -> dict[str, Any]:
     """What a process is to do; its result file is named by who starts it."""
-    positions = position_count(read_config(folder))
+    positions = position_count(read_config(way.folder))
     prompts = fitting_prompts(options.prompts, positions) if is_timed else []
     requests = options.requests if is_timed else []
     wanted = max([options.seq_len + 1, 512, *(length + MIXED_NEW for length in prompts)])
     engine: dict[str, Any] = {
-        "model": str(folder.resolve()),
+        "model": str(way.folder.resolve()),
         "dtype": "bfloat16",
         "tensor_parallel_size": options.tensor_parallel,
         "max_model_len": wanted if positions is None else min(wanted, positions),
@@ -147,7 +144,7 @@ def task_of(
     if not options.eager:
         engine["compilation_config"] = {"cudagraph_capture_sizes": graph_sizes(requests)}
     return {
-        "options": engine | own,
+        "options": engine | way.own,
         "requests": requests,
         "prompts": prompts,
         "repeats": options.repeats,
@@ -158,13 +155,13 @@ def task_of(
 def jobs_of(options: argparse.Namespace, windows: list[list[int]]) -> list[Job]:
     """All processes. Speeds are of the random models, if there are any."""
     worker, found = "serving_worker.py", []
-    for way, (folder, own, plugins) in random_ways_of(options).items():
-        found.append(Job(way, "speed", worker, task_of(options, folder, own, []), plugins))
+    for way, one in random_ways_of(options).items():
+        found.append(Job(way, "speed", worker, task_of(options, one, []), one.plugins))
     is_timed = options.random is None
-    for way, (folder, own, plugins) in ways_of(options).items():
-        task = task_of(options, folder, own, windows, is_timed)
-        found.append(Job(way, "speed" if is_timed else "text", worker, task, plugins))
-        if not options.without_eval and own is not STOCK:  # mxrot eval quantizes inputs, Marlin does not
+    for way, one in ways_of(options).items():
+        task = task_of(options, one, windows, is_timed)
+        found.append(Job(way, "speed" if is_timed else "text", worker, task, one.plugins))
+        if not options.without_eval and one.own is not STOCK:  # mxrot eval quantizes inputs, Marlin does not
             found.append(Job(way, "eval", "serving_eval.py", task))
     return found
 
@@ -190,13 +187,15 @@ def described(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     except PackageNotFoundError:
         vllm = "not installed"
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    served, timed = ways_of(options), random_ways_of(options)
     return {
         "command": without_paths(words),
         "device": device_name(where),
         "tensor_parallel": options.tensor_parallel,
         "versions": versions() | {"vllm": vllm},
-        "models": {name: folder.resolve().name for name, (folder, *_) in ways_of(options).items()},
-        "random": {name: read_config(folder).to_diff_dict() for name, (folder, *_) in random_ways_of(options).items()},
+        "models": {name: way.folder.resolve().name for name, way in served.items()},
+        "random": {name: read_config(way.folder).to_diff_dict() for name, way in timed.items()},
+        "heads": {name: way.head.spelled for name, way in (timed | served).items() if way.head is not None},
         "windows": [options.windows, options.seq_len],
         "text": Path(options.text).name,
         "batched_tokens": options.batched_tokens,

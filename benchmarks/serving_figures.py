@@ -12,7 +12,8 @@ from paired import exp_of_mean_difference
 
 from mxrot.evaluation.perplexity import Perplexity, perplexity_of_means
 
-BASELINE = "bf16"
+BASELINE, PLUGIN = "bf16", "plugin W4A4"
+"""Columns that others are compared with; the latter by those with a quantized head."""
 
 
 def window_mean(prompt_logprobs: Sequence[Mapping[int, Any] | None], ids: Sequence[int]) -> float:
@@ -51,7 +52,7 @@ def late_kernels(log: str) -> list[str]:
 def merged(found: Sequence[tuple[str, str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """By way, what all its processes have measured; `error` and `errors` begin with the kind of process.
 
-    When an engine was ready is kept of the one that was timed.
+    When an engine was ready, and what computes it, is kept of the one that was timed.
     """
     ways: dict[str, dict[str, Any]] = {}
     kinds = {way: {kind for one, kind, _ in found if one == way} for way, *_ in found}
@@ -62,7 +63,7 @@ def merged(found: Sequence[tuple[str, str, Mapping[str, Any]]]) -> dict[str, dic
             whole.setdefault("errors", {})[f"{kind} {name}".strip()] = fault
         kept = {key: value for key, value in own.items() if key not in ("error", "errors", "is_done")}
         if kind != "speed" and "speed" in kinds[way]:
-            kept = {key: value for key, value in kept.items() if key not in ("start_seconds", "kernel")}
+            kept = {key: value for key, value in kept.items() if key not in ("start_seconds", "kernel", "head")}
         if own.get("late_kernels"):
             kept["late_kernels"] = list(dict.fromkeys([*whole.get("late_kernels", []), *own["late_kernels"]]))
         whole |= kept
@@ -82,9 +83,12 @@ def table(ways: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
     add("failed", {way: ", ".join(found["errors"]) for way, found in ways.items() if found.get("errors")})
     add("linears by", {way: found.get("kernel", "") for way, found in ways.items()})
+    add("head by", {way: found.get("head", "") for way, found in ways.items()})
     add("compiled late", {way: " ".join(found.get("late_kernels", [])) for way, found in ways.items()})
     add("start, s", {way: f"{found['start_seconds']:.0f}" for way, found in ways.items() if "start_seconds" in found})
     add("perplexity", {way: _perplexity(way, ways) for way in ways})
+    headed = [way for way in ways if way.startswith(f"{PLUGIN}, ")]
+    add(f"perplexity over {PLUGIN}", {way: _ratio(way, ways, PLUGIN, 4) for way in headed})
     add("by mxrot eval", {way: _own_perplexity(found) for way, found in ways.items()})
     add("greedy tokens as bf16", {way: _equal(way, ways) for way in ways})
     for kind, name, unit in (
@@ -101,13 +105,17 @@ def _perplexity(way: str, ways: Mapping[str, Mapping[str, Any]]) -> str:
     found = ways[way].get("nlls")
     if not found:
         return ""
-    ppl = perplexity_of(found, 2).ppl
-    base = ways.get(BASELINE, {}).get("nlls")
-    if way == BASELINE or not base or len(base) != len(found):
-        return f"{ppl:.3f}"
-    ratio = exp_of_mean_difference(found, base)
-    error = "" if ratio.error is None else f" +- {ratio.error:.3f}"
-    return f"{ppl:.3f} ({ratio.value:.3f}{error})"
+    ppl, ratio = perplexity_of(found, 2).ppl, _ratio(way, ways, BASELINE, 3)
+    return f"{ppl:.3f} ({ratio})" if ratio and way != BASELINE else f"{ppl:.3f}"
+
+
+def _ratio(way: str, ways: Mapping[str, Mapping[str, Any]], base: str, digits: int) -> str:
+    """The perplexity of a way over that of another one, on the same windows; empty without both."""
+    found, other = (ways.get(name, {}).get("nlls") for name in (way, base))
+    if not found or not other or len(found) != len(other):
+        return ""
+    ratio = exp_of_mean_difference(found, other)
+    return f"{ratio.value:.{digits}f}" + ("" if ratio.error is None else f" +- {ratio.error:.{digits}f}")
 
 
 def _own_perplexity(found: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.way} {self.kind}".replace(" ", "-")
+        return re.sub(r"[^\w]+", "-", f"{self.way} {self.kind}")
 
     def start(self, folder: Path, log: Path, waits: bool) -> None:
         """In a process group of its own, with its files in `folder`."""

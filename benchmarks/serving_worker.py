@@ -150,6 +150,16 @@ def kernel_of(llm: Any) -> str:
     return type(linear.quant_method).__name__ if kernel is None else type(kernel).__name__
 
 
+def head_of(llm: Any) -> str:
+    """What computes the head, and the path of one row if it is quantized; in one process alone."""
+    try:
+        head = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().lm_head
+    except AttributeError:
+        return ""
+    method = type(head.quant_method).__name__
+    return f"{method}, {head.quantized.choose_path(1).path or 'plain'}" if hasattr(head, "quantized") else method
+
+
 def wait_for(path: str | None) -> None:
     """Until a file is there; None for none. While it waits, the engine leaves the GPU to others."""
     while path is not None and not Path(path).exists():
@@ -183,7 +193,7 @@ def main() -> None:
     started = time.monotonic()
     try:
         engine = engine_of(task)
-        keep(start_seconds=time.monotonic() - started, kernel=kernel_of(engine.llm))
+        keep(start_seconds=time.monotonic() - started, kernel=kernel_of(engine.llm), head=head_of(engine.llm))
         wait_for(task.get("go"))
         measure(engine, task, keep)
         keep(is_done=True)

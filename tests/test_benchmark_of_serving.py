@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,9 @@ from transformers import AutoModelForCausalLM
 
 import mxrot
 from mxrot.evaluation.perplexity import perplexity
+from mxrot.kernels import Choice
+from mxrot.layers import HeadLinear
+from mxrot.recipe import load_recipe
 from mxrot.vllm.verdict import check_for_vllm
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -125,8 +129,23 @@ def test_the_table_compares_with_bf16(figures: Any) -> None:
     assert found["greedy tokens as bf16"] == ["", "1", ""] and "mixed batch, tokens/s" not in found
     assert found["by mxrot eval"] == ["4.482 (1.0000 +- 0.0000)", f"4.482 ({ratio:.4f} +- 0.0000)", ""]
     assert found["failed"] == ["", "", "speed mixed batch"] and found["linears by"] == ["", "", "Marlin"]
+    assert not {"head by", "perplexity over plugin W4A4"} & found.keys()
     lines = figures.text_of(rows).splitlines()
     assert len(lines) == len(rows) and lines[0].split() == ["bf16", "plugin", "stock"]
+
+
+def test_the_table_compares_a_quantized_head_with_the_plugin(figures: Any) -> None:
+    """On the same windows, beside the comparison with bf16."""
+    name = "plugin W4A4, head mxint8"
+    ways: dict[str, Any] = {"bf16": {"nlls": [1.0, 2.0]}, "plugin W4A4": {"nlls": [1.1, 2.1]}}
+    ways[name] = {"nlls": [1.101, 2.103], "head": "MxrotHeadMethod, codes", "decode": {"1": 400.0}}
+    found = {row[0]: row[1:] for row in figures.table(ways)}
+    assert found[""] == ["bf16", "plugin W4A4", name]
+    # Log ratios of .001 and .003: a mean of .002, and a standard error of half their difference.
+    assert found["perplexity over plugin W4A4"] == ["", "", f"{math.exp(0.002):.4f} +- {math.exp(0.002) * 0.001:.4f}"]
+    assert found["head by"] == ["", "", "MxrotHeadMethod, codes"] and found["1 requests, tokens/s"][2] == "400"
+    del ways["plugin W4A4"]
+    assert "perplexity over plugin W4A4" not in {row[0] for row in figures.table(ways)}
 
 
 def test_prompts_that_have_no_positions_are_left_out(serving: Any) -> None:
@@ -140,10 +159,11 @@ def test_what_the_processes_of_a_way_have_measured_is_put_together(figures: Any)
         "decode": {"8": 100.0},
         "start_seconds": 9.0,
         "kernel": "M",
+        "head": "H",
         "errors": {"mixed batch": "y"},
         "is_done": True,
     }
-    text = {"nlls": [1.0], "start_seconds": 5.0, "kernel": "N", "is_done": True}
+    text = {"nlls": [1.0], "start_seconds": 5.0, "kernel": "N", "head": "I", "is_done": True}
     ways = figures.merged(
         [("a", "speed", speed), ("a", "text", text), ("a", "eval", {"error": "x"}), ("b", "text", text)]
     )
@@ -151,10 +171,11 @@ def test_what_the_processes_of_a_way_have_measured_is_put_together(figures: Any)
         "decode": {"8": 100.0},
         "start_seconds": 9.0,
         "kernel": "M",
+        "head": "H",
         "nlls": [1.0],
         "errors": {"speed mixed batch": "y", "eval": "x"},
     }
-    assert ways["b"] == {"nlls": [1.0], "start_seconds": 5.0, "kernel": "N"}
+    assert ways["b"] == {"nlls": [1.0], "start_seconds": 5.0, "kernel": "N", "head": "I"}
 
 
 def test_kernels_that_were_compiled_late(figures: Any) -> None:
@@ -179,7 +200,8 @@ def test_speeds_of_random_models_beside_texts_of_others(serving: Any, random_mod
     words = ["--original", str(original), "--checkpoint", str(original), "--random", str(random_models)]
     options = serving.parse_options([*words, "--together", "--kv-gib", "0.5", "--prompts", "128,9000"])
     jobs = {job.name: job for job in serving.jobs_of(options, [[1, 2, 3]])}
-    expected = ["bf16-speed", "stock-W4A16-speed", "plugin-W4A4-speed", "bf16-text", "bf16-eval"]
+    expected = ["bf16-speed", "stock-W4A16-speed", "plugin-W4A4-speed"]
+    expected += ["plugin-W4A4-head-mxfp4-mxfp4-speed", "plugin-W4A4-head-mxint8-speed", "bf16-text", "bf16-eval"]
     assert list(jobs) == [*expected, "plugin-W4A4-text", "plugin-W4A4-eval"]
     speed, text = jobs["plugin-W4A4-speed"], jobs["plugin-W4A4-text"]
     assert speed.task["windows"] == [] and speed.task["prompts"] == [128] and speed.plugins == text.plugins == "mxrot"
@@ -200,19 +222,98 @@ def test_random_models_are_checkpoints(random_models: Path) -> None:
     """Of one set of weights; stock vLLM runs one of them as it is, the plugin both."""
     stock, plugin = (check_for_vllm(random_models / name) for name in ("stock", "plugin"))
     assert not stock.stock.stops and not stock.stock.needs_export and not plugin.plugin.stops and plugin.stock.stops
-    for name in ("block-0", "block-1", "rest"):
+    for name in ("block-0", "block-1", "rest", "head"):
         first, second = (random_models / folder / f"{name}.safetensors" for folder in ("stock", "plugin"))
         assert first.samefile(second)
     logits = mxrot.load(random_models / "plugin")(torch.arange(8)[None]).logits
     assert logits.isfinite().all() and 0.1 < float(logits.std()) < 10
 
 
+def test_a_random_model_with_a_head_in_codes_is_the_plugin_s_but_for_the_head(random_models: Path) -> None:
+    """The rounding of MXINT8 is uniform: at most 2^-7 / sqrt(3) of a power of two, which is at most the largest of 32
+    normal numbers, about twice their standard deviation. MXFP4 rounds weights and inputs by a tenth each."""
+    tokens = torch.arange(8)[None]
+    expected = mxrot.load(random_models / "plugin")(tokens).logits
+    for formats, most in (("mxint8", 2**-6), ("mxfp4-mxfp4", 0.25)):
+        folder = random_models / f"plugin-head-{formats}"
+        report = check_for_vllm(folder)
+        assert not report.plugin.stops and report.stock.stops
+        for name in ("block-0", "block-1", "rest"):
+            file = f"{name}.safetensors"
+            assert (folder / file).samefile(random_models / "plugin" / file)
+        model = mxrot.load(folder)
+        assert isinstance(model.lm_head, HeadLinear)
+        error = (model(tokens).logits - expected).norm() / expected.norm()
+        assert 1e-3 < float(error) < most, formats
+
+
 @pytest.fixture(scope="module")
 def random_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random")
     shape = ["--blocks", "2", "--hidden", "64", "--ffn", "128", "--heads", "4", "--kv-heads", "2", "--vocabulary", "96"]
-    assert imported("serving_random").main([str(folder), *shape]) == 0
+    heads = ["--head", "mxint8", "--head", "mxfp4/mxfp4"]
+    assert imported("serving_random").main([str(folder), *shape, *heads]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and a checkpoint of it with a quantized head."""
+    folder = tmp_path_factory.mktemp("headed")
+    model = write_tiny_model(folder / "model", torch.float32)
+    recipe = load_recipe("rtn").changed({"head.format": "mxint8"})
+    mxrot.quantize(model, recipe, output=folder / "model-head", device="cpu")
+    return model, folder / "model-head"
+
+
+def test_a_quantized_head_is_one_more_way(
+    serving: Any, headed: tuple[Path, Path], random_models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """For the plugin, timed with random weights where those are given, named by its formats."""
+    original, checkpoint = map(str, headed)
+    words = ["--original", original, "--head-checkpoint", checkpoint]
+    options = serving.parse_options(words)
+    jobs = {job.name: job for job in serving.jobs_of(options, [[1, 2, 3]])}
+    name = "plugin-W4A4-head-mxint8"
+    assert list(jobs) == ["bf16-speed", "bf16-eval", f"{name}-speed", f"{name}-eval"]
+    assert jobs[f"{name}-speed"].way == "plugin W4A4, head mxint8" and jobs[f"{name}-speed"].plugins == "mxrot"
+    assert jobs[f"{name}-speed"].task["options"]["model"] == jobs[f"{name}-eval"].task["options"]["model"] == checkpoint
+    options = serving.parse_options([*words, "--random", str(random_models)])
+    both = {job.name: job.task["options"]["model"] for job in serving.jobs_of(options, [[1, 2, 3]])}
+    assert both[f"{name}-speed"] == str(random_models / "plugin-head-mxint8") and both[f"{name}-text"] == checkpoint
+    found = serving.described(options, words)
+    assert found["heads"]["plugin W4A4, head mxint8"] == "weights mxint8 even, inputs in 16 bit, no transform"
+    assert found["heads"]["plugin W4A4, head mxfp4/mxfp4"].endswith("inputs mxfp4 even, block-diagonal")
+    assert found["models"]["plugin W4A4, head mxint8"] == "model-head"
+    bare = tmp_path / "random"
+    bare.mkdir()
+    for wrong, said in (
+        (["--original", original, "--head-checkpoint", original], "not a checkpoint written by mxrot"),
+        (["--original", original, "--head-checkpoint", str(random_models / "plugin")], "its head is not quantized"),
+        ([*words, "--head-checkpoint", checkpoint], "is in mxint8, too; leave one out"),
+        ([*words, "--random", str(bare)], "head mxint8: .* has no such model; give its format to serving_random.py"),
+        (["--head-checkpoint", checkpoint], "give --original, --random or both"),
+        (["--head-checkpoint", checkpoint, "--random", str(random_models)], "need --original"),
+    ):
+        with pytest.raises(SystemExit):
+            serving.parse_options(wrong)
+        assert re.search(said, capsys.readouterr().err), said
+    assert serving.without_paths([*words]).endswith("--original model --head-checkpoint model-head")
+
+
+def test_what_computes_the_head_is_named(headed: tuple[Path, Path]) -> None:
+    head_of = imported("serving_worker").head_of
+    method = type("MxrotHeadMethod", (), {})()
+
+    def engine(**head: Any) -> Any:
+        model = SimpleNamespace(lm_head=SimpleNamespace(quant_method=method, **head))
+        runner = SimpleNamespace(get_model=lambda: model)
+        worker = SimpleNamespace(worker=SimpleNamespace(model_runner=runner))
+        return SimpleNamespace(llm_engine=SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker)))
+
+    assert head_of(engine(quantized=mxrot.load(headed[1]).lm_head)) == "MxrotHeadMethod, plain"
+    assert head_of(engine(quantized=SimpleNamespace(choose_path=lambda rows: Choice("codes", "")))).endswith(", codes")
+    assert head_of(engine()) == "MxrotHeadMethod" and head_of(SimpleNamespace()) == ""
 
 
 def job_of(jobs: Any, folder: Path, name: str, kind: str, body: str) -> Any:
@@ -294,7 +395,11 @@ def test_a_command_is_kept_without_paths(serving: Any) -> None:
 
 @pytest.mark.slow
 def test_a_run_from_folders_to_table_and_file(
-    serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    serving: Any,
+    headed: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Each way in a process of its own; one that fails leaves the others their figures."""
     program = tmp_path / "program" / "vllm"
@@ -302,23 +407,26 @@ def test_a_run_from_folders_to_table_and_file(
     (program / "__init__.py").write_text(PROGRAM)
     (program / "inputs.py").write_text("def TokensPrompt(**keys):\n    return keys\n")
     monkeypatch.setenv("PYTHONPATH", f"{program.parent}:{FOLDER.parent / 'src'}:{FOLDER.parent}")
-    model = write_tiny_model(tmp_path / "model", torch.float32)
+    model, checkpoint = headed
     (tmp_path / "text.txt").write_text("".join(f"the number {number} follows; " for number in range(300)))
     words = ["--out", str(tmp_path / "out")]
     for option in ("--original", "--checkpoint", "--stock"):
         words += [option, str(model)]
+    words += ["--head-checkpoint", str(checkpoint)]
     words += ["--text", str(tmp_path / "text.txt"), "--windows", "3", "--seq-len", "64", "--requests", "1,4"]
     assert serving.main([*words, "--prompts", "64,100000", "--repeats", "1"]) == 1
     said = capfd.readouterr()
     assert "stock W4A16 (speed): RuntimeError: no such kernel" in said.err
     (path,) = (tmp_path / "out").glob("serving_*.json")
     text = path.read_text()
-    assert str(tmp_path) not in text
+    assert str(tmp_path) not in text and str(model.parent) not in text
     found = json.loads(text)
-    assert found["models"] == {"bf16": "model", "stock W4A16": "model", "plugin W4A4": "model"}
+    name = "plugin W4A4, head mxint8"
+    assert found["models"] == {"bf16": "model", "stock W4A16": "model", "plugin W4A4": "model", name: "model-head"}
     ways = found["ways"]
     assert ways["stock W4A16"] == {"errors": {"speed": "RuntimeError: no such kernel"}}
-    for way in (ways["bf16"], ways["plugin W4A4"]):
+    for way in (ways["bf16"], ways["plugin W4A4"], ways[name]):
         assert list(way["decode"]) == ["1", "4"] and list(way["first_token"]) == list(way["mixed"]) == ["64"]
         assert way["nlls"] == pytest.approx(way["eval_nlls"], rel=1e-5) and len(way["nlls"]) == 3
-    assert "4 requests, tokens/s" in said.out and "failed" in said.out
+    assert ways["bf16"]["nlls"] == ways["plugin W4A4"]["nlls"] != ways[name]["nlls"]
+    assert "4 requests, tokens/s" in said.out and "failed" in said.out and name in said.out.splitlines()[0]

@@ -78,14 +78,8 @@ class HeadChoice:
     def __post_init__(self) -> None:
         check_fields(self, "head")
         for key, quantizer in (("format", self.weights()), ("inputs", self.activations())):
-            if quantizer is None:
-                continue
-            grid = quantizer.format.grid
-            if not (isinstance(grid, Uniform) and grid.scale == E8M0 and quantizer.rule.is_power_of_two):
-                raise ConfigError(
-                    f"head: {key}: {quantizer.spelled} has no power of two a block; take one of "
-                    f"{', '.join(_formats_of_heads())}, with a rule such as even"
-                )
+            if quantizer is not None:
+                check_head_quantizer(quantizer, f"head: {key}")
 
     @staticmethod
     def named(text: str) -> HeadChoice:
@@ -134,8 +128,14 @@ HEAD_BLOCK = 32
 """Elements in a block, for all formats with power-of-two scales."""
 
 
-def _formats_of_heads() -> list[str]:
-    return [name for name, one in FORMATS.items() if isinstance(one.grid, Uniform) and one.grid.scale == E8M0]
+def check_head_quantizer(quantizer: TensorQuantizer, where: str) -> None:
+    """ConfigError, which names the formats of heads, if weights or inputs of a head cannot have this quantizer."""
+    taken = [name for name, one in FORMATS.items() if isinstance(one.grid, Uniform) and one.grid.scale == E8M0]
+    if quantizer.format.name not in taken or not quantizer.rule.is_power_of_two:
+        raise ConfigError(
+            f"{where}: {quantizer.spelled} has no power of two a block; take one of {', '.join(taken)}, with a rule "
+            "such as even"
+        )
 
 
 @dataclass(frozen=True)

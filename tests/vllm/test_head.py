@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +133,23 @@ def test_the_head_is_ours_bit_for_bit_in_bfloat16(head: str, folder: Folders) ->
         found = model.compute_logits(x)
         assert found.dtype == torch.bfloat16 and torch.equal(found, own(x))
         assert torch.equal(model.logits_processor.get_top_tokens(model.lm_head, x), own(x).argmax(dim=-1))
+
+
+@pytest.mark.parametrize("head", ["mxint8", "mxfp4/mxfp4"])
+def test_the_random_model_of_the_benchmark(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 96 words, which vLLM fills up to 128. The benchmark finds what computes head and linears."""
+    monkeypatch.syspath_prepend(str(Path(mxrot.__file__).parents[2] / "benchmarks"))
+    shape = ["--blocks", "2", "--hidden", "64", "--ffn", "128", "--heads", "4", "--kv-heads", "2", "--vocabulary", "96"]
+    assert import_module("serving_random").main([str(tmp_path), *shape, "--head", head]) == 0
+    made = tmp_path / f"plugin-head-{head.replace('/', '-')}"
+    config = configure(made, "float32")
+    model = load(config)
+    tokens = TOKENS % 96
+    assert torch.equal(logits(model, config, tokens), mxrot.load(made)(tokens).logits)
+    runner = SimpleNamespace(worker=SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: model)))
+    engine = SimpleNamespace(llm_engine=SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner)))
+    worker = import_module("serving_worker")
+    assert worker.head_of(engine) == "MxrotHeadMethod, plain" and worker.kernel_of(engine) == "MxrotLinearMethod"
 
 
 def test_rows_without_a_token_give_zero(folder: Folders) -> None:

@@ -2,8 +2,9 @@
 
 While torch.profiler records a few steps, the linears of the decoder blocks, the head, attention and what quantizes
 inputs run in named ranges. A kernel belongs to the innermost range in which it was launched, and to "the rest" (norms,
-rotary embeddings, activations, writes to the cache) if there is none. On a CPU operators take the place of kernels.
-Named ranges do not survive torch.compile, so the step must not be compiled.
+rotary embeddings, activations, writes to the cache) if there is none. All kernels of the head belong to the head, those
+that quantize its inputs included. On a CPU operators take the place of kernels. Named ranges do not survive
+torch.compile, so the step must not be compiled.
 """
 
 from __future__ import annotations
@@ -164,8 +165,9 @@ def parts_of_steps(events: Sequence[dict[str, Any]], is_gpu: bool) -> list[dict[
                 found.append({})
         opened = [one for one in opened if one[0] >= launched]
         if opened:
-            kind = opened[-1][1] if is_known else UNKNOWN
-            kind = REST if kind == _STEP else kind
+            kinds = [kind for _, kind in opened]
+            kind = HEAD if HEAD in kinds else REST if kinds[-1] == _STEP else kinds[-1]
+            kind = kind if is_known else UNKNOWN
             found[-1][kind] = found[-1].get(kind, Part()).plus(seconds)
     return found
 

@@ -274,6 +274,8 @@ def random_quantized_model(
     head = model.get_submodule(family.head)
     if isinstance(head, QuantLinear):
         draw_weight(head, codes)
+        if head.transform is not None:
+            draw_transform(head.transform, generator)
     prepare(model, scheme, keeps_fp8)
     return model
 

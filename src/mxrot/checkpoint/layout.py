@@ -23,6 +23,7 @@ from mxrot.marker import MARKER
 from mxrot.models import Family
 from mxrot.recipe import Accumulation
 from mxrot.scheme import CacheScheme, Scheme, SiteScheme
+from mxrot.sections import check_head_quantizer
 from mxrot.transforms import Sharing
 from mxrot.transforms.stages import BlockDiagonalSpec, spec_from_table
 
@@ -131,7 +132,7 @@ def read_layout(quantization: Any, where: str = "the checkpoint") -> Layout:
         groups = (Group(tuple(EVERY), _scheme_of_version_1(quantization, marker, format)),)
         return Layout(1, False, groups, head, tuple(left), None)
     groups_by_name = _groups(given, marker.get("schemes"))
-    of_head = None if coded is None else groups_by_name.pop(HEAD).scheme
+    of_head = None if coded is None else _checked_head(groups_by_name.pop(HEAD).scheme)
     return Layout(
         version,
         format == NATIVE,
@@ -151,6 +152,18 @@ def _only_target(group: Any) -> str:
     if not isinstance(targets, list) or len(targets) != 1 or not isinstance(targets[0], str):
         raise CheckpointError(f"{_WHERE}: config_groups.{HEAD}.targets: expected the name of the head, got {targets!r}")
     return targets[0]
+
+
+def _checked_head(scheme: SiteScheme) -> SiteScheme:
+    """The scheme of the head. CheckpointError if its weights or inputs have a format that a head cannot have."""
+    for key, quantizer in (("weights", scheme.weights), ("activations", scheme.activations)):
+        if quantizer is None:
+            continue
+        try:
+            check_head_quantizer(quantizer, f"{_WHERE}: {MARKER}.schemes.{HEAD}.{key}")
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+    return scheme
 
 
 def _groups(groups: Any, schemes: Any) -> dict[str, Group]:

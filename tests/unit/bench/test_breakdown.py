@@ -68,6 +68,18 @@ def test_all_stages_of_a_transform_are_the_quantizer_s(changes: dict[str, Any]) 
         assert counts[1][kind] == counts[0][kind], kind
 
 
+@pytest.mark.parametrize("more", [{}, {"head.inputs": "mxfp4"}])
+def test_all_of_a_quantized_head_is_the_head_s(more: dict[str, Any]) -> None:
+    """Its transform and the quantizer of its inputs, too: the other parts are those of a model without it."""
+    counts = []
+    for changes in ({}, {"head.format": "mxfp4", "head.transform": "hadamard"} | more):
+        quantized = model.random_quantized_model(CONFIG, CPU, load_recipe("rtn").changed(changes))
+        counts.append(launches(break_down(model.token_step(quantized, 8), STEP, quantized)))
+    assert counts[0][HEAD] == 1 < counts[1][HEAD]
+    for kind in (PRODUCTS, QUANTIZERS, ATTENTION, REST):
+        assert counts[1][kind] == counts[0][kind], kind
+
+
 def test_attention_to_a_packed_cache_and_writes_to_it() -> None:
     """What is written to the cache is not attention's."""
     plain = model.random_model(CONFIG, CPU)
@@ -160,7 +172,7 @@ def launched(at: float, start: float, end: float, place: int, api: str = "cuda_r
 
 
 def test_kernels_belong_to_the_range_in_which_they_were_launched() -> None:
-    """Not to that in which they run. The innermost counts, and launches by the driver do, too."""
+    """Not to that in which they run. The innermost counts, unless it is in the head; launches by the driver, too."""
     events = [
         *launched(1, 5, 9, 1),  # before the first step
         user(10, 100, "mxrot: step"),
@@ -171,6 +183,7 @@ def test_kernels_belong_to_the_range_in_which_they_were_launched() -> None:
         *launched(22, 41, 43, 3, "cuda_driver"),
         *launched(26, 43, 53, 4),
         user(41, 50, f"mxrot: {HEAD}"),
+        user(41.5, 43, f"mxrot: {QUANTIZERS}"),
         *launched(42, 60, 75, 5),
         {"cat": "gpu_memset", "name": "m", "ts": 80, "dur": 2, "args": {"correlation": 6}},
         {"cat": "cuda_runtime", "name": "memset", "ts": 60, "dur": 1, "args": {"correlation": 6}},

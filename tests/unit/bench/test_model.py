@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mxrot import cli
 from mxrot.bench import ModelRow, Seconds, Works, bench_model, cache_scheme, model, model_lines, model_table
 from mxrot.errors import ConfigError
-from mxrot.layers import QuantLinear
+from mxrot.layers import HeadLinear, QuantLinear
 from mxrot.recipe import load_recipe
 
 CPU = torch.device("cpu")
@@ -195,13 +195,26 @@ def test_all_stages_of_a_transform_are_drawn() -> None:
         torch.testing.assert_close(linear.transform(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("format", ["mxint8", "mxfp4"])
-def test_a_quantized_head_is_drawn_too_and_is_no_linear_of_a_block(format: str) -> None:
-    """As large as that of the model."""
-    recipe = load_recipe("rtn").changed({"head.format": format})
+@pytest.mark.parametrize(
+    ("format", "more"),
+    [
+        ("mxint8", {}),
+        ("mxfp4", {}),
+        ("mxfp4", {"head.transform": "hadamard"}),
+        ("mxfp4", {"head.transform": "hadamard", "head.inputs": "mxfp4"}),
+    ],
+)
+def test_a_quantized_head_is_drawn_too_and_is_no_linear_of_a_block(format: str, more: dict[str, Any]) -> None:
+    """As large as that of the model. Its transform keeps the length of an input."""
+    recipe = load_recipe("rtn").changed({"head.format": format} | more)
     quantized = model.random_quantized_model(CONFIG, CPU, recipe)
-    assert isinstance(quantized.lm_head, QuantLinear) and quantized.lm_head.weights.format.name == format
-    assert 0.25 < float(quantized.lm_head.dequantized_weight().square().mean()) * CONFIG.hidden_size < 4
+    head = quantized.lm_head
+    assert isinstance(head, HeadLinear) and head.weights.format.name == format
+    assert 0.25 < float(head.dequantized_weight().square().mean()) * CONFIG.hidden_size < 4
+    assert (head.transform is None) is (not more)
+    if head.transform is not None:
+        x = torch.randn(5, head.in_features)
+        torch.testing.assert_close(head.transform(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-2, atol=0)
     plain = model.random_quantized_model(CONFIG, CPU, load_recipe("rtn"))
     assert model.linear_bytes(quantized) == model.linear_bytes(plain)
     rows = bench_model(CONFIG, recipe, CPU, Works(16, (8,), None, None))
@@ -273,6 +286,12 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     written = json.loads(path.read_text())
     assert len(written["rows"]) == 8 and written["compiled"] is False
+    head = ["--set", "head.format=mxint8", "--prompt", "0", "--context", "8", "--breakdown", "--no-compile"]
+    result = CliRunner().invoke(cli.app, ["bench", "model", *shape, *head, "--device", "cpu", "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    written = json.loads(path.read_text())
+    plain, quantized = (row["breakdown"]["parts"]["head"]["launches"] for row in written["rows"])
+    assert plain == 1 < quantized and 'format = "mxint8"' in written["recipe_toml"].partition("[head]")[2]
     wrong = (
         ["--kv", "mxfp4", "--compile"],
         ["--context", "8,x"],

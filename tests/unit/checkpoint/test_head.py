@@ -241,7 +241,8 @@ def _marker(config: Any) -> Any:
 
 
 def _both(config: Any, key: str, table: Any) -> None:
-    _quantization(config)["config_groups"]["head"][key] = table
+    words = {"weights": "weights", "activations": "input_activations"}
+    _quantization(config)["config_groups"]["head"][words[key]] = table
     _marker(config)["schemes"]["head"][key] = table
 
 
@@ -261,6 +262,31 @@ def test_a_config_that_was_changed_is_refused(name: str, written: Path, tmp_path
     (folder / "config.json").write_text(json.dumps(table))
     with pytest.raises(CheckpointError, match=said):
         load(folder, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "format", "rule"),
+    [
+        ("weights", "nvfp4", "absmax"),
+        ("weights", "int4_row", "absmax"),
+        ("weights", "mxfp4", "log256"),
+        ("activations", "nvfp4", "absmax"),
+    ],
+)
+def test_a_format_that_heads_cannot_have_is_refused_without_a_recipe(
+    key: str, format: str, rule: str, written: Path, tmp_path: Path
+) -> None:
+    """The config alone decides what runs, and only recipes were checked for this."""
+    folder = copied(written, tmp_path / "changed")
+    for name in ("recipe.toml", "run.json"):
+        (folder / name).unlink()
+    assert isinstance(load(folder).lm_head, HeadLinear)
+    table = json.loads((folder / "config.json").read_text())
+    _both(table, key, {"format": format, "rule": rule})
+    (folder / "config.json").write_text(json.dumps(table))
+    said = rf"schemes\.head\.{key}: {format} {rule} has no power of two a block; take one of mxfp4, .*mxint8"
+    with pytest.raises(CheckpointError, match=said):
+        load(folder)
 
 
 def test_a_damaged_scale_of_the_head_is_refused(written: Path, tmp_path: Path) -> None:
