@@ -47,8 +47,9 @@ Entry = dict[str, Any]
 
 def main() -> None:
     options = parse_options()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that processes end with this one
     options.work.mkdir(parents=True, exist_ok=True)
+    # So that processes end with this one.
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with (
             held(options.work / "lock", options.work),
@@ -57,6 +58,8 @@ def main() -> None:
             failed = measure_everything(options, Path(place))
     except MxrotError as error:
         raise SystemExit(f"error: {error}") from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     raise SystemExit(1 if failed else 0)
 
 

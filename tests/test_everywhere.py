@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import random
+import signal
 import statistics
 import sys
 import time
@@ -238,9 +239,11 @@ def run(bench: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def called(words: str, code: int = 0) -> dict[str, Any]:
         InThisProcess.done.clear()
         monkeypatch.setattr(sys, "argv", ["everywhere.py", *words.format(place=place).split(), *shared.split()])
+        handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as ended:
             bench.everywhere.main()
-        assert ended.value.code == code
+        # A handler that stays would reach processes that later tests fork, which may then survive SIGTERM.
+        assert ended.value.code == code and signal.getsignal(signal.SIGTERM) == handler
         (file,) = (tmp_path / "out").glob("*.json")
         found: dict[str, Any] = json.loads(file.read_text())
         return found
