@@ -1,5 +1,6 @@
-// What a kernel uses of Hopper beyond plain C++: barriers, copies, clusters, registers and matrix products. A kernel
-// contains no other PTX, so that its tests can run it on a CPU with other definitions of these functions.
+// What a kernel uses of Hopper beyond plain C++: barriers, copies, clusters, registers and matrix products. The only
+// other PTX is the product itself, `add_products`, whose operands depend on the tile (`middle.py`). Tests can therefore
+// run a kernel on a CPU, with other definitions of these functions.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
